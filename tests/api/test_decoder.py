@@ -49,7 +49,7 @@ def test_generate_returns_tokens_text_reason_and_consistent_figures(llama, decod
     assert sum(m.ledger.values()) == pytest.approx(m.prefill_seconds + m.decode_seconds)
 
 
-def test_prompt_kinds_agree(decoder: SpecDecoder) -> None:
+def test_token_ids_as_a_list_and_as_a_tensor_give_one_answer(decoder: SpecDecoder) -> None:
     expected = decoder.generate(PROMPT, max_new_tokens=8).token_ids
     assert decoder.generate(torch.tensor([PROMPT]), max_new_tokens=8).token_ids == expected
 
@@ -310,7 +310,7 @@ def test_a_trained_drafter_that_is_not_shipped_is_refused_before_the_weights(tmp
         SpecDecoder.from_pretrained(name, drafter)
 
 
-def test_automatic_devices(monkeypatch) -> None:
+def test_the_automatic_device_is_a_gpu_where_there_is_one(monkeypatch) -> None:
     assert device.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(device, "_try_out", lambda place, dtype: None)

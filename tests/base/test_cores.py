@@ -54,7 +54,7 @@ def test_cpus_are_those_of_the_affinity(groups: Path) -> None:
         ({"cpu__max": "nonsense"}, 16),
     ],
 )
-def test_a_quota_limits_them(groups: Path, files: dict[str, str], expected: int) -> None:
+def test_a_quota_limits_the_cpus(groups: Path, files: dict[str, str], expected: int) -> None:
     (groups / "membership").write_text("0::/user/job\n")
     write(groups / "mount/user/job", **files)
     assert cores.cpus() == expected

@@ -76,7 +76,7 @@ def test_an_output_that_differs_keeps_nothing(run, folder: Path, monkeypatch) ->
     assert result.exit_code != 0 and load_tuned(tuned_path(str(folder), "auto", "cpu", "auto", "auto")) is None
 
 
-def test_it_measures_real_decoding(run) -> None:
+def test_tuning_measures_real_decoding(run) -> None:
     result = run(
         *("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "prompt-lookup,lookahead", "--max-new-tokens", "6")
     )

@@ -30,7 +30,7 @@ def test_answers_are_whole_but_the_last_one_and_not_too_short() -> None:
     assert [len(line["response_ids"]) for line in quality.chosen(iter(lines), 40)] == [10, 9, 21]
 
 
-def test_a_later_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_call_goes_on_where_the_first_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = tmp_path / "answers.in"
     answers.write_text("".join(json.dumps({"prompt_ids": [1, n], "response_ids": [2] * 20}) + "\n" for n in (5, 6)))
     asked: list[tuple[str, int]] = []

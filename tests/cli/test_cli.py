@@ -50,19 +50,13 @@ def run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
 
     def call(*args: str, stdin: str | bytes | None = None):
-        fixed = [
-            "--model",
-            model,
-            "--drafter",
-            "prompt-lookup",
-            "--max-new-tokens",
-            "24",
-            "--num-speculative-tokens",
-            "4",
-        ]
-        return CliRunner().invoke(cli.app, ["generate", *fixed, *args], input=stdin)
+        return CliRunner().invoke(cli.app, ["generate", *fixed(model), *args], input=stdin)
 
     return call
+
+
+def fixed(model: str) -> list[str]:
+    return ["--model", model, "--drafter", "prompt-lookup", "--max-new-tokens", "24", "--num-speculative-tokens", "4"]
 
 
 def one_line_error(result, code: int = 2) -> str:
@@ -366,9 +360,8 @@ def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeyp
 
 def start(model: str, *args: str) -> subprocess.Popen[bytes]:
     """A generation that takes far longer than the test looks at it."""
-    fixed = ["--model", model, "--drafter", "prompt-lookup", "--max-new-tokens", "4000"]
-    fixed += ["--num-speculative-tokens", "4"]
-    command, one_thread = [*COMMAND, "generate", "hello", *fixed, *args], os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*COMMAND, "generate", "hello", *fixed(model), "--max-new-tokens", "4000", *args]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=one_thread)
 
 
@@ -395,52 +388,52 @@ def test_a_closed_pipe_ends_quietly(model: str) -> None:
 
 
 def call(model: str, *args: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
-    fixed = ["--model", model, "--drafter", "prompt-lookup", "--max-new-tokens", "24", "--num-speculative-tokens", "4"]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | streams.pop("env", {})
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.run([*COMMAND, "generate", *fixed, *args], env=env, timeout=120, check=False, **pipes)
+    return subprocess.run([*COMMAND, "generate", *fixed(model), *args], env=env, timeout=120, check=False, **pipes)
 
 
-@pytest.fixture(scope="module")
-def answer(model: str) -> bytes:
-    return call(model, "hello", "--quiet").stdout
-
-
-def test_statistics_that_cannot_be_written_do_not_cost_the_answer(model: str, answer: bytes) -> None:
+@pytest.mark.parametrize("closed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_statistics_that_cannot_be_written_do_not_cost_the_answer(run, model: str, closed: bool) -> None:
     with open("/dev/full", "wb") as full:
-        done = call(model, "hello", stderr=full)
-    assert (done.returncode, done.stdout) == (0, answer)
-    done = call(model, "hello", stderr=None, preexec_fn=lambda: os.close(2))
-    assert (done.returncode, done.stdout) == (0, answer)
+        how = {"stderr": None, "preexec_fn": lambda: os.close(2)} if closed else {"stderr": full}
+        done = call(model, "hello", **how)
+    assert (done.returncode, done.stdout) == (0, run("hello", "--quiet").stdout.encode())
 
 
 def test_an_answer_that_cannot_be_written_is_an_error(model: str) -> None:
-    for what in ("hello",), ("hello", "--json"):
+    with open("/dev/full", "wb") as full:
+        done = call(model, "hello", stdout=full)
+    last = done.stderr.decode().splitlines()[-1]
+    assert (done.returncode, last) == (2, "error: cannot write to stdout: No space left on device")
+    for what in ("models",), ("models", "--json"):  # so little that it is written at the end
         with open("/dev/full", "wb") as full:
-            done = call(model, *what, stdout=full)
-        last = done.stderr.decode().splitlines()[-1]
-        assert (done.returncode, last) == (2, "error: cannot write to stdout: No space left on device")
-    done = call(model, "hello", stdout=None, preexec_fn=lambda: os.close(1))
+            done = subprocess.run([*COMMAND, *what], stdout=full, stderr=subprocess.PIPE, timeout=60)
+        assert (done.returncode, done.stderr) == (2, b"error: cannot write to stdout: No space left on device\n")
+    closed: Any = {"preexec_fn": lambda: os.close(1), "stderr": subprocess.PIPE}
+    done = subprocess.run([*COMMAND, "models"], timeout=60, **closed)
     assert done.returncode == 2 and done.stderr.startswith(b"error: stdout is closed") and done.stderr.count(b"\n") == 1
-    with open("/dev/full", "wb") as full:  # so little that it is written at the end
-        done = subprocess.run([*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, timeout=60)
-    assert (done.returncode, done.stderr) == (2, b"error: cannot write to stdout: No space left on device\n")
 
 
-def test_any_prompt_goes_under_any_locale(model: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_any_prompt_goes_under_any_locale(run, model: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     tokenizer["model"]["vocab"]["\u00fc"] = tokenizer["model"]["vocab"].pop("~")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    usual, done = (call(str(folder), "d\u00fcnn", "--json", env=env) for env in ({}, ascii_only))
-    assert (done.returncode, usual.returncode) == (0, 0), done.stderr
+    done, usual = (
+        call(str(folder), "d\u00fcnn", "--json", env=ascii_only),
+        run("d\u00fcnn", "--json", "--model", str(folder)),
+    )
+    assert (done.returncode, usual.exit_code) == (0, 0), done.stderr
     assert json.loads(done.stdout)["token_ids"] == json.loads(usual.stdout)["token_ids"]
 
 
-def test_control_characters_of_a_model_are_escaped_on_a_terminal_alone(model: str) -> None:
+@pytest.mark.slow
+def test_control_characters_of_a_model_are_escaped_on_a_terminal_alone(run, model: str) -> None:
     args = ("hello", "--max-new-tokens", "400", "--quiet", "--temperature", "3")
-    raw = call(model, *args).stdout
+    raw = run(*args).stdout.encode()
     assert re.search(rb"[\x0b\x0c]", raw)  # the tokenizer has these two
     outer, inner = pty.openpty()
     try:
@@ -459,15 +452,24 @@ def test_control_characters_of_a_model_are_escaped_on_a_terminal_alone(model: st
 
 
 def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
-    heavy = "print([m for m in ('torch', 'transformers', 'numpy') if m in __import__('sys').modules])"
-    script = f"import atexit; atexit.register(lambda: {heavy}); from specdec.cli import main; main()"
-    commands = ["generate", "models", "drafters", "train", "bench", "verify", "sweep", "report", "pack-experts"]
-    for command in ([], *([name] for name in commands), ["train", "m2r2"], ["tune", "drafter"]):
-        done = subprocess.run(
-            [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-        assert "Example: specdec " in done.stdout
+    names = ["generate", "models", "drafters", "train", "bench", "verify", "sweep", "report", "pack-experts"]
+    commands = [[], *([name] for name in names), ["train", "m2r2"], ["tune", "drafter"]]
+    script = """
+import json, sys
+from specdec.cli import main
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["specdec", *command, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        print("exit", end.code or 0)
+print([module for module in ("torch", "transformers", "numpy") if module in sys.modules])
+"""
+    command = [sys.executable, "-c", script, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    *pages, heavy = done.stdout.split("exit 0\n")
+    assert len(pages) == len(commands) and heavy == "[]\n", done.stdout + done.stderr
+    assert all("Example: specdec " in page for page in pages)
 
 
 # --- the other commands ----------------------------------------------------------------------------------------------

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import pytest
 from sampled import AcceptsAll, expected, fit, small
 from tiny import FAMILIES, HYBRIDS, greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import PROMPTS, chains, every, run, trees
+from zoo import CHAINS, EVERY, PROMPTS, chains, run, trees
 
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft, State
 
 WHOLE = ("llama", "mistral", "gpt2", "qwen3_moe", "qwen3_next")  # families for which all variants are run
 DRAFTERS = set(registry.DRAFTERS) - {"auto"}  # that one loads another
@@ -29,18 +30,27 @@ def test_the_matrix_has_every_drafter(llama: PreTrainedModel) -> None:
     assert tree == SHAPED and chain | {"lookahead", "ngram"} == DRAFTERS  # which draft trees only
 
 
-@pytest.mark.parametrize(
-    ("family", "runtime"),
-    [*((family, ReferenceTarget) for family in FAMILIES | HYBRIDS), ("qwen3_5_text", FusedTarget)],
-)
-def test_greedy_equals_generate_in_a_ragged_batch(family: str, runtime: type[Target]) -> None:
+def cases() -> Iterator[Any]:
+    """(family, runtime, some drafters), in three parts; by default one of them is run, another for each family."""
+    yield pytest.param("llama", ReferenceTarget, tuple(EVERY), id="llama")
+    others = [(family, ReferenceTarget) for family in FAMILIES | HYBRIDS if family != "llama"]
+    for number, (family, runtime) in enumerate([*others, ("qwen3_5_text", FusedTarget)]):
+        # Every drafter that is not none can draft a tree.
+        names = [name for name in EVERY if family in WHOLE or runtime is FusedTarget or name.endswith("(tree)")]
+        for part in range(3):
+            marks = [pytest.mark.slow] * ((number + part) % 3 != 0)
+            yield pytest.param(
+                family, runtime, tuple(names[part::3]), marks=marks, id=f"{family}-{runtime.runtime}-{part}"
+            )
+
+
+@pytest.mark.parametrize(("family", "runtime", "names"), list(cases()))
+def test_greedy_equals_generate_in_a_ragged_batch(family: str, runtime: type[Target], names: tuple[str, ...]) -> None:
     model = tiny_model(family)
     expected = [greedy_reference(model, prompt, 12) for prompt in PROMPTS]
     target = runtime(model)  # type: ignore[call-arg]
-    # Every drafter that is not none can draft a tree.
-    made = every if family in WHOLE or runtime is FusedTarget else trees
-    for name, drafter in made(target).items():
-        assert run(target, drafter, PROMPTS, 12)[0] == expected, name
+    for name in names:
+        assert run(target, EVERY[name](target), PROMPTS, 12)[0] == expected, name
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
@@ -59,13 +69,18 @@ def test_greedy_equals_generate_alone_with_eager_attention(family: str) -> None:
 # --- sampling ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-@pytest.mark.parametrize("shape", [chains, trees])
-def test_sampling_follows_the_model(family: str, shape: Callable[[Target], dict[str, Drafter]]) -> None:
+SOME = ("none", "m2r2 (tree)", "medusa (tree)", "early-exit", "layer-skip (tree)", "lookahead (tree)", "hybrid")
+
+
+@pytest.mark.parametrize(
+    ("family", "names"), [("llama", CHAINS), ("llama", EVERY.keys() - CHAINS), ("mistral", SOME), ("gpt2", SOME)]
+)
+def test_sampling_follows_the_model(family: str, names: Collection[str]) -> None:
+    """The tokens of a seed are those of plain decoding whatever drafts (test_engine), so one family has them all."""
     model = small(family)
     assert sum(p > 1e-3 for p in expected(model, 0.8, 0.9).values()) > 8
     target = ReferenceTarget(model)
-    p = {name: fit(target, drafter) for name, drafter in shape(target).items()}
+    p = {name: fit(target, EVERY[name](target)) for name in sorted(names)}
     assert min(p.values()) > 1e-4, p
 
 

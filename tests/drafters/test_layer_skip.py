@@ -136,7 +136,7 @@ def test_parts_that_cost_as_much_as_the_layer_are_left_in(llama: PreTrainedModel
     assert all(s.attn == s.mlp for s in search(llama, dear).run(1.0, lambda text: None))
 
 
-def test_steps_along_hits() -> None:
+def test_tokens_of_a_step_are_expected_from_hits_along_a_text() -> None:
     assert RECIPE["expected_tokens"]([[True] * 6], 2) == 3
     assert RECIPE["expected_tokens"]([[False] * 5], 3) == 1
     assert RECIPE["expected_tokens"]([[True, False, True, True]], 3) == 2  # the second step runs out of text

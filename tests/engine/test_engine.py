@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise, permutations
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from scripted import OnlyOddAfterEven, Scripted
 from tiny import greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import PROMPTS, every, m2r2, new_tokens, run, together
+from zoo import PROMPTS, chains, every, m2r2, new_tokens, run, together, trees
 
 from specdec import SpecDecError
 from specdec.drafters.exits import EarlyExitDrafter
@@ -19,8 +20,8 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Pass
-from specdec.speculation.draft import Draft, DrafterWarning, State
+from specdec.runtimes.target import Pass, Target
+from specdec.speculation.draft import Draft, Drafter, DrafterWarning, State
 from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
@@ -128,8 +129,8 @@ def test_processors_apply_alike_to_drafted_corrected_and_bonus_tokens(llama: Pre
     )
     expected = out[0, len(prompt) :].tolist()
     assert expected != greedy_reference(llama, prompt, 24)  # the penalty matters here
-    for drafter in every(target).values():
-        assert run(target, drafter, [prompt], 24, repetition_penalty=1.7)[0] == [expected]
+    for name, drafter in trees(target).items():
+        assert run(target, drafter, [prompt], 24, repetition_penalty=1.7)[0] == [expected], name
 
 
 def test_custom_processors_see_the_path_to_their_node(llama: PreTrainedModel) -> None:
@@ -166,13 +167,15 @@ def test_generation_stops_at_the_context_limit() -> None:
     assert out == [greedy_reference(model, prompt, 12)]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(family: str) -> None:
+@pytest.mark.parametrize(("family", "shape"), [("gpt2", trees), ("opt", chains)])
+def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
+    family: str, shape: Callable[[Target], dict[str, Drafter]]
+) -> None:
     """Their nodes are deeper than it may go, where a table of positions has no entry."""
     model = tiny_model(family, max_position_embeddings=32)
     target, prompts = ReferenceTarget(model), [[5, 6] * 14 + [7], PROMPTS[0]]
     expected = [greedy_reference(model, prompt, 32 - len(prompt)) for prompt in prompts]
-    for name, drafter in every(target).items():
+    for name, drafter in shape(target).items():
         drafter.bind(target)
         requests = [Request(prompt, 32 - len(prompt), eos=frozenset([2])) for prompt in prompts]
         together(target, drafter, requests, FixedDepth(7))
@@ -281,13 +284,17 @@ def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTraine
 # -- seeds ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts_at_whatever_depth(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+@pytest.mark.parametrize(
+    ("family", "depth", "shape"), [("llama", 1, chains), ("llama", 4, trees), ("mistral", 4, chains)]
+)
+def test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts_at_whatever_depth(
+    family: str, depth: int, shape: Callable[[Target], dict[str, Drafter]]
+) -> None:
+    target = ReferenceTarget(tiny_model(family))
     plain, _ = run(target, NoDrafter(), PROMPTS, 16, temperature=1.5, top_p=0.9, seed=4)
     assert plain != run(target, NoDrafter(), PROMPTS, 16, temperature=1.5, top_p=0.9, seed=5)[0]
-    for depth in (1, 4):
-        for name, drafter in every(target).items():
-            assert run(target, drafter, PROMPTS, 16, depth, temperature=1.5, top_p=0.9, seed=4)[0] == plain, name
+    for name, drafter in shape(target).items():
+        assert run(target, drafter, PROMPTS, 16, depth, temperature=1.5, top_p=0.9, seed=4)[0] == plain, name
 
 
 def test_a_row_depends_neither_on_its_neighbours_nor_on_its_place(llama: PreTrainedModel) -> None:

@@ -376,13 +376,13 @@ def test_answers_do_not_depend_on_the_schedule(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_on_what_drafts(kind: str) -> None:
+def test_answers_do_not_depend_on_the_drafter_in_any_schedule(kind: str) -> None:
     run_schedules(kind, list(drafters(kind)), 4 if kind == "recurrent" else 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_schedules(kind: str) -> None:
+def test_answers_do_not_depend_on_many_random_schedules(kind: str) -> None:
     few = kind == "recurrent"
     run_schedules(kind, (), 6 if few else 20, chance=True)
     run_schedules(kind, list(drafters(kind)), 6 if few else 16, chance=True)

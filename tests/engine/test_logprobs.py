@@ -11,7 +11,7 @@ import pytest
 import torch
 from servers import NAME, USER, byte_tokenizer, events, serving, tiny_decoder
 from tiny import tiny_model
-from zoo import EOS, PROMPTS, every, new_tokens, together
+from zoo import EOS, EVERY, PROMPTS, new_tokens, together
 
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.none import NoDrafter
@@ -26,7 +26,7 @@ from specdec.speculation.draft import Drafter
 from specdec.verifiers.exact import ExactVerifier
 
 PARAMS = [SamplingParams(), SamplingParams(0.9, top_k=20, repetition_penalty=1.3, seed=3), SamplingParams(1.5)]
-DRAFTERS = sorted(every(ReferenceTarget(tiny_model())))
+DRAFTERS = sorted(EVERY)
 
 
 def ran(target: Target, drafter: Drafter, count: int = 20, **more: Any) -> list[Request]:
@@ -58,10 +58,10 @@ def check(model: Any, row: Request) -> None:
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_they_are_the_models_own_whoever_drafts(name: str) -> None:
+def test_log_probabilities_are_the_models_own_with_every_drafter(name: str) -> None:
     model = tiny_model()
     target = ReferenceTarget(model)
-    for row in ran(target, every(target)[name]):
+    for row in ran(target, EVERY[name](target)):
         check(model, row)
 
 
@@ -69,7 +69,7 @@ def test_a_single_greedy_row_has_them() -> None:
     model = tiny_model()
     target = ReferenceTarget(model)
     row = Request(PROMPTS[1], 20, logprobs=3)
-    drafter = every(target)["early-exit (tree)"]
+    drafter = EVERY["early-exit (tree)"](target)
     drafter.bind(target)
     together(target, drafter, [row], FixedDepth(4))
     check(model, row)
@@ -77,11 +77,11 @@ def test_a_single_greedy_row_has_them() -> None:
 
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-def test_in_the_native_runtime_they_are_those_of_plain_decoding_bit_for_bit() -> None:
+def test_the_native_runtime_gives_those_of_plain_decoding_bit_for_bit() -> None:
     target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
     plain = ran(target, NoDrafter(), max_rows=1)
     for name in ("prompt-lookup", "m2r2: grown level by level (tree)", "medusa (tree)", "early-exit", "draft-model"):
-        for row, other in zip(ran(target, every(target)[name]), plain, strict=True):
+        for row, other in zip(ran(target, EVERY[name](target)), plain, strict=True):
             assert row.ids == other.ids and row.token_logprobs == other.token_logprobs, name
 
 
@@ -90,7 +90,7 @@ def test_rows_that_gave_way_have_them_once() -> None:
     target = ReferenceTarget(model)
     rows = [Request(prompt, 90, logprobs=1, prompt_logprobs=True) for prompt in PROMPTS * 2]
     bounds = {"kv_memory": 240 * 512, "prefill_chunk": 3, "max_rows": 6}  # 512 bytes a token
-    engine = together(target, every(target)["prompt-lookup"], rows, FixedDepth(4), **bounds)
+    engine = together(target, EVERY["prompt-lookup"](target), rows, FixedDepth(4), **bounds)
     assert engine.stats().preemptions
     for row in rows:
         check(model, row)

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tiny_tokenizers import letters
 
 from specdec import Engine, SpecDecError, SpecDecoder
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 
 @pytest.fixture
@@ -41,7 +42,9 @@ def tasks(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def evaluated(model: Any, tasks: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    found = lm_eval.simple_evaluate(model=model, tasks=tasks, bootstrap_iters=0, log_samples=True, **more)
+    from lm_eval import simple_evaluate  # takes seconds
+
+    found = simple_evaluate(model=model, tasks=tasks, bootstrap_iters=0, log_samples=True, **more)
     return {name: [sample["resps"] for sample in samples] for name, samples in found["samples"].items()} | {
         "results": {
             (task, name): value
@@ -77,7 +80,7 @@ def test_figures_equal_those_of_the_hf_model(tasks: list[dict[str, Any]]) -> Non
         own.generate_until([type("Instance", (), {"args": ("a", {"max_gen_toks": 40})})])
 
 
-def test_it_is_registered_and_takes_what_a_decoder_takes(tasks: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_the_model_is_registered_and_takes_what_a_decoder_takes(tasks: list[dict[str, Any]], tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     arguments = {"pretrained": str(folder), "drafter": "prompt-lookup", "verifier": "typical", "batch_size": 2}
     from lm_eval.api.registry import get_model
@@ -98,7 +101,8 @@ def test_it_is_registered_and_takes_what_a_decoder_takes(tasks: list[dict[str, A
     assert found["until"] and max(rows) == 2  # six prompts, two at a time
 
 
-def test_it_hides_no_other_model() -> None:
+@pytest.mark.slow
+def test_the_registered_model_hides_no_other() -> None:
     """In a process of its own: lm-eval registers its models as it looks for the first one."""
     code = "import specdec.integrations.lm_eval; from lm_eval.api.registry import get_model as of\n"
     code += "print(of('specdec').__name__, of('dummy').__name__, of('hf').__name__)"
@@ -131,6 +135,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     assert result.returncode == 0 and "|until|" in result.stdout, result.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_local_completions_against_the_server(tasks: list[dict[str, Any]], tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 

@@ -10,7 +10,7 @@ import torch
 from passes import apart, play
 from tiny import SIZES, model_of, save_tiny, tiny_model
 from typer.testing import CliRunner
-from zoo import every, run
+from zoo import EVERY, every, run
 
 from specdec import cli
 from specdec.api.decoder import SpecDecoder
@@ -133,13 +133,13 @@ def test_drafters_give_the_tokens_of_plain_decoding(target: Target, plain: list[
 
 @pytest.mark.parametrize("name", ["m2r2: grown level by level (tree)", "layer-skip: parts", "prompt-lookup (tree)"])
 @pytest.mark.usefixtures("kernels")
-def test_they_do_with_every_instruction_set(name: str, target: Target) -> None:
+def test_drafters_give_them_with_every_instruction_set(name: str, target: Target) -> None:
     own = NativeTarget(target.model, kv_cache="int8")
     alone = [run(own, NoDrafter(), [prompt], 20)[0][0] for prompt in PROMPTS]
-    assert run(own, every(own)[name], PROMPTS, 20)[0] == alone
+    assert run(own, EVERY[name](own), PROMPTS, 20)[0] == alone
 
 
-def test_it_is_named_lossy_and_compared_with_itself() -> None:
+def test_an_8_bit_cache_is_named_lossy_and_compared_with_itself() -> None:
     decoder = SpecDecoder(model_of("llama"), drafter="prompt-lookup", kv_cache="int8")
     assert statistics.runtime(decoder)["kv_cache"] == "8 bits (lossy)"
     assert statistics._held(decoder) == "weights in 16 bits, KV cache in 8 bits (lossy)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
 
 import pytest
 from sampled import AcceptsAll, fit, small
@@ -60,8 +62,16 @@ def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
     return Scripted(script)
 
 
-@pytest.mark.parametrize(("family", "fused"), [*((family, False) for family in HYBRIDS), ("qwen3_5_text", True)])
-@pytest.mark.parametrize("rows", [slice(1, 2), slice(3)], ids=["alone", "ragged"])
+def cases() -> Iterator[Any]:
+    """(family, fused, rows): by default every other family alone, the rest in a ragged batch."""
+    families = [*((family, False) for family in HYBRIDS), ("qwen3_5_text", True)]
+    for (number, (family, fused)), alone in product(enumerate(families), (True, False)):
+        marks = [pytest.mark.slow] * ((number % 2 == 0) != alone)
+        named = f"{family}{'-fused' * fused}-{'alone' if alone else 'ragged'}"
+        yield pytest.param(family, fused, slice(1, 2) if alone else slice(3), marks=marks, id=named)
+
+
+@pytest.mark.parametrize(("family", "fused", "rows"), list(cases()))
 def test_greedy_equals_generate(family: str, fused: bool, rows: slice) -> None:
     _, target, expected = served(family, fused)
     texts = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
@@ -79,7 +89,7 @@ def test_greedy_equals_generate(family: str, fused: bool, rows: slice) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1"])
-def test_auto_drafts(family: str) -> None:
+def test_automatic_drafting_gives_the_models_tokens(family: str) -> None:
     model, _, expected = served(family)
     decoder = SpecDecoder(model, None, drafter="auto", runtime="auto")
     assert decoder.target.runtime == ("fused" if family == "qwen3_5_text" else "reference")

@@ -40,7 +40,7 @@ def test_rows_have_as_many_tokens_as_they_have() -> None:
     assert cache.rows == [4, 3] and contents(cache, 0) == [1, 2, 3, 5] and contents(cache, 1) == [4, 6, 8]
 
 
-def test_who_comes_goes_or_grows_moves_nobody_else() -> None:
+def test_a_row_that_comes_goes_or_grows_copies_no_other_row() -> None:
     cache, guest = RowCache(3, 2, block=4), RowCache(3, block=4)
     write(cache, [[1, 2, 3], [4]])
     cache.commit([[0, 1, 2], [0]])

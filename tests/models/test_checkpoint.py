@@ -71,7 +71,7 @@ def unread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_it_is_the_same_model(folder, dtype):
+def test_a_model_loaded_without_its_experts_is_the_same_model(folder, dtype):
     whole, left = loading.load(folder, dtype=dtype)[0], loading.load(folder, dtype=dtype, experts=False)[0]
     own, found = dict(whole.named_parameters()), dict(left.named_parameters())
     assert own.keys() == found.keys()

@@ -110,7 +110,7 @@ def test_nothing_of_the_matrices_is_held_twice(cache, tmp_path):
     assert model.to(torch.float32).model.layers[0].mlp.up_proj.weight.dtype == torch.float32
 
 
-def test_dense_for_a_while(cache, tmp_path):
+def test_blocks_become_dense_weights_for_a_while_and_come_back(cache, tmp_path):
     model, _ = loading.load(write_model(tmp_path / "it.gguf", "llama", "Q4_1"))
     before = dict(model.named_modules())
     ids = torch.arange(5, 25)[None]

@@ -66,7 +66,7 @@ def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(cache, tmp
 @pytest.mark.parametrize(
     ("given", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16), (torch.float16, torch.float16)]
 )
-def test_a_folder_in_a_dtype(folder, given, expected):
+def test_a_folder_is_loaded_in_the_dtype_that_is_asked_for(folder, given, expected):
     model, _ = loading.load(str(folder), dtype=given)
     assert model.dtype == expected
     assert model.config._attn_implementation == "sdpa"

@@ -317,7 +317,7 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
         loading.load(NAME)
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_the_cache_folder_is_that_of_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     assert files.cache_dir() == tmp_path / "a"
@@ -451,7 +451,7 @@ def test_pip_out_of_disk_space(pip):
         pip("echo 'ERROR: [Errno 28] No space left on device'; exit 1")
 
 
-def test_without_pip(pip, monkeypatch):
+def test_where_pip_is_missing_one_line_says_so(pip, monkeypatch):
     monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SpecDecError, match=r"has no pip.*into"):
         pip("exit 0")
@@ -475,7 +475,7 @@ def test_an_interrupt_stops_pip(pip, tmp_path, monkeypatch):
 
 
 @pytest.mark.model
-def test_the_default_model(monkeypatch):
+def test_the_default_model_loads_again_without_a_network(monkeypatch):
     loading.load(catalogue.DEFAULT_MODEL)  # the first ever downloads and converts
     monkeypatch.setattr("subprocess.Popen", forbidden)
     monkeypatch.setattr("socket.socket.connect", forbidden)

@@ -45,7 +45,7 @@ def test_sixteen_bits_and_packed_weights(dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
-def test_reduced_head() -> None:
+def test_a_reduced_head_gives_the_logits_of_its_tokens() -> None:
     target = FusedTarget(rough_model("llama"))
     x, few = torch.randn(2, 3, 32), torch.tensor([7, 3, 90])
     assert torch.allclose(target.readout(x, target.reduced_head(few)), target.readout(x)[..., few], atol=1e-5)
@@ -125,7 +125,7 @@ def test_gradients_pass_through_a_long_causal_pass() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("t", "adapted"), [(1, None), (3, None), (3, 3), (2, 1), (5, 2)])
 @torch.inference_mode()
-def test_adapters(family: str, t: int, adapted: int | None) -> None:
+def test_adapters_agree_with_the_reference_runtime(family: str, t: int, adapted: int | None) -> None:
     model = rough_model(family)
     reference, fused = ReferenceTarget(model), FusedTarget(model)
     assert fused.linears(1) == reference.linears(1)
@@ -185,7 +185,7 @@ def test_int4_rounds_the_model_and_agrees_with_it(family: str) -> None:
 
 
 @torch.inference_mode()
-def test_int4_adapters() -> None:
+def test_int4_adapters_agree_with_the_rounded_model() -> None:
     target = FusedTarget(int4_model("llama"), "int4")
     reference = ReferenceTarget(target.model)
     with torch.inference_mode(False):
@@ -210,7 +210,7 @@ def test_four_bits_recover_the_codes_of_a_dequantised_model() -> None:
     assert linear_maps.quantize(torch.zeros(16, 32))[1].isfinite().all()  # a group of equal weights
 
 
-def test_int4_refusals() -> None:
+def test_what_int4_cannot_hold_is_refused() -> None:
     with pytest.raises(SpecDecError, match="bfloat16 on a CPU"):
         make_target(tiny_model("llama", intermediate_size=64), weights="int4")
     model = tiny_model("llama").bfloat16()
@@ -226,7 +226,7 @@ def test_int4_refusals() -> None:
         make_target(tiny_model("llama"), weights="int5")
 
 
-def test_fallback_says_why() -> None:
+def test_a_fallback_to_the_reference_runtime_says_why() -> None:
     target, note = make_target(tiny_model("gemma2"))
     assert target.runtime == "reference" and "'gemma2' is unknown to the fused runtime" in note
     model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})

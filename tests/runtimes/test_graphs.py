@@ -18,7 +18,7 @@ from tiny import greedy_reference, rough_model, tiny_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
-from zoo import PROMPTS, every, run
+from zoo import EVERY, PROMPTS, run
 
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
@@ -90,7 +90,7 @@ def test_generations_are_the_models_own(drafter: str) -> None:
     model = tiny_model("llama")
     target = GraphedTarget(model, record=Replay)
     for _ in range(2):
-        out, _loop = run(target, every(target)[drafter], PROMPTS, 20)
+        out, _loop = run(target, EVERY[drafter](target), PROMPTS, 20)
         assert out == [greedy_reference(model, prompt, 20) for prompt in PROMPTS]
         del _loop
     assert Replay.replayed > Replay.recorded > 0
@@ -277,7 +277,7 @@ def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pyt
     model = tiny_model("llama")
     target = GraphedTarget(model, record=Replay)
     plain = [greedy_reference(model, PROMPTS[1], 24)]
-    run(target, every(target)[drafter], [PROMPTS[1]], 24)  # everything is recorded
+    run(target, EVERY[drafter](target), [PROMPTS[1]], 24)  # everything is recorded
     counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Batch.step
 
     def counted(self: Batch, scoring: Callable[[], object]) -> Any:
@@ -288,7 +288,7 @@ def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pyt
         return new
 
     monkeypatch.setattr(Batch, "step", counted)
-    out, _ = run(target, every(target)[drafter], [PROMPTS[1]], 24)
+    out, _ = run(target, EVERY[drafter](target), [PROMPTS[1]], 24)
     assert out == plain
     assert set(counts) == {1}, counter.waits
 

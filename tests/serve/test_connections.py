@@ -64,7 +64,7 @@ def test_a_head_that_comes_byte_by_byte_is_not_waited_for(server: Server) -> Non
             time.sleep(0.03)
 
 
-def test_whoever_does_not_read_a_whole_answer_is_given_up() -> None:
+def test_a_client_that_does_not_read_a_whole_answer_is_given_up() -> None:
     with serving(stand_in(byte_tokenizer(), context=10**7), replay(), client_timeout=PATIENCE) as server:
         body = b'{"prompt": "' + b"x" * 2_000_000 + b'"}'
         with connect(server, receive=4096) as raw:
@@ -74,7 +74,7 @@ def test_whoever_does_not_read_a_whole_answer_is_given_up() -> None:
             until(lambda: not server.server.server_state.connections)
 
 
-def test_who_reads_slowly_gets_all_of_it() -> None:
+def test_a_client_that_reads_slowly_gets_the_whole_answer() -> None:
     with serving(stand_in(byte_tokenizer(), context=10**7), replay(), client_timeout=PATIENCE) as server:
         with httpx.Client(timeout=60) as client:
             whole = client.post(server.url + "/tokenize", json={"prompt": "x" * 2_000_000}).content

@@ -23,7 +23,7 @@ from tiny import tiny_model
 from tiny_tokenizers import letters
 from transformers import LogitsProcessor, PreTrainedModel
 from typer.testing import CliRunner
-from zoo import EOS, PROMPTS, every, half, new_tokens, together
+from zoo import EOS, EVERY, PROMPTS, every, half, new_tokens, together
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.base.errors import ConstraintError
@@ -236,7 +236,7 @@ def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.Monke
     for blind in (False, True):
         if blind:
             monkeypatch.setattr(State, "constrained", False)
-        drafter = every(target)["medusa (tree)"]
+        drafter = EVERY["medusa (tree)"](target)
         drafter.bind(target)
         drafter.has_probabilities = not blind
         rows = [request(prompt, rule) for prompt in PROMPTS]
@@ -306,7 +306,7 @@ def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -
 def test_constrained_and_free_rows_share_a_batch() -> None:
     model, rule = tiny_model(), made(Json(SCHEMA))
     target = ReferenceTarget(model)
-    drafter = every(target)["prompt-lookup"]
+    drafter = EVERY["prompt-lookup"](target)
     alone = request(PROMPTS[1], None, 20)
     together(target, drafter, [alone], FixedDepth(4))
     rows = [request(PROMPTS[0], rule), request(PROMPTS[1], None, 20), request(PROMPTS[2], rule, draft=False)]
@@ -322,7 +322,7 @@ def test_the_native_runtime_gives_plain_constrained_decoding() -> None:
     rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
     texts = []
     for name in ("none", "prompt-lookup", "early-exit", "early-exit (tree)"):
-        drafter = every(target)[name]
+        drafter = EVERY[name](target)
         drafter.bind(target)
         rows = [request(prompt, rule) for prompt in PROMPTS for rule in rules]
         together(target, drafter, rows, FixedDepth(4))
@@ -353,7 +353,7 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     assert state.forced(ids + block, 9) == [*xy, EOS]
     target = ReferenceTarget(tiny_model())
     row = Request(ids, 100, processors=[state], eos=frozenset([EOS]))
-    together(target, every(target)["prompt-lookup"], [row], FixedDepth(4))
+    together(target, EVERY["prompt-lookup"](target), [row], FixedDepth(4))
     new = new_tokens(row)
     answer = new[new.index(end) + 1 :] if reasons != "not" and end in new else new
     assert answer == [*xy, EOS] if row.finish_reason == "eos" else reasons != "not"
@@ -384,7 +384,7 @@ def expected(model: PreTrainedModel, rule: CompiledConstraint, temperature: floa
 
 def fit(model: PreTrainedModel, name: str, rule: CompiledConstraint, masks: CompiledConstraint | None = None) -> float:
     target = ReferenceTarget(model)
-    drafter = every(target)[name]
+    drafter = EVERY[name](target)
     drafter.bind(target)
     params = SamplingParams(temperature=2.0, seed=5)
     rows = [request(PROMPT, masks or rule, 3, params=params, stream=stream) for stream in range(ROWS)]
@@ -486,7 +486,7 @@ def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.M
 
     monkeypatch.setattr(ConstraintState, "_go_to", fails)
     target = ReferenceTarget(model)
-    engine = Engine(target, every(target)["prompt-lookup"], ExactVerifier(), FixedDepth(4))
+    engine = Engine(target, EVERY["prompt-lookup"](target), ExactVerifier(), FixedDepth(4))
     for row in (bad, good):
         engine.submit(row)
     for _ in engine.steps():
@@ -582,38 +582,49 @@ def cut(text: str) -> bool:
     return True
 
 
-def test_streams_of_several_constrained_rows_end_at_stop_strings_with_every_drafter() -> None:
-    """Through the library and through the server with the official client: what plain decoding gives."""
+@pytest.fixture(scope="module")
+def stopping() -> tuple[SpecDecoder, dict[str, Any], list[list[int]], list[str]]:
+    """A plain decoder, how several rows of the schema are asked for, and its token ids and texts."""
     tokenizer = letters()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    plain, prompt, rows = SpecDecoder(tiny_model(), tokenizer, "none", runtime="reference"), "where?", 4
-    how: dict[str, Any] = {"constraint": Json(SCHEMA), "max_new_tokens": 60, "temperature": 1.0, "seed": 1}
-    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
-    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": 60, "seed": 1}
-    asked |= {"n": rows, "stop": STOPS, "response_format": form, "temperature": 1.0}
+    plain = SpecDecoder(tiny_model(), tokenizer, "none", runtime="reference")
+    how = {"constraint": Json(SCHEMA), "max_new_tokens": 60, "temperature": 1.0, "seed": 1}
     how |= {"stop": STOPS, "num_speculative_tokens": 4}
-    expected = plain.generate_batch([prompt] * rows, **how)
+    expected = plain.generate_batch(["where?"] * 4, **how)
     texts = [output.text for output in expected]
     assert {cut(text) for text in texts} == {False, True} and len(set(texts)) > 2
+    return plain, how, [output.token_ids for output in expected], texts
+
+
+def test_streams_of_several_constrained_rows_end_at_stop_strings_with_every_drafter(stopping: Any) -> None:
+    plain, how, ids, texts = stopping
     for name, drafter in every(plain.target).items():
         decoder = plain.with_drafter(drafter)
-        with decoder.open([prompt] * rows, **how) as generation:
+        with decoder.open(["where?"] * 4, **how) as generation:
             pieces = list(generation)
-            assert [output.token_ids for output in generation.outputs()] == [one.token_ids for one in expected], name
+            assert [output.token_ids for output in generation.outputs()] == ids, name
         assert ["".join(parts) for parts in zip(*pieces, strict=True)] == texts, name
-        assert "".join(decoder.stream(prompt, **how)) == texts[0], name
-        engine = decoder.engine(max_rows=16, num_speculative_tokens=4)
-        with (
-            closing(engine),
-            serving(decoder, engine) as server,
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
-        ):
-            whole = client.chat.completions.create(**asked)
-            chunks = list(client.chat.completions.create(stream=True, **asked))
-        assert [choice.message.content for choice in whole.choices] == texts, name
-        assert {choice.finish_reason for choice in whole.choices} == {"stop"}, name
-        streamed, ends = Counter[int](), [""] * rows
-        for choice in (choice for chunk in chunks for choice in chunk.choices):
-            ends[choice.index] += choice.delta.content or ""
-            streamed[choice.index] += choice.finish_reason == "stop"
-        assert ends == texts and set(streamed.values()) == {1}, name
+
+
+@pytest.mark.parametrize("name", ["prompt-lookup", "m2r2: grown level by level (tree)", "early-exit", "hybrid"])
+def test_the_official_client_gets_them_whole_and_streamed(stopping: Any, name: str) -> None:
+    plain, how, _, texts = stopping
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "where?"}], "max_tokens": 60, "seed": 1}
+    asked |= {"n": 4, "stop": STOPS, "response_format": form, "temperature": 1.0}
+    decoder = plain.with_drafter(EVERY[name](plain.target))
+    assert "".join(decoder.stream("where?", **how)) == texts[0]
+    with (
+        closing(decoder.engine(max_rows=16, num_speculative_tokens=4)) as engine,
+        serving(decoder, engine) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+    ):
+        whole = client.chat.completions.create(**asked)
+        chunks = list(client.chat.completions.create(stream=True, **asked))
+    assert [choice.message.content for choice in whole.choices] == texts
+    assert {choice.finish_reason for choice in whole.choices} == {"stop"}
+    streamed, ends = Counter[int](), [""] * 4
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        ends[choice.index] += choice.delta.content or ""
+        streamed[choice.index] += choice.finish_reason == "stop"
+    assert ends == texts and set(streamed.values()) == {1}

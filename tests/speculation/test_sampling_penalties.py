@@ -12,7 +12,7 @@ import torch
 from tiny import save_tiny, tiny_model
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
-from zoo import PROMPTS, every, new_tokens, run, together
+from zoo import EVERY, PROMPTS, every, new_tokens, run, together
 
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
@@ -67,7 +67,7 @@ def test_rows_of_a_batch_have_their_own() -> None:
     rows = [(prompt, asked) for prompt in PROMPTS[:2] for asked in ({}, *SETTINGS.values())]
     for drafter in ("prompt-lookup", "medusa", "m2r2: grown level by level (tree)"):
         requests = [Request(prompt, COUNT, SamplingParams(**asked)) for prompt, asked in rows]
-        drafting = every(target)[drafter]
+        drafting = EVERY[drafter](target)
         drafting.bind(target)
         together(target, drafting, requests, FixedDepth(3), max_rows=5)  # rows come and go
         assert [new_tokens(request) for request in requests] == [plainly(model, *row) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,15 @@ from specdec.train.data import TrainingAnswer
 from specdec.train.m2r2_settings import M2R2Settings, wanted_states
 from specdec.train.settings import from_mapping
 from specdec.train.student import Teacher, draft_steps
+
+PATHS = {
+    "projected": M2R2Path(0, ((2, 4),), True, 4, {2: ["self_attn.q_proj", "self_attn.k_proj"], 3: ["mlp.up_proj"]}),
+    "projected from 1": M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.v_proj"]}),
+    "early": M2R2Path(2, (), False, 4, {0: ["self_attn.q_proj", "mlp.down_proj"], 1: ["self_attn.o_proj"]}),
+    "mixed": M2R2Path(1, ((2, 3),), True, 4, {0: ["mlp.up_proj"], 2: ["self_attn.k_proj"]}),
+    "early exits": M2R2Path(3, (), False, 4, {n: ["self_attn.q_proj", "mlp.down_proj"] for n in range(3)}, (1, 2)),
+    "exits on the way": M2R2Path(2, ((2, 3), (3, 4)), True, 4, {0: ["mlp.up_proj"], 2: ["mlp.up_proj"]}, (1, 3)),
+}
 
 
 def shaken(path: M2R2Path, target: Target, vocab: torch.Tensor | None = None) -> M2R2:
@@ -114,3 +124,12 @@ def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProces
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *launcher, "-m", "specdec", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def evaluations(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["evaluation"] for line in lines if "evaluation" in line]
+
+
+class Killed(BaseException):
+    pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -196,66 +196,73 @@ def second(target: Target, **changes: int | None) -> Target:
     return other_model(target.vocab_size, 1.0 if few else 0.1, **ends, **changes)
 
 
+CHAINS: dict[str, Callable[[Target], Drafter]] = {
+    "none": lambda target: NoDrafter(),
+    "prompt-lookup": lambda target: PromptLookupDrafter(),
+    "m2r2: projection": lambda target: m2r2(target, 1, ((2, 3),), True, False),
+    "m2r2: projection to the end, adapters everywhere": lambda target: m2r2(target, 1, ((2, 4),), False, True),
+    "m2r2: two projections, no early layer": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False),
+    "m2r2: three early exits": lambda target: m2r2(target, 3, (), False, True, exits=(1, 2), router=4),
+    "m2r2: exits that need no adapter": lambda target: m2r2(target, 2, ((2, 4),), True, False, exits=(1, 2)),
+    "m2r2: an early exit, one behind a projection": lambda target: m2r2(
+        target, 1, ((1, 2), (3, 4)), True, True, exits=(1, 2), router=4
+    ),
+    "m2r2-paper": lambda target: m2r2(target, 2, (), False, True, kind=PaperM2R2Drafter),
+    "medusa": lambda target: medusa(target, rooted=True),
+    "eagle3": lambda target: eagle3(target),
+    "eagle3: with an embedding of its own": lambda target: eagle3(target, True),
+    "mtp": lambda target: mtp(target),
+    "draft-model": lambda target: DraftModelDrafter(second(target)),
+    "early-exit": lambda target: EarlyExitDrafter(),
+    "early-exit: trained": lambda target: EarlyExitDrafter(network=heads(target, 2)),
+    "deed": lambda target: DeedDrafter(heads(target, 1, 2, 3), 0.2),
+    "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9),
+    "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target)),
+    "layer-skip": lambda target: LayerSkipDrafter(),
+    "layer-skip: parts": lambda target: LayerSkipDrafter(attn=[1, 2], mlp=[2, 3]),
+    "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
+    "hybrid: an exit above a layer that m2r2 observes": lambda target: HybridDrafter(
+        [PromptLookupDrafter(2, 2), EarlyExitDrafter(3), m2r2(target, 1, ((2, 3),), True, False)]
+    ),
+}
+TREES: dict[str, Callable[[Target], Drafter]] = {
+    "prompt-lookup": lambda target: PromptLookupDrafter(continuations=3),
+    "lookahead": lambda target: LookaheadDrafter(),
+    "ngram": lambda target: NgramDrafter(),
+    "ngram+m2r2": lambda target: HybridDrafter(
+        [NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]
+    ),
+    "ngram+medusa": lambda target: HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
+    "m2r2": lambda target: m2r2(target, 2, (), False, True, (3, 0, 2)),
+    "m2r2: after a projection": lambda target: m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
+    "m2r2: grown level by level": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
+    "m2r2: several exits": lambda target: m2r2(target, 2, ((3, 4),), True, False, (2, 1), exits=(1, 2), router=4),
+    "m2r2-paper": lambda target: m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),
+    "medusa": lambda target: medusa(target, 9),
+    "eagle3": lambda target: eagle3(target, siblings=(2, 0, 1)),
+    "eagle3: grown level by level": lambda target: eagle3(target, True, nodes=9, width=3),
+    "mtp": lambda target: mtp(target, siblings=(2, 1)),
+    "draft-model": lambda target: DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
+    "early-exit": lambda target: EarlyExitDrafter(3, siblings=(2, 1)),
+    "early-exit: trained": lambda target: EarlyExitDrafter(nodes=8, network=heads(target, 2)),
+    "deed": lambda target: DeedDrafter(heads(target, 1, 3, whole=True), 1.0, siblings=(2, 0, 1)),
+    "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9, siblings=(1, 1)),
+    "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target, 2, whole=True), siblings=(1, 2)),
+    "layer-skip": lambda target: LayerSkipDrafter([0, 2], siblings=(1, 1, 1)),
+    "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
+}
+EVERY = CHAINS | {f"{name} (tree)": make for name, make in TREES.items()}
+
+
 def chains(target: Target) -> dict[str, Drafter]:
     """Every drafter as a chain (of those that can be one), by name; what follows ": " tells variants apart."""
-    return {
-        "none": NoDrafter(),
-        "prompt-lookup": PromptLookupDrafter(),
-        "m2r2: projection": m2r2(target, 1, ((2, 3),), True, False),
-        "m2r2: projection to the end, adapters everywhere": m2r2(target, 1, ((2, 4),), False, True),
-        "m2r2: two projections, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
-        "m2r2: three early exits": m2r2(target, 3, (), False, True, exits=(1, 2), router=4),
-        "m2r2: exits that need no adapter": m2r2(target, 2, ((2, 4),), True, False, exits=(1, 2)),
-        "m2r2: an early exit, one behind a projection": m2r2(
-            target, 1, ((1, 2), (3, 4)), True, True, exits=(1, 2), router=4
-        ),
-        "m2r2-paper": m2r2(target, 2, (), False, True, kind=PaperM2R2Drafter),
-        "medusa": medusa(target, rooted=True),
-        "eagle3": eagle3(target),
-        "eagle3: with an embedding of its own": eagle3(target, True),
-        "mtp": mtp(target),
-        "draft-model": DraftModelDrafter(second(target)),
-        "early-exit": EarlyExitDrafter(),
-        "early-exit: trained": EarlyExitDrafter(network=heads(target, 2)),
-        "deed": DeedDrafter(heads(target, 1, 2, 3), 0.2),
-        "skip-decode": SkipDecodeDrafter(3, 1, horizon=9),
-        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target)),
-        "layer-skip": LayerSkipDrafter(),
-        "layer-skip: parts": LayerSkipDrafter(attn=[1, 2], mlp=[2, 3]),
-        "hybrid": HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
-        "hybrid: an exit above a layer that m2r2 observes": HybridDrafter(
-            [PromptLookupDrafter(2, 2), EarlyExitDrafter(3), m2r2(target, 1, ((2, 3),), True, False)]
-        ),
-    }
+    return {name: make(target) for name, make in CHAINS.items()}
 
 
 def trees(target: Target) -> dict[str, Drafter]:
     """Every drafter that can draft a tree, doing so."""
-    return {
-        "prompt-lookup": PromptLookupDrafter(continuations=3),
-        "lookahead": LookaheadDrafter(),
-        "ngram": NgramDrafter(),
-        "ngram+m2r2": HybridDrafter([NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]),
-        "ngram+medusa": HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
-        "m2r2": m2r2(target, 2, (), False, True, (3, 0, 2)),
-        "m2r2: after a projection": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
-        "m2r2: grown level by level": m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
-        "m2r2: several exits": m2r2(target, 2, ((3, 4),), True, False, (2, 1), exits=(1, 2), router=4),
-        "m2r2-paper": m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),
-        "medusa": medusa(target, 9),
-        "eagle3": eagle3(target, siblings=(2, 0, 1)),
-        "eagle3: grown level by level": eagle3(target, True, nodes=9, width=3),
-        "mtp": mtp(target, siblings=(2, 1)),
-        "draft-model": DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
-        "early-exit": EarlyExitDrafter(3, siblings=(2, 1)),
-        "early-exit: trained": EarlyExitDrafter(nodes=8, network=heads(target, 2)),
-        "deed": DeedDrafter(heads(target, 1, 3, whole=True), 1.0, siblings=(2, 0, 1)),
-        "skip-decode": SkipDecodeDrafter(3, 1, horizon=9, siblings=(1, 1)),
-        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target, 2, whole=True), siblings=(1, 2)),
-        "layer-skip": LayerSkipDrafter([0, 2], siblings=(1, 1, 1)),
-        "hybrid": HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
-    }
+    return {name: make(target) for name, make in TREES.items()}
 
 
 def every(target: Target) -> dict[str, Drafter]:
-    return chains(target) | {f"{name} (tree)": drafter for name, drafter in trees(target).items()}
+    return {name: make(target) for name, make in EVERY.items()}

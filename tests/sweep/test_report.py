@@ -156,7 +156,7 @@ def test_every_command_measures_its_cell_again(folder: Path) -> None:
             assert given["--verifier-option"] == f"exit_threshold={cell['verifier_options']['exit_threshold']}"
 
 
-def test_data_for_programs(folder: Path) -> None:
+def test_a_report_is_also_csv_json_and_markdown(folder: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(report(folder, "--format", "csv").stdout)))
     assert len(rows) == 13 and rows[0]["drafter"] == "prompt-lookup" and rows[-1]["error"]
     assert float(rows[0]["speedup.none"]) == pytest.approx(1.4)

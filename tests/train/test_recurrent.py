@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import HYBRIDS, tiny_model
-from training import Tokens, recipe, same_drafts, searched
+from training import Killed, Tokens, recipe, same_drafts, searched
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2Path
@@ -20,10 +20,6 @@ from specdec.train import recurrent
 from specdec.train.run import TrainingRun
 from specdec.train.runtime import training_target
 from specdec.train.trainer import train
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(params=["qwen3_5_text", "lfm2"])

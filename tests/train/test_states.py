@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_model
+from training import Killed, recipe
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
@@ -20,6 +21,7 @@ from specdec.runtimes.target import Target
 from specdec.train import states
 from specdec.train.data import TrainingAnswer
 from specdec.train.runtime import training_target
+from specdec.train.trainer import train
 
 WANTED = states.Wanted((0, 2), (1, 4))
 
@@ -123,3 +125,46 @@ def test_too_little_room_is_known_before(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SpecDecError, match=r"take about 0\.2 MB, and '.*' has 0\.0 MB free; free space and --resume"):
         states.compute(tmp_path, target, some_answers(3), WANTED)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(recipe(answers, out, steps=1))
+    shard = out / "states" / "train" / "states-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(SpecDecError, match="truncated"):
+        train(recipe(answers, out, steps=1), resume=True)
+    shard.write_bytes(whole)
+    lines = answers.read_text().splitlines()
+    answers.write_text("\n".join(lines[:-5]))
+    with pytest.raises(SpecDecError, match="teacher states of other answers"):
+        train(recipe(answers, out, steps=1), resume=True)
+
+
+def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = training_target(tiny_model("llama"))
+    some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
+    wanted = states.Wanted((2,), (4,))
+    monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
+    whole = states.compute(tmp_path / "whole", target, some, wanted)
+    teach, calls = states._teach, []
+
+    def killed(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise Killed
+        return teach(*args)
+
+    monkeypatch.setattr(states, "_teach", killed)
+    with pytest.raises(Killed):
+        states.compute(tmp_path / "parts", target, some, wanted)
+    parts = states.compute(tmp_path / "parts", target, some, wanted)
+    assert len(calls) == 4  # two shards, the killed one, and that one again
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(a.hidden[4], b.hidden[4]) and torch.equal(a.kv[2][0], b.kv[2][0])
+    with pytest.raises(SpecDecError, match="other fingerprint"):
+        target.fingerprint = "another model"
+        states.compute(tmp_path / "parts", target, some, wanted)

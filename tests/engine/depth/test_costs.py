@@ -25,6 +25,13 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(costs, "SECONDS", 0.0)
 
 
+@pytest.fixture
+def once(monkeypatch) -> None:
+    """Everything is timed once, which is enough where no figure counts."""
+    monkeypatch.setattr(costs, "REPEATS", 1)
+
+
+@pytest.mark.usefixtures("once")
 def test_costs_are_measured_once_and_again_when_something_changes(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     target, verifier = ReferenceTarget(tiny_model()), ExactVerifier()
@@ -40,12 +47,14 @@ def test_costs_are_measured_once_and_again_when_something_changes(tmp_path: Path
     assert len(list((tmp_path / "costs").iterdir())) == 3
 
 
+@pytest.mark.usefixtures("once")
 def test_an_unwritable_cache_only_costs_time(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
     assert costs.costs(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier()).drafts == ((0.0, 0.0),)
 
 
+@pytest.mark.usefixtures("once")
 def test_a_planted_file_is_read_as_data(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     target = ReferenceTarget(tiny_model())

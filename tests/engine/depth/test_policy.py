@@ -86,7 +86,7 @@ def fixed(acceptance: float, draft: float, depth: int) -> float:
 
 @pytest.mark.parametrize("draft", [0.05, 3.0, 8.0, 15.0])
 @pytest.mark.parametrize("acceptance", [0.0, 0.2, 0.5, 0.7, 0.95])
-def test_it_is_close_to_the_best_fixed_depth_and_never_far_below_plain(acceptance: float, draft: float) -> None:
+def test_the_policy_is_close_to_the_best_fixed_depth_and_never_far_below_plain(acceptance: float, draft: float) -> None:
     rng = random.Random(int(100 * acceptance + 7 * draft))
     policy, tokens = policy_of((draft, draft)), 1500
     total, _ = simulate(acceptance, draft, tokens, rng, policy)
@@ -97,7 +97,7 @@ def test_it_is_close_to_the_best_fixed_depth_and_never_far_below_plain(acceptanc
 
 
 @pytest.mark.parametrize("draft", [0.1, 2.0, 8.0, 30.0])
-def test_it_drops_a_useless_drafter_within_a_short_request(draft: float) -> None:
+def test_a_useless_drafter_is_dropped_within_a_short_request(draft: float) -> None:
     policy = policy_of((draft, draft))
     total, _ = simulate(0.0, draft, 128, random.Random(1), policy, noise=0.0)
     assert 128 * SCORE[1] / total >= 0.97  # although a first request still has to find out
@@ -131,7 +131,7 @@ def test_a_drafter_that_is_good_and_useless_in_turns_never_costs_three_percent()
         assert 24 * span * SCORE[1] / total >= 0.97
 
 
-def test_it_counts_every_token_of_a_tree_not_only_its_depth() -> None:
+def test_every_token_of_a_tree_counts_not_only_its_depth() -> None:
     """One token of 30 % is worth a chain's step (21 ms for 1.3 tokens), not that of a tree of nine (28 ms)."""
     chain, tree = policy_of((0.0, 0.0)), policy_of((0.0, 0.0))
     _, depths = simulate(0.3, 0.0, 400, random.Random(5), chain, noise=0.0)
@@ -153,7 +153,7 @@ def test_nodes_that_pay_do_not_make_deeper_drafts_look_expensive(draft: float, m
     assert abs(mean[True] - mean[False]) < 0.4
 
 
-def test_it_notices_when_a_useless_drafter_becomes_good_and_the_reverse() -> None:
+def test_a_useless_drafter_that_becomes_good_is_noticed_and_the_reverse() -> None:
     rng, policy = random.Random(3), policy_of((2.0, 2.0))
     _, bad = simulate(0.0, 2.0, 600, rng, policy)
     assert sum(bad[-100:]) <= 20
@@ -393,7 +393,7 @@ def simulate_exits(exits: Exits, tokens: int, seed: int, policy: OneRow) -> tupl
         [(0.0, 0.5), (0.0, 0.5), (0.0, 0.5)],
     ],
 )
-def test_it_finds_the_exit_that_pays_and_loses_little_on_the_way(exits: Exits) -> None:
+def test_the_exit_that_pays_is_found_and_little_is_lost_on_the_way(exits: Exits) -> None:
     policy = policy_of(*[(draft, draft) for _, draft in exits])
     simulate_exits(exits, 300, 1, policy)
     total, _ = simulate_exits(exits, 1500, 2, policy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from functools import partial
 from itertools import count
 
@@ -141,12 +140,12 @@ def test_wrong_predictions_change_no_token(mixtral, folder):
     assert out.token_ids == greedy_reference(mixtral, PROMPT, COUNT)
 
 
-def test_with_every_drafter_as_chain_and_as_tree(mixtral, folder):
+def test_every_drafter_gives_the_models_tokens(mixtral, folder):
     target = ReferenceTarget(mixtral)
     own = [greedy_reference(mixtral, PROMPT, 8)]
     target.experts = offload = Offload(mixtral, target.fingerprint, ExpertOptions(0.5, "m2r2", folder, adaptive=False))
     try:
-        made = zoo.every(target)
+        made = zoo.trees(target)
         assert {"m2r2", "prompt-lookup", "medusa"} <= {name.partition(":")[0] for name in made}
         for name, drafter in made.items():
             assert zoo.run(target, drafter, [PROMPT], 8, eos=None)[0] == own, name
@@ -167,9 +166,16 @@ def test_figures_of_a_drafter_are_per_accepted_token(mixtral, folder):
 
 
 def test_the_cost_of_scoring_includes_the_experts_that_more_rows_need(mixtral, folder, monkeypatch):
-    target, read = ReferenceTarget(mixtral), tiers.DiskTier.read
-    options = ExpertOptions(2 / 6, folder=folder)
-    monkeypatch.setattr(tiers.DiskTier, "read", lambda *args: time.sleep(0.006) or read(*args))
+    """On a clock that only reading an expert moves."""
+    target, read, now = ReferenceTarget(mixtral), tiers.DiskTier.read, [0.0]
+    options = ExpertOptions(2 / 6, "none", folder)
+
+    def takes(*args):
+        now[0] += 0.006
+        return read(*args)
+
+    monkeypatch.setattr(tiers.DiskTier, "read", takes)
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
     target.experts = offload = Offload(mixtral, target.fingerprint, options)
     try:
         score = costs.time_scoring(target, 1)
@@ -183,7 +189,7 @@ def test_the_cost_of_scoring_includes_the_experts_that_more_rows_need(mixtral, f
     assert slow < fast
 
 
-def test_with_a_tree_and_in_a_batch(mixtral, folder):
+def test_trees_in_a_batch_give_the_models_tokens(mixtral, folder):
     tree = Scripted(lambda ids, limit: [(ids[-1], 0), (5, 0), (9, 1)][: 3 if limit > 1 else 2])
     own = greedy_reference(mixtral, PROMPT, COUNT)
     decoder = SpecDecoder(mixtral, None, tree, experts=ExpertOptions(0.5, "m2r2", folder))

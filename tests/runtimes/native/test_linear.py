@@ -147,7 +147,7 @@ def test_scales_that_tiles_cannot_hold_are_held_in_bf16(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_a_table(kind: str) -> None:
+def test_rows_of_an_embedding_have_the_values_of_their_blocks(kind: str) -> None:
     blocks, index = random_blocks(kind, 40, 256), torch.tensor([[3, 0], [39, 3]])
     assert torch.equal(linear.RowTable(blocks)(index), blocks.numbers(index.flatten()).bfloat16().view(2, 2, 256))
     dense = blocks.numbers().bfloat16()

@@ -166,7 +166,7 @@ def test_rounded_weights_round_the_model(weights: str, most: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("t", "adapted"), [(1, None), (3, 3), (2, 1), (12, 2)])
 @torch.inference_mode()
-def test_adapters(family: str, t: int, adapted: int | None) -> None:
+def test_adapters_agree_with_the_reference_runtime(family: str, t: int, adapted: int | None) -> None:
     model = model_of(family)
     reference, target = ReferenceTarget(model), NativeTarget(model)
     assert target.linears(1) == reference.linears(1)
@@ -180,7 +180,7 @@ def test_adapters(family: str, t: int, adapted: int | None) -> None:
 
 
 @torch.inference_mode()
-def test_head_of_any_width() -> None:
+def test_a_reduced_head_gives_the_logits_of_its_tokens() -> None:
     target = NativeTarget(model_of("llama"))
     x, few = torch.randn(2, 3, 64).bfloat16(), torch.tensor([7, 3, 90])
     assert apart(target.readout(x, target.reduced_head(few)), target.readout(x)[..., few]) < 0.03  # for drafts: 8 bits
@@ -430,7 +430,7 @@ def random_route(target: Target, heads: int) -> tree_drafting.DraftPath:
     return tree_drafting.DraftPath(projections, ((1, 2), (3, 4)), adapters, parts, tokens)
 
 
-def test_the_largest_of_a_row() -> None:
+def test_the_largest_output_of_a_row_is_the_first_of_equals() -> None:
     torch.manual_seed(4)
     x = torch.randn(2, 3, 1003).bfloat16()  # 16 bits: many ties, of which the first counts
     x[0, 0], x[0, 1, 1001], x[1, 2] = -0.0, 9.0, float("-inf")

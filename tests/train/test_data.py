@@ -1,0 +1,129 @@
+"""What is trained on: files of every kind, their tokens, held-out prompts, the draft vocabulary."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_tiny
+from training import recipe
+from typer.testing import CliRunner
+
+from specdec.base.errors import SpecDecError
+from specdec.cli import app
+from specdec.models import drafter_folder
+from specdec.train import data
+from specdec.train.data import Prompt, TrainingAnswer
+from specdec.train.trainer import train
+
+
+def test_answers_of_another_tokenizer_or_template_are_refused_with_the_first_example() -> None:
+    """A tokenizer of words: the ids of another one read as words that it would put together otherwise."""
+    words = {1: "<|im_start|>", 2: "say", 3: "hello", 4: "[INST]", 5: "he", 6: "llo", 7: "<|turn|>"}
+
+    def decode(ids: Any) -> str:
+        return "".join(words[i] for i in ids)
+
+    def encode(text: str) -> list[int]:
+        ids = []
+        while text:
+            id = max((i for i, word in words.items() if text.startswith(word)), key=lambda i: len(words[i]))
+            ids.append(id)
+            text = text[len(words[id]) :]
+        return ids
+
+    def check(*prompts: tuple[int, ...], turn: str = "<|turn|>") -> None:
+        data.refuse_other_tokens([Prompt(("x",)), *(TrainingAnswer(p, (2,)) for p in prompts)], decode, encode, turn)
+
+    check()
+    check((1, 2, 3, 7), (2, 3), (4, 2, 7))
+    check((2, 3), (4, 2), (2,))  # in no template, most of them
+    check((4, 2), (4, 3), turn="")
+    check((5, 6), (2, 3))  # one is not as this tokenizer would have it: still of its vocabulary
+    with pytest.raises(SpecDecError, match=r"of another tokenizer: the prompt of answer 2 reads 'hellohello' to this"):
+        check((5, 6, 5, 6), (5, 6, 2))
+    with pytest.raises(
+        SpecDecError, match=r"another chat template: the prompt of answer 3 is '\[INST\]say', and this .*turn"
+    ):
+        check((2, 3, 7), (4, 2), (4, 3))
+
+
+def test_lines_of_every_kind_are_read_and_broken_ones_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl.gz"
+    lines = ['{"turns": ["a", "b"]}', "", '{"prompt": "c"}', "plain", '{"prompt_ids": [1], "response_ids": [2, 3]}']
+    with gzip.open(file, "wt") as out:
+        out.write("\n".join(lines))
+    assert data.read([file]) == [Prompt(("a", "b")), Prompt(("c",)), Prompt(("plain",)), TrainingAnswer((1,), (2, 3))]
+    for broken in ('{"turns": ["a"]', '{"turns": []}', '{"prompt_ids": [1], "response_ids": [true]}', '{"text": "x"}'):
+        path = tmp_path / "broken.jsonl"
+        path.write_text('{"prompt": "fine"}\n' + broken + "\n")
+        with pytest.raises(SpecDecError, match="line 2 of"):
+            data.read([path])
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(SpecDecError, match="no prompts in"):
+        data.read([tmp_path / "empty"])
+    with pytest.raises(SpecDecError, match="cannot read"):
+        data.read([tmp_path / "missing"])
+
+
+def test_plain_text_becomes_pieces_that_are_trained_on_and_may_stand_alone(tmp_path: Path) -> None:
+    assert [len(p) for p in data.pieces(range(1000), 300)] == [300, 300, 300, 100]
+    assert data.pieces(range(317), 300)[1:] == []  # too short to learn from
+    assert sum((p.prompt_ids + p.response_ids for p in data.pieces(range(600), 300)), ()) == tuple(range(600))
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"line {n} of a book that goes on\n" for n in range(60)))
+    folder, preset = save_tiny(tmp_path / "model"), tmp_path / "preset.yaml"
+    preset.write_text(
+        "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\n"
+        "text_tokens: 64\neval_fraction: 0.2\n"
+    )
+    command = ["train", "m2r2", "--model", str(folder), "--text", str(text), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--preset", str(preset), "--dtype", "float32", "--steps", "3"])
+    assert result.exit_code == 0, result.output
+    training = drafter_folder.read_config(tmp_path / "out")["training"]
+    assert training["tokens_in_answers"] > 1000
+    text.write_text(" \n")
+    with pytest.raises(SpecDecError, match=r"text file .* is empty"):
+        data.read_texts([text])
+
+
+def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
+    held = [Prompt(("Why is the sky blue?", "second turn"))]
+    data.refuse_held_out([Prompt(("second turn",)), Prompt(("Why is it?",))], held, str)
+    for item in (Prompt(("Tell me:  why IS the\nsky blue?",)), TrainingAnswer((1,), (2,))):
+        with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt"):
+            data.refuse_held_out([item], held, lambda ids: "user why is the sky blue? assistant")
+
+
+def test_a_run_on_held_out_prompts_does_not_begin(answers: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(answers.read_text().splitlines()[3])
+    with pytest.raises(SpecDecError, match=r"prompt 4 to train on contains the held-out prompt .* remove it"):
+        train(recipe(answers, tmp_path / "out", holdout=[str(held)]))
+    assert not (tmp_path / "out" / "states").exists()
+    (tmp_path / "text.txt").write_text("1 2 3 " + held_text(held) + " 4")
+    with pytest.raises(SpecDecError, match="text 1 to train on contains"):
+        train(recipe(answers, tmp_path / "other", prompts=[], text=[str(tmp_path / "text.txt")], holdout=[str(held)]))
+
+
+def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, tmp_path: Path) -> None:
+    with answers.open("a") as file:
+        file.write('\n{"prompt_ids": [5], "response_ids": [6, 97]}')  # of 97 tokens
+    with pytest.raises(
+        SpecDecError, match="answer 41 to train on holds token 97, but the model's vocabulary ends at 96"
+    ):
+        train(recipe(answers, tmp_path / "out"))
+
+
+def held_text(path: Path) -> str:
+    return " ".join(map(str, json.loads(path.read_text())["prompt_ids"]))
+
+
+def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens_and_the_ends() -> None:
+    some = [TrainingAnswer((9, 9, 9, 9), (5, 5, 5, 7, 7, 8)), TrainingAnswer((9,), (5, 6))]
+    assert data.draft_vocabulary(some, 3, [2], 97).tolist() == [2, 5, 7]
+    assert data.draft_vocabulary(some, 6, [2], 97).tolist() == [2, 5, 6, 7, 8, 9]
+    assert len(data.draft_vocabulary(some, 500, [2], 97)) == 97

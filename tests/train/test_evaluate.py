@@ -1,0 +1,14 @@
+"""What an evaluation counts."""
+
+from __future__ import annotations
+
+import torch
+
+from specdec.train.evaluate import acceptance_lengths
+
+
+def test_accepted_drafts_along_a_window_are_counted_as_decoding_does() -> None:
+    hits = [[True, False, True, True, True, False], [True, True, False, True, False, False]]
+    # From 0: step 1 at 0 and step 2 at 1 hold, three tokens; from 3: step 1 holds, step 2 at 4 does not; 5: no room.
+    valid = torch.ones(1, 6, dtype=torch.bool)
+    assert acceptance_lengths([torch.tensor([row]) for row in hits], valid) == [3, 2]

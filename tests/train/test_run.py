@@ -1,0 +1,342 @@
+"""Whole runs of training: they learn, resume exactly, and say clearly what is wrong."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny import save_tiny, tiny_model
+from tiny_gguf import write_gguf
+from training import Killed, evaluations, recipe
+from typer.testing import CliRunner
+
+from specdec import SpecDecoder
+from specdec.base import files, machine
+from specdec.base.errors import SpecDecError
+from specdec.cli import app
+from specdec.engine.depth.costs import Costs
+from specdec.models import drafter_folder, loading
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter, Verifier
+from specdec.train import data, speed
+from specdec.train.data import TrainingAnswer
+from specdec.train.medusa import MedusaSettings
+from specdec.train.plot import draw_curves
+from specdec.train.run import TrainingRun
+from specdec.train.settings import from_mapping
+from specdec.train.student import Teacher
+from specdec.train.trainer import train
+
+
+@pytest.mark.parametrize("path", [{}, {"exit_layer": 3, "segments": [], "final_projection": False, "draft_steps": 1}])
+def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
+    answers: Path, tmp_path: Path, path: dict[str, Any]
+) -> None:
+    model, _ = loading.load("tiny")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    figures = train(recipe(answers, tmp_path / "out", steps=60, relative_rate=0.1, **path))
+    first = evaluations(tmp_path / "out")[0]
+    assert 1 - figures["overlap"][0] < 0.9 * (1 - first["overlap"][0])
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    decoder = SpecDecoder(model, None, drafter=str(tmp_path / "out"))
+    plain = SpecDecoder(model, None, drafter="none")
+    prompt = [5, 6, 7, 8]
+    out = decoder.generate(prompt, max_new_tokens=20, num_speculative_tokens=4)
+    assert out.token_ids == plain.generate(prompt, max_new_tokens=20).token_ids
+    assert (tmp_path / "out" / "train.yaml").exists()
+
+
+@pytest.mark.parametrize("checkpoint", [11, None])
+def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: int | None
+) -> None:
+    train(recipe(answers, tmp_path / "whole"))
+    step = TrainingRun._step
+
+    def killed(run: TrainingRun, *args: Any) -> dict[str, float]:
+        if run.update == checkpoint:
+            run._save()
+        if run.update == 17:
+            raise Killed
+        return step(run, *args)
+
+    monkeypatch.setattr(TrainingRun, "_step", killed)
+    with pytest.raises(Killed):
+        train(recipe(answers, tmp_path / "parts"))
+    monkeypatch.setattr(TrainingRun, "_step", step)
+    with pytest.raises(SpecDecError, match="--resume"):
+        train(recipe(answers, tmp_path / "parts"))
+    with pytest.raises(SpecDecError, match="rank 4 -> 5"):
+        train(recipe(answers, tmp_path / "parts", rank=5), resume=True)
+    train(recipe(answers, tmp_path / "parts"), resume=True)
+
+    whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    reported = [json.loads(line)["update"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert reported == sorted(reported)
+    assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_prolonged_from_its_last_update(answers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(recipe(answers, out, steps=20))
+    first = load_file(out / "checkpoint.safetensors")
+    with pytest.raises(SpecDecError, match=r"pass --resume to go on, with a longer --minutes or --steps .* prolong"):
+        train(recipe(answers, out, steps=60))
+    with pytest.raises(SpecDecError, match="steps 20 -> 10"):
+        train(recipe(answers, out, steps=10), resume=True)
+    train(recipe(answers, out, steps=60), resume=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["update"]: line["rate"] for line in lines if "rate" in line}
+    assert list(rates) == [10, 20, 30, 40, 50, 60]  # what was done is not done again
+    assert rates[30] == pytest.approx(5.5 / 20)  # the rates warm up anew
+    assert any(not torch.equal(first[key], now) for key, now in load_file(out / "checkpoint.safetensors").items())
+    assert yaml.safe_load((out / "train.yaml").read_text())["steps"] == 60
+
+
+@pytest.mark.parametrize("searches", [True, False])
+def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
+    answers: Path, tmp_path: Path, searches: bool
+) -> None:
+    first = train(recipe(answers, tmp_path / "first", steps=40, relative_rate=0.1))
+    other = {
+        "init": str(tmp_path / "first"),
+        "segments": [],
+        "search": searches,
+        "rank": 7,
+    }  # that drafter's path counts
+    again = train(recipe(answers, tmp_path / "again", steps=2, **other))
+    assert evaluations(tmp_path / "again")[0]["top1"] == first["top1"]
+    assert again["score"] >= first["score"]
+    config = drafter_folder.read_config(tmp_path / "again")
+    assert config["path"] == drafter_folder.read_config(tmp_path / "first")["path"]
+    assert (
+        config["training"]["began_from"]["updates"]
+        == drafter_folder.read_config(tmp_path / "first")["training"]["updates"]
+    )
+
+    config["base"] = {"fingerprint": "another"}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecDecError, match="was trained for base weights another"):
+        train(recipe(answers, tmp_path / "foreign", init=str(tmp_path / "first")))
+    with pytest.raises(SpecDecError, match="does not exist"):
+        train(recipe(answers, tmp_path / "missing", init=str(tmp_path / "nowhere")))
+    short = from_mapping(
+        MedusaSettings,
+        {"prompts": [str(answers)], "output": str(tmp_path / "medusa"), "dtype": "float32", "method": "medusa"}
+        | {
+            "init": str(tmp_path / "again"),
+            "heads": 2,
+            "window": 8,
+            "draft_vocab": 60,
+            "steps": 1,
+            "minutes": None,
+        },
+        "test",
+    )
+    with pytest.raises(SpecDecError, match=r"cannot begin a 'medusa' drafter from .*again'"):
+        train(short)
+
+
+def test_a_drafter_is_stored_as_asked_and_a_run_may_begin_from_8_bits(answers: Path, tmp_path: Path) -> None:
+    def kinds(name: str) -> set[torch.dtype]:
+        return {value.dtype for value in load_file(tmp_path / name / "model.safetensors").values()}
+
+    first = train(recipe(answers, tmp_path / "int8", steps=40, relative_rate=0.1, storage="int8"))
+    train(recipe(answers, tmp_path / "half", steps=1, storage="bfloat16"))
+    assert torch.int8 in kinds("int8") and kinds("half") == {torch.bfloat16, torch.int32}
+    assert kinds("int8") - {torch.int8, torch.bfloat16} == {torch.float32, torch.int32}
+    train(recipe(answers, tmp_path / "again", steps=1, init=str(tmp_path / "int8")))
+    assert evaluations(tmp_path / "again")[0]["score"] == pytest.approx(first["score"], abs=0.2)
+    saved = load_file(tmp_path / "int8" / "checkpoint.safetensors")
+    assert all(value.dtype == torch.float32 for name, value in saved.items() if name.startswith("masters/"))
+    with pytest.raises(SpecDecError, match="setting 'storage' cannot be 'int4'"):
+        recipe(answers, tmp_path / "odd", storage="int4")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Teacher.loss
+
+    def broken(teacher: Teacher, logits: torch.Tensor) -> torch.Tensor:
+        kl = loss(teacher, logits)
+        teacher.calls = getattr(teacher, "calls", 0) + 1  # type: ignore[attr-defined]
+        return kl * float("nan") if teacher.calls > 12 else kl  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Teacher, "loss", broken)
+    with pytest.raises(SpecDecError, match="not a number any more at update 5"):
+        train(recipe(answers, tmp_path / "out"))
+    assert all(t.isfinite().all() for t in drafter_folder.read_tensors(tmp_path / "out").values())
+    kept = load_file(tmp_path / "out" / "checkpoint.safetensors")
+    monkeypatch.setattr(Teacher, "loss", loss)
+    train(recipe(answers, tmp_path / "whole", steps=5, decay=1e-9))  # the rate does not fall in so few updates
+    whole = load_file(tmp_path / "whole" / "checkpoint.safetensors")
+    assert {name for name in whole if name.startswith("masters/")} <= kept.keys()
+    assert all(t.isfinite().all() for t in kept.values())
+
+
+def test_a_run_that_makes_the_drafter_worse_than_its_closed_form_goes_back_and_lowers_its_rates(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = TrainingRun._step
+
+    def seen(run: TrainingRun, rows: Any, rate: float) -> dict[str, float]:
+        rates.append(rate)
+        return step(run, rows, rate)
+
+    monkeypatch.setattr(TrainingRun, "_step", seen)
+    console = Console(file=io.StringIO(), width=300)
+    train(recipe(answers, tmp_path / "out", steps=50, relative_rate=30.0, warmup=1, decay=1e-9), console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "the held-out loss rose from" in said
+    assert "going back to update 0, and on with learning rates 3 times lower" in said
+    assert min(rates) < max(rates) / 2
+    quiet = Console(file=io.StringIO(), width=300)
+    train(recipe(answers, tmp_path / "calm", steps=30, relative_rate=0.02), console=quiet)
+    assert "going back" not in quiet.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = files.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "checkpoint.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(path, content)
+
+    monkeypatch.setattr(files, "write_atomically", full)
+    with pytest.raises(SpecDecError, match=r"No space left on device; .* free space and --resume"):
+        train(recipe(answers, tmp_path / "out", steps=2))
+
+
+def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    given, timed = speed.costs, list[str]()
+
+    def noted(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
+        timed.append(target.weight_format)
+        return given(target, drafter, verifier)
+
+    monkeypatch.setattr(speed, "costs", noted)
+    files = {name: tmp_path / f"{name}.gguf" for name in ("packed", "plain", "other")}
+    write_gguf(files["packed"], width=64, packed=gguf.GGMLQuantizationType.Q4_0)
+    write_gguf(files["plain"], width=64)
+    write_gguf(files["other"], width=64, seed=1)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{n} plus {n} is" for n in range(12)))
+    command = ["train", "m2r2", "--model", str(files["packed"]), "--prompts", str(tmp_path / "prompts.txt")]
+    sizes = ["max_new_tokens=24", "rank=2", "draft_vocab=50", "rows=4", "window=8", "eval_fraction=0.2"]
+    command += [
+        "--output",
+        str(tmp_path / "out"),
+        "--steps",
+        "2",
+        *(part for each in sizes for part in ("--set", each)),
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    capsys.readouterr()
+    for name, says in (("packed", False), ("plain", True)):
+        decoder = SpecDecoder.from_pretrained(str(files[name]), drafter=str(tmp_path / "out"))
+        if name == "packed":
+            assert timed == [decoder.target.weight_format]  # the blocks that users run, not what training makes of them
+        assert ("another precision of that model" in capsys.readouterr().err) == says
+        plain = decoder.with_drafter("none").generate("3 plus 3 is", max_new_tokens=16).token_ids
+        out = decoder.generate("3 plus 3 is", max_new_tokens=16, num_speculative_tokens=2)
+        assert out.token_ids == plain and out.metrics.num_draft_tokens > 0
+    with pytest.raises(SpecDecError, match="differ by more than rounding"):
+        SpecDecoder.from_pretrained(str(files["other"]), drafter=str(tmp_path / "out"))
+
+
+def test_a_base_too_large_for_memory_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"never read")
+    weights = sum(p.numel() for p in tiny_model(vocab_size=99).parameters()) * 4
+    monkeypatch.setattr(machine, "available_memory", lambda: weights - 1)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    settings = recipe(tmp_path / "prompts.jsonl", tmp_path / "out", model=str(folder), device="cpu")
+    with pytest.raises(SpecDecError, match=r"not enough memory for .*: its weights need 0 MB, and 0 MB are free"):
+        train(settings)
+    monkeypatch.setattr(machine, "available_memory", lambda: weights)
+    with pytest.raises(SpecDecError, match="safetensors file is truncated or broken"):
+        train(settings)
+
+
+def test_nothing_that_is_published_names_a_path_of_this_machine(answers: Path, tmp_path: Path) -> None:
+    base, out = tmp_path / "bases/my-base", tmp_path / "out"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text('{"_name_or_path": "' + str(base) + '"}')
+    train(recipe(answers, tmp_path / "first", steps=2))
+    (tmp_path / "held.jsonl").write_text('{"prompt_ids": [3, 3, 3], "response_ids": [4]}\n')
+    more = {"model": str(base), "init": str(tmp_path / "first"), "holdout": [str(tmp_path / "held.jsonl")]}
+    train(recipe(answers, out, steps=2, **more))
+    config, recorded = (out / "config.json").read_text(), (out / "train.yaml").read_text()
+    assert str(tmp_path) not in config + recorded
+    assert json.loads(config)["base"]["name"] == "my-base" and "model: my-base\n" in recorded
+    assert "- answers.jsonl\n" in recorded and "init: first\n" in recorded
+    train(recipe(answers, out, steps=2, **more), resume=True)
+    with pytest.raises(SpecDecError, match=r"cannot resume .* with other settings: model 'my-base' -> 'other'"):
+        train(recipe(answers, out, steps=2, **more | {"model": "other"}), resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "metrics.jsonl", "states/search/theirs"])
+def test_an_output_folder_with_foreign_files_is_refused(answers: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("theirs")
+    with pytest.raises(SpecDecError, match=r"that no training run wrote; give another --output"):
+        train(recipe(answers, out))
+    assert (out / name).read_text() == "theirs" and not (out / "train.yaml").exists()
+
+
+def test_a_run_that_failed_before_it_computed_anything_does_not_block_its_folder(answers: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecDecError, match="does not fit a model of 4 layers"):
+        train(recipe(answers, tmp_path / "out", segments=[[3, 9]]))
+    train(recipe(answers, tmp_path / "out", steps=1))
+    with pytest.raises(SpecDecError, match="holds a training run"):
+        train(recipe(answers, tmp_path / "out", steps=1))
+
+
+def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path) -> None:
+    folder, prompts, output = save_tiny(tmp_path / "model"), tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("".join(f"question {n}\n" for n in range(24)))
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(
+        "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\n"
+        "max_new_tokens: 12\neval_fraction: 0.2\n"
+    )
+    command = ["train", "m2r2", "--model", str(folder), "--prompts", str(prompts), "--output", str(output)]
+    command += ["--preset", str(preset), "--dtype", "float32", "--set", "draft_steps=1"]
+    result = CliRunner().invoke(app, [*command, "--steps", "3"])
+    assert result.exit_code == 0, result.output
+    made = data.read([output / "answers.jsonl"])
+    assert len(made) == 24 and all(isinstance(a, TrainingAnswer) and len(a.response_ids) == 12 for a in made)
+    decoder = SpecDecoder.from_pretrained(str(folder), drafter=str(output), dtype="float32")
+    plain = SpecDecoder.from_pretrained(str(folder), drafter="none", dtype="float32")
+    assert decoder.generate("hello", max_new_tokens=16).text == plain.generate("hello", max_new_tokens=16).text
+    again = CliRunner().invoke(app, [*command, "--steps", "4", "--resume"])
+    assert again.exit_code == 0, again.output
+    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 4
+
+
+def test_without_matplotlib_the_package_is_named_with_its_extra(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = io.StringIO()
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "training.png", Console(file=out, width=200))
+    assert "pip install 'specdec-m2r2[plot]'" in out.getvalue()

@@ -1,0 +1,63 @@
+"""Settings of a run: presets, recipes, earlier names, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+import pytest
+
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.train.m2r2_settings import M2R2Settings
+from specdec.train.method import lookup
+from specdec.train.settings import current, from_mapping, load_settings
+
+
+def test_a_setting_of_earlier_versions_is_ignored_or_has_its_new_name() -> None:
+    assert current({"compile": True, "leap_rate": 1e-3, "rank": 3}) == {"rank": 3}
+    assert current({"final_leap": True}) == {"final_projection": True}
+
+
+def test_recipes_of_shipped_drafters_are_presets() -> None:
+    recipes = sorted((importlib.resources.files("specdec.drafters") / "pretrained").glob("*/*/train.yaml"))  # type: ignore[attr-defined]
+    assert recipes
+    for path in recipes:
+        kind = lookup(drafter_folder.read_config(path.parent)["drafter"])
+        settings = load_settings(kind.settings_class, kind.name, str(path), {})
+        assert settings.prompts and (settings.minutes or settings.steps)
+
+
+def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
+    settings = load_settings(M2R2Settings, "m2r2", None, {"steps": 5})
+    assert settings.begin == 20 and not settings.segments
+    given = load_settings(M2R2Settings, "m2r2", None, {"segments": [[1, 2]]})
+    assert given.segments == ((1, 2),) and not given.begin and given.layers_of is None  # not scaled to the model
+    assert load_settings(M2R2Settings, "m2r2", "m2r2-paper", {"exit_layer": 2}).layers_of is None
+    searching = load_settings(M2R2Settings, "m2r2", None, {"search": True})
+    assert searching.search and not searching.segments
+    assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
+    own = tmp_path / "own.yaml"
+    own.write_text("relative_rate: 1e-5\nsegments: [[1, 2]]\nfinal_projection: true\n")
+    settings = load_settings(M2R2Settings, "m2r2", str(own), {"rank": 3, "seed": None})
+    assert (settings.relative_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
+    for values, message in (
+        ({"relativ_rate": 1.0}, "did you mean 'relative_rate'"),
+        ({"rank": "many"}, "setting 'rank' cannot be 'many'"),
+        ({"rows": 0}, "setting 'rows' cannot be 0: input should be greater than 0"),
+        ({"warmup": 0}, "setting 'warmup' cannot be 0"),
+        ({"draft_vocab": -1}, "setting 'draft_vocab' cannot be -1: input should be greater than or equal to 0"),
+        ({"clip": float("nan")}, "setting 'clip' cannot be nan"),
+        ({"rows": True}, "setting 'rows' cannot be True"),
+        ({"segments": [[1, "a"]]}, "setting 'segments.0.1' cannot be 'a'"),
+        ({"steps": 3}, "either minutes or steps"),
+    ):
+        with pytest.raises(SpecDecError, match=message):
+            from_mapping(M2R2Settings, values, "test")
+    own.write_text("segments: [[1, 2]]\nsteps: 40\nminutes: null\n")
+    longer = load_settings(M2R2Settings, "m2r2", str(own), {"minutes": 2.0})
+    assert (longer.minutes, longer.steps) == (2.0, None)
+    with pytest.raises(SpecDecError, match="either minutes or steps"):
+        load_settings(M2R2Settings, "m2r2", str(own), {"minutes": 2.0, "steps": 3})
+    with pytest.raises(SpecDecError, match="did you mean 'm2r2-paper'"):
+        load_settings(M2R2Settings, "m2r2", "m2r2-papr", {})

@@ -1,0 +1,45 @@
+"""What is trained is what drafts, with the reference's values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import tiny_model
+from training import PATHS, same_drafts, shaken
+
+from specdec.drafters.m2r2 import M2R2Path
+from specdec.runtimes.fused import FAMILIES as FUSED
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Pass, Target
+from specdec.train.runtime import training_target
+
+
+@pytest.mark.parametrize("runtime", [training_target, ReferenceTarget])
+@pytest.mark.parametrize("name", PATHS)
+def test_the_student_drafts_exactly_as_the_drafter(name: str, runtime: Callable[..., Target]) -> None:
+    same_drafts(runtime(tiny_model("llama")), PATHS[name])
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_training_has_the_reference_values_and_gradients(family: str) -> None:
+    model = tiny_model(family)
+    names = ["self_attn.qkv_proj" if family == "phi3" else "self_attn.k_proj", "mlp.down_proj"]
+    names += ["linear_attn.in_proj_qkv", "linear_attn.in_proj_b", "linear_attn.out_proj"]
+    results, every = [], ReferenceTarget(model)
+    path = M2R2Path(0, ((1, 4),), True, 3, {n: [x for x in names if x in every.linears(n)] for n in (1, 2, 3)})
+    for target in (ReferenceTarget(model), training_target(model)):
+        network = shaken(path, target).requires_grad_(True)
+        x, positions = (
+            torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3)),
+            torch.arange(11).expand(2, 11),
+        )
+        cache = target.new_cache(2)
+        y = target.layers(x, 1, 4, Pass(positions, cache.mask(1, positions), cache, adapters=network.adapters))
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in network.adapters.parameters())])
+    assert isinstance(training_target(model), FusedTarget)
+    for reference, direct in zip(*results, strict=True):
+        torch.testing.assert_close(direct, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
