@@ -15,16 +15,35 @@ enum { SOON = 64 }; /* keys ahead that are sent for */
 /* 16 numbers of a row of the cache, from `at` on. */
 INLINE F cached16(int kind, const uint8_t *row, int d, int at) {
     if (kind == CACHE16) return load_bf16((const bf16 *)row + at);
-    return mul16(load_int8(row + at), set16(widen(((const bf16 *)(row + d))[at / TOGETHER])));
+    uint32_t scale; /* in the upper half */
+    memcpy(&scale, row + d + 2 * (at / TOGETHER) - 2, 4);
+    return mul16(load_int8(row + at), to_f(and_u(set_u(scale), set_u(0xffff0000))));
 }
 
-/* As score_keys, for rows of the cache. */
-INLINE void score_rows(int kind, const uint8_t *keys, int d, const uint32_t *queries, int columns, int equal, float *to) {
-    bf16 wide[16 * 256] __attribute__((aligned(64)));
-    for (int i = 0; i < 16 && kind != CACHE16; i++)
-        for (int at = 0; at < d; at += 16)
-            store_h(wide + i * d + at, narrow16(cached16(kind, keys + i * cache_row(kind, d), d, at)));
-    score_keys(kind == CACHE16 ? (const bf16 *)keys : wide, d, queries, columns, equal, to);
+/* As score_keys, for 16 rows of 8 bits and rounded queries [d / 32][columns]: sums of a block are whole numbers. */
+INLINE void score_rows(const uint8_t *keys, int d, const Rounded *queries, int columns, float *to) {
+    const int64_t row = cache_row(CACHE8, d);
+    uint8_t quads[16][16][4] __attribute__((aligned(64)));
+    float scales[16];
+    U a[16];
+    for (int b = 0; b < d / TOGETHER; b++, queries += columns) {
+        if (b % 2 == 0) { /* two blocks at once; what follows the last one is not used */
+            for (int i = 0; i < 16; i++) a[i] = load_bytes_u(keys + i * row + TOGETHER * b);
+            transpose(a);
+            for (int i = 0; i < 16; i++) store_u(quads[i], xor_u(a[i], set_u(0x80808080)));
+        }
+        for (int i = 0; i < 16; i++) scales[i] = widen(((const bf16 *)(keys + i * row + d))[b]);
+        for (int p = 0; p < 16; p += WIDE) {
+            Codes codes[8];
+            for (int i = 0; i < 8; i++) codes[i] = load_codes(quads[8 * (b % 2) + i][p]);
+            for (int c = 0; c < columns; c++) {
+                const Rounded *x = queries + c;
+                W v = whole_w(sum_codes(255, 2, codes, 8, x->x, start_of(Q8, x, 0)));
+                v = mul_w(v, load_w(scales + p));
+                store_w(to + 16 * c + p, fma_w(v, set_w(x->scale), b ? load_w(to + 16 * c + p) : set_w(0)));
+            }
+        }
+    }
 }
 
 /* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims]; COLUMNS and PARTS times
@@ -59,7 +78,9 @@ INLINE void score_rows(int kind, const uint8_t *keys, int d, const uint32_t *que
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
                         const uint16_t *visible, int bit, float scale, int once, int equal, float *p, float *out) {
     const int64_t row = cache_row(kind, d);
+    Rounded rounded_queries[16 * 256 / TOGETHER];
     F most[16], sum[16], scales = set16(scale);
+    if (kind == CACHE8) round_inputs(queries, d, columns, rounded_queries);
     for (int c = 0; c < 16; c++) most[c] = set16(-1e30f);
     EACH_BLOCK(s) {
         float *to = p + columns * s;
@@ -68,7 +89,8 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
             __builtin_prefetch((values + s * row + i), 0, 2);
         }
         M there = mask16(count - s < 16 ? (1u << (count - s)) - 1 : 0xffff);
-        score_rows(kind, keys + s * row, d, queries, columns, equal, to);
+        if (kind == CACHE8) score_rows(keys + s * row, d, rounded_queries, columns, to);
+        else score_keys((const bf16 *)(keys + s * row), d, queries, columns, equal, to);
         for (int c = 0; c < columns; c++) {
             M mine = visible ? both16(there, bit_h(visible + s, bit + c)) : there;
             F v = pick16(mine, mul16(load16(to + 16 * c), scales), set16(-1e30f));

@@ -29,12 +29,14 @@ static inline F column16(const float *p) { /* every 16th number */
 }
 
 static inline U load_u(const void *p) { return _mm512_load_si512(p); }
+static inline U load_bytes_u(const void *p) { return _mm512_loadu_si512(p); } /* at any address */
 static inline void store_u(void *p, U v) { _mm512_store_si512(p, v); }
 static inline U set_u(uint32_t v) { return _mm512_set1_epi32((int)v); }
 static inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
 static inline U max_u(U a, U b) { return _mm512_max_epi32(a, b); }
 static inline U and_u(U a, U b) { return _mm512_and_si512(a, b); }
 static inline U or_u(U a, U b) { return _mm512_or_si512(a, b); }
+static inline U xor_u(U a, U b) { return _mm512_xor_si512(a, b); }
 static inline U without_u(U a, U b) { return _mm512_andnot_si512(b, a); } /* a without the bits of b */
 static inline U shift_u(U v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
 static inline U nearest_u(F v) { return _mm512_cvtps_epi32(v); }
