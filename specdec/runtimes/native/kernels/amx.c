@@ -158,36 +158,20 @@ static void put_pairs(uint32_t *block, int features, int pair, U pairs) {
     else _mm512_i32scatter_epi32(block + pair, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(features / 2)), pairs, 4);
 }
 
-/* to[column][16 keys] = keys [16][d] times queries, vnni_bf16 [d / 2][16 columns]. equal: to the last bit, in every
- * instruction set. */
-static void score_keys(const bf16 *keys, int d, const uint32_t *queries, int columns, int equal, float *to) {
-    const U upper = set_u(0xffff0000);
+/* As score_rows16, in another order of sums. Returns 0 without AMX. */
+static int tiles_score(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to) {
     U a[16];
-    if (has_amx && !equal) {
-        float tile[256] __attribute__((aligned(64)));
-        _tile_zero(0);
-        for (int k = 0; k < d; k += 32) {
-            _tile_loadd(4, keys + k, 2 * d);
-            _tile_loadd(5, queries + 8 * k, 64);
-            _tile_dpbf16ps(0, 4, 5);
-        }
-        _tile_stored(0, tile, 64);
-        for (int i = 0; i < 16; i++) a[i] = load_u(tile + 16 * i);
-        transpose(a);
-        for (int c = 0; c < columns; c++) store_u(to + 16 * c, a[c]);
-        return;
-    }
+    float tile[256] __attribute__((aligned(64)));
+    if (!has_amx) return 0;
+    _tile_zero(0);
     for (int k = 0; k < d; k += 32) {
-        for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(keys + (int64_t)i * d + k);
-        transpose(a);
-        for (int c = 0; c < columns; c++) {
-            F sum = k ? load16(to + 16 * c) : zero16();
-            for (int j = 0; j < 16; j++) {
-                U pair = set_u(queries[16 * (k / 2 + j) + c]);
-                sum = fma16(to_f(shift_u(a[j], 16)), to_f(shift_u(pair, 16)), sum);
-                sum = fma16(to_f(and_u(a[j], upper)), to_f(and_u(pair, upper)), sum);
-            }
-            store16(to + 16 * c, sum);
-        }
+        _tile_loadd(4, keys + k, 2 * d);
+        _tile_loadd(5, queries + 8 * k, 64);
+        _tile_dpbf16ps(0, 4, 5);
     }
+    _tile_stored(0, tile, 64);
+    for (int i = 0; i < 16; i++) a[i] = load_u(tile + 16 * i);
+    transpose(a);
+    for (int c = 0; c < columns; c++) store_u(to + 16 * c, a[c]);
+    return 1;
 }

@@ -20,8 +20,35 @@ INLINE F cached16(int kind, const uint8_t *row, int d, int at) {
     return mul16(load_int8(row + at), to_f(and_u(set_u(scale), set_u(0xffff0000))));
 }
 
-/* As score_keys, for 16 rows of 8 bits and rounded queries [d / 32][columns]: sums of a block are whole numbers. */
-INLINE void score_rows(const uint8_t *keys, int d, const Rounded *queries, int columns, float *to) {
+/* sums to[column][keys] of WIDE keys and `columns` queries, of WIDE pairs of dims, transposed; queries as score_rows16 has them. */
+INLINE void score_pairs(int columns, const Codes *pairs, const float *queries, int first, float *to) {
+    W sum[6];
+    for (int c = 0; c < columns; c++) sum[c] = first ? set_w(0) : load_w(to + 16 * c);
+    for (int i = 0; i < WIDE; i++)
+        for (int c = 0; c < columns; c++) {
+            sum[c] = fma_w(even_w(pairs[i]), set_w(queries[32 * i + c]), sum[c]);
+            sum[c] = fma_w(odd_w(pairs[i]), set_w(queries[32 * i + 16 + c]), sum[c]);
+        }
+    for (int c = 0; c < columns; c++) store_w(to + 16 * c, sum[c]);
+}
+
+/* to[column][16 keys] = keys [16][d] times queries [d][16 columns], dims one after another. */
+static void score_rows16(const bf16 *keys, int d, const float *queries, int columns, float *to) {
+    Codes a[WIDE];
+    for (int part = 0; part < 16; part += WIDE)
+        for (int k = 0; k < d; k += 2 * WIDE) {
+            const float *from = queries + 16 * k;
+            int c = 0;
+            for (int i = 0; i < WIDE; i++) a[i] = load_codes(keys + (int64_t)(part + i) * d + k);
+            transpose_codes(a);
+            for (; c + 6 <= columns; c += 6) score_pairs(6, a, from + c, !k, to + 16 * c + part);
+            for (; c + 3 <= columns; c += 3) score_pairs(3, a, from + c, !k, to + 16 * c + part);
+            for (; c < columns; c++) score_pairs(1, a, from + c, !k, to + 16 * c + part);
+        }
+}
+
+/* As score_rows16, for rows of 8 bits and rounded queries [d / 32][columns]: sums of a block are whole numbers. */
+INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int columns, float *to) {
     const int64_t row = cache_row(CACHE8, d);
     uint8_t quads[16][16][4] __attribute__((aligned(64)));
     float scales[16];
@@ -74,13 +101,18 @@ INLINE void score_rows(const uint8_t *keys, int d, const Rounded *queries, int c
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
  * all). p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
- * for ahead. equal: as of score_keys. Memory of whole blocks of keys is read. */
+ * for ahead. equal: to the last bit, in every instruction set. Memory of whole blocks of keys is read. */
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
                         const uint16_t *visible, int bit, float scale, int once, int equal, float *p, float *out) {
     const int64_t row = cache_row(kind, d);
     Rounded rounded_queries[16 * 256 / TOGETHER];
+    float wide[16 * 256] __attribute__((aligned(64)));
     F most[16], sum[16], scales = set16(scale);
     if (kind == CACHE8) round_inputs(queries, d, columns, rounded_queries);
+    for (int i = 0; i < d / 2 && kind == CACHE16; i++) {
+        U pairs = load_u(queries + 16 * i);
+        store16(wide + 32 * i, to_f(shift_u(pairs, 16))), store16(wide + 32 * i + 16, to_f(and_u(pairs, set_u(0xffff0000))));
+    }
     for (int c = 0; c < 16; c++) most[c] = set16(-1e30f);
     EACH_BLOCK(s) {
         float *to = p + columns * s;
@@ -89,8 +121,9 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
             __builtin_prefetch((values + s * row + i), 0, 2);
         }
         M there = mask16(count - s < 16 ? (1u << (count - s)) - 1 : 0xffff);
-        if (kind == CACHE8) score_rows(keys + s * row, d, rounded_queries, columns, to);
-        else score_keys((const bf16 *)(keys + s * row), d, queries, columns, equal, to);
+        if (kind == CACHE8) score_rows8(keys + s * row, d, rounded_queries, columns, to);
+        else if (equal || !tiles_score((const bf16 *)(keys + s * row), d, queries, columns, to))
+            score_rows16((const bf16 *)(keys + s * row), d, wide, columns, to);
         for (int c = 0; c < columns; c++) {
             M mine = visible ? both16(there, bit_h(visible + s, bit + c)) : there;
             F v = pick16(mine, mul16(load16(to + 16 * c), scales), set16(-1e30f));

@@ -172,6 +172,9 @@ static inline Codes and_codes(Codes a, Codes b) { return _mm256_and_si256(a, b);
 static inline Codes or_codes(Codes a, Codes b) { return _mm256_or_si256(a, b); }
 static inline Codes left_codes(Codes v, int n) { return _mm256_slli_epi16(v, n); }
 static inline Codes right_codes(Codes v, int n) { return _mm256_srli_epi16(v, n); }
+static inline void transpose_codes(Codes *a) { transpose8(a); } /* WIDE rows of as many dwords to their columns */
+static inline W even_w(Codes pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+static inline W odd_w(Codes pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000))); }
 static inline W load_w(const float *p) { return _mm256_loadu_ps(p); }
 static inline void store_w(float *p, W v) { _mm256_storeu_ps(p, v); }
 static inline W set_w(float v) { return _mm256_set1_ps(v); }

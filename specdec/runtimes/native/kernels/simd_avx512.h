@@ -130,6 +130,9 @@ static inline Codes and_codes(Codes a, Codes b) { return _mm512_and_si512(a, b);
 static inline Codes or_codes(Codes a, Codes b) { return _mm512_or_si512(a, b); }
 static inline Codes left_codes(Codes v, int n) { return _mm512_slli_epi16(v, (unsigned)n); } /* in words: bits of a neighbour come in */
 static inline Codes right_codes(Codes v, int n) { return _mm512_srli_epi16(v, (unsigned)n); }
+static inline void transpose_codes(Codes *a) { transpose(a); } /* WIDE rows of as many dwords to their columns */
+static inline W even_w(Codes pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); } /* of pairs of bf16 */
+static inline W odd_w(Codes pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
 static inline W load_w(const float *p) { return _mm512_loadu_ps(p); }
 static inline void store_w(float *p, W v) { _mm512_storeu_ps(p, v); }
 static inline W set_w(float v) { return _mm512_set1_ps(v); }
