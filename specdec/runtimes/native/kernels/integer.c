@@ -7,12 +7,33 @@
  *     v = v + (weights' low) times (sum of activations);    result = result + v times (activations' scale)
  * A result depends neither on the tokens beside it nor on the instruction set. */
 
-enum { BEYOND = 4096 }; /* bytes ahead that are sent for */
+enum { BEYOND = 4096, FEW = 2 }; /* bytes ahead that are sent for; tokens that are rounded one by one */
+
+/* Pairs of a token's 32 inputs, rounded. */
+INLINE void round_token(U pairs, Rounded *out) {
+    const U sign = set_u(0x80000000), upper = set_u(0xffff0000), byte = set_u(255);
+    int32_t sums[16] __attribute__((aligned(64)));
+    uint8_t codes[32] __attribute__((aligned(32)));
+    const U even = shift_u(pairs, 16), odd = and_u(pairs, upper);
+    union { uint32_t bits; float value; } most = {largest_u(max_u(to_u(set16(1e-30f)), max_u(without_u(even, sign), without_u(odd, sign))))};
+    const F inverse = set16(127.0f / most.value);
+    const U a = nearest_u(mul16(to_f(even), inverse)), b = nearest_u(mul16(to_f(odd), inverse));
+    store_u(sums, add_u(a, b));
+    store_h(codes, words_h(or_u(and_u(a, byte), shift_u(and_u(b, byte), 8))));
+    uint32_t half_[2] = {0, 0}; /* of what is not finite they are no sums: they wrap */
+    for (int i = 0; i < 8; i++) half_[0] += (uint32_t)sums[i], half_[1] += (uint32_t)sums[8 + i];
+    *out = (Rounded){most.value * (1 / 127.0f), (float)(int32_t)(half_[0] + half_[1]), {(int32_t)(0 - 32 * half_[0]), (int32_t)(0 - 32 * half_[1])}, {0}};
+    memcpy(out->x, codes, 32);
+}
 
 /* vnni_bf16 of up to 16 tokens to rounded [features / 32][tokens]. What is not finite makes its block's scale so. */
 static void round_inputs(const uint32_t *x, int features, int tokens, Rounded *out) {
     const U sign = set_u(0x80000000), upper = set_u(0xffff0000), byte = set_u(255);
     for (int k = 0; k < features / 32; k++, x += 256, out += tokens) {
+        if (tokens <= FEW) {
+            for (int t = 0; t < tokens; t++) round_token(column_u(x + t), out + t);
+            continue;
+        }
         uint32_t quads[8][16] __attribute__((aligned(64))), sums[2][16] __attribute__((aligned(64)));
         float scale[16] __attribute__((aligned(64)));
         U most = to_u(set16(1e-30f)); /* without their signs, floats order as whole numbers do, NaN last */

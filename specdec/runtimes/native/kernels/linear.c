@@ -5,8 +5,7 @@ static void integer_product(int kind, const uint8_t *tiles, int count, const Rou
     float to[16][16] __attribute__((aligned(64)));
     row_of_blocks(kind, tokens, tiles, count, x, to);
     if (tokens == 1) {
-        memset(sums, 0, 1024);
-        for (int o = 0; o < 16; o++) sums[16 * o] = to[0][o];
+        for (int o = 0; o < 16; o++) store16(sums + 16 * o, first16(to[0] + o));
         return;
     }
     U a[16];

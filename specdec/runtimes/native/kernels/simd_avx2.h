@@ -13,6 +13,7 @@ typedef struct { __m256 a, b; } M; /* all bits of a lane, or none */
 static inline F load16(const float *p) { return (F){_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
 static inline void store16(float *p, F v) { _mm256_store_ps(p, v.a), _mm256_store_ps(p + 8, v.b); }
 static inline F set16(float v) { return (F){_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+static inline F first16(const float *p) { return (F){_mm256_zextps128_ps256(_mm_load_ss(p)), _mm256_setzero_ps()}; }
 static inline F zero16(void) { return (F){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 static inline F add16(F a, F b) { PAIRWISE(F, _mm256_add_ps); }
 static inline F sub16(F a, F b) { PAIRWISE(F, _mm256_sub_ps); }
@@ -42,6 +43,10 @@ static inline F column16(const float *p) {
 
 static inline U load_u(const void *p) { return (U){_mm256_load_si256(p), _mm256_load_si256((const __m256i *)p + 1)}; }
 static inline U load_bytes_u(const void *p) { return (U){_mm256_loadu_si256(p), _mm256_loadu_si256((const __m256i *)p + 1)}; }
+static inline __m256i column8(const uint32_t *p) {
+    return _mm256_setr_epi32((int)p[0], (int)p[16], (int)p[32], (int)p[48], (int)p[64], (int)p[80], (int)p[96], (int)p[112]);
+}
+static inline U column_u(const uint32_t *p) { return (U){column8(p), column8(p + 128)}; }
 static inline void store_u(void *p, U v) { _mm256_store_si256(p, v.a), _mm256_store_si256((__m256i *)p + 1, v.b); }
 static inline U set_u(uint32_t v) { return (U){_mm256_set1_epi32((int)v), _mm256_set1_epi32((int)v)}; }
 static inline U add_u(U a, U b) { PAIRWISE(U, _mm256_add_epi32); }
@@ -52,6 +57,16 @@ static inline U xor_u(U a, U b) { PAIRWISE(U, _mm256_xor_si256); }
 static inline U without_u(U b, U a) { PAIRWISE(U, _mm256_andnot_si256); }
 static inline U shift_u(U v, int n) { return (U){_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)}; }
 static inline U nearest_u(F v) { TWICE(U, _mm256_cvtps_epi32); }
+static inline uint32_t largest_u(U v) {
+    __m256i m = _mm256_max_epi32(v.a, v.b);
+    __m128i h = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+}
+static inline H words_h(U v) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(v.a, low), _mm256_and_si256(v.b, low)), 0xd8);
+}
 static inline U to_u(F v) { TWICE(U, _mm256_castps_si256); }
 static inline F to_f(U v) { TWICE(F, _mm256_castsi256_ps); }
 

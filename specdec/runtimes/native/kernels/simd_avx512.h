@@ -10,6 +10,7 @@ typedef __mmask16 M;  /* 16 booleans */
 static inline F load16(const float *p) { return _mm512_load_ps(p); }
 static inline void store16(float *p, F v) { _mm512_store_ps(p, v); }
 static inline F set16(float v) { return _mm512_set1_ps(v); }
+static inline F first16(const float *p) { return _mm512_zextps128_ps512(_mm_load_ss(p)); } /* a number, and zeros behind it */
 static inline F zero16(void) { return _mm512_setzero_ps(); }
 static inline F add16(F a, F b) { return _mm512_add_ps(a, b); }
 static inline F sub16(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -30,6 +31,10 @@ static inline F column16(const float *p) { /* every 16th number */
 
 static inline U load_u(const void *p) { return _mm512_load_si512(p); }
 static inline U load_bytes_u(const void *p) { return _mm512_loadu_si512(p); } /* at any address */
+static inline U column_u(const uint32_t *p) { /* every 16th dword */
+    return _mm512_setr_epi32((int)p[0], (int)p[16], (int)p[32], (int)p[48], (int)p[64], (int)p[80], (int)p[96], (int)p[112],
+                             (int)p[128], (int)p[144], (int)p[160], (int)p[176], (int)p[192], (int)p[208], (int)p[224], (int)p[240]);
+}
 static inline void store_u(void *p, U v) { _mm512_store_si512(p, v); }
 static inline U set_u(uint32_t v) { return _mm512_set1_epi32((int)v); }
 static inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
@@ -40,6 +45,8 @@ static inline U xor_u(U a, U b) { return _mm512_xor_si512(a, b); }
 static inline U without_u(U a, U b) { return _mm512_andnot_si512(b, a); } /* a without the bits of b */
 static inline U shift_u(U v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
 static inline U nearest_u(F v) { return _mm512_cvtps_epi32(v); }
+static inline uint32_t largest_u(U v) { return (uint32_t)_mm512_reduce_max_epi32(v); }
+static inline H words_h(U v) { return _mm512_cvtepi32_epi16(v); } /* the lower ones */
 static inline U to_u(F v) { return _mm512_castps_si512(v); } /* the same bits */
 static inline F to_f(U v) { return _mm512_castsi512_ps(v); }
 
