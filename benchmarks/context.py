@@ -3,12 +3,12 @@
     python benchmarks/context.py qwen2.5-coder-1.5b-instruct --lengths 512,4096,16384,32768 --output result.jsonl
 
 The prompt is source code of this package, cut at so many tokens: text that repeats itself somewhat. Each length and
-drafter is one prefill and ``--tokens`` decoded tokens in a process of its own. A finished row is added to the output
-file, and a later call with the same file measures those that are missing; no row begins after ``--seconds``. Longer
-contexts than the model's are left out.
+drafter is one prefill and ``--tokens`` decoded tokens in a process of its own. Finished rows are added to the output
+file, and a later call with the same file measures the missing rows; no row starts after ``--seconds``. Contexts longer
+than the model's are left out.
 
-Memory is the peak resident size beyond that of a process that has imported the libraries; beside it the keys and values
-of the context, and what their buffers may take. ms per step over ms per token is the mean acceptance length.
+Memory is the peak resident size beyond a process that has imported the libraries; further columns are the keys and
+values of the context, and the size of their buffers. ms per step over ms per token is the mean acceptance length.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python benchmarks/gguf_files.py smollm2-135m-instruct MODEL.gguf --threads 2 --json result.json
 
 A build is an instruction set ($SPECDEC_NATIVE). Each engine is a process of its own (``peers``) and idles while another
-runs; who begins changes from round to round. A round is plain greedy decoding after a short prompt, a prompt of 512
-tokens, passes over 1, 2, 4, 8 and 16 tokens (the least of five each), and a plain read of as many bytes as a pass reads
-of the file, by as many threads. The table has medians over the rounds, their ranges, and for each build the median of
+runs; the order rotates from round to round. A round is plain greedy decoding after a short prompt, a prompt of 512
+tokens, passes over 1, 2, 4, 8 and 16 tokens (the minimum of five each), and a plain read of as many bytes as a pass
+reads, with as many threads. The table has medians over the rounds, their ranges, and for each build the median of
 the ratios within rounds to llama.cpp: above 1 specdec is faster. The AVX2 build is compared with llama.cpp's own AVX2
 backend, where its folder has one (npm's @node-llama-cpp/linux-x64 does). Files are loaded with an empty cache folder
 first and again afterwards.
@@ -99,7 +99,7 @@ def rival(build: str) -> str:
 
 
 def engines(args: argparse.Namespace, cache: Path) -> dict[str, tuple[str, dict[str, str]]]:
-    """By name: the engine and its environment."""
+    """The engines by name, each with its environment variables."""
     own = {"SPECDEC_CACHE": str(cache), "OMP_NUM_THREADS": str(args.threads)}
     out = {build: ("engine_specdec:Specdec", own | {library.LEVEL: build}) for build in args.builds}
     for build in () if args.alone else args.builds:
@@ -109,7 +109,7 @@ def engines(args: argparse.Namespace, cache: Path) -> dict[str, tuple[str, dict[
 
 
 def synthetic(count: int, vocabulary: int) -> list[int]:
-    """Token ids spread over the vocabulary without its end, where special tokens are."""
+    """Token ids from the first three quarters of the vocabulary, because special tokens are at its end."""
     return [(7919 * n) % (vocabulary * 3 // 4) for n in range(1, count + 1)]
 
 
@@ -165,7 +165,8 @@ def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]
     return result | {"builds": held, "rounds": rounds, "loads": loads, "memory": peaks}
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def with_range(values: list[float], digits: int = 1) -> str:
+    """The median of ``values`` with their range."""
     low, high = min(values), max(values)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
@@ -173,7 +174,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 def table_of(result: dict[str, Any]) -> Table:
     rounds, names, held = result["rounds"], list(result["rounds"]), result["builds"]
     pairs = [(build, rival(build)) for build in held if rival(build) in rounds]
-    reading = spread([figures["read_ms"] for figures in rounds[names[0]]])
+    reading = with_range([figures["read_ms"] for figures in rounds[names[0]]])
     title = f"{result['file']}: {next(iter(held.values()))['storage']}; {result['threads']} threads; a plain read of "
     table = Table(title=f"{title}{result['bytes_read'] / 1e6:.0f} MB takes {reading} ms")
     for column in ("", *names, *(f"{ours} over {theirs}" for ours, theirs in pairs)):
@@ -181,10 +182,10 @@ def table_of(result: dict[str, Any]) -> Table:
 
     def row(label: str, key: str, digits: int = 1, ratio: int = 0) -> None:
         """ratio: 1 where less is faster, -1 where more is, 0 for none."""
-        cells = [spread([figures[key] for figures in rounds[name]], digits) for name in names]
+        cells = [with_range([figures[key] for figures in rounds[name]], digits) for name in names]
         for ours, theirs in pairs if ratio else ():
             both = zip(rounds[ours], rounds[theirs], strict=True)
-            cells.append(spread([(b[key] / a[key]) ** ratio for a, b in both], 2))
+            cells.append(with_range([(b[key] / a[key]) ** ratio for a, b in both], 2))
         table.add_row(label, *cells)
 
     row("decoding, ms per token", "ms", ratio=1)

@@ -1,6 +1,6 @@
 """``specdec`` with llama.cpp and OpenVINO GenAI among the methods of its benchmarks.
 
-    python benchmarks/other_engines.py bench --methods none,m2r2,llama.cpp,openvino --model MODEL.gguf
+    python benchmarks/other_engines.py bench --drafters none,m2r2,llama.cpp,openvino --model MODEL.gguf
 
 Methods beside those of ``specdec bench``, also for ``sweep``: llama.cpp, llama.cpp-lookup, llama.cpp-draft-model=FILE,
 openvino and openvino-lookup. They load the model's own file, decode greedily, one prompt at a time, with our number of
@@ -19,8 +19,8 @@ from specdec import cli
 from specdec.api.decoder import SpecDecoder
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.bench.cell import OTHERS, Cell, Other, check_other
-from specdec.bench.methods import PASSES, Method, Reply, one_at_a_time
+from specdec.bench.cell import EXTERNAL_METHODS, Cell, ExternalMethod, check_external
+from specdec.bench.methods import PASSES, Method, Reply, refuse_batches
 from specdec.models import catalogue
 
 CONTEXT = 4096  # tokens for which another engine makes room
@@ -32,9 +32,9 @@ class PeerMethod(Method):
     same_arithmetic = False
 
     def __init__(self, base: SpecDecoder, cell: Cell) -> None:
-        self.kind, source = check_other(cell.drafter, cell.drafter_options)
+        self.kind, source = check_external(cell.drafter, cell.drafter_options)
         peer = PEERS[self.kind]
-        one_at_a_time(cell)
+        refuse_batches(cell)
         if cell.temperature > 0:
             raise SpecDecError(f"'{self.kind}' is measured greedily; leave it out or use --temperature 0")
         path, most = readable(self.kind, model_file(cell.model)), base.target.context
@@ -70,7 +70,9 @@ def register() -> None:
     """Add the engines to the methods of benchmarks."""
     for name, peer in PEERS.items():
         source = "FILE" if peer.mode == "draft-model" else ""
-        OTHERS[name] = Other("other_engines:PeerMethod", ("context",), bool(peer.mode), source, peer.missing)
+        EXTERNAL_METHODS[name] = ExternalMethod(
+            "other_engines:PeerMethod", ("context",), bool(peer.mode), source, peer.missing
+        )
 
 
 if __name__ == "__main__":

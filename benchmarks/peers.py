@@ -1,8 +1,8 @@
-"""Other engines, each in a process of its own that idles while another method runs.
+"""Other engines, each in its own process, which idles while another method runs.
 
-The process reads a command from each line of its input and answers with a line, both JSON; ``serve`` runs in it. An
-engine is a class in a module of its own. Separate processes keep apart engines that configure threads and the CPU's
-tile registers, each for itself. Knows no torch.
+The process reads JSON commands from its input, one per line, and answers each with a line of JSON; ``serve`` runs in
+it. An engine is a class in its own module. Separate processes isolate engines that configure threads and the CPU's
+tile registers.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Server:
 
         self.engine.generate(ids, count, put)
         if not tokens:
-            raise ValueError("it decoded nothing")
+            raise ValueError("it generated no tokens")
         return {
             "tokens": tokens,
             "seconds": time.perf_counter() - start,
@@ -188,7 +188,7 @@ class Server:
 
 def serve(engine: str) -> None:
     """Answer the commands on standard input until it ends; what libraries print goes elsewhere."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which then ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark handles Ctrl-C and ends this process
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -34,7 +34,7 @@ from specdec.api.text import encode
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.bench.environment import environment
-from specdec.bench.prompts import load_prompts, spread
+from specdec.bench.prompts import evenly_spaced, load_prompts
 
 LEAST, CONTEXT = 8, 2048  # tokens of an answer that counts; most tokens of prompt and answer
 BATCH = 4  # prompts that the model answers together
@@ -69,7 +69,7 @@ def made(args: argparse.Namespace) -> Iterator[Answer]:
     """Greedy answers of the model to the first turns of the prompts."""
     torch.set_num_threads(args.threads)
     decoder = SpecDecoder.from_pretrained(str(args.model), drafter="none", device="cpu")
-    turns = [c.turns[0] for c in spread(load_prompts(args.prompts, args.data_dir).conversations, args.limit)]
+    turns = [c.turns[0] for c in evenly_spaced(load_prompts(args.prompts, args.data_dir).conversations, args.limit)]
     prompts = [encode(decoder.tokenizer, [{"role": "user", "content": turn}]) for turn in turns]
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]

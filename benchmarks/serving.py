@@ -4,18 +4,18 @@
     python benchmarks/serving.py --model qwen2.5-coder-1.5b-instruct --drafter prompt-lookup+m2r2 --seconds 8
     python benchmarks/serving.py --soak 1000 --clients 16 --max-tokens 16
 
-Requests go over sockets on loopback to a server that this starts, or to ``--url``. Each client sends its next request
-when the last one is answered. A block counts the tokens of some seconds in which all clients are being answered; blocks
-with the drafter on and off take turns in one server. Times are those at which data arrive: to the first text, and
-between two deliveries. Then come, with the drafter on and off in turns, too:
+Requests go over loopback sockets to a server that the script starts, or to ``--url``. Each client sends its next
+request after the last answer. A block counts the tokens of some seconds in which all clients receive answers; blocks
+with the drafter on and off alternate in one server. Latencies are measured at the client: time to the first text, and
+time between deliveries. Two further measurements alternate in the same way:
 
-- overhead: by how much a step of an answer over HTTP takes longer than one of ``SpecDecoder.stream`` in this process.
-- chat: for each of four turns, the tokens of the prompt, those that are new, and those that were computed.
+- overhead: how much longer a step takes over HTTP than in ``SpecDecoder.stream``.
+- chat: for each of four turns, the tokens of the prompt, the new ones, and the computed ones.
 
 The last line is JSON; ``--json`` writes it to a file. The table takes about 60 times ``--seconds`` and a minute more.
 
-``--soak N``: N requests of which a tenth goes away early and one in twenty is not valid. Every text must be the one
-that a quiet server gave, no answer may be a 5xx, and at the end nothing may run or wait. Exits with 1 otherwise.
+``--soak N``: N requests, of which 10 % are cancelled and 5 % are invalid. Every text must equal that of an idle server,
+no answer may be a 5xx, and at the end no request may run or wait. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import SpecDecoder
-from specdec.bench.prompts import load_prompts, spread
+from specdec.bench.prompts import evenly_spaced, load_prompts
 from specdec.models.catalogue import DEFAULT_MODEL
 
 TIMEOUT = 600  # seconds for an answer
@@ -87,7 +87,7 @@ class Answer:
 
 
 class Client:
-    """HTTP/1.1 over one connection per request, as lean as it gets: the cores belong to the server."""
+    """A minimal HTTP/1.1 client with one connection per request, because the server needs the cores."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -196,7 +196,7 @@ def resident(pid: int | None) -> int:
 
 
 def bodies(args: argparse.Namespace, name: str, temperature: float) -> list[dict[str, Any]]:
-    conversations = spread(load_prompts(args.prompts).conversations, args.limit)
+    conversations = evenly_spaced(load_prompts(args.prompts).conversations, args.limit)
     return [
         {
             "model": name,
@@ -295,7 +295,7 @@ async def load(args: argparse.Namespace, client: Client, name: str, temperature:
 
 
 async def overhead(args: argparse.Namespace, client: Client, name: str) -> list[dict[str, Any]]:
-    """What a step over HTTP takes beyond one in this process, from the first text to the last, by prompt in turns."""
+    """How much longer a step takes over HTTP than in this process, from the first text to the last."""
     drafted = SpecDecoder.from_pretrained(args.model, args.drafter)
     decoders = {True: drafted, False: drafted.with_drafter("none")}
     more, ratios = {True: list[float](), False: list[float]()}, {True: list[float](), False: list[float]()}
@@ -351,7 +351,7 @@ async def chat(args: argparse.Namespace, client: Client, name: str, draft: bool)
 
 
 async def soak(args: argparse.Namespace, client: Client, name: str, pid: int | None) -> dict[str, Any]:
-    """``args.soak`` requests, of which some go away and some are not valid."""
+    """``args.soak`` requests, of which some are cancelled and some are invalid."""
     wanted, chance = bodies(args, name, 0.8), random.Random(0)
     alone = [(await client.chat(body)).text for body in wanted]
     await block(client, wanted, max(args.clients), True, 5)
@@ -436,7 +436,7 @@ def main() -> None:
     parser.add_argument("--overhead", type=int, default=6, metavar="N", help="prompts; 0: do not compare with generate")
     parser.add_argument("--chat", type=int, default=2000, metavar="N", help="tokens of the chat; 0: none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--soak", type=int, metavar="N", help="N requests, some of which go away or are not valid")
+    parser.add_argument("--soak", type=int, metavar="N", help="N requests, some of which are cancelled or invalid")
     args = parser.parse_args()
     with server(args) as (url, pid):
         found = asyncio.run(run(args, url, pid))

@@ -1,10 +1,10 @@
-"""JSON under schemas: is every output valid and that of plain constrained decoding, and how fast is it.
+"""JSON schemas: are outputs valid and equal to plain constrained decoding, and how fast is it?
 
     python benchmarks/structured.py [--model MODEL] [--drafter prompt-lookup+m2r2] [--count 0] [--part 1/1]
 
 The schemas are made of each pair of leaves in each shape. Each is decoded greedily with the drafter, plainly under the
-same constraint, and plainly without one. What the token limit cuts is counted, and only compared. Speeds want a quiet
-machine; the other figures do not. Needs jsonschema.
+same constraint, and plainly without one. Outputs that the token limit cuts are counted and compared, but not validated.
+Speeds need a quiet machine. Needs jsonschema.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class Timer:
 
 
 def fault(output: Any, plain: Any, schema: Schema) -> str | None:
-    """What is wrong with an output; None: nothing."""
+    """The error of an output, or None."""
     if output.token_ids != plain.token_ids:
-        return "it is not that of plain constrained decoding"
+        return "it differs from plain constrained decoding"
     if output.finish_reason == "length":
         return None
     try:
@@ -108,7 +108,7 @@ def main() -> int:
     chosen = chosen[part - 1 :: parts]
     decoder = SpecDecoder.from_pretrained(given.model, given.drafter)
     plain, timer = decoder.with_drafter("none"), Timer()
-    for each in (decoder, plain):  # what is made once is made now
+    for each in (decoder, plain):  # one-time work happens here
         each.generate("Count.", max_new_tokens=16)
         each.generate("Count.", constraint=Json({"type": "string", "maxLength": 40}), max_new_tokens=16)
     names = ("drafted", "plain constrained", "plain")

@@ -4,9 +4,9 @@
 
 There are two tools, one for the weather and one that calculates. ``--count`` requests force a call, half of them by
 ``tool_choice: required`` and half by a name; half as many again leave it to the model (``auto``). A call is right if it
-is of the tool that was asked for, and its arguments name what was asked about. Each answer goes back to the model with
-a result, so that the whole round is made. Exits with 1 if arguments of a forced call are not valid. Needs openai and
-jsonschema; sampled with one seed per request.
+is of the tool that was asked for, and its arguments name what was asked about. Each call is answered with a result, and
+the model continues. Exits with 1 if arguments of a forced call are not valid. Needs openai and jsonschema; sampled with
+one seed per request.
 """
 
 from __future__ import annotations

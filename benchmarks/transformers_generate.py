@@ -26,7 +26,7 @@ from rich.table import Table
 
 from specdec.api.text import encode
 from specdec.bench.environment import environment
-from specdec.bench.prompts import load_prompts, spread
+from specdec.bench.prompts import evenly_spaced, load_prompts
 from specdec.integrations.transformers import SpecGenerate
 from specdec.models import catalogue, loading
 from specdec.models.gguf.blocks import densify
@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
     densify(model)
     model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     found = methods(args, model)
-    conversations = spread(load_prompts(args.prompts, args.data_dir).conversations, args.limit)
+    conversations = evenly_spaced(load_prompts(args.prompts, args.data_dir).conversations, args.limit)
     prompts = [encode(tokenizer, conversation.turns[0]) for conversation in conversations]
     for run in found.values():
         run(prompts[0][-64:], WARM_UP)

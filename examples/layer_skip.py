@@ -30,7 +30,7 @@ from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically as write_whole
 from specdec.base.terminal import print_table, say, status
-from specdec.bench.prompts import load_prompts, spread
+from specdec.bench.prompts import evenly_spaced, load_prompts
 from specdec.drafters.layer_skip import LayerSkipDrafter, run_step, steps_without
 from specdec.engine.depth.measure import CONTEXT, time_scoring
 from specdec.models import source
@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     decoder = SpecDecoder.from_pretrained(args.model, "none")
     target = decoder.target
     with status("measuring"):
-        found = spread(load_prompts(args.prompts).conversations, args.limit)
+        found = evenly_spaced(load_prompts(args.prompts).conversations, args.limit)
         ids = [encode(decoder.tokenizer, conversation.turns[0]) for conversation in found]
         ids = [row for row in ids if len(row) + ANSWER < target.context]
         if not ids:

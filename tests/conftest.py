@@ -99,7 +99,7 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("specdec.api.decoder.costs", given)
     monkeypatch.setattr("specdec.api.decoder.store", lambda target, drafter, found: None)
-    monkeypatch.setattr("specdec.train.speed.costs", given)
+    monkeypatch.setattr("specdec.train.evaluate.costs", given)
 
 
 @pytest.fixture(scope="session")

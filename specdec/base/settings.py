@@ -164,6 +164,8 @@ class Settings(BaseModel):
 
     @classmethod
     def _sentence(cls, error: Any, values: dict[str, Any]) -> str:
+        if not error["loc"]:
+            return str(error["msg"]).removeprefix("Value error, ")
         name = str(error["loc"][0])
         if name not in cls.model_fields:
             known = list(cls.model_fields)

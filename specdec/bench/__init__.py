@@ -1,1 +1,1 @@
-"""Benchmarks: one runner for ``specdec bench`` and for the cells of a sweep."""
+"""Benchmarks: the runner of ``specdec bench``, ``specdec sweep`` and ``specdec tune drafter``."""

@@ -1,48 +1,49 @@
-"""A cell: one measurement, described by plain values, and what comes out of it.
+"""A cell: the settings of one measurement, as plain values, and the format of its result.
 
-A cell is one method on one prompt set, with the baselines that run interleaved beside it. A method is a drafter with
-its options, or one of ``OTHERS``: ``model.generate`` in one of its modes (``hf``, ``hf-lookup``, ``hf-early-exit``,
-``hf-assistant=MODEL``), or another engine that ``benchmarks/other_engines.py`` adds.
-``specdec.bench.run.run_cell`` returns one JSON-able mapping:
+A cell is one method on one prompt set, interleaved with its baselines. A method is a drafter with its options, or one
+of ``EXTERNAL_METHODS``: ``model.generate`` in one of its modes (``hf``, ``hf-lookup``, ``hf-early-exit``,
+``hf-assistant=MODEL``), or an engine that ``benchmarks/other_engines.py`` adds.
+``specdec.bench.run.run_cell`` returns one mapping of JSON values:
 
     key          ``cell.key()``
     cell         ``cell.as_dict()``
     method       FIGURES of the cell's own method
-    baselines    {baseline: FIGURES}; baselines of cells that ran together are the same measurements
-    prompts      {"name", "licence", "sha256" (of the file), "conversations", "turns", "skipped": [what did not fit the
-                 model's context, and why]}
-    environment  cpu, threads, memory, versions, git commit, device, runtime, dtype ... as plain values
-    pass_ms      {"specdec" or another engine: {tokens: ms of a pass over so many, the least of five}}
+    baselines    {baseline: FIGURES}; cells that ran together share the measurements of their baselines
+    prompts      {"name", "licence", "sha256" (of the file), "conversations", "turns", "skipped": [prompts that exceed
+                 the model's context]}
+    environment  CPU, threads, memory, versions, git commit, device, runtime, dtype ...
+    pass_ms      {"specdec" or another engine: {number of tokens: ms of one pass, the minimum of five}}
     seconds      wall time of the run
-    interrupted  True if the run was cut short; the figures are of what was done
+    interrupted  True if the run was cut short; the figures then cover the requests that were finished
 
-FIGURES of a method (one request is one batch of prompts, answered once; all tokens are counted as raw ids):
+FIGURES of a method (a request is one batch of prompts, answered once; tokens are raw ids):
 
     name, requests, tokens, lossless
-    engine          version and settings of another engine; None for ours and for model.generate
-    tokens_per_second         EST, whole calls: prefill included
+    engine          version and settings of an external engine; else None
+    tokens_per_second         EST, over whole calls, prefill included
     decode_tokens_per_second  EST, tokens after the first, per second after the first
-    prefill_ms, first_token_ms, decode_ms_per_token     EST; the first token comes with the prefill
+    prefill_ms, first_token_ms, decode_ms_per_token     EST; the prefill yields the first token
     speedup         {baseline: EST}  seconds per token of the baseline over ours, whole calls, request by request
     decode_speedup  {baseline: EST}  the same after the first token
-    latency_ms      {"token" (of a request, whole call), "first_token", "step" (between arrivals of tokens):
-                    {"p50", "p99"}}, percentiles over requests or steps; None where there is none
-    mean_acceptance_length    EST, tokens per step, pooled over all steps (the bonus token counts); None but for ours
-    acceptance_rate           accepted over drafted tokens; None but for ours and where nothing was drafted
-    acceptance_per_position   [share of drafts of at least that depth whose token there was accepted]
-    conditional_acceptance    [the same, of the drafts whose tokens before it were all accepted]
+    latency_ms      {"token" (whole call per token), "first_token", "step" (between deliveries of tokens):
+                    {"p50", "p99"} over requests or steps, or None}
+    mean_acceptance_length    EST, tokens per step, pooled over all steps; includes the bonus token
+    acceptance_rate           accepted over drafted tokens; None if nothing was drafted
+    acceptance_per_position   [share of accepted tokens at this position, over all drafts that reach it]
+    conditional_acceptance    [the same, over the drafts whose earlier tokens were all accepted]
     acceptance_histogram      entry n: steps that accepted n drafted tokens
-    mean_layers_per_token     EST, layers that a token went through, pooled; None but for ours
-    ledger_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}; {} but for ours
+    mean_layers_per_token     EST, layers run per token, pooled
+    ledger_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}
     peak_memory_mb  of the process during the method's calls (CPU, Linux), or allocated on the CUDA device; else None
-    equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs against plain decoding (near_ties and faults are
-                    None for a lossy rule and for another engine, which may differ); None for sampling beside hf methods
-    quality         {"agreement", "nll", "rouge_l": EST} under the full model, where a lossy rule took part; else None
+    equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs compared with plain decoding; near_ties and faults
+                    are None for a lossy rule and an external engine; None for sampling beside hf methods
+    quality         {"agreement", "nll", "rouge_l": EST} under the full model if a lossy rule took part; else None
     categories      {category: {"requests", "tokens", "tokens_per_second": EST, "speedup": {baseline: EST},
                     "mean_acceptance_length": EST or None}}
 
-EST is {"value", "low", "high"}: a median (pooled where it says so) and the 95 % interval of a bootstrap over
-conversations; low and high are None if there was only one. EST is None where there is nothing to estimate.
+From mean_acceptance_length to ledger_ms_per_step, external methods have None, an empty list or an empty mapping.
+EST is {"value", "low", "high"}: a median (or a pooled ratio) and the 95 % interval of a bootstrap over conversations;
+low and high are None for a single conversation. EST is None where there is nothing to estimate.
 """
 
 from __future__ import annotations
@@ -78,11 +79,14 @@ from specdec.speculation import registry
 
 
 @dataclass(frozen=True)
-class Other:
+class ExternalMethod:
     """A method in which another engine decodes.
 
-    method: "module:Class" of a ``specdec.bench.methods.Method`` that is made of the model and the cell. options: their
-    names. drafts: whether it drafts. source: what NAME=SOURCE names; "": it takes none. missing: why it cannot run.
+    method: "module:Class" of a ``specdec.bench.methods.Method``, constructed from the decoder and the cell.
+    options: names of its options.
+    drafts: whether it drafts.
+    source: what SOURCE of NAME=SOURCE is, such as FILE; "": it takes none.
+    missing: why it cannot run here; "": it can.
     """
 
     method: str = "specdec.bench.methods:HFMethod"
@@ -92,11 +96,11 @@ class Other:
     missing: str = ""
 
 
-OTHERS = {  # by name
-    "hf": Other(drafts=False),
-    "hf-lookup": Other(),
-    "hf-early-exit": Other(options=("exit_layer",)),
-    "hf-assistant": Other(source="MODEL"),
+EXTERNAL_METHODS = {
+    "hf": ExternalMethod(drafts=False),
+    "hf-lookup": ExternalMethod(),
+    "hf-early-exit": ExternalMethod(options=("exit_layer",)),
+    "hf-assistant": ExternalMethod(source="MODEL"),
 }
 
 
@@ -104,7 +108,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 def _baselines() -> tuple[str, ...]:
-    return ("none", *(name for name, other in OTHERS.items() if not other.source))
+    return ("none", *(name for name, other in EXTERNAL_METHODS.items() if not other.source))
 
 
 def _baseline(name: str) -> str:
@@ -113,11 +117,10 @@ def _baseline(name: str) -> str:
     return name
 
 
-def check_other(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
-    """The kind and the source of a method of ``OTHERS``. Raises SpecDecError for options that it has not, and where it
-    cannot run."""
+def check_external(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
+    """The name and the source of an external method. Raises SpecDecError for unknown options and if it cannot run."""
     kind, _, source = name.partition("=")
-    other = OTHERS[kind]
+    other = EXTERNAL_METHODS[kind]
     if other.source and not source:
         raise SpecDecError(f"'{kind}' needs a second model; give {kind}={other.source}")
     if other.missing:
@@ -127,8 +130,8 @@ def check_other(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def check_method(name: str) -> None:
-    """Raise SpecDecError for what is neither a drafter nor one of ``OTHERS``."""
-    kind, known = name.partition("=")[0], (*registry.names("drafters"), *OTHERS)
+    """Raise SpecDecError unless ``name`` is a drafter or an external method."""
+    kind, known = name.partition("=")[0], (*registry.names("drafters"), *EXTERNAL_METHODS)
     if kind in known:
         return
     if not ("+" in kind or "/" in kind or Path(kind).is_dir()):
@@ -139,10 +142,12 @@ def check_method(name: str) -> None:
 class Cell(Settings):
     """One measurement.
 
-    drafter: a drafter as ``specdec generate --drafter`` takes it, or one of ``OTHERS``.
-    num_speculative_tokens: depth of each step's draft, or "auto".
-    prompts: a file, or the name of a prompt set. limit: conversations, spread over the set; None: all of it.
-    repetitions: times that everything is decoded. against: baselines that run interleaved with the method.
+    drafter: a drafter as ``specdec generate --drafter`` takes it, or one of ``EXTERNAL_METHODS``.
+    num_speculative_tokens: draft length, or "auto".
+    prompts: a file, or the name of a prompt set.
+    limit: number of conversations, evenly spaced over the set; None: all.
+    repetitions: how often everything is decoded.
+    against: baselines, interleaved with the method.
     """
 
     model: Text = DEFAULT_MODEL
@@ -172,33 +177,33 @@ class Cell(Settings):
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What decides which model is loaded, and how."""
+        """The settings that decide which model is loaded, and how."""
         names = "model", "dtype", "device", "runtime", "weights", "kv_cache", "activations"
         return {name: str(getattr(self, name)) for name in names}
 
     @property
-    def is_other(self) -> bool:
+    def is_external(self) -> bool:
         """Whether another engine decodes."""
-        return self.drafter.partition("=")[0] in OTHERS
+        return self.drafter.partition("=")[0] in EXTERNAL_METHODS
 
-    def but(self, **changes: Any) -> Cell:
-        """The cell with other values for some settings."""
+    def with_settings(self, **changes: Any) -> Cell:
+        """A copy with other values for some settings."""
         return Cell(**self.as_dict() | changes)
 
     def canonical(self) -> Cell:
-        """The cell without what makes no difference: plain decoding and other engines know no acceptance rule."""
+        """A copy without settings that have no effect: plain decoding and external methods ignore the verifier."""
         changes: dict[str, Any] = {}
-        if self.drafter == "none" or self.is_other:
+        if self.drafter == "none" or self.is_external:
             changes = {"verifier": "exact", "verifier_options": {}}
-        if self.drafter == "none" or (self.drafter in OTHERS and not OTHERS[self.drafter].drafts):
+        if self.drafter == "none" or (self.drafter in EXTERNAL_METHODS and not EXTERNAL_METHODS[self.drafter].drafts):
             changes["num_speculative_tokens"] = "auto"
-        return self.but(**changes)
+        return self.with_settings(**changes)
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting as plain values for JSON and YAML."""
         return self.model_dump(mode="json")
 
     def key(self) -> str:
-        """A name that is the same for equal cells, in every process and on every machine; 16 hex digits."""
+        """16 hex digits, equal for equal cells in every process and on every machine."""
         text = json.dumps(self.as_dict(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a figure depends on beside the settings: the machine, its load, the versions, the commit."""
+"""The environment of a measurement: machine, load, versions and commit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specdec.base.machine import processor_name
 
 
 def environment() -> dict[str, Any]:
-    """Plain values for JSON; None for what this system does not report."""
+    """JSON values; None where the system does not report one."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": processor_name(),
@@ -45,7 +45,7 @@ def _memory_gb() -> float | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that this package is run from, with "+" if files differ from it."""
+    """The commit of the source tree that the package runs from, with "+" if tracked files differ from it."""
     root = Path(specdec.__file__).resolve().parents[1]
 
     def git(*args: str) -> str:
@@ -53,6 +53,8 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     with suppress(OSError, subprocess.SubprocessError):
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # else: a folder in somebody's repository
+        if (
+            Path(git("rev-parse", "--show-toplevel")).resolve() == root
+        ):  # else: installed somewhere inside another repository
             return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     return None

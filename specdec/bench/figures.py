@@ -1,7 +1,7 @@
-"""Sums up the requests of a method: the FIGURES that ``specdec.bench.cell`` describes. Knows no models.
+"""Summary statistics of the requests of a method: the FIGURES of ``specdec.bench.cell``.
 
-Intervals are percentiles of a cluster bootstrap (Efron 1979; Davison and Hinkley 1997, 3.8): conversations are drawn
-with replacement, each with all its turns and repetitions, because what one conversation yields hangs together.
+Intervals are percentiles of a cluster bootstrap (Efron 1979; Davison and Hinkley 1997, 3.8). It resamples
+conversations with all their turns and repetitions, because results within a conversation are correlated.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from specdec.bench.quality import Quality
 from specdec.engine.metrics import RequestMetrics
 
 RESAMPLES = 1000
-TAIL = 2.5  # per cent on each side
+TAIL = 2.5  # percent on each side
 
 Estimate = dict[str, float | None]  # {"value", "low", "high"}; no interval for a single cluster
 
 
 @dataclass
 class BenchRequest:
-    """One batch of prompts answered once by one method. ``equality``: per row "equal", "near-tie", "fault", "differs"
-    (a lossy rule) or None (sampling)."""
+    """One batch of prompts, answered once by one method.
+
+    equality: per row "equal", "near-tie", "fault", "differs" (a lossy rule), or None (not comparable).
+    """
 
     method: str
     repetition: int
@@ -44,7 +46,7 @@ class BenchRequest:
 
     @property
     def category(self) -> str:
-        """That of the first conversation, where they are mixed."""
+        """The category of the first conversation."""
         return self.conversations[0].category
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,10 +76,10 @@ class BenchRequest:
         }
 
 
-def figures(
+def summarize(
     name: str, mine: list[BenchRequest], baselines: dict[str, list[BenchRequest]], method: Method
 ) -> dict[str, Any]:
-    """Sum up the requests of one method; ``baselines``: requests of other methods for the same prompts, by label."""
+    """The FIGURES of one method. baselines: requests of other methods for the same prompts, by label."""
     alike = method.lossless and method.same_arithmetic
     by_place = {label: {r.place: r for r in requests} for label, requests in baselines.items()}
     replies = [r.reply for r in mine]
@@ -93,14 +95,14 @@ def figures(
         "lossless": method.lossless,
         "engine": method.engine,
         **_summary(mine, by_place),
-        "decode_tokens_per_second": _median(mine, lambda reply: _rate(reply.pace(after_first=True))),
+        "decode_tokens_per_second": _median(mine, lambda reply: _rate(reply.seconds_per_token(after_first=True))),
         "prefill_ms": _median(mine, lambda reply: reply.metrics[0].prefill_seconds if reply.metrics else None, 1e3),
         "first_token_ms": _median(mine, lambda reply: reply.first_seconds, 1e3),
-        "decode_ms_per_token": _median(mine, lambda reply: reply.pace(after_first=True), 1e3),
+        "decode_ms_per_token": _median(mine, lambda reply: reply.seconds_per_token(after_first=True), 1e3),
         "latency_ms": {
-            "token": _milliseconds([reply.pace() for reply in replies]),
+            "token": _milliseconds([reply.seconds_per_token() for reply in replies]),
             "first_token": _milliseconds([reply.first_seconds for reply in replies]),
-            "step": _milliseconds([gap for reply in replies for gap in reply.gaps]),
+            "step": _milliseconds([gap for reply in replies for gap in reply.intervals]),
         },
         "decode_speedup": {label: _speedup(mine, base, after_first=True) for label, base in by_place.items()},
         "acceptance_rate": steps.draft_acceptance_rate if steps.num_draft_tokens else None,
@@ -126,11 +128,11 @@ def figures(
 
 
 def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchRequest]]) -> dict[str, Any]:
-    """The figures that each category has, too."""
+    """The figures that are also given per category."""
     return {
         "requests": len(mine),
         "tokens": sum(r.reply.count for r in mine),
-        "tokens_per_second": _median(mine, lambda reply: _rate(reply.pace())),
+        "tokens_per_second": _median(mine, lambda reply: _rate(reply.seconds_per_token())),
         "speedup": {label: _speedup(mine, base) for label, base in baselines.items()},
         "mean_acceptance_length": _pooled(
             mine, lambda m: m.num_accepted_draft_tokens + m.num_spec_steps, lambda m: m.num_spec_steps
@@ -139,13 +141,13 @@ def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchReque
 
 
 def _median(mine: list[BenchRequest], figure: Callable[[Reply], float | None], scale: float = 1) -> Estimate | None:
-    """The median over the requests that have the figure, times ``scale``."""
+    """The median over the requests that have a value, times ``scale``."""
     found = [(value * scale, r.group) for r in mine if (value := figure(r.reply)) is not None]
     return median([value for value, _ in found], [group for _, group in found])
 
 
 def _milliseconds(seconds: Sequence[float | None]) -> dict[str, float] | None:
-    """P50 and P99 in milliseconds; None if there is nothing."""
+    """P50 and P99 in milliseconds; None if there is no value."""
     found = [1e3 * value for value in seconds if value is not None]
     return dict(zip(("p50", "p99"), map(float, np.percentile(found, (50, 99))), strict=True)) if found else None
 
@@ -155,11 +157,14 @@ def _rate(pace: float | None) -> float | None:
 
 
 def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest], after_first: bool = False) -> Estimate | None:
-    """Seconds per token of the baseline over ours, for each request that both did."""
+    """Seconds per token of the baseline over ours, over the requests that both finished."""
     ratios, groups = [], []
     for request in mine:
         other = base.get(request.place)
-        ours, theirs = request.reply.pace(after_first), other.reply.pace(after_first) if other else None
+        ours, theirs = (
+            request.reply.seconds_per_token(after_first),
+            other.reply.seconds_per_token(after_first) if other else None,
+        )
         if ours and theirs:
             ratios.append(theirs / ours)
             groups.append(request.group)
@@ -169,13 +174,13 @@ def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest], after_firs
 def _pooled(
     mine: list[BenchRequest], above: Callable[[RequestMetrics], float], below: Callable[[RequestMetrics], float]
 ) -> Estimate | None:
-    """A ratio of sums over all rows; None for methods without metrics."""
+    """The ratio of two sums over all rows; None for methods without metrics."""
     rows = [(m, r.group) for r in mine for m in r.reply.metrics]
     return ratio([above(m) for m, _ in rows], [below(m) for m, _ in rows], [group for _, group in rows])
 
 
 def _ledger(replies: list[Reply]) -> dict[str, float]:
-    """Milliseconds per step by phase. The rows of a batch share their steps: the longest row saw all of them."""
+    """Milliseconds per step by phase, from the longest row of each batch, which took part in all its steps."""
     longest = [max(r.metrics, key=lambda m: m.decode_seconds) for r in replies if r.metrics]
     steps = sum(m.num_spec_steps for m in longest)
     phases = dict.fromkeys(phase for m in longest for phase in m.ledger if phase != "prefill")
@@ -198,7 +203,7 @@ def _quality(requests: list[BenchRequest]) -> dict[str, Any] | None:
 
 
 def median(values: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
-    """The median of ``values``, value i belonging to ``clusters[i]``. None if there are none."""
+    """The median of ``values``; value i belongs to ``clusters[i]``. None if there are no values."""
     if not values:
         return None
     order = np.argsort(values, kind="stable")
@@ -206,13 +211,12 @@ def median(values: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
     weights = _counts(int(index.max()) + 1)[:, index].cumsum(1)  # (resamples, values)
     half = weights[:, -1:] / 2
     below, above = (weights < half).sum(1), (weights <= half).sum(1)
-    # The last value is the middle of a resample that holds nothing above it.
     draws = (ordered[below] + ordered[np.minimum(above, len(ordered) - 1)]) / 2
     return _estimate(float(np.median(ordered)), draws, int(index.max()) + 1)
 
 
 def ratio(above: Sequence[float], below: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
-    """The pooled ratio sum(above) / sum(below). None if there is nothing below."""
+    """The pooled ratio sum(above) / sum(below). None if sum(below) is 0."""
     if not sum(below):
         return None
     index = np.unique(clusters, return_inverse=True)[1]
@@ -224,7 +228,7 @@ def ratio(above: Sequence[float], below: Sequence[float], clusters: Sequence[int
 
 
 def _counts(clusters: int) -> Any:
-    """How often each cluster is drawn, [RESAMPLES, clusters]; the same for all estimates of a run."""
+    """How often each resample draws each cluster, [RESAMPLES, clusters]; equal for all estimates."""
     return np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES)
 
 

@@ -1,7 +1,6 @@
-"""The methods of a benchmark, timed alike: our decoder with a drafter, or ``model.generate``.
+"""The methods of a benchmark: our decoder with a drafter, or ``model.generate``, timed in the same way.
 
-Tokens are raw ids on both sides, cut after the end-of-sequence token; nothing is re-tokenised. Knows no prompt sets and
-no statistics.
+Tokens are raw ids, cut after the end-of-sequence token; nothing is tokenised again.
 """
 
 from __future__ import annotations
@@ -23,24 +22,27 @@ from transformers.generation.streamers import BaseStreamer
 from specdec.api.decoder import SpecDecoder
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.bench.cell import Cell, check_other
+from specdec.bench.cell import Cell, check_external
 from specdec.engine.metrics import RequestMetrics
 from specdec.models import loading
 from specdec.models.gguf.blocks import densify, temporarily_dense
 
-WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
+WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the warm-up request
 SAMPLING = ("temperature", "top_p", "top_k")
-PASSES = (1, 2, 4, 8, 16)  # tokens of the passes that are timed before anything else
-LOOKUP = 10  # tokens that model.generate's prompt lookup drafts where our depth is automatic
+PASSES = (1, 2, 4, 8, 16)  # numbers of tokens in the passes that are timed first
+LOOKUP = 10  # draft length of model.generate's prompt lookup if ours is automatic
 
 
 @dataclass
 class Reply:
-    """One request: a batch of prompts answered once.
+    """The answer to one request, a batch of prompts.
 
-    tokens: new ids per row. seconds: the whole call. arrivals: seconds until tokens came, a whole step at once;
-    first_tokens came first. metrics: per row, of our own loop. reasons: why each row ended. peak_memory_mb: None where
-    the system does not report it.
+    tokens: new ids per row.
+    seconds: of the whole call.
+    arrivals: seconds until each delivery of tokens; a step delivers all its tokens at once.
+    first_tokens: number of tokens in the first delivery.
+    metrics, reasons: per row, only of our engine.
+    peak_memory_mb: None where the system does not report it.
     """
 
     tokens: list[list[int]]
@@ -57,25 +59,28 @@ class Reply:
 
     @property
     def first_seconds(self) -> float:
-        """Until the first token."""
+        """Seconds until the first token."""
         return self.arrivals[0]
 
     @property
-    def gaps(self) -> list[float]:
-        """Seconds between arrivals."""
+    def intervals(self) -> list[float]:
+        """Seconds between deliveries."""
         return [after - before for before, after in pairwise(self.arrivals)]
 
-    def pace(self, after_first: bool = False) -> float | None:
-        """Seconds per token; None where there is none."""
+    def seconds_per_token(self, after_first: bool = False) -> float | None:
+        """Seconds per token; None if there are no tokens."""
         count = self.count - self.first_tokens * after_first
         return (self.seconds - self.first_seconds * after_first) / count if count > 0 else None
 
 
 class Method:
-    """What all methods have.
+    """A way to answer prompts.
 
-    seeded: sampled tokens depend on the seed alone. same_arithmetic: greedy tokens are those of plain decoding.
-    engine: version and settings of another engine. pass_seconds: of its passes, by number of tokens.
+    lossless: its acceptance rule keeps the model's distribution.
+    seeded: sampled tokens depend on the seed alone.
+    same_arithmetic: greedy tokens equal those of plain decoding.
+    engine: version and settings of an external engine.
+    pass_seconds: duration of an external engine's passes, by number of tokens.
     """
 
     lossless: bool = True
@@ -90,7 +95,7 @@ class Method:
 
 
 class OwnMethod(Method):
-    """Our loop with one drafter and one acceptance rule."""
+    """Our engine with one drafter and one acceptance rule."""
 
     seeded = True
 
@@ -116,15 +121,15 @@ class OwnMethod(Method):
 
 
 class HFMethod(Method):
-    """``model.generate``: plain, with prompt lookup, an early exit (option: exit_layer), or a draft model."""
+    """``model.generate``: plain, with prompt lookup, an early exit (option ``exit_layer``), or a draft model."""
 
     def __init__(self, base: SpecDecoder, cell: Cell) -> None:
         given = cell.drafter_options
-        kind, source = check_other(cell.drafter, given)
+        kind, source = check_external(cell.drafter, given)
         if kind != "hf":
-            one_at_a_time(cell)
+            refuse_batches(cell)
         self.model = assistant = copy.copy(base.model)
-        self.model.generation_config = copy.copy(base.model.generation_config)  # which assisted generation changes
+        self.model.generation_config = copy.copy(base.model.generation_config)  # assisted generation changes it
         self.eos = base.eos_ids()
         depth = cell.num_speculative_tokens
         self.settings: dict[str, Any] = {"do_sample": False}
@@ -141,7 +146,7 @@ class HFMethod(Method):
             densify(assistant)
             self.settings["assistant_model"] = assistant
         if kind in ("hf-early-exit", "hf-assistant") and depth != "auto":
-            config = assistant.generation_config  # how deep it drafts: as our drafters
+            config = assistant.generation_config  # a fixed draft length, as for our drafters
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = depth, "constant"
             config.assistant_confidence_threshold = 0.0
 
@@ -167,13 +172,13 @@ class HFMethod(Method):
         return Reply(tokens, seconds, [at - start for at in clock.arrivals], clock.tokens)
 
     def _cut(self, row: list[int]) -> list[int]:
-        """Without the padding behind the end-of-sequence token of a row that ended early."""
+        """The row without the padding after its end-of-sequence token."""
         end = next((i for i, token in enumerate(row) if token in self.eos), len(row))
         return row[: end + 1]
 
 
 class _Clock(BaseStreamer):
-    """Notes when new tokens arrive, and how many come first; ``generate`` hands over the prompt before that."""
+    """A streamer that records when new tokens arrive. The first call passes the prompt."""
 
     def __init__(self) -> None:
         self.calls, self.arrivals, self.tokens = 0, list[float](), 0
@@ -189,14 +194,14 @@ class _Clock(BaseStreamer):
         pass
 
 
-def one_at_a_time(cell: Cell) -> None:
+def refuse_batches(cell: Cell) -> None:
     """Raise SpecDecError for a batch."""
     if cell.batch_size > 1:
         raise SpecDecError(f"'{cell.drafter}' decodes one prompt at a time; leave it out or use --batch-size 1")
 
 
 class PeakMemory:
-    """Peak memory while the block runs, in ``mb``: of the CUDA device's allocator, or resident in this process."""
+    """Peak memory of a ``with`` block in MB: allocated on the CUDA device, or resident in this process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,8 +1,7 @@
-"""Prompt sets: a file, our own small set, or a public set by name, found in a data folder, in a package that is
-installed, or fetched from its home.
+"""Prompt sets: a file, our own small set, or a public set by name.
 
-What is downloaded has a fixed revision and a known SHA-256, and is kept in the cache folder; sets of which we know no
-checksum are not downloaded. Knows no tokenizer and no model.
+A public set comes from a data folder, an installed package or a download. Downloads have a fixed revision and a known
+SHA-256 and stay in the cache folder; a set without a known checksum is not downloaded.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from specdec.base.errors import SpecDecError, did_you_mean, one_line
 from specdec.base.files import cache_dir, write_atomically
 
 DATA = "SPECDEC_DATA"  # environment variable: the data folder
-TIMEOUT = 20  # seconds for a download to answer
+TIMEOUT = 20  # seconds until a download must respond
 MOST_BYTES = 1 << 26  # of a download
 
-Turns = Callable[[dict[str, Any]], Any]  # makes the turns of a record of a file
+Turns = Callable[[dict[str, Any]], Any]  # reads the turns from a record of a file
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """User turns, each to be answered before the next is put."""
+    """User turns; each follows the answer to the turn before."""
 
     id: str
     category: str
@@ -41,8 +40,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Conversations of one source. sha256: of the file that was read. licence: what the user has to know of it; empty
-    for files and our own set."""
+    """The conversations of one source. sha256: of the file. licence: empty for the user's files and our own set."""
 
     name: str
     conversations: tuple[Conversation, ...]
@@ -51,12 +49,13 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class Home:
+class PromptSource:
     """Where a public set comes from.
 
-    url, sha256: of one revision of the file, and its checksum. None: no checksum is known to us, so the user has to get
-    the file. turns: makes the turns of one of the file's records; the plain reading comes first. package: a package
-    that pip installs, and its file with the same checksum.
+    page: where a user finds the file.
+    url, sha256: one revision of the file and its checksum; None: the user has to download it.
+    turns: reads the turns of a record that has no 'turns' entry.
+    package: a pip package, and the path of the same file in it.
     """
 
     page: str
@@ -69,28 +68,28 @@ class Home:
 
 RAW = "https://raw.githubusercontent.com/"
 CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n"
-SETS: dict[str, Home] = {
-    "mt-bench": Home(
+PROMPT_SETS: dict[str, PromptSource] = {
+    "mt-bench": PromptSource(
         "https://github.com/lm-sys/FastChat (fastchat/llm_judge/data/mt_bench/question.jsonl)",
         "Apache-2.0",
         RAW + "lm-sys/FastChat/587d5cfa1609a43d192cedb8441cac3c17db105d/"
         "fastchat/llm_judge/data/mt_bench/question.jsonl",
         "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
     ),
-    "spec-bench": Home(
+    "spec-bench": PromptSource(
         "https://github.com/hemingkx/Spec-Bench (data/spec_bench/question.jsonl)",
         "Apache-2.0; its parts have licences of their own",
         RAW + "hemingkx/Spec-Bench/fd2c1cd7d2201ef71db4c5f4e455008f017967bf/data/spec_bench/question.jsonl",
         "4b6d33e79484f9841c487ee87d1cf6aa8c6066f61d5d482ff09e5a007fafdf04",
     ),
-    "gsm8k": Home(
+    "gsm8k": PromptSource(
         "https://github.com/openai/grade-school-math (grade_school_math/data/test.jsonl)",
         "MIT",
         RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
         "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
         lambda record: record.get("question"),
     ),
-    "humaneval": Home(
+    "humaneval": PromptSource(
         "https://github.com/openai/human-eval (data/HumanEval.jsonl.gz)",
         "MIT",
         RAW + "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
@@ -98,16 +97,16 @@ SETS: dict[str, Home] = {
         lambda record: CODE + record["prompt"].rstrip() + "\n```" if "task_id" in record else None,
         ("human-eval", "human_eval/data/HumanEval.jsonl.gz"),
     ),
-    "koala": Home(
+    "koala": PromptSource(
         "https://github.com/arnav-gudibande/koala-test-set (koala_test_set.jsonl)",
         "Apache-2.0; its authors ask not to train on it",
     ),
-    "self-instruct": Home(
+    "self-instruct": PromptSource(
         "https://github.com/yizhongw/self-instruct (human_eval/user_oriented_instructions.jsonl)",
         "Apache-2.0",
         turns=lambda record: _with_input(record.get("instruction"), (record.get("instances") or [{}])[0].get("input")),
     ),
-    "wizardlm": Home(
+    "wizardlm": PromptSource(
         "https://github.com/nlpxucan/WizardLM (WizardLM/data/WizardLM_testset.jsonl)",
         "CC BY-NC 4.0 (research, not commercial)",
         turns=lambda record: record.get("Instruction"),
@@ -116,30 +115,30 @@ SETS: dict[str, Home] = {
 
 
 def load_prompts(name: str, data_dir: Path | None = None) -> PromptSet:
-    """The prompt set ``name``: "own", one of ``SETS``, or a file.
+    """The prompt set ``name``: "own", one of ``PROMPT_SETS``, or a file.
 
     Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
-    each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` in ``data_dir`` or the folder that $SPECDEC_DATA names
-    ("_" may stand for "-"), else a package's file, else it is downloaded. Raises SpecDecError for unknown names, files
-    that are missing or empty, and a broken line, with its number.
+    each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` ("_" may replace "-") in ``data_dir`` or $SPECDEC_DATA,
+    else a package's file, else a download. Raises SpecDecError for an unknown name, a missing or empty file, and a
+    broken line, with its number.
     """
     if name == "own":
         return _read(name, Path(str(files("specdec.bench") / "data" / "own.jsonl")))
-    if name in SETS:
-        home = SETS[name]
-        path = _local(name, data_dir) or _packaged(home) or _downloaded(name, home)
-        return _read(name, path, f"{home.licence}; {home.page}", home.turns)
+    if name in PROMPT_SETS:
+        source = PROMPT_SETS[name]
+        path = _local(name, data_dir) or _packaged(source) or _downloaded(name, source)
+        return _read(name, path, f"{source.licence}; {source.page}", source.turns)
     path = Path(name).expanduser()
     if not path.is_file():
-        known = ["own", *SETS]
+        known = ["own", *PROMPT_SETS]
         raise SpecDecError(
             f"there is no prompt file '{name}'{did_you_mean(name, known)}; give a file or one of {', '.join(known)}"
         )
     return _read(path.name, path)
 
 
-def spread(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
-    """``limit`` conversations at equal distances, so that a file sorted by category gives some of each."""
+def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
+    """``limit`` conversations at equal distances, so that a file sorted by category yields some of each."""
     count = len(conversations)
     if limit is None or limit >= count:
         return list(conversations)
@@ -157,35 +156,35 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _packaged(home: Home) -> Path | None:
-    """The file in the package, if that is installed and the file is the known one."""
-    if home.package is None:
+def _packaged(source: PromptSource) -> Path | None:
+    """The file in the package, if it is installed and has the known checksum."""
+    if source.package is None:
         return None
     with suppress(PackageNotFoundError):
-        path = Path(str(distribution(home.package[0]).locate_file(home.package[1])))
-        if path.is_file() and inputs.sha256(path) == home.sha256:
+        path = Path(str(distribution(source.package[0]).locate_file(source.package[1])))
+        if path.is_file() and inputs.sha256(path) == source.sha256:
             return path
     return None
 
 
-def _downloaded(name: str, home: Home) -> Path:
-    by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir or ${DATA}; it is at {home.page}"
-    if home.package is not None:
-        by_hand = f"'pip install {home.package[0]}', or {by_hand}"
-    if home.url is None or home.sha256 is None:
-        raise SpecDecError(f"prompt set '{name}' is not downloaded, for want of a published checksum; {by_hand}")
-    path = cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if home.url.endswith('.gz') else ''}"
-    if path.is_file() and inputs.sha256(path) == home.sha256:
+def _downloaded(name: str, source: PromptSource) -> Path:
+    by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir or ${DATA}; it is at {source.page}"
+    if source.package is not None:
+        by_hand = f"'pip install {source.package[0]}', or {by_hand}"
+    if source.url is None or source.sha256 is None:
+        raise SpecDecError(f"prompt set '{name}' is not downloaded: it has no published checksum; {by_hand}")
+    path = cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if source.url.endswith('.gz') else ''}"
+    if path.is_file() and inputs.sha256(path) == source.sha256:
         return path
     try:
-        with urllib.request.urlopen(home.url, timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(source.url, timeout=TIMEOUT) as answer:
             data = answer.read(MOST_BYTES)
     except (OSError, ValueError, HTTPException) as error:
         raise SpecDecError(f"prompt set '{name}' cannot be downloaded ({one_line(error)}); {by_hand}") from None
     found = hashlib.sha256(data).hexdigest()
-    if found != home.sha256:
+    if found != source.sha256:
         raise SpecDecError(
-            f"checksum mismatch: {home.url} has sha256 {found} instead of {home.sha256}; try again, or {by_hand}"
+            f"checksum mismatch: {source.url} has sha256 {found} instead of {source.sha256}; try again, or {by_hand}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)

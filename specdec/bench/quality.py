@@ -1,4 +1,4 @@
-"""How good a lossy rule's output is, seen by the full model: agreement, likelihood, overlap with its own answer."""
+"""The quality of a lossy rule's output under the full model: agreement, likelihood, overlap with its own answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from specdec.runtimes.target import Target
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one output of ``tokens`` tokens. agreed: tokens that are the full model's argmax there. nll: the sum of
-    -log p(token) in nats, at temperature 1. rouge_l: F1 of ROUGE-L (Lin 2004) against the full model's own answer."""
+    """The quality of one output.
+
+    tokens: number of tokens.
+    agreed: number of tokens that are the full model's argmax.
+    nll: sum of -log p(token) in nats, at temperature 1.
+    rouge_l: F1 of ROUGE-L (Lin 2004) against the full model's own answer.
+    """
 
     tokens: int
     agreed: int
@@ -22,14 +27,14 @@ class Quality:
     rouge_l: float
 
 
-def require() -> None:
-    """Raise SpecDecError if the library that these figures need is missing."""
+def require_rouge_score() -> None:
+    """Raise SpecDecError if rouge-score is not installed."""
     if importlib.util.find_spec("rouge_score") is None:
         raise SpecDecError("quality figures of a lossy rule need rouge-score; pip install 'specdec-m2r2[bench]'")
 
 
 def quality(target: Target, tokenizer: Any, prompt: list[int], tokens: list[int], plain: list[int]) -> Quality:
-    """Compare ``tokens`` after ``prompt`` with the full model's choices and with its own answer, ``plain``."""
+    """The quality of ``tokens`` after ``prompt``. plain: the full model's own answer."""
     from rouge_score.rouge_scorer import RougeScorer
 
     logits = replay(target, prompt, tokens)  # (n, V)

@@ -1,8 +1,7 @@
-"""Runs the methods of one or several cells side by side and sums them up; ``specdec.bench.cell`` describes the result.
+"""Runs the methods of one or several cells side by side; ``specdec.bench.cell`` describes the result.
 
-Every method answers the same prompts: a conversation goes on with the answer of plain decoding (else of
-model.generate, else of the first method). Methods take turns prompt by prompt, in an order that rotates. Knows no
-files and no terminal.
+Every method answers the same prompts: a conversation continues with the answer of plain decoding (else of
+model.generate, else of the first method). Methods take turns prompt by prompt, in a rotating order.
 """
 
 from __future__ import annotations
@@ -23,27 +22,28 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import OnProgress
 from specdec.bench import quality
-from specdec.bench.cell import OTHERS, Cell, check_method, check_other
+from specdec.bench.cell import EXTERNAL_METHODS, Cell, check_external, check_method
 from specdec.bench.environment import environment
-from specdec.bench.figures import BenchRequest, figures
+from specdec.bench.figures import BenchRequest, summarize
 from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory
-from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
+from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_prompts
 from specdec.engine.depth import measure as costs
 from specdec.engine.replay import first_difference
 from specdec.models import loading
 from specdec.speculation import registry
 from specdec.speculation.sampling import Sampler, streams
 
-# Settings of a method; in the others, cells that run side by side must agree.
+# Settings of a method; cells that run side by side must agree in all others.
 OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
 
-Chat = tuple[Conversation, list[str]]  # with its turns and the answers of plain decoding so far
+Chat = tuple[Conversation, list[str]]  # with its turns and plain decoding's answers so far
 
 
 class Decoders:
-    """What cells share: the loaded model (the last one used), its drafters, and prompt sets.
+    """What cells share: the model that was used last, its drafters, and prompt sets.
 
-    data_dir: the folder of named prompt sets; None: $SPECDEC_DATA. first_turns: conversations end after their first.
+    data_dir: folder of named prompt sets; None: $SPECDEC_DATA.
+    first_turns: conversations end after their first turn.
     """
 
     def __init__(self, data_dir: Path | None = None, first_turns: bool = False) -> None:
@@ -53,9 +53,9 @@ class Decoders:
         self._prompts: dict[str, PromptSet] = {}
 
     def base(self, cell: Cell, drafters: Sequence[str] = ()) -> SpecDecoder:
-        """The cell's model, decoding plainly; not loaded if one of ``drafters`` cannot fit a model of its size."""
+        """A plain decoder of the cell's model. Refuses ``drafters`` that cannot fit before it loads the weights."""
         if self._base is None or self._base[0] != cell.loading:
-            self._base, self._loaded = None, {}  # free the last one first
+            self._base, self._loaded = None, {}  # free the model before
             if any(drafter != "none" for drafter in drafters):
                 config = loading.read_config(cell.model, cell.dtype)
                 for drafter in drafters:
@@ -65,10 +65,10 @@ class Decoders:
         return self._base[1]
 
     def method(self, cell: Cell) -> Method:
-        """The cell's own method."""
+        """The method of the cell."""
         base = self.base(cell)
-        if cell.is_other:
-            module, _, name = OTHERS[cell.drafter.partition("=")[0]].method.partition(":")
+        if cell.is_external:
+            module, _, name = EXTERNAL_METHODS[cell.drafter.partition("=")[0]].method.partition(":")
             made: Method = getattr(import_module(module), name)(base, cell)
             return made
         key = json.dumps([cell.drafter, cell.drafter_options, cell.verifier, cell.verifier_options], sort_keys=True)
@@ -90,10 +90,11 @@ class Decoders:
 
 
 class BenchRun:
-    """Cells that differ in their methods alone, measured side by side.
+    """Cells that differ only in their methods, measured side by side.
 
-    progress: called after each request. record: given each request as it is done. ``execute`` may be interrupted;
-    ``results`` then sums up what was done. Raises SpecDecError if something cannot be loaded, before anything runs.
+    progress, record: called after each request.
+    ``execute`` may be interrupted; ``results`` then covers the finished requests. The constructor loads everything and
+    raises SpecDecError if something is missing.
     """
 
     def __init__(
@@ -113,23 +114,23 @@ class BenchRun:
                 raise SpecDecError(f"cells side by side must agree in {', '.join(differing)}")
         for cell in cells:
             check_method(cell.drafter)
-            if cell.is_other:
-                check_other(cell.drafter, cell.drafter_options)
+            if cell.is_external:
+                check_external(cell.drafter, cell.drafter_options)
         self.prompt_set = decoders.prompts(first)
-        self.base = decoders.base(first, [cell.drafter for cell in cells if not cell.is_other])
+        self.base = decoders.base(first, [cell.drafter for cell in cells if not cell.is_external])
         self.methods: dict[str, Method] = {}
-        self.names: dict[str, str] = {}  # of the method of each cell, by the cell's key
+        self.names: dict[str, str] = {}  # a cell's key -> the name of its method
         for cell in cells:
             for one in (*(_alone(cell, name) for name in cell.against), _alone(cell)):
                 self._add(one)
         self.plain = next(name for name in ("none", "hf", *self.methods) if name in self.methods)
         self.lossy = any(not method.lossless for method in self.methods.values())
         if self.lossy:
-            quality.require()
+            quality.require_rouge_score()
             if not self.methods[self.plain].lossless:
                 raise SpecDecError("a lossy rule is compared with plain decoding; add the baseline none")
         count = first.batch_size
-        conversations = spread(self.prompt_set.conversations, first.limit)
+        conversations = evenly_spaced(self.prompt_set.conversations, first.limit)
         self.groups = [conversations[i : i + count] for i in range(0, len(conversations), count)]
         self.passes: dict[str, dict[str, float]] = {}
         self.requests: list[BenchRequest] = []
@@ -146,7 +147,7 @@ class BenchRun:
         }
 
     def _add(self, cell: Cell) -> None:
-        """Load the cell's own method under a name of its own."""
+        """Load the method of ``cell`` under a unique name."""
         if cell.key() not in self.names:
             depth = cell.num_speculative_tokens
             usual = depth in ("auto", self.first.num_speculative_tokens)
@@ -178,7 +179,7 @@ class BenchRun:
             self.seconds = time.perf_counter() - start
 
     def _time_passes(self) -> None:
-        """Before anything else: what a pass over several tokens costs, in each engine that can be asked."""
+        """Measure what a pass over several tokens costs, in each engine that reports it."""
         sizes = [n for n in PASSES if n < self.base.target.context]
         own = {str(n): seconds for n, seconds in costs.time_scoring(self.base.target, sizes=sizes).items()}
         timed = {"specdec": own} | {name: method.pass_seconds for name, method in self.methods.items()}
@@ -191,23 +192,23 @@ class BenchRun:
             method.reply(rows, WARM_UP, self.first.seed)
 
     def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
-        """The chats that have this turn and fit the context with it, and their prompts."""
-        going_on, prompts, context = [], [], self.base.target.context
+        """The chats that have this turn and fit into the context with it, and their prompts."""
+        continued, prompts, context = [], [], self.base.target.context
         for conversation, texts in chats:
             if turn < len(conversation.turns):
                 texts.append(conversation.turns[turn])
                 ids = self._encode(texts)
                 if len(ids) < context:
-                    going_on.append((conversation, texts))
+                    continued.append((conversation, texts))
                     prompts.append(ids)
                     continue
                 what = f"{conversation.id}, turn {turn + 1}: {len(ids)} tokens do not fit the context of {context}"
                 if what not in self.skipped:
                     self.skipped.append(what)
-        return going_on, prompts
+        return continued, prompts
 
     def _turn(self, place: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]]) -> int:
-        """Have every method answer one turn of a group of chats; return the number of new tokens."""
+        """Let every method answer one turn of a group of chats; return the number of new tokens."""
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
         names, shift = list(self.methods), len(self.requests) // len(self.methods) % len(self.methods)
         made: dict[str, BenchRequest] = {}
@@ -229,14 +230,14 @@ class BenchRun:
         return sum(request.reply.count for request in made.values())
 
     def _encode(self, texts: list[str]) -> list[int]:
-        """Texts of user and model alternating, as a chat if the model has a template, else as paragraphs."""
+        """Encode alternating texts of user and model: in the chat template if there is one, else as paragraphs."""
         if getattr(self.base.tokenizer, "chat_template", None):
             roles = ("user", "assistant")
             return encode(self.base.tokenizer, [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)])
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
     def _compare(self, request: BenchRequest, plain: BenchRequest, count: int, seed: int) -> None:
-        """Note how the request's tokens compare with those of plain decoding."""
+        """Record how the request's tokens compare with those of plain decoding."""
         cell, method, target = self.first, self.methods[request.method], self.base.target
         comparable = cell.temperature == 0 or (method.seeded and self.methods[self.plain].seeded)
         for b, (prompt, ours) in enumerate(zip(request.prompts, request.reply.tokens, strict=True)):
@@ -256,7 +257,7 @@ class BenchRun:
                 request.qualities.append(quality.quality(target, self.base.tokenizer, prompt, ours, theirs))
 
     def results(self) -> list[dict[str, Any]]:
-        """One result per cell. Raises SpecDecError if not a single request was finished."""
+        """One result per cell. Raises SpecDecError if no request was finished."""
         if not self.requests:
             why = f": {self.skipped[0]}" if self.skipped else ""
             raise SpecDecError(f"nothing was measured{why}")
@@ -280,7 +281,7 @@ class BenchRun:
             name = self.names[_alone(cell).key()]
             labels = {str(label): self.names[_alone(cell, label).key()] for label in cell.against}
             baselines = {label: made[method] for label, method in labels.items()}
-            sums = {m: figures(m, made[m], baselines, self.methods[m]) for m in {name, *labels.values()}}
+            sums = {m: summarize(m, made[m], baselines, self.methods[m]) for m in {name, *labels.values()}}
             compared = {label: sums[method] for label, method in labels.items()}
             out.append(
                 {"key": cell.key(), "cell": cell.as_dict(), "method": sums[name], "baselines": compared, **shared}
@@ -291,8 +292,9 @@ class BenchRun:
 def run_cell(cell: Cell, decoders: Decoders, progress: OnProgress | None = None) -> dict[str, Any]:
     """Measure ``cell``; ``specdec.bench.cell`` describes the result.
 
-    decoders: the loaded models, kept from cell to cell. progress: called after each request. Raises SpecDecError if
-    the model, the drafter or the prompts cannot be had.
+    decoders: keeps models from cell to cell.
+    progress: called after each request.
+    Raises SpecDecError if the model, the drafter or the prompts are missing or unfit.
     """
     run = BenchRun([cell], decoders, progress)
     run.execute()
@@ -300,6 +302,6 @@ def run_cell(cell: Cell, decoders: Decoders, progress: OnProgress | None = None)
 
 
 def _alone(cell: Cell, baseline: str | None = None) -> Cell:
-    """The cell of a baseline, or of the cell's own method, with nothing beside it."""
+    """The cell of a baseline, or of the cell's own method, without baselines."""
     method = {} if baseline is None else {"drafter": baseline, "drafter_options": {}}
-    return cell.but(**method, against=[]).canonical()
+    return cell.with_settings(**method, against=[]).canonical()

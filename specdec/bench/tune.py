@@ -1,6 +1,6 @@
-"""The search for the fastest drafter: every one that fits the model, then fixed depths for the best of them.
+"""The search for the fastest drafter: every drafter that fits the model, then fixed draft lengths for the best one.
 
-Measured side by side on the user's prompts, as ``specdec bench`` does. Knows nothing of command lines.
+It measures side by side on the user's prompts, as ``specdec bench`` does.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from specdec.bench.cell import Cell
 from specdec.bench.run import BenchRun, Decoders
 from specdec.speculation import registry
 
-DEPTHS = (2, 3, 4, 6)  # fixed depths that the best drafter is tried at
-ENOUGH = 1.02  # a fixed depth has to be this much faster than the automatic one, which adapts
-JOINED = ("m2r2", "early-exit", "deed")  # tried behind n-grams, too, if they fit
+DEPTHS = (2, 3, 4, 6)  # fixed draft lengths to try
+MIN_GAIN = 1.02  # over the automatic draft length, which adapts
+JOINED = ("m2r2", "early-exit", "deed")  # also tried in combination with n-grams
 
 
 @dataclass(frozen=True)
 class TunedCell:
-    """One measured setting. speedup: median over prompts, whole calls, over plain decoding."""
+    """A measured setting. speedup: over plain decoding, whole calls, median over prompts."""
 
     cell: Cell
     speedup: float
@@ -31,10 +31,10 @@ class TunedCell:
 
 
 def candidates(decoders: Decoders, base: Cell, names: list[str]) -> tuple[list[Cell], list[str]]:
-    """The cells whose drafter fits the model, and why the others do not."""
+    """The cells whose drafter fits the model, and why the others do not fit."""
     cells, refused = [], []
     for name in names:
-        cell = base.but(drafter=name)
+        cell = base.with_settings(drafter=name)
         try:
             decoders.method(cell)
             cells.append(cell)
@@ -43,14 +43,14 @@ def candidates(decoders: Decoders, base: Cell, names: list[str]) -> tuple[list[C
     return cells, refused
 
 
-def every() -> list[str]:
-    """All drafters, and the joined ones that are worth a try."""
+def all_drafters() -> list[str]:
+    """All drafters, and some combinations."""
     alone = [name for name in registry.names("drafters") if name not in ("none", "auto", "hybrid")]
     return [*alone, *(f"ngram+{name}" for name in JOINED)]
 
 
 def measure(decoders: Decoders, cells: list[Cell], progress: OnProgress | None) -> list[TunedCell]:
-    """The settings, fastest first."""
+    """Measure the cells side by side; fastest first."""
     run = BenchRun(cells, decoders, progress)
     run.execute()
     if run.interrupted:
@@ -65,14 +65,14 @@ def measure(decoders: Decoders, cells: list[Cell], progress: OnProgress | None) 
 
 
 def search(decoders: Decoders, cells: list[Cell], progress: OnProgress | None = None) -> list[TunedCell]:
-    """Every cell at automatic depth, then the best at fixed ones; first the one to keep."""
+    """Measure every cell at automatic draft length, then the best at fixed ones; the setting to keep comes first."""
     rows = measure(decoders, cells, progress)
     best = rows[0]
     if best.speedup > 1:
-        # In one run with the automatic depth: only what ran side by side is compared.
+        # Only cells of one run are compared, so the automatic length runs again.
         depths: list[Depth] = ["auto", *DEPTHS]
-        again = measure(decoders, [best.cell.but(num_speculative_tokens=k) for k in depths], progress)
+        again = measure(decoders, [best.cell.with_settings(num_speculative_tokens=k) for k in depths], progress)
         auto = next(row for row in again if row.cell.num_speculative_tokens == "auto")
-        best = again[0] if again[0].speedup >= ENOUGH * auto.speedup else auto
+        best = again[0] if again[0].speedup >= MIN_GAIN * auto.speedup else auto
         rows = [best, *(row for row in again if row is not best), *(row for row in rows[1:])]
     return rows

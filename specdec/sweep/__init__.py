@@ -1,1 +1,1 @@
-"""Grids of measurements: YAML in, one record per finished cell out, and the reports made of them."""
+"""Sweeps: a YAML grid of bench cells, one record per finished cell, and reports."""

@@ -1,4 +1,4 @@
-"""YAML as plain values with their places, so that every error in a file names its line. Knows no sweeps."""
+"""YAML as plain values with their line numbers, so that every error in a file names its line."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import yaml
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
 
-MOST_NODES = 50_000  # values of a file; aliases of aliases of aliases end here
+MAX_VALUES = 50_000  # of a file; bounds what nested aliases expand to
 
-Keys = tuple[Any, ...]  # the way to a value: the keys of mappings and the numbers in lists
+Keys = tuple[Any, ...]  # the path to a value: keys of mappings and indices of lists
 
 
 @dataclass
 class Document:
-    """places: where values stand ("FILE:LINE"), those of () and of the keys of mappings at least."""
+    """A parsed file. places: where values stand ("FILE:LINE"), at least for () and for keys of mappings."""
 
     value: Any = None
     places: dict[Keys, str] = field(default_factory=dict)
 
     def place(self, keys: Keys) -> str:
-        """Where the value stands, or else what holds it."""
+        """Where the value stands, or the innermost mapping or list around it."""
         return next(self.places[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.places)
 
-    def over(self, keys: Keys, place: str, deep: bool) -> None:
-        """Note that the value at ``keys``, or (``deep``) all that is in it, now stands elsewhere."""
+    def move(self, keys: Keys, place: str, deep: bool) -> None:
+        """Note a new place for the value at ``keys``, and (``deep``) for everything in it."""
         size = len(keys) if deep else None
         self.places = {old: at for old, at in self.places.items() if old[:size] != keys} | {keys: place}
 
@@ -38,9 +38,9 @@ class Document:
         raise SpecDecError(f"{self.place(keys)}: {message}")
 
     def mapping(self, keys: Keys, value: Any, what: str, known: Iterable[str] | None = None) -> dict[str, Any]:
-        """``value`` if it is a mapping, of which all keys are ``known``; nothing is an empty one."""
+        """``value`` as a mapping whose keys are all ``known``; None is an empty mapping."""
         if not isinstance(value, dict | None):
-            self.fail(keys, f"{what} must be a mapping of keys to values; got {show(value)}")
+            self.fail(keys, f"{what} must be a mapping of keys to values; got {shortened(value)}")
         known = list(value or {} if known is None else known)
         for key in value or {}:
             if key not in known:
@@ -49,12 +49,12 @@ class Document:
         return value or {}
 
 
-def each(value: Any) -> list[Any]:
-    """The values of an axis: a list has several."""
+def as_list(value: Any) -> list[Any]:
+    """The values of an axis: a list, or a single value."""
     return value if isinstance(value, list) else [value]
 
 
-def show(value: Any) -> str:
+def shortened(value: Any) -> str:
     """``value`` as YAML on one line, shortened."""
     text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10_000)
     text = " ".join(text.replace("\n...", "").split())
@@ -62,7 +62,7 @@ def show(value: Any) -> str:
 
 
 def load(path: Path) -> Document:
-    """Read a YAML file. Raises SpecDecError with the line for what is not YAML or has a key twice."""
+    """Read a YAML file. Raises SpecDecError with the line of a syntax error or a repeated key."""
     try:
         with path.open("rb") as file:
             text = inputs.read_bounded(file, inputs.DOCUMENT).decode("utf-8-sig")
@@ -72,7 +72,7 @@ def load(path: Path) -> Document:
 
 
 def parse(text: str, place: Callable[[int], str]) -> Document:
-    """Read YAML text. ``place`` names a line of it, counted from 1."""
+    """Read YAML text. place: names a line, counted from 1."""
     reader = _Reader(text)
     try:
         root = reader.get_single_node()
@@ -87,18 +87,18 @@ def parse(text: str, place: Callable[[int], str]) -> Document:
 
 
 class _Reader(yaml.SafeLoader):
-    """A loader that notes the places of values. Unlike YAML 1.1 it takes 1e-5 for a number."""
+    """A loader that records the places of values. Unlike YAML 1.1 it reads 1e-5 as a number."""
 
     place: Callable[[int], str]
     places: dict[Keys, str]
 
     def plain(self, node: yaml.Node, keys: Keys = (), above: tuple[yaml.Node, ...] = ()) -> Any:
-        # A mapping or a list may begin a line after its key, whose line is then the one to name.
+        # A mapping or a list may begin one line after its key; messages name the key's line.
         self.places.setdefault(keys, self.where(node))
         if node in above:
             self.fail(node, "an alias is within what it refers to")
-        if len(self.places) > MOST_NODES:
-            self.fail(node, f"more than {MOST_NODES} values, those of aliases counted; give fewer")
+        if len(self.places) > MAX_VALUES:
+            self.fail(node, f"more than {MAX_VALUES} values, those of aliases counted; give fewer")
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             return [self.plain(child, (*keys, n), above) for n, child in enumerate(node.value)]
@@ -117,10 +117,10 @@ class _Reader(yaml.SafeLoader):
     def scalar(self, node: yaml.Node) -> str | int | float | None:
         try:
             value = self.construct_object(node)
-        except Exception:  # a date like 2026-13-45, a !!python tag, !!bool maybe: constructors raise what they like
-            value = node  # not a value of a file
+        except Exception:  # 2026-13-45, !!python, !!bool maybe: constructors raise various types
+            value = node  # not an allowed value
         if not isinstance(value, str | int | float | None):
-            self.fail(node, f"cannot read {show(node.value)} as text or a number; quote it if it is text")
+            self.fail(node, f"cannot read {shortened(node.value)} as text or a number; quote it if it is text")
         return value
 
     def where(self, node: yaml.Node) -> str:

@@ -1,4 +1,4 @@
-"""The report of a folder of results: one HTML file that needs nothing else, and its pictures as PNG files beside it."""
+"""The report of a results folder: one self-contained HTML file, and its pictures as PNG files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
 from specdec.sweep.results import Record, Results, ResultTable, command, speedup_of
 
-PAGE = "report.html"  # the template's name, too
-SECTIONS = {  # name: title, and the text where there is no picture
+PAGE = "report.html"  # also the name of the template
+SECTIONS = {  # name: title, and the text if there is no picture
     "speedup": ("Speedup", "No cell was measured beside a baseline."),
     "acceptance": ("Acceptance by position", "Nothing was drafted."),
-    "quality": ("Quality against speed", "No rule that may change the output took part: there is no quality to trade."),
+    "quality": ("Quality against speed", "No lossy rule took part: there is no quality to trade."),
     "heat": ("Two axes at once", "Fewer than two axes were swept: there is no map to draw."),
 }
 ENVIRONMENT = {
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Write the page and its pictures into ``folder``; return the page's path. Raises SpecDecError if it cannot."""
+    """Write the page and its pictures into ``folder``; return the path. Raises SpecDecError without matplotlib."""
     try:
         from specdec.sweep.pictures import draw_all
     except ImportError:
@@ -59,7 +59,7 @@ def write_page(results: Results, folder: Path) -> Path:
 
 
 def _facts(results: Results, labels: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """The most important figures: title, value and note."""
+    """The most important figures: title, value, note."""
     done, failed = len(results.done), len(results.failed)
     counts = [f"{done} of {done + failed + results.missing} cells"]
     counts += [f"{failed} failed"] if failed else []
@@ -68,8 +68,8 @@ def _facts(results: Results, labels: Mapping[str, str]) -> list[tuple[str, str, 
     gains = [(*gain, labels[record["key"]]) for record in results.done if (gain := speedup_of(record))]
     if gains:
         baseline, value, label = max(gains, key=lambda gain: gain[1]["value"])
-        spread = "unknown" if value["low"] is None else f"{value['low']:.2f} to {value['high']:.2f}"
-        facts.append(("fastest", f"{value['value']:.2f} × {baseline}", f"{label}; 95\u00a0% interval {spread}"))
+        bounds = "unknown" if value["low"] is None else f"{value['low']:.2f} to {value['high']:.2f}"
+        facts.append(("fastest", f"{value['value']:.2f} × {baseline}", f"{label}; 95\u00a0% interval {bounds}"))
     methods = [record["method"] for record in results.done]
     compared = [m["equal_to_plain"] for m in methods if m["lossless"] and m["equal_to_plain"]]
     if compared:
@@ -86,7 +86,7 @@ def _facts(results: Results, labels: Mapping[str, str]) -> list[tuple[str, str, 
 
 
 def _environment(records: Sequence[Record]) -> ResultTable:
-    """One row a fact; what differs between cells shows all its values, dates and numbers as a range."""
+    """One row per fact, with all its values; more than two numbers or dates become a range."""
     facts: dict[str, list[Any]] = {}
     for record in records:
         for name, value in {**record["environment"], "prompts": _prompts(record["prompts"])}.items():

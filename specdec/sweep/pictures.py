@@ -1,7 +1,6 @@
-"""The pictures of a report, as matplotlib figures: narrow enough for a telephone, distinguishable without colour.
+"""The pictures of a report: narrow enough for a phone, distinguishable without colour.
 
-Drafters differ by hatch, marker and line style first, by colour second. Every function returns None where there is
-nothing to draw. Needs matplotlib (the ``plot`` extra).
+Drafters differ by hatch, marker and line style, and by colour. Needs matplotlib (the ``plot`` extra).
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from specdec.sweep.results import NAMES, Estimate, Record, axes, baselines, flow, short, varying
+from specdec.sweep.results import NAMES, Estimate, Record, as_yaml, axes, baselines, short_name, varying_axes
 
-WIDTH = 4.5  # inches; at a telephone's width, text of 9 points stays readable
+WIDTH = 4.5  # inches; 9-point text stays readable at the width of a phone
 MOST_BARS, MOST_LINES = 48, 8
 LONGEST_NAME = 60  # characters of a drafter's name in a file's
 INK, GREY, FAINT = "#1a1a1a", "#777777", "#d4d4d4"
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#8f8f8f", "#8c6d31")  # Okabe and Ito
-# Eleven of each beside eight colours: 88 pairs before one comes again.
+# 11 hatches or markers and 8 colours: 88 different pairs.
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++", "//..", "|||", "--..")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", ">")
 LINES = ("-", "--", ":", "-.")
@@ -47,7 +46,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """name: of the file. caption: what is seen, for the page. alt: the most important of it, for who cannot see it."""
+    """A PNG picture. name: of the file, without suffix. caption, alt: texts for the page."""
 
     name: str
     title: str
@@ -57,7 +56,7 @@ class Picture:
 
 
 def draw_all(records: Sequence[Record], labels: Mapping[str, str]) -> dict[str, list[Picture]]:
-    """The pictures of these records (of cells that did not fail), by section. labels: names of cells by key."""
+    """The pictures of records without errors, by section. labels: names of cells by key."""
     over = baselines(records)
     with rc_context(STYLE):
         return {
@@ -109,7 +108,7 @@ def _speedup(records: Sequence[Record], baseline: str, labels: Mapping[str, str]
 
 
 def _acceptance(records: Sequence[Record], labels: Mapping[str, str]) -> Iterator[Picture]:
-    """Lines: the share of drafts that deep whose token was accepted, by position."""
+    """Lines: share of accepted tokens by position in the draft."""
     drafted = [r for r in records if r["method"].get("acceptance_per_position")]
     chosen = _best(drafted, lambda r: r["method"]["mean_acceptance_length"]["value"], MOST_LINES)
     if not chosen:
@@ -128,7 +127,7 @@ def _acceptance(records: Sequence[Record], labels: Mapping[str, str]) -> Iterato
     ax.set_ylabel("accepted")
     figure.legend(loc="outside lower left", frameon=False, handlelength=3.5)
     caption = (
-        "Of the drafts that reached a position, the share whose token there was accepted. "
+        "Share of accepted tokens at each position, over the drafts that reach it. "
         f"At most {MOST_LINES} cells are drawn, each drafter's best first."
     )
     alt = "Accepted at the first position: " + ", ".join(f"{name}: {v[0]:.0%}" for name, v in shares.items())
@@ -136,7 +135,7 @@ def _acceptance(records: Sequence[Record], labels: Mapping[str, str]) -> Iterato
 
 
 def _quality(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
-    """Points: what a lossy rule gives up against what it gains, one panel for each measure of quality."""
+    """Points: quality against speed of lossy rules, one panel per measure."""
     rated = [r for r in _measured(records, baseline) if r["method"].get("quality")]
     if all(r["method"]["lossless"] for r in rated):
         return
@@ -158,14 +157,14 @@ def _quality(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
     panels[-1].set_xlabel(f"speed, x {_name(baseline)}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", frameon=False, handlelength=3.5)
     caption = (
-        "What a rule that may change the output gives up (down, or for NLL up) for what it gains (to the right); a "
-        "line joins the settings of one drafter and rule. Grey crosses are 95 % intervals."
+        "Quality of lossy rules against their speed: up is better, for NLL down; right is faster. A line joins the "
+        "settings of one drafter and rule. Grey crosses are 95 % intervals."
     )
     yield _picture(figure, "quality", "", caption, f"Quality against speed of {'; '.join(groups)}")
 
 
 def _heat_maps(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
-    """Speedups over two swept axes: of all cells (drafter and the widest setting), and of each drafter's own."""
+    """Speedups over two axes: drafter and the setting with most values, then two options of each drafter."""
     measured = _measured(records, baseline)
     widest = _by_width(measured)
     settings = [name for name in widest if "." not in name and name != "drafter"]
@@ -178,13 +177,13 @@ def _heat_maps(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
 
 
 def _by_width(records: Sequence[Record]) -> list[str]:
-    """The axes on which these records differ, those with most values first."""
-    found = varying([r["cell"] for r in records])
+    """The axes on which these records differ, most values first."""
+    found = varying_axes([r["cell"] for r in records])
     return sorted(found, key=lambda name: -len(found[name]))
 
 
 def _heat(records: Sequence[Record], baseline: str, pair: list[str], name: str, title: str) -> Iterator[Picture]:
-    swept = varying([r["cell"] for r in records])
+    swept = varying_axes([r["cell"] for r in records])
     rows, columns = (_numbers_in_order(swept[axis]) for axis in pair)
     fields: dict[tuple[int, int], list[float]] = {}
     for record in records:
@@ -201,22 +200,22 @@ def _heat(records: Sequence[Record], baseline: str, pair: list[str], name: str, 
     span = high - low or 1.0
     figure = Figure(figsize=(WIDTH, 1.0 + 0.34 * len(rows)), layout="constrained")
     ax = figure.subplots()
-    # Light to dark: the same order in grey.
+    # A light-to-dark map keeps its order in grey.
     ax.imshow(grid, cmap="Blues", vmin=low - 0.1 * span, vmax=high + 0.15 * span, aspect="auto")
     for y, x in fields:
         value = grid[y, x]
         ink, weight = "white" if value > low + 0.6 * span else INK, "bold" if value == high else "normal"
         ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontweight=weight)
-    ax.set_xticks(range(len(columns)), [_short(flow(value), 16) for value in columns])
-    ax.set_yticks(range(len(rows)), [_short(flow(value)) for value in rows])
+    ax.set_xticks(range(len(columns)), [_short(as_yaml(value), 16) for value in columns])
+    ax.set_yticks(range(len(rows)), [_short(as_yaml(value)) for value in rows])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    down, across = map(short, pair)
+    down, across = map(short_name, pair)
     ax.set_xlabel(across)
     ax.set_ylabel(down)
     caption = (
         f"Speed over {_name(baseline)}; darker is faster, the fastest in bold. "
-        "Where several cells share a field, it is their median."
+        "A field of several cells shows their median."
     )
     alt = f"{len(fields)} fields from {low:.2f} to {high:.2f} x"
     yield _picture(figure, f"heat-{name}", title or f"{down} and {across}", caption, alt)
@@ -236,12 +235,12 @@ def _gain(record: Record, baseline: str) -> Estimate:
 
 
 def _measured(records: Sequence[Record], baseline: str) -> list[Record]:
-    """The records of other methods that have a speedup over the baseline."""
+    """The records that have a speedup over the baseline."""
     return [r for r in records if r["method"]["speedup"].get(baseline) and r["cell"]["drafter"] != baseline]
 
 
 def _best(records: Sequence[Record], value: Callable[[Record], float], most: int) -> list[Record]:
-    """At most so many records, each drafter's best first; in their order."""
+    """At most ``most`` records, each drafter's best first, in the given order."""
     ranked = sorted(records, key=value, reverse=True)
     first = list({record["cell"]["drafter"]: record for record in reversed(ranked)}.values())
     kept = [*first, *(record for record in ranked if record not in first)][:most]
@@ -249,7 +248,7 @@ def _best(records: Sequence[Record], value: Callable[[Record], float], most: int
 
 
 def _values_and_errors(estimates: Sequence[Estimate]) -> tuple[list[float], list[list[float]]]:
-    """Values, and how far their intervals reach below and above them; not at all where there is no interval."""
+    """Values, and the distances to the lower and upper ends of their intervals; 0 without an interval."""
     values = [e["value"] for e in estimates]
     below = [0.0 if e["low"] is None else max(e["value"] - e["low"], 0.0) for e in estimates]
     above = [0.0 if e["high"] is None else max(e["high"] - e["value"], 0.0) for e in estimates]
@@ -261,7 +260,7 @@ def _name(baseline: str) -> str:
 
 
 def _file(name: str) -> str:
-    """``name`` as part of a file's name; one that is changed for it gets a mark, so that no two become one."""
+    """``name`` as part of a file name. A changed name gets a hash, so that different names stay different."""
     safe = re.sub(r"[^A-Za-z0-9+-]", "-", name)[:LONGEST_NAME]
     mark = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
     return safe if safe == name else f"{safe}-{mark}"

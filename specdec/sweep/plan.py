@@ -1,15 +1,14 @@
-"""From a sweep file and overrides to the cells to run, everything checked before anything is loaded.
+"""The plan of a sweep: from a YAML file and overrides to checked cells. Nothing is loaded here.
 
-The keys of a file are the settings of a cell (``specdec.bench.cell.Cell``), and a list is an axis: the cells are the
-product of all axes. ``drafter`` and ``verifier`` may be mappings, ``{NAME: {option: value or list}}``. Besides:
+The keys of a file are the settings of a cell (``specdec.bench.cell.Cell``). A list is an axis, and the cells are the
+product of all axes. ``drafter`` and ``verifier`` may be mappings, ``{NAME: {option: value or list}}``. Further keys:
 
     name, description    of the sweep
-    zip: [[A, B], ...]   axes that step together instead of crossing
-    exclude: [{A: value or list, ...}, ...]   drops the cells that match all of an entry's conditions
-    resources: {cpus, gpus, memory_gb, workers}   of one cell, where a launcher other than this process asks
+    zip: [[A, B], ...]   axes that step together
+    exclude: [{A: value or list, ...}, ...]   drops the cells that match all conditions of an entry
+    resources: {cpus, gpus, memory_gb, workers}   of one cell on a Ray cluster
 
-An option's axis is called ``drafter.NAME.OPTION``; so it is in ``zip``, in ``exclude`` and in overrides. Knows nothing
-of running cells.
+The axis of an option is called ``drafter.NAME.OPTION`` in ``zip``, ``exclude`` and overrides.
 """
 
 from __future__ import annotations
@@ -27,19 +26,24 @@ from pydantic import Field
 
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Settings
-from specdec.bench.cell import OTHERS, Cell, check_method, check_other
+from specdec.bench.cell import EXTERNAL_METHODS, Cell, check_external, check_method
 from specdec.speculation import registry
-from specdec.sweep.document import Keys, each, load, parse, show
+from specdec.sweep.document import Keys, as_list, load, parse, shortened
 
-MOST_CELLS = 10_000
-GROUPS = ("drafter", "verifier")  # settings that have options of their own
-WHOLE = "against"  # a setting that is a list itself
-SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)]
-KEYS = ("name", "description", "zip", "exclude", "resources", *GROUPS, *SETTINGS)
+MAX_CELLS = 10_000
+GROUPS = ("drafter", "verifier")  # settings whose values have options
+WHOLE = "against"  # a setting whose value is a list
+SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)] + [*GROUPS]
+KEYS = ("name", "description", "zip", "exclude", "resources", *SETTINGS)
+ROUNDED = {  # settings whose 8-bit and 4-bit values need one of these runtimes, bfloat16 and the CPU
+    "weights": ("auto", "native", "graphs", "fused"),
+    "kv_cache": ("auto", "native"),
+    "activations": ("auto", "native"),
+}
 
 
 class Resources(Settings):
-    """What one cell needs of a cluster. workers: most cells at once; None: as many as fit."""
+    """What one cell needs on a cluster. workers: maximum of cells at once; None: as many as fit."""
 
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
@@ -49,7 +53,7 @@ class Resources(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep, ready to run: every cell once, those with the same model next to each other."""
+    """A sweep that is ready to run: each cell once, cells of one model in a row."""
 
     name: str
     description: str
@@ -57,15 +61,15 @@ class Plan:
     resources: Resources
 
 
-def shipped() -> dict[str, Path]:
-    """The sweep files that come with the package, by name."""
+def shipped_files() -> dict[str, Path]:
+    """The sweep files of the package, by name."""
     folder = Path(str(importlib.resources.files("specdec.configs"))) / "sweeps"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def find(name: str) -> Path:
-    """The sweep file that ``name`` means: a path, or the name of a shipped one. Raises SpecDecError for neither."""
-    known = shipped()
+def find_file(name: str) -> Path:
+    """The sweep file ``name``, a path or the name of a shipped file. Raises SpecDecError if there is none."""
+    known = shipped_files()
     if name in known and not Path(name).is_file():
         return known[name]
     if not Path(name).is_file():
@@ -73,20 +77,28 @@ def find(name: str) -> Path:
     return Path(name)
 
 
+@dataclass(frozen=True)
+class Axis:
+    """A setting, or an option of a drafter or verifier: its keys in the file, and its values."""
+
+    keys: Keys
+    values: list[Any]
+
+    def applies(self, point: Mapping[str, Any]) -> bool:
+        """Whether a cell with the drafter and the verifier of ``point`` has it."""
+        return len(self.keys) == 1 or self.keys[1] == point[self.keys[0]]
+
+
 def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """The plan of a file with ``overrides`` (``KEY=VALUE,VALUE``) on top. Raises SpecDecError with file and line."""
     sweep = Sweep(path)
-    for change in overrides:
-        sweep.override(change)
+    for text in overrides:
+        sweep.override(text)
     return sweep.plan()
 
 
 class Sweep:
-    """A sweep file: its axes, and the points that they span.
-
-    settings: the values of each axis. names: of drafters and of verifiers, each with the values of its options' axes.
-    paths: the way to each axis in the file.
-    """
+    """The axes of a file, and the cells that they span. Raises SpecDecError with the line of a mistake."""
 
     def __init__(self, path: Path) -> None:
         self.document = document = load(path)
@@ -97,62 +109,47 @@ class Sweep:
         items = document.mapping((), document.value, "a sweep", KEYS)
         self.name, self.description = items.get("name", path.stem), items.get("description", "")
         self.resources = document.mapping(("resources",), items.get("resources"), "resources")
-        self.paths: dict[str, Keys] = {name: (name,) for name in SETTINGS}
-        self.settings = {name: self._values(name, items[name]) for name in SETTINGS if name in items}
-        self.names = {group: self._names(group, items.get(group, getattr(Cell(), group))) for group in GROUPS}
-        self.zips = [[str(name) for name in each(entry)] for entry in each(items.get("zip", []))]
+        self.axes = dict[str, Axis]()
+        for name in SETTINGS:
+            if name in items or name in GROUPS:
+                self._add((name,), items.get(name, getattr(Cell(), name)))
+        self.zips = [[str(name) for name in as_list(entry)] for entry in as_list(items.get("zip", []))]
         self.excludes = [
             {
-                axis: each(value)
+                axis: as_list(value)
                 for axis, value in document.mapping(("exclude", number), entry, "an entry of exclude").items()
             }
-            for number, entry in enumerate(each(items.get("exclude", [])))
+            for number, entry in enumerate(as_list(items.get("exclude", [])))
         ]
-        self._check_conditions()
+        self._check_values()
+        self._check_conditions()  # of the file alone: an override may remove what they name
 
-    # Read the file, and what goes over it.
-
-    def _values(self, name: str, value: Any) -> list[Any]:
-        return [each(value)] if name == WHOLE else each(value)
-
-    def _names(self, group: str, given: Any) -> dict[str, dict[str, list[Any]]]:
-        """The options of a group's plug-ins by name, of a mapping, of a list of names or of one name."""
-        if isinstance(given, dict):
-            return {name: self._options((group, name), options) for name, options in given.items()}
-        names = each(given)
-        for number, name in enumerate(names):
-            if not isinstance(name, str) or not name:
-                what = f"'{group}' must be a name, a list of names or a mapping; got {show(name)}"
-                self.document.fail((group, number), what)
-            if name in names[:number]:
-                self.document.fail((group, number), f"'{group}' has the value {name} twice")
-            self.document.places.setdefault((group, name), self.document.place((group, number)))
-        return {name: {} for name in names}
-
-    def _options(self, keys: Keys, given: Any) -> dict[str, list[Any]]:
-        """The axes of a drafter's or a verifier's options; those of joined drafters are a level down."""
-        axis, out = ".".join(keys), dict[str, list[Any]]()
-        for name, value in self.document.mapping(keys, given, f"the options of '{axis}'").items():
-            if isinstance(value, dict):
-                out |= self._options((*keys, name), value)
-            else:
-                out[f"{axis}.{name}"], self.paths[f"{axis}.{name}"] = each(value), (*keys, name)
-        return out
+    def _add(self, keys: Keys, given: Any) -> None:
+        """Add the axis of a setting or an option. The options of joined drafters are one level further down."""
+        name = ".".join(keys)
+        if keys[0] in GROUPS and (isinstance(given, dict) or len(keys) == 2):
+            options = self.document.mapping(keys, given, f"the options of '{name}'")
+            for key, value in options.items():
+                self._add((*keys, key), value)
+            if len(keys) > 1:
+                return
+            given = list(options)
+        self.axes[name] = Axis(keys, [as_list(given)] if name == WHOLE else as_list(given))
 
     def override(self, text: str) -> None:
-        """Put ``KEY=VALUE,VALUE`` over the file. Raises SpecDecError for what it does not know."""
+        """Put ``KEY=VALUE,VALUE`` over the file."""
         key, equals, value = text.partition("=")
-        keys: Keys = (key,)
+        keys: Keys = tuple(key.split("."))
         if group := next((group for group in GROUPS if text.startswith(f"{group}.")), None):
-            names, rest = self.names[group], text.removeprefix(f"{group}.")
+            names, rest = self.axes[group].values, text.removeprefix(f"{group}.")
             name = max((name for name in names if rest.startswith(f"{name}.")), key=len, default=None)
             if name is None:
                 given = rest.partition(".")[0]
                 near = did_you_mean(given, names)
                 raise SpecDecError(f"'{text}': the sweep has no {group} '{given}'{near}; it has {', '.join(names)}")
-            option, equals, value = rest.removeprefix(f"{name}.").partition("=")  # names may have = in them
-            keys, key = (group, name, *option.split(".")), f"{group}.{name}.{option}"
-        elif key not in (known := (*GROUPS, *SETTINGS, "name")) and not key.startswith("resources."):
+            option, equals, value = rest.removeprefix(f"{name}.").partition("=")  # names may contain =
+            key, keys = f"{group}.{name}.{option}", (group, name, *option.split("."))
+        elif key not in (known := (*SETTINGS, "name")) and not key.startswith("resources."):
             near = did_you_mean(key, known)
             what = "it is SETTING=VALUE,VALUE or drafter.NAME.OPTION=VALUE"
             raise SpecDecError(f"cannot override with '{text}'{near}; {what}")
@@ -162,24 +159,15 @@ class Sweep:
         values = parse(f"[{value}]", lambda line: place).value
         if not isinstance(values, list) or not values:
             raise SpecDecError(f"{place} gives no value")
-        self.document.over(keys, place, deep=key not in GROUPS)
-        if group:
-            self.names[group][keys[1]][key], self.paths[key] = values, keys
-        elif key in GROUPS:  # those that the file knows keep their options
-            self.names[key] = {name: self.names[key].get(name, {}) for name in self._names(key, values)}
-        elif key in SETTINGS:
-            self.settings[key] = self._values(key, values)
-        elif key == "name":
+        self.document.move(keys, place, deep=key not in GROUPS)  # names keep their options
+        if key == "name":
             self.name = values[0]
+        elif keys[0] == "resources":
+            self.resources = self.resources | {".".join(keys[1:]): values[0]}
         else:
-            self.resources = self.resources | {key.removeprefix("resources."): values[0]}
+            self.axes[key] = Axis(keys, [values] if key == WHOLE else values)
 
-    # Check it.
-
-    @property
-    def axes(self) -> dict[str, list[Any]]:
-        options = (axes for names in self.names.values() for axes in names.values())
-        return self.settings | {name: values for axes in options for name, values in axes.items()}
+    # Checks.
 
     def _check(self, settings: type[Settings], name: str, value: Any, keys: Keys) -> None:
         try:
@@ -188,62 +176,62 @@ class Sweep:
             self.document.fail(keys, str(error))
 
     def _check_values(self) -> None:
+        fail = self.document.fail
         for key, text in (("name", self.name), ("description", self.description)):
             if not isinstance(text, str) or not (text.strip() or key == "description"):
-                self.document.fail((key,), f"this must be text; got {show(text)}")
+                fail((key,), f"this must be text; got {shortened(text)}")
         for key, value in self.resources.items():
             self._check(Resources, key, value, ("resources", key))
-        for group, names in self.names.items():
-            if not names:
-                self.document.fail((group,), f"'{group}' is empty: the sweep would have no cell")
-        for axis, values in self.axes.items():
-            keys = self.paths[axis]
-            if not values:
-                self.document.fail(keys, f"'{keys[-1]}' is an empty list: the sweep would have no cell")
-            for number, value in enumerate(values):
-                if value in values[:number]:
-                    self.document.fail((*keys, number), f"'{keys[-1]}' has the value {show(value)} twice")
-                if axis in SETTINGS:
-                    self._check(Cell, axis, value, (*keys, number))
+        for name, axis in self.axes.items():
+            if not axis.values:
+                fail(axis.keys, f"'{axis.keys[-1]}' is empty: the sweep would have no cell")
+            for number, value in enumerate(axis.values):
+                if name in SETTINGS:
+                    self._check(Cell, name, value, (*axis.keys, number))
+                if value in axis.values[:number]:
+                    fail((*axis.keys, number), f"'{axis.keys[-1]}' has the value {shortened(value)} twice")
         for number, zipped in enumerate(self.zips):
             others = {name for names in self.zips[:number] for name in names}
-            lengths = {name: len(self.axes[name]) for name in zipped if name in self.axes}
+            lengths = {name: len(self.axes[name].values) for name in zipped if name in self.axes}
             if len(zipped) < 2 or others & {*zipped} or len(set(lengths.values())) > 1:
                 counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
                 what = f"an entry of zip lists axes with as many values each, and an axis is in one entry; {counts}"
-                self.document.fail(("zip", number), what)
+                fail(("zip", number), what)
 
     def _check_conditions(self) -> None:
-        """Raise SpecDecError for what zip and exclude name and the file does not have. Overrides may take it away."""
-        self._check_values()
+        """Raise SpecDecError for axes and values in zip and exclude that the sweep does not have."""
         for number, names in enumerate(self.zips):
             for name in names:
-                self._known(("zip", number), name, self.axes, "not an axis of this sweep")
+                self._known(
+                    ("zip", number), name, [n for n in self.axes if n not in GROUPS], "not an axis of this sweep"
+                )
         points = list(self._points(excluded=True))
         for number, conditions in enumerate(self.excludes):
             for axis, values in conditions.items():
-                self._known(("exclude", number, axis), axis, [*GROUPS, *self.axes], "not an axis of this sweep")
+                self._known(("exclude", number, axis), axis, self.axes, "not an axis of this sweep")
                 taken = [point[axis] for point in points if axis in point]
                 for value in values:
                     self._known(("exclude", number, axis), value, taken, f"not a value of {axis} in this sweep")
             if not any(_matches(point, conditions) for point in points):
-                self.document.fail(("exclude", number), f"this entry of exclude matches no cell: {show(conditions)}")
+                what = f"this entry of exclude matches no cell: {shortened(conditions)}"
+                self.document.fail(("exclude", number), what)
 
     def _known(self, keys: Keys, value: Any, known: Collection[Any], what: str) -> None:
         if value not in known:
-            self.document.fail(keys, f"{keys[0]}: '{show(value)}' is {what}{did_you_mean(str(value), map(str, known))}")
+            near = did_you_mean(str(value), map(str, known))
+            self.document.fail(keys, f"{keys[0]}: '{shortened(value)}' is {what}{near}")
 
-    # Make the cells.
+    # Cells.
 
     def _points(self, excluded: bool = False) -> Iterator[dict[str, Any]]:
-        """Every combination of the axes, as values by axis name; with those that exclude drops, if asked for."""
-        spans = []
-        for drafter, verifier in product(*self.names.values()):
-            axes = self.settings | self.names["drafter"][drafter] | self.names["verifier"][verifier]
-            spans.append(({"drafter": drafter, "verifier": verifier}, _steps(axes, self.zips)))
-        total = sum(math.prod(len(steps) for steps in span) for _, span in spans)
-        if total > MOST_CELLS:
-            self.document.fail((), f"this sweep has {total:,} cells, more than the most of {MOST_CELLS:,}; cut an axis")
+        """Every combination of the axes, as values by axis name; with those that exclude drops, if ``excluded``."""
+        names = product(*(self.axes[group].values for group in GROUPS))
+        spans = [(point, self._steps(point)) for point in (dict(zip(GROUPS, each, strict=True)) for each in names)]
+        total = sum(math.prod(map(len, steps)) for _, steps in spans)
+        if total > MAX_CELLS:
+            self.document.fail(
+                (), f"this sweep has {total:,} cells, more than the most of {MAX_CELLS:,}; shorten an axis"
+            )
         for point, span in spans:
             for steps in product(*span):
                 for step in steps:
@@ -251,13 +239,21 @@ class Sweep:
                 if excluded or not any(_matches(point, conditions) for conditions in self.excludes):
                     yield point
 
+    def _steps(self, point: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """The values of each axis that applies, by name; zipped axes step together."""
+        axes = {n: axis.values for n, axis in self.axes.items() if n not in GROUPS and axis.applies(point)}
+        out = []
+        while axes:
+            first = next(iter(axes))
+            zipped = next((names for names in self.zips if first in names), [first])
+            taken = {name: axes.pop(name) for name in [*axes] if name in zipped}
+            out.append([dict(zip(taken, row, strict=True)) for row in zip(*taken.values(), strict=True)])
+        return out
+
     def plan(self) -> Plan:
         """The plan. Raises SpecDecError for combinations that cannot work and for a sweep without a cell."""
         self._check_values()
-        cells: dict[str, Cell] = {}
-        for point in self._points():
-            cell = self._cell(point)
-            cells.setdefault(cell.key(), cell)
+        cells = {cell.key(): cell for cell in map(self._cell, self._points())}
         if not cells:
             self.document.fail((), "this sweep has no cell: exclude drops them all")
         loads = [cell.loading for cell in cells.values()]
@@ -266,49 +262,37 @@ class Sweep:
         return Plan(name, description, tuple(ordered), Resources(**self.resources))
 
     def _cell(self, point: dict[str, Any]) -> Cell:
-        values: dict[str, Any] = {name: point[name] for name in (*GROUPS, *self.settings)}
-        for group in GROUPS:
-            options = values[f"{group}_options"] = {}
-            for axis in self.names[group][point[group]]:
-                *above, last = self.paths[axis][2:]
-                holder = options
-                for key in above:
-                    holder = holder.setdefault(key, {})
-                holder[last] = point[axis]
+        values: dict[str, Any] = {f"{group}_options": {} for group in GROUPS}
+        for name, value in point.items():
+            group, *path = self.axes[name].keys
+            if not path:
+                values[name] = value
+                continue
+            holder = values[f"{group}_options"]
+            for key in path[1:-1]:
+                holder = holder.setdefault(key, {})
+            holder[path[-1]] = value
         cell = Cell(**values)
         elsewhere = cell.dtype not in ("auto", "bfloat16") or cell.device not in ("auto", "cpu")
         given = f"cannot go with dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}"
-        if cell.weights in ("int8", "int4") and (elsewhere or cell.runtime == "reference"):
-            need = f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours"
-            self.document.fail(("weights",), f"{need}; they {given}; exclude the combination")
-        if cell.kv_cache == "int8" and (elsewhere or cell.runtime not in ("auto", "native")):
-            need = "an 8-bit KV cache needs bfloat16, the CPU and the native runtime"
-            self.document.fail(("kv_cache",), f"{need}; it {given}; exclude the combination")
-        if cell.activations == "int8" and (elsewhere or cell.runtime not in ("auto", "native")):
-            need = "8-bit activations need bfloat16, the CPU and the native runtime"
-            self.document.fail(("activations",), f"{need}; they {given}; exclude the combination")
+        for name, runtimes in ROUNDED.items():
+            value = getattr(cell, name)
+            if value in ("int8", "int4") and (elsewhere or cell.runtime not in runtimes):
+                need = f"needs bfloat16, the CPU and one of the runtimes {', '.join(runtimes)}"
+                self.document.fail((name,), f"{name} {value} {need}; it {given}; exclude the combination")
         for group in GROUPS:
-            name = point[group]
-            try:
-                check_plugin(group, name, values[f"{group}_options"])
-            except SpecDecError as error:
-                found = (self.paths[axis] for axis in self.names[group][name] if self.paths[axis][-1] in str(error))
-                self.document.fail(next(found, (group, name)), str(error))  # at the option that it is about
+            self._check_plugin(group, point[group], values[f"{group}_options"])
         return cell.canonical()
 
-
-def _steps(axes: dict[str, list[Any]], zips: list[list[str]]) -> list[list[dict[str, Any]]]:
-    """The steps of each axis, or of each group of zipped ones: values by axis name."""
-    out: list[list[dict[str, Any]]] = []
-    done: set[str] = set()
-    for axis in axes:
-        if axis not in done:
-            group = next((names for names in zips if axis in names), [axis])
-            members = [name for name in axes if name in group]  # options of another drafter are not here
-            done.update(members)
-            rows = zip(*(axes[name] for name in members), strict=True)
-            out.append([dict(zip(members, row, strict=True)) for row in rows])
-    return out
+    def _check_plugin(self, group: str, name: str, options: Mapping[str, Any]) -> None:
+        try:
+            check_plugin(group, name, options)
+        except SpecDecError as error:
+            listed = (group, self.axes[group].values.index(name))
+            named = (group, name) if (group, name) in self.document.places else listed
+            own = (axis.keys for axis in self.axes.values() if axis.keys[:2] == (group, name))
+            option = next((keys for keys in own if keys[-1] in str(error)), None)  # that the error is about
+            self.document.fail(option or named, str(error))
 
 
 def _matches(point: dict[str, Any], conditions: dict[str, list[Any]]) -> bool:
@@ -316,21 +300,21 @@ def _matches(point: dict[str, Any], conditions: dict[str, list[Any]]) -> bool:
 
 
 class _Unloaded:
-    """Stands in for a model that is not loaded yet: looking at it ends a check."""
+    """Replaces the model in a check before loading; reading any attribute ends the check."""
 
-    class Looked(Exception):
+    class Accessed(Exception):
         pass
 
     def __getattr__(self, name: str) -> Any:
-        raise self.Looked
+        raise self.Accessed
 
 
 def check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
-    """Raise SpecDecError for an unknown plug-in and for what it has against its options whatever the model is."""
+    """Raise SpecDecError for an unknown plug-in and for options that it refuses with any model."""
     if group == "verifier":
         registry.verifier(name, options)
-    elif name.partition("=")[0] in OTHERS:
-        check_other(name, options)
+    elif name.partition("=")[0] in EXTERNAL_METHODS:
+        check_external(name, options)
     else:
         check_method(name)
         parts = registry.parse(name)
@@ -338,5 +322,5 @@ def check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
         if len(parts) > 1:
             checks = [("hybrid", name, options), *((part, source, options.get(part, {})) for part, source in parts)]
         for part, source, own in checks:
-            with contextlib.suppress(_Unloaded.Looked):
+            with contextlib.suppress(_Unloaded.Accessed):
                 registry.lookup("drafters", part).load(_Unloaded(), source, **own)

@@ -1,6 +1,6 @@
 """The results in a folder of ``specdec sweep`` or ``specdec bench``, as tables and as text.
 
-A record is what ``specdec.bench.cell`` describes, or {"key", "cell", "error"}. Knows no pictures and no HTML.
+A record is a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from specdec.sweep.store import MANIFEST, Store
 
 BENCH, DEPTH = "bench.json", "num_speculative_tokens"
 SHORT = {DEPTH: "depth", "max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}
-NAMES = {"none": "plain", "hf": "model.generate"}  # of baselines, for people
+NAMES = {"none": "plain", "hf": "model.generate"}  # of baselines, in tables
 Record = Mapping[str, Any]
 Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
 
 
-# In what cells (``Cell.as_dict()``) differ.
+# Differences of cells (``Cell.as_dict()``).
 
 
 def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of a cell by axis name; options are ``drafter.NAME.OPTION``."""
+    """The settings of a cell by axis name; options are ``drafter.NAME.OPTION``."""
     out: dict[str, Any] = {}
     for name, value in cell.items():
         group = name.removesuffix("_options")
-        out |= {name: value} if group == name else flat(f"{group}.{cell[group]}.", value)
+        out |= {name: value} if group == name else flattened(f"{group}.{cell[group]}.", value)
     return out
 
 
-def flat(prefix: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of joined drafters are a level down; here they are not."""
+def flattened(prefix: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options as one mapping with dotted names."""
     out: dict[str, Any] = {}
     for name, value in options.items():
-        out |= flat(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        out |= flattened(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return out
 
 
-def flow(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """``value`` as YAML on one line."""
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def varying(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def varying_axes(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The axes on which these cells differ, each with its values in order of appearance."""
     found: dict[str, list[Any]] = {}
     for cell in cells:
@@ -63,24 +63,24 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each cell: its drafter, and what distinguishes it from the other cells of that drafter."""
+    """A label for each cell: its drafter, and the settings that distinguish it from that drafter's other cells."""
     drafters = {cell["drafter"] for cell in cells}
-    differing = {drafter: varying([cell for cell in cells if cell["drafter"] == drafter]) for drafter in drafters}
+    differing = {drafter: varying_axes([cell for cell in cells if cell["drafter"] == drafter]) for drafter in drafters}
     out = []
     for cell in cells:
         point = axes(cell)
-        own = [f"{short(name)}={flow(point[name])}" for name in differing[cell["drafter"]] if name in point]
+        own = [f"{short_name(name)}={as_yaml(point[name])}" for name in differing[cell["drafter"]] if name in point]
         out.append(" ".join([cell["drafter"], *own]))
     return out
 
 
-def short(axis: str) -> str:
-    """The last part of an axis' name, for people."""
+def short_name(axis: str) -> str:
+    """The last part of the name of an axis, for display."""
     name = axis.rpartition(".")[2] if axis.startswith(tuple(f"{group}." for group in GROUPS)) else axis
     return SHORT.get(name, name)
 
 
-# What a folder holds.
+# Contents of a folder.
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ class Results:
         return [record for record in self.records if "error" in record]
 
     def labels(self) -> list[str]:
-        """A short name for each record's cell."""
+        """A label for each record's cell."""
         return labels([record["cell"] for record in self.records])
 
     def table(self) -> ResultTable:
-        """What most people want to know of each cell, columns that are empty left out."""
+        """The main figures of each cell, without empty columns."""
         over = baselines(self.done)
         rows = []
         for label, record in zip(self.labels(), self.records, strict=True):
@@ -140,7 +140,7 @@ def _columns(method: Mapping[str, Any], over: Sequence[str]) -> dict[str, str]:
 
 
 def load_results(folder: Path) -> Results:
-    """Read the folder of a sweep or of a benchmark. Raises SpecDecError if it is neither or nothing has ended yet."""
+    """Read the folder of a sweep or a benchmark. Raises SpecDecError if it is neither or holds no result yet."""
     if not folder.is_dir():
         raise SpecDecError(f"there is no folder '{folder}'; give the output folder of a sweep or a benchmark")
     if (folder / MANIFEST).is_file():
@@ -166,21 +166,21 @@ def _benchmark(path: Path) -> Results:
 
 
 def from_benchmark(summary: Mapping[str, Any]) -> Results:
-    """A benchmark's summary as results, one record a method."""
+    """The summary of a benchmark as results, one record per method."""
     shared = {key: summary[key] for key in ("prompts", "environment", "seconds")}
     records = []
     for method in summary["methods"]:
         own = {name: method[name] for name in ("drafter", "drafter_options", DEPTH) if name in method}
-        cell = Cell(**summary["configuration"] | own | {"against": ()})  # which may name engines that are not here
+        cell = Cell(**summary["configuration"] | own | {"against": ()})  # it may name engines that are not installed
         records.append({"key": cell.key(), "cell": cell.as_dict(), "method": method, "baselines": {}, **shared})
     return Results("benchmark", "", str(summary["command"]), records)
 
 
-# For people.
+# Display.
 
 
 def outcome(record: Record) -> str:
-    """What came out of a cell, in a few words."""
+    """The outcome of a cell in a few words."""
     if "error" in record:
         return f"failed: {record['error']}"
     rate, gain = record["method"]["tokens_per_second"], speedup_of(record)
@@ -189,18 +189,18 @@ def outcome(record: Record) -> str:
 
 
 def speedup_of(record: Record) -> tuple[str, Estimate] | None:
-    """The name of the first baseline that there is a speedup over, and the speedup."""
+    """The name of the first baseline with a speedup, and that speedup."""
     found = ((NAMES.get(name, name), value) for name, value in record["method"]["speedup"].items() if value)
     return next(found, None)
 
 
 def baselines(records: Sequence[Record]) -> list[str]:
-    """Every baseline that some record has a speedup over."""
+    """All baselines over which some record has a speedup."""
     return list(dict.fromkeys(n for r in records for n, value in r["method"]["speedup"].items() if value is not None))
 
 
 def interval(estimate: Estimate | None, form: str = ".2f") -> str:
-    """An estimate with its interval: ``2.41 [2.30–2.55]``; empty if there is none."""
+    """An estimate with its interval, such as ``2.41 [2.30–2.55]``; empty for None."""
     if estimate is None:
         return ""
     if estimate["low"] is None:
@@ -209,7 +209,7 @@ def interval(estimate: Estimate | None, form: str = ".2f") -> str:
 
 
 def equality(method: Mapping[str, Any]) -> str:
-    """How many outputs equal those of plain decoding: ``12 of 12``, with what differed."""
+    """How many outputs equal plain decoding, such as ``12 of 12``, and how the others differ."""
     found = method["equal_to_plain"]
     if not found:
         return "sampled"
@@ -219,22 +219,22 @@ def equality(method: Mapping[str, Any]) -> str:
 
 
 def command(cell: Mapping[str, Any]) -> str:
-    """The ``specdec bench`` that measures one cell, with what differs from the defaults."""
+    """The ``specdec bench`` command that measures one cell, without default values."""
     defaults = Cell().as_dict()
     drafter = cell["drafter"]
     names = [*(name for name in cell["against"] if name not in ("none", drafter)), drafter]
     words = ["specdec", "bench", "--drafters", ",".join(names)]
-    for path, value in flat(f"{drafter}.", cell["drafter_options"]).items():
-        words += ["--drafter-option", f"{path}={flow(value)}"]
-    for path, value in flat("", cell["verifier_options"]).items():
-        words += ["--verifier-option", f"{path}={flow(value)}"]
+    for path, value in flattened(f"{drafter}.", cell["drafter_options"]).items():
+        words += ["--drafter-option", f"{path}={as_yaml(value)}"]
+    for path, value in flattened("", cell["verifier_options"]).items():
+        words += ["--verifier-option", f"{path}={as_yaml(value)}"]
     for name, value in cell.items():
         if name not in ("drafter", "drafter_options", "verifier_options", "against") and value != defaults[name]:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 
-# For programs.
+# Export.
 
 
 def render(results: Results, form: str) -> str:
@@ -257,7 +257,7 @@ def _csv(records: Sequence[Record]) -> str:
     rows = [
         {
             "key": record["key"],
-            **{name: flow(value) for name, value in record["cell"].items()},
+            **{name: as_yaml(value) for name, value in record["cell"].items()},
             "error": record.get("error"),
             **_figures(record.get("method", {})),
             "seconds": record.get("seconds"),
@@ -272,7 +272,7 @@ def _csv(records: Sequence[Record]) -> str:
 
 
 def _figures(method: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A method's figures as flat columns: an estimate is three of them."""
+    """The figures of a method as flat columns; an estimate has three."""
     out: dict[str, Any] = {}
     for name, value in method.items():
         if name in ("name", "drafter", "drafter_options", "categories"):

@@ -1,11 +1,11 @@
-"""The folder of a sweep: what was planned, and one line for every cell that has ended.
+"""The folder of a sweep: its plan, and one line per finished cell.
 
     sweep.json    name, description, command, resources and the cells of the plan, by key
-    cells.jsonl   one record a line, only ever appended to: the result of ``run_cell``, or {"key", "cell", "error",
-                  "seconds"} for a cell that failed; where a key is there twice, the later line counts
+    cells.jsonl   one record per line, append-only: the result of ``run_cell``, or {"key", "cell", "error", "seconds"}
+                  for a cell that failed; the last line of a key counts
 
-A line is written in one piece and synced, so that a process killed at any moment leaves whole lines and at most one
-broken end, which the next one to write cuts off. Knows nothing of how cells are run.
+A line is written in one piece and synced. A process that is killed at any moment leaves whole lines and at most one
+broken end, which the next writer cuts off.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Store:
 
     @contextmanager
     def opened(self, plan: Plan, command: str, resume: bool = False) -> Iterator[None]:
-        """Hold the folder for ``plan``, ready to append to.
+        """Lock the folder for ``plan``.
 
-        Raises SpecDecError if it holds another sweep, or this one without ``resume`` (one of which no cell has ended
-        may begin anew), or anything else, and if another process holds it.
+        Raises SpecDecError if it holds another sweep, other files, or finished cells of this sweep without ``resume``,
+        and if another process has locked it.
         """
         self._check(plan, resume)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK, timeout=0):
-                self._check(plan, resume)  # another process may just have begun one
+                self._check(plan, resume)  # another process may have started one meanwhile
                 if not self.manifest.is_file():
                     manifest = {
                         "name": plan.name,
@@ -55,7 +55,7 @@ class Store:
                     write_atomically(
                         self.manifest, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
                     )
-                if self.path.is_file():  # cut off the unfinished end that a killed process may have left
+                if self.path.is_file():  # cut off the end that a killed process may have left
                     os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
                 yield
         except Timeout:
@@ -82,17 +82,19 @@ class Store:
             raise SpecDecError(f"'{self.folder}' is not empty and holds no sweep; give another --output")
 
     def read_manifest(self) -> dict[str, Any]:
-        """The plan as it was when the sweep began. Raises SpecDecError if it cannot be read."""
+        """The plan at the start of the sweep. Raises SpecDecError if it cannot be read."""
         try:
             manifest = json.loads(self.manifest.read_text("utf-8"))
             if isinstance(manifest["cells"], dict) and isinstance(manifest["name"], str):
                 return dict(manifest)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
-        raise SpecDecError(f"'{self.manifest}' is broken, so the sweep it belongs to is unknown")
+        raise SpecDecError(
+            f"'{self.manifest}' is broken, so its sweep is unknown; delete the folder, or give another --output"
+        )
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Every record by key. Raises SpecDecError for a broken line (other than an unfinished last one)."""
+        """All records by key. Raises SpecDecError for a broken line, except an unfinished last one."""
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         records = {}
         for number, line in enumerate(lines, start=1):
@@ -106,7 +108,7 @@ class Store:
         return records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record, and see to it that it is on the disk. Within ``opened`` only."""
+        """Write one record and sync it to the disk. Call it only within ``opened``."""
         with self.path.open("ab") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()

@@ -1,7 +1,6 @@
-"""The base model's own answers to the training prompts: a batch of ragged rows that is refilled as rows end.
+"""The base model's own answers to the training prompts.
 
-Answers are written as they are finished. Of a prompt of several turns the first is answered. Knows nothing about states
-and students.
+Each answer is written when it ends. Of a conversation only the first turn is answered.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from specdec.speculation.sampling import SamplingParams
 from specdec.train.data import Prompt, TrainingAnswer, prompt_hash, records
 from specdec.train.output import ANSWERS, writing
 
-ROWS, REFILL = 48, 12  # rows of the batch; those that must have ended before new ones come
+ROWS, REFILL = 48, 12  # rows of the batch; free rows before new prompts are added
 
 
 def encode_prompts(
     tokenizer: Any, items: Sequence[TrainingAnswer | Prompt], model: str
 ) -> list[TrainingAnswer | list[int]]:
-    """Text prompts as token ids, in the model's chat template. Raises SpecDecError if it has none."""
+    """Encode text prompts in the model's chat template. Raises SpecDecError if it has none."""
     if any(isinstance(item, Prompt) for item in items) and not getattr(tokenizer, "chat_template", None):
         raise SpecDecError(
             f"model '{model}' has no chat template for text prompts; give answers as token ids "
@@ -41,7 +40,7 @@ def encode_prompts(
 
 @dataclass(frozen=True)
 class AnswerSampling:
-    """How answers are drawn: ``share`` of the prompts (chosen by a hash) at ``temperature``, the others greedily."""
+    """How to generate answers: a ``share`` of the prompts, chosen by hash, at ``temperature``, the others greedily."""
 
     share: float
     temperature: float
@@ -61,10 +60,10 @@ def answer_prompts(
     sampling: AnswerSampling,
     progress: Progress,
 ) -> list[TrainingAnswer]:
-    """All answers, in order; those missing are generated (at most ``limit`` tokens) and kept in ``answers.jsonl``.
+    """All answers, in order. Missing ones are generated, with at most ``limit`` tokens, and kept in ``answers.jsonl``.
 
-    An answer does not depend on what else is in the batch (up to rounding), nor on where a killed run stopped. Raises
-    SpecDecError if the disk is full, and if the file holds answers to other prompts.
+    An answer does not depend on other rows of the batch (up to rounding) or on interruptions. Raises SpecDecError if
+    the disk is full and if the file holds answers to other prompts.
     """
     prompts = [tuple(item) for item in items if not isinstance(item, TrainingAnswer)]
     made = _written(output / ANSWERS, set(prompts))
@@ -84,13 +83,16 @@ def answer_prompts(
 def _generate(
     decoder: SpecDecoder, prompts: Sequence[tuple[int, ...]], limit: int, sampling: AnswerSampling
 ) -> Iterator[TrainingAnswer]:
-    """Answers as they are finished."""
+    """Yield answers when they end."""
     context = decoder.target.context
     if long := [p for p in prompts if len(p) >= context]:
         raise SpecDecError(f"a prompt has {len(long[0])} tokens, the model's context {context}; shorten or remove it")
     target, ends = decoder.target, decoder.eos_ids()
     engine = Engine(target, decoder.drafter, decoder.verifier, FixedDepth(0), max_rows=ROWS)
-    waiting, running = sorted(prompts, key=len, reverse=True), list[Request]()  # similar ones are prefilled together
+    waiting, running = (
+        sorted(prompts, key=len, reverse=True),
+        list[Request](),
+    )  # prompts of similar length are prefilled together
     while waiting or running:
         if len(running) <= ROWS - REFILL:
             for _ in range(min(ROWS - len(running), len(waiting))):
@@ -110,7 +112,7 @@ def _generate(
 
 
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], TrainingAnswer]:
-    """The answers an earlier run left; a line that it did not finish is cut off."""
+    """The answers of an earlier run. An unfinished last line is cut off."""
     made: dict[tuple[int, ...], TrainingAnswer] = {}
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

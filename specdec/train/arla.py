@@ -1,7 +1,6 @@
-"""Training of ARLA: a router beside a finished M2R2, from whether its drafts are the base's own choices.
+"""Training of ARLA: a router for a trained M2R2 that predicts whether a draft is the base's own choice.
 
-The drafter is loaded from its folder and stays as it is; what is written is that drafter with the router. Drafts are
-the drafter's own, step after step, as they are when it decides whether to continue.
+The drafter is frozen. The output is the drafter with the router. Training uses the drafter's own drafts, step by step.
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ from specdec.drafters.m2r2_network import M2R2, load_network
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
-from specdec.train.m2r2_settings import wanted_states
+from specdec.train.m2r2_settings import path_states
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
-from specdec.train.states import Wanted
+from specdec.train.states import StateSelection
 from specdec.train.student import Teacher, draft_steps
 
-LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds at which evaluation looks
+LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds of the evaluation
 
 
 class ArlaSettings(TrainSettings):
-    """Which drafter gets a router, and how large it is."""
+    """The drafter, and the size of its router."""
 
     drafter: str = "m2r2"  # a drafter folder, or the name of one shipped for the model
     width: Positive = 16  # of the latents
-    draft_steps: Positive = 3  # of the drafter's own drafts the router learns from
+    draft_steps: Positive = 3  # drafts per step that the router learns from
 
 
 class ArlaMethod(TrainingMethod[M2R2]):
-    """Cross-entropy of the router's probability with whether the draft's best token is the base's."""
+    """Cross-entropy of the router's probability that the draft's best token is the base's."""
 
     name = "arla"
     settings_class = ArlaSettings
@@ -49,8 +48,8 @@ class ArlaMethod(TrainingMethod[M2R2]):
             folder = drafter_folder.find_shipped(settings.drafter, target) or folder
         self.trained, self.drafter = drafter_folder.read_config(folder), load_network(target, folder)
 
-    def wanted(self) -> Wanted:
-        return wanted_states(self.drafter.path, self.target.num_layers)
+    def teacher_states(self) -> StateSelection:
+        return path_states(self.drafter.path, self.target.num_layers)
 
     def build(self, vocab: Tensor | None) -> M2R2:
         own = self.drafter.draft_vocab
@@ -63,7 +62,7 @@ class ArlaMethod(TrainingMethod[M2R2]):
         return network
 
     def _steps(self, network: M2R2, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Per step and exit: log-odds of the router [B, T], whether the draft is right, and which positions have it."""
+        """Per step and exit: the router's log-odds, whether the draft is right, and valid positions, each [B, T]."""
         assert network.routers is not None
         teacher = self.teacher
         teacher.begin(batch)
@@ -86,10 +85,11 @@ class ArlaMethod(TrainingMethod[M2R2]):
         return loss / (batch.valid.sum() * self.settings.draft_steps * exits), figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Of the routers' probabilities over all draft steps and exits.
+        """Figures over all draft steps and exits.
 
-        ``entropy``: cross-entropy in nats. ``leave``: share of the tokens above each threshold of ``levels``, and
-        ``right``: how many of those are the base's.
+        entropy: cross-entropy in nats.
+        leave: share of tokens above each threshold of ``levels``.
+        right: share of those that are the base's choice.
         """
         steps = (step for batch in batches for step in self._steps(network, batch))
         odds, right = torch.cat([torch.stack((o[v], h[v].float())).cpu() for o, h, v in steps], 1)  # (positions,) each

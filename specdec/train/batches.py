@@ -1,7 +1,7 @@
-"""Windows of answers with the teacher states a student needs, padded into batches, in an order fixed by the seed.
+"""Training batches: windows of answers with their teacher states, padded, in an order fixed by the seed.
 
-A window is a run of consecutive answer positions: short rows keep attention over provisional entries small and mix
-many answers in one batch. Knows nothing about losses and parameters.
+A window is a run of consecutive answer positions. Short windows keep attention over drafted entries small and mix many
+answers in one batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import States
 from specdec.train.recurrent import StatesAtPositions
-from specdec.train.states import Record
+from specdec.train.states import AnswerStates
 
 BLOCK = 64
 Window = tuple[int, int, int]  # record, first position, end
@@ -23,34 +23,30 @@ Window = tuple[int, int, int]  # record, first position, end
 
 @dataclass
 class TrainingBatch:
-    """B windows of T positions; position t reads token ids[t] and is to predict the base's choice for t + 1.
-
-    Padding has ``valid`` False. Exact entries of layers ``kv`` are [B, H', S, d] for positions 0 .. S - 1, and so are
-    the inputs of layers ``context`` and what recurrent layers' mixers read (``mixed``), [B, S, D].
-    """
+    """B windows of T positions. Position t reads token ids[t] and predicts the base's choice for t + 1."""
 
     ids: Tensor  # int64 [B, T]
     next_ids: Tensor  # int64 [B, T], the text's own next token
     positions: Tensor  # int64 [B, T]
-    valid: Tensor  # bool [B, T]
-    kv: dict[int, tuple[Tensor, Tensor]]
+    valid: Tensor  # bool [B, T], False for padding
+    kv: dict[int, tuple[Tensor, Tensor]]  # layer -> exact keys and values of positions 0 .. S - 1 [B, H', S, d]
     hidden: dict[int, Tensor]  # layer -> its input at each position [B, T, D]
     before: dict[int, Tensor]  # the same, one position earlier
     best: Tensor  # int64 [B, T], the base's most likely next token
-    log_z: Tensor  # float32 [B, T]
+    log_z: Tensor  # float32 [B, T], log of the base's partition sum
     texts: list[Tensor]  # int32, each row's tokens up to the end of its window
-    context: dict[int, Tensor]
-    mixed: dict[int, Tensor]
-    exact: dict[int, States] = field(default_factory=dict)  # recurrent states, once they are known
+    context: dict[int, Tensor]  # layer -> its input at positions 0 .. S - 1 [B, S, D]
+    mixed: dict[int, Tensor]  # recurrent layer -> the input of its mixer at positions 0 .. S - 1 [B, S, D]
+    exact: dict[int, States] = field(default_factory=dict)  # recurrent states, computed on first use
 
     @property
     def slots(self) -> int:
-        """S, the exact entries per row."""
+        """S, the number of exact entries per row."""
         inputs = [x.shape[1] for x in (*self.context.values(), *self.mixed.values())]
         return max([k.shape[2] for k, _ in self.kv.values()] + inputs, default=0)
 
     def cache(self, num_layers: int) -> KVCache:
-        """A cache that holds the exact entries."""
+        """A cache with the exact entries."""
         cache = KVCache(num_layers, len(self.ids), self.ids.device)
         for layer, (k, v) in self.kv.items():
             cache.keys[layer], cache.values[layer] = k, v
@@ -60,8 +56,8 @@ class TrainingBatch:
         return cache
 
 
-def windows(records: Sequence[Record], length: int) -> list[Window]:
-    """All windows of at most ``length`` answer positions; those that follow the first overlap by nothing."""
+def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:
+    """All windows of at most ``length`` answer positions, without overlap."""
     found = []
     for index, record in enumerate(records):
         start, end = max(record.prompt - 1, record.first + 1), len(record.ids) - 1
@@ -70,7 +66,7 @@ def windows(records: Sequence[Record], length: int) -> list[Window]:
 
 
 def epoch(found: Sequence[Window], rows: int, seed: int, number: int) -> list[list[Window]]:
-    """The batches of one epoch: shuffled, neighbours of similar key length together, whole batches only."""
+    """The whole batches of one epoch: shuffled, windows of similar key length together."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     order = torch.randperm(len(found), generator=generator).tolist()
     groups, group = [], rows * 16  # sorting within groups keeps padding small and the order random
@@ -82,15 +78,17 @@ def epoch(found: Sequence[Window], rows: int, seed: int, number: int) -> list[li
     return [[found[i] for i in whole[j]] for j in mixed]
 
 
-def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, device: torch.device) -> TrainingBatch:
-    """Copy the windows' states out of the records; T = ``length``, S a multiple of ``BLOCK``."""
+def assemble(
+    records: Sequence[AnswerStates], rows: Sequence[Window], length: int, device: torch.device
+) -> TrainingBatch:
+    """A batch of windows of the records, with T = ``length`` and S a multiple of ``BLOCK``."""
     picked = [(records[index], start, end) for index, start, end in rows]
     slots = -(-max(end for _, _, end in rows) // BLOCK) * BLOCK
     first = picked[0][0]
     layers, hidden = first.kv, first.hidden
 
     def pad(parts: list[Tensor], size: int = length) -> Tensor:
-        """Stack ragged parts, zeros behind each."""
+        """Stack parts of different length, padded with zeros."""
         out = torch.zeros(len(parts), size, *parts[0].shape[1:], dtype=parts[0].dtype)
         for row, part in zip(out, parts, strict=True):
             row[: len(part)] = part
@@ -106,7 +104,7 @@ def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, dev
     return TrainingBatch(
         ids=pad([r.ids[start:end].long() for r, start, end in picked]),
         next_ids=pad([r.ids[start + 1 : end + 1].long() for r, start, end in picked]),
-        # Padding stays at the last position: the one behind it may be beyond the model's context.
+        # Padding repeats the last position: the next one may exceed the model's context.
         positions=torch.minimum(starts[:, None] + torch.arange(length), last[:, None]).to(device),
         valid=pad([torch.ones(end - start, dtype=torch.bool) for _, start, end in rows]),
         kv={layer: (exact(layer, 0), exact(layer, 1)) for layer in layers},
@@ -120,15 +118,15 @@ def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, dev
     )
 
 
-def in_order(records: Sequence[Record], rows: int, length: int, device: torch.device) -> Iterator[TrainingBatch]:
-    """Every window once, those of similar key length together."""
+def by_length(records: Sequence[AnswerStates], rows: int, length: int, device: torch.device) -> Iterator[TrainingBatch]:
+    """Every window once, windows of similar key length together."""
     found = sorted(windows(records, length), key=lambda window: window[2])
     for start in range(0, len(found), rows):
         yield assemble(records, found[start : start + rows], length, device)
 
 
-def stream(found: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
-    """(number, batch) without end, epoch after epoch, from batch number ``skip`` on."""
+def endless(found: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
+    """Yield (epoch, batch) without end, from batch number ``skip`` on."""
     number, passed = 0, 0
     while True:
         batches = epoch(found, rows, seed, number)

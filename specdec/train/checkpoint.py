@@ -1,4 +1,4 @@
-"""What a run goes back to: its checkpoint, in one file that is replaced as a whole, and its best parameters."""
+"""The checkpoint of a run, one file that is replaced atomically, and its best parameters in memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from specdec.base import files
 from specdec.base.errors import SpecDecError
 from specdec.train.output import CHECKPOINT, METRICS, writing
 
-MASTERS, SLOTS = "masters/", "optimizer/"  # how its tensors' names begin
+MASTERS, SLOTS = "masters/", "optimizer/"  # prefixes of tensor names
 
 
 def write(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Replace the checkpoint. ``state``: plain values to go with the tensors."""
+    """Replace the checkpoint. state: JSON values that are stored with the tensors."""
     tensors = {f"{MASTERS}{name}": parameter.detach() for name, parameter in masters.items()}
     for index, slot in optimizer.state_dict()["state"].items():
         tensors |= {f"{SLOTS}{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
@@ -32,7 +32,7 @@ def write(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimize
 
 @torch.no_grad()
 def restore(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
-    """Put everything back and return the state. Raises SpecDecError for a damaged file and for another run's."""
+    """Restore tensors and return the state. Raises SpecDecError for a damaged file and another run's file."""
     path = output / CHECKPOINT
     slots: dict[int, dict[str, Tensor]] = {}
     try:
@@ -51,7 +51,7 @@ def restore(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimi
 
 
 def rewind_metrics(output: Path, update: int) -> None:
-    """Cut off the metrics that followed the checkpoint of that update, and a line that was not finished."""
+    """Remove metrics after ``update``, the update of the checkpoint, and an unfinished last line."""
     path, kept = output / METRICS, ""
     with writing("metrics", output):
         for line in path.read_text("utf-8", "replace").splitlines(True) if path.exists() else ():
@@ -64,10 +64,11 @@ def rewind_metrics(output: Path, update: int) -> None:
         files.write_atomically(path, kept.encode())
 
 
-class Best:
-    """A copy of the parameters that had the least loss on held-out windows so far.
+class BestParameters:
+    """A copy of the parameters with the lowest held-out loss so far.
 
-    start: that loss before the first update. least, update: the least one, and when it was.
+    start: held-out loss before the first update.
+    least, update: lowest held-out loss, and its update.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], start: float, update: int = 0) -> None:
@@ -75,7 +76,7 @@ class Best:
         self.keep(start, update)
 
     def keep(self, loss: float, update: int) -> None:
-        """The parameters as they are now are the best."""
+        """Keep the current parameters as the best."""
         self.least, self.update = loss, update
         self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
 

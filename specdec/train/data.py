@@ -1,7 +1,4 @@
-"""Training text: prompts and token-id answers from JSONL or plain lines, and what must not be trained on.
-
-Knows tokenisers only through ``encode`` callables, and nothing about models or drafters.
-"""
+"""Training data: prompts and token-id answers from JSONL or plain lines, checks, and the split for evaluation."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ from torch import Tensor
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
 
-TEXT_CONTEXT = 16  # tokens at the beginning of a piece of text that are not trained on
-CHECKED = 32  # answers whose prompts are compared with the model's tokenizer and chat template
-# What turns of a conversation begin with, in the chat templates of widespread models.
+TEXT_CONTEXT = 16  # first tokens of a piece of text, used only as context
+CHECKED = 32  # answers whose prompts are compared with the tokenizer and chat template
+# Beginnings of turns in the chat templates of common models.
 TURNS = "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|assistant|>", "[INST]"
 
 
@@ -36,16 +33,18 @@ class TrainingAnswer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """User turns that the base model has yet to answer."""
+    """User turns without an answer."""
 
     turns: tuple[str, ...]
 
 
 def read(paths: Sequence[Path]) -> list[TrainingAnswer | Prompt]:
-    """Everything in the files, in order. Lines are ``{"prompt_ids", "response_ids"}``, ``{"turns": [...]}``,
-    ``{"prompt": ...}`` or plain text; ``.gz`` is unpacked.
+    """All answers and prompts of the files, in order.
 
-    Raises SpecDecError for unreadable files, for a broken line (with its number) and if there is nothing at all.
+    Lines are ``{"prompt_ids", "response_ids"}``, ``{"turns": [...]}``, ``{"prompt": ...}`` or plain text; ``.gz`` is
+    unpacked.
+
+    Raises SpecDecError for unreadable files, for a broken line (with its number) and if the files are empty.
     """
     items = [item for path in paths for item in records(path)]
     if not items:
@@ -80,14 +79,14 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     return texts
 
 
-def pieces(ids: Sequence[int], length: int) -> list[TrainingAnswer]:
-    """Token ids of a text as answers of ``length`` tokens in all; the first few are its prompt, context only."""
+def text_windows(ids: Sequence[int], length: int) -> list[TrainingAnswer]:
+    """Split the token ids of a text into answers of ``length`` tokens. The first tokens of each are its prompt."""
     parts = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
     return [TrainingAnswer(part[:TEXT_CONTEXT], part[TEXT_CONTEXT:]) for part in parts if len(part) > TEXT_CONTEXT + 1]
 
 
-def refuse_foreign(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
-    """Raise SpecDecError for token ids that a vocabulary of that size does not have."""
+def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
+    """Raise SpecDecError for token ids outside a vocabulary of ``vocab_size`` tokens."""
     for number, item in enumerate(items, start=1):
         largest = max(item.prompt_ids + item.response_ids) if isinstance(item, TrainingAnswer) else 0
         if largest >= vocab_size:
@@ -97,16 +96,16 @@ def refuse_foreign(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) ->
             )
 
 
-def refuse_other_tokens(
+def check_tokenizer(
     items: Sequence[TrainingAnswer | Prompt],
     decode: Callable[[Sequence[int]], str],
     encode: Callable[[str], Sequence[int]],
     turn: str,
 ) -> None:
-    """Raise SpecDecError for answers of another tokenizer or in another chat template, as their prompts show.
+    """Raise SpecDecError if the prompts of answers were encoded with another tokenizer or chat template.
 
-    turn: what the model's template has between a user's text and the answer; empty: it has no template. Prompts that
-    are in no template are fine.
+    turn: the model's template between a user's text and the answer; "": it has no template. Prompts without a template
+    are valid.
     """
     own = [(n, item.prompt_ids) for n, item in enumerate(items, start=1) if isinstance(item, TrainingAnswer)][:CHECKED]
     texts = [(n, ids, decode(ids)) for n, ids in own]
@@ -132,13 +131,13 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:40]} ... {text[-40:]}")
 
 
-def refuse_held_out(
+def check_holdout(
     items: Sequence[TrainingAnswer | Prompt],
     held_out: Sequence[TrainingAnswer | Prompt],
     decode: Callable[[Sequence[int]], str],
     what: str = "prompt",
 ) -> None:
-    """Raise SpecDecError if a prompt to train on contains one that must be held out (compared as lower-case words)."""
+    """Raise SpecDecError if a training prompt contains a held-out prompt. The comparison ignores case and spaces."""
     words = [" " + " ".join(_text(item, decode).lower().split()) + " " for item in items]
     for item in held_out:
         probe = decode(item.prompt_ids) if isinstance(item, TrainingAnswer) else item.turns[0]
@@ -160,7 +159,7 @@ def prompt_hash(ids: Sequence[int]) -> int:
 
 
 def split(answers: Sequence[TrainingAnswer], fraction: float) -> tuple[list[TrainingAnswer], list[TrainingAnswer]]:
-    """(training, evaluation): about ``fraction`` of the prompts, chosen by a hash of their ids, at least one."""
+    """Split into training and evaluation: about ``fraction`` of the prompts, chosen by hash, and at least one."""
     train: list[TrainingAnswer] = []
     held: list[TrainingAnswer] = []
     for answer in answers:
@@ -173,13 +172,13 @@ def split(answers: Sequence[TrainingAnswer], fraction: float) -> tuple[list[Trai
 
 
 def draft_vocabulary(answers: Sequence[TrainingAnswer], size: int, always: Sequence[int], vocab_size: int) -> Tensor:
-    """The ``size`` most frequent token ids of the answers, then of the prompts, plus ``always``; int32, ascending."""
+    """``always``, then the most frequent token ids of answers and of prompts: ``size`` ids, int32, ascending."""
     count: Counter[int] = Counter()
     for answer in answers:
         count.update(answer.response_ids)
     ranked = [token for token, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))]
     prompts: Counter[int] = Counter(token for answer in answers for token in answer.prompt_ids)
     ranked += [token for token, _ in sorted(prompts.items(), key=lambda item: (-item[1], item[0]))]
-    ranked += range(vocab_size)  # small ids are the frequent merges of most tokenisers
+    ranked += range(vocab_size)  # most tokenizers give small ids to frequent merges
     chosen = list(dict.fromkeys([*always, *ranked]))[: min(size, vocab_size)]
     return torch.tensor(sorted(chosen), dtype=torch.int32)

@@ -1,7 +1,7 @@
 """Training of EAGLE-3 heads: distillation on the head's own drafts, several steps ahead ("training-time test").
 
-Step s at position t is what the head does s tokens past the last verified one: exact pairs up to t - s + 1, its own
-outputs since. What it attends to is the whole text, so the inputs of the tapped layers are kept for prompts, too.
+Step s at position t drafts s tokens past the last verified one: from exact pairs up to t - s + 1, then from the head's
+own outputs. The head attends to the whole text, so the inputs of the tapped layers are also stored for prompts.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
-from specdec.train.states import Wanted
-from specdec.train.student import Teacher, later, step_mask
+from specdec.train.states import StateSelection
+from specdec.train.student import Teacher, shift_right, step_mask
 
-EVALUATED = 4  # draft steps
+EVALUATED = 4  # draft steps in evaluation
 
 
 class Eagle3Settings(TrainSettings):
-    """The head's sizes (None: the model's own), what it reads, and how far it learns from its own drafts."""
+    """The layers that the head reads, its sizes (None: the model's own), and its draft steps in training."""
 
-    layers: tuple[int, ...] = ()  # whose inputs are read; empty: an early, a middle and a late one
+    layers: tuple[int, ...] = ()  # their inputs are read; empty: an early, a middle and a late layer
     inner: Positive | None = None  # of the MLP
     heads: Positive | None = None  # of attention
     kv_heads: Positive | None = None
     draft_steps: Positive = 3
-    focus: float = 1.0  # weight of a later step where the head's earlier steps were already wrong
+    focus: float = 1.0  # weight of a step after a wrong earlier step
 
 
 class Eagle3Method(TrainingMethod[Eagle3]):
@@ -61,12 +61,12 @@ class Eagle3Method(TrainingMethod[Eagle3]):
         self.inner = settings.inner or int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size)
         self.rope = {"rope_theta": float(getattr(config, "rope_theta", None) or _theta(config))}
 
-    def wanted(self) -> Wanted:
-        return Wanted((), (self.target.num_layers,), tuple(sorted(set(self.layers))))
+    def teacher_states(self) -> StateSelection:
+        return StateSelection((), (self.target.num_layers,), tuple(sorted(set(self.layers))))
 
     def build(self, vocab: Tensor | None) -> Eagle3:
         target, width = self.target, self.target.hidden_size
-        if self.settings.init:  # its output head is of its own tokens
+        if self.settings.init:  # its output head fixes the vocabulary
             vocab = _vocabulary(Path(self.settings.init), target.device)
         self.teacher = Teacher(target, vocab, self.settings.sharpen, extra=0)
         size = target.vocab_size if vocab is None else len(vocab)
@@ -80,7 +80,7 @@ class Eagle3Method(TrainingMethod[Eagle3]):
                 torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 torch.nn.init.zeros_(parameter)
-        with torch.no_grad():  # the head begins as the base's own readout of the last layer that it reads
+        with torch.no_grad():  # initially the head reads out the last tapped layer like the base
             network.get_parameter("fc.weight").zero_()[:, -width:].fill_diagonal_(1)
             network.get_parameter("norm.weight").copy_(self._final_norm())
             tokens = torch.arange(size) if vocab is None else vocab.long()
@@ -88,24 +88,24 @@ class Eagle3Method(TrainingMethod[Eagle3]):
         return network
 
     def _final_norm(self) -> Tensor:
-        """The weight [D] of the base's final norm, which is what it makes of a state of ones and minus ones."""
+        """The weight [D] of the base's final norm: its output for a state of ones and minus ones, without signs."""
         signs = torch.ones(self.target.hidden_size, device=self.target.device)
         signs[1::2] = -1
         return (
             self.target.readout(signs.to(self.target.dtype)[None, None], final_norm(self.target))[0, 0].float() * signs
         )
 
-    def size(self, name: str, parameter: Tensor) -> float:
-        """Of what begins with values, their RMS; of maps that begin with none, what keeps the scale of their inputs."""
-        return float(parameter.detach().square().mean().sqrt()) or super().size(name, parameter)
+    def parameter_scale(self, name: str, parameter: Tensor) -> float:
+        """The RMS of the first values; for maps that begin at zero, the default."""
+        return float(parameter.detach().square().mean().sqrt()) or super().parameter_scale(name, parameter)
 
     def loss(self, network: Eagle3, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         settings, teacher = self.settings, self.teacher
         teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
-        right = batch.valid  # where the head's steps so far are the text's own tokens
+        right = batch.valid  # where the head's earlier steps equal the text
         for s, (features, valid) in enumerate(draft_steps(network, self.target, batch, settings.draft_steps)):
-            reached = later(right) if s else valid
+            reached = shift_right(right) if s else valid
             logits = network.logits(features)
             away, figures[agreement_name(s)] = teacher.compare(logits, valid, torch.where(reached, 1.0, settings.focus))
             loss = loss + away
@@ -113,7 +113,7 @@ class Eagle3Method(TrainingMethod[Eagle3]):
         return loss, figures
 
     def evaluate(self, network: Eagle3, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """``top1``, ``top3``: of each draft step; the draft vocabulary is the head's own. ``chain``, ``score``."""
+        """``top1``, ``top3`` per draft step, over the head's vocabulary; others: ``chain_figures``."""
         teacher, lengths = self.teacher, list[int]()
         sums = torch.zeros(3, EVALUATED, dtype=torch.float64)  # positions, top1, top3
         for batch in batches:
@@ -147,7 +147,7 @@ class Eagle3Method(TrainingMethod[Eagle3]):
 
 
 def _vocabulary(folder: Path, device: torch.device) -> Tensor | None:
-    """The tokens that a trained head drafts from."""
+    """The draft vocabulary of a trained head; None: the full one."""
     d2t = drafter_folder.read_tensors(folder).get("d2t")
     return None if d2t is None else (d2t + torch.arange(len(d2t))).to(device)
 
@@ -157,12 +157,12 @@ def _theta(config: Any) -> float:
 
 
 def draft_steps(network: Eagle3, target: Target, batch: TrainingBatch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, for s = 1 .. steps, the head's outputs [B, T, D'], and which positions have them (bool [B, T])."""
+    """Yield the head's outputs [B, T, D'] and valid positions (bool [B, T]) of steps 1 .. ``steps``."""
     texts = pad_sequence([text.long() for text in batch.texts], batch_first=True)
     texts = F.pad(texts, (0, batch.slots - texts.shape[1])).to(batch.ids.device)  # (B, S)
     places = torch.arange(batch.slots, device=texts.device).expand_as(texts)
     fused = network.fuse([batch.context[layer] for layer in network.config.layers])
-    features = later(fused)  # (B, S, D'): of the token before each
+    features = shift_right(fused)  # (B, S, D'): of the token before each
     _, keys, values = network.qkv(target.embed(texts, places), features, places)
     at = batch.positions.clamp_max(batch.slots - 1)
     features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))  # (B, T, D')
@@ -170,7 +170,7 @@ def draft_steps(network: Eagle3, target: Target, batch: TrainingBatch, steps: in
     for step in range(1, steps + 1):
         seen = step_mask(batch, step).bool_mask()
         assert seen is not None
-        seen[..., 0] = False  # the first token has none before it, and so no pair
+        seen[..., 0] = False  # the first token has no predecessor, and so no pair
 
         def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor = seen) -> Tensor:
             nonlocal keys, values
@@ -179,4 +179,4 @@ def draft_steps(network: Eagle3, target: Target, batch: TrainingBatch, steps: in
 
         out = network.layer(embedded, features, batch.positions, attend)
         yield out, valid
-        features, valid = later(out), valid & later(valid)
+        features, valid = shift_right(out), valid & shift_right(valid)

@@ -1,30 +1,32 @@
-"""How good a drafter's drafts are on held-out answers, on its own states: agreement, overlap, acceptance.
-
-Knows nothing about training and about time.
-"""
+"""Evaluation of a drafter: agreement, overlap and acceptance on held-out answers, and the speedup that they predict."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdec.api.decoder import SpecDecoder
 from specdec.drafters.m2r2_network import M2R2
+from specdec.engine.depth.costs import Costs
+from specdec.engine.depth.measure import costs
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
 from specdec.train.student import Teacher, draft_steps
 
 
 def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], steps: int = 4) -> dict[str, Any]:
-    """Figures per draft step 1 .. ``steps``, over ``batches``.
+    """Figures of the last exit per draft step 1 .. ``steps``, over ``batches``.
 
-    ``top1``, ``top3``: the base's most likely token is the draft's choice, or among its three best (False where the
-    draft vocabulary, which is the drafter's own and the tokens of the context, lacks it). ``overlap``: 1 - TV of base
-    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``chain``, ``score``: see
-    ``chain_figures``; of greedy decoding along the answers. All of that is about the last exit; ``exits``: ``top1`` of
-    the first step at each exit before it.
+    top1, top3: the base's most likely token is the draft's choice, or one of its three best. A token outside the draft
+    vocabulary and the context counts as a miss.
+    overlap: 1 - TV of base and draft at temperature 1.
+    cosine: of the draft's final state and h[N].
+    chain, score: see ``chain_figures``; for greedy decoding along the answers.
+    exits: top1 of the first step at each earlier exit.
     """
     teacher = Teacher(target, network.draft_vocab)
     sooner = torch.zeros(len(network.path.exits), dtype=torch.float64)
@@ -59,9 +61,10 @@ def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], st
 
 
 def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:
-    """Tokens of each step of decoding along the windows ``valid`` [B, T], if draft s of each step holds where hits[s].
+    """Tokens of each step of greedy decoding along the windows ``valid`` [B, T].
 
-    hits[s]: bool [B, T], by the position before the drafted token. Steps that a window cuts short are left out.
+    hits[s]: bool [B, T], whether draft s is right, by the position before the drafted token. A step that ends outside
+    its window is not counted.
     """
     lengths = []
     for row, count in zip(torch.stack(list(hits), 1).tolist(), valid.sum(1).tolist(), strict=True):
@@ -76,9 +79,43 @@ def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:
 
 
 def chain_figures(lengths: Sequence[int], steps: int) -> dict[str, Any]:
-    """``chain``: P(the first 1 .. ``steps`` drafts are all accepted); ``score``: the mean acceptance length.
+    """chain: P(the first i drafts are all accepted), i = 1 .. ``steps``; score: the mean acceptance length.
 
     lengths: tokens of each step of decoding.
     """
     chain = [round(sum(n > i for n in lengths) / max(len(lengths), 1), 4) for i in range(1, steps + 1)]
     return {"chain": chain, "score": round(1 + sum(chain), 3)}
+
+
+def measure_costs(decoder: SpecDecoder, folder: Path) -> Costs:
+    """The costs of the drafter in ``folder`` with the model and the runtime of ``decoder``."""
+    drafting = decoder.with_drafter(folder)
+    return costs(drafting.target, drafting.drafter, drafting.verifier)
+
+
+def predict_speedup(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = None) -> tuple[float, int]:
+    """The largest speedup over plain decoding on this machine, and the draft length k that reaches it:
+
+        (1 + chain_1 + ... + chain_k) s(1) / (k d + s(1 + nodes_k))
+
+    chain: P(the first i drafts are all accepted).
+    costs: s of scoring and d of drafting.
+    nodes: tokens that are scored for a draft of depth i; None: i, a chain.
+    """
+    best, depth, tokens = 1.0, 0, 1.0
+    for k, accepted in enumerate(chain, start=1):
+        tokens += accepted
+        seconds = costs.drafting(k) + costs.scoring(1 + (nodes[k - 1] if nodes else k))
+        speedup = tokens * costs.scoring(1) / seconds
+        if speedup > best:
+            best, depth = speedup, k
+    return best, depth
+
+
+def speedup_text(figures: dict[str, Any]) -> str:
+    """The predicted speedup for display, or an empty string."""
+    if "speedup" not in figures:
+        return ""
+    if not figures["depth"]:
+        return "; predicted slower than plain decoding here"
+    return f"; predicted {figures['speedup']:.2f}x here at {figures['depth']} drafts a step"

@@ -1,9 +1,9 @@
-"""Training of what leaves the model early: modules at exits (early-exit, deed) and depth routers (mixture-of-depths).
+"""Training of exit modules (early-exit, deed) and depth routers (mixture-of-depths).
 
-Exits begin as closed-form maps onto the base's final states and learn with deep supervision: KL at every exit. All of
-their inputs are exact states, so no layer is run.
-Routers learn with hard gates whose gradient is the soft gate's (straight-through), and a penalty that keeps the share
-of layers run at the capacity.
+Exits begin as closed-form maps onto the base's final states and learn with deep supervision: KL at every exit. Their
+inputs are exact states, so training runs no layer.
+Routers learn with hard gates that have the gradient of soft gates (straight-through), and a penalty that keeps the
+share of layers at the capacity.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.fit import Ridge
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
-from specdec.train.states import Wanted, whole_pass
+from specdec.train.states import StateSelection, whole_pass
 from specdec.train.student import Teacher
 
 STEPS = 4  # drafts a step in evaluation
-SURE = 0.5  # confidence at which evaluation has a token leave, as the drafter's own default
+SURE = 0.5  # confidence at which a token leaves in evaluation, the drafter's default
 
 
 class ExitSettings(TrainSettings):
     """Where the exits are and how large their modules."""
 
     exits: tuple[int, ...] = ()
-    layers_of: int | None = None  # depth of the model the exits were chosen on: scaled to others; None: as they are
+    layers_of: int | None = None  # depth of the model that ``exits`` refer to; they are scaled to other depths
     width: Positive = 96  # hidden size of an exit's module
 
 
@@ -52,8 +52,8 @@ class DeedMethod(TrainingMethod[ExitHeads]):
         scale = target.num_layers / (settings.layers_of or target.num_layers)
         self.exits = check_exits([max(round(layer * scale), 1) for layer in settings.exits], target.num_layers)
 
-    def wanted(self) -> Wanted:
-        return Wanted((), (*self.exits, self.target.num_layers))
+    def teacher_states(self) -> StateSelection:
+        return StateSelection((), (*self.exits, self.target.num_layers))
 
     def build(self, vocab: Tensor | None) -> ExitHeads:
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
@@ -61,7 +61,7 @@ class DeedMethod(TrainingMethod[ExitHeads]):
 
     @torch.no_grad()
     def fit(self, network: ExitHeads, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
-        """Each exit's map in closed form, onto the final state."""
+        """Fit each exit's map onto the final state."""
         fits = [Ridge() for _ in self.exits]
         for batch in batches():
             for layer, ridge in zip(self.exits, fits, strict=True):
@@ -79,12 +79,14 @@ class DeedMethod(TrainingMethod[ExitHeads]):
         return loss, figures
 
     def evaluate(self, network: ExitHeads, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """``agreement`` per exit; the rest as the drafter drafts: each token at the first exit that is sure of it.
+        """``agreement`` per exit, and figures of drafting, where each token leaves at the first exit that is sure.
 
-        ``top1``: agreement then. ``layers``: run per token. ``chain`` and ``score``: as for other drafters.
+        top1: agreement. layers: run per token. chain, score: see ``chain_figures``.
         """
         teacher, layers = self.teacher, torch.tensor(self.exits, device=self.target.device)
-        sums = torch.zeros(len(self.exits) + 3, dtype=torch.float64)  # right per exit and where left, layers, positions
+        sums = torch.zeros(
+            len(self.exits) + 3, dtype=torch.float64
+        )  # right per exit, right where left, layers, positions
         lengths: list[int] = []
         for batch in batches:
             teacher.begin(batch)
@@ -93,11 +95,11 @@ class DeedMethod(TrainingMethod[ExitHeads]):
             right = torch.stack([teacher.hits(each) & known & valid for each in logits])  # (exits, B, T)
             sure = torch.stack([each.softmax(-1).amax(-1) >= SURE for each in logits])
             sure[-1] = True
-            leaves = sure.int().argmax(0)  # the first that is sure
+            leaves = sure.int().argmax(0)  # the first exit that is sure
             chosen = right.gather(0, leaves[None])[0]
             counts = *right.sum((1, 2)), chosen.sum(), layers[leaves][valid].sum(), valid.sum()
             sums += torch.stack(counts).double().cpu()
-            # All inputs are exact states, so every draft of a chain is the same.
+            # Inputs are exact states, so all drafts of a chain are equal.
             lengths += acceptance_lengths([chosen] * STEPS, valid)
         shares = (sums / sums[-1].clamp_min(1)).tolist()
         return {
@@ -134,31 +136,31 @@ class EarlyExitMethod(DeedMethod):
 
 
 class DepthSettings(TrainSettings):
-    """Which layers are routed, and how many of them may run."""
+    """The routed layers, and the share of them that runs."""
 
-    first: int = 3  # layers below are always run
+    first: int = 3  # layers below it always run
     capacity: float = Field(0.5, gt=0, lt=1)  # share of the routed layers that a token runs
     pressure: float = 20.0  # weight of the squared distance of that share from the capacity
 
 
 class MixtureOfDepthsMethod(TrainingMethod[Routers]):
-    """KL to the base of one draft through the layers that the routers choose, on exact keys and values before it.
+    """KL to the base of one draft through the layers that the routers choose, after exact keys and values.
 
-    The keys and values of all layers would be large to keep, so the base runs over each row's text again.
+    The base runs over each text again, because stored keys and values of all layers would be too large.
     """
 
     name = "mixture-of-depths"
     settings_class = DepthSettings
 
-    def wanted(self) -> Wanted:
-        return Wanted((), (self.target.num_layers,))
+    def teacher_states(self) -> StateSelection:
+        return StateSelection((), (self.target.num_layers,))
 
     def build(self, vocab: Tensor | None) -> Routers:
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
         return Routers(self.settings.first, self.target, vocab)
 
     def _draft(self, network: Routers, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """The state to read out [B, T, D], and the share of routed layers run [B, T], with the soft gates' gradient."""
+        """The final state [B, T, D], and the share of routed layers that ran [B, T], with the soft gates' gradient."""
         target, first = self.target, network.first
         ids = pad_sequence([text.long() for text in batch.texts], batch_first=True).to(target.device)
         cache, taps = target.new_cache(len(ids)), {first: torch.empty(0)}
@@ -187,7 +189,7 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
         return loss, {"agree": agree, "share": float(mean.detach())}
 
     def evaluate(self, network: Routers, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """``top1``: agreement of a first draft. ``share``: of the routed layers it ran. ``score`` heeds both."""
+        """top1: agreement of the first draft. share: of routed layers that ran. score: top1, less a penalty."""
         teacher, positions, right, ran = self.teacher, 0, 0, 0.0
         for batch in batches:
             teacher.begin(batch)

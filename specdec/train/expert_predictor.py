@@ -1,9 +1,8 @@
-"""The expert predictor in closed form: from a layer's residual to the router logits of layers ahead.
+"""The expert predictor in closed form: from a layer's residual to the router logits of later layers.
 
-For a layer j and a layer l ahead (or l = j): ridge regression from [unit RMS of the residual that enters j; 1] to the
+For a layer j and a later layer l (or l = j): ridge regression from [unit RMS of the residual that enters j; 1] to the
 router's logits at l. Because ridge regression is linear in its goal, this equals a projection to the normalised
-residual of layer l followed by that layer's own router. Layers of the next token are ahead of the last ones of this
-token. Needs no gradients.
+residual of layer l followed by that layer's own router. After the last layers of a token come those of the next token.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ CONTEXT = 384  # tokens of an answer, prompt included
 def observe(
     model: PreTrainedModel, layers: list[MoELayer], answer: TrainingAnswer
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run the model over a text once: by row, what enters the layer [T, D], and its router's logits [T, E]."""
+    """Run the model over a text: for each layer its input [T, D] and its router's logits [T, E]."""
     ids = torch.tensor([(answer.prompt_ids + answer.response_ids)[:CONTEXT]], device=model.device)
     entering, states, hooks = list[Tensor](), list[Tensor](), []
     for layer in layers:
@@ -47,13 +46,13 @@ def observe(
 def fit_predictor(
     model: PreTrainedModel, answers: Sequence[TrainingAnswer], progress: Callable[[int], None] = lambda texts: None
 ) -> LinearPredictor:
-    """Fit to texts that ``model``, whose experts are in memory or offloaded, should be good at: its own answers.
+    """Fit the predictor on ``answers`` of ``model``, whose experts are in memory or offloaded.
 
-    progress: called with the number of texts read.
+    progress: called with the number of texts that were read.
     """
     layers = moe_layers(model)
     rows = len(layers)
-    # For each row: the rows it predicts, and whether they are the next token's.
+    # For each layer: the layers that it predicts, and whether they belong to the next token.
     plan = [[((j + d) % rows, j + d >= rows) for d in DISTANCES if d < rows] for j in range(rows)]
     fits = [Ridge() for _ in layers]
     for number, answer in enumerate(answers, start=1):
@@ -77,9 +76,9 @@ def fit_predictor(
 def recalls(
     model: PreTrainedModel, predictors: Mapping[str, LinearPredictor], answers: Sequence[TrainingAnswer]
 ) -> dict[str, dict[int, float]]:
-    """Share of the experts a token is routed to that are among the k foremost predicted, by layers ahead.
+    """The share of a token's k experts that are among the k best predictions, by number of layers ahead.
 
-    For each of ``predictors``, and for the experts of the previous token.
+    For each predictor, and for the experts of the previous token ("previous-token").
     """
     layers = moe_layers(model)
     k, names = layers[0].top_k, (*predictors, "previous-token")

@@ -1,4 +1,4 @@
-"""Closed-form maps: ridge regression of one state on others, by streaming normal equations in float64."""
+"""Closed-form maps: ridge regression between states, by streaming normal equations in float64."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RIDGE = 1e-3  # of the mean diagonal of the normal matrix
 
 
 class Ridge:
-    """min_W |[X; 1] W - Y|^2 + ridge |W|^2, from rows seen once."""
+    """min_W |[X; 1] W - Y|^2 + ridge |W|^2, in one pass over the rows."""
 
     def __init__(self) -> None:
         self.gram: Tensor | float = 0.0  # [features + 1, features + 1]
         self.cross: Tensor | float = 0.0  # [features + 1, outputs]
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x [M, features] and y [M, outputs]."""
+        """Add rows x [M, features] and y [M, outputs]."""
         x = torch.cat((x, torch.ones_like(x[:, :1])), 1).float()
         self.gram = self.gram + (x.T @ x).double().cpu()
         self.cross = self.cross + (x.T @ y.float()).double().cpu()
@@ -43,14 +43,14 @@ class Ridge:
 
 
 def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
-    """Set the projections one after another, each on the path that the earlier ones make."""
+    """Fit the projections one after another, each on the path of the earlier ones."""
     for index in range(len(network.projections)):
         fit_projection(network, target, batches(), index)
 
 
 @torch.no_grad()
 def fit_projection(network: M2R2, target: Target, batches: Iterable[TrainingBatch], index: int) -> None:
-    """Set projection ``index``, for step 1 with the exact carry."""
+    """Fit projection ``index`` for draft step 1 with the exact carry."""
     ridge, path = Ridge(), network.path
     goal = path.segments[index][0] if index < len(path.segments) else network.num_layers
     for batch in batches:

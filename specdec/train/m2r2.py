@@ -1,9 +1,8 @@
 """Training of M2R2: projections in closed form, then gradients for projections and adapters.
 
-The path of the presets is scaled from the depth it was chosen on (``layers_of``) to the model's; where it ends follows
-from what layers cost on this machine (``specdec.train.search``).
-
-The loss is distillation on the drafter's own states, as many steps ahead as it will draft from them.
+The presets' path is scaled from the depth ``layers_of`` to that of the model. ``specdec.train.search`` chooses its end
+by measured costs.
+The loss is distillation on the drafter's own states, over several draft steps.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_projections
-from specdec.train.m2r2_settings import M2R2Settings, wanted_states
-from specdec.train.method import TrainingMethod, Work, agreement_name
-from specdec.train.search import choose
-from specdec.train.states import Wanted
-from specdec.train.student import Teacher, draft_steps, later
+from specdec.train.m2r2_settings import M2R2Settings, path_states
+from specdec.train.method import RunContext, TrainingMethod, agreement_name
+from specdec.train.search import choose_segment
+from specdec.train.states import StateSelection
+from specdec.train.student import Teacher, draft_steps, shift_right
 
 
 class M2R2Method(TrainingMethod[M2R2]):
-    """KL to the base at each of the drafter's own steps, the mean of its exits, and optionally the rate's alignment.
+    """KL to the base at each draft step, averaged over exits, and optionally the alignment of the residuals.
 
-    That is, of every residual of the path, with the state of the base that it runs ahead to
+    Alignment compares each residual of the path with the base's state that it runs ahead to
     (``M2R2Path.target_layers``).
     """
 
@@ -50,17 +49,17 @@ class M2R2Method(TrainingMethod[M2R2]):
         elif not self.chooses:
             self.path = path_of(settings, target)
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, context: RunContext) -> None:
         if self.chooses:
-            segment = choose(self.settings, self.target, work)
+            segment = choose_segment(self.settings, self.target, context)
             found = {"segments": (segment,), "final_projection": True, "layers_of": None, "begin": 0, "search": False}
             self.path = path_of(self.settings.model_copy(update=found), self.target)
 
-    def stored(self, folder: Path) -> dict[str, Tensor]:
-        return {current_name(name): tensor for name, tensor in super().stored(folder).items()}
+    def read_parameters(self, folder: Path) -> dict[str, Tensor]:
+        return {current_name(name): tensor for name, tensor in super().read_parameters(folder).items()}
 
-    def wanted(self) -> Wanted:
-        wanted = wanted_states(self.path, self.target.num_layers)
+    def teacher_states(self) -> StateSelection:
+        wanted = path_states(self.path, self.target.num_layers)
         aims = self.path.target_layers(self.target.num_layers) if self.settings.align else ()
         return dataclasses.replace(wanted, hidden=tuple(sorted({*wanted.hidden, *aims})))
 
@@ -68,15 +67,15 @@ class M2R2Method(TrainingMethod[M2R2]):
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
         return M2R2(self.path, self.target, vocab)
 
-    def size(self, name: str, parameter: Tensor) -> float:
-        """Of a fitted projection its own RMS. Of adapters what makes up @ down as large as the weight beside it."""
+    def parameter_scale(self, name: str, parameter: Tensor) -> float:
+        """For a projection its RMS; for adapters the scale at which up @ down is as large as the adapted weight."""
         owner, _, rest = name.partition(".")
         if owner != "adapters":
             return float(parameter.detach().square().mean().sqrt().clamp_min(1e-8))
         layer, _, path = rest.partition("/")
         path, _, kind = path.rpartition("/")
         if kind == "down":
-            return super().size(name, parameter)
+            return super().parameter_scale(name, parameter)
         path = path.replace("/", ".")
         weight, inputs = self.target.weight(int(layer), path), self.target.linears(int(layer))[path][0]
         return float(weight.float().square().mean().sqrt()) * (inputs / self.path.rank) ** 0.5
@@ -88,10 +87,10 @@ class M2R2Method(TrainingMethod[M2R2]):
         settings, teacher, target = self.settings, self.teacher, self.target
         teacher.begin(batch)
         loss, figures = torch.zeros((), device=target.device), dict[str, float]()
-        right = batch.valid  # where the drafter's steps so far are the text's own tokens
+        right = batch.valid  # where the drafter's earlier steps equal the text
         aims, watched = self.path.target_layers(target.num_layers), settings.align > 0
         for s, (exits, valid) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
-            reached = later(right) if s else valid
+            reached = shift_right(right) if s else valid
             weight = torch.where(reached, 1.0, settings.focus)
             for exit, (final, _) in zip((*self.path.exits, None), exits, strict=True):
                 logits = teacher.logits(final)
@@ -121,9 +120,9 @@ class M2R2Method(TrainingMethod[M2R2]):
 
 
 def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
-    """The settings' path, with adapters on the later layers' maps, or on the early ones' where there are no later.
+    """The path of the settings, with adapters in its segments, or in the early layers if it has no segments.
 
-    Early layers read the slow residual's keys and values, so theirs are not adapted: p owns none.
+    Early layers use the keys and values of the slow residual, so those maps have no adapters.
     """
     adapters: dict[int, list[str]] = {}
     early, scale = not settings.segments, target.num_layers / (settings.layers_of or target.num_layers)

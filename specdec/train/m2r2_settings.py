@@ -1,4 +1,4 @@
-"""Settings of training M2R2, and the teacher states that its path needs."""
+"""Settings of M2R2 training, and the teacher states that a path needs."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from pydantic import Field, model_validator
 
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.train.settings import Positive, TrainSettings
-from specdec.train.states import Wanted
+from specdec.train.states import StateSelection
 
 
 class M2R2Settings(TrainSettings):
-    """The path of the accelerated residual, and what it learns from. With ``init`` that drafter's path counts."""
+    """The path of the accelerated residual, and its loss. With ``init`` the path is that of the given drafter."""
 
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **TrainSettings.replaces,
         "search": {"begin": 0, "segments": [], "exit_layer": 0, "exits": []},
-        "segments": {"begin": 0, "layers_of": None},  # layers that are given are those of the model at hand
+        "segments": {"begin": 0, "layers_of": None},  # given layers refer to this model
         "exit_layer": {"begin": 0, "layers_of": None},
     }
 
-    # A segment's end is chosen by measured cost and closed-form acceptance: of that which begins at layer ``begin``, or
-    # (``search``) its beginning, too. Or give the path:
+    # ``begin``: the segment begins at this layer, and its end is chosen by measured cost and closed-form acceptance.
+    # ``search``: its beginning is chosen, too. Otherwise the path is given:
     begin: int = Field(0, ge=0)
     search: bool = False
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_projection: bool = False
-    exits: tuple[int, ...] = ()  # layers behind which a token may leave before the end of the path
-    layers_of: int | None = None  # depth of the model these layers were chosen on: scaled to others; None: as they are
+    exits: tuple[int, ...] = ()  # layers after which a token may leave before the end of the path
+    layers_of: int | None = None  # depth of the model that these layers refer to; they are scaled to other depths
     rank: Positive = 64
-    adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
-    draft_steps: Positive = 2  # of its own drafts the student learns from
-    focus: float = 1.0  # weight of a later step where the drafter's earlier steps were already wrong
+    adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all in the segments
+    draft_steps: Positive = 2  # drafts per step that the drafter learns from
+    focus: float = 1.0  # weight of a step after a wrong earlier step
     align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
-    search_tokens: Positive = 12_000  # answer tokens that the search fits projections on
+    search_tokens: Positive = 12_000  # answer tokens for fitting projections in the search
 
     @model_validator(mode="after")
     def _one_path(self) -> M2R2Settings:
@@ -49,8 +49,8 @@ class M2R2Settings(TrainSettings):
         return self
 
 
-def wanted_states(path: M2R2Path, num_layers: int) -> Wanted:
-    """The teacher states that training a path needs."""
+def path_states(path: M2R2Path, num_layers: int) -> StateSelection:
+    """The teacher states that a path needs."""
     kv = [layer for lo, hi in path.segments for layer in range(lo, hi)]
     hidden = {*(lo for lo, _ in path.segments), num_layers}
     if path.adapts_early:
@@ -58,4 +58,4 @@ def wanted_states(path: M2R2Path, num_layers: int) -> Wanted:
         hidden |= {lo for lo, _ in path.shared if lo}
     else:
         hidden |= {hi for _, hi in path.shared}
-    return Wanted(tuple(sorted(kv)), tuple(sorted(hidden)))
+    return StateSelection(tuple(sorted(kv)), tuple(sorted(hidden)))

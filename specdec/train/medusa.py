@@ -1,4 +1,4 @@
-"""Training of Medusa heads: distillation from final states alone, no layer is run; then the tree's accuracy table."""
+"""Training of Medusa heads: distillation from final states, without running layers; then the tree's accuracy table."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import chain_figures
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, PositiveFloat, TrainSettings
-from specdec.train.states import Wanted
+from specdec.train.states import StateSelection
 from specdec.train.student import Teacher
 
-RANKS = 10  # choices of a head whose accuracy is measured
+RANKS = 10  # best choices of a head whose accuracy is measured
 
 
 class MedusaSettings(TrainSettings):
-    """How many heads, of how many residual blocks, and how much the later ones count."""
+    """The number and the size of the heads, and their weights in the loss."""
 
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {**TrainSettings.replaces, "normed": {"rooted": False}}
 
     heads: Positive = 4
     blocks: Positive = 1  # residual blocks of a head
-    rooted: bool = True  # the first one also reads the root's embedding
-    normed: bool = False  # blocks read the normalised state, and the output head them, as in vLLM; not with rooted
-    fade: PositiveFloat = 0.8  # weight of a head's loss relative to the head before (the paper's lambda)
-    nodes: Positive = 15  # of the tree that evaluation walks
+    rooted: bool = True  # the first block also reads the root's embedding
+    normed: bool = False  # blocks read the normalised state and feed the output head, as in vLLM; excludes rooted
+    fade: PositiveFloat = 0.8  # weight of a head's loss relative to the previous head (the paper's lambda)
+    nodes: Positive = 15  # of the tree in evaluation
 
 
 class MedusaMethod(TrainingMethod[Medusa]):
-    """KL of each head's tokens to the base's own distribution at their positions."""
+    """KL of each head's distribution to the base's own at that position."""
 
     name = "medusa"
     settings_class = MedusaSettings
@@ -51,8 +51,8 @@ class MedusaMethod(TrainingMethod[Medusa]):
             raise SpecDecError("setting 'normed' excludes 'rooted'; add rooted=false")
         self.accuracy: list[list[float]] = []
 
-    def wanted(self) -> Wanted:
-        return Wanted((), (self.target.num_layers,))
+    def teacher_states(self) -> StateSelection:
+        return StateSelection((), (self.target.num_layers,))
 
     def build(self, vocab: Tensor | None) -> Medusa:
         settings = self.settings
@@ -72,9 +72,9 @@ class MedusaMethod(TrainingMethod[Medusa]):
         return loss, figures
 
     def _drafts(self, network: Medusa, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each head k = 1, 2, ..., what is read out [B, T, D], and which positions have it (bool [B, T]).
+        """Yield the output [B, T, D] and valid positions (bool [B, T]) of each head k = 1, 2, ...
 
-        The draft of head k at t comes from t - k: the state before the root, when t - k + 1 was the root.
+        The draft of head k at t is computed at t - k, from the state before the root at t - k + 1.
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
         final = batch.before[self.target.num_layers]
@@ -85,16 +85,16 @@ class MedusaMethod(TrainingMethod[Medusa]):
             yield F.pad(y[:, :kept, late], (0, 0, late, 0)), batch.valid & F.pad(batch.valid[:, :kept], (late, 0))
 
     def _logits(self, final: Tensor) -> Tensor:
-        """Of what a head is read out from [B, T, D], over the teacher's vocabulary."""
+        """Logits over the teacher's vocabulary of a head's output [B, T, D]."""
         if self.settings.normed:
             return read_normed(final, self.teacher.head or self.whole_head)
         return self.teacher.logits(final)
 
     def evaluate(self, network: Medusa, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """``accuracy[k][r]``: choice r of head k is the base's. ``chain``, ``nodes``, ``score``: of the best tree.
+        """accuracy[k][r]: share of positions where choice r of head k is the base's.
 
-        The tree is walked from every position; choices outside the draft vocabulary, which is the drafter's own and
-        the tokens of the context, are wrong.
+        chain, nodes, score: of the best tree.
+        A token outside the draft vocabulary and the context counts as a miss.
         """
         heads, teacher = network.heads, self.teacher
         found = []  # ranks of the base's choices, int64 [steps, K]
@@ -103,8 +103,8 @@ class MedusaMethod(TrainingMethod[Medusa]):
             known, ranks = teacher.known(batch), []
             for k, (final, _) in enumerate(self._drafts(network, batch)):
                 rank = teacher.ranks(self._logits(final)).masked_fill(~known, RANKS)
-                ranks.append(rank[:, k : k + rank.shape[1] - heads + 1])  # by the root's position
-            whole = batch.valid[:, heads - 1 :]  # every head's token lies in the window
+                ranks.append(rank[:, k : k + rank.shape[1] - heads + 1])  # at the position of the root
+            whole = batch.valid[:, heads - 1 :]  # positions whose drafts all lie in the window
             found.append(torch.stack(ranks, -1)[whole].clamp_max(RANKS).cpu())
         steps = torch.cat(found)
         if not len(steps):

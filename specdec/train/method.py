@@ -1,9 +1,9 @@
-"""What a drafter's training consists of, apart from the trainer: the contract of methods, and their names.
+"""The interface of training methods, and their names.
 
 ``specdec train NAME`` works for every name in ``METHODS``. The trainer owns what all methods share: answers, teacher
-states, batches, optimiser, checkpoints, metrics, evaluation, the drafter folder. A method says what is specific: adding
-one is a file with a ``TrainingMethod`` and its settings, a line here and a preset ``configs/train/NAME.yaml``. Networks
-live beside their drafters (``specdec.drafters``) and are used alike for drafting and training.
+states, batches, optimiser, checkpoints, metrics, evaluation and the drafter folder. A new method is a file with a
+``TrainingMethod`` and its settings, a line in ``METHODS`` and a preset ``configs/train/NAME.yaml``. Networks live in
+``specdec.drafters``; drafting and training share them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the command line imports this module for the names alone
     from specdec.train.batches import TrainingBatch
     from specdec.train.data import TrainingAnswer
     from specdec.train.settings import TrainSettings
-    from specdec.train.states import Wanted
+    from specdec.train.states import StateSelection
 
 METHODS: dict[str, str] = {
     "arla": "specdec.train.arla:ArlaMethod",
@@ -47,9 +47,12 @@ def lookup(name: str) -> type[TrainingMethod[Any]]:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a run has before training: its folder, its answers, the draft vocabulary, and a decoder of the model as it
-    was loaded, in the runtime that will serve the drafter."""
+class RunContext:
+    """What a run has before training.
+
+    vocab: int32 [V'], the draft vocabulary, or None for the full one.
+    decoder: of the model as loaded, in the runtime that will serve the drafter.
+    """
 
     output: Path
     train: Sequence[TrainingAnswer]
@@ -61,14 +64,15 @@ class Work:
 
 
 class TrainingMethod(ABC, Generic[Network]):
-    """How one kind of drafter is trained on a frozen target. One object serves one run.
+    """How one kind of drafter is trained on a frozen target. An object serves one run.
 
-    The trainer calls, in this order: the constructor, ``prepare``, ``wanted``, ``build`` (once: float32 masters; a copy
-    in the target's dtype is what runs), ``fit`` and ``size`` (unless it resumes), then ``loss`` per update and
-    ``evaluate`` at intervals (without gradients), and ``config`` and ``tensors`` whenever a drafter is exported.
-    ``network`` below is the running copy; after each update it follows the masters.
+    The trainer calls the constructor, ``prepare``, ``teacher_states`` and ``build``; ``fit`` and ``parameter_scale``
+    unless the run resumes; ``loss`` per update; ``evaluate`` at intervals, without gradients; ``config`` and
+    ``tensors`` at each export. ``build`` makes the float32 masters; ``network`` is their running copy in the target's
+    dtype.
 
-    name: the method's in ``METHODS``. settings_class: ``TrainSettings`` with the method's own settings and defaults.
+    name: the key in ``METHODS``.
+    settings_class: ``TrainSettings`` with the method's settings and defaults.
     """
 
     name: ClassVar[str]
@@ -78,69 +82,68 @@ class TrainingMethod(ABC, Generic[Network]):
         """Raise SpecDecError for settings that do not fit the model."""
         self.settings, self.target = settings, target
 
-    def prepare(self, work: Work) -> None:
-        """Decide what takes answers to decide, such as layers by a search. What is found must be kept in ``output``."""
+    def prepare(self, context: RunContext) -> None:
+        """Decide what depends on answers, such as layers. The decision must be stored in the output folder."""
 
     @abstractmethod
-    def wanted(self) -> Wanted:
-        """The teacher states that batches must hold."""
+    def teacher_states(self) -> StateSelection:
+        """The teacher states that batches contain."""
 
     @abstractmethod
     def build(self, vocab: Tensor | None) -> Network:
-        """The masters, float32. ``vocab``: int32 [V'], the draft vocabulary, or None for the full one.
+        """The float32 masters. Parameters with ``requires_grad`` are trained. torch's seed is set before.
 
-        Parameters with ``requires_grad`` are trained; torch's seed has been set.
+        vocab: int32 [V'], the draft vocabulary, or None for the full one.
         """
 
-    def stored(self, folder: Path) -> dict[str, Tensor]:
-        """The tensors of a trained drafter to begin from, by the names of the masters' parameters."""
+    def read_parameters(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors of a trained drafter to start from, by parameter name."""
         from specdec.models import drafter_folder  # heavy
 
         return drafter_folder.read_tensors(folder)
 
-    def size(self, name: str, parameter: Tensor) -> float:
-        """How large the elements of a parameter of the masters are; ``relative_rate`` is a share of that.
+    def parameter_scale(self, name: str, parameter: Tensor) -> float:
+        """The scale of a parameter's elements, of which ``relative_rate`` is a share. Called after initialisation.
 
-        Here what keeps the scale of a matrix's inputs, whatever their number; of a vector the same. Called when the
-        parameters have their first values.
+        The default, 1 / sqrt(last dimension), is the scale at which a matrix preserves the scale of its inputs.
         """
         return parameter.shape[-1] ** -0.5
 
     def fit(self, network: Network, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
-        """Set parameters of ``network`` in closed form, before any gradient. ``batches()`` starts over at each call."""
+        """Fit parameters in closed form, before the first update. Each call of ``batches`` starts over."""
 
     @abstractmethod
     def loss(self, network: Network, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
-        """The loss, a *mean over the valid positions* of ``batch`` (so that shares of several processes add up).
+        """The loss, a *mean over the valid positions* of ``batch``, so that processes can average it, and figures.
 
-        Beside it, figures for progress and metrics; ``agree`` (share of positions where the draft is the base's choice)
-        is one of them.
+        The figures are shown and logged. One is ``agree``, the share of positions where the draft is the base's choice.
         """
 
     @abstractmethod
     def evaluate(self, network: Network, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Figures on held-out answers, for metrics and config.json. ``score`` picks the best: larger is better.
+        """Figures on held-out answers, for metrics and config.json.
 
-        ``chain`` (optional): P(the first i drafts are all accepted), i = 1, 2, ...; from it follows the predicted
-        speedup. ``nodes`` (optional): tokens scored beside the root for a draft of depth i; without it i. ``top1``
-        (optional): agreement per draft step, which is plotted.
+        score: selects the best drafter; larger is better.
+        chain (optional): P(the first i drafts are all accepted), i = 1, 2, ...; the predicted speedup follows from it.
+        nodes (optional): tokens scored beside the root for a draft of depth i; default i.
+        top1 (optional): agreement per draft step, which is plotted.
         """
 
     @staticmethod
     @abstractmethod
     def describe(figures: dict[str, Any]) -> str:
-        """What ``evaluate`` found, as half a line for people."""
+        """A short text about the figures of ``evaluate``."""
 
     @abstractmethod
     def config(self, network: Network) -> dict[str, Any]:
-        """The drafter's entries of ``config.json``, its name ``drafter`` among them."""
+        """The drafter's entries of ``config.json``; ``drafter`` is its name."""
 
     def tensors(self, masters: Network) -> dict[str, Tensor]:
-        """What ``model.safetensors`` holds; floating-point tensors are stored as the setting ``storage`` says."""
+        """The tensors of ``model.safetensors``, which are stored in the format of the setting ``storage``."""
         return masters.state_dict()
 
 
 def agreement_name(number: int, exit: int | None = None) -> str:
-    """What metrics call the agreement of draft step ``number`` (from 0): agree, agree2, ...; before the end @LAYER."""
+    """The metric of draft step ``number`` (from 0): agree, agree2, ...; at an earlier exit agree@LAYER."""
     step = "agree" if number == 0 else f"agree{number + 1}"
     return step if exit is None else f"{step}@{exit}"

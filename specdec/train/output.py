@@ -1,4 +1,4 @@
-"""A run's output folder: its files, whose run it holds, and what keeps it from being written."""
+"""The output folder of a run: its files, and checks before it is used."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from specdec.train.settings import TrainSettings, current, from_mapping
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
 ANSWERS, STATES = "answers.jsonl", "states"
 LENGTHS = ("minutes", "steps")  # the settings that say how long a run is
-# What a run writes, replaces and deletes; files of these names that no run wrote are refused.
+# Files that a run writes, replaces and deletes. A folder that holds them without a recipe is refused.
 WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, STATES)
 
 
 @contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Turn an error while ``what`` is written, such as a full disk, into one sentence."""
+    """Turn a write error, such as a full disk, into a SpecDecError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SpecDecError(
-            f"cannot write {what} to '{folder}': {reason}; what is written stays, free space and --resume"
+            f"cannot write {what} to '{folder}': {reason}; free some space and continue with --resume"
         ) from None
 
 
 def open_output(settings: TrainSettings, resume: bool) -> Path:
-    """Make the folder, or check that it holds a run with the same settings. A folder with a recipe alone is empty."""
+    """Create the folder, or check that it holds a run with the same settings."""
     if not settings.output:
         raise SpecDecError("no output folder; give --output DIR")
     output, own = Path(settings.output), recorded(settings)
@@ -61,18 +61,18 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
     earlier = from_mapping(type(own), current(kept), f"'{output / RECIPE}'")
     if not resume:
         raise SpecDecError(
-            f"'{output}' holds a training run; pass --resume to go on, with a longer --minutes or --steps to prolong "
-            "it, or another --output"
+            f"'{output}' holds a training run; pass --resume to continue it, also with a longer --minutes or "
+            "--steps, or give another --output"
         )
-    before, now = earlier.model_dump(exclude={"device"}), own.model_dump()  # it may go on elsewhere
-    if any(before[unit] and now[unit] and now[unit] > before[unit] for unit in LENGTHS):  # and longer
+    before, now = earlier.model_dump(exclude={"device"}), own.model_dump()  # a run may continue on another device
+    if any(before[unit] and now[unit] and now[unit] > before[unit] for unit in LENGTHS):  # a longer run
         before = {key: value for key, value in before.items() if key not in LENGTHS}
     if differs := [f"{key} {value!r} -> {now[key]!r}" for key, value in before.items() if value != now[key]]:
         raise SpecDecError(f"cannot resume '{output}' with other settings: {', '.join(differs)}")
 
 
 def recorded(settings: TrainSettings) -> TrainSettings:
-    """``settings`` without paths of this machine: who publishes a drafter's folder publishes them."""
+    """``settings`` without local paths, because drafter folders are published."""
     names: dict[str, Any] = {"model": source.public_name(settings.model), "output": ""}
     for key in ("prompts", "text", "holdout"):
         names[key] = tuple(Path(path).name for path in getattr(settings, key))

@@ -1,4 +1,4 @@
-"""The picture of a training run, from its metrics. Needs matplotlib (the ``plot`` extra)."""
+"""The curves of a training run, from its metrics. Needs matplotlib (the ``plot`` extra)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specdec.base.terminal import tell
 
 
 def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
-    """Loss and agreement over training tokens, with the evaluations on held-out answers, as a PNG file."""
+    """Write loss and agreement over training tokens, with the evaluations, as a PNG file."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,8 +1,7 @@
-"""The states of recurrent layers at every position of a batch of windows, for drafts that begin at each of them.
+"""States of recurrent layers at every position of a batch of windows, for drafts that begin at each position.
 
-A draft's step at position t begins from the state after the tokens before it: exact for a first draft, else that which
-the step before left at t - 1. So each position's token runs alone, as a row of its own. States are large: it is for
-short windows.
+The first draft at position t starts from the exact state before t, a later one from the state that the previous step
+left at t - 1. So each position's token runs as a row of its own. States are large, so windows must be short.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.kvcache.recurrent import Advance, Recurrent, States
 
-HELD = 4  # states of a position that are held at once: exact, before and after a step, and for gradients
+HELD = 4  # states per position in memory: exact, before and after a step, and for gradients
 
 
 class StatesAtPositions(Recurrent):
-    """As a layer's state in a cache. Each call of ``run`` is the next step of the drafts at all positions.
+    """The state of a layer in a cache. Each call of ``run`` is the next draft step at all positions.
 
-    mixed: what the layer's mixer reads of every token [B, S, D]. positions: int64 [B, T], consecutive. exact: where
-    states before each position [B, T, ...] are kept, by layer.
+    mixed: input of the layer's mixer for every token [B, S, D].
+    positions: int64 [B, T], consecutive.
+    exact: cache of the states before each position [B, T, ...], by layer.
     """
 
     def __init__(self, layer: int, mixed: Tensor, positions: Tensor, exact: dict[int, States]) -> None:
@@ -41,10 +41,7 @@ class StatesAtPositions(Recurrent):
         return out.view(batch, t, -1)
 
     def _before(self, advance: Advance) -> States:
-        """The exact states before each position [B, T, ...].
-
-        Raises SpecDecError if there is no memory for so many.
-        """
+        """The exact states before each position [B, T, ...]. Raises SpecDecError if they do not fit into memory."""
         rows, (batch, t) = list[States](), self.positions.shape
         for x, start in zip(self.mixed, self.positions[:, 0].tolist(), strict=True):
             rows.append(advance(x[None, :start], {}, False)[1])
@@ -52,7 +49,7 @@ class StatesAtPositions(Recurrent):
         need = HELD * t * sum(state.nbytes for state in states.values())
         if (free := free_memory(self.mixed.device)) < need:
             raise SpecDecError(
-                f"training through recurrent layer {self.layer} holds its state at {batch} x {t} positions, about "
+                f"training through recurrent layer {self.layer} stores its state at {batch} x {t} positions, about "
                 f"{need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; use a smaller 'rows' or 'window'"
             )
         index = self.positions.clamp_max(self.mixed.shape[1] - 1)  # a window may be shorter than T

@@ -24,36 +24,36 @@ from specdec.engine.depth.costs import Costs
 from specdec.models import drafter_folder, identity, source
 from specdec.train import batches, checkpoint
 from specdec.train.batches import TrainingBatch, Window
-from specdec.train.checkpoint import Best
+from specdec.train.checkpoint import BestParameters
+from specdec.train.evaluate import measure_costs, predict_speedup, speedup_text
 from specdec.train.method import TrainingMethod
 from specdec.train.output import CHECKPOINT, LENGTHS, METRICS, RECIPE, writing
 from specdec.train.plot import draw_curves
-from specdec.train.speed import measure, predict, speedup_text
-from specdec.train.states import Record
-from specdec.train.world import World
+from specdec.train.states import AnswerStates
+from specdec.train.world import ProcessGroup
 
-REPORT_UPDATES = 10  # updates a line of metrics.jsonl, and between two looks at the held-out loss
-MARGIN = 1.05  # of the held-out loss at the start: what a good rate may pass through in its first updates
-LOWER = 3  # factor between the learning rates before and after a run went back
+REPORT_UPDATES = 10  # updates per line of metrics.jsonl and per check of the held-out loss
+MARGIN = 1.05  # a held-out loss above this multiple of that at the start makes the run go back
+LOWER = 3  # divisor of the learning rates after the run has gone back
 
 
 class TrainingRun:
-    """One drafter's training. The first process of several evaluates and writes."""
+    """The gradient training of one drafter. Only the first process evaluates and writes."""
 
     def __init__(
         self,
         method: TrainingMethod[Any],
         vocab: Tensor | None,
-        train: Sequence[Record],
-        held_out: Sequence[Record],
+        train: Sequence[AnswerStates],
+        held_out: Sequence[AnswerStates],
         output: Path,
         decoder: SpecDecoder,
         console: Console,
-        world: World,
+        world: ProcessGroup,
     ) -> None:
         self.method, self.settings, self.target = method, method.settings, method.target
         self.output, self.console, self.world = output, console, world
-        self.decoder: SpecDecoder | None = decoder  # until the first evaluation
+        self.decoder: SpecDecoder | None = decoder  # until the first evaluation frees it
         torch.manual_seed(self.settings.seed)  # the masters' first values
         self.masters = method.build(vocab).to(self.target.device)  # float32
         self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # what runs
@@ -64,15 +64,15 @@ class TrainingRun:
         self.optimizer = torch.optim.AdamW(
             [{"params": [p]} for p in self.parameters.values()], betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
-        self.sizes: list[float] = []  # of the elements of each parameter: rates are shares of them
+        self.sizes: list[float] = []  # scale of each parameter; learning rates are shares of it
         self.init = drafter_folder.read_config(Path(self.settings.init)) if self.settings.init else None
         self.costs: Costs | None = None  # measured at the first evaluation
         self.speedup: float | None = None  # of the last evaluation
         self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
-        self.lowered, self.warmed = 1.0, 0  # factor on all rates; the update from which they warmed up last
+        self.lowered, self.warmed = 1.0, 0  # factor on all rates; update of the last warmup
 
     def train(self, resume: bool) -> dict[str, Any]:
-        """To the end of the schedule; returns the figures of the best drafter."""
+        """Train to the end of the schedule and return the figures of the best drafter."""
         if resume and (self.output / CHECKPOINT).exists():
             self._restore()
         else:
@@ -81,35 +81,37 @@ class TrainingRun:
         saved = evaluated = start
         with progress_bars(self.console) as progress:
             task, recent = progress.add_task("training", total=1000), list[dict[str, float]]()
-            for epoch, rows in batches.stream(self.windows, settings.rows, settings.seed, self.update):
+            for epoch, rows in batches.endless(self.windows, settings.rows, settings.seed, self.update):
                 now = time.monotonic()
                 self.seconds = earlier + now - start
-                done = self.world.share(self._done())
+                done = self.world.broadcast(self._done())
                 if done >= 1:
                     break
                 figures = self._step(rows, self._rate(done))
-                if not math.isfinite(figures["loss"] + figures["gradient"]):  # the update was left out
+                if not math.isfinite(figures["loss"] + figures["gradient"]):  # the update was skipped
                     if self.update > self.warmed:
                         self._go_back(math.inf)
                         continue
-                    with self.world.after_the_first():
+                    with self.world.first_process_first():
                         self._save()
                         self._evaluate()
-                    raise self._lost()
+                    raise self._diverged()
                 recent.append(figures)
                 if self.update % REPORT_UPDATES == 0:
                     means = {key: round(fmean(each[key] for each in recent), 5) for key in figures}
                     self._log({"update": self.update, "epoch": epoch, "tokens": self.tokens, **means})
-                    progress.update(task, completed=1000 * done, description=f"training: {self._outlook(means, done)}")
+                    progress.update(
+                        task, completed=1000 * done, description=f"training: {self._progress_text(means, done)}"
+                    )
                     recent.clear()
-                    self._look()
+                    self._check_held_out_loss()
                 if now - saved > 60 * settings.checkpoint_minutes:
                     self._save()
                     saved = time.monotonic()
                 if now - evaluated > 60 * settings.eval_minutes:
                     self._evaluate()
                     evaluated = time.monotonic()
-        with self.world.after_the_first():
+        with self.world.first_process_first():
             self._save()
             self._evaluate()
             if self.world.first:
@@ -118,21 +120,21 @@ class TrainingRun:
         return best
 
     def _start(self) -> None:
-        """Begin from a trained drafter, or from what has a closed form."""
+        """Start from a trained drafter, or from closed-form fits."""
         if self.world.first:
-            (self.output / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            (self.output / METRICS).unlink(missing_ok=True)  # left by a run without a checkpoint
         if self.init is not None:
-            self._begin_from(self.init, self.method.stored(Path(self.settings.init)))
+            self._begin_from(self.init, self.method.read_parameters(Path(self.settings.init)))
         elif self.world.first:
             self.method.fit(
                 self.network, lambda: self._shown("closed-form fit", self._fit_batches(), self._fit_total())
             )
             copy_values(self.running, self.parameters)
         self._evaluate()
-        self.world.copy([p.detach() for p in self.parameters.values()])
+        self.world.broadcast_tensors([p.detach() for p in self.parameters.values()])
         copy_values(self.parameters, self.running)
-        self.sizes = [self.method.size(name, parameter) for name, parameter in self.parameters.items()]
-        self.good = Best(self.parameters, self._held_out_loss())
+        self.sizes = [self.method.parameter_scale(name, parameter) for name, parameter in self.parameters.items()]
+        self.good = BestParameters(self.parameters, self._held_out_loss())
 
     def _begin_from(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         kind = self.method.config(self.network)["drafter"]
@@ -156,10 +158,10 @@ class TrainingRun:
                 return
 
     def _fit_total(self) -> int:
-        return min(self.settings.fit_tokens, positions(self.windows))
+        return min(self.settings.fit_tokens, count_positions(self.windows))
 
     def _shown(self, what: str, found: Iterable[TrainingBatch], total: int) -> Iterator[TrainingBatch]:
-        """``found``, with progress in answer tokens, of which there are ``total``."""
+        """Yield ``found`` and show the progress in answer tokens."""
         with progress_bars(self.console) as progress:
             task = progress.add_task(what, total=total, unit="tokens")
             for batch in found:
@@ -169,30 +171,30 @@ class TrainingRun:
     # -- an update ----------------------------------------------------------------------------------------------
 
     def _done(self) -> float:
-        """The share of the schedule that is over."""
+        """The finished share of the schedule."""
         if self.settings.steps is not None:
             return self.update / self.settings.steps
         return self.seconds / (60 * self.settings.minutes)
 
     def _length(self) -> list[float | None]:
-        """Of the whole schedule, as a checkpoint keeps it: minutes or steps."""
+        """The length of the schedule, for the checkpoint: minutes or steps."""
         return [getattr(self.settings, unit) for unit in LENGTHS]
 
     def _rate(self, done: float) -> float:
-        """The factor on all learning rates: warmup, constant, linear decay."""
+        """The factor on all learning rates: warmup, then linear decay."""
         warm = (self.update - self.warmed + 1) / self.settings.warmup
         return self.lowered * min(1.0, warm, (1 - done) / self.settings.decay)
 
     def _held_out_loss(self) -> float:
-        """The loss on some held-out windows, always the same."""
+        """The loss on a fixed batch of held-out windows."""
         settings = self.settings
         rows = batches.epoch(batches.windows(self.held_out, settings.window), settings.rows, settings.seed, 0)[0]
         batch = batches.assemble(self.held_out, rows, settings.window, self.target.device)
         loss, _ = self.method.loss(self.network, batch)
-        return self.world.share(float(loss.detach()))
+        return self.world.broadcast(float(loss.detach()))
 
-    def _look(self) -> None:
-        """Go back if the drafter has become worse than it was at the start."""
+    def _check_held_out_loss(self) -> None:
+        """Go back if the drafter has become worse than at the start."""
         loss = self._held_out_loss()
         if not loss <= MARGIN * self.good.start:
             self._go_back(loss)
@@ -200,26 +202,26 @@ class TrainingRun:
             self.good.keep(loss, self.update)
 
     def _go_back(self, loss: float) -> None:
-        """To the parameters that had the least held-out loss, and on with lower rates."""
+        """Return to the parameters with the lowest held-out loss, and continue with lower rates."""
         self.good.put_back()
         copy_values(self.parameters, self.running)
         self.optimizer.state.clear()
         self.lowered, self.warmed = self.lowered / LOWER, self.update
         why = f"the held-out loss rose from {self.good.start:.3f} at the start to {loss:.3f}"
         if not math.isfinite(loss):
-            why = "the loss is not a number any more"
-        back = f"going back to update {self.good.update}, and on with learning rates {LOWER} times lower"
+            why = "the loss is not finite"
+        back = f"going back to update {self.good.update}, with learning rates {LOWER} times lower"
         tell(self.console, f"update {self.update}: {why}; {back}")
 
-    def _outlook(self, means: dict[str, float], done: float) -> str:
-        """The run so far, for the progress bar."""
+    def _progress_text(self, means: dict[str, float], done: float) -> str:
+        """The state of the run, for the progress bar."""
         speed, left = self.tokens / max(self.seconds, 1e-6), (1 - done) / max(done, 1e-6) * self.seconds
         speedup = f", {self.speedup:.2f}x" if self.speedup else ""
         figures = f"loss {means['loss']:.3f}, agreement {means['agree']:.3f}{speedup}"
         return f"{speed:.0f} tokens/s, {figures}, {left / 60:.0f} min left"
 
     def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
-        """One update on one batch, of which each process takes its share of rows; left out if it is not finite."""
+        """One update on this process's rows of a batch. An update that is not finite is skipped."""
         rows = rows[self.world.rank :: self.world.size]
         batch = batches.assemble(self.records, rows, self.settings.window, self.target.device)
         loss, figures = self.method.loss(self.network, batch)
@@ -228,7 +230,7 @@ class TrainingRun:
             gradient, self.running[name].grad = self.running[name].grad, None
             parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.float()
         figures |= {"loss": float(loss.detach())}
-        figures, count = self._together(figures, float(batch.valid.sum()))
+        figures, count = self._average(figures, float(batch.valid.sum()))
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         figures |= {"gradient": float(norm), "rate": rate}
         if math.isfinite(figures["loss"] + figures["gradient"]):
@@ -239,32 +241,32 @@ class TrainingRun:
             self.update, self.tokens = self.update + 1, self.tokens + int(count)
         return figures
 
-    def _together(self, figures: dict[str, float], count: float) -> tuple[dict[str, float], float]:
-        """From the gradients, figures and tokens of this process's share to those of the whole batch."""
+    def _average(self, figures: dict[str, float], count: float) -> tuple[dict[str, float], float]:
+        """Average gradients and figures over the processes, and sum the tokens."""
         if self.world.size == 1:
             return figures, count
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         values = gradients[0].new_tensor(list(figures.values()))
-        (*means, values), total = self.world.mean([*gradients, values], count)
+        (*means, values), total = self.world.weighted_mean([*gradients, values], count)
         for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean)
         return dict(zip(figures, values.tolist(), strict=True)), total
 
-    def _lost(self) -> SpecDecError:
+    def _diverged(self) -> SpecDecError:
         return SpecDecError(
-            f"the loss is not a number any more at update {self.update}; '{self.output}' keeps the drafter as it was "
-            f"until then: go on from it with --set init={self.output} and a lower relative_rate in another --output"
+            f"the loss is not finite at update {self.update}; '{self.output}' keeps the best drafter so far: continue "
+            f"from it with --set init={self.output} and a lower relative_rate in another --output"
         )
 
     # -- what it writes -----------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Measure on held-out answers; keep the drafter if it is the best so far. Only the first process does."""
-        decoder, self.decoder = self.decoder, None  # its memory is free from here on
+        """Evaluate on held-out answers, and export the drafter if it is the best so far."""
+        decoder, self.decoder = self.decoder, None  # frees its memory
         if not self.world.first:
             return
-        held_out = batches.in_order(self.held_out, self.settings.rows, self.settings.window, self.target.device)
-        total = positions(batches.windows(self.held_out, self.settings.window))
+        held_out = batches.by_length(self.held_out, self.settings.rows, self.settings.window, self.target.device)
+        total = count_positions(batches.windows(self.held_out, self.settings.window))
         with torch.no_grad():
             figures = self.method.evaluate(self.network, self._shown("evaluation", held_out, total))
         if "chain" in figures:
@@ -282,11 +284,11 @@ class TrainingRun:
     def _predicted(self, figures: dict[str, Any], decoder: SpecDecoder | None) -> dict[str, Any]:
         if decoder is not None:
             if not (self.output / drafter_folder.CONFIG).exists():
-                self._export(figures)  # the first: its drafter is what can be measured
+                self._export(figures)  # the costs of the exported drafter are measured
             with status("measuring what drafting costs", quiet=self.console.quiet):
-                self.costs = measure(decoder, self.output)
+                self.costs = measure_costs(decoder, self.output)
         assert self.costs is not None
-        speedup, depth = predict(figures["chain"], self.costs, figures.get("nodes"))
+        speedup, depth = predict_speedup(figures["chain"], self.costs, figures.get("nodes"))
         self.speedup = round(speedup, 3)
         plain = self.costs.score[1]
         return {"speedup": self.speedup, "depth": depth, "draft_cost": round(self.costs.drafts[-1][1] / plain, 4)}
@@ -304,7 +306,7 @@ class TrainingRun:
         }
         training = {
             "answers": len(self.records),
-            "tokens_in_answers": positions(self.windows),
+            "tokens_in_answers": count_positions(self.windows),
             "tokens_seen": self.tokens,
             "updates": self.update,
             "minutes": round(self.seconds / 60, 1),
@@ -327,7 +329,7 @@ class TrainingRun:
 
     def _save(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.parameters.values()):
-            raise self._lost()
+            raise self._diverged()
         if self.world.first:
             state: dict[str, Any] = {
                 "update": self.update,
@@ -345,9 +347,9 @@ class TrainingRun:
         self.seconds, self.best = state["seconds"], state["best"]
         self.sizes, self.lowered, self.warmed = state["sizes"], state["lowered"], state["warmed"]
         if state.get("length", self._length()) != self._length():
-            self.warmed = self.update  # the rates rise again from where they had fallen to
+            self.warmed = self.update  # the rates warm up again
         copy_values(self.parameters, self.running)
-        self.good = Best(self.parameters, state["start"], self.update)
+        self.good = BestParameters(self.parameters, state["start"], self.update)
         if self.world.first:
             checkpoint.rewind_metrics(self.output, self.update)
 
@@ -358,7 +360,7 @@ def copy_values(source: dict[str, Any], onto: dict[str, nn.Parameter]) -> None:
         parameter.copy_(source[name])
 
 
-def positions(windows: Iterable[Window]) -> int:
+def count_positions(windows: Iterable[Window]) -> int:
     return sum(end - start for _, start, end in windows)
 
 

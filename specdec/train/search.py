@@ -1,10 +1,9 @@
-"""The segment of an M2R2 path, by closed-form acceptance and measured cost, without gradients.
+"""The choice of the segment of an M2R2 path, by closed-form acceptance and measured cost, without gradients.
 
 Candidates project from the embedding to one segment of later layers, and from its end to the final state. They begin
-at layer ``begin`` (two thirds up, in the preset) or, with ``--search``, anywhere in the upper half. Projections are
-fitted on a sample of the teacher's states. Each candidate drafts on its own states along held-out answers. How many
-drafts are accepted, and what drafting and scoring cost on this machine, predict a speedup as every evaluation does
-(``predict``); the largest wins.
+at layer ``begin`` or, with ``--search``, anywhere in the upper half. Projections are fitted on a sample of teacher
+states. Each candidate drafts along held-out answers; its acceptance and the costs on this machine predict a speedup
+(``predict_speedup``). The largest speedup wins.
 """
 
 from __future__ import annotations
@@ -29,29 +28,33 @@ from specdec.engine.depth.costs import Costs
 from specdec.engine.depth.measure import measure
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
-from specdec.train.batches import TrainingBatch, in_order
+from specdec.train.batches import TrainingBatch, by_length
 from specdec.train.data import TrainingAnswer
-from specdec.train.evaluate import acceptance_lengths, chain_figures
+from specdec.train.evaluate import acceptance_lengths, chain_figures, predict_speedup
 from specdec.train.fit import Ridge, fit_projection
-from specdec.train.m2r2_settings import M2R2Settings, wanted_states
-from specdec.train.method import Work
+from specdec.train.m2r2_settings import M2R2Settings, path_states
+from specdec.train.method import RunContext
 from specdec.train.output import STATES, writing
-from specdec.train.speed import predict
-from specdec.train.states import Record, Wanted, compute
+from specdec.train.states import AnswerStates, StateSelection, compute_states
 from specdec.train.student import Teacher, draft_steps, exact_carry
 
 FILE = "search.json"
 EVAL_TOKENS = 4_000  # held-out answer positions
-LONGEST = 9  # most layers of a segment
-STEPS = 4  # drafts of a chain
-SHOWN = 24  # rows of the table that is printed
+LONGEST = 9  # layers of the longest segment
+STEPS = 4  # drafts per step
+SHOWN = 24  # rows of the printed table
 Segment = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class SegmentCandidate:
-    """A candidate: layers [lo, hi), cost of a further draft in plain steps, mean acceptance length of ``STEPS`` drafts
-    in closed form, and the speedup that this predicts, at ``depth`` drafts a step."""
+    """A candidate.
+
+    segment: layers [lo, hi).
+    cost: of a further draft, relative to a plain step.
+    tokens: mean acceptance length with ``STEPS`` drafts, in closed form.
+    speedup: predicted, at ``depth`` drafts per step.
+    """
 
     segment: Segment
     cost: float
@@ -60,14 +63,14 @@ class SegmentCandidate:
     depth: int
 
 
-def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
-    """The segment that an earlier search in the output folder chose, or that of a new one; its table is printed.
+def choose_segment(settings: M2R2Settings, target: Target, context: RunContext) -> Segment:
+    """The segment in the output folder's ``search.json``, or that of a new search, whose table is printed.
 
-    Raises SpecDecError for a model that is too shallow, and for a full disk.
+    Raises SpecDecError for a model of one layer, and for a full disk.
     """
     if target.num_layers < 2:
         raise SpecDecError("a model of one layer is too shallow to search; give 'segments'")
-    file, folder = work.output / FILE, work.output / STATES / "search"
+    file, folder = context.output / FILE, context.output / STATES / "search"
     if file.exists():
         lo, hi = drafter_folder.read_json(file)["chosen"]
         return int(lo), int(hi)
@@ -78,34 +81,34 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
         start = min(round(settings.begin * depth / (settings.layers_of or depth)), depth - 1)
         starts = range(start, start + 1)
     later = range(starts[0], min(starts[-1] + LONGEST, depth))
-    wanted, records = Wanted((*later,), tuple(sorted({*later, later[-1] + 1, depth}))), []
+    wanted, records = StateSelection((*later,), tuple(sorted({*later, later[-1] + 1, depth}))), []
     for name, answers, tokens in (
-        ("train", work.train, settings.search_tokens),
-        ("eval", work.held_out, EVAL_TOKENS),
+        ("train", context.train, settings.search_tokens),
+        ("eval", context.held_out, EVAL_TOKENS),
     ):
         part = _first(answers, tokens)
-        records.append(compute(folder / name, target, part, wanted, work.progress, f"search, {name}"))
-    task = work.progress.add_task("search", total=len(starts), unit="layers")
+        records.append(compute_states(folder / name, target, part, wanted, context.progress, f"search, {name}"))
+    task = context.progress.add_task("search", total=len(starts), unit="layers")
     found: dict[Segment, list[float]] = {}
     for lo in starts:
-        found |= chains(target, work.vocab, lo, records[0], records[1], settings)
-        work.progress.advance(task)
-    rows = rank(found, draft_costs(work.decoder, work.vocab))
-    _show(rows, work.console)
+        found |= acceptance_chains(target, context.vocab, lo, records[0], records[1], settings)
+        context.progress.advance(task)
+    rows = rank(found, draft_costs(context.decoder, context.vocab))
+    _show(rows, context.console)
     table = {"chosen": rows[0].segment, "table": [asdict(row) for row in rows]}
-    with writing(FILE, work.output):
+    with writing(FILE, context.output):
         files.write_atomically(file, json.dumps(table, indent=1).encode())
-    shutil.rmtree(folder)  # large, and of no use any more
+    shutil.rmtree(folder)  # large, and not needed any more
     return rows[0].segment
 
 
 @torch.no_grad()
-def chains(
+def acceptance_chains(
     target: Target,
     vocab: Tensor | None,
     lo: int,
-    train: Sequence[Record],
-    held_out: Sequence[Record],
+    train: Sequence[AnswerStates],
+    held_out: Sequence[AnswerStates],
     settings: M2R2Settings,
 ) -> dict[Segment, list[float]]:
     """P(the first 1 .. ``STEPS`` drafts are all accepted), in closed form, for each segment that begins at ``lo``."""
@@ -115,9 +118,11 @@ def chains(
 
     fit_projection(longest, target, _batches(target, longest.path, train, settings), 0)
     fits = [Ridge() for _ in segments]
-    for batch in _batches(target, longest.path, train, settings):  # all share the passes of the longest
+    for batch in _batches(target, longest.path, train, settings):  # all segments share the passes of the longest
         exits, _ = next(draft_steps(longest, target, batch, 1, watched=True))
-        for network, x, ridge in zip(networks, exits[0][1][1:-1], fits, strict=True):  # the end of each: [B, T, D]
+        for network, x, ridge in zip(
+            networks, exits[0][1][1:-1], fits, strict=True
+        ):  # x: the end of the segment [B, T, D]
             features = network.features(1, x, exact_carry(network, batch))
             ridge.add(features[batch.valid], batch.hidden[target.num_layers][batch.valid])
     for network, ridge in zip(networks, fits, strict=True):
@@ -135,10 +140,10 @@ def chains(
 
 
 def _batches(
-    target: Target, path: M2R2Path, records: Sequence[Record], settings: M2R2Settings
+    target: Target, path: M2R2Path, records: Sequence[AnswerStates], settings: M2R2Settings
 ) -> Iterator[TrainingBatch]:
     """Batches with the states that ``path`` needs."""
-    wanted = wanted_states(path, target.num_layers)
+    wanted = path_states(path, target.num_layers)
     some = [
         replace(
             r,
@@ -148,13 +153,13 @@ def _batches(
         )
         for r in records
     ]
-    return in_order(some, settings.rows, settings.window, target.device)
+    return by_length(some, settings.rows, settings.window, target.device)
 
 
 def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Costs]:
     """Costs of untrained drafters whose segment has 1, 2, ... layers, in the runtime of ``decoder``.
 
-    Drafting is timed with the fewest and with the most; each layer between them costs the same.
+    The shortest and the longest segment are timed; the others are interpolated.
     """
     target, half = decoder.target, decoder.target.num_layers // 2
     most = min(LONGEST, target.num_layers - half)
@@ -165,23 +170,23 @@ def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Costs]:
     fewest, longest = measure(target, ends, decoder.verifier)
     [short], [long] = fewest.drafts, longest.drafts
     shares = [(length - 1) / max(most - 1, 1) for length in range(1, most + 1)]
-    more = [max(b - a, 0.0) for a, b in zip(short, long, strict=True)]  # of the first draft, of each further one
+    more = [max(b - a, 0.0) for a, b in zip(short, long, strict=True)]  # for the first draft and each further one
     return [replace(fewest, drafts=((short[0] + share * more[0], short[1] + share * more[1]),)) for share in shares]
 
 
 def rank(chains: dict[Segment, list[float]], costs: Sequence[Costs]) -> list[SegmentCandidate]:
-    """All candidates, the one of largest predicted speedup first."""
+    """All candidates, largest predicted speedup first."""
     rows = []
     for (lo, hi), chain in chains.items():
         price = costs[hi - lo - 1]
-        speedup, depth = predict(chain, price)
+        speedup, depth = predict_speedup(chain, price)
         cost = price.drafts[-1][1] / price.score[1]
         rows.append(SegmentCandidate((lo, hi), round(cost, 4), round(1 + sum(chain), 3), round(speedup, 3), depth))
     return sorted(rows, key=lambda row: (-row.speedup, -row.tokens))
 
 
 def _first(answers: Sequence[TrainingAnswer], tokens: int) -> list[TrainingAnswer]:
-    """The first answers, up to about so many answer tokens."""
+    """The first answers, up to about ``tokens`` answer tokens."""
     some, seen = list[TrainingAnswer](), 0
     for answer in answers:
         if seen >= tokens:

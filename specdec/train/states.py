@@ -1,7 +1,7 @@
-"""Teacher states on disk: what the base model computed for each training answer, once, for every epoch of a student.
+"""Teacher states on disk: states of the base model for each training answer, computed once for all epochs.
 
 A store is a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with their SHA-256, the base
-model's fingerprint and a digest of the answers. It is written shard by shard, so that a killed run resumes.
+model's fingerprint and a digest of the answers. It is written shard by shard, so a killed run can resume.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256
-PASS_TOKENS = 1024  # tokens (padding included) of one pass through a layer: its intermediate results fit the cache
-READOUT_ROWS, SUM_ROWS = 256, 8  # positions whose logits are held, in the model's dtype and in float32
+PASS_TOKENS = 1024  # tokens per layer pass, padding included: intermediate results fit into the CPU cache
+READOUT_ROWS, SUM_ROWS = 256, 8  # positions per readout, in the model's dtype and in float32
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which states are kept: keys and values of layers ``kv`` (every token) and the inputs of layers ``hidden``.
+class StateSelection:
+    """The layers whose states are stored.
 
-    Of a recurrent layer among ``kv``, what its mixer reads is kept: its states follow from that. Hidden states (layer
-    N: the final one) are kept from two positions before the first answer token on; those of layers ``context`` of every
-    token, too.
+    kv: keys and values of every token; for a recurrent layer the input of its mixer, from which its states follow.
+    hidden: layer inputs (layer N: final states), from two positions before the first answer token on.
+    context: layer inputs of every token.
     """
 
     kv: tuple[int, ...]
@@ -54,8 +54,8 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One answer's states, as views of a memory-mapped shard. L tokens, hidden states of positions first .. L - 2."""
+class AnswerStates:
+    """The states of an answer of L tokens, as views of a memory-mapped shard. They begin at position ``first``."""
 
     ids: Tensor  # int32 [L]
     prompt: int  # tokens of the prompt
@@ -65,7 +65,7 @@ class Record:
     best: Tensor  # int32 [L - 1 - first], the base's most likely next token
     log_z: Tensor  # float32 [L - 1 - first], log of the base's partition sum over the full vocabulary
     context: dict[int, Tensor]  # layer -> [L, D]
-    mixed: dict[int, Tensor]  # recurrent layer -> what its mixer reads [L, D]
+    mixed: dict[int, Tensor]  # recurrent layer -> input of its mixer [L, D]
 
 
 def first_kept(prompt: int) -> int:
@@ -80,19 +80,19 @@ def digest(answers: Sequence[TrainingAnswer]) -> str:
     return sha.hexdigest()
 
 
-def compute(
+def compute_states(
     folder: Path,
     target: Target,
     answers: Sequence[TrainingAnswer],
-    wanted: Wanted,
+    wanted: StateSelection,
     progress: Progress | None = None,
     name: str = "",
-) -> list[Record]:
+) -> list[AnswerStates]:
     """Complete the store in ``folder`` for these answers and read it.
 
-    ``progress`` shows the tokens done, as those of ``name``, and before that what is to be expected. Raises
-    SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and if the
-    disk is full, or will be.
+    progress: shows the expected size and time, then the finished tokens of ``name``.
+    Raises SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and
+    if the disk is too small.
     """
     progress = progress or Progress(console=Console(quiet=True))
     name = f"teacher states ({name})" if name else "teacher states"
@@ -115,7 +115,7 @@ def compute(
                 f"'{folder}' holds teacher states of other {', '.join(differs)}; use another --output or delete it"
             )
         index = found
-    kept = Wanted(*(tuple(index.get(key, ())) for key in ("kv", "hidden", "context")))
+    kept = StateSelection(*(tuple(index.get(key, ())) for key in ("kv", "hidden", "context")))
     shards = index["shards"]
     left = answers[len(shards) * SHARD_ANSWERS :]
     total, missing = (sum(map(len, some)) for some in (answers, left))
@@ -141,18 +141,18 @@ def compute(
 
 
 @torch.inference_mode()
-def estimate(target: Target, answers: Sequence[TrainingAnswer], wanted: Wanted) -> tuple[int, float]:
-    """(bytes on the disk, seconds) for these answers, measured on a pass through one layer and one readout."""
+def estimate(target: Target, answers: Sequence[TrainingAnswer], wanted: StateSelection) -> tuple[int, float]:
+    """Bytes on the disk and seconds for these answers, estimated from one layer pass and one readout."""
     rows = next(_grouped([len(answer) for answer in answers]))
     texts = [torch.tensor(answers[i].prompt_ids + answers[i].response_ids) for i in rows]
     block = _block(target, rows, texts, 0)
 
     def timed(stage: int, call: Callable[[], Tensor]) -> float:
-        """The seconds of the second call: the first has things to prepare."""
+        """The seconds of the second call; the first one warms up."""
         with target.prepared(stage):
             call()
             start = time.perf_counter()
-            call().flatten()[-1].item()  # a GPU is done with it
+            call().flatten()[-1].item()  # waits for a GPU
             return time.perf_counter() - start
 
     def run(layer: int) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def estimate(target: Target, answers: Sequence[TrainingAnswer], wanted: Wanted) 
     tokens = sum(map(len, answers))
     kept = sum(len(answer) - 1 - first_kept(len(answer.prompt_ids)) for answer in answers)
     state = sample.shape[1] * sample.itemsize
-    per_token = 4 + len(wanted.context) * state  # as in a ``Record``
+    per_token = 4 + len(wanted.context) * state  # as in a ``AnswerStates``
     for layers in filter(None, (recurrent, attending)):
         per_token += len(layers) * sum(entries[0, 0].nbytes for entries in run(layers[0]).values())
     per_kept = 8 + len(wanted.hidden) * state
@@ -179,7 +179,7 @@ def estimate(target: Target, answers: Sequence[TrainingAnswer], wanted: Wanted) 
 
 @dataclass
 class _Block:
-    """Answers that run together, padded on the right, and the input of the next layer at their tokens [B, T, D]."""
+    """Answers that run together, padded on the right. x: input of the next layer [B, T, D]."""
 
     answers: Sequence[int]
     x: Tensor
@@ -189,12 +189,12 @@ class _Block:
 
 @torch.inference_mode()
 def _teach(
-    target: Target, answers: Sequence[TrainingAnswer], wanted: Wanted, progress: Callable[[int], None]
+    target: Target, answers: Sequence[TrainingAnswer], wanted: StateSelection, progress: Callable[[int], None]
 ) -> dict[str, Tensor]:
-    """Run the base over the answers and return a shard's tensors, answers in the given order.
+    """Run the base over the answers and return the tensors of a shard, answers in the given order.
 
-    All answers pass through a layer before the next one: its weights are prepared once, and no other layer's keys and
-    values are held. What all answers begin with is run once.
+    All answers pass through a layer before the next layer runs, so its weights are prepared once, and only its keys and
+    values are in memory. The common beginning of all answers runs once.
     """
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     lengths, firsts = [len(text) for text in texts], [first_kept(len(answer.prompt_ids)) for answer in answers]
@@ -213,12 +213,12 @@ def _teach(
         shard[key][rows[0] : rows[-1] + 1] = values
 
     def states(block: _Block) -> list[Tensor]:
-        """Of each answer, those that are kept."""
+        """The stored part of each answer's states."""
         return [block.x[b, firsts[i] - common :][: kept[i]] for b, i in enumerate(block.answers)]
 
     for stage in range(stages):
         with target.prepared(stage):
-            begun = [] if beginning is None else [beginning.x[0]]  # the input at what all texts begin with
+            begun = [] if beginning is None else [beginning.x[0]]  # layer input at the common beginning
             if stage < target.num_layers:
                 start = None if beginning is None else _run(target, stage, beginning)
             for block in blocks:
@@ -246,7 +246,7 @@ def _teach(
 
 
 def _common(texts: Sequence[Tensor], most: int) -> int:
-    """Tokens that all texts begin with, at most ``most``."""
+    """The length of the common beginning of all texts, at most ``most``."""
     heads = torch.stack([text[:most] for text in texts])
     return int((heads == heads[0]).all(0).cumprod(0).sum())
 
@@ -273,10 +273,10 @@ def _causal(positions: Tensor, keys: Tensor) -> Mask:
 
 
 def _run(target: Target, layer: int, block: _Block, before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Put ``block`` through a layer, behind what a call returned for the tokens before it, of one row.
+    """Run ``block`` through a layer. before: the result of an earlier call for one row of preceding tokens.
 
-    Returns, as far as the layer has them, keys and values of all tokens [B, S, H', d], as "k" and "v", and what its
-    recurrent mixer read [B, S, D], as "m" (nothing comes before it).
+    Returns keys and values of all tokens [B, S, H', d] as "k" and "v", or the input of a recurrent mixer [B, S, D] as
+    "m".
     """
     cache = KVCache(target.num_layers, len(block.x), target.device)
     if before:
@@ -293,7 +293,7 @@ def _run(target: Target, layer: int, block: _Block, before: dict[str, Tensor] | 
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely tokens (int32) after final states ``x`` [M, D], and the logs of the partition sums (float32)."""
+    """The most likely tokens (int32 [M]) after final states ``x`` [M, D], and the log partition sums (float32 [M])."""
     best, log_z = list[Tensor](), list[Tensor]()
     for rows in x.split(READOUT_ROWS):
         logits = target.readout(rows[None])[0]
@@ -303,13 +303,13 @@ def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tensor]) -> Tensor:
-    """All layers over rows of text ``ids`` [B, L] from the beginning: final states [B, L, D]."""
+    """The final states [B, L, D] of rows of text ``ids`` [B, L]."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     given = Pass(positions, _causal(positions, positions), cache, taps)
     return target.layers(target.embed(ids, positions), 0, target.num_layers, given)
 
 
-def _records(tensors: dict[str, Tensor], wanted: Wanted) -> list[Record]:
+def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerStates]:
     lengths, prompts = tensors.pop("lengths").tolist(), tensors.pop("prompts").tolist()
     kept = [length - 1 - first_kept(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
     split = {
@@ -319,7 +319,7 @@ def _records(tensors: dict[str, Tensor], wanted: Wanted) -> list[Record]:
         for key, tensor in tensors.items()
     }
     return [
-        Record(
+        AnswerStates(
             split["ids"][i],
             prompt,
             first_kept(prompt),
@@ -353,4 +353,4 @@ def _load(folder: Path, shard: dict[str, str]) -> dict[str, Tensor]:
             return load_file(path)
     except (OSError, SafetensorError):
         pass
-    raise SpecDecError(f"shard '{path}' is missing, truncated or not the one that was written; delete '{folder}'")
+    raise SpecDecError(f"shard '{path}' is missing, truncated or changed; delete '{folder}'")

@@ -1,8 +1,7 @@
-"""What the drafter computes in training: its own drafts of steps 1, 2, ... at every position of a batch, and the loss.
+"""The drafter in training: its own drafts of steps 1, 2, ... at every position of a batch, and the loss.
 
-Step s at position t is what the drafter does s tokens past the last verified one: exact keys and values up to t - s,
-provisional ones of its own steps since, and the carry of its own step s - 1 at t - 1. Parameters and forward are the
-drafter's own (``specdec.drafters.m2r2_network``).
+Step s at position t drafts s tokens past the last verified one: with exact keys and values up to t - s, provisional
+ones of its own earlier steps, and the carry of step s - 1 at t - 1. It runs ``specdec.drafters.m2r2_network``.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from specdec.train.batches import TrainingBatch
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
-    """The carry of step 1: the previous position's exact states."""
+    """The carry of step 1: exact states of the previous position."""
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
 
 
-def shared(
+def shared_stages(
     network: M2R2, target: Target, batch: TrainingBatch, watched: bool = False
 ) -> list[tuple[Tensor, list[Tensor]]]:
-    """p [B, T, D] behind each stage that h runs, too, and, if ``watched``, the residuals up to there.
+    """p [B, T, D] after each stage that h also runs, and, if ``watched``, the residuals up to there.
 
-    p is the exact state, or what the adapted layers make of that before the stage, on exact keys and values.
+    p is the exact state, or the output of the adapted layers with exact keys and values.
     """
     path, found, passed = network.path, list[tuple[Tensor, list[Tensor]]](), list[Tensor]()
     if not path.adapts_early:
@@ -52,12 +51,12 @@ def shared(
 def draft_steps(
     network: M2R2, target: Target, batch: TrainingBatch, steps: int, watched: bool = False
 ) -> Iterator[tuple[list[tuple[Tensor, list[Tensor]]], Tensor]]:
-    """Yield, for s = 1 .. steps, what each exit has, and which positions have it (bool [B, T]).
+    """Yield the states of each exit and valid positions (bool [B, T]) of steps 1 .. ``steps``.
 
-    That is the estimate of h[N] [B, T, D] and, if ``watched``, the residuals, each [B, T, D], that the router there
-    sees. What a step carries on is the last exit's.
+    The states are the estimate of h[N] [B, T, D] and, if ``watched``, the residuals that the router there reads, each
+    [B, T, D]. The carry is that of the last exit.
     """
-    path, early = network.path, shared(network, target, batch, watched)
+    path, early = network.path, shared_stages(network, target, batch, watched)
     start, first = early[-1] if early else (target.embed(batch.ids, batch.positions), [])
     carry, cache, valid = exact_carry(network, batch), batch.cache(target.num_layers), batch.valid
     for step in range(1, steps + 1):
@@ -74,14 +73,14 @@ def draft_steps(
             final = network.estimate(exit, p, carry)
             exits.append((final, [*passed, final] if path.final_projection else passed))
         yield exits, valid
-        carry = Carry(later(exits[-1][0]), [later(x) for x in inputs])
-        valid = valid & later(valid)
+        carry = Carry(shift_right(exits[-1][0]), [shift_right(x) for x in inputs])
+        valid = valid & shift_right(valid)
 
 
 def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: int) -> tuple[Tensor, Carry]:
-    """What projection ``index`` maps in step 1: the residual [B, T, D] behind the stages before it, and the carry."""
+    """The input of projection ``index`` in step 1: the residual [B, T, D] after the earlier stages, and the carry."""
     path, carry = network.path, exact_carry(network, batch)
-    early, segments = shared(network, target, batch), len(path.segments)
+    early, segments = shared_stages(network, target, batch), len(path.segments)
     ends = [target.embed(batch.ids, batch.positions), *(p for p, _ in early)]
     run = len(path.shared) + index if index < segments else path.stages_to_exit[index - segments]  # stages
     mask, cache = step_mask(batch, 1), batch.cache(target.num_layers)
@@ -92,7 +91,7 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
 
 
 def step_mask(batch: TrainingBatch, step: int) -> Mask:
-    """Of step ``step``: exact entries up to t - step, then one provisional entry of each step since."""
+    """The mask of ``step``: exact entries up to t - step, then one provisional entry per later step."""
     b, t = batch.ids.shape
     keys = torch.arange(batch.slots, device=batch.ids.device).expand(b, -1)  # (B, S)
     index = torch.arange(t, device=batch.ids.device)
@@ -102,17 +101,17 @@ def step_mask(batch: TrainingBatch, step: int) -> Mask:
     return Mask(batch.positions, torch.cat((keys, *[batch.positions] * step), 1), torch.cat((exact, *own), 2))
 
 
-def later(x: Tensor) -> Tensor:
-    """Shift [B, T, ...] by one position: what t - 1 had is now at t; the first position gets zeros."""
+def shift_right(x: Tensor) -> Tensor:
+    """Shift [B, T, ...] by one position, from t - 1 to t; the first position gets zeros."""
     return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
 
 
 class Teacher:
-    """The base's side of a batch: soft targets over a draft vocabulary, and how well logits meet them.
+    """The soft targets of a batch over a draft vocabulary, and comparisons of logits with them.
 
-    The vocabulary of a batch is the drafter's own plus up to ``extra`` of the tokens the base would choose in it (the
-    drafter adds the tokens of its context in the same way), filled up with any others so that shapes stay the same.
-    ``sharpen``: share of the target's mass moved onto the base's most likely token, where the vocabulary has it.
+    The vocabulary of a batch is the drafter's own plus ``extra`` further tokens, first those that the base chooses in
+    the batch. (When it drafts, the drafter adds the tokens of its context.)
+    sharpen: share of probability that moves to the base's most likely token, if the vocabulary has it.
     """
 
     def __init__(self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, extra: int = 512) -> None:
@@ -125,15 +124,16 @@ class Teacher:
 
     @torch.no_grad()
     def begin(self, batch: TrainingBatch) -> None:
-        """Targets for this batch: p [B, T, V'], restricted to its vocabulary and renormalised.
+        """Compute the targets of a batch: p [B, T, V'], renormalised over its vocabulary.
 
-        best, next: indices of the base's and the text's next tokens. mass: the base's probability of the vocabulary.
+        best, next: indices of the base's and the text's next tokens.
+        mass: the base's probability of the vocabulary.
         """
         if self.vocab is not None:
             seen = torch.zeros(self.target.vocab_size, dtype=torch.int8, device=self.vocab.device)
             seen[batch.best[batch.valid]] = 1
             seen[self.vocab] = -1
-            more = seen.argsort(descending=True, stable=True)[: self.extra]  # chosen ones first, never those of vocab
+            more = seen.argsort(descending=True, stable=True)[: self.extra]  # chosen tokens first, none of vocab
             vocab = torch.cat((self.vocab, more))
             self.head = self.target.reduced_head(vocab)
             self.place = torch.full_like(seen, -1, dtype=torch.long)
@@ -160,22 +160,22 @@ class Teacher:
         return torch.logsumexp(x, -1) - (self.p.float() * x).sum(-1) - self.entropy
 
     def compare(self, logits: Tensor, valid: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, float]:
-        """The loss over ``valid`` [B, T], weighted, per valid position of the batch; and the agreement there."""
+        """The weighted loss over ``valid`` [B, T] per valid position of the batch, and the agreement over ``valid``."""
         loss = (self.loss(logits) * valid * weight).sum() / self.count
         return loss, float(self.hits(logits)[valid].float().mean())
 
     def hits(self, logits: Tensor, index: Tensor | None = None) -> Tensor:
-        """Whether the draft's choice is ``index`` [B, T] (None: the base's; -1: outside the vocabulary, never)."""
+        """Whether the draft's choice is ``index`` [B, T]; None: the base's choice. Index -1 is never a hit."""
         index, logits = self.best if index is None else index, logits.detach()
         return (logits.gather(-1, index.clamp_min(0)[..., None])[..., 0] >= logits.amax(-1)) & (index >= 0)
 
     def ranks(self, logits: Tensor) -> Tensor:
-        """How many tokens the draft prefers to the base's choice [B, T]; outside the vocabulary, all."""
+        """The rank of the base's choice in the draft's logits [B, T]; V' if the vocabulary lacks it."""
         above = (logits > logits.gather(-1, self.best.clamp_min(0)[..., None])).sum(-1)
         return above.masked_fill(self.best < 0, logits.shape[-1])
 
     def known(self, batch: TrainingBatch) -> Tensor:
-        """Where the base's choice is in the drafter's vocabulary or in the context so far: bool [B, T]."""
+        """Where the base's choice is in the drafter's vocabulary or in the preceding text: bool [B, T]."""
         if self.vocab is None:
             return batch.valid
         known = torch.zeros_like(batch.valid)

@@ -1,7 +1,7 @@
-"""The processes of one training run, started by ``torchrun`` or ``accelerate launch``. Alone, none of this acts.
+"""The processes of a training run, started by ``torchrun`` or ``accelerate launch``. A single process needs no setup.
 
-All run the same code on the same batches, of which each takes its share of rows; gradients are summed. The first one
-writes: everything that lies in the output folder is its work, and the others find it there (so they must share it).
+All processes run the same code on the same batches; each takes its share of the rows, and gradients are averaged. Only
+the first process writes to the output folder, which all of them must share.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(days=2)  # the others wait while the first one answers prompts and computes teacher states
+PATIENCE = timedelta(days=2)  # the first process may answer prompts and compute states for long
 
 
 @dataclass(frozen=True)
-class World:
-    """``rank`` of ``size`` processes; ``device``: where this one computes."""
+class ProcessGroup:
+    """Process ``rank`` of ``size``, which computes on ``device``."""
 
     rank: int
     size: int
@@ -32,53 +32,53 @@ class World:
         return self.rank == 0
 
     @contextmanager
-    def after_the_first(self) -> Iterator[None]:
-        """The first process runs the body alone; then the others do, and find what it has written."""
+    def first_process_first(self) -> Iterator[None]:
+        """The first process runs the body alone; then the others run it and read what it has written."""
         if not self.first:
-            self.share(0.0)
+            self.broadcast(0.0)
         yield
         if self.first:
-            self.share(0.0)
+            self.broadcast(0.0)
 
-    def share(self, value: float) -> float:
-        """The first process's value, in all of them."""
+    def broadcast(self, value: float) -> float:
+        """The value of the first process."""
         if self.size == 1:
             return value
         cell = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(cell, 0)
         return float(cell)
 
-    def copy(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors by the first process's."""
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors with those of the first process."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def mean(self, tensors: Sequence[Tensor], weight: float) -> tuple[list[Tensor], float]:
-        """Means of float32 tensors over the processes, each with its ``weight``, and the weights' sum; one message."""
+    def weighted_mean(self, tensors: Sequence[Tensor], weight: float) -> tuple[list[Tensor], float]:
+        """The weighted means of float32 tensors over the processes, and the sum of the weights, in one message."""
         flat = torch.cat([weight * tensor.flatten() for tensor in tensors] + [tensors[0].new_tensor([weight])])
         dist.all_reduce(flat)
         parts = (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], float(flat[-1])
 
 
-def leads() -> bool:
-    """Whether this process is the first of its run, or alone: the one that speaks."""
+def is_first_process() -> bool:
+    """Whether this process is the first of its run."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextmanager
-def join(device: str) -> Iterator[World]:
-    """The run's world, for the time of the context; on CUDA, each process of a machine takes its own GPU."""
+def join(device: str) -> Iterator[ProcessGroup]:
+    """The process group, for the duration of the context. On CUDA each process of a machine takes its own GPU."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if size == 1:
-        yield World(0, 1, device)
+        yield ProcessGroup(0, 1, device)
         return
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
-        yield World(rank, size, device)
+        yield ProcessGroup(rank, size, device)
     finally:
         dist.destroy_process_group()

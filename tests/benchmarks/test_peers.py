@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engines are methods until the test ends."""
     for name in PEERS:
-        monkeypatch.setitem(cell.OTHERS, name, cell.OTHERS["hf"])
+        monkeypatch.setitem(cell.EXTERNAL_METHODS, name, cell.EXTERNAL_METHODS["hf"])
     other_engines.register()
 
 
@@ -90,7 +90,7 @@ def one_line_error(result) -> str:
 
 @pytest.mark.usefixtures("scripted")
 def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path, monkeypatch) -> None:
-    result = bench("--methods", "llama.cpp,prompt-lookup@3", "--json", "--output", str(tmp_path / "out"))
+    result = bench("--drafters", "llama.cpp,prompt-lookup@3", "--json", "--output", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
     plain, other, lookup = summary["methods"]
@@ -113,7 +113,7 @@ def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path, mon
     rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     (row, _) = (row for row in rows if row["method"] == "llama.cpp")
     assert row["first_tokens"] == 1 and len(row["arrivals"]) == 1 + 3  # the third pair is cut at the limit
-    monkeypatch.delitem(cell.OTHERS, "llama.cpp")  # a report needs no engine
+    monkeypatch.delitem(cell.EXTERNAL_METHODS, "llama.cpp")  # a report needs no engine
     report = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out"), "--format", "markdown"])
     assert "x llama.cpp" in report.stdout, report.output + repr(report.exception)
 
@@ -132,7 +132,7 @@ def test_an_answer_ends_after_the_end_of_sequence(scripted: str) -> None:
 @pytest.mark.parametrize(("variable", "words"), [("BREAK", "Scripted: RuntimeError: out of luck"), ("DIE", "code 3")])
 def test_an_engine_that_fails_is_one_line(bench, scripted: str, monkeypatch, variable: str, words: str) -> None:
     monkeypatch.setenv(variable, "1")
-    assert words in one_line_error(bench("--methods", "none,llama.cpp"))
+    assert words in one_line_error(bench("--drafters", "none,llama.cpp"))
 
 
 @pytest.mark.parametrize(("name", "package"), [("llama.cpp", "llama-cpp-python"), ("openvino", "openvino-genai")])
@@ -140,19 +140,19 @@ def test_an_engine_that_is_not_installed_is_refused_first(bench, monkeypatch, na
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     other_engines.register()
     monkeypatch.setattr(loading, "load", None)
-    line = one_line_error(bench("--methods", f"none,{name}"))
+    line = one_line_error(bench("--drafters", f"none,{name}"))
     assert f"'{name}' is not installed" in line and f"pip install {package}" in line
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--methods", "llama.cpp", "--temperature", "1"], "is measured greedily"),
-        (["--methods", "llama.cpp", "--batch-size", "2"], "one prompt at a time"),
-        (["--methods", "llama.cpp", "--drafter-option", "llama.cpp.context=12"], "llama.cpp.context="),
-        (["--methods", "llama.cpp", "--drafter-option", "llama.cpp.context=0"], "context must be"),
-        (["--methods", "llama.cpp", "--drafter-option", "llama.cpp.lookup=2"], "lookup"),
-        (["--methods", "llama.cpp-draft-model"], "llama.cpp-draft-model=FILE"),
+        (["--drafters", "llama.cpp", "--temperature", "1"], "is measured greedily"),
+        (["--drafters", "llama.cpp", "--batch-size", "2"], "one prompt at a time"),
+        (["--drafters", "llama.cpp", "--drafter-option", "llama.cpp.context=12"], "llama.cpp.context="),
+        (["--drafters", "llama.cpp", "--drafter-option", "llama.cpp.context=0"], "context must be"),
+        (["--drafters", "llama.cpp", "--drafter-option", "llama.cpp.lookup=2"], "lookup"),
+        (["--drafters", "llama.cpp-draft-model"], "llama.cpp-draft-model=FILE"),
     ],
 )
 @pytest.mark.usefixtures("scripted")
@@ -176,7 +176,7 @@ def test_a_model_that_an_engine_does_not_read_is_refused(folder: Path, tmp_path:
 def test_real_engines_answer_where_they_are_installed(bench, name: str) -> None:
     if importlib.util.find_spec(PEERS[name].module) is None:
         pytest.skip(f"{PEERS[name].package} is not installed")
-    result = bench("--model", "smollm2-135m-instruct", "--methods", f"none,{name}", "--json")
+    result = bench("--model", "smollm2-135m-instruct", "--drafters", f"none,{name}", "--json")
     assert result.exit_code == 0, result.output
     other = json.loads(result.stdout.splitlines()[-1])["methods"][1]
     assert other["engine"]["version"].startswith(PEERS[name].package) and other["tokens"] > 2

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli.chat import Conversation, _asker
+from specdec.cli.chat import ChatSession, _asker
 from specdec.speculation.sampling import SamplingParams
 
 
@@ -30,14 +30,14 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpecDecoder:
 
 
 @pytest.fixture
-def conversation(decoder: SpecDecoder) -> Iterator[Conversation]:
+def conversation(decoder: SpecDecoder) -> Iterator[ChatSession]:
     engine = decoder.engine(max_rows=1)
-    yield Conversation(decoder, engine, SamplingParams(), limit=20)
+    yield ChatSession(decoder, engine, SamplingParams(), limit=20)
     engine.close()
 
 
 def test_a_conversation_goes_on_with_what_was_said(
-    conversation: Conversation, decoder: SpecDecoder, capsys: pytest.CaptureFixture[str]
+    conversation: ChatSession, decoder: SpecDecoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation.take("Name three colours.")
     conversation.take("Three more.")
@@ -50,10 +50,10 @@ def test_a_conversation_goes_on_with_what_was_said(
 
 
 def test_commands_change_the_conversation(
-    conversation: Conversation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    conversation: ChatSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation.take("/system Be brief.")
-    assert capsys.readouterr().err == "begun anew with this system message\n"
+    assert capsys.readouterr().err == "started again with this system message\n"
     conversation.take("Hello")
     assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
     file = tmp_path / "chat.json"
@@ -66,7 +66,7 @@ def test_commands_change_the_conversation(
     conversation.take("/new")
     conversation.take("/drafter off")
     conversation.take("/drafter on")
-    said = ["begun anew with a system message", "decoding plainly", "prompt-lookup drafts"]
+    said = ["started again with a system message", "decoding plainly", "prompt-lookup drafts"]
     assert capsys.readouterr().err.splitlines() == said
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
     conversation.take("/drafter off")
@@ -83,16 +83,16 @@ def test_commands_change_the_conversation(
         ("/save", "takes the name of a file"),
         ("/save no/such/folder/x.json", "cannot write"),
         ("/drafter perhaps", "on or off"),
-        ("x" * 5000, "/new begins anew"),
+        ("x" * 5000, "/new starts again"),
     ],
 )
-def test_what_cannot_be_done_is_said_and_changes_nothing(conversation: Conversation, line: str, says: str) -> None:
+def test_what_cannot_be_done_is_said_and_changes_nothing(conversation: ChatSession, line: str, says: str) -> None:
     with pytest.raises(SpecDecError, match=says):
         conversation.take(line)
     assert conversation.messages == []
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_chat(conversation: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation.limit = 3500
     written: list[str] = []
 

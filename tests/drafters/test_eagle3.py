@@ -32,9 +32,8 @@ from specdec.train import data, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
 from specdec.train.eagle3 import Eagle3Method, Eagle3Settings, draft_steps
-from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping
-from specdec.train.trainer import train
+from specdec.train.trainer import train, training_target
 from specdec.verifiers.exact import ExactVerifier
 
 TEXT = [5, 6, 7, 8, 5, 6, 9, 3, 12]
@@ -332,7 +331,7 @@ def test_a_head_learns_on_what_it_drafts() -> None:
     network = drafter.network
     method = Eagle3Method(settings(), target)
     ids = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    wanted = method.wanted()
+    wanted = method.teacher_states()
     some = [
         TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])),
         TrainingAnswer(tuple(ids[:3]), tuple(ids[9:20])),

@@ -30,9 +30,8 @@ from specdec.train import data, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaMethod, MedusaSettings
-from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping
-from specdec.train.trainer import train
+from specdec.train.trainer import train, training_target
 
 V, D = 97, 32
 ACCURACY = [[0.6, 0.25, 0.1], [0.5, 0.25, 0.1]]
@@ -423,7 +422,7 @@ def test_heads_learn_exactly_what_the_drafter_drafts(normed: bool) -> None:
     network = random_network(3, 2, not normed)
     drafter = MedusaDrafter(network, [[1.0]] * 3, normed=normed)  # a chain of each head's best
     ids = torch.randint(3, V, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    answer, wanted = TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])), method.wanted()
+    answer, wanted = TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])), method.teacher_states()
     records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
     batch = assemble(records, rows := windows(records, 64), 64, target.device)
     says = [method._logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]

@@ -18,7 +18,7 @@ from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train import states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
-from specdec.train.m2r2_settings import M2R2Settings, wanted_states
+from specdec.train.m2r2_settings import M2R2Settings, path_states
 from specdec.train.settings import from_mapping
 from specdec.train.student import Teacher, draft_steps
 
@@ -69,7 +69,7 @@ def same_drafts(target: Target, path: M2R2Path) -> None:
         ids = torch.randint(3, 97, (9 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
         chain = drafted(network, target, ids, 3)
         answer = TrainingAnswer(tuple(ids[:4]), (*ids[4:], *chain, 5))
-        wanted = wanted_states(path, target.num_layers)
+        wanted = path_states(path, target.num_layers)
         records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
         rows = windows(records, 64)
         batch = assemble(records, rows, 64, target.device)

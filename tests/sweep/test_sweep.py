@@ -23,8 +23,8 @@ from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell
 from specdec.sweep import launch
-from specdec.sweep.launch import failed
-from specdec.sweep.plan import load_plan, shipped
+from specdec.sweep.launch import failure_record
+from specdec.sweep.plan import load_plan, shipped_files
 from specdec.sweep.store import RECORDS, Store
 
 GRID = """
@@ -129,13 +129,13 @@ def test_the_command_line_goes_over_the_file(write) -> None:
 
 
 def test_shipped_sweeps_are_what_they_say() -> None:
-    plans = {name: load_plan(path) for name, path in shipped().items()}
+    plans = {name: load_plan(path) for name, path in shipped_files().items()}
     assert set(plans) == {"quick", "paper", "dynamic"}
     paper = plans["paper"].cells
     assert {c.prompts for c in paper} == {"mt-bench", "koala", "self-instruct", "wizardlm"}
     others = {"none", "m2r2", "m2r2-paper", "medusa", "lookahead", "deed", "layer-skip", "prompt-lookup"}
     assert {c.drafter for c in paper} == others and {c.verifier for c in paper} == {"exact"}
-    two = load_plan(shipped()["paper"], ["model=big", "drafter=none,draft-model"])
+    two = load_plan(shipped_files()["paper"], ["model=big", "drafter=none,draft-model"])
     assert {c.drafter for c in two.cells} == {"none", "draft-model"}
     assert {c.verifier for c in plans["dynamic"].cells} == {"confident", "typical"}
 
@@ -250,7 +250,7 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(sweep, tmp_path: Pat
         "drafter.prompt-lookup.continuations=1",
     ]
     outcome = sweep(*args)  # no m2r2 drafter is shipped for the tiny model
-    assert outcome.exit_code == 1 and "2 of 3 cells are done, 1 failed; go on with: " in outcome.stderr
+    assert outcome.exit_code == 1 and "2 of 3 cells are done, 1 failed; continue with: " in outcome.stderr
     records = Store(tmp_path / "out").records()
     (broken,) = [record for record in records.values() if "error" in record]
     assert broken["cell"]["drafter"] == "m2r2" and "train one" in broken["error"] and len(records) == 3
@@ -264,9 +264,12 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(sweep, tmp_path: Pat
 
 def test_an_unforeseen_error_is_recorded_in_one_line() -> None:
     cell = Cell(drafter="none")
-    assert failed(cell, RuntimeError("a\nb"), 1.0)["error"] == "unexpected RuntimeError: a b"
-    assert failed(cell, RuntimeError("DefaultCPUAllocator: can't allocate memory: 3"), 1.0)["error"] == "out of memory"
-    assert failed(cell, SpecDecError("as it is"), 1.0)["error"] == "as it is"
+    assert failure_record(cell, RuntimeError("a\nb"), 1.0)["error"] == "unexpected RuntimeError: a b"
+    assert (
+        failure_record(cell, RuntimeError("DefaultCPUAllocator: can't allocate memory: 3"), 1.0)["error"]
+        == "out of memory"
+    )
+    assert failure_record(cell, SpecDecError("as it is"), 1.0)["error"] == "as it is"
 
 
 # --- kill and resume -------------------------------------------------------------------------------------------------
@@ -350,7 +353,9 @@ def test_ctrl_c_ends_a_sweep_between_records(grid: Path, tmp_path: Path) -> None
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert (
-        process.returncode == 130 and "interrupted; 1 of 3 cells are done; go on with: " in rest and "--resume" in rest
+        process.returncode == 130
+        and "interrupted; 1 of 3 cells are done; continue with: " in rest
+        and "--resume" in rest
     )
     assert "Traceback" not in rest and len(Store(tmp_path / "out").records()) == 1
 

@@ -122,6 +122,7 @@ def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(
 
     monkeypatch.setattr(answers, "_generate", full)
     with pytest.raises(
-        SpecDecError, match=r"cannot write answers to .*No space left on device; .* free space and --resume"
+        SpecDecError,
+        match=r"cannot write answers to .*No space left on device; free some space and continue with --resume",
     ):
         made(tmp_path, some_prompts())

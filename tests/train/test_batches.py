@@ -6,17 +6,17 @@ import torch
 from tiny import tiny_model
 
 from specdec.train import states
-from specdec.train.batches import assemble, epoch, stream, windows
+from specdec.train.batches import assemble, endless, epoch, windows
 from specdec.train.data import TrainingAnswer
-from specdec.train.runtime import training_target
+from specdec.train.trainer import training_target
 
 
 def test_batches_cover_each_window_once_an_epoch_and_can_be_entered_anywhere() -> None:
     found = [(index, 4, 5 + index % 7) for index in range(64)]
     seen = [window for batch in epoch(found, 4, 1, 0) for window in batch]
     assert sorted(seen) == found
-    ahead = stream(found, 4, 1, 21)
-    behind = stream(found, 4, 1, 0)
+    ahead = endless(found, 4, 1, 21)
+    behind = endless(found, 4, 1, 0)
     for _ in range(21):
         next(behind)
     assert [next(ahead) for _ in range(20)] == [next(behind) for _ in range(20)]
@@ -25,7 +25,7 @@ def test_batches_cover_each_window_once_an_epoch_and_can_be_entered_anywhere() -
 def test_windows_stay_within_the_context() -> None:
     target = training_target(tiny_model("gpt2"))  # with an embedding for each position
     answer = TrainingAnswer(tuple([5] * 4), tuple([7] * (target.context - 4)))
-    wanted = states.Wanted((), (target.num_layers,))
+    wanted = states.StateSelection((), (target.num_layers,))
     records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
     for rows in (windows(records, 64)[-1:], windows(records, 7)):
         batch = assemble(records, rows, 64, target.device)

@@ -36,7 +36,7 @@ def test_answers_of_another_tokenizer_or_template_are_refused_with_the_first_exa
         return ids
 
     def check(*prompts: tuple[int, ...], turn: str = "<|turn|>") -> None:
-        data.refuse_other_tokens([Prompt(("x",)), *(TrainingAnswer(p, (2,)) for p in prompts)], decode, encode, turn)
+        data.check_tokenizer([Prompt(("x",)), *(TrainingAnswer(p, (2,)) for p in prompts)], decode, encode, turn)
 
     check()
     check((1, 2, 3, 7), (2, 3), (4, 2, 7))
@@ -70,9 +70,9 @@ def test_lines_of_every_kind_are_read_and_broken_ones_are_named(tmp_path: Path) 
 
 
 def test_plain_text_becomes_pieces_that_are_trained_on_and_may_stand_alone(tmp_path: Path) -> None:
-    assert [len(p) for p in data.pieces(range(1000), 300)] == [300, 300, 300, 100]
-    assert data.pieces(range(317), 300)[1:] == []  # too short to learn from
-    assert sum((p.prompt_ids + p.response_ids for p in data.pieces(range(600), 300)), ()) == tuple(range(600))
+    assert [len(p) for p in data.text_windows(range(1000), 300)] == [300, 300, 300, 100]
+    assert data.text_windows(range(317), 300)[1:] == []  # too short to learn from
+    assert sum((p.prompt_ids + p.response_ids for p in data.text_windows(range(600), 300)), ()) == tuple(range(600))
     text = tmp_path / "book.txt"
     text.write_text("".join(f"line {n} of a book that goes on\n" for n in range(60)))
     folder, preset = save_tiny(tmp_path / "model"), tmp_path / "preset.yaml"
@@ -92,10 +92,10 @@ def test_plain_text_becomes_pieces_that_are_trained_on_and_may_stand_alone(tmp_p
 
 def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
     held = [Prompt(("Why is the sky blue?", "second turn"))]
-    data.refuse_held_out([Prompt(("second turn",)), Prompt(("Why is it?",))], held, str)
+    data.check_holdout([Prompt(("second turn",)), Prompt(("Why is it?",))], held, str)
     for item in (Prompt(("Tell me:  why IS the\nsky blue?",)), TrainingAnswer((1,), (2,))):
         with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt"):
-            data.refuse_held_out([item], held, lambda ids: "user why is the sky blue? assistant")
+            data.check_holdout([item], held, lambda ids: "user why is the sky blue? assistant")
 
 
 def test_a_run_on_held_out_prompts_does_not_begin(answers: Path, tmp_path: Path) -> None:

@@ -17,11 +17,10 @@ from specdec.train import data, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
 from specdec.train.m2r2 import M2R2Method, path_of
-from specdec.train.m2r2_settings import M2R2Settings, wanted_states
-from specdec.train.runtime import training_target
+from specdec.train.m2r2_settings import M2R2Settings, path_states
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.student import draft_steps
-from specdec.train.trainer import train
+from specdec.train.trainer import train, training_target
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "phi"])
@@ -37,7 +36,9 @@ def test_rates_follow_the_size_of_the_weights(kind: str) -> None:
         some = {"segments": [[2, 3]], "final_projection": True, "rank": 4, "prompts": ["-"], "output": "-"}
         method = M2R2Method(from_mapping(M2R2Settings, some, "test"), target)
         masters = method.build(None)
-        sizes.append({name: method.size(name, p) for name, p in masters.named_parameters() if name.endswith("/up")})
+        sizes.append(
+            {name: method.parameter_scale(name, p) for name, p in masters.named_parameters() if name.endswith("/up")}
+        )
     small, large = sizes
     assert small and all(large[name] == pytest.approx(10 * size) for name, size in small.items())
 
@@ -67,7 +68,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
         network = load_network(target, folder)
         aims = network.path.target_layers(4)
         assert aims == [2, 4]
-        wanted = dataclasses.replace(wanted_states(network.path, 4), hidden=(2, 4))
+        wanted = dataclasses.replace(path_states(network.path, 4), hidden=(2, 4))
         records = states._records(states._teach(target, some, wanted, lambda n: None), wanted)
         batch = assemble(records, windows(records, 8), 8, target.device)
         exits, _ = next(draft_steps(network, target, batch, 1, watched=True))

@@ -18,8 +18,7 @@ from specdec.drafters.m2r2 import M2R2Path
 from specdec.models import loading
 from specdec.train import recurrent
 from specdec.train.run import TrainingRun
-from specdec.train.runtime import training_target
-from specdec.train.trainer import train
+from specdec.train.trainer import train, training_target
 
 
 @pytest.fixture(params=["qwen3_5_text", "lfm2"])
@@ -96,5 +95,5 @@ def test_states_that_do_not_fit_into_memory_are_refused(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recurrent, "free_memory", lambda device: 1000)
-    with pytest.raises(SpecDecError, match=r"layer 2 holds its state at 4 x 8 positions.*smaller 'rows' or 'window'"):
+    with pytest.raises(SpecDecError, match=r"layer 2 stores its state at 4 x 8 positions.*smaller 'rows' or 'window'"):
         train(recipe(answers, tmp_path / "out"))

@@ -19,18 +19,16 @@ from specdec.runtimes.target import Target
 from specdec.train import data, search, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
-from specdec.train.evaluate import evaluate
+from specdec.train.evaluate import evaluate, predict_speedup
 from specdec.train.fit import fit_projections
-from specdec.train.runtime import training_target
-from specdec.train.speed import predict
-from specdec.train.trainer import train
+from specdec.train.trainer import train, training_target
 
 
 def test_the_predicted_speedup_weighs_acceptance_against_measured_costs() -> None:
     costs = Costs({1: 10.0, 2: 11.0, 3: 12.0, 5: 14.0}, drafts=((1.0, 1.0),))
     # One draft: 1.5 tokens in 1 + 11 of 10 units; a second adds 0.4 tokens for 2 more; a third too little.
-    assert predict([0.5, 0.4, 0.05], costs) == (pytest.approx(1.9 * 10 / 14), 2)
-    assert predict([0.5], costs, nodes=[4]) == (1.0, 0)  # its tree costs 14 to score
+    assert predict_speedup([0.5, 0.4, 0.05], costs) == (pytest.approx(1.9 * 10 / 14), 2)
+    assert predict_speedup([0.5], costs, nodes=[4]) == (1.0, 0)  # its tree costs 14 to score
 
 
 @pytest.fixture
@@ -53,7 +51,7 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     path = drafter_folder.read_config(out)["path"]
     assert path["segments"] == [kept["chosen"]] == [best["segment"]] and path["final_projection"]
     assert not (out / "states" / "search").exists()
-    monkeypatch.setattr(search, "chains", None)  # nothing is searched again
+    monkeypatch.setattr(search, "acceptance_chains", None)  # nothing is searched again
     train(searched(answers, out), resume=True)
 
 
@@ -69,8 +67,8 @@ def test_by_default_the_end_of_the_path_alone_is_chosen(answers: Path, tmp_path:
 def test_drafts_of_the_search_are_those_of_a_network_that_training_fits(answers: Path, tmp_path: Path) -> None:
     target = training_target(tiny_model("llama", eos_token_id=None))
     some = [a for a in data.read([answers]) if isinstance(a, TrainingAnswer)]
-    records = states.compute(tmp_path / "states", target, some, states.Wanted((2, 3), (2, 3, 4)))
-    found = search.chains(target, None, 2, records, records, searched(answers, tmp_path / "out"))
+    records = states.compute_states(tmp_path / "states", target, some, states.StateSelection((2, 3), (2, 3, 4)))
+    found = search.acceptance_chains(target, None, 2, records, records, searched(answers, tmp_path / "out"))
     assert found.keys() == {(2, 3), (2, 4)}
     network = M2R2(M2R2Path(0, ((2, 4),), True), target)
     rows = windows(records, 8)

@@ -43,13 +43,13 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     assert (settings.relative_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
     for values, message in (
         ({"relativ_rate": 1.0}, "did you mean 'relative_rate'"),
-        ({"rank": "many"}, "setting 'rank' cannot be 'many'"),
-        ({"rows": 0}, "setting 'rows' cannot be 0: input should be greater than 0"),
-        ({"warmup": 0}, "setting 'warmup' cannot be 0"),
-        ({"draft_vocab": -1}, "setting 'draft_vocab' cannot be -1: input should be greater than or equal to 0"),
-        ({"clip": float("nan")}, "setting 'clip' cannot be nan"),
-        ({"rows": True}, "setting 'rows' cannot be True"),
-        ({"segments": [[1, "a"]]}, "setting 'segments.0.1' cannot be 'a'"),
+        ({"rank": "many"}, "rank must be a whole number > 0; got 'many'"),
+        ({"rows": 0}, "rows must be a whole number > 0; got 0"),
+        ({"warmup": 0}, "warmup must be a whole number > 0; got 0"),
+        ({"draft_vocab": -1}, "draft_vocab must be a whole number >= 0; got -1"),
+        ({"clip": float("nan")}, "clip must be a number > 0; got nan"),
+        ({"rows": True}, "rows must be a whole number > 0; got True"),
+        ({"segments": [[1, "a"]]}, "segments must be a list"),
         ({"steps": 3}, "either minutes or steps"),
     ):
         with pytest.raises(SpecDecError, match=message):

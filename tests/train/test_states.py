@@ -20,10 +20,9 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.train import states
 from specdec.train.data import TrainingAnswer
-from specdec.train.runtime import training_target
-from specdec.train.trainer import train
+from specdec.train.trainer import train, training_target
 
-WANTED = states.Wanted((0, 2), (1, 4))
+WANTED = states.StateSelection((0, 2), (1, 4))
 
 
 def some_answers(common: int) -> list[TrainingAnswer]:
@@ -59,7 +58,7 @@ def test_states_are_those_of_each_answer_alone(
     monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
     monkeypatch.setattr(states, "READOUT_ROWS", 50)
     monkeypatch.setattr(states, "SHARD_ANSWERS", 5)
-    for answer, record in zip(answers, states.compute(tmp_path, target, answers, WANTED), strict=True):
+    for answer, record in zip(answers, states.compute_states(tmp_path, target, answers, WANTED), strict=True):
         expected = alone(target, answer)
         found = {"best": record.best, "log_z": record.log_z}
         found |= {
@@ -109,8 +108,8 @@ def test_the_tokens_reported_add_up() -> None:
 def test_size_and_time_are_said_before_and_the_size_holds(tmp_path: Path) -> None:
     target, answers, stream = training_target(tiny_model("llama")), some_answers(3), io.StringIO()
     with terminal.Progress(console=Console(file=stream, width=200)) as progress:
-        states.compute(tmp_path, target, answers, WANTED, progress, "train")
-        states.compute(tmp_path, target, answers, WANTED, progress, "train")  # nothing is left to do
+        states.compute_states(tmp_path, target, answers, WANTED, progress, "train")
+        states.compute_states(tmp_path, target, answers, WANTED, progress, "train")  # nothing is left to do
     tokens = sum(map(len, answers))
     assert stream.getvalue() == f"teacher states (train): {tokens} tokens, about 0.2 MB and 1 s\n"
     size, seconds = states.estimate(target, answers, WANTED)
@@ -123,7 +122,7 @@ def test_too_little_room_is_known_before(tmp_path: Path, monkeypatch: pytest.Mon
     target, usage = training_target(tiny_model("llama")), shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(SpecDecError, match=r"take about 0\.2 MB, and '.*' has 0\.0 MB free; free space and --resume"):
-        states.compute(tmp_path, target, some_answers(3), WANTED)
+        states.compute_states(tmp_path, target, some_answers(3), WANTED)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,9 +146,9 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
 ) -> None:
     target = training_target(tiny_model("llama"))
     some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
-    wanted = states.Wanted((2,), (4,))
+    wanted = states.StateSelection((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
-    whole = states.compute(tmp_path / "whole", target, some, wanted)
+    whole = states.compute_states(tmp_path / "whole", target, some, wanted)
     teach, calls = states._teach, []
 
     def killed(*args: Any) -> Any:
@@ -160,11 +159,11 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
 
     monkeypatch.setattr(states, "_teach", killed)
     with pytest.raises(Killed):
-        states.compute(tmp_path / "parts", target, some, wanted)
-    parts = states.compute(tmp_path / "parts", target, some, wanted)
+        states.compute_states(tmp_path / "parts", target, some, wanted)
+    parts = states.compute_states(tmp_path / "parts", target, some, wanted)
     assert len(calls) == 4  # two shards, the killed one, and that one again
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a.hidden[4], b.hidden[4]) and torch.equal(a.kv[2][0], b.kv[2][0])
     with pytest.raises(SpecDecError, match="other fingerprint"):
         target.fingerprint = "another model"
-        states.compute(tmp_path / "parts", target, some, wanted)
+        states.compute_states(tmp_path / "parts", target, some, wanted)

@@ -14,7 +14,7 @@ from specdec.runtimes.fused import FAMILIES as FUSED
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
-from specdec.train.runtime import training_target
+from specdec.train.trainer import training_target
 
 
 @pytest.mark.parametrize("runtime", [training_target, ReferenceTarget])

@@ -196,7 +196,7 @@ def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPat
     ("args", "words"),
     [
         (["--depths", "1,x"], "--depths must be 'auto' or a number >= 1; got 'x'"),
-        (["--positions", "-1"], "--positions takes numbers"),
+        (["--positions", "-1"], "--positions takes comma-separated numbers"),
         (["--temperature", "0"], "--temperature"),
         (["--verifier", "exakt"], "did you mean 'exact'"),
         (["--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'"),
