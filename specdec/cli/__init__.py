@@ -1,6 +1,6 @@
 """The command line: arguments, calls, printing.
 
-Text goes to stdout, everything else to stderr. Commands import torch and transformers when they run, so that help is
+Text goes to stdout, everything else to stderr. Commands import torch and transformers only when they run, so help is
 instant.
 """
 
@@ -88,6 +88,6 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Lossless speculative decoding for Hugging Face language models: the same text, sooner."""
+    """Lossless speculative decoding for Hugging Face language models: the same text in less time."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

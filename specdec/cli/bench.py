@@ -13,96 +13,79 @@ from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError
 from specdec.cli import shared
 from specdec.cli.shared import INTERRUPTED
-from specdec.models.catalogue import DEFAULT_MODEL
 
-METHODS = "hf,none,prompt-lookup,m2r2"
+DRAFTERS = "hf,none,prompt-lookup,m2r2"
 
 
+@shared.grouped
 def bench(
-    model: shared.Model = DEFAULT_MODEL,
-    methods: Annotated[
+    loading: shared.Loading = shared.Loading(),
+    sampling: shared.Sampling = shared.Sampling(),
+    drafters: Annotated[
         str | None,
         typer.Option(
-            "--methods",
-            "--drafters",
             metavar="NAMES",
-            help="With commas between: drafters (NAME@K drafts K tokens a step); hf, hf-lookup, hf-early-exit, "
-            "hf-assistant=MODEL (model.generate and its assisted modes). none (plain decoding) always runs. If not "
-            "given: hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
+            help="Separated by commas: drafters (NAME@K drafts K tokens a step), and hf, hf-lookup, hf-early-exit, "
+            "hf-assistant=MODEL (model.generate and its assisted modes). none (plain decoding) always runs. By "
+            "default: hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
         ),
     ] = None,
     drafter_option: Annotated[
-        list[str] | None, typer.Option(metavar="METHOD.KEY=VALUE", help="An option of one method; repeatable.")
+        list[str] | None, typer.Option(metavar="DRAFTER.KEY=VALUE", help="An option of one drafter; repeatable.")
     ] = None,
     prompts: shared.Prompts = "own",
     data_dir: shared.DataDir = None,
     limit: shared.Limit = None,
     max_new_tokens: shared.MaxNewTokens = 128,
-    repetitions: Annotated[int, typer.Option(help="Times that everything is decoded.", min=1)] = 1,
+    repetitions: Annotated[int, typer.Option(help="How often everything is decoded.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.", min=1)] = 1,
     num_speculative_tokens: shared.Depth = "auto",
-    temperature: shared.Temperature = 0.0,
-    top_p: shared.TopP = 1.0,
-    top_k: shared.TopK = 0,
-    seed: shared.Seed = 0,
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
-    dtype: shared.Dtype = "auto",
-    device: shared.Device = "auto",
-    runtime: shared.Runtime = options.Runtime.auto,
-    weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
-    activations: shared.Activations = options.Activations.auto,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for results.jsonl (every request) and bench.json.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for bench.json and results.jsonl (every request).")
     ] = None,
     as_json: shared.JsonLine = False,
 ) -> None:
     """Measure drafters against plain decoding and model.generate, side by side, prompt by prompt.
 
-    Medians with 95 % bootstrap intervals. Every method answers the same prompts; a conversation goes on with the answer
-    of plain decoding.
+    Figures are medians with 95 % bootstrap intervals. Every method answers the same prompts; a conversation continues
+    with the answer of plain decoding.
     """
-    names = shared.commas(METHODS if methods is None else methods)
+    names = shared.commas(DRAFTERS if drafters is None else drafters)
     if not names:
-        raise SpecDecError(f"--methods names none; give some, such as {METHODS}")
-    own = _by_method(names, drafter_option or [])
+        raise SpecDecError(f"--drafters names none; give some, such as {DRAFTERS}")
+    own = _by_drafter(names, drafter_option or [])
     with terminal.status("loading"):
-        from specdec.bench.cell import OTHERS, Cell
+        from specdec.bench.cell import EXTERNAL_METHODS, Cell
         from specdec.bench.run import BenchRun, Decoders
         from specdec.models.drafter_folder import find_shipped
         from specdec.sweep.results import from_benchmark
 
         terminal.warn_in_lines()
         base = Cell(
-            model=model,
-            dtype=dtype,
-            device=device,
-            runtime=runtime,
-            weights=weights,
-            kv_cache=kv_cache,
-            activations=activations,
+            **vars(loading),
+            **vars(sampling),
             verifier=verifier,
             verifier_options=options.parse_assignments("--verifier-option", verifier_option or []),
             num_speculative_tokens=shared.depth(num_speculative_tokens),
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
             prompts=prompts,
             limit=limit,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             repetitions=repetitions,
-            against=("none", *(n for n in names if n in OTHERS and not OTHERS[n].drafts and n not in own)),
+            against=(
+                "none",
+                *(n for n in names if n in EXTERNAL_METHODS and not EXTERNAL_METHODS[n].drafts and n not in own),
+            ),
         )
         every = names if "none" in names else ["none", *names]
-        cells = [base.but(**_method(name), drafter_options=own.get(name, {})) for name in every]
+        cells = [base.with_settings(**_method(name), drafter_options=own.get(name, {})) for name in every]
         folder = _folder(output) if output else None
         decoders = Decoders(data_dir)
         if licence := decoders.prompts(base).licence:
             terminal.say(f"prompts: {prompts} ({licence})")
-        if methods is None and find_shipped("m2r2", decoders.base(base).target) is None:
+        if drafters is None and find_shipped("m2r2", decoders.base(base).target) is None:
             cells = [cell for cell in cells if cell.drafter != "m2r2"]
             terminal.say("m2r2 is left out: none is shipped for this model; train one: specdec train m2r2 --model ...")
         run = BenchRun(cells, decoders)
@@ -138,27 +121,27 @@ def bench(
 
 
 def _method(name: str) -> dict[str, Any]:
-    """The drafter and, with ``NAME@K``, the draft length of a method."""
+    """The drafter of ``NAME`` or ``NAME@K``, and its draft length K."""
     drafter, _, depth = name.rpartition("@")
     if drafter and depth.isdecimal():
         return {"drafter": drafter, "num_speculative_tokens": shared.depth(depth, name)}
     return {"drafter": name}
 
 
-def _by_method(names: list[str], pairs: list[str]) -> dict[str, dict[str, Any]]:
-    """``METHOD.KEY=VALUE`` texts as options by method; names may have dots in them."""
+def _by_drafter(names: list[str], pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """``DRAFTER.KEY=VALUE`` texts as options by drafter; names may contain dots."""
     out: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         fits = [name for name in names if pair.startswith(f"{name}.")]
         if not fits:
-            raise SpecDecError(f"--drafter-option takes METHOD.KEY=VALUE with a name of --methods; got '{pair}'")
+            raise SpecDecError(f"--drafter-option takes DRAFTER.KEY=VALUE with a name of --drafters; got '{pair}'")
         name = max(fits, key=len)
         out.setdefault(name, {}).update(options.parse_assignments("--drafter-option", [pair[len(name) + 1 :]]))
     return out
 
 
 def _folder(output: Path) -> Path:
-    """The output folder, made if need be. Raises SpecDecError if it holds another benchmark."""
+    """Create the output folder. Raises SpecDecError if it holds another benchmark."""
     for name in ("bench.json", "results.jsonl"):
         if (output / name).exists():
             raise SpecDecError(f"'{output}' already holds a benchmark ({name}); choose another --output, or delete it")
@@ -166,7 +149,7 @@ def _folder(output: Path) -> Path:
 
 
 def _print(summary: dict[str, Any], table: Any) -> None:
-    """Print what was measured, what passes cost, the figures, where the time went, and how it spreads."""
+    """Print the settings, the costs of passes, the figures, the phases and the percentiles."""
     cell, about, prompts = (summary[key] for key in ("configuration", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
     names = {"activations": "activations", "kv_cache": "KV cache"}

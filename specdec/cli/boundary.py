@@ -1,7 +1,7 @@
 """The error boundary: every failure of a command becomes one line on stderr and an exit code.
 
-Bad input is exit code 2. 1 is a fault of specdec: an unexpected exception, or an output that should equal plain
-decoding and does not. 130 is Ctrl-C.
+Exit code 2 is bad input, 130 is Ctrl-C. 1 is a fault of specdec: an unexpected exception, or an output that differs
+from plain decoding and must not.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Commands(TyperGroup):
         args = sys.argv[1:] if args is None else list(args)
         try:
             code = super().main(args, prog_name or "specdec", complete_var, False, windows_expand_args, **extra)
-            sys.stdout.flush()  # while its failure can still be reported
-        except BrokenPipeError:  # the reader has closed the pipe
+            sys.stdout.flush()  # here a failure can still be reported
+        except BrokenPipeError:  # the reader closed the pipe
             code = 1
         except Exception as error:
             if not standalone_mode:
@@ -61,13 +61,13 @@ def _explain(error: Exception, debug: bool) -> int:
         return INTERRUPTED
     elif kind == "NoArgsIsHelpError":
         print(text)
-    elif hasattr(error, "format_message"):  # a usage error, found by typer
+    elif hasattr(error, "format_message"):  # a usage error of typer
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "specdec"
         terminal.error(f"{error.format_message().rstrip('.')}; see '{where} --help'")
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing '{error.filename}'" if error.filename else ""
-        terminal.error(f"no space left on the disk{where}; free some and try again")
+        terminal.error(f"no space left on the disk{where}; free some space and try again")
     elif isinstance(error, RecursionError) and not debug:
         terminal.error(f"a file or an option is nested too deeply; {DEBUG}=1 shows where")
     elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from specdec.base import options, terminal
+from specdec.base import terminal
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.options import SamplingParams
 from specdec.base.terminal import as_text, note, say
 from specdec.cli import shared
 from specdec.cli.shared import panel
-from specdec.models.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
@@ -25,66 +24,45 @@ if TYPE_CHECKING:
     from specdec.engine.request import Handle
 
 COMMANDS = {
-    "/system": "TEXT: begin anew with this system message; without TEXT, with none",
+    "/system": "TEXT: start again with this system message; without TEXT, with none",
     "/save": "FILE: write the conversation as JSON",
     "/drafter": "on or off: off decodes plainly",
-    "/new": "begin anew",
+    "/new": "start again",
     "/help": "print this",
-    "/exit": "end; so does Ctrl-D",
+    "/exit": "end the chat, like Ctrl-D",
 }
-SHADES = ("", "green", "cyan", "magenta")  # of tokens by their depth in a draft; the last of all deeper ones
+SHADES = ("", "green", "cyan", "magenta")  # by depth in the draft; the last also for deeper tokens
 _text, _output = map(panel, ("Text", "Output"))
 
 
+@shared.grouped
 def chat(
-    model: shared.Model = DEFAULT_MODEL,
-    drafter: shared.Drafter = "auto",
-    drafter_option: shared.DrafterOption = None,
-    dtype: shared.Dtype = "auto",
-    device: shared.Device = "auto",
-    runtime: shared.Runtime = options.Runtime.auto,
-    weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
-    activations: shared.Activations = options.Activations.auto,
-    revision: shared.Revision = None,
-    trust_remote_code: shared.TrustRemoteCode = False,
+    loading: shared.HubLoading = shared.HubLoading(),
+    drafting: shared.Drafting = shared.Drafting(),
+    sampling: shared.Sampling = shared.Sampling(),
     system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens of an answer.", "N", min=1)] = 1024,
-    temperature: shared.Temperature = 0.0,
-    top_p: shared.TopP = 1.0,
-    top_k: shared.TopK = 0,
-    seed: shared.Seed = 0,
-    quiet: Annotated[bool, _output("--quiet", "No figures after an answer, no shades.")] = False,
+    quiet: Annotated[bool, _output("--quiet", "No figures after an answer, no colours.")] = False,
 ) -> None:
-    """Chat with a model in the terminal. Drafts are shaded by depth, Ctrl-C stops an answer, /help lists more."""
+    """Chat with a model in the terminal. Colours show the depth in the draft, Ctrl-C stops an answer."""
     with terminal.status("starting"):
         terminal.warn_in_lines()
         from specdec.api.decoder import SpecDecoder
 
-        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        params = SamplingParams(**vars(sampling))
         ask = _asker()
-    with terminal.status(f"preparing {model}"):
+    with terminal.status(f"preparing {loading.model}"):
         decoder = SpecDecoder.from_pretrained(
-            model,
-            drafter,
-            dtype=dtype,
-            device=device,
-            runtime=runtime,
-            weights=weights,
-            kv_cache=kv_cache,
-            activations=activations,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            drafter_options=options.parse_assignments("--drafter-option", drafter_option or []),
+            loading.model, drafting.drafter, **loading.keywords, drafter_options=drafting.options
         )
         engine = decoder.engine(max_rows=1)
     with engine:
-        note(f"{model} with {decoder.drafter.label}; /help lists commands")
-        Conversation(decoder, engine, params, max_new_tokens, system, quiet).run(ask)
+        note(f"{loading.model} with {decoder.drafter.label}; /help lists commands")
+        ChatSession(decoder, engine, params, max_new_tokens, system, quiet).run(ask)
 
 
-class Conversation:
-    """The messages so far, and what a line that the user types does with them."""
+class ChatSession:
+    """The messages of a chat, and its commands."""
 
     def __init__(
         self,
@@ -104,7 +82,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
 
     def run(self, ask: Callable[[], str]) -> None:
-        """Take lines until the user ends it."""
+        """Read lines until the user ends the chat."""
         while True:
             try:
                 line = ask().strip()
@@ -120,17 +98,17 @@ class Conversation:
                 terminal.error(str(error))
 
     def take(self, line: str) -> None:
-        """Run a command, or answer a message. Raises SpecDecError for what cannot be done."""
+        """Run a command, or answer a message. Raises SpecDecError for an unknown command or a wrong argument."""
         if not line.startswith("/"):
             return self.answer(line)
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command == "/system":
             self.begin(rest or None)
-            say("begun anew with this system message" if rest else "begun anew without a system message")
+            say("started again with this system message" if rest else "started again without a system message")
         elif command == "/new":
             self.begin(self.system)
-            say(f"begun anew with{'' if self.system else 'out'} a system message")
+            say(f"started again with{'' if self.system else 'out'} a system message")
         elif command == "/save":
             self.save(rest)
         elif command == "/drafter" and rest in ("on", "off"):
@@ -149,7 +127,7 @@ class Conversation:
             raise SpecDecError("/save takes the name of a file, such as /save chat.json")
         path = Path(name).expanduser()
         if path.exists():
-            raise SpecDecError(f"there is a '{path}' already; choose another name")
+            raise SpecDecError(f"'{path}' exists already; choose another name")
         try:
             shared.write_json(path, {"drafter": self.decoder.drafter.label, "messages": self.messages})
         except OSError as error:
@@ -166,7 +144,7 @@ class Conversation:
         ids = encode(self.decoder.tokenizer, messages, context=context)
         if len(ids) >= context:
             raise SpecDecError(
-                f"the conversation has {len(ids)} tokens, the model's context {context}; /new begins anew"
+                f"the conversation has {len(ids)} tokens, the model's context {context}; /new starts again"
             )
         settings = {"max_new_tokens": self.limit, "draft": self.draft, **vars(self.params)}
         handle = self.engine.submit(self.decoder.request(ids, **settings))
@@ -191,7 +169,7 @@ class Conversation:
 
 
 def _asker() -> Callable[[], str]:
-    """What reads a line: with editing and history on a terminal."""
+    """A function that reads a line, with editing and history on a terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input
     try:
@@ -206,7 +184,7 @@ def _asker() -> Callable[[], str]:
 
 
 def _history() -> Any:
-    """What was typed before, in a file that only its owner reads."""
+    """The history of earlier input, in a file that only its owner can read."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     from specdec.base.files import cache_dir
@@ -221,7 +199,7 @@ def _history() -> Any:
 
 
 def _writer(quiet: bool) -> Callable[[str, int], None]:
-    """What writes text of a depth to stdout: shaded on a terminal."""
+    """A function that writes text to stdout, on a terminal coloured by its depth in the draft."""
     console = Console(highlight=False, soft_wrap=True)
     if quiet or not console.is_terminal:
         return lambda text, depth: terminal.write(text)
@@ -234,7 +212,7 @@ def _writer(quiet: bool) -> Callable[[str, int], None]:
 
 @contextmanager
 def _stoppable(handle: Handle) -> Iterator[None]:
-    """Ctrl-C cancels the request, and nothing else."""
+    """Let Ctrl-C cancel only the request."""
     before = signal.signal(signal.SIGINT, lambda number, frame: handle.cancel())
     try:
         yield

@@ -1,7 +1,4 @@
-"""What a bug report needs: versions, CPU, kernels, devices, threads, the cache, models and shipped drafters.
-
-Reads the machine and the cache folder; loads no model and downloads nothing.
-"""
+"""``specdec doctor``: what a bug report needs. It loads no model and downloads nothing."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ from specdec.models import catalogue
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
 FLAGS = ["avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"]
 FLAGS += ["amx_bf16", "amx_int8"]
-# Whole names, none of a secret: reports are sent to others.
+# A fixed list without secrets, because reports are published.
 VARIABLES = ["CUDA_VISIBLE_DEVICES", "GOMP_CPU_AFFINITY", "GOMP_SPINCOUNT", "HF_HOME", "HF_HUB_OFFLINE"]
 VARIABLES += ["OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "OMP_WAIT_POLICY"]
 VARIABLES += ["SPECDEC_CACHE", "SPECDEC_DATA", "SPECDEC_DEBUG", "SPECDEC_NATIVE"]
 
 
 def collect() -> dict[str, Any]:
-    """Plain values for JSON. What this system does not report is None or empty."""
+    """The report as JSON values; None or empty where the system reports nothing."""
     from specdec.base import cores  # these import torch
     from specdec.bench.environment import environment
 
@@ -93,7 +90,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
-    """Those of ``FLAGS`` that Linux reports."""
+    """The members of ``FLAGS`` that Linux reports."""
     flags = machine.processor(cpuinfo).get("flags", "").split()
     return [flag for flag in FLAGS if flag in flags]
 
@@ -109,7 +106,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _device() -> dict[str, str]:
-    """The device that ``auto`` chooses, and why it is not a CUDA device."""
+    """The device that ``auto`` chooses, and why no CUDA device is used."""
     import torch
 
     from specdec.models import device
@@ -121,7 +118,7 @@ def _device() -> dict[str, str]:
 
 
 def _cache() -> dict[str, Any]:
-    """Size of the cache folder, symbolic links not followed. Files that vanish meanwhile do not count."""
+    """The size of the cache folder, without following links. Files that vanish meanwhile do not count."""
     folder, size, free = files.cache_dir(), 0, 0
     for parent, _, names in os.walk(folder):
         for name in names:

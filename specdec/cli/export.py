@@ -1,4 +1,4 @@
-"""``specdec export`` and ``specdec push``: what others load."""
+"""``specdec export`` and ``specdec push``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Write what other libraries load."""
+    """Write models and drafters for other libraries."""
 
 
 @app.command(
@@ -25,7 +25,7 @@ def custom_generate(
     output: Annotated[Path, typer.Option(metavar="REPO", help="Folder of the repository.")],
     drafter: Annotated[str, typer.Option(metavar="DRAFTER", help="A drafter folder, or a name.")] = "auto",
     model: Annotated[
-        str | None, typer.Option(help="Write this model there, too; else put the files into its repository.")
+        str | None, typer.Option(help="Also write this model there; else add the files to its repository yourself.")
     ] = None,
 ) -> None:
     """Write a repository for transformers, whose model.generate decodes with specdec."""
@@ -53,7 +53,9 @@ def vllm(
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A drafter folder.")],
-    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="A repository; made if it is not there.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="The repository; it is created if it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
 ) -> None:
     """Publish a drafter on Hugging Face, with a model card; --drafter ORG/NAME then loads it."""

@@ -18,7 +18,6 @@ from specdec.base import inputs, options, terminal
 from specdec.base.errors import SpecDecError
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED, panel, print_json
-from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.speculation import registry
 
 if TYPE_CHECKING:
@@ -27,32 +26,24 @@ if TYPE_CHECKING:
     from specdec.runtimes.experts.offload import ExpertOptions
     from specdec.speculation.constraints import Json
 
-LONG = 1024  # tokens of a prompt that is worth a spinner
-WARM_UP = 8  # tokens that each side of --compare decodes before it is timed
+LONG = 1024  # tokens of a prompt that gets a spinner
+WARM_UP = 8  # tokens that both sides of --compare decode before timing
 
 _model, _experts, _text, _sampling, _output = map(panel, ("Model", "Experts", "Text", "Sampling", "Output"))
 
 
+@shared.grouped
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
-    drafter: shared.Drafter = "auto",
-    drafter_option: shared.DrafterOption = None,
+    drafting: shared.Drafting = shared.Drafting(),
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     exit_threshold: Annotated[
         float | None,
-        _model("--exit-threshold", "Of confident: how sure, in [0, 1], a token must be to leave early.", "P"),
+        _model("--exit-threshold", "For confident: probability in [0, 1] at which a token leaves early.", "P"),
     ] = None,
     exact: Annotated[bool, _model("--exact", "Refuse a lossy acceptance rule.")] = False,
-    model: shared.Model = DEFAULT_MODEL,
-    dtype: shared.Dtype = "auto",
-    device: shared.Device = "auto",
-    runtime: shared.Runtime = options.Runtime.auto,
-    weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
-    activations: shared.Activations = options.Activations.auto,
-    revision: shared.Revision = None,
-    trust_remote_code: shared.TrustRemoteCode = False,
+    loading: shared.HubLoading = shared.HubLoading(),
     expert_cache: Annotated[
         str | None,
         _experts("--expert-cache", "Offload experts; keep this share (0.25) or size (300MB) of them.", "SIZE"),
@@ -77,9 +68,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", options.MaxNewTokens, "N", min=1)] = 128,
     num_speculative_tokens: shared.Depth = "auto",
-    temperature: shared.Temperature = 0.0,
-    top_p: shared.TopP = 1.0,
-    top_k: shared.TopK = 0,
+    sampling: shared.Sampling = shared.Sampling(),
     min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0,
     repetition_penalty: Annotated[
         float | None, _sampling("--repetition-penalty", options.RepetitionPenalty, "R")
@@ -87,7 +76,6 @@ def generate(
     frequency_penalty: Annotated[float, _sampling("--frequency-penalty", options.FrequencyPenalty, "P")] = 0.0,
     presence_penalty: Annotated[float, _sampling("--presence-penalty", options.PresencePenalty, "P")] = 0.0,
     logit_bias: Annotated[list[str] | None, _sampling("--logit-bias", options.LogitBias, "TOKEN=BIAS")] = None,
-    seed: shared.Seed = 0,
     compare: Annotated[
         bool, _output("--compare", "Also decode plainly: speedup, and is the output identical?")
     ] = False,
@@ -95,8 +83,8 @@ def generate(
     quiet: Annotated[bool, _output("--quiet", "No statistics.")] = False,
     verbose: Annotated[bool, _output("--verbose", "More statistics, warnings, tracebacks.")] = False,
 ) -> None:
-    """Generate text. It streams to stdout as it is accepted; statistics go to stderr."""
-    silent = quiet or as_json
+    """Generate text. Text streams to stdout; statistics go to stderr."""
+    model, drafter, silent = loading.model, drafting.drafter, quiet or as_json
     text = _read(prompt)
     system = None if system is None else _utf8("--system", system)
     stop = [_utf8("--stop", one) for one in stop or []]
@@ -107,10 +95,14 @@ def generate(
         from specdec.api.text import encode
         from specdec.speculation.sampling import Sampler
 
-        # What can be checked without the model comes first: it may have to be downloaded.
-        bias = _bias(logit_bias or [])
+        # Checks that need no model come first, because the model may have to be downloaded.
         params = options.SamplingParams(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, frequency_penalty, presence_penalty, bias
+            **vars(sampling),
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            logit_bias=_bias(logit_bias or []),
         )
         asked: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -126,28 +118,16 @@ def generate(
                 raise SpecDecError(f"--exit-threshold belongs to --verifier confident; '{verifier}' has none")
             rule_options["exit_threshold"] = exit_threshold
         rule = registry.verifier(verifier, rule_options, exact)
-        drafter_options = options.parse_assignments("--drafter-option", drafter_option or [])
+        drafter_options = drafting.options
         experts = _expert_options(expert_cache, expert_prefetch, expert_option or [])
     with terminal.status(f"preparing {model}", silent):
         decoder = SpecDecoder.from_pretrained(
-            model,
-            drafter,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            runtime=runtime,
-            weights=weights,
-            kv_cache=kv_cache,
-            activations=activations,
-            drafter_options=drafter_options,
-            verifier=rule,
-            experts=experts,
+            model, drafter, **loading.keywords, drafter_options=drafter_options, verifier=rule, experts=experts
         )
     tuned = decoder.tuned
     if drafter == "auto":
         drafter = decoder.drafter.name if tuned is None else tuned.drafter
-    source = "" if drafter == decoder.drafter.label else drafter  # a folder, or NAME=SOURCE
+    source = "" if drafter == decoder.drafter.label else drafter  # a folder or NAME=SOURCE
     if tuned is not None and num_speculative_tokens == "auto":
         settings["num_speculative_tokens"] = tuned.num_speculative_tokens
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
@@ -188,7 +168,7 @@ def generate(
             "lossless": rule.lossless,
             "verifier": statistics.rule(decoder),
             "settings": settings | {"system": system, "chat": chat, "json_schema": json_schema and str(json_schema)},
-            "note": statistics.unaccepted(decoder, output) or None,
+            "note": statistics.nothing_accepted(decoder, output) or None,
         }
         if comparison is not None:
             result["compare"] = {"outcome": statistics.outcome(comparison, decoder)} | comparison.as_dict()
@@ -241,7 +221,7 @@ def _schema(file: Path) -> Json:
 
 
 def _bias(pairs: list[str]) -> dict[int, float] | None:
-    """The bias of logits by token id. Raises SpecDecError for what is none."""
+    """The logit bias by token id. Raises SpecDecError for a malformed pair."""
     try:
         return {int(token): float(bias) for token, _, bias in (pair.partition("=") for pair in pairs)} or None
     except ValueError:
@@ -249,7 +229,7 @@ def _bias(pairs: list[str]) -> dict[int, float] | None:
 
 
 def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> ExpertOptions | None:
-    """What --expert-cache and its like say; None without them. Raises SpecDecError for what cannot be."""
+    """The options of the expert store; None without --expert-cache. Raises SpecDecError for invalid options."""
     from specdec.runtimes.experts.offload import ExpertOptions
 
     if cache is None:
@@ -266,7 +246,7 @@ def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> Expert
 
 @contextmanager
 def _interruptible() -> Iterator[Event]:
-    """Turn the first Ctrl-C into an event, so that it cuts no step and no write in half; a second one raises."""
+    """Turn the first Ctrl-C into an event, so that the current step and write finish; the second one raises."""
     interrupted, before = Event(), signal.getsignal(signal.SIGINT)
 
     def handler(number: int, frame: object) -> None:
@@ -284,9 +264,9 @@ def _interruptible() -> Iterator[Event]:
 def _decode(
     decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], write: Callable[[str], None], silent: bool
 ) -> tuple[GenerationOutput, SpecDecError | None]:
-    """One generation, its text handed to ``write`` as it comes. Ctrl-C ends it with what there is.
+    """Generate once and pass the text to ``write`` as it arrives. Ctrl-C ends the generation.
 
-    So does what makes it fail, which is returned, too; raised, if nothing has been generated.
+    Returns the output and the error that ended it. Raises this error if nothing was generated.
     """
     with terminal.status("measuring", silent or settings["num_speculative_tokens"] != "auto"):  # once per machine
         generation = decoder.open([ids], **settings)
@@ -307,12 +287,12 @@ def _decode(
         output = generation.outputs()[0]
         if failed is not None and not output.token_ids:
             raise failed
-        write(output.text[sent:])  # held back as the possible beginning of a stop string or character
+        write(output.text[sent:])  # text that could have begun a stop string or a character
     return output, failed
 
 
 def _short(ids: list[int]) -> bool:
-    """Whether a terminal does without a spinner while the prompt is read: its thread takes time from the model."""
+    """Whether the terminal shows no spinner during prefill: its thread takes time from the model."""
     return len(ids) < LONG and terminal.stderr().is_terminal
 
 

@@ -17,7 +17,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def models(as_json: AsJson = False) -> None:
-    """List the embedded models: licence, sizes, whether they are cached, shipped drafters, and where they are."""
+    """List the embedded models: licence, sizes, cache state, shipped drafters and location."""
     rows = embedded_models()
     if as_json:
         print_json([asdict(row) for row in rows])
@@ -31,7 +31,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 def drafters(as_json: AsJson = False) -> None:
-    """List the drafters: what they are, how to train them, and for which models one is shipped."""
+    """List the drafters: summary, training command, and the models for which one is shipped."""
     rows = [_drafter(name) for name in sorted(registry.names("drafters"))]
     if as_json:
         print_json(rows)
@@ -47,7 +47,7 @@ def _drafter(name: str) -> dict[str, Any]:
     try:
         found = registry.lookup("drafters", name)
         summary, training = found.summary, found.training
-    except (ImportError, AttributeError, SpecDecError) as error:  # one broken plug-in must not hide the others
+    except (ImportError, AttributeError, SpecDecError) as error:  # a broken plug-in must not hide the others
         summary, training = f"cannot be loaded: {error}", None
     return {
         "name": name,

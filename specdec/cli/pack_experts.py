@@ -1,4 +1,4 @@
-"""``specdec pack-experts``: the packed expert file of a model, and a predictor for loading experts ahead of time."""
+"""``specdec pack-experts``: a packed file of a model's experts, and a predictor for prefetching."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from specdec.train.data import TrainingAnswer
 
-HELD_OUT = 8  # every so many texts one is kept to say how good the predictor is, at most this many
-NEW_TOKENS = 192  # of an answer that the model still has to give
+HELD_OUT = 8  # every 8th text is held out for evaluation, at most 8 texts
+NEW_TOKENS = 192  # of an answer that the model generates
 
 
 def pack_experts(
@@ -37,7 +37,7 @@ def pack_experts(
     ] = "1.0",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Write the experts of a model into one file, to be loaded as they are needed (generate --expert-cache)."""
+    """Write the experts of a model into one file, from which generate --expert-cache loads them on demand."""
     from specdec.models import identity, loading
     from specdec.runtimes.experts import packed
     from specdec.runtimes.experts.layers import moe_layers
@@ -58,7 +58,7 @@ def pack_experts(
 
 
 def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[TrainingAnswer]) -> None:
-    """Fit the predictor to all but a few of ``answers``, write it, and print its recall on those few."""
+    """Fit the predictor to most of ``answers``, write it, and print its recall on the others."""
     from specdec.runtimes.experts import predict
     from specdec.runtimes.experts.layers import moe_layers
     from specdec.train.expert_predictor import fit_predictor, recalls
@@ -71,9 +71,7 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
     found = recalls(loaded, {"m2r2": predictor, "residual": residual}, held)
     figures = {name: {str(ahead): share for ahead, share in by.items()} for name, by in found.items()}
     predict.write_predictor(folder, predictor, fingerprint, {"recall": figures, "texts": len(rest)})
-    write(
-        f"{folder / predict.FOLDER}: share of needed experts that are predicted, by layers ahead, on held-out texts\n"
-    )
+    write(f"{folder / predict.FOLDER}: predicted share of the needed experts by layers ahead, on held-out texts\n")
     rows = [(name, *(f"{share:.1%}" for share in by.values())) for name, by in figures.items()]
     print_table(("predictor", *next(iter(figures.values()))), rows)
 
@@ -88,7 +86,7 @@ def _read(path: Path) -> list[Any]:
 
 
 def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[TrainingAnswer]:
-    """The texts as answers; prompts are answered by the model."""
+    """The texts as answers; the model answers prompts."""
     from specdec.api.decoder import SpecDecoder
     from specdec.train.answers import encode_prompts
     from specdec.train.data import TrainingAnswer

@@ -12,39 +12,30 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.cli.shared import panel
-from specdec.models.catalogue import DEFAULT_MODEL
 
 MIN_BODY = 1024  # bytes
 _server, _limits = map(panel, ("Server", "Limits"))
 
 
+@shared.grouped
 def serve(
-    model: shared.Model = DEFAULT_MODEL,
-    drafter: shared.Drafter = "auto",
-    drafter_option: shared.DrafterOption = None,
-    dtype: shared.Dtype = "auto",
-    device: shared.Device = "auto",
-    runtime: shared.Runtime = options.Runtime.auto,
-    weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
-    activations: shared.Activations = options.Activations.auto,
-    revision: shared.Revision = None,
-    trust_remote_code: shared.TrustRemoteCode = False,
+    loading: shared.HubLoading = shared.HubLoading(),
+    drafting: shared.Drafting = shared.Drafting(),
     host: Annotated[
         str, _server("--host", "Address to listen at; 0.0.0.0 is every network of the machine.", "HOST")
     ] = "127.0.0.1",
     port: Annotated[int, _server("--port", "Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
-    name: Annotated[str | None, _server("--name", "What clients call the model; its own name else.", "NAME")] = None,
+    name: Annotated[str | None, _server("--name", "Model name for clients; default: its own name.", "NAME")] = None,
     api_key: Annotated[
         str | None,
-        _server("--api-key", "Clients must send it; better set as a variable.", "KEY", envvar="SPECDEC_API_KEY"),
+        _server("--api-key", "Key that clients must send; prefer the variable.", "KEY", envvar="SPECDEC_API_KEY"),
     ] = None,
     cors: Annotated[
-        list[str] | None, _server("--cors", "Let pages from this origin call the server; repeatable.", "ORIGIN")
+        list[str] | None, _server("--cors", "Allow pages of this origin to call the server; repeatable.", "ORIGIN")
     ] = None,
     allowed_hosts: Annotated[
         list[str] | None,
-        _server("--allowed-hosts", "Further name by which clients call the server; '*': any; repeatable.", "HOST"),
+        _server("--allowed-hosts", "Further host name of the server; '*': any; repeatable.", "HOST"),
     ] = None,
     quiet: Annotated[bool, _server("--quiet", "No line for each request.")] = False,
     num_speculative_tokens: shared.Depth = "auto",
@@ -52,23 +43,26 @@ def serve(
     max_waiting: Annotated[int, _limits("--max-waiting", "Requests that may wait; more get 429.", "N", min=1)] = 256,
     kv_memory: Annotated[
         str | None,
-        _limits("--kv-memory", "Memory for keys and values, such as 2GiB; a share of what is free else.", "SIZE"),
+        _limits(
+            "--kv-memory", "Memory for keys and values, such as 2GiB; default: a share of the free memory.", "SIZE"
+        ),
     ] = None,
     max_prompt_tokens: Annotated[
-        int | None, _limits("--max-prompt-tokens", "Longest prompt; the model's context else.", "N", min=1)
+        int | None, _limits("--max-prompt-tokens", "Longest prompt; default: the model's context.", "N", min=1)
     ] = None,
     max_tokens: Annotated[
-        int | None, _limits("--max-tokens", "Most new tokens of a choice; the model's context else.", "N", min=1)
+        int | None, _limits("--max-tokens", "Most new tokens of a choice; default: the model's context.", "N", min=1)
     ] = None,
     max_choices: Annotated[
         int, _limits("--max-choices", "Most choices of a request: its prompts times n.", "N", min=1)
     ] = 64,
     max_connections: Annotated[
-        int, _limits("--max-connections", "Most connections; fewer where descriptors are short.", "N", min=1)
+        int, _limits("--max-connections", "Most connections; fewer if the system has too few descriptors.", "N", min=1)
     ] = 1024,
     max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
 ) -> None:
-    """Serve a model over HTTP: OpenAI's interface, a page to try it, figures for Prometheus (extra 'serve')."""
+    """Serve a model over HTTP: OpenAI's interface, a chat page, Prometheus metrics (extra 'serve')."""
+    model = loading.model
     with terminal.status("starting"):
         terminal.warn_in_lines()
         try:
@@ -112,17 +106,7 @@ def serve(
         listener = bind(host, port)
     with terminal.status(f"preparing {model}"):
         decoder = SpecDecoder.from_pretrained(
-            model,
-            drafter,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            runtime=runtime,
-            weights=weights,
-            kv_cache=kv_cache,
-            activations=activations,
-            drafter_options=options.parse_assignments("--drafter-option", drafter_option or []),
+            model, drafting.drafter, **loading.keywords, drafter_options=drafting.options
         )
         engine = decoder.engine(
             max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory, num_speculative_tokens=depth

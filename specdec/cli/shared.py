@@ -1,25 +1,28 @@
-"""Options that several commands take, and small helpers for their arguments."""
+"""Options of several commands, and helpers for their arguments."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from specdec.base import options
+from specdec.base import files, options
 from specdec.base.errors import SpecDecError
-from specdec.base.files import write_atomically
+from specdec.models.catalogue import DEFAULT_MODEL
 
 INTERRUPTED = 130  # exit code of Ctrl-C
 
 
 def panel(title: str) -> Callable[..., Any]:
-    """A maker of options listed under ``title`` in the help, which is text or that of a type of ``base.options``."""
+    """A function that makes options of the help panel ``title``. help: text, or a type of ``base.options``."""
 
     def option(name: str, help: Any, metavar: str | None = None, **more: Any) -> Any:
         text = help if isinstance(help, str) else options.description(help)
@@ -43,7 +46,9 @@ Revision = Annotated[str | None, _model("--revision", "Branch, tag or commit of 
 TrustRemoteCode = Annotated[bool, _model("--trust-remote-code", "Run Python code that comes with the model.")]
 Weights = Annotated[
     options.Weights,
-    _model("--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16): the base, then.", "KIND"),
+    _model(
+        "--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16), which then are the base.", "KIND"
+    ),
 ]
 KVCache = Annotated[
     options.KVCacheFormat,
@@ -57,7 +62,7 @@ Drafter = Annotated[
     str,
     _model(
         "--drafter",
-        "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME[@revision] on Hugging Face, or several "
+        "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or several "
         "joined by +; auto: what 'specdec tune drafter' found for the model, else ngram, with the m2r2 shipped for it.",
         "NAME",
     ),
@@ -81,19 +86,93 @@ Prompts = Annotated[
     ),
 ]
 FirstTurns = Annotated[
-    str, typer.Option(metavar="FILE|NAME", help="As in bench; the first turn of each conversation counts.")
+    str, typer.Option(metavar="FILE|NAME", help="As in bench; only the first turn of each conversation is used.")
 ]
 DataDir = Annotated[
     Path | None, typer.Option(metavar="DIR", envvar="SPECDEC_DATA", help="Folder of named prompt sets.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Conversations, spread over the set; all if not given.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Number of conversations, evenly spaced over the set; default: all.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")]
 Depth = Annotated[str, typer.Option("--num-speculative-tokens", metavar="K", help=options.description(options.Depth))]
 Temperature = Annotated[float, _sampling("--temperature", options.Temperature, "T")]
 TopP = Annotated[float, _sampling("--top-p", options.TopP, "P")]
 TopK = Annotated[int, _sampling("--top-k", options.TopK, "N")]
 Seed = Annotated[int, _sampling("--seed", options.Seed, "N")]
-JsonLine = Annotated[bool, _output("--json", "End with everything as one line of JSON.")]
+JsonLine = Annotated[bool, _output("--json", "Print all results as one line of JSON at the end.")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
+
+    model: Model = DEFAULT_MODEL
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    runtime: Runtime = options.Runtime.auto
+    weights: Weights = options.Weights.auto
+    kv_cache: KVCache = options.KVCacheFormat.auto
+    activations: Activations = options.Activations.auto
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Everything but the model's name, as ``SpecDecoder.from_pretrained`` takes it."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
+
+@dataclass(frozen=True)
+class HubLoading(Loading):
+    """The same, with what a model of the Hugging Face Hub may need."""
+
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Which drafter drafts."""
+
+    drafter: Drafter = "auto"
+    drafter_option: DrafterOption = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return options.parse_assignments("--drafter-option", self.drafter_option or [])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    seed: Seed = 0
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` for typer: the fields of each parameter whose default is a dataclass become options."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {n: p.default for n, p in signature.parameters.items() if is_dataclass(p.default)}
+    parameters = list[inspect.Parameter]()
+    for name, parameter in signature.parameters.items():
+        if name not in groups:
+            parameters.append(parameter)
+            continue
+        for field, kind in get_type_hints(parameter.annotation, include_extras=True).items():
+            default = getattr(groups[name], field)
+            parameters.append(inspect.Parameter(field, parameter.kind, default=default, annotation=kind))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = replace(group, **{field: given.pop(field) for field in vars(group)})
+        command(**given)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def depth(text: str, flag: str = "--num-speculative-tokens") -> int | Literal["auto"]:
@@ -106,12 +185,12 @@ def depth(text: str, flag: str = "--num-speculative-tokens") -> int | Literal["a
 
 
 def commas(text: str) -> list[str]:
-    """The parts of a list with commas between."""
+    """The parts of a comma-separated list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def command_line(*more: str) -> str:
-    """The command that runs, as a shell takes it."""
+    """The running command, quoted for a shell."""
     return shlex.join(["specdec", *sys.argv[1:], *more])
 
 
@@ -128,5 +207,5 @@ def print_json(value: Any) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON; the file is whole or as it was."""
-    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+    """Write indented JSON atomically."""
+    files.write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

@@ -1,6 +1,6 @@
 """The figures of one generation and its comparison with plain decoding.
 
-They are a small table on a terminal and ``label: value`` lines in a pipe. Imports nothing heavy.
+They are a table on a terminal and ``label: value`` lines in a pipe.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specdec.api.tuned import Tuned
 
 Facts = list[tuple[str, str]]
-ENOUGH = 8  # drafted tokens, before it is remarked that none was accepted
+ENOUGH = 8  # drafted tokens before a note says that none was accepted
 
 
 def statistics(
@@ -32,7 +32,8 @@ def statistics(
 ) -> None:
     """Print the figures of one generation to stderr.
 
-    source: the folder or NAME=SOURCE that the drafter was given by. tuned: the settings that were applied.
+    source: the folder or NAME=SOURCE of the drafter.
+    tuned: the settings that were applied.
     """
     m = output.metrics
     rate = f"{m.draft_acceptance_rate:.0%}" if m.num_draft_tokens else "nothing drafted"
@@ -64,7 +65,7 @@ def statistics(
         blocks.append(experts(decoder.target.experts.describe(), m.experts))
     if comparison is not None:
         blocks.append(_compared(comparison, decoder))
-    if hint := unaccepted(decoder, output):
+    if hint := nothing_accepted(decoder, output):
         blocks.append([("note", hint)])
     if verbose:
         blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.ledger.items()])
@@ -100,14 +101,14 @@ def _compared(comparison: Comparison, decoder: SpecDecoder) -> Facts:
 
 
 def outcome(comparison: Comparison, decoder: SpecDecoder) -> str:
-    """Whether the output is that of plain decoding, and if not, why."""
+    """Whether the output equals that of plain decoding, and if not, why."""
     if comparison.identical:
         return "yes"
     return f"no ({comparison.difference})" if decoder.verifier.lossless else f"no: {rule(decoder)}"
 
 
 def experts(what: str, figures: dict[str, float]) -> Facts:
-    """What loading experts took while decoding."""
+    """The costs of loading experts."""
     facts = [("experts", what)]
     if figures:
         facts += [
@@ -119,8 +120,8 @@ def experts(what: str, figures: dict[str, float]) -> Facts:
     return facts
 
 
-def unaccepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
-    """What to do about a drafter of whose tokens none was accepted; empty where some were, or too few were drafted."""
+def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
+    """Advice if no drafted token was accepted; empty if some were, or too few were drafted."""
     m = output.metrics
     if m.num_draft_tokens < ENOUGH or m.num_accepted_draft_tokens:
         return ""
@@ -133,7 +134,7 @@ def unaccepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
 
 
 def rule(decoder: SpecDecoder) -> str:
-    """The acceptance rule by name; a lossy one says so, with its settings."""
+    """The name of the acceptance rule; a lossy rule with its settings."""
     verifier = decoder.verifier
     return verifier.name if verifier.lossless else f"lossy ({verifier.label})"
 
@@ -148,7 +149,7 @@ def _held(decoder: SpecDecoder) -> str:
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:
-    """Which runtime ran, in which dtype, where, and what its weights, keys and values are held in."""
+    """The runtime, dtype and device, and the formats of weights, activations and KV cache."""
     target = decoder.target
     dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)
     held = {"storage": target.weight_format, "activations": target.activations, "kv_cache": target.kv_cache}

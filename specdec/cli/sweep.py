@@ -34,39 +34,44 @@ class Format(StrEnum):
 
 
 def sweep(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML file, or a shipped one: quick, paper, dynamic.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A YAML file, or a shipped sweep: quick, paper, dynamic.")
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE,...]...", help="Over the file: drafter.early-exit.exit_layer=4,8."),
+        typer.Argument(metavar="[KEY=VALUE,...]...", help="Override settings: drafter.early-exit.exit_layer=4,8."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the results; runs/NAME if not given.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the results; default: runs/NAME.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the output folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in the output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the cells.")] = False,
     launcher: Annotated[
-        Launcher, typer.Option(help="local: one by one in this process; ray: on a Ray cluster, or one started here.")
+        Launcher, typer.Option(help="local: one by one in this process; ray: on a Ray cluster.")
     ] = Launcher.local,
     ray_address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="A running Ray cluster; $RAY_ADDRESS if not given.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="A running Ray cluster; default: $RAY_ADDRESS, else a new local one."),
     ] = None,
     data_dir: shared.DataDir = None,
 ) -> None:
-    """Measure a grid of settings, one cell after the other; a sweep that was ended goes on with --resume.
+    """Measure a grid of settings, one cell after the other. --resume continues an interrupted sweep.
 
-    A cell that fails is recorded with its error, the rest goes on, and the exit code is 1.
+    A cell that fails is recorded with its error, the others continue, and the exit code is 1.
     """
     if ray_address and launcher is not Launcher.ray:
         raise SpecDecError("--ray-address is for --launcher ray")
     with terminal.status("checking"):
         from specdec.bench.prompts import load_prompts
         from specdec.sweep import launch
-        from specdec.sweep.plan import find, load_plan
+        from specdec.sweep.plan import find_file, load_plan
         from specdec.sweep.results import labels, load_results, outcome
         from specdec.sweep.store import Store
 
-        plan = load_plan(find(file), overrides or [])
-        for name in dict.fromkeys(cell.prompts for cell in plan.cells):  # what is missing ends it before anything runs
+        plan = load_plan(find_file(file), overrides or [])
+        for name in dict.fromkeys(
+            cell.prompts for cell in plan.cells
+        ):  # a missing set is an error before anything runs
             found = load_prompts(name, data_dir)
             if found.licence:
                 say(f"prompts: {found.name} ({found.licence})")
@@ -85,10 +90,10 @@ def sweep(
         with terminal.Bar("cells") as bar:
             bar(done, total)
             if launcher is Launcher.ray:
-                arriving = launch.on_ray(waiting, data_dir, plan.resources, ray_address or None)
+                arriving = launch.run_on_ray(waiting, data_dir, plan.resources, ray_address or None)
             else:
                 terminal.warn_in_lines()
-                arriving = launch.locally(waiting, data_dir, lambda part, of, tokens: bar(done + part / of, total))
+                arriving = launch.run_locally(waiting, data_dir, lambda part, of, tokens: bar(done + part / of, total))
             try:
                 for record in arriving:
                     store.append(record)
@@ -101,7 +106,7 @@ def sweep(
             except KeyboardInterrupt:
                 interrupted = True
             finally:
-                arriving.close()  # leaves a cluster
+                arriving.close()  # disconnects from the cluster
         records = store.records()
     if records:
         table = load_results(store.folder).table()
@@ -112,7 +117,7 @@ def sweep(
         again = shared.command_line(*([] if resume else ["--resume"]))
         what = "interrupted; " if interrupted else ""
         failed = f", {errors} failed" if errors else ""
-        say(f"{what}{done} of {total} cells are done{failed}; go on with: {again}")
+        say(f"{what}{done} of {total} cells are done{failed}; continue with: {again}")
     say(f"results are in '{store.folder}'; see them with: specdec report {shlex.quote(str(store.folder))}")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -125,10 +130,10 @@ def sweep(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a sweep or of a benchmark.")],
     form: Annotated[
-        Format, typer.Option("--format", help="html: a page and its pictures, in DIR; the others go to stdout.")
+        Format, typer.Option("--format", help="html: a page and its pictures in DIR; the others are printed.")
     ] = Format.html,
 ) -> None:
-    """Show what a sweep or a benchmark measured: a table here, and a page with pictures in its folder."""
+    """Show the results of a sweep or a benchmark: a table here, and a page with pictures in its folder."""
     from specdec.sweep.results import load_results, render
 
     results = load_results(folder)
@@ -145,15 +150,15 @@ def report(
 
 
 def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
-    from specdec.sweep.results import axes, flow, short, varying
+    from specdec.sweep.results import as_yaml, axes, short_name, varying_axes
 
     cells = [cell.as_dict() for cell in plan.cells]
-    differing = [name for name in varying(cells) if name != "drafter"]
+    differing = [name for name in varying_axes(cells) if name != "drafter"]
     rows = []
     for cell, values in zip(plan.cells, cells, strict=True):
         point, record = axes(values), records.get(cell.key())
         state = "to do" if record is None else "failed" if "error" in record else "done"
-        rows.append([cell.key()[:8], cell.drafter, *(flow(point.get(name)) for name in differing), state])
-    terminal.print_table(["cell", "drafter", *map(short, differing), "state"], rows)
+        rows.append([cell.key()[:8], cell.drafter, *(as_yaml(point.get(name)) for name in differing), state])
+    terminal.print_table(["cell", "drafter", *map(short_name, differing), "state"], rows)
     waiting = sum(row[-1] != "done" for row in rows)
     say(f"{plan.name}: {len(rows)} cells, {waiting} to do")

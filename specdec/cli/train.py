@@ -1,4 +1,4 @@
-"""``specdec train``: the command line of the trainer."""
+"""``specdec train``."""
 
 from __future__ import annotations
 
@@ -16,23 +16,21 @@ app = typer.Typer(no_args_is_help=True, help="Train drafters for a model, from i
 
 def run(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Folder for the drafter and everything the run needs to go on.")],
+    output: Annotated[Path, typer.Option(help="Folder for the drafter and the state of the run.")],
     prompts: Annotated[
         list[Path] | None, typer.Option(help="JSONL of prompts or token-id answers, or plain lines; .gz too.")
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Plain text to learn from as it is, beside answers or alone; .gz too.")
+        list[Path] | None, typer.Option(help="Files of plain text to train on, with or without prompts; .gz too.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a name, a folder or a Hugging Face id.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Settings: a preset's name or a YAML file; else the method's own preset.")
+        str | None, typer.Option(help="Settings: a preset's name or a YAML file; default: the method's preset.")
     ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="Length of the gradient training; with --resume, from its beginning.")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Length of the gradient training, in all.")] = None,
     steps: Annotated[int | None, typer.Option(help="Its length in updates, instead of minutes.")] = None,
     holdout: Annotated[list[Path] | None, typer.Option(help="Files whose prompts must not be trained on.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling and of the first weights.")] = None,
@@ -44,11 +42,11 @@ def run(
     ] = None,
 ) -> None:
     """Train the drafter that the command is named after."""
+    from specdec.train.evaluate import speedup_text
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
-    from specdec.train.speed import speedup_text
     from specdec.train.trainer import train
-    from specdec.train.world import leads
+    from specdec.train.world import is_first_process
 
     overrides: dict[str, Any] = {
         "output": str(output),
@@ -60,9 +58,9 @@ def run(
     method = str(context.command.name)
     kind = lookup(method)
     console = stderr()
-    console.quiet = not leads()
+    console.quiet = not is_first_process()
     figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
-    if leads():
+    if is_first_process():
         write(f"{output}: {kind.describe(figures)}{speedup_text(figures)}\n")
 
 

@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Choose settings for your model, machine and prompts, by measurement."""
+    """Choose settings for your model, machine and prompts by measurement."""
 
 
 @app.command(
@@ -28,9 +28,9 @@ def _group() -> None:
 def drafter(
     prompts: shared.FirstTurns = "own",
     drafters: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Only these, with commas between; else all that fit.")
+        str | None, typer.Option(metavar="NAMES", help="Comma-separated drafters to try; default: all that fit.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts, spread over the file.")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts, evenly spaced over the file.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Most new tokens of an answer.")] = 96,
     model: shared.Model = DEFAULT_MODEL,
     dtype: shared.Dtype = "auto",
@@ -38,11 +38,11 @@ def drafter(
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
 ) -> None:
-    """Find the fastest drafter and draft length, and keep them: generate uses them from then on."""
+    """Find and store the fastest drafter and draft length; generate uses them from then on."""
     with terminal.status("loading"):
         from specdec.bench.cell import Cell
         from specdec.bench.run import Decoders
-        from specdec.bench.tune import candidates, every, search
+        from specdec.bench.tune import all_drafters, candidates, search
 
         terminal.warn_in_lines()
         base = Cell(
@@ -51,7 +51,7 @@ def drafter(
         )  # fmt: skip
         decoders = Decoders(first_turns=True)
         device = str(decoders.base(base).device)
-        cells, refused = candidates(decoders, base, shared.commas(drafters or "") or every())
+        cells, refused = candidates(decoders, base, shared.commas(drafters or "") or all_drafters())
     for line in refused:
         say(f"left out: {line}")
     if not cells:
@@ -66,7 +66,7 @@ def drafter(
         ],
     )
     if faults := sum(row.faults for row in rows):
-        raise SpecDecError(f"{faults} outputs differ from plain decoding; nothing is kept, please report this")
+        raise SpecDecError(f"{faults} outputs differ from plain decoding; nothing is stored, please report this")
     best, of = rows[0].cell, f"{limit} of {prompts}"
     tuned = Tuned("none", "auto", 1.0, of)
     if rows[0].speedup > 1:
@@ -75,5 +75,5 @@ def drafter(
     save_tuned(path, tuned)
     depth = tuned.num_speculative_tokens
     length = "" if depth == "auto" else f" --num-speculative-tokens {depth}"
-    say(f"kept in {path}")
+    say(f"stored in {path}")
     say(f"specdec generate now uses --drafter {tuned.drafter}{length} for this model: {tuned.speedup:.2f}x plain")

@@ -1,6 +1,6 @@
 """``specdec verify``: a certificate of losslessness for the user's own model, drafter and prompts.
 
-Exit code 0 if every check passed, 1 if one did not, 2 for bad input, 130 if it was cut short.
+Exit code 0 if every check passed, 1 if one failed, 2 for bad input, 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -15,67 +15,58 @@ from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED
-from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.speculation import registry
 
 
+@shared.grouped
 def verify(
-    model: shared.Model = DEFAULT_MODEL,
-    drafter: shared.Drafter = "auto",
-    drafter_option: shared.DrafterOption = None,
+    loading: shared.Loading = shared.Loading(dtype="float32"),
+    drafting: shared.Drafting = shared.Drafting(),
+    sampling: shared.Sampling = shared.Sampling(temperature=1.0),
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     prompts: shared.FirstTurns = "own",
     data_dir: shared.DataDir = None,
     limit: shared.Limit = None,
     max_new_tokens: shared.MaxNewTokens = 128,
-    depths: Annotated[str, typer.Option(metavar="K,K,..", help="Draft depths to check; numbers or auto.")] = "1,3,7",
+    depths: Annotated[str, typer.Option(metavar="K,K,..", help="Draft lengths to check; numbers or auto.")] = "1,3,7",
     draws: Annotated[int, typer.Option(min=0, help="Sampled continuations at each position; 0: none.")] = 128,
     positions: Annotated[
         str | None,
         typer.Option(
-            metavar="N,N,..", help="Where in the first answer sampling is tested, in tokens; 0 and 16 if it is so long."
+            metavar="N,N,..", help="Token positions of the first answer at which sampling is tested; default: 0 and 16."
         ),
     ] = None,
-    temperature: shared.Temperature = 1.0,
-    top_p: shared.TopP = 1.0,
-    top_k: shared.TopK = 0,
-    seed: shared.Seed = 0,
-    dtype: Annotated[
-        str, typer.Option(help="float32 demands equal tokens; bfloat16 and float16 are replayed.")
-    ] = "float32",
-    device: shared.Device = "auto",
-    runtime: shared.Runtime = options.Runtime.auto,
-    weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
-    activations: shared.Activations = options.Activations.auto,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for certificate.txt and certificate.json.")
     ] = None,
     as_json: shared.JsonLine = False,
 ) -> None:
-    """Check that a drafter changes nothing: greedy tokens against the model itself, sampled ones against its
-    distribution. Exit code 1 if a check fails.
+    """Check that a drafter changes nothing: greedy tokens against the model, sampled ones against its distribution.
+
+    The exit code is 1 if a check fails.
+
+    In float32 greedy tokens must be equal; in bfloat16 and float16 every token is replayed through the model.
     """
+    model, drafter, weights = loading.model, drafting.drafter, loading.weights
     chosen = [shared.depth(part, "--depths") for part in shared.commas(depths)]
     places = None if positions is None else [_position(part) for part in shared.commas(positions)]
     if places and draws and max(places) >= max_new_tokens:
         raise SpecDecError(
             f"position {max(places)} lies behind answers of {max_new_tokens} tokens; see --max-new-tokens"
         )
-    if temperature < options.GREEDY_BELOW:
+    if sampling.temperature < options.GREEDY_BELOW:
         raise SpecDecError(
-            f"--temperature is that of the sampling and must be >= {options.GREEDY_BELOW:g}; greedy decoding is always "
-            "checked"
+            f"--temperature is for sampling and must be >= {options.GREEDY_BELOW:g}; greedy decoding is always checked"
         )
     with terminal.status("loading"):
         from specdec.api.decoder import SpecDecoder
-        from specdec.bench.prompts import load_prompts, spread
+        from specdec.bench.prompts import evenly_spaced, load_prompts
         from specdec.models.gguf.blocks import temporarily_dense
         from specdec.verify.certificate import Certificate, CheckPlan
 
         terminal.warn_in_lines()
-        params = options.SamplingParams(temperature, top_k, top_p, seed=seed)
+        params = options.SamplingParams(**vars(sampling))
         rule = registry.verifier(verifier, options.parse_assignments("--verifier-option", verifier_option or []))
         registry.parse(drafter)
         found = load_prompts(prompts, data_dir)
@@ -84,19 +75,10 @@ def verify(
         if output:
             shared.make_folder(output)
         decoder = SpecDecoder.from_pretrained(
-            model,
-            drafter,
-            drafter_options=options.parse_assignments("--drafter-option", drafter_option or []),
-            verifier=rule,
-            dtype=dtype,
-            device=device,
-            runtime=runtime,
-            weights=weights,
-            kv_cache=kv_cache,
-            activations=activations,
+            model, drafter, **loading.keywords, drafter_options=drafting.options, verifier=rule
         )
         drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.name if drafter == "auto" else drafter
-    plan = CheckPlan(chosen, spread(found.conversations, limit), max_new_tokens, draws, places, params)
+    plan = CheckPlan(chosen, evenly_spaced(found.conversations, limit), max_new_tokens, draws, places, params)
     certificate = Certificate(decoder, plan)
     try:
         with terminal.Bar("verify") as bar, temporarily_dense(decoder.model):
@@ -119,7 +101,7 @@ def verify(
     title = [
         f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}"
         + (f", activations in {about['activations']}" if about["activations"] != "as computed" else "")
-        + (f", KV cache {kv_cache}" if kv_cache != "auto" else ""),
+        + (f", KV cache {loading.kv_cache}" if loading.kv_cache != "auto" else ""),
         f"drafter    {drafter}; acceptance rule {about['verifier']}",
         f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens",
         f"command    {about['command']}",
@@ -139,5 +121,5 @@ def verify(
 
 def _position(text: str) -> int:
     if not text.isdecimal():
-        raise SpecDecError(f"--positions takes numbers >= 0 with commas between; got '{text}'")
+        raise SpecDecError(f"--positions takes comma-separated numbers >= 0; got '{text}'")
     return int(text)
