@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from specdec.base import cores
+from specdec.base import cores, machine
 from specdec.bench.environment import environment
 from specdec.models.catalogue import DEFAULT_MODEL
 
@@ -49,7 +49,7 @@ def one(args: argparse.Namespace, length: int, drafter: str) -> dict[str, Any]:
     from specdec.api.text import encode
 
     torch.set_num_threads(args.threads)
-    libraries = resident("VmRSS")
+    libraries = machine.resident("VmRSS") or 0.0
     decoder = SpecDecoder.from_pretrained(args.model, drafter=drafter, device="cpu")
     room = decoder.target.context - args.tokens - 16  # for drafted tokens, too
     root = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def one(args: argparse.Namespace, length: int, drafter: str) -> dict[str, Any]:
         "ms_per_step": round(decode / max(spent.num_spec_steps, 1), 2),
         "kv_mb": round(size * filled / slots / 1e6, 1),
         "kv_room_mb": round(size / 1e6, 1),
-        "peak_mb": round(resident("VmHWM") - libraries, 1),
+        "peak_mb": round((machine.resident("VmHWM") or 0.0) - libraries, 1),
     }
 
 
@@ -100,12 +100,6 @@ def measure(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     return sorted(rows, key=lambda row: row["context"])
-
-
-def resident(field: str) -> float:
-    """ "VmRSS" (now) or "VmHWM" (peak) of this process, in MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def main() -> None:

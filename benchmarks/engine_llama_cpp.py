@@ -34,7 +34,7 @@ class ContextParams(ctypes.Structure):
     _fields_ = (*((name, COUNT) for name in ("context", "batch", "part")), ("room", COUNT * 125))
 
 
-class Batch(ctypes.Structure):
+class LlamaBatch(ctypes.Structure):
     _fields_ = (
         ("count", INT),
         ("token", ctypes.POINTER(INT)),
@@ -54,8 +54,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, what it takes
     "llama_vocab_n_tokens": (INT, POINTER),
     "llama_init_from_model": (POINTER, POINTER, ContextParams),
     "llama_set_n_threads": (None, POINTER, INT, INT),
-    "llama_batch_init": (Batch, INT, INT, INT),
-    "llama_decode": (INT, POINTER, Batch),
+    "llama_batch_init": (LlamaBatch, INT, INT, INT),
+    "llama_decode": (INT, POINTER, LlamaBatch),
     "llama_synchronize": (None, POINTER),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), POINTER, INT),
     "llama_get_memory": (POINTER, POINTER),
@@ -90,7 +90,7 @@ def library() -> Any:
     return lib
 
 
-class Context:
+class LlamaContext:
     """A model with a cache of ``context`` tokens, of which ``tokens`` are there."""
 
     def __init__(self, lib: Any, path: str, threads: int, context: int) -> None:
@@ -143,14 +143,14 @@ class LlamaCpp:
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         lib = library()
-        self.model = Context(lib, path, threads, context)
+        self.model = LlamaContext(lib, path, threads, context)
         settings: dict[str, Any] = {"version": "llama.cpp", "threads": threads, "context": context}
         self.drafts: Callable[[list[int]], list[int]] = lambda ids: []
         if mode:
             settings["drafted"] = self.depth = depth or DEPTH[mode]
             self.drafts = self.looked_up if mode == "lookup" else self.drafted
         if mode == "draft-model":
-            self.second = Context(lib, source, threads, context)
+            self.second = LlamaContext(lib, source, threads, context)
         return settings
 
     def looked_up(self, ids: list[int]) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,12 +24,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from specdec.base import machine
 from specdec.base.errors import SpecDecError
 
 Put = Callable[[Sequence[int]], bool]  # takes new tokens as they come; False: no more are wanted
 
 
-class Engine(Protocol):
+class PeerEngine(Protocol):
     """What runs in the process."""
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
@@ -129,13 +129,8 @@ class Process:
         return answer["value"]
 
     def resident(self, field: str = "VmHWM") -> float | None:
-        """Memory in MB: "VmRSS" now, "VmHWM" at its peak; None where the system does not report it."""
-        try:
-            status = Path(f"/proc/{self.child.pid}/status").read_text("utf-8")
-        except OSError:
-            return None
-        found = re.search(rf"{field}:\s*(\d+)", status)
-        return int(found[1]) * 1024 / 1e6 if found else None
+        """See ``machine.resident``."""
+        return machine.resident(field, self.child.pid)
 
 
 def _end(child: subprocess.Popen[str]) -> None:
@@ -149,15 +144,15 @@ def _end(child: subprocess.Popen[str]) -> None:
 # --- in the process --------------------------------------------------------------------------------------------------
 
 
-class Server:
+class EngineServer:
     """Carries out commands with an engine, and times them."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: PeerEngine) -> None:
         self.load, self.passes = engine.load, engine.passes
         self.engine = engine
 
     def logits(self, ids: list[int], count: int, path: str) -> None:
-        """Write ``Engine.logits`` to the file ``path`` (.npy)."""
+        """Write ``PeerEngine.logits`` to the file ``path`` (.npy)."""
         np.save(path, self.engine.logits(ids, count))
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> dict[str, Any]:
@@ -200,8 +195,8 @@ def serve(engine: str) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     module, _, name = engine.partition(":")
-    made = list[Server]()
-    carry_out(lambda: made.append(Server(getattr(import_module(module), name)())))
+    made = list[EngineServer]()
+    carry_out(lambda: made.append(EngineServer(getattr(import_module(module), name)())))
     for line in sys.stdin:
         carry_out(partial(lambda do, **given: getattr(made[0], do)(**given), **json.loads(line)))
 

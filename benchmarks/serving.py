@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import SpecDecoder
+from specdec.base import machine
 from specdec.bench.prompts import evenly_spaced, load_prompts
 from specdec.models.catalogue import DEFAULT_MODEL
 
@@ -53,7 +54,7 @@ BAD = (b"{", b'{"model": 3}', b"\xff\xfe", b"[]", b"null", b'{"model": "none", "
 
 
 @dataclass
-class Answer:
+class StreamedAnswer:
     """status: of HTTP; 0: it has not ended. times: when data with text arrived. usage: tokens. steps: of decoding."""
 
     status: int
@@ -63,7 +64,7 @@ class Answer:
     usage: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
 
-    def read(self, received: bytes) -> Answer:
+    def read(self, received: bytes) -> StreamedAnswer:
         """Parse all that has arrived."""
         self.status = int(received.split(maxsplit=2)[1])
         for line in received.splitlines():
@@ -111,9 +112,11 @@ class Client:
         finally:
             writer.close()
 
-    async def chat(self, body: dict[str, Any], leave: int | None = None, answer: Answer | None = None) -> Answer:
+    async def chat(
+        self, body: dict[str, Any], leave: int | None = None, answer: StreamedAnswer | None = None
+    ) -> StreamedAnswer:
         """Stream an answer, into ``answer``; ``leave``: go away after so many deliveries. It is parsed at its end."""
-        answer = Answer(0, time.perf_counter()) if answer is None else answer
+        answer = StreamedAnswer(0, time.perf_counter()) if answer is None else answer
         reader, writer = await self._ask("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}).encode())
         parts = list[bytes]()
         try:
@@ -187,14 +190,6 @@ def server(args: argparse.Namespace) -> Iterator[tuple[str, int | None]]:
         child.wait()
 
 
-def resident(pid: int | None) -> int:
-    """Bytes of memory that a process holds."""
-    if pid is None:
-        return 0
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
-
-
 def bodies(args: argparse.Namespace, name: str, temperature: float) -> list[dict[str, Any]]:
     conversations = evenly_spaced(load_prompts(args.prompts).conversations, args.limit)
     return [
@@ -218,16 +213,16 @@ class Block:
     tokens: float
     steps: float
     accepted: float
-    answers: list[Answer]
+    answers: list[StreamedAnswer]
 
 
 async def block(client: Client, wanted: Sequence[dict[str, Any]], clients: int, draft: bool, seconds: float) -> Block:
     """Let ``clients`` ask in turns for ``seconds``, counted from when all are being answered."""
-    left, answers = itertools.cycle(wanted), list[Answer]()
+    left, answers = itertools.cycle(wanted), list[StreamedAnswer]()
 
     async def work() -> None:
         while True:
-            answers.append(Answer(0, time.perf_counter()))
+            answers.append(StreamedAnswer(0, time.perf_counter()))
             await client.chat(next(left) | {"speculative_decoding": draft}, answer=answers[-1])
 
     before = await client.quiet()
@@ -302,7 +297,7 @@ async def overhead(args: argparse.Namespace, client: Client, name: str) -> list[
     for number, body in enumerate(bodies(args, name, 0.0)[: 1 + args.overhead]):
         for draft in turns(1):
             parts = client.watched(body | {"speculative_decoding": draft})
-            answer = Answer(0, 0.0, [at for at, part in parts if _TEXT.search(part)])
+            answer = StreamedAnswer(0, 0.0, [at for at, part in parts if _TEXT.search(part)])
             answer.read(b"".join(part for _, part in parts))
             text = decoders[draft].stream(body["messages"], max_new_tokens=args.max_tokens)
             own = [time.perf_counter() for _ in text]
@@ -355,7 +350,7 @@ async def soak(args: argparse.Namespace, client: Client, name: str, pid: int | N
     wanted, chance = bodies(args, name, 0.8), random.Random(0)
     alone = [(await client.chat(body)).text for body in wanted]
     await block(client, wanted, max(args.clients), True, 5)
-    before, began = resident(pid), time.perf_counter()
+    before, began = pid and machine.resident("VmRSS", pid), time.perf_counter()
     outcomes, left = Counter[str](), args.soak
 
     async def work() -> None:
@@ -388,7 +383,7 @@ async def soak(args: argparse.Namespace, client: Client, name: str, pid: int | N
         "running": figures["num_requests_running"],
         "waiting": figures["num_requests_waiting"],
         "kv_usage": figures["kv_cache_usage_perc"],
-        "resident_bytes": [before, resident(pid)],
+        "resident_mb": [before, pid and machine.resident("VmRSS", pid)],
         "passed": set(outcomes) <= {"right", "gone", "refused"}
         and not figures["num_requests_running"] + figures["num_requests_waiting"],
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+from contextlib import suppress
 from pathlib import Path
 
 from specdec.base.errors import SpecDecError
@@ -30,6 +32,14 @@ def available_memory() -> int | None:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, StopIteration):
         return None
+
+
+def resident(field: str, pid: int | str = "self") -> float | None:
+    """Resident memory of a process in MB: "VmRSS" now, "VmHWM" at its peak; None if the system does not report it."""
+    with suppress(OSError):
+        found = re.search(rf"{field}:\s*(\d+)", Path(f"/proc/{pid}/status").read_text("utf-8"))
+        return int(found[1]) * 1024 / 1e6 if found else None
+    return None
 
 
 def check_memory(name: str, need: int) -> None:

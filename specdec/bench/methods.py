@@ -6,7 +6,6 @@ Tokens are raw ids, cut after the end-of-sequence token; nothing is tokenised ag
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +19,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.api.decoder import SpecDecoder
-from specdec.base import options
+from specdec.base import machine, options
 from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell, check_external
 from specdec.engine.metrics import RequestMetrics
@@ -219,5 +218,5 @@ class PeakMemory:
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             self.mb = torch.cuda.max_memory_allocated(self.device) / 1e6
-        elif self.known and (found := re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text("utf-8"))):
-            self.mb = int(found[1]) * 1024 / 1e6
+        elif self.known:
+            self.mb = machine.resident("VmHWM")

@@ -19,8 +19,8 @@ DRAFTERS = "hf,none,prompt-lookup,m2r2"
 
 @shared.grouped
 def bench(
-    loading: shared.Loading = shared.Loading(),
-    sampling: shared.Sampling = shared.Sampling(),
+    loading: shared.LoadingFlags = shared.LoadingFlags(),
+    sampling: shared.SamplingFlags = shared.SamplingFlags(),
     drafters: Annotated[
         str | None,
         typer.Option(

@@ -37,9 +37,9 @@ _text, _output = map(panel, ("Text", "Output"))
 
 @shared.grouped
 def chat(
-    loading: shared.HubLoading = shared.HubLoading(),
-    drafting: shared.Drafting = shared.Drafting(),
-    sampling: shared.Sampling = shared.Sampling(),
+    loading: shared.HubFlags = shared.HubFlags(),
+    drafting: shared.DrafterFlags = shared.DrafterFlags(),
+    sampling: shared.SamplingFlags = shared.SamplingFlags(),
     system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens of an answer.", "N", min=1)] = 1024,
     quiet: Annotated[bool, _output("--quiet", "No figures after an answer, no colours.")] = False,

@@ -35,7 +35,7 @@ _model, _experts, _text, _sampling, _output = map(panel, ("Model", "Experts", "T
 @shared.grouped
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
-    drafting: shared.Drafting = shared.Drafting(),
+    drafting: shared.DrafterFlags = shared.DrafterFlags(),
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     exit_threshold: Annotated[
@@ -43,7 +43,7 @@ def generate(
         _model("--exit-threshold", "For confident: probability in [0, 1] at which a token leaves early.", "P"),
     ] = None,
     exact: Annotated[bool, _model("--exact", "Refuse a lossy acceptance rule.")] = False,
-    loading: shared.HubLoading = shared.HubLoading(),
+    loading: shared.HubFlags = shared.HubFlags(),
     expert_cache: Annotated[
         str | None,
         _experts("--expert-cache", "Offload experts; keep this share (0.25) or size (300MB) of them.", "SIZE"),
@@ -68,7 +68,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", options.MaxNewTokens, "N", min=1)] = 128,
     num_speculative_tokens: shared.Depth = "auto",
-    sampling: shared.Sampling = shared.Sampling(),
+    sampling: shared.SamplingFlags = shared.SamplingFlags(),
     min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0,
     repetition_penalty: Annotated[
         float | None, _sampling("--repetition-penalty", options.RepetitionPenalty, "R")

@@ -19,8 +19,8 @@ _server, _limits = map(panel, ("Server", "Limits"))
 
 @shared.grouped
 def serve(
-    loading: shared.HubLoading = shared.HubLoading(),
-    drafting: shared.Drafting = shared.Drafting(),
+    loading: shared.HubFlags = shared.HubFlags(),
+    drafting: shared.DrafterFlags = shared.DrafterFlags(),
     host: Annotated[
         str, _server("--host", "Address to listen at; 0.0.0.0 is every network of the machine.", "HOST")
     ] = "127.0.0.1",

@@ -104,7 +104,7 @@ JsonLine = Annotated[bool, _output("--json", "Print all results as one line of J
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadingFlags:
     """How a model is loaded."""
 
     model: Model = DEFAULT_MODEL
@@ -122,7 +122,7 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class HubLoading(Loading):
+class HubFlags(LoadingFlags):
     """The same, with what a model of the Hugging Face Hub may need."""
 
     revision: Revision = None
@@ -130,7 +130,7 @@ class HubLoading(Loading):
 
 
 @dataclass(frozen=True)
-class Drafting:
+class DrafterFlags:
     """Which drafter drafts."""
 
     drafter: Drafter = "auto"
@@ -142,7 +142,7 @@ class Drafting:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingFlags:
     """How the next token is chosen."""
 
     temperature: Temperature = 0.0

@@ -20,9 +20,9 @@ from specdec.speculation import registry
 
 @shared.grouped
 def verify(
-    loading: shared.Loading = shared.Loading(dtype="float32"),
-    drafting: shared.Drafting = shared.Drafting(),
-    sampling: shared.Sampling = shared.Sampling(temperature=1.0),
+    loading: shared.LoadingFlags = shared.LoadingFlags(dtype="float32"),
+    drafting: shared.DrafterFlags = shared.DrafterFlags(),
+    sampling: shared.SamplingFlags = shared.SamplingFlags(temperature=1.0),
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     prompts: shared.FirstTurns = "own",

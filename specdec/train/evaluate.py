@@ -29,7 +29,7 @@ def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], st
     exits: top1 of the first step at each earlier exit.
     """
     teacher = Teacher(target, network.draft_vocab)
-    sooner = torch.zeros(len(network.path.exits), dtype=torch.float64)
+    earlier = torch.zeros(len(network.path.exits), dtype=torch.float64)
     sums = torch.zeros(5, steps, dtype=torch.float64)  # positions, top1, top3, overlap, cosine
     lengths: list[int] = []
     for batch in batches:
@@ -39,7 +39,7 @@ def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], st
         for s, (exits, valid) in enumerate(draft_steps(network, target, batch, steps)):
             for number, (final, _) in enumerate(exits[:-1] if s == 0 else ()):
                 right = teacher.hits(teacher.logits(final)) & known & valid
-                sooner[number] += right.sum().double().cpu()
+                earlier[number] += right.sum().double().cpu()
             final, _ = exits[-1]
             logits = teacher.logits(final)
             rank = teacher.ranks(logits).masked_fill(~known, logits.shape[-1])
@@ -55,7 +55,7 @@ def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], st
     result: dict[str, Any] = {n: [round(x, 4) for x in row] for n, row in zip(names, mean, strict=True)}
     result |= chain_figures(lengths, steps)
     if network.path.exits:
-        result["exits"] = [round(float(share), 4) for share in sooner / sums[0, 0].clamp_min(1)]
+        result["exits"] = [round(float(share), 4) for share in earlier / sums[0, 0].clamp_min(1)]
     result["positions"] = int(sums[0, 0])
     return result
 

@@ -109,10 +109,10 @@ class M2R2Method(TrainingMethod[M2R2]):
     def describe(figures: dict[str, Any]) -> str:
         chain = ", ".join(f"{x:.3f}" for x in figures["top1"])
         exits = ", ".join(f"{x:.3f}" for x in figures.get("exits", ()))
-        sooner = f"; at the exits before, {exits}" if exits else ""
+        earlier = f"; at the exits before, {exits}" if exits else ""
         return (
             f"mean acceptance length {figures['score']:.2f} with {len(figures['top1'])} drafts "
-            f"(agreement {chain}{sooner}; 1 - TV {figures['overlap'][0]:.3f})"
+            f"(agreement {chain}{earlier}; 1 - TV {figures['overlap'][0]:.3f})"
         )
 
     def config(self, network: M2R2) -> dict[str, Any]:
