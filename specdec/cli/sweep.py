@@ -13,6 +13,7 @@ import typer
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
+from specdec.base.files import find_config
 from specdec.base.terminal import duration, say, tell
 from specdec.cli import shared
 from specdec.cli.shared import INTERRUPTED
@@ -64,11 +65,11 @@ def sweep(
     with terminal.status("checking"):
         from specdec.bench.prompts import load_prompts
         from specdec.sweep import launch
-        from specdec.sweep.plan import find_file, load_plan
+        from specdec.sweep.plan import load_plan
         from specdec.sweep.results import labels, load_results, outcome
         from specdec.sweep.store import Store
 
-        plan = load_plan(find_file(file), overrides or [])
+        plan = load_plan(find_config("sweeps", file, "sweep file"), overrides or [])
         for name in dict.fromkeys(
             cell.prompts for cell in plan.cells
         ):  # a missing set is an error before anything runs

@@ -14,7 +14,6 @@ The axis of an option is called ``drafter.NAME.OPTION`` in ``zip``, ``exclude`` 
 from __future__ import annotations
 
 import contextlib
-import importlib.resources
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,22 +58,6 @@ class Plan:
     description: str
     cells: tuple[Cell, ...]
     resources: Resources
-
-
-def shipped_files() -> dict[str, Path]:
-    """The sweep files of the package, by name."""
-    folder = Path(str(importlib.resources.files("specdec.configs"))) / "sweeps"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_file(name: str) -> Path:
-    """The sweep file ``name``, a path or the name of a shipped file. Raises SpecDecError if there is none."""
-    known = shipped_files()
-    if name in known and not Path(name).is_file():
-        return known[name]
-    if not Path(name).is_file():
-        raise SpecDecError(f"no sweep file '{name}'{did_you_mean(name, known)}; shipped: {', '.join(known)}")
-    return Path(name)
 
 
 @dataclass(frozen=True)

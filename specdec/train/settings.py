@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from specdec.base import inputs
-from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.errors import SpecDecError
+from specdec.base.files import find_config
 from specdec.base.settings import Settings
 
 DROPPED = ("compile", "learning_rate", "leap_rate", "search_gain")  # of earlier recipes; their rates were absolute
@@ -114,13 +113,7 @@ def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    folder = importlib.resources.files("specdec.configs") / "train"
-    path: Any = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-        raise SpecDecError(
-            f"no training preset '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}, or a YAML file"
-        )
+    path = find_config("train", name, "training preset")
     try:
         data = inputs.read_yaml(path)
     except (OSError, ValueError) as error:

@@ -19,9 +19,10 @@ from measured import estimate, result
 from typer.testing import CliRunner
 
 from specdec import cli
+from specdec.base.files import shipped_configs
 from specdec.bench.cell import Cell
 from specdec.sweep.page import PAGE
-from specdec.sweep.plan import Plan, Resources, load_plan, shipped_files
+from specdec.sweep.plan import Plan, Resources, load_plan
 from specdec.sweep.store import Store
 
 pytest.importorskip("matplotlib")
@@ -281,7 +282,7 @@ def test_the_report_of_the_quick_sweep_in_a_browser(tmp_path: Path) -> None:
     short = ["limit=1", "max_new_tokens=8"]
     outcome = CliRunner().invoke(cli.app, ["sweep", "quick", "--output", str(tmp_path / "quick"), *short])
     assert outcome.exit_code == 0, outcome.output
-    assert len(Store(tmp_path / "quick").records()) == len(load_plan(shipped_files()["quick"]).cells) == 10
+    assert len(Store(tmp_path / "quick").records()) == len(load_plan(shipped_configs("sweeps")["quick"]).cells) == 10
     assert report(tmp_path / "quick").exit_code == 0
     for width in (1280, 500):
         look(tmp_path / "quick" / PAGE, width, tmp_path)

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli
 from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
+from specdec.base.files import shipped_configs
 from specdec.bench.cell import Cell
 from specdec.sweep import launch
 from specdec.sweep.launch import failure_record
-from specdec.sweep.plan import load_plan, shipped_files
+from specdec.sweep.plan import load_plan
 from specdec.sweep.store import RECORDS, Store
 
 GRID = """
@@ -129,13 +130,13 @@ def test_the_command_line_goes_over_the_file(write) -> None:
 
 
 def test_shipped_sweeps_are_what_they_say() -> None:
-    plans = {name: load_plan(path) for name, path in shipped_files().items()}
+    plans = {name: load_plan(path) for name, path in shipped_configs("sweeps").items()}
     assert set(plans) == {"quick", "paper", "dynamic"}
     paper = plans["paper"].cells
     assert {c.prompts for c in paper} == {"mt-bench", "koala", "self-instruct", "wizardlm"}
     others = {"none", "m2r2", "m2r2-paper", "medusa", "lookahead", "deed", "layer-skip", "prompt-lookup"}
     assert {c.drafter for c in paper} == others and {c.verifier for c in paper} == {"exact"}
-    two = load_plan(shipped_files()["paper"], ["model=big", "drafter=none,draft-model"])
+    two = load_plan(shipped_configs("sweeps")["paper"], ["model=big", "drafter=none,draft-model"])
     assert {c.drafter for c in two.cells} == {"none", "draft-model"}
     assert {c.verifier for c in plans["dynamic"].cells} == {"confident", "typical"}
 
