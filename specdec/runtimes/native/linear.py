@@ -28,18 +28,17 @@ class _Arena:
     def __init__(self) -> None:
         self.piece, self.used, self.lock = torch.empty(0, dtype=torch.uint8), 0, threading.Lock()
 
-    def take(self, size: int) -> Tensor:
+    def allocate(self, size: int) -> Tensor:
         """Allocate ``size`` bytes, aligned to a cache line."""
         with self.lock:
             if self.used + size > self.piece.numel():
-                room = max(size, self.PIECE) + self.PAGE
-                whole = torch.empty(room, dtype=torch.uint8)
-                library.load().specdec_large_pages(whole.data_ptr(), room)
-                self.piece, self.used = whole[-whole.data_ptr() % self.PAGE :], 0
+                memory = torch.empty(max(size, self.PIECE) + self.PAGE, dtype=torch.uint8)
+                library.load().specdec_large_pages(memory.data_ptr(), memory.numel())
+                self.piece, self.used = memory[-memory.data_ptr() % self.PAGE :], 0
             begin, self.used = self.used, self.used + _lines(size)
             return self.piece[begin : begin + size]
 
-    def give_back(self, region: Tensor) -> None:
+    def free(self, region: Tensor) -> None:
         """Free a region, if no other was allocated since; else it is lost."""
         with self.lock:
             if region.data_ptr() + _lines(region.numel()) == self.piece.data_ptr() + self.used:
@@ -181,10 +180,10 @@ def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
     if not torch.equal(table(ends), dequantize(blocks, ends, torch.bfloat16)):
         raise SpecDecError(f"the native kernels misread {blocks.kind} blocks, or they hold NaN; use the fused runtime")
     size = lib.specdec_block_tiles(table.struct.type, *blocks.shape, ctypes.byref(kind))
-    tiles = _arena.take(size)
+    tiles = _arena.allocate(size)
     if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):
         return kind.value, tiles
-    _arena.give_back(tiles)
+    _arena.free(tiles)
     return BF16, _tiles(dequantize(blocks, None, torch.bfloat16))
 
 
@@ -192,7 +191,7 @@ def _tiles(weight: Tensor, kind: int = BF16) -> Tensor:
     """bf16 ``weight`` [out, in] in tiles of ``kind``: BF16, or quantised to Q8 or Q4."""
     lib, (out, inp) = library.load(), weight.shape
     source = weight.detach().contiguous()
-    tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 32))
+    tiles = _arena.allocate(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 32))
     if kind == BF16:
         lib.specdec_pack(source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads())
     else:

@@ -1,6 +1,6 @@
 /* Products of tiles in AMX, 16 tokens at once. */
 
-enum { PREFETCH = 4096, RING = 8, AHEAD = 2, MANY = 8 }; /* MANY: tokens from which on whole numbers are multiplied in tiles */
+enum { PREFETCH = 4096, RING = 8, AHEAD = 2, MANY = 8 }; /* MANY: fewest tokens for which AMX multiplies whole numbers */
 
 typedef struct {
     uint8_t palette, start, zero[14];
@@ -58,8 +58,8 @@ static void amx_product(const Side *a, const Side *b, int blocks, float *sums) {
 #undef ADD_TO
 }
 
-/* As row_of_tiles, of many tokens. Memory that was just written is no tile at once, nor the other way round: codes are
- * unpacked AHEAD tiles before they are multiplied, and sums wait as long to be scaled. */
+/* As row_of_tiles, for many tokens. Loading a tile from memory that was just written is slow, and so is the reverse: codes
+ * are unpacked AHEAD tiles before they are multiplied, and sums are scaled AHEAD tiles later. */
 INLINE void amx_row_of_tiles(int kind, int tokens, const uint8_t *at, int count, const Rounded *x, float (*to)[16]) {
     const Group g = GROUPS[kind];
     Codes codes[RING][8], whole[RING][2][16];
@@ -109,7 +109,7 @@ static void amx_row_of_kind(int kind, int tokens, const uint8_t *tiles, int coun
     }
 }
 
-/* Whether whole numbers in AMX give what rows give, bit by bit: asked before they serve. */
+/* Whether products of whole numbers in AMX equal those of rows, bit by bit: checked once, before AMX is used for them. */
 EXPORT int KERNEL(amx_agrees)(void) {
     enum { TILES = 8, TOKENS = 9 };
     uint8_t tiles[TILES * 512 + 512] __attribute__((aligned(64)));

@@ -1,9 +1,9 @@
 /* Attention of a few queries to one key head's cached keys. */
 
-enum { SOON = 64 }; /* keys ahead that are sent for */
+enum { SOON = 64 }; /* number of keys ahead that are prefetched */
 
-/* Keys in blocks of 16, without the blocks that nobody sees: holes of ragged rows, what lies before a window. (Memory
- * behind the last key's entry may be read.) */
+/* Keys in blocks of 16, without the blocks that no column sees (holes of ragged rows, keys before a window). Memory behind
+ * the last key may be read. */
 #define EACH_BLOCK(s)                   \
     for (int s = 0; s < count; s += 16) \
         if (!visible || any_h(visible + s))
@@ -12,7 +12,7 @@ enum { SOON = 64 }; /* keys ahead that are sent for */
     EACH_BLOCK(block) \
     for (int s = block; s < block + 16 && s < count; s++)
 
-/* 16 numbers of a row of the cache, from `at` on. */
+/* Numbers `at` to `at` + 15 of a row of the cache. */
 INLINE F cached16(int kind, const uint8_t *row, int d, int at) {
     if (kind == CACHE16) return load_bf16((const bf16 *)row + at);
     uint32_t scale; /* in the upper half */
@@ -54,7 +54,7 @@ INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int 
     float scales[16];
     U a[16];
     for (int b = 0; b < d / TOGETHER; b++, queries += columns) {
-        if (b % 2 == 0) { /* two blocks at once; what follows the last one is not used */
+        if (b % 2 == 0) { /* two blocks at once; the numbers behind the last block are not used */
             for (int i = 0; i < 16; i++) a[i] = load_bytes_u(keys + i * row + TOGETHER * b);
             transpose(a);
             for (int i = 0; i < 16; i++) store_u(quads[i], xor_u(a[i], set_u(0x80808080)));

@@ -7,7 +7,7 @@
  *     v = v + (weights' low) times (sum of activations);    result = result + v times (activations' scale)
  * A result depends neither on the tokens beside it nor on the instruction set. */
 
-enum { BEYOND = 4096, FEW = 2 }; /* bytes ahead that are sent for; tokens that are rounded one by one */
+enum { BEYOND = 4096, FEW = 2 }; /* number of bytes ahead that are prefetched; up to so many tokens are rounded one by one */
 
 /* Pairs of a token's 32 inputs, rounded. */
 INLINE void round_token(U pairs, Rounded *out) {
@@ -20,13 +20,14 @@ INLINE void round_token(U pairs, Rounded *out) {
     const U a = nearest_u(mul16(to_f(even), inverse)), b = nearest_u(mul16(to_f(odd), inverse));
     store_u(sums, add_u(a, b));
     store_h(codes, words_h(or_u(and_u(a, byte), shift_u(and_u(b, byte), 8))));
-    uint32_t half_[2] = {0, 0}; /* of what is not finite they are no sums: they wrap */
+    uint32_t half_[2] = {0, 0}; /* unsigned: sums of inputs that are not finite wrap */
     for (int i = 0; i < 8; i++) half_[0] += (uint32_t)sums[i], half_[1] += (uint32_t)sums[8 + i];
     *out = (Rounded){most.value * (1 / 127.0f), (float)(int32_t)(half_[0] + half_[1]), {(int32_t)(0 - 32 * half_[0]), (int32_t)(0 - 32 * half_[1])}, {0}};
     memcpy(out->x, codes, 32);
 }
 
-/* vnni_bf16 of up to 16 tokens to rounded [features / 32][tokens]. What is not finite makes its block's scale so. */
+/* vnni_bf16 of up to 16 tokens to rounded [features / 32][tokens]. A block with an input that is not finite gets such a
+ * scale. */
 static void round_inputs(const uint32_t *x, int features, int tokens, Rounded *out) {
     const U sign = set_u(0x80000000), upper = set_u(0xffff0000), byte = set_u(255);
     for (int k = 0; k < features / 32; k++, x += 256, out += tokens) {
@@ -58,7 +59,7 @@ static void round_inputs(const uint32_t *x, int features, int tokens, Rounded *o
             store_u(sums[h], sum);
         }
         for (int t = 0; t < tokens; t++) {
-            const uint32_t first = sums[0][t], second = sums[1][t]; /* of what is not finite they are no sums: they wrap */
+            const uint32_t first = sums[0][t], second = sums[1][t]; /* unsigned: sums of inputs that are not finite wrap */
             out[t] = (Rounded){scale[t], (float)(int32_t)(first + second), {(int32_t)(0 - 32 * first), (int32_t)(0 - 32 * second)}, {0}};
             for (int g = 0; g < 8; g++) memcpy(out[t].x + 4 * g, &quads[g][t], 4);
         }
@@ -111,7 +112,7 @@ INLINE W scaled(int kind, Codes a, Codes b, const Scales *s, const Rounded *x, W
     return fma_w(v, set_w(x->scale), sum);
 }
 
-/* What a tile's whole numbers begin with, for codes that are too large; of K6, of each half. */
+/* Initial value of a tile's sums of whole numbers, which corrects for unsigned codes; of K6, of each half. */
 INLINE int32_t start_of(int kind, const Rounded *x, int half_) {
     return kind == K6 ? x->less[half_] : kind == Q8 ? 4 * (x->less[0] + x->less[1]) : 0;
 }

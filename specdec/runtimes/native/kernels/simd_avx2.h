@@ -1,4 +1,4 @@
-/* Vectors of 16 numbers in AVX2, FMA and F16C. What each function does is said in simd_avx512.h. */
+/* Vectors of 16 numbers in AVX2, FMA and F16C. simd_avx512.h documents each function. */
 
 enum { INPUT_BYTES = 4 }; /* of a number that bf16 tiles are multiplied with */
 
