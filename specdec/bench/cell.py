@@ -24,6 +24,7 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
     decode_tokens_per_second  EST, tokens after the first, per second after the first
     prefill_ms, first_token_ms, decode_ms_per_token     EST; the prefill yields the first token
     speedup         {baseline: EST}  seconds per token of the baseline over ours, whole calls, request by request
+    worst           {baseline: of the prompt with the least speedup, the median over its repetitions; or None}
     decode_speedup  {baseline: EST}  the same after the first token
     latency_ms      {"token" (whole call per token), "first_token", "step" (between deliveries of tokens):
                     {"p50", "p99"} over requests or steps, or None}
@@ -39,7 +40,7 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
                     are None for a lossy rule and an external engine; None for sampling beside hf methods
     quality         {"agreement", "nll", "rouge_l": EST} under the full model if a lossy rule took part; else None
     categories      {category: {"requests", "tokens", "tokens_per_second": EST, "speedup": {baseline: EST},
-                    "mean_acceptance_length": EST or None}}
+                    "worst": {baseline: number or None}, "mean_acceptance_length": EST or None}}
 
 From mean_acceptance_length to ledger_ms_per_step, external methods have None, an empty list or an empty mapping.
 EST is {"value", "low", "high"}: a median (or a pooled ratio) and the 95 % interval of a bootstrap over conversations;
@@ -146,6 +147,7 @@ class Cell(Settings):
     num_speculative_tokens: draft length, or "auto".
     prompts: a file, or the name of a prompt set.
     limit: number of conversations, evenly spaced over the set; None: all.
+    turns: most turns of a conversation; None: all.
     repetitions: how often everything is decoded.
     against: baselines, interleaved with the method.
     """
@@ -168,6 +170,7 @@ class Cell(Settings):
     seed: Seed = 0
     prompts: Text = "own"
     limit: Annotated[Count | None, Field(title="a whole number >= 1, or null for all")] = None
+    turns: Annotated[Count | None, Field(title="a whole number >= 1, or null for all")] = None
     max_new_tokens: Count = 128
     batch_size: Count = 1
     repetitions: Count = 1

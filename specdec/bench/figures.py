@@ -6,6 +6,8 @@ conversations with all their turns and repetitions, because results within a con
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,6 +136,7 @@ def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchReque
         "tokens": sum(r.reply.count for r in mine),
         "tokens_per_second": _median(mine, lambda reply: _rate(reply.seconds_per_token())),
         "speedup": {label: _speedup(mine, base) for label, base in baselines.items()},
+        "worst": {label: _worst(mine, base) for label, base in baselines.items()},
         "mean_acceptance_length": _pooled(
             mine, lambda m: m.num_accepted_draft_tokens + m.num_spec_steps, lambda m: m.num_spec_steps
         ),
@@ -156,19 +159,30 @@ def _rate(pace: float | None) -> float | None:
     return 1 / pace if pace else None
 
 
-def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest], after_first: bool = False) -> Estimate | None:
-    """Seconds per token of the baseline over ours, over the requests that both finished."""
-    ratios, groups = [], []
+def _ratios(
+    mine: list[BenchRequest], base: dict[Any, BenchRequest], after_first: bool = False
+) -> list[tuple[float, BenchRequest]]:
+    """Seconds per token of the baseline over ours, for each request that both finished."""
+    found = []
     for request in mine:
         other = base.get(request.place)
-        ours, theirs = (
-            request.reply.seconds_per_token(after_first),
-            other.reply.seconds_per_token(after_first) if other else None,
-        )
-        if ours and theirs:
-            ratios.append(theirs / ours)
-            groups.append(request.group)
-    return median(ratios, groups)
+        theirs = other.reply.seconds_per_token(after_first) if other else None
+        if theirs and (ours := request.reply.seconds_per_token(after_first)):
+            found.append((theirs / ours, request))
+    return found
+
+
+def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest], after_first: bool = False) -> Estimate | None:
+    found = _ratios(mine, base, after_first)
+    return median([speedup for speedup, _ in found], [request.group for _, request in found])
+
+
+def _worst(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> float | None:
+    """The smallest speedup of a prompt, the median over its repetitions."""
+    by_prompt = defaultdict[tuple[int, int], list[float]](list)
+    for speedup, request in _ratios(mine, base):
+        by_prompt[request.group, request.turn].append(speedup)
+    return min(map(statistics.median, by_prompt.values()), default=None)
 
 
 def _pooled(

@@ -88,8 +88,8 @@ class Method:
     engine: dict[str, Any] | None = None
     pass_seconds: Mapping[str, float] = MappingProxyType({})
 
-    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
-        """Answer ``prompts`` with at most ``count`` new tokens each."""
+    def reply(self, prompts: list[list[int]], count: int, seed: int, scope: str = "") -> Reply:
+        """Answer ``prompts`` with at most ``count`` new tokens each; no text of another ``scope`` is drafted from."""
         raise NotImplementedError
 
 
@@ -103,9 +103,9 @@ class OwnMethod(Method):
         self.settings = {name: getattr(cell, name) for name in ("num_speculative_tokens", *SAMPLING)}
         self.lossless = decoder.verifier.lossless
 
-    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
+    def reply(self, prompts: list[list[int]], count: int, seed: int, scope: str = "") -> Reply:
         start = time.perf_counter()
-        with self.decoder.open(prompts, max_new_tokens=count, seed=seed, **self.settings) as generation:
+        with self.decoder.open(prompts, max_new_tokens=count, seed=seed, scope=scope, **self.settings) as generation:
             arrivals = [time.perf_counter() - start for _ in generation.steps()]
             outputs = generation.outputs()
         seconds = time.perf_counter() - start
@@ -149,7 +149,7 @@ class HFMethod(Method):
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = depth, "constant"
             config.assistant_confidence_threshold = 0.0
 
-    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
+    def reply(self, prompts: list[list[int]], count: int, seed: int, scope: str = "") -> Reply:
         width, device = max(map(len, prompts)), self.model.device
         pad = next(iter(self.eos), 0)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)  # (B, T)

@@ -1,4 +1,4 @@
-"""Prompt sets: a file, our own small set, or a public set by name.
+"""Prompt sets: a file, one of our own small sets, or a public set by name.
 
 A public set comes from a data folder, an installed package or a download. Downloads have a fixed revision and a known
 SHA-256 and stay in the cache folder; a set without a known checksum is not downloaded.
@@ -40,7 +40,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The conversations of one source. sha256: of the file. licence: empty for the user's files and our own set."""
+    """The conversations of one source. sha256: of the file. licence: empty for the user's files and our own sets."""
 
     name: str
     conversations: tuple[Conversation, ...]
@@ -68,6 +68,7 @@ class PromptSource:
 
 RAW = "https://raw.githubusercontent.com/"
 CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n"
+OURS = ("own", "work")  # in the package: short tasks of many kinds; code, rewriting and agents
 PROMPT_SETS: dict[str, PromptSource] = {
     "mt-bench": PromptSource(
         "https://github.com/lm-sys/FastChat (fastchat/llm_judge/data/mt_bench/question.jsonl)",
@@ -115,22 +116,22 @@ PROMPT_SETS: dict[str, PromptSource] = {
 
 
 def load_prompts(name: str, data_dir: Path | None = None) -> PromptSet:
-    """The prompt set ``name``: "own", one of ``PROMPT_SETS``, or a file.
+    """The prompt set ``name``: one of ``OURS`` or ``PROMPT_SETS``, or a file.
 
     Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
     each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` ("_" may replace "-") in ``data_dir`` or $SPECDEC_DATA,
     else a package's file, else a download. Raises SpecDecError for an unknown name, a missing or empty file, and a
     broken line, with its number.
     """
-    if name == "own":
-        return _read(name, Path(str(files("specdec.bench") / "data" / "own.jsonl")))
+    if name in OURS:
+        return _read(name, Path(str(files("specdec.bench") / "data" / f"{name}.jsonl")))
     if name in PROMPT_SETS:
         source = PROMPT_SETS[name]
         path = _local(name, data_dir) or _packaged(source) or _downloaded(name, source)
         return _read(name, path, f"{source.licence}; {source.page}", source.turns)
     path = Path(name).expanduser()
     if not path.is_file():
-        known = ["own", *PROMPT_SETS]
+        known = [*OURS, *PROMPT_SETS]
         raise SpecDecError(
             f"there is no prompt file '{name}'{did_you_mean(name, known)}; give a file or one of {', '.join(known)}"
         )

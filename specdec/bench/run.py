@@ -43,11 +43,10 @@ class Decoders:
     """What cells share: the model that was used last, its drafters, and prompt sets.
 
     data_dir: folder of named prompt sets; None: $SPECDEC_DATA.
-    first_turns: conversations end after their first turn.
     """
 
-    def __init__(self, data_dir: Path | None = None, first_turns: bool = False) -> None:
-        self.data_dir, self.first_turns = data_dir, first_turns
+    def __init__(self, data_dir: Path | None = None) -> None:
+        self.data_dir = data_dir
         self._base: tuple[dict[str, Any], SpecDecoder] | None = None
         self._loaded: dict[str, SpecDecoder] = {}
         self._prompts: dict[str, PromptSet] = {}
@@ -79,14 +78,11 @@ class Decoders:
         return OwnMethod(self._loaded[key], cell)
 
     def prompts(self, cell: Cell) -> PromptSet:
-        """The cell's whole prompt set."""
+        """The cell's whole prompt set, as many turns as it wants."""
         if cell.prompts not in self._prompts:
-            found = load_prompts(cell.prompts, self.data_dir)
-            if self.first_turns:
-                shorter = tuple(replace(c, turns=c.turns[:1]) for c in found.conversations)
-                found = replace(found, conversations=shorter)
-            self._prompts[cell.prompts] = found
-        return self._prompts[cell.prompts]
+            self._prompts[cell.prompts] = load_prompts(cell.prompts, self.data_dir)
+        found = self._prompts[cell.prompts]
+        return replace(found, conversations=tuple(replace(c, turns=c.turns[: cell.turns]) for c in found.conversations))
 
 
 class BenchRun:
@@ -189,7 +185,7 @@ class BenchRun:
         most = min(CONTEXT, self.base.target.context - WARM_UP)
         rows = [self._encode([c.turns[0]])[-most:] for c in self.groups[0]]
         for method in self.methods.values():
-            method.reply(rows, WARM_UP, self.first.seed)
+            method.reply(rows, WARM_UP, self.first.seed, "warm-up")
 
     def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
         """The chats that have this turn and fit into the context with it, and their prompts."""
@@ -216,7 +212,7 @@ class BenchRun:
         order = names[len(names) - shift :] + names[: len(names) - shift]
         for name in order:
             with PeakMemory(self.base.target.device) as memory:
-                reply = self.methods[name].reply(prompts, count, seed)
+                reply = self.methods[name].reply(prompts, count, seed, f"{name}, repetition {place[0]}")
             if reply.peak_memory_mb is None:
                 reply.peak_memory_mb = memory.mb
             made[name] = BenchRequest(name, *place, [conversation for conversation, _ in chats], prompts, reply)

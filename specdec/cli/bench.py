@@ -36,6 +36,7 @@ def bench(
     prompts: shared.Prompts = "own",
     data_dir: shared.DataDir = None,
     limit: shared.Limit = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Most turns of a conversation; all if not given.")] = None,
     max_new_tokens: shared.MaxNewTokens = 128,
     repetitions: Annotated[int, typer.Option(help="How often everything is decoded.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.", min=1)] = 1,
@@ -71,6 +72,7 @@ def bench(
             num_speculative_tokens=shared.depth(num_speculative_tokens),
             prompts=prompts,
             limit=limit,
+            turns=turns,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             repetitions=repetitions,
@@ -148,6 +150,13 @@ def _folder(output: Path) -> Path:
     return shared.make_folder(output)
 
 
+def _over_plain(method: dict[str, Any], category: str) -> str:
+    """The speedup of a method over plain decoding, in a category or in all, and that of the worst prompt."""
+    found = method["categories"].get(category) if category else method
+    speedup, worst = (found[name].get("none") if found else None for name in ("speedup", "worst"))
+    return f"{speedup['value']:.2f} ({worst:.2f})" if speedup else ""
+
+
 def _print(summary: dict[str, Any], table: Any) -> None:
     """Print the settings, the costs of passes, the figures, the phases and the percentiles."""
     cell, about, prompts = (summary[key] for key in ("configuration", "environment", "prompts"))
@@ -175,6 +184,10 @@ def _print(summary: dict[str, Any], table: Any) -> None:
     terminal.print_table(table.header, table.rows)
     print()
     methods = summary["methods"]
+    kinds = list(dict.fromkeys(kind for method in methods for kind in method["categories"] if kind))
+    rows = [[kind or "all", *(_over_plain(method, kind) for method in methods)] for kind in [*kinds, ""]]
+    terminal.columns(("x plain (the worst prompt)", *(method["name"] for method in methods)), rows)
+    print()
     phases = list(dict.fromkeys(phase for method in methods for phase in method["ledger_ms_per_step"]))
     header = ["method", "prefill ms", "decode ms/token", *(f"{p} ms/step" for p in phases), "MB"]
     rows = []

@@ -81,7 +81,7 @@ Prompts = Annotated[
     str,
     typer.Option(
         metavar="FILE|NAME",
-        help="JSONL with turns and category, plain lines, or own, mt-bench, koala, self-instruct, wizardlm, "
+        help="JSONL with turns and category, plain lines, or own, work, mt-bench, koala, self-instruct, wizardlm, "
         "spec-bench, humaneval, gsm8k.",
     ),
 ]

@@ -47,9 +47,9 @@ def drafter(
         terminal.warn_in_lines()
         base = Cell(
             model=model, dtype=dtype, device=device, runtime=runtime, weights=weights,
-            drafter="none", prompts=prompts, limit=limit, max_new_tokens=max_new_tokens,
+            drafter="none", prompts=prompts, limit=limit, turns=1, max_new_tokens=max_new_tokens,
         )  # fmt: skip
-        decoders = Decoders(first_turns=True)
+        decoders = Decoders()
         device = str(decoders.base(base).device)
         cells, refused = candidates(decoders, base, shared.commas(drafters or "") or all_drafters())
     for line in refused:

@@ -145,6 +145,8 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
         for label, others in (("none", plain), ("hf", hf)):
             gains = [seconds[id(b)] / seconds[id(a)] for a, b in zip(mine, others, strict=True)]
             close(method["speedup"][label], statistics.median(gains))
+            of_prompts = [statistics.median(gains[n::4]) for n in range(4)]  # of two repetitions
+            assert method["worst"][label] == pytest.approx(min(of_prompts))
         metrics = [r["rows"][0]["metrics"] for r in mine if "metrics" in r["rows"][0]]
         assert set(method["categories"]) == {"talk", "lists"} and method["categories"]["talk"]["requests"] == 6
         if method["name"].startswith("hf"):
@@ -178,12 +180,36 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
     assert summary["prompts"]["sha256"] == prints and summary["prompts"]["turns"] == 4
     assert summary["environment"]["threads"] and summary["environment"]["dtype"] == "float32"
     assert all(name in result.stdout for name in names) and "8 of 8" in result.stdout
+    table = [line.split("\t") for line in result.stdout.splitlines() if line.startswith(("talk\t", "lists\t", "all\t"))]
+    assert [row[0] for row in table] == ["talk", "lists", "all"]
+    shown = [f"{m['speedup']['none']['value']:.2f} ({m['worst']['none']:.2f})" for m in summary["methods"]]
+    assert table[-1][1:] == shown and [row[1 + names.index("none")] for row in table] == ["1.00 (1.00)"] * 3
 
 
 def close(estimate: dict, value: float) -> None:
     """``estimate`` is ``value``, inside an interval."""
     assert estimate["value"] == pytest.approx(value)
     assert estimate["low"] <= estimate["value"] + 1e-9 and estimate["value"] <= estimate["high"] + 1e-9
+
+
+def test_turns_limits_those_of_each_conversation(bench) -> None:
+    summary = measured(bench("--turns", "1", "--json"))
+    assert summary["methods"][0]["requests"] == summary["prompts"]["turns"] == 3
+
+
+def test_what_a_method_remembers_is_its_own_and_of_one_repetition(cell) -> None:
+    """An answer that was decoded before would be drafted whole."""
+    made: list[BenchRequest] = []
+    both = [cell(drafter="ngram", repetitions=2, num_speculative_tokens=depth) for depth in (4, 5)]
+    run = BenchRun(both, Decoders(), record=made.append)
+    run.execute()
+    steps: dict[tuple[str, int], list[int]] = {}
+    for request in made:
+        steps.setdefault((request.method, request.repetition), []).extend(
+            metrics.num_spec_steps for metrics in request.reply.metrics
+        )
+    for method in ("ngram", "ngram@5"):
+        assert steps[method, 0] == steps[method, 1] and max(steps[method, 0]) > NEW // 5
 
 
 def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:
@@ -377,6 +403,7 @@ def test_every_method_continues_with_the_plain_answer(cell, monkeypatch) -> None
 
 
 def test_our_own_set_is_there_and_a_limit_spreads_over_it() -> None:
+    assert {c.category for c in load_prompts("work").conversations} == {"code", "rewriting", "agent"}
     own = load_prompts("own")
     assert len({c.id for c in own.conversations}) == len(own.conversations) >= 20 and not own.licence
     assert {len(c.turns) for c in own.conversations} == {1, 2}
