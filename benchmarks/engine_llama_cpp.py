@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -20,8 +21,8 @@ import numpy as np
 from peers import Put
 
 CACHED, REPEATS = 128, 5  # tokens in the cache, and timings, of a pass: as specdec times its own
-DEPTH = {"lookup": 10, "draft-model": 4}  # tokens drafted a step where our depth is automatic
-NGRAM = 2  # tokens that prompt lookup looks for
+DEPTH = {"lookup": 10, "draft-model": 4, "ngram-cache": 16, "ngram-simple": 48}  # drafted a step unless it is given
+NGRAM, SIMPLE, CACHED_NGRAMS = 2, 12, (1, 4)  # tokens that lookup, ngram-simple and ngram-cache look for
 PART = 512  # most tokens of a pass
 POINTER, INT, COUNT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
 
@@ -61,6 +62,77 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, what it takes
     "llama_get_memory": (POINTER, POINTER),
     "llama_memory_seq_rm": (ctypes.c_bool, POINTER, INT, INT, INT),
 }
+
+COMMON: dict[str, tuple[Any, ...]] = {  # of libllama-common, whose names are those of C++
+    "common_ngram_simple_draft": (None, POINTER, POINTER, POINTER, INT),
+    "common_ngram_cache_update": (None, POINTER, INT, INT, POINTER, INT, ctypes.c_bool),
+    "common_ngram_cache_draft": (None, POINTER, POINTER, INT, INT, INT, POINTER, POINTER, POINTER),
+}
+
+
+class Vector(ctypes.Structure):
+    """``std::vector<int32_t>``: where its elements begin and end, and where its memory ends."""
+
+    _fields_ = (("begin", POINTER), ("end", POINTER), ("room", POINTER))
+
+    @classmethod
+    def of(cls, ids: Sequence[int], room: int = 0) -> Vector:
+        """With room for so many more, so that pushing them allocates nothing."""
+        array = (INT * (len(ids) + room))(*ids)
+        at = ctypes.addressof(array)
+        made = cls(at, at + 4 * len(ids), at + 4 * len(array))
+        made.array = array  # its memory
+        return made
+
+    def ids(self) -> list[int]:
+        count = ((self.end or 0) - (self.begin or 0)) // 4
+        return list((INT * count).from_address(self.begin)) if count else []
+
+
+def empty_map() -> Any:
+    """An empty ``std::unordered_map`` of libstdc++: its one bucket, their number, no element, a load factor of 1."""
+    made = (ctypes.c_uint64 * 7)()
+    made[0], made[1] = ctypes.addressof(made) + 48, 1
+    ctypes.c_float.from_buffer(made, 32).value = 1.0
+    return made
+
+
+class Ngrams:
+    """llama.cpp's own drafting by n-grams, as its server's ``--spec-type`` ngram-cache and ngram-simple."""
+
+    def __init__(self, depth: int) -> None:
+        (path,) = sorted((folder() or Path()).glob("libllama-common.*so"))
+        lib, data = ctypes.CDLL(str(path)), path.read_bytes()
+        self.depth, self.call = depth, dict[str, Any]()
+        for name, (result, *arguments) in COMMON.items():
+            mangled = re.search(rb"\0(_Z%d%s\w+)\0" % (len(name), name.encode()), data)
+            if mangled is None:
+                raise ValueError(f"{path.name} has no {name}; take another version of llama.cpp")
+            function = lib[mangled[1].decode()]
+            function.restype, function.argtypes = result, arguments
+            self.call[name.removeprefix("common_ngram_")] = function
+        self.begin()
+
+    def begin(self) -> None:
+        """A new request: nothing of the last one is known."""
+        self.maps, self.entered = [empty_map() for _ in range(3)], 0  # context, dynamic, static
+
+    def cache(self, ids: list[int]) -> list[int]:
+        """What most often followed the last tokens, in this text."""
+        new = Vector.of(ids[max(self.entered - CACHED_NGRAMS[1], 0) :])
+        at = [ctypes.addressof(each) for each in self.maps]
+        self.call["cache_update"](at[0], *CACHED_NGRAMS, ctypes.byref(new), len(ids) - self.entered, False)
+        self.entered = len(ids)
+        text, draft = Vector.of(ids), Vector.of(ids[-1:], self.depth)
+        self.call["cache_draft"](ctypes.byref(text), ctypes.byref(draft), self.depth, *CACHED_NGRAMS, *at)
+        return draft.ids()[1:]
+
+    def simple(self, ids: list[int]) -> list[int]:
+        """What followed the last tokens when they came last."""
+        found, config = Vector(), (ctypes.c_uint16 * 8)(SIMPLE, self.depth)
+        text = Vector.of(ids[:-1])
+        self.call["simple_draft"](ctypes.byref(found), config, ctypes.byref(text), ids[-1])
+        return found.ids()
 
 
 def folder() -> Path | None:
@@ -139,11 +211,13 @@ class LlamaContext:
 
 
 class LlamaCpp:
-    """Greedy decoding of a GGUF file: plain, with prompt lookup, or with a draft model."""
+    """Greedy decoding of a GGUF file: plain, with prompt lookup, its own n-gram modes, or a draft model."""
+
+    ngrams: Ngrams | None
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         lib = library()
-        self.model = LlamaContext(lib, path, threads, context)
+        self.model, self.ngrams = LlamaContext(lib, path, threads, context), None
         settings: dict[str, Any] = {"version": "llama.cpp", "threads": threads, "context": context}
         self.drafts: Callable[[list[int]], list[int]] = lambda ids: []
         if mode:
@@ -151,6 +225,9 @@ class LlamaCpp:
             self.drafts = self.looked_up if mode == "lookup" else self.drafted
         if mode == "draft-model":
             self.second = LlamaContext(lib, source, threads, context)
+        if mode.startswith("ngram"):
+            self.ngrams = Ngrams(self.depth)
+            self.drafts = self.ngrams.cache if mode == "ngram-cache" else self.ngrams.simple
         return settings
 
     def looked_up(self, ids: list[int]) -> list[int]:
@@ -168,10 +245,12 @@ class LlamaCpp:
 
     def generate(self, ids: list[int], count: int, put: Put) -> None:
         self.model.keep(0)  # nothing of the last request is kept
-        ids = [*ids, self.model.follow(ids)]
+        if self.ngrams is not None:
+            self.ngrams.begin()
+        ids, end = [*ids, self.model.follow(ids)], len(ids) + count
         more = put(ids[-1:])
         while more:
-            drafts = self.drafts(ids)
+            drafts = self.drafts(ids)[: max(end - len(ids) - 1, 0)]
             self.model.decode([ids[-1], *drafts], len(drafts) + 1)
             made = [int(self.model.logits(i).argmax()) for i in range(len(drafts) + 1)]
             accepted = next((i for i, (a, b) in enumerate(zip(drafts, made, strict=False)) if a != b), len(drafts))

@@ -2,9 +2,9 @@
 
     python benchmarks/other_engines.py bench --drafters none,m2r2,llama.cpp,openvino --model MODEL.gguf
 
-Methods beside those of ``specdec bench``, also for ``sweep``: llama.cpp, llama.cpp-lookup, llama.cpp-draft-model=FILE,
-openvino and openvino-lookup. They load the model's own file, decode greedily, one prompt at a time, with our number of
-threads, each in a process of its own (``peers``).
+Methods beside those of ``specdec bench``, also for ``sweep``: llama.cpp, llama.cpp-lookup, llama.cpp-ngram-cache,
+llama.cpp-ngram-simple, llama.cpp-draft-model=FILE, openvino and openvino-lookup. They load the model's own file, decode
+greedily, one prompt at a time, with our number of threads, each in a process of its own (``peers``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PeerMethod(Method):
         self.engine: dict[str, Any] | None = self.process.ask("load", path=str(path), depth=depth, **how)
         self.pass_seconds: dict[str, float] = self.process.ask("passes", sizes=[n for n in PASSES if n < context])
 
-    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
+    def reply(self, prompts: list[list[int]], count: int, seed: int, scope: str = "") -> Reply:
         (ids,) = prompts
         if len(ids) + count > self.context:
             option = f"--drafter-option {self.kind}.context={len(ids) + count}"

@@ -34,8 +34,8 @@ class PeerEngine(Protocol):
     """What runs in the process."""
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
-        """Load a model; return what to report: version and settings. mode: "", "lookup" or "draft-model" (of the file
-        ``source``). depth: tokens to draft a step; None: the engine's own default."""
+        """Load a model; return what to report: version and settings. mode: of ``Peer``; "draft-model" is the file
+        ``source``. depth: tokens to draft a step; None: the engine's own default."""
         ...
 
     def generate(self, ids: list[int], count: int, put: Put) -> None:
@@ -79,6 +79,8 @@ OPENVINO = ("engine_openvino:OpenVINO", "openvino_genai", "openvino-genai", (".g
 PEERS: dict[str, Peer] = {
     "llama.cpp": Peer(*LLAMA_CPP, folder=FOLDER),
     "llama.cpp-lookup": Peer(*LLAMA_CPP, "lookup", FOLDER),
+    "llama.cpp-ngram-cache": Peer(*LLAMA_CPP, "ngram-cache", FOLDER),
+    "llama.cpp-ngram-simple": Peer(*LLAMA_CPP, "ngram-simple", FOLDER),
     "llama.cpp-draft-model": Peer(*LLAMA_CPP, "draft-model", FOLDER),
     "openvino": Peer(*OPENVINO),
     "openvino-lookup": Peer(*OPENVINO, mode="lookup"),
