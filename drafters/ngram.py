@@ -7,30 +7,21 @@ Needs no training; serves every tokenizer, as the corpus is text. Changes what i
 
 from __future__ import annotations
 
-import hashlib
-import importlib.resources
-import io
-import lzma
-from contextlib import suppress
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-
-from specdec.base import files, options
-from specdec.base.files import cache_dir
+from specdec.base import options
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.ngram import Grower, Ints, Prior, Texts
+from specdec.speculation.ngram import Grower, Prior, Texts
 from specdec.speculation.trie import draft_best
 
+from .corpus import corpus
 from .scoped import Scoped
 
 OWN = 1 << 20  # most tokens of a text that are matched
 STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
 TRUST = {"corpus": 0.15, "store": 0.25, "own": 1.0}  # how many times the evidence of an occurrence counts
-CORPUS = "pretrained/ngram/corpus.txt.xz"  # texts, one behind the other, a NUL between them
-MOST_CORPUS = 1 << 20  # tokens of a corpus that are counted
 NOTHING = Candidates([], [], [])
 SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
 
@@ -101,42 +92,3 @@ class NgramDrafter(Drafter):
             size = state.target.vocab_size
             noise = [chooser.noise(len(ids) + depth, size) for depth in range(min(limit, SAMPLED))]
         return self.grower(ids, sources, limit, given, state.masks(row), noise, general=int(self.corpus is not None))
-
-
-def corpus(tokenizer: Any, vocab_size: int) -> Ints:
-    """The corpus in a tokenizer's tokens, texts between -1. It is kept in the cache folder, where that can be."""
-    source = importlib.resources.files("specdec.drafters").joinpath(CORPUS).read_bytes()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    mark = hashlib.sha256(
-        source + (backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode()
-    )
-    place = cache_dir() / "ngram" / f"{mark.hexdigest()[:24]}.npy"
-    with suppress(OSError, ValueError):  # there is none, or it is damaged
-        kept = np.load(place, allow_pickle=False)
-        if kept.dtype == np.int32 and kept.ndim == 1 and 0 < len(kept) <= MOST_CORPUS and kept.max() < vocab_size:
-            return kept  # type: ignore[no-any-return]
-    ids = tokenised(lzma.decompress(source).decode().split("\0"), tokenizer, vocab_size)
-    with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        data = io.BytesIO()
-        np.save(data, ids)
-        files.write_atomically(place, data.getvalue())
-    return ids
-
-
-def tokenised(texts: list[str], tokenizer: Any, vocab_size: int) -> Ints:
-    """``texts`` in tokens, one behind the other, a -1 before each and at the end; at most ``MOST_CORPUS``.
-
-    Without texts if it cannot read them: a vocabulary of words may lack an unknown token.
-    """
-    found: list[int] = []
-    rows: list[list[int]] = []
-    with suppress(Exception):  # tokenizers raises nothing more special
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for ids in rows:
-        found += [-1, *ids]
-        if len(found) >= MOST_CORPUS:
-            break
-    made = np.array([*found[: MOST_CORPUS - 1], -1], np.int32)
-    made[made >= vocab_size] = -1
-    return made

@@ -81,6 +81,13 @@ def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
         return AutoConfig.from_pretrained(source.folder, **source.options)
 
 
+def read_tokenizer(name: str) -> Any:
+    """The tokenizer of the model that ``load`` would load."""
+    source = find(name)
+    with quietly(f"Loading {name}"):
+        return _tokenizer(source, source.options)
+
+
 def _of_checkpoint(
     source: Source, options: dict[str, Any], kind: str | torch.dtype, place: torch.device, experts: bool
 ) -> PreTrainedModel:

@@ -1,29 +1,21 @@
-"""N-grams: the tree against all paths, what is matched and forgotten, the prior, constraints, noise, and the corpus."""
+"""N-grams: the tree against all paths, what is matched and forgotten, the prior, constraints and noise."""
 
 from __future__ import annotations
 
 import itertools
-import lzma
 import math
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from specdec import SpecDecoder
-from specdec.drafters import ngram as drafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import FixedDepth
@@ -183,43 +175,6 @@ def test_the_prior_counts_followers_and_no_pair_across_texts() -> None:
     assert prior.begin.tolist() == [0, 0, 2, 3, 3, 3] and prior.after[2] == 1
 
 
-@pytest.mark.parametrize("corpus", ["counted", "damaged", "none"])
-def test_a_cached_corpus_is_used_unless_it_is_damaged(
-    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-
-    class Tokenizer:
-        calls = 0
-
-        def get_vocab(self) -> dict[str, int]:
-            return {"a": 1}
-
-        def __call__(self, given: list[str], **_: Any) -> dict[str, list[list[int]]]:
-            Tokenizer.calls += 1
-            return {"input_ids": [[1, 2, 99] for _ in given[:3]]}
-
-    first = drafter.corpus(Tokenizer(), 50)
-    assert first.tolist() == [-1, 1, 2, -1] * 3 + [-1] and Tokenizer.calls == 1
-    [kept] = (tmp_path / "ngram").iterdir()
-    if corpus == "damaged":
-        kept.write_bytes(kept.read_bytes()[:-5])
-    if corpus == "none":
-        kept.unlink()
-    assert drafter.corpus(Tokenizer(), 50).tolist() == first.tolist()
-    assert Tokenizer.calls == (1 if corpus == "counted" else 2)
-
-
-def test_of_a_tokenizer_that_cannot_read_the_corpus_no_corpus_is_used(
-    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))  # without an unknown token
-    assert drafter.corpus(tokenizer, 97).tolist() == [-1]
-    decoder = SpecDecoder(llama, tokenizer, NgramDrafter())
-    assert decoder.generate([5, 6, 7, 5, 6], max_new_tokens=24, ignore_eos=True).metrics.num_spec_steps < 24
-
-
 def test_earlier_requests_are_matched_and_a_drafter_without_a_store_knows_none(llama: PreTrainedModel) -> None:
     prompt = [5, 6, 7, 8]
     for store, known in ((True, True), (0, False)):
@@ -229,18 +184,6 @@ def test_earlier_requests_are_matched_and_a_drafter_without_a_store_knows_none(l
         assert first.token_ids == again.token_ids
         better = again.metrics.num_spec_steps < first.metrics.num_spec_steps
         assert better == known
-
-
-def test_no_long_passage_of_the_prompts_that_are_measured_is_in_the_corpus() -> None:
-    def grams(text: str) -> set[tuple[str, ...]]:
-        words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + 12]) for i in range(len(words) - 11)}
-
-    packed = files("specdec.drafters").joinpath(drafter.CORPUS).read_bytes()
-    assert len(packed) < 3_000_000
-    corpus = grams(lzma.decompress(packed).decode().replace("\0", " "))
-    for prompts in files("specdec.bench").joinpath("data").iterdir():
-        assert not grams(prompts.read_text("utf-8")) & corpus
 
 
 @pytest.mark.parametrize(
