@@ -38,7 +38,7 @@ SHORT = {
     "bench": ["--limit", "1", "--max-new-tokens", "4"],
     "verify": ["--limit", "1", "--max-new-tokens", "4", "--draws", "16", "--positions", "0"],
     "sweep": ["limit=1", "max_new_tokens=4"],
-    "tune": ["--limit", "1"],
+    "tune drafter": ["--limit", "1"],
     "train": ["--set", "max_new_tokens=8", "--set", "eval_fraction=0.3"],
 }
 
@@ -82,7 +82,7 @@ def prompts(path: Path, count: int = 8) -> None:
 
 def run(arguments: list[str], piped: str = "") -> None:
     """A command, shortened: a step of training for each hour."""
-    more = SHORT.get(arguments[0], [])
+    more = SHORT.get(arguments[0]) or SHORT.get(" ".join(arguments[:2]), [])
     if arguments[0] == "train":
         hours = int(arguments[arguments.index("--minutes") + 1]) // 60 if "--minutes" in arguments else 1
         more = [*more, "--steps", str(hours)]
