@@ -38,11 +38,11 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
     with suppress(OSError):
         packed = importlib.resources.files("specdec.drafters").joinpath(SHIPPED).read_bytes()
     with suppress(Exception):  # a tokenizer raises what it likes
-        own, kept = _read(place(tokenizer)), _read(place(tokenizer, packed))
+        own, kept = _read(path_for(tokenizer)), _read(path_for(tokenizer, packed))
         if kept is None:
             kept = tokenised(_unpacked(packed), tokenizer, MOST)
             with suppress(OSError):
-                _write(place(tokenizer, packed), kept)
+                _write(path_for(tokenizer, packed), kept)
         found = kept if own is None else np.concatenate((kept[: MOST - len(own)], own))
     found[found >= vocab_size] = -1
     return found
@@ -58,7 +58,7 @@ def tokenised(texts: Iterable[str], tokenizer: Any, most: int, progress: Progres
     return np.array([*found[: most - 1], -1], np.int32)
 
 
-def keep(texts: Iterable[str], tokenizer: Any, progress: Progress) -> bool:
+def save_own(texts: Iterable[str], tokenizer: Any, progress: Progress) -> bool:
     """Make ``texts`` the user's own for models with that tokenizer, instead of earlier ones; whether all of them fit.
 
     Raises SpecDecError if there are none, the tokenizer cannot read them or the cache folder cannot be written.
@@ -71,7 +71,7 @@ def keep(texts: Iterable[str], tokenizer: Any, progress: Progress) -> bool:
         raise SpecDecError(f"the model's tokenizer cannot read these texts: {one_line(error)}") from None
     if (ids < 0).all():
         raise SpecDecError("there is no text in these files; give some that are like what the model shall write")
-    path = place(tokenizer)
+    path = path_for(tokenizer)
     try:
         _write(path, ids)
     except OSError as error:
@@ -79,21 +79,21 @@ def keep(texts: Iterable[str], tokenizer: Any, progress: Progress) -> bool:
     return len(ids) < MOST_OWN
 
 
-def forget(tokenizer: Any) -> None:
-    """Undo ``keep``. Raises SpecDecError if the cache folder cannot be written."""
+def reset(tokenizer: Any) -> None:
+    """Undo ``save_own``. Raises SpecDecError if the cache folder cannot be written."""
     try:
-        place(tokenizer).unlink(missing_ok=True)
+        path_for(tokenizer).unlink(missing_ok=True)
     except OSError as error:
-        raise SpecDecError(f"cannot delete '{place(tokenizer)}': {error.strerror or error}") from None
+        raise SpecDecError(f"cannot delete '{path_for(tokenizer)}': {error.strerror or error}") from None
 
 
-def own(tokenizer: Any) -> int:
+def own_tokens(tokenizer: Any) -> int:
     """How many tokens of the user's texts are counted for models with that tokenizer."""
-    found = _read(place(tokenizer))
+    found = _read(path_for(tokenizer))
     return 0 if found is None else int((found >= 0).sum())
 
 
-def place(tokenizer: Any, packed: bytes | None = None) -> Path:
+def path_for(tokenizer: Any, packed: bytes | None = None) -> Path:
     """The file of the user's texts, or of the ``packed`` ones, for a tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))

@@ -107,11 +107,11 @@ def prior(
         terminal.warn_in_lines()
         tokenizer = read_tokenizer(model)
     if reset:
-        corpus.forget(tokenizer)
+        corpus.reset(tokenizer)
     if texts:
         with terminal.Bar("tokens") as bar:
-            if not corpus.keep(chain.from_iterable(map(corpus.read, texts)), tokenizer, bar):
+            if not corpus.save_own(chain.from_iterable(map(corpus.read, texts)), tokenizer, bar):
                 say("your texts are longer than what is kept: the rest is left out")
-    count = corpus.own(tokenizer)
-    kept = f"{count:,} tokens of yours, kept in {corpus.place(tokenizer)}" if count else "no texts of yours"
+    count = corpus.own_tokens(tokenizer)
+    kept = f"{count:,} tokens of yours, kept in {corpus.path_for(tokenizer)}" if count else "no texts of yours"
     say(f"with models of this tokenizer, ngram drafts from its own corpus and {kept}")

@@ -82,9 +82,9 @@ def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
 
 
 def read_tokenizer(name: str) -> Any:
-    """The tokenizer of the model that ``load`` would load."""
-    source = find(name)
-    with quietly(f"Loading {name}"):
+    """The tokenizer of the model ``name``. Downloads the model if need be; reads no weights."""
+    source = find_source(name)
+    with quiet_transformers(f"Loading {name}"):
         return _tokenizer(source, source.options)
 
 

@@ -170,20 +170,20 @@ def test_own_texts_stand_behind_those_of_the_package_and_take_their_place_where_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer, seen = Words(), list[tuple[int, int]]()
-    assert corpus.own(tokenizer) == 0
+    assert corpus.own_tokens(tokenizer) == 0
     monkeypatch.setattr(corpus, "BATCH", 1)
-    assert corpus.keep(["seventh", "eighteen"], tokenizer, lambda *at: seen.append(at))
+    assert corpus.save_own(["seventh", "eighteen"], tokenizer, lambda *at: seen.append(at))
     mine = [-1, 7, 2, 99, -1, 8, 2, 99, -1]
     shipped = [-1, 3, 2, 99, -1, 5, 2, 99, -1, 11, 2, 99, -1]
     assert corpus.corpus(tokenizer, 100).tolist() == [*shipped, *mine]
-    assert corpus.own(tokenizer) == 6 and seen == [(4, corpus.MOST_OWN), (8, corpus.MOST_OWN)]
+    assert corpus.own_tokens(tokenizer) == 6 and seen == [(4, corpus.MOST_OWN), (8, corpus.MOST_OWN)]
     monkeypatch.setattr(corpus, "MOST", len(mine) + 4)
     assert corpus.corpus(tokenizer, 100).tolist() == [-1, 3, 2, 99, *mine]
     monkeypatch.setattr(corpus, "MOST_OWN", 5)
-    assert not corpus.keep(["seventh", "eighteen", "more"], tokenizer, lambda *at: None)
-    assert corpus.own(tokenizer) == 3
-    corpus.forget(tokenizer)
-    assert corpus.own(tokenizer) == 0 and len(corpus.corpus(tokenizer, 100)) == len(SMALL)
+    assert not corpus.save_own(["seventh", "eighteen", "more"], tokenizer, lambda *at: None)
+    assert corpus.own_tokens(tokenizer) == 3
+    corpus.reset(tokenizer)
+    assert corpus.own_tokens(tokenizer) == 0 and len(corpus.corpus(tokenizer, 100)) == len(SMALL)
 
 
 def test_what_own_texts_say_is_drafted(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_what_own_texts_say_is_drafted(llama: PreTrainedModel, monkeypatch: pyte
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     plain = SpecDecoder(llama, tokenizer, NgramDrafter(store=0))
     text = plain.generate([5, 6, 7], max_new_tokens=40, ignore_eos=True)
-    corpus.keep([" ".join(f"w{token}" for token in [5, 6, 7, *text.token_ids])], tokenizer, lambda *at: None)
+    corpus.save_own([" ".join(f"w{token}" for token in [5, 6, 7, *text.token_ids])], tokenizer, lambda *at: None)
     again = SpecDecoder(llama, tokenizer, NgramDrafter(store=0)).generate([5, 6, 7], max_new_tokens=40, ignore_eos=True)
     assert again.token_ids == text.token_ids
     assert again.metrics.num_spec_steps < text.metrics.num_spec_steps
@@ -233,20 +233,20 @@ def test_a_bad_file_is_named_and_earlier_texts_stay(
 ) -> None:
     monkeypatch.setattr("specdec.base.inputs.LINE", 100)
     tokenizer = Words()
-    corpus.keep(["earlier"], tokenizer, lambda *at: None)
+    corpus.save_own(["earlier"], tokenizer, lambda *at: None)
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(SpecDecError, match=words):
-        corpus.keep(corpus.read(tmp_path / name), tokenizer, lambda *at: None)
-    assert corpus.own(tokenizer) == 3
+        corpus.save_own(corpus.read(tmp_path / name), tokenizer, lambda *at: None)
+    assert corpus.own_tokens(tokenizer) == 3
 
 
 def test_texts_that_cannot_be_kept_or_read_are_an_error(cache: Path) -> None:
     with pytest.raises(SpecDecError, match="tokenizer cannot read these texts"):
-        corpus.keep(["b"], fast(TOKENIZERS["no unknown token"]), lambda *at: None)
+        corpus.save_own(["b"], fast(TOKENIZERS["no unknown token"]), lambda *at: None)
     cache.parent.write_text("not a folder")
     with pytest.raises(SpecDecError, match="cannot keep the texts"):
-        corpus.keep(["b"], Words(), lambda *at: None)
+        corpus.save_own(["b"], Words(), lambda *at: None)
     with pytest.raises(SpecDecError, match="cannot delete"):
-        corpus.forget(Words())
-    assert corpus.own(Words()) == 0
+        corpus.reset(Words())
+    assert corpus.own_tokens(Words()) == 0
