@@ -186,7 +186,7 @@ def _print(summary: dict[str, Any], table: Any) -> None:
     methods = summary["methods"]
     kinds = list(dict.fromkeys(kind for method in methods for kind in method["categories"] if kind))
     rows = [[kind or "all", *(_over_plain(method, kind) for method in methods)] for kind in [*kinds, ""]]
-    terminal.columns(("x plain (the worst prompt)", *(method["name"] for method in methods)), rows)
+    terminal.print_table(("x plain (the worst prompt)", *(method["name"] for method in methods)), rows)
     print()
     phases = list(dict.fromkeys(phase for method in methods for phase in method["ledger_ms_per_step"]))
     header = ["method", "prefill ms", "decode ms/token", *(f"{p} ms/step" for p in phases), "MB"]
