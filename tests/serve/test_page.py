@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from specdec.serve.app import PAGE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT = 600_000  # milliseconds
+GONE = "The server does not answer, or the connection was lost; check that the server runs."
+POLICY = "Content Security Policy"  # what the console's errors about it have in them
 no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
@@ -49,19 +53,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+@contextmanager
+def opened(url: str) -> Iterator[Any]:
+    """The page at ``url``, of which the browser must have nothing to complain."""
+    with sync_playwright() as p:
+        browser, problems = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT), []
+        page = browser.new_page(viewport={"width": 400, "height": 800})
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: POLICY in message.text and problems.append(message.text))
+        page.on("request", lambda r: r.url.startswith((url, "data:")) or problems.append(r.url))
+        page.set_default_timeout(TIMEOUT)
+        page.goto(url)
+        yield page
+        assert problems == []
+        browser.close()
+
+
 @pytest.fixture
 def page(server: Server) -> Iterator[Any]:
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT)
-        opened = browser.new_page(viewport={"width": 400, "height": 800})
-        opened.problems = []
-        opened.on("pageerror", lambda error: opened.problems.append(str(error)))
-        opened.on("request", lambda r: r.url.startswith((server.url, "data:")) or opened.problems.append(r.url))
-        opened.set_default_timeout(TIMEOUT)
-        opened.goto(server.url)
-        yield opened
-        assert opened.problems == []
-        browser.close()
+    with opened(server.url) as found:
+        yield found
 
 
 @no_browser
@@ -92,3 +103,23 @@ def test_the_page_stops_and_says_what_is_wrong(server: Server, page: Any) -> Non
     page.get_by_label("Prompt", exact=True).fill("x" * 5000)
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("tokens", timeout=TIMEOUT)
+
+
+@no_browser
+@pytest.mark.slow
+def test_the_pages_own_policy_allows_its_icon(page: Any) -> None:
+    """The icon itself may be fetched out of a page's sight."""
+    shown = "link => new Promise(end => Object.assign(new Image(), {onload: end, onerror: end, src: link.href}))"
+    page.locator("link[rel=icon]").evaluate(shown)  # what the policy forbids is a problem in the console
+
+
+@no_browser
+@pytest.mark.slow
+def test_a_server_that_is_gone_is_said_so_in_one_sentence(tmp_path: Path) -> None:
+    with ExitStack() as browser:
+        with serving(tiny_decoder(tmp_path)) as server:
+            page = browser.enter_context(opened(server.url))
+            expect(page.locator("#model")).to_have_text("tiny", timeout=TIMEOUT)
+        page.get_by_label("Prompt", exact=True).fill("Go on.")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_role("alert")).to_have_text(GONE, timeout=TIMEOUT)
