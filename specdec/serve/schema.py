@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import from_json
 
 from specdec.base import options
 from specdec.speculation.constraints import Json
@@ -198,14 +198,14 @@ class CalledFunction(Strict):
 
     def parsed(self) -> dict[str, Any]:
         """The arguments."""
-        return dict(json.loads(self.arguments or "{}"))
+        return dict(from_json(self.arguments or "{}"))
 
     @field_validator("arguments")
     @classmethod
     def _check_arguments(cls, given: str) -> str:
         try:
-            known = isinstance(json.loads(given or "{}"), dict)
-        except (ValueError, RecursionError):
+            known = isinstance(from_json(given or "{}"), dict)
+        except ValueError:  # also where it is nested without end
             known = False
         if not known:
             raise ValueError("the arguments of a call must be a JSON object, as text")

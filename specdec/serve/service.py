@@ -57,11 +57,14 @@ class Service:
         if most is not None and wanted is not None and wanted > most:
             message = f"{wanted} new tokens exceed this server's limit of {most}; ask for fewer"
             raise ApiError(400, message, "max_tokens", "invalid_value")
-        tokens = self._max_new_tokens(body)
-        if body.num_logprobs is not None and choices > 1 and choices * tokens * (1 + body.num_logprobs) > MAX_LOGPROBS:
-            message = f"{choices} choices of up to {tokens} tokens have more than {MAX_LOGPROBS} log-probabilities"
-            raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
+        self._check_logprobs(body, choices, choices * self._max_new_tokens(body))
         self.check_token_ids("logit_bias", list(body.bias_by_token))
+
+    def _check_logprobs(self, body: GenerationBody, choices: int, tokens: int) -> None:
+        """Raise ApiError if ``tokens``, of all choices, would have too many log-probabilities."""
+        if body.num_logprobs is not None and choices > 1 and tokens * (1 + body.num_logprobs) > MAX_LOGPROBS:
+            message = f"up to {tokens} tokens in {choices} choices have more than {MAX_LOGPROBS} log-probabilities"
+            raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
 
     def _max_new_tokens(self, body: GenerationBody) -> int:
         """The smallest limit on new tokens: the client's, the server's and the model's."""
@@ -79,6 +82,9 @@ class Service:
     def prepare_completion(self, body: CompletionBody) -> tuple[list[list[int]], list[str], CompiledConstraint | None]:
         """The prompts, their texts if they are echoed, and the constraint on the answers."""
         prompts = [self.encode_text(prompt) for prompt in body.prompts]
+        if body.echo:
+            n, new = body.n or 1, self._max_new_tokens(body)
+            self._check_logprobs(body, n * len(prompts), n * sum(len(ids) + new for ids in prompts))
         texts = [p if isinstance(p, str) else self.decode(p) for p in body.prompts if body.echo]
         return prompts, texts, self.constraint(body)
 

@@ -156,12 +156,17 @@ def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
+DEEP = {"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}
 WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "no messages": ({"messages": []}, "messages"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "messages.0.role"),
     "a tool's message": ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     "a tool call": ({"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, None),
+    "a call that is nested without end": (
+        {"messages": [*USER, {"role": "assistant", "tool_calls": [{"id": "1", "function": DEEP}]}]},
+        "messages.1.tool_calls.0.function.arguments",
+    ),
     "no content": ({"messages": [{"role": "user", "content": None}]}, "messages.0"),
     "a negative temperature": ({"temperature": -1}, "temperature"),
     "a hot temperature": ({"temperature": 1e300}, "temperature"),

@@ -161,3 +161,6 @@ def test_log_probabilities_are_counted_before_anything_is_made(server: Server) -
         error = server.complete(**more).json()["error"]
         assert error["param"] == "logprobs" and "set max_tokens" in error["message"]
     assert server.complete(n=64, max_tokens=100, logprobs=20).status_code != 400
+    for more in ({"prompt": [5] * 4000, "n": 64}, {"prompt": [[5] * 4000] * 64}):  # and those of prompts
+        error = server.complete(**more, echo=True, max_tokens=0, logprobs=20).json()["error"]
+        assert error["param"] == "logprobs"
