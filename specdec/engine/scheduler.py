@@ -17,7 +17,6 @@ from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
 
 DRAFTED = 16  # slots that the nodes of a usual draft take
-PAGE = 16  # memory is counted in blocks of so many slots
 HEADROOM = 64  # free slots for each row at an admission: with fewer, a row would soon be preempted again
 NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at first, if later requests may reuse it
 SHARED = 32  # a request waits for another's prompt if they share so many more tokens than any cached prefix
@@ -84,27 +83,38 @@ class Scheduler:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def used(self) -> int:
-        """Bytes of all keys, values and recurrent states. Running rows count in blocks, cached prefixes by buffers."""
-        prefilling = [len(row.ids) for row in self.prefilling.rows]
-        slots = sum(blocks(n, PAGE) for n in (*self.batch.cache.rows, *prefilling))
-        states = self.batch.cache.num_states + self.prefixes.states
-        states += 0 if self.prefilling.cache is None else self.prefilling.cache.num_states
-        prefixes = 0 if self.kv_memory is None else self.prefixes.nbytes
-        return self.token_bytes * slots + prefixes + self.state_bytes * states
+        """Bytes of the buffers of keys and values, of running rows and cached prefixes, and of recurrent states."""
+        caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
+        states = sum(cache.num_states for cache in caches) + self.prefixes.states
+        return sum(cache.nbytes for cache in caches) + self.prefixes.nbytes + self.state_bytes * states
 
-    def _fits(self, tokens: int, rows: int = 0) -> bool:
-        """Whether there is memory for so many more tokens and rows; drops cached prefixes to make it."""
+    def _fits(self, tokens: int, new: Sequence[int] = ()) -> bool:
+        """Whether there is memory for so many more tokens of each row, and for new rows with so many slots.
+
+        Drops cached prefixes to make it.
+        """
         if self.kv_memory is None:
             return True
-        while self.used() + tokens * self.token_bytes + rows * self.state_bytes > self.kv_memory:
+        while self.used() + self._growth(tokens, new) > self.kv_memory:
             if not self.prefixes.drop():
                 return False
         return True
 
+    def _growth(self, tokens: int, new: Sequence[int]) -> int:
+        """Bytes that buffers and states grow by for these."""
+        batch, prefilling, now = self.batch.cache, self.prefilling, 0
+        then = [blocks(slots, batch.block) for slots in new]
+        for cache, ends in ((batch, batch.rows), (prefilling.cache, [len(row.ids) for row in prefilling.rows])):
+            if cache is not None:
+                now += sum(cache.capacities([0] * cache.batch))
+                then += cache.capacities([end + tokens for end in ends])
+        slots = len(then) * max(then, default=0) if batch.padded else sum(then)
+        return max(slots - now, 0) * self.token_bytes + len(new) * self.state_bytes
+
     def preempt(self) -> bool:
         """Before a step: let the youngest rows wait until the others have memory to grow; return whether any does."""
         before = self.preemptions
-        while not self._fits(DRAFTED * len(self.batch.rows)) and self.running > 1:
+        while not self._fits(DRAFTED) and self.running > 1:
             youngest = max([*self.batch.rows, *self.prefilling.rows], key=lambda row: row.submit_time)
             self.remove([youngest], keep=False)
             youngest.set_status(Status.WAITING)
@@ -116,21 +126,19 @@ class Scheduler:
 
     def admit(self) -> None:
         """Let waiting requests begin, in their order, while there is memory."""
-        fresh, expected, target = list[Request](), 0, self.batch.target
+        fresh = list[Request]()
         while self.waiting and self.running + len(fresh) < self.max_rows:
             row, others = self.waiting[0], self.running + len(fresh)
             # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
             ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
             source, found, shared = self._longest_prefix(ids, row.scope)
-            tokens = sum(blocks(len(each.ids), PAGE) for each in (*fresh, row)) + HEADROOM * (others + 1)
-            if not self._fits(tokens, len(fresh) + 1) and others:
+            if not self._fits(HEADROOM, [*map(self._expected_slots, (*fresh, row))]) and others:
                 break
             if self._should_wait(row, ids, found, fresh):
                 break
             if shared > found + SHARED:
                 row.fork_positions.add(shared)
-            own = self._expected_slots(row)
-            cache = None if source is None else source(found, own)
+            cache = None if source is None else source(found, self._expected_slots(row))
             self._count_hits(row, found)
             self.batch.restart([*self.batch.rows, *self.prefilling.rows, *fresh])
             self.waiting.popleft()
@@ -139,20 +147,22 @@ class Scheduler:
             self.batch.begin(row)
             row.set_status(Status.PREFILL)
             if cache is not None:
-                cache.expected = own
+                cache.expected = [self._expected_slots(row)]
                 cache.checkpoint(0)
                 self.prefilling.add([row], cache)
             else:
                 fresh.append(row)
-                expected = max(expected, own)
         if fresh:
-            cache = target.new_cache(len(fresh))
-            cache.expected = expected
+            cache = self.batch.target.new_cache(len(fresh))
+            cache.expected = [*map(self._expected_slots, fresh)]
             self.prefilling.add(fresh, cache)
 
     def _expected_slots(self, row: Request) -> int:
-        """Slots that a row's cache is allocated for at first."""
+        """Slots that a row's cache is allocated for at first: of limited memory, no more than its share."""
         new = min(row.remaining, NEW_SLOTS) if self.reuse else row.remaining
+        if self.kv_memory is not None:
+            share = self.kv_memory // max(self.token_bytes * self.max_rows, 1)
+            new = min(new, max(share - len(row.ids) - DRAFTED, HEADROOM))
         return min(len(row.ids) + new + DRAFTED, self.batch.target.context)
 
     def _longest_prefix(

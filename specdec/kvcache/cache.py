@@ -18,6 +18,7 @@ from specdec.base.devices import upload
 from specdec.kvcache.recurrent import Advance, Recurrent
 
 GROUP = 32  # numbers of an 8-bit row that share a scale
+BLOCK = 256  # slots that a buffer grows by
 MAX_EXPECTED = 1 << 30  # maximum bytes that buffers allocate for expected slots
 
 
@@ -79,26 +80,29 @@ class KVCache:
     lengths: number of filled slots of each layer.
     rows: number of committed tokens of each row; ``committed``: the largest of them.
     positions: of all slots, [B, capacity].
-    expected: number of slots that will be needed; on a CPU, where untouched memory is free, buffers begin with them.
+    expected: number of slots that each row will need; on a CPU, buffers begin with them.
     recurrent: states of the recurrent layers.
+    padded: whether each row's buffers have the size of the longest row's.
     """
+
+    padded = True
 
     def __init__(
         self,
         num_layers: int,
         batch: int,
         device: torch.device | str = "cpu",
-        block: int = 256,
+        block: int | None = None,
         buffer: Tensor | None = None,
         int8: bool = False,
     ) -> None:
-        self.block, self.device, self.int8 = block, torch.device(device), int8
+        self.block, self.device, self.int8 = block or BLOCK, torch.device(device), int8
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
         self.buffer: Tensor | None = None
         self.lengths, self.rows, self.committed = [0] * num_layers, [0] * batch, 0
-        self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)
-        self.expected = 0
+        self.positions = torch.full((batch, self.block), -1, dtype=torch.long, device=self.device)
+        self.expected = [0] * batch
         self.recurrent: dict[int, Recurrent] = {}
         if buffer is not None:
             self._divide(buffer)
@@ -117,6 +121,11 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of the buffers of keys and values."""
         return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+
+    def capacities(self, ends: Sequence[int]) -> list[int]:
+        """The number of slots of each row's buffers once they have room for so many tokens of each row."""
+        end, slots = max(ends, default=0), max((t.shape[2] for t in self.keys if t is not None), default=0)
+        return [slots if end <= slots else self._slots(end, self.committed)] * self.batch
 
     @property
     def ragged(self) -> bool:
@@ -180,19 +189,21 @@ class KVCache:
     ) -> Tensor:
         """A buffer with at least ``end`` slots, the first ``filled`` ones those of ``old``. shape: [..., B, H, d]."""
         *outer, heads, head_dim = shape
-        slots = self._slots(end, filled, heads * head_dim * dtype.itemsize)
+        slots = self._slots(end, filled, 2 * len(self.lengths) * heads * head_dim * dtype.itemsize)
         grown = zeros((*outer, heads, slots, head_dim), dtype, device)
         if old is not None:
             grown[..., :filled, :] = old[..., : self.batch, :, :filled, :]
         return grown
 
-    def _slots(self, end: int, filled: int, size: int) -> int:
-        """The capacity of a buffer for ``end`` slots, of which there were ``filled`` before.
+    def _slots(self, end: int, filled: int, size: int | None = None, row: int | None = None) -> int:
+        """The capacity of a buffer, of all rows or one, for ``end`` slots, of which there were ``filled`` before.
 
-        size: bytes of a row's keys in one slot of a layer.
+        size: bytes of a token in all layers; None: as those that are stored.
         """
+        size = self.token_bytes if size is None else size
+        expected = max(self.expected, default=0) if row is None else self.expected[row]
         # A text may end early, so the memory of expected slots is bounded.
-        expected = min(self.expected, MAX_EXPECTED // max(2 * len(self.lengths) * self.batch * size, 1))
+        expected = min(expected, MAX_EXPECTED // max(self.batch * size, 1))
         # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
         most = max(end, filled + filled // 4, expected if self.device.type == "cpu" else 0)
         return -(-most // self.block) * self.block
@@ -267,7 +278,7 @@ class KVCache:
     def join(self, other: KVCache) -> None:
         """Add the rows of ``other`` after those of this cache. Nothing may be uncommitted in either."""
         mine, theirs, first = self.committed, other.committed, self.batch
-        self.expected = max(self.expected, other.expected)
+        self.expected = self.expected + other.expected
         slots = (max(mine, theirs) // self.block + 1) * self.block
         positions = self.positions.new_full((first + other.batch, slots), -1)
         positions[:first, :mine] = self.positions[:, :mine]
@@ -306,9 +317,9 @@ class KVCache:
 
     @property
     def num_states(self) -> int:
-        """Number of recurrent states of a layer: those of the rows, and checkpoints."""
+        """Number of recurrent states of a layer, if there are any: those of the rows, and checkpoints."""
         state = next(iter(self.recurrent.values()), None)
-        return 0 if state is None else self.batch + sum(map(len, state.checkpoints))
+        return self.batch + (0 if state is None else sum(map(len, state.checkpoints)))
 
     @property
     def state_bytes(self) -> int:
@@ -354,13 +365,14 @@ class KVCache:
         buffer, filled, batch = self.buffer, self.committed, self.batch
         self.positions = self.positions.index_select(0, index)
         self.recurrent = {layer: state.select(rows) for layer, state in self.recurrent.items()}
-        self.rows = [self.rows[i] for i in rows]
+        self.rows, self.expected = [self.rows[i] for i in rows], [self.expected[i] for i in rows]
         self.committed = max(self.rows, default=0)
         self.lengths = [self.committed] * len(self.lengths)
         moves = {to: row for to, row in enumerate(rows) if to != row}
         if buffer is None:
+            slots = self._slots(self.committed + 1, 0)  # the longest row may be gone
             for part in (self.keys, self.values):
-                part[:] = [None if t is None else t.index_select(0, index) for t in part]
+                part[:] = [None if t is None else t[:, :, :slots].index_select(0, index) for t in part]
         elif moves.keys() & moves.values():
             self._divide(buffer.index_select(2, index))
         else:

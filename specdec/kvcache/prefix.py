@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from specdec.kvcache.cache import KVCache
 
+MAX_PREFIXES = 1024  # each is compared with every new text
+
 
 class Prefix:
     """A text, and a cache of one row with exactly its tokens. scope: of the requests that may begin with it."""
@@ -38,7 +40,7 @@ class PrefixStore:
         made = Prefix(ids, cache, scope)
         if made.ids:
             self.entries = [p for p in self.entries if p.scope != scope or common(p.ids, made.ids) < len(p.ids)]
-            self.entries.append(made)
+            self.entries = [*self.entries[1 - MAX_PREFIXES :], made]
 
     def longest(self, ids: Sequence[int], scope: str | None = None) -> tuple[Prefix | None, int, int]:
         """The text from which most of ``ids`` can be resumed, their number, and the most shared with any text."""

@@ -79,11 +79,17 @@ class RowCache(KVCache):
     ~    draft_positions: positions of uncommitted slots [B, U].
     """
 
-    def __init__(self, num_layers: int, batch: int = 1, block: int = 256, int8: bool = False) -> None:
+    padded = False
+
+    def __init__(self, num_layers: int, batch: int = 1, block: int | None = None, int8: bool = False) -> None:
         super().__init__(num_layers, batch, block=block, int8=int8)
         self.data: list[Tensor | None] = [None] * batch
         self.places: list[tuple[int, int, int]] = [(0, 0, 0)] * batch
         self.draft_positions = torch.zeros(batch, 16, dtype=torch.long)
+
+    def capacities(self, ends: Sequence[int]) -> list[int]:
+        pairs = zip(ends, self.places, strict=True)
+        return [have if end <= have else self._slots(end, have, row=b) for b, (end, (have, _, _)) in enumerate(pairs)]
 
     @property
     def nbytes(self) -> int:
@@ -129,8 +135,8 @@ class RowCache(KVCache):
         if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // 32, torch.int8
         old, filled = self.data[row], max(self.lengths) - self.committed + self.rows[row]
-        # Untouched pages take no memory, so a row begins with all slots that it is expected to need.
-        slots = self._slots(end, 0 if old is None else old.shape[3], heads * head_dim * dtype.itemsize)
+        size = 2 * len(self.lengths) * heads * head_dim * dtype.itemsize
+        slots = self._slots(end, 0 if old is None else old.shape[3], size, row)
         data = zeros((2, len(self.lengths), heads, slots, head_dim), dtype, self.device)
         if old is not None:
             data[:, :, :, :filled] = old[:, :, :, :filled]
@@ -168,13 +174,14 @@ class RowCache(KVCache):
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, RowCache)
-        self.expected = max(self.expected, other.expected)
+        self.expected = self.expected + other.expected
         self.data += other.data
         self.places += other.places
         self._place(self.rows + other.rows)
 
     def select(self, rows: Sequence[int]) -> None:
         self.data, self.places = [self.data[b] for b in rows], [self.places[b] for b in rows]
+        self.expected = [self.expected[b] for b in rows]
         self._place([self.rows[b] for b in rows])
 
     def _place(self, rows: list[int]) -> None:

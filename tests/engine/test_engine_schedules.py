@@ -30,6 +30,7 @@ from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
 from specdec.engine.engine import Engine
 from specdec.engine.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from specdec.engine.request import Handle, Request
+from specdec.kvcache.prefix import Prefix
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.prefill import run_tokens
@@ -233,14 +234,15 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def arrive(self, data: st.DataObject) -> None:
-        prompt, style = self.prompt(data), data.draw(st.integers(0, len(STYLES) - 1), label="style")
+        logprobs = data.draw(st.sampled_from([None, "new", "prompt"]), label="logprobs")
+        self.submit(data, self.prompt(data), logprobs)
+
+    def submit(self, data: st.DataObject, prompt: list[int], logprobs: str | None) -> None:
+        style = data.draw(st.integers(0, len(STYLES) - 1), label="style")
         limit, at = data.draw(st.integers(0, MOST), label="limit"), data.draw(st.integers(1, MOST), label="at")
         ends = data.draw(st.sampled_from(["eos", "eos", "stop", "raise", "cancel", None]), label="ends")
-        logprobs = data.draw(st.sampled_from([None, "new", "prompt"]), label="logprobs")
-        draft, scope = (
-            data.draw(st.integers(0, 7), label="draft") > 0,
-            data.draw(st.sampled_from("aaab"), label="scope"),
-        )
+        draft = data.draw(st.integers(0, 7), label="draft") > 0
+        scope = data.draw(st.sampled_from("aaab"), label="scope")
         for stream in range(data.draw(st.sampled_from([1, 1, 1, 2, 3]), label="n")):
             found = plain(self.kind, tuple(prompt), style, stream)
             eos = set() if STYLES[style].pattern is None else {EOS}
@@ -269,8 +271,7 @@ class Schedules(RuleBasedStateMachine):
     def step(self, right: int, chunk: int, count: int) -> None:
         self.oracle.hits, self.engine.scheduler.chunk = right, chunk
         for _ in range(count):
-            self.engine.step()
-            self.check_caches()
+            self.advance()
 
     @precondition(lambda self: self.engine.busy)
     @rule(data=st.data())
@@ -287,17 +288,39 @@ class Schedules(RuleBasedStateMachine):
         """One step with hardly any memory: kept texts go, and the younger rows give way."""
         whole = self.engine.scheduler.kv_memory
         self.engine.scheduler.kv_memory = room * self.engine.scheduler.token_bytes
-        self.engine.step()
+        self.advance()
         self.engine.scheduler.kv_memory = whole
+
+    @precondition(lambda self: self.engine.batch.rows)
+    @rule(data=st.data(), first=st.sampled_from([2, 3, 5]), then=st.sampled_from([1, 7, 40]))
+    def interrupt(self, data: st.DataObject, first: int, then: int) -> None:
+        """A long prompt gives way when a part of it has been run, and is run again in other parts."""
+        words = data.draw(st.lists(st.integers(3, 96), min_size=20, max_size=40), label="words")
+        self.submit(data, words, data.draw(st.sampled_from([None, "prompt", "prompt"]), label="logprobs"))
+        self.step(0, first, 2)
+        self.squeeze(0)
+        self.step(0, then, 2)
+
+    def advance(self) -> None:
+        decoding = bool(self.engine.batch.rows)
+        self.engine.step()
         self.check_caches()
+        stats, scheduled = self.engine.stats(), self.engine.scheduler
+        caches = filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))
+        checkpoints = sum(own.num_states - own.batch for own in caches)  # for them, room is made in the next step
+        over = stats.kv_bytes - scheduled.state_bytes * checkpoints > scheduled.kv_memory
+        assert not decoding or not over or (stats.running <= 1 and not self.kept())  # alone, a row has what it takes
+
+    def kept(self) -> list[Prefix]:
+        return self.engine.scheduler.prefixes.entries
 
     # -- what has to be so --------------------------------------------------------------------------------------------
 
     def check_caches(self) -> None:
         """A cache has the tokens of its text that have been run, and no others."""
-        batch, kept = self.engine.batch, self.engine.scheduler.prefixes.entries
+        batch = self.engine.batch
         assert batch.cache.rows == [len(row.ids) - 1 for row in batch.rows]
-        assert all(prefix.cache.rows == [len(prefix.ids)] for prefix in kept)
+        assert all(prefix.cache.rows == [len(prefix.ids)] for prefix in self.kept())
         assert batch.drafter is self.drafter  # it has not been dropped
 
     def check(self, case: Case) -> None:
@@ -320,8 +343,8 @@ class Schedules(RuleBasedStateMachine):
         if not self.cases:
             return
         self.oracle.hits = 6
-        for _ in self.engine.steps():
-            self.check_caches()
+        while self.engine.busy:
+            self.advance()
         for case in self.cases:
             self.check(case)
         self.engine.close()
@@ -350,7 +373,8 @@ tokens_bytes = functools.cache(lambda kind: scheduler._sizes(target_of(kind)))
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What happens in long texts happens in short ones."""
-    for name, value in {"HEADROOM": 0, "SHARED": 4, "CHECKPOINT": 6, "DRAFTED": 8}.items():
+    monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
+    for name, value in {"HEADROOM": 0, "SHARED": 4, "CHECKPOINT": 6, "DRAFTED": 24}.items():
         monkeypatch.setattr(scheduler, name, value)
     yield
 

@@ -25,7 +25,8 @@ from specdec.engine.depth.policy import allocate
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request, Status
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.prefix import PrefixStore
+from specdec.kvcache.prefix import MAX_PREFIXES, PrefixStore
+from specdec.kvcache.rows import RowCache
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -93,15 +94,42 @@ def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     target = NativeTarget(tiny_model("llama", **sizes).bfloat16())
     token_bytes, _ = scheduler._sizes(target)
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=400 * token_bytes, reuse=True)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=600 * token_bytes, reuse=True)
     for first in range(5, 45):
         engine.submit(Request([first, *range(10, 30)], 4))  # room for many more tokens is made for each
         for _ in engine.steps():
             pass
         kept = engine.scheduler.prefixes.entries
         held = [data.nbytes for prefix in kept for data in prefix.cache.data if data is not None]  # type: ignore[attr-defined]
-        assert sum(held) == engine.stats().kv_bytes <= 400 * token_bytes
+        assert sum(held) == engine.stats().kv_bytes <= 600 * token_bytes
     assert len(kept) > 8
+
+
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
+def test_running_rows_count_what_they_hold(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers have room for what is to come, and where rows are padded, each holds as much as the longest."""
+    monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    target = NativeTarget(tiny_model("llama", **sizes).bfloat16()) if native else ReferenceTarget(tiny_model("llama"))
+    memory = 400 * scheduler._sizes(target)[0]
+    requests = [Request([5 + n, *range(3, 96 if n == 3 else 10)], 28) for n in range(12)]
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=8, kv_memory=memory, reuse=True)
+    for request in requests:
+        engine.submit(request)
+    most = 0
+    for _ in engine.steps():
+        scheduled = engine.scheduler
+        caches = [engine.batch.cache, scheduled.prefilling.cache]
+        held = sum(map(buffers, [*filter(None, caches), *(prefix.cache for prefix in scheduled.prefixes.entries)]))
+        assert held == engine.stats().kv_bytes <= memory
+        most = max(most, engine.stats().running)
+    assert most >= 3 and all(new_tokens(request) == alone(target, request)[0] for request in requests)
+
+
+def buffers(cache: KVCache) -> int:
+    """Bytes."""
+    held = cache.data if isinstance(cache, RowCache) else [*cache.keys, *cache.values]
+    return sum(data.nbytes for data in held if data is not None)
 
 
 def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel) -> None:
@@ -452,6 +480,9 @@ def test_the_text_used_least_recently_goes_first() -> None:
     assert store.drop() and [prefix.ids for prefix in store.entries] == [[6], [1, 2, 3]]
     store.add([6, 7, 8], one(3))
     assert [prefix.ids for prefix in store.entries] == [[1, 2, 3], [6, 7, 8]]
+    for n in range(9, 9 + MAX_PREFIXES):
+        store.add([n], one(1))
+    assert len(store.entries) == MAX_PREFIXES and store.entries[0].ids == [9]
 
 
 def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:

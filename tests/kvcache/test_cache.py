@@ -142,7 +142,7 @@ def test_rows_join_from_a_cache_whose_entries_lie_in_separate_buffers() -> None:
 @pytest.mark.parametrize("one_piece", [False, True])
 def test_buffers_begin_with_the_room_that_is_expected(one_piece: bool) -> None:
     cache = KVCache(num_layers=2, batch=1, block=4)
-    cache.expected = 10
+    cache.expected = [10]
 
     def add(count: int) -> int:
         if one_piece:
@@ -164,6 +164,6 @@ def test_buffers_begin_with_the_room_that_is_expected(one_piece: bool) -> None:
 def test_no_more_is_taken_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "MAX_EXPECTED", 2 * 2 * 3 * 64 * 8)  # eight slots of two layers and three rows
     cache = KVCache(num_layers=2, batch=3, block=4)
-    cache.expected = 10_000_000
+    cache.expected = [10_000_000] * 3
     cache.reserve(0, 2, 3, 1, 16, torch.float32)
     assert cache.keys[0] is not None and cache.keys[0].shape[2] == 8
