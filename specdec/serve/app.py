@@ -68,7 +68,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_limits(body)
         tool_format, names, prompt, constraint = await run(request, service.prepare_chat, body)
         shown = kept_special_tokens(tool_format, constraint is not None)
-        choices = service.submit([prompt], body, constraint, shown, _cache_scope(request))
+        choices = await run(request, service.submit, [prompt], body, constraint, shown, _cache_scope(request))
         shape = Chat(tool_format, names, not body.allows_several_calls, bool(body.forced_tools))
         return await _answer(service, request, Response(shape, service.settings.name, choices, body))
 
@@ -77,7 +77,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_limits(body, len(body.prompts))
         prompts, texts, constraint = await run(request, service.prepare_completion, body)
         shape = Completion([text for text in texts for _ in range(body.n or 1)])
-        choices = service.submit(prompts, body, constraint, scope=_cache_scope(request))
+        choices = await run(request, service.submit, prompts, body, constraint, (), _cache_scope(request))
         return await _answer(service, request, Response(shape, service.settings.name, choices, body))
 
 
