@@ -138,7 +138,8 @@ def test_checkpoints_are_kept_every_so_many_tokens(monkeypatch: pytest.MonkeyPat
     assert cached(engine, [[*prompt[:40], 5]]) == [32]
 
 
-def test_recurrent_states_count_as_memory() -> None:
+def test_recurrent_states_count_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     token_bytes, state_bytes = scheduler._sizes(served("qwen3_next")[1])
     assert state_bytes > 10 * token_bytes > 0
     engine = engine_of(NoDrafter(), kv_memory=3 * state_bytes + 200 * token_bytes)
