@@ -87,6 +87,7 @@ def test_the_native_runtime_gives_those_of_plain_decoding_bit_for_bit() -> None:
 
 def test_rows_that_gave_way_have_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
+    monkeypatch.setattr("specdec.engine.scheduler.HEADROOM", 0)
     model = tiny_model()
     target = ReferenceTarget(model)
     rows = [Request(prompt, 90, logprobs=1, prompt_logprobs=True) for prompt in PROMPTS * 2]

@@ -399,10 +399,10 @@ def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
         ("prompt", "abc"),
         ("prompt", [5, 2.0]),
         ("prompt", torch.tensor([5])),
-        ("limit", -1),
-        ("limit", 3.5),
-        ("limit", math.nan),
-        ("limit", "9"),
+        ("max_new_tokens", -1),
+        ("max_new_tokens", 3.5),
+        ("max_new_tokens", math.nan),
+        ("max_new_tokens", "9"),
         ("stream", -1),
         ("eos", 2),
         ("eos", {"a"}),
@@ -411,7 +411,7 @@ def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
         ("draft", None),
         ("scope", 3),
     ]:
-        given: dict[str, Any] = {"prompt": [5], "limit": 3, name: value}
+        given: dict[str, Any] = {"prompt": [5], "max_new_tokens": 3, name: value}
         with pytest.raises(SpecDecError, match=f"{name} must be"):
             Request(**given)
     handle = engine.submit(Request([np.int64(5), 6], np.int64(3)))  # type: ignore[list-item, arg-type]

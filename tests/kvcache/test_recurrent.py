@@ -142,11 +142,12 @@ def test_recurrent_states_count_as_memory(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     token_bytes, state_bytes = scheduler._sizes(served("qwen3_next")[1])
     assert state_bytes > 10 * token_bytes > 0
-    engine = engine_of(NoDrafter(), kv_memory=3 * state_bytes + 200 * token_bytes)
+    memory = 3 * state_bytes + 200 * token_bytes
+    engine = engine_of(NoDrafter(), kv_memory=memory)
     for first in range(5, 10):
         cached(engine, [[first, *range(10, 40)]])
     kept, held = len(engine.scheduler.prefixes.entries), engine.stats().kv_bytes
-    assert kept == 3 and held == 3 * state_bytes + engine.scheduler.prefixes.nbytes
+    assert 1 < kept < 5 and held == kept * state_bytes + engine.scheduler.prefixes.nbytes <= memory
 
 
 # --- sampling, and controls ------------------------------------------------------------------------------------------
