@@ -31,16 +31,16 @@ def test_the_matrix_has_every_drafter(llama: PreTrainedModel) -> None:
 
 
 def cases() -> Iterator[Any]:
-    """(family, runtime, some drafters), in three parts; by default one of them is run, another for each family."""
+    """(family, runtime, some drafters): four parts, of which one is run by default, another for each family in turn."""
     yield pytest.param("llama", ReferenceTarget, tuple(EVERY), id="llama")
     others = [(family, ReferenceTarget) for family in FAMILIES | HYBRIDS if family != "llama"]
     for number, (family, runtime) in enumerate([*others, ("qwen3_5_text", FusedTarget)]):
         # Every drafter that is not none can draft a tree.
         names = [name for name in EVERY if family in WHOLE or runtime is FusedTarget or name.endswith("(tree)")]
-        for part in range(3):
-            marks = [pytest.mark.slow] * ((number + part) % 3 != 0)
+        for part in range(4):
+            marks = [pytest.mark.slow] * ((number + part) % 4 != 0)
             yield pytest.param(
-                family, runtime, tuple(names[part::3]), marks=marks, id=f"{family}-{runtime.runtime}-{part}"
+                family, runtime, tuple(names[part::4]), marks=marks, id=f"{family}-{runtime.runtime}-{part}"
             )
 
 
@@ -73,7 +73,13 @@ SOME = ("none", "m2r2 (tree)", "medusa (tree)", "early-exit", "layer-skip (tree)
 
 
 @pytest.mark.parametrize(
-    ("family", "names"), [("llama", CHAINS), ("llama", EVERY.keys() - CHAINS), ("mistral", SOME), ("gpt2", SOME)]
+    ("family", "names"),
+    [
+        pytest.param("llama", CHAINS, marks=pytest.mark.slow, id="llama-chains"),
+        pytest.param("llama", EVERY.keys() - CHAINS, id="llama-trees"),
+        ("mistral", SOME),
+        ("gpt2", SOME),
+    ],
 )
 def test_sampling_follows_the_model(family: str, names: Collection[str]) -> None:
     """The tokens of a seed are those of plain decoding whatever drafts (test_engine), so one family has them all."""

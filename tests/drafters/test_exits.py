@@ -128,27 +128,6 @@ def test_folders_bring_back_the_drafter(llama: PreTrainedModel, tmp_path: Path) 
         ]
 
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("deed", {}, "no deed drafter is shipped for this model; train one: specdec train deed"),
-    ("deed", {"exit_layer": 3}, "no option 'exit_layer'"),
-    ("mixture-of-depths", {}, "no mixture-of-depths drafter is shipped for this model"),
-    ("skip-decode", {"deepest": 4}, "deepest must be a whole number in 1 .. 3; got 4"),
-    ("skip-decode", {"deepest": 1, "shallowest": 2}, "falls from deepest to shallowest; got 1 and 2"),
-    ("skip-decode", {"horizon": 0}, "horizon must be a whole number >= 1"),
-    ("skip-decode=folder", {}, "'skip-decode' is not loaded from anything"),
-    ("early-exit=folder", {"exit_layer": 2}, "has its own exit layer"),
-]
-
-
-@pytest.mark.parametrize(("drafter", "options", "message"), REFUSED)
-def test_bad_options_are_refused_in_one_line(
-    llama: PreTrainedModel, drafter: str, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SpecDecError, match=message) as caught:
-        SpecDecoder(llama, drafter=drafter, drafter_options=options, runtime="reference")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

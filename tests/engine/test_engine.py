@@ -11,7 +11,7 @@ import torch
 from scripted import OnlyOddAfterEven, Scripted
 from tiny import greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import PROMPTS, chains, every, m2r2, new_tokens, run, together, trees
+from zoo import PROMPTS, chains, m2r2, new_tokens, run, together, trees
 
 from specdec import SpecDecError
 from specdec.drafters.exits import EarlyExitDrafter
@@ -186,7 +186,7 @@ def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     model = tiny_model("mistral")
     target, expected = ReferenceTarget(model), [greedy_reference(model, p, 12) for p in PROMPTS]
     monkeypatch.setattr("specdec.runtimes.prefill.CHUNK", 3)
-    for name, drafter in every(target).items():
+    for name, drafter in trees(target).items():
         drafter.bind(target)
         requests = [Request(prompt, 12, eos=frozenset([2])) for prompt in PROMPTS]
         together(target, drafter, requests, FixedDepth(4), prefill_chunk=3)

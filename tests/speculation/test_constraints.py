@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -23,7 +24,7 @@ from tiny import tiny_model
 from tiny_tokenizers import letters
 from transformers import LogitsProcessor, PreTrainedModel
 from typer.testing import CliRunner
-from zoo import EOS, EVERY, PROMPTS, every, half, new_tokens, together
+from zoo import EOS, EVERY, PROMPTS, chains, every, half, new_tokens, together, trees
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.base.errors import ConstraintError
@@ -38,6 +39,7 @@ from specdec.engine.request import Event
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
 from specdec.speculation.constraints import LONGEST, CompiledConstraint, Constraint, ConstraintState, compile_constraint
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.json_schema import can_end
@@ -70,13 +72,18 @@ def plainly(model: PreTrainedModel, prompt: list[int], rule: CompiledConstraint,
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("constraint", [Json(SCHEMA), Regex("[a-e]{3,9}(foo|fool)x?"), Choice(["left", "leftover"])])
-def test_greedy_equals_plain_constrained_decoding_for_every_drafter(constraint: Constraint) -> None:
+@pytest.mark.parametrize(
+    ("constraint", "shape"),
+    [(Json(SCHEMA), chains), (Regex("[a-e]{3,9}(foo|fool)x?"), trees), (Choice(["left", "leftover"]), chains)],
+)
+def test_greedy_equals_plain_constrained_decoding_for_every_drafter(
+    constraint: Constraint, shape: Callable[[Target], dict[str, Drafter]]
+) -> None:
     model, rule = tiny_model(), made(constraint)
     expected = [plainly(model, prompt, rule) for prompt in PROMPTS]
     assert all(text[-1] == EOS and len(text) > 4 for text in expected)
     target = ReferenceTarget(model)
-    for name, drafter in every(target).items():
+    for name, drafter in shape(target).items():
         drafter.bind(target)
         rows = [request(prompt, rule) for prompt in PROMPTS]
         together(target, drafter, rows, FixedDepth(4))
