@@ -208,7 +208,7 @@ def test_a_store_forgets_the_oldest_and_is_bounded(llama: PreTrainedModel) -> No
     assert drafter.stores is not None
     store = drafter.stores.of(None)
     assert store.tokens <= 20
-    assert len(store.newer.places) + len(store.old.places) <= 2 * 40  # n-grams of one and two tokens
+    assert len(store.newer.places) + len(store.older.places) <= 2 * 40  # n-grams of one and two tokens
     assert draft_after(drafter, target, [3, 4]) == [()] and draft_after(drafter, target, [83, 84]) == [(85, 86, 87)]
     finish(drafter, list(range(60)))  # longer than the store: its end is kept
     assert draft_after(drafter, target, [50]) == [(51, 52, 53)] and store.tokens <= 20
