@@ -86,8 +86,12 @@ class HybridDrafter(Drafter):
             first, second = (replace(state, row_states=[own[number] for own in state.row_states]) for number in (0, 1))
             if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
                 return self.members[1].propose(second, limit)
+            if (alone := self.members[0].alone(first, limit)) is not None:
+                return alone
             if (given := self.members[1].candidates(second, limit)) is not None:
                 return self.members[0].blend(first, limit, given)
+            if self.has_probabilities:  # the better one where there are no candidates, as where tokens are sampled
+                return self.members[1].propose(second, limit)
         used: dict[int, Draft] = {}  # by row
         missing = list(range(len(state.ids)))
         for number, member in enumerate(self.members):

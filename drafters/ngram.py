@@ -74,6 +74,27 @@ class NgramDrafter(Drafter):
     def propose(self, state: State, limit: int) -> Draft:
         return self.blend(state, limit, [NOTHING] * len(state.ids))
 
+    def alone(self, state: State, limit: int) -> Draft | None:
+        """The draft of the n-grams, where no level of another drafter can be worth its price.
+
+        A level adds a token at most as often as no path of the n-grams is right up to it.
+        """
+        prices, gain = state.prices, 0.0
+        if prices is None or not state.sampler.best_allowed:
+            return None
+        found = [self._grown(state, row, limit, NOTHING) for row in range(len(state.ids))]
+        joint, prices.exponent = prices.exponent, prices.free_exponent
+        right = [0.0] * (1 + max(limit, prices.usual))  # of all rows, by level
+        for own in found:
+            for depth, probability in zip(own.depths(), prices.calibrated(own.scores), strict=True):
+                right[depth] += probability
+        for level in range(1, 1 + prices.usual):
+            gain += len(found) - right[level] - prices.level
+            if gain > 0:
+                prices.exponent = joint
+                return None
+        return draft_best(found, limit, self.nodes, state, levels=0)
+
     def blend(self, state: State, limit: int, given: list[Candidates]) -> Draft:
         levels = max(own.levels() for own in given)
         found = [self._grown(state, row, limit, own) for row, own in enumerate(given)]

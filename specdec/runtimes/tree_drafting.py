@@ -77,6 +77,13 @@ class Candidates(NamedTuple):
             deep, parent = deep + 1, self.parents[parent - 1]
         return deep
 
+    def depths(self) -> list[int]:
+        """The level of each node; 1 is the first."""
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return depths[1:]
+
     def best(self, count: int) -> Candidates:
         """The ``count`` best nodes. A parent scores at least as well as its children, and comes before them."""
         if len(self.tokens) <= count:

@@ -291,6 +291,10 @@ class Drafter(ABC):
         """
         return None
 
+    def alone(self, state: State, limit: int) -> Draft | None:
+        """``propose``, where another drafter's candidates are not worth drafting; for a drafter that ``blends``."""
+        raise NotImplementedError
+
     def blend(self, state: State, limit: int, given: list[Candidates]) -> Draft:
         """``propose``, with each row's candidates of another drafter merged in, if this drafter ``blends``."""
         raise NotImplementedError

@@ -25,14 +25,19 @@ class Prices:
 
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
     level: price of drafting another level for all rows.
-    expected, levels: the result: expected tokens of the nodes taken, and number of levels that were drafted.
+    free_exponent: exponent of a draft that costs nothing, beside another drafter's.
+    usual: levels of recent drafts.
+    expected, levels: the result: expected tokens of the nodes taken, and number of levels that were drafted (0: the
+        draft cost nothing; None: as many as the draft has).
     """
 
     nodes: Sequence[float]
     level: float = 0.0
     exponent: float = 1.0
+    free_exponent: float = 1.0
+    usual: int = 1
     expected: float | None = None
-    levels: int = 0
+    levels: int | None = None
 
     @property
     def min_probability(self) -> float:

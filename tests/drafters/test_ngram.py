@@ -14,8 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
+from zoo import m2r2
 
 from specdec import SpecDecoder
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import FixedDepth
@@ -23,8 +25,10 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.tree_drafting import Candidates
-from specdec.speculation.draft import Drafter
+from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import LONGEST, Grower, Prior, Texts
+from specdec.speculation.sampling import Sampler, SamplingParams
+from specdec.speculation.trees import Prices
 from specdec.verifiers.exact import ExactVerifier
 
 NOTHING = Candidates([], [], [])
@@ -202,3 +206,48 @@ def test_texts_of_one_scope_are_not_drafted_from_in_another(
             pass
         steps.append(request.metrics.num_spec_steps)
     assert steps[2] < steps[0] == steps[1]
+
+
+def test_ngrams_draft_alone_where_another_draft_costs_more_than_it_may_add(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = NgramDrafter(prior=False)
+    drafter.bind(target)
+
+    def alone(ids: list[int], level: float, rows: int = 1) -> Prices | None:
+        sampler = Sampler(SamplingParams(), streams=range(rows))
+        prices = Prices([0.01 * n for n in range(25)], level, exponent=4.0, usual=3)
+        state = State(target, target.new_cache(), sampler, [ids] * rows, prices)
+        state.row_states = [drafter.begin() for _ in range(rows)]
+        return prices if drafter.alone(state, 8) is not None else None
+
+    copied, new = [5, 6, 7, 8, 9, 10, 11] * 4, list(range(20, 40))
+    prices = alone(copied, 0.35)
+    assert prices is not None and prices.levels == 0
+    assert prices.expected is not None and prices.expected > 3
+    assert alone(new, 0.35) is None  # nothing is matched
+    assert alone(copied, 0.0) is None  # the other one's levels are as good as free
+    assert alone(new, 1.05) is not None  # they cost more than they can add
+    assert alone(new, 1.05, rows=4) is None  # for four rows, they may add more
+    assert alone(copied, 0.35, rows=4) is not None
+
+
+def test_sampled_tokens_are_drafted_by_the_learned_drafter(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ReferenceTarget(llama)
+    second = m2r2(target, 0, ((1, 2), (3, 4)), True, False)
+    calls, propose = list[Draft](), second.propose
+
+    def spy(state: State, limit: int) -> Draft:
+        calls.append(propose(state, limit))
+        return calls[-1]
+
+    monkeypatch.setattr(second, "propose", spy)
+    drafter = HybridDrafter([NgramDrafter(9), second])
+    drafter.bind(target)
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))
+    request = Request([5, 6, 7, 5, 6, 7, 5, 6], 12, SamplingParams(temperature=1.0, seed=3))
+    engine.submit(request)
+    for _ in engine.steps():
+        pass
+    assert len(calls) == sum(drafted > 0 for drafted in request.metrics.per_step_drafted) > 0

@@ -58,7 +58,7 @@ class CostModel:
     priced: whether drafts are sized by ``Prices``, so that the policy chooses only whether to draft.
     width: running mean of the scored tokens per drafted level; above 1 in a fixed tree.
     levels, nodes: running means of the levels of drafts by prices, and of a row's nodes.
-    exponent: ``Prices.exponent``.
+    exponents: ``Prices.exponent`` and ``Prices.free_exponent``.
     """
 
     def __init__(self, table: Costs, max_depth: int, priced: bool) -> None:
@@ -69,7 +69,7 @@ class CostModel:
         self._scoring_ratios: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds
         # Those of drafting, divided by the one of scoring, by exit and rows: drafting for more rows takes longer.
         self._drafting_ratios = defaultdict[tuple[int, int], deque[float]](lambda: deque([1.0], maxlen=RECENT))
-        self.width, self.levels, self.nodes, self.exponent = 1.0, LEVELS, NODES, 1.0
+        self.width, self.levels, self.nodes, self.exponents = 1.0, LEVELS, NODES, [1.0, 1.0]
 
     @property
     def scoring_ratio(self) -> float:
@@ -93,7 +93,8 @@ class CostModel:
         count = rows + plain
         nodes = [speed * (self.scoring(count + n) - self.scoring(count)) for n in range(rows * MOST_NODES + 1)]
         level = speed * _median(self._drafting_ratios[exit, count]) * self.table.drafts[exit][1]
-        return Prices(nodes, level + max(nodes[1], 0.0), self.exponent)
+        joint, free = self.exponents
+        return Prices(nodes, level + max(nodes[1], 0.0), joint, free, round(self.levels))
 
     def add_scoring(self, tokens: int, seconds: float) -> None:
         """Add the time of a pass over ``tokens``."""
@@ -104,14 +105,17 @@ class CostModel:
         ratio = seconds / self.scoring_ratio / self.table.drafting(levels, exit)
         self._drafting_ratios[exit, rows].append(ratio)
 
-    def add_size(self, prices: Prices, levels: int, nodes: float, accepted: float) -> None:
-        """Add the size of a draft by prices. nodes: of a row. accepted: tokens of all rows."""
+    def add_size(self, levels: int, nodes: float) -> None:
+        """Add the size of a draft by prices. nodes: of a row."""
         self.levels += STEP_WEIGHT * (levels - self.levels)
         self.nodes += STEP_WEIGHT * (nodes - self.nodes)
+
+    def add_accepted(self, prices: Prices, accepted: float) -> None:
+        """Add what was accepted of a draft by prices, in tokens of all rows."""
         if prices.expected is not None:
             low, high = EXPONENTS
             step = math.exp(EXPONENT_RATE * (prices.expected - accepted))
-            self.exponent = min(max(self.exponent * step, low), high)
+            self.exponents[prices.levels == 0] = min(max(prices.exponent * step, low), high)
 
     def add_width(self, tokens: float) -> None:
         """Add the number of tokens per level of a draft."""

@@ -39,6 +39,7 @@ def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     with suppress(OSError, ValueError):  # no file, or not one of ``store``
         stored = FILE.validate_json(_file(target, drafter).read_bytes())
         if set(stored.score) == set(SIZES) and len(stored.drafts) == drafter.num_exits:
+            warm_up(target, drafter, verifier)
             return stored
     [table] = measure(target, [drafter], verifier)
     store(target, drafter, table)
@@ -119,6 +120,14 @@ def _pass(target: Target, cache: KVCache, start: int, count: int) -> None:
     positions = torch.arange(start, start + count, device=target.device)[None]
     x = target.embed(positions % target.vocab_size, positions)
     target.choose(target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache)))
+
+
+def warm_up(target: Target, drafter: Drafter, verifier: Verifier) -> None:
+    """Draft once. What a runtime makes at the first draft can take seconds, which no step of a request should."""
+    engine = Engine(target, drafter, verifier, FixedDepth(1))
+    engine.submit(Request([0, 0], 3))
+    for _ in engine.steps():
+        pass
 
 
 def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, depth: int, exit: int | None) -> float:

@@ -226,14 +226,16 @@ class AutoDepth:
     def observe(self, step: StepReport) -> None:
         """Learn from a step that drafted as the last choice says."""
         model, prices, count = self.model, self.choice.prices or Prices(()), len(step.rows)
-        drafted, deepest, exit = step.drafted, prices.levels or max(step.drafted), self.choice.exit or 0
+        drafted, exit = step.drafted, self.choice.exit or 0
+        deepest = max(drafted) if prices.levels is None else prices.levels
         self.budget.elapsed += step.drafting + step.other
         model.add_scoring(step.scored, step.other)
-        if not deepest:
+        model.add_accepted(prices, sum(step.accepted))
+        if not deepest:  # a plain step, or a draft that cost nothing: not what is chosen between
             return
         nodes = step.scored - count
         if self.has_probabilities and self.choice.prices is not None:
-            model.add_size(prices, deepest, nodes / count, sum(step.accepted))
+            model.add_size(deepest, nodes / count)
             drafted = [self.max_depth] * count  # it was free to draft as deep
         model.add_width(nodes / sum(drafted) if prices.expected is None else 1.0)
         model.add_drafting(exit, count, deepest, step.drafting)

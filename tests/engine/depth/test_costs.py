@@ -17,6 +17,7 @@ from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import AutoDepth, StepReport
 from specdec.engine.depth import measure as costs
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.draft import Draft
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -45,6 +46,19 @@ def test_costs_are_measured_once_and_again_when_something_changes(tmp_path: Path
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     costs.costs(target, NoDrafter(), verifier)
     assert len(list((tmp_path / "costs").iterdir())) == 3
+
+
+@pytest.mark.usefixtures("once")
+def test_what_the_first_draft_makes_is_made_before_a_request_also_where_costs_are_stored(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    target, limits = ReferenceTarget(tiny_model()), list[int]()
+    costs.costs(target, PromptLookupDrafter(), ExactVerifier())
+    drafter = PromptLookupDrafter()
+    monkeypatch.setattr(drafter, "propose", lambda state, limit: limits.append(limit) or Draft.empty(1))
+    costs.costs(target, drafter, ExactVerifier())
+    assert limits
 
 
 @pytest.mark.usefixtures("once")
