@@ -58,6 +58,7 @@ class CostModel:
     priced: whether drafts are sized by ``Prices``, so that the policy chooses only whether to draft.
     width: running mean of the scored tokens per drafted level; above 1 in a fixed tree.
     levels, nodes: running means of the levels of drafts by prices, and of a row's nodes.
+    usual: running mean of the levels of drafts that cost something.
     exponents: ``Prices.exponent`` and ``Prices.free_exponent``.
     """
 
@@ -69,7 +70,8 @@ class CostModel:
         self._scoring_ratios: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds
         # Those of drafting, divided by the one of scoring, by exit and rows: drafting for more rows takes longer.
         self._drafting_ratios = defaultdict[tuple[int, int], deque[float]](lambda: deque([1.0], maxlen=RECENT))
-        self.width, self.levels, self.nodes, self.exponents = 1.0, LEVELS, NODES, [1.0, 1.0]
+        self.width, self.levels, self.usual, self.nodes = 1.0, LEVELS, LEVELS, NODES
+        self.exponents = [1.0, 1.0]
 
     @property
     def scoring_ratio(self) -> float:
@@ -94,7 +96,7 @@ class CostModel:
         nodes = [speed * (self.scoring(count + n) - self.scoring(count)) for n in range(rows * MOST_NODES + 1)]
         level = speed * _median(self._drafting_ratios[exit, count]) * self.table.drafts[exit][1]
         joint, free = self.exponents
-        return Prices(nodes, level + max(nodes[1], 0.0), joint, free, round(self.levels))
+        return Prices(nodes, level + max(nodes[1], 0.0), joint, free, round(self.usual))
 
     def add_scoring(self, tokens: int, seconds: float) -> None:
         """Add the time of a pass over ``tokens``."""
@@ -108,6 +110,7 @@ class CostModel:
     def add_size(self, levels: int, nodes: float) -> None:
         """Add the size of a draft by prices. nodes: of a row."""
         self.levels += STEP_WEIGHT * (levels - self.levels)
+        self.usual += STEP_WEIGHT * (levels - self.usual) if levels else 0.0
         self.nodes += STEP_WEIGHT * (nodes - self.nodes)
 
     def add_accepted(self, prices: Prices, accepted: float) -> None:

@@ -231,18 +231,18 @@ class AutoDepth:
         self.budget.elapsed += step.drafting + step.other
         model.add_scoring(step.scored, step.other)
         model.add_accepted(prices, sum(step.accepted))
-        if not deepest:  # a plain step, or a draft that cost nothing: not what is chosen between
+        if not (deepest or max(drafted)):
             return
         nodes = step.scored - count
         if self.has_probabilities and self.choice.prices is not None:
             model.add_size(deepest, nodes / count)
             drafted = [self.max_depth] * count  # it was free to draft as deep
         model.add_width(nodes / sum(drafted) if prices.expected is None else 1.0)
-        model.add_drafting(exit, count, deepest, step.drafting)
+        if deepest:
+            model.add_drafting(exit, count, deepest, step.drafting)
         self.acceptance.observe(exit, step.rows, drafted, step.accepted)
-        if (
-            self.budget.probe is not None
-        ):  # drafting counts as measured, up to a limit: a step may be slow for any reason
+        if self.budget.probe is not None:
+            # Drafting counts as measured, up to a limit: a step may be slow for any reason.
             scoring = model.scoring_ratio * model.scoring(step.scored)
             seconds = min(step.drafting, MAX_DRAFTING * scoring) + scoring
             self.budget.saved[exit] -= seconds - (count + sum(step.accepted)) / self.speed

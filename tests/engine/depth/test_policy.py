@@ -261,15 +261,21 @@ def test_nodes_are_cheap_where_scoring_is_flat() -> None:
     assert many >= 15 and few == 0
 
 
-def test_drafts_that_cost_nothing_leave_the_cost_of_others_alone() -> None:
-    policy = policy_of((2.0, 2.0), has_probabilities=True)
-    simulate_tree(500, random.Random(1), policy, 2.0, (0.95, 0.2))
-    before, levels = policy.costs(), policy.model.levels
+def test_drafts_that_cost_nothing_leave_the_cost_of_others_alone_and_make_drafting_worth_it() -> None:
+    policy = policy_of((8.0, 8.0), has_probabilities=True)
+    for _ in range(20):  # deep drafts that fail
+        policy.next()
+        policy.took(6, 0, 7, 48.0, seconds(7))
+    before, usual = policy.costs(), policy.model.usual
+    assert not policy.next().depth
     for _ in range(30):
-        prices = prices_of(policy)
-        prices.levels, _ = 0, prices.take([0.9] * 4)
+        prices = Prices([0.0] * 25, levels=0)
+        prices.take([0.9] * 4)
+        policy.choice = policy.choice._replace(prices=prices)
         policy.took(4, 4, 5, 0.01, seconds(5))
-    assert policy.costs().drafts == before.drafts and policy.model.levels == levels
+    assert policy.costs().drafts == before.drafts and policy.model.usual == usual
+    policy.hold = 0
+    assert policy.next().depth
 
 
 def simulate_tree(
