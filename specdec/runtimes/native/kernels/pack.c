@@ -94,9 +94,10 @@ EXPORT int64_t KERNEL(block_tiles)(int type, int out, int in, int *kind) {
  * the tiles. */
 EXPORT int KERNEL(pack_blocks)(const Table *table, int out, uint8_t *tiles, int threads) {
     int bytes = 0, kind = Q4, in = table->columns, weights = shape_of(table->type, &bytes, &kind), good = weights > 0;
+    const int count = good ? (out + 15) / 16 : 0;
     const Group g = GROUPS[kind];
 #pragma omp parallel for num_threads(threads)
-    for (int t = 0; t < (good ? (out + 15) / 16 : 0); t++) {
+    for (int t = 0; t < count; t++) {
         uint8_t *head = tiles + t * tiles_bytes(kind, in / 32);
         for (int at = 0; at < in / weights; at++, head += g.head + g.tiles * g.codes) {
             uint8_t codes[16 * 256] = {0};
