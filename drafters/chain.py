@@ -98,7 +98,7 @@ class ShapeOptions(TypedDict, total=False):
 class Readout(NamedTuple):
     """What is read of a token where it leaves the model.
 
-    logits: of the next token, [B, V'].
+    logits: logits of the next token, [B, V'].
     certainty: the probability that their best token is the model's, [B, 1]; None: by the logits themselves.
     layers: number of layers that the token ran, int64 [B, 1], if that is counted.
     """
@@ -290,7 +290,7 @@ def follow_rows(cache: KVCache, old: list[Any], rows: list[Any], target: Target)
 def pair_chunks(
     state: State, states: Sequence[Tensor], shift: int
 ) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
-    """Chunks of the pairs up to each row's root: of the last tokens of its text, and ``states`` [n, D] before them.
+    """Chunks of pairs up to each row's root: a token of the text's end, and its state before it in ``states`` [n, D].
 
     shift: distance from a pair's position to its token's. Yields the states [B, T, D], the number of each row's pairs,
     their tokens and positions, int64 [B, T].

@@ -34,7 +34,7 @@ class Eagle3Row(ChainRow):
 
     states: tapped states of the tokens whose pairs have not been run, parts [n, 3 D].
     count: number of pairs that have been run.
-    keys, values: of these pairs, [1, H', slots, d].
+    keys, values: keys and values of these pairs, [1, H', slots, d].
     last: the head's output at the root's pair, [1, 1, D'].
     """
 

@@ -21,7 +21,7 @@ class _Token:
     """A drafted token.
 
     h, p: its residuals after the last stage [B, 1, D].
-    previous_carry, carry: of the token before, and its own.
+    previous_carry, carry: the carry of the token before, and the token's own.
     stages_run: number of stages that it has run.
     residuals: the router's residuals so far.
     """

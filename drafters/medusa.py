@@ -105,7 +105,7 @@ class MedusaDrafter(Drafter):
     accuracy[k][r]: how often choice r of head k is the model's own.
     nodes: nodes of the tree; None: those that are worth their price (``Prices``), or as many as the draft may be deep.
     output_heads: output heads of a public checkpoint, [V, D] each; None: the model's.
-    source: of public heads: a folder, or a Hugging Face id with the commit that was read.
+    source: where public heads come from: a folder, or a Hugging Face id with the commit that was read.
     normed: whether blocks read the normalised state, and output heads the blocks, as in public checkpoints.
     """
 

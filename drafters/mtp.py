@@ -31,7 +31,7 @@ from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, follow_
 class TensorNames(NamedTuple):
     """The names of a family's tensors.
 
-    prefix: of all tensors; ``{n}`` is the number of the model's layers.
+    prefix: prefix of all tensor names; ``{n}`` is the number of the model's layers.
     layer: further prefix of those of the decoder layer.
     token_first: whether the embedding is the first part of the projection's input.
     reads_norm: whether the layer reads the model's final states after the final norm.

@@ -25,8 +25,8 @@ class Prices:
 
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
     level: price of drafting another level for all rows.
-    free_exponent: exponent of a draft that costs nothing, beside another drafter's.
-    usual: levels of recent drafts that cost something.
+    free_exponent: ``exponent`` of drafts that cost nothing, such as those of n-grams beside a learned drafter.
+    usual: mean number of levels of recent drafts, without those that cost nothing.
     expected, levels: the result: expected tokens of the nodes taken, and number of levels that were drafted (0: the
         draft cost nothing; None: as many as the draft has).
     """
