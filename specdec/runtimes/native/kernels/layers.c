@@ -47,27 +47,6 @@ static void gated(const float *gate, const float *up, int tokens, F *act) {
         for (int o = 0; o < 16; o++) act[o] = silu_times(load16(gate + 16 * o), load16(up + 16 * o));
 }
 
-/* x += map(vnni_bf16 in), rounded as transformers does: the product once, the sum once. */
-static void add_product(Pass *p, const Map *map, const LowRank *low, const uint32_t *in, const uint32_t *ranked, int me, int n) {
-    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    int from, to;
-    split(map->out / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
-        for (int t = from; t < to; t++) {
-            const uint32_t *low_x = low ? ranked + b0 * input_bytes(low->down.out) / 4 : NULL;
-            for (int b = 0; b < blocks; b++)
-                for (int o = 0; o < 16; o++) __builtin_prefetch(p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16, 1);
-            product(map, low, t, from_block(map, in, b0), low_x, tokens, sums);
-            for (int b = 0; b < blocks; b++)
-                for (int o = 0; o < 16; o++) {
-                    float *x = p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
-                    store16(x, rounded(add16(load16(x), rounded(load16(sums + 256 * b + 16 * o)))));
-                }
-        }
-    }
-}
-
 /* Prefetch part `at` of `parts` of the cached keys and values that the thread will attend to. */
 static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, int n) {
     const Model *m = p->m;
@@ -163,33 +142,39 @@ static void rank_down(Pass *p, const LowRank *low, const float *weight, const ui
     wait_for_team(&p->barrier, n);
 }
 
-static void run_layer(Pass *p, int index, float *scores, int me, int n) {
-    const Model *m = p->m;
-    const Call *c = p->c;
-    const Layer *layer = m->layers + index;
-    const LowRank *low = c->low ? c->low[index] : NULL;
-    int d = m->head_dim, total = m->heads + 2 * m->kv_heads, from, to;
-    const int64_t cached_row = cache_row(c->cache, d);
-    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64))), gate[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-#define LOW(i) (low && low[i].ks ? low + (i) : NULL)
+/* The low-rank activations of `low` for the blocks from b0 on. */
+static const uint32_t *ranks_of(const LowRank *low, const uint32_t *ranked, int b0) {
+    return low ? ranked + b0 * input_bytes(low->down.out) / 4 : NULL;
+}
 
-    rank_down(p, LOW(0), layer->norm_in, NULL, p->ranked[0], me, n);
+/* queries, keys and values = qkv(norm(x)), feature_major. The thread's part of the cache is prefetched meanwhile. */
+static void project(Pass *p, int index, const LowRank *low, int me, int n) {
+    const Layer *layer = p->m->layers + index;
+    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    int from, to, out = layer->qkv.out;
+    rank_down(p, low, layer->norm_in, NULL, p->ranked[0], me, n);
     const uint32_t *input = inputs_of(p, &layer->qkv, layer->norm_in, NULL, me, n);
-    split(total * d / 16, me, n, &from, &to);
+    split(out / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             if (!b0) prefetch_cache(p, index, t - from, to - from, me, n);
-            const uint32_t *low_x = low && low[0].ks ? p->ranked[0] + b0 * input_bytes(low[0].down.out) / 4 : NULL;
-            product(&layer->qkv, LOW(0), t, from_block(&layer->qkv, input, b0), low_x, tokens, sums);
-            for (int b = 0; b < blocks; b++)
-                memcpy(p->qkv + ((int64_t)(b0 + b) * total * d + 16 * t) * 16, sums + 256 * b, 1024);
+            product(&layer->qkv, low, t, from_block(&layer->qkv, input, b0), ranks_of(low, p->ranked[0], b0), tokens, sums);
+            for (int b = 0; b < blocks; b++) memcpy(p->qkv + ((int64_t)(b0 + b) * out + 16 * t) * 16, sums + 256 * b, 1024);
         }
     }
     wait_for_team(&p->barrier, n);
+}
 
+/* Rotate each head of each block, then store its rows as queries, or as keys or values in the cache. */
+static void store_heads(Pass *p, int index, int me, int n) {
+    const Model *m = p->m;
+    const Call *c = p->c;
+    const Layer *layer = m->layers + index;
+    int d = m->head_dim, total = m->heads + 2 * m->kv_heads, from, to;
+    const int64_t cached_row = cache_row(c->cache, d);
     split(p->blocks * total, me, n, &from, &to);
-    for (int item = from; item < to; item++) { /* one head of a block: rotate it, then store its rows as queries, keys or values */
+    for (int item = from; item < to; item++) { /* one head of a block */
         int b = item / total, head = item % total, kv = head - m->heads;
         float *fm = p->qkv + ((int64_t)b * total + head) * d * 16;
         const float *weight = kv < 0 ? layer->norm_q : layer->norm_k;
@@ -208,10 +193,16 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
         else put_rows16(fm, d, rows, count);
     }
     wait_for_team(&p->barrier, n);
+}
 
+/* attended = attention of the queries over the cached keys and values. scores: scratch of the thread. */
+static void attend_all(Pass *p, int index, float *scores, int me, int n) {
+    const Model *m = p->m;
+    const Call *c = p->c;
+    int d = m->head_dim, together;
+    const int64_t cached_row = cache_row(c->cache, d);
     uint32_t q[16 * 128] __attribute__((aligned(64)));
     float out[16 * 256] __attribute__((aligned(64)));
-    int together;
     for (int turn = 0; turn < turns_of(p->count, n); turn++) {
         Item item = p->items[item_of(turn, p->count, me, n, &together)];
         const Sequence *sequence = c->sequences + item.sequence;
@@ -241,37 +232,68 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
         }
     }
     wait_for_team(&p->barrier, n);
+}
 
-    rank_down(p, LOW(1), NULL, p->attended, p->ranked[1], me, n);
-    input = inputs_of(p, &layer->out, NULL, p->attended, me, n);
-    add_product(p, &layer->out, LOW(1), input, p->ranked[1], me, n);
-    wait_for_team(&p->barrier, n);
-
-    rank_down(p, LOW(2), layer->norm_mlp, NULL, p->ranked[0], me, n);
-    input = inputs_of(p, &layer->gate_up, layer->norm_mlp, NULL, me, n);
-    split(m->inner / 16, me, n, &from, &to);
+/* inner = silu(gate(norm(x))) up(norm(x)). */
+static void gate_and_up(Pass *p, int index, const LowRank *low, int me, int n) {
+    const Layer *layer = p->m->layers + index;
+    float gate[MOST_BLOCKS * 256] __attribute__((aligned(64))), up[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    int from, to, inner = p->m->inner;
+    rank_down(p, low, layer->norm_mlp, NULL, p->ranked[0], me, n);
+    const uint32_t *input = inputs_of(p, &layer->gate_up, layer->norm_mlp, NULL, me, n);
+    split(inner / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             const uint32_t *x = from_block(&layer->gate_up, input, b0);
-            const uint32_t *low_x = low && low[2].ks ? p->ranked[0] + b0 * input_bytes(low[2].down.out) / 4 : NULL;
-            product(&layer->gate_up, LOW(2), t, x, low_x, tokens, gate);
-            product(&layer->gate_up, LOW(2), m->inner / 16 + t, x, low_x, tokens, sums);
+            const uint32_t *low_x = ranks_of(low, p->ranked[0], b0);
+            product(&layer->gate_up, low, t, x, low_x, tokens, gate);
+            product(&layer->gate_up, low, inner / 16 + t, x, low_x, tokens, up);
             for (int b = 0; b < blocks; b++) {
-                uint32_t *inner = p->inner + ((int64_t)(b0 + b) * m->inner + 16 * t) * 8;
+                uint32_t *out = p->inner + ((int64_t)(b0 + b) * inner + 16 * t) * 8;
                 F act[16];
-                gated(gate + 256 * b, sums + 256 * b, p->rows - 16 * (b0 + b), act);
-                for (int o = 0; o < 16; o += 2) store_u(inner + 8 * o, paired(act[o], act[o + 1]));
+                gated(gate + 256 * b, up + 256 * b, p->rows - 16 * (b0 + b), act);
+                for (int o = 0; o < 16; o += 2) store_u(out + 8 * o, paired(act[o], act[o + 1]));
             }
         }
     }
     wait_for_team(&p->barrier, n);
+}
 
-    rank_down(p, LOW(3), NULL, p->inner, p->ranked[1], me, n);
-    input = inputs_of(p, &layer->down, NULL, p->inner, me, n);
-    add_product(p, &layer->down, LOW(3), input, p->ranked[1], me, n);
+/* x += map(vnni_bf16 in), rounded as transformers does: the product once, the sum once. */
+static void add_product(Pass *p, const Map *map, const LowRank *low, const uint32_t *vnni, int me, int n) {
+    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    int from, to;
+    rank_down(p, low, NULL, vnni, p->ranked[1], me, n);
+    const uint32_t *input = inputs_of(p, map, NULL, vnni, me, n);
+    split(map->out / 16, me, n, &from, &to);
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
+        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
+        for (int t = from; t < to; t++) {
+            for (int b = 0; b < blocks; b++)
+                for (int o = 0; o < 16; o++) __builtin_prefetch(p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16, 1);
+            product(map, low, t, from_block(map, input, b0), ranks_of(low, p->ranked[1], b0), tokens, sums);
+            for (int b = 0; b < blocks; b++)
+                for (int o = 0; o < 16; o++) {
+                    float *x = p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
+                    store16(x, rounded(add16(load16(x), rounded(load16(sums + 256 * b + 16 * o)))));
+                }
+        }
+    }
     wait_for_team(&p->barrier, n);
-#undef LOW
+}
+
+/* One decoder layer; threads wait for each other after each part. scores: scratch of the thread. */
+static void run_layer(Pass *p, int index, float *scores, int me, int n) {
+    const Layer *layer = p->m->layers + index;
+    const LowRank *all = p->c->low ? p->c->low[index] : NULL, *low[4];
+    for (int i = 0; i < 4; i++) low[i] = all && all[i].ks ? all + i : NULL;
+    project(p, index, low[0], me, n);
+    store_heads(p, index, me, n);
+    attend_all(p, index, scores, me, n);
+    add_product(p, &layer->out, low[1], p->attended, me, n);
+    gate_and_up(p, index, low[2], me, n);
+    add_product(p, &layer->down, low[3], p->inner, me, n);
 }
 
 /* Which of 16 columns see each key of a sequence, by its trees or causally, within windows of `kind`. */
