@@ -36,7 +36,7 @@ from rich.table import Table
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.bench.environment import environment
-from specdec.models import catalogue
+from specdec.models import catalogue, prepare
 from specdec.runtimes.native import library
 
 ROWS, CONTEXT = (1, 2, 4, 8, 16), 2048
@@ -81,7 +81,7 @@ def read_seconds(data: torch.Tensor) -> float:
 
 def gguf_of(model: str) -> Path:
     if model in catalogue.EMBEDDED:
-        return catalogue.prepare_embedded(model) / catalogue.GGUF
+        return prepare.prepare_embedded(model) / prepare.GGUF
     if not Path(model).is_file():
         sys.exit(f"'{model}' is neither an embedded model nor a file; give a .gguf file")
     return Path(model).absolute()

@@ -21,7 +21,7 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.bench.cell import EXTERNAL_METHODS, Cell, ExternalMethod, check_external
 from specdec.bench.methods import PASSES, Method, Reply, refuse_batches
-from specdec.models import catalogue
+from specdec.models import catalogue, prepare
 
 CONTEXT = 4096  # tokens for which another engine makes room
 
@@ -61,7 +61,7 @@ class PeerMethod(Method):
 def model_file(name: str) -> Path | None:
     """The GGUF file of an embedded model, else the file or folder ``name``; None where that is neither."""
     if name in catalogue.EMBEDDED:
-        return catalogue.prepare_embedded(name) / catalogue.GGUF
+        return prepare.prepare_embedded(name) / prepare.GGUF
     path = Path(name).expanduser().absolute()
     return path if path.exists() else None
 

@@ -19,8 +19,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.options import Count
 from specdec.base.settings import Whole, checked
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes.prefill import CHUNK
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import CHUNK, Target
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES, Prices, best_first
 

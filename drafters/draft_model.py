@@ -15,9 +15,8 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.models import loading
-from specdec.runtimes.prefill import prefill
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Pass, Target, prefill
 from specdec.speculation.draft import Draft, State
 
 from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions, follow_rows

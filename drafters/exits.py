@@ -338,11 +338,11 @@ class Routers(nn.Module):
 class RoutedPass:
     """The tokens of a draft, each run through the first layers, which are exact, and those that a router chooses.
 
-        A token that skips a layer leaves keys and values there as soon as a later token runs it.
+    A token that skips a layer leaves keys and values there as soon as a later token runs it.
 
-        states: [B, 1, D] of each token behind the first layers.
-    ~    skipped: by layer, the inputs of tokens that have skipped it so far.
-        last, layers_run: final state [B, 1, D] of the last token, and number of layers that it ran.
+    states: [B, 1, D] of each token behind the first layers.
+    skipped: by layer, the inputs of tokens that have skipped it so far.
+    last, layers_run: final state [B, 1, D] of the last token, and number of layers that it ran.
     """
 
     def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:

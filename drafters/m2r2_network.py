@@ -15,8 +15,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.models import drafter_folder
 from specdec.runtimes import linear_maps
-from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.linear_maps import Adapters, rms_unit
 from specdec.runtimes.target import Pass, Target
 
 from .m2r2_path import M2R2Path
@@ -77,9 +76,9 @@ class Router(nn.Module):
 class M2R2(nn.Module):
     """Parameters and forward pass of the accelerated residual.
 
-        router: width of the latents of the router at each exit; 0: no routers.
-    ~    inference_maps: the projections in their fastest format, once nothing is trained any more.
-        draft_vocab: int32 [V'], or None: the full vocabulary.
+    router: width of the latents of the router at each exit; 0: no routers.
+    inference_maps: the projections in their fastest format, once nothing is trained any more.
+    draft_vocab: int32 [V'], or None: the full vocabulary.
     """
 
     def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:

@@ -13,16 +13,16 @@ from specdec.base import options
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.ngram import Grower, Prior, Texts
+from specdec.speculation.ngram import Grower, Prior, Scoped, Texts
 from specdec.speculation.trie import draft_best
 
 from .corpus import corpus
-from .scoped import Scoped
 
-OWN = 1 << 20  # most tokens of a text that are matched
+TEXT = 1 << 20  # most tokens of a request's own text that are matched
 STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
-TRUST = {"corpus": 0.15, "store": 0.25, "own": 1.0}  # how many times the evidence of an occurrence counts
-NOTHING = Candidates([], [], [])
+# How much an occurrence counts: in the corpus, in an earlier request, in the request's own text.
+CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
+NO_CANDIDATES = Candidates([], [], [])
 SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
 
 
@@ -30,7 +30,7 @@ class NgramRow:
     """The text of one request. seen: tokens entered. store: earlier texts of its scope, set by its first draft."""
 
     def __init__(self) -> None:
-        self.texts, self.seen = Texts(OWN), 0
+        self.texts, self.seen = Texts(TEXT), 0
         self.store: Texts | None = None
 
 
@@ -72,7 +72,7 @@ class NgramDrafter(Drafter):
             row_state.store.add([*ids[-self.size // 2 :], -1])
 
     def propose(self, state: State, limit: int) -> Draft:
-        return self.blend(state, limit, [NOTHING] * len(state.ids))
+        return self.blend(state, limit, [NO_CANDIDATES] * len(state.ids))
 
     def alone(self, state: State, limit: int) -> Draft | None:
         """The draft of the n-grams, where no level of another drafter can be worth its price.
@@ -82,7 +82,7 @@ class NgramDrafter(Drafter):
         prices, gain = state.prices, 0.0
         if prices is None or not state.sampler.best_allowed:
             return None
-        found = [self._grown(state, row, limit, NOTHING) for row in range(len(state.ids))]
+        found = [self._grown(state, row, limit, NO_CANDIDATES) for row in range(len(state.ids))]
         joint, prices.exponent = prices.exponent, prices.free_exponent
         right = [0.0] * (1 + max(limit, prices.usual))  # of all rows, by level
         for own in found:
@@ -95,21 +95,21 @@ class NgramDrafter(Drafter):
                 return None
         return draft_best(found, limit, self.nodes, state, levels=0)
 
-    def blend(self, state: State, limit: int, given: list[Candidates]) -> Draft:
-        levels = max(own.levels() for own in given)
-        found = [self._grown(state, row, limit, own) for row, own in enumerate(given)]
+    def blend(self, state: State, limit: int, learned: list[Candidates]) -> Draft:
+        levels = max(own.levels() for own in learned)
+        found = [self._grown(state, row, limit, own) for row, own in enumerate(learned)]
         return draft_best(found, limit, self.nodes, state, levels)
 
-    def _grown(self, state: State, row: int, limit: int, given: Candidates) -> Candidates:
+    def _grown(self, state: State, row: int, limit: int, learned: Candidates) -> Candidates:
         row_state, ids, chooser = state.row_states[row], state.ids[row], state.sampler.rows[row]
         if self.size and row_state.store is None:
             row_state.store = self.stores.of(state.scopes[row] if state.scopes else None)
         row_state.texts.add(ids[row_state.seen :])
         row_state.seen = len(ids)
-        kept = (self.corpus, TRUST["corpus"]), (row_state.store, TRUST["store"]), (row_state.texts, TRUST["own"])
-        sources = [(texts, trust) for texts, trust in kept if texts is not None]
+        texts = (self.corpus, CORPUS_WEIGHT), (row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)
+        sources = [(each, weight) for each, weight in texts if each is not None]
         noise = None
         if not chooser.transforms.greedy:
             size = state.target.vocab_size
             noise = [chooser.noise(len(ids) + depth, size) for depth in range(min(limit, SAMPLED))]
-        return self.grower(ids, sources, limit, given, state.masks(row), noise, general=int(self.corpus is not None))
+        return self.grower(ids, sources, limit, learned, state.masks(row), noise, general=int(self.corpus is not None))

@@ -35,8 +35,7 @@ from specdec.drafters.layer_skip import LayerSkipDrafter, run_step, steps_withou
 from specdec.engine.depth.measure import CONTEXT, time_scoring
 from specdec.models import source
 from specdec.models.catalogue import DEFAULT_MODEL
-from specdec.runtimes.prefill import CHUNK, prefill
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import CHUNK, Pass, Target, prefill
 
 MOST_DRAFTED = 8
 REPEATS = 7  # timings of each price

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
-    from specdec.api.generation import Generation, GenerationOutput
-    from specdec.api.options import DecoderOptions, GenerationOptions, RequestOptions
+    from specdec.api.generation import DecoderOptions, Generation, GenerationOptions, GenerationOutput, RequestOptions
     from specdec.base.errors import SpecDecError
     from specdec.base.options import SamplingParams
     from specdec.engine.engine import Engine
-    from specdec.engine.logprobs import TokenLogprob
     from specdec.engine.metrics import RequestMetrics
-    from specdec.engine.request import Event, Handle, Request
+    from specdec.engine.request import Event, Handle, Request, TokenLogprob
     from specdec.speculation.constraints import Choice, Grammar, Json, Regex
     from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
 

@@ -18,8 +18,14 @@ from pydantic import Field, SkipValidation
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.api.generation import Generation, GenerationOutput
-from specdec.api.options import DecoderOptions, GenerationOptions, Options, RequestOptions
+from specdec.api.generation import (
+    DecoderOptions,
+    Generation,
+    GenerationOptions,
+    GenerationOutput,
+    Options,
+    RequestOptions,
+)
 from specdec.api.text import Detokenizer, Prompt, encode
 from specdec.api.tuned import DEFAULTS, Tuned, load_tuned, tuned_path
 from specdec.base.errors import SpecDecError
@@ -32,8 +38,8 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.models import catalogue, generation_config, loading
 from specdec.runtimes.experts.offload import ExpertOptions, Offload
-from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.select import make_target, needs_cpu
+from specdec.runtimes.target import CHUNK
 from specdec.speculation import registry
 from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
 from specdec.speculation.draft import Drafter, Verifier

@@ -1,4 +1,4 @@
-"""Prompts to token ids, and token ids to text as they arrive. Knows nothing about models."""
+"""Prompts to token ids, and token ids to text as they arrive, in pieces. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from specdec.base.errors import PromptTooLongError, SpecDecError
 from specdec.base.settings import checked, short_repr
+from specdec.engine.request import Event
 
 Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 
@@ -329,3 +331,48 @@ class Detokenizer:
         piece = self.text[self.sent : end]
         self.sent = max(self.sent, end)
         return piece
+
+
+REASONS = {"eos": "stop", "stop": "stop", "length": "length"}  # OpenAI's finish reason for the engine's
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text.
+
+    depth: of its last token in a draft; 0 if the model chose that token.
+    finish: the finish reason, in the last piece.
+    """
+
+    text: str
+    depth: int = 0
+    finish: str | None = None
+
+
+class AnswerText:
+    """The text of one request so far. finish: OpenAI's finish reason, once the request has ended."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
+        self.detokenizer = Detokenizer(tokenizer, stops, shown)
+        self.finish: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.detokenizer.text
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.detokenizer.ids)
+
+    def read(self, event: Event, per_token: bool = False) -> Iterator[Piece]:
+        """The new text of ``event``, as one piece or one ``per_token``. The last event's last piece has the reason."""
+        depth = 0
+        for token, depth in zip(event.tokens, event.depths, strict=True):
+            self.detokenizer.push(token)
+            if per_token and (text := self.detokenizer.take()):
+                yield Piece(text, depth)
+        if event.finish_reason is not None:
+            self.finish = REASONS.get(event.finish_reason, event.finish_reason)
+            yield Piece(self.detokenizer.finish(), depth, self.finish)
+        elif not per_token and (text := self.detokenizer.take()):
+            yield Piece(text, depth)

@@ -21,7 +21,7 @@ from specdec.api.text import encode
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import OnProgress
-from specdec.bench import quality
+from specdec.bench import figures
 from specdec.bench.cell import EXTERNAL_METHODS, Cell, check_external, check_method
 from specdec.bench.environment import environment
 from specdec.bench.figures import BenchRequest, summarize
@@ -122,7 +122,7 @@ class BenchRun:
         self.plain = next(name for name in ("none", "hf", *self.methods) if name in self.methods)
         self.lossy = any(not method.lossless for method in self.methods.values())
         if self.lossy:
-            quality.require_rouge_score()
+            figures.require_rouge_score()
             if not self.methods[self.plain].lossless:
                 raise SpecDecError("a lossy rule is compared with plain decoding; add the baseline none")
         count = first.batch_size
@@ -250,7 +250,7 @@ class BenchRun:
                 equality = "near-tie" if difference and difference.near_tie else "fault"
             request.equality.append(equality)
             if self.lossy:
-                request.qualities.append(quality.quality(target, self.base.tokenizer, prompt, ours, theirs))
+                request.qualities.append(figures.quality(target, self.base.tokenizer, prompt, ours, theirs))
 
     def results(self) -> list[dict[str, Any]]:
         """One result per cell. Raises SpecDecError if no request was finished."""

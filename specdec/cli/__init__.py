@@ -14,20 +14,7 @@ import typer
 from specdec import __version__
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import (
-    bench,
-    chat,
-    doctor,
-    export,
-    generate,
-    listings,
-    pack_experts,
-    serve,
-    sweep,
-    train,
-    tune,
-    verify,
-)
+from specdec.cli import bench, chat, doctor, export, generate, pack_experts, serve, sweep, train, tune, verify
 from specdec.cli.boundary import Commands
 
 app = typer.Typer(
@@ -44,8 +31,8 @@ app.command(
 )(generate.generate)
 app.command(epilog="Example: specdec serve --drafter ngram+m2r2 --port 8000")(serve.serve)
 app.command(epilog="Example: specdec chat --system 'Answer in one sentence.'")(chat.chat)
-app.command(epilog="Example: specdec models --json")(listings.models)
-app.command(epilog="Example: specdec drafters --json")(listings.drafters)
+app.command(epilog="Example: specdec models --json")(doctor.models)
+app.command(epilog="Example: specdec drafters --json")(doctor.drafters)
 app.add_typer(
     train.app,
     name="train",

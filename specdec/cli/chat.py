@@ -69,11 +69,12 @@ class ChatSession:
         decoder: SpecDecoder,
         engine: Engine,
         params: SamplingParams,
-        limit: int,
+        max_new_tokens: int,
         system: str | None = None,
         quiet: bool = False,
     ) -> None:
-        self.decoder, self.engine, self.params, self.limit, self.quiet = decoder, engine, params, limit, quiet
+        self.decoder, self.engine, self.params, self.quiet = decoder, engine, params, quiet
+        self.max_new_tokens = max_new_tokens
         self.draft = True
         self.begin(system)
 
@@ -136,8 +137,7 @@ class ChatSession:
 
     def answer(self, text: str) -> None:
         """Answer a message. After Ctrl-C the partial answer stays in the conversation."""
-        from specdec.api.pieces import AnswerText
-        from specdec.api.text import encode
+        from specdec.api.text import AnswerText, encode
 
         messages = [*self.messages, {"role": "user", "content": text}]
         context = self.decoder.target.context
@@ -146,7 +146,7 @@ class ChatSession:
             raise SpecDecError(
                 f"the conversation has {len(ids)} tokens, the model's context {context}; /new starts again"
             )
-        settings = {"max_new_tokens": self.limit, "draft": self.draft, **vars(self.params)}
+        settings = {"max_new_tokens": self.max_new_tokens, "draft": self.draft, **vars(self.params)}
         handle = self.engine.submit(self.decoder.request(ids, **settings))
         answer, write = AnswerText(self.decoder.tokenizer), _writer(self.quiet)
         failed: BaseException | None = None

@@ -1,4 +1,4 @@
-"""``specdec doctor``: what a bug report needs. It loads no model and downloads nothing."""
+"""``specdec doctor``, ``models`` and ``drafters``: what is installed here. They load no model and download nothing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import shutil
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from specdec.base import files, machine
+import typer
+
+from specdec.base import files, machine, terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli.listings import AsJson
 from specdec.cli.shared import print_json
-from specdec.models import catalogue
+from specdec.models.catalogue import EMBEDDED, Embedded, shipped_drafters
+from specdec.models.prepare import embedded_folder
+from specdec.speculation import registry
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
 FLAGS = ["avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"]
@@ -42,8 +45,8 @@ def collect() -> dict[str, Any]:
         "threads": {"used": cores.threads(), "cpus": cores.cpus()},
         "cache": _cache(),
         "ngram_texts": {path.name: path.stat().st_size // 4 for path in sorted(corpus.folder().glob("own-*.ids"))},
-        "models": {row.name: row.cached for row in catalogue.embedded_models()},
-        "shipped_drafters": catalogue.shipped_drafters(),
+        "models": {name: embedded_folder(name) is not None for name in EMBEDDED},
+        "shipped_drafters": shipped_drafters(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -113,10 +116,10 @@ def _device() -> dict[str, str]:
     """The device that ``auto`` chooses, and why no CUDA device is used."""
     import torch
 
-    from specdec.models import device
+    from specdec.models import loading
 
     try:
-        return {"name": f"cuda ({torch.cuda.get_device_name(device.find_device('cuda'))})", "no_cuda": ""}
+        return {"name": f"cuda ({torch.cuda.get_device_name(loading.find_device('cuda'))})", "no_cuda": ""}
     except SpecDecError as error:
         return {"name": "cpu", "no_cuda": str(error)}
 
@@ -133,3 +136,62 @@ def _cache() -> dict[str, Any]:
     if folder.exists():
         free = shutil.disk_usage(folder).free
     return {"folder": str(folder), "exists": folder.exists(), "bytes": size, "free_bytes": free}
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the embedded models: licence, sizes, cache state, shipped drafters and location."""
+    rows = [model_row(name, entry) for name, entry in EMBEDDED.items()]
+    if as_json:
+        print_json(rows)
+        return
+    cells = []
+    for row in rows:
+        sizes = [f"{row[key] / 1e6:.0f} MB" for key in ("download_bytes", "cached_bytes")]
+        shipped, cached = ", ".join(row["drafters"]) or "-", "yes" if row["cached"] else "no"
+        cells.append((row["name"], row["licence"], *sizes, cached, shipped, row["where"]))
+    terminal.print_table(("name", "licence", "download", "on disk", "cached", "shipped drafters", "where"), cells)
+
+
+def model_row(name: str, entry: Embedded) -> dict[str, Any]:
+    """where: the folder in the cache; before the download, the packages. Sizes are those of the download and of it."""
+    folder, last = embedded_folder(name), f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1)
+    return {
+        "name": name,
+        "licence": entry.licence,
+        "download_bytes": entry.download_bytes,
+        "cached_bytes": entry.cached_bytes,
+        "where": str(folder or f"PyPI: {entry.package.format(n=1)}{last} {entry.version}"),
+        "cached": folder is not None,
+        "drafters": [drafter for drafter, models in shipped_drafters().items() if name in models],
+        "description": entry.description,
+    }
+
+
+def drafters(as_json: AsJson = False) -> None:
+    """List the drafters: summary, training command, and the models for which one is shipped."""
+    rows = [_drafter(name) for name in sorted(registry.names("drafters"))]
+    if as_json:
+        print_json(rows)
+        return
+    cells = [
+        (row["name"], row["summary"], row["training"] or "not needed", ", ".join(row["shipped_for"]) or "-")
+        for row in rows
+    ]
+    terminal.print_table(("name", "summary", "training", "shipped for"), cells)
+
+
+def _drafter(name: str) -> dict[str, Any]:
+    try:
+        found = registry.lookup("drafters", name)
+        summary, training = found.summary, found.training
+    except (ImportError, AttributeError, SpecDecError) as error:  # a broken plug-in must not hide the others
+        summary, training = f"cannot be loaded: {error}", None
+    return {
+        "name": name,
+        "summary": summary,
+        "training": training,
+        "shipped_for": shipped_drafters().get(name, []),
+    }

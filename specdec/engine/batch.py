@@ -15,13 +15,11 @@ from torch import Tensor
 
 from specdec.base.errors import NotFiniteError
 from specdec.engine.depth.policy import DepthPolicy, StepReport
-from specdec.engine.logprobs import prompt_logprobs, token_logprobs
 from specdec.engine.metrics import Ledger
-from specdec.engine.request import Request
+from specdec.engine.request import Request, prompt_logprobs, token_logprobs
 from specdec.engine.scoring import score
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes.prefill import run_tokens
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Target, run_tokens
 from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier, check_draft
 from specdec.speculation.sampling import Sampler
 from specdec.speculation.trie import merge

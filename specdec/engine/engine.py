@@ -20,8 +20,7 @@ from specdec.engine.batch import Batch, not_finite
 from specdec.engine.depth import DepthPolicy
 from specdec.engine.request import Handle, Request, Status, check_prompt, failure
 from specdec.engine.scheduler import Scheduler
-from specdec.runtimes.prefill import CHUNK
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import CHUNK, Target
 from specdec.speculation.draft import Drafter, Verifier
 
 __all__ = ["Engine", "EngineStats", "QueueFullError"]

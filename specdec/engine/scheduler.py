@@ -13,8 +13,7 @@ from specdec.engine.batch import Batch
 from specdec.engine.request import Request, Status
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import PrefixStore, blocks, common
-from specdec.runtimes.prefill import run_tokens
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Target, run_tokens
 
 DRAFTED = 16  # slots that the nodes of a usual draft take
 HEADROOM = 64  # free slots for each row at an admission: with fewer, a row would soon be preempted again

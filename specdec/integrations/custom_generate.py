@@ -14,8 +14,8 @@ from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
 from specdec.integrations.hub import drafter_files
 from specdec.models import drafter_folder
-from specdec.models.catalogue import quiet_transformers
 from specdec.models.gguf.blocks import Blocks, densify, named_weights
+from specdec.models.prepare import quiet_transformers
 from specdec.speculation import registry
 
 FOLDER, DRAFTER = "custom_generate", "drafter"

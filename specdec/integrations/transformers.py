@@ -20,7 +20,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation import logits_process as hf
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.options import DecoderOptions
+from specdec.api.generation import DecoderOptions
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.options import Depth, SamplingParams, Stop
@@ -30,9 +30,8 @@ from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
 from specdec.kvcache.cache import KVCache
 from specdec.models.generation_config import STATEFUL
-from specdec.runtimes.prefill import prefill
 from specdec.runtimes.select import CHOICES, check_names
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Target, prefill
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import RowSampler, Transforms, streams

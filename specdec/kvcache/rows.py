@@ -74,9 +74,9 @@ class RowMask(Mask):
 class RowCache(KVCache):
     """Keys and values of a batch on a CPU.
 
-        data[b]: keys and values of row b, [2, N, H, capacity, d], allocated at first use.
-        places[b]: its capacity, and pointers to its keys and values.
-    ~    draft_positions: positions of uncommitted slots [B, U].
+    data[b]: keys and values of row b, [2, N, H, capacity, d], allocated at first use.
+    places[b]: its capacity, and pointers to its keys and values.
+    draft_positions: positions of uncommitted slots [B, U].
     """
 
     padded = False

@@ -20,9 +20,10 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
 from specdec.models import hub
-from specdec.models.catalogue import EMBEDDED, GGUF, prepare_embedded, prepare_gguf
+from specdec.models.catalogue import EMBEDDED
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, is_gguf, read_header
+from specdec.models.prepare import GGUF, prepare_embedded, prepare_gguf
 
 # Files of a repository: all but the weights are downloaded first, and safetensors when the weights are read.
 PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]

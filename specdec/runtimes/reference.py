@@ -23,8 +23,8 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.kvcache.recurrent import Adapted, Advance, States
 from specdec.models import checkpoint
-from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.linear_maps import Adapters
 from specdec.runtimes.target import Part, Pass, Target
 
 FEW = 16  # so many tokens take less time one by one than a scan of a whole chunk
@@ -198,13 +198,13 @@ class _ZeroSublayer(nn.Module):
 class ReferenceTarget(Target):
     """The reference runtime: exact on any decoder-only Hugging Face model, checked on load.
 
-        A call changes the model while it runs, under the model's lock: threads take turns. Raises SpecDecError for
-        encoder-decoder or otherwise unsupported models, with the reason.
+    A call changes the model while it runs, under the model's lock: threads take turns. Raises SpecDecError for
+    encoder-decoder or otherwise unsupported models, with the reason.
 
-    ~    extra_outputs: number of results of a layer beside hidden states; None: these alone, not in a tuple.
-        probed: whether that is known.
-        bridge: of the call that runs.
-        pairs: by type of MLP, whether it returns more than its result.
+    extra_outputs: number of results of a layer beside hidden states; None: these alone, not in a tuple.
+    probed: whether that is known.
+    bridge: of the call that runs.
+    pairs: by type of MLP, whether it returns more than its result.
     """
 
     runtime = "reference"

@@ -1,4 +1,7 @@
-"""The target model as embed / layers [lo, hi) / readout over our cache: the interface of all runtimes."""
+"""The target model as embed / layers [lo, hi) / readout over our cache: the interface of all runtimes.
+
+With runs of known tokens: prompts, and text that a second model has not seen.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,17 @@ from specdec.kvcache.cache import Chunk, KVCache, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import weight_rows, weight_storage
 from specdec.runtimes import linear_maps
-from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.linear_maps import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
 
 if TYPE_CHECKING:
     from specdec.runtimes.experts.offload import Offload
+from collections.abc import Sequence
+
+from torch.nn.utils.rnn import pad_sequence
+
+from specdec.base.devices import upload
+from specdec.kvcache.rows import RowCache
 
 Part = Literal["attention", "mlp"]
 UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe", "experts")
@@ -223,3 +232,70 @@ def _windows(config: Any) -> list[int | None]:
                 "use a model with full, sliding-window or chunked attention, or recurrent layers"
             )
     return [known[kind] for kind in kinds]
+
+
+CHUNK = 512  # maximum tokens of a row per pass: bounds the memory of masks and activations
+
+
+def prefill(target: Target, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Run each row's tokens (at least one) after its cached ones, and commit them.
+
+    Returns the final states [B, 1, D] of each row's last token.
+    """
+    last: Tensor | None = None
+    for start in range(0, max(map(len, rows)), CHUNK):
+        parts = [row[start : start + CHUNK] for row in rows]
+        x = run_tokens(target, cache, parts)
+        alive = upload([[[bool(part)]] for part in parts], cache.device, torch.bool)  # (B, 1, 1)
+        last = x if last is None else torch.where(alive, x, last)
+    assert last is not None
+    return last
+
+
+def run_tokens(
+    target: Target,
+    cache: KVCache,
+    rows: Sequence[Sequence[int]],
+    taps: dict[int, Tensor] | None = None,
+    whole: bool = False,
+    every: list[Tensor] | None = None,
+) -> Tensor:
+    """Run tokens of each row (some may have none) in one pass, and commit them.
+
+    Returns the final states [B, 1, D] of each row's last token.
+
+    taps: filled with the states [B, 1, D] of the last tokens or, if ``whole``, [B, T, D] of all, padded on the right.
+    every: gets each row's final states [n, D] of all its tokens.
+    """
+    counts, device = list(map(len, rows)), cache.device
+    mask: Mask
+    if target.ragged and isinstance(cache, RowCache):
+        tokens = upload([[token for row in rows for token in row]], device)  # (1, T)
+        places = [range(n, n + count) for n, count in zip(cache.rows, counts, strict=True)]
+        positions = upload([[place for row in places for place in row]], device)
+        mask, ends, end = cache.mask(0, positions, counts=counts), list[int](), 0
+        for count in counts:
+            end += count
+            ends.append(max(end - 1, 0))
+        index = [0] * len(rows), ends
+    else:
+        width = max(counts)
+        tokens = upload([[*row, *[0] * (width - len(row))] for row in rows], device)  # (B, T), padded on the right
+        positions = upload([[n] for n in cache.rows], device) + torch.arange(width, device=device)
+        positions.clamp_(max=target.context - 1)  # padding may point past the end
+        mask = cache.mask(0, positions)
+        index = list(range(len(rows))), [max(count - 1, 0) for count in counts]
+    x = target.embed(tokens, positions)
+    x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps))
+    cache.commit([range(count) for count in counts])
+    packed = len(rows) > 1 and len(x) == 1  # rows lie one behind the other
+    if every is not None:
+        every += x[0].split(counts) if packed else [row[:count] for row, count in zip(x, counts, strict=True)]
+    for layer, states in (taps or {}).items():
+        if taps is None or states.dim() < 2:
+            continue
+        if not whole:
+            taps[layer] = states[index][:, None]
+        elif packed:
+            taps[layer] = pad_sequence(states[0].split(counts), batch_first=True)
+    return x[index][:, None]

@@ -17,13 +17,13 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, BodyRoute
+from specdec.serve.choice import EventStream, until_disconnect
 from specdec.serve.errors import ErrorBody, add_handlers
 from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
 from specdec.serve.responses import Chat, Completion, Response
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
 from specdec.serve.settings import ServerSettings
-from specdec.serve.streaming import EventStream, until_disconnect
 from specdec.serve.tools import kept_special_tokens
 
 PAGE = Path(__file__).with_name("page.html")

@@ -1,16 +1,19 @@
-"""One choice of a response: a request of the engine, its text as it is generated, and its latencies."""
+"""One choice of a response: a request of the engine, its text as it is generated, its latencies, and its events."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
-from specdec.api.pieces import REASONS, AnswerText, Piece
+from pydantic_core import to_json
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from specdec.api.text import REASONS, AnswerText, Piece
 from specdec.base.errors import ConstraintError
-from specdec.engine.logprobs import TokenLogprob
-from specdec.engine.request import Handle
+from specdec.engine.request import Handle, TokenLogprob
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 
@@ -110,3 +113,44 @@ async def merge_pieces(
     finally:
         for task in tasks:
             task.cancel()
+
+
+DONE = b"data: [DONE]\n\n"
+T = TypeVar("T")
+
+
+def sse(value: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events. end: called after the last event, or when the client disconnects."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], object], headers: dict[str, str]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers)
+        self.end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # also if the client disconnects before the first event
+            self.end()
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``; if the client disconnects first, cancel it and return None."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.create_task(work), asyncio.create_task(watch())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        gone.cancel()

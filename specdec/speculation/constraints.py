@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from specdec.base.errors import ConstraintError, SpecDecError
-from specdec.speculation.json_schema import can_end
 
 LONGEST = 2**16  # maximum characters of a schema, an expression or a grammar
 MASKS = 64  # number of cached masks: drafting, scoring and the search for forced tokens need the same ones
@@ -355,3 +354,59 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         self.error_text = _sentence(why)
         self.matcher, self.consumed = self.compiled.matcher.deep_copy(), []
         return otherwise
+
+
+def can_end(schema: dict[str, Any]) -> bool:
+    """Whether some value of ``schema`` is finite: False only where each way to meet it requires itself again.
+
+    Computes the least fixed point over local references: a reference is finite if its target is.
+    """
+    waiting = {ref: target for ref in set(_references(schema)) if (target := _target(schema, ref)) is not None}
+    while new := [ref for ref, target in waiting.items() if _ends(target, waiting)]:
+        for ref in new:
+            del waiting[ref]
+    return _ends(schema, waiting)
+
+
+def _ends(part: Any, waiting: dict[str, Any]) -> bool:
+    """Whether ``part`` has a finite value, if the references in ``waiting`` have none."""
+    if not isinstance(part, dict):
+        return True
+    ref = part.get("$ref")
+    if isinstance(ref, str) and ref in waiting:
+        return False
+    for name in ("anyOf", "oneOf"):
+        if isinstance(part.get(name), list) and part[name] and not any(_ends(each, waiting) for each in part[name]):
+            return False
+    needed = list(part["allOf"]) if isinstance(part.get("allOf"), list) else []
+    if part.get("type") in ("object", ["object"]):
+        properties, required = part.get("properties"), part.get("required")
+        if isinstance(properties, dict) and isinstance(required, list):
+            needed += [properties[name] for name in required if isinstance(name, str) and name in properties]
+    if part.get("type") in ("array", ["array"]) and isinstance(part.get("minItems"), int) and part["minItems"] > 0:
+        first = part.get("prefixItems")
+        needed += first[: part["minItems"]] if isinstance(first, list) and first else [part.get("items")]
+    return all(_ends(each, waiting) for each in needed)
+
+
+def _references(part: Any) -> Iterator[str]:
+    """All references in a schema."""
+    parts = [part]
+    while parts:
+        each = parts.pop()
+        if isinstance(each, dict):
+            if isinstance(each.get("$ref"), str):
+                yield each["$ref"]
+            parts += each.values()
+        elif isinstance(each, list):
+            parts += each
+
+
+def _target(schema: Any, ref: str) -> Any:
+    """What a reference into the schema itself points to; None: nothing there."""
+    if not ref.startswith("#"):
+        return None
+    for step in ref[1:].split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        schema = schema.get(step) if isinstance(schema, dict) else None
+    return schema

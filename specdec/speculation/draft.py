@@ -295,7 +295,7 @@ class Drafter(ABC):
         """``propose``, where another drafter's candidates are not worth drafting; for a drafter that ``blends``."""
         raise NotImplementedError
 
-    def blend(self, state: State, limit: int, given: list[Candidates]) -> Draft:
+    def blend(self, state: State, limit: int, learned: list[Candidates]) -> Draft:
         """``propose``, with each row's candidates of another drafter merged in, if this drafter ``blends``."""
         raise NotImplementedError
 

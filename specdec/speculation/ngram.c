@@ -50,11 +50,11 @@ typedef struct {
     float least;           /* probability below which a node is not taken */
     const Prior *prior;    /* NULL: none */
     const Texts *const *source;
-    const float *trust;    /* by source: how many times the evidence of an occurrence counts */
-    int32_t given;         /* nodes of a learned drafter's tree, parents first */
-    float caution;         /* where that tree has followers, the trust in all sources is multiplied by this */
-    const int32_t *given_tokens, *given_parents; /* parent 0: the root, i + 1: node i */
-    const float *given_scores;                   /* log-probabilities of paths */
+    const float *weight;    /* by source: how many times the evidence of an occurrence counts */
+    int32_t learned;         /* nodes of a learned drafter's tree, parents first */
+    float caution;         /* where that tree has followers, the weight in all sources is multiplied by this */
+    const int32_t *learned_tokens, *learned_parents; /* parent 0: the root, i + 1: node i */
+    const float *learned_scores;                   /* log-probabilities of paths */
     const float *const *noise;                   /* [limit][V] of the positions behind the root, or NULL: greedy */
     const uint8_t *(*allowed)(int32_t node);     /* [V]: what may follow a node of the tree; its NULL: nothing. NULL: anything */
     int32_t *tokens, *parents;                   /* out: [nodes] */
@@ -63,7 +63,7 @@ typedef struct {
 
 typedef struct { int32_t token, length; } Occurrence;
 typedef struct { int32_t count, token[TOKENS]; float p[TOKENS]; } Followers;
-typedef struct { float value; int32_t token, parent, depth, given; } Node;
+typedef struct { float value; int32_t token, parent, depth, learned; } Node;
 
 static uint32_t hash(uint32_t a, uint32_t b, int64_t size) {
     uint64_t h = (((uint64_t)a << 32) | b) * 0x9E3779B97F4A7C15ull;
@@ -161,7 +161,7 @@ static int follower(Followers *f, int32_t token) {
 }
 
 /* Blend what followed into `f`, from all matches to the longest ones. */
-static void blend(Followers *f, const Occurrence *found, int count, float trust) {
+static void blend(Followers *f, const Occurrence *found, int count, float weight) {
     static const int LENGTHS[] = {1, 2, 3, 4, 6, 9, 13, LONGEST + 1};
     int at[OCCURRENCES];
     float weight[OCCURRENCES], w = 1;
@@ -172,7 +172,7 @@ static void blend(Followers *f, const Occurrence *found, int count, float trust)
         for (int i = 0; i < count; i++)
             if (found[i].length >= LENGTHS[level]) total += weight[i], own |= found[i].length < LENGTHS[level + 1];
         if (!own) continue; /* the next level has the same places */
-        float share = trust * total / (trust * total + ESCAPE * powf((float)LENGTHS[level], -1.5f));
+        float share = weight * total / (weight * total + ESCAPE * powf((float)LENGTHS[level], -1.5f));
         for (int i = 0; i < f->count; i++) f->p[i] *= 1 - share;
         for (int i = 0; i < count; i++)
             if (found[i].length >= LENGTHS[level] && at[i] >= 0) f->p[at[i]] += share * weight[i] / total;
@@ -182,25 +182,25 @@ static void blend(Followers *f, const Occurrence *found, int count, float trust)
 /* What follows a node, whose text ends before `end`. */
 static void followers(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Followers *f) {
     Occurrence found[OCCURRENCES];
-    float trust = 1;
+    float weight = 1;
     f->count = 0;
-    if (node->given >= 0) {
-        float before = node->given ? g->given_scores[node->given - 1] : 0;
-        for (int i = node->given; i < g->given; i++) {
-            if (g->given_parents[i] != node->given) continue;
-            int at = follower(f, g->given_tokens[i]);
-            if (at >= 0) f->p[at] = expf(g->given_scores[i] - before);
+    if (node->learned >= 0) {
+        float before = node->learned ? g->learned_scores[node->learned - 1] : 0;
+        for (int i = node->learned; i < g->learned; i++) {
+            if (g->learned_parents[i] != node->learned) continue;
+            int at = follower(f, g->learned_tokens[i]);
+            if (at >= 0) f->p[at] = expf(g->learned_scores[i] - before);
         }
-        if (f->count) trust = g->caution;
+        if (f->count) weight = g->caution;
     }
     if (!f->count && g->prior && end[-1] < g->prior->tokens)
         for (int i = g->prior->begin[end[-1]]; i < g->prior->begin[end[-1] + 1]; i++) {
             int at = follower(f, g->prior->after[i]);
             if (at >= 0) f->p[at] = g->prior->p[i];
         }
-    for (int s = trust < 1 ? g->general : 0; s < g->sources; s++) {
+    for (int s = weight < 1 ? g->general : 0; s < g->sources; s++) {
         int count = find(g->source[s], end, length, found);
-        if (count) blend(f, found, count, trust * g->trust[s]);
+        if (count) blend(f, found, count, weight * g->weight[s]);
     }
     float all = 0, kept = 0;
     for (int i = 0; i < f->count; i++) all += f->p[i];
@@ -209,7 +209,7 @@ static void followers(const Growth *g, const Node *node, int32_t number, const i
         const uint8_t *mask = g->allowed(number);
         for (int i = 0; i < f->count; i++) f->p[i] = mask && mask[f->token[i]] ? f->p[i] : 0;
     }
-    if (g->noise && g->noise[node->depth]) { /* given the noise, the choice is the largest of p e^noise, nearly certain */
+    if (g->noise && g->noise[node->depth]) { /* with the noise, the choice is the largest of p e^noise, nearly certain */
         for (int i = 0; i < f->count; i++) f->p[i] *= expf(g->noise[node->depth][f->token[i]]);
         rest *= 1.4427f; /* the median of e^noise */
     }
@@ -225,7 +225,7 @@ EXPORT int specdec_ngram_grow(const Growth *g) {
     int most = g->nodes < MOST_NODES ? g->nodes : MOST_NODES, count = 0, held = 0;
     int32_t text[LONGEST + MOST_NODES];
     Followers f;
-    taken[0] = (Node){1, g->text[g->length - 1], 0, 0, g->given ? 0 : -1};
+    taken[0] = (Node){1, g->text[g->length - 1], 0, 0, g->learned ? 0 : -1};
     while (count < most) {
         const Node *node = taken + count; /* the newest: offer what follows it */
         if (node->depth < g->limit) {
@@ -236,11 +236,11 @@ EXPORT int specdec_ngram_grow(const Growth *g) {
             for (int i = 0; i < f.count; i++) {
                 float value = node->value * (f.p[i] < 1 ? f.p[i] : 1);
                 if (!(value > g->least) || (held == most - count && value <= waiting[held - 1].value)) continue;
-                int at = held < most - count ? held++ : held - 1, given = -1;
+                int at = held < most - count ? held++ : held - 1, learned = -1;
                 for (; at > 0 && value > waiting[at - 1].value; at--) waiting[at] = waiting[at - 1];
-                for (int j = node->given; node->given >= 0 && given < 0 && j < g->given; j++)
-                    if (g->given_parents[j] == node->given && g->given_tokens[j] == f.token[i]) given = j + 1;
-                waiting[at] = (Node){value, f.token[i], count, node->depth + 1, given};
+                for (int j = node->learned; node->learned >= 0 && learned < 0 && j < g->learned; j++)
+                    if (g->learned_parents[j] == node->learned && g->learned_tokens[j] == f.token[i]) learned = j + 1;
+                waiting[at] = (Node){value, f.token[i], count, node->depth + 1, learned};
             }
         }
         if (!held) break;

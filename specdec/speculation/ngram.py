@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from specdec.speculation.trees import MOST_NODES
 LIBRARY = Path(__file__).with_name("_ngram.so")  # setup.py builds it
 LONGEST, MOST = 16, 64  # as in ngram.c: tokens of a match, nodes of a tree
 FOLLOWERS = 8  # of a token that the prior keeps
-CAUTION = 0.25  # trust in occurrences where a learned drafter has an opinion
+CAUTION = 0.25  # weight of occurrences where a learned drafter has an opinion
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 Allowed = ctypes.CFUNCTYPE(POINTER, INT)
 Ints = npt.NDArray[np.int32]
@@ -39,9 +39,9 @@ class _Growth(ctypes.Structure):
         ("text", POINTER),
         *((name, INT) for name in ("length", "limit", "nodes", "sources", "general")),
         ("least", FLOAT),
-        *((name, POINTER) for name in ("prior", "source", "trust")),
-        *(("given", INT), ("caution", FLOAT)),
-        *((name, POINTER) for name in ("given_tokens", "given_parents", "given_scores", "noise")),
+        *((name, POINTER) for name in ("prior", "source", "weight")),
+        *(("learned", INT), ("caution", FLOAT)),
+        *((name, POINTER) for name in ("learned_tokens", "learned_parents", "learned_scores", "noise")),
         ("allowed", Allowed),
         *((name, POINTER) for name in ("tokens", "parents", "values")),
     )
@@ -137,7 +137,7 @@ class Grower:
         ids: Sequence[int],
         sources: Sequence[tuple[Texts, float]],
         limit: int,
-        given: Candidates,
+        learned: Candidates,
         masks: Callable[[Sequence[int]], Tensor | None] | None = None,
         noise: Sequence[Tensor] | None = None,
         nodes: int = MOST_NODES,
@@ -145,8 +145,8 @@ class Grower:
     ) -> Candidates:
         """The ``nodes`` likeliest paths behind the text ``ids``, at most ``limit`` tokens deep.
 
-        sources: texts that are matched, and the trust in each; later ones overrule earlier ones. general: how many of
-        them, from the first on, are left out where a learned drafter has an opinion. given: the tree of such a one.
+        sources: texts that are matched, and the weight of each; later ones overrule earlier ones. general: how many of
+        them, from the first on, are left out where a learned drafter has an opinion. learned: the tree of such a one.
         masks: which tokens may follow those behind the root, bool [V] (None: none may). noise: by which tokens are
         drawn, float32 [V] of each position behind the root; fewer than ``limit`` end the tree there.
         """
@@ -157,14 +157,14 @@ class Grower:
         struct.sources, struct.general = len(sources), general
         alive: list[Any] = [
             (POINTER * len(sources))(*(texts.pointer for texts, _ in sources)),
-            (FLOAT * len(sources))(*(trust for _, trust in sources)),
+            (FLOAT * len(sources))(*(weight for _, weight in sources)),
         ]
-        struct.source, struct.trust = map(ctypes.addressof, alive)
-        struct.given = len(given.tokens)
-        if given.tokens:
-            parts = [(INT * struct.given)(*given.tokens), (INT * struct.given)(*given.parents)]
-            parts.append((FLOAT * struct.given)(*given.scores))
-            struct.given_tokens, struct.given_parents, struct.given_scores = map(ctypes.addressof, parts)
+        struct.source, struct.weight = map(ctypes.addressof, alive)
+        struct.learned = len(learned.tokens)
+        if learned.tokens:
+            parts = [(INT * struct.learned)(*learned.tokens), (INT * struct.learned)(*learned.parents)]
+            parts.append((FLOAT * struct.learned)(*learned.scores))
+            struct.learned_tokens, struct.learned_parents, struct.learned_scores = map(ctypes.addressof, parts)
             alive += parts
         struct.noise = None
         if noise is not None:
@@ -191,3 +191,21 @@ class Grower:
             raise error[0]
         tokens, parents, values = self.out
         return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count])
+
+
+T = TypeVar("T")
+MOST_SCOPES = 16  # maximum number of scopes; the oldest is dropped for a new one
+
+
+class Scoped(Generic[T]):
+    """One store for each scope, made by ``make`` at first use."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self.make, self.made = make, dict[str | None, T]()
+
+    def of(self, scope: str | None) -> T:
+        if scope not in self.made:
+            if len(self.made) == MOST_SCOPES:
+                del self.made[next(iter(self.made))]
+            self.made[scope] = self.make()
+        return self.made[scope]

@@ -23,11 +23,10 @@ from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Pass, Target
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
-from specdec.train.fit import Ridge
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import StateSelection, whole_pass
-from specdec.train.student import Teacher
+from specdec.train.student import Ridge, Teacher
 
 STEPS = 4  # drafts a step in evaluation
 SURE = 0.5  # confidence at which a token leaves in evaluation, the drafter's default

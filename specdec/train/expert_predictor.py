@@ -19,7 +19,7 @@ from specdec.runtimes.experts.layers import MoELayer, moe_layers
 from specdec.runtimes.experts.predict import DISTANCES, LinearPredictor, slope_of
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.train.data import TrainingAnswer
-from specdec.train.fit import Ridge
+from specdec.train.student import Ridge
 
 CONTEXT = 384  # tokens of an answer, prompt included
 

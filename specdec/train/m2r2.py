@@ -23,12 +23,11 @@ from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import evaluate
-from specdec.train.fit import fit_projections
 from specdec.train.m2r2_settings import M2R2Settings, path_states
 from specdec.train.method import RunContext, TrainingMethod, agreement_name
 from specdec.train.search import choose_segment
 from specdec.train.states import StateSelection
-from specdec.train.student import Teacher, draft_steps, shift_right
+from specdec.train.student import Teacher, draft_steps, fit_projections, shift_right
 
 
 class M2R2Method(TrainingMethod[M2R2]):

@@ -22,13 +22,11 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress, status, tell
 from specdec.engine.depth.costs import Costs
 from specdec.models import drafter_folder, identity, source
-from specdec.train import batches, checkpoint
+from specdec.train import batches, output
 from specdec.train.batches import TrainingBatch, Window
-from specdec.train.checkpoint import BestParameters
 from specdec.train.evaluate import measure_costs, predict_speedup, speedup_text
 from specdec.train.method import TrainingMethod
-from specdec.train.output import CHECKPOINT, LENGTHS, METRICS, RECIPE, writing
-from specdec.train.plot import draw_curves
+from specdec.train.output import CHECKPOINT, LENGTHS, METRICS, RECIPE, BestParameters, draw_curves, writing
 from specdec.train.states import AnswerStates
 from specdec.train.world import ProcessGroup
 
@@ -339,10 +337,10 @@ class TrainingRun:
             }
             state |= {"sizes": self.sizes, "lowered": self.lowered, "warmed": self.warmed, "start": self.good.start}
             state["length"] = self._length()
-            checkpoint.write(self.output, self.parameters, self.optimizer, state)
+            output.write_checkpoint(self.output, self.parameters, self.optimizer, state)
 
     def _restore(self) -> None:
-        state = checkpoint.restore(self.output, self.parameters, self.optimizer)
+        state = output.restore_checkpoint(self.output, self.parameters, self.optimizer)
         self.update, self.tokens = state["update"], state["tokens"]
         self.seconds, self.best = state["seconds"], state["best"]
         self.sizes, self.lowered, self.warmed = state["sizes"], state["lowered"], state["warmed"]
@@ -351,7 +349,7 @@ class TrainingRun:
         copy_values(self.parameters, self.running)
         self.good = BestParameters(self.parameters, state["start"], self.update)
         if self.world.first:
-            checkpoint.rewind_metrics(self.output, self.update)
+            output.rewind_metrics(self.output, self.update)
 
 
 @torch.no_grad()

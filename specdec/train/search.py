@@ -31,12 +31,11 @@ from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch, by_length
 from specdec.train.data import TrainingAnswer
 from specdec.train.evaluate import acceptance_lengths, chain_figures, predict_speedup
-from specdec.train.fit import Ridge, fit_projection
 from specdec.train.m2r2_settings import M2R2Settings, path_states
 from specdec.train.method import RunContext
 from specdec.train.output import STATES, writing
 from specdec.train.states import AnswerStates, StateSelection, compute_states
-from specdec.train.student import Teacher, draft_steps, exact_carry
+from specdec.train.student import Ridge, Teacher, draft_steps, exact_carry, fit_projection
 
 FILE = "search.json"
 EVAL_TOKENS = 4_000  # held-out answer positions

@@ -21,9 +21,9 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr
-from specdec.models import device, drafter_folder, generation_config, loading
-from specdec.models.device import as_dtype
+from specdec.models import drafter_folder, generation_config, loading
 from specdec.models.gguf import model as gguf_model
+from specdec.models.loading import as_dtype
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
@@ -45,7 +45,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     """
     if not settings.prompts and not settings.text:
         raise SpecDecError("nothing to train on; give --prompts FILE or --text FILE")
-    with join(str(device.find_device(settings.device))) as world:
+    with join(str(loading.find_device(settings.device))) as world:
         if settings.rows < world.size:
             raise SpecDecError(f"{world.size} processes cannot share batches of {settings.rows} rows; raise 'rows'")
         with world.first_process_first():  # the others read what the first one computes

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from specdec import Request, SpecDecError, SpecDecoder
 from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.base.errors import SpecDecWarning
-from specdec.models import device, drafter_folder, loading
+from specdec.models import drafter_folder, loading
 
 PROMPT = [5, 6, 7, 8]
 
@@ -311,10 +311,10 @@ def test_a_trained_drafter_that_is_not_shipped_is_refused_before_the_weights(tmp
 
 
 def test_the_automatic_device_is_a_gpu_where_there_is_one(monkeypatch) -> None:
-    assert device.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert loading.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(device, "_try_out", lambda place, dtype: None)
-    assert device.find_device("auto").type == "cuda"
+    monkeypatch.setattr(loading, "_try_out", lambda place, dtype: None)
+    assert loading.find_device("auto").type == "cuda"
     asked = []
 
     def load(name: str, *, device: str, **more: object) -> None:
@@ -341,10 +341,10 @@ def test_a_cuda_device_that_cannot_compute_is_passed_over(monkeypatch) -> None:
             raise SpecDecError("no kernel image")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(device, "_try_out", refuse)
-    assert device.find_device("auto").type == "cpu"
+    monkeypatch.setattr(loading, "_try_out", refuse)
+    assert loading.find_device("auto").type == "cpu"
     with pytest.raises(SpecDecError, match="no kernel image"):
-        device.find_device("cuda")
+        loading.find_device("cuda")
 
 
 def test_decoders_and_engines_close_at_the_end_of_a_with_block(llama, monkeypatch) -> None:

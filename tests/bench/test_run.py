@@ -289,7 +289,7 @@ def test_a_lossy_rule_is_named_in_the_table(bench, monkeypatch) -> None:
     rule = ["--verifier", "confident", "--verifier-option", "exit_threshold=0.0", "--limit", "1"]
     result = bench(*rule, drafters="none,early-exit")
     assert result.exit_code == 0 and "(lossy)" in result.stdout and "ROUGE-L" in result.stdout
-    monkeypatch.setattr("specdec.bench.quality.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("specdec.bench.figures.importlib.util.find_spec", lambda name: None)
     assert "rouge-score; pip install" in one_line_error(bench(*rule, drafters="none,early-exit"))
 
 

@@ -32,7 +32,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpecDecoder:
 @pytest.fixture
 def conversation(decoder: SpecDecoder) -> Iterator[ChatSession]:
     engine = decoder.engine(max_rows=1)
-    yield ChatSession(decoder, engine, SamplingParams(), limit=20)
+    yield ChatSession(decoder, engine, SamplingParams(), max_new_tokens=20)
     engine.close()
 
 

@@ -22,9 +22,9 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.models import loading
-from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
+from specdec.runtimes.target import run_tokens
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices

@@ -16,9 +16,8 @@ from zoo import PROMPTS
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.layer_skip import LayerSkipDrafter, steps_without
-from specdec.runtimes.prefill import prefill
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Pass
+from specdec.runtimes.target import Pass, prefill
 from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
 

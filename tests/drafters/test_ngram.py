@@ -31,7 +31,7 @@ from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices
 from specdec.verifiers.exact import ExactVerifier
 
-NOTHING = Candidates([], [], [])
+NO_CANDIDATES = Candidates([], [], [])
 LENGTHS, ESCAPE, RECENCY = (1, 2, 3, 4, 6, 9, 13), 8, 0.9
 
 
@@ -84,7 +84,7 @@ def test_the_tree_has_the_likeliest_paths_and_their_probabilities(data: st.DataO
     grower = Grower(Prior.count(np.array(counted, np.int32), vocab), least=0.0)
     mine = Texts(1024, 32)
     mine.add(own)
-    found = grower(own, [(texts(stored), trust), (mine, 1.0)], limit, NOTHING, nodes=nodes)
+    found = grower(own, [(texts(stored), trust), (mine, 1.0)], limit, NO_CANDIDATES, nodes=nodes)
     after = defaultdict(Counter)
     for a, b in itertools.pairwise(counted):
         after[a][b] += 1
@@ -124,7 +124,7 @@ def test_the_window_forgets_the_oldest_and_holds_no_more_than_it_says() -> None:
     for n in range(40):
         window.add([100 + n, 200 + n, 300 + n, -1])
     assert window.nbytes <= 2 * size + 64
-    grow = lambda text: Grower()(text, [(window, 1.0)], 4, NOTHING).tokens  # noqa: E731
+    grow = lambda text: Grower()(text, [(window, 1.0)], 4, NO_CANDIDATES).tokens  # noqa: E731
     assert grow([100 + 39, 200 + 39])[0] == 300 + 39
     assert grow([100, 200]) == []
 
@@ -137,7 +137,7 @@ def test_texts_of_other_lengths_and_tokens_are_matched_alike_before_and_after_th
         small.add(ids[n : n + 7])
     large.add(ids)
     for n in range(20, 3000, 311):
-        trees = [Grower()(ids[:n], [(each, 1.0)], 6, NOTHING) for each in (small, large)]
+        trees = [Grower()(ids[:n], [(each, 1.0)], 6, NO_CANDIDATES) for each in (small, large)]
         assert trees[0] == trees[1]
 
 
@@ -153,7 +153,7 @@ def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through
         allowed[3] = False
         return allowed if len(path) < 2 else None
 
-    found = Grower()(text, [(own, 1.0)], 4, NOTHING, masks)
+    found = Grower()(text, [(own, 1.0)], 4, NO_CANDIDATES, masks)
     assert 3 not in found.tokens and found.tokens[0] == 4 and max(map(len, asked)) == 2
     assert math.exp(found.scores[0]) <= 1
 
@@ -161,7 +161,7 @@ def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Grower()(text, [(own, 1.0)], 4, NOTHING, failing)
+        Grower()(text, [(own, 1.0)], 4, NO_CANDIDATES, failing)
 
 
 def test_noise_decides_between_likely_followers() -> None:
@@ -169,7 +169,7 @@ def test_noise_decides_between_likely_followers() -> None:
     for token in (2, 3):
         noise = torch.full((10,), -1.0)
         noise[token] = 3.0
-        assert Grower(prior)([1], [], 1, NOTHING, None, [noise]).tokens[0] == token
+        assert Grower(prior)([1], [], 1, NO_CANDIDATES, None, [noise]).tokens[0] == token
 
 
 def test_the_prior_counts_followers_and_no_pair_across_texts() -> None:

@@ -185,7 +185,7 @@ def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("mistral")
     target, expected = ReferenceTarget(model), [greedy_reference(model, p, 12) for p in PROMPTS]
-    monkeypatch.setattr("specdec.runtimes.prefill.CHUNK", 3)
+    monkeypatch.setattr("specdec.runtimes.target.CHUNK", 3)
     for name, drafter in trees(target).items():
         drafter.bind(target)
         requests = [Request(prompt, 12, eos=frozenset([2])) for prompt in PROMPTS]

@@ -28,14 +28,12 @@ from specdec import Regex, SpecDecError
 from specdec.engine import scheduler
 from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
 from specdec.engine.engine import Engine
-from specdec.engine.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
-from specdec.engine.request import Handle, Request
+from specdec.engine.request import Handle, Request, TokenLogprob, prompt_logprobs, token_logprobs
 from specdec.kvcache.prefix import Prefix
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Target, run_tokens
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import QueueFullError
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.engine import batch, scheduler
+from specdec.engine import batch, metrics, scheduler
 from specdec.engine.depth import AutoDepth, Costs, FixedDepth
 from specdec.engine.depth.policy import allocate
 from specdec.engine.engine import Engine
@@ -30,7 +31,7 @@ from specdec.kvcache.rows import RowCache
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Drafter, DrafterWarning
 from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
@@ -232,17 +233,31 @@ def test_tokens_of_a_step_go_to_the_rows_whose_drafts_are_accepted() -> None:
     assert allocate([good], table(11, 1), levels, plain=15).depths[0] < alone.depths[0]
 
 
-def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which passes and drafts take the seconds of a table."""
+    now, costs = 0.0, Costs({n: 1 + 0.2 * n for n in (1, 2, 4, 8, 16, 32)}, ((0.05, 0.05),))
+
+    class Timed(ReferenceTarget):
+        def layers(self, x: torch.Tensor, lo: int, hi: int, context: Pass) -> torch.Tensor:
+            nonlocal now
+            now += 1 + 0.2 * x.shape[0] * x.shape[1]
+            return super().layers(x, lo, hi, context)
+
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now))
+    target = Timed(llama)
     right = Request(PROMPTS[0], 60)
     together(target, NoDrafter(), [right], FixedDepth(0))
 
     def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        nonlocal now
         known = ids[: len(PROMPTS[0])] == PROMPTS[0]
+        now += 0.025 * limit  # of two rows
         return [((right.ids[len(ids) + i] if known else 96) if len(ids) + i < 64 else 96, i) for i in range(limit)]
 
     requests = [Request(PROMPTS[0], 60), Request(PROMPTS[1], 60)]
-    together(target, Scripted(script), requests, AutoDepth(COSTS))  # type: ignore[arg-type]
+    together(target, Scripted(script), requests, AutoDepth(costs))  # type: ignore[arg-type]
     good, bad = (request.metrics for request in requests)
     beside = bad.per_step_drafted[: len(good.per_step_drafted)]
     assert sum(good.per_step_drafted) > 3 * sum(beside)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from specdec import SpecDecoder
 from specdec.base import files
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, identity, loading
+from specdec.models import catalogue, identity, loading, prepare
 from specdec.models.gguf.blocks import KINDS, BlockEmbedding, BlockLinear, densify, named_weights, temporarily_dense
 from specdec.models.gguf.file import read_header
 from specdec.runtimes.select import make_target
@@ -288,11 +288,11 @@ def test_a_real_model_ends_turns_and_texts(name):
 @pytest.mark.real
 @pytest.mark.parametrize("name", LARGE)
 def test_a_real_models_tokenizer_is_that_of_the_file(name):
-    folder = catalogue.prepare_embedded(name)
+    folder = prepare.prepare_embedded(name)
     _, tokenizer = loading.load(name)
-    theirs = loading.AutoTokenizer.from_pretrained(folder, gguf_file=catalogue.GGUF)
+    theirs = loading.AutoTokenizer.from_pretrained(folder, gguf_file=prepare.GGUF)
     chat = [{"role": "user", "content": "Sum 12345 and 6.78\n\n\t9"}]
-    assert tokenizer.chat_template == read_header(folder / catalogue.GGUF).metadata["tokenizer.chat_template"]
+    assert tokenizer.chat_template == read_header(folder / prepare.GGUF).metadata["tokenizer.chat_template"]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
     for text in ("def f(a, b):\n    return a + b  # 2024", "\n\n1 22 333", "Ünïcode 🙂 <|im_end|>", "a  b\t\tc"):
         ids = tokenizer(text).input_ids

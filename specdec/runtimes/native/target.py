@@ -31,8 +31,8 @@ from specdec.models.gguf.blocks import (
     quantize_linear,
 )
 from specdec.runtimes import llama_like
-from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.linear_maps import Adapters
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Model, SequenceArgs, done, pointer

@@ -16,7 +16,7 @@ from training import Killed, Tokens, recipe, same_drafts, searched
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2Path
 from specdec.models import loading
-from specdec.train import recurrent
+from specdec.train import batches
 from specdec.train.run import TrainingRun
 from specdec.train.trainer import train, training_target
 
@@ -94,6 +94,6 @@ def test_the_search_compares_segments_of_recurrent_layers(answers: Path, tmp_pat
 def test_states_that_do_not_fit_into_memory_are_refused(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recurrent, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(batches, "free_memory", lambda device: 1000)
     with pytest.raises(SpecDecError, match=r"layer 2 stores its state at 4 x 8 positions.*smaller 'rows' or 'window'"):
         train(recipe(answers, tmp_path / "out"))

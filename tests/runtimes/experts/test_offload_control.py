@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from specdec.runtimes.experts.control import SHARE, WINDOW, Controller
+from specdec.runtimes.experts.offload import SHARE, WINDOW, Controller
 
 LAYERS = 4
 

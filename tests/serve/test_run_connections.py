@@ -12,7 +12,7 @@ import pytest
 from servers import Replay, Server, byte_tokenizer, serving, stand_in, until
 
 from specdec.engine.request import Event
-from specdec.serve.connections import Connections
+from specdec.serve.run import Connections
 
 PATIENCE = 0.5  # seconds
 HALF = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Half: "
