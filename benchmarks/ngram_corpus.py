@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from specdec.base import inputs
-from specdec.drafters.ngram import NOTHING, TRUST
+from specdec.drafters.ngram import CORPUS_WEIGHT, NO_CANDIDATES, OWN_WEIGHT
 from specdec.models.loading import read_tokenizer
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.ngram import Grower, Ints, Prior, Texts
@@ -88,8 +88,8 @@ def replayed(held: Sequence[Answer], corpus: Ints, vocab_size: int, right: Any) 
         while done := answer[len(ids) - len(prompt) :]:
             own.add(ids[seen:])
             seen = len(ids)
-            sources = [(texts, TRUST["corpus"]), (own, TRUST["own"])]
-            tree = grower(ids, sources, NODES, NOTHING, nodes=NODES, general=1)
+            sources = [(texts, CORPUS_WEIGHT), (own, OWN_WEIGHT)]
+            tree = grower(ids, sources, NODES, NO_CANDIDATES, nodes=NODES, general=1)
             path = accepted(tree, done)
             for node, score in enumerate(tree.scores, start=1):
                 right[min(int(10 * math.exp(score)), 9)] += 1, math.exp(score), node in path

@@ -15,7 +15,8 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.models import drafter_folder
 from specdec.runtimes import linear_maps
-from specdec.runtimes.linear_maps import Adapters, rms_unit
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.target import Pass, Target
 
 from .m2r2_path import M2R2Path

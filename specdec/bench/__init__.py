@@ -1,1 +1,1 @@
-"""Benchmarks: the runner of ``specdec bench``, ``specdec sweep`` and ``specdec tune drafter``."""
+"""Measurements: cells side by side (``bench``), grids of cells (``sweep``), their results and reports."""

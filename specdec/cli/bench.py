@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +44,7 @@ def bench(
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for bench.json and results.jsonl (every request).")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the results, and for every request (results.jsonl).")
     ] = None,
     as_json: shared.JsonLine = False,
 ) -> None:
@@ -59,9 +59,11 @@ def bench(
     own = _by_drafter(names, drafter_option or [])
     with terminal.status("loading"):
         from specdec.bench.cell import EXTERNAL_METHODS, Cell
+        from specdec.bench.plan import Plan
+        from specdec.bench.results import Results
         from specdec.bench.run import BenchRun, Decoders
+        from specdec.bench.store import Store
         from specdec.models.drafter_folder import find_shipped
-        from specdec.sweep.results import from_benchmark
 
         terminal.warn_in_lines()
         base = Cell(
@@ -83,29 +85,33 @@ def bench(
         )
         every = names if "none" in names else ["none", *names]
         cells = [base.with_settings(**_method(name), drafter_options=own.get(name, {})) for name in every]
-        folder = _folder(output) if output else None
+        store = Store(output) if output else None
+        if store:
+            store.check(Plan("benchmark", "", tuple(cells)))
         decoders = Decoders(data_dir)
         if licence := decoders.prompts(base).licence:
             terminal.say(f"prompts: {prompts} ({licence})")
         if drafters is None and find_shipped("m2r2", decoders.base(base).target) is None:
             cells = [cell for cell in cells if cell.drafter != "m2r2"]
             terminal.say("m2r2 is left out: none is shipped for this model; train one: specdec train m2r2 --model ...")
-        run = BenchRun(cells, decoders)
-    with (
-        (folder / "results.jsonl").open("a", buffering=1, encoding="utf-8") if folder else nullcontext() as log,
-        terminal.Bar("bench") as bar,
-    ):
-        run.progress = bar
-        if log:
+        run, command = BenchRun(cells, decoders), shared.command_line()
+    with ExitStack() as stack:
+        if store:
+            stack.enter_context(store.opened(Plan("benchmark", "", tuple(cells)), command))
+            log = stack.enter_context((store.folder / "results.jsonl").open("w", buffering=1, encoding="utf-8"))
             run.record = lambda request: log.write(json.dumps(request.as_dict(), ensure_ascii=False) + "\n")
+        run.progress = stack.enter_context(terminal.Bar("bench"))
         try:
             run.execute()
         except KeyboardInterrupt:
             if not run.requests:
                 raise
-    results = run.results()
+        results = run.results()
+        if store:
+            for record in results:
+                store.append(record)
     summary = {
-        "command": shared.command_line(),
+        "command": command,
         "configuration": {k: v for k, v in base.as_dict().items() if k not in ("drafter", "drafter_options")},
         "methods": [
             {key: r["cell"][key] for key in ("drafter", "drafter_options", "num_speculative_tokens")} | r["method"]
@@ -113,9 +119,7 @@ def bench(
         ],
         **{key: results[0][key] for key in ("prompts", "environment", "pass_ms", "seconds", "interrupted")},
     }
-    if folder:
-        shared.write_json(folder / "bench.json", summary)
-    _print(summary, from_benchmark(summary).table())
+    _print(summary, Results("benchmark", "", command, results).table())
     if as_json:
         shared.print_json(summary)
     if run.interrupted:
@@ -140,14 +144,6 @@ def _by_drafter(names: list[str], pairs: list[str]) -> dict[str, dict[str, Any]]
         name = max(fits, key=len)
         out.setdefault(name, {}).update(options.parse_assignments("--drafter-option", [pair[len(name) + 1 :]]))
     return out
-
-
-def _folder(output: Path) -> Path:
-    """Create the output folder. Raises SpecDecError if it holds another benchmark."""
-    for name in ("bench.json", "results.jsonl"):
-        if (output / name).exists():
-            raise SpecDecError(f"'{output}' already holds a benchmark ({name}); choose another --output, or delete it")
-    return shared.make_folder(output)
 
 
 def _over_plain(method: dict[str, Any], category: str) -> str:

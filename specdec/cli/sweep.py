@@ -19,7 +19,7 @@ from specdec.cli import shared
 from specdec.cli.shared import INTERRUPTED
 
 if TYPE_CHECKING:
-    from specdec.sweep.plan import Plan
+    from specdec.bench.plan import Plan
 
 
 class Launcher(StrEnum):
@@ -63,11 +63,11 @@ def sweep(
     if ray_address and launcher is not Launcher.ray:
         raise SpecDecError("--ray-address is for --launcher ray")
     with terminal.status("checking"):
+        from specdec.bench import launch
+        from specdec.bench.plan import load_plan
         from specdec.bench.prompts import load_prompts
-        from specdec.sweep import launch
-        from specdec.sweep.plan import load_plan
-        from specdec.sweep.results import labels, load_results, outcome
-        from specdec.sweep.store import Store
+        from specdec.bench.results import labels, load_results, outcome
+        from specdec.bench.store import Store
 
         plan = load_plan(find_config("sweeps", file, "sweep file"), overrides or [])
         for name in dict.fromkeys(
@@ -135,15 +135,19 @@ def report(
     ] = Format.html,
 ) -> None:
     """Show the results of a sweep or a benchmark: a table here, and a page with pictures in its folder."""
-    from specdec.sweep.results import load_results, render
+    from specdec.bench.results import load_results, render
 
     results = load_results(folder)
     if form is not Format.html:
         terminal.write(render(results, form.value))
         return
     with terminal.status("drawing"):
-        from specdec.sweep.page import write_page  # heavy
-
+        try:
+            from specdec.bench.report import write_page  # heavy
+        except ImportError:
+            raise SpecDecError(
+                "the page needs matplotlib; pip install 'specdec-m2r2[plot]', or use --format csv, markdown or json"
+            ) from None
         page = write_page(results, folder)
     table = results.table()
     terminal.print_table(table.header, table.rows)
@@ -151,7 +155,7 @@ def report(
 
 
 def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
-    from specdec.sweep.results import as_yaml, axes, short_name, varying_axes
+    from specdec.bench.results import as_yaml, axes, short_name, varying_axes
 
     cells = [cell.as_dict() for cell in plan.cells]
     differing = [name for name in varying_axes(cells) if name != "drafter"]

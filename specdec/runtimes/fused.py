@@ -33,8 +33,8 @@ from specdec.models.gguf.blocks import densify
 from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.delta_rule import DeltaRule
-from specdec.runtimes.linear_maps import Adapters, Linear
-from specdec.runtimes.llama_like import Norm
+from specdec.runtimes.linear_maps import Linear
+from specdec.runtimes.llama_like import Adapters, Norm
 from specdec.runtimes.native import linear
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass

@@ -3,12 +3,11 @@
 A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map has its weight in oneDNN's blocked layout:
 ``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. An *int4* map
 has 4-bit codes in groups of 32 inputs. Packed maps are used where oneDNN supports the dtype, int4 ones on request.
-Low-rank adapters beside them accelerate the residual in M2R2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -250,36 +249,3 @@ class LowRank:
             return torch.cat((y[:, :-adapted], y[:, -adapted:] + delta), 1).view(-1, y.shape[2])
 
         return all_tokens if adapted is None else trailing
-
-
-class Adapters(nn.Module):
-    """``y += up(down(x))`` beside linear maps: rank-r factors keyed by layer and module path.
-
-    ``up`` starts at zero, so untrained adapters change nothing.
-
-    shapes[layer][path]: (in_features, out_features).
-    draft_only: whether passes with them only draft, so that a runtime may quantise weights.
-    """
-
-    draft_only = False
-
-    def __init__(self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.paths = {layer: list(paths) for layer, paths in shapes.items()}
-        for layer, paths in shapes.items():
-            for path, (n_in, n_out) in paths.items():
-                key = self._key(layer, path)
-                self.register_parameter(key + "/down", nn.Parameter(torch.randn(rank, n_in) * n_in**-0.5))
-                self.register_parameter(key + "/up", nn.Parameter(torch.zeros(n_out, rank)))
-
-    @staticmethod
-    def _key(layer: int, path: str) -> str:
-        return f"{layer}/{path.replace('.', '/')}"
-
-    def factors(self, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """``{module path: (down [r, in], up [out, r])}`` of one layer; empty if it has none."""
-        return {
-            path: (getattr(self, self._key(layer, path) + "/down"), getattr(self, self._key(layer, path) + "/up"))
-            for path in self.paths.get(layer, ())
-        }

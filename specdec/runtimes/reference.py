@@ -24,7 +24,7 @@ from specdec.kvcache.cache import KVCache, Mask
 from specdec.kvcache.recurrent import Adapted, Advance, States
 from specdec.models import checkpoint
 from specdec.runtimes.checks import check_logits, refuse_unsupported
-from specdec.runtimes.linear_maps import Adapters
+from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.target import Part, Pass, Target
 
 FEW = 16  # so many tokens take less time one by one than a scan of a whole chunk

@@ -24,7 +24,7 @@ from specdec.kvcache.cache import Chunk, KVCache, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import weight_rows, weight_storage
 from specdec.runtimes import linear_maps
-from specdec.runtimes.linear_maps import Adapters
+from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -46,8 +47,13 @@ def names(kind: str) -> dict[str, str]:
 
     An outside package registers itself through the entry-point group ``specdec.drafters`` or ``specdec.verifiers``.
     """
-    built_in = {"drafters": DRAFTERS, "verifiers": VERIFIERS}[kind]
-    return {e.name: e.value for e in entry_points(group=f"specdec.{kind}")} | built_in
+    return outside(kind) | {"drafters": DRAFTERS, "verifiers": VERIFIERS}[kind]
+
+
+@functools.cache  # it reads the metadata of all installed packages
+def outside(kind: str) -> dict[str, str]:
+    """The names of outside packages."""
+    return {each.name: each.value for each in entry_points(group=f"specdec.{kind}")}
 
 
 def having(trait: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -98,7 +100,10 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
         drafters=METHODS,
     )
     summary, names = measured(result), METHODS.split(",")
-    assert summary == json.loads((tmp_path / "out/bench.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "out/cells.jsonl").read_text().splitlines()]
+    assert [record["method"] | record["cell"] for record in records] == [
+        record["cell"] | method for record, method in zip(records, summary["methods"], strict=True)
+    ]
     requests = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     turns = [requests[i : i + len(names)] for i in range(0, len(requests), len(names))]
     assert len(turns) == 2 * 4 and [method["name"] for method in summary["methods"]] == names
@@ -321,8 +326,8 @@ def test_an_interrupt_keeps_what_was_measured(bench, tmp_path: Path, monkeypatch
     assert result.exit_code == 130
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 2 * (calls // 2)
     if kept:
-        summary = json.loads((tmp_path / "out/bench.json").read_text())
-        assert summary["interrupted"] and summary["methods"][0]["requests"] == kept and "(interrupted)" in result.stdout
+        record = json.loads((tmp_path / "out/cells.jsonl").read_text().splitlines()[0])
+        assert record["interrupted"] and record["method"]["requests"] == kept and "(interrupted)" in result.stdout
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -599,8 +604,13 @@ def test_bad_input_is_one_line(bench, args: list[str], words: str) -> None:
 
 
 def test_another_benchmark_is_not_written_over(bench, tmp_path: Path) -> None:
-    (tmp_path / "bench.json").write_text("{}")
-    assert "already holds a benchmark" in one_line_error(bench("--output", str(tmp_path)))
-    assert (tmp_path / "bench.json").read_text() == "{}"
+    before = list(tmp_path.iterdir())
+    assert "is not empty and holds no results" in one_line_error(bench("--output", str(tmp_path)))
+    assert list(tmp_path.iterdir()) == before
+    assert bench("--output", str(tmp_path / "out")).exit_code == 0
+    report = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out"), "--format", "csv"])
+    assert [row["drafter"] for row in csv.DictReader(io.StringIO(report.stdout))] == ["none", "prompt-lookup"]
+    again = one_line_error(bench("--output", str(tmp_path / "out")))
+    assert "holds these results already (2 of 2 cells); give another --output" in again
     (tmp_path / "file").write_text("")
     assert "cannot write to" in one_line_error(bench("--output", str(tmp_path / "file/out")))

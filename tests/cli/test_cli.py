@@ -522,5 +522,6 @@ def test_drafters_lists_summaries_training_and_what_is_shipped(tmp_path: Path, m
 def test_a_broken_plug_in_does_not_hide_the_other_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = SimpleNamespace(name="broken", value="no_such_module:Drafter")
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    monkeypatch.setattr(registry, "outside", registry.outside.__wrapped__)  # read again
     table = CliRunner().invoke(cli.app, ["drafters"]).stdout
     assert "cannot be loaded: No module named 'no_such_module'" in table and "prompt-lookup\t" in table

@@ -383,6 +383,7 @@ def test_the_documented_example_works_as_an_outside_package(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[specdec.drafters]\n{name} = {value}\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "outside", registry.outside.__wrapped__)  # read again
 
     decoder = SpecDecoder(llama, drafter=name)
     outs = decoder.generate_batch(PROMPTS, max_new_tokens=24, num_speculative_tokens=4)

@@ -21,7 +21,7 @@ FLOORS = [
     {"drafters", "verifiers"},
     {"engine"},
     {"api"},
-    {"serve", "train", "bench", "sweep", "verify", "integrations"},
+    {"serve", "train", "bench", "verify", "integrations"},
     {"cli", "__main__"},
 ]
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks
-from specdec.runtimes.linear_maps import Adapters
+from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.target import Pass, Target
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from specdec.base import cores
 from specdec.kvcache.rows import RowCache
 from specdec.runtimes import linear_maps
-from specdec.runtimes.linear_maps import Adapters
+from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.native.library import INT, POINTER, Call, MaskCall, Model, Stage, TreeDraft, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks

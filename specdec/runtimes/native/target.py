@@ -32,7 +32,7 @@ from specdec.models.gguf.blocks import (
 )
 from specdec.runtimes import llama_like
 from specdec.runtimes.checks import check_logits, refuse_unsupported
-from specdec.runtimes.linear_maps import Adapters
+from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Model, SequenceArgs, done, pointer

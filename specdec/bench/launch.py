@@ -20,8 +20,8 @@ from typing import Any
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.terminal import OnProgress
 from specdec.bench.cell import Cell
+from specdec.bench.plan import Resources
 from specdec.bench.run import Decoders, run_cell
-from specdec.sweep.plan import Resources
 
 
 def run_locally(cells: Sequence[Cell], data_dir: Path | None, progress: OnProgress) -> Generator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The folder of a sweep: its plan, and one line per finished cell.
+"""The folder of a sweep or a benchmark: its plan, and one line per finished cell.
 
     sweep.json    name, description, command, resources and the cells of the plan, by key
     cells.jsonl   one record per line, append-only: the result of ``run_cell``, or {"key", "cell", "error", "seconds"}
@@ -21,29 +21,29 @@ from filelock import FileLock, Timeout
 
 from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
-from specdec.sweep.plan import Plan
+from specdec.bench.plan import Plan
 
 MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
 
 
 class Store:
-    """The folder of one sweep."""
+    """The folder of one plan."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest, self.path = folder, folder / MANIFEST, folder / RECORDS
 
     @contextmanager
-    def opened(self, plan: Plan, command: str, resume: bool = False) -> Iterator[None]:
+    def opened(self, plan: Plan, command: str, resume: bool | None = None) -> Iterator[None]:
         """Lock the folder for ``plan``.
 
-        Raises SpecDecError if it holds another sweep, other files, or finished cells of this sweep without ``resume``,
-        and if another process has locked it.
+        resume: whether finished cells of this plan may be there; None: they may not, and cannot be resumed.
+        Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
         """
-        self._check(plan, resume)
+        self.check(plan, resume)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK, timeout=0):
-                self._check(plan, resume)  # another process may have started one meanwhile
+                self.check(plan, resume)  # another process may have started one meanwhile
                 if not self.manifest.is_file():
                     manifest = {
                         "name": plan.name,
@@ -59,30 +59,32 @@ class Store:
                     os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
                 yield
         except Timeout:
-            raise SpecDecError(f"another sweep is writing into '{self.folder}'; wait for it or end it") from None
+            raise SpecDecError(f"another process is writing into '{self.folder}'; wait for it or end it") from None
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise SpecDecError(f"cannot write to '{self.folder}': {error.strerror}; give another --output") from None
 
-    def _check(self, plan: Plan, resume: bool) -> None:
+    def check(self, plan: Plan, resume: bool | None = None) -> None:
+        """Raise SpecDecError unless the folder is free for ``plan``, as in ``opened``."""
         keys = {cell.key() for cell in plan.cells}
         if self.manifest.is_file():
             before = self.read_manifest()
             planned = set(before["cells"])
             if planned != keys:
                 raise SpecDecError(
-                    f"'{self.folder}' holds another sweep ('{before['name']}', {len(planned)} cells; this one has "
+                    f"'{self.folder}' holds other results ('{before['name']}', {len(planned)} cells; this plan has "
                     f"{len(keys)}, of which {len(keys & planned)} are the same); give another --output"
                 )
             if (ended := len(self.records())) and not resume:
+                how = "" if resume is None else "go on with --resume, or "
                 raise SpecDecError(
-                    f"'{self.folder}' holds this sweep already ({ended} of {len(keys)} cells); "
-                    "go on with --resume, or give another --output"
+                    f"'{self.folder}' holds these results already ({ended} of {len(keys)} cells); {how}give another "
+                    "--output"
                 )
         elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
-            raise SpecDecError(f"'{self.folder}' is not empty and holds no sweep; give another --output")
+            raise SpecDecError(f"'{self.folder}' is not empty and holds no results; give another --output")
 
     def read_manifest(self) -> dict[str, Any]:
-        """The plan at the start of the sweep. Raises SpecDecError if it cannot be read."""
+        """The plan at the start. Raises SpecDecError if it cannot be read."""
         try:
             manifest = json.loads(self.manifest.read_text("utf-8"))
             if isinstance(manifest["cells"], dict) and isinstance(manifest["name"], str):
@@ -90,7 +92,7 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         raise SpecDecError(
-            f"'{self.manifest}' is broken, so its sweep is unknown; delete the folder, or give another --output"
+            f"'{self.manifest}' is broken, so its plan is unknown; delete the folder, or give another --output"
         )
 
     def records(self) -> dict[str, dict[str, Any]]:

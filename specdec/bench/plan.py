@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from pydantic import Field
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Settings
 from specdec.bench.cell import EXTERNAL_METHODS, Cell, check_external, check_method
+from specdec.bench.document import Keys, as_list, load, parse, shortened
 from specdec.speculation import registry
-from specdec.sweep.document import Keys, as_list, load, parse, shortened
 
 MAX_CELLS = 10_000
 GROUPS = ("drafter", "verifier")  # settings whose values have options
@@ -52,12 +52,12 @@ class Resources(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep that is ready to run: each cell once, cells of one model in a row."""
+    """Cells that are ready to run. In a sweep: each once, those of one model in a row."""
 
     name: str
     description: str
     cells: tuple[Cell, ...]
-    resources: Resources
+    resources: Resources = field(default_factory=Resources)
 
 
 @dataclass(frozen=True)

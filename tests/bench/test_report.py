@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from specdec import cli
 from specdec.base.files import shipped_configs
 from specdec.bench.cell import Cell
-from specdec.sweep.page import PAGE
-from specdec.sweep.plan import Plan, Resources, load_plan
-from specdec.sweep.store import Store
+from specdec.bench.plan import Plan, Resources, load_plan
+from specdec.bench.report import PAGE
+from specdec.bench.store import Store
 
 pytest.importorskip("matplotlib")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -169,25 +169,8 @@ def test_a_report_is_also_csv_json_and_markdown(folder: Path) -> None:
     assert not list(folder.glob("*.png"))  # only the page draws
 
 
-def test_a_benchmark_has_a_report_as_well(tmp_path: Path) -> None:
-    methods = [
-        {"drafter": name, "drafter_options": {}, **result(Cell(drafter=name), speed)["method"]}
-        for name, speed in (("none", 1.0), ("m2r2", 2.0))
-    ]
-    shared = result(Cell())
-    settings = {k: v for k, v in Cell().as_dict().items() if not k.startswith("drafter")}
-    summary = {"command": "specdec bench", "configuration": settings, "methods": methods, "interrupted": False}
-    summary |= {key: shared[key] for key in ("prompts", "environment", "seconds")}
-    (tmp_path / "bench.json").write_text(json.dumps(summary))
-    outcome = report(tmp_path)
-    assert outcome.exit_code == 0 and (tmp_path / "speedup-over-none.png").is_file()
-    assert [line.split("\t")[0] for line in outcome.stdout.splitlines()] == ["cell", "none", "m2r2"]
-    (tmp_path / "bench.json").write_text("{}")
-    assert "it is not a summary of 'specdec bench'" in report(tmp_path).stderr
-
-
 def test_bars_of_drafters_differ_without_colour() -> None:
-    from specdec.sweep.pictures import HATCHES, LINES, MARKERS, bar_style, line_style
+    from specdec.bench.report import HATCHES, LINES, MARKERS, bar_style, line_style
 
     assert len({bar_style(number)["hatch"] for number in range(11)}) == 11
     assert len({(s["marker"], s["linestyle"]) for s in map(line_style, range(8))}) == 8
@@ -197,11 +180,10 @@ def test_bars_of_drafters_differ_without_colour() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: None, "there is no folder"),
-        (lambda path: path.mkdir(), "holds no results: there is neither sweep.json nor bench.json"),
+        (lambda path: None, "there are no results in"),
+        (lambda path: path.mkdir(), "there are no results in"),
         (lambda path: fill(path, [], (Cell(drafter="none"),)), "holds no results yet"),
         (lambda path: (path.mkdir(), (path / "sweep.json").write_text("{}")), "is broken"),
-        (lambda path: (path.mkdir(), (path / "bench.json").write_text("[")), "cannot read"),
     ],
 )
 def test_bad_folders_are_one_line(tmp_path: Path, make, words: str) -> None:
@@ -212,7 +194,7 @@ def test_bad_folders_are_one_line(tmp_path: Path, make, words: str) -> None:
 
 
 def test_a_page_without_matplotlib_is_one_line(folder: Path, monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "specdec.sweep.pictures", None)
+    monkeypatch.setitem(__import__("sys").modules, "specdec.bench.report", None)
     outcome = report(folder)
     assert outcome.exit_code == 2 and "pip install 'specdec-m2r2[plot]'" in outcome.stderr
     assert report(folder, "--format", "markdown").exit_code == 0

@@ -1,4 +1,4 @@
-"""The results in a folder of ``specdec sweep`` or ``specdec bench``, as tables and as text.
+"""The results of ``specdec sweep`` and ``specdec bench``, as tables and as text.
 
 A record is a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}.
 """
@@ -17,11 +17,10 @@ from typing import Any
 
 from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell
-from specdec.sweep.plan import GROUPS
-from specdec.sweep.store import MANIFEST, Store
+from specdec.bench.plan import GROUPS
+from specdec.bench.store import Store
 
-BENCH, DEPTH = "bench.json", "num_speculative_tokens"
-SHORT = {DEPTH: "depth", "max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}
+SHORT = {"num_speculative_tokens": "depth", "max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}
 NAMES = {"none": "plain", "hf": "model.generate"}  # of baselines, in tables
 Record = Mapping[str, Any]
 Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
@@ -141,39 +140,15 @@ def _columns(method: Mapping[str, Any], over: Sequence[str]) -> dict[str, str]:
 
 def load_results(folder: Path) -> Results:
     """Read the folder of a sweep or a benchmark. Raises SpecDecError if it is neither or holds no result yet."""
-    if not folder.is_dir():
-        raise SpecDecError(f"there is no folder '{folder}'; give the output folder of a sweep or a benchmark")
-    if (folder / MANIFEST).is_file():
-        store = Store(folder)
-        manifest, found = store.read_manifest(), store.records()
-        ordered = [found[key] for key in manifest["cells"] if key in found]
-        name, description, command = (str(manifest.get(key, "")) for key in ("name", "description", "command"))
-        results = Results(name, description, command, ordered, len(manifest["cells"]) - len(ordered))
-    elif (folder / BENCH).is_file():
-        results = _benchmark(folder / BENCH)
-    else:
-        raise SpecDecError(f"'{folder}' holds no results: there is neither {MANIFEST} nor {BENCH} in it")
-    if not results.records:
+    store = Store(folder)
+    if not store.manifest.is_file():
+        raise SpecDecError(f"there are no results in '{folder}'; give the output folder of a sweep or a benchmark")
+    manifest, found = store.read_manifest(), store.records()
+    ordered = [found[key] for key in manifest["cells"] if key in found]
+    if not ordered:
         raise SpecDecError(f"'{folder}' holds no results yet: no cell has ended")
-    return results
-
-
-def _benchmark(path: Path) -> Results:
-    try:
-        return from_benchmark(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SpecDecError(f"cannot read '{path}': {error!r}; it is not a summary of 'specdec bench'") from None
-
-
-def from_benchmark(summary: Mapping[str, Any]) -> Results:
-    """The summary of a benchmark as results, one record per method."""
-    shared = {key: summary[key] for key in ("prompts", "environment", "seconds")}
-    records = []
-    for method in summary["methods"]:
-        own = {name: method[name] for name in ("drafter", "drafter_options", DEPTH) if name in method}
-        cell = Cell(**summary["configuration"] | own | {"against": ()})  # it may name engines that are not installed
-        records.append({"key": cell.key(), "cell": cell.as_dict(), "method": method, "baselines": {}, **shared})
-    return Results("benchmark", "", str(summary["command"]), records)
+    name, description, command = (str(manifest.get(key, "")) for key in ("name", "description", "command"))
+    return Results(name, description, command, ordered, len(manifest["cells"]) - len(ordered))
 
 
 # Display.

@@ -22,11 +22,11 @@ from specdec import SpecDecoder, cli
 from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
 from specdec.base.files import shipped_configs
+from specdec.bench import launch
 from specdec.bench.cell import Cell
-from specdec.sweep import launch
-from specdec.sweep.launch import failure_record
-from specdec.sweep.plan import load_plan
-from specdec.sweep.store import RECORDS, Store
+from specdec.bench.launch import failure_record
+from specdec.bench.plan import load_plan
+from specdec.bench.store import RECORDS, Store
 
 GRID = """
 drafter:
@@ -79,7 +79,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
         runs[cell.key()] += 1
         return result(cell)
 
-    monkeypatch.setattr("specdec.sweep.launch.run_cell", run_cell)
+    monkeypatch.setattr("specdec.bench.launch.run_cell", run_cell)
     return runs
 
 
@@ -381,8 +381,8 @@ def test_a_full_disk_ends_a_sweep_that_can_go_on(sweep, counted: Counter, tmp_pa
 
 def test_a_folder_belongs_to_one_sweep(sweep, counted: Counter, tmp_path: Path) -> None:
     assert sweep().exit_code == 0
-    assert "holds this sweep already (7 of 7 cells); go on with --resume" in one_line_error(sweep())
-    assert "holds another sweep ('sweep', 7 cells; this one has 9" in one_line_error(
+    assert "holds these results already (7 of 7 cells); go on with --resume" in one_line_error(sweep())
+    assert "holds other results ('sweep', 7 cells; this plan has 9" in one_line_error(
         sweep("drafter=none,early-exit", "seed=1,2,3", "--resume")
     )
     before, done = (tmp_path / "out" / RECORDS).read_bytes(), counted.total()
@@ -390,7 +390,7 @@ def test_a_folder_belongs_to_one_sweep(sweep, counted: Counter, tmp_path: Path) 
     assert (tmp_path / "out" / RECORDS).read_bytes() == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("mine")
-    assert "is not empty and holds no sweep" in one_line_error(sweep(output="other"))
+    assert "is not empty and holds no results" in one_line_error(sweep(output="other"))
     (tmp_path / "file").write_text("")
     assert "cannot write to" in one_line_error(sweep(output="file"))
 
@@ -398,7 +398,7 @@ def test_a_folder_belongs_to_one_sweep(sweep, counted: Counter, tmp_path: Path) 
 def test_two_sweeps_do_not_write_into_one_folder(sweep, counted: Counter, grid: Path, tmp_path: Path) -> None:
     plan = load_plan(grid)
     with Store(tmp_path / "out").opened(plan, ""):
-        assert "another sweep is writing into" in one_line_error(sweep())
+        assert "another process is writing into" in one_line_error(sweep())
 
 
 def test_a_broken_line_is_told_with_its_number(sweep, counted: Counter, tmp_path: Path) -> None:
