@@ -90,7 +90,6 @@ def generate(
     stop = [_utf8("--stop", one) for one in stop or []]
     with terminal.status("starting", silent):
         terminal.warn_in_lines(verbose)
-        from specdec.api.comparison import compare as compared
         from specdec.api.decoder import SpecDecoder
         from specdec.api.text import encode
         from specdec.speculation.sampling import Sampler
@@ -151,7 +150,7 @@ def generate(
         interrupted = baseline.finish_reason == "interrupted"
         if not interrupted:
             sampler = Sampler.of([decoder.request(ids, **asked).sampler])
-            comparison = compared(decoder, ids, sampler, output, baseline)
+            comparison = statistics.compare(decoder, ids, sampler, output, baseline)
 
     if as_json:
         chat = not raw and bool(getattr(decoder.tokenizer, "chat_template", None))

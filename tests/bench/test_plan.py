@@ -346,7 +346,7 @@ def test_ctrl_c_ends_a_sweep_between_records(grid: Path, tmp_path: Path) -> None
         str(grid),
         "--output",
         str(tmp_path / "out"),
-        "repetitions=30",
+        "repetitions=10",
     ]
     with subprocess.Popen([*command, "drafter=none,early-exit"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
