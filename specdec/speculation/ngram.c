@@ -50,11 +50,11 @@ typedef struct {
     float least;           /* probability below which a node is not taken */
     const Prior *prior;    /* NULL: none */
     const Texts *const *source;
-    const float *weight;    /* by source: how many times the evidence of an occurrence counts */
-    int32_t learned;         /* nodes of a learned drafter's tree, parents first */
+    const float *weight;   /* by source: how many times the evidence of an occurrence counts */
+    int32_t learned;       /* nodes of a learned drafter's tree, parents first */
     float caution;         /* where that tree has followers, the weight in all sources is multiplied by this */
     const int32_t *learned_tokens, *learned_parents; /* parent 0: the root, i + 1: node i */
-    const float *learned_scores;                   /* log-probabilities of paths */
+    const float *learned_scores;                 /* log-probabilities of paths */
     const float *const *noise;                   /* [limit][V] of the positions behind the root, or NULL: greedy */
     const uint8_t *(*allowed)(int32_t node);     /* [V]: what may follow a node of the tree; its NULL: nothing. NULL: anything */
     int32_t *tokens, *parents;                   /* out: [nodes] */
@@ -164,18 +164,18 @@ static int follower(Followers *f, int32_t token) {
 static void blend(Followers *f, const Occurrence *found, int count, float weight) {
     static const int LENGTHS[] = {1, 2, 3, 4, 6, 9, 13, LONGEST + 1};
     int at[OCCURRENCES];
-    float weight[OCCURRENCES], w = 1;
-    for (int i = 0; i < count; i++, w *= RECENCY) at[i] = follower(f, found[i].token), weight[i] = w;
+    float recency[OCCURRENCES], w = 1;
+    for (int i = 0; i < count; i++, w *= RECENCY) at[i] = follower(f, found[i].token), recency[i] = w;
     for (int level = 0; level < 7; level++) {
         float total = 0;
         int own = 0;
         for (int i = 0; i < count; i++)
-            if (found[i].length >= LENGTHS[level]) total += weight[i], own |= found[i].length < LENGTHS[level + 1];
+            if (found[i].length >= LENGTHS[level]) total += recency[i], own |= found[i].length < LENGTHS[level + 1];
         if (!own) continue; /* the next level has the same places */
         float share = weight * total / (weight * total + ESCAPE * powf((float)LENGTHS[level], -1.5f));
         for (int i = 0; i < f->count; i++) f->p[i] *= 1 - share;
         for (int i = 0; i < count; i++)
-            if (found[i].length >= LENGTHS[level] && at[i] >= 0) f->p[at[i]] += share * weight[i] / total;
+            if (found[i].length >= LENGTHS[level] && at[i] >= 0) f->p[at[i]] += share * recency[i] / total;
     }
 }
 
