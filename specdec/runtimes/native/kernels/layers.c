@@ -148,7 +148,7 @@ static const uint32_t *ranks_of(const LowRank *low, const uint32_t *ranked, int 
 }
 
 /* queries, keys and values = qkv(norm(x)), feature_major. The thread's part of the cache is prefetched meanwhile. */
-static void project(Pass *p, int index, const LowRank *low, int me, int n) {
+static void project_heads(Pass *p, int index, const LowRank *low, int me, int n) {
     const Layer *layer = p->m->layers + index;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to, out = layer->qkv.out;
@@ -288,7 +288,7 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     const Layer *layer = p->m->layers + index;
     const LowRank *all = p->c->low ? p->c->low[index] : NULL, *low[4];
     for (int i = 0; i < 4; i++) low[i] = all && all[i].ks ? all + i : NULL;
-    project(p, index, low[0], me, n);
+    project_heads(p, index, low[0], me, n);
     store_heads(p, index, me, n);
     attend_all(p, index, scores, me, n);
     add_product(p, &layer->out, low[1], p->attended, me, n);
