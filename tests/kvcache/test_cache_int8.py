@@ -88,6 +88,41 @@ def test_logits_are_near_those_of_the_16_bit_cache(family: str, d: int) -> None:
     assert not torch.equal(*pairs[-1])
 
 
+@pytest.mark.usefixtures("kernels")
+@torch.inference_mode()
+def test_scores_are_those_of_the_keys_that_are_held() -> None:
+    """Where a few channels of keys and queries are large in every token, as in Qwen2.5, and attention is sharp.
+
+    New tokens see committed ones alone, whose keys and values are the same numbers as in a 16-bit cache.
+    """
+    model, d, count = tiny_model("qwen2", **SIZES | {"head_dim": 64}), 64, 120
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.q_proj.weight.mul_(8)
+        for module, size in (attention.q_proj, 80), (attention.k_proj, 100):
+            module.bias.view(-1, d)[:, 24:32] = size * torch.tensor([1, -1] * 4)
+    model = model.bfloat16()
+    ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(3))
+    wide, narrow = NativeTarget(model), NativeTarget(model, kv_cache="int8")
+    exact, rounded = wide.new_cache(), narrow.new_cache()
+    prefill(wide, ids, exact)
+    prefill(narrow, ids, rounded)
+    scales = rounded.data[0][..., :count, d:].view(torch.bfloat16)
+    scales.copy_(2 ** scales.float().log2().round())  # keys and values are then exact in 16 bits
+    exact.data[0][..., :count, :] = dequantize_rows(rounded.data[0][..., :count, :], torch.bfloat16)
+    new, positions, nothing = (
+        torch.arange(3, 67)[None],
+        torch.full((1, 64), count),
+        torch.zeros(64, 64, dtype=torch.bool),
+    )
+    logits = []
+    for target, cache in (wide, exact), (narrow, rounded):
+        given = Pass(positions, cache.mask(0, positions, nothing), cache)
+        out = target.readout(target.layers(target.embed(new, positions), 0, target.num_layers, given))
+        logits.append(out.float().log_softmax(-1))
+    assert torch.nn.functional.kl_div(*reversed(logits), reduction="none", log_target=True).sum(-1).mean() < 1e-4
+
+
 @torch.inference_mode()
 def test_what_is_not_finite_stays_so() -> None:
     target = NativeTarget(model_of("llama"), kv_cache="int8")
