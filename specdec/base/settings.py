@@ -92,6 +92,7 @@ def validate(name: str, value: Any, kind: Any) -> Any:
         raise SpecDecError(f"{name} must be {expected(kind)}; got {short_repr(value)}") from None
 
 
+@functools.cache
 def keywords(method: Callable[..., Any]) -> list[str]:
     """The names of a method's keyword arguments, also those of a ``TypedDict`` that it unpacks."""
     names = list[str]()

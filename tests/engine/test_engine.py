@@ -172,12 +172,12 @@ def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
     family: str, shape: Callable[[Target], dict[str, Drafter]]
 ) -> None:
     """Their nodes are deeper than it may go, where a table of positions has no entry."""
-    model = tiny_model(family, max_position_embeddings=32)
-    target, prompts = ReferenceTarget(model), [[5, 6] * 14 + [7], PROMPTS[0]]
-    expected = [greedy_reference(model, prompt, 32 - len(prompt)) for prompt in prompts]
+    model = tiny_model(family, max_position_embeddings=20)
+    target, prompts = ReferenceTarget(model), [[5, 6] * 8 + [7], PROMPTS[0]]
+    expected = [greedy_reference(model, prompt, 20 - len(prompt)) for prompt in prompts]
     for name, drafter in shape(target).items():
         drafter.bind(target)
-        requests = [Request(prompt, 32 - len(prompt), eos=frozenset([2])) for prompt in prompts]
+        requests = [Request(prompt, 20 - len(prompt), eos=frozenset([2])) for prompt in prompts]
         together(target, drafter, requests, FixedDepth(7))
         assert [new_tokens(request) for request in requests] == expected, name
 

@@ -489,7 +489,7 @@ def test_the_default_model_loads_again_without_a_network(monkeypatch):
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**ids, max_new_tokens=16, do_sample=False)
+    out = model.generate(**ids, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
 
     path = files.cache_dir() / "models" / catalogue.DEFAULT_MODEL / "model.gguf"
