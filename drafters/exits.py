@@ -73,7 +73,6 @@ class ExitHeads(nn.Module):
     final = map(u) + up(silu(down(u))) with u = h / rms(h). map is the identity at first: untrained, h is read out.
 
     exits: layers, in rising order.
-    width: hidden size of the modules.
     draft_vocab: int32 [V'], or None for the full vocabulary.
     """
 
@@ -119,7 +118,6 @@ class ExitDrafter(ChainDrafter):
     """Drafts a chain of tokens that leave the model early; subclasses choose each token's exit.
 
     network: trained modules; None: the model's own norm and head read out.
-    network_class: the class of the network.
     siblings, nodes: see ``ChainShape``.
     """
 

@@ -84,8 +84,6 @@ class ExternalMethod:
     """A method in which another engine decodes.
 
     method: "module:Class" of a ``specdec.bench.methods.Method``, constructed from the decoder and the cell.
-    options: names of its options.
-    drafts: whether it drafts.
     source: what SOURCE of NAME=SOURCE is, such as FILE; "": it takes none.
     missing: why it cannot run here; "": it can.
     """

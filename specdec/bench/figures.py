@@ -260,7 +260,6 @@ def _estimate(value: float, draws: Any, clusters: int) -> Estimate:
 class Quality:
     """The quality of one output.
 
-    tokens: number of tokens.
     agreed: number of tokens that are the full model's argmax.
     nll: sum of -log p(token) in nats, at temperature 1.
     rouge_l: F1 of ROUGE-L (Lin 2004) against the full model's own answer.

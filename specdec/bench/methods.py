@@ -37,7 +37,6 @@ class Reply:
     """The answer to one request, a batch of prompts.
 
     tokens: new ids per row.
-    seconds: of the whole call.
     arrivals: seconds until each delivery of tokens; a step delivers all its tokens at once.
     first_tokens: number of tokens in the first delivery.
     metrics, reasons: per row, only of our engine.

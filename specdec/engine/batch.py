@@ -39,7 +39,6 @@ class Batch:
     configured: the drafter of this configuration.
     drafter: the same, or None after it has failed.
     drafter_behind: whether the drafter, started again, has seen nothing of the rows until the next step.
-    failures: number of times that the drafter has failed.
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:

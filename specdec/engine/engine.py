@@ -33,12 +33,10 @@ Events = list[tuple[Request, list[int]]]
 class EngineStats:
     """Totals are those of all requests so far.
 
-    running, waiting: number of requests.
     kv_bytes: size of the keys and values held; kv_budget: its maximum (None: no limit).
     prefix_queries, prefix_hits: prompt tokens looked up among cached prefixes, and found there.
     preemptions: number of times that a request gave up its keys and values, to compute them again later.
     drafter: "on", "off" (it has failed: requests are decoded plainly) or "none".
-    drafter_failures: number of times that it has failed.
     """
 
     running: int
@@ -64,12 +62,10 @@ class EngineStats:
 class Engine:
     """Decodes requests with one target and one drafter, at most ``max_rows`` at once.
 
-    max_waiting: maximum number of further requests that wait.
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
     prefill_chunk: maximum prompt tokens that run between two steps of the running rows.
     reuse: whether the keys and values of earlier texts serve prompts that begin alike.
-    on_close: called when the engine is closed.
     """
 
     def __init__(

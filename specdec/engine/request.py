@@ -50,11 +50,9 @@ ALLOWED_CHANGES = {  # a preempted request waits again
 class Request:
     """A row of the engine's batch. Raises SpecDecError for a value of the wrong type.
 
-    prompt: token ids.
     params, processors, stream: how tokens are chosen; requests with one seed draw alike unless their streams differ.
     eos: tokens that end it.
     stop: the engine calls it with each new token in order; it returns a finish reason, or None.
-    draft: whether the drafter drafts for it.
     sampler: takes the place of params, processors and stream.
     logprobs: number of top tokens that go with the log-probability of each new token; None: no log-probabilities.
     prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
@@ -120,10 +118,7 @@ class Request:
         self.finish_reason, self.error = reason, error
 
     def append(self, tokens: Sequence[int], depths: Sequence[int]) -> None:
-        """Add ``tokens`` up to where plain decoding would end. The others must not enter the text or the cache.
-
-        depths: of the tokens in their draft.
-        """
+        """Add ``tokens`` up to where plain decoding would end. The others must not enter the text or the cache."""
         self.new_tokens = []
         if not self.remaining:  # only the prompt is of interest
             self.finish("length")

@@ -56,11 +56,7 @@ class PrefillBatch:
 class Scheduler:
     """Queues and memory of an engine.
 
-    max_rows: maximum number of requests that run at once.
-    kv_memory: maximum bytes of keys and values; None: no limit.
-    chunk: maximum prompt tokens in a step while rows decode.
-    reuse: whether cached texts serve requests that begin alike.
-    prefix_queries, prefix_hits: prompt tokens looked up among cached prefixes, and found.
+    max_rows, kv_memory, chunk (``prefill_chunk``), reuse: as in ``Engine``.
     token_bytes: size of a token's keys and values; state_bytes: of a row's recurrent states, or a checkpoint. 0 without
         a limit of memory.
 

@@ -81,7 +81,6 @@ class KVCache:
     rows: number of committed tokens of each row; ``committed``: the largest of them.
     positions: of all slots, [B, capacity].
     expected: number of slots that each row will need; on a CPU, buffers begin with them.
-    recurrent: states of the recurrent layers.
     padded: whether each row's buffers have the size of the longest row's.
     """
 

@@ -203,7 +203,6 @@ class ReferenceTarget(Target):
 
     extra_outputs: number of results of a layer beside hidden states; None: these alone, not in a tuple.
     probed: whether that is known.
-    bridge: of the call that runs.
     pairs: by type of MLP, whether it returns more than its result.
     """
 

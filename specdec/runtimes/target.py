@@ -84,7 +84,6 @@ class Target(ABC):
     context: maximum number of positions.
     windows: attention window of each layer; None: full.
     fingerprint: of the weights as loaded.
-    runtime: its name.
     ragged: whether a pass takes rows with different numbers of tokens, one behind the other.
     weight_format, kv_cache, activations: formats of the layers' weights, keys and values, and inputs of products.
     logit_difference: difference from the model's own logits in the self-check, relative to the largest logit.

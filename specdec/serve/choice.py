@@ -21,7 +21,6 @@ from specdec.serve.metrics import Metrics
 class ResponseChoice:
     """The choice with number ``index``.
 
-    handle: the engine's request.
     stops, shown: as in ``Detokenizer``.
     started, first_token_at, last_token_at: times of ``time.perf_counter``; 0.0 before there are tokens.
     logprobs_sent, text_offset: tokens whose log-probabilities have been sent, and the length of their text.

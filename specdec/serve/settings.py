@@ -15,14 +15,11 @@ def _split(given: Any) -> Any:
 class ServerSettings(BaseModel):
     """What the server is called, who may use it, and limits for one client.
 
-    name: the model's name for clients.
     api_key: None serves everybody.
     cors: origins that CORS allows.
     allowed_hosts: Host headers beside localhost, this machine's name and IP addresses; "*" allows all.
-    max_body: bytes of a request body.
     max_prompt_tokens, max_tokens: of a prompt and of a choice; None is the model's context.
     max_choices: choices of a request, its prompts times ``n``.
-    max_connections: open connections.
     client_timeout: seconds for a client to send a request, or to read what waits for it.
     """
 

@@ -203,8 +203,6 @@ class Drafter(ABC):
 
     Rows come and go between two steps. What belongs to a row is in the row's own state (``begin``).
 
-    name: as in the registry.
-    summary: one line about it.
     training: the command that trains one, if there is one.
     needs_training: whether it drafts only with trained parameters.
     before_others: defaults that differ where another drafter comes after it (``HybridDrafter``).

@@ -42,7 +42,6 @@ class ExpertOptions(Settings):
     """How experts are offloaded.
 
     cache: fast memory for experts, as a share of all (float) or in bytes (int).
-    prefetch: the predictor of experts.
     folder: of the packed file; None: one in the user's cache, packed at first use and when the weights have changed.
     adaptive: whether to stop prefetching where it does not pay.
     """

@@ -39,7 +39,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Index:
     """The contents of a packed file. Block ``row * num_experts + expert`` is an expert of layer ``layers[row]``.
 
-    fingerprint: of the model.
     hidden, width: D and F.
     checksums: CRC-32 of every block without its padding.
     source: ``Origin.state`` of the packed experts; "": not known.

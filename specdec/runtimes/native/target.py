@@ -53,10 +53,7 @@ class NativeTarget(ByParts):
     instruction set. Weights that drafts alone use (merged adapters marked ``draft_only``, reduced heads) are quantised
     to 8 bits, large ones to 4. Raises SpecDecError for what it does not support.
 
-    weights: "auto" (GGUF blocks as they are, else bf16), "dense" (bf16), "int8" or "int4" (layers are quantised to Q8_0
-        or Q4_1, in ``model`` too: the quantised model is the base).
-    kv_cache: "auto" (bf16) or "int8" (a scale for 32 numbers).
-    activations: inputs of products with blocks: "int8" (a scale for 32 numbers), "bf16" or "auto" (int8).
+    weights, kv_cache, activations: as in ``make_target``.
     """
 
     runtime = "native"
