@@ -36,14 +36,14 @@ from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth
 from specdec.engine.depth.measure import costs, store
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
-from specdec.models import catalogue, generation_config, loading
+from specdec.models import catalogue, loading
 from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.runtimes.target import CHUNK
 from specdec.speculation import registry
 from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import RowSampler, streams
+from specdec.speculation.sampling import RowSampler, eos_token_ids, logits_processors, streams
 
 SAMPLING = frozenset(SamplingOptions.__annotations__)
 MAX_NEW_TOKENS = 128  # default of a request
@@ -242,9 +242,7 @@ class SpecDecoder:
         if sampler is None:
             sampling: dict[str, Any] = {name: value for name, value in given.items() if name in SAMPLING}
             params, others = SamplingParams(**sampling), given.get("logits_processor", ())
-            processors = generation_config.logits_processors(
-                self.model, ids, max_new_tokens, params.repetition_penalty, others
-            )
+            processors = logits_processors(self.model, ids, max_new_tokens, params.repetition_penalty, others)
             if (rule := given.get("constraint")) is not None:
                 processors.append(self.compile_constraint(rule, ignore_eos).state(ids))
             own = replace(params, repetition_penalty=None)  # among the processors
@@ -425,7 +423,7 @@ class SpecDecoder:
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as in ``model.generate``."""
-        return generation_config.eos_token_ids(self.model, self.tokenizer)
+        return eos_token_ids(self.model, self.tokenizer)
 
 
 def _stops(given: RequestOptions) -> list[str]:

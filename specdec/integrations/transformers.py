@@ -29,12 +29,11 @@ from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
 from specdec.kvcache.cache import KVCache
-from specdec.models.generation_config import STATEFUL
 from specdec.runtimes.select import CHOICES, check_names
 from specdec.runtimes.target import Target, prefill
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
-from specdec.speculation.sampling import RowSampler, Transforms, streams
+from specdec.speculation.sampling import STATEFUL, RowSampler, Transforms, streams
 
 # Processors with a state for each row of the call.
 BATCHED: tuple[type[LogitsProcessor], ...] = (

@@ -21,12 +21,13 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr
-from specdec.models import drafter_folder, generation_config, loading
+from specdec.models import drafter_folder, loading
 from specdec.models.gguf import model as gguf_model
 from specdec.models.loading import as_dtype
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.speculation.sampling import eos_token_ids
 from specdec.train import data, states
 from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
 from specdec.train.data import Prompt, TrainingAnswer
@@ -81,7 +82,7 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Pro
         train, held_out = _split(settings, usable, _text_answers(settings, texts, tokenizer, target.context))
         vocab = None
         if settings.draft_vocab:
-            ends = sorted(generation_config.eos_token_ids(model, tokenizer))
+            ends = sorted(eos_token_ids(model, tokenizer))
             vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
         method.prepare(RunContext(output, train, held_out, vocab, decoder, console, progress))
         records = [

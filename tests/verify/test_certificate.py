@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli
 from specdec.speculation.sampling import Noise, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
-from specdec.verify.checks import Fit, Greedy, chi_square_tail, expected, fit, misfits
+from specdec.verify.certificate import Fit, Greedy, chi_square_tail, expected, fit, misfits
 
 PROMPT = [5, 17, 9, 3, 21, 17, 9]
 

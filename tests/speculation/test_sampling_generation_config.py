@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor, Wate
 from specdec import SpecDecError, SpecDecoder
 from specdec.engine.replay import first_difference, margins
 from specdec.speculation.sampling import Sampler
-from specdec.verify.checks import expected, model_logits
+from specdec.verify.certificate import expected, model_logits
 
 PROMPT, COUNT = [5, 6, 7, 8], 24
 PLAIN = greedy_reference(tiny_model(), PROMPT, COUNT)
