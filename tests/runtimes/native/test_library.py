@@ -11,6 +11,7 @@ from tiny import tiny_model
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
+from specdec.speculation import ngram
 
 FLAGS = "flags : fpu fma f16c avx2 avx512f\n"
 
@@ -56,3 +57,13 @@ def test_an_unknown_instruction_set_is_an_error(missing: None, monkeypatch: pyte
     for function in (library.load, library.runs, lambda: make_target(model)):
         with pytest.raises(SpecDecError, match="SPECDEC_NATIVE='sse2' is unknown; it is avx2, avxvnni, avx512 or amx"):
             function()
+
+
+@pytest.mark.parametrize("built", [library.LIBRARY, ngram.LIBRARY], ids=lambda path: path.stem)
+def test_a_library_is_not_older_than_its_sources(built: Path) -> None:
+    """A build that fails leaves the old one where it is, and pip does not say so: libraries are optional."""
+    if not built.exists():
+        pytest.skip("there are no native kernels here")
+    sources = [path for end in "ch" for path in built.parent.rglob(f"*.{end}")]
+    late = [path.name for path in sources if path.stat().st_mtime > built.stat().st_mtime]
+    assert not late, f"{built.name} is older than {late[0]}; build it: python setup.py build_ext --inplace"
