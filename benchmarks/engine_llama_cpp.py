@@ -32,7 +32,7 @@ class ModelParams(ctypes.Structure):
 
 
 class ContextParams(ctypes.Structure):
-    _fields_ = (*((name, COUNT) for name in ("context", "batch", "part")), ("room", COUNT * 125))
+    _fields_ = (*((name, COUNT) for name in ("context", "batch", "part", "sequences")), ("room", COUNT * 124))
 
 
 class LlamaBatch(ctypes.Structure):
@@ -163,39 +163,43 @@ def library() -> Any:
 
 
 class LlamaContext:
-    """A model with a cache of ``context`` tokens, of which ``tokens`` are there."""
+    """A model with a cache of ``context`` tokens for ``rows`` sequences; of one of them ``tokens`` are known."""
 
-    def __init__(self, lib: Any, path: str, threads: int, context: int) -> None:
+    def __init__(self, lib: Any, path: str, threads: int, context: int, rows: int = 1) -> None:
         self.lib, self.tokens = lib, list[int]()
         model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         if not model:
             raise ValueError(f"llama.cpp cannot load {path}")
         self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
         params = lib.llama_context_default_params()
-        params.context, params.batch, params.part = context, PART, PART
+        params.context, params.batch, params.part, params.sequences = context, PART, PART, rows
         self.handle = lib.llama_init_from_model(model, params)
         if not self.handle:
             raise ValueError(f"llama.cpp has no room for {context} tokens")
         lib.llama_set_n_threads(self.handle, threads, threads)
         self.memory, self.batch = lib.llama_get_memory(self.handle), lib.llama_batch_init(PART, 0, 1)
 
-    def keep(self, count: int) -> None:
-        """Keep ``count`` tokens of the cache."""
-        self.lib.llama_memory_seq_rm(self.memory, 0, count, -1)
+    def keep(self, count: int, row: int = 0) -> None:
+        """Keep ``count`` tokens of a sequence."""
+        self.lib.llama_memory_seq_rm(self.memory, row, count, -1)
         del self.tokens[count:]
 
-    def decode(self, ids: Sequence[int], outputs: int = 1) -> None:
+    def decode(self, ids: Sequence[int], outputs: int = 1, row: int = 0) -> None:
         """One pass over ``ids``, at most ``PART``; logits are computed for the last ``outputs`` tokens."""
-        batch, first = self.batch, len(ids) - outputs
-        batch.count = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i] = token, len(self.tokens) + i
-            batch.sequences[i], batch.sequence[i][0] = 1, 0
+        self.run([(token, len(self.tokens) + i, row) for i, token in enumerate(ids)], outputs)
+        self.tokens += ids
+
+    def run(self, tokens: Sequence[tuple[int, int, int]], outputs: int) -> None:
+        """One pass over tokens, each with its position and its sequence; logits are those of the last ``outputs``."""
+        batch, first = self.batch, len(tokens) - outputs
+        batch.count = len(tokens)
+        for i, (token, position, row) in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position
+            batch.sequences[i], batch.sequence[i][0] = 1, row
             batch.output[i] = i >= first
         if code := self.lib.llama_decode(self.handle, batch):
-            raise ValueError(f"llama_decode failed with {code} after {len(self.tokens)} tokens")
+            raise ValueError(f"llama_decode failed with {code} at position {tokens[0][1]}")
         self.lib.llama_synchronize(self.handle)
-        self.tokens += ids
 
     def logits(self, index: int) -> Any:
         """float32[V] after token ``index`` of the last pass; valid until the next one."""
@@ -214,10 +218,11 @@ class LlamaCpp:
     """Greedy decoding of a GGUF file: plain, with prompt lookup, its own n-gram modes, or a draft model."""
 
     ngrams: Ngrams | None
+    rows = 1  # sequences that are decoded side by side
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         lib = library()
-        self.model, self.ngrams = LlamaContext(lib, path, threads, context), None
+        self.model, self.ngrams = LlamaContext(lib, path, threads, context * self.rows, self.rows), None
         settings: dict[str, Any] = {"version": "llama.cpp", "threads": threads, "context": context}
         self.drafts: Callable[[list[int]], list[int]] = lambda ids: []
         if mode:

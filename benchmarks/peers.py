@@ -153,6 +153,11 @@ class EngineServer:
         self.load, self.passes = engine.load, engine.passes
         self.engine = engine
 
+    def side_by_side(self, **given: Any) -> dict[str, Any]:
+        """What an engine of ``batching`` does."""
+        engine: Any = self.engine
+        return engine.side_by_side(**given)  # type: ignore[no-any-return]
+
     def logits(self, ids: list[int], count: int, path: str) -> None:
         """Write ``PeerEngine.logits`` to the file ``path`` (.npy)."""
         np.save(path, self.engine.logits(ids, count))
