@@ -47,6 +47,32 @@ static void score_rows16(const bf16 *keys, int d, const float *queries, int colu
         }
 }
 
+/* As score_rows16, for rows of 8 bits and rounded queries [d / 32][columns]: sums of a block are whole numbers. */
+INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int columns, float *to) {
+    const int64_t row = cache_row(CACHE8, d);
+    uint8_t quads[16][16][4] __attribute__((aligned(64)));
+    float scales[16];
+    U a[16];
+    for (int b = 0; b < d / TOGETHER; b++, queries += columns) {
+        if (b % 2 == 0) { /* two blocks at once; the numbers behind the last block are not used */
+            for (int i = 0; i < 16; i++) a[i] = load_bytes_u(keys + i * row + TOGETHER * b);
+            transpose(a);
+            for (int i = 0; i < 16; i++) store_u(quads[i], xor_u(a[i], set_u(0x80808080)));
+        }
+        for (int i = 0; i < 16; i++) scales[i] = widen(((const bf16 *)(keys + i * row + d))[b]);
+        for (int p = 0; p < 16; p += WIDE) {
+            Codes codes[8];
+            for (int i = 0; i < 8; i++) codes[i] = load_codes(quads[8 * (b % 2) + i][p]);
+            for (int c = 0; c < columns; c++) {
+                const Rounded *x = queries + c;
+                W v = whole_w(sum_codes(255, 2, codes, 8, x->x, start_of(Q8, x, 0)));
+                v = mul_w(v, load_w(scales + p));
+                store_w(to + 16 * c + p, fma_w(v, set_w(x->scale), b ? load_w(to + 16 * c + p) : set_w(0)));
+            }
+        }
+    }
+}
+
 /* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims]; COLUMNS and PARTS times
  * 16 dims at once. Keys are added in order: on where they lie nothing depends. */
 #define WEIGHTED_SUM(COLUMNS, PARTS)                                                                                 \
@@ -79,10 +105,11 @@ static void score_rows16(const bf16 *keys, int d, const float *queries, int colu
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
                         const uint16_t *visible, int bit, float scale, int once, int equal, float *p, float *out) {
     const int64_t row = cache_row(kind, d);
+    Rounded rounded_queries[16 * 256 / TOGETHER];
     float wide[16 * 256] __attribute__((aligned(64)));
-    bf16 widened[16 * 256] __attribute__((aligned(64))); /* 16 keys of 8 bits */
     F most[16], sum[16], scales = set16(scale);
-    for (int i = 0; i < d / 2; i++) {
+    if (kind == CACHE8) round_inputs(queries, d, columns, rounded_queries);
+    for (int i = 0; i < d / 2 && kind == CACHE16; i++) {
         U pairs = load_u(queries + 16 * i);
         store16(wide + 32 * i, to_f(shift_u(pairs, 16))), store16(wide + 32 * i + 16, to_f(and_u(pairs, set_u(0xffff0000))));
     }
@@ -94,10 +121,9 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
             __builtin_prefetch((values + s * row + i), 0, 2);
         }
         M there = mask16(count - s < 16 ? (1u << (count - s)) - 1 : 0xffff);
-        const bf16 *own = kind == CACHE8 ? widened : (const bf16 *)(keys + s * row);
-        for (int i = 0; i < 16 && kind == CACHE8; i++)
-            for (int at = 0; at < d; at += 16) store_h(widened + i * d + at, narrow16(cached16(kind, keys + (s + i) * row, d, at)));
-        if (equal || !tiles_score(own, d, queries, columns, to)) score_rows16(own, d, wide, columns, to);
+        if (kind == CACHE8) score_rows8(keys + s * row, d, rounded_queries, columns, to);
+        else if (equal || !tiles_score((const bf16 *)(keys + s * row), d, queries, columns, to))
+            score_rows16((const bf16 *)(keys + s * row), d, wide, columns, to);
         for (int c = 0; c < columns; c++) {
             M mine = visible ? both16(there, bit_h(visible + s, bit + c)) : there;
             F v = pick16(mine, mul16(load16(to + 16 * c), scales), set16(-1e30f));

@@ -42,6 +42,7 @@ static inline F column16(const float *p) {
 }
 
 static inline U load_u(const void *p) { return (U){_mm256_load_si256(p), _mm256_load_si256((const __m256i *)p + 1)}; }
+static inline U load_bytes_u(const void *p) { return (U){_mm256_loadu_si256(p), _mm256_loadu_si256((const __m256i *)p + 1)}; }
 static inline __m256i column8(const uint32_t *p) {
     return _mm256_setr_epi32((int)p[0], (int)p[16], (int)p[32], (int)p[48], (int)p[64], (int)p[80], (int)p[96], (int)p[112]);
 }
@@ -52,6 +53,7 @@ static inline U add_u(U a, U b) { PAIRWISE(U, _mm256_add_epi32); }
 static inline U max_u(U a, U b) { PAIRWISE(U, _mm256_max_epi32); }
 static inline U and_u(U a, U b) { PAIRWISE(U, _mm256_and_si256); }
 static inline U or_u(U a, U b) { PAIRWISE(U, _mm256_or_si256); }
+static inline U xor_u(U a, U b) { PAIRWISE(U, _mm256_xor_si256); }
 static inline U without_u(U b, U a) { PAIRWISE(U, _mm256_andnot_si256); }
 static inline U shift_u(U v, int n) { return (U){_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)}; }
 static inline U nearest_u(F v) { TWICE(U, _mm256_cvtps_epi32); }

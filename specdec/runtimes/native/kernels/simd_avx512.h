@@ -30,6 +30,7 @@ static inline F column16(const float *p) { /* every 16th number */
 }
 
 static inline U load_u(const void *p) { return _mm512_load_si512(p); }
+static inline U load_bytes_u(const void *p) { return _mm512_loadu_si512(p); } /* at any address */
 static inline U column_u(const uint32_t *p) { /* every 16th dword */
     return _mm512_setr_epi32((int)p[0], (int)p[16], (int)p[32], (int)p[48], (int)p[64], (int)p[80], (int)p[96], (int)p[112],
                              (int)p[128], (int)p[144], (int)p[160], (int)p[176], (int)p[192], (int)p[208], (int)p[224], (int)p[240]);
@@ -40,6 +41,7 @@ static inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
 static inline U max_u(U a, U b) { return _mm512_max_epi32(a, b); }
 static inline U and_u(U a, U b) { return _mm512_and_si512(a, b); }
 static inline U or_u(U a, U b) { return _mm512_or_si512(a, b); }
+static inline U xor_u(U a, U b) { return _mm512_xor_si512(a, b); }
 static inline U without_u(U a, U b) { return _mm512_andnot_si512(b, a); } /* a without the bits of b */
 static inline U shift_u(U v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
 static inline U nearest_u(F v) { return _mm512_cvtps_epi32(v); }
