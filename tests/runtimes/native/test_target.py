@@ -179,6 +179,18 @@ def test_adapters_agree_with_the_reference_runtime(family: str, t: int, adapted:
         assert torch.equal(got[:, :-adapted], plain[:, :-adapted])
 
 
+@pytest.mark.parametrize(("t", "adapted"), [(1, None), (20, None), (12, 2)])
+@torch.inference_mode()
+def test_adapters_stand_beside_products_of_whole_numbers(t: int, adapted: int | None) -> None:
+    model = in_blocks()
+    rounded, exact = NativeTarget(model), NativeTarget(model, activations="bf16")
+    with torch.inference_mode(False):
+        adapters = random_adapters(exact).bfloat16()
+    expected, plain = adapted_pass(exact, adapters, t, adapted), adapted_pass(rounded, None, t, None)
+    got = adapted_pass(rounded, adapters, t, adapted)
+    assert apart(got.float(), expected.float()) < 0.3 < apart(plain[:, -1:].float(), expected[:, -1:].float())
+
+
 @torch.inference_mode()
 def test_a_reduced_head_gives_the_logits_of_its_tokens() -> None:
     target = NativeTarget(model_of("llama"))
@@ -388,6 +400,21 @@ def test_more_threads_than_cores_wait_for_each_other(monkeypatch: pytest.MonkeyP
     expected = play(target)
     monkeypatch.setattr(cores, "threads", lambda: 4 * (os.cpu_count() or 1))
     assert all(torch.equal(a, b) for a, b in zip(play(target), expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [1.0, 40.0])
+@torch.inference_mode()
+def test_probabilities_of_all_tokens_sum_to_one(size: float) -> None:
+    """Exponentials are those of numbers near 0 and far below it."""
+    model = model_of("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(size)
+    target, tokens = NativeTarget(model), torch.arange(20, 36)
+    cache, roots = seeded(target)
+    torch.manual_seed(2)
+    route = replace(random_route(target, heads=2), heads=[target.reduced_head(tokens)], tokens=tokens, made={})
+    scores = torch.tensor(target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(1, 16)).scores)
+    assert scores.shape == (16,) and abs(float(scores.double().exp().sum()) - 1) < 1e-5
 
 
 @torch.inference_mode()
