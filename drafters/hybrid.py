@@ -64,6 +64,7 @@ class HybridDrafter(Drafter):
         self.blends_pair = len(self.members) == 2 and self.members[0].blends
         last = self.members[-1]
         self.has_probabilities = self.blends_pair and last.has_probabilities
+        self.num_exits = 2 if self.has_probabilities else 1  # the first alone, or both
         self.leaves_early, self.leaves_state = (
             self.blends_pair and last.leaves_early,
             self.blends_pair and last.leaves_state,
@@ -86,6 +87,8 @@ class HybridDrafter(Drafter):
             first, second = (replace(state, row_states=[own[number] for own in state.row_states]) for number in (0, 1))
             if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
                 return self.members[1].propose(second, limit)
+            if self.has_probabilities and state.exit == 0:
+                return self.members[0].propose(first, limit)
             if (alone := self.members[0].alone(first, limit)) is not None:
                 return alone
             if (given := self.members[1].candidates(second, limit)) is not None:

@@ -83,15 +83,13 @@ class NgramDrafter(Drafter):
         if prices is None or not state.sampler.best_allowed:
             return None
         found = [self._grown(state, row, limit, NO_CANDIDATES) for row in range(len(state.ids))]
-        joint, prices.exponent = prices.exponent, prices.free_exponent
         right = [0.0] * (1 + max(limit, prices.usual))  # of all rows, by level
         for own in found:
-            for depth, probability in zip(own.depths(), prices.calibrated(own.scores), strict=True):
+            for depth, probability in zip(own.depths(), prices.calibrated(own.scores, free=True), strict=True):
                 right[depth] += probability
         for level in range(1, 1 + prices.usual):
             gain += len(found) - right[level] - prices.level
             if gain > 0:
-                prices.exponent = joint
                 return None
         return draft_best(found, limit, self.nodes, state, levels=0)
 

@@ -274,7 +274,8 @@ class Batch:
             seconds, counts = self.ledger.step, [len(path) - 1 for path in accepted.paths]
             other = seconds["score"] + seconds["accept"] + seconds["commit"]
             histories = [row.depth_history for row in self.rows]
-            self.policy.observe(StepReport(histories, deepest, counts, scored, seconds["draft"], other))
+            drafting = seconds["overhead"] + seconds["draft"]
+            self.policy.observe(StepReport(histories, deepest, counts, scored, drafting, other))
         self.ledger.mark("overhead")
 
     # -- the drafter: an error of its own must not end a request ------------------------------------------------------

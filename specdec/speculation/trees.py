@@ -26,7 +26,7 @@ class Prices:
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
     level: price of drafting another level for all rows.
     free_exponent: ``exponent`` of drafts that cost nothing, such as those of n-grams beside a learned drafter.
-    usual: mean number of levels of recent drafts, without those that cost nothing.
+    usual: number of levels that are worth drafting in a usual step.
     expected, levels: the result: expected tokens of the nodes taken, and number of levels that were drafted (0: the
         draft cost nothing; None: as many as the draft has).
     """
@@ -61,9 +61,10 @@ class Prices:
         self.expected = sums[count]
         return count
 
-    def calibrated(self, logs: Sequence[float]) -> list[float]:
-        """Probabilities of acceptance, from a drafter's log-probabilities."""
-        return [math.exp(self.exponent * log) for log in logs]
+    def calibrated(self, logs: Sequence[float], free: bool = False) -> list[float]:
+        """Probabilities of acceptance, from a drafter's log-probabilities. free: of a draft that cost nothing."""
+        exponent = self.free_exponent if free else self.exponent
+        return [math.exp(exponent * log) for log in logs]
 
 
 class TreeShape(NamedTuple):

@@ -75,7 +75,7 @@ def draft_best(rows: Sequence[Candidates], limit: int, nodes: int | None, state:
         prices.levels = levels
         every = [(score, row) for row, found in enumerate(rows) for score in sorted(found.scores)[-MOST_NODES:]]
         every.sort(key=itemgetter(0), reverse=True)
-        likely = prices.calibrated([score for score, _ in every])
+        likely = prices.calibrated([score for score, _ in every], free=not levels)
         taken = Counter(row for _, row in every[: prices.take(likely, exactly=None if nodes is None else sum(counts))])
         counts = [taken[row] for row in range(len(rows))]
     best = [found.best(count) for found, count in zip(rows, counts, strict=True)]

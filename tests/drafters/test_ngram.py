@@ -251,3 +251,23 @@ def test_sampled_tokens_are_drafted_by_the_learned_drafter(
     for _ in engine.steps():
         pass
     assert len(calls) == sum(drafted > 0 for drafted in request.metrics.per_step_drafted) > 0
+
+
+def test_a_pair_drafts_with_both_or_with_ngrams_alone_as_it_is_told(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ReferenceTarget(llama)
+    second, asked = m2r2(target, 0, ((1, 2), (3, 4)), True, False), list[int | None]()
+    learned = second.candidates
+    monkeypatch.setattr(second, "candidates", lambda state, limit: asked.append(state.exit) or learned(state, limit))
+    drafter = HybridDrafter([NgramDrafter(9), second])
+    drafter.bind(target)
+    assert drafter.num_exits == 2
+    for exit, learned_too in ((0, False), (1, True)):
+        asked.clear()
+        engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3, exit))
+        request = Request([5, 6, 7, 5, 6, 7, 5, 6], 12)
+        engine.submit(request)
+        for _ in engine.steps():
+            pass
+        assert bool(asked) == learned_too and sum(request.metrics.per_step_drafted) > 0

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from math import prod
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft
 from specdec.speculation.trees import Prices, best_first
+from specdec.speculation.trie import draft_best
 
 
 def paths(tree) -> list[tuple[int, ...]]:
@@ -32,6 +36,44 @@ def test_no_tree_of_as_many_nodes_is_expected_to_keep_more(seed: int) -> None:
         assert len(set(nodes)) == budget
         trees = (s for s in combinations(value, budget) if all(p[:-1] in s or len(p) == 1 for p in s))
         assert sum(value[p] for p in nodes) == pytest.approx(max(sum(value[p] for p in s) for s in trees))
+
+
+def candidates(rng: random.Random, count: int, base: int) -> Candidates:
+    """Random ones; the token of node i is base + i."""
+    parents, scores = [rng.randint(0, node) for node in range(count)], list[float]()
+    for parent in parents:
+        scores.append((scores[parent - 1] if parent else 0.0) + math.log(rng.uniform(0.05, 1.0)))
+    return Candidates(scores, list(range(base, base + count)), parents)
+
+
+def closed(found: Candidates) -> list[tuple[int, ...]]:
+    """All sets of nodes that hold each node's parent."""
+    nodes = range(len(found.tokens))
+    every = chain.from_iterable(combinations(nodes, size) for size in range(len(nodes) + 1))
+    return [each for each in every if all(found.parents[i] == 0 or found.parents[i] - 1 in each for i in each)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_other_draft_of_all_rows_candidates_is_worth_more_than_the_one_that_is_built(seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [candidates(rng, rng.randint(0, 5), 100 * number) for number in range(rng.randint(1, 3))]
+    power, nodes = rng.choice([0.7, 1.0, 2.0]), [0.0]
+    for _ in range(16):  # a price may rise by steps
+        nodes.append(nodes[-1] + rng.choice([0.0, 0.1, 0.3]))
+    state: Any = SimpleNamespace(prices=Prices(nodes, exponent=power), cache=SimpleNamespace(device="cpu"))
+    draft = draft_best(rows, 12, None, state, levels=1)
+
+    def worth(taken: tuple[tuple[int, ...], ...]) -> float:
+        sums = [math.exp(power * found.scores[i]) for found, own in zip(rows, taken, strict=True) for i in own]
+        return sum(sums) - nodes[len(sums)]
+
+    built = []
+    for row, found in enumerate(rows):
+        paths = draft.paths(row)
+        built.append(tuple(path[-1] - 100 * row for path in paths))
+        for path, node in zip(paths, built[-1], strict=True):  # each is where it was found
+            assert path[:-1] == ([] if not found.parents[node] else paths[built[-1].index(found.parents[node] - 1)])
+    assert worth(tuple(built)) == pytest.approx(max(map(worth, product(*map(closed, rows)))))
 
 
 def test_a_tree_is_a_draft_s_shape_and_grows_node_by_node() -> None:

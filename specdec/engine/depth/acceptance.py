@@ -1,77 +1,107 @@
-"""How often drafted tokens are accepted: in one request, and in all."""
+"""What drafts yield: in one request, and in all."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from specdec.engine.depth.costs import AcceptanceTable
+from specdec.engine.depth.costs import YieldTable
 
-PRIOR, PRIOR_WEIGHT = 0.6, 1.25  # acceptance of an unknown drafter, and the number of observations that it counts as
-CARRIED = 8.0  # maximum number of observations that the acceptance of other requests counts as
-DECAY, SLOW_DECAY = 0.97, 0.998  # weight of the past per step: within a request, over all requests
+PRIOR = 0.6  # acceptance of an unknown drafter
+DECAY, COMMON_DECAY = 0.97, 0.998  # weight of the past per step: within a request, over all requests
+
+
+Mean = tuple[float, float, int]  # and its decayed number of observations, and their number
+
+
+class Shrink(NamedTuple):
+    """The number of observations that the prior counts as, and those of other requests at most."""
+
+    prior: float
+    common: float
+
+    def mean(self, row: Mean, common: Mean, prior: float) -> float:
+        """The mean of a row, from what was seen in it and in all requests. prior: that of an unknown drafter."""
+        own, weight, seen = row
+        others = min(max(common[1] - seen, 0.0), self.common)
+        return (weight * own + others * common[0] + self.prior * prior) / (weight + others + self.prior)
+
+
+RECENT, LASTING = Shrink(1.25, 8.0), Shrink(3.0, 20.0)
+KEPT = 3.0  # number of observations that what is known about a changed drafter counts as at most
 
 
 class RowHistory:
-    """How often the drafted tokens of one row were accepted.
+    """What the drafts of one row have yielded.
 
-    shares[exit][position]: (acceptance, decayed number of observations, total number of observations).
+    means[exit][number]: of a drafter without probabilities, the acceptance at each position; of one with, a step's
+        expected tokens, cost in passes, and whether anything was scored; accepted tokens, and expected ones again.
     idle: steps since it last drafted.
     """
 
-    def __init__(self, exits: int = 0, positions: int = 0) -> None:
-        self.shares = [[(0.0, 0.0, 0)] * positions for _ in range(exits)]
+    def __init__(self, exits: int = 0, numbers: int = 0) -> None:
+        self.means: list[list[Mean]] = [[(0.0, 0.0, 0)] * numbers for _ in range(exits)]
         self.idle = 0
 
-    def add(self, exit: int, position: int, accepted: Sequence[bool], decay: float) -> None:
-        """Add observations: whether drafted tokens of a position were accepted."""
-        share, weight, count = self.shares[exit][position]
+    def add(self, exit: int, number: int, seen: Sequence[float], decay: float) -> None:
+        """Add the observations of a step."""
+        mean, weight, count = self.means[exit][number]
         before = decay * weight
-        now = before + len(accepted)
-        share = (before * share + sum(accepted)) / now if now else share
-        self.shares[exit][position] = share, now, count + len(accepted)
+        now = before + len(seen)
+        mean = (before * mean + sum(seen)) / now if now else mean
+        self.means[exit][number] = mean, now, count + len(seen)
 
 
-class AcceptanceEstimator:
-    """Estimates how far each row's draft is accepted, from its own history and that of all rows.
+class YieldEstimator:
+    """Estimates what a row's draft yields, from its own history and that of all rows.
 
-    exits, positions: their numbers.
-    earlier: the acceptance in earlier processes, for each exit.
+    exits, numbers: their numbers (``RowHistory``).
+    earlier: the means of earlier processes, for each exit.
     """
 
-    def __init__(self, exits: int, positions: int, earlier: Sequence[AcceptanceTable] = ()) -> None:
-        self.positions, self.common = positions, RowHistory(exits, positions)
+    def __init__(self, exits: int, numbers: int, earlier: Sequence[YieldTable] = ()) -> None:
+        self.numbers, self.common = numbers, RowHistory(exits, numbers)
+        self.rows = weakref.WeakSet[RowHistory]()
         for exit, table in enumerate(earlier[:exits]):
-            own = [(share, weight, 0) for share, weight in table[:positions]]
-            self.common.shares[exit][: len(own)] = own
+            self.common.means[exit][: len(table)] = [(mean, weight, 0) for mean, weight in table[:numbers]]
 
     def begin(self) -> RowHistory:
         """The history of a new request."""
-        return RowHistory(len(self.common.shares), self.positions)
+        row = RowHistory(len(self.common.means), self.numbers)
+        self.rows.add(row)
+        return row
+
+    def forget(self, exit: int) -> None:
+        """What is known about an exit counts little from now on."""
+        for row in (self.common, *self.rows):
+            row.means[exit] = [(mean, min(weight, KEPT), 0) for mean, weight, _ in row.means[exit]]
+
+    def means(
+        self, row: RowHistory, exit: int, priors: Sequence[float], start: int = 0, shrink: Shrink = RECENT
+    ) -> list[float]:
+        """The means of ``row`` from number ``start`` on, one for each prior."""
+        own, common = row.means[exit], self.common.means[exit]
+        return [shrink.mean(own[n], common[n], prior) for n, prior in enumerate(priors, start)]
 
     def chances(self, row: RowHistory, exit: int) -> list[float]:
         """The probability that a chain of ``row`` is accepted up to each position."""
         share, chance, chances = PRIOR, 1.0, list[float]()
-        for (own, weight, count), (common, all_weight, _) in zip(
-            row.shares[exit], self.common.shares[exit], strict=True
-        ):
-            others = min(max(all_weight - count, 0.0), CARRIED)  # the prior of a position is the one before it
-            share = (weight * own + others * common + PRIOR_WEIGHT * share) / (weight + others + PRIOR_WEIGHT)
+        for own, common in zip(row.means[exit], self.common.means[exit], strict=True):
+            share = RECENT.mean(own, common, share)  # the prior of a position is the one before it
             chance *= share
             chances.append(chance)
         return chances
 
-    def observe(self, exit: int, rows: Sequence[RowHistory], drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        """Add a step. drafted, accepted: number of tokens of each row."""
-        for row, depth, count in zip(rows, drafted, accepted, strict=True):
-            row.idle = 0 if depth else row.idle + 1
-            for position in range(min(depth, count + 1, self.positions)):
-                row.add(exit, position, [count > position], DECAY)
-        for position in range(min(max(drafted), self.positions)):
-            # Only rows whose chain was accepted up to here say anything about this position.
-            reached = [a > position for d, a in zip(drafted, accepted, strict=True) if d > position <= a]
-            self.common.add(exit, position, reached, SLOW_DECAY)
+    def observe(self, exit: int, rows: Sequence[RowHistory], seen: Sequence[Sequence[float]]) -> None:
+        """Add a step: an observation of each of the first means of each row."""
+        for row, values in zip(rows, seen, strict=True):
+            for number, value in enumerate(values):
+                row.add(exit, number, [value], DECAY)
+        for number in range(max(map(len, seen))):
+            self.common.add(exit, number, [values[number] for values in seen if len(values) > number], COMMON_DECAY)
 
     @property
-    def tables(self) -> tuple[AcceptanceTable, ...]:
-        """The acceptance of all requests, for later processes."""
-        return tuple(tuple((share, weight) for share, weight, _ in shares if weight) for shares in self.common.shares)
+    def tables(self) -> tuple[YieldTable, ...]:
+        """The means of all requests, for later processes."""
+        return tuple(tuple((mean, weight) for mean, weight, _ in means if weight) for means in self.common.means)

@@ -7,19 +7,17 @@ import functools
 import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from specdec.speculation.trees import MOST_NODES, Prices
 
-RECENT = 15  # number of steps whose median ratio of measured to expected seconds scales the table
-LEVELS, NODES, STEP_WEIGHT = 4.0, 8.0, 0.1  # initial size of a draft by prices; weight of a step in its running mean
+RECENT = 15  # number of steps whose median corrects a cost
 EXPONENT_RATE, EXPONENTS = 0.01, (0.5, 4.0)  # learning rate of the exponent of drafters' probabilities, and its range
 
-# Of each position: the acceptance, and the number of observations.
-AcceptanceTable = tuple[tuple[Annotated[float, Field(ge=0, le=1)], PositiveFloat], ...]
+# The means of ``RowHistory``, and their numbers of observations.
+YieldTable = tuple[tuple[float, PositiveFloat], ...]
 
 
 @dataclass(frozen=True, config={"allow_inf_nan": False})
@@ -28,12 +26,12 @@ class Costs:
 
     score[n]: a pass over n tokens (embedding, layers, readout).
     drafts: for each exit, the first drafted token and each further one.
-    accepted: for each exit, the acceptance of drafted tokens in earlier processes.
+    yields: for each exit, what its drafts yielded in earlier processes.
     """
 
     score: dict[int, PositiveFloat]
     drafts: tuple[tuple[NonNegativeFloat, NonNegativeFloat], ...]
-    accepted: tuple[AcceptanceTable, ...] = ()
+    yields: tuple[YieldTable, ...] = ()
 
     def scoring(self, tokens: float) -> float:
         """Seconds of a pass over ``tokens``: linear between sizes in ``score``, and from half the largest on."""
@@ -54,82 +52,90 @@ class Costs:
 class CostModel:
     """A table of costs, scaled to recent steps.
 
-    max_depth: deepest draft that is considered.
-    priced: whether drafts are sized by ``Prices``, so that the policy chooses only whether to draft.
+    Recent steps scale all figures alike. What a pass with drafted tokens takes beyond the table, as against one
+    without, is seen where the two come one right after the other: the speed of the machine is then the same.
+
     width: running mean of the scored tokens per drafted level; above 1 in a fixed tree.
-    levels, nodes: running means of the levels of drafts by prices, and of a row's nodes.
-    usual: running mean of the levels of drafts that cost something.
-    exponents: ``Prices.exponent`` and ``Prices.free_exponent``.
+    exponents: of the probabilities of each exit (``Prices.exponent``).
     """
 
-    def __init__(self, table: Costs, max_depth: int, priced: bool) -> None:
-        self.table, self.max_depth, self.priced = table, max_depth, priced
+    def __init__(self, table: Costs, max_depth: int) -> None:
+        exits = range(len(table.drafts))
+        self.table, self.width = table, 1.0
         self.scoring = functools.lru_cache(table.scoring)
         self._passes = functools.lru_cache(64)(self._seconds_of_passes)
-        self._drafts = [[table.drafting(n, exit) for n in range(max_depth + 1)] for exit in range(len(table.drafts))]
-        self._scoring_ratios: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds
-        # Those of drafting, divided by the one of scoring, by exit and rows: drafting for more rows takes longer.
+        self._levels = [[table.drafting(n, exit) for n in range(max_depth + 1)] for exit in exits]
+        self._ratios: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of passes
+        # Those of drafting, divided by the one of passes, by exit and rows: drafting for more rows takes longer.
         self._drafting_ratios = defaultdict[tuple[int, int], deque[float]](lambda: deque([1.0], maxlen=RECENT))
-        self.width, self.levels, self.usual, self.nodes = 1.0, LEVELS, LEVELS, NODES
-        self.exponents = [1.0, 1.0]
+        self._beyond = defaultdict[int, deque[float]](lambda: deque([0.0] * 2, maxlen=RECENT))  # by rows
+        self._before = 0, 0, 0.0, -1  # of the last step: rows, drafted tokens, seconds of the pass, exit that drafted
+        self.exponents = [1.0 for _ in exits]
 
     @property
-    def scoring_ratio(self) -> float:
-        """Recent ratio of measured to expected seconds of scoring."""
-        return _median(self._scoring_ratios)
+    def ratio(self) -> float:
+        """Recent ratio of measured to expected seconds."""
+        return _median(self._ratios)
 
-    def seconds(self, exit: int, rows: int, plain: int) -> tuple[Sequence[float], Sequence[float]]:
-        """Expected seconds of scoring 0, 1, .. drafted tokens beside the roots, and of drafting 0, 1, .. levels."""
-        ratio = _median(self._drafting_ratios[exit, rows + plain])
-        if self.priced:  # a draft is as deep as it likes
-            count, never = rows + plain, [math.inf] * (rows * self.max_depth - 1)
-            passes = [self.scoring(count), *never, self.scoring(count + rows * self.nodes)]
-            return passes, [0.0, *[ratio * self.table.drafting(self.levels, exit)] * self.max_depth]
-        return self._passes(rows, plain, round(self.width, 1)), [ratio * seconds for seconds in self._drafts[exit]]
+    def drafting(self, exit: int, rows: int) -> list[float]:
+        """Expected seconds of drafting 0, 1, .. levels for ``rows``."""
+        ratio = _median(self._drafting_ratios[exit, rows])
+        return [ratio * seconds for seconds in self._levels[exit]]
 
-    def _seconds_of_passes(self, rows: int, plain: int, width: float) -> list[float]:
-        return [self.scoring(rows + plain + n * width) for n in range(rows * self.max_depth + 1)]
+    def beyond(self, rows: int) -> float:
+        """Seconds that a pass with drafted tokens takes beyond those of the table."""
+        return _median(self._beyond[rows])
 
-    def prices(self, exit: int, rows: int, plain: int, speed: float) -> Prices:
-        """The prices of levels, and of nodes of all rows. speed: tokens per second of the table."""
-        count = rows + plain
-        nodes = [speed * (self.scoring(count + n) - self.scoring(count)) for n in range(rows * MOST_NODES + 1)]
-        level = speed * _median(self._drafting_ratios[exit, count]) * self.table.drafts[exit][1]
-        joint, free = self.exponents
-        return Prices(nodes, level + max(nodes[1], 0.0), joint, free, round(self.usual))
+    def passes(self, rows: int, most: int, width: float = 1.0) -> list[float]:
+        """Expected seconds of passes over ``rows`` roots and 0, 1, .. ``most`` times ``width`` drafted tokens."""
+        return self._passes(rows, most, round(width, 1), self.beyond(rows))
 
-    def add_scoring(self, tokens: int, seconds: float) -> None:
-        """Add the time of a pass over ``tokens``."""
-        self._scoring_ratios.append(seconds / self.scoring(tokens))
+    def _seconds_of_passes(self, rows: int, most: int, width: float, beyond: float) -> list[float]:
+        plain = self.scoring(rows)
+        return [plain, *(max(self.scoring(rows + n * width) + beyond, plain) for n in range(1, most + 1))]
 
-    def add_drafting(self, exit: int, rows: int, levels: int, seconds: float) -> None:
-        """Add the time of drafting, after ``add_scoring`` of the same step."""
-        ratio = seconds / self.scoring_ratio / self.table.drafting(levels, exit)
-        self._drafting_ratios[exit, rows].append(ratio)
+    def cost(self, exit: int, rows: int, tokens: int, levels: int) -> float:
+        """The cost of drafting ``levels`` and scoring ``tokens`` in passes over ``rows`` roots, without ``beyond``."""
+        plain = self.scoring(rows)
+        return (self.scoring(rows + tokens) + self.drafting(exit, rows)[levels]) / plain - 1
 
-    def add_size(self, levels: int, nodes: float) -> None:
-        """Add the size of a draft by prices. nodes: of a row."""
-        self.levels += STEP_WEIGHT * (levels - self.levels)
-        self.usual += STEP_WEIGHT * (levels - self.usual) if levels else 0.0
-        self.nodes += STEP_WEIGHT * (nodes - self.nodes)
+    def prices(self, exit: int, drafting: int, rows: int, speed: float, usual: int) -> Prices:
+        """The prices of levels, and of nodes of the ``drafting`` ones of ``rows``. speed: tokens per second."""
+        passes = self.passes(rows, drafting * MOST_NODES)
+        _, one, two, *_ = self.drafting(exit, rows)
+        level = speed * (two - one + max(passes[2] - passes[1], 0.0))
+        nodes = [speed * (seconds - passes[0]) for seconds in passes]
+        return Prices(nodes, level, self.exponents[exit], self.exponents[0], usual)
 
-    def add_accepted(self, prices: Prices, accepted: float) -> None:
+    def add_step(self, exit: int, rows: int, tokens: int, levels: int, drafting: float, other: float) -> None:
+        """Add a step over ``rows`` roots and drafted ``tokens``. exit: -1 if nothing is drafted. Times: seconds."""
+        self._ratios.append(other / self.passes(rows, tokens)[-1])
+        before_rows, before_tokens, before, before_exit = self._before
+        if before_rows == rows and bool(before_tokens) != bool(tokens):
+            drafted, plain, count = (other, before, tokens) if tokens else (before, other, before_tokens)
+            self._beyond[rows].append(drafted / plain * self.scoring(rows) - self.scoring(rows + count))
+        if exit >= 0:
+            ratio, known = drafting / self.ratio / self._levels[exit][levels], self._drafting_ratios[exit, rows]
+            if exit == before_exit or ratio < _median(known):  # the first draft after others takes longer
+                known.append(ratio)
+        self._before = rows, tokens, other, exit
+
+    def add_accepted(self, exit: int, prices: Prices, accepted: float) -> None:
         """Add what was accepted of a draft by prices, in tokens of all rows."""
         if prices.expected is not None:
             low, high = EXPONENTS
             step = math.exp(EXPONENT_RATE * (prices.expected - accepted))
-            self.exponents[prices.levels == 0] = min(max(prices.exponent * step, low), high)
+            self.exponents[exit] = min(max(self.exponents[exit] * step, low), high)
 
     def add_width(self, tokens: float) -> None:
         """Add the number of tokens per level of a draft."""
         self.width = 0.8 * self.width + 0.2 * tokens
 
-    def scaled_table(self, accepted: tuple[AcceptanceTable, ...]) -> Costs:
-        """The table, scaled to recent steps, with the acceptance of all requests."""
-        scoring = self.scoring_ratio
-        scales = [scoring * _median(self._drafting_ratios[exit, 1]) for exit in range(len(self.table.drafts))]
+    def scaled_table(self, yields: tuple[YieldTable, ...]) -> Costs:
+        """The table, scaled to recent steps, with what all requests' drafts yielded."""
+        scales = [self.ratio * _median(self._drafting_ratios[exit, 1]) for exit in range(len(self.table.drafts))]
         drafts = tuple((a * first, a * further) for a, (first, further) in zip(scales, self.table.drafts, strict=True))
-        return Costs({n: scoring * seconds for n, seconds in self.table.score.items()}, drafts, accepted)
+        return Costs({n: self.ratio * self.passes(1, n - 1)[-1] for n in self.table.score}, drafts, yields)
 
 
 def _median(ratios: Sequence[float]) -> float:

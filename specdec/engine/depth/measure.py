@@ -31,7 +31,7 @@ SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 32)  # numbers of scored tokens tha
 CONTEXT = 128  # cached tokens while timing
 DRAFTED = 4  # depth of the timed drafts
 REPEATS, SECONDS = 3, 1.0  # minimum number of timings of each, and minimum time for all
-FILE = TypeAdapter(Costs)
+FORMAT, FILE = 2, TypeAdapter(Costs)
 
 
 def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
@@ -86,6 +86,7 @@ def _file(target: Target, drafter: Drafter) -> Path:
     units = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     parts: list[object] = [cpu, platform.node(), units, torch.__version__, torch.backends.cpu.get_cpu_capability()]
     parts += [
+        FORMAT,
         target.runtime,
         target.weight_format,
         target.activations,
@@ -107,7 +108,8 @@ def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None =
     _pass(target, cache, 0, context)
     cache.commit([list(range(context))])
     seconds = defaultdict[int, list[float]](list)
-    for _, n in product(range(repeats + 1), sizes):
+    order = [*sizes, *reversed(sizes)]  # a pass takes longer behind a much larger one
+    for n in order * (repeats // 2 + 1):
         start = time.perf_counter()
         _pass(target, cache, context, n)
         seconds[n].append(time.perf_counter() - start)

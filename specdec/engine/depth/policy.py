@@ -1,13 +1,13 @@
 """How deep to draft, and to which exit: fixed, or chosen by expected tokens per second.
 
 ``AutoDepth`` takes the exit and depth (0: plain decoding) with the most expected tokens per second, from the costs of
-steps (``CostModel``) and the acceptance of drafted tokens (``AcceptanceEstimator``). What it does not take (drafting
-where plain decoding is faster, another exit, one token deeper) it probes in 1 % of the decode time (``ProbeBudget``).
+steps (``CostModel``) and what drafts yielded (``YieldEstimator``). What it does not take (drafting where plain decoding
+is faster and the reverse, another exit, one token deeper) it probes in 1 % of the decode time (``ProbeBudget``).
 The tokens of a step go to the rows where they are likeliest to be accepted (``allocate``).
 
 A drafter with probabilities of its own gets prices instead of a depth: the costs of a node and of a level, in tokens at
-the recent speed. For it, the policy chooses only between drafting and plain decoding, by the average yield and cost of
-its recent drafts.
+the recent speed. For it, the policy chooses only whether to draft and to which exit, by what its drafts yielded and
+cost in the row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.engine.depth.acceptance import AcceptanceEstimator, RowHistory
+from specdec.engine.depth.acceptance import LASTING, RowHistory, YieldEstimator
 from specdec.engine.depth.costs import CostModel, Costs
 from specdec.speculation.trees import Prices
 
@@ -26,6 +26,7 @@ MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without
 PROBES = 0.01  # share of the decode time that probes may lose
 MAX_DRAFTING = 4.0  # number of passes that the drafting of a probe counts as at most
 MAX_HOLD = 15  # maximum number of plain steps without a decision
+FIRST = 1.5  # accepted tokens of a step with an unknown drafter that has probabilities
 
 
 class DepthChoice(NamedTuple):
@@ -68,6 +69,11 @@ class Allocation(NamedTuple):
     tokens: float
     seconds: float
 
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
 
 def allocate(
     chances: Sequence[Sequence[float]],
@@ -102,29 +108,30 @@ def allocate(
 
 
 class ProbeBudget:
-    """Seconds that each exit has saved up for its next probe.
+    """Seconds that each choice (an exit, or plain decoding) has saved up for its next probe.
 
     elapsed: seconds since the last decision.
-    probe: the exit that is probed, if any.
+    probe: the choice that is probed, if any.
     """
 
-    def __init__(self, exits: int) -> None:
-        self.saved = [0.0] * exits
+    def __init__(self, choices: int) -> None:
+        self.saved = [0.0] * choices
         self.elapsed = 0.0
         self.probe: int | None = None
 
     def save(self, losses: Sequence[float]) -> float:
-        """Save for each exit's probe and choose one that can be paid; return the seconds until one can.
+        """Save for each choice's probe and take one that can be paid; return the seconds until one can.
 
         losses: seconds that the probes lose; infinite if there is none.
         """
-        self.probe, share, wait = None, PROBES / len(losses), math.inf
-        for exit, loss in enumerate(losses):
+        self.probe, wait = None, math.inf
+        share = PROBES / max(sum(loss < math.inf for loss in losses), 1)
+        for number, loss in enumerate(losses):
             if loss < math.inf:
-                saved = self.saved[exit] = min(self.saved[exit] + share * self.elapsed, loss)
+                saved = self.saved[number] = min(self.saved[number] + share * self.elapsed, loss)
                 wait = min(wait, (loss - saved) / share)
                 if saved >= loss and self.probe is None:
-                    self.probe = exit
+                    self.probe = number
         self.elapsed = 0.0
         return wait
 
@@ -157,16 +164,21 @@ class AutoDepth:
     def __init__(self, table: Costs, has_probabilities: bool = False) -> None:
         self.exits, self.has_probabilities = range(len(table.drafts)), has_probabilities
         self.max_depth = MAX_PRICED_DEPTH if has_probabilities else MAX_DEPTH
-        self.model = CostModel(table, self.max_depth, has_probabilities)
-        self.acceptance = AcceptanceEstimator(len(self.exits), self.max_depth, table.accepted)
-        self.budget = ProbeBudget(len(self.exits))
+        self.model = CostModel(table, self.max_depth)
+        self.yields = YieldEstimator(len(self.exits), 5 if has_probabilities else self.max_depth, table.yields)
+        self.budget = ProbeBudget(len(self.exits) + 1)
         self.rows, self.hold = (0, 0), 0
         self.choice, self.speed = DepthChoice(), 0.0
 
     def begin(self) -> RowHistory:
         """The history of a new request."""
         self.hold = 0
-        return self.acceptance.begin()
+        return self.yields.begin()
+
+    def forget(self, exit: int = -1) -> None:
+        """The drafter has changed: what its drafts to ``exit`` yielded counts little from now on."""
+        self.hold, self.model.exponents[exit] = 0, 1.0
+        self.yields.forget(exit)
 
     def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
         """What to draft in the next step of ``rows``, beside ``plain`` others that never draft."""
@@ -177,34 +189,59 @@ class AutoDepth:
         if not rows:
             self.budget.probe, self.budget.elapsed = None, 0.0
             return self.choice
-        # The fastest exit and depths
-        ratio = self.model.scoring_ratio
-        chances = [[self.acceptance.chances(row, exit) for row in rows] for exit in self.exits]
-        costs = [self.model.seconds(exit, *self.rows) for exit in self.exits]
-        found = [allocate(chances[exit], *costs[exit], plain=plain) for exit in self.exits]
-        exit = max(self.exits, key=lambda exit: found[exit].tokens / found[exit].seconds)
-        best, probes = found[exit], list[Allocation | None]()
-        self.speed = best.tokens / (ratio * best.seconds)
-        # The probe of each exit
-        for other in self.exits:
-            if not any(found[other].depths):
-                probes.append(allocate(chances[other], *costs[other], least=1, plain=plain))
-            elif other == exit:
-                probes.append(self._one_more(rows, best, chances[exit], *costs[exit]))
-            else:
-                probes.append(found[other])
+        # The fastest choice, and the probe of each other one
+        model, count = self.model, len(rows) + plain
+        none = Allocation([0] * len(rows), count, model.passes(count, 0)[0])
+        found = self._by_yield(rows, none) if self.has_probabilities else self._by_position(rows, none)
+        taken = [each for each, _ in found]
+        best = max(none, *taken, key=lambda each: each.speed)
+        exit = max(self.exits, key=lambda exit: taken[exit].speed)
+        probes = [more if each is best else each if any(each.depths) else more for each, more in found]
+        probes.append(None if best is none else none)
+        self.speed, ratio = best.speed / model.ratio, model.ratio
         losses = [ratio * probe.seconds - probe.tokens / self.speed if probe else math.inf for probe in probes]
         wait, depths = self.budget.save(losses), best.depths
-        if self.budget.probe is not None and (probe := probes[self.budget.probe]):
-            exit, depths = self.budget.probe, probe.depths
+        if (number := self.budget.probe) is not None and (probe := probes[number]):
+            exit, depths = min(number, self.exits[-1]), probe.depths
         # The choice
         if not any(depths):
-            self.hold = int(min(wait / (ratio * best.seconds), MAX_HOLD))
+            self.hold = int(min(wait / (ratio * best.seconds), MAX_HOLD)) if depths is best.depths else 0
             return self.choice
-        priced = self.has_probabilities or self.rows == (1, 0)
-        prices = self.model.prices(exit, *self.rows, best.tokens / best.seconds) if priced else None
+        prices = None
+        if self.has_probabilities or self.rows == (1, 0):
+            usual = round(taken[exit].tokens / count)
+            prices = model.prices(exit, len(rows), count, best.speed, usual)
         self.choice = DepthChoice(max(depths), exit if len(self.exits) > 1 else None, prices, depths)
         return self.choice
+
+    def _by_yield(self, rows: Sequence[RowHistory], none: Allocation) -> list[tuple[Allocation, Allocation | None]]:
+        """For each exit: drafts by prices, beside ``none``; there are no others to probe."""
+        found, model, count = list[tuple[Allocation, Allocation | None]](), self.model, int(none.tokens)
+        beyond = model.beyond(count) / none.seconds
+        for exit in self.exits:
+            tokens, cost, first = float(count), 0.0, model.cost(exit, count, len(rows), 1)
+            for row in rows:
+                expected, own, scored = self.yields.means(row, exit, [FIRST, first, 1.0])
+                accepted, of = self.yields.means(row, exit, [1.0, 1.0], 3, LASTING)
+                tokens += expected * accepted / of
+                cost += own + beyond * scored
+            seconds = none.seconds * (1 + cost / len(rows))
+            found.append((Allocation([self.max_depth] * len(rows), tokens, seconds), None))
+        return found
+
+    def _by_position(self, rows: Sequence[RowHistory], none: Allocation) -> list[tuple[Allocation, Allocation | None]]:
+        """For each exit: the fastest depths, and others to probe beside them."""
+        found, plain = list[tuple[Allocation, Allocation | None]](), int(none.tokens) - len(rows)
+        passes = self.model.passes(int(none.tokens), len(rows) * self.max_depth, self.model.width)
+        for exit in self.exits:
+            chances = [self.yields.chances(row, exit) for row in rows]
+            costs = passes, self.model.drafting(exit, int(none.tokens))
+            best = allocate(chances, *costs, plain=plain)
+            if any(best.depths):
+                found.append((best, self._one_more(rows, best, chances, *costs)))
+            else:
+                found.append((best, allocate(chances, *costs, least=1, plain=plain)))
+        return found
 
     def _one_more(
         self,
@@ -226,30 +263,34 @@ class AutoDepth:
     def observe(self, step: StepReport) -> None:
         """Learn from a step that drafted as the last choice says."""
         model, prices, count = self.model, self.choice.prices or Prices(()), len(step.rows)
-        drafted, exit = step.drafted, self.choice.exit or 0
-        deepest = max(drafted) if prices.levels is None else prices.levels
+        drafted, tokens, exit = step.drafted, step.scored - count, self.choice.exit or 0
+        priced = self.has_probabilities and self.choice.prices is not None
+        levels = max(drafted) if prices.levels is None else max(prices.levels, 1)
+        source = -1 if not levels else 0 if prices.levels == 0 else exit  # the exit that costs as much
         self.budget.elapsed += step.drafting + step.other
-        model.add_scoring(step.scored, step.other)
-        model.add_accepted(prices, sum(step.accepted))
-        if not (deepest or max(drafted)):
-            return
-        nodes = step.scored - count
-        if self.has_probabilities and self.choice.prices is not None:
-            model.add_size(deepest, nodes / count)
-            drafted = [self.max_depth] * count  # it was free to draft as deep
-        model.add_width(nodes / sum(drafted) if prices.expected is None else 1.0)
-        if deepest:
-            model.add_drafting(exit, count, deepest, step.drafting)
-        self.acceptance.observe(exit, step.rows, drafted, step.accepted)
-        if self.budget.probe is not None:
+        model.add_step(source, count, tokens, levels, step.drafting, step.other)
+        if levels and priced:
+            cost, scored = model.cost(source, count, tokens, levels), float(tokens > 0)
+            expected = (prices.expected or 0.0) / count
+            yields = [(expected, cost, scored, accepted, expected) for accepted in step.accepted]
+            self.yields.observe(exit, step.rows, yields)
+            model.add_accepted(source, prices, sum(step.accepted))
+        elif levels:
+            each = zip(drafted, step.accepted, strict=True)
+            seen = [[float(at < accepted) for at in range(min(depth, accepted + 1))] for depth, accepted in each]
+            self.yields.observe(exit, step.rows, [values[: self.max_depth] for values in seen])
+            model.add_width(tokens / sum(drafted) if prices.expected is None else 1.0)
+        for row, depth in zip(step.rows, drafted, strict=True):
+            row.idle = 0 if depth or (priced and levels) else row.idle + 1
+        if (probe := self.budget.probe) is not None:
             # Drafting counts as measured, up to a limit: a step may be slow for any reason.
-            scoring = model.scoring_ratio * model.scoring(step.scored)
+            scoring = model.ratio * model.passes(count, tokens)[-1]
             seconds = min(step.drafting, MAX_DRAFTING * scoring) + scoring
-            self.budget.saved[exit] -= seconds - (count + sum(step.accepted)) / self.speed
+            self.budget.saved[probe] -= seconds - (count + sum(step.accepted)) / self.speed
 
     def costs(self) -> Costs:
-        """The table, scaled to recent steps, with the acceptance of all requests."""
-        return self.model.scaled_table(self.acceptance.tables)
+        """The table, scaled to recent steps, with what all requests' drafts yielded."""
+        return self.model.scaled_table(self.yields.tables)
 
 
 DepthPolicy = FixedDepth | AutoDepth

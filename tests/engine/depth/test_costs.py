@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -95,7 +96,7 @@ def test_figures_that_requests_contradict_are_corrected_for_good(tmp_path: Path,
     for _ in range(30):
         policy.observe(StepReport([row], [2], [1], 3, 2 * 1.3, 6.3))
     found = policy.costs()
-    assert 5 < found.score[1] < 7 and 1 < found.drafts[0][0] < 1.6 and found.accepted[0][0][0] == 1.0
+    assert 5 < found.score[1] < 7 and 1 < found.drafts[0][0] < 1.6 and found.yields[0][0][0] == 1.0
     costs.store(target, drafter, found)
     assert costs.costs(target, drafter, verifier) == found
 
@@ -146,3 +147,16 @@ def test_what_requests_find_out_is_kept_at_most_once_a_minute(monkeypatch) -> No
     monkeypatch.setattr("specdec.api.decoder.KEEP_EVERY", 0.0)
     decoder.generate([5, 6, 5, 6, 5], max_new_tokens=8)
     assert len(kept) == 2
+
+
+def test_no_pass_is_timed_right_after_a_much_larger_one(monkeypatch) -> None:
+    """Such a pass takes longer than it does among steps of a request."""
+    sizes, run = list[int](), costs._pass
+
+    def spy(target: Any, cache: Any, start: int, count: int) -> None:
+        sizes.append(count)
+        run(target, cache, start, count)
+
+    monkeypatch.setattr(costs, "_pass", spy)
+    costs.time_scoring(ReferenceTarget(tiny_model()), 1)
+    assert sizes[1:].count(1) >= 2 and all(before <= 2 * after for before, after in pairwise(sizes[1:]))

@@ -53,10 +53,12 @@ def simulate(
     width: int = 1,
     behind: float = 0.0,
     fills: bool = False,
+    first: float = 0.0,
 ) -> tuple[float, list[int]]:
     """Milliseconds for ``tokens`` tokens, and the depths chosen. A tree scores ``width`` tokens at each depth.
 
     fills: it takes all nodes that one token in 30 is worth; they add nothing.
+    first: what the first drafted token takes beyond the others.
     behind: what a drafter with a cache of its own takes to catch up, per plain round since its last draft.
     """
     done, total, depths, since = 0, 0.0, [], 0
@@ -69,7 +71,7 @@ def simulate(
         accepted = 0
         while accepted < depth and rng.random() < acceptance:
             accepted += 1
-        spent = (draft * depth + (behind * since if depth else 0.0)) * rng.uniform(1 - noise, 1 + noise)
+        spent = (draft * depth + (first + behind * since if depth else 0.0)) * rng.uniform(1 - noise, 1 + noise)
         since = 0 if depth else since + 1
         rest = seconds(rows) * rng.uniform(1 - noise, 1 + noise)
         policy.took(depth, accepted, rows, spent, rest)
@@ -135,7 +137,7 @@ def test_every_token_of_a_tree_counts_not_only_its_depth() -> None:
     """One token of 30 % is worth a chain's step (21 ms for 1.3 tokens), not that of a tree of nine (28 ms)."""
     chain, tree = policy_of((0.0, 0.0)), policy_of((0.0, 0.0))
     _, depths = simulate(0.3, 0.0, 400, random.Random(5), chain, noise=0.0)
-    assert depths[-50:].count(0) == 0
+    assert depths[-50:].count(0) <= 2  # probes of plain decoding
     _, depths = simulate(0.3, 0.0, 400, random.Random(5), tree, noise=0.0, width=9)
     assert depths[-50:].count(0) > 40
 
@@ -158,7 +160,7 @@ def test_a_useless_drafter_that_becomes_good_is_noticed_and_the_reverse() -> Non
     _, bad = simulate(0.0, 2.0, 600, rng, policy)
     assert sum(bad[-100:]) <= 20
     _, good = simulate(0.9, 2.0, 3000, rng, policy)
-    assert min(good[-50:]) >= 4
+    assert sorted(good[-50:])[2] >= 4  # one or two may be probes of plain decoding
     _, worse = simulate(0.0, 2.0, 600, rng, policy)
     assert sum(worse[-100:]) <= 20
 
@@ -198,7 +200,7 @@ def test_figures_of_a_busy_machine_are_corrected_and_speculation_comes_back(busy
     rng, policy = random.Random(11), policy_of((2.0 * slow, 2.0 * slow), score={n: busy * s for n, s in SCORE.items()})
     simulate(0.7, 2.0, 400, rng, policy)
     total, depths = simulate(0.7, 2.0, 600, rng, policy)
-    assert min(depths[-100:]) > 0
+    assert depths[-100:].count(0) <= 4  # probes
     assert total / 600 <= 1.08 * min(fixed(0.7, 2.0, k) for k in range(MAX_DEPTH + 1))
     assert policy.costs().drafts[0][0] == pytest.approx(2.0, rel=0.2)
     assert policy.costs().score[1] == pytest.approx(SCORE[1], rel=0.2)
@@ -239,7 +241,7 @@ def test_what_was_learned_about_a_drafter_begins_the_next_policy() -> None:
     policy = policy_of((2.0, 2.0))
     assert policy.costs() == Costs(SCORE, ((2.0, 2.0),), ((),))
     simulate(0.7, 2.0, 600, random.Random(9), policy)
-    (known,) = policy.costs().accepted
+    (known,) = policy.costs().yields
     assert known and all(share == pytest.approx(0.7, abs=0.3) for share, seen in known if seen >= 9)
     again = OneRow(policy.costs())
     again.begin()
@@ -262,20 +264,23 @@ def test_nodes_are_cheap_where_scoring_is_flat() -> None:
 
 
 def test_drafts_that_cost_nothing_leave_the_cost_of_others_alone_and_make_drafting_worth_it() -> None:
-    policy = policy_of((8.0, 8.0), has_probabilities=True)
-    for _ in range(20):  # deep drafts that fail
-        policy.next()
+    policy = policy_of((0.5, 0.5), (8.0, 8.0), has_probabilities=True)
+    for _ in range(30):  # deep drafts that fail
+        prices = Prices([0.0] * 25, levels=6)
+        prices.take([0.1] * 6)
+        policy.choice = DepthChoice(12, 1, prices)
         policy.took(6, 0, 7, 48.0, seconds(7))
-    before, usual = policy.costs(), policy.model.usual
-    assert not policy.next().depth
-    for _ in range(30):
+    before = policy.costs()
+    policy.budget.elapsed = 0.0
+    assert policy.next().exit != 1
+    for _ in range(60):
         prices = Prices([0.0] * 25, levels=0)
         prices.take([0.9] * 4)
-        policy.choice = policy.choice._replace(prices=prices)
+        policy.choice = DepthChoice(12, 1, prices)
         policy.took(4, 4, 5, 0.01, seconds(5))
-    assert policy.costs().drafts == before.drafts and policy.model.usual == usual
-    policy.hold = 0
-    assert policy.next().depth
+    assert policy.costs().drafts[1] == before.drafts[1]
+    policy.hold, policy.budget.elapsed = 0, 0.0
+    assert policy.next().exit == 1
 
 
 def simulate_tree(
@@ -415,7 +420,7 @@ def test_the_exit_that_pays_is_found_and_little_is_lost_on_the_way(exits: Exits)
     simulate_exits(exits, 300, 1, policy)
     total, _ = simulate_exits(exits, 1500, 2, policy)
     best = min(fixed(a, d, k) for a, d in exits for k in range(MAX_DEPTH + 1))
-    assert total / 1500 <= 1.06 * best
+    assert total / 1500 <= 1.07 * best
 
 
 def test_unlucky_first_drafts_do_not_end_an_exit_for_good() -> None:
@@ -451,8 +456,9 @@ def test_a_text_that_suits_no_draft_does_not_spoil_the_next_request() -> None:
 
 def test_a_first_drafted_token_that_costs_more_than_further_ones_makes_drafts_deeper() -> None:
     depths = []
-    for policy in (policy_of((5.0, 5.0)), policy_of((9.0, 1.0))):
-        simulate(0.7, 5.0, 300, random.Random(2), policy, noise=0.0)
+    for first, further in ((5.0, 5.0), (9.0, 1.0)):
+        policy = policy_of((first, further))
+        simulate(0.7, further, 400, random.Random(2), policy, noise=0.0, first=first - further)
         depths.append(sorted(policy.next().depth for _ in range(9))[4])  # one may be a probe
     assert depths[1] > depths[0]
 
@@ -465,3 +471,17 @@ def test_most_plain_steps_take_no_decision() -> None:
         depth = policy.next().depth
         policy.took(depth, 0, 1 + depth, 4.0 * depth, seconds(1 + depth))
     assert decisions <= 60
+
+
+@pytest.mark.parametrize("draft", [0.5, 2.0])
+def test_a_drafter_that_changes_is_judged_anew_and_one_that_stays_bad_costs_little(draft: float) -> None:
+    speeds = []
+    for forgets in (False, True):
+        policy, total = policy_of((draft, draft), has_probabilities=True), 0.0
+        for part in range(20):
+            total += simulate_tree(60, random.Random(part), policy, draft, (0.1, 0.2))[0]
+            if forgets:
+                policy.forget()
+        assert 1200 * SCORE[1] / total >= 0.97
+        speeds.append(simulate_tree(300, random.Random(1), policy, draft, (0.85, 0.95))[0])
+    assert speeds[1] < speeds[0]
