@@ -170,3 +170,13 @@ def test_a_map_of_several_kinds_with_rows_in_another_order() -> None:
     separate = torch.cat([part(x).float() for part in parts], -1)
     assert apart(rounded(x).float(), separate + bias[16:]) < 0.01
     assert packed.largest(x, None, 0.0) == packed(x).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_norms_round_as_transformers_does(rows: int) -> None:
+    """To 16 bits after scaling, and after the weight. The sums of squares are exact."""
+    x = torch.randint(-8, 9, (rows, 64), generator=torch.Generator().manual_seed(4)).bfloat16()
+    weight = torch.rand(64, generator=torch.Generator().manual_seed(5)) + 0.5
+    scaled = x.float() * (1 / (x.float().square().mean(-1, keepdim=True) + 0.25).sqrt())
+    packed = linear.Packed([torch.eye(64).bfloat16()])
+    assert torch.equal(packed(x, weight, 0.25), (scaled.bfloat16().float() * weight).bfloat16())
