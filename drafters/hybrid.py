@@ -69,6 +69,7 @@ class HybridDrafter(Drafter):
             self.blends_pair and last.leaves_early,
             self.blends_pair and last.leaves_state,
         )
+        self.learns = any(member.learns for member in self.members)
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
     def start(self) -> None:
@@ -78,9 +79,20 @@ class HybridDrafter(Drafter):
     def begin(self) -> list[Any]:
         return [member.begin() for member in self.members]
 
-    def end(self, row_state: list[Any], ids: list[int]) -> None:
+    def end(self, row_state: list[Any], ids: list[int], start: int, learn: bool = True) -> None:
         for member, own in zip(self.members, row_state, strict=True):
-            member.end(own, ids)
+            member.end(own, ids, start, learn)
+
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return sum(member.version for member in self.members)
+
+    def learn(self) -> bool:
+        return any([member.learn() for member in self.members])
+
+    def save(self) -> None:
+        for member in self.members:
+            member.save()
 
     def propose(self, state: State, limit: int) -> Draft:
         if self.blends_pair:

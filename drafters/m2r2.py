@@ -21,12 +21,15 @@ from torch import Tensor
 
 from specdec.base import options
 from specdec.base.devices import is_asynchronous
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Candidates, DraftPath, DraftRoots, TreeLimits
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.trie import draft_best
 
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_confident
+from .m2r2_learning import Learner, why_not
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
@@ -49,11 +52,12 @@ class M2R2Row(ChainRow):
 
 
 class M2R2Drafter(ChainDrafter):
-    """Drafts with a trained M2R2: a chain with siblings that cost no drafting, or a tree that is grown level by level.
+    """Drafts with an M2R2: a chain with siblings that cost no drafting, or a tree that is grown level by level.
 
+    Where none is trained for the model, it teaches itself (``Learner``), and drafts nothing until its first fit serves.
     A tree is grown for one greedy row if the path has one exit and shares no layer with scoring. It has ``nodes``
     nodes, else those that are worth their price (``Prices``; a chain if there are no prices). Raises SpecDecError if no
-    trained drafter fits the target.
+    trained drafter fits the target and none can teach itself.
 
     siblings, nodes: see ``ChainShape``; with siblings, the draft is a chain.
     width: number of nodes of a level that get children.
@@ -62,18 +66,24 @@ class M2R2Drafter(ChainDrafter):
     """
 
     name: ClassVar[str] = "m2r2"
-    summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for some models"
+    summary: ClassVar[str] = "accelerated residual of the model itself; shipped, trained, or taught by itself"
     training: ClassVar[str] = "specdec train m2r2"
-    needs_training: ClassVar[bool] = True
+    needs_training: ClassVar[bool] = False
+    teaches_itself: ClassVar[bool] = True
     leaves_early = True
 
     vocabulary: DraftVocabulary
 
     def __init__(
-        self, network: M2R2, width: int = WIDTH, exit_confidence: float = 0.5, **shape: Unpack[ShapeOptions]
+        self,
+        network: M2R2,
+        width: int = WIDTH,
+        exit_confidence: float = 0.5,
+        learner: Learner | None = None,
+        **shape: Unpack[ShapeOptions],
     ) -> None:
         super().__init__(**shape)
-        self.network = network
+        self.network, self.learner, self.learns = network, learner, learner is not None
         path = network.path
         self.path, self.num_exits = str(path), len(path.stages_to_exit)
         self.leaves_state = path.exit_layer > 0 and not path.segments
@@ -84,12 +94,20 @@ class M2R2Drafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
-        """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
+        """From a drafter folder, or (``source`` None) the one shipped for the target's weights, or none yet."""
         options.check_names(cls.name, kwargs, (*SHAPE, "width", "exit_confidence"))
+        if source is None and cls.teaches_itself and drafter_folder.find_shipped(cls.name, target) is None:
+            if (why := why_not(target)) is not None:
+                raise SpecDecError(
+                    f"{cls.not_shipped(target.model.config._name_or_path)}; it cannot teach itself: {why}"
+                )
+            learner = Learner(target)
+            return cls(learner.network, learner=learner, **kwargs)
         return cls(load_network(target, cls.find(target, source)), **kwargs)
 
     def bind(self, target: Target) -> None:
-        self.network.freeze(target)
+        if self.learner is None:
+            self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
         self.draft_path: DraftPath | None = None
         self.has_probabilities = (
@@ -100,7 +118,34 @@ class M2R2Drafter(ChainDrafter):
     def begin(self) -> M2R2Row:
         return M2R2Row()
 
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return 0 if self.learner is None else self.learner.progress.fits
+
+    def end(self, row_state: M2R2Row, ids: list[int], start: int, learn: bool = True) -> None:
+        if self.learner is not None and learn:
+            self.learner.add(ids, start)
+
+    def learn(self) -> bool:
+        if self.learner is None or not self.learner.work():
+            return False
+        if self.network is not self.learner.network and self.learner.progress.fits:
+            old, self.network, self.draft_path = self.network.draft_vocab, self.learner.network, None
+            if self.network.draft_vocab is not old:
+                self.vocabulary = DraftVocabulary(self.learner.target, self.network.draft_vocab)
+        return True
+
+    def save(self) -> None:
+        if self.learner is not None:
+            self.learner.save()
+
+    def _knows_nothing(self, state: State) -> bool:
+        """Whether no fit serves yet. Where a depth is fixed, it drafts all the same: costs are measured so."""
+        return self.learner is not None and not self.learner.progress.fits and state.prices is not None
+
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
+        if self._knows_nothing(state):
+            return [Candidates([], [], []) for _ in state.ids]
         return self._candidates(state, limit, self.width)
 
     def _candidates(self, state: State, limit: int, width: int) -> list[Candidates] | None:
@@ -109,6 +154,8 @@ class M2R2Drafter(ChainDrafter):
         return self._chains(state, limit) if self._drafts_chains(state) else None
 
     def propose(self, state: State, limit: int) -> Draft:
+        if self._knows_nothing(state):
+            return Draft.empty(len(state.ids), state.cache.device)
         width = self.width if self.shape.nodes or state.prices else 1
         if (found := self._candidates(state, limit, width)) is not None:
             return draft_best(found, limit, self.shape.nodes, state, found[0].levels())
@@ -213,3 +260,5 @@ class PaperM2R2Drafter(M2R2Drafter):
     name: ClassVar[str] = "m2r2-paper"
     summary: ClassVar[str] = "M2R2 as published: accelerated early layers, scoring resumes from them; shipped likewise"
     training: ClassVar[str] = "specdec train m2r2 --preset m2r2-paper"
+    needs_training: ClassVar[bool] = True
+    teaches_itself: ClassVar[bool] = False

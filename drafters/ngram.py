@@ -67,8 +67,8 @@ class NgramDrafter(Drafter):
     def begin(self) -> NgramRow:
         return NgramRow()
 
-    def end(self, row_state: NgramRow, ids: list[int]) -> None:
-        if row_state.store is not None:
+    def end(self, row_state: NgramRow, ids: list[int], start: int, learn: bool = True) -> None:
+        if row_state.store is not None and learn:
             row_state.store.add([*ids[-self.size // 2 :], -1])
 
     def propose(self, state: State, limit: int) -> Draft:

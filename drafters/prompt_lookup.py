@@ -93,8 +93,8 @@ class PromptLookupDrafter(Drafter):
     def begin(self) -> _Index:
         return _Index(self.sizes, self.continuations)
 
-    def end(self, row_state: _Index, ids: list[int]) -> None:
-        if row_state.store is not None:
+    def end(self, row_state: _Index, ids: list[int], start: int, learn: bool = True) -> None:
+        if row_state.store is not None and learn:
             row_state.store.add(ids)
 
     def propose(self, state: State, limit: int) -> Draft:

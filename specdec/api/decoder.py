@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
+import math
 import os
 import threading
 import time
@@ -53,6 +55,9 @@ KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
 _claiming = threading.Lock()
 _busy: set[int] = set()  # ids of the drafters in use
+_learning = threading.Lock()  # held during a piece of a drafter's work outside of engines
+_learners = weakref.WeakSet[Drafter]()  # drafters that such work is done for
+_ending = threading.Event()  # set when the process ends
 
 
 class SpecDecoder:
@@ -64,7 +69,8 @@ class SpecDecoder:
     model, tokenizer: loaded by transformers. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
     object, or several names joined by "+". NAME=SOURCE loads a drafter from SOURCE, such as draft-model=MODEL. "auto"
-    is ngram with the m2r2 shipped for the model or, with a warning, alone; the attribute ``drafter`` is the one in use.
+    is ngram with the m2r2 shipped for the model, or with one that teaches itself; the attribute ``drafter`` is the one
+    in use.
     drafter_options: options of the drafter; for joined drafters, a mapping per name.
     runtime: "auto" (the fastest one that supports the model here), "native", "graphs", "fused" or "reference".
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
@@ -78,6 +84,7 @@ class SpecDecoder:
     "confident".
     exact: raise an error for lossy rules.
     experts: keep the experts of a mixture in slow memory and load them on demand. ``model`` lacks them until ``close``.
+    learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -97,6 +104,7 @@ class SpecDecoder:
         verifier_options: Options = None,
         exact: bool = False,
         experts: ExpertOptions | None = None,
+        learn: bool = True,
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
             wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"
@@ -104,7 +112,7 @@ class SpecDecoder:
         self.tuned: Tuned | None = None  # settings of ``specdec tune drafter`` that are applied
         self._kept: Tuned | None = None  # such settings for this model, applied or not
         self.verifier = registry.verifier(verifier, verifier_options, exact)
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer, self.learning = model.eval(), tokenizer, learn
         self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations)
         self.target.tokenizer = tokenizer
         if experts is not None:
@@ -355,6 +363,7 @@ class SpecDecoder:
             kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
             prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, CHUNK),
             reuse=True,
+            learn=self.learning,
         )
         return engine.start()
 
@@ -380,6 +389,7 @@ class SpecDecoder:
                     "decoder with with_drafter"
                 )
             _busy.add(id(self.drafter))
+        with _learning:  # wait for the end of a piece of work
             return id(self.drafter)
 
     def compile_constraint(
@@ -420,10 +430,44 @@ class SpecDecoder:
                 self._kept_at = time.monotonic()
         finally:
             release()
+        if self.learning and self.drafter.learns:
+            _learners.add(self.drafter)
+            threading.Thread(
+                target=_learn_when_idle, args=(self.drafter,), daemon=True, name="specdec learning"
+            ).start()
+
+    def learn(self, seconds: float = math.inf) -> bool:
+        """Let the drafter learn from earlier texts now, for at most about ``seconds``, and keep what it has learned.
+
+        Returns whether it has more to learn from.
+        """
+        end, more = time.monotonic() + seconds, self.drafter.learns
+        while more and time.monotonic() < end:
+            with _learning:
+                more = self.drafter.learn()
+        with _learning:
+            self.drafter.save()
+        return more
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as in ``model.generate``."""
         return eos_token_ids(self.model, self.tokenizer)
+
+
+def _learn_when_idle(drafter: Drafter) -> None:
+    """Do a drafter's work, piece by piece, until there is no more or a generation uses it."""
+    more = True
+    while more:
+        with _learning:
+            more = id(drafter) not in _busy and not _ending.is_set() and drafter.learn()
+
+
+@atexit.register
+def _keep_what_was_learned() -> None:
+    _ending.set()
+    with _learning:
+        for drafter in _learners:
+            drafter.save()
 
 
 def _stops(given: RequestOptions) -> list[str]:

@@ -35,6 +35,7 @@ class DecoderOptions(TypedDict, total=False):
     verifier_options: Options
     exact: bool
     experts: ExpertOptions | None
+    learn: bool
 
 
 class RequestOptions(SamplingOptions, total=False):

@@ -60,7 +60,7 @@ class Decoders:
                 for drafter in drafters:
                     registry.refuse_early(drafter, config, cell.model)
             how = {name: value for name, value in cell.loading.items() if name != "model"}
-            self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", **how)
+            self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", learn=False, **how)
         return self._base[1]
 
     def method(self, cell: Cell) -> Method:

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from specdec import __version__
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import bench, chat, doctor, export, generate, pack_experts, serve, sweep, train, tune, verify
+from specdec.cli import bench, chat, doctor, export, generate, learn, pack_experts, serve, sweep, train, tune, verify
 from specdec.cli.shared import INTERRUPTED
 
 DEBUG = "SPECDEC_DEBUG"  # environment variable: print tracebacks
@@ -117,6 +117,7 @@ app.command("pack-experts", epilog="Example: specdec pack-experts my-moe experts
 app.command(epilog="Example: specdec push my-drafter my-org/my-drafter")(export.push)
 app.add_typer(export.app, name="export")
 app.add_typer(tune.app, name="tune")
+app.add_typer(learn.app, name="learn", epilog="Example: specdec learn my-model --minutes 3; then: specdec learn status")
 app.command(epilog="Example: specdec doctor --json")(doctor.doctor)
 
 

@@ -39,6 +39,7 @@ _text, _output = map(panel, ("Text", "Output"))
 def chat(
     loading: shared.HubFlags = shared.HubFlags(),
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
+    learn: shared.Learn = True,
     sampling: shared.SamplingFlags = shared.SamplingFlags(),
     system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens of an answer.", "N", min=1)] = 1024,
@@ -53,7 +54,7 @@ def chat(
         ask = _asker()
     with terminal.status(f"preparing {loading.model}"):
         decoder = SpecDecoder.from_pretrained(
-            loading.model, drafting.drafter, **loading.keywords, drafter_options=drafting.options
+            loading.model, drafting.drafter, **loading.keywords, drafter_options=drafting.options, learn=learn
         )
         engine = decoder.engine(max_rows=1)
     with engine:

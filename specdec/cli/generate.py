@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LONG = 1024  # tokens of a prompt that gets a spinner
 WARM_UP = 8  # tokens that both sides of --compare decode before timing
+LEARNING = 5.0  # seconds after the text that a drafter may learn from it
 
 _model, _experts, _text, _sampling, _output = map(panel, ("Model", "Experts", "Text", "Sampling", "Output"))
 
@@ -36,6 +37,7 @@ _model, _experts, _text, _sampling, _output = map(panel, ("Model", "Experts", "T
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
+    learn: shared.Learn = True,
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     exit_threshold: Annotated[
@@ -121,7 +123,13 @@ def generate(
         experts = _expert_options(expert_cache, expert_prefetch, expert_option or [])
     with terminal.status(f"preparing {model}", silent):
         decoder = SpecDecoder.from_pretrained(
-            model, drafter, **loading.keywords, drafter_options=drafter_options, verifier=rule, experts=experts
+            model,
+            drafter,
+            **loading.keywords,
+            drafter_options=drafter_options,
+            verifier=rule,
+            experts=experts,
+            learn=learn,
         )
     tuned = decoder.tuned
     if drafter == "auto":
@@ -176,6 +184,9 @@ def generate(
         statistics.statistics(decoder, output, comparison, verbose, source, tuned)
     if failed is not None:
         raise failed
+    if learn and decoder.drafter.learns and not interrupted:
+        with terminal.status("learning", silent):
+            decoder.learn(LEARNING)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if comparison is not None and comparison.fault:

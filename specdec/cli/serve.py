@@ -21,6 +21,7 @@ _server, _limits = map(panel, ("Server", "Limits"))
 def serve(
     loading: shared.HubFlags = shared.HubFlags(),
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
+    learn: shared.Learn = True,
     host: Annotated[
         str, _server("--host", "Address to listen at; 0.0.0.0 is every network of the machine.", "HOST")
     ] = "127.0.0.1",
@@ -106,7 +107,7 @@ def serve(
         listener = bind(host, port)
     with terminal.status(f"preparing {model}"):
         decoder = SpecDecoder.from_pretrained(
-            model, drafting.drafter, **loading.keywords, drafter_options=drafting.options
+            model, drafting.drafter, **loading.keywords, drafter_options=drafting.options, learn=learn
         )
         engine = decoder.engine(
             max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory, num_speculative_tokens=depth

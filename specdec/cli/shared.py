@@ -63,13 +63,17 @@ Drafter = Annotated[
     _model(
         "--drafter",
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or several "
-        "joined by +; auto: what 'specdec tune drafter' found for the model, else ngram, with the m2r2 shipped for it.",
+        "joined by +; auto: what 'specdec tune drafter' found for the model, else ngram+m2r2, shipped or self-taught.",
         "NAME",
     ),
 ]
 DrafterOption = Annotated[
     list[str] | None,
     _model("--drafter-option", "An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE"),
+]
+Learn = Annotated[
+    bool,
+    _model("--learn/--no-learn", "Let a drafter that teaches itself learn from the texts, when there is time."),
 ]
 Verifier = Annotated[str, _model("--verifier", "exact, or a lossy acceptance rule: typical, confident.", "NAME")]
 VerifierOption = Annotated[

@@ -75,7 +75,7 @@ def verify(
         if output:
             shared.make_folder(output)
         decoder = SpecDecoder.from_pretrained(
-            model, drafter, **loading.keywords, drafter_options=drafting.options, verifier=rule
+            model, drafter, **loading.keywords, drafter_options=drafting.options, verifier=rule, learn=False
         )
         drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.name if drafter == "auto" else drafter
     plan = CheckPlan(chosen, evenly_spaced(found.conversations, limit), max_new_tokens, draws, places, params)

@@ -304,9 +304,13 @@ class Batch:
     def _observe(self, row_states: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         self._call(lambda drafter: drafter.observe(row_states, paths, taps))
 
+    def learn(self) -> bool:
+        """Do a piece of the drafter's work; False if there is none."""
+        return bool(self._call(lambda drafter: drafter.learn()))
+
     def end(self, row: Request) -> None:
         """Tell the drafter that a row has ended."""
-        self._call(lambda drafter: drafter.end(row.drafter_state, row.ids))
+        self._call(lambda drafter: drafter.end(row.drafter_state, row.ids, len(row.prompt), row.learn))
 
 
 def not_finite(target: Target, row: Request, number: int | None) -> NotFiniteError:

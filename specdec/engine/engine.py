@@ -26,6 +26,7 @@ from specdec.speculation.draft import Drafter, Verifier
 __all__ = ["Engine", "EngineStats", "QueueFullError"]
 
 IDLE = 0.1  # seconds after which a thread without work checks that its engine is still there
+LEARNING = 0.01  # share of the time of steps that the drafter's own work may take while requests run
 Events = list[tuple[Request, list[int]]]
 
 
@@ -66,6 +67,7 @@ class Engine:
         cache of a draft model is not counted.
     prefill_chunk: maximum prompt tokens that run between two steps of the running rows.
     reuse: whether the keys and values of earlier texts serve prompts that begin alike.
+    learn: whether the engine's thread does the drafter's work (``Drafter.learn``) when there is nothing else to do.
     """
 
     def __init__(
@@ -80,9 +82,11 @@ class Engine:
         kv_memory: int | None = None,
         prefill_chunk: int = CHUNK,
         reuse: bool = False,
+        learn: bool = False,
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
         self.target, self.max_waiting, self.on_close = target, max_waiting, on_close
+        self.learns, self._saved = learn and drafter.learns, 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
         self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, reuse)
         self.ledger = self.batch.ledger
@@ -271,18 +275,31 @@ class Engine:
         return self
 
     def _step_or_wait(self) -> bool:
-        """Run a step, or wait for work; False at the end."""
+        """Run a step, do a piece of the drafter's work, or wait; False at the end."""
+        if not self.busy and not self._closing and self._learn():
+            return True
         with self._queue:
             if not self.busy and not self._closing:
                 self._queue.wait(IDLE)
                 return True
             if self._closing and not (self._draining and self.busy):
                 return False
+        began = time.perf_counter()
         try:
             self.step()
         except Exception as error:
             self._fail(error)
+        self._saved += LEARNING * (time.perf_counter() - began)
+        if self._saved > 0 and self.busy:
+            began = time.perf_counter()
+            self._learn()
+            self._saved -= time.perf_counter() - began
         return True
+
+    def _learn(self) -> bool:
+        """Do a piece of the drafter's work; False if there is none."""
+        with self._stepping:
+            return self.learns and self.batch.learn()
 
     def close(self, drain: bool = False) -> None:
         """Accept no more requests, and end: at once, or when all accepted ones have ended (``drain``)."""

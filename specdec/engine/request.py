@@ -57,6 +57,7 @@ class Request:
     logprobs: number of top tokens that go with the log-probability of each new token; None: no log-probabilities.
     prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
     scope: cached prefixes are shared only between requests of one scope.
+    learn: whether drafters may learn from its text.
     """
 
     prompt: Ids
@@ -71,6 +72,7 @@ class Request:
     logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: bool = False
     scope: str | None = None
+    learn: bool = True
 
     # State that the engine keeps
     ids: list[int] = field(init=False)  # prompt and output; the last one, the root, is not yet cached

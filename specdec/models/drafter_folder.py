@@ -39,10 +39,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Identified(Protocol):
-    """A loaded model and the fingerprint of its weights."""
+    """A loaded model, its sizes and the fingerprint of its weights."""
 
     model: Any
     fingerprint: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
 
 
 def display_name(folder: Path) -> str:
@@ -252,6 +255,19 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
             files.write_atomically(folder / name, data)
     except OSError as error:
         raise SpecDecError(f"cannot write the drafter to '{folder}': {error.strerror or error}") from None
+
+
+def describe_base(base: Identified, name: str) -> dict[str, Any]:
+    """The ``base`` of a drafter's config for the model of that name."""
+    return {
+        "fingerprint": base.fingerprint,
+        "name": name,
+        "model_type": base.model.config.model_type,
+        "num_layers": base.num_layers,
+        "hidden_size": base.hidden_size,
+        "vocab_size": base.vocab_size,
+        "samples": identity.samples(base.model),
+    }
 
 
 def find_shipped(drafter: str, base: Identified) -> Path | None:

@@ -215,6 +215,8 @@ class Drafter(ABC):
     has_probabilities: whether it knows probabilities of its tokens, and sizes drafts by ``State.prices``.
     leaves_early: whether tokens may leave the model early, with a confidence (``State.threshold``).
     leaves_state: whether they leave with an exact state of the model.
+    learns: whether it has work to do between requests (``learn``).
+    version: changes when it begins to draft differently; what was measured before says little then.
     path: a text that tells drafters with different costs apart, beside the name.
     """
 
@@ -231,6 +233,8 @@ class Drafter(ABC):
     has_probabilities: bool = False
     leaves_early: bool = False
     leaves_state: bool = False
+    learns: bool = False
+    version: int = 0
     path: str = ""
 
     @property
@@ -309,8 +313,19 @@ class Drafter(ABC):
     def withdraw(self, row_state: Any) -> None:  # noqa: B027 (optional)
         """The row's proposal is not scored, or only in part."""
 
-    def end(self, row_state: Any, ids: list[int]) -> None:  # noqa: B027 (optional)
-        """A row has ended. ids: its prompt and output."""
+    def end(self, row_state: Any, ids: list[int], start: int, learn: bool = True) -> None:  # noqa: B027 (optional)
+        """A row has ended.
+
+        ids: its prompt and output. start: number of prompt tokens. learn: whether later requests may be drafted
+        differently for it.
+        """
+
+    def learn(self) -> bool:
+        """Do a piece of work, of about 50 ms, between two steps; False if there is none."""
+        return False
+
+    def save(self) -> None:  # noqa: B027 (optional)
+        """Keep what was learned for later processes."""
 
 
 class Verifier(ABC):

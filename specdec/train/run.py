@@ -21,7 +21,7 @@ from specdec.base import devices
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress, status, tell
 from specdec.engine.depth.costs import Costs
-from specdec.models import drafter_folder, identity, source
+from specdec.models import drafter_folder, source
 from specdec.train import batches, output
 from specdec.train.batches import TrainingBatch, Window
 from specdec.train.evaluate import measure_costs, predict_speedup, speedup_text
@@ -293,15 +293,7 @@ class TrainingRun:
 
     def _export(self, figures: dict[str, Any]) -> None:
         target = self.target
-        base = {
-            "fingerprint": target.fingerprint,
-            "name": source.public_name(self.settings.model),
-            "model_type": target.model.config.model_type,
-            "num_layers": target.num_layers,
-            "hidden_size": target.hidden_size,
-            "vocab_size": target.vocab_size,
-            "samples": identity.samples(target.model),
-        }
+        base = drafter_folder.describe_base(target, source.public_name(self.settings.model))
         training = {
             "answers": len(self.records),
             "tokens_in_answers": count_positions(self.windows),

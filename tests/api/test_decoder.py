@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec import Request, SpecDecError, SpecDecoder
 from specdec.api.tuned import Tuned, save_tuned, tuned_path
-from specdec.base.errors import SpecDecWarning
 from specdec.models import drafter_folder, loading
 
 PROMPT = [5, 6, 7, 8]
@@ -278,12 +277,11 @@ def test_a_stop_string_that_is_a_special_token_ends_the_output() -> None:
 # --- which drafter, on what ----------------------------------------------------------------------------------------
 
 
-def test_the_default_drafter_of_a_model_without_a_shipped_one_is_ngram(llama) -> None:
-    with pytest.warns(SpecDecWarning, match="so ngram drafts; to train one: specdec train m2r2 --model MODEL"):
-        decoder = SpecDecoder(llama)
-    assert decoder.drafter.name == "ngram" and decoder.tuned is None
-    with pytest.raises(SpecDecError, match="no m2r2 drafter is shipped for this model"):
-        SpecDecoder(llama, drafter="m2r2")
+def test_the_default_drafter_of_a_model_without_a_shipped_one_teaches_itself(llama) -> None:
+    decoder = SpecDecoder(llama)
+    assert decoder.drafter.label == "ngram+m2r2" and decoder.drafter.learns and decoder.tuned is None
+    with pytest.raises(SpecDecError, match="no medusa drafter is shipped for this model"):
+        SpecDecoder(llama, drafter="medusa")
 
 
 def test_the_default_drafter_is_the_tuned_one_with_its_depth(tmp_path, monkeypatch) -> None:
@@ -299,7 +297,7 @@ def test_the_default_drafter_is_the_tuned_one_with_its_depth(tmp_path, monkeypat
     assert SpecDecoder.from_pretrained(name, "prompt-lookup").tuned is None
 
 
-@pytest.mark.parametrize("drafter", ["m2r2", "m2r2-paper", "medusa", "deed", "mixture-of-depths", "prompt-lookup+m2r2"])
+@pytest.mark.parametrize("drafter", ["m2r2-paper", "medusa", "deed", "mixture-of-depths", "prompt-lookup+medusa"])
 def test_a_trained_drafter_that_is_not_shipped_is_refused_before_the_weights(tmp_path, monkeypatch, drafter) -> None:
     name = str(save_tiny(tmp_path))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)

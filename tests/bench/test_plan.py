@@ -245,21 +245,21 @@ def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: P
 
 def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(sweep, tmp_path: Path) -> None:
     args = [
-        "drafter=none,m2r2,prompt-lookup",
+        "drafter=none,medusa,prompt-lookup",
         "num_speculative_tokens=2",
         "limit=1",
         "drafter.prompt-lookup.continuations=1",
     ]
-    outcome = sweep(*args)  # no m2r2 drafter is shipped for the tiny model
+    outcome = sweep(*args)  # no medusa drafter is shipped for the tiny model
     assert outcome.exit_code == 1 and "2 of 3 cells are done, 1 failed; continue with: " in outcome.stderr
     records = Store(tmp_path / "out").records()
     (broken,) = [record for record in records.values() if "error" in record]
-    assert broken["cell"]["drafter"] == "m2r2" and "train one" in broken["error"] and len(records) == 3
+    assert broken["cell"]["drafter"] == "medusa" and "train one" in broken["error"] and len(records) == 3
     again = sweep(*args, "--resume")
-    assert "2 of 3 cells are done already" in again.stderr and "[3/3] m2r2: failed" in again.stderr
+    assert "2 of 3 cells are done already" in again.stderr and "[3/3] medusa: failed" in again.stderr
     lines = (tmp_path / "out" / RECORDS).read_text().splitlines()
     assert len(lines) == 4 and Counter(json.loads(line)["key"] for line in lines)[broken["key"]] == 2
-    only = sweep("drafter=m2r2", "limit=1", output="none")
+    only = sweep("drafter=medusa", "limit=1", output="none")
     assert "every cell failed; the first: " in one_line_error(only)
 
 

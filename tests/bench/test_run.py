@@ -561,8 +561,8 @@ def test_by_default_m2r2_is_left_out_where_none_is_shipped(folder: Path, file: P
 
 def test_a_drafter_that_is_not_shipped_is_refused_before_the_weights(cell, monkeypatch) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    with pytest.raises(SpecDecError, match="no m2r2 drafter is shipped for this model"):
-        BenchRun([cell(drafter="none"), cell(drafter="m2r2")], Decoders())
+    with pytest.raises(SpecDecError, match="no medusa drafter is shipped for this model"):
+        BenchRun([cell(drafter="none"), cell(drafter="medusa")], Decoders())
 
 
 def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: Path) -> None:
@@ -578,13 +578,13 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no m2r2 drafter is shipped"),
+        (["--drafters", "prompt-lookup,medusa", "--dtype", "float32"], "no medusa drafter is shipped"),
         (["--seed", str(2**63)], "seed must be a whole number in 0 .. "),
         (["--drafters", ","], "--drafters names none"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
         (["--drafters", "hf-looku"], "unknown method 'hf-looku' (did you mean 'hf-lookup'?)"),
         (["--drafters", "prompt-lookup+m2r3"], "did you mean 'm2r2'"),
-        (["--drafters", "none,m2r2"], "train one"),  # nothing is measured: it is found out before
+        (["--drafters", "none,medusa"], "train one"),  # nothing is measured: it is found out before
         (["--drafters", "hf-assistant"], "hf-assistant=MODEL"),
         (["--drafters", "hf-lookup", "--batch-size", "2"], "one prompt at a time"),
         (["--drafter-option", "depth=3"], "DRAFTER.KEY=VALUE"),

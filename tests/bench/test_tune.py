@@ -48,10 +48,10 @@ def test_the_fastest_is_kept_and_generate_uses_it(run, folder: Path, monkeypatch
         return sorted(rows, key=lambda row: -row.speedup)
 
     monkeypatch.setattr(search, "measure", measure)
-    arguments = ("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "prompt-lookup,m2r2,lookahead")
+    arguments = ("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "prompt-lookup,medusa,lookahead")
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "left out: m2r2: no m2r2 drafter is shipped" in " ".join(result.stderr.split())
+    assert "left out: medusa: no medusa drafter is shipped" in " ".join(result.stderr.split())
     assert [c.drafter for c in ran[0]] == ["prompt-lookup", "lookahead"] and {c.drafter for c in ran[1]} == {
         "lookahead"
     }

@@ -189,7 +189,7 @@ def finish(drafter: PromptLookupDrafter, *texts: list[int]) -> None:
     for text in texts:
         row = drafter.begin()
         row.store = drafter.stores.of(None) if drafter.stores else None  # as a row that has drafted
-        drafter.end(row, text)
+        drafter.end(row, text, 1)
 
 
 def test_a_store_remembers_earlier_requests_and_prefers_the_text_itself(llama: PreTrainedModel) -> None:

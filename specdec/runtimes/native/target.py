@@ -319,6 +319,8 @@ class NativeTarget(ByParts):
 
     def _merged(self, adapters: Adapters, lo: int, hi: int) -> Model:
         """The model with ``adapters`` merged into layers [lo, hi) and quantised, for drafts alone. Made once."""
+        if not any(layer in adapters.paths for layer in range(lo, hi)):
+            return self._model
         made = self._merged_models.setdefault(adapters, {})
         with self.lock:
             if (lo, hi) not in made:

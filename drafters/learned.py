@@ -1,0 +1,172 @@
+"""What a self-taught drafter keeps between processes: one safetensors file for a model and a path, in the cache folder.
+
+It holds sums over states, a count of each token and the fit that serves, no text. One process at a time writes it.
+Damaged files and those of other versions are not read: learning starts anew.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from filelock import FileLock, Timeout
+from pydantic import Field, NonNegativeInt, TypeAdapter
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specdec.base import files
+from specdec.base.errors import SpecDecError
+
+VERSION = 1
+MOST_BYTES = 4 << 30  # of all files; the oldest go first
+PANEL = 512  # rows of a symmetric matrix that are one tensor, up to the diagonal
+
+
+@dataclass
+class Progress:
+    """How far a drafter has come.
+
+    model: its name. path: the draft path.
+    tokens: number of tokens learned from. texts: number of texts, those held out included.
+    fits: number of fits that have served.
+    since: the first day.
+    agreement: for each fit that served, the tokens learned from and the share of the model's tokens on held-out texts.
+    """
+
+    model: str = ""
+    path: str = ""
+    tokens: NonNegativeInt = 0
+    texts: NonNegativeInt = 0
+    fits: NonNegativeInt = 0
+    since: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    agreement: list[tuple[NonNegativeInt, Annotated[float, Field(ge=0, le=1)]]] = field(default_factory=list)
+    version: int = VERSION
+
+
+READ = TypeAdapter(Progress)
+
+
+def folder() -> Path:
+    return files.cache_dir() / "learned"
+
+
+class Store:
+    """The file for the weights of one model and one path.
+
+    writes: whether this process may write it (``claim``).
+    """
+
+    def __init__(self, fingerprint: str, path: str) -> None:
+        name = hashlib.sha256(f"{fingerprint} {path}".encode()).hexdigest()[:24]
+        self.path = folder() / f"{name}.safetensors"
+        self.lock, self.writes = FileLock(f"{self.path}.lock"), False
+
+    def claim(self) -> bool:
+        """Become the one that writes, unless another process is; False otherwise, and if there can be no file."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            self.writes = True
+        except (Timeout, OSError):
+            self.writes = False
+        return self.writes
+
+    def release(self) -> None:
+        """Let others write."""
+        self.lock.release()
+        self.writes = False
+
+    def progress(self) -> Progress | None:
+        """What the file says of itself; None if there is none. Raises SpecDecError for one that cannot be used."""
+        return read_progress(self.path)
+
+    def tensors(self, names: tuple[str, ...], shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors whose names begin with one of ``names``.
+
+        Raises SpecDecError unless each has its shape in ``shapes`` and is finite.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                for name in sorted(file.keys()):
+                    if name.startswith(names):
+                        if tuple(file.get_slice(name).get_shape()) != shapes.get(name):
+                            raise ValueError(f"'{name}' has another shape")
+                        tensor = file.get_tensor(name)
+                        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                            raise ValueError(f"'{name}' is not finite")
+                        yield name, tensor
+        except Exception as error:  # safetensors has errors of its own
+            raise SpecDecError(f"'{self.path}' cannot be used ({error})") from None
+
+    def save(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
+        """Write the file at once or not at all. Raises OSError."""
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, {"progress": json.dumps(asdict(progress))})
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except Exception as error:
+            raise OSError(str(error)) from None
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        _bound(self.path)
+
+
+def read_progress(path: Path) -> Progress | None:
+    """As ``Store.progress``."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = READ.validate_json((file.metadata() or {}).get("progress", ""))
+    except Exception as error:
+        raise SpecDecError(f"'{path}' cannot be used ({type(error).__name__})") from None
+    if found.version != VERSION:
+        raise SpecDecError(f"'{path}' was written by another version of specdec")
+    return found
+
+
+def all_progress() -> list[tuple[Path, Progress | None]]:
+    """The files of all models, and what they say of themselves (None: they cannot be used)."""
+    found = list[tuple[Path, Progress | None]]()
+    for path in sorted(folder().glob("*.safetensors")):
+        progress = None
+        with suppress(SpecDecError):
+            progress = read_progress(path)
+        found.append((path, progress))
+    return found
+
+
+def panels(name: str, matrix: Tensor) -> dict[str, Tensor]:
+    """The lower triangle of a symmetric matrix, in panels."""
+    size = len(matrix)
+    return {f"{name}.{lo}": matrix[lo : lo + PANEL, : lo + PANEL].contiguous() for lo in range(0, size, PANEL)}
+
+
+def fill(matrix: Tensor, name: str, panel: Tensor) -> None:
+    """Set a symmetric matrix from a tensor of ``panels``."""
+    lo = int(name.rpartition(".")[2])
+    matrix[lo : lo + PANEL, : lo + PANEL] = panel
+    matrix[:lo, lo : lo + PANEL] = panel[:, :lo].T
+
+
+def _bound(newest: Path) -> None:
+    """Delete the oldest files until the others fit ``MOST_BYTES``."""
+    with suppress(OSError):
+        others = sorted(newest.parent.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)
+        total = 0
+        for path in others:
+            total += path.stat().st_size
+            if total > MOST_BYTES and path != newest:
+                path.unlink()

@@ -1,0 +1,399 @@
+"""M2R2 that teaches itself: its projections are fitted, in closed form, to the texts that the model writes.
+
+A text that has ended is run again, in short pieces of work while the machine is idle: the model's exact states, and the
+path's residual as drafting would see it. Sums of products of both (``Sums``) are kept, no text. The projections are
+fitted to them from time to time, with the latest texts counted once or several times. A fit serves only if it agrees
+with the model more often than the one before on texts that are held out.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.base.devices import upload
+from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
+from specdec.base.memory import free_memory
+from specdec.runtimes.target import Pass, Target
+from specdec.speculation.ngram import built
+
+from . import learned
+from .corpus import corpus
+from .learned import Progress, Store
+from .m2r2_network import M2R2, Carry
+from .m2r2_path import M2R2Path
+from .ridge import Sums
+
+RIDGE = 50.0  # rows that the ridge counts as
+FIRST, EVERY, SHARE = 1000, 500, 16  # tokens before the first fit; between two: this number, or one in SHARE of all
+HELD_OUT, HELD = 8, 4  # one text of so many is held out; number of these that fits are compared on
+RECENT, WEIGHT = 2000, 5.0  # number of latest tokens, and how many times a fit may count them
+CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
+WAITING = 64  # maximum number of texts that wait
+VOCABULARY = 8192  # tokens that are drafted
+PIECE = 0.05  # seconds that a piece of work should take
+LARGEST = 128  # maximum tokens of a piece
+SHARE_OF_MEMORY = 4  # the sums may take one part of so many of the free memory
+
+
+@dataclass
+class Text:
+    """Tokens of a request. start: number of the first one that the model chose."""
+
+    ids: list[int]
+    start: int
+
+    @classmethod
+    def of(cls, ids: Sequence[int], start: int) -> Text:
+        """The end of the prompt, and the beginning of what follows it."""
+        first = max(start - CONTEXT, 0)
+        return cls(list(ids[first : first + LONGEST]), start - first)
+
+
+@dataclass
+class Rows:
+    """What drafting after each of n tokens starts from, and what it should find; states are [n, D].
+
+    following: the tokens after them.
+    embedded: their embeddings.
+    carry: exact states of the tokens before them.
+    ends: the residual at the segment's end, of each network.
+    segment, final: exact states h[lo] and h[N].
+    """
+
+    following: list[int]
+    embedded: Tensor
+    carry: Carry
+    ends: list[Tensor]
+    segment: Tensor
+    final: Tensor
+
+    def products(self, network: M2R2, index: int) -> tuple[Tensor, Tensor]:
+        """Features and goals of projection ``index``; those of the last one follow the last of ``ends``."""
+        x, goal = (self.ends[-1], self.final) if index else (self.embedded, self.segment)
+        return network.features(index, x, self.carry), goal
+
+
+def learned_path(num_layers: int) -> M2R2Path:
+    """The path of a drafter that teaches itself: two ninths of the layers, which end a tenth before the model's end."""
+    hi = num_layers - max(round(num_layers / 10), 1)
+    return M2R2Path(0, ((hi - max(2 * num_layers // 9, 1), hi),), True)
+
+
+def why_not(target: Target) -> str | None:
+    """Why a drafter cannot teach itself on this target; None if it can."""
+    if target.num_layers < 3:
+        return "the model has too few layers"
+    lo, hi = learned_path(target.num_layers).segments[0]
+    if target.experts is not None or any(lo <= layer < hi for layer in target.recurrent_layers):
+        return "its layers cannot be run twice on a token"
+    need = 168 * target.hidden_size**2  # bytes of the sums, and of the system that is solved
+    if need > free_memory(torch.device("cpu")) // SHARE_OF_MEMORY:
+        return f"it would need {need / 1e9:.1f} GB of memory"
+    return None
+
+
+class Learner:
+    """Learns from texts in pieces of work (``work``), and has the network that serves.
+
+    What it learns is kept for later processes (``Store``), by the one process that may write. A fault ends the learning
+    with a warning, never a request.
+
+    network: the latest fit that serves; before the first, one of zeros. basis: the latest fit.
+    progress: number of tokens, fits and more; without fits, ``network`` drafts nothing useful.
+    on: whether it learns from texts; the fit serves all the same.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.path = target, learned_path(target.num_layers)
+        self.progress = Progress(str(target.model.config._name_or_path), str(self.path))
+        self.store, self.on, self.saved = Store(target.fingerprint, str(self.path)), True, 0
+        self.queue, self.held = deque[Text](maxlen=WAITING), deque[Text](maxlen=HELD)
+        self.sums: list[Sums] = []  # made by the first piece of work
+        self.recent = deque[Rows]()
+        self.first: list[Text] = []  # texts before the first fit, which are run again after it
+        self.fitted = self.counted = 0  # tokens at the last fit, and when the vocabulary was chosen
+        self.ready = False  # whether ``network`` has a first projection
+        self._work: Iterator[None] | None = None
+        self._restore()
+
+    def _restore(self) -> None:
+        """Take the fit of an earlier process, or begin with zeros."""
+        self.counts = torch.zeros(self.target.vocab_size, dtype=torch.long)
+        if self.target.tokenizer is not None and built():
+            ids = corpus(self.target.tokenizer, self.target.vocab_size)
+            self.counts += torch.from_numpy(np.bincount(ids[ids >= 0], minlength=self.target.vocab_size))
+        self.vocabulary = self._vocabulary()
+        found = [torch.zeros(outer, inner) for outer, inner in self._shapes()]
+        try:
+            if (progress := self.store.progress()) is not None:
+                shapes: dict[str, tuple[int, ...]] = {"counts": (len(self.counts),)}
+                shapes |= {f"fit.{n}": shape for n, shape in enumerate(self._shapes())}
+                shapes |= {} if self.vocabulary is None else {"vocabulary": (len(self.vocabulary),)}
+                kept = dict(self.store.tensors(("fit.", "counts", "vocabulary"), shapes))
+                if kept.keys() != shapes.keys() or not self._are_tokens(kept.get("vocabulary")):
+                    raise SpecDecError(f"'{self.store.path}' is not complete")
+                found, self.counts = [kept["fit.0"].float(), kept["fit.1"].float()], kept["counts"].long()
+                self.vocabulary = kept.get("vocabulary")
+                self.progress, self.ready = progress, progress.fits > 0
+                self.fitted = self.counted = self.saved = progress.tokens
+        except SpecDecError as error:
+            warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
+        self.network = self.basis = self._network(found)
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        """[F + 1, D] of each projection."""
+        return [(parts * self.target.hidden_size + 1, self.target.hidden_size) for parts in (3, 2)]
+
+    def _are_tokens(self, vocabulary: Tensor | None) -> bool:
+        size = self.target.vocab_size
+        return vocabulary is None or not bool(((vocabulary < 0) | (vocabulary >= size)).any())
+
+    # -- what is called between steps ---------------------------------------------------------------------------------
+
+    def add(self, ids: Sequence[int], start: int) -> None:
+        """Learn from a text, later. start: number of prompt tokens."""
+        if self.on and len(ids) > start + 1 >= 2:
+            self.queue.append(Text.of(ids, start))
+
+    @torch.inference_mode()
+    def work(self) -> bool:
+        """Do a piece of work; False if there is none."""
+        try:
+            self._work = self._work or self._next()
+            if self._work is None:
+                return False
+            if next(self._work, self) is self:
+                self._work = None
+        except Exception as error:  # memory, states that are not finite: requests go on
+            self._work, self.on = None, False
+            self.queue.clear()
+            warnings.warn(f"the drafter learns no more: {one_line(error)}", SpecDecWarning, stacklevel=2)
+        return True
+
+    def _next(self) -> Iterator[None] | None:
+        """The work to do next."""
+        new = self.progress.tokens - self.fitted
+        if not self.sums:
+            return self._open() if self.queue else None
+        if self.progress.tokens >= FIRST and new >= max(EVERY, self.progress.tokens // SHARE):
+            return self._fit() if self.ready else self._begin()
+        if self.queue:
+            return self._read(self.queue.popleft())
+        return self._save() if self.store.writes and self.progress.tokens - self.saved >= EVERY else None
+
+    def save(self) -> None:
+        """Keep what was learned since the last time, if this process may."""
+        if self.store.writes and self.progress.tokens > self.saved:
+            self._write()
+
+    # -- pieces of work -----------------------------------------------------------------------------------------------
+
+    def _open(self) -> Iterator[None]:
+        """Make the sums, or read those of earlier processes."""
+        sums = [Sums(outer - 1, inner) for outer, inner in self._shapes()]
+        writes = self.store.claim()
+        if self.progress.tokens:
+            shapes = dict[str, tuple[int, ...]]()
+            for n, each in enumerate(sums):
+                shapes |= {name: tuple(part.shape) for name, part in learned.panels(f"gram.{n}", each.gram).items()}
+                shapes[f"cross.{n}"] = tuple(each.cross.shape)
+            try:
+                for name, tensor in self.store.tensors(("gram.", "cross."), shapes):
+                    each = sums[int(name.split(".")[1])]
+                    if name.startswith("cross"):
+                        each.cross.copy_(tensor)
+                    else:
+                        learned.fill(each.gram, name, tensor)
+                    shapes.pop(name)
+                    yield
+                if shapes:
+                    raise SpecDecError(f"'{self.store.path}' is not complete")
+            except SpecDecError as error:
+                warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
+                sums = [Sums(outer - 1, inner) for outer, inner in self._shapes()]
+                self.progress = Progress(self.progress.model, self.progress.path, fits=self.progress.fits)
+                self.fitted = self.counted = self.saved = 0
+        if not writes:
+            why = "another process learns for this model, or the cache folder cannot be written"
+            warnings.warn(f"{why}: what this one learns is not kept", SpecDecWarning, stacklevel=2)
+        self.sums = sums
+        yield
+
+    def _save(self) -> Iterator[None]:
+        """Write the file in a thread; nothing else is learned meanwhile."""
+        thread = threading.Thread(target=self._write, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(PIECE)
+            yield
+
+    def _write(self) -> None:
+        tensors = {"counts": self.counts.int()} | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary})
+        for n, (sums, projection) in enumerate(zip(self.sums, self.network.projections, strict=True)):
+            tensors |= learned.panels(f"gram.{n}", sums.gram) | {f"cross.{n}": sums.cross}
+            weight, bias = projection.weight, projection.bias
+            tensors[f"fit.{n}"] = torch.cat((weight.T, bias[None])).cpu().bfloat16()
+        try:
+            self.store.save(self.progress, tensors)
+        except OSError as error:
+            self.store.release()
+            warnings.warn(f"what was learned cannot be kept: {one_line(error)}", SpecDecWarning, stacklevel=2)
+        self.saved = self.progress.tokens
+
+    def _read(self, text: Text) -> Iterator[None]:
+        """Add a text to the sums, or hold it out."""
+        self.progress.texts += 1
+        if self.progress.texts % HELD_OUT == 1:
+            self.held.append(text)
+            return
+        if not self.ready:
+            self.first.append(text)
+        for rows in self._replay(text, [self.basis] if self.ready else []):
+            if rows is not None:
+                self._add(rows, 0)
+                self.progress.tokens += len(rows.following)
+                self.counts += torch.bincount(torch.tensor(rows.following), minlength=len(self.counts))
+            yield
+
+    def _add(self, rows: Rows, first: int) -> None:
+        """Add rows to the sums from number ``first`` on."""
+        for index, sums in enumerate(self.sums[first : 1 + len(rows.ends)], start=first):
+            sums.add(*rows.products(self.network, index))
+        if rows.ends:
+            self.recent.append(rows)
+            while sum(len(each.following) for each in self.recent) > RECENT:
+                self.recent.popleft()
+
+    def _begin(self) -> Iterator[None]:
+        """Fit the first projection, and run all texts again for the second."""
+        found = yield from self._solved(self.sums[0].solve(RIDGE))
+        self.network = self.basis = self._network([found, torch.zeros_like(self.sums[1].cross)])
+        self.ready = True
+        texts, self.first = self.first, []
+        for text in texts:
+            for rows in self._replay(text, [self.basis]):
+                if rows is not None:
+                    self._add(rows, 1)
+                yield
+        self.fitted = self.progress.tokens
+        if self.sums[1].rows >= FIRST / 2:  # else the texts were those of an earlier process
+            yield from self._fit()
+
+    def _fit(self) -> Iterator[None]:
+        """Fit both projections, and let the best one of the fits and the last one serve."""
+        tokens = self.progress.tokens
+        # The second projection sees what the first makes, which was worse then: a row counts as much as was known.
+        self.sums[1].scale(self.fitted / tokens)
+        self.fitted = tokens
+        if tokens >= 2 * self.counted:
+            self.vocabulary, self.counted = self._vocabulary(), tokens
+        networks = [self.network]
+        for weight in (1.0, WEIGHT) if tokens > 2 * RECENT else (1.0,):
+            found = list[Tensor]()
+            for index, sums in enumerate(self.sums):
+                rows = self.recent if weight > 1 else ()
+                more = ((*each.products(self.network, index), weight - 1) for each in rows)
+                found.append((yield from self._solved(sums.solve(RIDGE, more))))
+            networks.append(self._network(found))
+            yield
+        self.basis = networks[1]
+        shares = yield from self._agreement(networks)
+        best = max(range(len(networks)), key=lambda n: (shares[n], -n))
+        if best or not self.progress.fits:
+            self.network = networks[best or 1]
+            self.progress.fits += 1
+            self.progress.agreement.append((tokens, shares[best or 1]))
+
+    def _agreement(self, networks: Sequence[M2R2]) -> Generator[None, None, list[float]]:
+        """The share of the model's tokens on the held-out texts that each network drafts first."""
+        hits, total = [0] * len(networks), 0
+        vocabularies = [None if each.draft_vocab is None else each.draft_vocab.long() for each in networks]
+        heads = [None if each is None else self.target.reduced_head(each) for each in vocabularies]
+        for text in self.held:
+            for rows in self._replay(text, networks):
+                if rows is not None:
+                    total += len(rows.following)
+                    following, carry = upload(rows.following, self.target.device), Carry(rows.carry.final[None], [])
+                    for n, (network, head, vocabulary) in enumerate(zip(networks, heads, vocabularies, strict=True)):
+                        final = network.project(1, rows.ends[n][None], carry)
+                        best = self.target.readout(final, head)[0].argmax(-1)
+                        hits[n] += int(((best if vocabulary is None else vocabulary[best]) == following).sum())
+                yield
+        return [count / max(total, 1) for count in hits]
+
+    @staticmethod
+    def _solved(pieces: Iterator[Tensor | None]) -> Generator[None, None, Tensor]:
+        for found in pieces:
+            if found is not None:
+                return found
+            yield
+        raise AssertionError("a solution ends the pieces")
+
+    def _replay(self, text: Text, networks: Sequence[M2R2]) -> Iterator[Rows | None]:
+        """Run a text in pieces; yield the rows of each, or None for one of the prompt.
+
+        Raises SpecDecError if a state is not finite.
+        """
+        target, [(lo, hi)], last = self.target, self.path.segments, self.target.num_layers
+        ids, cache, size = text.ids[:-1], target.new_cache(), 8
+        first, at = max(text.start - 1, 1), 0  # the first token has no token before it
+        before = dict[int, Tensor]()
+        while at < len(ids):
+            began, part = time.perf_counter(), ids[at : at + size]
+            n, skip = len(part), max(first - at, 0)
+            positions = upload([list(range(at, at + n))], target.device)  # (1, n)
+            embedded = target.embed(upload([part], target.device), positions)  # (1, n, D)
+            taps = dict.fromkeys((lo, last), embedded)
+            target.layers(embedded, 0, last, Pass(positions, cache.mask(0, positions), cache, taps))
+            rows = None
+            if skip < n:
+                shifted = {
+                    k: torch.cat((before.get(k, tap[:, :1]), tap[:, :-1]), 1)[:, skip:] for k, tap in taps.items()
+                }
+                # A token sees the exact keys of those before it, and its own.
+                own = torch.eye(n, dtype=torch.bool, device=target.device)[skip:, skip:]
+                seen = torch.ones(n, n, dtype=torch.bool, device=target.device).tril(-1)[skip:]
+                tree, ends = torch.cat((seen, own), 1), list[Tensor]()  # (n - skip, 2 n - skip)
+                for network in networks:
+                    x = network.project(0, embedded[:, skip:], Carry(shifted[last], [shifted[lo]]))
+                    mask = cache.mask(lo, positions[:, skip:], tree)
+                    ends.append(network.run_segment(target, 0, x, positions[:, skip:], mask, cache)[0][0])
+                    cache.trim(n - skip, lo, hi)
+                carry = Carry(shifted[last][0], [shifted[lo][0]])
+                states = taps[lo][0, skip:], taps[last][0, skip:]
+                rows = Rows(text.ids[at + skip + 1 : at + n + 1], embedded[0, skip:], carry, ends, *states)
+                if not all(bool(x.isfinite().all()) for x in (*states, *ends)):
+                    raise SpecDecError("a state is not finite")
+            cache.commit([range(n)])
+            before, at = {k: tap[:, -1:] for k, tap in taps.items()}, at + n
+            seconds = time.perf_counter() - began
+            size = min(2 * size, LARGEST) if seconds < PIECE / 2 else max(size // 2, 4) if seconds > PIECE else size
+            yield rows
+
+    # -- networks -----------------------------------------------------------------------------------------------------
+
+    def _vocabulary(self) -> Tensor | None:
+        """The likeliest tokens, int32 [V'], rising; None: all."""
+        if len(self.counts) <= VOCABULARY:
+            return None
+        return self.counts.topk(VOCABULARY).indices.sort().values.int()
+
+    def _network(self, found: Sequence[Tensor]) -> M2R2:
+        """The network with these projections, each [F + 1, D]."""
+        with torch.device("meta"):
+            network = M2R2(self.path, self.target, self.vocabulary)
+        tensors = {} if self.vocabulary is None else {"draft_vocab": self.vocabulary}
+        for index, each in enumerate(found):
+            tensors |= {f"projections.{index}.weight": each[:-1].T.contiguous(), f"projections.{index}.bias": each[-1]}
+        network.load_state_dict(tensors, assign=True)
+        network.freeze(self.target)
+        return network

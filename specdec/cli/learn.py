@@ -1,0 +1,137 @@
+"""``specdec learn``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from specdec.base import terminal
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import say
+from specdec.cli import shared
+from specdec.models.catalogue import DEFAULT_MODEL
+
+
+class _ModelFirst(TyperGroup):
+    """``learn MODEL`` is ``learn ahead MODEL``."""
+
+    def parse_args(self, context: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["ahead", *args]
+        return super().parse_args(context, args)  # type: ignore[arg-type]
+
+
+app = typer.Typer(cls=_ModelFirst, no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Drafters that teach themselves: what they know, and teaching them ahead of time ('specdec learn MODEL')."""
+
+
+@app.command("ahead", epilog="Example: specdec learn my-model --prompts prompts.jsonl --minutes 10")
+def ahead(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hugging Face id, folder or GGUF file.")],
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="Prompts to answer first, as in bench; default: none.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long to learn.")] = 3.0,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    runtime: shared.Runtime = "auto",  # type: ignore[assignment]
+) -> None:
+    """Teach a model's drafter ahead of time, with conversations that the model makes up. The same as learn MODEL."""
+    with terminal.status(f"preparing {model}"):
+        terminal.warn_in_lines()
+        from specdec.api.decoder import SpecDecoder
+        from specdec.api.priming import prime
+        from specdec.bench.prompts import load_prompts
+
+        given = [] if prompts is None else [each.turns[0] for each in load_prompts(prompts).conversations]
+        how = {"dtype": dtype, "device": device, "runtime": runtime}
+        decoder = SpecDecoder.from_pretrained(model, learn=False, **how)  # type: ignore[arg-type]
+    with terminal.Bar("learn", "") as bar:
+        found = prime(decoder, given, 60 * minutes, bar)
+    say(
+        f"learned from {found.tokens:,} tokens; tokens a step on held-out questions: {found.before:.2f} before, "
+        f"{found.after:.2f} after"
+    )
+
+
+@app.command("status", epilog="Example: specdec learn status --json")
+def status(as_json: shared.JsonLine = False) -> None:
+    """What was learned for each model: from how many tokens, since when, and how well drafts agree."""
+    from specdec.drafters import learned
+
+    found = learned.all_progress()
+    if as_json:
+        shared.print_json([{"file": str(path), **(asdict(each) if each else {})} for path, each in found])
+        return
+    if not found:
+        say(f"nothing was learned yet; files would be in {learned.folder()}")
+        return
+    rows = list[tuple[str, ...]]()
+    for path, each in found:
+        size = terminal.megabytes(path.stat().st_size)
+        if each is None:
+            rows.append((path.name, "cannot be read; 'specdec learn reset' removes it", "", "", "", size))
+            continue
+        shares = [share for _, share in each.agreement]
+        latest = f"{100 * shares[-1]:.0f} %" if shares else "no fit yet"
+        rows.append((Path(each.model).name, f"{each.tokens:,}", each.since, latest, sparkline(shares), size))
+    terminal.print_table(("model", "tokens", "since", "first drafts right", "over time", "size"), rows)
+
+
+@app.command("reset", epilog="Example: specdec learn reset my-model")
+def reset(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Only this model; default: all.")] = None,
+) -> None:
+    """Forget what was learned."""
+    from specdec.drafters import learned
+
+    found = [path for path, each in learned.all_progress() if model is None or (each and _is(each.model, model))]
+    if model is not None and not found:
+        raise SpecDecError(f"nothing was learned for '{model}'; see 'specdec learn status'")
+    for path in found:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise SpecDecError(f"cannot delete '{path}': {error.strerror or error}") from None
+    say(f"forgot what was learned for {len(found)} model{'' if len(found) == 1 else 's'}")
+
+
+@app.command("export", epilog="Example: specdec learn export my-drafter --model my-model")
+def export(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the drafter.")],
+    model: shared.Model = DEFAULT_MODEL,
+) -> None:
+    """Write what was learned as an ordinary drafter folder, for --drafter DIR and 'specdec push'."""
+    with terminal.status(f"preparing {model}"):
+        from specdec.api.decoder import SpecDecoder
+        from specdec.drafters.m2r2 import M2R2Drafter
+        from specdec.models import drafter_folder, source
+
+        decoder = SpecDecoder.from_pretrained(model, "none", learn=False)
+        drafter = M2R2Drafter.load(decoder.target)
+        if drafter.learner is None or not drafter.learner.progress.fits:
+            raise SpecDecError(f"nothing that drafts was learned for '{model}' yet; specdec learn {model} does so now")
+        base = drafter_folder.describe_base(decoder.target, source.public_name(model))
+    config = {"drafter": "m2r2", "path": drafter.network.path.to_json(), "base": base}
+    drafter_folder.write(output, config, dict(drafter.network.state_dict()), "int8")
+    say(f"written to {output}; use it with --drafter {output}")
+
+
+def _is(name: str, model: str) -> bool:
+    """Whether the kept ``name`` of a model is the one that the user means: a path, or its last part."""
+    return model in (name, Path(name).name) or Path(name).name == Path(model).name
+
+
+def sparkline(values: list[float]) -> str:
+    """``▁▃▅▇``: at most 16 of the values, from 0 to the largest."""
+    shown = values[:: max(-(-len(values) // 16), 1)]
+    most = max(shown, default=0) or 1
+    return "".join("▁▂▃▄▅▆▇█"[min(int(8 * value / most), 7)] for value in shown)

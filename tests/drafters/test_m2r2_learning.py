@@ -1,0 +1,386 @@
+"""M2R2 that teaches itself: what it sees, when a fit serves, that texts stay those of plain decoding, what it keeps."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+from transformers import PreTrainedModel
+
+from specdec import SpecDecError, SpecDecoder
+from specdec.base.errors import SpecDecWarning
+from specdec.drafters import learned, m2r2_learning
+from specdec.drafters.m2r2_learning import Learner, Text, learned_path, why_not
+from specdec.drafters.m2r2_network import Carry
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.ridge import Sums
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Pass, Target
+from specdec.verifiers.exact import ExactVerifier
+
+pytestmark = pytest.mark.filterwarnings("error::specdec.base.errors.SpecDecWarning")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fits after few tokens, kept in a folder of the test."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50, "RIDGE": 1.0, "HELD_OUT": 4}.items():
+        monkeypatch.setattr(m2r2_learning, name, value)
+
+
+@pytest.fixture
+def target(llama: PreTrainedModel) -> Target:
+    return ReferenceTarget(llama)
+
+
+def texts(target: Target, count: int, length: int = 24, seed: int = 0) -> list[Text]:
+    """Greedy texts after random prompts."""
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0))
+    rng = random.Random(seed)
+    rows = [Request([rng.randrange(3, target.vocab_size) for _ in range(4)], length) for _ in range(count)]
+    for row in rows:
+        engine.enqueue(row)
+    for _ in engine.steps():
+        pass
+    return [Text(row.ids, 4) for row in rows]
+
+
+def taught(target: Target, count: int = 24, seed: int = 0) -> Learner:
+    learner = Learner(target)
+    for text in texts(target, count, seed=seed):
+        learner.add(text.ids, text.start)
+        while learner.work():
+            pass
+    return learner
+
+
+# --- what it sees of a text ------------------------------------------------------------------------------------------
+
+
+def test_sums_solve_the_ridge_regression_of_all_rows_at_their_weights() -> None:
+    torch.manual_seed(0)
+    x, y, sums = torch.randn(400, 150), torch.randn(400, 7), Sums(150, 7)
+    for at in range(0, 400, 37):
+        sums.add(x[at : at + 37], y[at : at + 37])
+    *_, found = sums.solve(3.0, [(x[:20], y[:20], 4.0)])
+    weights = torch.ones(400, dtype=torch.double)
+    weights[:20] = 5
+    rows = torch.cat((x, torch.ones(400, 1)), 1).double()
+    system = (rows * weights[:, None]).T @ rows + 3 * torch.eye(151, dtype=torch.double)
+    exact = torch.linalg.solve(system, (rows * weights[:, None]).T @ y.double())
+    assert found is not None and torch.allclose(found.double(), exact, atol=1e-5) and sums.rows == 400
+
+
+@torch.inference_mode()
+def rows_of_drafting(learner: Learner, text: Text) -> Iterator[tuple[torch.Tensor, ...]]:
+    """For each token after which the model chose: the states that drafting after it sees, token by token."""
+    target, [(lo, _)], network = learner.target, learner.path.segments, learner.network
+    for at in range(text.start - 1, len(text.ids) - 1):
+        cache, positions = target.new_cache(), torch.arange(at)[None]
+        embedded = target.embed(torch.tensor([text.ids[:at]]), positions)
+        taps = {lo: embedded, target.num_layers: embedded}
+        target.layers(embedded, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache, taps))
+        cache.commit([range(at)])
+        before = Carry(taps[target.num_layers][:, -1:], [taps[lo][:, -1:]])
+        place = torch.tensor([[at]])
+        own = target.embed(torch.tensor([[text.ids[at]]]), place)
+        x = network.project(0, own, before)
+        end, _ = network.run_segment(target, 0, x, place, cache.mask(lo, place), cache)
+        yield own[0, 0], before.final[0, 0], before.inputs[0][0, 0], end[0, 0]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["pieces of 4", "growing pieces"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, seconds: float) -> None:  # type: ignore[no-untyped-def]
+    target = ReferenceTarget(tiny_model(kind))
+    learner = taught(target, 12)
+    monkeypatch.setattr(m2r2_learning, "PIECE", seconds)
+    text = texts(target, 1, length=30, seed=5)[0]
+    with torch.inference_mode():
+        found = [rows for rows in learner._replay(text, [learner.network]) if rows is not None]
+    assert [token for rows in found for token in rows.following] == text.ids[text.start :]
+    seen = [
+        (rows.embedded[n], rows.carry.final[n], rows.carry.inputs[0][n], rows.ends[0][n])
+        for rows in found
+        for n in range(len(rows.following))
+    ]
+    for one, other in zip(seen, rows_of_drafting(learner, text), strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+
+
+def test_only_the_end_of_a_long_prompt_is_run_again() -> None:
+    text = Text.of(list(range(3000)), 2000)
+    assert text.ids[: text.start] == list(range(2000 - m2r2_learning.CONTEXT, 2000))
+    assert len(text.ids) == m2r2_learning.LONGEST
+
+
+# --- when a fit serves -----------------------------------------------------------------------------------------------
+
+
+def test_it_learns_to_draft_what_the_model_writes(target: Target) -> None:
+    learner = taught(target, 60)
+    assert learner.progress.fits >= 2 and learner.progress.agreement[-1][1] > 0.3
+    tokens = [tokens for tokens, _ in learner.progress.agreement]
+    assert tokens == sorted(tokens)
+
+
+def test_a_fit_that_agrees_less_on_held_out_texts_does_not_serve(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    learner = taught(target, 30)
+    network, fits = learner.network, learner.progress.fits
+    solved = Learner._solved
+    monkeypatch.setattr(Learner, "_solved", staticmethod(lambda pieces: (yield from zeros(solved(pieces)))))
+
+    def zeros(pieces):  # type: ignore[no-untyped-def]
+        return torch.zeros_like((yield from pieces))
+
+    for text in texts(target, 12, seed=9):
+        learner.add(text.ids, text.start)
+        while learner.work():
+            pass
+    assert learner.network is network and learner.progress.fits == fits
+
+
+def test_held_out_texts_are_not_learned_from(target: Target) -> None:
+    learner, seen = Learner(target), list[int]()
+    read = texts(target, 8)
+    for text in read:
+        learner.add(text.ids, text.start)
+        while learner.work():
+            pass
+        seen.append(learner.progress.tokens)
+    assert seen[0] == 0 and seen[4] == seen[3]  # the first of each four
+    assert list(learner.held) == [read[0], read[4]]
+
+
+def test_the_latest_texts_count_more_where_that_helps(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    weights = list[float]()
+    solve = Sums.solve
+
+    def watched(self, ridge, more=()):  # type: ignore[no-untyped-def]
+        more = list(more)
+        weights.extend(weight for _, _, weight in more)
+        return solve(self, ridge, more)
+
+    monkeypatch.setattr(Sums, "solve", watched)
+    taught(target, 30)
+    assert set(weights) == {m2r2_learning.WEIGHT - 1}
+
+
+# --- texts stay those of plain decoding ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafter", ["m2r2", "ngram+m2r2"])
+def test_texts_are_those_of_plain_decoding_while_fits_are_swapped_in(llama, drafter: str, temperature: float) -> None:  # type: ignore[no-untyped-def]
+    plain = SpecDecoder(llama, drafter="none", learn=False)
+    taught_by_itself = plain.with_drafter(drafter)
+    how = {"max_new_tokens": 60, "temperature": temperature, "seed": 3}
+    versions = set[int]()
+    for number in range(12):
+        prompt = [5 + number, 7, 9]
+        expected = plain.generate(prompt, **how).token_ids
+        with taught_by_itself.open([prompt], num_speculative_tokens=3, **how) as generation:
+            for _ in generation.steps():
+                for _ in range(8):
+                    taught_by_itself.drafter.learn()
+                versions.add(taught_by_itself.drafter.version)
+        assert generation.outputs()[0].token_ids == expected
+    assert len(versions) > 2
+
+
+def test_a_drafter_that_knows_nothing_drafts_nothing(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, drafter="m2r2", learn=False)
+    out = decoder.generate([5, 6, 7], max_new_tokens=40)
+    assert out.metrics.num_draft_tokens == 0
+
+
+def test_a_state_that_is_not_finite_ends_learning_not_requests(llama: PreTrainedModel, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    decoder = SpecDecoder(llama, drafter="m2r2", runtime="reference")
+    decoder.learning = False
+    expected = decoder.generate([5, 6, 7], max_new_tokens=20).token_ids
+    embed = ReferenceTarget.embed
+    nan = lambda *args: embed(*args) * float("nan")  # noqa: E731
+    with monkeypatch.context() as broken, pytest.warns(SpecDecWarning, match="learns no more: a state is not finite"):
+        for number in range(2):
+            decoder.generate([5, 6, 8 + number], max_new_tokens=20)
+        broken.setattr(ReferenceTarget, "embed", nan)
+        decoder.learn()
+    assert decoder.generate([5, 6, 7], max_new_tokens=20).token_ids == expected and not decoder.learn()
+
+
+def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    assert why_not(target) is None
+    monkeypatch.setattr(m2r2_learning, "free_memory", lambda device: 1000)
+    with pytest.raises(SpecDecError, match=r"cannot teach itself: it would need 0\.0 GB of memory"):
+        SpecDecoder(target.model, drafter="m2r2")
+    with pytest.warns(SpecDecWarning, match="no trained drafter is shipped"):
+        assert "m2r2" not in SpecDecoder(target.model, drafter="auto").drafter.label
+
+
+@pytest.mark.parametrize(("layers", "segment"), [(3, (1, 2)), (24, (17, 22)), (28, (19, 25)), (36, (24, 32))])
+def test_the_path_follows_the_depth(layers: int, segment: tuple[int, int]) -> None:
+    path = learned_path(layers)
+    path.check(layers)
+    assert path.segments == (segment,)
+
+
+# --- when it learns --------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, drafter="m2r2")
+    learner = decoder.drafter.learner  # type: ignore[attr-defined]
+    with decoder.engine(num_speculative_tokens=2) as engine:
+        for number in range(6):
+            request = decoder.request([5 + number, 6], max_new_tokens=30)
+            request.learn = number != 3
+            list(engine.submit(request))
+        wait_for(lambda: learner.progress.texts == 5 and not learner.queue and learner.progress.fits)
+    assert decoder.drafter.version
+
+
+def test_a_decoder_learns_between_generations(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, drafter="m2r2")
+    for number in range(5):
+        decoder.generate([5 + number, 6], max_new_tokens=30)
+    wait_for(lambda: decoder.drafter.version)
+    silent = decoder.with_drafter("m2r2")
+    silent.learning = False
+    silent.generate([5, 6], max_new_tokens=30)
+    assert silent.drafter.learner.progress.texts == 0  # type: ignore[attr-defined]
+
+
+def test_measuring_costs_is_not_learned_from(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, drafter="m2r2", learn=False)
+    decoder.generate([5, 6], max_new_tokens=8)  # measures
+    assert [text.ids[:2] for text in decoder.drafter.learner.queue] == [[5, 6]]  # type: ignore[attr-defined]
+
+
+# --- what it keeps ---------------------------------------------------------------------------------------------------
+
+
+def same(one: Learner, other: Learner) -> bool:
+    projections = zip(one.network.projections, other.network.projections, strict=True)
+    return all(torch.equal(a.weight.bfloat16(), b.weight.bfloat16()) for a, b in projections)
+
+
+def test_another_process_goes_on_where_this_one_ended(target: Target) -> None:
+    learner = taught(target, 24)
+    learner.save()
+    learner.store.release()
+    other = Learner(target)
+    assert same(learner, other) and other.progress == learner.progress
+    for _ in range(2):  # the first is held out
+        other.add(list(range(3, 40)), 4)
+        while other.work():
+            pass
+    assert other.progress.tokens == learner.progress.tokens + 33
+    more = [b.gram - a.gram for a, b in zip(learner.sums, other.sums, strict=True)]
+    assert all(abs(float(each[-1, -1]) - 33) < 1e-3 for each in more)  # the rows of the new text
+    assert torch.allclose(more[0], more[0].T, atol=1e-3)
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "another file":
+        path.write_bytes(b"no safetensors file")
+    else:
+        with learned.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata())
+        tensors = load_file(path)
+        if how == "another version":
+            metadata["progress"] = json.dumps(json.loads(metadata["progress"]) | {"version": 99})
+        elif how == "not finite":
+            tensors["fit.0"][0, 0] = float("nan")
+        elif how == "another shape":
+            tensors["fit.1"] = tensors["fit.1"][:-1].contiguous()
+        elif how == "no such token":
+            tensors["vocabulary"][0] = -5
+        elif how == "damaged sums":
+            tensors["gram.0.0"][0, 0] = float("inf")
+        save_file(tensors, path, metadata)
+
+
+HOW = ["truncated", "another file", "another version", "not finite", "another shape", "no such token", "damaged sums"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_file_that_cannot_be_used_makes_learning_start_anew(target: Target, monkeypatch, how: str) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(m2r2_learning, "VOCABULARY", 64)
+    learner = taught(target, 24)
+    learner.save()
+    learner.store.release()
+    damage(learner.store.path, how)
+    with pytest.warns(SpecDecWarning, match="learning starts anew"):
+        other = Learner(target)
+        other.add(list(range(3, 40)), 4)
+        other.add(list(range(3, 40)), 4)
+        while other.work():
+            pass
+    assert other.progress.tokens <= 66 and other.sums[0].rows <= 66
+
+
+def test_one_process_at_a_time_writes(target: Target) -> None:
+    first = taught(target, 12)
+    kept = first.store.path.read_bytes()
+    assert first.store.writes
+    with pytest.warns(SpecDecWarning, match="another process learns for this model"):
+        second = taught(target, 12, seed=1)
+    assert not second.store.writes and second.progress.tokens
+    second.save()
+    assert first.store.path.read_bytes() == kept
+
+
+def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def full(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(learned, "save_file", full)
+    with pytest.warns(SpecDecWarning, match="cannot be kept: No space left"):
+        learner = taught(target, 24)
+        learner.save()
+    assert learner.progress.fits and not list(learner.store.path.parent.glob("*.safetensors"))
+
+
+def test_nothing_of_a_text_is_kept_but_counts(target: Target) -> None:
+    learner = taught(target, 24)
+    learner.save()
+    kept = load_file(learner.store.path)
+    kinds = {name.split(".")[0] for name in kept}
+    assert (
+        kinds <= {"gram", "cross", "fit", "counts", "vocabulary"}
+        and int(kept["counts"].sum()) == learner.progress.tokens
+    )
+    learner.store.release()
+
+
+def test_old_files_make_room(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(learned, "MOST_BYTES", 3000)
+    for number in range(4):
+        store = learned.Store(f"weights {number}", "path")
+        assert store.claim()
+        store.save(learned.Progress(), {"counts": torch.zeros(200)})
+        store.release()
+        time.sleep(0.02)
+    left = {path for path, _ in learned.all_progress()}
+    assert left == {learned.Store(f"weights {n}", "path").path for n in (2, 3)}
