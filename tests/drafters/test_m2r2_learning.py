@@ -21,7 +21,7 @@ from specdec.drafters.m2r2_learning import Learner, Text, learned_path, why_not
 from specdec.drafters.m2r2_network import Carry
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.ridge import Sums
-from specdec.engine.depth import FixedDepth
+from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
@@ -263,9 +263,23 @@ def test_a_decoder_learns_between_generations(llama: PreTrainedModel) -> None:
         decoder.generate([5 + number, 6], max_new_tokens=30)
     wait_for(lambda: decoder.drafter.version)
     silent = decoder.with_drafter("m2r2")
-    silent.learning = False
+    silent.learning, learner = False, silent.drafter.learner  # type: ignore[attr-defined]
+    texts = learner.progress.texts
     silent.generate([5, 6], max_new_tokens=30)
-    assert silent.drafter.learner.progress.texts == 0  # type: ignore[attr-defined]
+    time.sleep(0.1)
+    assert learner.progress.texts == texts and len(learner.queue) == 1
+
+
+def test_what_was_known_of_the_old_drafts_is_forgotten_when_a_fit_serves(llama, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    decoder, forgotten = SpecDecoder(llama, drafter="m2r2", learn=False), list[int]()
+    monkeypatch.setattr(AutoDepth, "forget", lambda self: forgotten.append(decoder.drafter.version))
+    for number in range(12):
+        decoder.generate([5 + number, 6], max_new_tokens=30)
+        with decoder.open([[5, 7]], max_new_tokens=30) as generation:
+            for _ in generation.steps():
+                while decoder.drafter.learn():
+                    pass
+    assert forgotten and forgotten == sorted(set(forgotten)) and forgotten[-1] <= decoder.drafter.version
 
 
 def test_measuring_costs_is_not_learned_from(llama: PreTrainedModel) -> None:

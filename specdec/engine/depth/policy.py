@@ -148,6 +148,9 @@ class FixedDepth:
     def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
         return self.choice
 
+    def forget(self) -> None:
+        pass
+
     def observe(self, step: StepReport) -> None:
         pass
 
