@@ -15,7 +15,10 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+from matplotlib.figure import Figure
 
 from specdec.api.decoder import SpecDecoder
 from specdec.base import inputs
@@ -52,6 +55,21 @@ def measured(decoders: dict[str, SpecDecoder], prompts: list[str], limit: int, s
     }
 
 
+def draw(curve: list[dict[str, Any]], path: Path) -> None:
+    """The speed over plain decoding by the tokens learned from."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in DRAFTERS[1:]:
+        axes.plot(
+            [stage["tokens"] for stage in curve], [stage[name]["over plain"] for stage in curve], "o-", label=name
+        )
+    axes.set_xscale("symlog", linthresh=1000)
+    axes.set_xlabel("tokens learned from")
+    axes.set_ylabel("x plain decoding, median of prompts")
+    axes.legend()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -62,7 +80,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="0,1000,2000,4000,8000,16000,32000,64000,100000")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    stages, curve = [int(n) for n in args.tokens.split(",")], list[dict[str, object]]()
+    stages, curve = [int(n) for n in args.tokens.split(",")], list[dict[str, Any]]()
     conversations = evenly_spaced(load_prompts(args.prompts).conversations, args.limit)
     prompts = [conversation.turns[0] for conversation in conversations]
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(learned, "folder", lambda: Path(folder)):
@@ -71,10 +89,14 @@ def main() -> None:
         learner = decoders["ngram+m2r2"].drafter.members[1].learner  # type: ignore[attr-defined]
         texts = (inputs.parse_json(line) for _, line in inputs.lines(args.texts))
         for stage in stages:
-            began = time.perf_counter()
+            began, longest = time.perf_counter(), 0.0
             for text in texts:
                 learner.add([*text["prompt_ids"], *text["response_ids"]], len(text["prompt_ids"]))
-                decoders["ngram+m2r2"].learn()
+                more = True
+                while more:
+                    piece = time.perf_counter()
+                    more = decoders["ngram+m2r2"].drafter.learn()
+                    longest = max(longest, time.perf_counter() - piece)
                 if learner.progress.tokens >= stage:
                     break
             learning = time.perf_counter() - began
@@ -82,15 +104,24 @@ def main() -> None:
             found = measured(decoders, prompts, args.max_new_tokens, str(stage))
             learner.queue.clear()  # the held-out prompts are not learned from
             agreement = learner.progress.agreement[-1][1] if learner.progress.agreement else 0.0
-            curve.append({"tokens": learner.progress.tokens, "seconds": learning, "agreement": agreement, **found})
+            curve.append(
+                {
+                    "tokens": learner.progress.tokens,
+                    "seconds": learning,
+                    "longest piece": longest,
+                    "agreement": agreement,
+                    **found,
+                }
+            )
             args.output.mkdir(parents=True, exist_ok=True)
+            draw(curve, args.output / "curve.svg")
             (args.output / "curve.json").write_text(json.dumps(curve, indent=2))
             figures = "; ".join(
                 f"{name} {own['tokens a step']:.2f} a step, {own['over plain']:.2f} x (least {own['least']:.2f})"
                 for name, own in found.items()
             )
-            done = f"{learner.progress.tokens} tokens, {learning:.0f} s, agreement {agreement:.3f}"
-            print(f"{done}: {figures}", flush=True)
+            done = f"{learner.progress.tokens} tokens, {learning:.0f} s, longest piece {longest:.2f} s"
+            print(f"{done}, agreement {agreement:.3f}: {figures}", flush=True)
             if learner.progress.tokens < stage:
                 break
 

@@ -37,7 +37,7 @@ class Progress:
 
     model: its name. path: the draft path.
     tokens: number of tokens learned from. texts: number of texts, those held out included.
-    fits: number of fits that have served.
+    fitted: tokens at the last fit. fits: number of fits that have served.
     since: the first day.
     agreement: for each fit that served, the tokens learned from and the share of the model's tokens on held-out texts.
     """
@@ -46,6 +46,7 @@ class Progress:
     path: str = ""
     tokens: NonNegativeInt = 0
     texts: NonNegativeInt = 0
+    fitted: NonNegativeInt = 0
     fits: NonNegativeInt = 0
     since: str = field(default_factory=lambda: datetime.date.today().isoformat())
     agreement: list[tuple[NonNegativeInt, Annotated[float, Field(ge=0, le=1)]]] = field(default_factory=list)

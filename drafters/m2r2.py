@@ -140,8 +140,8 @@ class M2R2Drafter(ChainDrafter):
             self.learner.save()
 
     def _knows_nothing(self, state: State) -> bool:
-        """Whether no fit serves yet. Where a depth is fixed, it drafts all the same: costs are measured so."""
-        return self.learner is not None and not self.learner.progress.fits and state.prices is not None
+        """Whether no fit serves yet."""
+        return self.learner is not None and not self.learner.progress.fits and not state.measuring
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
         if self._knows_nothing(state):

@@ -14,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ FIRST, EVERY, SHARE = 1000, 500, 16  # tokens before the first fit; between two:
 HELD_OUT, HELD = 8, 4  # one text of so many is held out; number of these that fits are compared on
 RECENT, WEIGHT = 2000, 5.0  # number of latest tokens, and how many times a fit may count them
 CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
-WAITING = 64  # maximum number of texts that wait
+WAITING, SAVED = 64, 8  # maximum number of texts that wait; number of texts after which all is kept
 VOCABULARY = 8192  # tokens that are drafted
 PIECE = 0.05  # seconds that a piece of work should take
 LARGEST = 128  # maximum tokens of a piece
@@ -120,7 +121,7 @@ class Learner:
         self.sums: list[Sums] = []  # made by the first piece of work
         self.recent = deque[Rows]()
         self.first: list[Text] = []  # texts before the first fit, which are run again after it
-        self.fitted = self.counted = 0  # tokens at the last fit, and when the vocabulary was chosen
+        self.counted = 0  # tokens when the vocabulary was chosen
         self.ready = False  # whether ``network`` has a first projection
         self._work: Iterator[None] | None = None
         self._restore()
@@ -143,8 +144,8 @@ class Learner:
                     raise SpecDecError(f"'{self.store.path}' is not complete")
                 found, self.counts = [kept["fit.0"].float(), kept["fit.1"].float()], kept["counts"].long()
                 self.vocabulary = kept.get("vocabulary")
-                self.progress, self.ready = progress, progress.fits > 0
-                self.fitted = self.counted = self.saved = progress.tokens
+                self.progress, self.ready = progress, bool(found[0].any())
+                self.counted, self.saved = progress.tokens, progress.texts
         except SpecDecError as error:
             warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
         self.network = self.basis = self._network(found)
@@ -181,18 +182,21 @@ class Learner:
 
     def _next(self) -> Iterator[None] | None:
         """The work to do next."""
-        new = self.progress.tokens - self.fitted
+        progress = self.progress
         if not self.sums:
             return self._open() if self.queue else None
-        if self.progress.tokens >= FIRST and new >= max(EVERY, self.progress.tokens // SHARE):
-            return self._fit() if self.ready else self._begin()
+        due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= max(EVERY, progress.tokens // SHARE)
+        if due and not self.ready:
+            return self._begin()
+        if due and self.sums[1].rows >= FIRST / 2 and (self.held or self.queue):  # texts to compare fits on
+            return self._fit()
         if self.queue:
             return self._read(self.queue.popleft())
-        return self._save() if self.store.writes and self.progress.tokens - self.saved >= EVERY else None
+        return self._save() if self.store.writes and progress.texts - self.saved >= SAVED else None
 
     def save(self) -> None:
         """Keep what was learned since the last time, if this process may."""
-        if self.store.writes and self.progress.tokens > self.saved:
+        if self.store.writes and self.progress.texts > self.saved:
             self._write()
 
     # -- pieces of work -----------------------------------------------------------------------------------------------
@@ -221,7 +225,7 @@ class Learner:
                 warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
                 sums = [Sums(outer - 1, inner) for outer, inner in self._shapes()]
                 self.progress = Progress(self.progress.model, self.progress.path, fits=self.progress.fits)
-                self.fitted = self.counted = self.saved = 0
+                self.counted = self.saved = 0
         if not writes:
             why = "another process learns for this model, or the cache folder cannot be written"
             warnings.warn(f"{why}: what this one learns is not kept", SpecDecWarning, stacklevel=2)
@@ -247,7 +251,7 @@ class Learner:
         except OSError as error:
             self.store.release()
             warnings.warn(f"what was learned cannot be kept: {one_line(error)}", SpecDecWarning, stacklevel=2)
-        self.saved = self.progress.tokens
+        self.saved = self.progress.texts
 
     def _read(self, text: Text) -> Iterator[None]:
         """Add a text to the sums, or hold it out."""
@@ -284,16 +288,13 @@ class Learner:
                 if rows is not None:
                     self._add(rows, 1)
                 yield
-        self.fitted = self.progress.tokens
-        if self.sums[1].rows >= FIRST / 2:  # else the texts were those of an earlier process
-            yield from self._fit()
 
     def _fit(self) -> Iterator[None]:
         """Fit both projections, and let the best one of the fits and the last one serve."""
         tokens = self.progress.tokens
         # The second projection sees what the first makes, which was worse then: a row counts as much as was known.
-        self.sums[1].scale(self.fitted / tokens)
-        self.fitted = tokens
+        self.sums[1].scale((self.progress.fitted or tokens) / tokens)
+        self.progress.fitted = tokens
         if tokens >= 2 * self.counted:
             self.vocabulary, self.counted = self._vocabulary(), tokens
         networks = [self.network]
@@ -314,11 +315,11 @@ class Learner:
             self.progress.agreement.append((tokens, shares[best or 1]))
 
     def _agreement(self, networks: Sequence[M2R2]) -> Generator[None, None, list[float]]:
-        """The share of the model's tokens on the held-out texts that each network drafts first."""
+        """The share of the model's tokens that each network drafts first, on texts that nothing was learned from."""
         hits, total = [0] * len(networks), 0
         vocabularies = [None if each.draft_vocab is None else each.draft_vocab.long() for each in networks]
         heads = [None if each is None else self.target.reduced_head(each) for each in vocabularies]
-        for text in self.held:
+        for text in [*self.held, *islice(self.queue, max(HELD - len(self.held), 0))]:
             for rows in self._replay(text, networks):
                 if rows is not None:
                     total += len(rows.following)

@@ -417,14 +417,14 @@ def test_a_real_local_ray_with_two_workers_measures_the_same_cells(sweep, grid: 
     pytest.importorskip("ray")
     more = "resources: {cpus: 1, workers: 2}\n"
     grid.write_text(grid.read_text() + more)
-    changes = ["drafter=prompt-lookup,m2r2", "repetitions=3"]
+    changes = ["drafter=prompt-lookup,medusa", "repetitions=3"]
     outcome = sweep(*changes, "--launcher", "ray", output="ray")
-    assert outcome.exit_code == 1, outcome.output  # m2r2 fails to load: in its cells alone
+    assert outcome.exit_code == 1, outcome.output  # medusa fails to load: in its cells alone
     records = Store(tmp_path / "ray").records()
     assert "4 of 6 cells are done, 2 failed" in outcome.stderr and len(records) == 6
     good = {key: record for key, record in records.items() if "error" not in record}
     assert len({record["worker"] for record in good.values()}) == 2
-    assert {r["cell"]["drafter"] for r in records.values() if "error" in r} == {"m2r2"}
+    assert {r["cell"]["drafter"] for r in records.values() if "error" in r} == {"medusa"}
     sweep(*changes, output="here")
     for key, record in Store(tmp_path / "here").records().items():
         if "error" in record:

@@ -236,13 +236,11 @@ def test_compare_replays_with_the_repetition_penalty(run, monkeypatch: pytest.Mo
     assert result.exit_code == 1 and "FAULT" in result.stderr
 
 
-def test_without_a_shipped_drafter_ngram_drafts_and_a_note_says_so(run) -> None:
+def test_without_a_shipped_drafter_ngram_drafts_and_m2r2_teaches_itself(run) -> None:
     result = run("hello", "--drafter", "auto")
-    assert result.exit_code == 0
-    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
-    assert "ngram drafts; to train one: specdec train m2r2 --model" in note
+    assert result.exit_code == 0 and "note: " not in result.stderr
     found = json.loads(run("hello", "--drafter", "auto", "--json").stdout)
-    assert found["drafter"] == "ngram" and found["device"] == "cpu"
+    assert found["drafter"] == "ngram+m2r2" and found["device"] == "cpu"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -258,7 +256,7 @@ BAD = {
     "drafter option that is no YAML": (["x", "--drafter-option", "a=["], "takes KEY=VALUE"),
     "no draft model": (["x", "--drafter", "draft-model"], "name it: draft-model=NAME"),
     "drafter folder without files": (["x", "--drafter", "."], "config.json is missing"),
-    "no drafter shipped": (["x", "--drafter", "m2r2"], "specdec train m2r2"),
+    "no drafter shipped": (["x", "--drafter", "medusa"], "specdec train medusa"),
     "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
     "mistyped model": (["x", "--model", "smollm2-135m-instrukt"], "did you mean 'smollm2-135m-instruct'?"),
     "empty prompt": (["  "], "the prompt is empty"),

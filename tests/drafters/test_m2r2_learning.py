@@ -151,6 +151,26 @@ def test_a_fit_that_agrees_less_on_held_out_texts_does_not_serve(target: Target,
     assert learner.network is network and learner.progress.fits == fits
 
 
+def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(target: Target) -> None:
+    compared = list[list[Text]]()
+    for number, text in enumerate(texts(target, 30)):
+        learner = Learner(target)  # as ``specdec generate`` does
+        replay = learner._replay
+
+        def watched(seen, networks, replay=replay, text=text):  # type: ignore[no-untyped-def]
+            compared.extend([[seen, text]] * (len(networks) > 1))
+            return replay(seen, networks)
+
+        learner._replay = watched  # type: ignore[method-assign]
+        learner.add(text.ids, text.start)
+        while learner.work():
+            pass
+        learner.save()
+        learner.store.release()
+        assert learner.progress.texts == number + 1
+    assert learner.progress.fits and compared and all(one == other for one, other in compared)
+
+
 def test_held_out_texts_are_not_learned_from(target: Target) -> None:
     learner, seen = Learner(target), list[int]()
     read = texts(target, 8)
@@ -201,8 +221,11 @@ def test_texts_are_those_of_plain_decoding_while_fits_are_swapped_in(llama, draf
 
 def test_a_drafter_that_knows_nothing_drafts_nothing(llama: PreTrainedModel) -> None:
     decoder = SpecDecoder(llama, drafter="m2r2", learn=False)
-    out = decoder.generate([5, 6, 7], max_new_tokens=40)
-    assert out.metrics.num_draft_tokens == 0
+    for depth in ("auto", 3):
+        out = decoder.generate([5, 6, 7], max_new_tokens=40, num_speculative_tokens=depth)
+        assert out.metrics.num_draft_tokens == 0
+    policy = decoder._auto
+    assert policy is not None and policy.model.table.drafts[-1][0] > 0  # what drafting will cost is measured
 
 
 def test_a_state_that_is_not_finite_ends_learning_not_requests(llama: PreTrainedModel, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -296,10 +319,11 @@ def same(one: Learner, other: Learner) -> bool:
     return all(torch.equal(a.weight.bfloat16(), b.weight.bfloat16()) for a, b in projections)
 
 
-def test_another_process_goes_on_where_this_one_ended(target: Target) -> None:
+def test_another_process_goes_on_where_this_one_ended(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     learner = taught(target, 24)
     learner.save()
     learner.store.release()
+    monkeypatch.setattr(m2r2_learning, "EVERY", 10**6)  # a fit would scale the sums
     other = Learner(target)
     assert same(learner, other) and other.progress == learner.progress
     for _ in range(2):  # the first is held out

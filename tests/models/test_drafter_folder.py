@@ -181,8 +181,8 @@ def test_a_drafter_for_other_weights_is_refused_with_both_fingerprints(folder: P
 
 
 def test_unshipped_models_get_the_training_command() -> None:
-    with pytest.raises(SpecDecError, match="specdec train m2r2 --model"):
-        SpecDecoder(tiny_model(), drafter="m2r2")
+    with pytest.raises(SpecDecError, match="specdec train medusa --model"):
+        SpecDecoder(tiny_model(), drafter="medusa")
 
 
 def test_unknown_names_and_missing_folders(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from specdec.engine.request import Event, Request
 SLOW = ("README", "CONTRIBUTING", "choose-a-drafter", "measure", "train-a-drafter")
 PARSED = [*sorted(ROOT.glob("docs/lab/*.md")), *sorted(ROOT.glob("drafters/**/README.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-NEEDS = ("a network", "a trained head", "Ray", "other engines", "gigabytes")  # what a title may say: "needs ..."
+# What a title may say: "needs ...".
+NEEDS = ("a network", "a trained head", "Ray", "other engines", "gigabytes", "minutes")
 ELSEWHERE = {"serve", "chat", "push"}  # commands that do not end or publish: their own tests run them
 # What a page's own words are cut to: the last of an option counts.
 SHORT = {
@@ -70,6 +71,8 @@ def parse(arguments: list[str]) -> str:
     command: Any = typer.main.get_command(cli.app)
     first, rest = arguments[0], list(arguments)
     while hasattr(command, "commands"):
+        if first == "learn" and rest[0] not in command.commands:  # learn MODEL
+            rest.insert(0, "ahead")
         assert rest and rest[0] in command.commands, f"there is no command {' '.join(arguments)}"
         command, rest = command.commands[rest[0]], rest[1:]
     command.make_context(first, rest)

@@ -124,9 +124,15 @@ def _pass(target: Target, cache: KVCache, start: int, count: int) -> None:
     target.choose(target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache)))
 
 
+def _engine(target: Target, drafter: Drafter, verifier: Verifier, depth: FixedDepth) -> Engine:
+    engine = Engine(target, drafter, verifier, depth)
+    engine.batch.state.measuring = True
+    return engine
+
+
 def warm_up(target: Target, drafter: Drafter, verifier: Verifier) -> None:
     """Draft once. What a runtime makes at the first draft can take seconds, which no step of a request should."""
-    engine = Engine(target, drafter, verifier, FixedDepth(1))
+    engine = _engine(target, drafter, verifier, FixedDepth(1))
     engine.submit(Request([0, 0], 3, learn=False))
     for _ in engine.steps():
         pass
@@ -136,7 +142,7 @@ def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, depth: i
     """The least seconds per drafted token in the steps of a short generation; 0 if nothing is drafted."""
     prompt = [(7 * i) % target.vocab_size for i in range(min(CONTEXT, target.context // 2))]
     request = Request(prompt, min(8 * depth, target.context - len(prompt)), learn=False)
-    engine = Engine(target, drafter, verifier, FixedDepth(depth, exit))
+    engine = _engine(target, drafter, verifier, FixedDepth(depth, exit))
     engine.submit(request)
     spent = [engine.ledger.seconds.get("draft", 0.0) for _ in engine.steps()]  # after the prefill, and after each step
     steps = list(zip(pairwise(spent), request.metrics.per_step_drafted, strict=True))

@@ -1,0 +1,87 @@
+"""``specdec learn``: ahead of time, what was learned, and what becomes of it."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+from specdec import SpecDecoder, cli
+from specdec.cli.learn import sparkline
+from specdec.drafters import learned, m2r2_learning
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50, "RIDGE": 1.0}.items():
+        monkeypatch.setattr(m2r2_learning, name, value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "tiny", context=512)
+
+
+def run(*args: str, code: int = 0) -> tuple[str, str]:
+    gc.collect()  # decoders of earlier commands, which would be other processes
+    result = CliRunner().invoke(cli.app, ["learn", *args])
+    assert result.exit_code == code, result.output
+    return result.stdout, " ".join(result.stderr.split())
+
+
+def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(folder: Path, tmp_path: Path) -> None:
+    assert "nothing was learned yet" in run("status")[1]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one two three\nfour five six\n")
+    said = run(str(folder), "--minutes", "0.05", "--prompts", str(prompts), "--runtime", "reference")[1]
+    assert "tokens; tokens a step on held-out questions: " in said and "learned from 0 tokens" not in said
+    [kept] = json.loads(run("status", "--json")[0])
+    assert kept["tokens"] >= 60 and kept["fits"] >= 1 and kept["agreement"] and Path(kept["model"]) == folder
+    row = run("status")[0].splitlines()[1].split("\t")
+    assert row[0] == "tiny" and row[1] == f"{kept['tokens']:,}" and row[3].endswith(" %")
+    run("export", str(tmp_path / "out"), "--model", str(folder))
+    decoder = SpecDecoder.from_pretrained(folder, str(tmp_path / "out"), runtime="reference")
+    assert not decoder.drafter.learns
+    again = decoder.with_drafter("m2r2")
+    prompt, how = [5, 6, 7], {"max_new_tokens": 40, "num_speculative_tokens": 4}
+    exported, own = (each.generate(prompt, **how).metrics for each in (decoder, again))  # type: ignore[arg-type]
+    assert exported.per_step_accepted == own.per_step_accepted and sum(own.per_step_drafted) > 0
+    assert "nothing was learned for 'another'" in run("reset", "another", code=2)[1]
+    assert "forgot what was learned for 1 model" in run("reset", str(folder))[1]
+    assert not learned.all_progress()
+
+
+def test_a_file_that_cannot_be_read_is_named_and_can_be_removed() -> None:
+    learned.folder().mkdir(parents=True)
+    (learned.folder() / "abc.safetensors").write_bytes(b"nothing")
+    assert "cannot be read; 'specdec learn reset' removes it" in run("status")[0]
+    run("reset")
+    assert not list(learned.folder().glob("*.safetensors"))
+
+
+def test_nothing_to_export(folder: Path, tmp_path: Path) -> None:
+    assert f"nothing that drafts was learned for '{folder}' yet" in run(
+        "export", str(tmp_path / "out"), "--model", str(folder), code=2
+    )[1].replace("\n", " ")
+
+
+def test_generate_learns_after_the_text_unless_told_not_to(folder: Path) -> None:
+    runner = CliRunner()
+    ask = ["generate", "one two", "--model", str(folder), "--runtime", "reference", "--max-new-tokens", "30", "--json"]
+    for number in range(3):
+        assert runner.invoke(cli.app, [*ask, "--seed", str(number), "--no-learn"]).exit_code == 0
+    assert not learned.all_progress()
+    for number in range(3):
+        gc.collect()
+        assert runner.invoke(cli.app, [*ask, "--seed", str(number)]).exit_code == 0
+    [(_, progress)] = learned.all_progress()
+    assert progress is not None and progress.texts >= 2 and progress.tokens > 0
+
+
+def test_a_sparkline_has_at_most_16_marks() -> None:
+    assert sparkline([]) == "" and sparkline([0.1, 0.9]) == "▁█" and len(sparkline([0.5] * 100)) <= 16
