@@ -40,6 +40,7 @@ RECENT, WEIGHT = 2000, 5.0  # number of latest tokens, and how many times a fit 
 CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
 WAITING, SAVED = 64, 8  # maximum number of texts that wait; number of texts after which all is kept
 VOCABULARY = 8192  # tokens that are drafted
+BLOCK = 256  # rows that are added to a system at once
 PIECE = 0.05  # seconds that a piece of work should take
 LARGEST = 128  # maximum tokens of a piece
 SHARE_OF_MEMORY = 4  # the sums may take one part of so many of the free memory
@@ -301,8 +302,7 @@ class Learner:
         for weight in (1.0, WEIGHT) if tokens > 2 * RECENT else (1.0,):
             found = list[Tensor]()
             for index, sums in enumerate(self.sums):
-                rows = self.recent if weight > 1 else ()
-                more = ((*each.products(self.network, index), weight - 1) for each in rows)
+                more = self._recent(index, weight - 1) if weight > 1 else ()
                 found.append((yield from self._solved(sums.solve(RIDGE, more))))
             networks.append(self._network(found))
             yield
@@ -313,6 +313,16 @@ class Learner:
             self.network = networks[best or 1]
             self.progress.fits += 1
             self.progress.agreement.append((tokens, shares[best or 1]))
+
+    def _recent(self, index: int, weight: float) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The latest rows of projection ``index``, about ``BLOCK`` at once."""
+        held = list[tuple[Tensor, Tensor]]()
+        for number, rows in enumerate(self.recent, start=1):
+            held.append(rows.products(self.network, index))
+            if sum(len(x) for x, _ in held) >= BLOCK or number == len(self.recent):
+                x, y = (torch.cat(part) for part in zip(*held, strict=True))
+                yield x, y, weight
+                held = []
 
     def _agreement(self, networks: Sequence[M2R2]) -> Generator[None, None, list[float]]:
         """The share of the model's tokens that each network drafts first, on texts that nothing was learned from."""

@@ -104,7 +104,7 @@ class SpecDecoder:
         verifier_options: Options = None,
         exact: bool = False,
         experts: ExpertOptions | None = None,
-        learn: bool = True,
+        learn: bool = False,
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
             wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"

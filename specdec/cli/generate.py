@@ -37,7 +37,7 @@ _model, _experts, _text, _sampling, _output = map(panel, ("Model", "Experts", "T
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
-    learn: shared.Learn = True,
+    learn: shared.Learn = False,
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     exit_threshold: Annotated[

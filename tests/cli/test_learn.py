@@ -70,15 +70,15 @@ def test_nothing_to_export(folder: Path, tmp_path: Path) -> None:
     )[1].replace("\n", " ")
 
 
-def test_generate_learns_after_the_text_unless_told_not_to(folder: Path) -> None:
+def test_generate_learns_after_the_text_where_told_to(folder: Path) -> None:
     runner = CliRunner()
     ask = ["generate", "one two", "--model", str(folder), "--runtime", "reference", "--max-new-tokens", "30", "--json"]
     for number in range(3):
-        assert runner.invoke(cli.app, [*ask, "--seed", str(number), "--no-learn"]).exit_code == 0
+        assert runner.invoke(cli.app, [*ask, "--seed", str(number)]).exit_code == 0
     assert not learned.all_progress()
     for number in range(3):
         gc.collect()
-        assert runner.invoke(cli.app, [*ask, "--seed", str(number)]).exit_code == 0
+        assert runner.invoke(cli.app, [*ask, "--seed", str(number), "--learn"]).exit_code == 0
     [(_, progress)] = learned.all_progress()
     assert progress is not None and progress.texts >= 2 and progress.tokens > 0
 

@@ -220,7 +220,7 @@ def test_texts_are_those_of_plain_decoding_while_fits_are_swapped_in(llama, draf
 
 
 def test_a_drafter_that_knows_nothing_drafts_nothing(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, drafter="m2r2", learn=False)
+    decoder = SpecDecoder(llama, drafter="m2r2")
     for depth in ("auto", 3):
         out = decoder.generate([5, 6, 7], max_new_tokens=40, num_speculative_tokens=depth)
         assert out.metrics.num_draft_tokens == 0
@@ -269,7 +269,7 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, drafter="m2r2")
+    decoder = SpecDecoder(llama, drafter="m2r2", learn=True)
     learner = decoder.drafter.learner  # type: ignore[attr-defined]
     with decoder.engine(num_speculative_tokens=2) as engine:
         for number in range(6):
@@ -281,7 +281,7 @@ def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama: Pre
 
 
 def test_a_decoder_learns_between_generations(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, drafter="m2r2")
+    decoder = SpecDecoder(llama, drafter="m2r2", learn=True)
     for number in range(5):
         decoder.generate([5 + number, 6], max_new_tokens=30)
     wait_for(lambda: decoder.drafter.version)
@@ -306,7 +306,7 @@ def test_what_was_known_of_the_old_drafts_is_forgotten_when_a_fit_serves(llama, 
 
 
 def test_measuring_costs_is_not_learned_from(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, drafter="m2r2", learn=False)
+    decoder = SpecDecoder(llama, drafter="m2r2")
     decoder.generate([5, 6], max_new_tokens=8)  # measures
     assert [text.ids[:2] for text in decoder.drafter.learner.queue] == [[5, 6]]  # type: ignore[attr-defined]
 
