@@ -259,6 +259,8 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     model = model_of(family, **({} if window is None else {"sliding_window": window}))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(6)  # few near ties
+        for layer in model.model.layers:  # what a token sees of its path matters
+            layer.self_attn.o_proj.weight.mul_(8)
     target = NativeTarget(model, kv_cache=kv_cache)
     cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
     positions = torch.arange(21)[None]
@@ -285,7 +287,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
         assert whole.parents[: limits.width] == [0] * limits.width
         ours, theirs = by_path(whole), by_path(parts)
         common = ours.keys() & theirs.keys()
-        assert max(abs(ours[path] - theirs[path]) for path in common) < 0.3
+        assert max(abs(ours[path] - theirs[path]) for path in common) < 0.12
         total, same = total + len(theirs), same + len(common)
     assert same > 0.75 * total  # near ties may fall either way, and take all behind them along
     # What was committed is as it was.
