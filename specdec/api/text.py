@@ -37,6 +37,8 @@ def encode(
     name: str = "prompt",
     context: int | None = None,
     tools: Sequence[dict[str, Any]] | None = None,
+    template: Mapping[str, Any] | None = None,
+    continue_last: bool = False,
 ) -> list[int]:
     """Token ids of a prompt.
 
@@ -47,7 +49,8 @@ def encode(
     system: a system message before the prompt.
     name: of the prompt, for messages.
     context: the model's context, in tokens; longer text is refused before tokenisation, which may take minutes.
-    tools: for the chat template, in OpenAI's format.
+    tools: for the chat template, in OpenAI's format. template: its other arguments.
+    continue_last: the answer goes on with the last message instead of a new one.
     Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
     """
     if (ids := _given_ids(prompt, name)) is not None:
@@ -68,7 +71,7 @@ def encode(
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return _encode_chat(tokenizer, messages, context, tools)
+    return _encode_chat(tokenizer, messages, context, tools, template or {}, continue_last)
 
 
 def _given_ids(prompt: Any, name: str) -> list[int] | None:
@@ -89,14 +92,22 @@ def _given_ids(prompt: Any, name: str) -> list[int] | None:
     return None
 
 
-def _encode_chat(tokenizer: Any, messages: list[Any], context: int | None, tools: Any) -> list[int]:
+def _encode_chat(
+    tokenizer: Any,
+    messages: list[Any],
+    context: int | None,
+    tools: Any,
+    template: Mapping[str, Any],
+    continue_last: bool,
+) -> list[int]:
     """Token ids of chat messages, rendered by the tokenizer's template."""
     contents = [message.get("content") for message in messages]  # templates may ignore other keys
     _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
-    special = _SpelledTokens(tokenizer, [messages, tools])
-    messages, more = special.hidden(messages), {"tools": special.hidden(tools)} if tools else {}
+    special = _SpelledTokens(tokenizer, [messages, tools, template])
+    how = special.hidden(template) | ({"tools": special.hidden(tools)} if tools else {})
+    how |= {"continue_final_message" if continue_last else "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **more)
+        text = tokenizer.apply_chat_template(special.hidden(messages), tokenize=False, **how)
     except Exception as error:  # a template is the model author's code and may raise any type
         raise SpecDecError(f"the chat template refuses these messages: {error}") from None
     _check_length(tokenizer, len(text), context)
@@ -244,7 +255,7 @@ class Detokenizer:
 
     stop: strings that end the text; they may contain special tokens.
     shown: special tokens to keep in the text.
-    stopped: whether a stop string has come.
+    stopped: the stop string that has come, or None.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
@@ -258,25 +269,25 @@ class Detokenizer:
         self.whole = ""  # the text with the special tokens that stop strings contain
         self.unseen: list[tuple[int, int]] = []  # their positions and lengths in ``whole``
         self.sent = 0  # characters of the text that ``take`` has returned
-        self.stopped = False
+        self.stopped: str | None = None
 
     def push(self, token: int) -> str | None:
         """Add a token; return "stop" if the text ends with it. This is the ``stop`` of a ``Request``."""
         self.ids.append(token)
         if token not in self.special:
             self.window.append(token)
-        elif token in self.matched and not self.stopped:
+        elif token in self.matched and self.stopped is None:
             self._read(complete=False)
             self._extend(self.special[token], seen=self.special[token] in self.shown)
         if self.stop:
             self._read()
-        return "stop" if self.stopped else None
+        return None if self.stopped is None else "stop"
 
     def take(self) -> str:
         if not self.stop:
             self._read()
         hold = max((n for s in self.stop for n in range(1, len(s)) if self.whole.endswith(s[:n])), default=0)
-        return self._send(len(self.text) if self.stopped else self._place(len(self.whole) - hold))
+        return self._send(len(self.text) if self.stopped is not None else self._place(len(self.whole) - hold))
 
     def _read(self, complete: bool = True) -> None:
         if len(self.window) == self.old:
@@ -305,7 +316,7 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The rest of the text, at the end of the output."""
-        if not self.stopped:
+        if self.stopped is None:
             self._read(complete=False)
         return self._send(len(self.text))
 
@@ -319,9 +330,10 @@ class Detokenizer:
             self.text += piece
         else:
             self.unseen.append((old, len(piece)))
-        found = [at for s in self.stop if (at := self.whole.find(s, max(0, old - len(s) + 1))) >= 0]
+        found = [(at, s) for s in self.stop if (at := self.whole.find(s, max(0, old - len(s) + 1))) >= 0]
         if found:
-            self.text, self.stopped = self.text[: self._place(min(found))], True
+            at, self.stopped = min(found)
+            self.text = self.text[: self._place(at)]
 
     def _place(self, place: int) -> int:
         """The position in the text of a position in ``whole``."""

@@ -62,7 +62,7 @@ def serve(
     ] = 1024,
     max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
 ) -> None:
-    """Serve a model over HTTP: OpenAI's interface, a chat page, Prometheus metrics (extra 'serve')."""
+    """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, Prometheus metrics (extra 'serve')."""
     model = loading.model
     with terminal.status("starting"):
         terminal.warn_in_lines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from specdec import __version__
 from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
+from specdec.serve.answer import Answer, Prepared
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, BodyRoute
-from specdec.serve.choice import EventStream, until_disconnect
+from specdec.serve.chat import Chat, Completion, OpenAIAnswer
+from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
 from specdec.serve.errors import ErrorBody, add_handlers
+from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
-from specdec.serve.responses import Chat, Completion, Response
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
 from specdec.serve.settings import ServerSettings
-from specdec.serve.tools import kept_special_tokens
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -53,7 +55,7 @@ def make_app(
             allow_origins=list(settings.cors),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[DRAFTER],
+            expose_headers=[DRAFTER, "request-id", "x-request-id"],
         )
     app.add_middleware(AllowedHosts, settings=settings)
     app.add_middleware(AccessLog, write=write)  # the outermost
@@ -61,16 +63,19 @@ def make_app(
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    run = app.state.reader.run
+    run, name = app.state.reader.run, service.settings.name
+
+    async def ready(request: Request, body: ChatBody) -> tuple[Prepared, list[ResponseChoice]]:
+        """A chat that has been submitted."""
+        service.check_limits(body)
+        made: Prepared = await run(request, service.prepare_chat, body)
+        scope = _cache_scope(request)
+        return made, await run(request, service.submit, [made.prompt], body, made.constraint, made.shown, scope)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
-        service.check_limits(body)
-        tool_format, names, prompt, constraint = await run(request, service.prepare_chat, body)
-        shown = kept_special_tokens(tool_format, constraint is not None)
-        choices = await run(request, service.submit, [prompt], body, constraint, shown, _cache_scope(request))
-        shape = Chat(tool_format, names, not body.allows_several_calls, bool(body.forced_tools))
-        return await _answer(service, request, Response(shape, service.settings.name, choices, body))
+        made, choices = await ready(request, body)
+        return await _answer(service, request, OpenAIAnswer(Chat(made), name, choices, body))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> HTTPResponse:
@@ -78,7 +83,19 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         prompts, texts, constraint = await run(request, service.prepare_completion, body)
         shape = Completion([text for text in texts for _ in range(body.n or 1)])
         choices = await run(request, service.submit, prompts, body, constraint, (), _cache_scope(request))
-        return await _answer(service, request, Response(shape, service.settings.name, choices, body))
+        return await _answer(service, request, OpenAIAnswer(shape, name, choices, body))
+
+    @app.post("/v1/messages")
+    async def messages(body: MessagesBody, request: Request) -> HTTPResponse:
+        chat = await run(request, body.chat)
+        made, choices = await ready(request, chat)
+        return await _answer(service, request, MessagesAnswer(made, name, choices, chat))
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:
+        service.check_model(body.model)
+        ids = await run(request, lambda: service.encode_chat(body.chat()))
+        return JSONResponse({"input_tokens": len(ids)})
 
 
 def _cache_scope(request: Request) -> str | None:
@@ -86,7 +103,7 @@ def _cache_scope(request: Request) -> str | None:
     return getattr(request.state, "caller", None)
 
 
-async def _answer(service: Service, request: Request, response: Response) -> HTTPResponse:
+async def _answer(service: Service, request: Request, response: Answer) -> HTTPResponse:
     """Run ``response`` until it ends or the client disconnects."""
     headers = {DRAFTER: service.drafter_label(response.body)}
 
@@ -128,6 +145,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
         "object": "model",
         "created": service.started,
         "owned_by": "specdec",
+        "type": "model",  # this and the next two are Anthropic's
+        "display_name": service.settings.name,
+        "created_at": datetime.fromtimestamp(service.started, UTC).isoformat(),
         "max_model_len": service.context,
     }
 
@@ -137,7 +157,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        names = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
+        return {"object": "list", "data": [model]} | names
 
     @app.get("/v1/models/{name:path}")
     async def retrieve(name: str) -> dict[str, Any]:

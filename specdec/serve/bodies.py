@@ -48,8 +48,15 @@ class BodyReader:
             self.held -= len(body)
 
     async def run(self, request: Request, function: Callable[..., T], *args: Any) -> T:
-        """Run ``function(*args)``, which works on the body of ``request``, in a thread."""
-        return await self.in_thread(request.state.size > SMALL, function, *args)
+        """Run ``function(*args)``, which works on the body of ``request``, in a thread.
+
+        Raises RequestValidationError in place of pydantic's error.
+        """
+        try:
+            return await self.in_thread(request.state.size > SMALL, function, *args)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_input=False)
+            raise RequestValidationError([each | {"loc": ("body", *each["loc"])} for each in found]) from None
 
     async def in_thread(self, large: bool, function: Callable[..., T], *args: Any) -> T:
         """Run ``function(*args)`` in a thread.
@@ -115,7 +122,7 @@ class _ParsedRequest(Request):
 
 
 def _validated(body: bytearray, model: type[BaseModel]) -> BaseModel:
-    """The body as a ``model``. Raises ApiError or RequestValidationError."""
+    """The body as a ``model``. Raises ApiError or ValidationError."""
     if _containers(body) > MAX_CONTAINERS and _containers(_without_strings(body)) > MAX_CONTAINERS:
         raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects", code="too_large")
     try:
@@ -125,11 +132,7 @@ def _validated(body: bytearray, model: type[BaseModel]) -> BaseModel:
         raise ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
     if not isinstance(given, dict):
         raise ApiError(400, NOT_JSON, code="invalid_json")
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        raise RequestValidationError([each | {"loc": ("body", *each["loc"])} for each in found]) from None
+    return model.model_validate(given)
 
 
 def _containers(json: bytes | bytearray) -> int:

@@ -1,4 +1,4 @@
-"""Errors in the shape of OpenAI's API: a status and ``{"error": {message, type, param, code}}``."""
+"""Errors in the protocol of a path: OpenAI's ``{"error": {message, type, param, code}}``, or Anthropic's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from specdec.base.errors import SpecDecError
 
+ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors begin with it
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER = 1  # seconds
 _FIELD = re.compile(r"[a-z_]+")
@@ -58,24 +68,32 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """The answer to the request of ``scope``. headers: in place of the error's own."""
+        body = self.body()
+        if scope["path"].startswith(ANTHROPIC):
+            body = self.anthropic_body() | {"request_id": scope.get("state", {}).get("request_id")}
+        return JSONResponse(body, self.status, self.headers if headers is None else headers)
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every error of ``app`` in the shape of OpenAI's API."""
+    """Answer every error of ``app``."""
 
     @app.exception_handler(ApiError)
     def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+        return error.response(request.scope)
 
     @app.exception_handler(SpecDecError)
     def specdec_error(request: Request, error: SpecDecError) -> JSONResponse:
-        return ApiError(400, str(error)).response()
+        return ApiError(400, str(error)).response(request.scope)
 
     @app.exception_handler(RequestValidationError)
     def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _from_pydantic(_most_specific(error.errors())).response()
+        return _from_pydantic(_most_specific(error.errors())).response(request.scope)
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -84,11 +102,11 @@ def add_handlers(app: FastAPI) -> None:
             405: f"{request.url.path} does not allow the method {request.method}",
         }
         answer = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
-        return JSONResponse(answer.body(), answer.status, error.headers)
+        return answer.response(request.scope, error.headers)
 
     @app.exception_handler(Exception)
     def unexpected_error(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response()
+        return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response(request.scope)
 
 
 def _most_specific(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

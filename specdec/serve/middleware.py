@@ -7,15 +7,16 @@ import hmac
 import re
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from ipaddress import ip_address
 from urllib.parse import quote
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST
-from specdec.serve.errors import ApiError
+from specdec.serve.errors import ANTHROPIC, ApiError
 from specdec.serve.settings import ServerSettings
 
 PUBLIC = ("/", "/health")  # paths without the key
@@ -23,7 +24,10 @@ UNLOGGED = ("/health", "/metrics")  # paths without a log line
 
 
 class AccessLog:
-    """Writes a line for each request: method, path, status, seconds, and what its endpoint put into ``summary``."""
+    """Writes a line for each request: method, path, status, seconds, id, and what its endpoint put into ``summary``.
+
+    The id is in a header of the answer, too, under its protocol's name.
+    """
 
     def __init__(self, app: ASGIApp, write: Callable[[str], None]) -> None:
         self.app, self.write = app, write
@@ -32,15 +36,18 @@ class AccessLog:
         if scope["type"] != "http" or scope["path"] in UNLOGGED:
             return await self.app(scope, receive, send)
         began, status = time.perf_counter(), CLIENT_CLOSED_REQUEST
+        request_id = f"req_{uuid.uuid4().hex[:24]}"
+        header = "request-id" if scope["path"].startswith(ANTHROPIC) else "x-request-id"
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                MutableHeaders(scope=message)[header] = request_id
             await send(message)
 
         summary: list[str] = []
-        scope.setdefault("state", {})["summary"] = summary
+        scope.setdefault("state", {}).update(summary=summary, request_id=request_id)
         try:
             await self.app(scope, receive, send_and_note)
         except Exception:
@@ -49,7 +56,7 @@ class AccessLog:
         finally:
             client = scope["client"][0] if scope.get("client") else "-"
             line = f"{client} {scope['method']} {quote(scope['path'][:100])} {status}"
-            self.write(", ".join([line, f"{time.perf_counter() - began:.3f} s", *summary]))
+            self.write(", ".join([line, f"{time.perf_counter() - began:.3f} s", request_id, *summary]))
 
 
 class AllowedHosts:
@@ -65,7 +72,7 @@ class AllowedHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_allowed(Headers(scope=scope).get("host", "")):
             message = "the Host header does not name this server; allow the name with --allowed-hosts"
-            return await ApiError(421, message, code="unknown_host").response()(scope, receive, send)
+            return await ApiError(421, message, code="unknown_host").response(scope)(scope, receive, send)
         await self.app(scope, receive, send)
 
     def _is_allowed(self, header: str) -> bool:
@@ -83,13 +90,15 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
-        self.wanted = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+        self.wanted = None if settings.api_key is None else settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.wanted is not None and scope["type"] == "http" and scope["path"] not in PUBLIC:
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self.wanted):
-                message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-                return await ApiError(401, message, code="invalid_api_key").response()(scope, receive, send)
-            scope.setdefault("state", {})["caller"] = hashlib.sha256(given).hexdigest()
+            headers = Headers(scope=scope)
+            bearer = headers.get("authorization", "")
+            given = bearer.removeprefix("Bearer ") if bearer.startswith("Bearer ") else headers.get("x-api-key", "")
+            if not hmac.compare_digest(given.encode("latin-1"), self.wanted):
+                message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+                return await ApiError(401, message, code="invalid_api_key").response(scope)(scope, receive, send)
+            scope.setdefault("state", {})["caller"] = hashlib.sha256(self.wanted).hexdigest()
         await self.app(scope, receive, send)

@@ -22,8 +22,10 @@ MAX_BIASES = 1024
 MAX_MEMBERS = 64  # of an object with declared members
 MAX_MESSAGES = MAX_PROMPTS = 2048
 MAX_PARTS = 1024
-MAX_CALLS = 128
+MAX_CALLS = MAX_TOOLS = 128
 Text = Annotated[str, Field(min_length=1)]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Top = Annotated[int, Field(ge=0, le=20)]
 TokenId = Annotated[str, AfterValidator(_token_id)]
@@ -40,7 +42,6 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": (),
     "suffix": ("",),
 }
 UNUSED_IN_MESSAGES = ("annotations", "audio", "function_call", "refusal", "tool_calls")
@@ -67,6 +68,14 @@ class Strict(BaseModel):
     @classmethod
     def _check_members(cls, given: Any) -> Any:
         return _check_size(given, MAX_MEMBERS)
+
+
+class Extensions(Strict):
+    """Parameters of specdec in other protocols: as in ``GenerationBody`` and ``ChatBody``."""
+
+    speculative_decoding: bool = True
+    include_metrics: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class StreamOptions(Strict):
@@ -193,7 +202,7 @@ class TextPart(Strict):
 class CalledFunction(Strict):
     """A call that the model has made. arguments: a JSON object as text."""
 
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(max_length=128)]
     arguments: str
 
     def parsed(self) -> dict[str, Any]:
@@ -224,7 +233,7 @@ class Message(Strict):
     name: Annotated[str, Field(max_length=64)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
-    reasoning_content: str | None = None  # not given to chat templates
+    reasoning_content: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -247,6 +256,8 @@ class Message(Strict):
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         found |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key))}
+        if self.reasoning_content is not None:  # the second name is gpt-oss's
+            found |= dict.fromkeys(("reasoning_content", "thinking"), self.reasoning_content)
         if self.tool_calls:
             found["tool_calls"] = [
                 {"id": c.id, "type": c.type, "function": {"name": c.function.name, "arguments": c.function.parsed()}}
@@ -258,7 +269,7 @@ class Message(Strict):
 class Function(Strict):
     """parameters: a JSON schema of the arguments; None without arguments."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -279,13 +290,20 @@ class NamedTool(Strict):
 
 
 class ChatBody(GenerationBody):
+    """chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
+    continue_final_message: the answer goes on with the last message, which is the assistant's.
+    """
+
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool = False
 
     @model_validator(mode="after")
     def _check_tool_choice(self) -> ChatBody:
@@ -298,6 +316,8 @@ class ChatBody(GenerationBody):
             raise ValueError(f"tool_choice names '{self.tool_choice.function.name[:64]}', which is not in tools")
         if self.forced_tools and self.response_format is not None and self.response_format.type != "text":
             raise ValueError("response_format cannot be combined with a tool_choice that forces a call; leave one out")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message needs a last message of the role assistant")
         return self
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -13,18 +15,22 @@ from specdec.api.text import encode
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.serve.answer import Prepared
 from specdec.serve.choice import ResponseChoice
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
-from specdec.serve.schema import ChatBody, CompletionBody, GenerationBody, Message, TokenizeBody
+from specdec.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from specdec.serve.settings import ServerSettings
-from specdec.serve.tools import ToolFormat, find_format, tool_grammar
+from specdec.serve.tools import CallFormat, find_format, find_thoughts, tool_grammar
 from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.sampling import streams
 
 TEMPERATURE = 1.0  # OpenAI's default
 TOO_LONG = "context_length_exceeded"
 SEEDS = 2**53  # JavaScript's integers
+PROMPT_END = 16  # tokens that may begin reasoning
+SWITCHES = "enable_thinking", "thinking"  # what chat templates call it
+EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}  # gpt-oss knows three
 MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 100 bytes
 
 
@@ -71,13 +77,20 @@ class Service:
         limits = body.max_new_tokens, self.settings.max_tokens, self.context
         return min(limit for limit in limits if limit is not None)
 
-    def prepare_chat(self, body: ChatBody) -> tuple[ToolFormat | None, list[str], list[int], CompiledConstraint | None]:
-        """The format of tool calls, the names of the tools, the prompt, and the constraint on the answer."""
-        tools = body.callable_tools
-        tool_format = self.tool_format(tools)
-        prompt = self.encode_chat(body.messages, tools)
-        names = list(body.forced_tools) or [tool["function"]["name"] for tool in tools]
-        return tool_format, names, prompt, self.constraint(body)
+    def prepare_chat(self, body: ChatBody) -> Prepared:
+        """Encode a chat, and compile what its answer must be."""
+        tools, template = body.callable_tools, self.template(body.callable_tools)
+        form, thoughts = self.call_format(template) if tools else find_format(template), find_thoughts(template)
+        prompt, constraint = self.encode_chat(body), self.constraint(body)
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        if constraint is not None:
+            state = constraint.state(prompt)
+            inside, thoughts = state.inside, thoughts if state.inside or state.may_reason else None
+        else:
+            end = self.decode(prompt[-PROMPT_END:], special=True).rstrip()
+            inside = thoughts is not None and end.endswith(thoughts[0].rstrip())
+        single, forced = not body.allows_several_calls, body.forced_tools
+        return Prepared(prompt, constraint, form, forced or schemas, single, thoughts, inside, bool(forced))
 
     def prepare_completion(self, body: CompletionBody) -> tuple[list[list[int]], list[str], CompiledConstraint | None]:
         """The prompts, their texts if they are echoed, and the constraint on the answers."""
@@ -89,20 +102,46 @@ class Service:
         return prompts, texts, self.constraint(body)
 
     def tokenize(self, body: TokenizeBody) -> list[int]:
-        return self.encode_text(body.prompt or "") if body.messages is None else self.encode_chat(body.messages)
+        if body.messages is None:
+            return self.encode_text(body.prompt or "")
+        return self._encode("messages", [message.for_template() for message in body.messages])
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        return self._encode("messages", [message.for_template() for message in messages], tools=tools)
+    def encode_chat(self, body: ChatBody) -> list[int]:
+        messages, tools = [message.for_template() for message in body.messages], body.callable_tools
+        how = {"template": self.template_arguments(body), "continue_last": body.continue_final_message}
+        return self._encode("messages", messages, tools=tools, **how)
 
-    def tool_format(self, tools: Sequence[dict[str, Any]]) -> ToolFormat | None:
-        """How the model writes calls of ``tools``; None without tools. Raises ApiError if that is unknown."""
-        if not tools:
-            return None
-        template = getattr(self.tokenizer, "chat_template", None) and self.tokenizer.get_chat_template(tools=tools)
-        if (found := find_format(str(template))) is None:
-            message = "this model's chat template has no tools or an unknown format of calls; leave 'tools' out"
-            raise ApiError(400, message, "tools", "unsupported_parameter")
-        return found
+    def template(self, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The chat template for a request with ``tools``; "" if there is none."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return ""
+        return str(self.tokenizer.get_chat_template(tools=list(tools) or None))
+
+    def template_arguments(self, body: ChatBody) -> dict[str, Any]:
+        """The client's arguments for the chat template. Raises ApiError for one that it does not have."""
+        given, known = (
+            dict(body.chat_template_kwargs or {}),
+            set(re.findall(r"\w+", self.template(body.callable_tools))),
+        )
+        known -= {"messages", *self.tokenizer.special_tokens_map}
+        known -= set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
+        for name in given:
+            if name not in known:
+                message = f"this model's chat template has no argument '{name[:64]}'; leave it out"
+                raise ApiError(400, message, "chat_template_kwargs", "invalid_value")
+        if (effort := body.reasoning_effort) is None:
+            return given
+        if "reasoning_effort" in known:
+            return {"reasoning_effort": EFFORTS.get(effort, effort)} | given
+        switch = next((name for name in SWITCHES if name in known), None)
+        return ({switch: effort != "none"} if switch else {}) | given
+
+    def call_format(self, template: str) -> CallFormat:
+        """How the model writes tool calls. Raises ApiError if that is unknown."""
+        if isinstance(found := find_format(template), CallFormat):
+            return found
+        message = "this model's chat template has no tools or an unknown format of calls; leave 'tools' out"
+        raise ApiError(400, message, "tools", "unsupported_parameter")
 
     def encode_text(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -142,9 +181,11 @@ class Service:
         rule: Constraint | None = None if body.response_format is None else body.response_format.constraint
         name = "response_format"
         if isinstance(body, ChatBody) and body.forced_tools:
-            tool_format, name = self.tool_format(body.callable_tools), "tools"
-            assert tool_format is not None
-            rule = tool_grammar(tool_format, body.forced_tools, body.allows_several_calls, self.tokenizer)
+            form, name = self.call_format(self.template(body.callable_tools)), "tools"
+            if not form.forceable:
+                message = "calls in this model's format cannot be forced; set tool_choice to 'auto'"
+                raise ApiError(400, message, "tool_choice", "unsupported_parameter")
+            rule = tool_grammar(form, body.forced_tools, body.allows_several_calls, self.tokenizer)
         if rule is None:
             return None
         try:

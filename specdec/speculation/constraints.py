@@ -224,6 +224,8 @@ def _block(tokenizer: Any) -> tuple[int, int] | None:
     if REASONING[1] not in str(getattr(tokenizer, "chat_template", None)):
         return None
     begin, end = tokenizer.convert_tokens_to_ids(list(REASONING))
+    if begin is None or end is None:
+        return None
     return (begin, end) if tuple(tokenizer.convert_ids_to_tokens([begin, end])) == REASONING else None
 
 

@@ -21,7 +21,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
-from specdec.serve.responses import token_bytes, token_text
+from specdec.serve.logprobs import token_bytes, token_text
 from specdec.speculation.draft import Drafter
 from specdec.verifiers.exact import ExactVerifier
 

@@ -14,7 +14,7 @@ from servers import NAME, USER, Replay, Server, byte_tokenizer, serving, stand_i
 
 from specdec.engine.request import Event
 from specdec.serve import bodies, service
-from specdec.serve.responses import Response
+from specdec.serve.chat import OpenAIAnswer
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody
 
 MANY = 20_000
@@ -141,13 +141,13 @@ def test_large_bodies_that_do_not_end_are_bounded_together() -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_large_answers_are_written_in_other_threads(server: Server, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, written = set[threading.Thread](), Response._written
+    seen, written = set[threading.Thread](), OpenAIAnswer._written
 
-    def noted(self: Response, choice: Any) -> bytes:
+    def noted(self: OpenAIAnswer, choice: Any) -> bytes:
         seen.add(threading.current_thread())
         return written(self, choice)
 
-    monkeypatch.setattr(Response, "_written", noted)
+    monkeypatch.setattr(OpenAIAnswer, "_written", noted)
     answer = server.complete(n=n, max_tokens=1).json()
     assert [choice["text"] for choice in answer["choices"]] == ["b"] * n and answer["usage"]["completion_tokens"] == n
     assert answer["object"] == "text_completion" and seen and server.thread not in seen

@@ -428,7 +428,7 @@ def test_11_a_wrong_key_is_refused(decoder: SpecDecoder) -> None:
 
 USED = {
     "audio": {"voice": "a"}, "best_of": 2, "function_call": "auto", "functions": [{}], "modalities": ["audio"],
-    "prediction": {}, "reasoning_effort": "low", "suffix": "x", "beam_width": 4,
+    "prediction": {}, "suffix": "x", "beam_width": 4,
 }  # fmt: skip
 
 

@@ -8,88 +8,49 @@ from typing import Any
 
 import openai
 import pytest
-from servers import NAME, USER, Replay, Server, byte_tokenizer, events, serving, stand_in
+from calls import CALLS, SCHEMAS, TEMPLATE, TOOLS, answering, calls_of, read, written
+from servers import NAME, USER, Server, events, serving
 from tiny import tiny_model
 from tiny_tokenizers import letters
 from zoo import EOS
 
 from specdec import SpecDecoder
-from specdec.engine.request import Event
+from specdec.serve.parts import AnswerParser, Format
 from specdec.serve.tools import (
+    FUNCTION_GEMMA,
+    GEMMA,
+    HARMONY,
     HERMES,
     LLAMA,
     MISTRAL,
     MISTRAL_NAMED,
-    ChatParser,
-    ToolFormat,
+    PLAIN,
+    QWEN_XML,
+    CallFormat,
     find_format,
-    merge_deltas,
+    find_thoughts,
     tool_grammar,
 )
-from specdec.speculation.constraints import ConstraintState, compile_constraint
+from specdec.speculation.constraints import REASONING, ConstraintState, compile_constraint
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
-WEATHER = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"$ref": "#/$defs/days"}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
-}
-SUM = {
-    "type": "object",
-    "properties": {"a": {"enum": [1, 2]}, "b": {"enum": [3, 4]}},
-    "required": ["a", "b"],
-    "additionalProperties": False,
-}
-SCHEMAS: dict[str, dict[str, Any] | None] = {"weather": WEATHER, "sum": SUM, "now": None}
-TOOLS: Any = [
-    {"type": "function", "function": {"name": name, "description": f"the {name}"} | ({"parameters": s} if s else {})}
-    for name, s in SCHEMAS.items()
-]
 FORMS = [HERMES, MISTRAL, MISTRAL_NAMED, LLAMA]
-CALLS = [("weather", {"city": "Rome", "days": 3}), ("sum", {"a": 1, "b": 4})]
-TEMPLATE = (
-    "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}"
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
-    "{{ c.function.arguments.city }}</tool_call>{% endfor %}{% endfor %}"
-)
-
-
-def written(form: ToolFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
-    bodies = [json.dumps({"name": name, form.arguments: arguments}) for name, arguments in calls]
-    if form.separator:
-        bodies = [name + form.separator + json.dumps(arguments) for name, arguments in calls]
-    return form.first + form.between.join(form.before + body + form.after for body in bodies) + form.last
-
-
-def read(text: str, size: int, form: ToolFormat | None, **how: Any) -> tuple[dict[str, Any], int]:
-    parser = ChatParser(form, list(SCHEMAS), **how)
-    deltas = [delta for at in range(0, len(text), size) for delta in parser.push(text[at : at + size])]
-    return merge_deltas(deltas + parser.push("", last=True)), parser.calls
-
-
-def calls_of(message: dict[str, Any]) -> list[tuple[str, Any]]:
-    found = [call["function"] for call in message.get("tool_calls", ())]
-    return [(call["name"], json.loads(call["arguments"])) for call in found]
+SIZES = pytest.mark.parametrize("size", [1, 3, 7, 1000])
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [1, 3, 7, 1000])
-def test_calls_are_read_however_the_text_comes(form: ToolFormat, size: int) -> None:
-    message, count = read(written(form, CALLS), size, form)
-    assert calls_of(message) == CALLS and message["content"] is None and count == 2
-    assert len({call["id"] for call in message["tool_calls"]}) == 2
-    single, _ = read(written(form, CALLS), size, form, single=True)
-    assert calls_of(single) == CALLS[:1]
+@SIZES
+def test_calls_are_read_however_the_text_comes(form: CallFormat, size: int) -> None:
+    blocks = read(written(form, CALLS), size, form)
+    assert calls_of(blocks) == CALLS and len(blocks) == 2
+    assert calls_of(read(written(form, CALLS), size, form, single=True)) == CALLS[:1]
     other = '{"arguments": {"a": 1, "b": 3}, "id": "x", "name": "sum"}'
     text = form.first + form.before + other + form.after + form.last
-    assert form.separator or calls_of(read(text, size, form)[0]) == [("sum", {"a": 1, "b": 3})]
+    assert form is MISTRAL_NAMED or calls_of(read(text, size, form)) == [("sum", {"a": 1, "b": 3})]
     for odd in ("[TOOL_CALLS]nobody[ARGS]{}", "[TOOL_CALLS]sum[ARGS]7", "[TOOL_CALLS]su"):
-        message, count = read(odd, size, MISTRAL_NAMED)
-        assert message["content"] == odd.removeprefix("[TOOL_CALLS]") and not count
+        assert "".join(text for _, text in read(odd, size, MISTRAL_NAMED)) == odd.removeprefix("[TOOL_CALLS]")
     quoted = [("weather", {"city": 'a"}{<tool_call>\\', "days": []})]
-    assert calls_of(read(written(form, quoted), size, form)[0]) == quoted
+    assert calls_of(read(written(form, quoted), size, form)) == quoted
     for answer in (
         "It is warm.\n\nVery < warm. ",
         "  [1, 2]",
@@ -97,40 +58,134 @@ def test_calls_are_read_however_the_text_comes(form: ToolFormat, size: int) -> N
         "",
         "<tool_",
     ):
-        message, count = read(answer, size, form)
-        assert message["content"].strip() == answer.strip() and not count
-    if form.mark:
-        message, _ = read("Let me see.\n" + written(form, CALLS), size, form)
-        assert calls_of(message) == CALLS and message["content"] == "Let me see."
-    cut, _ = read(written(form, CALLS[:1])[: len(form.first + form.before) + 45], size, form)
-    assert cut["tool_calls"][0]["function"]["name"] == "weather"
+        blocks = read(answer, size, form)
+        assert "".join(text for _, text in blocks).strip() == answer.strip()
+    if form is not LLAMA:
+        blocks = read("Let me see.\n" + written(form, CALLS), size, form)
+        assert calls_of(blocks) == CALLS and blocks[0] == ("text", "Let me see.")
+    cut = read(written(form, CALLS[:1])[: len(form.first + form.before) + 45], size, form)
+    assert cut[0][:2] == ("call", "weather")
 
 
-@pytest.mark.parametrize("size", [1, 4, 1000])
+# What models write, as their templates show it, and what it means.
+HARMONIC = (
+    "<|channel|>analysis<|message|>Look it up.<|end|><|start|>assistant<|channel|>commentary<|message|>One moment."
+    "<|end|><|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+    '{"city":"Oslo","days":2}<|call|>'
+)
+XML = (
+    'I\'ll look.\n\n<tool_call>\n<function=write>\n<parameter=path>\na "b".py\n</parameter>\n<parameter=text>\n'
+    "def f():\n    return '<x>'\n\n</parameter>\n<parameter=mode>\n420\n</parameter>\n<parameter=opts>\n"
+    '{"sync": true}\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>'
+)
+GEMMAS = '<|tool_call>call:write{path:<|"|>a "b".py<|"|>,mode:420,opts:{d:[1,<|"|>x:{<|"|>],sync:true}}<tool_call|>'
+WRITTEN = {"path": 'a "b".py', "text": "def f():\n    return '<x>'\n", "mode": 420, "opts": {"sync": True}}
+Blocks = list[tuple[str, ...]]
+RECORDED: list[tuple[Format, str, Blocks, list[tuple[str, Any]]]] = [
+    (HARMONY, HARMONIC, [("reasoning", "Look it up."), ("text", "One moment.")],
+     [("weather", {"city": "Oslo", "days": 2})]),
+    (HARMONY, "<|channel|>final<|message|>It is warm.", [("text", "It is warm.")], []),
+    (HARMONY, "<|channel|>analysis<|message|>It is", [("reasoning", "It is")], []),
+    (HARMONY, "<|channel|>commentary to=functions.nobody <|message|>{}<|call|>", [("text", "{}")], []),
+    (HARMONY, "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>", [], [("now", {})]),
+    (HARMONY, "It is warm.", [("text", "It is warm.")], []),
+    (QWEN_XML, XML, [("text", "I'll look.")], [("write", WRITTEN), ("now", {})]),
+    (QWEN_XML, XML.replace("<tool_call>\n", ""), [("text", "I'll look.")], [("write", WRITTEN), ("now", {})]),
+    (QWEN_XML, "<tool_call>\n<function=rm>\n</function>", [("text", "<function=rm>\n</function>")], []),
+    (GEMMA, GEMMAS, [], [("write", {"path": 'a "b".py', "mode": 420, "opts": {"d": [1, "x:{"], "sync": True}})]),
+    (GEMMA, "<|tool_call>call:now{}<tool_call|><|tool_call>call:now{}<tool_call|>", [], [("now", {})] * 2),
+    (GEMMA, "Well. <|tool_call>call:nobody{a:1}", [("text", "Well.call:nobody{a:1}")], []),
+    (FUNCTION_GEMMA, "<start_function_call>call:weather{city:<escape>Rome<escape>,days:3}<end_function_call>",
+     [], [("weather", {"city": "Rome", "days": 3})]),
+    (LLAMA, '<|python_tag|>{"name": "now", "parameters": {}}', [], [("now", {})]),
+]  # fmt: skip
+OPTIONS = {"anyOf": [{"type": "object"}, {"type": "null"}]}
+MEMBERS = {"path": {"type": "string"}, "text": {"type": "string"}, "mode": {"type": "integer"}, "opts": OPTIONS}
+WRITE: dict[str, Any] = {"write": {"type": "object", "properties": MEMBERS}}
+
+
+@pytest.mark.parametrize("case", range(len(RECORDED)))
+@SIZES
+def test_recorded_answers_are_read(case: int, size: int) -> None:
+    form, text, others, calls = RECORDED[case]
+    blocks = read(text, size, form, SCHEMAS | WRITE)
+    assert [block for block in blocks if block[0] != "call"] == others
+    assert calls_of(blocks) == calls
+
+
+def test_arguments_are_streamed() -> None:
+    """Of a long text in a call, what has come is known before its end."""
+    for form, begin in (
+        (HERMES, '<tool_call>\n{"name": "write", "arguments": {"text": "'),
+        (QWEN_XML, "<tool_call>\n<function=write>\n<parameter=text>\n"),
+        (GEMMA, '<|tool_call>call:write{text:<|"|>'),
+        (HARMONY, '<|channel|>commentary to=functions.write <|constrain|>json<|message|>{"text":"'),
+    ):
+        parts = AnswerParser(form, WRITE).push(begin + "a long text")
+        assert parts[0].name == "write" and "a long text" in "".join(part.text for part in parts)
+
+
+FENCED: list[tuple[str, Blocks]] = [
+    ('Well:\n```json\n{"name": "sum", "arguments": {"a": 1, "b": 4}}\n```\nDone.',
+     [("text", "Well:"), ("call", "sum", '{"a": 1, "b": 4}'), ("text", "Done.")]),
+    ('```\n{"name": "now", "arguments": {}}\n{"name": "now", "parameters": {}}\n```', [("call", "now", "{}")] * 2),
+    ('```json\n{"name": "now"}', [("call", "now", "{}")]),
+    ('```json\n{"name": "sum", "arguments": {"a": 9, "b": 4}}\n```', []),
+    ('```json\n{"name": "sum", "arguments": {"a": 1}}\n```', []),
+    ('```json\n{"name": "sum", "arguments": {"a": 1, "b": 3, "c": 0}}\n```', []),
+    ('```json\n{"name": "nobody", "arguments": {}}\n``` and more', []),
+    ('a \n```python\nprint("""x""")\n```\n\n```json\n[1]\n``` b', []),
+    ('```json\n{"name": 7}\n```', []),
+    ("```json\n{\n```", []),
+    ("```", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(FENCED)))
+@SIZES
+def test_a_fenced_object_is_a_call_if_it_fits(case: int, size: int) -> None:
+    text, blocks = FENCED[case]
+    assert read(text, size, HERMES) == (blocks or [("text", text)])
+
+
+@pytest.mark.parametrize("member", ["required", "properties", "enum", "type", "anyOf", "items"])
+def test_an_odd_schema_breaks_nothing(member: str) -> None:
+    text, schema = '```json\n{"name": "odd", "arguments": {"a": [1]}}\n```', {member: 5}
+    assert len(read(text, 5, HERMES, {"odd": schema})) == 1
+    xml = "<tool_call>\n<function=odd>\n<parameter=a>\n[1]\n</parameter>\n</function>\n</tool_call>"
+    assert len(read(xml, 5, QWEN_XML, {"odd": schema})) == 1
+
+
+@SIZES
 def test_reasoning_is_told_apart(size: int) -> None:
-    assert read("ab</think>\n\n{}", size, None, inside=True)[0] == {"content": "{}", "reasoning_content": "ab"}
-    assert read("<think>ab</think>{}", size, None, may_reason=True)[0] == {"content": "{}", "reasoning_content": "ab"}
-    assert read("<thin", size, None, may_reason=True)[0] == {"content": "<thin"}
-    assert read("<think>a</thi", size, None, may_reason=True)[0] == {"content": "", "reasoning_content": "a</thi"}
-    assert read("{}</think>", size, None)[0] == {"content": "{}</think>"}
+    how: Any = {"tools": None, "reasoning": REASONING}
+    assert read("ab\n</think>\n\n{}", size, PLAIN, inside=True, **how) == [("reasoning", "ab"), ("text", "{}")]
+    assert read("<think>\nab</think>{}", size, PLAIN, **how) == [("reasoning", "ab"), ("text", "{}")]
+    assert read("<thin", size, PLAIN, **how) == [("text", "<thin")]
+    assert read("<think>a</thi", size, PLAIN, **how) == [("reasoning", "a</thi")]
+    assert read("{}</think>", size, PLAIN, None) == [("text", "{}</think>")]
+    thought = read("<think>a</think>\n" + written(HERMES, CALLS), size, HERMES, reasoning=REASONING)
+    assert thought[0] == ("reasoning", "a") and calls_of(thought) == CALLS
 
 
 def test_forms_are_found_in_templates() -> None:
     assert find_format("tools <tool_call>") is HERMES and find_format("tools [TOOL_CALLS]") is MISTRAL
-    assert (
-        find_format("tools [TOOL_CALLS] [ARGS]") is MISTRAL_NAMED
-        and find_format("tools [TOOL_CALLS] [CALL_ID]") is None
-    )
+    assert find_format("tools [TOOL_CALLS] [ARGS]") is MISTRAL_NAMED
+    assert find_format("tools [TOOL_CALLS] [CALL_ID]") is PLAIN
     assert find_format('tools Environment: ipython "parameters"') is LLAMA
-    assert find_format("<tool_call>") is find_format("tools") is find_format("tools <tool_call><function=x>") is None
+    assert find_format("tools <tool_call><function=x>") is QWEN_XML
+    assert find_format("tools <|tool_call>") is GEMMA and find_format("tools <start_function_call>") is FUNCTION_GEMMA
+    assert find_format("<|channel|> <|message|>") is HARMONY
+    assert find_format("<tool_call>") is find_format("tools") is find_format("tools <tool_call><arg_key>") is PLAIN
+    assert find_thoughts("x </think>") == REASONING and find_thoughts("x") is None
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("special", [False, True])
-def test_grammars_take_what_is_in_the_form_and_nothing_else(form: ToolFormat, special: bool) -> None:
+def test_grammars_take_what_is_in_the_form_and_nothing_else(form: CallFormat, special: bool) -> None:
     tokenizer = letters()
-    if form.mark:
-        tokenizer.add_tokens([form.mark, *filter(None, [form.separator])], special_tokens=special)
+    if form is not LLAMA:
+        tokenizer.add_tokens([*form.special], special_tokens=special)
     tokenizer.add_tokens(["\n"])
 
     def state(several: bool) -> ConstraintState:
@@ -146,7 +201,58 @@ def test_grammars_take_what_is_in_the_form_and_nothing_else(form: ToolFormat, sp
     assert not ends(written(form, [("weather", {"city": "Rome", "days": 10})])) and not ends("hello")
 
 
+STRINGS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"text": {"type": "string"}, "kind": {"enum": ["a", "b"]}, "n": {"$ref": "#/$defs/n"}},
+    "required": ["text", "n"],
+    "$defs": {"n": {"type": "integer"}},
+}
+
+
+def xml(**members: str) -> str:
+    inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in members.items())
+    return f"<tool_call>\n<function=put>\n{inner}</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "ends"),
+    [
+        (QWEN_XML, xml(text='a "b"\n<p>', kind="b", n="7"), True),
+        (QWEN_XML, xml(text="", n="7"), True),
+        (QWEN_XML, xml(text="a", n="x"), False),
+        (QWEN_XML, xml(text="a", kind="c", n="7"), False),
+        (QWEN_XML, xml(n="7"), False),
+        (HARMONY, HARMONY.head("put") + '{"text": "a", "n": 7}', True),
+        (HARMONY, HARMONY.head("put") + '{"text": "a"}', False),
+        (HARMONY, "<|channel|>final<|message|>a", False),
+    ],
+)
+def test_grammars_of_other_forms(form: CallFormat, text: str, ends: bool) -> None:
+    tokenizer = letters()
+    tokenizer.add_tokens(["\n", *form.special])
+    grammar = tool_grammar(form, {"put": STRINGS}, True, tokenizer)
+    state = compile_constraint(grammar, tokenizer, 120, frozenset([EOS])).state(())
+    mask = state.mask(tokenizer(text).input_ids)
+    assert (mask is not None and bool(mask[EOS])) == ends
+
+
 # --- the server ------------------------------------------------------------------------------------------------------
+
+
+def called(message: dict[str, Any]) -> list[tuple[str, Any]]:
+    found = [call["function"] for call in message.get("tool_calls", ())]
+    return [(call["name"], json.loads(call["arguments"])) for call in found]
+
+
+def whole_call(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    """A message with the calls of a stream."""
+    calls = dict[int, Any]()
+    for part in (part for delta in deltas for part in delta.get("tool_calls", ())):
+        if "id" in part:
+            calls[part["index"]] = part
+        else:
+            calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    return {"tool_calls": [*calls.values()]}
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +299,10 @@ def test_calls_with_names_before_their_arguments_are_forced_and_streamed() -> No
         whole = other.chat(**body).json()["choices"]
         chunks = [chunk["choices"][0] for chunk in events(other.chat(stream=True, **body))]
     for choice in whole:
-        calls = calls_of(choice["message"])
+        calls = called(choice["message"])
         assert choice["finish_reason"] == "tool_calls" and calls and choice["message"]["content"] is None
         deltas = [chunk["delta"] for chunk in chunks if chunk["index"] == choice["index"]]
-        assert calls_of(merge_deltas([delta for delta in deltas if "tool_calls" in delta])) == calls
+        assert called(whole_call(deltas)) == calls
         assert all(set(arguments) == set(SCHEMAS[name]["properties"]) for name, arguments in calls)  # type: ignore[index]
 
 
@@ -211,7 +317,7 @@ def test_a_forced_call_that_is_cut_is_a_call(server: Server) -> None:
         assert answer["finish_reason"] == "length"
         streamed = events(server.chat(**body, tool_choice=forced, max_tokens=limit, stream=True))
         deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
-        same = merge_deltas([delta for delta in deltas if "tool_calls" in delta])["tool_calls"][0]["function"]
+        same = whole_call(deltas)["tool_calls"][0]["function"]
         assert same == call["function"] and not any(delta.get("content") for delta in deltas)
         lengths.add(len(call["function"]["arguments"]))
     assert 0 in lengths and max(lengths) > 0
@@ -231,11 +337,11 @@ def test_a_forced_call_that_is_cut_is_a_call(server: Server) -> None:
     ],
 )
 def test_the_name_of_a_call_that_is_cut_is_told_where_it_is_certain(
-    form: ToolFormat, text: str, name: str | None
+    form: CallFormat, text: str, name: str | None
 ) -> None:
-    message, _ = read(text, 5, form, forced=True, may_reason=True)
-    assert [call["function"]["name"] for call in message.get("tool_calls", [])] == ([name] if name else [])
-    assert not message["content"]
+    blocks = read(text, 5, form, forced=True, reasoning=REASONING)
+    assert [block[1] for block in blocks if block[0] == "call"] == ([name] if name else [])
+    assert not any(block[0] == "text" for block in blocks)
 
 
 def test_several_calls_come_where_they_may(server: Server) -> None:
@@ -248,15 +354,11 @@ def test_tools_that_the_model_may_call(server: Server) -> None:
     prompt = server.chat(tools=TOOLS, max_tokens=1).json()["usage"]["prompt_tokens"]
     none = server.chat(tools=TOOLS, tool_choice="none", max_tokens=1).json()["usage"]["prompt_tokens"]
     assert prompt == none + len("weather;sum;now;")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
     text = "Well.\n" + written(HERMES, CALLS)
-    ids = tokenizer(text).input_ids
-    script = [Event(ids[n : n + 5], depths=[0] * len(ids[n : n + 5])) for n in range(0, len(ids), 5)]
-    with serving(stand_in(tokenizer), Replay(lambda request: [*script, Event([], "eos")])) as other:
+    with answering(text) as other:
         answer = other.chat(tools=TOOLS, tool_choice="auto").json()["choices"][0]
         plain = other.chat().json()["choices"][0]
-    assert calls_of(answer["message"]) == CALLS and answer["finish_reason"] == "tool_calls"
+    assert called(answer["message"]) == CALLS and answer["finish_reason"] == "tool_calls"
     assert answer["message"]["content"] == "Well."
     assert plain["message"]["content"] == text and "tool_calls" not in plain["message"]
 
@@ -302,8 +404,7 @@ def test_what_is_refused_of_tools(server: Server, body: dict[str, Any], what: st
 
 
 def test_a_template_without_tools_is_refused(server: Server) -> None:
-    tokenizer = byte_tokenizer()
-    with serving(stand_in(tokenizer), Replay(lambda request: [Event([65], "eos", depths=[0])])) as other:
+    with answering("A", template="{{ messages[0].content }}") as other:
         found = other.chat(tools=TOOLS)
         assert other.chat(tools=TOOLS, tool_choice="none").status_code == 200
     assert found.status_code == 400 and found.json()["error"]["param"] == "tools"

@@ -1,0 +1,199 @@
+"""Answers of OpenAI's ``/v1/chat/completions`` and ``/v1/completions``, with figures in vLLM's schema."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+
+from pydantic_core import to_json
+
+from specdec import __version__
+from specdec.api.text import Piece
+from specdec.serve.answer import Answer, InThread, Prepared
+from specdec.serve.choice import DONE, ResponseChoice, merge_pieces, sse
+from specdec.serve.errors import ApiError
+from specdec.serve.logprobs import chat_logprobs, completion_logprobs
+from specdec.serve.parts import AnswerParser, Part, merged
+from specdec.serve.schema import GenerationBody, StreamOptions
+
+LARGE = 10_000  # log-probabilities of a choice; writing more of them takes tens of milliseconds
+
+
+class Chat:
+    """The shape of ``/v1/chat/completions``."""
+
+    id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.parsers: dict[int, AnswerParser] = {}
+        self.begun: dict[int, list[str]] = {}  # ids of the calls of a choice that have been sent
+
+    def parser(self, choice: ResponseChoice) -> AnswerParser:
+        if choice.index not in self.parsers:
+            self.parsers[choice.index] = self.prepared.parser()
+        return self.parsers[choice.index]
+
+    def first_delta(self, choice: ResponseChoice) -> dict[str, Any] | None:
+        """The content of a choice's first chunk."""
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def deltas(self, choice: ResponseChoice, piece: Piece) -> list[dict[str, Any]]:
+        parts = self.parser(choice).push(piece.text, last=piece.finish is not None)
+        calls = self.begun.setdefault(choice.index, [])
+        return [{"delta": _delta(part, calls)} for part in parts]
+
+    def last_delta(self) -> dict[str, Any]:
+        """The content of the chunk with the finish reason."""
+        return {"delta": {}}
+
+    def content(self, choice: ResponseChoice) -> dict[str, Any]:
+        """The content of a choice in a whole response."""
+        parts = self.parser(choice).push(choice.answer.text, last=True)
+        return {"message": {"role": "assistant", "refusal": None} | message(parts)}
+
+    def finish_reason(self, choice: ResponseChoice) -> str | None:
+        called = choice.answer.finish == "stop" and self.parser(choice).called
+        return "tool_calls" if called else choice.answer.finish
+
+    def logprobs(self, choice: ResponseChoice, start: int) -> dict[str, Any]:
+        """Log-probabilities of the new tokens from number ``start`` on."""
+        return chat_logprobs(choice.tokenizer, choice.logprobs(start))
+
+
+def _delta(part: Part, calls: list[str]) -> dict[str, Any]:
+    """A part as a delta. calls: ids of those that have begun."""
+    if part.kind != "call":
+        return {"content" if part.kind == "text" else "reasoning_content": part.text}
+    if part.id in calls:
+        return {"tool_calls": [{"index": calls.index(part.id), "function": {"arguments": part.text}}]}
+    calls.append(part.id)
+    function = {"name": part.name, "arguments": part.text}
+    return {"tool_calls": [{"index": len(calls) - 1, "id": part.id, "type": "function", "function": function}]}
+
+
+def message(parts: Iterable[Part]) -> dict[str, Any]:
+    """The content of the message that consists of ``parts``."""
+    blocks = merged(parts)
+    text, reasoning = ("".join(b.text for b in blocks if b.kind == kind) for kind in ("text", "reasoning"))
+    calls = [
+        {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.text}}
+        for block in blocks
+        if block.kind == "call"
+    ]
+    found: dict[str, Any] = {"content": text or (None if calls else "")}
+    found |= {"reasoning_content": reasoning} if reasoning else {}
+    return found | ({"tool_calls": calls} if calls else {})
+
+
+class Completion:
+    """The shape of ``/v1/completions``. echoes: a prompt text for each choice, put before its answer; () for none."""
+
+    id_prefix = "cmpl"
+    object = chunk_object = "text_completion"
+
+    def __init__(self, echoes: Sequence[str]) -> None:
+        self.echoes = echoes
+
+    def first_delta(self, choice: ResponseChoice) -> dict[str, Any] | None:
+        return {"text": self.echoes[choice.index]} if self.echoes else None
+
+    def deltas(self, choice: ResponseChoice, piece: Piece) -> list[dict[str, Any]]:
+        return [{"text": piece.text}] if piece.text else []
+
+    def last_delta(self) -> dict[str, Any]:
+        return {"text": ""}
+
+    def content(self, choice: ResponseChoice) -> dict[str, Any]:
+        return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.answer.text}
+
+    def finish_reason(self, choice: ResponseChoice) -> str | None:
+        return choice.answer.finish
+
+    def logprobs(self, choice: ResponseChoice, start: int) -> dict[str, Any]:
+        """Log-probabilities of the new tokens from number ``start`` on; at 0 an echoed prompt's come first."""
+        echoed = bool(self.echoes) and not start
+        scored = [*(choice.handle.request.prompt_token_logprobs if echoed else []), *choice.logprobs(start)]
+        first = choice.prompt[0] if echoed else None
+        found, choice.text_offset = completion_logprobs(choice.tokenizer, scored, first, choice.text_offset)
+        return found
+
+
+class OpenAIAnswer(Answer):
+    """An answer in one of the two shapes."""
+
+    def __init__(
+        self, shape: Chat | Completion, model: str, choices: Sequence[ResponseChoice], body: GenerationBody
+    ) -> None:
+        super().__init__(model, choices, body)
+        self.shape = shape
+        self.head = {
+            "id": f"{shape.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"specdec-{__version__}",
+        }
+
+    async def json(self, in_thread: InThread) -> bytes:
+        await self._finished()
+        per_token = 0 if self.body.num_logprobs is None else 1 + self.body.num_logprobs
+        choices = [await in_thread(per_token * c.answer.num_tokens > LARGE, self._written, c) for c in self.choices]
+        head, rest = {"object": self.shape.object}, {"usage": self.usage()} | self.metrics()
+        return to_json(self.head | head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + to_json(rest)[1:]
+
+    def _written(self, choice: ResponseChoice) -> bytes:
+        return to_json(self._choice(choice, self.shape.content(choice), self.shape.finish_reason(choice)))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The stream: a first chunk per choice, the text, the usage if requested, and ``[DONE]``."""
+        options = self.body.stream_options or StreamOptions()
+        more: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        running = len(self.choices)
+        try:
+            for choice in self.choices:
+                if (first := self.shape.first_delta(choice)) is not None:
+                    yield self._chunk(choice, first, None, more)
+            async for choice, piece in merge_pieces(self.choices, options.include_draft_depth):
+                depth = {"draft_depth": piece.depth} if options.include_draft_depth else {}
+                for delta in self.shape.deltas(choice, piece):
+                    yield self._chunk(choice, delta | depth, None, more)
+                if piece.finish is None:
+                    continue
+                running -= 1
+                end = self.metrics() if not running and not options.include_usage else {}
+                yield self._chunk(choice, self.shape.last_delta(), self.shape.finish_reason(choice), more | end)
+            if options.include_usage:
+                yield sse(self._chunk_head() | {"choices": [], "usage": self.usage()} | self.metrics())
+        except ApiError as error:
+            yield sse(error.body())
+        yield DONE
+
+    def usage(self) -> dict[str, Any]:
+        before, cached, new = self.counts()
+        return {
+            "prompt_tokens": before,
+            "completion_tokens": new,
+            "total_tokens": before + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return self.head | {"object": self.shape.chunk_object}
+
+    def _chunk(
+        self, choice: ResponseChoice, content: dict[str, Any], finish: str | None, more: dict[str, Any]
+    ) -> bytes:
+        return sse(self._chunk_head() | {"choices": [self._choice(choice, content, finish)]} | more)
+
+    def _choice(self, choice: ResponseChoice, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        return {"index": choice.index, **content, "logprobs": self._logprobs(choice), "finish_reason": finish}
+
+    def _logprobs(self, choice: ResponseChoice) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens since the last call."""
+        start, end = choice.logprobs_sent, choice.answer.num_tokens
+        if self.body.num_logprobs is None or (start == end and (start or choice.answer.finish is None)):
+            return None
+        choice.logprobs_sent = end
+        return self.shape.logprobs(choice, start)

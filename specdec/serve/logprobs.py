@@ -1,0 +1,83 @@
+"""Log-probabilities of tokens in the shapes of OpenAI's two endpoints, and the bytes and text of a token."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from specdec.engine.request import TokenLogprob
+
+MIN_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def chat_logprobs(tokenizer: Any, scored: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """The ``logprobs`` of a choice of ``/v1/chat/completions``."""
+    content = []
+    for token_id, logprob, top in scored:
+        likely = [_entry(tokenizer, *each) for each in top]
+        content.append(_entry(tokenizer, token_id, logprob) | {"top_logprobs": likely})
+    return {"content": content, "refusal": None}
+
+
+def _entry(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:
+    found = token_bytes(tokenizer, token_id)
+    return {"token": found.decode("utf-8", "replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(found)}
+
+
+def completion_logprobs(
+    tokenizer: Any, scored: Sequence[TokenLogprob], first: int | None = None, offset: int = 0
+) -> tuple[dict[str, Any], int]:
+    """The ``logprobs`` of a choice of ``/v1/completions``, and the offset of the text after them.
+
+    first: the first token of a prompt, which has no log-probability; None if the prompt is not included.
+    offset: characters of text before these tokens.
+    """
+    found: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+    rows: list[tuple[int, float | None, list[tuple[int, float]]]] = [] if first is None else [(first, None, [])]
+    for token_id, logprob, top in [*rows, *scored]:
+        name, likely = token_text(tokenizer, token_id), dict[str, float]()
+        for other, share in [*top, *([(token_id, logprob)] if top and logprob is not None else [])]:
+            likely.setdefault(token_text(tokenizer, other), max(share, MIN_LOGPROB))
+        found["text_offset"].append(offset)
+        found["token_logprobs"].append(None if logprob is None else max(logprob, MIN_LOGPROB))
+        found["tokens"].append(name)
+        found["top_logprobs"].append(likely or None)
+        offset += len(token_bytes(tokenizer, token_id).decode("utf-8", "ignore"))
+    return found, offset
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """A token as a dictionary key: its text, or ``bytes:`` and its bytes if it is a part of a character."""
+    found = token_bytes(tokenizer, token_id)
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+
+@functools.lru_cache(1 << 16)  # an answer has thousands of tokens, few of them different
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """The bytes of a token."""
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    if piece is None:  # the output head is wider than the vocabulary
+        return b""
+    if token_id in tokenizer.added_tokens_decoder:
+        return str(piece).encode()
+    if match := _BYTE.fullmatch(piece):
+        return bytes([int(match[1], 16)])
+    if "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", "")):
+        alphabet = _byte_level_alphabet()
+        if all(character in alphabet for character in piece):
+            return bytes(alphabet[character] for character in piece)
+    return str(piece).replace("\u2581", " ").encode()
+
+
+@functools.cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte of each character of byte-level vocabularies."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}

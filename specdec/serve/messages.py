@@ -1,0 +1,353 @@
+"""Anthropic's ``/v1/messages``: its request bodies, and its answers, whole and as a stream."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import from_json
+
+from specdec.base import options
+from specdec.serve.answer import BlockAnswer, Events
+from specdec.serve.errors import ApiError
+from specdec.serve.parts import Block
+from specdec.serve.schema import (
+    MAX_CALLS,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOOLS,
+    ChatBody,
+    Extensions,
+    Stop,
+    Strict,
+    ToolName,
+)
+
+MAX_SEQUENCES = 64
+IGNORED = ("cache_control", "citations", "caller")  # members of blocks and tools without effect
+IGNORED_OF_TOOLS = (*IGNORED, "strict", "eager_input_streaming", "defer_loading", "input_examples", "allowed_callers")
+EFFORTS = {"enabled": "medium", "disabled": "none"}
+
+
+def _without(given: Any, names: Sequence[str]) -> Any:
+    return {k: v for k, v in given.items() if k not in names} if isinstance(given, dict) else given
+
+
+class _Block(Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _ignored(cls, given: Any) -> Any:
+        return _without(given, IGNORED)
+
+
+class TextBlock(_Block):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(_Block):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str = ""
+
+
+class RedactedBlock(_Block):
+    """What other models have thought; it is not given to this one."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
+class ToolUse(_Block):
+    type: Literal["tool_use"]
+    id: Annotated[str, Field(max_length=256)]
+    name: ToolName
+    input: dict[str, Any]
+
+
+class ToolResult(_Block):
+    type: Literal["tool_result"]
+    tool_use_id: Annotated[str, Field(max_length=256)]
+    content: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    is_error: bool | None = None
+
+
+def _known(given: Any) -> Any:
+    """Refuse blocks of other types in one sentence."""
+    for block in given if isinstance(given, list) else ():
+        kind = block.get("type") if isinstance(block, dict) else None
+        if isinstance(kind, str) and kind not in BLOCKS:
+            raise ValueError(f"blocks of the type '{kind[:64]}' are not supported; leave them out")
+    return given
+
+
+BLOCKS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+AnyBlock = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUse | ToolResult, Field(discriminator="type")]
+Texts = str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
+def _text(given: Texts | None) -> str:
+    return given if isinstance(given, str) else "\n".join(block.text for block in given or ())
+
+
+class Turn(Strict):
+    """A message."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | Annotated[list[AnyBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+    _check_blocks = field_validator("content", mode="before")(_known)
+
+    @property
+    def blocks(self) -> list[Any]:
+        given = self.content
+        return [TextBlock(type="text", text=given)] if isinstance(given, str) else list(given)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [block for block in self.blocks if isinstance(block, kind)]
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Turn:
+        own = {"user": (TextBlock, ToolResult), "assistant": (TextBlock, ThinkingBlock, RedactedBlock, ToolUse)}
+        for block in self.blocks:
+            if not isinstance(block, own.get(self.role, TextBlock)):
+                raise ValueError(f"a {block.type} block does not belong to the role {self.role}")
+        if len(self.of(ToolUse)) > MAX_CALLS:
+            raise ValueError(f"a message has at most {MAX_CALLS} tool_use blocks")
+        return self
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages of a chat that it stands for: tool results come before the text beside them."""
+        text = _text(self.of(TextBlock))
+        if self.role != "assistant":
+            found: list[dict[str, Any]] = [
+                {"role": "tool", "tool_call_id": result.tool_use_id, "content": _text(result.content)}
+                for result in self.of(ToolResult)
+            ]
+            return found + ([{"role": self.role, "content": text}] if text or not found else [])
+        made: dict[str, Any] = {"role": "assistant", "content": text}
+        if thought := "\n".join(block.thinking for block in self.of(ThinkingBlock)):
+            made["reasoning_content"] = thought
+        calls = [
+            {"id": call.id, "function": {"name": call.name, "arguments": json.dumps(call.input)}}
+            for call in self.of(ToolUse)
+        ]
+        return [made | ({"tool_calls": calls} if calls else {})]
+
+
+class MessageTool(Strict):
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: str | None = None
+    input_schema: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignored(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind != "custom":
+            raise ValueError(f"tools of the type '{kind[:64]}' are not supported; leave them out")
+        return _without(given, IGNORED_OF_TOOLS)
+
+
+class ToolChoice(Strict):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_name(self) -> ToolChoice:
+        if (self.name is None) == (self.type == "tool"):
+            raise ValueError("the type tool and a name need each other")
+        return self
+
+    @property
+    def for_chat(self) -> Any:
+        named = {"type": "function", "function": {"name": self.name}}
+        return {"auto": "auto", "any": "required", "none": "none", "tool": named}[self.type]
+
+
+class Thinking(Strict):
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: int | None = None
+    display: Any = None
+
+
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Strict):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class CountBody(Strict):
+    """What the two endpoints have in common."""
+
+    model: str
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    system: Texts | None = None
+    tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: Any = None  # without effect, like those down to ``diagnostics``
+    context_management: Any = None
+    speed: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
+    diagnostics: Any = None
+
+    @model_validator(mode="after")
+    def _check_results(self) -> CountBody:
+        asked = set[str]()
+        for turn in self.messages:
+            for result in turn.of(ToolResult):
+                if result.tool_use_id not in asked:
+                    raise ValueError(
+                        f"a tool_result names '{result.tool_use_id[:64]}', which is no tool_use of the message before"
+                    )
+            asked = {call.id for call in turn.of(ToolUse)}
+        return self
+
+    def chat(self) -> ChatBody:
+        """The request as one of chat completions. Raises ValidationError."""
+        head = [{"role": "system", "content": _text(self.system)}] if self.system else []
+        given = {
+            "model": self.model,
+            "messages": [*head, *(message for turn in self.messages for message in turn.messages())],
+            "continue_final_message": self.messages[-1].role == "assistant",
+            "reasoning_effort": EFFORTS.get(self.thinking.type) if self.thinking else None,
+            **self._options(),
+        }
+        if self.tools:
+            functions = [(tool.name, tool.description, tool.input_schema) for tool in self.tools]
+            given["tools"] = [
+                {"type": "function", "function": {"name": name, "description": text, "parameters": schema}}
+                for name, text, schema in functions
+            ]
+        if self.tool_choice is not None:
+            given |= {
+                "tool_choice": self.tool_choice.for_chat,
+                "parallel_tool_calls": not self.tool_choice.disable_parallel_tool_use,
+            }
+        if (config := self.output_config) is not None:
+            given |= {"reasoning_effort": config.effort or given["reasoning_effort"]}
+            if config.format is not None:
+                schema = {"name": "answer", "schema": config.format.schema_}
+                given["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return ChatBody.model_validate(given)
+
+    def _options(self) -> dict[str, Any]:
+        return {}
+
+
+class MessagesBody(CountBody, Extensions):
+    """max_tokens: 0 runs the prompt alone, for a later request to begin with."""
+
+    max_tokens: Annotated[int, Field(ge=0)]
+    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
+    top_k: Annotated[options.TopK, Field(le=2**31 - 1)] | None = None
+    top_p: options.TopP | None = None
+    metadata: Any = None  # without effect, like the parameters below
+    service_tier: Any = None
+    inference_geo: Any = None
+
+    def _options(self) -> dict[str, Any]:
+        return self.model_dump(include={"stream", "temperature", "top_k", "top_p", *Extensions.model_fields})
+
+    def chat(self) -> ChatBody:
+        more = {"max_completion_tokens": self.max_tokens, "stop": self.stop_sequences}  # chats take fewer
+        return super().chat().model_copy(update=more)
+
+
+class MessagesAnswer(BlockAnswer):
+    """A message of the assistant."""
+
+    @property
+    def _stop(self) -> dict[str, str | None]:
+        answer = self.choice.answer
+        sequence = answer.detokenizer.stopped
+        if answer.finish == "length":
+            reason = "max_tokens"
+        else:
+            reason = "tool_use" if self.parser.called else "end_turn" if sequence is None else "stop_sequence"
+        return {"stop_reason": reason, "stop_sequence": sequence if reason == "stop_sequence" else None}
+
+    @property
+    def _usage(self) -> dict[str, int]:
+        before, cached, new = self.counts()
+        return {
+            "input_tokens": before - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": new,
+        }
+
+    def _message(self, content: list[Any], stop: dict[str, str | None]) -> dict[str, Any]:
+        head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": self.model}
+        return head | {"content": content} | stop | {"usage": self._usage}
+
+    def result(self) -> dict[str, Any]:
+        return self._message([_content(block, whole=True) for block in self.blocks], self._stop)
+
+    def begin(self) -> Events:
+        message = self._message([], {"stop_reason": None, "stop_sequence": None})
+        yield {"type": "message_start", "message": message}
+        yield {"type": "ping"}
+
+    def begin_block(self, block: Block) -> Events:
+        yield {"type": "content_block_start", "index": self._index, "content_block": _content(block, whole=False)}
+
+    def delta(self, block: Block, text: str) -> Events:
+        kind, name = {
+            "text": ("text_delta", "text"),
+            "reasoning": ("thinking_delta", "thinking"),
+            "call": ("input_json_delta", "partial_json"),
+        }[block.kind]
+        yield {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, name: text}}
+
+    def end_block(self, block: Block) -> Events:
+        if block.kind == "reasoning":
+            signature = {"type": "signature_delta", "signature": SIGNATURE}
+            yield {"type": "content_block_delta", "index": self._index, "delta": signature}
+        yield {"type": "content_block_stop", "index": self._index}
+
+    def end(self) -> Events:
+        yield {"type": "message_delta", "delta": self._stop, "usage": self._usage} | self.metrics()
+        yield {"type": "message_stop"}
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        return error.anthropic_body()
+
+    @property
+    def _index(self) -> int:
+        return len(self.blocks) - 1
+
+
+SIGNATURE = "c3BlY2RlYw=="  # thoughts are not signed; clients send back only those with a signature
+
+
+def _content(block: Block, whole: bool) -> dict[str, Any]:
+    """A block of content. whole: with what is in it."""
+    if block.kind == "text":
+        return {"type": "text", "text": block.text}
+    if block.kind == "reasoning":
+        return {"type": "thinking", "thinking": block.text, "signature": SIGNATURE if whole else ""}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": _arguments(block.text) if whole else {}}
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call; what is there of those of a call that was cut."""
+    try:
+        found = from_json(text or "{}", allow_partial="trailing-strings")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

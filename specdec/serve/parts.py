@@ -1,0 +1,385 @@
+"""The parts of an answer: reasoning, text and tool calls, read from its text as it arrives. Knows no protocol."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
+
+Kind = Literal["reasoning", "text", "call"]
+Schemas = Mapping[str, dict[str, Any] | None]  # of the arguments of tools, by name; None: no arguments
+T = TypeVar("T")
+BETWEEN = " \t\r\n,;[]"  # characters that may separate two calls
+FENCE = "```"
+FENCED = ("", "json", "tool_call", "tool_code")  # names of fences in which a call may be
+LONGEST_FENCE = 2**16  # characters of a fenced call
+LONGEST_HEAD = 256  # characters of it before its name
+_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
+NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+    "array": list,
+    "object": dict,
+}
+
+
+class Part(NamedTuple):
+    """New output of one kind. Of a call: new text of its arguments, its name and id; its first part begins it."""
+
+    kind: Kind
+    text: str
+    name: str = ""
+    id: str = ""
+
+
+Parts = Generator[Part | None, None, T]  # None: more text is needed
+Make = Callable[[str], Part]
+TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
+
+
+@dataclass
+class Block:
+    """Output of one kind, whole. name, id: of a call, whose text is its arguments."""
+
+    kind: Kind
+    text: str = ""
+    name: str = ""
+    id: str = ""
+
+    def takes(self, part: Part) -> bool:
+        return (self.kind, self.id) == (part.kind, part.id)
+
+
+def merged(parts: Iterable[Part]) -> list[Block]:
+    """The blocks that consist of ``parts``."""
+    blocks = list[Block]()
+    for part in parts:
+        if not blocks or not blocks[-1].takes(part):
+            blocks.append(Block(part.kind, "", part.name, part.id))
+        blocks[-1].text += part.text
+    return blocks
+
+
+def new_id() -> str:
+    """Nine letters and digits, as Mistral's templates require."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+class Source:
+    """Text that has arrived and is not read yet. last: no more comes. space: white space before the last mark."""
+
+    def __init__(self) -> None:
+        self.text, self.last, self.space = "", False, ""
+
+    def skip(self, characters: str | None = None) -> Parts[None]:
+        """Drop leading white space, or ``characters``; wait for what follows."""
+        while not (rest := self.text.lstrip(characters)) and not self.last:
+            yield None
+        self.text = rest
+
+    def starts(self, *marks: str) -> Parts[str]:
+        """Take and return the first of ``marks`` with which the text begins; "" if there is none."""
+        while True:
+            if mark := next((mark for mark in marks if self.text.startswith(mark)), ""):
+                self.text = self.text.removeprefix(mark)
+                return mark
+            if self.last or not any(mark.startswith(self.text) for mark in marks):
+                return ""
+            yield None
+
+    def upto(self, mark: str) -> Parts[str]:
+        """Take and return the text before ``mark``, and drop the mark. All text, if the mark never comes."""
+        while mark not in self.text and not self.last:
+            yield None
+        before, _, self.text = self.text.partition(mark)
+        return before
+
+    def pass_on(self, make: Make, *marks: str, strip: bool = True) -> Parts[str]:
+        """Turn text into parts up to the first of ``marks``, which is taken and returned; "" at the end.
+
+        strip: white space before the mark belongs to no part.
+        """
+        while True:
+            at, mark = min(((n, mark) for mark in marks if (n := self.text.find(mark)) >= 0), default=(0, ""))
+            if mark:
+                before, self.text = self.text[:at], self.text[at + len(mark) :]
+            else:
+                held = 0 if self.last else max((_held(self.text, mark) for mark in marks), default=0)
+                before = self.text[: len(self.text) - held]
+            if strip and marks and (mark or not self.last):
+                before, self.space = before.rstrip(), before[len(before.rstrip()) :]
+            if not mark:
+                self.text = self.text[len(before) :]
+            if before:
+                yield make(before)
+            if mark or self.last:
+                return mark
+            yield None
+
+
+def _held(text: str, mark: str) -> int:
+    """Characters at the end of ``text`` with which ``mark`` may begin."""
+    return max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+
+
+class Format:
+    """How a family of models writes an answer: text, with calls after marks in it.
+
+    marks: texts that begin calls. special: special tokens that have to be in the text.
+    """
+
+    marks: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
+
+    def read(self, answer: AnswerParser) -> Parts[None]:
+        """Read an answer after its reasoning."""
+        yield from answer.text()
+
+    def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
+        """Read the calls that begin with ``mark``, which has been taken."""
+        raise NotImplementedError
+
+    def cut_name(self, text: str) -> tuple[str, bool]:
+        """The name in the beginning of a call, and whether it is complete."""
+        found = NAME.search(text)
+        return (found[1], bool(found[2])) if found else ("", False)
+
+
+class AnswerParser:
+    """Splits the text of an answer, as it arrives, into parts.
+
+    tools: those that may be called; a call of another name is text.
+    single: drop calls after the first.
+    reasoning: the marks around reasoning, with which the answer may begin. inside: it begins after the first of them.
+    forced: the answer consists of calls and has no text. A call that is cut before its arguments counts if its name is
+        certain.
+    """
+
+    def __init__(
+        self,
+        form: Format,
+        tools: Schemas | None = None,
+        single: bool = False,
+        reasoning: tuple[str, str] | None = None,
+        inside: bool = False,
+        forced: bool = False,
+    ) -> None:
+        self.form, self.tools, self.single, self.forced = form, tools or {}, single, forced
+        self.source, self.called = Source(), list[str]()  # ids of the calls
+        self.seen = ""  # the text so far, if calls are forced
+        self.reasoning, self.reader = reasoning, self._read(reasoning, inside)
+
+    def push(self, text: str, last: bool = False) -> list[Part]:
+        """Read more text; return its parts. last: the text is complete."""
+        self.source.text += text
+        self.source.last = last
+        found = list[Part]()
+        while (part := next(self.reader, None)) is not None:
+            if part.kind != "call":
+                found += [] if self.forced and part.kind == "text" else [part]
+            elif not (self.single and self.called and part.id != self.called[0]):
+                found.append(part)
+                self.called += [part.id] if part.id not in self.called else []
+        if self.forced:
+            self.seen += "" if self.called else text
+            found += self._cut_call() if last and not self.called else []
+        return found
+
+    def _cut_call(self) -> list[Part]:
+        """The call of an answer that was cut before the arguments of its first call."""
+        text = self.seen if self.reasoning is None else self.seen.rpartition(self.reasoning[1])[2]
+        name, complete = self.form.cut_name(text)
+        certain = [each for each in self.tools if each == name or (not complete and each.startswith(name))]
+        if len(certain) != 1:
+            return []
+        self.called.append(new_id())
+        return [Part("call", "", certain[0], self.called[0])]
+
+    def _read(self, reasoning: tuple[str, str] | None, inside: bool) -> Parts[None]:
+        source = self.source
+        if reasoning is not None:
+            begin = reasoning[0]
+            while not source.last and (text := source.text.lstrip()) != begin and begin.startswith(text):
+                yield None
+            if inside or source.text.lstrip().startswith(begin):
+                source.text = source.text.lstrip().removeprefix(begin)
+                yield from source.skip()
+                yield from source.pass_on(THOUGHT, reasoning[1])
+                yield from source.skip()
+        yield from self.form.read(self)
+
+    def text(self) -> Parts[None]:
+        """Read text with the calls in it."""
+        source = self.source
+        marks = (*self.form.marks, *([] if self.forced else [FENCE])) if self.tools else ()
+        while mark := (yield from source.pass_on(TEXT, *marks)):
+            if mark == FENCE:
+                yield from self._fence(source.space + FENCE)
+            else:
+                yield from self.form.calls(self, mark)
+
+    def _fence(self, begun: str) -> Parts[None]:
+        """Read what follows a fence: calls if it is JSON objects that name tools and fit their schemas, else text."""
+        source = self.source
+        while True:
+            kind, line, body = source.text.partition("\n")
+            end = body.find("\n" + FENCE)
+            open_ = self._may_be_calls(kind.strip(), body) if line else any(k.startswith(kind.strip()) for k in FENCED)
+            if source.last or end >= 0 or not open_ or len(body) > LONGEST_FENCE:
+                break
+            yield None
+        if open_ and (calls := self._fenced_calls(body if end < 0 else body[:end])):
+            source.text = "" if end < 0 else body[end + 1 + len(FENCE) :]
+            for name, arguments in calls:
+                yield Part("call", json.dumps(arguments, ensure_ascii=False), name, new_id())
+            yield from source.skip()
+            return
+        yield TEXT(begun)
+        mark = yield from source.pass_on(TEXT, "\n" + FENCE, *self.form.marks, strip=False)
+        if mark in self.form.marks:
+            yield from self.form.calls(self, mark)
+        elif mark:
+            yield TEXT(mark)
+
+    def _may_be_calls(self, kind: str, body: str) -> bool:
+        """Whether what a fence of a ``kind`` begins with may become calls."""
+        if kind not in FENCED or body.lstrip()[:1] not in ("", "{", "["):
+            return False
+        name = NAME.search(body)
+        return name[1] in self.tools if name and name[2] else len(body) < LONGEST_HEAD
+
+    def _fenced_calls(self, text: str) -> list[tuple[str, Any]]:
+        """Names and arguments of the calls; none if anything else is there."""
+        found, decoder, text = list[Any](), json.JSONDecoder(), text.strip()
+        try:
+            while text:
+                value, end = decoder.raw_decode(text)
+                found += value if isinstance(value, list) else [value]
+                text = text[end:].lstrip(BETWEEN)
+            calls = [(call["name"], call.get("arguments", call.get("parameters", {}))) for call in found]
+            fit = (isinstance(given, dict) and fits(given, self.tools[name]) for name, given in calls)
+            return calls if all(fit) else []
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of the text, or of a schema
+            return []
+
+    def json_call(self, name: str = "") -> Parts[None]:
+        """Read a call that is a JSON object; text if it is no call of a tool. name: if it came before the object."""
+        call = _JsonCall(self.tools, name)
+        while True:
+            taken = call.take(self.source.text)
+            self.source.text = self.source.text[taken:]
+            yield from call.parts()
+            if call.complete or self.source.last:
+                break
+            yield None
+        if not call.begun:
+            yield TEXT(call.raw)
+
+
+class _JsonCall:
+    """A call as a JSON object with a name and arguments, read as it arrives.
+
+    named: the name, if it came before the object, which then holds the arguments alone.
+    raw: the text so far. sent: the end of the arguments that ``parts`` has returned. end: of the arguments, or 0.
+    """
+
+    def __init__(self, tools: Schemas, named: str) -> None:
+        self.tools, self.id, self.raw, self.named = tools, new_id(), "", bool(named)
+        self.depth = self.sent = self.end = 0
+        self.quoted = self.escaped = self.complete = self.begun = False
+        self.head: re.Match[str] | None = None
+        if named:
+            self.take(f'{{"name": "{named}", "arguments": ')
+
+    def take(self, text: str) -> int:
+        """Read more text; return how many of its characters belong to the call."""
+        before = len(self.raw)
+        self.raw += text
+        for end, character in enumerate(text, start=before + 1):
+            if self.escaped:
+                self.escaped = False
+            elif self.quoted:
+                self.escaped, self.quoted = character == "\\", character != '"'
+            elif character == '"':
+                self.quoted = True
+            elif character in "{[":
+                self.depth += 1
+                if self.depth == 2 and self.head is None:
+                    self._begin_arguments(end - 1)
+            elif character in "}]":
+                self.depth -= 1
+                if self.depth == 1 and self.head is not None and not self.end:
+                    self.end = end
+                if not self.depth or (self.named and self.end):
+                    self.complete, self.raw = True, self.raw[:end]
+                    return end - before
+        return len(text)
+
+    def _begin_arguments(self, place: int) -> None:
+        head = _HEAD.fullmatch(self.raw, endpos=place)
+        if head is not None and head[1] in self.tools and self.raw[place] == "{":
+            self.head, self.sent = head, head.end()
+
+    def parts(self) -> Iterator[Part]:
+        """The new parts of the call since the last time."""
+        if self.head is not None:
+            end = self.end or len(self.raw)
+            if end > self.sent or not self.begun:
+                self.begun = True
+                yield Part("call", self.raw[self.sent : end], self.head[1], self.id)
+                self.sent = end
+        elif self.complete and (found := self._whole()) is not None:
+            self.begun = True
+            yield Part("call", json.dumps(found[1], ensure_ascii=False), found[0], self.id)
+
+    def _whole(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and arguments of a call that has them in another order."""
+        try:
+            found = json.loads(self.raw)
+            name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
+        except (ValueError, KeyError, RecursionError):
+            return None
+        return (name, arguments) if name in self.tools and isinstance(arguments, dict) else None
+
+
+def types(schema: Any) -> set[str]:
+    """The JSON types that a schema names at its top."""
+    if not isinstance(schema, dict):
+        return set()
+    own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]
+    found = {each for each in (own if isinstance(own, list) else [own]) if isinstance(each, str)}
+    return found.union(*(types(each) for other in others if isinstance(other, list) for each in other))
+
+
+def fits(value: Any, schema: Any) -> bool:
+    """Whether a value keeps a schema's types, choices, and required and declared members; without following ``$ref``.
+
+    schema: None is an object without members.
+    """
+    if schema is None:
+        return value == {}
+    if not isinstance(schema, dict):
+        return schema is not False
+    wanted = types(schema)
+    if wanted and not any(_is(value, each) for each in wanted):
+        return False
+    if ("enum" in schema and value not in schema["enum"]) or ("const" in schema and value != schema["const"]):
+        return False
+    if isinstance(value, dict) and isinstance(members := schema.get("properties", {}), dict):
+        known = all(key in members or schema.get("additionalProperties", True) is not False for key in value)
+        there = all(key in value for key in schema.get("required") or ())
+        return known and there and all(fits(each, members.get(key, {})) for key, each in value.items())
+    return not isinstance(value, list) or all(fits(each, schema.get("items", {})) for each in value)
+
+
+def _is(value: Any, kind: str) -> bool:
+    return isinstance(value, TYPES.get(kind, object)) and (kind == "boolean" or not isinstance(value, bool))
