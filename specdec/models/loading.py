@@ -22,7 +22,7 @@ from transformers import (
 
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
 from specdec.base.machine import check_memory
-from specdec.models import checkpoint
+from specdec.models import checkpoint, families
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, read_header
 from specdec.models.prepare import quiet_transformers
@@ -101,6 +101,8 @@ def _of_checkpoint(
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
     source.fetch_weights()
+    if type(options.get("config")) in MODEL_FOR_CAUSAL_LM_MAPPING and (files := source.weight_files()):
+        families.check_sizes(name, options["config"], sum(path.stat().st_size for path in files))
     with quiet_transformers(f"Loading {name}"), explain_errors(name):
         checkpoint = None if experts or source.packed else _checkpoint(source, options["config"])
         if checkpoint is None:
@@ -132,6 +134,7 @@ def _parts(source: Source, options: dict[str, Any]) -> tuple[Any, Any]:
     """The config and the tokenizer. Raises SpecDecError unless the model is decoder-only."""
     with explain_errors(source.name):
         config = AutoConfig.from_pretrained(source.folder, **options)
+    families.check_sizes(source.name, config)
     if config.is_encoder_decoder:
         raise SpecDecError(f"'{source.name}' is an encoder-decoder model ({config.model_type}); use a decoder-only one")
     return config, _tokenizer(source, options)

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Mask
+from specdec.models import families
 from specdec.models.gguf.blocks import densify
 from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.checks import check_logits, refuse_unsupported
@@ -106,7 +107,7 @@ class FusedTarget(ByParts):
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.groups = self.heads // self.kv_heads
         self.output_gate = kind in DELTA_RULE  # beside each query head
-        self.per_head_norm = kind == "qwen3" or self.output_gate
+        self.per_head_norm = not families.FAMILIES[kind].across
         self._routers = [layer.mlp if llama_like.has_experts(layer) else None for layer in decoder.layers]
         mlps = [layer.mlp for layer in decoder.layers if not llama_like.has_experts(layer)]
         act = None if not mlps else mlps[0].activation_fn if kind == "phi3" else mlps[0].act_fn
@@ -131,7 +132,7 @@ class FusedTarget(ByParts):
         self._through: set[int] = set()  # layers of that stack that are ready
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
-        self.final_norm = llama_like.norm(decoder.norm, kind)
+        self.final_norm = llama_like.norm(decoder.norm, families.FAMILIES[kind])
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         scale = getattr(decoder.embed_tokens, "embed_scale", None)  # Gemma's
         self.embed_scale: Tensor | None = None if scale is None else scale.to(self.dtype)

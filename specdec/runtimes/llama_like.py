@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError
+from specdec.models.families import FAMILIES, Family
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes import linear_maps
 
 Norm = Callable[[Tensor], Tensor]
 # Weight and bias of a layer's qkv, out and, unless it routes to experts, gate_up and down.
 Weights = dict[str, tuple[Tensor, Tensor | None]]
-AROUND_ZERO = ("gemma", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")  # norms with weights around zero
 
 
 class Adapters(nn.Module):
@@ -53,27 +53,28 @@ class Adapters(nn.Module):
 
 def check_rotary(rotary: Any) -> None:
     """Raise SpecDecError for rotary embeddings whose tables depend on more than the position."""
-    kind = getattr(rotary, "rope_type", "default")
-    if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
-        raise SpecDecError(f"there are no tables here for rotary embeddings of type '{kind}'")
+    kinds = getattr(rotary, "rope_type", "default")
+    for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+        if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
+            raise SpecDecError(f"there are no tables here for rotary embeddings of type '{kind}'")
 
 
-def norm(module: Any, kind: str) -> Norm:
+def norm(module: Any, family: Family) -> Norm:
     """The RMS norm over the last axis."""
     weight, shape = module.weight.detach(), [module.weight.shape[0]]
-    if kind in AROUND_ZERO:
+    if family.around_zero:
         one_more, eps = 1 + weight.float(), float(module.eps)
         return lambda x: torch.rms_norm(x.float(), shape, one_more, eps).to(x.dtype)
     eps = float(module.variance_epsilon)
-    if kind == "olmo2":  # scales before it rounds to the model's dtype
+    if family.once:
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     return lambda x: torch.rms_norm(x, shape, None, eps) * weight
 
 
-def pair_norm(module: Any, kind: str) -> Norm:
+def pair_norm(module: Any, family: Family) -> Norm:
     """The RMS norm of y from the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
-    if kind in AROUND_ZERO:
-        single = norm(module, kind)
+    if family.around_zero:
+        single = norm(module, family)
         return lambda pair: single(pair.select(1, 0))
     weight, eps = module.weight.detach(), float(module.variance_epsilon)
     shape, double, layer_norm = [2, weight.shape[0]], torch.stack((weight, weight)), torch.layer_norm
@@ -82,12 +83,11 @@ def pair_norm(module: Any, kind: str) -> Norm:
 
 def layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
     """The norms of a decoder layer, in the order of the fused runtime's layers."""
-    attention = getattr(layer, "self_attn", None)
-    inner = [norm(getattr(attention, n), kind) if hasattr(attention, n) else None for n in ("q_norm", "k_norm")]
-    last = layer.post_attention_layernorm
-    if kind == "olmo2":
-        return None, *inner, norm(last, kind), None, norm(layer.post_feedforward_layernorm, kind)
-    return pair_norm(layer.input_layernorm, kind), *inner, None, pair_norm(last, kind), None
+    attention, family = getattr(layer, "self_attn", None), FAMILIES[kind]
+    inner = [norm(getattr(attention, n), family) if hasattr(attention, n) else None for n in ("q_norm", "k_norm")]
+    makers = zip((pair_norm, norm, pair_norm, norm), family.norms, strict=True)
+    first, *others = [make(getattr(layer, name), family) if name else None for make, name in makers]
+    return first, *inner, *others
 
 
 def recurrent(layer: Any) -> bool:

@@ -130,7 +130,9 @@ def in_blocks(
         if name.endswith("proj") or name == "lm_head":
             blocks = random_blocks(next(each), *module.weight.shape)
             model.set_submodule(name, BlockLinear(blocks, module.bias, torch.bfloat16))
-    model.model.embed_tokens = BlockEmbedding(random_blocks("Q4_0", 97, model.config.hidden_size), torch.bfloat16)
+    scale = getattr(model.model.embed_tokens, "embed_scale", None)
+    blocks = random_blocks("Q4_0", 97, model.config.hidden_size)
+    model.model.embed_tokens = BlockEmbedding(blocks, torch.bfloat16, scale)
     return model
 
 

@@ -79,6 +79,12 @@ FAMILIES: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "gpt_neox": {},
     "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 0.8,
+        "attention_multiplier": 0.2,
+    },
     "mixtral": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -197,6 +203,8 @@ ROPES = {
               "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
     "qwen2": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
     "phi3": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "ministral3": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8,
+                   "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
 }  # fmt: skip
 
 

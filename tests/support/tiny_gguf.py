@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -144,6 +145,96 @@ def write_model(
         writer.add_tensor(f"{name}.weight", data, raw_dtype=packed)
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+SCALES = {  # what llama.cpp's converter calls a config's fields
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+WINDOWS = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+YARN = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_log_multiplier": "mscale_all_dim",
+}
+ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what is added to norms, metadata
+    "llama": ("llama", True, 0, {"rope.dimension_count": "head_dim"}),
+    "qwen2": ("qwen2", False, 0, {}),
+    "qwen3": ("qwen3", False, 0, {"attention.key_length": "head_dim"}),
+    "phi3": ("phi3", False, 0, {}),
+    "granite": ("granite", True, 0, SCALES),
+    "olmo2": ("olmo2", False, 0, {}),
+    "smollm3": ("smollm3", True, 0, {}),
+    "ministral3": ("mistral3", True, 0, {"attention.key_length": "head_dim"}),
+    "gemma": ("gemma", False, 1, {"attention.key_length": "head_dim"}),
+    "gemma2": ("gemma2", False, 1, WINDOWS),
+    "gemma3_text": ("gemma3", False, 1, WINDOWS),
+}
+
+
+def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
+    """A model of transformers as llama.cpp's converter writes it, its matrices quantised to ``kind`` or in random
+    blocks of it."""
+    config = model.config
+    name, paired, more, metadata = ARCHITECTURES[config.model_type]
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    names, writer = gguf.get_tensor_name_map(architecture, config.num_hidden_layers), gguf.GGUFWriter(path, name)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base((rope.get("full_attention") or rope)["rope_theta"])
+    for key, field in metadata.items():
+        if (value := getattr(config, field)) is not None:
+            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+            add(f"{name}.{key}", value)
+    if name == "mistral3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        for key, field in YARN.items():
+            add = writer.add_uint32 if key.startswith("original") else writer.add_float32
+            add(f"{name}.rope.scaling.{key}", rope[field])
+        writer.add_float32(f"{name}.attention.temperature_scale", rope["llama_4_scaling_beta"])
+    vocab = config.vocab_size
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    characters = [chr(point) for point in (*range(33, 127), *range(161, 173))][: vocab - 4]
+    writer.add_token_list(["<|endoftext|>", "<s>", "</s>", *characters, "AB"])
+    writer.add_token_types([3, 3, 3, *[1] * (vocab - 3)])
+    writer.add_token_merges(["A B"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    random, packed = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
+    for parameter, tensor in model.named_parameters():
+        where, _, leaf = parameter.rpartition(".")
+        values = tensor.detach().float().numpy()
+        if where.endswith("norm"):
+            values = values + np.float32(more)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(where.split(".")[-1])
+        if paired and heads:
+            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        stored = f"{names.get_name(where)}.{leaf}"
+        if values.ndim == 1:
+            writer.add_tensor(stored, values)
+            continue
+        whole = kind in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+        blocks = gguf.quants.quantize(values, packed) if whole else random_blocks(kind, values.shape, random)
+        writer.add_tensor(stored, blocks, raw_dtype=packed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -127,18 +127,31 @@ class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
         return torch.cat(parts, -1)
 
 
-class BlockEmbedding(_BlockModule, nn.Embedding):  # type: ignore[override, misc]
+class ScaledEmbedding(nn.Embedding):
+    """An embedding times ``embed_scale`` in the dtype of its weight (Gemma); None: as it is."""
+
+    embed_scale: Tensor | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.scaled(super().forward(ids))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x if self.embed_scale is None else x * self.embed_scale.to(x.dtype)
+
+
+class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, misc]
     """An embedding whose table is in blocks. unpack: as in ``BlockLinear``."""
 
-    def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
+    def __init__(self, blocks: Blocks, dtype: torch.dtype, embed_scale: Tensor | None = None) -> None:
         nn.Module.__init__(self)
+        self.embed_scale = embed_scale
         self.num_embeddings, self.embedding_dim = blocks.shape
         self.blocks, self.dtype, self.unpack = blocks, dtype, dequantize
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.unpack(self.blocks, ids.flatten(), self.dtype).view(*ids.shape, -1)
+        return self.scaled(self.unpack(self.blocks, ids.flatten(), self.dtype).view(*ids.shape, -1))
 
 
 def quantize_linear(module: nn.Linear, kind: str) -> BlockLinear:
@@ -186,7 +199,8 @@ def densify(model: nn.Module) -> None:
             made: Any
             with torch.device("meta"):
                 if isinstance(module, BlockEmbedding):
-                    made = nn.Embedding(blocks.shape[0], blocks.inputs)
+                    made = ScaledEmbedding(blocks.shape[0], blocks.inputs)
+                    made.embed_scale = module.embed_scale
                 else:
                     made = nn.Linear(blocks.inputs, blocks.shape[0])
                     made.bias = module.bias

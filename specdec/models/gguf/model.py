@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from accelerate import init_empty_weights
 from tokenizers import Tokenizer, pre_tokenizers
@@ -27,17 +27,34 @@ from transformers import (
 )
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError
+from specdec.models import families
 from specdec.models.gguf import blocks
 from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks
-from specdec.models.gguf.file import PLAIN, GGUFFile, TensorInfo
+from specdec.models.gguf.file import PLAIN, GGUFFile
 
-ARCHITECTURES = "llama", "qwen2", "qwen3", "phi3"
-LARGEST, WIDEST = 1 << 28, 1 << 20  # bounds of integers in a config, and of those that are sizes of its parts
-FLOATS = {"rope_theta", "rms_norm_eps"}
+ARCHITECTURES = {family.gguf: kind for kind, family in families.FAMILIES.items() if family.gguf}
+# Numbers in a config that are not whole.
+FLOATS = {
+    *("rope_theta", "rope_local_base_freq", "rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("llama_4_scaling_beta", *families.SCALED.values()),
+}
+# Metadata of an architecture that says nothing that a config has not.
+BESIDE = {
+    *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length", "expert_count"),
+    *("expert_used_count", "rope.dimension_count"),
+}
+SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "yarn_log_multiplier": "mscale_all_dim",
+}
+LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those that scale scores by hidden size and heads
 ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # the type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
@@ -73,29 +90,56 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
 
 def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
     """The config from the metadata."""
-    architecture, metadata = file.architecture, file.metadata
-    values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.tensors}
-    mapping: dict[str, Any] = GGUF_CONFIG_MAPPING
-    for prefix in (architecture, "tokenizer"):
-        for key, field in mapping[prefix].items():
-            if field is not None and f"{prefix}.{key}" in metadata:
-                values[field] = metadata[f"{prefix}.{key}"]
-    if architecture == "qwen3" and "qwen3.attention.key_length" in metadata:
-        values["head_dim"] = metadata["qwen3.attention.key_length"]
+    kind, prefix = ARCHITECTURES[file.architecture], file.architecture + "."
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    keys, values = families.KEYS | families.FAMILIES[kind].keys, dict[str, Any]()
+    for key, field in GGUF_CONFIG_MAPPING["tokenizer"].items():
+        if f"tokenizer.{key}" in file.metadata:
+            values[field] = file.metadata[f"tokenizer.{key}"]
+    scaling = {key.removeprefix("rope.scaling."): own.pop(key) for key in list(own) if key.startswith("rope.scaling.")}
+    for key, value in own.items():
+        if key in keys:
+            values[keys[key]] = value
+        elif value and key not in BESIDE and (kind, key) != ("phi3", "attention.sliding_window"):  # a stub there
+            raise SpecDecError(f"cannot load model '{name}': it is unknown what {prefix}{key} in its GGUF file means")
     if "token_embd.weight" in file.tensors:
         values["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     for field, value in values.items():
-        most = WIDEST if field.startswith(("num_", "head_", "hidden_", "intermediate_")) else LARGEST
-        fits = type(value) is int and 0 <= value < most if field not in FLOATS else _positive(value)
-        if field != "tie_word_embeddings" and not fits:
+        fits = _positive(value) if field in FLOATS else type(value) is int and 0 <= value < families.LONGEST
+        if not fits:
             raise SpecDecError(f"cannot load model '{name}': its GGUF file says that {field} is {str(value)[:60]!r}")
-    layers = sum(key.startswith("blk.") and key.endswith(".attn_norm.weight") for key in file.tensors)
+    families.check_sizes(name, SimpleNamespace(**values))
+    layers = sum(key.startswith("blk.") and key.endswith(".attn_output.weight") for key in file.tensors)
     if values.get("num_hidden_layers") != layers:
         raise SpecDecError(
             f"cannot load model '{name}': its GGUF file has {layers} layers, and its header names "
             f"{values.get('num_hidden_layers')}; get it again"
         )
-    return AutoConfig.for_model(architecture, **values)
+    values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "pad_token_id": values.get("pad_token_id")}
+    width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0) or 1
+    if kind in LARGE_GEMMA:
+        size = width // heads if layers == LARGE_GEMMA[kind] else values.get("head_dim", 256)
+        values["query_pre_attn_scalar"] = size
+    if kind == "granite":
+        values.setdefault("attention_multiplier", (width // heads or 1) ** -0.5)
+    if (rope := scaling.pop("type", "none")) != "none" or kind == "ministral3":
+        values["rope_scaling"] = _scaled_rope(name, rope, scaling, values)
+    return AutoConfig.for_model(kind, **values)
+
+
+def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``rope_scaling`` of a config from the metadata ``rope.scaling``. Takes what belongs there from ``values``."""
+    found = {SCALING[key]: value for key, value in scaling.items() if key in SCALING}
+    bad = [key for key, value in found.items() if not _positive(value)]
+    if kind not in ("linear", "yarn") or "factor" not in found or bad:
+        raise SpecDecError(
+            f"cannot load model '{name}': its GGUF file scales rotation in an unknown way ({str(bad or kind)[:60]})"
+        )
+    if "mscale_all_dim" in found:
+        found["mscale"] = found["mscale_all_dim"]
+    if "llama_4_scaling_beta" in values:  # a config of such a family has both there
+        found |= {key: values.pop(key) for key in ("llama_4_scaling_beta", "rope_theta") if key in values}
+    return found | {"rope_type": kind}
 
 
 def _positive(value: Any) -> bool:
@@ -200,14 +244,15 @@ def build(
     """
     model, data = empty_model(config, dtype), file.map()
     names, unpacked = check_tensors(name, file, model), set[str]()
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
+    family = families.FAMILIES[config.model_type]
     for parameter, tensor in names.items():
         info, (path, _, leaf) = file.tensors[tensor], parameter.rpartition(".")
         part, module = data[info.offset : info.offset + info.nbytes], model.get_submodule(path)
-        rows = _rows(processor, tensor, info)
+        rows = _rows(config, path, info.shape[0]) if family.interleaved else None
         if info.kind in PLAIN:
             values = part.view(PLAIN[info.kind]).view(info.shape)
-            values = (values if rows is None else values[rows.long()]).to(dtype)
+            values = values if rows is None else values[rows.long()]
+            values = (values.float() - 1 if family.around_zero and path.endswith("norm") else values).to(dtype)
         else:
             packed = Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1], rows)
             if keep_blocks and info.kind in blocks.KINDS:
@@ -229,7 +274,7 @@ def build(
 
 def _in_blocks(module: nn.Module, packed: Blocks, dtype: torch.dtype) -> nn.Module:
     if isinstance(module, nn.Embedding):
-        return BlockEmbedding(packed, dtype)
+        return BlockEmbedding(packed, dtype, getattr(module, "embed_scale", None))
     made: Any = BlockLinear(packed, None, dtype)
     made.bias = module.bias  # the file's, or still to be set
     return made  # type: ignore[no-any-return]
@@ -251,9 +296,10 @@ def _scale_rotation(model: Any, file: GGUFFile, data: Tensor) -> None:
     rotary.inv_freq = rotary.original_inv_freq = rotary.inv_freq / factors.to(rotary.inv_freq.dtype)
 
 
-def _rows(processor: TensorProcessor, tensor: str, info: TensorInfo) -> Tensor | None:
-    """The row of the file's tensor for each row of the model's: llama files have q and k in another order."""
-    count = info.shape[0]
-    order = np.arange(count, dtype=np.int32)
-    found = processor.process(weights=order, name=tensor).weights
-    return None if np.array_equal(found, order) else torch.from_numpy(np.ascontiguousarray(found))
+def _rows(config: PreTrainedConfig, path: str, count: int) -> Tensor | None:
+    """The row of the file's tensor for each of the ``count`` rows of the model's; None: the same."""
+    names = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    if (heads := names.get(path.rpartition(".")[2])) is None:
+        return None
+    order = torch.arange(count, dtype=torch.int32).view(getattr(config, heads), -1, 2)
+    return order.transpose(1, 2).flatten().contiguous()

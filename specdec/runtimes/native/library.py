@@ -18,13 +18,13 @@ from specdec.base.errors import SettingError, SpecDecError
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
 log = logging.getLogger(__name__)
 BF16, Q8, Q4, Q5, K4, K5, K6 = range(7)  # as in native.h
-POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 LEVEL = "SPECDEC_NATIVE"  # environment variable: the best instruction set that may be used
 LEVELS = ("", "avx2", "avxvnni", "avx512", "amx")  # instruction sets, as specdec_open counts them
 SUFFIXES = {"amx": "avx512"}  # of the kernels' names, where they are not the instruction set's
 KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction set: what it returns, what it takes
     "layers": (INT, POINTER, POINTER),
-    "linear": (INT, POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, POINTER, INT, INT),
+    "linear": (INT, POINTER, POINTER, FLOAT, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT),
     "argmax": (None, POINTER, INT, INT, POINTER, INT),
     "draft_tree": (INT, POINTER),
     "block_tiles": (LONG, INT, INT, INT, POINTER),
@@ -42,12 +42,16 @@ class Part(ctypes.Structure):
 class Map(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("rounded", "out", "inp", "count")),
+        *((name, FLOAT) for name in ("scale", "cap")),
         *((name, POINTER) for name in ("parts", "bias")),
     )
 
 
 class Table(ctypes.Structure):
-    _fields_ = (("type", INT), ("columns", INT), ("stride", ctypes.c_int64), ("data", POINTER), ("order", POINTER))
+    _fields_ = (
+        *(("type", INT), ("columns", INT), ("stride", LONG)),
+        *(("data", POINTER), ("order", POINTER), ("scale", FLOAT)),
+    )
 
 
 class LowRank(ctypes.Structure):
@@ -57,14 +61,16 @@ class LowRank(ctypes.Structure):
 class Layer(ctypes.Structure):
     _fields_ = (
         *((name, Map) for name in ("qkv", "out", "gate_up", "down")),
-        *((name, POINTER) for name in ("norm_in", "norm_mlp", "norm_q", "norm_k")),
+        *((f"norm_{name}", POINTER) for name in ("in", "mlp", "attended", "out", "q", "k")),
+        *(("rotary_q", INT), ("rotary_k", INT)),
     )
 
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated", "rounded")),
-        *((n, ctypes.c_float) for n in ("eps", "scale")),
+        *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated")),
+        *((n, INT) for n in ("rounded", "once", "gelu", "across", "tables")),
+        *((n, FLOAT) for n in ("eps", "scale", "cap")),
         ("layers", POINTER),
     )
 
@@ -92,7 +98,7 @@ class TreeDraft(ctypes.Structure):
         *((name, INT) for name in ("stages", "levels", "width", "sequences")),
         *((name, POINTER) for name in ("roots", "stage", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
-        *((name, ctypes.c_float) for name in ("eps", "unit_eps", "min_probability")),
+        *((name, FLOAT) for name in ("eps", "unit_eps", "min_probability")),
         *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed", "forbidden")),
     )
 

@@ -54,7 +54,7 @@ _arena = _Arena()
 
 
 class Packed:
-    """A linear map ``x W.T + bias`` in tiles.
+    """A linear map ``cap tanh(scale (x W.T + bias) / cap)`` in tiles; cap 0: ``scale (x W.T + bias)``.
 
     Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
 
@@ -70,6 +70,8 @@ class Packed:
         bias: Tensor | None = None,
         rounded: bool = True,
         draft_only: bool = False,
+        scale: float = 1.0,
+        cap: float = 0.0,
     ) -> None:
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
@@ -91,7 +93,7 @@ class Packed:
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
         self.rounded = (rounded or draft_only) and BF16 not in self.kinds
         pointers = ctypes.addressof(self.parts), pointer(self.bias)
-        self.struct = Map(self.rounded, 16 * end, self.inp, len(weights), *pointers)
+        self.struct = Map(self.rounded, 16 * end, self.inp, len(weights), scale, cap, *pointers)
 
     @property
     def kinds(self) -> set[int]:
@@ -103,48 +105,56 @@ class Packed:
         """Bytes of all tiles."""
         return sum(tiles.numel() for tiles in self.tiles)
 
-    def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
-        """bf16 [..., in] -> [..., out]; with ``eps`` after an RMS norm with weight ``norm`` [in] (float32)."""
-        return self._run((x,), norm, eps)
+    def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, once: bool = False) -> Tensor:
+        """bf16 [..., in] -> [..., out]; with ``eps`` after an RMS norm with weight ``norm`` [in] (float32).
+
+        once: as in ``Family``.
+        """
+        return self._run((x,), norm, eps, once)
 
     def of_normalised(self, parts: Sequence[Tensor], eps: float) -> Tensor:
         """bf16 parts [..., in / n], each divided by its RMS, side by side -> [..., out]."""
-        return self._run(parts, None, eps)
+        return self._run(parts, None, eps, False)
 
-    def largest(self, x: Tensor, norm: Tensor | None, eps: float) -> list[int]:
-        """The flat argmax of ``self(x, norm, eps)`` (the first of equals, never NaN), without storing the outputs."""
+    def largest(self, x: Tensor, norm: Tensor | None, eps: float, once: bool = False) -> list[int]:
+        """The flat argmax of ``self(x, norm, eps, once)`` (the first of equals, never NaN), without storing the
+        outputs."""
         found = (ctypes.c_int64 * (x.numel() // self.inp))()
-        self._call((x,), norm, eps, len(found), None, ctypes.addressof(found))
+        self._call((x,), (norm, eps, once), len(found), None, ctypes.addressof(found))
         return found[:]
 
-    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float) -> Tensor:
+    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, once: bool) -> Tensor:
         made = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
-        self._call(parts, norm, eps, made.numel() // self.width, made.data_ptr(), None)
+        self._call(parts, (norm, eps, once), made.numel() // self.width, made.data_ptr(), None)
         return made
 
     def _call(
-        self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, rows: int, out: int | None, best: int | None
+        self,
+        parts: Sequence[Tensor],
+        norm: tuple[Tensor | None, float, bool],
+        rows: int,
+        out: int | None,
+        best: int | None,
     ) -> None:
+        weight, *norms = norm
         parts = [part.contiguous() for part in parts]
         sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
-        struct, weight, sizes = ctypes.byref(self.struct), pointer(norm), (len(parts), rows)
-        done(
-            library.load().specdec_linear(struct, weight, eps, sources, *sizes, out, best, self.width, cores.threads())
-        )
+        given = ctypes.byref(self.struct), pointer(weight), *norms, sources, len(parts), rows
+        done(library.load().specdec_linear(*given, out, best, self.width, cores.threads()))
 
 
 class RowTable:
-    """A matrix [rows, columns], in bf16 or GGUF blocks, whose rows are read as bf16."""
+    """A matrix [rows, columns], in bf16 or GGUF blocks, whose rows are read as bf16, times ``scale``."""
 
-    def __init__(self, weight: Tensor | Blocks) -> None:
+    def __init__(self, weight: Tensor | Blocks, scale: float = 1.0) -> None:
         self.columns = weight.shape[1]
         if isinstance(weight, Blocks):
             self.alive = weight.data, weight.rows
             kind = gguf.GGMLQuantizationType[weight.kind]
-            self.struct = Table(kind, self.columns, weight.data.stride(0), *map(pointer, self.alive))
+            self.struct = Table(kind, self.columns, weight.data.stride(0), *map(pointer, self.alive), scale)
         else:
             self.alive = weight.detach().contiguous(), None
-            self.struct = Table(-1, self.columns, 2 * self.columns, *map(pointer, self.alive))
+            self.struct = Table(-1, self.columns, 2 * self.columns, *map(pointer, self.alive), scale)
 
     def __call__(self, index: Tensor) -> Tensor:
         """int64 [...] -> bf16 [..., columns]. Indices must be in range."""

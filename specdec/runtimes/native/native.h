@@ -84,8 +84,9 @@ typedef struct {       /* output rows of a map in one kind of tiles */
     const uint8_t *tiles; /* [outputs / 16][in / 32] */
 } Part;
 
-typedef struct {       /* y = W x (+ bias) */
+typedef struct {       /* y = W x (+ bias), times `scale`, and then cap tanh(y / cap) unless `cap` is 0 */
     int32_t rounded, out, in, count; /* rounded: activations are in 8 bits, and no part is bf16; out: multiple of 16; in: of 32; count: of parts */
+    float scale, cap;
     const Part *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
 } Map;
@@ -95,6 +96,7 @@ typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */
     int64_t stride;        /* bytes of a row */
     const uint8_t *data;
     const int32_t *order;  /* row i is order[i] of data; NULL: i */
+    float scale;           /* of what is read, after it is rounded */
 } Table;
 
 typedef struct {       /* low-rank terms beside a map: y += up (down x) */
@@ -106,13 +108,17 @@ typedef struct {       /* low-rank terms beside a map: y += up (down x) */
 
 typedef struct {
     Map qkv, out, gate_up, down;
-    const float *norm_in, *norm_mlp, *norm_q, *norm_k; /* norm_q, norm_k: per head, or NULL */
+    const float *norm_in, *norm_mlp;         /* of the inputs of attention and the MLP; NULL: there is none, here and below */
+    const float *norm_attended, *norm_out;   /* of their results, before these are added */
+    const float *norm_q, *norm_k;            /* of queries and keys */
+    int32_t rotary_q, rotary_k;              /* which of a call's tables rotates them; -1: none */
 } Layer;
 
 typedef struct {
     int32_t hidden, heads, kv_heads, head_dim, inner, rotated; /* rotated: rotary dimensions of a head */
     int32_t rounded; /* activations in 8 bits: attention is then the same, to the last bit, in every instruction set */
-    float eps, scale;
+    int32_t once, gelu, across, tables; /* norms round once, after their weights; GELU (tanh) instead of SiLU; queries and keys are */
+    float eps, scale, cap;              /* normed across heads; number of rotary tables; scale of scores, and their cap as in Map */
     const Layer *layers;
 } Model;
 
@@ -133,7 +139,7 @@ typedef struct {
     const int32_t *spans;        /* by window kind: how many of the last slots are seen; 0: all */
     bf16 *x;                     /* [tokens, hidden], in and out; unused when drafting */
     const int64_t *positions;    /* [tokens] */
-    const float *rotary;         /* [position][cosines, sines][rotated / 2] */
+    const float *const *rotary;  /* [tables]: [position][cosines, sines][rotated / 2] */
     const int32_t *window;       /* by layer: its kind */
     bf16 **taps;                 /* by layer, hidden states before it (hi: after the last) or NULL */
     const LowRank *const *low;   /* by layer: its four maps' low-rank terms, or NULL */

@@ -21,6 +21,7 @@ from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.rows import RowCache, RowMask
+from specdec.models import families
 from specdec.models.gguf.blocks import (
     BlockEmbedding,
     BlockLinear,
@@ -41,7 +42,8 @@ from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+DENSE = "llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "smollm3", "ministral3"
+FAMILIES = *DENSE, "gemma", "gemma2", "gemma3_text"
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 BITS = 16, 8, 4, 5, 4, 5, 6  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6
 
@@ -69,19 +71,20 @@ class NativeTarget(ByParts):
             raise SpecDecError(f"model type '{kind}' is unknown to the native runtime (it knows {', '.join(FAMILIES)})")
         if model.dtype != torch.bfloat16 or model.device.type != "cpu":
             raise SpecDecError(f"the native runtime computes in bfloat16 on a CPU, not {model.dtype} on {model.device}")
+        families.check_fields(config)
         super().__init__(model)
         decoder: Any = model.model
         first = decoder.layers[0]
         linear.unpack_here(model)
         llama_like.check_rotary(decoder.rotary_emb)
+        self.family, self.numbers = families.FAMILIES[kind], families.numbers_of(config)
         self.head_dim = int(first.self_attn.head_dim)
-        act = first.mlp.activation_fn if kind == "phi3" else first.mlp.act_fn
-        if "SiLU" not in type(act).__name__ or self.head_dim % 32 or self.head_dim > 256:
-            raise SpecDecError(
-                f"the native runtime takes SiLU and heads of 32, 64, ... 256; this '{kind}' model has "
-                f"{type(act).__name__} and heads of {self.head_dim}"
-            )
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        if self.head_dim % 32 or self.head_dim > 256 or self.heads % self.kv_heads:
+            raise SpecDecError(
+                f"the native runtime takes heads of 32, 64, ... 256, equally many for each key head; this '{kind}' "
+                f"model has {self.heads} heads of {self.head_dim} and {self.kv_heads} key heads"
+            )
         if weights == "dense":
             densify(model)
         if weights in ROUNDED:
@@ -91,12 +94,17 @@ class NativeTarget(ByParts):
         self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
-        for layer, struct in zip(decoder.layers, self._layers, strict=True):
+        rotations = families.rotations(config)
+        self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
+        for layer, struct, pair in zip(decoder.layers, self._layers, rotations, strict=True):
             self._pack_layer(layer, struct)
+            struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
         self.inner = self._layers[0].down.inp
-        self.rotary, self.tables = decoder.rotary_emb, torch.empty(0)
-        rotated = int(self._rotary_tables(8).shape[2])
-        self.final_norm, self.eps = decoder.norm.weight.detach().float(), float(decoder.norm.variance_epsilon)
+        self.rotary, self._positions = decoder.rotary_emb, 0  # how many of them the tables have
+        rotated = 2 * max((table.shape[2] for table in self._rotary_tables(8)[0]), default=0)
+        if rotated < self.head_dim and any(each.beta for each in self.rotations):
+            raise SpecDecError("the native runtime scales queries by position where whole heads rotate; these do not")
+        self.final_norm, self.eps = self._norm(decoder.norm), float(config.rms_norm_eps)
         scale = float(first.self_attn.scaling)
         packed = [item for item in self._alive if isinstance(item, Packed)]
         kinds = set().union(*(item.kinds for item in packed))
@@ -107,13 +115,15 @@ class NativeTarget(ByParts):
             )
         if kinds != {library.BF16}:
             self.activations = "8 bits" if self.rounded else "16 bits"
-        sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, 2 * rotated
-        self._sizes = (*sizes, self.rounded, self.eps, scale)
+        sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, rotated
+        gelu = families.activation(config) != "silu"
+        flags = self.rounded, self.family.once, gelu, self.family.across, len(self.rotations)
+        self._sizes = (*sizes, *flags, self.eps, scale, self.numbers.scores_cap)
         self._model = Model(*self._sizes, ctypes.addressof(self._layers))
         self.window_sizes = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.window_sizes))(*(window or 0 for window in self.window_sizes))
         self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))
-        self.embedding = RowTable(matrix(decoder.embed_tokens))
+        self.embedding = RowTable(matrix(decoder.embed_tokens), self.numbers.embeddings)
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._readout: Packed | None = None  # the model's own
         self._no_taps = (POINTER * (self.num_layers + 1))()
@@ -185,10 +195,10 @@ class NativeTarget(ByParts):
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         packed = self.head(head)
-        return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
+        return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps, self.family.once).view(*x.shape[:2], -1)
 
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
-        (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps)
+        (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps, self.family.once)
         if not math.isfinite(float(x.sum())):  # reads one number if all are finite
             finite = x.isfinite().all(-1).flatten().tolist()
             found = [token if good else -1 for token, good in zip(found, finite, strict=True)]
@@ -254,7 +264,7 @@ class NativeTarget(ByParts):
         )
         rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
         call.count, call.tokens, call.cache = len(rows), sum(counts), cache.int8
-        call.sequences, call.rotary = ctypes.addressof(sequences), rotary.data_ptr()
+        call.sequences, call.rotary = ctypes.addressof(sequences), ctypes.addressof(rotary[1])
         return sequences, rotary, cache.data
 
     def _new_call(self, lo: int, hi: int) -> Call:
@@ -273,7 +283,9 @@ class NativeTarget(ByParts):
             packed = self._heads.get(module)
             if packed is None:
                 weight = matrix(module)
-                packed = self._heads[module] = Packed([weight], module.bias, self.rounded, draft_only=head is not None)
+                numbers = self.numbers.logits, self.numbers.logits_cap
+                packed = Packed([weight], module.bias, self.rounded, head is not None, *numbers)
+                self._heads[module] = packed
                 release(weight)
             if head is None:
                 self._readout = packed
@@ -293,17 +305,27 @@ class NativeTarget(ByParts):
                 raise SpecDecError(
                     f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
                 )
-            packed = Packed(weights, bias, self.rounded)
+            packed = Packed(weights, bias, self.rounded, scale=self._scale(slot))
             release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         attention = layer.self_attn
-        norms = {"norm_in": layer.input_layernorm, "norm_mlp": layer.post_attention_layernorm}
-        norms |= {f"norm_{n}": getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
+        places = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
+        norms = {place: getattr(layer, name) for place, name in places if name}
+        norms |= {n: getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
         for name, module in norms.items():
-            weight = module.weight.detach().float()
+            weight = self._norm(module)
             self._alive.append(weight)
-            setattr(struct, name, weight.data_ptr())
+            setattr(struct, f"norm_{name}", weight.data_ptr())
+
+    def _norm(self, module: Any) -> Tensor:
+        """The factors of a norm [features] (float32)."""
+        weight: Tensor = module.weight.detach().float()
+        return 1 + weight if self.family.around_zero else weight
+
+    def _scale(self, slot: str) -> float:
+        """The factor of what the maps of a slot return."""
+        return self.numbers.results if slot in ("out", "down") else 1.0
 
     def _low_rank(self, adapters: Adapters, lo: int, hi: int) -> Any:
         """Pointers to the low-rank terms of layers [lo, hi), packed at first use; they must not change after it."""
@@ -344,7 +366,7 @@ class NativeTarget(ByParts):
                 down, up = (factor.detach().float() for factor in factors[path])
                 weight[start:stop] += up @ down
             bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
-            alive.append(Packed([weight.bfloat16()], bias, draft_only=True))
+            alive.append(Packed([weight.bfloat16()], bias, draft_only=True, scale=self._scale(slot)))
             setattr(struct, slot, alive[-1].struct)
             release(*(matrix(module) for _, module in pairs))
         return alive
@@ -370,19 +392,16 @@ class NativeTarget(ByParts):
             alive += [packed, first]
         return structs, alive
 
-    def _rotary_tables(self, count: int) -> Tensor:
-        """Cosines and sines [P, 2, rotated / 2] (float32) of at least ``count`` positions."""
-        tables = self.tables
-        if count <= tables.shape[0]:
-            return tables
-        with self.lock:
-            if count <= self.tables.shape[0]:
-                return self.tables
-            every = torch.arange(max(count, min(2 * count, self.context), 512))[None]
-            with torch.no_grad():
-                made = self.rotary(torch.empty(0, dtype=self.dtype), every)
-            self.tables = torch.stack([table[0].chunk(2, -1)[0].float() for table in made], 1)
-            return self.tables
+    def _rotary_tables(self, count: int) -> tuple[list[Tensor], Any]:
+        """The tables of all ``rotations`` for at least ``count`` positions, and pointers to them."""
+        if count > self._positions:
+            with self.lock:
+                if count > self._positions:
+                    every = max(count, min(2 * count, self.context), 512)
+                    tables = [each.tables(self.rotary, every, self.dtype) for each in self.rotations]
+                    pointers = (POINTER * len(tables))(*(table.data_ptr() for table in tables))
+                    self._tables, self._positions = (tables, pointers), every
+        return self._tables
 
 
 def _round(layer: nn.Module, kind: str) -> None:

@@ -64,15 +64,17 @@ def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
     return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "kv_cache"), [*((family, "auto") for family in FAMILIES), ("llama", "int8"), ("gemma3_text", "int8")]
+)
 @torch.inference_mode()
 def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache: str) -> None:
-    target = NativeTarget(model_of(family), kv_cache=kv_cache)
+    changes = {"rope_parameters": ROPES[family]} if family in ROPES else {}
+    target = NativeTarget(model_of(family, **changes), kv_cache=kv_cache)
     torch.manual_seed(5)
     ids = torch.randint(3, 97, (1, 50))
     single = passes(target, ids, list(range(1, 51)))
-    for ends in ([50], [3, 4, 9, 25, 50], [1, 35, 50]):
+    for ends in ([50], [3, 4, 9, 25, 50], [1, 35, 50], [16, 17, 22, 38, 50]):
         assert torch.equal(passes(target, ids, ends), single)
     # Beside another row, shorter or longer; and as a branch of a tree, whose slots are not in the order of its path.
     batch = torch.cat((ids[:, :20], torch.randint(3, 97, (1, 20))))
@@ -95,6 +97,26 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache
         target.embed(tokens[:, :1] * 0 + ids[0, 24], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
     )
     assert torch.equal(target.readout(x)[0], single[0, 24:25])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+@torch.inference_mode()
+def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(family: str) -> None:
+    target = NativeTarget(model_of(family, sliding_window=3))
+    ids = torch.randint(3, 97, (1, 27), generator=torch.Generator().manual_seed(4))
+    single = passes(target, ids, [20, *range(21, 28)])
+    cache, positions = target.new_cache(), torch.arange(20)[None]
+    target.layers(target.embed(ids[:, :20], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    cache.commit([list(range(20))])
+    path, other = [0, 1, 3, 4, 6, 7, 8], [0, 2, 5]  # nodes of a branch, and of one beside it
+    tree, tokens, offsets = torch.zeros(9, 9, dtype=torch.bool), torch.full((1, 9), 5), torch.zeros(9, dtype=torch.long)
+    for branch in (path, other):
+        for depth, node in enumerate(branch):
+            tree[node, branch[: depth + 1]], offsets[node] = True, depth
+    tokens[0, path] = ids[0, 20:]
+    positions = 20 + offsets[None]
+    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.mask(0, positions, tree), cache))
+    assert torch.equal(target.readout(x)[0, path], single[0, 20:])
 
 
 @pytest.mark.parametrize(("family", "kv_cache"), [("llama", "auto"), ("mistral", "auto"), ("llama", "int8")])
@@ -247,7 +269,10 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
 
 @pytest.mark.parametrize(
     ("family", "window", "kv_cache"),
-    [("llama", None, "auto"), ("mistral", 12, "auto"), ("qwen2", None, "auto"), ("llama", None, "int8")],
+    [
+        *(("llama", None, "auto"), ("mistral", 12, "auto"), ("qwen2", None, "auto"), ("llama", None, "int8")),
+        *(("granite", None, "auto"), ("olmo2", None, "auto"), ("gemma2", 12, "auto"), ("gemma3_text", 12, "auto")),
+    ],
 )
 @pytest.mark.parametrize(
     "limits", [tree_drafting.TreeLimits(5, 1), tree_drafting.TreeLimits(4, 3), tree_drafting.TreeLimits(6, 4, 0.02)]
@@ -494,7 +519,7 @@ def test_refusals_and_fallback() -> None:
     with pytest.raises(SpecDecError, match="bfloat16 on a CPU"):
         NativeTarget(tiny_model("llama", **SIZES))
     with pytest.raises(SpecDecError, match="unknown to the native runtime"):
-        NativeTarget(tiny_model("gemma2").bfloat16())
+        NativeTarget(tiny_model("opt").bfloat16())
     target, note = make_target(tiny_model("llama").bfloat16())  # heads of 8
     assert target.runtime == "fused" and "heads of" in note
     assert make_target(model_of("llama"))[0].runtime == "native"

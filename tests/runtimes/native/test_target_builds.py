@@ -74,6 +74,11 @@ def everything(target: Target) -> list[torch.Tensor]:
         ("qwen2", LARGE, WIDE),
         ("qwen3", ("Q6_K", "Q4_K"), WIDE),
         ("mistral", LARGE, WIDE | {"sliding_window": 12}),
+        ("granite", ("Q4_K", "Q6_K"), WIDE),
+        ("olmo2", ("Q4_K", "Q6_K"), WIDE),
+        ("smollm3", LARGE, WIDE),
+        ("gemma2", LARGE, WIDE),
+        ("gemma3_text", ("Q5_0", "Q8_0"), WIDE | {"head_dim": 256}),
     ],
 )
 def test_logits_are_equal_in_every_build(family: str, kinds: tuple[str, ...], changes: dict, kv_cache: str) -> None:

@@ -100,10 +100,10 @@ INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int 
 
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
- * all). p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
+ * all); cap: of scores, as in Map. p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
  * for ahead. equal: to the last bit, in every instruction set. Memory of whole blocks of keys is read. */
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                        const uint16_t *visible, int bit, float scale, int once, int equal, float *p, float *out) {
+                        const uint16_t *visible, int bit, float scale, float cap, int once, int equal, float *p, float *out) {
     const int64_t row = cache_row(kind, d);
     Rounded rounded_queries[16 * 256 / TOGETHER];
     float wide[16 * 256] __attribute__((aligned(64)));
@@ -126,7 +126,8 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
             score_rows16((const bf16 *)(keys + s * row), d, wide, columns, to);
         for (int c = 0; c < columns; c++) {
             M mine = visible ? both16(there, bit_h(visible + s, bit + c)) : there;
-            F v = pick16(mine, mul16(load16(to + 16 * c), scales), set16(-1e30f));
+            F v = mul16(load16(to + 16 * c), scales);
+            v = pick16(mine, cap > 0 ? capped16(v, cap) : v, set16(-1e30f));
             store16(to + 16 * c, v);
             most[c] = max16(most[c], v);
         }
@@ -151,7 +152,7 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
 }
 
 static void attend(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                   const uint16_t *visible, int bit, float scale, int once, int equal, float *p, float *out) {
-    if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, once, equal, p, out);
-    else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, once, equal, p, out);
+                   const uint16_t *visible, int bit, float scale, float cap, int once, int equal, float *p, float *out) {
+    if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, cap, once, equal, p, out);
+    else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, cap, once, equal, p, out);
 }

@@ -62,9 +62,9 @@ static void project(Pass *p, const Map *map, const float *before, const float *c
     uint32_t *normed = (uint32_t *)mine;
     int hidden = p->m->hidden, from, to;
     float sums[256] __attribute__((aligned(64)));
-    norm(p->x, NULL, hidden, eps, normed);
-    norm(before, NULL, hidden, eps, normed + 8 * hidden);
-    if (carried) norm(carried, NULL, hidden, eps, normed + 16 * hidden);
+    norm(p->x, NULL, hidden, eps, 0, normed);
+    norm(before, NULL, hidden, eps, 0, normed + 8 * hidden);
+    if (carried) norm(carried, NULL, hidden, eps, 0, normed + 16 * hidden);
     const uint32_t *input = input_of(map, normed, p->rows, mine + p->input);
     wait_for_team(&p->barrier, n);
     split(hidden / 16, me, n, &from, &to);
@@ -87,7 +87,7 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
         best->floor[lane] = NEVER;
         for (int i = 0; i < g->width; i++) best->values[lane][i] = NEVER, best->ids[lane][i] = 0;
     }
-    norm(p->x, g->norm, p->m->hidden, g->eps, (uint32_t *)mine);
+    norm(p->x, g->norm, p->m->hidden, g->eps, p->m->once, (uint32_t *)mine);
     for (int h = 0; h < 2 && g->head[h]; h++) {
         const uint32_t *input = input_of(g->head[h], (uint32_t *)mine, p->rows, mine + p->input);
         int from, to, first = h ? g->outputs[0] : 0;

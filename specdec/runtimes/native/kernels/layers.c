@@ -11,7 +11,8 @@ typedef struct {
     int32_t *sequence_of, *first;                /* sequence of each token; first token of each sequence */
     Item *items;                             /* work items of attention */
     size_t scored, input, own;               /* scratch of a thread: offsets of its parts, and its size */
-    float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [block][rotated / 2][16] */
+    float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [table][block][rotated / 2][16]; qkv also has a product to be normed */
+    float *factors;                          /* [queries, keys][block][16]: 1 / RMS across heads */
     uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
     bf16 *queries;                           /* [rows, heads, head_dim] */
     uint16_t **visible;                      /* by window kind and sequence: [column block][slots], or NULL */
@@ -32,19 +33,21 @@ static int tokens_from(const Pass *p, int b0) {
     return left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS;
 }
 
-static inline F silu_times(F gate, F up) {
-    F g = rounded(gate), e = exp16(sub16(zero16(), max16(g, set16(-80.0f))));
+INLINE F activated_times(int gelu, F gate, F up) {
+    F g = rounded(gate), a = g;
+    if (gelu) a = mul16(fma16(mul16(mul16(g, g), g), set16(0.044715f), g), set16(1.5957691216f)); /* 2 sqrt(2 / pi) */
+    F e = exp16(sub16(zero16(), max16(a, set16(-80.0f))));
     return mul16(rounded(div16(g, add16(set16(1.0f), e))), rounded(up));
 }
 
-/* silu(gate) up for 16 outputs of a block. With few tokens, several outputs share a vector. Lanes without a token get 0. */
-static void gated(const float *gate, const float *up, int tokens, F *act) {
+/* act(gate) up for 16 outputs of a block. With few tokens, several outputs share a vector. Lanes without a token get 0. */
+static void gated(int gelu, const float *gate, const float *up, int tokens, F *act) {
     if (tokens <= 4)
-        for (int o = 0; o < 16; o += 4) split_four16(silu_times(four_rows16(gate + 16 * o), four_rows16(up + 16 * o)), act + o);
+        for (int o = 0; o < 16; o += 4) split_four16(activated_times(gelu, four_rows16(gate + 16 * o), four_rows16(up + 16 * o)), act + o);
     else if (tokens <= 8)
-        for (int o = 0; o < 16; o += 2) split_two16(silu_times(two_rows16(gate + 16 * o), two_rows16(up + 16 * o)), act + o);
+        for (int o = 0; o < 16; o += 2) split_two16(activated_times(gelu, two_rows16(gate + 16 * o), two_rows16(up + 16 * o)), act + o);
     else
-        for (int o = 0; o < 16; o++) act[o] = silu_times(load16(gate + 16 * o), load16(up + 16 * o));
+        for (int o = 0; o < 16; o++) act[o] = activated_times(gelu, load16(gate + 16 * o), load16(up + 16 * o));
 }
 
 /* Prefetch part `at` of `parts` of the cached keys and values that the thread will attend to. */
@@ -93,7 +96,7 @@ static void put_rows16(const float *fm, int d, uint8_t *const *rows, int count) 
     }
 }
 
-/* The input of `map` for vnni_bf16 `x`; NULL: for the hidden states after a norm. Each thread makes a single block itself, which
+/* The input of `map` for vnni_bf16 `x`; NULL: for the hidden states after a norm (weight NULL: none). Each thread makes a single block itself, which
  * is cheaper than waiting; several blocks are shared, and then all threads wait. */
 static const uint32_t *inputs_of(Pass *p, const Map *map, const float *weight, const uint32_t *x, int me, int n) {
     const int hidden = p->m->hidden, shared = p->blocks > 1;
@@ -104,7 +107,8 @@ static const uint32_t *inputs_of(Pass *p, const Map *map, const float *weight, c
     if (shared) split(p->blocks, me, n, &from, &to);
     for (int b = from; b < to; b++) {
         int tokens = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
-        if (!x) norm(p->x + (int64_t)b * hidden * 16, weight, hidden, p->m->eps, normed + (int64_t)b * hidden * 8);
+        if (!x && weight) norm(p->x + (int64_t)b * hidden * 16, weight, hidden, p->m->eps, p->m->once, normed + (int64_t)b * hidden * 8);
+        else if (!x) to_pairs(p->x + (int64_t)b * hidden * 16, hidden, normed + (int64_t)b * hidden * 8);
         uint8_t *out = shared ? p->inputs + b * block_bytes(map) : mine + p->input;
         input_of(map, (x ? x : normed) + (int64_t)b * map->in * 8, tokens, out);
     }
@@ -147,7 +151,7 @@ static const uint32_t *ranks_of(const LowRank *low, const uint32_t *ranked, int 
     return low ? ranked + b0 * input_bytes(low->down.out) / 4 : NULL;
 }
 
-/* queries, keys and values = qkv(norm(x)), feature_major. The thread's part of the cache is prefetched meanwhile. */
+/* queries, keys and values = qkv(norm(x)), feature_major and rounded. The thread's part of the cache is prefetched meanwhile. */
 static void project_heads(Pass *p, int index, const LowRank *low, int me, int n) {
     const Layer *layer = p->m->layers + index;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
@@ -160,26 +164,41 @@ static void project_heads(Pass *p, int index, const LowRank *low, int me, int n)
         for (int t = from; t < to; t++) {
             if (!b0) prefetch_cache(p, index, t - from, to - from, me, n);
             product(&layer->qkv, low, t, from_block(&layer->qkv, input, b0), ranks_of(low, p->ranked[0], b0), tokens, sums);
-            for (int b = 0; b < blocks; b++) memcpy(p->qkv + ((int64_t)(b0 + b) * out + 16 * t) * 16, sums + 256 * b, 1024);
+            for (int b = 0; b < blocks; b++)
+                for (int o = 0; o < 16; o++) store16(p->qkv + ((int64_t)(b0 + b) * out + 16 * t + o) * 16, rounded(load16(sums + 256 * b + 16 * o)));
         }
     }
     wait_for_team(&p->barrier, n);
 }
 
-/* Rotate each head of each block, then store its rows as queries, or as keys or values in the cache. */
+/* Norm and rotate each head of each block, then store its rows as queries, or as keys or values in the cache. */
 static void store_heads(Pass *p, int index, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
     const Layer *layer = m->layers + index;
     int d = m->head_dim, total = m->heads + 2 * m->kv_heads, from, to;
     const int64_t cached_row = cache_row(c->cache, d);
+    if (m->across) {
+        split(2 * p->blocks, me, n, &from, &to);
+        for (int item = from; item < to; item++) {
+            int keys = item / p->blocks, first = keys ? m->heads : 0, heads = keys ? m->kv_heads : m->heads;
+            store16(p->factors + 16 * item, inverse_rms(p->qkv + ((int64_t)(item % p->blocks) * total + first) * d * 16, heads * d, m->eps));
+        }
+        wait_for_team(&p->barrier, n);
+    }
     split(p->blocks * total, me, n, &from, &to);
     for (int item = from; item < to; item++) { /* one head of a block */
         int b = item / total, head = item % total, kv = head - m->heads;
         float *fm = p->qkv + ((int64_t)b * total + head) * d * 16;
-        const float *weight = kv < 0 ? layer->norm_q : layer->norm_k;
-        int64_t at = (int64_t)b * (m->rotated / 2) * 16;
-        if (kv < m->kv_heads) rotate(fm, m, weight, p->cos + at, p->sin + at);
+        const float *weight = kv < 0 ? layer->norm_q : kv < m->kv_heads ? layer->norm_k : NULL;
+        int table = kv < 0 ? layer->rotary_q : kv < m->kv_heads ? layer->rotary_k : -1;
+        if (weight) {
+            F factor = m->across ? load16(p->factors + 16 * (b + (kv < 0 ? 0 : p->blocks))) : inverse_rms(fm, d, m->eps);
+            if (m->across) weight += (kv < 0 ? head : kv) * d;
+            for (int i = 0; i < d; i++) store16(fm + 16 * i, rounded(normed16(load16(fm + 16 * i), factor, weight + i, m->once)));
+        }
+        int64_t at = ((int64_t)table * p->blocks + b) * (m->rotated / 2) * 16;
+        if (table >= 0) rotate(fm, m->rotated / 2, p->cos + at, p->sin + at);
         uint8_t *rows[16];
         int count = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
         for (int lane = 0; lane < count; lane++) {
@@ -220,7 +239,7 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
         int64_t cached = ((int64_t)index * m->kv_heads + kv) * sequence->capacity * cached_row;
         const uint16_t *visible = p->visible[c->window[index] * c->count + item.sequence];
         if (visible) visible += (int64_t)block * slots;
-        attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
+        attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, m->cap, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
@@ -234,7 +253,7 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
     wait_for_team(&p->barrier, n);
 }
 
-/* inner = silu(gate(norm(x))) up(norm(x)). */
+/* inner = act(gate(norm(x))) up(norm(x)). */
 static void gate_and_up(Pass *p, int index, const LowRank *low, int me, int n) {
     const Layer *layer = p->m->layers + index;
     float gate[MOST_BLOCKS * 256] __attribute__((aligned(64))), up[MOST_BLOCKS * 256] __attribute__((aligned(64)));
@@ -252,7 +271,7 @@ static void gate_and_up(Pass *p, int index, const LowRank *low, int me, int n) {
             for (int b = 0; b < blocks; b++) {
                 uint32_t *out = p->inner + ((int64_t)(b0 + b) * inner + 16 * t) * 8;
                 F act[16];
-                gated(gate + 256 * b, up + 256 * b, p->rows - 16 * (b0 + b), act);
+                gated(p->m->gelu, gate + 256 * b, up + 256 * b, p->rows - 16 * (b0 + b), act);
                 for (int o = 0; o < 16; o += 2) store_u(out + 8 * o, paired(act[o], act[o + 1]));
             }
         }
@@ -260,8 +279,22 @@ static void gate_and_up(Pass *p, int index, const LowRank *low, int me, int n) {
     wait_for_team(&p->barrier, n);
 }
 
-/* x += map(vnni_bf16 in), rounded as transformers does: the product once, the sum once. */
-static void add_product(Pass *p, const Map *map, const LowRank *low, const uint32_t *vnni, int me, int n) {
+/* x += a norm of the rounded products in p->qkv. */
+static void add_normed(Pass *p, const float *weight, int me, int n) {
+    int hidden = p->m->hidden, shared = p->blocks > 1, from, to;
+    split(shared ? p->blocks : hidden, me, n, &from, &to); /* a single block by features */
+    for (int b = shared ? from : 0; b < (shared ? to : 1); b++) {
+        float *x = p->x + (int64_t)b * hidden * 16;
+        const float *result = p->qkv + (int64_t)b * hidden * 16;
+        const F factor = inverse_rms(result, hidden, p->m->eps);
+        for (int i = shared ? 0 : from; i < (shared ? hidden : to); i++)
+            store16(x + 16 * i, rounded(add16(load16(x + 16 * i), rounded(normed16(load16(result + 16 * i), factor, weight + i, p->m->once)))));
+    }
+    wait_for_team(&p->barrier, n);
+}
+
+/* x += map(vnni_bf16 in), after a norm unless `weight` is NULL; rounded as transformers does: the product once, the sum once. */
+static void add_product(Pass *p, const Map *map, const LowRank *low, const float *weight, const uint32_t *vnni, int me, int n) {
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to;
     rank_down(p, low, NULL, vnni, p->ranked[1], me, n);
@@ -270,17 +303,20 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
-            for (int b = 0; b < blocks; b++)
+            for (int b = 0; !weight && b < blocks; b++)
                 for (int o = 0; o < 16; o++) __builtin_prefetch(p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16, 1);
             product(map, low, t, from_block(map, input, b0), ranks_of(low, p->ranked[1], b0), tokens, sums);
             for (int b = 0; b < blocks; b++)
                 for (int o = 0; o < 16; o++) {
-                    float *x = p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
-                    store16(x, rounded(add16(load16(x), rounded(load16(sums + 256 * b + 16 * o)))));
+                    int64_t at = ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
+                    F v = rounded(load16(sums + 256 * b + 16 * o));
+                    if (weight) store16(p->qkv + at, v);
+                    else store16(p->x + at, rounded(add16(load16(p->x + at), v)));
                 }
         }
     }
     wait_for_team(&p->barrier, n);
+    if (weight) add_normed(p, weight, me, n);
 }
 
 /* One decoder layer; threads wait for each other after each part. scores: scratch of the thread. */
@@ -291,9 +327,9 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     project_heads(p, index, low[0], me, n);
     store_heads(p, index, me, n);
     attend_all(p, index, scores, me, n);
-    add_product(p, &layer->out, low[1], p->attended, me, n);
+    add_product(p, &layer->out, low[1], layer->norm_attended, p->attended, me, n);
     gate_and_up(p, index, low[2], me, n);
-    add_product(p, &layer->down, low[3], p->inner, me, n);
+    add_product(p, &layer->down, low[3], layer->norm_out, p->inner, me, n);
 }
 
 /* Which of 16 columns see each key of a sequence, by its trees or causally, within windows of `kind`. */
@@ -356,14 +392,15 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
     for (int l = 0; l < c->count; l++) p->count += m->kv_heads * column_blocks_of(p, c->sequences + l);
     int total = (m->heads + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2;
-    size_t blocks = (size_t)p->blocks;
+    size_t blocks = (size_t)p->blocks, rotated = blocks * half * m->tables;
     for (int l = c->lo; c->low && l < c->hi; l++)
         for (int i = 0; c->low[l] && i < 4; i++)
             if (c->low[l][i].ks && c->low[l][i].down.out > p->ranks) p->ranks = c->low[l][i].down.out;
     p->x = allocate(64 * blocks * m->hidden);
-    p->qkv = allocate(64 * blocks * total);
-    p->cos = allocate(64 * blocks * half);
-    p->sin = allocate(64 * blocks * half);
+    p->qkv = allocate(64 * blocks * (total > m->hidden ? total : m->hidden));
+    p->cos = allocate(64 * rotated + 1);
+    p->sin = allocate(64 * rotated + 1);
+    p->factors = allocate(128 * blocks);
     p->attended = allocate(32 * blocks * m->heads * m->head_dim);
     p->inner = allocate(32 * blocks * m->inner);
     p->ranked[0] = allocate(blocks * input_bytes(p->ranks + 2));
@@ -382,23 +419,24 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     size_t shared = blocks > 1 ? blocks : 0;
     p->normed = allocate(32 * shared * m->hidden + 1);
     p->inputs = allocate(shared * input_bytes(widest) + 1);
-    if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch &&
+    if (!(p->x && p->qkv && p->cos && p->sin && p->factors && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch &&
           p->sequence_of && p->first && p->items))
         return -1;
     lay_out(p, c);
     memset(p->attended, 0, 32 * blocks * m->heads * m->head_dim);
-    memset(p->cos, 0, 64 * blocks * half);
-    memset(p->sin, 0, 64 * blocks * half);
-    for (int r = 0; r < p->rows; r++)
-        for (int i = 0; i < half; i++) {
-            int64_t at = ((int64_t)(r / 16) * half + i) * 16 + r % 16, from = c->positions[r] * 2 * half + i;
-            p->cos[at] = c->rotary[from], p->sin[at] = c->rotary[from + half];
-        }
+    memset(p->cos, 0, 64 * rotated);
+    memset(p->sin, 0, 64 * rotated);
+    for (int table = 0; table < m->tables; table++)
+        for (int r = 0; r < p->rows; r++)
+            for (int i = 0; i < half; i++) {
+                int64_t at = (((int64_t)table * p->blocks + r / 16) * half + i) * 16 + r % 16, from = c->positions[r] * 2 * half + i;
+                p->cos[at] = c->rotary[table][from], p->sin[at] = c->rotary[table][from + half];
+            }
     return 0;
 }
 
 static void end_pass(Pass *p) {
-    free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->attended), free(p->inner), free(p->ranked[0]);
+    free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->factors), free(p->attended), free(p->inner), free(p->ranked[0]);
     free(p->ranked[1]), free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
     free(p->sequence_of), free(p->first), free(p->items);
 }

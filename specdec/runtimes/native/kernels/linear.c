@@ -25,7 +25,7 @@ static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, u
     return (const uint32_t *)out;
 }
 
-/* The sums of output tile `t` of `map`, with its bias, for `tokens` tokens from the beginning of `x`, which `input_of` made.
+/* The outputs of tile `t` of `map` for `tokens` tokens from the beginning of `x`, which `input_of` made.
  * Adds the low-rank terms of `low`, whose activations are `down_x`. */
 static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens, float *sums) {
     int blocks = (tokens + 15) / 16, first = 0, count = map->in / 32;
@@ -62,13 +62,15 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
                 float *row = sums + 256 * b + 16 * o;
                 store16(row, add16(load16(row), set16(map->bias[16 * t + o])));
             }
+    for (int i = 0; map->scale != 1 && i < 256 * blocks; i += 16) store16(sums + i, mul16(load16(sums + i), set16(map->scale)));
+    for (int i = 0; map->cap > 0 && i < 256 * blocks; i += 16) store16(sums + i, capped16(load16(sums + i), map->cap));
 }
 
 /* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
- * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones). `best` [rows], if not NULL, is made instead:
- * the first of each row's largest outputs. Returns 0, or -1 without memory. */
-EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, const bf16 *const *x, int parts, int rows, bf16 *out,
-                   int64_t *best, int width, int threads) {
+ * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones; once: as in Model). `best` [rows], if not NULL, is made
+ * instead: the first of each row's largest outputs. Returns 0, or -1 without memory. */
+EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, int once, const bf16 *const *x, int parts, int rows,
+                   bf16 *out, int64_t *best, int width, int threads) {
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
     float *fm = allocate(64 * (size_t)blocks * piece);
     uint32_t *vnni = allocate(32 * (size_t)blocks * features);
@@ -83,10 +85,8 @@ EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, const 
             for (int b = 0; b < blocks; b++) {
                 const float *from = fm + (int64_t)b * piece * 16;
                 uint32_t *to = vnni + ((int64_t)b * features + part * piece) * 8;
-                if (eps > 0) norm(from, weight, piece, eps, to);
-                else
-                    for (int i = 0; i < piece; i += 2)
-                        store_u(to + 8 * i, paired(load16(from + 16 * i), load16(from + 16 * i + 16)));
+                if (eps > 0) norm(from, weight, piece, eps, once, to);
+                else to_pairs(from, piece, to);
             }
         }
         const uint32_t *input = input_of(map, vnni, rows, scratch);

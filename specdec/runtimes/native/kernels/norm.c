@@ -1,8 +1,7 @@
 /* Norms, rotary embeddings, and token rows to blocks and back. */
 
-/* RMS norm over the features of feature_major `x`, to vnni_bf16. Rounds like transformers: after scaling, and after the weight.
- * weight NULL: ones. */
-static void norm(const float *x, const float *weight, int features, float eps, uint32_t *out) {
+/* 1 / RMS of each lane of feature_major `x`. */
+static F inverse_rms(const float *x, int features, float eps) {
     F s[4] = {zero16(), zero16(), zero16(), zero16()};
     for (int i = 0; i < features; i++) {
         F v = load16(x + 16 * i);
@@ -10,13 +9,28 @@ static void norm(const float *x, const float *weight, int features, float eps, u
     }
     F sum = add16(add16(s[0], s[1]), add16(s[2], s[3]));
     F mean = div16(sum, set16((float)features));
-    F factor = div16(set16(1.0f), sqrt16(add16(mean, set16(eps))));
+    return div16(set16(1.0f), sqrt16(add16(mean, set16(eps))));
+}
+
+/* A feature times 1 / RMS and its weight (NULL: 1), still to be rounded. Rounds in between as transformers does, unless `once`. */
+INLINE F normed16(F v, F factor, const float *weight, int once) {
+    v = mul16(v, factor);
+    if (!once) v = rounded(v);
+    return weight ? mul16(v, set16(*weight)) : v;
+}
+
+/* RMS norm over the features of feature_major `x`, to vnni_bf16. weight NULL: ones. */
+static void norm(const float *x, const float *weight, int features, float eps, int once, uint32_t *out) {
+    const F factor = inverse_rms(x, features, eps);
     for (int i = 0; i < features; i += 2) {
-        F a = rounded(mul16(load16(x + 16 * i), factor));
-        F b = rounded(mul16(load16(x + 16 * i + 16), factor));
-        if (weight) a = mul16(a, set16(weight[i])), b = mul16(b, set16(weight[i + 1]));
-        store_u(out + 8 * i, paired(a, b));
+        const float *w = weight ? weight + i : NULL;
+        store_u(out + 8 * i, paired(normed16(load16(x + 16 * i), factor, w, once), normed16(load16(x + 16 * i + 16), factor, w ? w + 1 : w, once)));
     }
+}
+
+/* feature_major `x` to vnni_bf16. */
+static void to_pairs(const float *x, int features, uint32_t *out) {
+    for (int i = 0; i < features; i += 2) store_u(out + 8 * i, paired(load16(x + 16 * i), load16(x + 16 * i + 16)));
 }
 
 /* Token rows [count, features] to feature_major blocks (lanes without a token are 0), and back. */
@@ -35,24 +49,10 @@ static void from_blocks(const float *fm, int first, int end, int features, bf16 
     }
 }
 
-/* Rotate one head's feature_major rows in place and round them to bf16, after an optional norm. */
-static void rotate(float *head, const Model *m, const float *weight, const float *cos, const float *sin) {
-    if (weight) {
-        F sum = zero16();
-        for (int i = 0; i < m->head_dim; i++) {
-            F v = rounded(load16(head + 16 * i));
-            sum = fma16(v, v, sum);
-        }
-        F mean = div16(sum, set16((float)m->head_dim));
-        F factor = div16(set16(1.0f), sqrt16(add16(mean, set16(m->eps))));
-        for (int i = 0; i < m->head_dim; i++) {
-            F v = rounded(mul16(rounded(load16(head + 16 * i)), factor));
-            store16(head + 16 * i, rounded(mul16(v, set16(weight[i]))));
-        }
-    }
-    int half = m->rotated / 2;
+/* Rotate one head's feature_major rows, which are rounded, in place. */
+static void rotate(float *head, int half, const float *cos, const float *sin) {
     for (int i = 0; i < half; i++) {
-        F a = rounded(load16(head + 16 * i)), b = rounded(load16(head + 16 * (i + half)));
+        F a = load16(head + 16 * i), b = load16(head + 16 * (i + half));
         F c = load16(cos + 16 * i), s = load16(sin + 16 * i);
         store16(head + 16 * i, fms16(a, c, mul16(b, s)));
         store16(head + 16 * (i + half), fma16(b, c, mul16(a, s)));

@@ -134,6 +134,7 @@ static void read_row(const Table *table, int64_t index, bf16 *to) {
             for (int i = 16 * part; i < 16 * part + 16; i++) to[at + i] = narrow((b.code[i] - less) * scale + low);
         }
     }
+    for (int i = 0; table->scale != 1 && i < table->columns; i++) to[i] = narrow(widen(to[i]) * table->scale);
 }
 
 /* Rows `index` [count] of a table (NULL: the first ones) in bf16 [count, columns]. */

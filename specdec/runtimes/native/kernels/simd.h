@@ -26,6 +26,13 @@ static inline F exp16(F x) {
     return scale16(p, n);
 }
 
+/* cap tanh(v / cap); NaN where v is not finite. */
+static inline F capped16(F v, float cap) {
+    F e = exp16(mul16(abs16(v), set16(-2.0f / cap)));
+    F t = mul16(div16(sub16(set16(1.0f), e), add16(set16(1.0f), e)), set16(cap));
+    return fma16(v, zero16(), pick16(more16(zero16(), v), sub16(zero16(), t), t));
+}
+
 #define INLINE static inline __attribute__((always_inline)) /* `kind` and, mostly, `tokens` are constants where these are called */
 
 typedef struct { /* factors of a product: `count` bf16 tiles; tokens are `stride` bytes apart, blocks of tokens `block` */

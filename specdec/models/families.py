@@ -1,0 +1,233 @@
+"""Families of models: what their layers compute, the config fields that say so, and the metadata of their GGUF files.
+
+A family that needs no new arithmetic is one entry of ``FAMILIES``. The runtimes read a family here: the fused one in
+Python, the native one writes it into the structures that its kernels read (``native.h``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from specdec.base.errors import SpecDecError
+
+BEFORE = "input_layernorm", "", "post_attention_layernorm", ""
+AFTER = "", "post_attention_layernorm", "", "post_feedforward_layernorm"
+AROUND = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+# Config fields that change no token, or that every family may have and the model's modules follow.
+IGNORED = {
+    *PreTrainedConfig().to_dict(),
+    *("attention_dropout", "attn_implementation", "bos_token_id", "cache_implementation", "embd_pdrop", "eos_token_id"),
+    *("initializer_range", "output_router_logits", "pad_token_id", "pretraining_tp", "quantization_config"),
+    *("resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "unsloth_fixed", "unsloth_version"),
+    *("use_cache",),
+}
+COMMON = {
+    *("attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "layer_types"),
+    *("max_position_embeddings", "max_window_layers", "mlp_bias", "num_attention_heads", "num_hidden_layers"),
+    *("num_key_value_heads", "original_max_position_embeddings", "rms_norm_eps", "rope_parameters", "sliding_window"),
+    *("tie_word_embeddings", "use_sliding_window", "vocab_size"),
+}
+# Of ``rope_parameters``: what transformers makes tables from.
+ROPE = {
+    *("attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "long_factor"),
+    *("low_freq_factor", "max_position_embeddings", "mscale", "mscale_all_dim", "original_max_position_embeddings"),
+    *("partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate", "type"),
+}
+ACTIVATIONS = "silu", "gelu_pytorch_tanh"
+# Sizes in a config, and what they are below: nothing is allocated for a larger one.
+WIDEST, LONGEST = 1 << 20, 1 << 30
+SIZES = dict.fromkeys(("num_hidden_layers", "head_dim", "num_experts_per_tok"), 1 << 14)
+SIZES |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1 << 16)
+SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 16)
+SIZES |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), WIDEST)
+SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_window": LONGEST}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a layer of a model type computes.
+
+    norms: names of the norms of attention's input and result, and of the MLP's; "": there is none.
+    once: whether norms round after their weights alone, not before them, too. around_zero: 1 + weight is the factor.
+    across: whether the norms of queries and keys are over all heads, not over each.
+    fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there.
+    gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
+    keys: of the files' metadata, the config field of each, beside ``KEYS``.
+    """
+
+    norms: tuple[str, str, str, str] = BEFORE
+    once: bool = False
+    around_zero: bool = False
+    across: bool = False
+    fields: frozenset[str] = frozenset()
+    gguf: str = ""
+    interleaved: bool = False
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+KEYS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "rope.freq_base": "rope_theta",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+HEAD = {"attention.key_length": "head_dim"}
+GEMMA = frozenset({"hidden_activation"})
+CAPPED = GEMMA | {"final_logit_softcapping", "query_pre_attn_scalar"}
+WINDOWED = HEAD | {
+    "attention.sliding_window": "sliding_window",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+}
+SCALED = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+DELTA_RULE = Family(around_zero=True, once=True)
+FAMILIES = {
+    "llama": Family(gguf="llama", interleaved=True, keys={"rope.dimension_count": "head_dim"}),
+    "mistral": Family(),
+    "qwen2": Family(gguf="qwen2"),
+    "qwen3": Family(gguf="qwen3", keys=HEAD),
+    "phi3": Family(gguf="phi3"),
+    "granite": Family(fields=frozenset(SCALED.values()), gguf="granite", interleaved=True, keys=SCALED),
+    "olmo2": Family(AFTER, once=True, across=True, gguf="olmo2"),
+    "smollm3": Family(fields=frozenset({"no_rope_layers", "no_rope_layer_interval"}), gguf="smollm3", interleaved=True),
+    "ministral3": Family(
+        fields=frozenset({"rope_parameters.llama_4_scaling_beta"}),
+        gguf="mistral3",
+        interleaved=True,
+        keys=HEAD | {"attention.temperature_scale": "llama_4_scaling_beta"},
+    ),
+    "gemma": Family(once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
+    "gemma2": Family(AROUND, True, True, fields=CAPPED | {"attn_logit_softcapping"}, gguf="gemma2", keys=WINDOWED),
+    "gemma3_text": Family(
+        AROUND, True, True, fields=CAPPED, gguf="gemma3", keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"}
+    ),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), DELTA_RULE),
+}
+
+
+class Numbers(NamedTuple):
+    """Factors of embeddings, of what is added to the residual and of logits; caps (tanh) of scores and logits, or 0."""
+
+    embeddings: float = 1.0
+    results: float = 1.0
+    logits: float = 1.0
+    scores_cap: float = 0.0
+    logits_cap: float = 0.0
+
+
+def numbers_of(config: Any) -> Numbers:
+    """The factors and caps of a model. Those of embeddings are rounded to its dtype, bfloat16."""
+    family = FAMILIES[config.model_type]
+    known = {name: getattr(config, name) for name in family.fields if hasattr(config, name)}
+    width = float(torch.tensor(config.hidden_size**0.5).bfloat16()) if family.fields >= GEMMA else 1.0
+    return Numbers(
+        float(known.get("embedding_multiplier", width)),
+        float(known.get("residual_multiplier", 1)),
+        1 / float(known.get("logits_scaling", 1)),
+        float(known.get("attn_logit_softcapping") or 0),
+        float(known.get("final_logit_softcapping") or 0),
+    )
+
+
+class Rotation(NamedTuple):
+    """Which cosines and sines: those of a layer type, or "": there are no others.
+
+    beta, span: they are times 1 + beta log(1 + position // span).
+    """
+
+    layer_type: str = ""
+    beta: float = 0.0
+    span: int = 1
+
+    def tables(self, rotary: Any, count: int, dtype: torch.dtype) -> Tensor:
+        """Cosines and sines [count, 2, rotated / 2] (float32) that the model's ``rotary`` makes in ``dtype``."""
+        positions = torch.arange(count)
+        with torch.no_grad():
+            made = rotary(torch.empty(0, dtype=dtype), positions[None], *filter(None, [self.layer_type]))
+        found = torch.stack([table[0].chunk(2, -1)[0].float() for table in made], 1)
+        factor = 1 + self.beta * torch.log(1 + torch.floor(positions / self.span))
+        return found * factor.to(dtype)[:, None, None].float() if self.beta else found
+
+
+def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
+    """What rotates each layer's queries and its keys; None: nothing does."""
+    count, rope = int(config.num_hidden_layers), config.rope_parameters
+    nested = all(isinstance(value, dict) for value in rope.values())
+    found = list[tuple[Rotation, Rotation] | None]()
+    for layer in range(count):
+        plain = Rotation(config.layer_types[layer] if nested else "")
+        beta = rope.get("llama_4_scaling_beta") or 0.0
+        queries = plain._replace(beta=beta, span=rope["original_max_position_embeddings"]) if beta else plain
+        rotates = (getattr(config, "no_rope_layers", None) or [1] * count)[layer]
+        found.append((queries, plain) if rotates else None)
+    return found
+
+
+def activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def check_fields(config: Any) -> None:
+    """Raise SpecDecError, with its name, for a field of a model's config that its family does not know."""
+    family = FAMILIES[config.model_type]
+    for name, value in _fields(config):
+        if name not in COMMON | IGNORED | family.fields and value not in (None, False, [], {}):
+            raise SpecDecError(
+                f"the config of this '{config.model_type}' model has {name} = {str(value)[:40]}, and it is unknown "
+                "what that changes"
+            )
+    if (act := activation(config)) not in ACTIVATIONS:
+        raise SpecDecError(f"the activation '{act}' is unknown; known: {', '.join(ACTIVATIONS)}")
+
+
+def _fields(config: Any) -> Iterator[tuple[str, Any]]:
+    """The fields of a config and those inside ``rope_parameters`` that make no tables, by name."""
+    for name, value in config.to_dict().items():
+        if not name.startswith("_"):
+            yield name, value
+        parameters = value if name == "rope_parameters" and isinstance(value, dict) else {}
+        each = list(parameters.values()) if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
+        yield from ((f"{name}.{key}", found) for part in each for key, found in part.items() if key not in ROPE)
+
+
+def check_sizes(name: str, config: Any, stored: int = 0) -> None:
+    """Raise SpecDecError for sizes in the config of the model ``name`` that are no sizes, or too large.
+
+    stored: bytes of its weights, if known: a config that asks for many more is none of theirs.
+    """
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config  # or what is to become one
+    values = {key: getattr(text, key, None) for key in SIZES}
+    if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
+        values["sliding_window"] = None  # of no layer
+    for key, value in values.items():
+        if value is not None and not (type(value) is int and 0 < value < SIZES[key]):
+            raise SpecDecError(f"cannot load model '{name}': its config says that {key} is {str(value)[:60]!r}")
+    layers, experts = values["num_hidden_layers"], max(values[k] or 1 for k in ("num_experts", "num_local_experts"))
+    if values["num_experts_per_tok"] and 1 < experts < values["num_experts_per_tok"]:
+        raise SpecDecError(f"cannot load model '{name}': a token takes more experts than the {experts} of its config")
+    for key in ("layer_types", "no_rope_layers"):
+        each = getattr(text, key, None)
+        if each is not None and layers is not None and len(each) < layers:
+            raise SpecDecError(f"cannot load model '{name}': its config has {len(each)} {key} for {layers} layers")
+    wide, inner = values["hidden_size"] or 1, values["moe_intermediate_size"] or values["intermediate_size"] or 1
+    if stored and 2 * (layers or 1) * experts * wide * inner + wide * (values["vocab_size"] or 1) > 8 * stored:
+        raise SpecDecError(
+            f"cannot load model '{name}': its config describes more weights than the {stored / 1e6:.1f} MB of its "
+            "files hold"
+        )

@@ -1,0 +1,82 @@
+"""What is known of a family: fields that are not are named, and sizes are bounded before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import model_of, save_tiny, save_tiny_moe
+
+from specdec.base.errors import SpecDecError
+from specdec.models import families, loading
+from specdec.runtimes.select import make_target
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("llama", "residual_multiplier", 0.5),
+        ("qwen3", "attention_sink", [1]),
+        ("gemma3_text", "attn_logit_softcapping", 50.0),  # which transformers does not read
+        ("gemma2", "use_bidirectional_attention", True),
+        ("granite", "head_gate", "sigmoid"),
+    ],
+)
+def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str, value: Any) -> None:
+    model = model_of(family)
+    families.check_fields(model.config)
+    setattr(model.config, field, value)
+    with pytest.raises(SpecDecError, match=f"this '{family}' model has {field} = "):
+        make_target(model, "native")
+
+
+def test_so_is_one_of_the_rotation() -> None:
+    config = model_of("llama").config
+    config.rope_parameters["llama_4_scaling_beta"] = 0.1
+    with pytest.raises(SpecDecError, match=r"has rope_parameters.llama_4_scaling_beta = 0.1"):
+        families.check_fields(config)
+    config = model_of("gemma3_text").config
+    config.rope_parameters["full_attention"]["spiral"] = 2
+    with pytest.raises(SpecDecError, match=r"has rope_parameters.spiral = 2"):
+        families.check_fields(config)
+
+
+def test_fields_that_change_no_token_are_none_of_its_business() -> None:
+    config = model_of("qwen2").config
+    config.unsloth_version, config.attention_dropout, config.something_off = "2026.1", 0.1, False
+    families.check_fields(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"hidden_size": 1 << 30}, "its config says that hidden_size is '1073741824'"),
+        ({"num_attention_heads": 1 << 20}, "says that num_attention_heads is '1048576'"),
+        ({"num_local_experts": 1 << 20}, "says that num_experts is '1048576'"),
+        ({"num_experts_per_tok": 7}, "a token takes more experts than the 6 of its config"),
+        ({"sliding_window": 0}, "says that sliding_window is '0'"),
+        ({"sliding_window": -1}, "says that sliding_window is '-1'"),
+        ({"intermediate_size": 1 << 19}, "describes more weights than the 0.5 MB of its files hold"),
+        ({"num_local_experts": 1 << 14}, "describes more weights than"),
+        ({"vocab_size": 1 << 26}, "describes more weights than"),
+    ],
+)
+def test_sizes_are_bounded_before_anything_is_allocated(tmp_path: Path, changes: dict[str, int], text: str) -> None:
+    folder = save_tiny_moe(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(SpecDecError, match=text):
+        loading.load(str(folder))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KB
+
+
+def test_each_layer_has_a_kind(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention"]}))
+    with pytest.raises(SpecDecError, match=r"has 1 layer_types for 4 layers|layer_types"):
+        loading.load(str(folder))
