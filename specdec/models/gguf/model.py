@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedModel,
     TokenizersBackend,
 )
-from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
 from specdec.base import memory, terminal
@@ -55,6 +54,7 @@ SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
     "yarn_log_multiplier": "mscale_all_dim",
 }
 LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those that scale scores by hidden size and heads
+TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # by config field
 ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # the type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
@@ -93,9 +93,9 @@ def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
     kind, prefix = ARCHITECTURES[file.architecture], file.architecture + "."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     keys, values = families.KEYS | families.FAMILIES[kind].keys, dict[str, Any]()
-    for key, field in GGUF_CONFIG_MAPPING["tokenizer"].items():
-        if f"tokenizer.{key}" in file.metadata:
-            values[field] = file.metadata[f"tokenizer.{key}"]
+    for part, key in TOKENS.items():
+        if f"tokenizer.ggml.{key}_token_id" in file.metadata:
+            values[f"{part}_token_id"] = file.metadata[f"tokenizer.ggml.{key}_token_id"]
     scaling = {key.removeprefix("rope.scaling."): own.pop(key) for key in list(own) if key.startswith("rope.scaling.")}
     for key, value in own.items():
         if key in keys:
@@ -158,7 +158,7 @@ def tokenizer_of(name: str, file: GGUFFile) -> Any:
     if own.get("tokenizer_type") == "llama":
         options.setdefault("add_bos_token", True)  # as llama.cpp does
     try:
-        for part, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        for part, key in TOKENS.items():
             token = metadata.get(f"ggml.{key}_token_id")
             options[f"{part}_token"] = None if token is None else tokens[token]
         backend, more = convert_gguf_tokenizer(file.architecture, own)
