@@ -24,6 +24,7 @@ from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
 from specdec.serve.errors import ErrorBody, add_handlers
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
+from specdec.serve.responses import ResponsesAnswer, ResponsesBody, Store
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
 from specdec.serve.settings import ServerSettings
@@ -53,7 +54,7 @@ def make_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[DRAFTER, "request-id", "x-request-id"],
         )
@@ -63,7 +64,7 @@ def make_app(
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    run, name = app.state.reader.run, service.settings.name
+    run, name, store = app.state.reader.run, service.settings.name, Store()
 
     async def ready(request: Request, body: ChatBody) -> tuple[Prepared, list[ResponseChoice]]:
         """A chat that has been submitted."""
@@ -90,6 +91,27 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         chat = await run(request, body.chat)
         made, choices = await ready(request, chat)
         return await _answer(service, request, MessagesAnswer(made, name, choices, chat))
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesBody, request: Request) -> HTTPResponse:
+        scope = _cache_scope(request)
+        before = store.messages(scope, body.previous_response_id)
+        chat = await run(request, body.chat, before)
+        made, choices = await ready(request, chat)
+
+        def keep(id: str, written: bytes, output: list[dict[str, Any]]) -> None:
+            store.put(scope, id, written, [*before, *body.messages, *output])
+
+        return await _answer(service, request, ResponsesAnswer(made, name, choices, chat, body, keep))
+
+    @app.get("/v1/responses/{id}")
+    async def retrieve_response(id: str, request: Request) -> HTTPResponse:
+        return HTTPResponse(store.written(_cache_scope(request), id), media_type="application/json")
+
+    @app.delete("/v1/responses/{id}")
+    async def delete_response(id: str, request: Request) -> dict[str, Any]:
+        store.written(_cache_scope(request), id, remove=True)
+        return {"id": id, "object": "response", "deleted": True}
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:

@@ -47,7 +47,7 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 UNUSED_IN_MESSAGES = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 
 
-def _drop_unused(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
+def drop_unused(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
     """``given`` without the ``unused`` parameters that are null or have one of their values."""
     if not isinstance(given, dict):
         return given
@@ -87,7 +87,7 @@ class StreamOptions(Strict):
     @model_validator(mode="before")
     @classmethod
     def _unused(cls, given: Any) -> Any:
-        return _drop_unused(given, {"include_obfuscation": (False,)})
+        return drop_unused(given, {"include_obfuscation": (False,)})
 
 
 class JsonSchema(Strict):
@@ -155,7 +155,7 @@ class GenerationBody(Strict):
     @model_validator(mode="before")
     @classmethod
     def _unused(cls, given: Any) -> Any:
-        return _drop_unused(given, UNUSED)
+        return drop_unused(given, UNUSED)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:
@@ -238,7 +238,7 @@ class Message(Strict):
     @model_validator(mode="before")
     @classmethod
     def _unused(cls, given: Any) -> Any:
-        return _drop_unused(given, dict.fromkeys(UNUSED_IN_MESSAGES, ([],)))
+        return drop_unused(given, dict.fromkeys(UNUSED_IN_MESSAGES, ([],)))
 
     @model_validator(mode="after")
     def _check_role(self) -> Message:

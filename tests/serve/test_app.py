@@ -278,7 +278,7 @@ def test_a_body_of_another_type_is_refused(server: Server) -> None:
 
 
 def test_what_does_not_exist_is_refused_in_the_same_shape(server: Server) -> None:
-    refusal(httpx.get(server.url + "/v1/responses"), 404)
+    refusal(httpx.get(server.url + "/v1/embeddings"), 404)
     refusal(httpx.get(server.url + "/v1/completions"), 405)
 
 

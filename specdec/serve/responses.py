@@ -1,0 +1,420 @@
+"""OpenAI's ``/v1/responses``: its request bodies, its answers, whole and as a stream, and the store of earlier ones."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
+from pydantic_core import to_json
+
+from specdec.base import options
+from specdec.serve.answer import BlockAnswer, Events, Prepared
+from specdec.serve.choice import ResponseChoice
+from specdec.serve.errors import ApiError
+from specdec.serve.parts import Block
+from specdec.serve.schema import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOOLS,
+    ChatBody,
+    Effort,
+    Extensions,
+    Function,
+    JsonSchema,
+    Strict,
+    drop_unused,
+)
+
+MAX_STORED = 1000  # responses of a key
+MAX_STORED_BYTES = 32 * 2**20  # of a key
+NO_EFFECT = ("id", "status", "phase", "annotations", "logprobs", "namespace", "encrypted_content", "caller", "async")
+UNUSED: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "max_tool_calls": (),
+    "moderation": (),
+    "prompt": (),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+
+
+class _Part(Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _no_effect(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if k not in NO_EFFECT} if isinstance(given, dict) else given
+
+
+class TextItem(_Part):
+    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
+    text: str
+
+
+Texts = Annotated[list[TextItem], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
+def _text(given: str | Sequence[TextItem] | None) -> str:
+    return given if isinstance(given, str) else "".join(part.text for part in given or ())
+
+
+class MessageItem(_Part):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | Texts
+
+
+class CallItem(_Part):
+    type: Literal["function_call"]
+    call_id: Annotated[str, Field(max_length=256)]
+    name: str
+    arguments: str
+
+
+class OutputItem(_Part):
+    type: Literal["function_call_output"]
+    call_id: Annotated[str, Field(max_length=256)]
+    output: str | Texts
+
+
+class ReasoningItem(_Part):
+    type: Literal["reasoning"]
+    summary: Texts | None = None
+    content: Texts | None = None
+
+
+KINDS = ("message", "function_call", "function_call_output", "reasoning")
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[OutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(lambda given: given.get("type", "message") if isinstance(given, dict) else None),
+]
+ITEMS = TypeAdapter(list[Item])
+
+
+def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages of a chat that items stand for: reasoning, text and calls in a row are one message."""
+    found = list[dict[str, Any]]()
+    for item in items:
+        last = found[-1] if found and found[-1]["role"] == "assistant" else {}
+        bare = bool(last) and not last["content"] and "tool_calls" not in last
+        if isinstance(item, OutputItem):
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        elif isinstance(item, MessageItem) and not (item.role == "assistant" and bare):
+            found.append({"role": item.role, "content": _text(item.content)})
+        elif isinstance(item, MessageItem):
+            last["content"] = _text(item.content)
+        else:
+            if not last or (isinstance(item, ReasoningItem) and not bare):
+                last = {"role": "assistant", "content": ""}
+                found.append(last)
+            if isinstance(item, ReasoningItem):
+                last["reasoning_content"] = _text(item.content or item.summary)
+            else:
+                function = {"name": item.name, "arguments": item.arguments}
+                last.setdefault("tool_calls", []).append({"id": item.call_id, "function": function})
+    return found
+
+
+class FunctionTool(Function):
+    type: Literal["function"]
+    defer_loading: Any = None  # without effect
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind != "function":
+            raise ValueError(f"tools of the type '{kind[:64]}' are not supported; leave them out")
+        return given
+
+
+class NamedFunction(Strict):
+    type: Literal["function"]
+    name: str
+
+
+class Format(JsonSchema):
+    """The form of the text, flat."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(max_length=64)] = "answer"
+
+    @property
+    def for_chat(self) -> dict[str, Any]:
+        if self.type != "json_schema":
+            return {"type": self.type}
+        return {"type": self.type, "json_schema": {"name": self.name, "schema": self.schema_}}
+
+    @property
+    def echoed(self) -> dict[str, Any]:
+        """The form in a response."""
+        whole = self.type == "json_schema"
+        return self.model_dump(by_alias=True, exclude_none=True) if whole else {"type": self.type}
+
+
+class TextConfig(Strict):
+    format: Format | None = None
+    verbosity: Any = None  # without effect
+
+
+class Reasoning(Strict):
+    effort: Effort | None = None
+    summary: Any = None  # without effect, like those below
+    generate_summary: Any = None
+    context: Any = None
+    mode: Any = None
+
+
+class ResponsesBody(Extensions):
+    model: str
+    input: str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    instructions: str | None = None
+    previous_response_id: Annotated[str, Field(max_length=256)] | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
+    top_p: options.TopP | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    include: list[str] | None = None  # without effect, like the parameters below
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    stream_options: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unused(cls, given: Any) -> Any:
+        return drop_unused(given, UNUSED)
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _check_kinds(cls, given: Any) -> Any:
+        for item in given if isinstance(given, list) else ():
+            kind = item.get("type") if isinstance(item, dict) else None
+            if isinstance(kind, str) and kind not in KINDS:
+                raise ValueError(f"items of the type '{kind[:64]}' are not supported; leave them out")
+        return given
+
+    @field_validator("include")
+    @classmethod
+    def _check_include(cls, given: list[str] | None) -> list[str] | None:
+        if "message.output_text.logprobs" in (given or ()):
+            raise ValueError("log-probabilities are not supported here; use chat completions")
+        return given
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The input as messages of a chat."""
+        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else messages_of(self.input)
+
+    def chat(self, before: Sequence[dict[str, Any]]) -> ChatBody:
+        """The request as one of chat completions. before: the messages of the previous response.
+
+        Raises ValidationError, and ApiError for a result without a call.
+        """
+        messages, asked = [*before, *self.messages], set[str]()
+        for message in messages:
+            asked.update(call["id"] for call in message.get("tool_calls", ()))
+            if message["role"] == "tool" and message["tool_call_id"] not in asked:
+                what = f"a function_call_output names '{message['tool_call_id'][:64]}', but no such call is before it"
+                raise ApiError(400, what, "input", "invalid_value")
+        if self.instructions:
+            messages.insert(0, {"role": "system", "content": self.instructions})
+        given = self.model_dump(include={"model", "stream", "temperature", "top_p", *Extensions.model_fields})
+        given |= {"messages": messages, "max_completion_tokens": self.max_output_tokens}
+        given |= {"reasoning_effort": self.reasoning.effort if self.reasoning else None}
+        if self.text is not None and self.text.format is not None:
+            given["response_format"] = self.text.format.for_chat
+        if self.tools:
+            functions = [tool.model_dump(exclude={"type", "defer_loading"}, exclude_none=True) for tool in self.tools]
+            given["tools"] = [{"type": "function", "function": function} for function in functions]
+        choice = self.tool_choice
+        if isinstance(choice, NamedFunction):
+            given["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        elif choice != "auto" or self.tools:  # the default of clients without tools
+            given["tool_choice"] = choice
+        given["parallel_tool_calls"] = self.parallel_tool_calls
+        return ChatBody.model_validate(given)
+
+
+class Store:
+    """Responses for later requests to go on with: of each key the last ``MAX_STORED``, in ``MAX_STORED_BYTES``."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kept: dict[str | None, OrderedDict[str, tuple[bytes, list[dict[str, Any]], int]]] = {}
+
+    def put(self, scope: str | None, id: str, written: bytes, messages: list[dict[str, Any]]) -> None:
+        """written: the response as JSON. messages: of the chat up to its end."""
+        size = len(written) + len(to_json(messages))
+        with self.lock:
+            kept = self.kept.setdefault(scope, OrderedDict())
+            kept[id] = written, messages, size
+            while len(kept) > MAX_STORED or sum(size for _, _, size in kept.values()) > MAX_STORED_BYTES:
+                kept.popitem(last=False)
+
+    def messages(self, scope: str | None, id: str | None) -> list[dict[str, Any]]:
+        """The messages up to the end of a response; none for None. Raises ApiError if it is not there."""
+        if id is None:
+            return []
+        with self.lock:
+            if id in (kept := self.kept.get(scope, OrderedDict())):
+                kept.move_to_end(id)
+                return kept[id][1]
+        message = f"there is no response '{id[:64]}' here, or no longer; send its items as input"
+        raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
+
+    def written(self, scope: str | None, id: str, remove: bool = False) -> bytes:
+        """A response as JSON. Raises ApiError if it is not there."""
+        with self.lock:
+            if id in (kept := self.kept.get(scope, OrderedDict())):
+                return (kept.pop(id) if remove else kept[id])[0]
+        raise ApiError(404, f"there is no response '{id[:64]}' here, or no longer", "response_id", "not_found")
+
+
+class ResponsesAnswer(BlockAnswer):
+    """A response. keep: stores it, with the messages of its output."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        model: str,
+        choices: Sequence[ResponseChoice],
+        chat: ChatBody,
+        asked: ResponsesBody,
+        keep: Callable[[str, bytes, list[dict[str, Any]]], None],
+    ) -> None:
+        super().__init__(prepared, model, choices, chat)
+        self.asked, self.keep, self.number, self.key = asked, keep, 0, uuid.uuid4().hex
+        self.created = int(time.time())
+
+    def _response(self, status: str, **more: Any) -> dict[str, Any]:
+        asked = {name: getattr(self.asked, name) for name in ECHOED}
+        form = self.asked.text.format if self.asked.text else None
+        found: dict[str, Any] = {"id": f"resp_{self.key}", "object": "response", "created_at": self.created}
+        found |= {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": []}
+        return found | asked | {
+            "parallel_tool_calls": self.asked.parallel_tool_calls is not False,
+            "tool_choice": self.asked.model_dump()["tool_choice"] or "auto",
+            "tools": [tool.model_dump(exclude={"defer_loading"}) for tool in self.asked.tools or ()],
+            "text": {"format": form.echoed if form else {"type": "text"}},
+            "reasoning": {"effort": self.body.reasoning_effort, "summary": None},  # type: ignore[attr-defined]
+            "store": self.asked.store is not False,
+            "truncation": "disabled",
+            "background": False,
+            "usage": None,
+        } | more  # fmt: skip
+
+    def result(self) -> dict[str, Any]:
+        cut = self.choice.answer.finish == "length"
+        output = [self._item(n, block, "completed") for n, block in enumerate(self.blocks)]
+        if cut and output:
+            output[-1]["status"] = "incomplete"
+        before, cached, new = self.counts()
+        thought = sum(len(self.choice.tokenizer(b.text).input_ids) for b in self.blocks if b.kind == "reasoning")
+        usage = {
+            "input_tokens": before,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": new,
+            "output_tokens_details": {"reasoning_tokens": min(thought, new)},
+            "total_tokens": before + new,
+        }
+        details = {"reason": "max_output_tokens"} if cut else None
+        found = self._response(
+            "incomplete" if cut else "completed",
+            output=output,
+            usage=usage,
+            incomplete_details=details,
+            completed_at=None if cut else int(time.time()),
+        )
+        if self.asked.store is not False:
+            self.keep(found["id"], to_json(found), messages_of(ITEMS.validate_python(output)))
+        return found
+
+    def _item(self, index: int, block: Block, status: str) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": f"{PREFIXES[block.kind]}_{self.key}{index}", "status": status}
+        if block.kind == "call":
+            return item | {"type": "function_call", "call_id": block.id, "name": block.name, "arguments": block.text}
+        content = [_part(block)] if status != "in_progress" else []
+        if block.kind == "text":
+            return item | {"type": "message", "role": "assistant", "content": content}
+        return item | {"type": "reasoning", "summary": [], "content": content}
+
+    def begin(self) -> Events:
+        for name in ("created", "in_progress"):
+            yield {"type": f"response.{name}", "response": self._response("in_progress")}
+
+    def begin_block(self, block: Block) -> Events:
+        item = self._item(self._index, block, "in_progress")
+        yield {"type": "response.output_item.added", "output_index": self._index, "item": item}
+        if block.kind != "call":
+            yield self._event("response.content_part.added", part=_part(block))
+
+    def delta(self, block: Block, text: str) -> Events:
+        yield self._event(f"response.{NAMES[block.kind]}.delta", delta=text, **_logprobs(block))
+
+    def end_block(self, block: Block) -> Events:
+        kind = NAMES[block.kind]
+        if block.kind == "call":
+            yield self._event(f"response.{kind}.done", name=block.name, arguments=block.text)
+        else:
+            yield self._event(f"response.{kind}.done", text=block.text, **_logprobs(block))
+            yield self._event("response.content_part.done", part=_part(block))
+        item = self._item(self._index, block, "completed")
+        yield {"type": "response.output_item.done", "output_index": self._index, "item": item}
+
+    def end(self) -> Events:
+        found = self.result()
+        yield {"type": f"response.{found['status']}", "response": found | self.metrics()}
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        what = {"code": error.code or "server_error", "message": error.message}
+        return {"type": "response.failed", "response": self._response("failed", error=what)}
+
+    def _written(self, event: dict[str, Any]) -> bytes:
+        event, self.number = event | {"sequence_number": self.number}, self.number + 1
+        return super()._written(event)
+
+    @property
+    def _index(self) -> int:
+        return len(self.blocks) - 1
+
+    def _event(self, kind: str, **more: Any) -> dict[str, Any]:
+        """An event of the last item."""
+        block = self.blocks[-1]
+        place = {"item_id": self._item(self._index, block, "")["id"], "output_index": self._index}
+        return {"type": kind} | place | ({} if block.kind == "call" else {"content_index": 0}) | more
+
+
+ECHOED = "instructions", "max_output_tokens", "previous_response_id", "metadata", "temperature", "top_p", "user"
+PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
+NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
+
+
+def _logprobs(block: Block) -> dict[str, list[Any]]:
+    return {"logprobs": []} if block.kind == "text" else {}
+
+
+def _part(block: Block) -> dict[str, Any]:
+    """The part of a message or of reasoning that holds its text."""
+    if block.kind == "reasoning":
+        return {"type": "reasoning_text", "text": block.text}
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}

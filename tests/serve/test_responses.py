@@ -1,0 +1,257 @@
+"""OpenAI's Responses: the official client and the agents' package, tools both ways, earlier responses, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from calls import CALLS, SCHEMAS, THINKING, TOOLS, answering, written
+from servers import NAME, Server, serving
+from tiny import tiny_model
+from tiny_tokenizers import letters
+
+from specdec import SpecDecoder
+from specdec.serve import responses
+from specdec.serve.responses import Store
+from specdec.serve.tools import HERMES
+
+PATH = "/v1/responses"
+ASK = "Name three colours."
+BODY: dict[str, Any] = {"model": NAME, "input": ASK, "max_output_tokens": 24}
+GIVEN: Any = [{"type": "function", "strict": None, **tool["function"]} for tool in TOOLS[:2]]
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    tokenizer = letters()
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "\n"])
+    tokenizer.chat_template = THINKING
+    model = tiny_model(vocab_size=100, max_position_embeddings=1024)
+    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference"), api_key="secret") as running:
+        yield running
+
+
+def client_of(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with client_of(server) as made:
+        yield made
+
+
+def streamed(client: openai.OpenAI, **how: Any) -> tuple[list[str], Any]:
+    """The names of the events, those in a row that are alike once, and the response at the end."""
+    events = list(client.responses.create(stream=True, **how))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    names = [event.type.removeprefix("response.") for event in events]
+    return [name for n, name in enumerate(names) if not n or name != names[n - 1]], events[-1].response
+
+
+ADDED, DONE = "output_item.added", "output_item.done"
+TEXT = [ADDED, "content_part.added", "output_text.delta", "output_text.done", "content_part.done", DONE]
+THOUGHT = [name.replace("output_text", "reasoning_text") for name in TEXT]
+CALL = [ADDED, "function_call_arguments.delta", "function_call_arguments.done", DONE]
+
+
+def test_a_response_whole_and_streamed(client: openai.OpenAI, server: Server) -> None:
+    how: Any = BODY | {"temperature": 0, "instructions": "Be brief.", "metadata": {"a": "b"}}
+    whole = client.responses.create(**how)
+    assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens"
+    assert whole.output[0].type == "message" and len(whole.output_text) == 24 == whole.usage.output_tokens
+    assert whole.metadata == {"a": "b"} and whole.instructions == "Be brief." and whole.error is None
+    names, same = streamed(client, **how)
+    assert names == ["created", "in_progress", *TEXT, "incomplete"] and same.output_text == whole.output_text
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ASK}]
+    other = client.chat.completions.create(model=NAME, messages=chat, max_tokens=24, temperature=0)  # type: ignore[arg-type]
+    assert other.choices[0].message.content == whole.output_text
+    assert other.usage.prompt_tokens == whole.usage.input_tokens
+
+
+def test_a_response_goes_on_from_an_earlier_one(client: openai.OpenAI) -> None:
+    first = client.responses.create(**BODY, temperature=0, instructions="Be brief.")
+    second = client.responses.create(**BODY | {"input": "And two more."}, previous_response_id=first.id, temperature=0)
+    items: Any = [{"role": "user", "content": ASK}, *first.output, {"role": "user", "content": "And two more."}]
+    same = client.responses.create(**BODY | {"input": items}, temperature=0)
+    assert second.output_text == same.output_text and second.usage.input_tokens == same.usage.input_tokens
+    assert second.previous_response_id == first.id
+    third = client.responses.create(**BODY | {"input": "x"}, previous_response_id=second.id, stream=True)
+    last = list(third)[-1].response
+    assert last.usage.input_tokens > second.usage.input_tokens
+    assert client.responses.retrieve(last.id).output_text == last.output_text
+
+
+def test_what_is_not_stored_is_not_there(client: openai.OpenAI) -> None:
+    unstored = client.responses.create(**BODY, store=False)
+    stored = client.responses.create(**BODY)
+    client.responses.delete(stored.id)
+    for response in (unstored, stored):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(response.id)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(**BODY, previous_response_id=response.id)
+        assert refused.value.code == "previous_response_not_found" and refused.value.param == "previous_response_id"
+
+
+def test_a_store_keeps_the_last_of_each_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "MAX_STORED", 3)
+    monkeypatch.setattr(responses, "MAX_STORED_BYTES", 1000)
+    store = Store()
+    for n in range(5):
+        store.put("a", str(n), b"x", [])
+    store.put("b", "0", b"y", [])
+    assert store.written("b", "0") == b"y" and store.messages("a", None) == []
+    with pytest.raises(Exception, match="no response '4'"):
+        store.messages("b", "4")
+    assert [*store.kept["a"]] == ["2", "3", "4"]
+    store.messages("a", "2")  # it is used, so others go first
+    store.put("a", "5", b"x", [])
+    assert [*store.kept["a"]] == ["4", "2", "5"]
+    store.put("a", "6", b"z" * 995, [])
+    assert [*store.kept["a"]] == ["6"]
+    store.put("a", "7", b"z" * 2000, [])
+    assert [*store.kept["a"]] == [] and [*store.kept["b"]] == ["0"]
+
+
+def test_calls_are_forced_streamed_and_answered(client: openai.OpenAI) -> None:
+    how: Any = BODY | {"tools": GIVEN, "max_output_tokens": 300, "temperature": 0, "parallel_tool_calls": False}
+    for choice in ("required", {"type": "function", "name": "sum"}):
+        whole = client.responses.create(**how, tool_choice=choice)
+        [call] = whole.output
+        assert call.type == "function_call" and whole.status == "completed" and call.call_id
+        assert set(json.loads(call.arguments)) == set(SCHEMAS[call.name]["required"])  # type: ignore[index]
+        names, same = streamed(client, **how, tool_choice=choice)
+        assert names == ["created", "in_progress", *CALL, "completed"]
+        assert same.output[0].arguments == call.arguments and same.output[0].name == call.name
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "4"}
+    after = client.responses.create(**how | {"input": [result], "max_output_tokens": 3}, previous_response_id=whole.id)
+    items = [{"role": "user", "content": ASK}, call, result]
+    same = client.responses.create(**how | {"input": items, "max_output_tokens": 3})
+    assert after.usage.input_tokens == same.usage.input_tokens and after.output_text == same.output_text
+
+
+def test_text_has_the_form_that_is_asked_for(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form: Any = {"format": {"type": "json_schema", "name": "number", "schema": schema, "strict": True}}
+    found = client.responses.create(**BODY, text=form)
+    assert json.loads(found.output_text)["a"] in (1, 2) and found.status == "completed"
+    assert found.text.format.type == "json_schema"
+
+
+def test_reasoning_text_and_parallel_calls_are_items() -> None:
+    text = "<think>\nTwo things.\n</think>\n\nWell.\n" + written(HERMES, CALLS)
+    with answering(text, template=THINKING) as other, client_of(other) as client:
+        whole = client.responses.create(**BODY, tools=GIVEN)
+        names, same = streamed(client, **BODY, tools=GIVEN)
+        results = [{"type": "function_call_output", "call_id": i.call_id, "output": "4"} for i in whole.output[2:]]
+        after = client.responses.create(**BODY | {"input": results}, tools=GIVEN, previous_response_id=whole.id)
+        kept = other.engine.handles[-1].request.prompt
+    for response in (whole, same):
+        assert [item.type for item in response.output] == ["reasoning", "message", *["function_call"] * 2]
+        assert response.output[0].content[0].text == "Two things." and response.output_text == "Well."
+        assert [(item.name, json.loads(item.arguments)) for item in response.output[2:]] == CALLS
+        assert response.usage.output_tokens_details.reasoning_tokens == len("Two things.")
+    assert names == ["created", "in_progress", *THOUGHT, *TEXT, *CALL * 2, "completed"]
+    assert after.status == "completed"
+    prompt = other.decoder.tokenizer.decode(kept)
+    assert (
+        prompt
+        == f"weather;sum;[user]{ASK}[assistant]Well.<tool_call>Rome</tool_call><tool_call></tool_call>[tool]4[tool]4"
+    )
+
+
+def test_the_agents_package_calls_a_tool_and_answers() -> None:
+    agents = pytest.importorskip("agents", reason="openai-agents is not installed")
+    called = list[tuple[int, int]]()
+
+    @agents.function_tool
+    def add(a: int, b: int) -> int:
+        """Add two numbers."""
+        called.append((a, b))
+        return a + b
+
+    agents.set_tracing_disabled(True)
+    calls = written(HERMES, [("add", {"a": 2, "b": 5})])
+    for stream in (False, True):
+        with answering(calls, "It is seven.", template=THINKING) as server:
+
+            async def run(server: Server = server, stream: bool = stream) -> Any:
+                client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none")
+                model = agents.OpenAIResponsesModel(model=NAME, openai_client=client)
+                agent = agents.Agent(name="a", instructions="Add.", model=model, tools=[add])
+                async with client:
+                    if not stream:
+                        return (await agents.Runner.run(agent, "2 + 5?")).final_output
+                    found = agents.Runner.run_streamed(agent, "2 + 5?")
+                    async for _ in found.stream_events():
+                        pass
+                    return found.final_output
+
+            assert asyncio.run(run()) == "It is seven."
+    assert called == [(2, 5)] * 2
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+RESULT = {"type": "function_call_output", "call_id": "x", "output": "4"}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no input": ({"input": None}, "input"),
+    "an empty input": ({"input": []}, "messages"),
+    "an image": (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+        "input",
+    ),
+    "an item of another type": ({"input": [{"type": "web_search_call"}]}, "items of the type 'web_search_call'"),
+    "an item of no type": ({"input": [5]}, "input"),
+    "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input"),
+    "a result without a call": ({"input": [RESULT]}, "no such call is before it"),
+    "a call that is no JSON": (
+        {"input": [{"type": "function_call", "call_id": "x", "name": "sum", "arguments": "["}]},
+        "JSON object",
+    ),
+    "an unknown response": ({"previous_response_id": "resp_x"}, "there is no response 'resp_x'"),
+    "a background": ({"background": True}, "'background'"),
+    "a conversation": ({"conversation": "c"}, "'conversation'"),
+    "a truncation": ({"truncation": "auto"}, "'truncation'"),
+    "log-probabilities": ({"include": ["message.output_text.logprobs"]}, "not supported here"),
+    "a hosted tool": ({"tools": [{"type": "web_search"}]}, "tools of the type 'web_search'"),
+    "a choice without tools": ({"tool_choice": "required"}, "tool_choice needs tools"),
+    "a schema that allows nothing": (
+        {"tools": [{"type": "function", "name": "a", "parameters": {"enum": []}}], "tool_choice": "required"},
+        "cannot be used",
+    ),
+    "no tokens": ({"max_output_tokens": 0}, "max_output_tokens"),
+    "an unknown member": ({"n": 2}, "parameter 'n'"),
+    "an effort in a number": ({"reasoning": {"effort": 3}}, "reasoning"),
+    "a long prompt": ({"input": "x" * 5000}, "'messages' has"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_refused(server: Server, case: str) -> None:
+    body, says = WRONG[case]
+    response = server.post(PATH, BODY | body, headers=KEY)
+    assert response.status_code == 400 and set(response.json()) == {"error"}, response.text
+    assert says in response.json()["error"]["message"] and response.headers["x-request-id"]
+
+
+def test_a_fault_in_a_stream_is_its_last_event() -> None:
+    with answering("ab", end="error") as other, client_of(other) as client:
+        events = list(client.responses.create(**BODY, stream=True))
+        with pytest.raises(openai.InternalServerError, match="decoding failed"):
+            client.responses.create(**BODY)
+    assert events[-1].type == "response.failed" and "decoding failed" in events[-1].response.error.message
+
+
+def test_a_response_can_be_read_and_removed() -> None:
+    with answering("ab") as other:
+        url = f"{other.url}{PATH}/{other.post(PATH, BODY).json()['id']}"
+        assert httpx.get(url).json()["output"][0]["content"][0]["text"] == "ab"
+        assert httpx.delete(url).json()["deleted"] and httpx.get(url).status_code == 404
