@@ -114,7 +114,7 @@ def test_a_store_keeps_the_last_of_each_key(monkeypatch: pytest.MonkeyPatch) -> 
     store.messages("a", "2")  # it is used, so others go first
     store.put("a", "5", b"x", [])
     assert [*store.kept["a"]] == ["4", "2", "5"]
-    store.put("a", "6", b"z" * 995, [])
+    store.put("a", "6", b"z" * 997, [])
     assert [*store.kept["a"]] == ["6"]
     store.put("a", "7", b"z" * 2000, [])
     assert [*store.kept["a"]] == [] and [*store.kept["b"]] == ["0"]
