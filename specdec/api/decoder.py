@@ -113,7 +113,8 @@ class SpecDecoder:
         self._kept: Tuned | None = None  # such settings for this model, applied or not
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer, self.learning = model.eval(), tokenizer, learn
-        self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations)
+        slow = experts is not None
+        self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations, slow)
         self.target.tokenizer = tokenizer
         if experts is not None:
             self.target.experts = Offload(model, self.target.fingerprint, experts)

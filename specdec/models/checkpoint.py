@@ -154,8 +154,8 @@ def sample_positions(size: int) -> Tensor:
 def sample(parameter: Tensor | Blocks) -> Tensor:
     """Up to ``SAMPLES`` evenly strided elements of a parameter, [n]. Works for those of ``Absent``, too."""
     if isinstance(parameter, Blocks):
-        rows, columns = torch.unravel_index(sample_positions(parameter.shape.numel()), parameter.shape)
-        return parameter.at(rows, columns)
+        positions = sample_positions(parameter.shape.numel())
+        return parameter.at(positions // parameter.inputs, positions % parameter.inputs)
     if parameter.is_meta:
         values: Tensor = parameter.sample  # type: ignore[attr-defined]
         return values

@@ -96,6 +96,8 @@ SCALED = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+EXPERTS = frozenset({"norm_topk_prob", "num_experts", "num_experts_per_tok", "num_local_experts"})
+ROUTED = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 DELTA_RULE = Family(around_zero=True, once=True)
 FAMILIES = {
     "llama": Family(gguf="llama", interleaved=True, keys={"rope.dimension_count": "head_dim"}),
@@ -111,6 +113,13 @@ FAMILIES = {
         gguf="mistral3",
         interleaved=True,
         keys=HEAD | {"attention.temperature_scale": "llama_4_scaling_beta"},
+    ),
+    "mixtral": Family(fields=EXPERTS, interleaved=True, keys=ROUTED | {"rope.dimension_count": "head_dim"}),
+    "olmoe": Family(across=True, fields=EXPERTS, gguf="olmoe", keys=ROUTED),
+    "qwen3_moe": Family(
+        fields=EXPERTS | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"},
+        gguf="qwen3moe",
+        keys=HEAD | ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
     ),
     "gemma": Family(once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
     "gemma2": Family(AROUND, True, True, fields=CAPPED | {"attn_logit_softcapping"}, gguf="gemma2", keys=WINDOWED),
@@ -143,6 +152,22 @@ def numbers_of(config: Any) -> Numbers:
         float(known.get("attn_logit_softcapping") or 0),
         float(known.get("final_logit_softcapping") or 0),
     )
+
+
+class Mixture(NamedTuple):
+    """Numbers of experts, and of those that a token takes. share: whether their weights are made to add up to 1."""
+
+    experts: int = 0
+    taken: int = 0
+    share: bool = False
+
+
+def mixture_of(config: Any) -> Mixture:
+    """The experts of a model in the place of MLPs, if it has any."""
+    if not FAMILIES[config.model_type].fields >= EXPERTS:
+        return Mixture()
+    count = getattr(config, "num_experts", None) or config.num_local_experts
+    return Mixture(count, config.num_experts_per_tok, bool(getattr(config, "norm_topk_prob", True)))
 
 
 class Rotation(NamedTuple):

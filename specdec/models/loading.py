@@ -64,7 +64,7 @@ def load(
         if check is not None:
             check(config)
     if source.file is not None:
-        model = _of_file(source, source.file, config, kind, place)
+        model = _of_file(source, source.file, config, kind, place, experts)
     else:
         model = _of_checkpoint(source, options | {"config": config}, kind, place, experts)
     model.config._name_or_path = name  # for messages, instead of the cache folder
@@ -116,11 +116,11 @@ def _of_checkpoint(
 
 
 def _of_file(
-    source: Source, file: GGUFFile, config: Any, kind: str | torch.dtype, place: torch.device
+    source: Source, file: GGUFFile, config: Any, kind: str | torch.dtype, place: torch.device, experts: bool
 ) -> PreTrainedModel:
-    """The model of a GGUF file whose config is in the source's folder."""
+    """The model of a GGUF file whose config is in the source's folder. experts: False: all weights are unpacked."""
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
-    keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
+    keep_blocks = place.type == "cpu" and dtype == torch.bfloat16 and experts
     stored = (info.nbytes if keep_blocks else math.prod(info.shape) * dtype.itemsize for info in file.tensors.values())
     check_memory(source.name, sum(stored))
     with explain_errors(source.name):

@@ -38,6 +38,7 @@ def make_target(
     weights: str = "auto",
     kv_cache: str = "auto",
     activations: str = "auto",
+    slow_experts: bool = False,
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
@@ -48,6 +49,7 @@ def make_target(
     weights: "auto" (as loaded, GGUF blocks as they are), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
         (layers are quantised, in the model too: the quantised model is the base).
     kv_cache: "auto" (in the model's dtype) or "int8" (in the native runtime).
+    slow_experts: experts are to be loaded from slow memory: the native runtime has its own, so it does not serve.
     activations: "auto" (8 bits for quantised weights in the native runtime, else the model's dtype), "int8" or "bf16".
     """
     check_names(runtime, weights, kv_cache, activations)
@@ -60,14 +62,20 @@ def make_target(
         raise SpecDecError(
             f"the {runtime} runtime has no 8-bit activations, the native one has; use activations 'auto'"
         )
+    if slow_experts and runtime == "native":
+        raise SpecDecError(
+            "the native runtime keeps all experts in memory; use runtime 'auto' for those in slow memory"
+        )
     refuse_unsupported(model)
     with lock_of(model):  # a runtime may put its own form of the weights into the model
-        return _make(model, runtime, weights, kv_cache, activations)
+        native = model.dtype == torch.bfloat16 and not slow_experts
+        return _make(model, runtime, weights, kv_cache, activations, ["native"] if native else [])
 
 
-def _make(model: PreTrainedModel, runtime: str, weights: str, kv_cache: str, activations: str) -> tuple[Target, str]:
+def _make(
+    model: PreTrainedModel, runtime: str, weights: str, kv_cache: str, activations: str, native: list[str]
+) -> tuple[Target, str]:
     rounded, reasons = weights in ("int8", "int4"), list[str]()
-    native = ["native"] if model.dtype == torch.bfloat16 else []
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
     every = ["native"] if "int8" in (kv_cache, activations) else [*first, "reference"]
     for name in every if runtime == "auto" else [runtime]:

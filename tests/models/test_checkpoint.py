@@ -279,7 +279,7 @@ def offloaded():
     answer(SpecDecoder.from_pretrained(large, "none", experts=ExpertOptions(0.25, "residual", folder)))
 
 def whole():
-    answer(SpecDecoder.from_pretrained(large, "none"))
+    answer(SpecDecoder.from_pretrained(large, "none", runtime="reference"))
 
 def answer(decoder):
     print(decoder.generate(list(range(3, 60)), max_new_tokens=8).token_ids)

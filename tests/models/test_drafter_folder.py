@@ -17,7 +17,7 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.drafters.m2r2_network import load_network
 from specdec.models import drafter_folder, identity
-from specdec.models.gguf.blocks import quantize_linear
+from specdec.models.gguf.blocks import BlockLinear, quantize
 from specdec.models.identity import fingerprint
 from specdec.runtimes.reference import ReferenceTarget
 
@@ -284,7 +284,7 @@ def in_blocks(model, kind: str):
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
             if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
-                layer.set_submodule(name, quantize_linear(module, kind))
+                layer.set_submodule(name, BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype))
     return model
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from passes import apart
-from tiny import PHI, ROPES, SIZES, SMALL, greedy_reference, rough_model
+from tiny import ROPES, SMALL, greedy_reference, rough_model, sizes_of
 from tiny_gguf import ARCHITECTURES, write_family, write_gguf, write_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -54,10 +54,10 @@ def reference(path: Path, dtype: torch.dtype = torch.bfloat16):
 
 def sizes(family: str) -> dict:
     """Of a model whose config a GGUF file can hold: windows and layers without rotation are in their usual order."""
-    found = dict(PHI if family == "phi3" else SIZES)
+    found = sizes_of(family)
     if family == "ministral3":
         found["rope_parameters"] = ROPES[family]
-    if family in ("granite", "olmo2", "smollm3", "qwen2"):
+    if family in ("granite", "olmo2", "smollm3", "qwen2", "olmoe"):
         found |= {"hidden_size": 128, "head_dim": 32}
     if family == "smollm3":
         found["no_rope_layer_interval"] = 4

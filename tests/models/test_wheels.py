@@ -32,6 +32,7 @@ from specdec.base import files, inputs, machine, terminal
 from specdec.base.errors import SpecDecError
 from specdec.cli import doctor
 from specdec.models import catalogue, identity, loading, prepare, source, wheels
+from specdec.models.gguf import model as gguf_model
 from specdec.runtimes.experts.offload import ExpertOptions
 
 
@@ -345,13 +346,14 @@ def test_rows_for_the_model_list(cache, published):
 
 
 @pytest.fixture
-def own(tmp_path) -> Path:
+def own(tmp_path, monkeypatch) -> Path:
+    monkeypatch.delitem(gguf_model.ARCHITECTURES, "qwen3moe")
     write_gguf(tmp_path / "own.gguf", experts=2)
     return tmp_path / "own.gguf"
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
-def test_a_file_that_we_do_not_serve_is_dequantised_as_it_loads(cache, tmp_path, monkeypatch, dtype):
+def test_a_file_that_we_do_not_serve_is_dequantised_as_it_loads(cache, own, tmp_path, monkeypatch, dtype):
     tensors, own = write_gguf(tmp_path / "own.gguf", experts=2), tmp_path / "own.gguf"
     monkeypatch.chdir(tmp_path)
     model, tokenizer = loading.load("own.gguf", dtype=dtype)
@@ -363,7 +365,8 @@ def test_a_file_that_we_do_not_serve_is_dequantised_as_it_loads(cache, tmp_path,
     assert not (cache.root / "models").exists() and source.weight_files(str(own)) == []
 
 
-def test_a_mixture_in_a_gguf_file_is_loaded_whole(cache, own):
+def test_a_mixture_in_a_gguf_file_is_loaded_whole(cache, tmp_path):
+    own = tmp_path / "own.gguf"
     write_gguf(own, experts=4)
     whole, _ = loading.load(own)
     left, tokenizer = loading.load(own, experts=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks
+from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.target import Pass, Target
 
@@ -130,16 +130,25 @@ def in_blocks(
         if name.endswith("proj") or name == "lm_head":
             blocks = random_blocks(next(each), *module.weight.shape)
             model.set_submodule(name, BlockLinear(blocks, module.bias, torch.bfloat16))
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            own, kind = layer.mlp.experts, next(each)
+            (count, rows, columns), inner = own.gate_up_proj.shape, own.down_proj.shape[2]
+            gate_up = [[random_blocks(kind, rows // 2, columns, seed=2 * e + i) for i in (0, 1)] for e in range(count)]
+            down = [random_blocks(kind, columns, inner, seed=e) for e in range(count)]
+            layer.mlp.experts = BlockExperts(own, gate_up, down, torch.bfloat16)
     scale = getattr(model.model.embed_tokens, "embed_scale", None)
     blocks = random_blocks("Q4_0", 97, model.config.hidden_size)
     model.model.embed_tokens = BlockEmbedding(blocks, torch.bfloat16, scale)
     return model
 
 
-def random_blocks(kind: str, out: int, inputs: int, scales: tuple[float, float] = (0.001, 0.02)) -> Blocks:
+def random_blocks(
+    kind: str, out: int, inputs: int, scales: tuple[float, float] = (0.001, 0.02), seed: int = 0
+) -> Blocks:
     """Blocks of random codes; their float16 numbers are in the range ``scales``, of either sign."""
     weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    random = np.random.default_rng(len(kind) * out + inputs)
+    random = np.random.default_rng(len(kind) * out + inputs + seed)
     data = random.integers(0, 256, (out, inputs // weights, size), dtype=np.uint8)
     for at in HALVES[kind]:
         halves = random.uniform(*scales, data.shape[:2]) * random.choice([-1, 1], data.shape[:2])

@@ -67,9 +67,15 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "sliding_window": 5},
+    "gemma2": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 0.25,
+        "final_logit_softcapping": 6.0,
+    },
     "gemma3_text": {
         "head_dim": 8,
+        "final_logit_softcapping": 9.0,
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
@@ -93,7 +99,13 @@ FAMILIES: dict[str, dict[str, object]] = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 24,
     },
-    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+    },
     "smollm3": {"no_rope_layer_interval": 2},
     "ministral3": {"head_dim": 8},
     "gemma4_text": {
@@ -221,8 +233,14 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 PHI = {"hidden_size": 128, "intermediate_size": 96}  # its heads share the hidden size
 
 
+def sizes_of(family: str) -> dict[str, object]:
+    """Of a model that the native runtime serves."""
+    more: dict[str, object] = {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
+    return (PHI if family in ("phi3", "olmoe") else SIZES) | more
+
+
 def model_of(family: str, **changes: object) -> torch.nn.Module:
-    return rough_model(family, **((PHI if family == "phi3" else SIZES) | changes)).bfloat16()
+    return rough_model(family, **(sizes_of(family) | changes)).bfloat16()
 
 
 def without(model: PreTrainedModel, *layers: int) -> PreTrainedModel:

@@ -76,14 +76,14 @@ def write_gguf(
     return tensors
 
 
-def random_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator) -> np.ndarray:
-    """Random blocks of a type, uint8 [out, bytes of a row]: any bits, with small scales."""
+def random_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator, most: float = 1e-2) -> np.ndarray:
+    """Random blocks of a type, uint8 [out, bytes of a row]: any bits, with scales up to ``most``."""
     size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = random.integers(0, 256, (shape[0], shape[1] // size, width), np.uint8)
     scales = {"Q6_K": [-2], "Q3_K": [-2], "Q2_K": [-4, -2], "Q4_1": [0, 2], "Q5_1": [0, 2]}
     scales |= {"Q4_K": [0, 2], "Q5_K": [0, 2]}
     for at in scales.get(kind, [0]):
-        factor = random.uniform(-1e-2, 1e-2, data.shape[:2]).astype(np.float16)
+        factor = random.uniform(-most, most, data.shape[:2]).astype(np.float16)
         data[..., at % width : at % width + 2] = factor[..., None].view(np.uint8)
     return data.reshape(shape[0], -1)
 
@@ -169,6 +169,7 @@ YARN = {
     "original_context_length": "original_max_position_embeddings",
     "yarn_log_multiplier": "mscale_all_dim",
 }
+TAKEN, INNER = {"expert_used_count": "num_experts_per_tok"}, {"expert_feed_forward_length": "moe_intermediate_size"}
 ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what is added to norms, metadata
     "llama": ("llama", True, 0, {"rope.dimension_count": "head_dim"}),
     "qwen2": ("qwen2", False, 0, {}),
@@ -178,6 +179,14 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
     "olmo2": ("olmo2", False, 0, {}),
     "smollm3": ("smollm3", True, 0, {}),
     "ministral3": ("mistral3", True, 0, {"attention.key_length": "head_dim"}),
+    "mixtral": ("llama", True, 0, {"expert_count": "num_local_experts", **TAKEN, "rope.dimension_count": "head_dim"}),
+    "olmoe": ("olmoe", False, 0, {"expert_count": "num_experts", **TAKEN}),
+    "qwen3_moe": (
+        "qwen3moe",
+        False,
+        0,
+        {"expert_count": "num_experts", **TAKEN, "attention.key_length": "head_dim", **INNER},
+    ),
     "gemma": ("gemma", False, 1, {"attention.key_length": "head_dim"}),
     "gemma2": ("gemma2", False, 1, WINDOWS),
     "gemma3_text": ("gemma3", False, 1, WINDOWS),
@@ -228,13 +237,19 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(where.split(".")[-1])
         if paired and heads:
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        stored = f"{names.get_name(where)}.{leaf}"
-        if values.ndim == 1:
-            writer.add_tensor(stored, values)
-            continue
-        whole = kind in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-        blocks = gguf.quants.quantize(values, packed) if whole else random_blocks(kind, values.shape, random)
-        writer.add_tensor(stored, blocks, raw_dtype=packed)
+        parts = {f"{names.get_name(where)}.{leaf}": values}
+        if values.ndim == 3:
+            each = values.reshape(len(values), 2, -1, values.shape[2]).swapaxes(0, 1) if "gate" in leaf else [values]
+            layer, keys = where.split(".")[2], ("gate", "up") if "gate" in leaf else ("down",)
+            parts = {f"blk.{layer}.ffn_{key}_exps.weight": part for key, part in zip(keys, each, strict=True)}
+        for stored, part in parts.items():
+            if part.ndim == 1 or "ffn_gate_inp" in stored:
+                writer.add_tensor(stored, np.ascontiguousarray(part))
+                continue
+            whole = kind in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+            rows = part.reshape(-1, part.shape[-1])
+            blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(kind, rows.shape, random, 2e-3)
+            writer.add_tensor(stored, blocks.reshape(*part.shape[:-1], -1), raw_dtype=packed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

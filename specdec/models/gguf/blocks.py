@@ -154,16 +154,89 @@ class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, m
         return self.scaled(self.unpack(self.blocks, ids.flatten(), self.dtype).view(*ids.shape, -1))
 
 
-def quantize_linear(module: nn.Linear, kind: str) -> BlockLinear:
-    """The linear layer with its weight quantised to blocks of ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
+class BlockExperts(nn.Module):
+    """The experts of a layer in blocks, in the place of a model's ``own`` module. Have no gradients.
+
+    gate_up: of each expert, its gate's rows and then its up's, in one matrix or two. down: of each.
+    """
+
+    def __init__(self, own: nn.Module, gate_up: list[list[Blocks]], down: list[Blocks], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.own, self.act_fn = [own], own.act_fn  # in a list: no part of this module
+        self.gate_up, self.down, self.dtype, self.unpack = gate_up, down, dtype, dequantize
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        like = fn(torch.empty(0, dtype=self.dtype))
+        if like.device.type != "cpu":
+            raise SpecDecError("weights in GGUF blocks stay on the CPU; load the model on the device where it runs")
+        self.dtype = like.dtype
+        return super()._apply(fn, recurse)
+
+    def expert(self, number: int) -> tuple[Tensor, Tensor]:
+        """gate_up [2 F, D] and down [D, F] of an expert."""
+        parts = [self.unpack(each, None, self.dtype) for each in (*self.gate_up[number], self.down[number])]
+        return torch.cat(parts[:-1]), parts[-1]
+
+    def forward(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+        """Tokens [R, D], the experts that they take and their shares, both [R, k] -> [R, D]."""
+        out = torch.zeros_like(x)
+        for number in experts.unique().tolist():
+            rows, places = (experts == number).nonzero(as_tuple=True)
+            gate_up, down = self.expert(number)
+            gate, up = F.linear(x[rows], gate_up).chunk(2, -1)
+            found = F.linear(self.act_fn(gate) * up, down) * shares[rows, places, None]
+            out.index_add_(0, rows, found.to(out.dtype))
+        return out
+
+    def dense(self) -> nn.Module:
+        """The module that this one stands for, with equal values."""
+        pairs = zip(*map(self.expert, range(len(self.down))), strict=True)
+        for name, values in zip(("gate_up_proj", "down_proj"), pairs, strict=True):
+            setattr(self.own[0], name, nn.Parameter(torch.stack(values), requires_grad=False))
+        return self.own[0]
+
+
+@dataclass(frozen=True)
+class ExpertBlocks(Blocks):
+    """The matrices of all experts, each a few in blocks, one below the other. data, kind, inputs: of the first."""
+
+    matrices: tuple[Blocks, ...] = ()
+    experts: int = 1
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.experts, sum(m.shape[0] for m in self.matrices) // self.experts, self.inputs))
+
+    def numbers(self, index: Tensor | None = None) -> Tensor:
+        assert index is None
+        return torch.cat([each.numbers() for each in self.matrices])
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        ends = torch.tensor([each.shape[0] for each in self.matrices]).cumsum(0)
+        which, found = torch.searchsorted(ends, rows, right=True), torch.empty(len(rows))
+        for number in which.unique().tolist():
+            mine, matrix = which == number, self.matrices[number]
+            found[mine] = matrix.at(rows[mine] - ends[number] + matrix.shape[0], columns[mine])
+        return found
+
+
+def quantize(values: Tensor, kind: str) -> Blocks:
+    """A matrix [out, in] quantised to blocks of ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
 
     Raises SpecDecError if its inputs are no multiple of a block.
     """
-    if module.in_features % 32:
-        raise SpecDecError(f"{kind} blocks need a multiple of 32 inputs; a linear layer has {module.in_features}")
-    values = module.weight.detach().float().numpy()
-    data = torch.from_numpy(gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]))
-    return BlockLinear(Blocks(data, kind, module.in_features), module.bias, module.weight.dtype)
+    if values.shape[1] % 32:
+        raise SpecDecError(f"{kind} blocks need a multiple of 32 inputs; a linear map has {values.shape[1]}")
+    data = gguf.quants.quantize(values.detach().float().numpy(), gguf.GGMLQuantizationType[kind])
+    return Blocks(torch.from_numpy(data), kind, values.shape[1])
+
+
+def quantize_experts(own: Any, kind: str) -> BlockExperts:
+    """The experts of a layer, quantised as ``quantize`` does."""
+    gate_up = [[quantize(values, kind)] for values in own.gate_up_proj]
+    made = BlockExperts(own, gate_up, [quantize(values, kind) for values in own.down_proj], own.down_proj.dtype)
+    own.gate_up_proj, own.down_proj = (nn.Parameter(t.to("meta"), False) for t in (own.gate_up_proj, own.down_proj))
+    return made
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
@@ -172,6 +245,12 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _BlockModule):
             yield f"{name}.weight", module.blocks
+        if isinstance(module, BlockExperts):
+            gate_up = [matrix for expert in module.gate_up for matrix in expert]
+            for part, matrices in ("gate_up", gate_up), ("down", module.down):
+                first = matrices[0]
+                every = ExpertBlocks(first.data, first.kind, first.inputs, None, tuple(matrices), len(module.down))
+                yield f"{name}.{part}_proj", every
 
 
 def weight_storage(module: Any) -> Tensor:
@@ -192,6 +271,8 @@ def densify(model: nn.Module) -> None:
     """Replace block modules by ordinary ones with equal values, in place."""
     weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, BlockExperts):
+            model.set_submodule(name, module.dense())
         if isinstance(module, _BlockModule):
             blocks = module.blocks
             if id(blocks) not in weights:
@@ -211,7 +292,8 @@ def densify(model: nn.Module) -> None:
 @contextmanager
 def temporarily_dense(model: nn.Module) -> Iterator[None]:
     """In this context block modules are ordinary ones, for callers that run the model's own ``forward`` many times."""
-    kept = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BlockModule)]
+    modules = model.named_modules(remove_duplicate=False)
+    kept = [(name, module) for name, module in modules if isinstance(module, _BlockModule | BlockExperts)]
     densify(model)
     try:
         yield

@@ -31,8 +31,8 @@ from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError
 from specdec.models import families
 from specdec.models.gguf import blocks
-from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks
-from specdec.models.gguf.file import PLAIN, GGUFFile
+from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
+from specdec.models.gguf.file import PLAIN, GGUFFile, TensorInfo
 
 ARCHITECTURES = {family.gguf: kind for kind, family in families.FAMILIES.items() if family.gguf}
 # Numbers in a config that are not whole.
@@ -42,8 +42,7 @@ FLOATS = {
 }
 # Metadata of an architecture that says nothing that a config has not.
 BESIDE = {
-    *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length", "expert_count"),
-    *("expert_used_count", "rope.dimension_count"),
+    *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length", "rope.dimension_count"),
 }
 SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
     "factor": "factor",
@@ -55,6 +54,7 @@ SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
 }
 LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those that scale scores by hidden size and heads
 TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # by config field
+EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parts of a model's parameter in a file
 ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # the type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
@@ -66,7 +66,13 @@ DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smo
 
 def is_supported(file: GGUFFile) -> bool:
     """Whether ``build`` supports the file's architecture."""
-    return file.architecture in ARCHITECTURES and not file.metadata.get(f"{file.architecture}.expert_count")
+    return file.architecture in ARCHITECTURES
+
+
+def _kind(file: GGUFFile) -> str:
+    """The model type of a file of a known architecture."""
+    kind = ARCHITECTURES[file.architecture]
+    return "mixtral" if kind == "llama" and file.metadata.get("llama.expert_count") else kind
 
 
 # --- config and tokenizer --------------------------------------------------------------------------------------------
@@ -90,7 +96,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
 
 def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
     """The config from the metadata."""
-    kind, prefix = ARCHITECTURES[file.architecture], file.architecture + "."
+    kind, prefix = _kind(file), file.architecture + "."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     keys, values = families.KEYS | families.FAMILIES[kind].keys, dict[str, Any]()
     for part, key in TOKENS.items():
@@ -120,6 +126,8 @@ def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
     if kind in LARGE_GEMMA:
         size = width // heads if layers == LARGE_GEMMA[kind] else values.get("head_dim", 256)
         values["query_pre_attn_scalar"] = size
+    if kind == "qwen3_moe":
+        values["norm_topk_prob"] = True
     if kind == "granite":
         values.setdefault("attention_multiplier", (width // heads or 1) ** -0.5)
     if (rope := scaling.pop("type", "none")) != "none" or kind == "ministral3":
@@ -201,17 +209,23 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     return model
 
 
-def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
-    """The tensor in ``file`` of each parameter of ``model``. Raises SpecDecError unless all fit."""
+def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """The tensors in ``file`` of each parameter of ``model``, equally many rows in each. Raises SpecDecError unless all
+    fit."""
     found = _tensor_names(file, model)
-    shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) == 2}
-    unfit = [key for key, values in model.named_parameters() if shapes.get(found[key]) != tuple(values.shape)]
+    shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
+    unfit = list[str]()
+    for parameter, values in model.named_parameters():
+        tensors, wanted = found[parameter], list(values.shape)
+        if len(tensors) > 1:
+            wanted[-2] //= len(tensors)
+        unfit += [key or parameter for key in tensors if shapes.get(key) != tuple(wanted)]
     if unfit:
         raise SpecDecError(
             f"the weights of '{name}' do not fit its config: {len(unfit)} missing or of another shape, such as "
-            f"'{found[unfit[0]] or unfit[0]}'"
+            f"'{unfit[0]}'"
         )
-    if more := sorted(file.tensors.keys() - {*found.values(), ROPE_FACTORS}):
+    if more := sorted(file.tensors.keys() - {ROPE_FACTORS}.union(*found.values())):
         raise SpecDecError(
             f"'{name}' has {len(more)} tensors that do not belong to a {model.config.model_type} model of its config, "
             f"such as '{more[0][:60]}'"
@@ -224,14 +238,18 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
     return found
 
 
-def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
+def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """The names of ``gguf`` for the parameters of ``model``; "" for unknown ones."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), {}
     for parameter, _ in model.named_parameters():
         path, _, leaf = parameter.rpartition(".")
-        tensor = names.get_name(path)
-        found[parameter] = "" if tensor is None else f"{tensor}.{leaf}"
+        if leaf in EXPERTS:
+            layer = path.split(".")[2]
+            found[parameter] = tuple(f"blk.{layer}.ffn_{part}_exps.weight" for part in EXPERTS[leaf])
+        else:
+            tensor = names.get_name(path)
+            found[parameter] = ("" if tensor is None else f"{tensor}.{leaf}",)
     return found
 
 
@@ -245,8 +263,10 @@ def build(
     model, data = empty_model(config, dtype), file.map()
     names, unpacked = check_tensors(name, file, model), set[str]()
     family = families.FAMILIES[config.model_type]
-    for parameter, tensor in names.items():
-        info, (path, _, leaf) = file.tensors[tensor], parameter.rpartition(".")
+    for parameter, tensors in names.items():
+        info, (path, _, leaf) = file.tensors[tensors[0]], parameter.rpartition(".")
+        if leaf in EXPERTS:
+            continue
         part, module = data[info.offset : info.offset + info.nbytes], model.get_submodule(path)
         rows = _rows(config, path, info.shape[0]) if family.interleaved else None
         if info.kind in PLAIN:
@@ -262,6 +282,11 @@ def build(
             memory.release(part)
             unpacked.add(info.kind)
         setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+    for path, module in [*model.named_modules()]:
+        if hasattr(module, "gate_up_proj") and names.get(f"{path}.gate_up_proj", ()):
+            infos = [file.tensors[tensor] for leaf in EXPERTS for tensor in names[f"{path}.{leaf}"]]
+            unpacked |= {info.kind for info in infos} - {*PLAIN, *blocks.KINDS}
+            model.set_submodule(path, _experts(module, infos, data, dtype, keep_blocks))
     if config.tie_word_embeddings:
         _tie(model)
     if ROPE_FACTORS in file.tensors:
@@ -270,6 +295,30 @@ def build(
         kinds = ", ".join(sorted(unpacked))
         terminal.say(f"note: weights of type {kinds} in '{name}' run in {str(dtype).removeprefix('torch.')}")
     return model
+
+
+def _experts(module: Any, infos: list[TensorInfo], data: Tensor, dtype: torch.dtype, keep_blocks: bool) -> nn.Module:
+    """The experts of a layer from its tensors gate, up and down, [E, F, D], [E, F, D] and [E, D, F]."""
+    matrices = list[list[Tensor | Blocks]]()
+    for info in infos:
+        part, count = data[info.offset : info.offset + info.nbytes], info.shape[0]
+        if info.kind in PLAIN:
+            matrices.append([*part.view(PLAIN[info.kind]).view(info.shape)])
+        else:
+            rows = part.view(count, info.shape[1], -1)
+            matrices.append([Blocks(each, info.kind, info.shape[2]) for each in rows])
+    gate_up, down = [list(pair) for pair in zip(*matrices[:2], strict=True)], matrices[2]
+    if keep_blocks and all(info.kind in blocks.KINDS for info in infos):
+        return BlockExperts(module, gate_up, down, dtype)  # type: ignore[arg-type]
+    made = [torch.stack([torch.cat([_values(each, dtype) for each in expert]) for expert in gate_up])]
+    made.append(torch.stack([_values(each, dtype) for each in down]))
+    for leaf, values in zip(EXPERTS, made, strict=True):
+        setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+    return module  # type: ignore[no-any-return]
+
+
+def _values(matrix: Tensor | Blocks, dtype: torch.dtype) -> Tensor:
+    return blocks.dequantize(matrix, None, dtype) if isinstance(matrix, Blocks) else matrix.to(dtype)
 
 
 def _in_blocks(module: nn.Module, packed: Blocks, dtype: torch.dtype) -> nn.Module:

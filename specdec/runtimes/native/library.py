@@ -60,7 +60,8 @@ class LowRank(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        *((name, Map) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, Map) for name in ("qkv", "out", "gate_up", "down", "router")),
+        *(("gates", POINTER), ("sums", POINTER)),
         *((f"norm_{name}", POINTER) for name in ("in", "mlp", "attended", "out", "q", "k")),
         *(("rotary_q", INT), ("rotary_k", INT)),
     )
@@ -69,7 +70,7 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated")),
-        *((n, INT) for n in ("rounded", "once", "gelu", "across", "tables")),
+        *((n, INT) for n in ("rounded", "experts", "taken", "share", "once", "gelu", "across", "tables")),
         *((n, FLOAT) for n in ("eps", "scale", "cap")),
         ("layers", POINTER),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
-from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks, dequantize
+from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, dequantize
 from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Map, Part, Table, done, pointer, runs
 
@@ -175,7 +175,7 @@ def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
 def unpack_here(model: nn.Module) -> None:
     """Let the kernels unpack the model's blocks, if they run here."""
     for module in model.modules() if runs() else ():
-        if isinstance(module, BlockLinear | BlockEmbedding):
+        if isinstance(module, BlockLinear | BlockEmbedding | BlockExperts):
             module.unpack = unpack
 
 

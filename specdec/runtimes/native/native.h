@@ -25,7 +25,7 @@
  * Files: kernels_*.c build the kernels for an instruction set, from kernels/: simd_*.h vectors of 16 numbers, simd.h what is
  * made of them; avx512.c, amx.c and avx2.c products of bf16 tiles; and what is written once for all of them: integer.c
  * products of blocks; norm.c norms and rotary embeddings; linear.c linear maps; attention.c; layers.c a pass through the layers;
- * pack.c weights to tiles; draft.c trees that grow level by level. Another instruction set is another simd_*.h, products and
+ * mixture.c their mixtures of experts; pack.c weights to tiles; draft.c trees that grow level by level. Another instruction set is another simd_*.h, products and
  * kernels_*.c. threads.c has the team's barrier, cpu.c what this CPU has. Nothing here knows of Python, models' names, or
  * acceptance. */
 #ifndef SPECDEC_NATIVE_H
@@ -108,6 +108,8 @@ typedef struct {       /* low-rank terms beside a map: y += up (down x) */
 
 typedef struct {
     Map qkv, out, gate_up, down;
+    Map router;              /* [experts, hidden]; the layer's MLP is then a mixture: gate_up and down are unused */
+    const Map *gates, *sums; /* [experts]: gate_up and down of each, all with inputs of the same form; NULL: no mixture */
     const float *norm_in, *norm_mlp;         /* of the inputs of attention and the MLP; NULL: there is none, here and below */
     const float *norm_attended, *norm_out;   /* of their results, before these are added */
     const float *norm_q, *norm_k;            /* of queries and keys */
@@ -117,6 +119,7 @@ typedef struct {
 typedef struct {
     int32_t hidden, heads, kv_heads, head_dim, inner, rotated; /* rotated: rotary dimensions of a head */
     int32_t rounded; /* activations in 8 bits: attention is then the same, to the last bit, in every instruction set */
+    int32_t experts, taken, share; /* of a mixture, of them for a token; share: the weights of these are made to add up to 1 */
     int32_t once, gelu, across, tables; /* norms round once, after their weights; GELU (tanh) instead of SiLU; queries and keys are */
     float eps, scale, cap;              /* normed across heads; number of rotary tables; scale of scores, and their cap as in Map */
     const Layer *layers;

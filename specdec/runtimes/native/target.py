@@ -22,28 +22,31 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.rows import RowCache, RowMask
 from specdec.models import families
+from specdec.models.checkpoint import Absent
 from specdec.models.gguf.blocks import (
     BlockEmbedding,
+    BlockExperts,
     BlockLinear,
     Blocks,
     bits,
     densify,
     named_weights,
-    quantize_linear,
+    quantize,
+    quantize_experts,
 )
 from specdec.runtimes import llama_like
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
-from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Model, SequenceArgs, done, pointer
+from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 DENSE = "llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "smollm3", "ministral3"
-FAMILIES = *DENSE, "gemma", "gemma2", "gemma3_text"
+FAMILIES = *DENSE, "gemma", "gemma2", "gemma3_text", "mixtral", "olmoe", "qwen3_moe"
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 BITS = 16, 8, 4, 5, 4, 5, 6  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6
 
@@ -91,22 +94,24 @@ class NativeTarget(ByParts):
             for layer in decoder.layers:
                 _round(layer, ROUNDED[weights])
         self.int8_cache, self.rounded = False, activations != "bf16"
-        self._parts = llama_like.adapter_parts(first)
+        self._parts = [llama_like.adapter_parts(layer) for layer in decoder.layers]
+        self.mixture = families.mixture_of(config)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
+        self._experts: list[Packed] = []
         rotations = families.rotations(config)
         self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
         for layer, struct, pair in zip(decoder.layers, self._layers, rotations, strict=True):
             self._pack_layer(layer, struct)
             struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
-        self.inner = self._layers[0].down.inp
+        self.inner = max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self._experts), 0)
         self.rotary, self._positions = decoder.rotary_emb, 0  # how many of them the tables have
         rotated = 2 * max((table.shape[2] for table in self._rotary_tables(8)[0]), default=0)
         if rotated < self.head_dim and any(each.beta for each in self.rotations):
             raise SpecDecError("the native runtime scales queries by position where whole heads rotate; these do not")
         self.final_norm, self.eps = self._norm(decoder.norm), float(config.rms_norm_eps)
         scale = float(first.self_attn.scaling)
-        packed = [item for item in self._alive if isinstance(item, Packed)]
+        packed = [*self._experts, *(item for item in self._alive if isinstance(item, Packed))]
         kinds = set().union(*(item.kinds for item in packed))
         self.rounded = any(item.rounded for item in packed)
         if activations == "int8" and not self.rounded:
@@ -117,7 +122,7 @@ class NativeTarget(ByParts):
             self.activations = "8 bits" if self.rounded else "16 bits"
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, rotated
         gelu = families.activation(config) != "silu"
-        flags = self.rounded, self.family.once, gelu, self.family.across, len(self.rotations)
+        flags = self.rounded, *self.mixture, self.family.once, gelu, self.family.across, len(self.rotations)
         self._sizes = (*sizes, *flags, self.eps, scale, self.numbers.scores_cap)
         self._model = Model(*self._sizes, ctypes.addressof(self._layers))
         self.window_sizes = sorted(set(self.windows), key=str)
@@ -207,14 +212,17 @@ class NativeTarget(ByParts):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights that a pass reads: those of all layers and of the output head."""
+        """Bytes of weights that a pass over one token reads: those of all layers and of the output head."""
         packed = [item for item in self._alive if isinstance(item, Packed)]
-        return sum(item.nbytes for item in (*packed, self.head(None)))
+        whole = sum(item.nbytes for item in (*packed, self.head(None)))
+        experts, taken, _ = self.mixture
+        return whole + sum(item.nbytes for item in self._experts) * taken // max(experts, 1)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:
             modules = llama_like.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
-        return {path: (m.in_features, stop - start) for path, (_, start, stop), m in self._adaptable(modules)}
+        parts, pairs = self._parts[layer], (pair for each in modules.values() for pair in each)
+        return {path: (module.in_features, parts[path][2] - parts[path][1]) for path, module in pairs}
 
     # -- calls ------------------------------------------------------------------------------------------------------
 
@@ -293,9 +301,6 @@ class NativeTarget(ByParts):
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
-    def _adaptable(self, modules: dict[str, list[tuple[str, nn.Linear]]]) -> list[Any]:
-        return [(path, self._parts[path], module) for pairs in modules.values() for path, module in pairs]
-
     def _pack_layer(self, layer: Any, struct: Layer) -> None:
         for slot, pairs in llama_like.modules(layer).items():
             weights = [matrix(module) for _, module in pairs]
@@ -309,6 +314,8 @@ class NativeTarget(ByParts):
             release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
+        if llama_like.has_experts(layer):
+            self._pack_experts(layer.mlp, struct)
         attention = layer.self_attn
         places = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
         norms = {place: getattr(layer, name) for place, name in places if name}
@@ -317,6 +324,27 @@ class NativeTarget(ByParts):
             weight = self._norm(module)
             self._alive.append(weight)
             setattr(struct, f"norm_{name}", weight.data_ptr())
+
+    def _pack_experts(self, mlp: Any, struct: Layer) -> None:
+        """The router and the experts of a layer."""
+        if isinstance(mlp.experts, Absent):
+            raise SpecDecError("the native runtime takes experts in memory; these stay in their file")
+        router = Packed([mlp.gate.weight.detach()], rounded=False)
+        struct.router = router.struct
+        self._alive.append(router)
+        gates, sums = list[Packed](), list[Packed]()
+        for number in range(self.mixture.experts):
+            gate_up, down = expert(mlp.experts, number)
+            gates.append(Packed(gate_up, None, self.rounded))
+            sums.append(Packed([down], None, self.rounded, scale=self.numbers.results))
+            release(*gate_up, down)
+        for each in gates, sums:
+            if len({item.rounded for item in each}) > 1:
+                raise SpecDecError("the native runtime takes a layer's experts all in 16 bits or none; these are mixed")
+        made = [(Map * len(each))(*(item.struct for item in each)) for each in (gates, sums)]
+        struct.gates, struct.sums = map(ctypes.addressof, made)
+        self._experts += gates + sums
+        self._alive.append(made)
 
     def _norm(self, module: Any) -> Tensor:
         """The factors of a norm [features] (float32)."""
@@ -361,8 +389,8 @@ class NativeTarget(ByParts):
         factors, alive = adapters.factors(layer), []
         for slot, pairs in llama_like.modules(self.model.model.layers[layer]).items():  # type: ignore[union-attr, index]
             weight = torch.cat([module.weight.detach().float() for _, module in pairs])
-            for path in (path for path in factors if self._parts[path][0] == slot):
-                _, start, stop = self._parts[path]
+            for path in (path for path in factors if self._parts[layer][path][0] == slot):
+                _, start, stop = self._parts[layer][path]
                 down, up = (factor.detach().float() for factor in factors[path])
                 weight[start:stop] += up @ down
             bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
@@ -375,7 +403,7 @@ class NativeTarget(ByParts):
         structs, alive = (LowRank * 4)(), []
         factors = adapters.factors(layer)
         for index, slot in enumerate(("qkv", "out", "gate_up", "down")):
-            parts = {path: factors[path] for path in factors if self._parts[path][0] == slot}
+            parts = {path: factors[path] for path in factors if self._parts[layer][path][0] == slot}
             if not parts:
                 continue
             rank = -(-adapters.rank // 32) * 32
@@ -383,7 +411,7 @@ class NativeTarget(ByParts):
             downs, ups = [], torch.zeros(out, rank, dtype=torch.bfloat16)
             first = torch.full((out // 16,), -1, dtype=torch.int32)
             for number, (path, (down, up)) in enumerate(parts.items()):
-                _, start, stop = self._parts[path]
+                _, start, stop = self._parts[layer][path]
                 downs.append(F.pad(down.detach().bfloat16(), (0, 0, 0, rank - down.shape[0])))
                 ups[start:stop, : up.shape[1]] = up.detach()
                 first[start // 16 : stop // 16] = number * rank // 32
@@ -408,7 +436,10 @@ def _round(layer: nn.Module, kind: str) -> None:
     """Quantise the linear maps of a decoder layer to ``kind``, except those in as few or fewer bits."""
     for path, module in (pair for pairs in llama_like.modules(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
-            layer.set_submodule(path, quantize_linear(module, kind))
+            made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
+            layer.set_submodule(path, made)
+    if llama_like.has_experts(layer) and not isinstance(layer.mlp.experts, BlockExperts):  # type: ignore[union-attr]
+        layer.mlp.experts = quantize_experts(layer.mlp.experts, kind)  # type: ignore[union-attr]
 
 
 def matrix(module: nn.Module) -> Tensor | Blocks:
@@ -416,6 +447,13 @@ def matrix(module: nn.Module) -> Tensor | Blocks:
     if isinstance(module, BlockLinear | BlockEmbedding):
         return module.blocks
     return module.weight.detach()  # type: ignore[operator, union-attr, return-value]
+
+
+def expert(experts: Any, number: int) -> tuple[list[Tensor | Blocks], Tensor | Blocks]:
+    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down."""
+    if isinstance(experts, BlockExperts):
+        return experts.gate_up[number], experts.down[number]  # type: ignore[return-value]
+    return [experts.gate_up_proj[number].detach()], experts.down_proj[number].detach()
 
 
 def release(*matrices: Tensor | Blocks) -> None:

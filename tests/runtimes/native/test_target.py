@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from passes import adapted_pass, apart, in_blocks, play, random_adapters
-from tiny import PHI, ROPES, SIZES, model_of, rough_model, tiny_model
+from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
@@ -42,11 +42,15 @@ def test_agrees_with_the_reference_runtime(family: str, changes: dict[str, objec
     rough = play(ReferenceTarget(model))
     for got, reference, expected in zip(play(target), rough, wide, strict=True):
         # As near to float32 as the model itself is in bf16, within the noise of rounding.
-        assert apart(got.float(), expected) < 2 * apart(reference.float(), expected) + 0.02
+        if target.mixture.experts:  # some tokens take another expert: near ties of the router
+            each = (got.float() - expected).abs().amax(-1) / expected.abs().max()
+            assert float(each.median()) < 0.03
+        else:
+            assert apart(got.float(), expected) < 2 * apart(reference.float(), expected) + 0.02
 
 
 def model_of_float(model: torch.nn.Module, family: str, changes: dict[str, object]) -> torch.nn.Module:
-    wide = rough_model(family, **(PHI if family == "phi3" else SIZES), **changes)
+    wide = rough_model(family, **sizes_of(family), **changes)
     wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     return wide
 

@@ -5,6 +5,20 @@ typedef struct {
 } Item;
 
 typedef struct {
+    int32_t expert, block, tokens; /* its first block among those of all experts; how many tokens take it */
+} Grouped;
+
+typedef struct {                   /* tokens by expert; arrays by lane are [blocks][16] */
+    int groups, blocks;
+    Grouped *group;
+    float *logits, *rest;          /* of the router: [block][experts][16]; scratch */
+    int32_t *count, *experts, *row, *tokens; /* scratch by expert; experts of each token; row of each lane; tokens of each block */
+    float *shares, *share;         /* of each token's experts; of each lane */
+    uint32_t *normed;              /* vnni_bf16, and (inputs) as maps read it */
+    uint8_t *inputs;
+} Mixed;
+
+typedef struct {
     const Model *m;
     const Call *c;
     int rows, blocks, group, count, ranks;   /* count: number of items */
@@ -19,6 +33,7 @@ typedef struct {
     uint32_t *normed;                        /* if there are several blocks: all of them, in vnni_bf16, and (inputs) as maps read them */
     uint8_t *inputs;
     uint8_t *scratch;                        /* by thread: a normed block, scores of attention, and a block as a map reads it */
+    Mixed mixed;                             /* if the model has experts */
     Barrier barrier;
 } Pass;
 
@@ -257,7 +272,7 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
 static void gate_and_up(Pass *p, int index, const LowRank *low, int me, int n) {
     const Layer *layer = p->m->layers + index;
     float gate[MOST_BLOCKS * 256] __attribute__((aligned(64))), up[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    int from, to, inner = p->m->inner;
+    int from, to, inner = layer->down.in;
     rank_down(p, low, layer->norm_mlp, NULL, p->ranked[0], me, n);
     const uint32_t *input = inputs_of(p, &layer->gate_up, layer->norm_mlp, NULL, me, n);
     split(inner / 16, me, n, &from, &to);
@@ -319,6 +334,8 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const float
     if (weight) add_normed(p, weight, me, n);
 }
 
+#include "mixture.c"
+
 /* One decoder layer; threads wait for each other after each part. scores: scratch of the thread. */
 static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     const Layer *layer = p->m->layers + index;
@@ -328,6 +345,10 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     store_heads(p, index, me, n);
     attend_all(p, index, scores, me, n);
     add_product(p, &layer->out, low[1], layer->norm_attended, p->attended, me, n);
+    if (layer->gates) {
+        mix(p, index, me, n);
+        return;
+    }
     gate_and_up(p, index, low[2], me, n);
     add_product(p, &layer->down, low[3], layer->norm_out, p->inner, me, n);
 }
@@ -402,7 +423,8 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     p->sin = allocate(64 * rotated + 1);
     p->factors = allocate(128 * blocks);
     p->attended = allocate(32 * blocks * m->heads * m->head_dim);
-    p->inner = allocate(32 * blocks * m->inner);
+    const size_t groups = m->experts ? (size_t)most_groups(m, p->rows) : 0, taken = (size_t)p->rows * m->taken;
+    p->inner = allocate(32 * (blocks > groups ? blocks : groups) * m->inner);
     p->ranked[0] = allocate(blocks * input_bytes(p->ranks + 2));
     p->ranked[1] = allocate(blocks * input_bytes(p->ranks + 2));
     p->queries = allocate(2 * (size_t)p->rows * m->heads * m->head_dim);
@@ -419,6 +441,14 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     size_t shared = blocks > 1 ? blocks : 0;
     p->normed = allocate(32 * shared * m->hidden + 1);
     p->inputs = allocate(shared * input_bytes(widest) + 1);
+    Mixed *g = &p->mixed;
+    if (m->experts) {
+        g->group = allocate(sizeof(Grouped) * (size_t)m->experts), g->count = allocate(4 * (size_t)m->experts), g->rest = allocate(4 * (size_t)m->experts);
+        g->logits = allocate(64 * blocks * routed_features(m)), g->experts = allocate(4 * taken), g->shares = allocate(4 * taken);
+        g->row = allocate(64 * groups), g->share = allocate(64 * groups), g->tokens = allocate(4 * groups);
+        g->normed = allocate(32 * groups * m->hidden), g->inputs = allocate(groups * input_bytes(widest));
+        if (!(g->group && g->count && g->rest && g->logits && g->experts && g->shares && g->row && g->share && g->tokens && g->normed && g->inputs)) return -1;
+    }
     if (!(p->x && p->qkv && p->cos && p->sin && p->factors && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch &&
           p->sequence_of && p->first && p->items))
         return -1;
@@ -439,6 +469,9 @@ static void end_pass(Pass *p) {
     free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->factors), free(p->attended), free(p->inner), free(p->ranked[0]);
     free(p->ranked[1]), free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
     free(p->sequence_of), free(p->first), free(p->items);
+    Mixed *g = &p->mixed;
+    free(g->group), free(g->count), free(g->rest), free(g->logits), free(g->experts), free(g->shares), free(g->row), free(g->share);
+    free(g->tokens), free(g->normed), free(g->inputs);
 }
 
 /* Let a pass read a call's cached tokens. Returns 0, or -1 without memory. Call unbind_cache in any case. */

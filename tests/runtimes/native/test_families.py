@@ -1,0 +1,81 @@
+"""Every family of the native runtime decodes what transformers does in float32, alone, with drafts, after a prefix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import ROPES, greedy_reference, model_of, rough_model, sizes_of
+from zoo import EVERY, PROMPTS, run
+
+from specdec.kvcache.rows import RowCache
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import FAMILIES, NativeTarget
+from specdec.runtimes.target import Pass
+
+if not library.runs():
+    pytest.skip("no native kernels here", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+COUNT = 20
+DRAFTERS = "m2r2: projection", "m2r2: two projections, no early layer", "m2r2: grown level by level (tree)"
+
+
+def made(family: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model in bf16, and the same numbers in float32."""
+    changes = {"rope_parameters": ROPES[family]} if family in ROPES else {}
+    model = model_of(family, **changes)
+    wide = rough_model(family, **sizes_of(family), **changes)
+    wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    return model, wide
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_greedy_tokens_are_those_of_the_model_in_float32(family: str) -> None:
+    """After each token that ``model.generate`` chooses; but for near ties, which 16 bits may decide in another way."""
+    model, wide = made(family)
+    target, compared = NativeTarget(model), 0
+    for prompt in [*PROMPTS, *torch.randint(3, 97, (5, 9), generator=torch.Generator().manual_seed(3)).tolist()]:
+        expected = greedy_reference(wide, prompt, COUNT)
+        ids, cache = torch.tensor([prompt + expected]), target.new_cache()
+        positions = torch.arange(ids.shape[1])[None]
+        given = Pass(positions, cache.mask(0, positions), cache)
+        [ours] = target.choose(target.layers(target.embed(ids, positions), 0, target.num_layers, given))[0]
+        logits = wide(ids).logits[0, len(prompt) - 1 : -1]
+        first, second = logits.topk(2).values.unbind(-1)
+        clear = (first - second > 0.06 * logits.abs().amax(-1)).tolist()
+        pairs = zip(ours[len(prompt) - 1 : -1], expected, clear, strict=True)
+        same = [one == other for one, other, sure in pairs if sure]
+        assert all(same)
+        compared += len(same)
+    assert compared >= 60
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_and_batches_change_no_token(family: str) -> None:
+    target = NativeTarget(made(family)[0])
+    together = run(target, EVERY["none"](target), PROMPTS, COUNT, eos=None)[0]
+    assert [run(target, EVERY["none"](target), [prompt], COUNT, eos=None)[0][0] for prompt in PROMPTS] == together
+    for name in DRAFTERS:
+        found, ran = run(target, EVERY[name](target), PROMPTS, COUNT, eos=None)
+        assert found == together, name
+        assert all(sum(metrics.per_step_drafted) for metrics in ran.metrics), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_copied_prefix_goes_on_as_the_text_itself(family: str) -> None:
+    target = NativeTarget(made(family)[0])
+    ids, cache = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(7)), target.new_cache()
+    assert isinstance(cache, RowCache)
+
+    def logits(cache: RowCache, begin: int, end: int) -> torch.Tensor:
+        positions = torch.arange(begin, end)[None]
+        given = Pass(positions, cache.mask(0, positions), cache)
+        x = target.layers(target.embed(ids[:, begin:end], positions), 0, target.num_layers, given)
+        cache.commit([list(range(end - begin))])
+        return target.readout(x)
+
+    whole = logits(cache, 0, 30)
+    prefix = cache.copy(0, 17)
+    assert torch.equal(logits(prefix, 17, 30), whole[:, 17:])
