@@ -19,7 +19,7 @@ from specdec.cli import statistics
 from specdec.drafters.none import NoDrafter
 from specdec.kvcache.cache import KVCache, dequantize_rows, quantize_rows
 from specdec.runtimes.native import library
-from specdec.runtimes.native.target import FAMILIES, NativeTarget
+from specdec.runtimes.native.target import DENSE, NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 
@@ -76,7 +76,7 @@ def test_kernels_hold_keys_and_values_within_half_a_step(family: str, d: int) ->
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(("family", "d"), [*((family, 32) for family in FAMILIES), ("llama", 96), ("llama", 128)])
+@pytest.mark.parametrize(("family", "d"), [*((family, 32) for family in DENSE), ("llama", 96), ("llama", 128)])
 @torch.inference_mode()
 def test_logits_are_near_those_of_the_16_bit_cache(family: str, d: int) -> None:
     model = model_of(family) if d == 32 else tiny_model(family, **SIZES | {"head_dim": d}).bfloat16()
