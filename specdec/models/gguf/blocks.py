@@ -162,7 +162,8 @@ class BlockExperts(nn.Module):
 
     def __init__(self, own: nn.Module, gate_up: list[list[Blocks]], down: list[Blocks], dtype: torch.dtype) -> None:
         super().__init__()
-        self.own, self.act_fn = [own], own.act_fn  # in a list: no part of this module
+        self.own = [own]  # in a list: no part of this module
+        self.act_fn: Any = own.act_fn
         self.gate_up, self.down, self.dtype, self.unpack = gate_up, down, dtype, dequantize
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
