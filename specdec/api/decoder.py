@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Unpack, cast
 
@@ -38,6 +39,7 @@ from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth
 from specdec.engine.depth.measure import costs, store
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
+from specdec.kvcache.disk import PrefixDisk
 from specdec.models import catalogue, loading
 from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.select import make_target, needs_cpu
@@ -348,6 +350,8 @@ class SpecDecoder:
         kv_memory: Count | None = None,
         prefill_chunk: Count | None = None,
         num_speculative_tokens: Depth = "auto",
+        prefix_cache: Path | None = None,
+        prefix_cache_size: Count = 10 << 30,
     ) -> Engine:
         """Start an engine, to which requests can be submitted at any time. It uses the drafter until it is closed.
 
@@ -356,17 +360,34 @@ class SpecDecoder:
         kv_memory: bytes of the KV cache, cached prefixes included; None is half of the free memory.
         prefill_chunk: most tokens of new prompts in a step; None depends on the device.
         num_speculative_tokens: as in ``GenerationOptions``.
+        prefix_cache: a folder for the keys and values of texts, so that later processes can begin with them, too.
+        prefix_cache_size: its largest size in bytes.
         """
-        engine = self.manual_engine(
-            num_speculative_tokens,
-            max_rows=max_rows,
-            max_waiting=max_waiting,
-            kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
-            prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, CHUNK),
-            reuse=True,
-            learn=self.learning,
-        )
+        disk = None if prefix_cache is None else self._disk(prefix_cache, prefix_cache_size)
+        try:
+            engine = self.manual_engine(
+                num_speculative_tokens,
+                max_rows=max_rows,
+                max_waiting=max_waiting,
+                kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
+                prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, CHUNK),
+                reuse=True,
+                disk=disk,
+                learn=self.learning,
+            )
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            raise
         return engine.start()
+
+    def _disk(self, folder: Path, limit: int) -> PrefixDisk:
+        target = self.target
+        if target.recurrent_layers:
+            raise SpecDecError("a prefix cache on disk has no recurrent states, which this model needs; leave it out")
+        formats = target.runtime, target.weight_format, target.activations, target.kv_cache, target.dtype
+        kernels = torch.__version__, torch.backends.cpu.get_cpu_capability(), metadata.version("specdec-m2r2")
+        return PrefixDisk(folder, limit, " ".join(map(str, (target.fingerprint, *formats, target.device, *kernels))))
 
     def manual_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""

@@ -48,6 +48,10 @@ def serve(
             "--kv-memory", "Memory for keys and values, such as 2GiB; default: a share of the free memory.", "SIZE"
         ),
     ] = None,
+    prefix_cache: Annotated[
+        Path | None, _limits("--prefix-cache", "Keep keys and values of texts in this folder, for later starts.", "DIR")
+    ] = None,
+    prefix_cache_size: Annotated[str, _limits("--prefix-cache-size", "Largest size of that folder.", "SIZE")] = "10GiB",
     max_prompt_tokens: Annotated[
         int | None, _limits("--max-prompt-tokens", "Longest prompt; default: the model's context.", "N", min=1)
     ] = None,
@@ -103,6 +107,7 @@ def serve(
             max_connections=max_connections,
         )
         depth = shared.depth(num_speculative_tokens)
+        disk_size = _bytes("--prefix-cache-size", prefix_cache_size)
         memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory)
         listener = bind(host, port)
     with terminal.status(f"preparing {model}"):
@@ -110,7 +115,12 @@ def serve(
             model, drafting.drafter, **loading.keywords, drafter_options=drafting.options, learn=learn
         )
         engine = decoder.engine(
-            max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory, num_speculative_tokens=depth
+            max_rows=max_rows,
+            max_waiting=max_waiting,
+            kv_memory=memory,
+            num_speculative_tokens=depth,
+            prefix_cache=prefix_cache,
+            prefix_cache_size=disk_size,
         )
     with engine:
         app = make_app(decoder, engine, settings, _discard if quiet else say)

@@ -20,6 +20,7 @@ from specdec.engine.batch import Batch, not_finite
 from specdec.engine.depth import DepthPolicy
 from specdec.engine.request import Handle, Request, Status, check_prompt, failure
 from specdec.engine.scheduler import Scheduler
+from specdec.kvcache.disk import PrefixDisk
 from specdec.runtimes.target import CHUNK, Target
 from specdec.speculation.draft import Drafter, Verifier
 
@@ -36,6 +37,7 @@ class EngineStats:
 
     kv_bytes: size of the keys and values held; kv_budget: its maximum (None: no limit).
     prefix_queries, prefix_hits: prompt tokens looked up among cached prefixes, and found there.
+    disk_queries, disk_hits, disk_bytes: the same for prefixes on disk, and their size.
     preemptions: number of times that a request gave up its keys and values, to compute them again later.
     drafter: "on", "off" (it has failed: requests are decoded plainly) or "none".
     """
@@ -53,6 +55,9 @@ class EngineStats:
     accepted_per_position: list[int] = field(default_factory=list)
     drafter: str = "none"
     drafter_failures: int = 0
+    disk_queries: int = 0
+    disk_hits: int = 0
+    disk_bytes: int = 0
 
     @property
     def kv_usage(self) -> float:
@@ -66,7 +71,8 @@ class Engine:
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
     prefill_chunk: maximum prompt tokens that run between two steps of the running rows.
-    reuse: whether the keys and values of earlier texts serve prompts that begin alike.
+    reuse: whether the keys and values of earlier texts serve prompts that begin alike. disk: keeps them for later
+        processes, too; it is closed with the engine.
     learn: whether the engine's thread does the drafter's work (``Drafter.learn``) when there is nothing else to do.
     """
 
@@ -82,13 +88,14 @@ class Engine:
         kv_memory: int | None = None,
         prefill_chunk: int = CHUNK,
         reuse: bool = False,
+        disk: PrefixDisk | None = None,
         learn: bool = False,
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
         self.target, self.max_waiting, self.on_close = target, max_waiting, on_close
         self.learns, self._saved = learn and drafter.learns, 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
-        self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, reuse)
+        self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, reuse, disk)
         self.ledger = self.batch.ledger
         self.steps_done = self.drafted = self.accepted = 0
         self.positions: Counter[int] = Counter()
@@ -319,6 +326,8 @@ class Engine:
             self.scheduler.clear()
             if not self._closed:
                 self._closed = True
+                if self.scheduler.disk is not None:
+                    self.scheduler.disk.close()
                 self.on_close()
 
     def __enter__(self) -> Engine:
@@ -346,6 +355,7 @@ class Engine:
             accepted_per_position=[self.positions[n] for n in range(max(self.positions, default=-1) + 1)],
             drafter=self.drafting,
             drafter_failures=self.batch.failures,
+            **({} if (disk := scheduler.disk) is None else disk.figures()),
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from specdec.engine.batch import Batch
 from specdec.engine.request import Request, Status
 from specdec.kvcache.cache import KVCache
+from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore, blocks, common
 from specdec.runtimes.target import Target, run_tokens
 
@@ -56,7 +57,7 @@ class PrefillBatch:
 class Scheduler:
     """Queues and memory of an engine.
 
-    max_rows, kv_memory, chunk (``prefill_chunk``), reuse: as in ``Engine``.
+    max_rows, kv_memory, chunk (``prefill_chunk``), reuse, disk: as in ``Engine``.
     token_bytes: size of a token's keys and values; state_bytes: of a row's recurrent states, or a checkpoint. 0 without
         a limit of memory.
 
@@ -64,8 +65,17 @@ class Scheduler:
     and one every ``CHECKPOINT`` tokens.
     """
 
-    def __init__(self, batch: Batch, max_rows: int, kv_memory: int | None, chunk: int, reuse: bool) -> None:
-        self.batch, self.max_rows, self.kv_memory, self.chunk, self.reuse = batch, max_rows, kv_memory, chunk, reuse
+    def __init__(
+        self,
+        batch: Batch,
+        max_rows: int,
+        kv_memory: int | None,
+        chunk: int,
+        reuse: bool,
+        disk: PrefixDisk | None = None,
+    ) -> None:
+        self.batch, self.max_rows, self.kv_memory, self.chunk = batch, max_rows, kv_memory, chunk
+        self.reuse, self.disk = reuse, disk
         self.waiting: deque[Request] = deque()
         self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
@@ -134,6 +144,7 @@ class Scheduler:
             if shared > found + SHARED:
                 row.fork_positions.add(shared)
             cache = None if source is None else source(found, self._expected_slots(row))
+            found = 0 if cache is None else cache.rows[0]  # fewer if a file is damaged
             self._count_hits(row, found)
             self.batch.restart([*self.batch.rows, *self.prefilling.rows, *fresh])
             self.waiting.popleft()
@@ -141,7 +152,7 @@ class Scheduler:
                 row.metrics.queue_seconds = time.perf_counter() - row.submit_time
             self.batch.begin(row)
             row.set_status(Status.PREFILL)
-            if cache is not None:
+            if cache is not None and found:
                 cache.expected = [self._expected_slots(row)]
                 cache.checkpoint(0)
                 self.prefilling.add([row], cache)
@@ -181,6 +192,9 @@ class Scheduler:
             shared = max(shared, alike)
             if (count := self.batch.cache.resumable(b, alike)) > most:
                 most, source = count, partial(self.batch.cache.copy, b)
+        if (disk := self.disk) is not None and (count := disk.longest(ids, scope)) > most:
+            most = count
+            source = lambda count, slots: disk.load(self.batch.target.new_cache(), ids, scope, slots)  # noqa: E731
         return source, most, shared
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
@@ -204,6 +218,8 @@ class Scheduler:
         if self.reuse:
             self.prefix_queries += len(row.ids)
             self.prefix_hits += found
+            if self.disk is not None:
+                self.disk.queries += len(row.ids)
             if not row.metrics.num_new_tokens:
                 row.metrics.num_cached_tokens = found
 
@@ -237,6 +253,8 @@ class Scheduler:
         if keep and self.reuse:
             for b, row in enumerate(batch.rows):
                 if row in rows and row.error is None:
+                    if self.disk is not None:
+                        self.disk.keep(row.ids, batch.cache, b, row.scope)
                     self.prefixes.add(row.ids, batch.cache.take_compact(b), row.scope)
         batch.keep([row for row in batch.rows if row not in rows])
         self.prefilling.remove(rows)

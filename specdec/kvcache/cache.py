@@ -347,6 +347,27 @@ class KVCache:
                 made.recurrent[layer] = state.select([row]) if whole else state.restored(row, count)
         return made
 
+    def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:
+        """A copy, on the CPU, of the keys and values of the committed tokens [start, end) of ``row``."""
+        slots = (self.positions[row, : self.committed] >= 0).nonzero()[start:end, 0]
+        parts = (("k", self.keys), ("v", self.values))
+        return {
+            f"{key}{layer}": t[row].index_select(1, slots).cpu()  # (H, n, d)
+            for key, part in parts
+            for layer, t in enumerate(part)
+            if t is not None
+        }
+
+    def restore(self, parts: Sequence[dict[str, Tensor]], capacity: int) -> None:
+        """Fill this cache, which is empty and has one row, with ``parts`` of a text in a row."""
+        for key, held in (("k", self.keys), ("v", self.values)):
+            for layer in range(len(held)):
+                if f"{key}{layer}" in parts[0]:
+                    whole = torch.cat([part[f"{key}{layer}"] for part in parts], 1)
+                    held[layer], count = whole[None].to(self.device), whole.shape[1]
+        self.positions = torch.arange(count, device=self.device)[None]
+        self.rows, self.committed, self.lengths = [count], count, [count] * len(self.lengths)
+
     def take(self, row: int) -> KVCache:
         """The row as a cache of its own."""
         return self.copy(row, self.rows[row])

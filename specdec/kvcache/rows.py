@@ -198,6 +198,20 @@ class RowCache(KVCache):
             made._count([count])
         return made
 
+    def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:
+        data = self.data[row]
+        assert data is not None
+        return {"kv": data[:, :, :, start:end].clone()}  # (2, N, H, n, d)
+
+    def restore(self, parts: Sequence[dict[str, Tensor]], capacity: int) -> None:
+        whole = torch.cat([part["kv"] for part in parts], 3)
+        count = whole.shape[3]
+        slots = -(-max(count, capacity) // PAGE) * PAGE
+        data = zeros((*whole.shape[:3], slots, whole.shape[4]), whole.dtype, self.device)
+        data[:, :, :, :count] = whole
+        self._put(0, data)
+        self._count([count])
+
     def take(self, row: int) -> RowCache:
         """The row as a cache of its own, which shares its buffer."""
         made = RowCache(len(self.lengths), 1, self.block, self.int8)

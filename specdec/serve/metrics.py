@@ -87,6 +87,9 @@ class _EngineCollector(Collector):
             (GaugeMetricFamily, "kv_cache_usage_perc", "Used share of the KV cache, from 0 to 1.", stats.kv_usage),
             (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
             (CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            (CounterMetricFamily, "external_prefix_cache_queries", "The same on disk.", stats.disk_queries),
+            (CounterMetricFamily, "external_prefix_cache_hits", "Prompt tokens read from disk.", stats.disk_hits),
+            (GaugeMetricFamily, "external_prefix_cache_bytes", "Bytes of prefixes on disk.", stats.disk_bytes),
             (CounterMetricFamily, "spec_decode_drafter_failures", "Failures of the drafter.", stats.drafter_failures),
             (CounterMetricFamily, "num_preemptions", "Preempted requests.", stats.preemptions),
         ):

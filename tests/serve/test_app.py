@@ -458,7 +458,7 @@ def test_a_path_forges_no_line_and_health_has_a_head(server: Server) -> None:
 
 WRONG_OPTIONS = [
     ("--cors", "evil"), ("--cors", "https://a.example/path"), ("--name", ""), ("--name", "a\nb"), ("--max-body", "10"),
-    ("--allowed-hosts", "http://a"), ("--allowed-hosts", ""),
+    ("--prefix-cache-size", "big"), ("--allowed-hosts", "http://a"), ("--allowed-hosts", ""),
 ]  # fmt: skip
 
 

@@ -1,0 +1,195 @@
+"""Prefixes on disk: later engines begin with them bit for bit, and no file, full disk or other process harms anyone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from at_once import BF16
+from tiny import tiny_model
+
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError, SpecDecWarning
+from specdec.engine.engine import Engine
+from specdec.kvcache import disk
+from specdec.kvcache.disk import PrefixDisk
+
+RUNTIMES = ["reference", "fused", "native", "native int8"]
+PROMPT = [(7 * n * n + 3) % 90 + 3 for n in range(70)]
+ASK: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "CHUNK", 16)
+
+
+def decoder(runtime: str = "reference", drafter: str = "prompt-lookup", scale: float = 1.0) -> SpecDecoder:
+    native = runtime.startswith("native")
+    model = tiny_model(max_position_embeddings=512, **(BF16 if native else {}))
+    model.lm_head.weight.data *= scale
+    how: Any = (
+        {"runtime": "native", "kv_cache": "int8" if "int8" in runtime else "auto"} if native else {"runtime": runtime}
+    )
+    return SpecDecoder(model.bfloat16() if native else model, None, drafter, **how)
+
+
+@contextmanager
+def engine_of(made: SpecDecoder, folder: Path, size: int = 1 << 30) -> Iterator[Engine]:
+    with made.engine(prefix_cache=folder, prefix_cache_size=size, max_rows=4) as engine:
+        yield engine
+
+
+def answer(engine: Engine, made: SpecDecoder, prompt: list[int], **how: Any) -> tuple[list[int], int]:
+    """The new tokens, and how many of the prompt were cached."""
+    handle = engine.submit(made.request(prompt, **ASK | how))
+    return [token for event in handle for token in event.tokens], handle.metrics.num_cached_tokens
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("drafter", ["prompt-lookup", "none"])
+def test_a_later_engine_begins_with_what_an_earlier_one_ran(runtime: str, drafter: str, tmp_path: Path) -> None:
+    made = decoder(runtime, drafter)
+    prompts = [[*PROMPT[:n], 5] for n in (70, 40, 66)]
+    plain = [made.with_drafter("none").generate(prompt, **ASK).token_ids for prompt in prompts]
+    with engine_of(made, tmp_path) as engine:  # rows of different lengths together
+        handles = [engine.submit(made.request(prompt, **ASK)) for prompt in prompts]
+        assert [[t for event in handle for t in event.tokens] for handle in handles] == plain
+    assert len(files(tmp_path)) >= 5
+    again = decoder(runtime, drafter)
+    with engine_of(again, tmp_path) as engine:
+        for prompt, right in zip(prompts, plain, strict=True):
+            found, cached = answer(engine, again, prompt)
+            assert found == right and cached >= len(prompt) // 16 * 16 - 16
+        longer = prompts[0] + plain[0] + [4, 9]  # a turn that goes on from the answer
+        right = made.with_drafter("none").generate(longer, **ASK).token_ids
+        assert answer(engine, again, longer)[0] == right
+        stats, kept = engine.stats(), engine.scheduler.disk
+    assert stats.disk_hits >= 64 and stats.disk_bytes and stats.disk_queries > stats.disk_hits
+    assert kept is not None and kept.figures()["disk_bytes"] == sum(path.stat().st_size for path in files(tmp_path))
+    with engine_of(decoder(runtime, drafter), tmp_path) as engine:
+        assert answer(engine, again, longer)[1] >= 80
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_the_text_of_a_stopped_answer_is_gone_on_with(stop: int, tmp_path: Path) -> None:
+    """A client stops an answer, at a token or by leaving, and sends what it has with more."""
+    made = decoder("native")
+    right = made.with_drafter("none").generate(PROMPT, **ASK).token_ids
+    more = [*PROMPT, *right[:stop], 8, 8, 9]
+    plain = made.with_drafter("none").generate(more, **ASK).token_ids
+    with engine_of(made, tmp_path) as engine:
+        left = engine.submit(made.request(PROMPT, **ASK | {"max_new_tokens": 400}))
+        next(iter(left))
+        left.cancel()
+        cut = answer(engine, made, PROMPT, max_new_tokens=stop)[0]
+        assert cut == right[:stop]
+        found, cached = answer(engine, made, more)
+        assert found == plain and cached >= len(PROMPT)
+    with engine_of(decoder("native"), tmp_path) as engine:
+        assert answer(engine, made, more)[0] == plain
+
+
+def test_scopes_and_models_have_prefixes_of_their_own(tmp_path: Path) -> None:
+    made = decoder()
+    with engine_of(made, tmp_path) as engine:
+        answer(engine, made, PROMPT, scope="a")
+    for other, scope, cached in ((made, "a", True), (made, "b", False), (decoder(scale=2.0), "a", False)):
+        with engine_of(other, tmp_path) as engine:
+            assert bool(answer(engine, other, PROMPT, scope=scope)[1]) == cached
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "renamed", "gone"])
+def test_a_damaged_file_is_skipped_and_replaced(how: str, tmp_path: Path) -> None:
+    made = decoder()
+    with engine_of(made, tmp_path) as engine:
+        right, _ = answer(engine, made, PROMPT)
+    by_age = sorted(files(tmp_path), key=lambda path: path.stat().st_mtime_ns)  # the first chunk was used last
+    path, other = by_age[-2], by_age[-1]
+    data = path.read_bytes()
+    if how == "renamed":
+        path.write_bytes(other.read_bytes())
+    elif how != "gone":
+        flipped = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+        path.write_bytes({"flipped": flipped, "cut": data[:-20], "empty": b""}[how])
+    with engine_of(made, tmp_path) as engine:
+        if how == "gone":
+            path.unlink()
+        with pytest.warns(SpecDecWarning, match="is damaged and is removed") as said:
+            found, cached = answer(engine, made, PROMPT)
+    assert found == right and cached == 16 and len(said) == 1
+    with engine_of(made, tmp_path) as engine:
+        assert answer(engine, made, PROMPT) == (right, 64)
+
+
+def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
+    made, one = decoder(), 0
+    with engine_of(made, tmp_path) as engine:
+        answer(engine, made, PROMPT[:18], max_new_tokens=2)
+        assert engine.scheduler.disk is not None
+    one = files(tmp_path)[0].stat().st_size
+    limit = 6 * one + one // 2
+    (tmp_path / "note.txt").write_text("not a chunk")
+    with engine_of(made, tmp_path, limit) as engine:
+        for turn in range(12):
+            other = [turn + 3, *PROMPT[:35]]
+            answer(engine, made, other, max_new_tokens=1)
+            engine.scheduler.prefixes.entries.clear()  # as after a restart
+            assert answer(engine, made, PROMPT[:18], max_new_tokens=1)[1] == 16
+            assert sum(path.stat().st_size for path in files(tmp_path)) <= limit
+    assert len(files(tmp_path)) == 6 and (tmp_path / "note.txt").exists()
+    with engine_of(made, tmp_path, 2 * one):  # a smaller limit at the next start
+        assert len(files(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_stops_the_cache_and_not_the_engine(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(disk, "write_atomically", refuse)
+    made = decoder()
+    right = made.generate(PROMPT, **ASK).token_ids
+    with pytest.warns(SpecDecWarning, match="is not used any more") as said, engine_of(made, tmp_path) as engine:
+        for turn in range(3):
+            assert answer(engine, made, [*PROMPT, turn + 3])[0] and answer(engine, made, PROMPT)[0] == right
+    assert len(said) == 1 and not files(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    made = decoder()
+    with pytest.warns(SpecDecWarning, match="is not used any more"), engine_of(made, tmp_path / "file/x") as engine:
+        assert len(answer(engine, made, PROMPT)[0]) == 12
+
+
+def test_one_process_has_a_folder(tmp_path: Path) -> None:
+    made = decoder()
+    with engine_of(made, tmp_path), pytest.raises(SpecDecError, match="is in use by another process"):
+        PrefixDisk(tmp_path, 1 << 20, "x")
+    left = tmp_path / f".{'0' * 64}.safetensors.abc"
+    left.write_bytes(b"x")
+    PrefixDisk(tmp_path, 1 << 20, "x").close()
+    assert not left.exists()
+
+
+def test_recurrent_states_are_not_on_disk(tmp_path: Path) -> None:
+    made = decoder()
+    made.target.recurrent_layers = frozenset({0})
+    with pytest.raises(SpecDecError, match="recurrent states"):
+        made.engine(prefix_cache=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.engine().close()
