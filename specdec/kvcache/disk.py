@@ -213,5 +213,5 @@ class PrefixDisk:
 def _crc(part: Tensors) -> int:
     crc = 0
     for key in sorted(part):
-        crc = zlib.crc32(part[key].contiguous().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(part[key].contiguous().view(torch.uint8).numpy().data, crc)
     return crc
