@@ -31,6 +31,9 @@ def serve(
         str | None,
         _server("--api-key", "Key that clients must send; prefer the variable.", "KEY", envvar="SPECDEC_API_KEY"),
     ] = None,
+    api_keys: Annotated[
+        Path | None, _server("--api-keys", "YAML file of keys with names and limits; see docs/agents.md.", "FILE")
+    ] = None,
     cors: Annotated[
         list[str] | None, _server("--cors", "Allow pages of this origin to call the server; repeatable.", "ORIGIN")
     ] = None,
@@ -39,6 +42,7 @@ def serve(
         _server("--allowed-hosts", "Further host name of the server; '*': any; repeatable.", "HOST"),
     ] = None,
     quiet: Annotated[bool, _server("--quiet", "No line for each request.")] = False,
+    log_requests: Annotated[bool, _server("--log-requests", "Write prompts and answers into the log.")] = False,
     num_speculative_tokens: shared.Depth = "auto",
     max_rows: Annotated[int, _limits("--max-rows", "Requests decoded at once.", "N", min=1)] = 16,
     max_waiting: Annotated[int, _limits("--max-waiting", "Requests that may wait; more get 429.", "N", min=1)] = 256,
@@ -72,6 +76,7 @@ def serve(
         terminal.warn_in_lines()
         try:
             from specdec.serve.app import make_app
+            from specdec.serve.clients import read_keys
             from specdec.serve.run import address, bind, serve
             from specdec.serve.settings import ServerSettings
         except ModuleNotFoundError as error:
@@ -93,11 +98,13 @@ def serve(
                 raise SpecDecError(f"--allowed-hosts takes names, such as a.example, or '*'; got '{allowed}'")
         if name is not None and not (name.strip() and name.isprintable()):
             raise SpecDecError("--name must be printable characters; leave it out for the model's own name")
-        if "*" in (cors or []) and api_key is None and host != "127.0.0.1":
+        if "*" in (cors or []) and api_key is None and api_keys is None and host != "127.0.0.1":
             say("note: any web page can use this server; set --api-key, or name origins in --cors")
         settings = ServerSettings(
             name=name or (Path(model).resolve().name if os.path.exists(model) else model),
             api_key=api_key,
+            keys=() if api_keys is None else read_keys(api_keys),
+            log_requests=log_requests,
             cors=tuple(cors or ()),
             allowed_hosts=(host, *hosts),
             max_body=_body(max_body),

@@ -56,7 +56,8 @@ class Request:
     sampler: takes the place of params, processors and stream.
     logprobs: number of top tokens that go with the log-probability of each new token; None: no log-probabilities.
     prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
-    scope: cached prefixes are shared only between requests of one scope.
+    scope: cached prefixes are shared only between requests of one scope, and the queue is fair between scopes.
+    priority: waiting requests of a higher one begin first. scope_rows: requests of its scope that may run at once.
     learn: whether drafters may learn from its text.
     """
 
@@ -72,6 +73,8 @@ class Request:
     logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: bool = False
     scope: str | None = None
+    priority: int = 0
+    scope_rows: int | None = None
     learn: bool = True
 
     # State that the engine keeps
@@ -83,6 +86,7 @@ class Request:
     finish_reason: str | None = field(init=False, default=None)
     error: SpecDecError | None = field(init=False, default=None)
     cancelled: bool = field(init=False, default=False)
+    preempted: bool = field(init=False, default=False)
     submit_time: float = field(init=False, default=0.0)
     ledger_at_start: dict[str, float] | None = field(init=False, default=None)  # the engine's, at admission
     new_tokens: list[int] = field(init=False, default_factory=list)  # of the last step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -77,6 +77,7 @@ class Scheduler:
         self.batch, self.max_rows, self.kv_memory, self.chunk = batch, max_rows, kv_memory, chunk
         self.reuse, self.disk = reuse, disk
         self.waiting: deque[Request] = deque()
+        self.turns = dict[str | None, int]()  # the number of the last admission from a scope
         self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self.token_bytes, self.state_bytes = (0, 0) if kv_memory is None else _sizes(batch.target)
@@ -123,6 +124,7 @@ class Scheduler:
             youngest = max([*self.batch.rows, *self.prefilling.rows], key=lambda row: row.submit_time)
             self.remove([youngest], keep=False)
             youngest.set_status(Status.WAITING)
+            youngest.preempted = True
             self.waiting.appendleft(youngest)
             self.preemptions += 1
         return self.preemptions > before
@@ -130,10 +132,10 @@ class Scheduler:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Let waiting requests begin, in their order, while there is memory."""
+        """Let waiting requests begin, in turn, while there is memory."""
         fresh = list[Request]()
-        while self.waiting and self.running + len(fresh) < self.max_rows:
-            row, others = self.waiting[0], self.running + len(fresh)
+        while self.running + len(fresh) < self.max_rows and (row := self._next(fresh)) is not None:
+            others = self.running + len(fresh)
             # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
             ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
             source, found, shared = self._longest_prefix(ids, row.scope)
@@ -147,7 +149,8 @@ class Scheduler:
             found = 0 if cache is None else cache.rows[0]  # fewer if a file is damaged
             self._count_hits(row, found)
             self.batch.restart([*self.batch.rows, *self.prefilling.rows, *fresh])
-            self.waiting.popleft()
+            self.waiting.remove(row)
+            self.turns[row.scope] = max(self.turns.values(), default=0) + 1
             if not row.metrics.num_new_tokens:
                 row.metrics.queue_seconds = time.perf_counter() - row.submit_time
             self.batch.begin(row)
@@ -162,6 +165,24 @@ class Scheduler:
             cache = self.batch.target.new_cache(len(fresh))
             cache.expected = [*map(self._expected_slots, fresh)]
             self.prefilling.add(fresh, cache)
+
+    def _next(self, fresh: Sequence[Request]) -> Request | None:
+        """The waiting request whose turn it is; None if there is none that may run now.
+
+        Preempted ones come first. Of the highest priority, the scope with the fewest rows is next, and of those with
+        equally many the one that has waited longest for a turn; within a scope, the first that came.
+        """
+        running = Counter(row.scope for row in (*self.batch.rows, *self.prefilling.rows, *fresh))
+        best: tuple[tuple[int, ...], Request] | None = None
+        for row in tuple(self.waiting):  # others add to it
+            if row.preempted:
+                return row
+            count = running[row.scope]
+            if row.scope_rows is None or count < row.scope_rows:
+                rank = -row.priority, count, self.turns.get(row.scope, 0)
+                if best is None or rank < best[0]:
+                    best = rank, row
+        return None if best is None else best[1]
 
     def _expected_slots(self, row: Request) -> int:
         """Slots that a row's cache is allocated for at first: of limited memory, no more than its share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from specdec.serve.answer import Answer, Prepared
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, BodyRoute
 from specdec.serve.chat import Chat, Completion, OpenAIAnswer
 from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
+from specdec.serve.clients import Client, Clients
 from specdec.serve.errors import ErrorBody, add_handlers
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
@@ -46,10 +48,10 @@ def make_app(
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     app.router.route_class, app.state.reader = BodyRoute, BodyReader(settings)
     add_handlers(app)
-    _add_generation(app, service)
+    _add_generation(app, service, write)
     _add_tokens(app, service)
     _add_state(app, service)
-    app.add_middleware(ApiKey, settings=settings)
+    app.add_middleware(ApiKey, clients=Clients(settings.all_keys))
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -63,38 +65,38 @@ def make_app(
     return app
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
     run, name, store = app.state.reader.run, service.settings.name, Store()
 
     async def ready(request: Request, body: ChatBody) -> tuple[Prepared, list[ResponseChoice]]:
         """A chat that has been submitted."""
         service.check_limits(body)
         made: Prepared = await run(request, service.prepare_chat, body)
-        scope = _cache_scope(request)
-        return made, await run(request, service.submit, [made.prompt], body, made.constraint, made.shown, scope)
+        client = _client(request)
+        return made, await run(request, service.submit, [made.prompt], body, client, made.constraint, made.shown)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
         made, choices = await ready(request, body)
-        return await _answer(service, request, OpenAIAnswer(Chat(made), name, choices, body))
+        return await _answer(service, request, OpenAIAnswer(Chat(made), name, choices, body), write)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> HTTPResponse:
         service.check_limits(body, len(body.prompts))
         prompts, texts, constraint = await run(request, service.prepare_completion, body)
         shape = Completion([text for text in texts for _ in range(body.n or 1)])
-        choices = await run(request, service.submit, prompts, body, constraint, (), _cache_scope(request))
-        return await _answer(service, request, OpenAIAnswer(shape, name, choices, body))
+        choices = await run(request, service.submit, prompts, body, _client(request), constraint)
+        return await _answer(service, request, OpenAIAnswer(shape, name, choices, body), write)
 
     @app.post("/v1/messages")
     async def messages(body: MessagesBody, request: Request) -> HTTPResponse:
         chat = await run(request, body.chat)
         made, choices = await ready(request, chat)
-        return await _answer(service, request, MessagesAnswer(made, name, choices, chat))
+        return await _answer(service, request, MessagesAnswer(made, name, choices, chat), write)
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesBody, request: Request) -> HTTPResponse:
-        scope = _cache_scope(request)
+        scope = _client(request).scope
         before = store.messages(scope, body.previous_response_id)
         chat = await run(request, body.chat, before)
         made, choices = await ready(request, chat)
@@ -102,15 +104,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         def keep(id: str, written: bytes, output: list[dict[str, Any]]) -> None:
             store.put(scope, id, written, [*before, *body.messages, *output])
 
-        return await _answer(service, request, ResponsesAnswer(made, name, choices, chat, body, keep))
+        return await _answer(service, request, ResponsesAnswer(made, name, choices, chat, body, keep), write)
 
     @app.get("/v1/responses/{id}")
     async def retrieve_response(id: str, request: Request) -> HTTPResponse:
-        return HTTPResponse(store.written(_cache_scope(request), id), media_type="application/json")
+        return HTTPResponse(store.written(_client(request).scope, id), media_type="application/json")
 
     @app.delete("/v1/responses/{id}")
     async def delete_response(id: str, request: Request) -> dict[str, Any]:
-        store.written(_cache_scope(request), id, remove=True)
+        store.written(_client(request).scope, id, remove=True)
         return {"id": id, "object": "response", "deleted": True}
 
     @app.post("/v1/messages/count_tokens")
@@ -120,18 +122,23 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         return JSONResponse({"input_tokens": len(ids)})
 
 
-def _cache_scope(request: Request) -> str | None:
-    """A hash of the client's API key, so that cached prefixes serve that client alone; None without keys."""
-    return getattr(request.state, "caller", None)
+def _client(request: Request) -> Client:
+    """Who has sent ``request``: what is stored for one is not for others."""
+    client: Client = request.state.client
+    return client
 
 
-async def _answer(service: Service, request: Request, response: Answer) -> HTTPResponse:
+async def _answer(service: Service, request: Request, response: Answer, write: Callable[[str], None]) -> HTTPResponse:
     """Run ``response`` until it ends or the client disconnects."""
     headers = {DRAFTER: service.drafter_label(response.body)}
 
     def end() -> None:
         request.state.summary.append(response.summary())
-        service.finish(response.choices)
+        service.finish(response.choices, _client(request))
+        if service.settings.log_requests:
+            for choice in response.choices:
+                text = {"prompt": service.decode(choice.prompt, special=True), "answer": choice.answer.text}
+                write(json.dumps({"id": request.state.request_id} | text, ensure_ascii=True))
 
     if response.body.stream:
         return EventStream(response.events(), end, headers)

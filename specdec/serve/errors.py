@@ -52,16 +52,24 @@ class ApiError(Exception):
     """What the client gets instead of an answer.
 
     param: the parameter that is wrong. code: the kind of error, for programs.
+    retry_after: seconds after which a client that asks too much may come again.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int = RETRY_AFTER,
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
     @property
     def headers(self) -> dict[str, str]:
         if self.status == 429:
-            return {"Retry-After": str(RETRY_AFTER)}
+            return {"Retry-After": str(self.retry_after)}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
     def body(self) -> dict[str, Any]:

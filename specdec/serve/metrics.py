@@ -48,6 +48,8 @@ class Metrics:
         self.itl = histogram("inter_token_latency_seconds", "Time between two steps with new tokens.", ITL_BUCKETS)
         self.e2e_latency = histogram("e2e_request_latency_seconds", "Time of a request.", E2E_BUCKETS)
         self.queue_time = histogram("request_queue_time_seconds", "Time in the queue.", E2E_BUCKETS)
+        self.key_requests = counter("key_requests", "Finished choices by the name of their key.", "key")
+        self.key_tokens = counter("key_tokens", "Tokens of prompts and answers by the name of their key.", "key")
         self.registry.register(_EngineCollector(label, stats))
 
     def record_tokens(self, tokens: int, seconds: float, first: bool) -> None:
@@ -67,6 +69,11 @@ class Metrics:
         self.finished.labels(self.model, reason).inc()
         self.e2e_latency.observe(seconds)
         self.queue_time.observe(metrics.queue_seconds)
+
+    def record_key(self, name: str, choices: int, tokens: int) -> None:
+        """Count what the holder of a key has used."""
+        self.key_requests.labels(self.model, name).inc(choices)
+        self.key_tokens.labels(self.model, name).inc(tokens)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import socket
 import time
@@ -16,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST
+from specdec.serve.clients import Clients
 from specdec.serve.errors import ANTHROPIC, ApiError
 from specdec.serve.settings import ServerSettings
 
@@ -86,19 +85,20 @@ class AllowedHosts:
 
 
 class ApiKey:
-    """Refuses requests without the API key, in constant time. Puts a hash of the key into the state as ``caller``."""
+    """Refuses requests without a key. Puts who sends one into the state as ``client``, and the name into the log."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self.app = app
-        self.wanted = None if settings.api_key is None else settings.api_key.encode()
+    def __init__(self, app: ASGIApp, clients: Clients) -> None:
+        self.app, self.clients = app, clients
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.wanted is not None and scope["type"] == "http" and scope["path"] not in PUBLIC:
+        if scope["type"] == "http" and scope["path"] not in PUBLIC:
             headers = Headers(scope=scope)
             bearer = headers.get("authorization", "")
             given = bearer.removeprefix("Bearer ") if bearer.startswith("Bearer ") else headers.get("x-api-key", "")
-            if not hmac.compare_digest(given.encode("latin-1"), self.wanted):
+            if (client := self.clients.find(given)) is None:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
                 return await ApiError(401, message, code="invalid_api_key").response(scope)(scope, receive, send)
-            scope.setdefault("state", {})["caller"] = hashlib.sha256(self.wanted).hexdigest()
+            scope.setdefault("state", {})["client"] = client
+            if client.key is not None:
+                scope["state"].setdefault("summary", []).append(client.name)
         await self.app(scope, receive, send)

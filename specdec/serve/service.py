@@ -17,6 +17,7 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.serve.answer import Prepared
 from specdec.serve.choice import ResponseChoice
+from specdec.serve.clients import Client
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 from specdec.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
@@ -197,20 +198,21 @@ class Service:
         self,
         prompts: Sequence[list[int]],
         body: GenerationBody,
+        client: Client,
         constraint: CompiledConstraint | None = None,
         shown: Sequence[str] = (),
-        scope: str | None = None,
     ) -> list[ResponseChoice]:
         """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted.
 
-        shown: special tokens to keep in the text. scope: as in ``engine.Request``.
+        shown: special tokens to keep in the text.
         """
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         rows = [prompt for prompt in prompts for _ in range(body.n or 1)]
         choices: list[ResponseChoice] = []
+        client.begin(len(rows))
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                request = self._request(prompt, body, constraint, seed=seed, stream=stream, scope=scope)
+                request = self._request(prompt, body, client, constraint, seed=seed, stream=stream)
                 handle = self.engine.submit(request)
                 choices.append(
                     ResponseChoice(index, handle, prompt, self.tokenizer, body.stop_strings, self.metrics, shown)
@@ -219,6 +221,7 @@ class Service:
             raise ApiError(429, str(error), code="queue_full") from None
         finally:
             if len(choices) < len(rows):
+                client.end(len(rows), 0)
                 for choice in choices:
                     choice.close()
         return choices
@@ -228,15 +231,24 @@ class Service:
         on = body.speculative_decoding and self.engine.drafting == "on"
         return quote(self.decoder.drafter.label if on else "none", safe="+=-. /")
 
-    def finish(self, choices: Sequence[ResponseChoice]) -> None:
+    def finish(self, choices: Sequence[ResponseChoice], client: Client) -> None:
         """Close the choices of a request, which has finished or whose client has disconnected, and count them."""
         now = time.perf_counter()
         for choice in choices:
             choice.close()
             self.metrics.record_finished(choice.handle.metrics, choice.answer.finish or "abort", now - choice.started)
+        used = sum(choice.handle.metrics.num_prompt_tokens + choice.answer.num_tokens for choice in choices)
+        client.end(len(choices), used)
+        if client.key is not None:
+            self.metrics.record_key(client.name, len(choices), used)
 
     def _request(
-        self, prompt: list[int], body: GenerationBody, constraint: CompiledConstraint | None, **options: Any
+        self,
+        prompt: list[int],
+        body: GenerationBody,
+        client: Client,
+        constraint: CompiledConstraint | None,
+        **options: Any,
     ) -> Request:
         max_new_tokens = self._max_new_tokens(body)
         request = self.decoder.request(
@@ -248,7 +260,10 @@ class Service:
             draft=body.speculative_decoding,
             constraint=constraint,
             logprobs=body.num_logprobs,
+            scope=client.scope,
             prompt_logprobs=body.num_logprobs is not None and isinstance(body, CompletionBody) and body.echo,
         )
         request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 scores the prompt alone
+        if client.key is not None:
+            request.priority, request.scope_rows = client.key.priority, client.key.max_rows
         return request

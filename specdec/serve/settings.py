@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 
+from specdec.serve.clients import Key
+
 
 def _split(given: Any) -> Any:
     """The parts of a comma-separated list."""
@@ -15,7 +17,8 @@ def _split(given: Any) -> Any:
 class ServerSettings(BaseModel):
     """What the server is called, who may use it, and limits for one client.
 
-    api_key: None serves everybody.
+    api_key, keys: one without a name, and those with names and limits; without any, everybody is served.
+    log_requests: write prompts and answers into the log.
     cors: origins that CORS allows.
     allowed_hosts: Host headers beside localhost, this machine's name and IP addresses; "*" allows all.
     max_prompt_tokens, max_tokens: of a prompt and of a choice; None is the model's context.
@@ -27,6 +30,8 @@ class ServerSettings(BaseModel):
 
     name: str
     api_key: str | None = None
+    keys: tuple[Key, ...] = ()
+    log_requests: bool = False
     cors: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     max_body: PositiveInt = 4 * 2**20
@@ -35,3 +40,7 @@ class ServerSettings(BaseModel):
     max_choices: PositiveInt = 64
     max_connections: PositiveInt = 1024
     client_timeout: float = 30.0
+
+    @property
+    def all_keys(self) -> tuple[Key, ...]:
+        return self.keys if self.api_key is None else (Key(name="default", key=self.api_key), *self.keys)

@@ -529,3 +529,38 @@ def test_a_request_that_gives_way_waits_again(llama: PreTrainedModel) -> None:
     for _ in engine.steps():
         pass
     assert [row.status for row in rows] == ["finished", "finished"]
+
+
+def order(*requests: Request, rows: int = 1) -> list[str]:
+    """The scopes of requests in the order in which these end, and at most ``rows`` at once."""
+    engine, ended = (
+        Engine(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=rows),
+        [],
+    )
+    for request in requests:
+        engine.submit(request)
+    for events in engine.steps():
+        ended += [str(row.scope) for row, _ in events if row.finish_reason]
+    return ended
+
+
+def asked(scope: str, **how: Any) -> Request:
+    return Request([5, 6, 7], 2, scope=scope, **how)
+
+
+def test_the_queue_is_fair_between_scopes() -> None:
+    many = [asked("a") for _ in range(5)]
+    assert order(*many, asked("b"), asked("b"), asked("c")) == [*"abcabaaa"]
+    assert sorted(order(*[asked("a") for _ in range(5)], asked("b"), rows=2)[:2]) == ["a", "b"]
+
+
+def test_a_higher_priority_is_first_and_a_scope_has_so_many_rows() -> None:
+    assert order(*[asked("a") for _ in range(3)], asked("b", priority=1), asked("b", priority=1)) == [*"bbaaa"]
+    few = [asked("a", scope_rows=1) for _ in range(3)]
+    engine = Engine(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4)
+    for request in (*few, asked("b")):
+        engine.submit(request)
+    for _ in engine.steps():
+        scopes = [row.scope for row in (*engine.batch.rows, *engine.scheduler.prefilling.rows)]
+        assert scopes.count("a") <= 1
+    assert all(request.finish_reason == "length" for request in few)

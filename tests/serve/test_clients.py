@@ -1,0 +1,148 @@
+"""Several keys: each with a name, limits and what is stored for it alone; none of them is ever written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from calls import answering
+from servers import NAME, USER, Gate, Server, serving, tiny_decoder, until
+
+from specdec.base.errors import SpecDecError
+from specdec.serve import clients
+from specdec.serve.clients import Client, Clients, Key, read_keys
+from specdec.serve.errors import ApiError
+
+KEYS = (Key(name="ann", key="sk-ann"), Key(name="bob", key="sk-bob", max_requests=2), Key(name="cy", key="sk-cy"))
+BODY: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 4, "temperature": 0}
+
+
+def headers(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer sk-{name}"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tiny_decoder(tmp_path_factory.mktemp("tiny")), keys=KEYS) as running:
+        yield running
+
+
+def chat(server: Server, name: str, **more: Any) -> httpx.Response:
+    return server.post("/v1/chat/completions", BODY | more, headers=headers(name))
+
+
+def test_keys_have_names_in_the_log_and_in_the_metrics(server: Server) -> None:
+    used = sum(chat(server, "ann").json()["usage"]["total_tokens"] for _ in range(2))
+    assert chat(server, "dan").status_code == 401
+    until(lambda: any(", 401" in line or " 401," in line for line in server.lines))
+    found = httpx.get(server.url + "/metrics", headers=headers("bob")).text
+    assert f'vllm:key_tokens_total{{key="ann",model_name="{NAME}"}} {used:.1f}' in found
+    assert f'vllm:key_requests_total{{key="ann",model_name="{NAME}"}} 2.0' in found
+    line = next(line for line in server.lines if "/v1/chat/completions 200" in line)
+    assert ", req_" in line and ", ann, " in line
+    assert "sk-" not in found + "".join(server.lines)
+
+
+def test_what_is_stored_for_a_key_is_its_own(server: Server) -> None:
+    mine = [{"role": "user", "content": "A long question that only one of them has asked before."}]
+    cached = [
+        chat(server, name, messages=mine).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for name in ("ann", "bob", "ann")
+    ]
+    assert max(cached[:2]) < 20 and cached[2] > 50
+    made = server.post("/v1/responses", {"model": NAME, "input": "a", "max_output_tokens": 2}, headers=headers("ann"))
+    more = {"model": NAME, "input": "b", "max_output_tokens": 2, "previous_response_id": made.json()["id"]}
+    assert server.post("/v1/responses", more, headers=headers("ann")).status_code == 200
+    found = server.post("/v1/responses", more, headers=headers("bob"))
+    assert found.status_code == 400 and found.json()["error"]["code"] == "previous_response_not_found"
+    for name, status in (("bob", 404), ("ann", 200)):
+        assert httpx.get(f"{server.url}/v1/responses/{made.json()['id']}", headers=headers(name)).status_code == status
+
+
+def test_a_key_has_so_many_requests_at_once(server: Server) -> None:
+    for _ in range(3):  # they are given back, also after a refusal
+        assert chat(server, "bob", n=2).status_code == 200
+        found = chat(server, "bob", n=3)
+        assert found.status_code == 429 and "at most 2 requests" in found.json()["error"]["message"]
+        assert (
+            chat(server, "bob", max_tokens=10**6, messages=[{"role": "user", "content": "x" * 9999}]).status_code == 400
+        )
+    url, body = server.url + "/v1/chat/completions", BODY | {"stream": True, "n": 2}
+    with Gate(server.engine), httpx.stream("POST", url, json=body, headers=headers("bob")):
+        assert chat(server, "bob").status_code == 429
+    until(lambda: chat(server, "bob").status_code == 200)
+
+
+def test_tokens_a_minute_are_a_debt_that_time_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(clients.time, "monotonic", lambda: now[0])
+    client = Client(Key(name="a", key="b", tokens_per_minute=600))
+    client.begin(1)
+    client.begin(1)
+    client.end(1, 700)
+    client.end(1, 100)
+    with pytest.raises(ApiError) as refused:
+        client.begin(1)
+    assert refused.value.status == 429 and refused.value.headers == {"Retry-After": "21"}
+    now[0] += 21
+    client.begin(1)
+    client.end(1, 0)
+    now[0] += 10_000
+    client.begin(1)
+    client.end(1, 599)
+    client.begin(1)  # what is left never exceeds a minute's
+    client.end(1, 1)
+    with pytest.raises(ApiError):
+        client.begin(1)
+
+
+def test_without_keys_everybody_is_the_same() -> None:
+    nobody = Clients(())
+    assert nobody.find("") is nobody.find("x") and nobody.find("").scope is None  # type: ignore[union-attr]
+    known = Clients(KEYS)
+    assert known.find("sk-bob").name == "bob" and known.find("") is known.find("sk-bo") is known.find("é") is None  # type: ignore[union-attr]
+    assert "sk-" not in repr(KEYS)
+
+
+GOOD = "- {name: ann, key: sk-1}\n- {name: bob, key: sk-2, priority: 2, max_rows: 1, tokens_per_minute: 100}\n"
+BAD = {
+    "nothing": ("", "YAML list"),
+    "a mapping": ("a: 1", "no file of keys"),
+    "a list of nothing": ("[]", "has no keys"),
+    "no YAML": ("[", "YAML list"),
+    "no key": ("- {name: ann}", "0.key"),
+    "a key with spaces": ("- {name: ann, key: a b}", "0.key"),
+    "no rows": ("- {name: ann, key: a, max_rows: 0}", "0.max_rows"),
+    "an unknown member": ("- {name: ann, key: a, colour: 1}", "0.colour"),
+    "a name twice": ("- {name: a, key: a}\n- {name: a, key: b}", "the same name twice"),
+    "a key twice": ("- {name: a, key: a}\n- {name: b, key: a}", "the same key twice"),
+    "an object": ("!!python/object/apply:os.getcwd []", "YAML list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_file_of_keys_is_read_or_refused_in_a_sentence(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(GOOD)
+    assert [(key.name, key.priority, key.max_rows) for key in read_keys(path)] == [("ann", 0, None), ("bob", 2, 1)]
+    text, says = BAD[case]
+    path.write_text(text)
+    with pytest.raises(SpecDecError, match=says) as refused:
+        read_keys(path)
+    assert "\n" not in str(refused.value) and "a b" not in str(refused.value)
+    with pytest.raises(SpecDecError, match="cannot be read"):
+        read_keys(tmp_path / "nowhere")
+
+
+def test_prompts_and_answers_are_logged_if_that_is_asked_for() -> None:
+    for wanted in (False, True):
+        with answering("It scatters.", log_requests=wanted) as other:
+            request_id = other.chat().headers["x-request-id"]
+            until(lambda lines=other.lines, id=request_id: any(id in line and "200" in line for line in lines))
+            found = [json.loads(line) for line in other.lines if line.startswith("{")]
+        prompt = "[user]" + USER[0]["content"]
+        assert found == ([{"id": request_id, "prompt": prompt, "answer": "It scatters."}] if wanted else [])
