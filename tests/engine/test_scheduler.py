@@ -533,10 +533,8 @@ def test_a_request_that_gives_way_waits_again(llama: PreTrainedModel) -> None:
 
 def order(*requests: Request, rows: int = 1) -> list[str]:
     """The scopes of requests in the order in which these end, and at most ``rows`` at once."""
-    engine, ended = (
-        Engine(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=rows),
-        [],
-    )
+    target, ended = ReferenceTarget(tiny_model()), list[str]()
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=rows)
     for request in requests:
         engine.submit(request)
     for events in engine.steps():
