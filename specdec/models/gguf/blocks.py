@@ -144,7 +144,7 @@ class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, m
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype, embed_scale: Tensor | None = None) -> None:
         nn.Module.__init__(self)
-        self.embed_scale = embed_scale
+        self.embed_scale = None if embed_scale is None else embed_scale.detach()  # not as a buffer
         self.num_embeddings, self.embedding_dim = blocks.shape
         self.blocks, self.dtype, self.unpack = blocks, dtype, dequantize
         self.padding_idx = self.max_norm = None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import ROPES, greedy_reference, model_of, rough_model, sizes_of
+from tiny_gguf import ARCHITECTURES, write_family
 from zoo import EVERY, PROMPTS, run
 
 from specdec.kvcache.rows import RowCache
+from specdec.models import loading
+from specdec.models.gguf.blocks import KINDS
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
-from specdec.runtimes.target import Pass
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Pass, Target
 
 if not library.runs():
     pytest.skip("no native kernels here", allow_module_level=True)
@@ -62,20 +68,46 @@ def test_drafts_and_batches_change_no_token(family: str) -> None:
         assert all(sum(metrics.per_step_drafted) for metrics in ran.metrics), name
 
 
+def logits_of(target: Target, cache: RowCache, ids: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    positions = torch.arange(begin, end)[None]
+    given = Pass(positions, cache.mask(0, positions), cache)
+    x = target.layers(target.embed(ids[:, begin:end], positions), 0, target.num_layers, given)
+    cache.commit([list(range(end - begin))])
+    return target.readout(x)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_a_copied_prefix_goes_on_as_the_text_itself(family: str) -> None:
     target = NativeTarget(made(family)[0])
     ids, cache = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(7)), target.new_cache()
     assert isinstance(cache, RowCache)
+    whole = logits_of(target, cache, ids, 0, 30)
+    assert torch.equal(logits_of(target, cache.copy(0, 17), ids, 17, 30), whole[:, 17:])
 
-    def logits(cache: RowCache, begin: int, end: int) -> torch.Tensor:
-        positions = torch.arange(begin, end)[None]
-        given = Pass(positions, cache.mask(0, positions), cache)
-        x = target.layers(target.embed(ids[:, begin:end], positions), 0, target.num_layers, given)
-        cache.commit([list(range(end - begin))])
-        return target.readout(x)
 
-    whole = logits(cache, 0, 30)
-    prefix = cache.copy(0, 17)
-    assert torch.equal(logits(prefix, 17, 30), whole[:, 17:])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+@torch.inference_mode()
+def test_files_of_every_type_run_natively_as_the_table_says(cache: object, tmp_path: Path, family: str) -> None:
+    """Tiny files: each has the same logits, to the last bit, in passes over 1, 5 and 16 tokens."""
+    sizes = sizes_of(family) | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    sizes |= {"moe_intermediate_size": 256} if family == "qwen3_moe" else {}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3_text" else {}
+    model, served = rough_model(family, **sizes, rope_parameters=ROPES.get(family)), list[str]()
+    for (
+        parameter
+    ) in model.parameters():  # as tame as trained ones: rounding to 8 bits does not grow from layer to layer
+        parameter.mul_(0.25 if parameter.dim() > 1 else 1)
+    ids = torch.randint(3, 97, (1, 22), generator=torch.Generator().manual_seed(7))
+    for kind in (*KINDS, "BF16"):
+        path = write_family(tmp_path / f"{kind}.gguf", model, kind)
+        target, note = make_target(loading.load(path)[0])
+        assert target.runtime == "native", note
+        whole, parts = target.new_cache(), target.new_cache()
+        assert isinstance(whole, RowCache) and isinstance(parts, RowCache)
+        pieces = [logits_of(target, parts, ids, *ends) for ends in ((0, 1), (1, 6), (6, 22))]
+        assert torch.equal(logits_of(target, whole, ids, 0, 22), torch.cat(pieces, 1))
+        assert (target.weight_format == "16 bits") == (kind == "BF16")
+        served.append(kind)
+    row = f"| `{family}` | `{ARCHITECTURES[family][0]}` | {', '.join(served)} |"
+    assert row in (Path(__file__).parents[3] / "docs/models.md").read_text()
