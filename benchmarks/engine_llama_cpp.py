@@ -219,6 +219,7 @@ class LlamaCpp:
 
     ngrams: Ngrams | None
     rows = 1  # sequences that are decoded side by side
+    keeps = False  # the cache of the last text, for the next one to begin with
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         lib = library()
@@ -249,7 +250,8 @@ class LlamaCpp:
         return out
 
     def generate(self, ids: list[int], count: int, put: Put) -> None:
-        self.model.keep(0)  # nothing of the last request is kept
+        if not self.keeps:
+            self.model.keep(0)
         if self.ngrams is not None:
             self.ngrams.begin()
         ids, end = [*ids, self.model.follow(ids)], len(ids) + count
@@ -285,3 +287,9 @@ class LlamaCpp:
             self.model.decode(part, outputs)
             rows += [self.model.logits(len(part) - outputs + i).copy() for i in range(outputs)]
         return np.stack(rows)
+
+
+class LlamaCppKeeping(LlamaCpp):
+    """Reuses the cache of its last text, as its server does with one slot."""
+
+    keeps = True

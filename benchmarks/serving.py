@@ -96,7 +96,7 @@ class Client:
 
     async def _ask(self, method: str, path: str, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection(self.host, self.port, limit=2**24)
-        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         return reader, writer
 
@@ -133,7 +133,7 @@ class Client:
     def watched(self, body: dict[str, Any]) -> list[tuple[float, bytes]]:
         """What arrives of an answer, and when, read with as little work as can be: one thread that waits."""
         text, parts = json.dumps(body | {"stream": True}).encode(), list[tuple[float, bytes]]()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(text)}\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(text)}\r\n"
         with socket.create_connection((self.host, self.port), timeout=TIMEOUT) as connection:
             connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + text)
             while part := connection.recv(2**16):

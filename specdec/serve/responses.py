@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 from pydantic_core import to_json
 
 from specdec.base import options
@@ -18,6 +18,7 @@ from specdec.serve.choice import ResponseChoice
 from specdec.serve.errors import ApiError
 from specdec.serve.parts import Block
 from specdec.serve.schema import (
+    MAX_MEMBERS,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
@@ -27,6 +28,7 @@ from specdec.serve.schema import (
     Function,
     JsonSchema,
     Strict,
+    check_size,
     drop_unused,
 )
 
@@ -189,9 +191,10 @@ class ResponsesBody(Extensions):
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
     user: str | None = None
-    include: list[str] | None = None  # without effect, like the parameters below
+    # Those from here on have no effect.
+    include: Annotated[list[str], Field(max_length=MAX_MEMBERS, fail_fast=True)] | None = None
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None

@@ -29,7 +29,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Top = Annotated[int, Field(ge=0, le=20)]
 TokenId = Annotated[str, AfterValidator(_token_id)]
-Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: _check_size(given, MAX_BIASES))]
+Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: check_size(given, MAX_BIASES))]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
@@ -54,7 +54,7 @@ def drop_unused(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
     return {k: v for k, v in given.items() if k not in unused or not (v is None or v in unused[k])}
 
 
-def _check_size(given: Any, most: int) -> Any:
+def check_size(given: Any, most: int) -> Any:
     """Limit an object before its members are validated, since pydantic reports every wrong one."""
     if isinstance(given, dict) and len(given) > most:
         raise ValueError(f"an object has {len(given)} members; at most {most} are allowed")
@@ -67,7 +67,7 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_members(cls, given: Any) -> Any:
-        return _check_size(given, MAX_MEMBERS)
+        return check_size(given, MAX_MEMBERS)
 
 
 class Extensions(Strict):

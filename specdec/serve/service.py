@@ -22,7 +22,7 @@ from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 from specdec.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from specdec.serve.settings import ServerSettings
-from specdec.serve.tools import CallFormat, find_format, find_thoughts, tool_grammar
+from specdec.serve.tools import HARMONY, PLAIN, CallFormat, find_format, find_thoughts, tool_grammar
 from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.sampling import streams
 
@@ -81,7 +81,11 @@ class Service:
     def prepare_chat(self, body: ChatBody) -> Prepared:
         """Encode a chat, and compile what its answer must be."""
         tools, template = body.callable_tools, self.template(body.callable_tools)
-        form, thoughts = self.call_format(template) if tools else find_format(template), find_thoughts(template)
+        form, thoughts = find_format(template), find_thoughts(template)
+        if tools:
+            form = self.call_format(template)
+        elif form is not HARMONY:  # marks of calls stay special without tools
+            form = PLAIN
         prompt, constraint = self.encode_chat(body), self.constraint(body)
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
         if constraint is not None:

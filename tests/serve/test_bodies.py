@@ -15,10 +15,14 @@ from servers import NAME, USER, Replay, Server, byte_tokenizer, serving, stand_i
 from specdec.engine.request import Event
 from specdec.serve import bodies, service
 from specdec.serve.chat import OpenAIAnswer
+from specdec.serve.messages import MessagesBody
+from specdec.serve.responses import ResponsesBody
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody
 
 MANY = 20_000
 CHAT, COMPLETION = {"model": NAME, "messages": USER}, {"model": NAME, "prompt": "a"}
+MESSAGE, RESPONSE = CHAT | {"max_tokens": 1}, {"model": NAME, "input": "a"}
+RESULT: dict[str, Any] = {"type": "tool_result", "tool_use_id": "x"}
 KEYS = {f"key {i}": 0 for i in range(MANY)}
 
 
@@ -45,6 +49,21 @@ WRONG: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "lists of ids": (CompletionBody, COMPLETION | {"prompt": [[-1] * MANY]}),
     "ids": (CompletionBody, COMPLETION | {"prompt": [-1] * MANY}),
     "tokens": (DetokenizeBody, {"tokens": ["a"] * MANY}),
+    "turns": (MessagesBody, MESSAGE | {"messages": [0] * MANY}),
+    "more turns": (MessagesBody, MESSAGE | {"messages": USER * MANY}),
+    "blocks": (MessagesBody, MESSAGE | {"messages": [{"role": "user", "content": [0] * MANY}]}),
+    "blocks of a result": (
+        MessagesBody,
+        MESSAGE | {"messages": [{"role": "user", "content": [RESULT | {"content": [{}] * MANY}]}]},
+    ),
+    "tools of a message": (MessagesBody, MESSAGE | {"tools": [{}] * MANY}),
+    "sequences": (MessagesBody, MESSAGE | {"stop_sequences": [""] * MANY}),
+    "items": (ResponsesBody, RESPONSE | {"input": [0] * MANY}),
+    "empty items": (ResponsesBody, RESPONSE | {"input": [{}] * MANY}),
+    "more items": (ResponsesBody, RESPONSE | {"input": USER * MANY}),
+    "parts of an item": (ResponsesBody, RESPONSE | {"input": [{"role": "user", "content": [0] * MANY}]}),
+    "what to include": (ResponsesBody, RESPONSE | {"include": [0] * MANY}),
+    "metadata": (ResponsesBody, RESPONSE | {"metadata": KEYS}),
 }
 
 

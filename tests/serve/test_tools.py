@@ -9,12 +9,13 @@ from typing import Any
 import openai
 import pytest
 from calls import CALLS, SCHEMAS, TEMPLATE, TOOLS, answering, calls_of, read, written
-from servers import NAME, USER, Server, events, serving
+from servers import NAME, USER, Replay, Server, byte_tokenizer, events, serving, stand_in
 from tiny import tiny_model
 from tiny_tokenizers import letters
 from zoo import EOS
 
 from specdec import SpecDecoder
+from specdec.engine.request import Event
 from specdec.serve.parts import AnswerParser, Format
 from specdec.serve.tools import (
     FUNCTION_GEMMA,
@@ -361,6 +362,20 @@ def test_tools_that_the_model_may_call(server: Server) -> None:
     assert called(answer["message"]) == CALLS and answer["finish_reason"] == "tool_calls"
     assert answer["message"]["content"] == "Well."
     assert plain["message"]["content"] == text and "tool_calls" not in plain["message"]
+
+
+def test_marks_of_calls_are_hidden_without_tools_and_channels_are_always_read() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", *HARMONY.special]})
+    for template, text, says in (
+        (TEMPLATE + "<tool_call>", "a<tool_call>b", "ab"),
+        ("{{ messages[0].content }}<|channel|><|message|>", "<|channel|>final<|message|>a", "a"),
+    ):
+        tokenizer.chat_template = template
+        ids = tokenizer(text).input_ids
+        engine = Replay(lambda request, ids=ids: [Event(ids, depths=[0] * len(ids)), Event([], "eos")])  # type: ignore[misc]
+        with serving(stand_in(tokenizer, vocab=1000), engine) as other:
+            assert other.chat().json()["choices"][0]["message"]["content"] == says
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,223 @@
+"""A coding agent's session replayed turn by turn: time to the first token and seconds by turn, beside llama.cpp.
+
+    python benchmarks/agent_replay.py record TRACE.json --model qwen2.5-coder-1.5b-instruct
+    python benchmarks/agent_replay.py replay TRACE.json --model FILE.gguf --llama-cpp plain,ngram-cache
+
+``record`` lets the model answer a session with files of this repository: a system prompt with tools, files that are
+read, edits, output of tests. A trace holds its messages and the recorded answers, with their licence. ``replay`` sends
+each turn with the recorded answers of those before it, so that all sides do the same work, and asks for as many tokens
+as were recorded. Every drafter runs three passes: ``cold``; ``warm``, with its caches as they are then; ``restart``, in
+a new process that has only its prefix cache on disk. llama.cpp runs two, with its own cache of the last text. The last
+line is JSON; exits with 1 unless specdec's texts are equal in all its passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import Process
+from rich.console import Console
+from rich.table import Table
+from serving import Client
+
+ROOT = Path(__file__).parents[1]
+LICENCE = "Apache-2.0, as this repository; the answers are the model's"
+ANSWER = 160  # tokens of a recorded answer, at most
+TOOLS = {
+    "read_file": ("Read a file of the repository, whole or some of its lines.", ["path", "first_line", "last_line"]),
+    "edit_file": ("Replace one passage of a file by another. The old passage must occur once.", ["path", "old", "new"]),
+    "run_tests": ("Run tests by a path or an expression, and return the end of their output.", ["path", "expression"]),
+    "search": ("Search all files for a regular expression, and return the lines that match.", ["pattern", "glob"]),
+    "list_files": ("List the files of a folder, and their sizes.", ["folder"]),
+}
+SYSTEM = """You are a careful programmer who works on a Python repository through tools. Think before you act, make the
+smallest change that solves the task, and keep to the style of the code around it. Read a file before you edit it. Quote
+code exactly as it stands in the file. After an edit, run the tests that cover it. When the task is done, say so in one
+sentence. Answer with code in fences, and without explanations that nobody has asked for.
+
+You have these tools:
+"""
+PREFIX, ROWS = "specdec/kvcache/prefix.py", "specdec/engine/request.py"
+SESSION = (  # what the user, or a tool, says before each answer; {NAME} is a file
+    f"The store of prefixes should count its lookups. First look at the file.\n\n{{{PREFIX}}}\n\nWhich class must "
+    "change, and which of its methods? Quote the methods whole.",
+    "Add attributes `lookups` and `found` to the class and count in `longest`. Give the new `__init__` and `longest`.",
+    "edit_file: done.\n\nNow give the whole method `add`, with a check that raises ValueError for an empty `ids`.",
+    f"Here is a second file.\n\n{{{ROWS}}}\n\nQuote the class Status and the mapping of its changes.",
+    "Add a status PAUSED, which a running request may get and from which it may run again. Give the whole class and "
+    "the whole mapping.",
+    "run_tests: 1 failed, 41 passed\n\nE   ValueError: a request that is paused cannot become finished\n\nCorrect the "
+    "mapping, and give it whole.",
+    "run_tests: 42 passed\n\nWrite a test for the counters of the store, with the imports that it needs.",
+    "run_tests: 43 passed\n\nGive the final version of `longest` and of the mapping once more, for the description.",
+)
+
+
+def session() -> list[dict[str, str]]:
+    """The messages before each answer, the system's first."""
+    tools = [
+        {"name": name, "description": what, "parameters": {key: {"type": "string"} for key in keys}}
+        for name, (what, keys) in TOOLS.items()
+    ]
+    files = {name: f"{name}:\n```python\n{(ROOT / name).read_text('utf-8')}```" for name in (PREFIX, ROWS)}
+    texts = [re.sub(r"\{(specdec/[\w/]+\.py)\}", lambda found: files[found[1]], text) for text in SESSION]
+    system = {"role": "system", "content": SYSTEM + json.dumps(tools, indent=1)}
+    return [system, *({"role": "user", "content": text} for text in texts)]
+
+
+@contextmanager
+def server(model: str, drafter: str, folder: str) -> Iterator[Client]:
+    command = [sys.executable, "-m", "specdec", "serve", "--model", model, "--drafter", drafter, "--port", "0"]
+    command += ["--quiet", "--name", "model", "--prefix-cache", folder]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if found := re.search(r"is served at (http://\S+)", line):
+                break
+            print(line, end="", file=sys.stderr)
+        else:
+            sys.exit("the server does not start")
+        yield Client(found[1])
+    finally:
+        child.terminate()
+        child.wait()
+
+
+@dataclass
+class Pass:
+    """One replay of a trace. first, seconds: by turn. cached: prompt tokens that were not computed."""
+
+    name: str
+    first: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds)
+
+
+def prompts(trace: dict[str, Any], turns: int) -> Iterator[tuple[list[dict[str, str]], int]]:
+    """The messages of each turn, and how many tokens are wanted."""
+    messages = [trace["messages"][0]]
+    for message, answer in zip(trace["messages"][1 : turns + 1], trace["answers"], strict=False):
+        messages.append(message)
+        yield list(messages), answer["tokens"]
+        messages.append({"role": "assistant", "content": answer["text"]})
+
+
+async def ours(client: Client, name: str, trace: dict[str, Any], turns: int) -> Pass:
+    done = Pass(name)
+    for messages, tokens in prompts(trace, turns):
+        body = {"model": "model", "messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        began = time.perf_counter()
+        answer = await client.chat(body | {"stream_options": {"include_usage": True}})
+        done.seconds.append(time.perf_counter() - began)
+        if answer.status != 200:
+            sys.exit(f"the server answers with {answer.status}")
+        done.first.append(answer.first)
+        done.cached.append(answer.usage["prompt_tokens_details"]["cached_tokens"])
+        done.texts.append(answer.text)
+    return done
+
+
+def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads: int) -> list[Pass]:
+    """Two passes of llama.cpp in a ``mode`` of its own, which keeps the cache of its last text."""
+    peer, name = Process("engine_llama_cpp:LlamaCppKeeping"), f"llama.cpp {mode}".strip()
+    context = max(len(ids) + tokens for ids, tokens in asked) + 64
+    peer.ask("load", path=path, threads=threads, context=context, mode=mode, source="", depth=None)
+    passes = [Pass(f"{name}, cold"), Pass(f"{name}, warm")]
+    for done in passes:
+        for ids, tokens in asked:
+            found = peer.ask("generate", ids=ids, count=tokens, eos=[])
+            done.first.append(found["arrivals"][0])
+            done.seconds.append(found["seconds"])
+    peer.close()
+    return passes
+
+
+def record(args: argparse.Namespace) -> int:
+    """Write a trace: the session, and what the model answers to it."""
+
+    async def answers(client: Client) -> list[dict[str, Any]]:
+        messages, found = session()[:1], list[dict[str, Any]]()
+        for message in session()[1:]:
+            messages.append(message)
+            body = {"model": "model", "messages": messages, "max_tokens": args.max_tokens, "temperature": 0}
+            answer = await client.post("/v1/chat/completions", body)
+            if "error" in answer:
+                sys.exit(f"the server refuses: {answer['error']['message']}")
+            text, tokens = answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
+            found.append({"text": text, "tokens": tokens})
+            messages.append({"role": "assistant", "content": text})
+        return found
+
+    with tempfile.TemporaryDirectory() as folder, server(args.model, args.drafters[-1], folder) as client:
+        found = asyncio.run(answers(client))
+    trace = {"licence": LICENCE, "model": Path(args.model).name, "messages": session(), "answers": found}
+    args.trace.write_text(json.dumps(trace, indent=1) + "\n", "utf-8")
+    return 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    trace = json.loads(args.trace.read_text("utf-8"))
+    turns = min(args.turns or len(trace["answers"]), len(trace["answers"]))
+    passes, asked = list[Pass](), list[tuple[list[int], int]]()
+
+    async def ids(client: Client) -> None:
+        for messages, tokens in prompts(trace, turns):
+            asked.append(((await client.post("/tokenize", {"messages": messages}))["tokens"], tokens))
+
+    for drafter in args.drafters:
+        with tempfile.TemporaryDirectory() as folder:
+            for names in (("cold", "warm"), ("restart",)):
+                with server(args.model, drafter, folder) as client:
+                    if not asked:
+                        asyncio.run(ids(client))
+                    passes += [asyncio.run(ours(client, f"{drafter}, {name}", trace, turns)) for name in names]
+    same = all(each.texts == passes[0].texts for each in passes)
+    for mode in args.llama_cpp:
+        passes += theirs(args.model, "" if mode == "plain" else mode, asked, len(os.sched_getaffinity(0)))
+    table = Table("pass", "first token of turn 1", "of others (median)", "seconds", "cached tokens")
+    for each in passes:
+        others = f"{np.median(each.first[1:]):.2f} s" if turns > 1 else ""
+        table.add_row(each.name, f"{each.first[0]:.2f} s", others, f"{each.total:.1f}", str(sum(each.cached) or ""))
+    console = Console()
+    console.print(f"{turns} turns, prompts of {len(asked[0][0])} to {len(asked[-1][0])} tokens, answers of", end=" ")
+    console.print(f"{sum(tokens for _, tokens in asked)} tokens; texts equal: {same}")
+    console.print(table)
+    print(json.dumps([asdict(each) | {"texts": None} for each in passes]))
+    return int(not same)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["record", "replay"])
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct", help="for llama.cpp, a GGUF file")
+    parser.add_argument("--drafters", type=lambda text: text.split(","), default=["none", "ngram+m2r2"])
+    parser.add_argument("--llama-cpp", type=lambda text: text.split(","), default=[], metavar="plain,ngram-cache,..")
+    parser.add_argument("--turns", type=int, help="only the first of the trace")
+    parser.add_argument("--max-tokens", type=int, default=ANSWER, help="of a recorded answer")
+    args = parser.parse_args()
+    return (record if args.command == "record" else replay)(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
