@@ -133,9 +133,9 @@ class Client:
     def watched(self, body: dict[str, Any]) -> list[tuple[float, bytes]]:
         """What arrives of an answer, and when, read with as little work as can be: one thread that waits."""
         text, parts = json.dumps(body | {"stream": True}).encode(), list[tuple[float, bytes]]()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(text)}\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(text)}\r\n"
         with socket.create_connection((self.host, self.port), timeout=TIMEOUT) as connection:
-            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + text)
+            connection.sendall(f"{head}Connection: close\r\nContent-Type: application/json\r\n\r\n".encode() + text)
             while part := connection.recv(2**16):
                 parts.append((time.perf_counter(), part))
         return parts
