@@ -1,0 +1,146 @@
+"""Random models of about 0.3 billion weights in Q4_K, one of each family: the native runtime beside another one.
+
+    python benchmarks/families.py                        # all families
+    python benchmarks/families.py gemma3_text olmoe --threads 2
+
+The other one is the fused runtime where it knows the family, else the reference runtime, with the same weights in 16
+bits. Times are medians of passes after 64 cached tokens, the runtimes in turn; "8 / 1" is a pass over 8 different
+tokens over one over a single token. Weights are random, as large as trained ones. The last column is the self-check's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from typing import Any
+
+import gguf
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig
+
+from specdec.base.errors import SpecDecError
+from specdec.models import families
+from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
+from specdec.models.gguf.model import empty_model
+from specdec.runtimes.native.target import FAMILIES
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Pass, Target
+
+CACHED, ROUNDS, SPREAD, MANY = 64, 11, 0.02, (2, 4, 8, 16)  # SPREAD: standard deviation of weights
+SIZES = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000, "head_dim": 64}
+DENSE = SIZES | {"intermediate_size": 2816, "num_hidden_layers": 20}
+MIXED = SIZES | {"intermediate_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 6}
+MIXED |= {"num_experts": 64, "num_local_experts": 64, "num_experts_per_tok": 8}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096}
+
+
+def config_of(family: str) -> Any:
+    sizes = MIXED if families.FAMILIES[family].fields >= families.EXPERTS else DENSE
+    sizes = {key: value for key, value in sizes.items() if key != "moe_intermediate_size" or family == "qwen3_moe"}
+    own = {"granite": {"attention_multiplier": 0.125, "residual_multiplier": 0.22}}.get(family, {})
+    if family.startswith("gemma") and family != "gemma":
+        own = {"query_pre_attn_scalar": 64, "sliding_window": 512}
+    return AutoConfig.for_model(family, **sizes, **SPECIAL, **own)
+
+
+def random_blocks(rows: int, columns: int) -> Blocks:
+    """A matrix in Q4_K whose weights have the mean 0 and the standard deviation ``SPREAD``."""
+    elements, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_K]
+    data = torch.randint(0, 256, (rows, columns // elements, width), dtype=torch.uint8)
+    step = SPREAD / (31.5 * 7.5)  # of scales up to 63 and codes up to 15
+    data[..., :4] = torch.tensor([step, 7.5 * step], dtype=torch.float16).view(torch.uint8)
+    return Blocks(data.view(rows, -1), "Q4_K", columns)
+
+
+def model_of(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    model: Any = empty_model(config_of(family), torch.bfloat16)
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, nn.Linear):
+            blocks = random_blocks(*module.weight.shape)
+            bias = None if module.bias is None else torch.zeros(module.bias.shape)
+            model.set_submodule(name, BlockLinear(blocks, bias, torch.bfloat16))
+        elif isinstance(module, nn.Embedding):
+            scale = getattr(module, "embed_scale", None)
+            model.set_submodule(name, BlockEmbedding(random_blocks(*module.weight.shape), torch.bfloat16, scale))
+        elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
+            (count, rows, columns), inner = module.gate_up_proj.shape, module.down_proj.shape[2]
+            gate_up = [[random_blocks(rows // 2, columns) for _ in range(2)] for _ in range(count)]
+            down = [random_blocks(columns, inner) for _ in range(count)]
+            model.set_submodule(name, BlockExperts(module, gate_up, down, torch.bfloat16))
+        else:
+            for key, value in module.named_parameters(recurse=False):
+                fill = SPREAD * torch.randn(value.shape) if value.dim() > 1 else torch.ones(value.shape)
+                fill = fill - 1 if families.FAMILIES[family].around_zero and value.dim() == 1 else fill
+                setattr(module, key, nn.Parameter(fill.bfloat16(), requires_grad=False))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def pass_ms(target: Target, tokens: int, cache: Any) -> float:
+    positions = torch.arange(CACHED, CACHED + tokens)[None]
+    begin = time.perf_counter()
+    x = target.embed((positions * 7919) % target.vocab_size, positions)
+    x = target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache))
+    target.choose(x)
+    cache.commit([[]])
+    return 1e3 * (time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def primed(target: Target) -> Any:
+    cache, positions = target.new_cache(), torch.arange(CACHED)[None]
+    ids = (torch.arange(1, CACHED + 1)[None] * 7919) % target.vocab_size
+    target.layers(target.embed(ids, positions), 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache))
+    cache.commit([list(range(CACHED))])
+    return cache
+
+
+def measure(family: str) -> list[str]:
+    model = model_of(family)
+    native, targets = make_target(model, "native")[0], dict[str, Target]()
+    for name in ("fused", "reference"):  # with the same weights in 16 bits
+        try:
+            targets[name] = make_target(model, name)[0]
+            break
+        except SpecDecError:
+            continue
+    [(name, other)] = targets.items()
+    times: dict[tuple[str, int], list[float]] = {}
+    caches = {key: primed(target) for key, target in (("native", native), (name, other))}
+    for _ in range(ROUNDS):
+        for key, target, tokens in (*(("native", native, n) for n in (1, *MANY)), (name, other, 1)):
+            times.setdefault((key, tokens), []).append(pass_ms(target, tokens, caches[key]))
+    found = {key: statistics.median(each) for key, each in times.items()}
+    one, theirs = found["native", 1], found[name, 1]
+    ratios = [f"{found['native', count] / one:.2f}" for count in MANY]
+    return [
+        family,
+        f"{one:.1f}",
+        f"{theirs:.1f} {name}",
+        f"{theirs / one:.1f}",
+        *ratios,
+        f"{native.logit_difference:.3f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=FAMILIES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    table = Table("family", "native, ms", "other, ms", "times", *(f"{count} / 1" for count in MANY), "apart")
+    for family in args.families:
+        table.add_row(*measure(family))
+        gc.collect()
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
