@@ -22,10 +22,10 @@ AROUND = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layerno
 # Config fields that change no token, or that every family may have and the model's modules follow.
 IGNORED = {
     *PreTrainedConfig().to_dict(),
-    *("attention_dropout", "attn_implementation", "bos_token_id", "cache_implementation", "embd_pdrop", "eos_token_id"),
-    *("initializer_range", "output_router_logits", "pad_token_id", "pretraining_tp", "quantization_config"),
-    *("resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "unsloth_fixed", "unsloth_version"),
-    *("use_cache",),
+    *("attention_dropout", "attn_implementation", "auto_map", "cache_implementation", "embd_pdrop"),
+    *("initializer_range", "is_llama_config", "output_router_logits", "pretraining_tp", "quantization_config"),
+    *("resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers.js_config"),
+    *("unsloth_fixed", "unsloth_version", "use_cache"),
 }
 COMMON = {
     *("attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "layer_types"),
@@ -224,7 +224,7 @@ def check_fields(config: Any) -> None:
 def _fields(config: Any) -> Iterator[tuple[str, Any]]:
     """The fields of a config and those inside ``rope_parameters`` that make no tables, by name."""
     for name, value in config.to_dict().items():
-        if not name.startswith("_"):
+        if not name.startswith("_") and not name.endswith("_token_id"):
             yield name, value
         parameters = value if name == "rope_parameters" and isinstance(value, dict) else {}
         each = list(parameters.values()) if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
