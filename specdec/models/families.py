@@ -56,6 +56,7 @@ class Family:
     norms: names of the norms of attention's input and result, and of the MLP's; "": there is none.
     once: whether norms round after their weights alone, not before them, too. around_zero: 1 + weight is the factor.
     across: whether the norms of queries and keys are over all heads, not over each.
+    recurrent: some layers have no attention.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
     keys: of the files' metadata, the config field of each, beside ``KEYS``.
@@ -65,6 +66,7 @@ class Family:
     once: bool = False
     around_zero: bool = False
     across: bool = False
+    recurrent: bool = False
     fields: frozenset[str] = frozenset()
     gguf: str = ""
     interleaved: bool = False
@@ -98,7 +100,7 @@ SCALED = {
 }
 EXPERTS = frozenset({"norm_topk_prob", "num_experts", "num_experts_per_tok", "num_local_experts"})
 ROUTED = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
-DELTA_RULE = Family(around_zero=True, once=True)
+DELTA_RULE = Family(around_zero=True, once=True, recurrent=True)
 FAMILIES = {
     "llama": Family(gguf="llama", interleaved=True, keys={"rope.dimension_count": "head_dim"}),
     "mistral": Family(),

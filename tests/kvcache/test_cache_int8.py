@@ -18,8 +18,9 @@ from specdec.base.errors import SpecDecError
 from specdec.cli import statistics
 from specdec.drafters.none import NoDrafter
 from specdec.kvcache.cache import KVCache, dequantize_rows, quantize_rows
+from specdec.models import families
 from specdec.runtimes.native import library
-from specdec.runtimes.native.target import DENSE, NativeTarget
+from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 
@@ -28,6 +29,7 @@ pytestmark = [
     pytest.mark.usefixtures("two_threads"),
 ]
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
+DENSE = [f for f in FAMILIES if not families.FAMILIES[f].fields >= families.EXPERTS]  # experts change at near ties
 
 
 def prefill(target: Target, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -76,7 +78,7 @@ def test_kernels_hold_keys_and_values_within_half_a_step(family: str, d: int) ->
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(("family", "d"), [*((family, 32) for family in DENSE), ("llama", 96), ("llama", 128)])
+@pytest.mark.parametrize(("family", "d"), [*((f, 32) for f in DENSE), ("llama", 96), ("llama", 128)])
 @torch.inference_mode()
 def test_logits_are_near_those_of_the_16_bit_cache(family: str, d: int) -> None:
     model = model_of(family) if d == 32 else tiny_model(family, **SIZES | {"head_dim": d}).bfloat16()

@@ -43,6 +43,7 @@ FLOATS = {
 # Metadata of an architecture that says nothing that a config has not.
 BESIDE = {
     *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length", "rope.dimension_count"),
+    "tensor_data_layout",
 }
 SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
     "factor": "factor",

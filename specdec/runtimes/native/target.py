@@ -45,11 +45,7 @@ from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
-DENSE = (
-    *("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "smollm3", "ministral3"),
-    *("gemma", "gemma2", "gemma3_text"),
-)
-FAMILIES = *DENSE, "mixtral", "olmoe", "qwen3_moe"
+FAMILIES = tuple(kind for kind, family in families.FAMILIES.items() if not family.recurrent)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 BITS = 16, 8, 4, 5, 4, 5, 6  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6
 
