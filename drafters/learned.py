@@ -26,7 +26,7 @@ from torch import Tensor
 from specdec.base import files
 from specdec.base.errors import SpecDecError
 
-VERSION = 1
+VERSION = 2
 MOST_BYTES = 4 << 30  # of all files; the oldest go first
 PANEL = 512  # rows of a symmetric matrix that are one tensor, up to the diagonal
 

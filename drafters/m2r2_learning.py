@@ -23,13 +23,15 @@ from torch import Tensor
 from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.memory import free_memory
+from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.narrow import gated_mlp, strengths
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.ngram import built
 
 from . import learned
 from .corpus import corpus
 from .learned import Progress, Store
-from .m2r2_network import M2R2, Carry
+from .m2r2_network import M2R2, NEURONS, Carry
 from .m2r2_path import M2R2Path
 from .ridge import Sums
 
@@ -84,17 +86,25 @@ class Rows:
         return network.features(index, x, self.carry), goal
 
 
-def learned_path(num_layers: int) -> M2R2Path:
-    """The path of a drafter that teaches itself: two ninths of the layers, which end a tenth before the model's end."""
-    hi = num_layers - max(round(num_layers / 10), 1)
-    return M2R2Path(0, ((hi - max(2 * num_layers // 9, 1), hi),), True)
+def learned_path(target: Target) -> M2R2Path:
+    """The path of a drafter that teaches itself: a third of the layers, which end a twelfth before the model's end.
+
+    Their MLPs run two thirds of D neurons; where they cannot, fewer layers run whole.
+    """
+    n = target.num_layers
+    neurons = -(-2 * target.hidden_size // 3 // NEURONS) * NEURONS
+    hi, whole = n - max(n // 12, 1), [gated_mlp(target.block(layer)) for layer in range(n)]
+    lo = hi - max(n // 3, 1)
+    if all(mlp is not None and mlp.size > neurons for mlp in whole[lo:hi]):
+        return M2R2Path(0, ((lo, hi),), True, neurons=neurons)
+    return M2R2Path(0, ((hi - max(2 * n // 9, 1), hi),), True)
 
 
 def why_not(target: Target) -> str | None:
     """Why a drafter cannot teach itself on this target; None if it can."""
     if target.num_layers < 3:
         return "the model has too few layers"
-    lo, hi = learned_path(target.num_layers).segments[0]
+    lo, hi = learned_path(target).segments[0]
     if target.experts is not None or any(lo <= layer < hi for layer in target.recurrent_layers):
         return "its layers cannot be run twice on a token"
     need = 168 * target.hidden_size**2  # bytes of the sums, and of the system that is solved
@@ -112,17 +122,22 @@ class Learner:
     network: the latest fit that serves; before the first, one of zeros. basis: the latest fit.
     progress: number of tokens, fits and more; without fits, ``network`` drafts nothing useful.
     on: whether it learns from texts; the fit serves all the same.
+    neurons: those that drafts run, int32 [L, I'], of each narrow layer.
     """
 
     def __init__(self, target: Target) -> None:
-        self.target, self.path = target, learned_path(target.num_layers)
+        self.target, self.path = target, learned_path(target)
         self.progress = Progress(str(target.model.config._name_or_path), str(self.path))
+        self.kind = str(target.model.config.get_text_config().model_type)
+        self.strengths = dict[int, Tensor]()  # of the neurons of each narrow layer, until these are chosen
+        self.neurons = torch.arange(self.path.neurons, dtype=torch.int32).repeat(len(self.path.narrow_layers), 1)
         self.store, self.on, self.saved = Store(target.fingerprint, str(self.path)), True, 0
         self.queue, self.held = deque[Text](maxlen=WAITING), deque[Text](maxlen=HELD)
         self.sums: list[Sums] = []  # made by the first piece of work
         self.recent = deque[Rows]()
         self.first: list[Text] = []  # texts before the first fit, which are run again after it
         self.counted = 0  # tokens when the vocabulary was chosen
+        self.adapters: Adapters | None = None  # of all networks, while the neurons are the same
         self.ready = False  # whether ``network`` has a first projection
         self._work: Iterator[None] | None = None
         self._restore()
@@ -137,14 +152,15 @@ class Learner:
         found = [torch.zeros(outer, inner) for outer, inner in self._shapes()]
         try:
             if (progress := self.store.progress()) is not None:
-                shapes: dict[str, tuple[int, ...]] = {"counts": (len(self.counts),)}
+                shapes: dict[str, tuple[int, ...]] = {"counts": (len(self.counts),), "neurons": (*self.neurons.shape,)}
                 shapes |= {f"fit.{n}": shape for n, shape in enumerate(self._shapes())}
                 shapes |= {} if self.vocabulary is None else {"vocabulary": (len(self.vocabulary),)}
-                kept = dict(self.store.tensors(("fit.", "counts", "vocabulary"), shapes))
-                if kept.keys() != shapes.keys() or not self._are_tokens(kept.get("vocabulary")):
+                kept = dict(self.store.tensors(("fit.", "counts", "neurons", "vocabulary"), shapes))
+                fits = self._are_tokens(kept.get("vocabulary")) and self._are_neurons(kept.get("neurons"))
+                if kept.keys() != shapes.keys() or not fits:
                     raise SpecDecError(f"'{self.store.path}' is not complete")
                 found, self.counts = [kept["fit.0"].float(), kept["fit.1"].float()], kept["counts"].long()
-                self.vocabulary = kept.get("vocabulary")
+                self.vocabulary, self.neurons = kept.get("vocabulary"), kept["neurons"]
                 self.progress, self.ready = progress, bool(found[0].any())
                 self.counted, self.saved = progress.tokens, progress.texts
         except SpecDecError as error:
@@ -158,6 +174,11 @@ class Learner:
     def _are_tokens(self, vocabulary: Tensor | None) -> bool:
         size = self.target.vocab_size
         return vocabulary is None or not bool(((vocabulary < 0) | (vocabulary >= size)).any())
+
+    def _are_neurons(self, found: Tensor | None) -> bool:
+        sizes = [mlp.size for layer in self.path.narrow_layers if (mlp := gated_mlp(self.target.block(layer)))]
+        rising = found is not None and not bool((found.diff(dim=1) <= 0).any() | (found < 0).any())
+        return rising and all(int(row[-1]) < size for row, size in zip(found, sizes, strict=True))
 
     # -- what is called between steps ---------------------------------------------------------------------------------
 
@@ -242,7 +263,9 @@ class Learner:
             yield
 
     def _write(self) -> None:
-        tensors = {"counts": self.counts.int()} | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary})
+        tensors = {"counts": self.counts.int(), "neurons": self.neurons} | (
+            {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
+        )
         for n, (sums, projection) in enumerate(zip(self.sums, self.network.projections, strict=True)):
             tensors |= learned.panels(f"gram.{n}", sums.gram) | {f"cross.{n}": sums.cross}
             weight, bias = projection.weight, projection.bias
@@ -262,7 +285,7 @@ class Learner:
             return
         if not self.ready:
             self.first.append(text)
-        for rows in self._replay(text, [self.basis] if self.ready else []):
+        for rows in self._replay(text, [self.basis]) if self.ready else self._replay(text, [], watched=True):
             if rows is not None:
                 self._add(rows, 0)
                 self.progress.tokens += len(rows.following)
@@ -279,7 +302,11 @@ class Learner:
                 self.recent.popleft()
 
     def _begin(self) -> Iterator[None]:
-        """Fit the first projection, and run all texts again for the second."""
+        """Choose neurons, fit the first projection, and run all texts again for the second."""
+        if self.strengths:
+            strongest = [self.strengths[layer].topk(self.path.neurons).indices for layer in self.path.narrow_layers]
+            self.neurons, self.strengths = torch.stack(strongest).sort().values.int().cpu(), {}
+            self.adapters = None
         found = yield from self._solved(self.sums[0].solve(RIDGE))
         self.network = self.basis = self._network([found, torch.zeros_like(self.sums[1].cross)])
         self.ready = True
@@ -349,8 +376,10 @@ class Learner:
             yield
         raise AssertionError("a solution ends the pieces")
 
-    def _replay(self, text: Text, networks: Sequence[M2R2]) -> Iterator[Rows | None]:
+    def _replay(self, text: Text, networks: Sequence[M2R2], watched: bool = False) -> Iterator[Rows | None]:
         """Run a text in pieces; yield the rows of each, or None for one of the prompt.
+
+        watched: whether ``strengths`` count what its tokens do.
 
         Raises SpecDecError if a state is not finite.
         """
@@ -363,12 +392,12 @@ class Learner:
             n, skip = len(part), max(first - at, 0)
             positions = upload([list(range(at, at + n))], target.device)  # (1, n)
             embedded = target.embed(upload([part], target.device), positions)  # (1, n, D)
-            taps = dict.fromkeys((lo, last), embedded)
+            taps = dict.fromkeys((lo, last, *(self.path.narrow_layers if watched else ())), embedded)
             target.layers(embedded, 0, last, Pass(positions, cache.mask(0, positions), cache, taps))
             rows = None
             if skip < n:
                 shifted = {
-                    k: torch.cat((before.get(k, tap[:, :1]), tap[:, :-1]), 1)[:, skip:] for k, tap in taps.items()
+                    k: torch.cat((before.get(k, taps[k][:, :1]), taps[k][:, :-1]), 1)[:, skip:] for k in (lo, last)
                 }
                 # A token sees the exact keys of those before it, and its own.
                 own = torch.eye(n, dtype=torch.bool, device=target.device)[skip:, skip:]
@@ -389,6 +418,13 @@ class Learner:
             seconds = time.perf_counter() - began
             size = min(2 * size, LARGEST) if seconds < PIECE / 2 else max(size // 2, 4) if seconds > PIECE else size
             yield rows
+            for layer in self.path.narrow_layers if watched and skip < n else ():
+                with target.lock:
+                    found = strengths(
+                        target.block(layer), target.model.config.get_text_config().model_type, taps[layer][0]
+                    )
+                self.strengths[layer] = self.strengths.get(layer, 0) + found.cpu()
+                yield None
 
     # -- networks -----------------------------------------------------------------------------------------------------
 
@@ -405,6 +441,11 @@ class Learner:
         tensors = {} if self.vocabulary is None else {"draft_vocab": self.vocabulary}
         for index, each in enumerate(found):
             tensors |= {f"projections.{index}.weight": each[:-1].T.contiguous(), f"projections.{index}.bias": each[-1]}
+        for layer, kept in zip(self.path.narrow_layers, self.neurons, strict=True):
+            tensors[f"adapters.{layer}/neurons"] = kept
         network.load_state_dict(tensors, assign=True)
+        if self.adapters is not None:  # what a runtime made for it is made once
+            network.adapters = self.adapters
         network.freeze(self.target)
+        self.adapters = network.adapters
         return network

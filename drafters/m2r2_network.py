@@ -17,9 +17,12 @@ from specdec.models import drafter_folder
 from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.narrow import GatedMLP, gated_mlp
 from specdec.runtimes.target import Pass, Target
 
 from .m2r2_path import M2R2Path
+
+NEURONS = 32  # their number is a multiple of it, for the kernels
 
 
 @dataclass
@@ -86,15 +89,17 @@ class M2R2(nn.Module):
         super().__init__()
         path.check(target.num_layers)
         self.path, self.num_layers = path, target.num_layers
-        shapes = {}
+        shapes, narrow = {}, {layer: narrow_mlp(target, layer, path.neurons) for layer in path.narrow_layers}
         for layer, names in path.adapters.items():
             if not 0 <= layer < target.num_layers:
                 raise SpecDecError(f"the drafter has adapters on layer {layer}; the model has {target.num_layers}")
             linears = target.linears(layer)
+            if layer in narrow:
+                linears |= narrow[layer].shapes(path.neurons)
             if missing := [name for name in names if name not in linears]:
                 raise SpecDecError(f"the drafter has adapters on '{missing[0]}', which layer {layer} does not have")
             shapes[layer] = {name: linears[name] for name in names}
-        self.adapters = Adapters(shapes, path.rank)
+        self.adapters = Adapters(shapes, path.rank, dict.fromkeys(narrow, path.neurons))
         d = target.hidden_size
         # One to each segment, of [p; previous final state; previous state where the segment begins]. Then, if the path
         # has final projections, one to the final state at each exit, of [p; previous final state].
@@ -169,6 +174,18 @@ class M2R2(nn.Module):
         return y[:, :n], y[:, n:], [p[:, n:] for p in (taps or {}).values()]
 
 
+def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
+    """The MLP of a layer. Raises SpecDecError if it cannot run with so many of its neurons."""
+    mlp = gated_mlp(target.block(layer))
+    if mlp is None or not 0 < neurons <= mlp.size or neurons % NEURONS:
+        size = "none" if mlp is None else mlp.size
+        raise SpecDecError(
+            f"the drafter runs {neurons} neurons of layer {layer}'s MLP, which has {size} to choose from; need a "
+            f"multiple of {NEURONS}"
+        )
+    return mlp
+
+
 def router_taps(lo: int, hi: int) -> dict[int, Tensor]:
     """Taps for the inputs of layers [lo, hi) and their result, which a router reads."""
     return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
@@ -180,7 +197,14 @@ def load_network(target: Target, folder: Path) -> M2R2:
     path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
     drafter_folder.check_inner_size("the rank", path.rank, target.hidden_size)
     router = router and drafter_folder.check_inner_size("the router's width", router, target.hidden_size)
-    return drafter_folder.load(folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), current_name)
+    network = drafter_folder.load(
+        folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), current_name
+    )
+    for layer in path.narrow_layers:
+        kept, size = network.adapters.kept(layer), narrow_mlp(target, layer, path.neurons).size
+        if kept is None or kept[0] < 0 or kept[-1] >= size or bool((kept.diff() <= 0).any()):
+            raise SpecDecError(f"the neurons of layer {layer} in '{folder}' are not rising numbers below {size}")
+    return network
 
 
 def current_name(name: str) -> str:

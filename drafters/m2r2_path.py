@@ -16,6 +16,7 @@ class M2R2Path:
     segments: later layer ranges [lo, hi) that p is projected to, in order.
     final_projection: whether each exit is projected onto the final state, or read out as it is.
     rank, adapters: low-rank adapters of that rank, ``{layer: [module paths]}``.
+    neurons: how many neurons of a segment's MLPs drafts run; 0: all.
     exits: layers, in rising order, behind which a token may leave before the end: up to E, where p then starts again
         from h, or the ends of segments.
     """
@@ -26,6 +27,7 @@ class M2R2Path:
     rank: int = 32
     adapters: dict[int, list[str]] = field(default_factory=dict)
     exits: tuple[int, ...] = ()
+    neurons: int = 0
 
     @property
     def adapts_early(self) -> bool:
@@ -36,6 +38,11 @@ class M2R2Path:
     def end(self) -> int:
         """The last exit: the layer behind which the path ends."""
         return self.segments[-1][1] if self.segments else self.exit_layer
+
+    @property
+    def narrow_layers(self) -> list[int]:
+        """The layers whose MLPs drafts run with ``neurons`` neurons."""
+        return [layer for lo, hi in self.segments for layer in range(lo, hi) if self.neurons]
 
     @property
     def shared(self) -> list[tuple[int, int]]:
@@ -81,6 +88,7 @@ class M2R2Path:
         """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N, and all exits are stops on that way."""
         edge = self.exit_layer
         good = 0 <= edge < num_layers and (edge > 0 or len(self.segments) > 0) and self.rank > 0
+        good = good and self.neurons >= 0
         for lo, hi in self.segments:
             good, edge = good and edge <= lo < hi <= num_layers, hi
         if not good:
@@ -113,8 +121,15 @@ class M2R2Path:
                 data["rank"],
                 {int(layer): [str(p) for p in paths] for layer, paths in data["adapters"].items()},
                 tuple(data.get("exits", ())),
+                data.get("neurons", 0),
             )
-            numbers = (path.exit_layer, path.rank, *path.exits, *(n for segment in path.segments for n in segment))
+            numbers = (
+                path.exit_layer,
+                path.rank,
+                path.neurons,
+                *path.exits,
+                *(n for segment in path.segments for n in segment),
+            )
             if odd := [n for n in numbers if type(n) is not int]:
                 raise ValueError(f"{odd[0]!r} is not a whole number")
             return path

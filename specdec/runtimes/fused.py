@@ -36,6 +36,7 @@ from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.delta_rule import DeltaRule
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.llama_like import Adapters, Norm
+from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import linear
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
@@ -131,6 +132,7 @@ class FusedTarget(ByParts):
         self._stacks["through"] = list(self._stacks["dense"])  # replaced layer by layer: ``_pack_through``
         self._through: set[int] = set()  # layers of that stack that are ready
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
+        self._narrow: WeakKeyDictionary[Adapters, dict[tuple[int, str], Any]] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
         self.final_norm = llama_like.norm(decoder.norm, families.FAMILIES[kind])
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
@@ -433,7 +435,7 @@ class FusedTarget(ByParts):
         if made.version != version:
             made.version, made.layers = version, {}
         for index in range(lo, hi):
-            if index not in adapters.paths:
+            if not adapters.changes(index):
                 continue
             key = (index, form, None if adapted is None else (batch, adapted))
             layer = None if grad else made.layers.get(key)
@@ -447,14 +449,16 @@ class FusedTarget(ByParts):
     def _adapt(
         self, layer: _Layer, index: int, adapters: Adapters, form: str, batch: int, adapted: int | None, grad: bool
     ) -> _Layer:
+        parts, weights, make, maps = self._parts[index], self._weights[index], MAKERS[form], dict[str, Any]()
+        if index in adapters.neurons:
+            layer, weights, parts = self._narrowed(layer, index, adapters, form)
         by_slot: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
         for path, (down, up) in adapters.factors(index).items():
-            slot, start, _ = self._parts[index][path]
+            slot, start, _ = parts[path]
             by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
-        make, maps = MAKERS[form], dict[str, Any]()
-        for slot, parts in by_slot.items():
-            weight, bias = self._weights[index][slot]
-            low = linear_maps.LowRank(parts, weight.shape[0], self.dtype)
+        for slot, terms in by_slot.items():
+            weight, bias = weights[slot]
+            low = linear_maps.LowRank(terms, weight.shape[0], self.dtype)
             if adapted is None and not grad:
                 weight = low.merged(weight)
                 made = self._gated(make, weight, bias) if slot == "gate_up" else make(weight, bias)
@@ -465,6 +469,27 @@ class FusedTarget(ByParts):
                 made = low.add_to(getattr(layer, slot), batch, adapted)
             maps["gated" if slot == "gate_up" else slot] = made
         return layer._replace(**maps)
+
+    def _narrowed(
+        self, layer: _Layer, index: int, adapters: Adapters, form: str
+    ) -> tuple[_Layer, llama_like.Weights, dict[str, tuple[str, int, int]]]:
+        """A layer with the neurons that ``adapters`` keep, its weights, and the rows of each module. Made once."""
+        made = self._narrow.setdefault(adapters, {})
+        if (index, form) not in made:
+            mlp, kept = gated_mlp(self.block(index)), adapters.kept(index)
+            assert mlp is not None and kept is not None
+            (weight, bias), (down, down_bias) = (self._weights[index][slot] for slot in ("gate_up", "down"))
+            rows = torch.cat((kept, kept + mlp.size))  # of gate, of up
+            gate_up = weight[rows], None if bias is None else bias[rows]
+            narrow = down[:, kept].contiguous(), down_bias
+            weights = self._weights[index] | {"gate_up": gate_up, "down": narrow}
+            start, parts = 0, dict(self._parts[index])
+            for path, (_, out) in mlp.shapes(len(kept)).items():
+                slot, start = ("down", 0) if path == mlp.out else ("gate_up", start)
+                parts[path], start = (slot, start, start + out), start + out
+            maps = {"gated": self._gated(MAKERS[form], *gate_up), "down": MAKERS[form](*narrow)}
+            made[index, form] = layer._replace(**maps), weights, parts
+        return made[index, form]
 
 
 def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -19,18 +19,25 @@ Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class Adapters(nn.Module):
-    """``y += up(down(x))`` beside linear maps: rank-r factors keyed by layer and module path.
+    """What drafts change in layers: ``y += up(down(x))`` beside linear maps, and MLPs with some of their neurons.
 
-    ``up`` starts at zero, so untrained adapters change nothing.
+    The rank-r factors are keyed by layer and module path. ``up`` starts at zero, so untrained adapters change nothing.
 
     shapes[layer][path]: (in_features, out_features).
+    neurons: by layer, how many neurons of its MLP a pass runs (``kept``); of other layers all. Such a pass runs with
+        the adapters on all of its tokens.
     draft_only: whether passes with them only draft, so that a runtime may quantise weights.
     """
 
     draft_only = False
 
-    def __init__(self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int) -> None:
+    def __init__(
+        self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int, neurons: Mapping[int, int] | None = None
+    ) -> None:
         super().__init__()
+        self.neurons = dict(neurons or {})
+        for layer, count in self.neurons.items():
+            self.register_buffer(f"{layer}/neurons", torch.arange(count, dtype=torch.int32))
         self.rank = rank
         self.paths = {layer: list(paths) for layer, paths in shapes.items()}
         for layer, paths in shapes.items():
@@ -49,6 +56,13 @@ class Adapters(nn.Module):
             path: (getattr(self, self._key(layer, path) + "/down"), getattr(self, self._key(layer, path) + "/up"))
             for path in self.paths.get(layer, ())
         }
+
+    def kept(self, layer: int) -> Tensor | None:
+        """The neurons of a layer's MLP that a pass runs, rising, int64 [I']; None: all."""
+        return getattr(self, f"{layer}/neurons").long() if layer in self.neurons else None
+
+    def changes(self, layer: int) -> bool:
+        return layer in self.paths or layer in self.neurons
 
 
 def check_rotary(rotary: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ from specdec.kvcache.recurrent import Adapted, Advance, States
 from specdec.models import checkpoint
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
-from specdec.runtimes.target import Part, Pass, Target
+from specdec.runtimes.narrow import gated_mlp
+from specdec.runtimes.target import GivenLinear, Part, Pass, Target
 
 FEW = 16  # so many tokens take less time one by one than a scan of a whole chunk
 PARTS: dict[str, tuple[str, ...]] = {  # their names in decoder layers
@@ -217,6 +219,7 @@ class ReferenceTarget(Target):
         self.bridge: _Bridge | None = None
         self.probed = False
         self.pairs: dict[type[nn.Module], bool] = {}
+        self._narrow: WeakKeyDictionary[Adapters, dict[int, dict[str, nn.Module]]] = WeakKeyDictionary()
         with self.lock, checkpoint.experts_disabled(model):
             is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
             self.decoder = _find(model.base_model, is_stack, f"has no list of {self.num_layers} decoder layers")
@@ -291,6 +294,9 @@ class ReferenceTarget(Target):
         # Experts and routers see tokens in another order: adapters cannot act on "the last tokens" there.
         return {path: size for path, size in found.items() if "expert" not in path and "router" not in path}
 
+    def block(self, layer: int) -> nn.Module:
+        return self.blocks[layer]
+
     def weight(self, layer: int, path: str) -> Tensor:
         found: Tensor = self.blocks[layer].get_submodule(path).weight.detach()
         return found
@@ -339,11 +345,24 @@ class ReferenceTarget(Target):
         with ExitStack() as hooks:
             for layer in range(lo, hi) if adapters is not None else ():
                 assert adapters is not None
+                if (kept := adapters.kept(layer)) is not None:
+                    for path, module in self._narrowed(adapters, layer, kept).items():
+                        owner, _, name = path.rpartition(".")
+                        hooks.enter_context(_replaced(self.blocks[layer].get_submodule(owner), name, module))
                 for path, (down, up) in adapters.factors(layer).items():
                     hook = _adapter_hook(self, down, up, adapted, batch)
                     handle = self.blocks[layer].get_submodule(path).register_forward_hook(hook)
                     hooks.callback(handle.remove)
             yield
+
+    def _narrowed(self, adapters: Adapters, layer: int, kept: Tensor) -> dict[str, nn.Module]:
+        """The maps of a layer's MLP with the neurons ``kept``, by path. Made once."""
+        made = self._narrow.setdefault(adapters, {})
+        if layer not in made:
+            mlp = gated_mlp(self.blocks[layer])
+            assert mlp is not None
+            made[layer] = {path: GivenLinear(*each) for path, each in mlp.weights(kept).items()}
+        return made[layer]
 
     def with_mask(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Mask | None
@@ -419,6 +438,10 @@ class ByParts(Target):
     @functools.cached_property
     def _reference(self) -> ReferenceTarget:
         return ReferenceTarget(self.model)
+
+    def block(self, layer: int) -> nn.Module:
+        found: nn.Module = self.model.model.layers[layer]  # type: ignore[union-attr, index]
+        return found
 
     def weight(self, layer: int, path: str) -> Tensor:
         return self._reference.weight(layer, path)

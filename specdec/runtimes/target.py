@@ -196,6 +196,10 @@ class Target(ABC):
         """``{module path: (in, out)}`` of the linear maps of a layer that adapters can sit beside."""
 
     @abstractmethod
+    def block(self, layer: int) -> nn.Module:
+        """A decoder layer of the model."""
+
+    @abstractmethod
     def weight(self, layer: int, path: str) -> Tensor:
         """The weight of one of ``linears``, as the model holds it: [out, in] or [in, out]."""
 

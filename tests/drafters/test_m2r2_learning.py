@@ -157,11 +157,11 @@ def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(targ
         learner = Learner(target)  # as ``specdec generate`` does
         replay = learner._replay
 
-        def watched(seen, networks, replay=replay, text=text):  # type: ignore[no-untyped-def]
+        def noted(seen, networks, watched=False, replay=replay, text=text):  # type: ignore[no-untyped-def]
             compared.extend([[seen, text]] * (len(networks) > 1))
-            return replay(seen, networks)
+            return replay(seen, networks, watched)
 
-        learner._replay = watched  # type: ignore[method-assign]
+        learner._replay = noted  # type: ignore[method-assign]
         learner.add(text.ids, text.start)
         while learner.work():
             pass
@@ -251,11 +251,12 @@ def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target
         assert "m2r2" not in SpecDecoder(target.model, drafter="auto").drafter.label
 
 
-@pytest.mark.parametrize(("layers", "segment"), [(3, (1, 2)), (24, (17, 22)), (28, (19, 25)), (36, (24, 32))])
+@pytest.mark.parametrize(("layers", "segment"), [(3, (1, 2)), (24, (14, 22)), (28, (17, 26)), (30, (18, 28))])
 def test_the_path_follows_the_depth(layers: int, segment: tuple[int, int]) -> None:
-    path = learned_path(layers)
+    target = ReferenceTarget(tiny_model("llama", num_hidden_layers=layers))
+    path = learned_path(target)
     path.check(layers)
-    assert path.segments == (segment,)
+    assert path.segments == (segment,) and 0 < path.neurons < target.model.config.intermediate_size
 
 
 # --- when it learns --------------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def test_nothing_of_a_text_is_kept_but_counts(target: Target) -> None:
     kept = load_file(learner.store.path)
     kinds = {name.split(".")[0] for name in kept}
     assert (
-        kinds <= {"gram", "cross", "fit", "counts", "vocabulary"}
+        kinds <= {"gram", "cross", "fit", "counts", "neurons", "vocabulary"}
         and int(kept["counts"].sum()) == learner.progress.tokens
     )
     learner.store.release()

@@ -37,6 +37,7 @@ from specdec.models.gguf.blocks import (
 from specdec.runtimes import llama_like
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
@@ -132,6 +133,7 @@ class NativeTarget(ByParts):
         self._readout: Packed | None = None  # the model's own
         self._no_taps = (POINTER * (self.num_layers + 1))()
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
+        self._changed: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()  # layers with them merged
         self._merged_models: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         self.weight_format = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
         if weights in ROUNDED:
@@ -368,7 +370,7 @@ class NativeTarget(ByParts):
 
     def _merged(self, adapters: Adapters, lo: int, hi: int) -> Model:
         """The model with ``adapters`` merged into layers [lo, hi) and quantised, for drafts alone. Made once."""
-        if not any(layer in adapters.paths for layer in range(lo, hi)):
+        if not any(adapters.changes(layer) for layer in range(lo, hi)):
             return self._model
         made = self._merged_models.setdefault(adapters, {})
         with self.lock:
@@ -377,26 +379,46 @@ class NativeTarget(ByParts):
         return made[lo, hi][0]
 
     def _make_merged(self, adapters: Adapters, lo: int, hi: int) -> tuple[Model, Any, list[Any]]:
-        layers = (Layer * self.num_layers)(*self._layers)
-        alive = []
+        layers, alive = (Layer * self.num_layers)(*self._layers), list[Any]()
+        changed = self._changed.setdefault(adapters, {})
         for layer in range(lo, hi):
-            alive.append(self._merge(layers[layer], layer, adapters))
-            memory.trim_heap()  # freed memory would add to the peak of the next layer
-        return Model(*self._sizes, ctypes.addressof(layers)), layers, alive
+            if layer not in changed:
+                changed[layer] = self._merge(layer, adapters)
+                memory.trim_heap()  # freed memory would add to the peak of the next layer
+            layers[layer], packed = changed[layer]
+            alive.append(packed)
+        model = Model(*self._sizes, ctypes.addressof(layers))
+        model.inner = adapters.neurons.get(lo, self.inner)
+        return model, layers, alive
 
-    def _merge(self, struct: Layer, layer: int, adapters: Adapters) -> list[Packed]:
-        factors, alive = adapters.factors(layer), []
-        for slot, pairs in llama_like.modules(self.model.model.layers[layer]).items():  # type: ignore[union-attr, index]
-            weight = torch.cat([module.weight.detach().float() for _, module in pairs])
-            for path in (path for path in factors if self._parts[layer][path][0] == slot):
-                _, start, stop = self._parts[layer][path]
-                down, up = (factor.detach().float() for factor in factors[path])
-                weight[start:stop] += up @ down
-            bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
+    @staticmethod
+    def _narrow(block: nn.Module, kept: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+        mlp = gated_mlp(block)
+        assert mlp is not None
+        return mlp.weights(kept)
+
+    def _merge(self, layer: int, adapters: Adapters) -> tuple[Layer, list[Packed]]:
+        struct = Layer.from_buffer_copy(self._layers[layer])
+        factors, kept, alive = adapters.factors(layer), adapters.kept(layer), list[Packed]()
+        block = self.block(layer)
+        narrow = {} if kept is None else self._narrow(block, kept)
+        for slot, pairs in llama_like.modules(block).items():
+            low = [path for path, _ in pairs if path in factors]
+            if not (low or pairs[0][0] in narrow) and all(isinstance(module, BlockLinear) for _, module in pairs):
+                continue  # it is read in its own bits
+            parts = [narrow.get(path) or (module.weight.detach(), module.bias) for path, module in pairs]
+            weight, start = torch.cat([part.float() for part, _ in parts]), 0
+            for (path, _), (part, _) in zip(pairs, parts, strict=True):
+                if path in low:
+                    down, up = (factor.detach().float() for factor in factors[path])
+                    weight[start : start + len(part)] += up @ down
+                start += len(part)
+            biases = [bias.detach() for _, bias in parts if bias is not None]
+            bias = torch.cat(biases) if biases else None
             alive.append(Packed([weight.bfloat16()], bias, draft_only=True, scale=self._scale(slot)))
             setattr(struct, slot, alive[-1].struct)
             release(*(matrix(module) for _, module in pairs))
-        return alive
+        return struct, alive
 
     def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
         structs, alive = (LowRank * 4)(), []

@@ -1,0 +1,76 @@
+"""Some neurons of a decoder layer's MLP in place of all: nearly the same result from a fraction of the weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from specdec.models.families import FAMILIES, Family
+from specdec.models.gguf.blocks import BlockLinear, weight_rows
+
+
+class GatedMLP(NamedTuple):
+    """An MLP ``down(act(gate(x)) * up(x))``.
+
+    ins: its maps of the input, by path in the layer: gate and up, or one of both. out: the path of the last map.
+    size: number of its neurons, I.
+    """
+
+    ins: dict[str, nn.Module]
+    out: str
+    down: nn.Module
+    size: int
+
+    def rows(self, kept: Tensor) -> Tensor:
+        """The rows of each of ``ins`` that compute the neurons ``kept`` [I']."""
+        return kept if len(self.ins) == 2 else torch.cat((kept, kept + self.size))
+
+    def shapes(self, count: int) -> dict[str, tuple[int, int]]:
+        """``{path: (in, out)}`` of the maps with ``count`` neurons."""
+        wide: Any = next(iter(self.ins.values()))
+        d = int(wide.in_features)
+        return dict.fromkeys(self.ins, (d, 2 * count // len(self.ins))) | {self.out: (count, d)}
+
+    def weights(self, kept: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """``{path: (weight, bias)}`` of the maps with the neurons ``kept`` [I'] alone, in the model's dtype."""
+        rows, found = self.rows(kept), dict[str, tuple[Tensor, Tensor | None]]()
+        for path, module in self.ins.items():
+            bias: Any = module.bias
+            found[path] = weight_rows(module, rows), None if bias is None else bias.detach()[rows]
+        down: Any = self.down
+        weight = down.weight.detach()[:, kept].contiguous()
+        return found | {self.out: (weight, None if down.bias is None else down.bias.detach())}
+
+
+def gated_mlp(block: nn.Module) -> GatedMLP | None:
+    """The MLP of a decoder layer; None if it is none of plain linear maps."""
+    mlp: Any = getattr(block, "mlp", None)
+    names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
+    maps = [getattr(mlp, name, None) for name in (*names, "down_proj")]
+    if hasattr(mlp, "experts") or not all(type(each) in (nn.Linear, BlockLinear) for each in maps):
+        return None
+    *ins, down = maps
+    paths = (f"mlp.{name}" for name in names)
+    return GatedMLP(dict(zip(paths, ins, strict=True)), "mlp.down_proj", down, int(down.in_features))
+
+
+def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
+    """How much each neuron adds to the residual: sum over rows of h of |down[:, i] a_i|^2, [I], float32.
+
+    The neurons are those for the layer's input, without its attention, which changes their order little.
+
+    h: [n, D].
+    """
+    mlp = gated_mlp(block)
+    assert mlp is not None
+    name, found = FAMILIES.get(model_type, Family()).norms[2], list[Tensor]()
+    x = getattr(block, name)(h) if name else h
+    hook = mlp.down.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        block.mlp(x[None])  # type: ignore[operator]
+    finally:
+        hook.remove()
+    down: Any = mlp.down
+    return found[0].flatten(0, -2).float().square().sum(0) * down.weight.detach().float().square().sum(0)
