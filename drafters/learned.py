@@ -37,7 +37,8 @@ class Progress:
 
     model: its name. path: the draft path.
     tokens: number of tokens learned from. texts: number of texts, those held out included.
-    fitted: tokens at the last fit. fits: number of fits that have served.
+    fitted, based: tokens at the last fit of the second projection, and of the first one.
+    fits: number of fits that have served.
     since: the first day.
     agreement: for each fit that served, the tokens learned from and the share of the model's tokens on held-out texts.
     """
@@ -47,6 +48,7 @@ class Progress:
     tokens: NonNegativeInt = 0
     texts: NonNegativeInt = 0
     fitted: NonNegativeInt = 0
+    based: NonNegativeInt = 0
     fits: NonNegativeInt = 0
     since: str = field(default_factory=lambda: datetime.date.today().isoformat())
     agreement: list[tuple[NonNegativeInt, Annotated[float, Field(ge=0, le=1)]]] = field(default_factory=list)

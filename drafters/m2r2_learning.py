@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -36,7 +36,8 @@ from .m2r2_path import M2R2Path
 from .ridge import Sums
 
 RIDGE = 50.0  # rows that the ridge counts as
-FIRST, EVERY, SHARE = 1000, 500, 16  # tokens before the first fit; between two: this number, or one in SHARE of all
+FIRST, EVERY, SHARE = 1000, 500, 4  # tokens before the first fit; between two: this number, or one in SHARE of all
+AGAIN = 16_000  # maximum tokens of texts that are run again after a fit of the first projection
 HELD_OUT, HELD = 8, 4  # one text of so many is held out; number of these that fits are compared on
 RECENT, WEIGHT = 2000, 5.0  # number of latest tokens, and how many times a fit may count them
 CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
@@ -119,7 +120,9 @@ class Learner:
     What it learns is kept for later processes (``Store``), by the one process that may write. A fault ends the learning
     with a warning, never a request.
 
-    network: the latest fit that serves; before the first, one of zeros. basis: the latest fit.
+    network: the latest fit that serves; before the first, one of zeros.
+    basis: its first projection makes the rows of the second one. It is fitted anew when there are half as many tokens
+        again, and the texts of this process are run again.
     progress: number of tokens, fits and more; without fits, ``network`` drafts nothing useful.
     on: whether it learns from texts; the fit serves all the same.
     neurons: those that drafts run, int32 [L, I'], of each narrow layer.
@@ -129,16 +132,15 @@ class Learner:
         self.target, self.path = target, learned_path(target)
         self.progress = Progress(str(target.model.config._name_or_path), str(self.path))
         self.kind = str(target.model.config.get_text_config().model_type)
-        self.strengths = dict[int, Tensor]()  # of the neurons of each narrow layer, until these are chosen
+        self.inputs = defaultdict[int, list[Tensor]](list)  # of each narrow layer, until its neurons are chosen
         self.neurons = torch.arange(self.path.neurons, dtype=torch.int32).repeat(len(self.path.narrow_layers), 1)
         self.store, self.on, self.saved = Store(target.fingerprint, str(self.path)), True, 0
         self.queue, self.held = deque[Text](maxlen=WAITING), deque[Text](maxlen=HELD)
         self.sums: list[Sums] = []  # made by the first piece of work
         self.recent = deque[Rows]()
-        self.first: list[Text] = []  # texts before the first fit, which are run again after it
+        self.texts = deque[Text]()  # learned from, the latest ``AGAIN`` tokens
         self.counted = 0  # tokens when the vocabulary was chosen
         self.adapters: Adapters | None = None  # of all networks, while the neurons are the same
-        self.ready = False  # whether ``network`` has a first projection
         self._work: Iterator[None] | None = None
         self._restore()
 
@@ -149,23 +151,27 @@ class Learner:
             ids = corpus(self.target.tokenizer, self.target.vocab_size)
             self.counts += torch.from_numpy(np.bincount(ids[ids >= 0], minlength=self.target.vocab_size))
         self.vocabulary = self._vocabulary()
-        found = [torch.zeros(outer, inner) for outer, inner in self._shapes()]
+        found, basis = [torch.zeros(outer, inner) for outer, inner in self._shapes()], None
         try:
             if (progress := self.store.progress()) is not None:
                 shapes: dict[str, tuple[int, ...]] = {"counts": (len(self.counts),), "neurons": (*self.neurons.shape,)}
                 shapes |= {f"fit.{n}": shape for n, shape in enumerate(self._shapes())}
                 shapes |= {} if self.vocabulary is None else {"vocabulary": (len(self.vocabulary),)}
-                kept = dict(self.store.tensors(("fit.", "counts", "neurons", "vocabulary"), shapes))
+                shapes["basis"] = shapes["fit.0"]
+                kept = dict(self.store.tensors(("fit.", "basis", "counts", "neurons", "vocabulary"), shapes))
                 fits = self._are_tokens(kept.get("vocabulary")) and self._are_neurons(kept.get("neurons"))
                 if kept.keys() != shapes.keys() or not fits:
                     raise SpecDecError(f"'{self.store.path}' is not complete")
+                basis = kept["basis"].float()
                 found, self.counts = [kept["fit.0"].float(), kept["fit.1"].float()], kept["counts"].long()
                 self.vocabulary, self.neurons = kept.get("vocabulary"), kept["neurons"]
-                self.progress, self.ready = progress, bool(found[0].any())
+                self.progress = progress
                 self.counted, self.saved = progress.tokens, progress.texts
         except SpecDecError as error:
             warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
         self.network = self.basis = self._network(found)
+        if basis is not None:
+            self.basis = self._network([basis, found[1]])
 
     def _shapes(self) -> list[tuple[int, int]]:
         """[F + 1, D] of each projection."""
@@ -177,8 +183,9 @@ class Learner:
 
     def _are_neurons(self, found: Tensor | None) -> bool:
         sizes = [mlp.size for layer in self.path.narrow_layers if (mlp := gated_mlp(self.target.block(layer)))]
-        rising = found is not None and not bool((found.diff(dim=1) <= 0).any() | (found < 0).any())
-        return rising and all(int(row[-1]) < size for row, size in zip(found, sizes, strict=True))
+        if found is None or bool((found.diff(dim=1) <= 0).any() | (found < 0).any()):
+            return False
+        return all(int(row[-1]) < size for row, size in zip(found, sizes, strict=True))
 
     # -- what is called between steps ---------------------------------------------------------------------------------
 
@@ -208,8 +215,8 @@ class Learner:
         if not self.sums:
             return self._open() if self.queue else None
         due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= max(EVERY, progress.tokens // SHARE)
-        if due and not self.ready:
-            return self._begin()
+        if progress.tokens >= max(FIRST, 3 * progress.based // 2):
+            return self._rebase()
         if due and self.sums[1].rows >= FIRST / 2 and (self.held or self.queue):  # texts to compare fits on
             return self._fit()
         if self.queue:
@@ -266,10 +273,10 @@ class Learner:
         tensors = {"counts": self.counts.int(), "neurons": self.neurons} | (
             {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
         )
-        for n, (sums, projection) in enumerate(zip(self.sums, self.network.projections, strict=True)):
+        for n, sums in enumerate(self.sums):
             tensors |= learned.panels(f"gram.{n}", sums.gram) | {f"cross.{n}": sums.cross}
-            weight, bias = projection.weight, projection.bias
-            tensors[f"fit.{n}"] = torch.cat((weight.T, bias[None])).cpu().bfloat16()
+            tensors[f"fit.{n}"] = self._weights(self.network, n).bfloat16()
+        tensors["basis"] = self._weights(self.basis, 0).bfloat16()
         try:
             self.store.save(self.progress, tensors)
         except OSError as error:
@@ -283,9 +290,11 @@ class Learner:
         if self.progress.texts % HELD_OUT == 1:
             self.held.append(text)
             return
-        if not self.ready:
-            self.first.append(text)
-        for rows in self._replay(text, [self.basis]) if self.ready else self._replay(text, [], watched=True):
+        self.texts.append(text)
+        while sum(len(each.ids) for each in self.texts) > AGAIN:
+            self.texts.popleft()
+        begun, chosen = self.progress.based > 0, self.progress.fits > 0
+        for rows in self._replay(text, [self.basis] if begun else [], watched=not (begun or chosen)):
             if rows is not None:
                 self._add(rows, 0)
                 self.progress.tokens += len(rows.following)
@@ -295,45 +304,46 @@ class Learner:
     def _add(self, rows: Rows, first: int) -> None:
         """Add rows to the sums from number ``first`` on."""
         for index, sums in enumerate(self.sums[first : 1 + len(rows.ends)], start=first):
-            sums.add(*rows.products(self.network, index))
+            sums.add(*rows.products(self.basis, index))
         if rows.ends:
             self.recent.append(rows)
             while sum(len(each.following) for each in self.recent) > RECENT:
                 self.recent.popleft()
 
-    def _begin(self) -> Iterator[None]:
-        """Choose neurons, fit the first projection, and run all texts again for the second."""
-        if self.strengths:
-            strongest = [self.strengths[layer].topk(self.path.neurons).indices for layer in self.path.narrow_layers]
-            self.neurons, self.strengths = torch.stack(strongest).sort().values.int().cpu(), {}
-            self.adapters = None
+    def _rebase(self) -> Iterator[None]:
+        """Fit the first projection, at the first time choose neurons, and run texts again for the second one."""
+        if self.inputs:
+            strongest = list[Tensor]()
+            for layer in self.path.narrow_layers:
+                with self.target.lock:
+                    found = strengths(self.target.block(layer), self.kind, torch.cat(self.inputs.pop(layer)))
+                strongest.append(found.topk(self.path.neurons).indices)
+                yield
+            self.neurons, self.adapters = torch.stack(strongest).sort().values.int().cpu(), None
         found = yield from self._solved(self.sums[0].solve(RIDGE))
-        self.network = self.basis = self._network([found, torch.zeros_like(self.sums[1].cross)])
-        self.ready = True
-        texts, self.first = self.first, []
-        for text in texts:
+        self.basis = self._network([found, torch.zeros_like(self.sums[1].cross)])
+        # Rows of the earlier projection are worse; without the texts they are all there is.
+        again = list(self.texts)
+        self.sums[1].scale(0.0 if 2 * sum(len(x.ids) - x.start for x in again) > self.progress.tokens else 0.5)
+        self.recent.clear()
+        self.progress.based = self.progress.tokens
+        for text in again:
             for rows in self._replay(text, [self.basis]):
                 if rows is not None:
                     self._add(rows, 1)
                 yield
 
     def _fit(self) -> Iterator[None]:
-        """Fit both projections, and let the best one of the fits and the last one serve."""
-        tokens = self.progress.tokens
-        # The second projection sees what the first makes, which was worse then: a row counts as much as was known.
-        self.sums[1].scale((self.progress.fitted or tokens) / tokens)
-        self.progress.fitted = tokens
+        """Fit the second projection, and let the best one of the fits and the last one serve."""
+        tokens = self.progress.fitted = self.progress.tokens
         if tokens >= 2 * self.counted:
             self.vocabulary, self.counted = self._vocabulary(), tokens
         networks = [self.network]
         for weight in (1.0, WEIGHT) if tokens > 2 * RECENT else (1.0,):
-            found = list[Tensor]()
-            for index, sums in enumerate(self.sums):
-                more = self._recent(index, weight - 1) if weight > 1 else ()
-                found.append((yield from self._solved(sums.solve(RIDGE, more))))
-            networks.append(self._network(found))
+            more = self._recent(weight - 1) if weight > 1 else ()
+            found = yield from self._solved(self.sums[1].solve(RIDGE, more))
+            networks.append(self._network([self._weights(self.basis, 0), found]))
             yield
-        self.basis = networks[1]
         shares = yield from self._agreement(networks)
         best = max(range(len(networks)), key=lambda n: (shares[n], -n))
         if best or not self.progress.fits:
@@ -341,11 +351,11 @@ class Learner:
             self.progress.fits += 1
             self.progress.agreement.append((tokens, shares[best or 1]))
 
-    def _recent(self, index: int, weight: float) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The latest rows of projection ``index``, about ``BLOCK`` at once."""
+    def _recent(self, weight: float) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The latest rows of the second projection, about ``BLOCK`` at once."""
         held = list[tuple[Tensor, Tensor]]()
         for number, rows in enumerate(self.recent, start=1):
-            held.append(rows.products(self.network, index))
+            held.append(rows.products(self.basis, 1))
             if sum(len(x) for x, _ in held) >= BLOCK or number == len(self.recent):
                 x, y = (torch.cat(part) for part in zip(*held, strict=True))
                 yield x, y, weight
@@ -379,7 +389,7 @@ class Learner:
     def _replay(self, text: Text, networks: Sequence[M2R2], watched: bool = False) -> Iterator[Rows | None]:
         """Run a text in pieces; yield the rows of each, or None for one of the prompt.
 
-        watched: whether ``strengths`` count what its tokens do.
+        watched: whether to keep the inputs of narrow layers.
 
         Raises SpecDecError if a state is not finite.
         """
@@ -418,15 +428,16 @@ class Learner:
             seconds = time.perf_counter() - began
             size = min(2 * size, LARGEST) if seconds < PIECE / 2 else max(size // 2, 4) if seconds > PIECE else size
             yield rows
-            for layer in self.path.narrow_layers if watched and skip < n else ():
-                with target.lock:
-                    found = strengths(
-                        target.block(layer), target.model.config.get_text_config().model_type, taps[layer][0]
-                    )
-                self.strengths[layer] = self.strengths.get(layer, 0) + found.cpu()
-                yield None
+            for layer in self.path.narrow_layers if watched else ():
+                self.inputs[layer].append(taps[layer][0, skip:])
 
     # -- networks -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _weights(network: M2R2, index: int) -> Tensor:
+        """A projection as a solution [F + 1, D]."""
+        layer = network.projections[index]
+        return torch.cat((layer.weight.T, layer.bias[None])).cpu()
 
     def _vocabulary(self) -> Tensor | None:
         """The likeliest tokens, int32 [V'], rising; None: all."""

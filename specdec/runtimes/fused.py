@@ -487,8 +487,8 @@ class FusedTarget(ByParts):
             for path, (_, out) in mlp.shapes(len(kept)).items():
                 slot, start = ("down", 0) if path == mlp.out else ("gate_up", start)
                 parts[path], start = (slot, start, start + out), start + out
-            maps = {"gated": self._gated(MAKERS[form], *gate_up), "down": MAKERS[form](*narrow)}
-            made[index, form] = layer._replace(**maps), weights, parts
+            gated = self._gated(MAKERS[form], *gate_up)
+            made[index, form] = layer._replace(gated=gated, down=MAKERS[form](*narrow)), weights, parts
         return made[index, form]
 
 

@@ -48,7 +48,7 @@ def gated_mlp(block: nn.Module) -> GatedMLP | None:
     """The MLP of a decoder layer; None if it is none of plain linear maps."""
     mlp: Any = getattr(block, "mlp", None)
     names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
-    maps = [getattr(mlp, name, None) for name in (*names, "down_proj")]
+    maps: list[Any] = [getattr(mlp, name, None) for name in (*names, "down_proj")]
     if hasattr(mlp, "experts") or not all(type(each) in (nn.Linear, BlockLinear) for each in maps):
         return None
     *ins, down = maps

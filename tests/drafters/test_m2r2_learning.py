@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -401,13 +403,45 @@ def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch) -> N
     assert learner.progress.fits and not list(learner.store.path.parent.glob("*.safetensors"))
 
 
+def test_the_chosen_neurons_are_kept_and_refused_if_there_are_none_such(target: Target) -> None:
+    learner = taught(target, 24)
+    learner.save()
+    learner.store.release()
+    every = torch.arange(learner.path.neurons, dtype=torch.int32)
+    assert learner.path.neurons and not any(torch.equal(row, every) for row in learner.neurons)
+    again = Learner(target)
+    assert torch.equal(again.neurons, learner.neurons)
+    state = dict(learner.network.state_dict())
+    for name, tensor in again.network.state_dict().items():
+        assert torch.allclose(tensor.float(), state[name].float(), rtol=0.01, atol=1e-3), name
+    kept, header = load_file(learner.store.path), {"progress": json.dumps(asdict(learner.progress))}
+    kept["neurons"][0, -1] = 10_000
+    save_file(kept, learner.store.path, header)
+    with pytest.warns(SpecDecWarning, match="learning starts anew"):
+        assert not Learner(target).progress.fits
+
+
+def test_the_first_projection_is_fitted_again_and_texts_are_run_again_for_the_second(target: Target) -> None:
+    learner, based = Learner(target), list[int]()
+    for text in texts(target, 24):
+        learner.add(text.ids, text.start)
+        while learner.work():
+            pass
+        if learner.progress.based not in based:
+            based.append(learner.progress.based)
+            rows = sum(len(x.ids) - x.start for x in learner.texts)
+            assert learner.sums[1].rows == pytest.approx(learner.progress.based * (based[-1] > 0), abs=1)
+            assert rows == pytest.approx(learner.progress.tokens, abs=1)
+    assert len(based) > 3 and all(later >= 1.5 * first for first, later in itertools.pairwise(based[1:]))
+
+
 def test_nothing_of_a_text_is_kept_but_counts(target: Target) -> None:
     learner = taught(target, 24)
     learner.save()
     kept = load_file(learner.store.path)
     kinds = {name.split(".")[0] for name in kept}
     assert (
-        kinds <= {"gram", "cross", "fit", "counts", "neurons", "vocabulary"}
+        kinds <= {"gram", "cross", "fit", "basis", "counts", "neurons", "vocabulary"}
         and int(kept["counts"].sum()) == learner.progress.tokens
     )
     learner.store.release()

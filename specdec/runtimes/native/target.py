@@ -388,7 +388,7 @@ class NativeTarget(ByParts):
             layers[layer], packed = changed[layer]
             alive.append(packed)
         model = Model(*self._sizes, ctypes.addressof(layers))
-        model.inner = adapters.neurons.get(lo, self.inner)
+        [model.inner] = {adapters.neurons.get(layer, self.inner) for layer in range(lo, hi)}  # one of all layers
         return model, layers, alive
 
     @staticmethod
