@@ -26,6 +26,7 @@ class Key(BaseModel):
     name: in the log and the metrics, which never have the key.
     priority: requests of a higher one are started first.
     max_rows: requests that are decoded at once. max_requests: these and those that wait.
+    learn: whether a drafter that teaches itself may learn from its texts.
     tokens_per_minute: of prompts and answers; a request may exceed what is left, and then others wait.
     """
 
@@ -34,6 +35,7 @@ class Key(BaseModel):
     name: Annotated[str, ASCII, Field(max_length=64)]
     key: Annotated[str, ASCII, Field(repr=False)]
     priority: int = 0
+    learn: bool = True
     max_rows: PositiveInt | None = None
     max_requests: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None

@@ -270,4 +270,5 @@ class Service:
         request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 scores the prompt alone
         if client.key is not None:
             request.priority, request.scope_rows = client.key.priority, client.key.max_rows
+            request.learn = client.key.learn
         return request

@@ -17,7 +17,11 @@ from specdec.serve import clients
 from specdec.serve.clients import Client, Clients, Key, read_keys
 from specdec.serve.errors import ApiError
 
-KEYS = (Key(name="ann", key="sk-ann"), Key(name="bob", key="sk-bob", max_requests=2), Key(name="cy", key="sk-cy"))
+KEYS = (
+    Key(name="ann", key="sk-ann"),
+    Key(name="bob", key="sk-bob", max_requests=2),
+    Key(name="cy", key="sk-cy", learn=False),
+)
 BODY: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 4, "temperature": 0}
 
 
@@ -61,6 +65,17 @@ def test_what_is_stored_for_a_key_is_its_own(server: Server) -> None:
     assert found.status_code == 400 and found.json()["error"]["code"] == "previous_response_not_found"
     for name, status in (("bob", 404), ("ann", 200)):
         assert httpx.get(f"{server.url}/v1/responses/{made.json()['id']}", headers=headers(name)).status_code == status
+
+
+def test_no_drafter_learns_from_texts_of_a_key_that_forbids_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, request = list[Any](), server.decoder.request
+    monkeypatch.setattr(server.decoder, "request", lambda *a, **k: asked.append(request(*a, **k)) or asked[-1])  # type: ignore[func-returns-value]
+    ended, end = list[bool](), server.decoder.drafter.end
+    monkeypatch.setattr(server.decoder.drafter, "end", lambda *a: ended.append(a[3]) or end(*a))  # type: ignore[func-returns-value]
+    for name in ("ann", "cy", "cy"):
+        assert chat(server, name, n=2).status_code == 200
+    assert [each.learn for each in asked] == [True, True, False, False, False, False]
+    assert ended.count(False) == 4 and ended.count(True) == 2
 
 
 def test_a_key_has_so_many_requests_at_once(server: Server) -> None:
