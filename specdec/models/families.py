@@ -39,7 +39,7 @@ ROPE = {
     *("low_freq_factor", "max_position_embeddings", "mscale", "mscale_all_dim", "original_max_position_embeddings"),
     *("partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate", "type"),
 }
-ACTIVATIONS = "silu", "gelu_pytorch_tanh"
+ACTIVATIONS = "silu", "gelu_pytorch_tanh", "clamped"  # as in native.h
 # Sizes in a config, and what they are below: nothing is allocated for a larger one.
 WIDEST, LONGEST = 1 << 20, 1 << 30
 SIZES = dict.fromkeys(("num_hidden_layers", "head_dim", "num_experts_per_tok"), 1 << 14)
@@ -56,7 +56,7 @@ class Family:
     norms: names of the norms of attention's input and result, and of the MLP's; "": there is none.
     once: whether norms round after their weights alone, not before them, too. around_zero: 1 + weight is the factor.
     across: whether the norms of queries and keys are over all heads, not over each.
-    recurrent: some layers have no attention.
+    recurrent: some layers have no attention. halved: transformers' tables have each cosine and sine once, not twice.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
     keys: of the files' metadata, the config field of each, beside ``KEYS``.
@@ -67,6 +67,7 @@ class Family:
     around_zero: bool = False
     across: bool = False
     recurrent: bool = False
+    halved: bool = False
     fields: frozenset[str] = frozenset()
     gguf: str = ""
     interleaved: bool = False
@@ -100,6 +101,7 @@ SCALED = {
 }
 EXPERTS = frozenset({"norm_topk_prob", "num_experts", "num_experts_per_tok", "num_local_experts"})
 ROUTED = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+CLAMPED = frozenset({"swiglu_alpha", "swiglu_limit"})
 DELTA_RULE = Family(around_zero=True, once=True, recurrent=True)
 FAMILIES = {
     "llama": Family(gguf="llama", interleaved=True, keys={"rope.dimension_count": "head_dim"}),
@@ -123,6 +125,7 @@ FAMILIES = {
         gguf="qwen3moe",
         keys=HEAD | ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
     ),
+    "gpt_oss": Family(once=True, halved=True, fields=EXPERTS | CLAMPED),
     "gemma": Family(once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
     "gemma2": Family(AROUND, True, True, fields=CAPPED | {"attn_logit_softcapping"}, gguf="gemma2", keys=WINDOWED),
     "gemma3_text": Family(
@@ -133,13 +136,18 @@ FAMILIES = {
 
 
 class Numbers(NamedTuple):
-    """Factors of embeddings, of what is added to the residual and of logits; caps (tanh) of scores and logits, or 0."""
+    """Factors of embeddings, of what is added to the residual and of logits; caps (tanh) of scores and logits, or 0.
+
+    limit, alpha: of the activation "clamped".
+    """
 
     embeddings: float = 1.0
     results: float = 1.0
     logits: float = 1.0
     scores_cap: float = 0.0
     logits_cap: float = 0.0
+    limit: float = 0.0
+    alpha: float = 1.0
 
 
 def numbers_of(config: Any) -> Numbers:
@@ -153,6 +161,8 @@ def numbers_of(config: Any) -> Numbers:
         1 / float(known.get("logits_scaling", 1)),
         float(known.get("attn_logit_softcapping") or 0),
         float(known.get("final_logit_softcapping") or 0),
+        float(known.get("swiglu_limit", 0)),
+        float(known.get("swiglu_alpha", 1)),
     )
 
 
@@ -175,19 +185,20 @@ def mixture_of(config: Any) -> Mixture:
 class Rotation(NamedTuple):
     """Which cosines and sines: those of a layer type, or "": there are no others.
 
-    beta, span: they are times 1 + beta log(1 + position // span).
+    beta, span: they are times 1 + beta log(1 + position // span). halved: as in ``Family``.
     """
 
     layer_type: str = ""
     beta: float = 0.0
     span: int = 1
+    halved: bool = False
 
     def tables(self, rotary: Any, count: int, dtype: torch.dtype) -> Tensor:
         """Cosines and sines [count, 2, rotated / 2] (float32) that the model's ``rotary`` makes in ``dtype``."""
         positions = torch.arange(count)
         with torch.no_grad():
             made = rotary(torch.empty(0, dtype=dtype), positions[None], *filter(None, [self.layer_type]))
-        found = torch.stack([table[0].chunk(2, -1)[0].float() for table in made], 1)
+        found = torch.stack([table[0].chunk(1 if self.halved else 2, -1)[0].float() for table in made], 1)
         factor = 1 + self.beta * torch.log(1 + torch.floor(positions / self.span))
         return found * factor.to(dtype)[:, None, None].float() if self.beta else found
 
@@ -198,7 +209,7 @@ def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
     nested = all(isinstance(value, dict) for value in rope.values())
     found = list[tuple[Rotation, Rotation] | None]()
     for layer in range(count):
-        plain = Rotation(config.layer_types[layer] if nested else "")
+        plain = Rotation(config.layer_types[layer] if nested else "", halved=FAMILIES[config.model_type].halved)
         beta = rope.get("llama_4_scaling_beta") or 0.0
         queries = plain._replace(beta=beta, span=rope["original_max_position_embeddings"]) if beta else plain
         rotates = (getattr(config, "no_rope_layers", None) or [1] * count)[layer]
@@ -207,6 +218,8 @@ def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
 
 
 def activation(config: Any) -> str:
+    if FAMILIES[config.model_type].fields >= CLAMPED:
+        return "clamped"
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 

@@ -130,6 +130,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
+        "swiglu_limit": 0.5,
     },
     "deepseek_v3": {**ROUTED, **LATENT, "n_group": 2, "topk_group": 1},
     "glm4_moe": {**ROUTED, "head_dim": 8},

@@ -63,6 +63,7 @@ class Layer(ctypes.Structure):
         *((name, Map) for name in ("qkv", "out", "gate_up", "down", "router")),
         *(("gates", POINTER), ("sums", POINTER)),
         *((f"norm_{name}", POINTER) for name in ("in", "mlp", "attended", "out", "q", "k")),
+        ("sinks", POINTER),
         *(("rotary_q", INT), ("rotary_k", INT)),
     )
 
@@ -70,8 +71,8 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated")),
-        *((n, INT) for n in ("rounded", "experts", "taken", "share", "once", "gelu", "across", "tables")),
-        *((n, FLOAT) for n in ("eps", "scale", "cap")),
+        *((n, INT) for n in ("rounded", "experts", "taken", "share", "once", "activation", "across", "tables")),
+        *((n, FLOAT) for n in ("eps", "scale", "cap", "limit", "alpha")),
         ("layers", POINTER),
     )
 

@@ -59,6 +59,7 @@ int omp_get_num_threads(void);
  * of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. In K6, inputs below 16 and above have a scale each. */
 enum { BF16, Q8, Q4, Q5, K4, K5, K6, KINDS };
 enum { AVX2 = 1, AVXVNNI, AVX512, AMX }; /* instruction sets */
+enum { SILU, GELU, CLAMPED }; /* activations a(gate) up: GELU is tanh's; CLAMPED: gate sigmoid(alpha gate) (up + 1), both within limit */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
 enum { CACHE16, CACHE8, TOGETHER = 32 }; /* rows of the cache, a slot of a head each: bf16[d], or int8[d] and bf16[d / TOGETHER], scales */
 
@@ -113,6 +114,7 @@ typedef struct {
     const float *norm_in, *norm_mlp;         /* of the inputs of attention and the MLP; NULL: there is none, here and below */
     const float *norm_attended, *norm_out;   /* of their results, before these are added */
     const float *norm_q, *norm_k;            /* of queries and keys */
+    const float *sinks;                      /* [heads]: scores of nothing, beside those of the keys; NULL: there are none */
     int32_t rotary_q, rotary_k;              /* which of a call's tables rotates them; -1: none */
 } Layer;
 
@@ -120,8 +122,8 @@ typedef struct {
     int32_t hidden, heads, kv_heads, head_dim, inner, rotated; /* rotated: rotary dimensions of a head */
     int32_t rounded; /* activations in 8 bits: attention is then the same, to the last bit, in every instruction set */
     int32_t experts, taken, share; /* of a mixture, of them for a token; share: the weights of these are made to add up to 1 */
-    int32_t once, gelu, across, tables; /* norms round once, after their weights; GELU (tanh) instead of SiLU; queries and keys are */
-    float eps, scale, cap;              /* normed across heads; number of rotary tables; scale of scores, and their cap as in Map */
+    int32_t once, activation, across, tables; /* norms round once, after their weights; queries and keys are normed across heads; number */
+    float eps, scale, cap, limit, alpha;      /* of rotary tables; scale of scores, and their cap as in Map; of CLAMPED */
     const Layer *layers;
 } Model;
 

@@ -121,9 +121,9 @@ class NativeTarget(ByParts):
         if kinds != {library.BF16}:
             self.activations = "8 bits" if self.rounded else "16 bits"
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, rotated
-        gelu = families.activation(config) != "silu"
-        flags = self.rounded, *self.mixture, self.family.once, gelu, self.family.across, len(self.rotations)
-        self._sizes = (*sizes, *flags, self.eps, scale, self.numbers.scores_cap)
+        act = families.ACTIVATIONS.index(families.activation(config))
+        flags = self.rounded, *self.mixture, self.family.once, act, self.family.across, len(self.rotations)
+        self._sizes = (*sizes, *flags, self.eps, scale, self.numbers.scores_cap, *self.numbers[-2:])
         self._model = Model(*self._sizes, ctypes.addressof(self._layers))
         self.window_sizes = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.window_sizes))(*(window or 0 for window in self.window_sizes))
@@ -325,19 +325,23 @@ class NativeTarget(ByParts):
             weight = self._norm(module)
             self._alive.append(weight)
             setattr(struct, f"norm_{name}", weight.data_ptr())
+        if hasattr(attention, "sinks"):
+            self._alive.append(attention.sinks.detach().float())
+            struct.sinks = self._alive[-1].data_ptr()
 
     def _pack_experts(self, mlp: Any, struct: Layer) -> None:
         """The router and the experts of a layer."""
         if isinstance(mlp.experts, Absent):
             raise SpecDecError("the native runtime takes experts in memory; these stay in their file")
-        router = Packed([mlp.gate.weight.detach()], rounded=False)
+        module = mlp.router if hasattr(mlp, "router") else mlp.gate
+        router = Packed([module.weight.detach()], getattr(module, "bias", None), rounded=False)
         struct.router = router.struct
         self._alive.append(router)
         gates, sums = list[Packed](), list[Packed]()
         for number in range(self.mixture.experts):
-            gate_up, down = expert(mlp.experts, number)
-            gates.append(Packed(gate_up, None, self.rounded))
-            sums.append(Packed([down], None, self.rounded, scale=self.numbers.results))
+            gate_up, down, *biases = expert(mlp.experts, number)
+            gates.append(Packed(gate_up, biases[0], self.rounded))
+            sums.append(Packed([down], biases[1], self.rounded, scale=self.numbers.results))
             release(*gate_up, down)
         for each in gates, sums:
             if len({item.rounded for item in each}) > 1:
@@ -459,8 +463,11 @@ def _round(layer: nn.Module, kind: str) -> None:
         if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
             made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
             layer.set_submodule(path, made)
-    if llama_like.has_experts(layer) and not isinstance(layer.mlp.experts, BlockExperts):  # type: ignore[union-attr]
-        layer.mlp.experts = quantize_experts(layer.mlp.experts, kind)  # type: ignore[union-attr]
+    mlp: Any = layer.mlp
+    if llama_like.has_experts(layer) and not isinstance(mlp.experts, BlockExperts):
+        if hasattr(mlp.experts, "gate_up_proj_bias"):
+            raise SpecDecError("experts with biases stay in 16 bits; use weights 'auto'")
+        mlp.experts = quantize_experts(mlp.experts, kind)
 
 
 def matrix(module: nn.Module) -> Tensor | Blocks:
@@ -470,11 +477,15 @@ def matrix(module: nn.Module) -> Tensor | Blocks:
     return module.weight.detach()  # type: ignore[operator, union-attr, return-value]
 
 
-def expert(experts: Any, number: int) -> tuple[list[Tensor | Blocks], Tensor | Blocks]:
-    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down."""
+def expert(experts: Any, number: int) -> tuple[Any, ...]:
+    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down; and their biases."""
     if isinstance(experts, BlockExperts):
-        return experts.gate_up[number], experts.down[number]  # type: ignore[return-value]
-    return [experts.gate_up_proj[number].detach()], experts.down_proj[number].detach()
+        return experts.gate_up[number], experts.down[number], None, None
+    gate_up, down = experts.gate_up_proj[number].detach(), experts.down_proj[number].detach()
+    if not hasattr(experts, "gate_up_proj_bias"):
+        return [gate_up], down, None, None
+    bias = experts.gate_up_proj_bias[number]  # gpt-oss: inputs are rows, and gates and ups take turns
+    return [gate_up.T[::2], gate_up.T[1::2]], down.T, torch.cat((bias[::2], bias[1::2])), experts.down_proj_bias[number]
 
 
 def release(*matrices: Tensor | Blocks) -> None:

@@ -100,10 +100,10 @@ INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int 
 
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
- * all); cap: of scores, as in Map. p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
+ * all); cap: of scores, as in Map; sinks: of each column, or NULL. p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
  * for ahead. equal: to the last bit, in every instruction set. Memory of whole blocks of keys is read. */
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                        const uint16_t *visible, int bit, float scale, float cap, int once, int equal, float *p, float *out) {
+                        const uint16_t *visible, int bit, float scale, float cap, const float *sinks, int once, int equal, float *p, float *out) {
     const int64_t row = cache_row(kind, d);
     Rounded rounded_queries[16 * 256 / TOGETHER];
     float wide[16 * 256] __attribute__((aligned(64)));
@@ -132,7 +132,10 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
             most[c] = max16(most[c], v);
         }
     }
-    for (int c = 0; c < columns; c++) most[c] = set16(largest16(most[c]));
+    for (int c = 0; c < columns; c++) {
+        most[c] = set16(largest16(most[c]));
+        if (sinks) most[c] = max16(most[c], set16(sinks[c]));
+    }
     EACH_BLOCK(s)
     for (int c = 0; c < columns; c++) {
         F v = load16(p + columns * s + 16 * c);
@@ -146,13 +149,14 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
     else if (columns <= 12) WEIGHTED_SUM(12, 2);
     else WEIGHTED_SUM(16, 1);
     for (int c = 0; c < columns; c++) {
+        if (sinks) sum[c] = add16(sum[c], exp16(sub16(set16(sinks[c]), most[c])));
         F share_ = div16(set16(1.0f), max16(sum[c], set16(1e-30f)));
         for (int at = 0; at < d; at += 16) store16(out + c * d + at, mul16(load16(out + c * d + at), share_));
     }
 }
 
 static void attend(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                   const uint16_t *visible, int bit, float scale, float cap, int once, int equal, float *p, float *out) {
-    if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, cap, once, equal, p, out);
-    else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, cap, once, equal, p, out);
+                   const uint16_t *visible, int bit, float scale, float cap, const float *sinks, int once, int equal, float *p, float *out) {
+    if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, cap, sinks, once, equal, p, out);
+    else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, cap, sinks, once, equal, p, out);
 }

@@ -48,21 +48,26 @@ static int tokens_from(const Pass *p, int b0) {
     return left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS;
 }
 
-INLINE F activated_times(int gelu, F gate, F up) {
-    F g = rounded(gate), a = g;
-    if (gelu) a = mul16(fma16(mul16(mul16(g, g), g), set16(0.044715f), g), set16(1.5957691216f)); /* 2 sqrt(2 / pi) */
+INLINE F activated_times(const Model *m, F gate, F up) {
+    F g = rounded(gate), a = g, u = rounded(up), limit = set16(m->limit);
+    if (m->activation == CLAMPED) {
+        g = sub16(zero16(), max16(sub16(zero16(), g), sub16(zero16(), limit)));
+        u = sub16(zero16(), max16(sub16(zero16(), max16(u, sub16(zero16(), limit))), sub16(zero16(), limit)));
+        a = mul16(g, set16(m->alpha)), u = rounded(add16(u, set16(1.0f)));
+    }
+    if (m->activation == GELU) a = mul16(fma16(mul16(mul16(g, g), g), set16(0.044715f), g), set16(1.5957691216f)); /* 2 sqrt(2 / pi) */
     F e = exp16(sub16(zero16(), max16(a, set16(-80.0f))));
-    return mul16(rounded(div16(g, add16(set16(1.0f), e))), rounded(up));
+    return mul16(rounded(div16(g, add16(set16(1.0f), e))), u);
 }
 
 /* act(gate) up for 16 outputs of a block. With few tokens, several outputs share a vector. Lanes without a token get 0. */
-static void gated(int gelu, const float *gate, const float *up, int tokens, F *act) {
+static void gated(const Model *m, const float *gate, const float *up, int tokens, F *act) {
     if (tokens <= 4)
-        for (int o = 0; o < 16; o += 4) split_four16(activated_times(gelu, four_rows16(gate + 16 * o), four_rows16(up + 16 * o)), act + o);
+        for (int o = 0; o < 16; o += 4) split_four16(activated_times(m, four_rows16(gate + 16 * o), four_rows16(up + 16 * o)), act + o);
     else if (tokens <= 8)
-        for (int o = 0; o < 16; o += 2) split_two16(activated_times(gelu, two_rows16(gate + 16 * o), two_rows16(up + 16 * o)), act + o);
+        for (int o = 0; o < 16; o += 2) split_two16(activated_times(m, two_rows16(gate + 16 * o), two_rows16(up + 16 * o)), act + o);
     else
-        for (int o = 0; o < 16; o++) act[o] = activated_times(gelu, load16(gate + 16 * o), load16(up + 16 * o));
+        for (int o = 0; o < 16; o++) act[o] = activated_times(m, load16(gate + 16 * o), load16(up + 16 * o));
 }
 
 /* Prefetch part `at` of `parts` of the cached keys and values that the thread will attend to. */
@@ -236,7 +241,8 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
     int d = m->head_dim, together;
     const int64_t cached_row = cache_row(c->cache, d);
     uint32_t q[16 * 128] __attribute__((aligned(64)));
-    float out[16 * 256] __attribute__((aligned(64)));
+    float out[16 * 256] __attribute__((aligned(64))), sinks[16];
+    const float *own = m->layers[index].sinks;
     for (int turn = 0; turn < turns_of(p->count, n); turn++) {
         Item item = p->items[item_of(turn, p->count, me, n, &together)];
         const Sequence *sequence = c->sequences + item.sequence;
@@ -250,11 +256,12 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
             int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             const uint32_t *pairs = (const uint32_t *)(p->queries + ((int64_t)row * m->heads + head) * d);
             for (int i = 0; i < d / 2; i++) q[16 * i + col] = pairs[i];
+            if (own) sinks[col] = own[head];
         }
         int64_t cached = ((int64_t)index * m->kv_heads + kv) * sequence->capacity * cached_row;
         const uint16_t *visible = p->visible[c->window[index] * c->count + item.sequence];
         if (visible) visible += (int64_t)block * slots;
-        attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, m->cap, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
+        attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, m->cap, own ? sinks : NULL, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
@@ -286,7 +293,7 @@ static void gate_and_up(Pass *p, int index, const LowRank *low, int me, int n) {
             for (int b = 0; b < blocks; b++) {
                 uint32_t *out = p->inner + ((int64_t)(b0 + b) * inner + 16 * t) * 8;
                 F act[16];
-                gated(p->m->gelu, gate + 256 * b, up + 256 * b, p->rows - 16 * (b0 + b), act);
+                gated(p->m, gate + 256 * b, up + 256 * b, p->rows - 16 * (b0 + b), act);
                 for (int o = 0; o < 16; o += 2) store_u(out + 8 * o, paired(act[o], act[o + 1]));
             }
         }

@@ -109,7 +109,7 @@ static void mix(Pass *p, int index, int me, int n) {
                 for (int b = 0; b < (tokens + 15) / 16; b++) {
                     uint32_t *out = p->inner + ((int64_t)(block + b) * inner + 16 * t) * 8;
                     F act[16];
-                    gated(m->gelu, gate + 256 * b, up + 256 * b, tokens - 16 * b, act);
+                    gated(m, gate + 256 * b, up + 256 * b, tokens - 16 * b, act);
                     for (int o = 0; o < 16; o += 2) store_u(out + 8 * o, paired(act[o], act[o + 1]));
                 }
             }
