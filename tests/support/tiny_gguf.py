@@ -248,7 +248,8 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
                 continue
             whole = kind in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
             rows = part.reshape(-1, part.shape[-1])
-            blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(kind, rows.shape, random, 7e-4)
+            most = 1e-5 if kind == "Q6_K" else 5e-4  # weights are then as large as those of a trained model
+            blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(kind, rows.shape, random, most)
             writer.add_tensor(stored, blocks.reshape(*part.shape[:-1], -1), raw_dtype=packed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
