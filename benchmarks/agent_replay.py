@@ -112,6 +112,11 @@ class Pass:
     def total(self) -> float:
         return sum(self.seconds)
 
+    def told(self) -> Pass:
+        first = " ".join(f"{seconds:.2f}" for seconds in self.first)
+        print(f"{self.name}: {self.total:.1f} s; first tokens after {first} s", file=sys.stderr, flush=True)
+        return self
+
 
 def prompts(trace: dict[str, Any], turns: int) -> Iterator[tuple[list[dict[str, str]], int]]:
     """The messages of each turn, and how many tokens are wanted."""
@@ -134,7 +139,7 @@ async def ours(client: Client, name: str, trace: dict[str, Any], turns: int) -> 
         done.first.append(answer.first)
         done.cached.append(answer.usage["prompt_tokens_details"]["cached_tokens"])
         done.texts.append(answer.text)
-    return done
+    return done.told()
 
 
 def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads: int) -> list[Pass]:
@@ -148,6 +153,7 @@ def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads
             found = peer.ask("generate", ids=ids, count=tokens, eos=[])
             done.first.append(found["arrivals"][0])
             done.seconds.append(found["seconds"])
+        done.told()
     peer.close()
     return passes
 
@@ -186,7 +192,9 @@ def replay(args: argparse.Namespace) -> int:
 
     for drafter in args.drafters:
         with tempfile.TemporaryDirectory() as folder:
-            for names in (("cold", "warm"), ("restart",)):
+            for names in (["cold", "warm"], ["restart"]):
+                if not (names := [name for name in names if name in args.passes]):
+                    continue
                 with server(args.model, drafter, folder) as client:
                     if not asked:
                         asyncio.run(ids(client))
@@ -213,6 +221,7 @@ def main() -> int:
     parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct", help="for llama.cpp, a GGUF file")
     parser.add_argument("--drafters", type=lambda text: text.split(","), default=["none", "ngram+m2r2"])
     parser.add_argument("--llama-cpp", type=lambda text: text.split(","), default=[], metavar="plain,ngram-cache,..")
+    parser.add_argument("--passes", type=lambda text: text.split(","), default=["cold", "warm", "restart"])
     parser.add_argument("--turns", type=int, help="only the first of the trace")
     parser.add_argument("--max-tokens", type=int, default=ANSWER, help="of a recorded answer")
     args = parser.parse_args()
