@@ -20,12 +20,13 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2_network import M2R2, current_name
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.models import drafter_folder
+from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import evaluate
 from specdec.train.m2r2_settings import M2R2Settings, path_states
 from specdec.train.method import RunContext, TrainingMethod, agreement_name
-from specdec.train.search import choose_segment
+from specdec.train.search import choose_neurons, choose_segment
 from specdec.train.states import StateSelection
 from specdec.train.student import Teacher, draft_steps, fit_projections, shift_right
 
@@ -47,12 +48,18 @@ class M2R2Method(TrainingMethod[M2R2]):
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
         elif not self.chooses:
             self.path = path_of(settings, target)
+        self.neurons: dict[int, Tensor] = {}
 
     def prepare(self, context: RunContext) -> None:
         if self.chooses:
             segment = choose_segment(self.settings, self.target, context)
             found = {"segments": (segment,), "final_projection": True, "layers_of": None, "begin": 0, "search": False}
             self.path = path_of(self.settings.model_copy(update=found), self.target)
+        if self.settings.init:
+            kept = self.read_parameters(Path(self.settings.init))
+            self.neurons = {layer: kept[f"adapters.{layer}/neurons"] for layer in self.path.narrow_layers}
+        elif self.path.neurons:
+            self.neurons = choose_neurons(self.path, self.target, context)
 
     def read_parameters(self, folder: Path) -> dict[str, Tensor]:
         return {current_name(name): tensor for name, tensor in super().read_parameters(folder).items()}
@@ -64,7 +71,10 @@ class M2R2Method(TrainingMethod[M2R2]):
 
     def build(self, vocab: Tensor | None) -> M2R2:
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
-        return M2R2(self.path, self.target, vocab)
+        network = M2R2(self.path, self.target, vocab)
+        for layer, kept in self.neurons.items():
+            network.adapters.get_buffer(f"{layer}/neurons").copy_(kept)
+        return network
 
     def parameter_scale(self, name: str, parameter: Tensor) -> float:
         """For a projection its RMS; for adapters the scale at which up @ down is as large as the adapted weight."""
@@ -76,7 +86,10 @@ class M2R2Method(TrainingMethod[M2R2]):
         if kind == "down":
             return super().parameter_scale(name, parameter)
         path = path.replace("/", ".")
-        weight, inputs = self.target.weight(int(layer), path), self.target.linears(int(layer))[path][0]
+        shapes, mlp = self.target.linears(int(layer)), gated_mlp(self.target.block(int(layer)))
+        if int(layer) in self.path.narrow_layers and mlp is not None:
+            shapes |= mlp.shapes(self.path.neurons)
+        weight, inputs = self.target.weight(int(layer), path), shapes[path][0]
         return float(weight.float().square().mean().sqrt()) * (inputs / self.path.rank) ** 0.5
 
     def fit(self, network: M2R2, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
@@ -131,7 +144,7 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
     stops = dict(zip((hi for _, hi in settings.segments), (hi for _, hi in segments), strict=True))
     exits = tuple(stops.get(layer) or round(layer * scale) for layer in settings.exits)
-    path = M2R2Path(exit_layer, segments, settings.final_projection, settings.rank, {}, exits)
+    path = M2R2Path(exit_layer, segments, settings.final_projection, settings.rank, {}, exits, settings.neurons)
     path.check(target.num_layers)
     for lo, hi in segments or ((0, exit_layer),):
         for layer in range(lo, hi):

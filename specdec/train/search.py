@@ -22,11 +22,12 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base import files
 from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2Drafter
-from specdec.drafters.m2r2_network import M2R2
+from specdec.drafters.m2r2_network import M2R2, narrow_mlp
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.engine.depth.costs import Costs
 from specdec.engine.depth.measure import measure
 from specdec.models import drafter_folder
+from specdec.runtimes.narrow import strengths
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch, by_length
 from specdec.train.data import TrainingAnswer
@@ -37,8 +38,9 @@ from specdec.train.output import STATES, writing
 from specdec.train.states import AnswerStates, StateSelection, compute_states
 from specdec.train.student import Ridge, Teacher, draft_steps, exact_carry, fit_projection
 
-FILE = "search.json"
+FILE, NEURONS = "search.json", "neurons.json"
 EVAL_TOKENS = 4_000  # held-out answer positions
+NEURON_TOKENS = 4_000  # answer positions that neurons are chosen on
 LONGEST = 9  # layers of the longest segment
 STEPS = 4  # drafts per step
 SHOWN = 24  # rows of the printed table
@@ -99,6 +101,30 @@ def choose_segment(settings: M2R2Settings, target: Target, context: RunContext) 
         files.write_atomically(file, json.dumps(table, indent=1).encode())
     shutil.rmtree(folder)  # large, and not needed any more
     return rows[0].segment
+
+
+@torch.no_grad()
+def choose_neurons(path: M2R2Path, target: Target, context: RunContext) -> dict[int, Tensor]:
+    """By narrow layer, the neurons that add most to the residual in answers, rising; kept in ``neurons.json``.
+
+    Raises SpecDecError for MLPs that have not so many, and for a full disk.
+    """
+    file, folder, layers = context.output / NEURONS, context.output / STATES / "neurons", path.narrow_layers
+    if not file.exists():
+        for layer in layers:
+            narrow_mlp(target, layer, path.neurons)
+        some, wanted = _first(context.train, NEURON_TOKENS), StateSelection((), tuple(layers))
+        records = compute_states(folder, target, some, wanted, context.progress, "neurons")
+        found, kind = dict[str, list[int]](), str(target.model.config.get_text_config().model_type)
+        for layer in layers:
+            h = torch.cat([record.hidden[layer] for record in records]).to(target.device, target.dtype)  # (n, D)
+            strongest = strengths(target.block(layer), kind, h).topk(path.neurons).indices
+            found[str(layer)] = strongest.sort().values.tolist()
+        with writing(NEURONS, context.output):
+            files.write_atomically(file, json.dumps(found).encode())
+        shutil.rmtree(folder)
+    stored = drafter_folder.read_json(file)
+    return {layer: torch.tensor(stored[str(layer)], dtype=torch.int32) for layer in layers}
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ import torch
 from tiny import tiny_model
 from training import evaluations, recipe, searched
 
-from specdec import SpecDecoder
-from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec import SpecDecError, SpecDecoder
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
 from specdec.engine.depth.costs import Costs
-from specdec.models import drafter_folder
+from specdec.models import drafter_folder, loading
 from specdec.runtimes.target import Target
 from specdec.train import data, search, states
 from specdec.train.batches import assemble, windows
@@ -98,3 +98,23 @@ def test_the_search_measures_segments_of_every_length(monkeypatch: pytest.Monkey
     monkeypatch.setattr(search, "measure", measured)
     costs = search.draft_costs(SpecDecoder(tiny_model("llama", num_hidden_layers=8), None, drafter="none"), None)
     assert [c.drafts[-1][1] for c in costs] == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_part_of_the_neurons_is_chosen_once_trained_and_begun_from(answers: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "out", tmp_path / "more"
+    settings = recipe(answers, out, neurons=32, steps=4)
+    train(settings)
+    kept = {int(layer): torch.tensor(some) for layer, some in json.loads((out / "neurons.json").read_text()).items()}
+    assert kept.keys() == {2, 3} and not (out / "states" / "neurons").exists()
+    train(settings.model_copy(update={"steps": 6}), resume=True)
+    train(recipe(answers, more, init=str(out), segments=[], final_projection=False, steps=2))
+    target = training_target(loading.load("tiny")[0])
+    for folder in (out, more):
+        network = load_network(target, folder)
+        assert network.path.neurons == 32
+        for layer, some in kept.items():
+            assert torch.equal(network.adapters.kept(layer), some)  # type: ignore[arg-type]
+            assert not torch.equal(some, torch.arange(32))
+        assert any(bool(up.any()) for _, up in network.adapters.factors(2).values())
+    with pytest.raises(SpecDecError, match="runs 640 neurons of layer 2's MLP"):
+        train(recipe(answers, tmp_path / "wrong", neurons=640))
