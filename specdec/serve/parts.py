@@ -221,11 +221,30 @@ class AnswerParser:
         """Read text with the calls in it."""
         source = self.source
         marks = (*self.form.marks, *([] if self.forced else [FENCE])) if self.tools else ()
+        if FENCE in marks:
+            yield from self._bare()
         while mark := (yield from source.pass_on(TEXT, *marks)):
             if mark == FENCE:
                 yield from self._fence(source.space + FENCE)
             else:
                 yield from self.form.calls(self, mark)
+
+    def _bare(self) -> Parts[None]:
+        """Read an answer that is calls alone without marks: as they are, in backticks, or in doubled braces."""
+        source = self.source
+        while not source.last and self._may_be_bare(source.text.lstrip()):
+            yield None
+        text = source.text.strip().strip("`").strip()
+        if text.startswith("{{") and text.endswith("}}"):
+            text = text[1:-1]
+        if not source.text.lstrip().startswith(FENCE) and (calls := self._fenced_calls(text)):
+            source.text = ""
+            for name, arguments in calls:
+                yield Part("call", json.dumps(arguments, ensure_ascii=False), name, new_id())
+
+    def _may_be_bare(self, text: str) -> bool:
+        bare = not text.startswith(FENCE) and self._may_be_calls("", text.lstrip("`"))
+        return bare and len(text) <= LONGEST_FENCE
 
     def _fence(self, begun: str) -> Parts[None]:
         """Read what follows a fence: calls if it is JSON objects that name tools and fit their schemas, else text."""

@@ -138,6 +138,12 @@ FENCED: list[tuple[str, Blocks]] = [
     ('a \n```python\nprint("""x""")\n```\n\n```json\n[1]\n``` b', []),
     ('```json\n{"name": 7}\n```', []),
     ("```json\n{\n```", []),
+    ('{"name": "now", "arguments": {}}', [("call", "now", "{}")]),
+    ('{{"name": "sum", "arguments": {"a": 1, "b": 4}}}\n', [("call", "sum", '{"a": 1, "b": 4}')]),
+    ('`{"name": "now", "arguments": {}}`', [("call", "now", "{}")]),
+    ('{"name": "now", "arguments": {}} is what I call', []),
+    ('{"name": "sum", "arguments": {"a": 9}}', []),
+    ("`x` is {", []),
     ("```", []),
 ]  # fmt: skip
 
