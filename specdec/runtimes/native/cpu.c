@@ -13,6 +13,12 @@ int specdec_amx_agrees_avx512(void);
 /* Bytes of `rows` rows of `tiles` tiles of `kind`. */
 EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { return rows * tiles_bytes(kind, tiles); }
 
+/* The sizes of the structures that Python writes (library.py), in its order. */
+EXPORT void specdec_sizes(int32_t sizes[7]) {
+    const size_t own[] = {sizeof(Map), sizeof(Table), sizeof(LowRank), sizeof(Layer), sizeof(Model), sizeof(Sequence), sizeof(Call)};
+    for (int i = 0; i < 7; i++) sizes[i] = (int32_t)own[i];
+}
+
 /* Request large pages for memory that every pass reads. */
 EXPORT void specdec_large_pages(void *memory, int64_t bytes) {
     uintptr_t from = ((uintptr_t)memory + 4095) & ~(uintptr_t)4095, to = ((uintptr_t)memory + (uintptr_t)bytes) & ~(uintptr_t)4095;

@@ -149,6 +149,10 @@ def load() -> Any:
         if not found.level:
             name = machine.processor_name()
             raise SpecDecError(f"the native runtime needs an x86 CPU with AVX2, FMA and F16C; this one is {name}")
+        written = Map, Table, LowRank, Layer, Model, SequenceArgs, Call
+        found.specdec_sizes(sizes := (INT * len(written))())
+        if sizes[:] != [ctypes.sizeof(each) for each in written]:
+            raise AttributeError  # as if it had no such kernels
         found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
         found.specdec_tiles_bytes.argtypes, found.specdec_tiles_bytes.restype = (INT, LONG, LONG), LONG
         for name, (result, *arguments) in KERNELS.items():

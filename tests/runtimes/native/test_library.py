@@ -27,6 +27,21 @@ def missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
+@pytest.mark.skipif(not library.runs(), reason="the kernels do not run here")
+def test_a_library_of_other_structures_is_refused(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "LIBRARY", Path(library.__file__).with_name("_native.so"))
+
+    class Longer(library.Layer):
+        _fields_ = (("more", library.INT),)
+
+    monkeypatch.setattr(library, "Layer", Longer)
+    with pytest.raises(SpecDecError, match="built from older sources"):
+        library.load()
+    monkeypatch.undo()
+    library.load.cache_clear()
+    assert library.load().level
+
+
 @pytest.mark.parametrize("able", [True, False])
 def test_missing_kernels_give_one_notice_where_they_could_run(
     missing: None, able: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
