@@ -267,7 +267,7 @@ def test_a_base_too_large_for_memory_is_refused_before_its_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_tiny(tmp_path / "model")
-    (folder / "model.safetensors").write_bytes(b"never read")
+    (folder / "model.safetensors").write_bytes(b"never read" * 10_000)
     weights = sum(p.numel() for p in tiny_model(vocab_size=99).parameters()) * 4
     monkeypatch.setattr(machine, "available_memory", lambda: weights - 1)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')

@@ -276,12 +276,12 @@ def build(
             values = (values.float() - 1 if family.around_zero and path.endswith("norm") else values).to(dtype)
         else:
             packed = Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1], rows)
-            if keep_blocks and info.kind in blocks.KINDS:
+            if keep_blocks and info.kind in blocks.KINDS and isinstance(module, nn.Linear | nn.Embedding):  # no router
                 model.set_submodule(path, _in_blocks(module, packed, dtype))
                 continue
             values = blocks.dequantize(packed, None, dtype)
             memory.release(part)
-            unpacked.add(info.kind)
+            unpacked |= {info.kind} - {*blocks.KINDS}
         setattr(module, leaf, nn.Parameter(values, requires_grad=False))
     for path, module in [*model.named_modules()]:
         if hasattr(module, "gate_up_proj") and names.get(f"{path}.gate_up_proj", ()):
