@@ -31,7 +31,7 @@ from specdec.speculation.ngram import built
 from . import learned
 from .corpus import corpus
 from .learned import Progress, Store
-from .m2r2_network import M2R2, NEURONS, Carry
+from .m2r2_network import M2R2, NEURONS, Carry, are_neurons, narrow_mlp
 from .m2r2_path import M2R2Path
 from .ridge import Sums
 
@@ -159,8 +159,9 @@ class Learner:
                 shapes |= {} if self.vocabulary is None else {"vocabulary": (len(self.vocabulary),)}
                 shapes["basis"] = shapes["fit.0"]
                 kept = dict(self.store.tensors(("fit.", "basis", "counts", "neurons", "vocabulary"), shapes))
-                fits = self._are_tokens(kept.get("vocabulary")) and self._are_neurons(kept.get("neurons"))
-                if kept.keys() != shapes.keys() or not fits:
+                layers = zip(self.path.narrow_layers, kept.get("neurons", ()), strict=False)
+                good = all(are_neurons(row, narrow_mlp(self.target, layer, len(row))) for layer, row in layers)
+                if kept.keys() != shapes.keys() or not (good and self._are_tokens(kept.get("vocabulary"))):
                     raise SpecDecError(f"'{self.store.path}' is not complete")
                 basis = kept["basis"].float()
                 found, self.counts = [kept["fit.0"].float(), kept["fit.1"].float()], kept["counts"].long()
@@ -180,12 +181,6 @@ class Learner:
     def _are_tokens(self, vocabulary: Tensor | None) -> bool:
         size = self.target.vocab_size
         return vocabulary is None or not bool(((vocabulary < 0) | (vocabulary >= size)).any())
-
-    def _are_neurons(self, found: Tensor | None) -> bool:
-        sizes = [mlp.size for layer in self.path.narrow_layers if (mlp := gated_mlp(self.target.block(layer)))]
-        if found is None or bool((found.diff(dim=1) <= 0).any() | (found < 0).any()):
-            return False
-        return all(int(row[-1]) < size for row, size in zip(found, sizes, strict=True))
 
     # -- what is called between steps ---------------------------------------------------------------------------------
 
@@ -215,7 +210,8 @@ class Learner:
         if not self.sums:
             return self._open() if self.queue else None
         due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= max(EVERY, progress.tokens // SHARE)
-        if progress.tokens >= max(FIRST, 3 * progress.based // 2):
+        chosen = progress.based or progress.fits or not self.path.narrow_layers  # neurons; else a text tells which
+        if progress.tokens >= max(FIRST, 3 * progress.based // 2) and (chosen or self.inputs):
             return self._rebase()
         if due and self.sums[1].rows >= FIRST / 2 and (self.held or self.queue):  # texts to compare fits on
             return self._fit()

@@ -186,6 +186,11 @@ def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
     return mlp
 
 
+def are_neurons(kept: Tensor, mlp: GatedMLP) -> bool:
+    """Whether ``kept`` [I'] are rising numbers of neurons of ``mlp``."""
+    return bool((kept.diff() > 0).all()) and int(kept[0]) >= 0 and int(kept[-1]) < mlp.size
+
+
 def router_taps(lo: int, hi: int) -> dict[int, Tensor]:
     """Taps for the inputs of layers [lo, hi) and their result, which a router reads."""
     return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
@@ -201,9 +206,9 @@ def load_network(target: Target, folder: Path) -> M2R2:
         folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), current_name
     )
     for layer in path.narrow_layers:
-        kept, size = network.adapters.kept(layer), narrow_mlp(target, layer, path.neurons).size
-        if kept is None or kept[0] < 0 or kept[-1] >= size or bool((kept.diff() <= 0).any()):
-            raise SpecDecError(f"the neurons of layer {layer} in '{folder}' are not rising numbers below {size}")
+        kept, mlp = network.adapters.kept(layer), narrow_mlp(target, layer, path.neurons)
+        if kept is None or not are_neurons(kept, mlp):
+            raise SpecDecError(f"the neurons of layer {layer} in '{folder}' are not rising numbers below {mlp.size}")
     return network
 
 

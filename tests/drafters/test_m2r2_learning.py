@@ -421,6 +421,26 @@ def test_the_chosen_neurons_are_kept_and_refused_if_there_are_none_such(target: 
         assert not Learner(target).progress.fits
 
 
+def test_a_process_that_begins_where_a_fit_is_due_chooses_neurons_first(target: Target) -> None:
+    learner, some = Learner(target), texts(target, 12)
+    for text in some:
+        learner.add(text.ids, text.start)
+        while learner.queue or learner._work:
+            learner.work()
+        if learner.progress.tokens >= m2r2_learning.FIRST:
+            break
+    learner.save()
+    learner.store.release()
+    again = Learner(target)
+    assert again.progress.tokens >= m2r2_learning.FIRST and not again.progress.based
+    for text in some[-2:]:
+        again.add(text.ids, text.start)
+    while again.work():
+        pass
+    every = torch.arange(again.path.neurons, dtype=torch.int32)
+    assert again.progress.based and not any(torch.equal(row, every) for row in again.neurons)
+
+
 def test_the_first_projection_is_fitted_again_and_texts_are_run_again_for_the_second(target: Target) -> None:
     learner, based = Learner(target), list[int]()
     for text in texts(target, 24):
