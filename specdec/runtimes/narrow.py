@@ -56,6 +56,12 @@ def gated_mlp(block: nn.Module) -> GatedMLP | None:
     return GatedMLP(dict(zip(paths, ins, strict=True)), "mlp.down_proj", down, int(down.in_features))
 
 
+def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """``GatedMLP.weights`` of a decoder layer; None: none, all neurons run."""
+    mlp = gated_mlp(block)
+    return {} if kept is None or mlp is None else mlp.weights(kept)
+
+
 def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
     """How much each neuron adds to the residual: sum over rows of h of |down[:, i] a_i|^2, [I], float32.
 

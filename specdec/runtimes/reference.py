@@ -26,7 +26,7 @@ from specdec.kvcache.recurrent import Adapted, Advance, States
 from specdec.models import checkpoint
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
-from specdec.runtimes.narrow import gated_mlp
+from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.target import GivenLinear, Part, Pass, Target
 
 FEW = 16  # so many tokens take less time one by one than a scan of a whole chunk
@@ -345,23 +345,21 @@ class ReferenceTarget(Target):
         with ExitStack() as hooks:
             for layer in range(lo, hi) if adapters is not None else ():
                 assert adapters is not None
-                if (kept := adapters.kept(layer)) is not None:
-                    for path, module in self._narrowed(adapters, layer, kept).items():
-                        owner, _, name = path.rpartition(".")
-                        hooks.enter_context(_replaced(self.blocks[layer].get_submodule(owner), name, module))
+                for path, module in self._narrowed(adapters, layer).items():
+                    owner, _, name = path.rpartition(".")
+                    hooks.enter_context(_replaced(self.blocks[layer].get_submodule(owner), name, module))
                 for path, (down, up) in adapters.factors(layer).items():
                     hook = _adapter_hook(self, down, up, adapted, batch)
                     handle = self.blocks[layer].get_submodule(path).register_forward_hook(hook)
                     hooks.callback(handle.remove)
             yield
 
-    def _narrowed(self, adapters: Adapters, layer: int, kept: Tensor) -> dict[str, nn.Module]:
-        """The maps of a layer's MLP with the neurons ``kept``, by path. Made once."""
+    def _narrowed(self, adapters: Adapters, layer: int) -> dict[str, nn.Module]:
+        """The maps of a layer's MLP with the neurons that ``adapters`` keep, by path. Made once."""
         made = self._narrow.setdefault(adapters, {})
         if layer not in made:
-            mlp = gated_mlp(self.blocks[layer])
-            assert mlp is not None
-            made[layer] = {path: GivenLinear(*each) for path, each in mlp.weights(kept).items()}
+            maps = narrow_maps(self.blocks[layer], adapters.kept(layer))
+            made[layer] = {path: GivenLinear(*each) for path, each in maps.items()}
         return made[layer]
 
     def with_mask(

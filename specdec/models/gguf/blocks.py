@@ -86,18 +86,11 @@ def dequantize(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tens
     return out
 
 
-class _BlockModule(nn.Module):
-    """A module whose weight is in blocks and has the values of ``dtype``. ``to`` changes the dtype, not the blocks."""
+class _OfBlocks(nn.Module):
+    """A module of weights in blocks with the values of ``dtype``. ``to`` changes the dtype, not the blocks."""
 
-    blocks: Blocks
     dtype: torch.dtype
     unpack: Dequantize
-
-    @property
-    def weight(self) -> Tensor:
-        values = self.unpack(self.blocks, None, self.dtype)
-        memory.release(self.blocks.data)  # the system reads the pages again from the file
-        return values
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         like = fn(torch.empty(0, dtype=self.dtype))
@@ -105,6 +98,18 @@ class _BlockModule(nn.Module):
             raise SpecDecError("weights in GGUF blocks stay on the CPU; load the model on the device where it runs")
         self.dtype = like.dtype
         return super()._apply(fn, recurse)
+
+
+class _BlockModule(_OfBlocks):
+    """A module with one weight."""
+
+    blocks: Blocks
+
+    @property
+    def weight(self) -> Tensor:
+        values = self.unpack(self.blocks, None, self.dtype)
+        memory.release(self.blocks.data)  # the system reads the pages again from the file
+        return values
 
 
 class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
@@ -154,7 +159,7 @@ class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, m
         return self.scaled(self.unpack(self.blocks, ids.flatten(), self.dtype).view(*ids.shape, -1))
 
 
-class BlockExperts(nn.Module):
+class BlockExperts(_OfBlocks):
     """The experts of a layer in blocks, in the place of a model's ``own`` module. Have no gradients.
 
     gate_up: of each expert, its gate's rows and then its up's, in one matrix or two. down: of each.
@@ -165,13 +170,6 @@ class BlockExperts(nn.Module):
         self.own = [own]  # in a list: no part of this module
         self.act_fn: Any = own.act_fn
         self.gate_up, self.down, self.dtype, self.unpack = gate_up, down, dtype, dequantize
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        like = fn(torch.empty(0, dtype=self.dtype))
-        if like.device.type != "cpu":
-            raise SpecDecError("weights in GGUF blocks stay on the CPU; load the model on the device where it runs")
-        self.dtype = like.dtype
-        return super()._apply(fn, recurse)
 
     def expert(self, number: int) -> tuple[Tensor, Tensor]:
         """gate_up [2 F, D] and down [D, F] of an expert."""

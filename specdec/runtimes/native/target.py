@@ -37,7 +37,7 @@ from specdec.models.gguf.blocks import (
 from specdec.runtimes import llama_like
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
-from specdec.runtimes.narrow import gated_mlp
+from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
@@ -395,17 +395,10 @@ class NativeTarget(ByParts):
         [model.inner] = {adapters.neurons.get(layer, self.inner) for layer in range(lo, hi)}  # one of all layers
         return model, layers, alive
 
-    @staticmethod
-    def _narrow(block: nn.Module, kept: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-        mlp = gated_mlp(block)
-        assert mlp is not None
-        return mlp.weights(kept)
-
     def _merge(self, layer: int, adapters: Adapters) -> tuple[Layer, list[Packed]]:
         struct = Layer.from_buffer_copy(self._layers[layer])
-        factors, kept, alive = adapters.factors(layer), adapters.kept(layer), list[Packed]()
-        block = self.block(layer)
-        narrow = {} if kept is None else self._narrow(block, kept)
+        factors, block, alive = adapters.factors(layer), self.block(layer), list[Packed]()
+        narrow = narrow_maps(block, adapters.kept(layer))
         for slot, pairs in llama_like.modules(block).items():
             low = [path for path, _ in pairs if path in factors]
             if not (low or pairs[0][0] in narrow) and all(isinstance(module, BlockLinear) for _, module in pairs):
