@@ -59,7 +59,7 @@ class Family:
     recurrent: some layers have no attention. halved: transformers' tables have each cosine and sine once, not twice.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
-    keys: of the files' metadata, the config field of each, beside ``KEYS``.
+    keys: the config field of each metadata key of these files, beside ``KEYS``.
     """
 
     norms: tuple[str, str, str, str] = BEFORE
@@ -138,7 +138,7 @@ FAMILIES = {
 class Numbers(NamedTuple):
     """Factors of embeddings, of what is added to the residual and of logits; caps (tanh) of scores and logits, or 0.
 
-    limit, alpha: of the activation "clamped".
+    limit, alpha: parameters of the activation "clamped".
     """
 
     embeddings: float = 1.0

@@ -27,7 +27,7 @@ class Key(BaseModel):
     priority: requests of a higher one are started first.
     max_rows: requests that are decoded at once. max_requests: these and those that wait.
     learn: whether a drafter that teaches itself may learn from its texts.
-    tokens_per_minute: of prompts and answers; a request may exceed what is left, and then others wait.
+    tokens_per_minute: tokens of prompts and answers; a request that exceeds what is left delays the next ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)

@@ -8,12 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from calls import CALLS, THINKING, TOOLS, answering, written
-from servers import NAME, USER, Server, serving
-from tiny import tiny_model
-from tiny_tokenizers import letters
+from calls import CALLS, THINKING, TOOLS, answering, thinking, written
+from servers import NAME, USER, Server
 
-from specdec import SpecDecoder
 from specdec.serve.tools import HERMES
 
 anthropic = pytest.importorskip("anthropic", reason="anthropic is not installed")
@@ -26,11 +23,7 @@ GIVEN: Any = [{"name": f["name"], "description": f["description"], "input_schema
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    tokenizer = letters()
-    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "\n"])
-    tokenizer.chat_template = THINKING
-    model = tiny_model(vocab_size=100, max_position_embeddings=1024)
-    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference"), api_key="secret") as running:
+    with thinking() as running:
         yield running
 
 

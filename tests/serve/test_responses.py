@@ -10,12 +10,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from calls import CALLS, SCHEMAS, THINKING, TOOLS, answering, written
-from servers import NAME, Server, serving
-from tiny import tiny_model
-from tiny_tokenizers import letters
+from calls import CALLS, SCHEMAS, THINKING, TOOLS, answering, thinking, written
+from servers import NAME, Server
 
-from specdec import SpecDecoder
 from specdec.serve import responses
 from specdec.serve.responses import Store
 from specdec.serve.tools import HERMES
@@ -29,11 +26,7 @@ KEY = {"Authorization": "Bearer secret"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    tokenizer = letters()
-    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "\n"])
-    tokenizer.chat_template = THINKING
-    model = tiny_model(vocab_size=100, max_position_embeddings=1024)
-    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference"), api_key="secret") as running:
+    with thinking() as running:
         yield running
 
 

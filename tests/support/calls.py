@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from servers import Replay, Server, byte_tokenizer, serving, stand_in
+from tiny import tiny_model
+from tiny_tokenizers import letters
 
+from specdec import SpecDecoder
 from specdec.engine.request import Event
 from specdec.serve.parts import AnswerParser, Format, merged
 from specdec.serve.tools import CallFormat
@@ -71,4 +74,15 @@ def answering(*texts: str, template: str = TEMPLATE, end: str = "eos", **setting
         return [*(Event(step, depths=[0] * len(step)) for step in steps), Event([], end)]
 
     with serving(stand_in(tokenizer), Replay(script), **settings) as running:
+        yield running
+
+
+@contextmanager
+def thinking() -> Iterator[Server]:
+    """A server of a tiny model with marks for calls and thinking, and the key "secret"."""
+    tokenizer = letters()
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "\n"])
+    tokenizer.chat_template = THINKING
+    model = tiny_model(vocab_size=100, max_position_embeddings=1024)
+    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference"), api_key="secret") as running:
         yield running

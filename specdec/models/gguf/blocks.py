@@ -162,7 +162,8 @@ class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, m
 class BlockExperts(_OfBlocks):
     """The experts of a layer in blocks, in the place of a model's ``own`` module. Have no gradients.
 
-    gate_up: of each expert, its gate's rows and then its up's, in one matrix or two. down: of each.
+    gate_up: the rows of each expert's gate, then those of its up, in one matrix or two.
+    down: each expert's last matrix.
     """
 
     def __init__(self, own: nn.Module, gate_up: list[list[Blocks]], down: list[Blocks], dtype: torch.dtype) -> None:
@@ -197,7 +198,7 @@ class BlockExperts(_OfBlocks):
 
 @dataclass(frozen=True)
 class ExpertBlocks(Blocks):
-    """The matrices of all experts, each a few in blocks, one below the other. data, kind, inputs: of the first."""
+    """The matrices of all experts, one below the other. data, kind, inputs: those of the first matrix."""
 
     matrices: tuple[Blocks, ...] = ()
     experts: int = 1
