@@ -1,8 +1,10 @@
 """Builds the native kernels and the n-gram drafter; everything else is in pyproject.toml.
 
-They are shared libraries for ctypes, not Python modules, so one wheel serves every Python 3.
+They are shared libraries for ctypes, not Python modules, so one wheel serves every Python 3. Without them the wheel
+serves every system: on Windows, whose compilers do not know them, and where SPECDEC_PURE is set.
 """
 
+import os
 from glob import glob
 
 from setuptools import Extension, setup
@@ -20,9 +22,11 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+compiled = os.name != "nt" and "SPECDEC_PURE" not in os.environ
 setup(
     cmdclass={"build_ext": SharedLibrary, "bdist_wheel": PlatformWheel},
-    ext_modules=[
+    ext_modules=compiled
+    * [
         Extension(
             "specdec.runtimes.native._native",
             sources=sorted(glob("specdec/runtimes/native/*.c")),

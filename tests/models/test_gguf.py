@@ -285,19 +285,20 @@ def test_tensors_without_a_place_are_refused(cache, tmp_path):
         loading.load(path)
 
 
-@pytest.mark.parametrize("part", [*range(3), *(pytest.param(part, marks=pytest.mark.slow) for part in range(3, 10))])
+@pytest.mark.parametrize("part", range(4))
 def test_mutated_headers_never_crash(tmp_path, part):
-    """A thousand damaged headers: one line or a header, and no memory beyond what the file has."""
+    """A thousand headers, damaged outside the vocabulary: one line or a header, and no memory beyond the file's."""
     write_gguf(tmp_path / "it.gguf")
     whole = (tmp_path / "it.gguf").read_bytes()
     header, path, dice = read_header(tmp_path / "it.gguf"), tmp_path / "bad.gguf", random.Random(part)
     end = min(info.offset for info in header.tensors.values())
+    places = [*range(4, whole.index(b"<|endoftext|>") + 64), *range(whole.index(b"tokenizer.ggml.token_type"), end)]
     numbers = [0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, end, 1 << 40]
     tracemalloc.start()
     for _ in range(1000):
         data = bytearray(whole)
         for _ in range(dice.choice((1, 1, 2, 5, 20))):
-            at = dice.randrange(4, end)
+            at = dice.choice(places)
             if dice.random() < 0.5:
                 data[at] = dice.randrange(256)
             else:

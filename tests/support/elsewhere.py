@@ -245,7 +245,7 @@ def place_of(error: BaseException) -> str:
 def decode() -> list[str]:
     """Every drafter, greedy for one row and sampling for ragged ones; greedy outputs are those of the CPU."""
     plain, faults = SpecDecoder(tiny_model("llama"), drafter="none", runtime="fused"), []
-    settings: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "num_speculative_tokens": 3}
+    settings: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, "num_speculative_tokens": 3}
     expected = plain.generate(zoo.PROMPTS[0], **settings).token_ids
     with elsewhere():
         model: Any = move(tiny_model("llama"))
@@ -277,14 +277,14 @@ def train() -> list[str]:
     with tempfile.TemporaryDirectory() as name, elsewhere():
         folder = Path(name)
         prompts = folder / "prompts.txt"
-        prompts.write_text("".join(f"question {n}\n" for n in range(24)))
+        prompts.write_text("".join(f"question {n}\n" for n in range(8)))
         model = str(save_tiny(folder / "model"))
         for method, settings in own.items():
             preset = folder / f"{method}.yaml"
-            small = "draft_vocab: 50\nrows: 4\nwindow: 8\ncompile: false\nmax_new_tokens: 12\neval_fraction: 0.2\n"
+            small = "draft_vocab: 50\nrows: 4\nwindow: 8\ncompile: false\nmax_new_tokens: 8\neval_fraction: 0.25\n"
             preset.write_text(settings + small)
             command = ["train", method, "--model", model, "--prompts", str(prompts), "--output", str(folder / method)]
-            command += ["--preset", str(preset), "--dtype", "float32", "--steps", "3", "--device", "cuda"]
+            command += ["--preset", str(preset), "--dtype", "float32", "--steps", "2", "--device", "cuda"]
             result = CliRunner().invoke(app, command)
             if result.exit_code or not (folder / method / "model.safetensors").exists():
                 faults.append(f"{method}: {result.output[-2000:]}")

@@ -5,8 +5,8 @@ Each attack is a function that is called again and again. At the end it prints, 
 
 from __future__ import annotations
 
+import itertools
 import json
-import random
 import socket
 import subprocess
 import sys
@@ -67,12 +67,12 @@ LONG = {"model": NAME, "prompt": "Name three", "max_tokens": 1000, "logprobs": 2
 
 
 class Target:
-    """The server. held: sockets that an attack keeps open, the last ``CROWD``."""
+    """The server. held: sockets that an attack keeps open, the last ``CROWD``. bodies: without end."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self.address = str(parts.hostname), int(parts.port or 80)
-        self.held = deque[socket.socket](maxlen=CROWD)
+        self.held, self.bodies = deque[socket.socket](maxlen=CROWD), itertools.cycle(BODIES.values())
 
     def connect(self, receive: int | None = None) -> socket.socket:
         """receive: bytes that the system takes for it."""
@@ -106,8 +106,8 @@ def status(parts: Iterable[bytes]) -> str:
 
 
 def bodies(target: Target) -> str:
-    """Large in every way."""
-    return target.status(*random.choice(list(BODIES.values())))
+    """Large in every way, one way after another."""
+    return target.status(*next(target.bodies))
 
 
 def answers(target: Target) -> str:
@@ -133,7 +133,7 @@ def half_bodies(target: Target) -> str:
     raw = target.connect()
     raw.sendall(request(COMPLETION, b" " * LARGEST)[: LARGEST * 3 // 4])
     target.held.append(raw)
-    time.sleep(0.5)
+    time.sleep(0.2)
     if len(target.held) > 12:
         target.held.popleft().close()
     return "sent"
@@ -143,7 +143,7 @@ def slow_readers(target: Target) -> str:
     """Twelve who ask for much, as a stream and whole, and read nothing of it."""
     stream = len(target.held) % 2 == 0
     target.held.append(target.post(COMPLETION, LONG | {"stream": stream, "n": 2}, receive=4096))
-    time.sleep(1)
+    time.sleep(0.4)
     if len(target.held) > 12:
         target.held.popleft().close()
     return "sent"
