@@ -43,7 +43,7 @@ def free_memory(device: torch.device) -> int:
 
 def trim_heap() -> None:
     """Return freed memory from the C library to the system: packing weights leaves much of it."""
-    with suppress(AttributeError, OSError):  # no glibc
+    with suppress(AttributeError, OSError, TypeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 

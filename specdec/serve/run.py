@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import signal
 import socket
 import time
@@ -21,6 +20,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.serve.settings import ServerSettings
 
+REUSE = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # the latter lets two servers share one on Windows
 MAX_HEADERS = 64 * 2**10  # bytes
 SEND_BUFFER = 256 * 2**10  # bytes that the system keeps for one client
 
@@ -32,7 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, REUSE, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # its connections inherit it
         listener.bind(address)
         return listener
@@ -203,7 +203,10 @@ class Connection(H11Protocol):
 
 def _free_descriptors() -> int:
     """File descriptors that this process may still open, without ``SPARE``."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit == resource.RLIM_INFINITY:
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:  # Windows has no limit
         return 1 << 20
-    return max(1, limit - len(os.listdir("/proc/self/fd")) - SPARE)
+    return 1 << 20 if limit == resource.RLIM_INFINITY else max(1, limit - len(os.listdir("/dev/fd")) - SPARE)

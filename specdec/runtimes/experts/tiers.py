@@ -6,6 +6,7 @@ A tier allocates the fast memory (slots) and fills parts of a slot when called, 
 from __future__ import annotations
 
 import errno
+import io
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -53,6 +54,18 @@ def aligned(count: int, stride: int) -> Tensor:
     return buffer[start : start + count * stride].view(count, stride)
 
 
+def _direct(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_DIRECT", 0))
+
+
+def _read(file: io.FileIO, memory: memoryview, at: int) -> int:
+    """Fill the first bytes of ``memory`` with those of the file ``at``; return how many."""
+    if hasattr(os, "preadv"):  # a forked child shares the file's position
+        return os.preadv(file.fileno(), [memory], at)
+    file.seek(at)
+    return file.readinto(memory)
+
+
 class DiskTier(Tier):
     """The packed file, read without the page cache (O_DIRECT) if the file system supports it, into slots in RAM.
 
@@ -63,14 +76,13 @@ class DiskTier(Tier):
         self.path, self.index = folder / BLOCKS, index
         self.checked = [False] * len(index.checksums)
         try:
-            self.file = os.open(self.path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-            self.direct = hasattr(os, "O_DIRECT")
+            self.file, self.direct = io.FileIO(self.path, opener=_direct), hasattr(os, "O_DIRECT")
             if self.direct:
-                os.preadv(self.file, [buffer(aligned(1, ALIGNMENT)[0])], 0)  # some refuse only here
+                _read(self.file, buffer(aligned(1, ALIGNMENT)[0]), 0)  # some refuse only here
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise SpecDecError(f"cannot read '{self.path}': {error.strerror}") from None
-            self.file, self.direct = os.open(self.path, os.O_RDONLY), False
+            self.file, self.direct = io.FileIO(self.path), False
         if not self.direct:
             self.note = "this file system has no O_DIRECT: expert loads, and their timings, may be the page cache's"
 
@@ -80,7 +92,7 @@ class DiskTier(Tier):
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
         memory, base = buffer(slot), block * self.index.stride
         while start < stop:
-            count = os.preadv(self.file, [memory[start:stop]], base + start)
+            count = _read(self.file, memory[start:stop], base + start)
             if count <= 0 or (self.direct and count % ALIGNMENT and (count := count // ALIGNMENT * ALIGNMENT) == 0):
                 raise SpecDecError(
                     f"'{self.path}' ends within {self.index.name(block)}: it was truncated; pack it again"
@@ -92,7 +104,7 @@ class DiskTier(Tier):
         return stop
 
     def close(self) -> None:
-        os.close(self.file)
+        self.file.close()
 
 
 class PinnedTier(Tier):

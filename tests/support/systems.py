@@ -1,0 +1,165 @@
+"""Other systems, as far as Python shows them: ``python tests/support/systems.py windows | macos``.
+
+The modules of specdec see an ``os``, a ``signal``, a ``socket`` and a ``ctypes`` without what the system lacks, none of
+the modules that it lacks, no ``/proc`` and no compiled library; other packages see Linux, which they need here. What is
+run: every module is imported, and commands and a server of a tiny model. What this cannot tell: how the system's own
+paths, terminals, signals, file locks and open files behave.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import importlib
+import io
+import pkgutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+from tiny import save_tiny, save_tiny_moe
+from typer.testing import CliRunner
+
+POSIX = """register_at_fork fork forkpty getloadavg sysconf statvfs pathconf getuid geteuid getgid getpgid setsid killpg
+uname wait3 wait4 openpty mkfifo mknod chown lchown chroot nice sync ttyname readv writev pread preadv pwrite pwritev
+sendfile O_CLOEXEC O_NONBLOCK O_NOFOLLOW O_DIRECTORY O_SYNC WIFEXITED WIFSIGNALED"""
+LINUX = """O_DIRECT O_TMPFILE O_LARGEFILE O_NOATIME O_PATH sched_getaffinity sched_setaffinity sched_setscheduler splice
+getrandom posix_fadvise posix_fallocate memfd_create eventfd copy_file_range fdatasync pidfd_open getxattr setxattr"""
+SIGNALS = """SIGALRM SIGKILL SIGHUP SIGPIPE SIGQUIT SIGUSR1 SIGUSR2 SIGCHLD SIGTSTP SIGCONT alarm pause setitimer
+sigwait siginterrupt pthread_kill pthread_sigmask"""
+LACKING = {  # names by module; a module without names is not there at all
+    "windows": {
+        "os": f"{POSIX} {LINUX}",
+        "signal": SIGNALS,
+        "socket": "AF_UNIX SO_REUSEPORT socketpair send_fds",
+        "mmap": "PROT_READ MAP_PRIVATE MAP_SHARED MADV_DONTNEED",
+        "shutil": "chown",
+    }
+    | dict.fromkeys(("resource", "fcntl", "termios", "tty", "pty", "pwd", "grp", "posix", "syslog", "readline"), ""),
+    "macos": {"os": LINUX, "socket": "SO_PEERCRED", "mmap": "MAP_POPULATE MAP_HUGETLB MADV_HUGEPAGE"},
+}
+NAMES = {"windows": "win32", "macos": "darwin"}
+HIDDEN = ("/proc", "/sys")
+OPTIONAL = ("specdec.serve.ray", "specdec.integrations.lm_eval")  # of packages that take seconds to import
+
+
+class View(ModuleType):
+    """A module without some names, and with others in place of its own."""
+
+    def __init__(self, module: ModuleType, absent: str, **own: Any) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(own, _module=module, _absent=absent.split())
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._absent:
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+        return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+
+def become(system: str) -> None:
+    """Show the modules of specdec another system, for the rest of the process."""
+    import ctypes
+
+    real, opened, lacking = builtins.__import__, io.open, LACKING[system]
+
+    def library(name: str | None, *args: Any, **more: Any) -> Any:
+        if name is None and system == "windows":
+            raise TypeError("bad argument type for built-in operation")
+        found = ctypes.CDLL(name, *args, **more)
+        if name is not None:
+            return found
+        return View(ModuleType("libc"), "")  # no glibc
+
+    views = {name: View(importlib.import_module(name), names) for name, names in lacking.items() if names}
+    views["sys"] = View(sys, "", platform=NAMES[system])
+    views["ctypes"] = View(ctypes, "", CDLL=library)
+
+    def shown(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        importer = str((globals or {}).get("__name__", ""))
+        if level or not importer.startswith("specdec"):
+            return real(name, globals, locals, fromlist, level)
+        if lacking.get(name) == "":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+        found = real(name, globals, locals, fromlist, level)
+        return views.get(found.__name__, found)
+
+    def open_visible(file: Any, *args: Any, **more: Any) -> Any:
+        if str(file).startswith(HIDDEN):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(file))
+        return opened(file, *args, **more)
+
+    assert "specdec" not in sys.modules, "modules that are there already have seen Linux"
+    builtins.__import__ = shown
+    builtins.open = io.open = open_visible
+
+
+def run(*arguments: str) -> str:
+    from specdec import cli
+
+    done = CliRunner().invoke(cli.app, list(arguments))
+    if done.exit_code:
+        raise SystemExit(f"specdec {' '.join(arguments)}: {done.output} {done.exception!r}")
+    return done.output
+
+
+def serve(model: Path) -> None:
+    """A server in this thread; a client in another one ends it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    found = list[httpx.Response]()
+
+    def ask() -> None:
+        transport = httpx.HTTPTransport(retries=8)  # until it listens
+        with httpx.Client(transport=transport, base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            found.append(client.post("/v1/completions", json={"model": "model", "prompt": "hello", "max_tokens": 4}))
+        signal.raise_signal(signal.SIGTERM)
+
+    client = threading.Thread(target=ask, daemon=True)
+    client.start()
+    run("serve", "--model", str(model), "--port", str(port))
+    client.join()
+    assert found[0].status_code == 200, found[0].text
+
+
+def main(system: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, mixture, prompts = save_tiny(folder / "model"), save_tiny_moe(folder / "moe"), folder / "prompts.txt"
+        prompts.write_text("".join(f"question {n}\n" for n in range(8)))
+        become(system)
+        import specdec
+        from specdec.runtimes.native import library
+        from specdec.speculation import ngram
+
+        library.LIBRARY = ngram.LIBRARY = folder / "none.so"
+        for found in pkgutil.walk_packages(specdec.__path__, "specdec."):
+            if found.name not in OPTIONAL and "._" not in found.name:  # no libraries, and no __main__
+                importlib.import_module(found.name)
+        short = ("--model", str(model), "--max-new-tokens", "8")
+        for command in ("doctor", "models", "drafters"):
+            assert run(command)
+        assert "fused" in run("generate", "hello", *short, "--dtype", "bfloat16", "--json")
+        run("bench", *short, "--drafters", "prompt-lookup", "--prompts", str(prompts), "--limit", "1")
+        options = ["rank=2", "rows=4", "window=8", "draft_vocab=50", "max_new_tokens=8", "eval_fraction=0.25"]
+        options = [word for option in (*options, "segments=[[2,4]]") for word in ("--set", option)]
+        given = ["--model", str(model), "--prompts", str(prompts), "--output", str(folder / "drafter"), "--steps", "2"]
+        run("train", "m2r2", *given, *options)
+        run("generate", "hello", *short, "--drafter", str(folder / "drafter"))
+        serve(model)
+        run("pack-experts", str(mixture), str(folder / "packed"))
+        kept = ["--expert-cache", "0.5", "--expert-option", f"folder={folder / 'packed'}"]
+        run("generate", "hello", "--model", str(mixture), "--max-new-tokens", "4", *kept)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    print("done")
