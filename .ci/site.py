@@ -44,8 +44,8 @@ def command_line(root: Any) -> str:
 
 
 def commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """All commands without subcommands, by their paths such as "specdec train m2r2"."""
-    if not hasattr(command, "commands"):
+    """All commands that run by themselves, by their paths such as "specdec train m2r2"."""
+    if path != "specdec" and getattr(command, "invoke_without_command", True):
         yield path, command
     for name, inner in getattr(command, "commands", {}).items():
         yield from commands(f"{path} {name}", inner)

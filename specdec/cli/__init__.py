@@ -20,7 +20,21 @@ from typer.core import TyperGroup
 from specdec import __version__
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import bench, chat, doctor, export, generate, learn, pack_experts, serve, sweep, train, tune, verify
+from specdec.cli import (
+    bench,
+    chat,
+    doctor,
+    export,
+    generate,
+    learn,
+    models,
+    pack_experts,
+    serve,
+    sweep,
+    train,
+    tune,
+    verify,
+)
 from specdec.cli.shared import INTERRUPTED
 
 DEBUG = "SPECDEC_DEBUG"  # environment variable: print tracebacks
@@ -87,7 +101,6 @@ def _explain(error: Exception, debug: bool) -> int:
 app = typer.Typer(
     name="specdec",
     cls=Commands,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog='Example: specdec generate "Why is the sky blue?" --drafter m2r2 --compare',
@@ -98,7 +111,7 @@ app.command(
 )(generate.generate)
 app.command(epilog="Example: specdec serve --drafter ngram+m2r2 --port 8000")(serve.serve)
 app.command(epilog="Example: specdec chat --system 'Answer in one sentence.'")(chat.chat)
-app.command(epilog="Example: specdec models --json")(doctor.models)
+app.add_typer(models.app, name="models", epilog="Example: specdec models --json; then: specdec models pull NAME")
 app.command(epilog="Example: specdec drafters --json")(doctor.drafters)
 app.add_typer(
     train.app,

@@ -1,4 +1,4 @@
-"""``specdec doctor``, ``models`` and ``drafters``: what is installed here. They load no model and download nothing."""
+"""``specdec doctor`` and ``drafters``: what is installed here. They load no model and download nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from specdec.base import files, machine, terminal
 from specdec.base.errors import SpecDecError
 from specdec.cli.shared import print_json
-from specdec.models.catalogue import EMBEDDED, Embedded, shipped_drafters
+from specdec.models.catalogue import EMBEDDED, shipped_drafters
 from specdec.models.prepare import embedded_folder
 from specdec.speculation import registry
 
@@ -139,35 +139,6 @@ def _cache() -> dict[str, Any]:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def models(as_json: AsJson = False) -> None:
-    """List the embedded models: licence, sizes, cache state, shipped drafters and location."""
-    rows = [model_row(name, entry) for name, entry in EMBEDDED.items()]
-    if as_json:
-        print_json(rows)
-        return
-    cells = []
-    for row in rows:
-        sizes = [f"{row[key] / 1e6:.0f} MB" for key in ("download_bytes", "cached_bytes")]
-        shipped, cached = ", ".join(row["drafters"]) or "-", "yes" if row["cached"] else "no"
-        cells.append((row["name"], row["licence"], *sizes, cached, shipped, row["where"]))
-    terminal.print_table(("name", "licence", "download", "on disk", "cached", "shipped drafters", "where"), cells)
-
-
-def model_row(name: str, entry: Embedded) -> dict[str, Any]:
-    """where: the folder in the cache; before the download, the packages. Sizes are those of the download and of it."""
-    folder, last = embedded_folder(name), f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1)
-    return {
-        "name": name,
-        "licence": entry.licence,
-        "download_bytes": entry.download_bytes,
-        "cached_bytes": entry.cached_bytes,
-        "where": str(folder or f"PyPI: {entry.package.format(n=1)}{last} {entry.version}"),
-        "cached": folder is not None,
-        "drafters": [drafter for drafter, models in shipped_drafters().items() if name in models],
-        "description": entry.description,
-    }
 
 
 def drafters(as_json: AsJson = False) -> None:

@@ -117,8 +117,8 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
         return folder
     root = cache_dir()
     try:
-        works = _work_folder(root)
-        with _locked(works / "lock"):
+        works = work_folder(root)
+        with locked(works / "lock"):
             for left in works.iterdir():
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
@@ -149,7 +149,7 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
     return folder
 
 
-def _work_folder(root: Path) -> Path:
+def work_folder(root: Path) -> Path:
     """The folder for work in progress. Raises SpecDecError if a folder of that name lacks our marker."""
     folder = root / WORK
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ def _describe(name: str, file: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout  # imports asyncio, which is slow
 
     lock = FileLock(path)

@@ -30,7 +30,7 @@ from tiny_gguf import NAME, forbidden, write_gguf
 from specdec import SpecDecoder
 from specdec.base import files, inputs, machine, terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import doctor
+from specdec.cli import models
 from specdec.models import catalogue, identity, loading, prepare, source, wheels
 from specdec.models.gguf import model as gguf_model
 from specdec.runtimes.experts.offload import ExpertOptions
@@ -47,7 +47,7 @@ def works(cache) -> list[Path]:
 
 def listed() -> dict[str, Any]:
     """The model's line in ``specdec models``."""
-    return doctor.model_row(NAME, catalogue.EMBEDDED[NAME])
+    return models.model_row(NAME, catalogue.EMBEDDED[NAME])
 
 
 def fake_describe(name, file, folder):

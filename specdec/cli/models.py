@@ -1,0 +1,83 @@
+"""``specdec models``: the embedded ones and those in the cache, getting one ahead of time, and deleting one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from specdec.base import terminal
+from specdec.cli import shared
+from specdec.models.cached import CachedModel, cached_models, remove
+from specdec.models.catalogue import EMBEDDED, Embedded, shipped_drafters
+from specdec.models.prepare import embedded_folder
+
+app = typer.Typer(invoke_without_command=True)
+
+
+@app.callback()
+def models(
+    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """List the embedded models and those in the cache: licence, sizes, shipped drafters, location."""
+    if context.invoked_subcommand is not None:
+        return
+    rows = [model_row(name, entry) for name, entry in EMBEDDED.items()]
+    rows += [cached_row(model) for model in cached_models() if model.name not in EMBEDDED]
+    if as_json:
+        shared.print_json(rows)
+        return
+    cells = []
+    for row in rows:
+        sizes = [terminal.megabytes(row[key]) if row[key] else "-" for key in ("download_bytes", "cached_bytes")]
+        shipped, cached = ", ".join(row["drafters"]) or "-", "yes" if row["cached"] else "no"
+        cells.append((row["name"], row["licence"] or "-", *sizes, cached, shipped, row["where"]))
+    terminal.print_table(("name", "licence", "download", "on disk", "cached", "shipped drafters", "where"), cells)
+
+
+@app.command(epilog="Example: specdec models pull qwen2.5-coder-0.5b-instruct")
+def pull(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, GGUF file, ORG/REPO:file.gguf or ORG/REPO.")],
+    revision: shared.Revision = None,
+) -> None:
+    """Get a model ahead of time: download it, check it, and write its tokenizer into the cache."""
+    from specdec.models.source import find_source
+
+    source = find_source(model, revision)
+    source.fetch_weights()
+    terminal.say(f"{model} is here: {source.folder}")
+
+
+@app.command(epilog="Example: specdec models rm qwen2.5-coder-0.5b-instruct")
+def rm(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As 'specdec models' names it.")],
+) -> None:
+    """Delete a model from the cache. A GGUF file of your own stays where it is."""
+    terminal.say(f"deleted {model} ({terminal.megabytes(remove(model))})")
+
+
+def model_row(name: str, entry: Embedded) -> dict[str, Any]:
+    """where: the folder in the cache; before the download, the packages. Sizes are those of the download and of it."""
+    folder, last = embedded_folder(name), f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1)
+    return {
+        "name": name,
+        "licence": entry.licence,
+        "download_bytes": entry.download_bytes,
+        "cached_bytes": entry.cached_bytes,
+        "where": str(folder or f"PyPI: {entry.package.format(n=1)}{last} {entry.version}"),
+        "cached": folder is not None,
+        "drafters": [drafter for drafter, models in shipped_drafters().items() if name in models],
+        "description": entry.description,
+    }
+
+
+def cached_row(model: CachedModel) -> dict[str, Any]:
+    """The same of a model that is not embedded."""
+    row = dict.fromkeys(("licence", "download_bytes", "description"))
+    return row | {
+        "name": model.name,
+        "cached_bytes": model.bytes,
+        "where": str(model.paths[0]),
+        "cached": True,
+        "drafters": [],
+    }

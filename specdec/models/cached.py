@@ -1,0 +1,80 @@
+"""The models in the cache: what each takes, and deleting one.
+
+A GGUF file that was downloaded as ``ORG/REPO:file.gguf`` is in Hugging Face's cache and counts as the model's, too; a
+file of the user's own does not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.files import cache_dir
+from specdec.models.catalogue import EMBEDDED
+from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """name: for ``--model``. paths: all that is the model's alone: folders, files and links to them."""
+
+    name: str
+    paths: tuple[Path, ...]
+
+    @property
+    def bytes(self) -> int:
+        files = [file for path in self.paths if not path.is_symlink() for file in (path, *path.rglob("*"))]
+        return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
+
+
+def cached_models() -> list[CachedModel]:
+    """All that are in the cache, those that are incomplete, too."""
+    found = [CachedModel(name, paths) for name in EMBEDDED if (paths := _embedded(name))]
+    for manifest in sorted(cache_dir().glob(f"models/*/{MANIFEST}")):
+        try:
+            file = json.loads(manifest.read_text("utf-8")).get("gguf")
+        except (OSError, ValueError, AttributeError):  # made again at its next use
+            continue
+        if isinstance(file, str):
+            name, parts = _in_hub(Path(file))
+            found.append(CachedModel(name, (manifest.parent, *parts)))
+    return found
+
+
+def remove(name: str) -> int:
+    """Delete a model from the cache; return the bytes that this frees. Raises SpecDecError if it is not there."""
+    known = {model.name: model for model in cached_models()}
+    found = known.get(name) or known.get(str(Path(name).expanduser().resolve()))
+    if found is None:
+        raise SpecDecError(f"'{name}' is not in specdec's cache{did_you_mean(name, known)}; see 'specdec models'")
+    freed = found.bytes
+    with locked(work_folder(cache_dir()) / "lock"):
+        for path in found.paths:
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise SpecDecError(f"cannot delete '{path}': {error.strerror or error}") from None
+    return freed
+
+
+def _embedded(name: str) -> tuple[Path, ...]:
+    root = cache_dir()
+    folder, part = root / "models" / name, root / WORK / f"{name}-{EMBEDDED[name].sha256[:16]}.part"
+    return tuple(path for path in (folder, part) if path.exists() and (path == part or (path / MANIFEST).is_file()))
+
+
+def _in_hub(file: Path) -> tuple[str, list[Path]]:
+    """The name of a GGUF file, and what of Hugging Face's cache is its alone; nothing for a file of the user's own."""
+    for root in file.parents:
+        if root.name.startswith("models--"):
+            links = [link for link in sorted(root.glob("snapshots/*/**/*.gguf")) if link.resolve() == file]
+            if links:
+                member = "/".join(links[0].relative_to(root).parts[2:])
+                return f"{root.name.removeprefix('models--').replace('--', '/')}:{member}", [*links, file]
+    return str(file), []
