@@ -139,7 +139,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 @contextmanager
 def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterator[Server]:
     """A running server; ``engine``: one of the test's own."""
-    own = decoder.engine(max_rows=16) if engine is None else engine
+    own = decoder.engine(max_rows=16, num_speculative_tokens=4) if engine is None else engine  # whatever steps take
     server = Server(decoder, own, ServerSettings(name=NAME, **settings))
     server.thread.start()
     try:
