@@ -383,11 +383,10 @@ class SpecDecoder:
 
     def _disk(self, folder: Path, limit: int) -> PrefixDisk:
         target = self.target
-        if target.recurrent_layers:
-            raise SpecDecError("a prefix cache on disk has no recurrent states, which this model needs; leave it out")
         formats = target.runtime, target.weight_format, target.activations, target.kv_cache, target.dtype
         kernels = torch.__version__, torch.backends.cpu.get_cpu_capability(), metadata.version("specdec-m2r2")
-        return PrefixDisk(folder, limit, " ".join(map(str, (target.fingerprint, *formats, target.device, *kernels))))
+        identity = " ".join(map(str, (target.fingerprint, *formats, target.device, *kernels)))
+        return PrefixDisk(folder, limit, identity, bool(target.recurrent_layers))
 
     def manual_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""

@@ -38,6 +38,7 @@ class EngineStats:
     kv_bytes: size of the keys and values held; kv_budget: its maximum (None: no limit).
     prefix_queries, prefix_hits: prompt tokens looked up among cached prefixes, and found there.
     disk_queries, disk_hits, disk_bytes: the same for prefixes on disk, and their size.
+    prefix_bytes, saved_seconds: size of cached prefixes in memory, and about what the tokens found would have taken.
     preemptions: number of times that a request gave up its keys and values, to compute them again later.
     drafter: "on", "off" (it has failed: requests are decoded plainly) or "none".
     """
@@ -58,6 +59,8 @@ class EngineStats:
     disk_queries: int = 0
     disk_hits: int = 0
     disk_bytes: int = 0
+    prefix_bytes: int = 0
+    saved_seconds: float = 0.0
 
     @property
     def kv_usage(self) -> float:
@@ -348,6 +351,8 @@ class Engine:
             kv_budget=scheduler.kv_memory,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            prefix_bytes=scheduler.prefixes.nbytes,
+            saved_seconds=scheduler.saved_seconds,
             preemptions=scheduler.preemptions,
             steps=self.steps_done,
             drafted=self.drafted,

@@ -24,7 +24,7 @@ class RequestMetrics:
     experts: figures of offloaded experts while decoding, for all rows together (``experts.offload.Meter``).
     queue_seconds: from the submission until the request was admitted.
     first_token_seconds: from the submission to the first token.
-    num_cached_tokens: prompt tokens whose keys and values were cached.
+    num_cached_tokens: prompt tokens whose keys and values were cached. saved_seconds: about what they would have taken.
     """
 
     num_prompt_tokens: int = 0
@@ -39,6 +39,7 @@ class RequestMetrics:
     queue_seconds: float = 0.0
     first_token_seconds: float = 0.0
     num_cached_tokens: int = 0
+    saved_seconds: float = 0.0
 
     @property
     def prefill_seconds(self) -> float:

@@ -58,6 +58,7 @@ class Request:
     prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
     scope: cached prefixes are shared only between requests of one scope, and the queue is fair between scopes.
     priority: waiting requests of a higher one begin first. scope_rows: requests of its scope that may run at once.
+    background: its prompt is run while there are no other requests.
     learn: whether drafters may learn from its text.
     """
 
@@ -75,6 +76,7 @@ class Request:
     scope: str | None = None
     priority: int = 0
     scope_rows: int | None = None
+    background: bool = False
     learn: bool = True
 
     # State that the engine keeps
@@ -87,6 +89,7 @@ class Request:
     error: SpecDecError | None = field(init=False, default=None)
     cancelled: bool = field(init=False, default=False)
     preempted: bool = field(init=False, default=False)
+    put_off: bool = field(init=False, default=False)  # from its prompt, as others came
     submit_time: float = field(init=False, default=0.0)
     ledger_at_start: dict[str, float] | None = field(init=False, default=None)  # the engine's, at admission
     new_tokens: list[int] = field(init=False, default_factory=list)  # of the last step

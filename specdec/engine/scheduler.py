@@ -20,6 +20,7 @@ DRAFTED = 16  # slots that the nodes of a usual draft take
 HEADROOM = 64  # free slots for each row at an admission: with fewer, a row would soon be preempted again
 NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at first, if later requests may reuse it
 SHARED = 32  # a request waits for another's prompt if they share so many more tokens than any cached prefix
+TIMED = 64  # a pass over so many tokens, or more, tells what a prompt's token takes
 CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent states; in a long prompt a quarter of it
 
 
@@ -80,6 +81,7 @@ class Scheduler:
         self.turns = dict[str | None, int]()  # the number of the last admission from a scope
         self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self.timed, self.saved_seconds = (0, 0.0), 0.0  # tokens of prompts that were timed, and their seconds
         self.token_bytes, self.state_bytes = (0, 0) if kv_memory is None else _sizes(batch.target)
 
     @property
@@ -133,6 +135,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Let waiting requests begin, in turn, while there is memory."""
+        self._put_off()
         fresh = list[Request]()
         while self.running + len(fresh) < self.max_rows and (row := self._next(fresh)) is not None:
             others = self.running + len(fresh)
@@ -144,7 +147,9 @@ class Scheduler:
             if self._should_wait(row, ids, found, fresh):
                 break
             if shared > found + SHARED:
-                row.fork_positions.add(shared)
+                self._fork(row, shared)
+            if self.disk is not None:
+                row.fork_positions.add(len(ids) // self.disk.chunk * self.disk.chunk)
             cache = None if source is None else source(found, self._expected_slots(row))
             found = 0 if cache is None else cache.rows[0]  # fewer if a file is damaged
             self._count_hits(row, found)
@@ -166,17 +171,32 @@ class Scheduler:
             cache.expected = [*map(self._expected_slots, fresh)]
             self.prefilling.add(fresh, cache)
 
+    def _put_off(self) -> None:
+        """Let requests in the background wait while there are others, which can begin with what these have run."""
+        waiting = tuple(self.waiting)  # others add to it
+        if all(row.background for row in (*waiting, *self.batch.rows, *self.prefilling.rows)):
+            return
+        for row in [row for row in self.prefilling.rows if row.background]:
+            if (cache := self.prefilling.remove([row])) is not None and self.reuse:
+                self.prefixes.add(row.ids, cache, row.scope)
+            row.set_status(Status.WAITING)
+            row.put_off = True
+            self.waiting.appendleft(row)
+
     def _next(self, fresh: Sequence[Request]) -> Request | None:
         """The waiting request whose turn it is; None if there is none that may run now.
 
         Preempted ones come first. Of the highest priority, the scope with the fewest rows is next, and of those with
         equally many the one that has waited longest for a turn; within a scope, the first that came.
         """
-        running = Counter(row.scope for row in (*self.batch.rows, *self.prefilling.rows, *fresh))
+        rows, waiting = (*self.batch.rows, *self.prefilling.rows, *fresh), tuple(self.waiting)  # others add to it
+        running, idle = Counter(row.scope for row in rows), all(row.background for row in (*rows, *waiting))
         best: tuple[tuple[int, ...], Request] | None = None
-        for row in tuple(self.waiting):  # others add to it
+        for row in waiting:
             if row.preempted:
                 return row
+            if row.background and not idle:
+                continue
             count = running[row.scope]
             if row.scope_rows is None or count < row.scope_rows:
                 rank = -row.priority, count, self.turns.get(row.scope, 0)
@@ -218,6 +238,10 @@ class Scheduler:
             source = lambda count, slots: disk.load(self.batch.target.new_cache(), ids, scope, slots)  # noqa: E731
         return source, most, shared
 
+    def _fork(self, row: Request, count: int) -> None:
+        """Note that texts branch off after ``count`` tokens of a row; on disk, they do at the end of a chunk."""
+        row.fork_positions |= {count} if self.disk is None else {count, count // self.disk.chunk * self.disk.chunk}
+
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
         """Whether a request had better wait for a prompt that is being run, to begin with more of it than is cached."""
         if not self.reuse:
@@ -229,14 +253,14 @@ class Scheduler:
             if shared <= found + SHARED or other.scope != row.scope:
                 continue
             if run < shared:
-                other.fork_positions.add(shared)
+                self._fork(other, shared)
                 wait = True
             elif cache is not None and cache.resumable(b, shared) > found + SHARED:
                 wait = True
         return wait
 
     def _count_hits(self, row: Request, found: int) -> None:
-        if self.reuse:
+        if self.reuse and not row.put_off:
             self.prefix_queries += len(row.ids)
             self.prefix_hits += found
             if self.disk is not None:
@@ -255,9 +279,13 @@ class Scheduler:
             count = min(count, self.chunk, budget)
             if self.batch.target.recurrent_layers:
                 count = min([count, *(fork - n for fork in row.fork_positions if fork > n)])
+                if self.disk is not None and (end := (n + count) // self.disk.chunk * self.disk.chunk) > n:
+                    count = end - n  # a checkpoint on disk is at the end of a chunk
             counts.append(count)
             budget -= count
+        began = time.perf_counter()
         complete = self.batch.prefill(prefilling.rows, cache, counts)
+        self._count_saved(complete, sum(counts), time.perf_counter() - began)
         for b, (row, n) in enumerate(zip(prefilling.rows, cache.rows, strict=True)):
             if self.reuse and (n in row.fork_positions or n - cache.resumable(b, n - 1) >= max(CHECKPOINT, n // 4)):
                 cache.checkpoint(b)
@@ -267,6 +295,15 @@ class Scheduler:
                 if row.status is Status.PREFILL:  # else its first token was its last
                     row.set_status(Status.RUNNING)
         return complete
+
+    def _count_saved(self, complete: Sequence[Request], count: int, seconds: float) -> None:
+        """Note what cached tokens of ``complete`` rows would have taken. count, seconds: of the last pass."""
+        if count >= TIMED:
+            self.timed = self.timed[0] + count, self.timed[1] + seconds
+        for row in complete:
+            if row.metrics.num_cached_tokens and not row.metrics.saved_seconds:
+                row.metrics.saved_seconds = row.metrics.num_cached_tokens * self.timed[1] / max(self.timed[0], 1)
+                self.saved_seconds += row.metrics.saved_seconds
 
     def remove(self, rows: Sequence[Request], keep: bool = True) -> None:
         """Remove rows that have ended or are preempted. keep: cache their texts for others to begin with."""

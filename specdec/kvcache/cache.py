@@ -358,13 +358,31 @@ class KVCache:
             if t is not None
         }
 
-    def restore(self, parts: Sequence[dict[str, Tensor]], capacity: int) -> None:
-        """Fill this cache, which is empty and has one row, with ``parts`` of a text in a row."""
+    def read_states(self, row: int, count: int) -> dict[str, Tensor]:
+        """A copy, on the CPU, of the recurrent states of ``row`` after ``count`` tokens; {} without a checkpoint."""
+        if any(count not in state.checkpoints[row] for state in self.recurrent.values()):
+            return {}
+        return {
+            f"{layer} {kind} {number}": held.cpu().contiguous()
+            for layer, state in self.recurrent.items()
+            for (kind, number), held in state.checkpoints[row][count].items()
+        }
+
+    def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
+        """Fill this cache, which is empty and has one row, with ``parts`` of a text of ``count`` tokens.
+
+        states: its recurrent states, as ``read_states`` returns them.
+        """
         for key, held in (("k", self.keys), ("v", self.values)):
             for layer in range(len(held)):
                 if f"{key}{layer}" in parts[0]:
                     whole = torch.cat([part[f"{key}{layer}"] for part in parts], 1)
-                    held[layer], count = whole[None].to(self.device), whole.shape[1]
+                    held[layer] = whole[None].to(self.device)
+        for name, state in states.items():
+            layer_, kind, number = name.split(" ")
+            made = self.recurrent.setdefault(int(layer_), Recurrent(1))
+            made.states[kind, int(number)] = state.to(self.device)
+            made.checkpoints[0][count] = made.states
         self.positions = torch.arange(count, device=self.device)[None]
         self.rows, self.committed, self.lengths = [count], count, [count] * len(self.lengths)
 

@@ -1,7 +1,8 @@
 """Cached prefixes on disk: keys and values of texts in chunks, with which later requests and processes begin.
 
 The file of a chunk is named by a hash of what its numbers depend on (``identity``), the scope of its text, and all
-tokens up to its end. So a chunk is found by the text alone, and only after those before it.
+tokens up to its end. So a chunk is found by the text alone, and only after those before it. Recurrent states after a
+chunk are a file of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +33,8 @@ from specdec.base.errors import SpecDecError, SpecDecWarning
 from specdec.base.files import write_atomically
 from specdec.kvcache.cache import KVCache
 
-CHUNK = 256  # tokens
+CHUNK = 64  # tokens; a prompt computes up to so many that were known
+READERS = 4  # threads
 MAX_PENDING = 1 << 30  # bytes that wait to be written; what comes beyond them is not kept
 SUFFIX = ".safetensors"
 _NAME, _LEFT = re.compile(rf"([0-9a-f]{{64}}){SUFFIX}"), re.compile(rf"\.[0-9a-f]{{64}}{SUFFIX}\..*")
@@ -44,12 +48,14 @@ class PrefixDisk:
     Chunks are written in a thread. After an error of the disk nothing is read or written any more, with one warning. A
     file that is damaged is removed, with a warning.
 
-    sizes: bytes of each chunk by its name, the least recently used first.
+    recurrent: the model has recurrent states: a text can be begun with only up to a chunk that has them.
+    sizes: bytes of each file by its name, the least recently used first.
     queries, hits: tokens that were looked for, and found.
     """
 
-    def __init__(self, folder: Path, limit: int, identity: str) -> None:
-        self.folder, self.limit, self.identity = folder, limit, identity
+    def __init__(self, folder: Path, limit: int, identity: str, recurrent: bool = False) -> None:
+        self.folder, self.limit, self.identity, self.recurrent = folder, limit, identity, recurrent
+        self.chunk = CHUNK
         self.sizes, self.queries, self.hits = OrderedDict[str, int](), 0, 0
         self.pending, self.off, self.lock = 0, False, threading.Lock()
         self.jobs = queue.SimpleQueue[tuple[list[str], dict[str, Tensors]] | None]()
@@ -88,45 +94,44 @@ class PrefixDisk:
 
     def longest(self, ids: Sequence[int], scope: str | None) -> int:
         """The number of the first ``ids`` that are there."""
-        count = 0
-        for name in self._names(ids, scope):
-            if self.off or name not in self.sizes:
-                break
-            count += CHUNK
-        return count
+        return CHUNK * len(self._there(ids, scope))
 
     def load(self, cache: Cache, ids: Sequence[int], scope: str | None, capacity: int) -> Cache:
         """Fill ``cache``, which is empty and has one row, with what is there of ``ids``, and return it.
 
         capacity: as in ``KVCache.copy``. A damaged chunk ends the text.
         """
-        parts, names = list[Tensors](), list[str]()
-        for name in self._names(ids, scope):
-            if name not in self.sizes or (part := self._read(name)) is None:
+        while names := self._there(ids, scope):
+            files = [*names, _states(names[-1])] if self.recurrent else names
+            with ThreadPoolExecutor(READERS) as pool:
+                parts = [part for part in pool.map(self._read, files) if part is not None]
+            if len(parts) == len(files):  # none is damaged, which would be removed
+                states = parts.pop() if self.recurrent else {}
+                cache.restore(parts, CHUNK * len(names), states, capacity)
+                self.hits += CHUNK * len(names)
+                self.jobs.put((files, {}))
                 break
-            parts.append(part)
-            names.append(name)
-        if parts:
-            cache.restore(parts, capacity)
-        self.hits += CHUNK * len(parts)
-        self.jobs.put((names, {}))
         return cache
 
     def keep(self, ids: Sequence[int], cache: KVCache, row: int, scope: str | None) -> None:
         """Write the chunks of a row of ``cache``, whose text is the beginning of ``ids``, that are not there yet."""
         if self.off:
             return
-        names, new = list(self._names(ids[: cache.rows[row]], scope)), dict[str, Tensors]()
-        for n, name in enumerate(names):
-            if name not in self.sizes:
-                part = cache.read(row, n * CHUNK, (n + 1) * CHUNK)
-                size = sum(tensor.nbytes for tensor in part.values())
-                if self.pending + size > MAX_PENDING:
-                    names = names[:n]
-                    break
-                new[name] = part
-                with self.lock:
-                    self.pending += size
+        names, new = list[str](), dict[str, Tensors]()
+        for n, chunk in enumerate(self._names(ids[: cache.rows[row]], scope)):
+            for name in [chunk, _states(chunk)] if self.recurrent else [chunk]:
+                if name not in self.sizes:
+                    end = (n + 1) * CHUNK
+                    part = cache.read(row, end - CHUNK, end) if name is chunk else cache.read_states(row, end)
+                    size = sum(tensor.nbytes for tensor in part.values())
+                    if self.pending + size > MAX_PENDING:
+                        return self.jobs.put((names, new))
+                    if name is not chunk and not part:
+                        continue
+                    new[name] = part
+                    with self.lock:
+                        self.pending += size
+                names.append(name)
         self.jobs.put((names, new))
 
     def close(self) -> None:
@@ -141,6 +146,13 @@ class PrefixDisk:
         for end in range(CHUNK, len(ids) + 1, CHUNK):
             digest.update(np.asarray(ids[end - CHUNK : end], np.int64).tobytes())
             yield digest.hexdigest()
+
+    def _there(self, ids: Sequence[int], scope: str | None) -> list[str]:
+        """The names of the chunks with which ``ids`` can begin."""
+        names = list(takewhile(self.sizes.__contains__, self._names(ids, scope)))
+        while self.recurrent and names and _states(names[-1]) not in self.sizes:
+            names.pop()
+        return [] if self.off else names
 
     def _path(self, name: str) -> Path:
         return self.folder / (name + SUFFIX)
@@ -208,6 +220,11 @@ class PrefixDisk:
             self.off = True
             what = f"the prefix cache '{self.folder}' is not used any more: {error.strerror or error}"
             warnings.warn(what, SpecDecWarning, stacklevel=2)
+
+
+def _states(chunk: str) -> str:
+    """The name of the recurrent states after a chunk."""
+    return hashlib.sha256(f"{chunk} states".encode()).hexdigest()
 
 
 def _crc(part: Tensors) -> int:

@@ -203,12 +203,11 @@ class RowCache(KVCache):
         assert data is not None
         return {"kv": data[:, :, :, start:end].clone()}  # (2, N, H, n, d)
 
-    def restore(self, parts: Sequence[dict[str, Tensor]], capacity: int) -> None:
-        whole = torch.cat([part["kv"] for part in parts], 3)
-        count = whole.shape[3]
-        slots = -(-max(count, capacity) // PAGE) * PAGE
-        data = zeros((*whole.shape[:3], slots, whole.shape[4]), whole.dtype, self.device)
-        data[:, :, :, :count] = whole
+    def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
+        first, slots = parts[0]["kv"], -(-max(count, capacity) // PAGE) * PAGE
+        data = zeros((*first.shape[:3], slots, first.shape[4]), first.dtype, self.device)
+        for part, place in zip(parts, data[:, :, :, :count].split(first.shape[3], 3), strict=True):
+            place.copy_(part["kv"])
         self._put(0, data)
         self._count([count])
 

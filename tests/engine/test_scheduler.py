@@ -153,6 +153,54 @@ def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel)
         assert new_tokens(request) == alone(target, request)[0]
 
 
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
+    llama: PreTrainedModel, reuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "TIMED", 8)
+    target = ReferenceTarget(llama)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=16, max_rows=1, reuse=reuse)
+    prompt = [3 + n * n % 90 for n in range(80)]
+    warm, asked, other = Request(prompt, 0), Request([*prompt[:30], 7, 8], 6), Request([9, 8, 7], 3)
+    warm.background = True
+    engine.enqueue(warm)
+    engine.step()
+    engine.step()
+    assert warm.status is Status.PREFILL and engine.scheduler.prefilling.cache.rows == [32]
+    engine.enqueue(asked)
+    engine.enqueue(other)
+    while asked.status is not Status.FINISHED or other.status is not Status.FINISHED:
+        engine.step()
+        assert warm.status is Status.WAITING
+    for _ in engine.steps():
+        pass
+    assert warm.finish_reason == "length" and warm.metrics.num_cached_tokens == 0
+    assert asked.metrics.num_cached_tokens == 30 * reuse
+    assert (new_tokens(asked), asked.finish_reason) == alone(target, asked)
+    last = Request([*prompt, 5], 3)
+    engine.enqueue(last)
+    for _ in engine.steps():
+        pass
+    assert last.metrics.num_cached_tokens == 80 * reuse and new_tokens(last) == alone(target, last)[0]
+    saved = [request.metrics.saved_seconds for request in (warm, asked, other, last)]
+    assert [seconds > 0 for seconds in saved] == [False, reuse, False, reuse]
+    assert engine.stats().saved_seconds == sum(saved)
+
+
+def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8, reuse=True)
+    warm, asked = Request(list(range(3, 60)), 0), Request([9, 8, 7], 3)
+    warm.background = True
+    handle = engine.submit(warm)
+    engine.step()
+    engine.enqueue(asked)
+    engine.step()
+    handle.cancel()
+    for _ in engine.steps():
+        pass
+    assert warm.finish_reason == "cancelled" and asked.finish_reason == "length" and not engine.scheduler.running
+
+
 def test_equal_prompts_that_come_at_once_are_run_once(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), reuse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,11 +184,28 @@ def test_one_process_has_a_folder(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-def test_recurrent_states_are_not_on_disk(tmp_path: Path) -> None:
-    made = decoder()
-    made.target.recurrent_layers = frozenset({0})
-    with pytest.raises(SpecDecError, match="recurrent states"):
-        made.engine(prefix_cache=tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        made.engine().close()
+HYBRIDS = [("qwen3_next", "reference"), ("falcon_h1", "reference"), ("qwen3_5_text", "fused")]
+
+
+@pytest.mark.parametrize(("family", "runtime"), HYBRIDS)
+def test_recurrent_states_are_on_disk_with_their_chunks(family: str, runtime: str, tmp_path: Path) -> None:
+    made = SpecDecoder(tiny_model(family), None, "prompt-lookup", runtime=runtime)
+    prompts = [[*PROMPT[:n], 5] for n in (70, 40, 66)]
+    plain = [made.with_drafter("none").generate(prompt, **ASK).token_ids for prompt in prompts]
+    with engine_of(made, tmp_path) as engine:
+        assert [answer(engine, made, prompt)[0] for prompt in prompts] == plain
+    with engine_of(made, tmp_path) as engine:  # rows of different lengths together
+        handles = [engine.submit(made.request(prompt, **ASK)) for prompt in prompts]
+        assert [[t for event in handle for t in event.tokens] for handle in handles] == plain
+    longer, known = prompts[0] + plain[0] + [4, 9], [64, 32, 64]
+    with engine_of(made, tmp_path) as engine:
+        assert [answer(engine, made, prompt) for prompt in prompts] == [*zip(plain, known, strict=True)]
+    with engine_of(made, tmp_path) as engine:
+        right = made.with_drafter("none").generate(longer, **ASK).token_ids
+        assert answer(engine, made, longer) == (right, 64)
+        cached = engine.scheduler.disk
+        assert cached is not None
+        states = [*cached.folder.glob(f"{disk._states([*cached._names(PROMPT, None)][3])}.*")]
+    states[0].write_bytes(b"")  # the text begins where there are states before it
+    with engine_of(made, tmp_path) as engine, pytest.warns(SpecDecWarning, match="is damaged and is removed"):
+        assert answer(engine, made, prompts[0]) == (plain[0], 32)
