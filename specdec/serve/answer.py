@@ -11,12 +11,14 @@ from pydantic_core import to_json
 
 from specdec.serve.choice import ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
-from specdec.serve.parts import AnswerParser, Block, Format, Part, Schemas, merged
+from specdec.serve.logprobs import TokenFinder
+from specdec.serve.parts import AnswerParser, Block, Format, Part, Schemas
 from specdec.serve.schema import GenerationBody
 from specdec.speculation.constraints import CompiledConstraint
 
 Events = Iterator[dict[str, Any]]
 InThread = Callable[..., Awaitable[Any]]  # ``BodyReader.in_thread``
+LARGE = 10_000  # log-probabilities of a choice; writing more of them takes tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Answer(ABC):
     def events(self) -> AsyncIterator[bytes]:
         """The answer as a stream."""
 
+    def parts(self) -> list[Part]:
+        """The parts of the answer of the first choice so far; none if it is not read in parts."""
+        return []
+
     async def _finished(self) -> None:
         async for _ in merge_pieces(self.choices, per_token=False):
             pass
@@ -67,6 +73,10 @@ class Answer(ABC):
         prompts = {id(choice.prompt): choice for choice in self.choices}.values()
         cached = sum(choice.handle.metrics.num_cached_tokens for choice in prompts)
         return sum(len(c.prompt) for c in prompts), cached, sum(c.answer.num_tokens for c in self.choices)
+
+    def time_saved(self) -> dict[str, int]:
+        """About how many milliseconds the cached tokens would have taken; no protocol has a place of its own for it."""
+        return {"time_saved_ms": round(1e3 * sum(choice.handle.metrics.saved_seconds for choice in self.choices))}
 
     def summary(self) -> str:
         """The end of the request's line in the log."""
@@ -102,6 +112,7 @@ def _response_metrics(choices: Sequence[ResponseChoice], per_step: bool) -> dict
         "time_to_first_token_ms": 1e3 * (choice.first_token_at - choice.started),
         "generation_time_ms": 1e3 * seconds,
         "queue_time_ms": 1e3 * metrics.queue_seconds,
+        "time_saved_ms": 1e3 * metrics.saved_seconds,
         "mean_itl_ms": 1e3 * seconds / gaps if gaps > 0 else None,
         "tokens_per_second": gaps / seconds if seconds > 0 else None,
         "speculative_decoding": speculation,
@@ -117,14 +128,19 @@ class BlockAnswer(Answer):
     def __init__(self, prepared: Prepared, model: str, choices: Sequence[ResponseChoice], body: GenerationBody) -> None:
         super().__init__(model, choices, body)
         [self.choice] = self.choices
-        self.parser, self.blocks = prepared.parser(), list[Block]()
+        self.parser, self.blocks, self.tokens = prepared.parser(), list[Block](), TokenFinder(self.choice.tokenizer)
+
+    def parts(self) -> list[Part]:
+        return self.parser.parts
 
     async def json(self, in_thread: InThread) -> bytes:
         await self._finished()
-        return await in_thread(False, self._whole)  # type: ignore[no-any-return]
+        scored = 0 if self.body.num_logprobs is None else (1 + self.body.num_logprobs) * self.choice.answer.num_tokens
+        return await in_thread(scored > LARGE, self._whole)  # type: ignore[no-any-return]
 
     def _whole(self) -> bytes:
-        self.blocks = merged(self.parser.push(self.choice.answer.text, last=True))
+        for _ in self._read(self.choice.answer.text, last=True):
+            pass
         return to_json(self.result() | self.metrics())
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -132,23 +148,30 @@ class BlockAnswer(Answer):
             for event in self.begin():
                 yield self._written(event)
             async for piece in self.choice.pieces():
-                for part in self.parser.push(piece.text, last=piece.finish is not None):
-                    for event in self._part(part):
-                        yield self._written(event)
+                for event in self._read(piece.text, last=piece.finish is not None):
+                    yield self._written(event)
             for event in [*(self.end_block(self.blocks[-1]) if self.blocks else ()), *self.end()]:
                 yield self._written(event)
         except ApiError as error:
             yield self._written(self.failure(error))
 
-    def _part(self, part: Part) -> Events:
-        if not self.blocks or not self.blocks[-1].takes(part):
-            if self.blocks:
-                yield from self.end_block(self.blocks[-1])
-            self.blocks.append(Block(part.kind, "", part.name, part.id))
-            yield from self.begin_block(self.blocks[-1])
-        if part.text:
-            self.blocks[-1].text += part.text
-            yield from self.delta(self.blocks[-1], part.text)
+    def _read(self, text: str, last: bool) -> Events:
+        """The events of more text."""
+        choice = self.choice
+        if self.body.num_logprobs is not None:
+            self.tokens.extend(choice.logprobs(choice.logprobs_sent))
+            choice.logprobs_sent = choice.answer.num_tokens
+        for part in self.parser.push(text, last):
+            if not self.blocks or not self.blocks[-1].takes(part):
+                if self.blocks:
+                    yield from self.end_block(self.blocks[-1])
+                self.blocks.append(Block(part.kind, "", part.name, part.id))
+                yield from self.begin_block(self.blocks[-1])
+            if part.text:
+                block, scored = self.blocks[-1], self.tokens.take(part.text)
+                block.text += part.text
+                block.logprobs += scored
+                yield from self.delta(block, part.text, scored)
 
     def _written(self, event: dict[str, Any]) -> bytes:
         return b"event: " + str(event["type"]).encode() + b"\n" + sse(event)
@@ -166,8 +189,8 @@ class BlockAnswer(Answer):
         """Events of a new block, which is empty."""
 
     @abstractmethod
-    def delta(self, block: Block, text: str) -> Events:
-        """Events of new text at the end of a block."""
+    def delta(self, block: Block, text: str, logprobs: list[dict[str, Any]]) -> Events:
+        """Events of new text at the end of a block. logprobs: of its tokens."""
 
     @abstractmethod
     def end_block(self, block: Block) -> Events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -133,8 +134,12 @@ async def _answer(service: Service, request: Request, response: Answer, write: C
     headers = {DRAFTER: service.drafter_label(response.body)}
 
     def end() -> None:
+        first, body, client = response.choices[0], response.body, _client(request)
         request.state.summary.append(response.summary())
-        service.finish(response.choices, _client(request))
+        service.finish(response.choices, client)
+        if isinstance(body, ChatBody) and body.prepare_next_turn and first.answer.finish == "stop":
+            told = body, response.parts(), first.handle.request.ids, client
+            asyncio.get_running_loop().run_in_executor(None, service.prepare_next_turn, *told)
         if service.settings.log_requests:
             for choice in response.choices:
                 text = {"prompt": service.decode(choice.prompt, special=True), "answer": choice.answer.text}

@@ -126,7 +126,7 @@ def _validated(body: bytearray, model: type[BaseModel]) -> BaseModel:
     if _containers(body) > MAX_CONTAINERS and _containers(_without_strings(body)) > MAX_CONTAINERS:
         raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects", code="too_large")
     try:
-        given = from_json(bytes(body))
+        given = from_json(bytes(body), allow_inf_nan=False)
     except ValueError as error:
         reason = str(error).replace("unexpected end of hex escape", "half of a surrogate pair is not a character")
         raise ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None

@@ -11,14 +11,12 @@ from pydantic_core import to_json
 
 from specdec import __version__
 from specdec.api.text import Piece
-from specdec.serve.answer import Answer, InThread, Prepared
+from specdec.serve.answer import LARGE, Answer, InThread, Prepared
 from specdec.serve.choice import DONE, ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.logprobs import chat_logprobs, completion_logprobs
 from specdec.serve.parts import AnswerParser, Part, merged
 from specdec.serve.schema import GenerationBody, StreamOptions
-
-LARGE = 10_000  # log-probabilities of a choice; writing more of them takes tens of milliseconds
 
 
 class Chat:
@@ -136,6 +134,9 @@ class OpenAIAnswer(Answer):
             "system_fingerprint": f"specdec-{__version__}",
         }
 
+    def parts(self) -> list[Part]:
+        return self.shape.parser(self.choices[0]).parts if isinstance(self.shape, Chat) else []
+
     async def json(self, in_thread: InThread) -> bytes:
         await self._finished()
         per_token = 0 if self.body.num_logprobs is None else 1 + self.body.num_logprobs
@@ -176,7 +177,7 @@ class OpenAIAnswer(Answer):
             "prompt_tokens": before,
             "completion_tokens": new,
             "total_tokens": before + new,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": cached} | self.time_saved(),
         }
 
     def _chunk_head(self) -> dict[str, Any]:

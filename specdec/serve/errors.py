@@ -27,6 +27,7 @@ ANTHROPIC_TYPES = {
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER = 1  # seconds
+LONGEST = 300  # characters of what pydantic says, which may quote the client
 _FIELD = re.compile(r"[a-z_]+")
 _UNION_BRANCHES = {"str", "int", "float", "bool", "dict", "list"}  # types of a union in pydantic's locations
 UNKNOWN, MISMATCH = "extra_forbidden", "_type"  # types of pydantic's errors; the second is a suffix
@@ -137,7 +138,7 @@ def _from_pydantic(found: Mapping[str, Any]) -> ApiError:
     param = ".".join(parts)[:200] or None
     if found["type"] == UNKNOWN:
         return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")
-    what = str(found["msg"]).removeprefix("Value error, ")
+    what = str(found["msg"]).removeprefix("Value error, ")[:LONGEST]
     field = ".".join(part for part in parts if not part.isdigit())
     if field in UNION_FIELDS and found["type"].endswith(MISMATCH):
         what = f"it must be {UNION_FIELDS[field]}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -24,6 +23,7 @@ from specdec.serve.schema import (
     Stop,
     Strict,
     ToolName,
+    check_kind,
 )
 
 MAX_SEQUENCES = 64
@@ -32,15 +32,8 @@ IGNORED_OF_TOOLS = (*IGNORED, "strict", "eager_input_streaming", "defer_loading"
 EFFORTS = {"enabled": "medium", "disabled": "none"}
 
 
-def _without(given: Any, names: Sequence[str]) -> Any:
-    return {k: v for k, v in given.items() if k not in names} if isinstance(given, dict) else given
-
-
 class _Block(Strict):
-    @model_validator(mode="before")
-    @classmethod
-    def _ignored(cls, given: Any) -> Any:
-        return _without(given, IGNORED)
+    no_effect = IGNORED
 
 
 class TextBlock(_Block):
@@ -78,9 +71,7 @@ class ToolResult(_Block):
 def _known(given: Any) -> Any:
     """Refuse blocks of other types in one sentence."""
     for block in given if isinstance(given, list) else ():
-        kind = block.get("type") if isinstance(block, dict) else None
-        if isinstance(kind, str) and kind not in BLOCKS:
-            raise ValueError(f"blocks of the type '{kind[:64]}' are not supported; leave them out")
+        check_kind(block, "blocks", *BLOCKS)
     return given
 
 
@@ -139,6 +130,8 @@ class Turn(Strict):
 
 
 class MessageTool(Strict):
+    no_effect = IGNORED_OF_TOOLS
+
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None
@@ -146,11 +139,9 @@ class MessageTool(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _ignored(cls, given: Any) -> Any:
-        kind = given.get("type") if isinstance(given, dict) else None
-        if isinstance(kind, str) and kind != "custom":
-            raise ValueError(f"tools of the type '{kind[:64]}' are not supported; leave them out")
-        return _without(given, IGNORED_OF_TOOLS)
+    def _check_type(cls, given: Any) -> Any:
+        check_kind(given, "tools", "custom")
+        return given
 
 
 class ToolChoice(Strict):
@@ -248,8 +239,6 @@ class CountBody(Strict):
 
 
 class MessagesBody(CountBody, Extensions):
-    """max_tokens: 0 runs the prompt alone, for a later request to begin with."""
-
     max_tokens: Annotated[int, Field(ge=0)]
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
     stream: bool | None = None
@@ -261,11 +250,11 @@ class MessagesBody(CountBody, Extensions):
     inference_geo: Any = None
 
     def _options(self) -> dict[str, Any]:
-        return self.model_dump(include={"stream", "temperature", "top_k", "top_p", *Extensions.model_fields})
+        names = {"max_tokens", "stream", "temperature", "top_k", "top_p", *Extensions.model_fields}
+        return self.model_dump(include=names)
 
     def chat(self) -> ChatBody:
-        more = {"max_completion_tokens": self.max_tokens, "stop": self.stop_sequences}  # chats take fewer
-        return super().chat().model_copy(update=more)
+        return super().chat().model_copy(update={"stop": self.stop_sequences})  # chats take fewer
 
 
 class MessagesAnswer(BlockAnswer):
@@ -289,7 +278,7 @@ class MessagesAnswer(BlockAnswer):
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": new,
-        }
+        } | self.time_saved()
 
     def _message(self, content: list[Any], stop: dict[str, str | None]) -> dict[str, Any]:
         head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": self.model}
@@ -306,7 +295,7 @@ class MessagesAnswer(BlockAnswer):
     def begin_block(self, block: Block) -> Events:
         yield {"type": "content_block_start", "index": self._index, "content_block": _content(block, whole=False)}
 
-    def delta(self, block: Block, text: str) -> Events:
+    def delta(self, block: Block, text: str, logprobs: list[dict[str, Any]]) -> Events:
         kind, name = {
             "text": ("text_delta", "text"),
             "reasoning": ("thinking_delta", "thinking"),

@@ -94,6 +94,8 @@ class _EngineCollector(Collector):
             (GaugeMetricFamily, "kv_cache_usage_perc", "Used share of the KV cache, from 0 to 1.", stats.kv_usage),
             (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
             (CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            (GaugeMetricFamily, "prefix_cache_bytes", "Bytes of cached prefixes in memory.", stats.prefix_bytes),
+            (CounterMetricFamily, "prefix_cache_saved_seconds", "What cached tokens would take.", stats.saved_seconds),
             (CounterMetricFamily, "external_prefix_cache_queries", "The same on disk.", stats.disk_queries),
             (CounterMetricFamily, "external_prefix_cache_hits", "Prompt tokens read from disk.", stats.disk_hits),
             (GaugeMetricFamily, "external_prefix_cache_bytes", "Bytes of prefixes on disk.", stats.disk_bytes),

@@ -7,7 +7,7 @@ import re
 import secrets
 import string
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -48,12 +48,16 @@ TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
 
 @dataclass
 class Block:
-    """Output of one kind, whole. name, id: of a call, whose text is its arguments."""
+    """Output of one kind, whole.
+
+    name, id: of a call, whose text is its arguments. logprobs: of the tokens of the text, in a protocol's shape.
+    """
 
     kind: Kind
     text: str = ""
     name: str = ""
     id: str = ""
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     def takes(self, part: Part) -> bool:
         return (self.kind, self.id) == (part.kind, part.id)
@@ -162,6 +166,7 @@ class AnswerParser:
     reasoning: the marks around reasoning, with which the answer may begin. inside: it begins after the first of them.
     forced: the answer consists of calls and has no text. A call that is cut before its arguments counts if its name is
         certain.
+    parts: those so far.
     """
 
     def __init__(
@@ -174,7 +179,8 @@ class AnswerParser:
         forced: bool = False,
     ) -> None:
         self.form, self.tools, self.single, self.forced = form, tools or {}, single, forced
-        self.source, self.called = Source(), list[str]()  # ids of the calls
+        self.source, self.parts = Source(), list[Part]()
+        self.called = list[str]()  # ids of the calls
         self.seen = ""  # the text so far, if calls are forced
         self.reasoning, self.reader = reasoning, self._read(reasoning, inside)
 
@@ -192,6 +198,7 @@ class AnswerParser:
         if self.forced:
             self.seen += "" if self.called else text
             found += self._cut_call() if last and not self.called else []
+        self.parts += found
         return found
 
     def _cut_call(self) -> list[Part]:
@@ -365,9 +372,9 @@ class _JsonCall:
         try:
             found = json.loads(self.raw)
             name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
-        except (ValueError, KeyError, RecursionError):
+            return (name, arguments) if name in self.tools and isinstance(arguments, dict) else None
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
-        return (name, arguments) if name in self.tools and isinstance(arguments, dict) else None
 
 
 def types(schema: Any) -> set[str]:

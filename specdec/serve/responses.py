@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from specdec.base import options
 from specdec.serve.answer import BlockAnswer, Events, Prepared
@@ -28,6 +28,8 @@ from specdec.serve.schema import (
     Function,
     JsonSchema,
     Strict,
+    Top,
+    check_kind,
     check_size,
     drop_unused,
 )
@@ -42,16 +44,12 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "max_tool_calls": (),
     "moderation": (),
     "prompt": (),
-    "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
 
 
 class _Part(Strict):
-    @model_validator(mode="before")
-    @classmethod
-    def _no_effect(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if k not in NO_EFFECT} if isinstance(given, dict) else given
+    no_effect = NO_EFFECT
 
 
 class TextItem(_Part):
@@ -100,6 +98,7 @@ Item = Annotated[
     Discriminator(lambda given: given.get("type", "message") if isinstance(given, dict) else None),
 ]
 ITEMS = TypeAdapter(list[Item])
+LOGPROBS = "message.output_text.logprobs"  # included if a client asks for it
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
@@ -133,9 +132,7 @@ class FunctionTool(Function):
     @model_validator(mode="before")
     @classmethod
     def _check_type(cls, given: Any) -> Any:
-        kind = given.get("type") if isinstance(given, dict) else None
-        if isinstance(kind, str) and kind != "function":
-            raise ValueError(f"tools of the type '{kind[:64]}' are not supported; leave them out")
+        check_kind(given, "tools", "function")
         return given
 
 
@@ -183,7 +180,7 @@ class ResponsesBody(Extensions):
     previous_response_id: Annotated[str, Field(max_length=256)] | None = None
     store: bool | None = None
     stream: bool | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[options.Temperature, Field(le=2)] | None = None
     top_p: options.TopP | None = None
     text: TextConfig | None = None
@@ -193,8 +190,9 @@ class ResponsesBody(Extensions):
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
     user: str | None = None
-    # Those from here on have no effect.
+    top_logprobs: Top | None = None
     include: Annotated[list[str], Field(max_length=MAX_MEMBERS, fail_fast=True)] | None = None
+    # Those from here on have no effect.
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
@@ -211,16 +209,7 @@ class ResponsesBody(Extensions):
     @classmethod
     def _check_kinds(cls, given: Any) -> Any:
         for item in given if isinstance(given, list) else ():
-            kind = item.get("type") if isinstance(item, dict) else None
-            if isinstance(kind, str) and kind not in KINDS:
-                raise ValueError(f"items of the type '{kind[:64]}' are not supported; leave them out")
-        return given
-
-    @field_validator("include")
-    @classmethod
-    def _check_include(cls, given: list[str] | None) -> list[str] | None:
-        if "message.output_text.logprobs" in (given or ()):
-            raise ValueError("log-probabilities are not supported here; use chat completions")
+            check_kind(item, "items", *KINDS)
         return given
 
     @property
@@ -242,7 +231,8 @@ class ResponsesBody(Extensions):
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         given = self.model_dump(include={"model", "stream", "temperature", "top_p", *Extensions.model_fields})
-        given |= {"messages": messages, "max_completion_tokens": self.max_output_tokens}
+        given |= {"messages": messages, "max_tokens": self.max_output_tokens, "top_logprobs": self.top_logprobs}
+        given |= {"logprobs": bool(self.top_logprobs) or LOGPROBS in (self.include or ())}
         given |= {"reasoning_effort": self.reasoning.effort if self.reasoning else None}
         if self.text is not None and self.text.format is not None:
             given["response_format"] = self.text.format.for_chat
@@ -263,15 +253,17 @@ class Store:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.kept: dict[str | None, OrderedDict[str, tuple[bytes, list[dict[str, Any]], int]]] = {}
+        self.kept: dict[str | None, OrderedDict[str, tuple[bytes, bytes]]] = {}  # responses and messages, as JSON
 
     def put(self, scope: str | None, id: str, written: bytes, messages: list[dict[str, Any]]) -> None:
         """written: the response as JSON. messages: of the chat up to its end."""
-        size = len(written) + len(to_json(messages))
+        made = written, to_json(messages)
         with self.lock:
             kept = self.kept.setdefault(scope, OrderedDict())
-            kept[id] = written, messages, size
-            while len(kept) > MAX_STORED or sum(size for _, _, size in kept.values()) > MAX_STORED_BYTES:
+            kept[id] = made
+            while (
+                len(kept) > MAX_STORED or sum(len(part) for both in kept.values() for part in both) > MAX_STORED_BYTES
+            ):
                 kept.popitem(last=False)
 
     def messages(self, scope: str | None, id: str | None) -> list[dict[str, Any]]:
@@ -281,7 +273,7 @@ class Store:
         with self.lock:
             if id in (kept := self.kept.get(scope, OrderedDict())):
                 kept.move_to_end(id)
-                return kept[id][1]
+                return list(from_json(kept[id][1]))
         message = f"there is no response '{id[:64]}' here, or no longer; send its items as input"
         raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
 
@@ -317,6 +309,7 @@ class ResponsesAnswer(BlockAnswer):
         return found | asked | {
             "parallel_tool_calls": self.asked.parallel_tool_calls is not False,
             "tool_choice": self.asked.model_dump()["tool_choice"] or "auto",
+            "top_logprobs": self.asked.top_logprobs or 0,
             "tools": [tool.model_dump(exclude={"defer_loading"}) for tool in self.asked.tools or ()],
             "text": {"format": form.echoed if form else {"type": "text"}},
             "reasoning": {"effort": self.body.reasoning_effort, "summary": None},  # type: ignore[attr-defined]
@@ -335,7 +328,7 @@ class ResponsesAnswer(BlockAnswer):
         thought = sum(len(self.choice.tokenizer(b.text).input_ids) for b in self.blocks if b.kind == "reasoning")
         usage = {
             "input_tokens": before,
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0} | self.time_saved(),
             "output_tokens": new,
             "output_tokens_details": {"reasoning_tokens": min(thought, new)},
             "total_tokens": before + new,
@@ -371,15 +364,17 @@ class ResponsesAnswer(BlockAnswer):
         if block.kind != "call":
             yield self._event("response.content_part.added", part=_part(block))
 
-    def delta(self, block: Block, text: str) -> Events:
-        yield self._event(f"response.{NAMES[block.kind]}.delta", delta=text, **_logprobs(block))
+    def delta(self, block: Block, text: str, logprobs: list[dict[str, Any]]) -> Events:
+        more = {"logprobs": logprobs} if block.kind == "text" else {}
+        yield self._event(f"response.{NAMES[block.kind]}.delta", delta=text, **more)
 
     def end_block(self, block: Block) -> Events:
         kind = NAMES[block.kind]
         if block.kind == "call":
             yield self._event(f"response.{kind}.done", name=block.name, arguments=block.text)
         else:
-            yield self._event(f"response.{kind}.done", text=block.text, **_logprobs(block))
+            more = {"logprobs": block.logprobs} if block.kind == "text" else {}
+            yield self._event(f"response.{kind}.done", text=block.text, **more)
             yield self._event("response.content_part.done", part=_part(block))
         item = self._item(self._index, block, "completed")
         yield {"type": "response.output_item.done", "output_index": self._index, "item": item}
@@ -407,17 +402,13 @@ class ResponsesAnswer(BlockAnswer):
         return {"type": kind} | place | ({} if block.kind == "call" else {"content_index": 0}) | more
 
 
-ECHOED = "instructions", "max_output_tokens", "previous_response_id", "metadata", "temperature", "top_p", "user"
+ECHOED = "instructions", "max_output_tokens", "metadata", "previous_response_id", "temperature", "top_p", "user"
 PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
-
-
-def _logprobs(block: Block) -> dict[str, list[Any]]:
-    return {"logprobs": []} if block.kind == "text" else {}
 
 
 def _part(block: Block) -> dict[str, Any]:
     """The part of a message or of reasoning that holds its text."""
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": block.text}
-    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": block.logprobs}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import from_json
@@ -54,6 +55,13 @@ def drop_unused(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
     return {k: v for k, v in given.items() if k not in unused or not (v is None or v in unused[k])}
 
 
+def check_kind(given: Any, what: str, *known: str) -> None:
+    """Raise ValueError, in one sentence, for an object of a type that is not ``known``."""
+    kind = given.get("type") if isinstance(given, dict) else None
+    if isinstance(kind, str) and kind not in known:
+        raise ValueError(f"{what} of the type '{kind[:64]}' are not supported; leave them out")
+
+
 def check_size(given: Any, most: int) -> Any:
     """Limit an object before its members are validated, since pydantic reports every wrong one."""
     if isinstance(given, dict) and len(given) > most:
@@ -64,18 +72,27 @@ def check_size(given: Any, most: int) -> Any:
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    no_effect: ClassVar[Sequence[str]] = ()  # members that are left out
+
     @model_validator(mode="before")
     @classmethod
     def _check_members(cls, given: Any) -> Any:
-        return check_size(given, MAX_MEMBERS)
+        check_size(given, MAX_MEMBERS)
+        return {k: v for k, v in given.items() if k not in cls.no_effect} if isinstance(given, dict) else given
 
 
 class Extensions(Strict):
-    """Parameters of specdec in other protocols: as in ``GenerationBody`` and ``ChatBody``."""
+    """Parameters of specdec in all chats.
+
+    speculative_decoding, include_metrics: as in ``GenerationBody``.
+    chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
+    prepare_next_turn: what is known of the next turn's prompt is run in the background when the answer has ended.
+    """
 
     speculative_decoding: bool = True
     include_metrics: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    prepare_next_turn: bool = False
 
 
 class StreamOptions(Strict):
@@ -121,12 +138,13 @@ class ResponseFormat(Strict):
 class GenerationBody(Strict):
     """What both endpoints accept.
 
+    max_tokens: 0 runs the prompt alone, in the background, for later requests to begin with.
     speculative_decoding: false decodes without a drafter; the text is the same.
     include_metrics, per_step_metrics: add metrics of the request and of each step to the response.
     """
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[options.Temperature, Field(le=2)] | None = None
     top_p: options.TopP | None = None
     top_k: Annotated[options.TopK, Field(le=2**31 - 1)] | None = None
@@ -194,8 +212,7 @@ class TextPart(Strict):
     @model_validator(mode="before")
     @classmethod
     def _check_type(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(kind := given.get("type"), str) and kind != "text":
-            raise ValueError(f"parts of the type '{kind[:64]}' are not supported, only text is; leave them out")
+        check_kind(given, "parts", "text")
         return given
 
 
@@ -289,20 +306,17 @@ class NamedTool(Strict):
     function: FunctionName
 
 
-class ChatBody(GenerationBody):
-    """chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
-    continue_final_message: the answer goes on with the last message, which is the assistant's.
-    """
+class ChatBody(GenerationBody, Extensions):
+    """continue_final_message: the answer goes on with the last message, which is the assistant's."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool = False
 
     @model_validator(mode="after")
@@ -360,7 +374,6 @@ class ChatBody(GenerationBody):
 
 class CompletionBody(GenerationBody):
     prompt: Text | Ids | Annotated[list[Text], Prompts] | Annotated[list[Ids], Prompts]
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool = False
     logprobs: Top | None = None
 
@@ -370,12 +383,6 @@ class CompletionBody(GenerationBody):
         """``logprobs: false`` means null; 0 returns the log-probabilities of the chosen tokens alone."""
         unused = isinstance(given, dict) and given.get("logprobs") is False
         return given | {"logprobs": None} if unused else given
-
-    @model_validator(mode="after")
-    def _check_max_tokens(self) -> CompletionBody:
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 needs echo: true")
-        return self
 
     @property
     def num_logprobs(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import secrets
@@ -15,12 +16,16 @@ from specdec.api.text import encode
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.engine.scheduler import SHARED
+from specdec.kvcache.prefix import common
 from specdec.serve.answer import Prepared
+from specdec.serve.chat import message
 from specdec.serve.choice import ResponseChoice
 from specdec.serve.clients import Client
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
-from specdec.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from specdec.serve.parts import Part
+from specdec.serve.schema import ChatBody, CompletionBody, GenerationBody, Message, TokenizeBody
 from specdec.serve.settings import ServerSettings
 from specdec.serve.tools import HARMONY, PLAIN, CallFormat, find_format, find_thoughts, tool_grammar
 from specdec.speculation.constraints import CompiledConstraint, Constraint
@@ -43,6 +48,7 @@ class Service:
         self.tokenizer, self.context = decoder.tokenizer, decoder.target.context
         self.metrics = Metrics(settings.name, engine.stats)
         self.started = int(time.time())
+        self.next_turns = dict[str | None, Request]()  # of each key the last that was prepared
 
     def check_engine(self) -> None:
         if self.engine.closed:
@@ -185,16 +191,14 @@ class Service:
         """The compiled constraint on the answers; compiling may take a second."""
         rule: Constraint | None = None if body.response_format is None else body.response_format.constraint
         name = "response_format"
-        if isinstance(body, ChatBody) and body.forced_tools:
-            form, name = self.call_format(self.template(body.callable_tools)), "tools"
-            if not form.forceable:
-                message = "calls in this model's format cannot be forced; set tool_choice to 'auto'"
-                raise ApiError(400, message, "tool_choice", "unsupported_parameter")
-            rule = tool_grammar(form, body.forced_tools, body.allows_several_calls, self.tokenizer)
-        if rule is None:
-            return None
         try:
-            return self.decoder.compile_constraint(rule, body.ignore_eos)
+            if isinstance(body, ChatBody) and body.forced_tools:
+                form, name = self.call_format(self.template(body.callable_tools)), "tools"
+                if not form.forceable:
+                    message = "calls in this model's format cannot be forced; set tool_choice to 'auto'"
+                    raise ApiError(400, message, "tool_choice", "unsupported_parameter")
+                rule = tool_grammar(form, body.forced_tools, body.allows_several_calls, self.tokenizer)
+            return None if rule is None else self.decoder.compile_constraint(rule, body.ignore_eos)
         except SpecDecError as error:
             raise ApiError(400, str(error), name, "invalid_value") from None
 
@@ -229,6 +233,29 @@ class Service:
                 for choice in choices:
                     choice.close()
         return choices
+
+    def prepare_next_turn(self, body: ChatBody, answer: Sequence[Part], ids: Sequence[int], client: Client) -> None:
+        """Run in the background what is known of the prompt after an ``answer``, where it differs from ``ids``.
+
+        ids: the tokens of prompt and answer.
+        """
+        said, head = message(answer), {"role": "user"}
+        if calls := said.get("tool_calls"):
+            head = {"role": "tool", "tool_call_id": calls[0]["id"]}
+        with contextlib.suppress(ApiError, SpecDecError, ValueError):  # nobody waits for it
+            last = Message.model_validate({"role": "assistant"} | said)
+            both = []
+            for text in "ab":  # what the two prompts share is known
+                messages = [*body.messages, last, Message.model_validate(head | {"content": text})]
+                both.append(self.encode_chat(body.model_copy(update={"messages": messages})))
+            known = both[0][: common(*both)]
+            if len(known) > common(known, ids) + SHARED:
+                warm = body.model_copy(update={"max_tokens": 0, "max_completion_tokens": None, "logprobs": None})
+                request = self._request(known, warm, client, None, seed=0, stream=0)
+                before, self.next_turns[client.scope] = self.next_turns.get(client.scope), request
+                if before is not None:
+                    before.cancelled = True  # if it still waits
+                self.engine.enqueue(request)
 
     def drafter_label(self, body: GenerationBody) -> str:
         """The drafter of a request, for a header; "none" while the drafter is off."""
@@ -268,6 +295,7 @@ class Service:
             prompt_logprobs=body.num_logprobs is not None and isinstance(body, CompletionBody) and body.echo,
         )
         request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 scores the prompt alone
+        request.background = not max_new_tokens and body.num_logprobs is None
         if client.key is not None:
             request.priority, request.scope_rows = client.key.priority, client.key.max_rows
             request.learn = client.key.learn

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from specdec.base.errors import SpecDecError
 from specdec.serve.parts import BETWEEN, TEXT, THOUGHT, AnswerParser, Format, Part, Parts, Schemas, new_id, types
 from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
 
@@ -163,7 +164,11 @@ class QwenXml(CallFormat):
 
     def arguments(self, rule: str, schema: dict[str, Any], text: Terminal) -> list[str]:
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        members, required, lines = schema.get("properties") or {}, schema.get("required") or (), list[str]()
+        members, required, lines = schema.get("properties") or {}, schema.get("required") or [], list[str]()
+        if not isinstance(members, dict) or not isinstance(required, list):
+            raise SpecDecError(
+                "the parameters of a tool are no JSON schema: 'properties' is an object, 'required' a list"
+            )
         for n, (key, value) in enumerate(members.items()):
             one, kind = f"{rule}_{n}", types(value)
             lines.append(f"{one}: {text(f'<parameter={key}>' + chr(10))} {one}_value")

@@ -179,7 +179,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "a bias of a token that the model lacks": ({"logit_bias": {"99999": 1}}, "logit_bias"),
     "a huge bias": ({"logit_bias": {"5": 1000}}, "logit_bias"),
     "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages"),
-    "no tokens": ({"max_tokens": 0}, "max_tokens"),
+    "fewer tokens than none": ({"max_tokens": -1}, "max_tokens"),
     "a fraction of a token": ({"max_tokens": 1.5}, "max_tokens"),
     "true tokens": ({"max_tokens": True}, "max_tokens"),
     "no choices": ({"n": 0}, "n"),
@@ -243,6 +243,7 @@ BODIES = {
     "nothing": b"", "half": b'{"model": "tiny", ', "a list": b"[]", "text": b'"x"', "a number": b"3", "null": b"null",
     "not UTF-8": b'{"model": "\xff\xfe"}', "nested": b"[" * 100_000, "digits": b'{"seed":' + b"9" * 10_000 + b"}",
     "not finite": b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+    "not finite within": b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "metadata": {"a": NaN}}',
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ import httpx
 import openai
 import pytest
 from calls import CALLS, SCHEMAS, THINKING, TOOLS, answering, thinking, written
-from servers import NAME, Server
+from servers import NAME, Server, byte_tokenizer
 
+from specdec.engine.request import TokenLogprob
 from specdec.serve import responses
+from specdec.serve.logprobs import TokenFinder
 from specdec.serve.responses import Store
 from specdec.serve.tools import HERMES
 
@@ -68,6 +71,45 @@ def test_a_response_whole_and_streamed(client: openai.OpenAI, server: Server) ->
     assert other.usage.prompt_tokens == whole.usage.input_tokens
 
 
+def test_log_probabilities_are_those_of_the_text(client: openai.OpenAI) -> None:
+    how: Any = BODY | {"temperature": 0}
+    scored: Any = {"max_tokens": 24, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    chat = client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": ASK}], **scored)
+
+    def rounded(entries: Any) -> list[Any]:
+        """Without the last digits, which depend on how much of the prompt was cached."""
+        tops = [[(top.token, round(top.logprob, 3)) for top in each.top_logprobs] for each in entries]
+        return [(e.token, e.bytes, round(e.logprob, 3), top) for e, top in zip(entries, tops, strict=True)]
+
+    expected = rounded(chat.choices[0].logprobs.content)  # type: ignore[union-attr]
+    asked: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    whole = client.responses.create(**how, **asked)
+    events = list(client.responses.create(**how, **asked, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    for response in (whole, events[-1].response):  # type: ignore[union-attr]
+        assert rounded(response.output[0].content[0].logprobs) == expected
+        assert response.top_logprobs == 2
+    assert [each.token for delta in deltas for each in delta.logprobs] == [each[0] for each in expected]
+    assert len(deltas) > 3 and all("".join(e.token for e in delta.logprobs) == delta.delta for delta in deltas)
+    few = client.responses.create(**how, include=["message.output_text.logprobs"]).output[0].content[0].logprobs  # type: ignore[union-attr]
+    assert [each.token for each in few] == [each[0] for each in expected] and few[0].top_logprobs == []
+    assert client.responses.create(**how).output[0].content[0].logprobs == []  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_tokens_of_parts_are_found_between_marks(size: int) -> None:
+    """What is between the parts, and a token of which a part has only some characters."""
+    tokenizer = byte_tokenizer()
+    text, parts = "<think>a b</think>\n\nWéll.\n<call>{}</call>ok", ["a b", "Wé", "ll.", "ok", "not there"]
+    ids, finder, taken = tokenizer(text).input_ids, TokenFinder(tokenizer), list[str]()
+    for at in range(0, len(ids), size):
+        finder.extend([TokenLogprob(each, -0.5, []) for each in ids[at : at + size]])
+        while parts[len(taken)].encode() in bytes(finder.answer):
+            found = finder.take(parts[len(taken)])
+            taken.append(bytes(byte for each in found for byte in each["bytes"]).decode())
+    assert taken == parts[:-1] and finder.take("not there") == []
+
+
 def test_a_response_goes_on_from_an_earlier_one(client: openai.OpenAI) -> None:
     first = client.responses.create(**BODY, temperature=0, instructions="Be brief.")
     second = client.responses.create(**BODY | {"input": "And two more."}, previous_response_id=first.id, temperature=0)
@@ -111,6 +153,20 @@ def test_a_store_keeps_the_last_of_each_key(monkeypatch: pytest.MonkeyPatch) -> 
     assert [*store.kept["a"]] == ["6"]
     store.put("a", "7", b"z" * 2000, [])
     assert [*store.kept["a"]] == [] and [*store.kept["b"]] == ["0"]
+
+
+def test_a_store_holds_no_more_memory_than_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "MAX_STORED_BYTES", 10**6)
+    store = Store()
+    tracemalloc.start()
+    try:
+        for n in range(40):
+            store.put("a", str(n), b"x", [{"role": "user", "content": ""} for _ in range(2000)])
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(store.kept["a"]) > 5 and held < 1.5 * 10**6
+    assert store.messages("a", "39")[1999] == {"role": "user", "content": ""}
 
 
 def test_calls_are_forced_streamed_and_answered(client: openai.OpenAI) -> None:
@@ -213,18 +269,28 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a background": ({"background": True}, "'background'"),
     "a conversation": ({"conversation": "c"}, "'conversation'"),
     "a truncation": ({"truncation": "auto"}, "'truncation'"),
-    "log-probabilities": ({"include": ["message.output_text.logprobs"]}, "not supported here"),
+    "too many log-probabilities": ({"top_logprobs": 21}, "'top_logprobs'"),
     "a hosted tool": ({"tools": [{"type": "web_search"}]}, "tools of the type 'web_search'"),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice needs tools"),
     "a schema that allows nothing": (
         {"tools": [{"type": "function", "name": "a", "parameters": {"enum": []}}], "tool_choice": "required"},
         "cannot be used",
     ),
-    "no tokens": ({"max_output_tokens": 0}, "max_output_tokens"),
+    "fewer tokens than none": ({"max_output_tokens": -1}, "max_output_tokens"),
     "an unknown member": ({"n": 2}, "parameter 'n'"),
     "an effort in a number": ({"reasoning": {"effort": 3}}, "reasoning"),
     "a long prompt": ({"input": "x" * 5000}, "'messages' has"),
 }
+
+
+@pytest.mark.parametrize("kind", [["x" * 10**5], {"x" * 10**5: 1}, "x" * 10**5])
+def test_a_message_of_an_error_is_short(server: Server, kind: Any) -> None:
+    for path, body in (
+        (PATH, {"input": [{"type": kind}]}),
+        ("/v1/messages", {"messages": [{"content": [{"type": kind}]}]}),
+    ):
+        response = server.post(path, {"model": NAME} | body, headers=KEY)
+        assert response.status_code == 400 and len(response.text) < 1000
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -262,6 +262,30 @@ def whole_call(deltas: list[dict[str, Any]]) -> dict[str, Any]:
     return {"tool_calls": [*calls.values()]}
 
 
+@pytest.mark.parametrize("form", FORMS)
+@SIZES
+def test_a_name_that_is_no_text_calls_nobody(form: CallFormat, size: int) -> None:
+    for name in ('["sum"]', '{"sum": 1}', "null"):
+        text = (
+            form.first + form.before + f'{{"arguments": {{"a": 1, "b": 3}}, "name": {name}}}' + form.after + form.last
+        )
+        assert not calls_of(read(text, size, form))
+
+
+@pytest.mark.parametrize("more", ["", "<function="])
+@pytest.mark.parametrize("schema", [
+    {"properties": [1]}, {"properties": {"a": {}}, "required": 5}, {"properties": {"a": {}}, "required": [["a"]]},
+    {"properties": {"a": {}}, "$defs": 4}, {"properties": {"a": {"type": "colour"}}}, {"properties": {"a": 5}},
+])  # fmt: skip
+def test_a_schema_that_is_none_is_refused(schema: dict[str, Any], more: str) -> None:
+    tokenizer = letters()
+    tokenizer.chat_template = TEMPLATE + more
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"} | schema}}]
+    with serving(SpecDecoder(tiny_model(vocab_size=97), tokenizer, "prompt-lookup", runtime="reference")) as server:
+        response = server.chat(tools=tools, tool_choice="required", max_tokens=4)
+        assert response.status_code == 400 and response.json()["error"]["param"] == "tools", response.text
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     tokenizer = letters()

@@ -192,19 +192,23 @@ def process(*args: Any, **more: int) -> Iterator[Process]:
 class Replay:
     """An engine whose requests get the events that ``script(request)`` makes; a script that waits holds the request.
 
-    handles: of all requests so far.
+    handles: of all requests so far. enqueued: requests that nobody waits for.
     """
 
     drafting = "on"
 
     def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
         self.script, self.refuse, self.handles, self.closed = script, refuse, list[Any](), False
+        self.enqueued = list[Request]()
 
     def submit(self, request: Request) -> Any:
         if self.refuse is not None:
             raise self.refuse
         self.handles.append(_Replayed(request, self.script(request)))
         return self.handles[-1]
+
+    def enqueue(self, request: Request) -> None:
+        self.enqueued.append(request)
 
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 0, None, 0, 0, 0, 0, 0, 0)
