@@ -1,20 +1,22 @@
 """A coding agent's session replayed turn by turn: time to the first token and seconds by turn, beside llama.cpp.
 
-    python benchmarks/agent_replay.py record TRACE.json --model qwen2.5-coder-1.5b-instruct
+    python benchmarks/agent_replay.py record TRACE.json --session keys --model qwen2.5-coder-1.5b-instruct
     python benchmarks/agent_replay.py replay TRACE.json --model FILE.gguf --llama-cpp plain,ngram-cache
 
 ``record`` lets the model answer a session with files of this repository: a system prompt with tools, files that are
-read, edits, output of tests. A trace holds its messages and the recorded answers, with their licence. ``replay`` sends
-each turn with the recorded answers of those before it, so that all sides do the same work, and asks for as many tokens
-as were recorded. Every drafter runs three passes: ``cold``; ``warm``, with its caches as they are then; ``restart``, in
-a new process that has only its prefix cache on disk. llama.cpp runs two, with its own cache of the last text. The last
-line is JSON; exits with 1 unless specdec's texts are equal in all its passes.
+read, edits, output of tests. A trace holds its messages and the recorded answers, with their licence; one that is
+unfinished is gone on with. ``replay`` sends each turn with the recorded answers of those before it, so that all sides
+do the same work, and asks for as many tokens as were recorded. Every drafter runs four passes: ``cold``; ``warm``, with
+its caches as they are then; ``restart``, in a new process that has only its prefix cache on disk; ``last``, in another
+one, which asks for the last turn alone. llama.cpp runs two, with its own cache of the last text. The last line is JSON,
+with a digest of each pass's texts; exits with 1 unless specdec's texts are equal in all its passes.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import os
 import re
@@ -51,8 +53,9 @@ sentence. Answer with code in fences, and without explanations that nobody has a
 
 You have these tools:
 """
-PREFIX, ROWS = "specdec/kvcache/prefix.py", "specdec/engine/request.py"
-SESSION = (  # what the user, or a tool, says before each answer; {NAME} is a file
+PREFIX, ROWS, DISK = "specdec/kvcache/prefix.py", "specdec/engine/request.py", "specdec/kvcache/disk.py"
+CLIENTS, METRICS, MIDDLE = (f"specdec/serve/{name}.py" for name in ("clients", "metrics", "middleware"))
+COUNTERS = (  # what the user, or a tool, says before each answer; {NAME} is a file
     f"The store of prefixes should count its lookups. First look at the file.\n\n{{{PREFIX}}}\n\nWhich class must "
     "change, and which of its methods? Quote the methods whole.",
     "Add attributes `lookups` and `found` to the class and count in `longest`. Give the new `__init__` and `longest`.",
@@ -65,16 +68,42 @@ SESSION = (  # what the user, or a tool, says before each answer; {NAME} is a fi
     "run_tests: 42 passed\n\nWrite a test for the counters of the store, with the imports that it needs.",
     "run_tests: 43 passed\n\nGive the final version of `longest` and of the mapping once more, for the description.",
 )
+KEYS = (
+    "The keys of this server shall have a limit of tokens a day, beside that of a minute. First look at the file.\n\n"
+    f"{{{CLIENTS}}}\n\nWhich classes must change? Quote the fields of Key.",
+    "Add a field `tokens_per_day` to Key, after `tokens_per_minute`. Give the fields, and the line of the docstring.",
+    "edit_file: done.\n\nNow give the method `begin` of Client whole, with a check of the daily limit.",
+    "run_tests: 1 failed, 11 passed\n\nE   AttributeError: 'Client' object has no attribute 'today'\n\nGive `__init__` "
+    "of Client with what is missing.",
+    f"run_tests: 12 passed\n\nThe metrics shall show what is left.\n\n{{{METRICS}}}\n\nQuote `record_key`, and the "
+    "two counters that it uses.",
+    "Add a gauge `key_tokens_left`, and set it in `record_key` from a new argument `left`. Give the lines that change.",
+    "edit_file: the old passage does not occur in the file.\n\nQuote it exactly as it stands there: the three lines "
+    "before `self.registry.register`.",
+    f"edit_file: done.\n\nNow the middleware, which finds the key.\n\n{{{MIDDLE}}}\n\nQuote the class ApiKey whole.",
+    "Let it refuse a client without tokens for today with status 429. Give `__call__` of ApiKey whole.",
+    "run_tests: 2 failed, 11 passed\n\nE   AttributeError: 'NoneType' object has no attribute 'tokens_per_day'\n\n"
+    "Without keys there is no limit. Correct it, and give the lines that change.",
+    f"run_tests: 13 passed\n\nNext task: the disk cache shall count the files that it removes.\n\n{{{DISK}}}\n\n"
+    "Quote `figures`, `_make_room` and `_remove`.",
+    "Add an attribute `removed`, count in `_remove`, and give it in `figures`. Give both methods whole.",
+    "run_tests: 14 passed\n\nWrite a test for the count of removed files, with the imports that it needs.",
+    "run_tests: 15 passed\n\nGive the final version of `begin` and of `_remove` once more, for the description.",
+)
+SESSIONS = {"counters": COUNTERS, "keys": KEYS}
 
 
-def session() -> list[dict[str, str]]:
+def session(name: str) -> list[dict[str, str]]:
     """The messages before each answer, the system's first."""
     tools = [
         {"name": name, "description": what, "parameters": {key: {"type": "string"} for key in keys}}
         for name, (what, keys) in TOOLS.items()
     ]
-    files = {name: f"{name}:\n```python\n{(ROOT / name).read_text('utf-8')}```" for name in (PREFIX, ROWS)}
-    texts = [re.sub(r"\{(specdec/[\w/]+\.py)\}", lambda found: files[found[1]], text) for text in SESSION]
+    file = "{}:\n```python\n{}```"
+    texts = [
+        re.sub(r"\{(specdec/[\w/]+\.py)\}", lambda m: file.format(m[1], (ROOT / m[1]).read_text("utf-8")), text)
+        for text in SESSIONS[name]
+    ]
     system = {"role": "system", "content": SYSTEM + json.dumps(tools, indent=1)}
     return [system, *({"role": "user", "content": text} for text in texts)]
 
@@ -118,18 +147,19 @@ class Pass:
         return self
 
 
-def prompts(trace: dict[str, Any], turns: int) -> Iterator[tuple[list[dict[str, str]], int]]:
-    """The messages of each turn, and how many tokens are wanted."""
+def prompts(trace: dict[str, Any], turns: int, first: int = 0) -> Iterator[tuple[list[dict[str, str]], int]]:
+    """The messages of each turn from number ``first`` on, and how many tokens are wanted."""
     messages = [trace["messages"][0]]
-    for message, answer in zip(trace["messages"][1 : turns + 1], trace["answers"], strict=False):
+    for n, (message, answer) in enumerate(zip(trace["messages"][1 : turns + 1], trace["answers"], strict=False)):
         messages.append(message)
-        yield list(messages), answer["tokens"]
+        if n >= first:
+            yield list(messages), answer["tokens"]
         messages.append({"role": "assistant", "content": answer["text"]})
 
 
 async def ours(client: Client, name: str, trace: dict[str, Any], turns: int) -> Pass:
     done = Pass(name)
-    for messages, tokens in prompts(trace, turns):
+    for messages, tokens in prompts(trace, turns, turns - 1 if name.endswith("last") else 0):
         body = {"model": "model", "messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         began = time.perf_counter()
         answer = await client.chat(body | {"stream_options": {"include_usage": True}})
@@ -158,26 +188,35 @@ def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads
     return passes
 
 
+def digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
 def record(args: argparse.Namespace) -> int:
     """Write a trace: the session, and what the model answers to it."""
+    told = session(args.session)
+    trace: dict[str, Any] = {"licence": LICENCE, "model": Path(args.model).name, "messages": told, "answers": []}
+    if args.trace.exists():
+        trace = json.loads(args.trace.read_text("utf-8"))
 
-    async def answers(client: Client) -> list[dict[str, Any]]:
-        messages, found = session()[:1], list[dict[str, Any]]()
-        for message in session()[1:]:
+    async def answers(client: Client) -> None:
+        messages = trace["messages"][:1]
+        for n, message in enumerate(trace["messages"][1:]):
             messages.append(message)
+            if n < len(trace["answers"]):
+                messages.append({"role": "assistant", "content": trace["answers"][n]["text"]})
+                continue
             body = {"model": "model", "messages": messages, "max_tokens": args.max_tokens, "temperature": 0}
             answer = await client.post("/v1/chat/completions", body)
             if "error" in answer:
                 sys.exit(f"the server refuses: {answer['error']['message']}")
             text, tokens = answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
-            found.append({"text": text, "tokens": tokens})
+            trace["answers"].append({"text": text, "tokens": tokens})
             messages.append({"role": "assistant", "content": text})
-        return found
+            args.trace.write_text(json.dumps(trace, indent=1) + "\n", "utf-8")
 
-    with tempfile.TemporaryDirectory() as folder, server(args.model, args.drafters[-1], folder) as client:
-        found = asyncio.run(answers(client))
-    trace = {"licence": LICENCE, "model": Path(args.model).name, "messages": session(), "answers": found}
-    args.trace.write_text(json.dumps(trace, indent=1) + "\n", "utf-8")
+    with tempfile.TemporaryDirectory() as folder, server(args.model, args.drafters[-1], args.cache or folder) as client:
+        asyncio.run(answers(client))
     return 0
 
 
@@ -192,25 +231,25 @@ def replay(args: argparse.Namespace) -> int:
 
     for drafter in args.drafters:
         with tempfile.TemporaryDirectory() as folder:
-            for names in (["cold", "warm"], ["restart"]):
+            for names in (["cold", "warm"], ["restart"], ["last"]):
                 if not (names := [name for name in names if name in args.passes]):
                     continue
                 with server(args.model, drafter, folder) as client:
                     if not asked:
                         asyncio.run(ids(client))
                     passes += [asyncio.run(ours(client, f"{drafter}, {name}", trace, turns)) for name in names]
-    same = all(each.texts == passes[0].texts for each in passes)
+    same = all(each.texts == passes[0].texts[-len(each.texts) :] for each in passes)
     for mode in args.llama_cpp:
         passes += theirs(args.model, "" if mode == "plain" else mode, asked, len(os.sched_getaffinity(0)))
-    table = Table("pass", "first token of turn 1", "of others (median)", "seconds", "cached tokens")
+    table = Table("pass", "first token of its first turn", "of others (median)", "seconds", "cached tokens")
     for each in passes:
-        others = f"{np.median(each.first[1:]):.2f} s" if turns > 1 else ""
+        others = f"{np.median(each.first[1:]):.2f} s" if each.first[1:] else ""
         table.add_row(each.name, f"{each.first[0]:.2f} s", others, f"{each.total:.1f}", str(sum(each.cached) or ""))
     console = Console()
     console.print(f"{turns} turns, prompts of {len(asked[0][0])} to {len(asked[-1][0])} tokens, answers of", end=" ")
     console.print(f"{sum(tokens for _, tokens in asked)} tokens; texts equal: {same}")
     console.print(table)
-    print(json.dumps([asdict(each) | {"texts": None} for each in passes]))
+    print(json.dumps([asdict(each) | {"texts": digest(each.texts)} for each in passes]))
     return int(not same)
 
 
@@ -221,7 +260,9 @@ def main() -> int:
     parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct", help="for llama.cpp, a GGUF file")
     parser.add_argument("--drafters", type=lambda text: text.split(","), default=["none", "ngram+m2r2"])
     parser.add_argument("--llama-cpp", type=lambda text: text.split(","), default=[], metavar="plain,ngram-cache,..")
-    parser.add_argument("--passes", type=lambda text: text.split(","), default=["cold", "warm", "restart"])
+    parser.add_argument("--passes", type=lambda text: text.split(","), default=["cold", "warm", "restart", "last"])
+    parser.add_argument("--session", choices=SESSIONS, default="counters", help="what is recorded")
+    parser.add_argument("--cache", help="folder of the prefix cache while recording; default: one that is removed")
     parser.add_argument("--turns", type=int, help="only the first of the trace")
     parser.add_argument("--max-tokens", type=int, default=ANSWER, help="of a recorded answer")
     args = parser.parse_args()

@@ -76,6 +76,7 @@ def ask(client: openai.OpenAI, model: str, number: int, how: str) -> Counter[str
     )
     message, found = answer.choices[0].message, Counter({f"{how} asked": 1})
     if not message.tool_calls:
+        print(f"{how}, without a call: {message.content!r}")
         return found + Counter({f"{how} without a call": 1})
     [call] = message.tool_calls
     try:
