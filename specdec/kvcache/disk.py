@@ -168,8 +168,11 @@ class PrefixDisk:
         except (OSError, SafetensorError, ValueError) as error:
             why = str(error)
         warnings.warn(f"'{self._path(name)}' is damaged and is removed: {why}", SpecDecWarning, stacklevel=2)
-        with self.lock:
-            self._remove(name)
+        try:
+            with self.lock:
+                self._remove(name)
+        except OSError as error:
+            self._stop(error)
         return None
 
     def _write_all(self) -> None:

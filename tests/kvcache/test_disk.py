@@ -131,6 +131,24 @@ def test_a_damaged_file_is_skipped_and_replaced(how: str, tmp_path: Path) -> Non
         assert answer(engine, made, PROMPT) == (right, 64)
 
 
+def test_a_damaged_file_that_cannot_be_removed_stops_the_cache_and_not_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    made = decoder()
+    with engine_of(made, tmp_path) as engine:
+        right, _ = answer(engine, made, PROMPT)
+    for path in files(tmp_path):
+        path.write_bytes(b"")
+    with engine_of(made, tmp_path) as engine:
+        monkeypatch.setattr(Path, "unlink", refuse)
+        with pytest.warns(SpecDecWarning, match="is not used any more: Read-only"):
+            assert answer(engine, made, PROMPT) == (right, 0)
+        monkeypatch.undo()
+
+
 def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
     made, one = decoder(), 0
     with engine_of(made, tmp_path) as engine:
