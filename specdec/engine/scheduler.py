@@ -193,10 +193,10 @@ class Scheduler:
         running, idle = Counter(row.scope for row in rows), all(row.background for row in (*rows, *waiting))
         best: tuple[tuple[int, ...], Request] | None = None
         for row in waiting:
-            if row.preempted:
-                return row
             if row.background and not idle:
                 continue
+            if row.preempted:
+                return row
             count = running[row.scope]
             if row.scope_rows is None or count < row.scope_rows:
                 rank = -row.priority, count, self.turns.get(row.scope, 0)
