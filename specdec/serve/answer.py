@@ -112,7 +112,6 @@ def _response_metrics(choices: Sequence[ResponseChoice], per_step: bool) -> dict
         "time_to_first_token_ms": 1e3 * (choice.first_token_at - choice.started),
         "generation_time_ms": 1e3 * seconds,
         "queue_time_ms": 1e3 * metrics.queue_seconds,
-        "time_saved_ms": 1e3 * metrics.saved_seconds,
         "mean_itl_ms": 1e3 * seconds / gaps if gaps > 0 else None,
         "tokens_per_second": gaps / seconds if seconds > 0 else None,
         "speculative_decoding": speculation,
