@@ -33,9 +33,8 @@ from .corpus import corpus
 from .learned import Progress, Store
 from .m2r2_network import M2R2, NEURONS, Carry, are_neurons, narrow_mlp
 from .m2r2_path import M2R2Path
-from .ridge import Sums
+from .ridge import RIDGE, Sums
 
-RIDGE = 50.0  # rows that the ridge counts as
 FIRST, EVERY, SHARE = 1000, 500, 4  # tokens before the first fit; between two: this number, or one in SHARE of all
 AGAIN = 16_000  # maximum tokens of texts that are run again after a fit of the first projection
 HELD_OUT, HELD = 8, 4  # one text of so many is held out; number of these that fits are compared on

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+RIDGE = 50.0  # rows of average size that the ridge counts as: fits of few rows need it
 PANEL = 128  # columns that are eliminated at once
 
 
@@ -39,11 +40,11 @@ class Sums:
     def solve(self, ridge: float, more: Iterable[tuple[Tensor, Tensor, float]] = ()) -> Iterator[Tensor | None]:
         """Yield None after each piece of work, and at the end W [F + 1, D], float32.
 
-        ridge: a number of rows. more: further rows and their weights, as for ``add``.
+        ridge: a number of rows of average size. more: further rows and their weights, as for ``add``.
         """
         system = torch.cat((self.gram, self.cross.T)).double()  # (F + 1 + D, F + 1)
         size = len(self.gram)
-        system.diagonal()[:size] += ridge
+        system.diagonal()[:size] += ridge * float(self.gram.diagonal().mean()) / max(self.rows, 1.0)
         yield None
         for x, y, weight in more:
             x = torch.cat((x, torch.ones_like(x[:, :1])), 1).float()
@@ -67,3 +68,11 @@ class Sums:
             found[:, lo:hi] = torch.linalg.solve_triangular(factor[lo:hi, lo:hi], right, upper=False, left=False)
             yield None
         yield found.T.float()
+
+    def fit(self, layer: nn.Linear) -> None:
+        """Set the parameters of a linear map X -> Y."""
+        *_, found = self.solve(RIDGE)
+        assert found is not None
+        with torch.no_grad():
+            layer.weight.copy_(found[:-1].T)
+            layer.bias.copy_(found[-1])

@@ -368,6 +368,14 @@ class KVCache:
             for (kind, number), held in state.checkpoints[row][count].items()
         }
 
+    def entries(self, layer: int, row: int) -> dict[str, Tensor]:
+        """Keys "k" and values "v" of the filled slots of a row without holes [S, H, d], views perhaps; may be empty."""
+        both = zip("kv", (self.keys[layer], self.values[layer]), strict=True)
+        return {name: self._plain(x[row, :, : self.lengths[layer]]) for name, x in both if x is not None}
+
+    def _plain(self, entries: Tensor) -> Tensor:
+        return (dequantize_rows(entries, torch.bfloat16) if self.int8 else entries).transpose(0, 1)
+
     def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
         """Fill this cache, which is empty and has one row, with ``parts`` of a text of ``count`` tokens.
 

@@ -203,6 +203,10 @@ class RowCache(KVCache):
         assert data is not None
         return {"kv": data[:, :, :, start:end].clone()}  # (2, N, H, n, d)
 
+    def entries(self, layer: int, row: int) -> dict[str, Tensor]:
+        data, end = self.data[row], self.lengths[layer] - self.committed + self.rows[row]
+        return {} if data is None else {name: self._plain(data[n, layer, :, :end]) for n, name in enumerate("kv")}
+
     def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
         first, slots = parts[0]["kv"], -(-max(count, capacity) // PAGE) * PAGE
         data = zeros((*first.shape[:3], slots, first.shape[4]), first.dtype, self.device)

@@ -16,8 +16,7 @@ A recurrent layer gives the cache the results of its input projection, so that r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -285,26 +284,6 @@ class FusedTarget(ByParts):
         form = "dense" if torch.is_grad_enabled() and x.requires_grad else self.head_format
         y = self._head(module, form)(self.final_norm(x.reshape(-1, x.shape[-1])))
         return y.view(*x.shape[:2], -1)
-
-    @contextmanager
-    def prepared(self, layer: int) -> Iterator[None]:
-        """Packs the layer's weights, where that is faster and they are not packed."""
-        if self.head_format == "packed" or not linear_maps.packable(self.dtype, self.device):
-            yield
-            return
-        head, stack = layer == self.num_layers, self._stacks["dense"]
-        if head:
-            self.head_format = "packed"
-        else:
-            dense, stack[layer] = stack[layer], self._layer(layer, linear_maps.packed)
-        try:
-            yield
-        finally:
-            if head:
-                self.head_format = "dense"
-                self._heads.get(self.own_head, {}).pop("packed", None)
-            else:
-                stack[layer] = dense
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         weights = self._weights[layer]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -185,11 +183,6 @@ class Target(ABC):
         None: this runtime cannot do so in one call.
         """
         return None
-
-    @contextmanager
-    def prepared(self, layer: int) -> Iterator[None]:
-        """Prepare many large passes through ``layer`` (N: the readout), without gradients."""
-        yield
 
     @abstractmethod
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:

@@ -82,9 +82,16 @@ def epoch(found: Sequence[Window], rows: int, seed: int, number: int) -> list[li
 
 
 def assemble(
-    records: Sequence[AnswerStates], rows: Sequence[Window], length: int, device: torch.device
+    records: Sequence[AnswerStates],
+    rows: Sequence[Window],
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> TrainingBatch:
-    """A batch of windows of the records, with T = ``length`` and S a multiple of ``BLOCK``."""
+    """A batch of windows of the records, with T = ``length`` and S a multiple of ``BLOCK``.
+
+    dtype: of the states; None: as they are stored.
+    """
     picked = [(records[index], start, end) for index, start, end in rows]
     slots = -(-max(end for _, _, end in rows) // BLOCK) * BLOCK
     first = picked[0][0]
@@ -97,11 +104,14 @@ def assemble(
             row[: len(part)] = part
         return out.to(device)
 
+    def cast(padded: Tensor) -> Tensor:
+        return padded if dtype is None else padded.to(dtype)
+
     def states(layer: int, shift: int) -> Tensor:
-        return pad([r.hidden[layer][start - r.first + shift : end - r.first + shift] for r, start, end in picked])
+        return cast(pad([r.hidden[layer][start - r.first + shift : end - r.first + shift] for r, start, end in picked]))
 
     def exact(layer: int, part: int) -> Tensor:
-        return pad([r.kv[layer][part][:end] for r, _, end in picked], slots).transpose(1, 2)
+        return cast(pad([r.kv[layer][part][:end] for r, _, end in picked], slots)).transpose(1, 2)
 
     starts, last = torch.tensor([(start, end - 1) for _, start, end in rows]).unbind(1)
     return TrainingBatch(
@@ -116,16 +126,18 @@ def assemble(
         best=pad([r.best[start - r.first : end - r.first].long() for r, start, end in picked]),
         log_z=pad([r.log_z[start - r.first : end - r.first] for r, start, end in picked]),
         texts=[r.ids[:end] for r, _, end in picked],
-        context={layer: pad([r.context[layer][:end] for r, _, end in picked], slots) for layer in first.context},
-        mixed={layer: pad([r.mixed[layer][:end] for r, _, end in picked], slots) for layer in first.mixed},
+        context={layer: cast(pad([r.context[layer][:end] for r, _, end in picked], slots)) for layer in first.context},
+        mixed={layer: cast(pad([r.mixed[layer][:end] for r, _, end in picked], slots)) for layer in first.mixed},
     )
 
 
-def by_length(records: Sequence[AnswerStates], rows: int, length: int, device: torch.device) -> Iterator[TrainingBatch]:
+def by_length(
+    records: Sequence[AnswerStates], rows: int, length: int, device: torch.device, dtype: torch.dtype | None = None
+) -> Iterator[TrainingBatch]:
     """Every window once, windows of similar key length together."""
     found = sorted(windows(records, length), key=lambda window: window[2])
     for start in range(0, len(found), rows):
-        yield assemble(records, found[start : start + rows], length, device)
+        yield assemble(records, found[start : start + rows], length, device, dtype)
 
 
 def endless(found: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.errors import SpecDecError
 from specdec.drafters.exits import ExitHeads, Routers, check_exits
+from specdec.drafters.ridge import Sums
 from specdec.kvcache.cache import Mask
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Pass, Target
@@ -26,7 +27,7 @@ from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import StateSelection, whole_pass
-from specdec.train.student import Ridge, Teacher
+from specdec.train.student import Teacher
 
 STEPS = 4  # drafts a step in evaluation
 SURE = 0.5  # confidence at which a token leaves in evaluation, the drafter's default
@@ -61,12 +62,13 @@ class DeedMethod(TrainingMethod[ExitHeads]):
     @torch.no_grad()
     def fit(self, network: ExitHeads, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
         """Fit each exit's map onto the final state."""
-        fits = [Ridge() for _ in self.exits]
+        width, last = self.target.hidden_size, self.target.num_layers
+        fits = [Sums(width, width) for _ in self.exits]
         for batch in batches():
-            for layer, ridge in zip(self.exits, fits, strict=True):
-                ridge.add(rms_unit(batch.hidden[layer][batch.valid]), batch.hidden[self.target.num_layers][batch.valid])
-        for ridge, straight in zip(fits, network.map, strict=True):
-            ridge.solve_into(straight)
+            for layer, sums in zip(self.exits, fits, strict=True):
+                sums.add(rms_unit(batch.hidden[layer][batch.valid]), batch.hidden[last][batch.valid])
+        for sums, straight in zip(fits, network.map, strict=True):
+            sums.fit(straight)
 
     def loss(self, network: ExitHeads, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)

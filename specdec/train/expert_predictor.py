@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.drafters.ridge import Sums
 from specdec.runtimes.experts.layers import MoELayer, moe_layers
 from specdec.runtimes.experts.predict import DISTANCES, LinearPredictor, slope_of
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.train.data import TrainingAnswer
-from specdec.train.student import Ridge
 
 CONTEXT = 384  # tokens of an answer, prompt included
 
@@ -54,19 +54,21 @@ def fit_predictor(
     rows = len(layers)
     # For each layer: the layers that it predicts, and whether they belong to the next token.
     plan = [[((j + d) % rows, j + d >= rows) for d in DISTANCES if d < rows] for j in range(rows)]
-    fits = [Ridge() for _ in layers]
+    width, experts = layers[0].router.shape[1], len(layers[0].router)
+    maps = [nn.Linear(width, experts * len(ahead)) for ahead in plan]
+    fits = [Sums(each.in_features, each.out_features) for each in maps]
     for number, answer in enumerate(answers, start=1):
         entering, logits = observe(model, layers, answer)
-        for x, ahead, ridge in zip(entering, plan, fits, strict=True):
+        for x, ahead, sums in zip(entering, plan, fits, strict=True):
             goals = [logits[l][1:] if wrap else logits[l][:-1] for l, wrap in ahead]  # (T - 1, E) each
-            ridge.add(rms_unit(x.float())[:-1], torch.cat(goals, 1))
+            sums.add(rms_unit(x.float())[:-1], torch.cat(goals, 1))
         progress(number)
-    experts = len(layers[0].router)
-    weight, bias = zip(*(ridge.solve() for ridge in fits), strict=True)
+    for sums, each in zip(fits, maps, strict=True):
+        sums.fit(each)
     return LinearPredictor(
         [[l for l, _ in ahead] for ahead in plan],
-        [w.unflatten(0, (-1, experts)) for w in weight],
-        [b.unflatten(0, (-1, experts)) for b in bias],
+        [each.weight.unflatten(0, (-1, experts)) for each in maps],
+        [each.bias.unflatten(0, (-1, experts)) for each in maps],
         slope_of(layers),
         layers[0].top_k,
     )

@@ -149,7 +149,7 @@ class TrainingRun:
     def _fit_batches(self) -> Iterable[TrainingBatch]:
         seen = 0
         for rows in batches.epoch(self.windows, self.settings.rows, self.settings.seed, 0):
-            batch = batches.assemble(self.records, rows, self.settings.window, self.target.device)
+            batch = self._batch(self.records, rows)
             yield batch
             seen += int(batch.valid.sum())
             if seen >= self.settings.fit_tokens:
@@ -187,7 +187,7 @@ class TrainingRun:
         """The loss on a fixed batch of held-out windows."""
         settings = self.settings
         rows = batches.epoch(batches.windows(self.held_out, settings.window), settings.rows, settings.seed, 0)[0]
-        batch = batches.assemble(self.held_out, rows, settings.window, self.target.device)
+        batch = self._batch(self.held_out, rows)
         loss, _ = self.method.loss(self.network, batch)
         return self.world.broadcast(float(loss.detach()))
 
@@ -218,10 +218,13 @@ class TrainingRun:
         figures = f"loss {means['loss']:.3f}, agreement {means['agree']:.3f}{speedup}"
         return f"{speed:.0f} tokens/s, {figures}, {left / 60:.0f} min left"
 
+    def _batch(self, records: Sequence[AnswerStates], rows: Sequence[Window]) -> TrainingBatch:
+        return batches.assemble(records, rows, self.settings.window, self.target.device, self.target.dtype)
+
     def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
         """One update on this process's rows of a batch. An update that is not finite is skipped."""
         rows = rows[self.world.rank :: self.world.size]
-        batch = batches.assemble(self.records, rows, self.settings.window, self.target.device)
+        batch = self._batch(self.records, rows)
         loss, figures = self.method.loss(self.network, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         for name, parameter in self.parameters.items():
@@ -263,7 +266,8 @@ class TrainingRun:
         decoder, self.decoder = self.decoder, None  # frees its memory
         if not self.world.first:
             return
-        held_out = batches.by_length(self.held_out, self.settings.rows, self.settings.window, self.target.device)
+        place = self.target.device, self.target.dtype
+        held_out = batches.by_length(self.held_out, self.settings.rows, self.settings.window, *place)
         total = count_positions(batches.windows(self.held_out, self.settings.window))
         with torch.no_grad():
             figures = self.method.evaluate(self.network, self._shown("evaluation", held_out, total))
@@ -309,7 +313,7 @@ class TrainingRun:
         config = {"version": 1, "base": base, **self.method.config(self.network), "training": training}
         storage: str = self.settings.storage
         if storage == "auto":
-            storage = "bfloat16" if target.dtype == torch.bfloat16 else "float32"
+            storage = "float32" if self.settings.dtype == "float32" else "bfloat16"
         drafter_folder.write(self.output, config, self.method.tensors(self.masters), storage)
 
     def _log(self, line: dict[str, Any]) -> None:

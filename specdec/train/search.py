@@ -24,6 +24,7 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_network import M2R2, narrow_mlp
 from specdec.drafters.m2r2_path import M2R2Path
+from specdec.drafters.ridge import Sums
 from specdec.engine.depth.costs import Costs
 from specdec.engine.depth.measure import measure
 from specdec.models import drafter_folder
@@ -36,7 +37,7 @@ from specdec.train.m2r2_settings import M2R2Settings, path_states
 from specdec.train.method import RunContext
 from specdec.train.output import STATES, writing
 from specdec.train.states import AnswerStates, StateSelection, compute_states
-from specdec.train.student import Ridge, Teacher, draft_steps, exact_carry, fit_projection
+from specdec.train.student import Teacher, draft_steps, exact_carry, fit_projection
 
 FILE, NEURONS = "search.json", "neurons.json"
 EVAL_TOKENS = 4_000  # held-out answer positions
@@ -82,13 +83,14 @@ def choose_segment(settings: M2R2Settings, target: Target, context: RunContext) 
         start = min(round(settings.begin * depth / (settings.layers_of or depth)), depth - 1)
         starts = range(start, start + 1)
     later = range(starts[0], min(starts[-1] + LONGEST, depth))
-    wanted, records = StateSelection((*later,), tuple(sorted({*later, later[-1] + 1, depth}))), []
+    teacher, records = context.decoder.target, list[list[AnswerStates]]()
+    wanted = StateSelection((*later,), tuple(sorted({*later, later[-1] + 1, depth})))
     for name, answers, tokens in (
         ("train", context.train, settings.search_tokens),
         ("eval", context.held_out, EVAL_TOKENS),
     ):
         part = _first(answers, tokens)
-        records.append(compute_states(folder / name, target, part, wanted, context.progress, f"search, {name}"))
+        records.append(compute_states(folder / name, teacher, part, wanted, context.progress, f"search, {name}"))
     task = context.progress.add_task("search", total=len(starts), unit="layers")
     found: dict[Segment, list[float]] = {}
     for lo in starts:
@@ -114,7 +116,7 @@ def choose_neurons(path: M2R2Path, target: Target, context: RunContext) -> dict[
         for layer in layers:
             narrow_mlp(target, layer, path.neurons)
         some, wanted = _first(context.train, NEURON_TOKENS), StateSelection((), tuple(layers))
-        records = compute_states(folder, target, some, wanted, context.progress, "neurons")
+        records = compute_states(folder, context.decoder.target, some, wanted, context.progress, "neurons")
         found, kind = dict[str, list[int]](), str(target.model.config.get_text_config().model_type)
         for layer in layers:
             h = torch.cat([record.hidden[layer] for record in records]).to(target.device, target.dtype)  # (n, D)
@@ -142,17 +144,17 @@ def acceptance_chains(
     longest = networks[-1]
 
     fit_projection(longest, target, _batches(target, longest.path, train, settings), 0)
-    fits = [Ridge() for _ in segments]
+    fits = [Sums(2 * target.hidden_size, target.hidden_size) for _ in segments]
     for batch in _batches(target, longest.path, train, settings):  # all segments share the passes of the longest
         exits, _ = next(draft_steps(longest, target, batch, 1, watched=True))
-        for network, x, ridge in zip(
+        for network, x, sums in zip(
             networks, exits[0][1][1:-1], fits, strict=True
         ):  # x: the end of the segment [B, T, D]
             features = network.features(1, x, exact_carry(network, batch))
-            ridge.add(features[batch.valid], batch.hidden[target.num_layers][batch.valid])
-    for network, ridge in zip(networks, fits, strict=True):
+            sums.add(features[batch.valid], batch.hidden[target.num_layers][batch.valid])
+    for network, sums in zip(networks, fits, strict=True):
         network.projections[0].load_state_dict(longest.projections[0].state_dict())
-        ridge.solve_into(network.projections[1])
+        sums.fit(network.projections[1])
     teacher, lengths = Teacher(target, vocab), [list[int]() for _ in segments]
     for batch in _batches(target, longest.path, held_out, settings):
         teacher.begin(batch)
@@ -178,7 +180,7 @@ def _batches(
         )
         for r in records
     ]
-    return by_length(some, settings.rows, settings.window, target.device)
+    return by_length(some, settings.rows, settings.window, target.device, target.dtype)
 
 
 def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Costs]:

@@ -36,8 +36,8 @@ class TrainSettings(Settings):
     text_tokens: Positive = 512  # length of a piece of text
     holdout: Files = ()  # files whose prompts must not be trained on
     output: str = ""
-    dtype: str = "bfloat16"  # of the base and the running copy; masters are float32
-    storage: Literal["auto", "bfloat16", "int8"] = "auto"  # format of the drafter's file; auto: the dtype
+    dtype: str = "auto"  # of the base and the running copy (``trainer.open_target``); masters are float32
+    storage: Literal["auto", "bfloat16", "int8"] = "auto"  # of the drafter's file; auto: float32 if the dtype is that
     device: str = "auto"  # auto: the first usable CUDA device, else the CPU
     seed: int = Field(0, ge=0, le=2**63 - 1)
     init: str = ""  # folder of a trained drafter to start from; empty: a closed-form start

@@ -27,7 +27,7 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
 from specdec.base.terminal import Progress, duration, megabytes, tell
-from specdec.kvcache.cache import KVCache, Mask
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes import linear_maps
 from specdec.runtimes.target import Pass, Target
 from specdec.train.data import TrainingAnswer
@@ -35,7 +35,7 @@ from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256
-PASS_TOKENS = 1024  # tokens per layer pass, padding included: intermediate results fit into the CPU cache
+PASS_TOKENS = 1024  # tokens of a pass, padding included: intermediate results fit into the CPU cache
 READOUT_ROWS, SUM_ROWS = 256, 8  # positions per readout, in the model's dtype and in float32
 
 
@@ -140,115 +140,56 @@ def compute_states(
     return [record for shard in shards for record in _records(_load(folder, shard), wanted)]
 
 
-@torch.inference_mode()
 def estimate(target: Target, answers: Sequence[TrainingAnswer], wanted: StateSelection) -> tuple[int, float]:
-    """Bytes on the disk and seconds for these answers, estimated from one layer pass and one readout."""
-    rows = next(_grouped([len(answer) for answer in answers]))
-    texts = [torch.tensor(answers[i].prompt_ids + answers[i].response_ids) for i in rows]
-    block = _block(target, rows, texts, 0)
-
-    def timed(stage: int, call: Callable[[], Tensor]) -> float:
-        """The seconds of the second call; the first one warms up."""
-        with target.prepared(stage):
-            call()
-            start = time.perf_counter()
-            call().flatten()[-1].item()  # waits for a GPU
-            return time.perf_counter() - start
-
-    def run(layer: int) -> dict[str, Tensor]:
-        block.x = x
-        return _run(target, layer, block)
-
-    x = block.x
-    recurrent = [layer for layer in wanted.kv if layer in target.recurrent_layers]
-    attending = [layer for layer in wanted.kv if layer not in target.recurrent_layers]
-    first = min(wanted.kv, default=0)
-    layer = timed(first, lambda: (run(first), block.x)[1])
-    sample = block.x.flatten(0, 1)[:READOUT_ROWS]
-    readout = timed(target.num_layers, lambda: _read_out(target, sample)[0])
-    tokens = sum(map(len, answers))
-    kept = sum(len(answer) - 1 - first_kept(len(answer.prompt_ids)) for answer in answers)
-    state = sample.shape[1] * sample.itemsize
-    per_token = 4 + len(wanted.context) * state  # as in a ``AnswerStates``
-    for layers in filter(None, (recurrent, attending)):
-        per_token += len(layers) * sum(entries[0, 0].nbytes for entries in run(layers[0]).values())
-    per_kept = 8 + len(wanted.hidden) * state
-    seconds = target.num_layers * tokens * layer / sum(map(len, texts)) + kept * readout / len(sample)
-    return tokens * per_token + kept * per_kept, seconds
+    """Bytes on the disk and seconds for these answers, estimated from those of a few; a pass before warms up."""
+    few = answers[: 1 + PASS_TOKENS // len(answers[0])]
+    _teach(target, few[:1], wanted)
+    start = time.perf_counter()
+    shard = _teach(target, few, wanted)
+    seconds = time.perf_counter() - start
+    lengths = ("ids", "k.", "v.", "m.", "context.")
+    found = [0, 0]  # bytes for every token, and for kept ones
+    for key, tensor in shard.items():
+        if key not in ("lengths", "prompts"):
+            found[not key.startswith(lengths)] += tensor.nbytes
+    (tokens, kept), (all_tokens, all_kept) = _counts(few), _counts(answers)
+    return found[0] * all_tokens // tokens + found[1] * all_kept // kept, seconds * all_tokens / tokens
 
 
-@dataclass
-class _Block:
-    """Answers that run together, padded on the right. x: input of the next layer [B, T, D]."""
-
-    answers: Sequence[int]
-    x: Tensor
-    positions: Tensor
-    mask: Mask
+def _counts(answers: Sequence[TrainingAnswer]) -> tuple[int, int]:
+    """The number of tokens, and of those from ``first_kept`` on but the last."""
+    return sum(map(len, answers)), sum(len(a) - 1 - first_kept(len(a.prompt_ids)) for a in answers)
 
 
 @torch.inference_mode()
 def _teach(
-    target: Target, answers: Sequence[TrainingAnswer], wanted: StateSelection, progress: Callable[[int], None]
+    target: Target,
+    answers: Sequence[TrainingAnswer],
+    wanted: StateSelection,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
-    """Run the base over the answers and return the tensors of a shard, answers in the given order.
-
-    All answers pass through a layer before the next layer runs, so its weights are prepared once, and only its keys and
-    values are in memory. The common beginning of all answers runs once.
-    """
+    """Run the base over the answers and return the tensors of a shard, answers in the given order."""
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
-    lengths, firsts = [len(text) for text in texts], [first_kept(len(answer.prompt_ids)) for answer in answers]
-    kept = [length - 1 - first for length, first in zip(lengths, firsts, strict=True)]
-    shard = {"ids": torch.cat(texts).int(), "lengths": torch.tensor(lengths)}
+    found: list[dict[str, Tensor]] = [{} for _ in texts]
+    for some in _grouped([len(text) for text in texts]):
+        ids = pad_sequence([texts[i] for i in some], batch_first=True).to(target.device)
+        cache = target.new_cache(len(some))
+        taps = {layer: ids for layer in (*wanted.hidden, *wanted.context)}
+        final = whole_pass(target, ids, cache, taps)
+        kept = [slice(first_kept(len(answers[i].prompt_ids)), len(answers[i]) - 1) for i in some]
+        read = _read_out(target, torch.cat([final[b, own] for b, own in enumerate(kept)]))
+        counts = [own.stop - own.start for own in kept]
+        for b, (i, best, log_z) in enumerate(zip(some, *(each.split(counts) for each in read), strict=True)):
+            length, own = len(texts[i]), found[i]
+            own |= {"best": best, "log_z": log_z}
+            own |= {f"hidden.{layer}": taps[layer][b, kept[b]].clone() for layer in wanted.hidden}
+            own |= {f"context.{layer}": taps[layer][b, :length].clone() for layer in wanted.context}
+            for layer in wanted.kv:
+                own |= {f"{name}.{layer}": x[:length].clone() for name, x in _entries(cache, layer, b).items()}
+        progress(sum(len(texts[i]) for i in some))
+    shard = {"ids": torch.cat(texts).int(), "lengths": torch.tensor([len(text) for text in texts])}
     shard["prompts"] = torch.tensor([len(answer.prompt_ids) for answer in answers])
-    token_rows, kept_rows = torch.arange(sum(lengths)).split(lengths), torch.arange(sum(kept)).split(kept)
-    common = 0 if target.recurrent_layers else _common(texts, min(firsts))
-    beginning = _block(target, [0], [texts[0][:common]], 0) if common else None
-    blocks = [_block(target, some, [texts[i][common:] for i in some], common) for some in _grouped(lengths)]
-    stages, reported = target.num_layers + 1, 0
-
-    def put(key: str, rows: Tensor, count: int, values: Tensor) -> None:
-        if key not in shard:
-            shard[key] = torch.empty(count, *values.shape[1:], dtype=values.dtype)
-        shard[key][rows[0] : rows[-1] + 1] = values
-
-    def states(block: _Block) -> list[Tensor]:
-        """The stored part of each answer's states."""
-        return [block.x[b, firsts[i] - common :][: kept[i]] for b, i in enumerate(block.answers)]
-
-    for stage in range(stages):
-        with target.prepared(stage):
-            begun = [] if beginning is None else [beginning.x[0]]  # layer input at the common beginning
-            if stage < target.num_layers:
-                start = None if beginning is None else _run(target, stage, beginning)
-            for block in blocks:
-                if stage in wanted.hidden:
-                    for i, x in zip(block.answers, states(block), strict=True):
-                        put(f"hidden.{stage}", kept_rows[i], sum(kept), x)
-                if stage in wanted.context:
-                    for b, i in enumerate(block.answers):
-                        whole = torch.cat((*begun, block.x[b, : lengths[i] - common]))
-                        put(f"context.{stage}", token_rows[i], sum(lengths), whole)
-                if stage < target.num_layers:
-                    for name, entries in _run(target, stage, block, start).items():
-                        for b, i in enumerate(block.answers if stage in wanted.kv else ()):
-                            put(f"{name}.{stage}", token_rows[i], sum(lengths), entries[b, : lengths[i]])
-                else:
-                    counts = [kept[i] for i in block.answers]
-                    read = _read_out(target, torch.cat(states(block)))
-                    for name, values in zip(("best", "log_z"), read, strict=True):
-                        for i, own in zip(block.answers, values.split(counts), strict=True):
-                            put(name, kept_rows[i], sum(kept), own)
-        done = sum(lengths) * (stage + 1) // stages
-        progress(done - reported)
-        reported = done
-    return shard
-
-
-def _common(texts: Sequence[Tensor], most: int) -> int:
-    """The length of the common beginning of all texts, at most ``most``."""
-    heads = torch.stack([text[:most] for text in texts])
-    return int((heads == heads[0]).all(0).cumprod(0).sum())
+    return shard | {key: torch.cat([own[key] for own in found]).cpu() for key in found[0]}
 
 
 def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -260,36 +201,10 @@ def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
         del order[-count:]
 
 
-def _block(target: Target, answers: Sequence[int], texts: Sequence[Tensor], start: int) -> _Block:
-    """``texts``, whose first token has position ``start``."""
-    ids = pad_sequence(list(texts), batch_first=True).to(target.device)
-    keys = torch.arange(start + ids.shape[1], device=ids.device).expand(len(ids), -1)
-    positions = keys[:, start:]
-    return _Block(answers, target.embed(ids, positions), positions, _causal(positions, keys))
-
-
-def _causal(positions: Tensor, keys: Tensor) -> Mask:
-    return Mask(positions, keys, lambda: keys[:, None] <= positions[:, :, None], causal=True)
-
-
-def _run(target: Target, layer: int, block: _Block, before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Run ``block`` through a layer. before: the result of an earlier call for one row of preceding tokens.
-
-    Returns keys and values of all tokens [B, S, H', d] as "k" and "v", or the input of a recurrent mixer [B, S, D] as
-    "m".
-    """
-    cache = KVCache(target.num_layers, len(block.x), target.device)
-    if before:
-        k, v = (before[name].transpose(1, 2).expand(len(block.x), -1, -1, -1) for name in "kv")
-        cache.append(layer, k, v)
-    block.x = target.layers(block.x, layer, layer + 1, Pass(block.positions, block.mask, cache))
-    found, end = dict[str, Tensor](), cache.lengths[layer]
-    for name, entries in (("k", cache.keys[layer]), ("v", cache.values[layer])):
-        if entries is not None:
-            found[name] = entries[:, :, :end].transpose(1, 2)
-    if layer in cache.recurrent and (mixed := cache.recurrent[layer].inputs) is not None:
-        found["m"] = mixed
-    return found
+def _entries(cache: KVCache, layer: int, row: int) -> dict[str, Tensor]:
+    """Keys and values of a row [S, H', d] as "k" and "v", and the input of a recurrent mixer [S, D] as "m"."""
+    mixed = cache.recurrent[layer].inputs if layer in cache.recurrent else None
+    return cache.entries(layer, row) | ({} if mixed is None else {"m": mixed[row]})
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +220,7 @@ def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
 def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tensor]) -> Tensor:
     """The final states [B, L, D] of rows of text ``ids`` [B, L]."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-    given = Pass(positions, _causal(positions, positions), cache, taps)
+    given = Pass(positions, cache.mask(0, positions), cache, taps)
     return target.layers(target.embed(ids, positions), 0, target.num_layers, given)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from specdec.api.decoder import SpecDecoder
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
-from specdec.base.terminal import stderr
+from specdec.base.terminal import stderr, tell
 from specdec.models import drafter_folder, loading
 from specdec.models.gguf import model as gguf_model
 from specdec.models.loading import as_dtype
@@ -62,12 +63,13 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Pro
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
     output = open_output(settings, resume)
     keep_freed_memory()
-    fits = partial(check_memory, settings.model, dtype=settings.dtype, place=torch.device(world.device))
-    model, tokenizer = loading.load(settings.model, dtype=settings.dtype, device=world.device, check=fits)
-    decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it; training dequantises the model
-    target = training_target(model)
+    dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
+    fits = partial(check_memory, settings.model, dtype=dtype, place=torch.device(world.device))
+    model, tokenizer = loading.load(settings.model, dtype=dtype, device=world.device, check=fits)
+    decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it, so its states are theirs
+    target = open_target(model, settings)
     if settings.init:
-        drafter_folder.check_base(drafter_folder.read_config(Path(settings.init)), target, settings.init)
+        _note_other_base(settings.init, target, console)
     method = lookup(settings.method)(settings, target)
     data.check_token_ids(items, target.vocab_size)
     encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # noqa: E731
@@ -86,10 +88,20 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Pro
             vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
         method.prepare(RunContext(output, train, held_out, vocab, decoder, console, progress))
         records = [
-            states.compute_states(output / STATES / name, target, part, method.teacher_states(), progress, name)
+            states.compute_states(output / STATES / name, decoder.target, part, method.teacher_states(), progress, name)
             for name, part in (("eval", held_out), ("train", train))
         ]
     return TrainingRun(method, vocab, records[1], records[0], output, decoder, console, world)
+
+
+def _note_other_base(init: str, target: Target, console: Console) -> None:
+    """A drafter of another model, such as the one that this is a fine-tune of, is a start like any other."""
+    config = drafter_folder.read_config(Path(init))
+    try:
+        drafter_folder.check_base(config, target, init)
+    except SpecDecError:
+        other = config.get("base", {}).get("name", "another model")
+        tell(console, f"'{init}' was trained for {other}, not for this model; it is only where training starts")
 
 
 def _turn(tokenizer: Any) -> str:
@@ -118,6 +130,30 @@ def _split(
     return train, held_out[: settings.eval_answers]
 
 
+def open_target(model: PreTrainedModel, settings: TrainSettings) -> Target:
+    """The runtime to train in: of ``model``, or of the same in float32 if a CPU multiplies that faster.
+
+    The latter with the dtype "auto" alone, and if there is memory for it.
+    """
+    if settings.dtype == "auto" and model.device.type == "cpu" and float32_is_faster():
+        need, free = _weight_bytes(model.config, torch.float32), machine.available_memory()
+        if free is None or free > 2 * need:
+            model, _ = loading.load(settings.model, dtype="float32", device="cpu")
+    return training_target(model)
+
+
+def float32_is_faster() -> bool:
+    """Whether this CPU multiplies matrices of float32 faster than those of bfloat16."""
+    seconds = dict[torch.dtype, float]()
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.ones(512, 1024, dtype=dtype)
+        for _ in range(3):  # the first one warms up
+            start = time.perf_counter()
+            x @ x.T
+            seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.float32] < seconds[torch.bfloat16]
+
+
 def training_target(model: PreTrainedModel) -> Target:
     """A runtime with gradients for blocks of many tokens. Raises SpecDecError for unsupported models."""
     try:
@@ -140,11 +176,7 @@ def check_memory(name: str, config: Any, dtype: str, place: torch.device) -> Non
     """Raise SpecDecError if the weights of a model of ``config`` exceed the free memory of ``place``."""
     kind = as_dtype(dtype)
     kind = kind if isinstance(kind, torch.dtype) else getattr(config, "dtype", None) or torch.float32
-    try:
-        model = gguf_model.empty_model(config, kind)
-    except Exception:  # an architecture with its own code is checked when it is loaded
-        return
-    need = sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize
+    need = _weight_bytes(config, kind)
     if place.type != "cuda":
         machine.check_memory(name, need)
     elif (free := torch.cuda.mem_get_info(place)[0]) < need:
@@ -152,3 +184,12 @@ def check_memory(name: str, config: Any, dtype: str, place: torch.device) -> Non
             f"not enough memory on '{place}' for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} "
             "MB are free; use a smaller model or the device cpu"
         )
+
+
+def _weight_bytes(config: Any, kind: torch.dtype) -> int:
+    """Bytes of the weights of a model of ``config``; 0 for an architecture with its own code."""
+    try:
+        model = gguf_model.empty_model(config, kind)
+    except Exception:  # checked when it is loaded
+        return 0
+    return sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize

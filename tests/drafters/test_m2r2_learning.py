@@ -79,7 +79,8 @@ def test_sums_solve_the_ridge_regression_of_all_rows_at_their_weights() -> None:
     weights = torch.ones(400, dtype=torch.double)
     weights[:20] = 5
     rows = torch.cat((x, torch.ones(400, 1)), 1).double()
-    system = (rows * weights[:, None]).T @ rows + 3 * torch.eye(151, dtype=torch.double)
+    size = (rows.T @ rows).diagonal().mean() / 400  # of a row
+    system = (rows * weights[:, None]).T @ rows + 3 * size * torch.eye(151, dtype=torch.double)
     exact = torch.linalg.solve(system, (rows * weights[:, None]).T @ y.double())
     assert found is not None and torch.allclose(found.double(), exact, atol=1e-5) and sums.rows == 400
 

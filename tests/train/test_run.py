@@ -28,7 +28,7 @@ from specdec.engine.depth.costs import Costs
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.train import data
+from specdec.train import data, trainer
 from specdec.train import evaluate as evaluation
 from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaSettings
@@ -129,8 +129,10 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
 
     config["base"] = {"fingerprint": "another"}
     (tmp_path / "first" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SpecDecError, match="was trained for base weights another"):
-        train(recipe(answers, tmp_path / "foreign", init=str(tmp_path / "first")))
+    said = io.StringIO()
+    foreign = train(recipe(answers, tmp_path / "foreign", steps=2, **other), console=Console(file=said, width=400))
+    assert f"'{tmp_path / 'first'}' was trained for another model, not for this model; it is only" in said.getvalue()
+    assert evaluations(tmp_path / "foreign")[0]["top1"] == first["top1"] and foreign["score"] >= first["score"]
     with pytest.raises(SpecDecError, match="does not exist"):
         train(recipe(answers, tmp_path / "missing", init=str(tmp_path / "nowhere")))
     short = from_mapping(
@@ -223,9 +225,14 @@ def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatc
         train(recipe(answers, tmp_path / "out", steps=2))
 
 
+@pytest.mark.parametrize("trained_in", [torch.bfloat16, torch.float32])
 def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained_in: torch.dtype
 ) -> None:
+    """In the dtype that this CPU multiplies faster; what it learns from is what the blocks compute."""
+    opened, dtypes = trainer.training_target, list[torch.dtype]()
+    monkeypatch.setattr(trainer, "float32_is_faster", lambda: trained_in == torch.float32)
+    monkeypatch.setattr(trainer, "training_target", lambda model: dtypes.append(model.dtype) or opened(model))
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     given, timed = evaluation.costs, list[str]()
 
@@ -250,6 +257,8 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
+    assert dtypes == [trained_in]
+    assert load_file(tmp_path / "out" / "model.safetensors")["projections.0.weight"].dtype == torch.bfloat16
     capsys.readouterr()
     for name, says in (("packed", False), ("plain", True)):
         decoder = SpecDecoder.from_pretrained(str(files[name]), drafter=str(tmp_path / "out"))

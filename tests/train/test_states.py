@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import tiny_model
+from tiny import model_of, tiny_model
 from training import Killed, recipe
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.train import states
@@ -40,21 +42,27 @@ def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         logits = target.readout(states.whole_pass(target, ids, cache, taps))[0]
     kept = slice(states.first_kept(len(answer.prompt_ids)), len(answer) - 1)
-    found = {"best": logits[kept].argmax(-1).int(), "log_z": logits[kept].logsumexp(-1)}
+    found = {"best": logits[kept].argmax(-1).int(), "log_z": logits[kept].float().logsumexp(-1)}
     for layer in WANTED.kv:
-        for name, part in (("k", cache.keys[layer]), ("v", cache.values[layer])):
-            assert part is not None
-            found[f"{name}{layer}"] = part[0, :, : len(answer)].transpose(0, 1)
+        for name, part in cache.entries(layer, 0).items():
+            found[f"{name}{layer}"] = part[: len(answer)]
     return found | {f"hidden{layer}": taps[layer][0, kept] for layer in WANTED.hidden}
 
 
-@pytest.mark.parametrize("common", [0, 1, 30])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma", "gpt2"])
-def test_states_are_those_of_each_answer_alone(
-    kind: str, common: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target, answers = training_target(tiny_model(kind)), some_answers(common)
+def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = training_target(tiny_model(kind))
     assert isinstance(target, ReferenceTarget if kind == "gpt2" else FusedTarget)
+    check_states(target, tmp_path, monkeypatch)
+
+
+@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+def test_states_of_the_kernels_are_those_of_each_answer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_states(NativeTarget(model_of("llama")), tmp_path, monkeypatch)
+
+
+def check_states(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = some_answers(3)
     monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
     monkeypatch.setattr(states, "READOUT_ROWS", 50)
     monkeypatch.setattr(states, "SHARD_ANSWERS", 5)
@@ -72,37 +80,11 @@ def test_states_are_those_of_each_answer_alone(
             )
 
 
-def test_what_all_answers_begin_with_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, tokens = training_target(tiny_model("llama")), [0]
-    layers = target.layers
-
-    def counted(x: torch.Tensor, lo: int, *given: Any) -> torch.Tensor:
-        tokens[0] += x.shape[0] * x.shape[1] * (lo == 0)
-        return layers(x, lo, *given)
-
-    monkeypatch.setattr(target, "layers", counted)
-    answers = [TrainingAnswer((*range(3, 23), 30 + n), (5, 6, 7, 8)) for n in range(8)]
-    states._teach(target, answers, WANTED, lambda n: None)
-    assert tokens[0] == 19 + 8 * 6  # hidden states are kept from two tokens before the answers on
-
-
-def test_the_layers_are_as_they_were_after_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed copies are freed, also when a pass fails: gradients go through the plain maps again."""
-    target = training_target(tiny_model("llama"))
-    assert isinstance(target, FusedTarget)
-    before, head = list(target._stacks["dense"]), target.head_format
-    states._teach(target, some_answers(3), WANTED, lambda n: None)
-    assert target._stacks["dense"] == before and target.head_format == head
-    for stage in (1, target.num_layers):
-        with pytest.raises(KeyError), target.prepared(stage):
-            raise KeyError
-        assert target._stacks["dense"] == before and target.head_format == head
-
-
-def test_the_tokens_reported_add_up() -> None:
+def test_the_tokens_reported_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     target, answers, reported = training_target(tiny_model("llama")), some_answers(3), list[int]()
+    monkeypatch.setattr(states, "PASS_TOKENS", 200)
     states._teach(target, answers, WANTED, reported.append)
-    assert sum(reported) == sum(map(len, answers)) and len(reported) == target.num_layers + 1
+    assert sum(reported) == sum(map(len, answers)) and len(reported) > 1
 
 
 def test_size_and_time_are_said_before_and_the_size_holds(tmp_path: Path) -> None:
@@ -115,7 +97,7 @@ def test_size_and_time_are_said_before_and_the_size_holds(tmp_path: Path) -> Non
     size, seconds = states.estimate(target, answers, WANTED)
     assert seconds > 0
     shard = (tmp_path / "states-00000.safetensors").stat().st_size
-    assert size < shard < size + 4096  # the header, and a few numbers of each answer
+    assert abs(shard - size) < 4096  # the header, and a few numbers of each answer
 
 
 def test_too_little_room_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +130,7 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
     some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.StateSelection((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
+    monkeypatch.setattr(states, "estimate", lambda *given: (0, 0.0))
     whole = states.compute_states(tmp_path / "whole", target, some, wanted)
     teach, calls = states._teach, []
 
