@@ -20,7 +20,7 @@ from typing import Annotated
 from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, TypeAdapter
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdec.base import files
@@ -28,6 +28,7 @@ from specdec.base.errors import SpecDecError
 
 VERSION = 2
 MOST_BYTES = 4 << 30  # of all files; the oldest go first
+PRIOR = 4000  # tokens that what a base model learned counts as for a fine-tune, at most
 PANEL = 512  # rows of a symmetric matrix that are one tensor, up to the diagonal
 
 
@@ -138,6 +139,30 @@ def read_progress(path: Path) -> Progress | None:
     if found.version != VERSION:
         raise SpecDecError(f"'{path}' was written by another version of specdec")
     return found
+
+
+def begin_from(store: Store, other: Path, model: str) -> None:
+    """Let ``store``, which is empty, begin with what ``other`` has, for a model that is a fine-tune of that one.
+
+    Its sums then count as at most ``PRIOR`` tokens. Raises SpecDecError if ``other`` cannot be used, or nothing can be
+    written.
+    """
+    progress = read_progress(other)
+    assert progress is not None
+    tokens = min(progress.tokens, PRIOR)
+    tensors = load_file(other)
+    for name, tensor in tensors.items():
+        if name.startswith(("gram.", "cross.")):
+            tensor *= tokens / max(progress.tokens, 1)
+    own = Progress(model, progress.path, tokens, fitted=tokens, based=tokens, fits=progress.fits)
+    if not store.claim():
+        raise SpecDecError(f"'{store.path}' cannot be written, or another process learns for '{model}'")
+    try:
+        store.save(own, tensors)
+    except OSError as error:
+        raise SpecDecError(f"'{store.path}' cannot be written: {error}") from None
+    finally:
+        store.release()
 
 
 def all_progress() -> list[tuple[Path, Progress | None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -14,6 +14,9 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.models.catalogue import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from specdec.runtimes.target import Target
 
 
 class _ModelFirst(TyperGroup):
@@ -40,6 +43,10 @@ def ahead(
         str | None, typer.Option(metavar="FILE|NAME", help="Prompts to answer first, as in bench; default: none.")
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="How long to learn.")] = 3.0,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Model that MODEL is a fine-tune of: begin with what was learned for it."),
+    ] = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
     runtime: shared.Runtime = "auto",  # type: ignore[assignment]
@@ -54,6 +61,9 @@ def ahead(
         given = [] if prompts is None else [each.turns[0] for each in load_prompts(prompts).conversations]
         how = {"dtype": dtype, "device": device, "runtime": runtime}
         decoder = SpecDecoder.from_pretrained(model, learn=False, **how)  # type: ignore[arg-type]
+        if base is not None:
+            _begin_from(decoder.target, base)
+            decoder = decoder.with_drafter(decoder.drafter.label)
     with terminal.Bar("learn", "") as bar:
         found = prime(decoder, given, 60 * minutes, bar)
     say(
@@ -123,6 +133,23 @@ def export(
     config = {"drafter": "m2r2", "path": drafter.network.path.to_json(), "base": base}
     drafter_folder.write(output, config, dict(drafter.network.state_dict()), "int8")
     say(f"written to {output}; use it with --drafter {output}")
+
+
+def _begin_from(target: Target, base: str) -> None:
+    """Raises SpecDecError if that is not possible."""
+    from specdec.drafters import learned
+    from specdec.drafters.m2r2_learning import learned_path
+
+    own, path = str(target.model.config._name_or_path), str(learned_path(target))
+    store = learned.Store(target.fingerprint, path)
+    if store.path.exists():
+        raise SpecDecError(f"'{own}' has learned already; 'specdec learn reset {own}' forgets it")
+    found = [(file, each) for file, each in learned.all_progress() if each and _is(each.model, base)]
+    if not found:
+        raise SpecDecError(f"nothing was learned for '{base}'; see 'specdec learn status'")
+    if not (same := [file for file, each in found if each.path == path]):
+        raise SpecDecError(f"'{base}' has another shape than '{own}', so it cannot be its base")
+    learned.begin_from(store, same[0], own)
 
 
 def _is(name: str, model: str) -> bool:

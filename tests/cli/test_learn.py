@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -54,6 +57,37 @@ def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(folder: 
     assert "nothing was learned for 'another'" in run("reset", "another", code=2)[1]
     assert "forgot what was learned for 1 model" in run("reset", str(folder))[1]
     assert not learned.all_progress()
+
+
+def test_a_fine_tune_begins_with_what_its_base_model_learned(folder: Path, tmp_path: Path) -> None:
+    tuned, other = tmp_path / "tuned", save_tiny(tmp_path / "other", context=512, num_hidden_layers=9)
+    shutil.copytree(folder, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    weights["model.norm.weight"] *= 1.25
+    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    how = ["--minutes", "0.03", "--runtime", "reference"]
+    assert f"nothing was learned for '{folder}'" in run(str(tuned), "--base", str(folder), *how, code=2)[1]
+    run(str(folder), *how)
+    assert f"'{folder}' has another shape than '{other}'" in run(str(other), "--base", str(folder), *how, code=2)[1]
+    [before] = json.loads(run("status", "--json")[0])
+    run(str(tuned), "--base", str(folder), "--minutes", "0.01", "--runtime", "reference")
+    kept = {Path(each["model"]): each for each in json.loads(run("status", "--json")[0])}
+    assert kept[tuned]["tokens"] >= min(before["tokens"], learned.PRIOR) and kept[tuned]["fits"] >= before["fits"]
+    assert f"'{tuned}' has learned already" in run(str(tuned), "--base", str(folder), *how, code=2)[1]
+
+
+def test_the_sums_of_a_base_model_count_as_few_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(str(folder), "--minutes", "0.03", "--runtime", "reference")
+    monkeypatch.setattr(learned, "PRIOR", 40)
+    [(path, before)] = learned.all_progress()
+    store = learned.Store("another model", "path")
+    learned.begin_from(store, path, "tuned")
+    assert before is not None and before.tokens > 40 and before.fits
+    whole, part = load_file(path), load_file(store.path)
+    assert torch.allclose(part["cross.1"], whole["cross.1"] * 40 / before.tokens)
+    assert torch.equal(part["fit.1"], whole["fit.1"]) and torch.equal(part["counts"], whole["counts"])
+    found = store.progress()
+    assert found is not None and (found.tokens, found.fitted, found.based, found.fits) == (40, 40, 40, before.fits)
 
 
 def test_a_file_that_cannot_be_read_is_named_and_can_be_removed() -> None:
