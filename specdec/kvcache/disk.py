@@ -142,7 +142,7 @@ class PrefixDisk:
 
     def _names(self, ids: Sequence[int], scope: str | None) -> Iterator[str]:
         """The names of the whole chunks of a text."""
-        digest = hashlib.sha256(f"{self.identity}\n{scope or ''}\n".encode())
+        digest = hashlib.sha256(f"{self.identity}\n{CHUNK}\n{scope or ''}\n".encode())
         for end in range(CHUNK, len(ids) + 1, CHUNK):
             digest.update(np.asarray(ids[end - CHUNK : end], np.int64).tobytes())
             yield digest.hexdigest()

@@ -131,6 +131,15 @@ def test_a_damaged_file_is_skipped_and_replaced(how: str, tmp_path: Path) -> Non
         assert answer(engine, made, PROMPT) == (right, 64)
 
 
+def test_chunks_of_another_size_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = decoder("native")
+    with engine_of(made, tmp_path) as engine:
+        right, _ = answer(engine, made, PROMPT)
+    monkeypatch.setattr(disk, "CHUNK", 32)
+    with engine_of(made, tmp_path) as engine:
+        assert answer(engine, made, PROMPT, max_new_tokens=1) == (right[:1], 0)
+
+
 def test_a_damaged_file_that_cannot_be_removed_stops_the_cache_and_not_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
