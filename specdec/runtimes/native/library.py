@@ -118,8 +118,8 @@ def could_run(cpuinfo: Path = machine.CPUINFO) -> bool:
 def _notice() -> None:
     if could_run():
         log.warning(
-            "The native kernels are not built, so bfloat16 models run several times slower than this CPU can. "
-            "Install a C compiler, then install specdec again."
+            "The native kernels are not built, so models run through PyTorch, those in bfloat16 several times slower "
+            "than this CPU can. Install a C compiler and then specdec again, or a wheel that has the kernels."
         )
 
 
