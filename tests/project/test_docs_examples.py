@@ -24,7 +24,7 @@ from tiny_gguf import write_gguf
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from specdec import cli
+from specdec import __version__, cli
 from specdec.engine.request import Event, Request
 
 SLOW = ("README", "CONTRIBUTING", "choose-a-drafter", "measure", "train-a-drafter")
@@ -40,7 +40,7 @@ SHORT = {
     "verify": ["--limit", "1", "--max-new-tokens", "4", "--draws", "16", "--positions", "0"],
     "sweep": ["limit=1", "max_new_tokens=4"],
     "tune drafter": ["--limit", "1"],
-    "train": ["--set", "max_new_tokens=8", "--set", "eval_fraction=0.3"],
+    "train": ["--set", "max_new_tokens=8", "--set", "eval_fraction=0.3", "--set", "rows=2"],
 }
 
 
@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> str:
     """By the real command line, which refuses what it does not know; returns the command's first word."""
     command: Any = typer.main.get_command(cli.app)
     first, rest = arguments[0], list(arguments)
-    while hasattr(command, "commands"):
+    while hasattr(command, "commands") and (rest or not command.invoke_without_command):  # models, and models pull
         if first == "learn" and rest[0] not in command.commands:  # learn MODEL
             rest.insert(0, "ahead")
         assert rest and rest[0] in command.commands, f"there is no command {' '.join(arguments)}"
@@ -126,7 +126,8 @@ def install(words: list[str]) -> None:
     """What pip is told to install: this clone with extras that there are, and packages that are published."""
     for word in words:
         own = re.fullmatch(r"\.(?:\[(.+)\])?", word)
-        assert own or word in ("-e", "llama-cpp-python", "openvino-genai"), f"pip install {word}"
+        wheel = f"dist/specdec_m2r2-{__version__}-py3-none-any.whl"
+        assert own or word in ("-e", wheel, "llama-cpp-python", "openvino-genai"), f"pip install {word}"
         assert not (own and own[1]) or set(own[1].split(",")) <= set(EXTRAS), word
 
 
