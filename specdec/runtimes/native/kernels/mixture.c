@@ -16,7 +16,7 @@ static void choose_experts(const Model *m, const float *logits, float *rest, int
         rest[e] = logits[16 * e];
         if (rest[e] > most) most = rest[e];
     }
-    for (int e = 0; e < m->experts; e++) all += __builtin_expf(rest[e] - most);
+    for (int e = 0; e < m->experts; e++) all += exp1(rest[e] - most);
     for (int i = 0; i < m->taken; i++) {
         int best = -1;
         for (int e = 0; e < m->experts; e++) {
@@ -24,7 +24,7 @@ static void choose_experts(const Model *m, const float *logits, float *rest, int
             for (int j = 0; j < i; j++) there |= experts[j] == e;
             if (!there && (best < 0 || rest[e] > rest[best])) best = e;
         }
-        experts[i] = best, shares[i] = __builtin_expf(rest[best] - most) / all, some += shares[i];
+        experts[i] = best, shares[i] = exp1(rest[best] - most) / all, some += shares[i];
     }
     for (int i = 0; i < m->taken; i++) shares[i] = widen(narrow(m->share ? shares[i] / some : shares[i]));
 }

@@ -26,6 +26,13 @@ static inline F exp16(F x) {
     return scale16(p, n);
 }
 
+/* The same of one number: a library's differs from system to system. */
+static inline float exp1(float x) {
+    float all[16] __attribute__((aligned(64)));
+    store16(all, exp16(set16(x)));
+    return all[0];
+}
+
 /* cap tanh(v / cap); NaN where v is not finite. */
 static inline F capped16(F v, float cap) {
     F e = exp16(mul16(abs16(v), set16(-2.0f / cap)));
