@@ -5,11 +5,14 @@ serves every system: on Windows, whose compilers do not know them, and where SPE
 """
 
 import os
+import sys
 from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+MAC = sys.platform == "darwin"
 
 
 class SharedLibrary(build_ext):
@@ -31,10 +34,10 @@ setup(
             "specdec.runtimes.native._native",
             sources=sorted(glob("specdec/runtimes/native/*.c")),
             depends=sorted(glob("specdec/runtimes/native/*.h") + glob("specdec/runtimes/native/kernels/*")),
-            # No -fopenmp for the linker: PyTorch's OpenMP library provides the threads.
+            # No -fopenmp for the linker: PyTorch's OpenMP library provides the threads. Apple's clang hides the option.
             # No contraction: fused multiply-adds only where the sources have them, so that all builds compute the same.
-            extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"],
-            extra_link_args=["-s"],
+            extra_compile_args=["-O3", *["-Xclang"] * MAC, "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"],
+            extra_link_args=["-s"] if not MAC else [],
             libraries=["m"],
             optional=True,  # without a C compiler the other runtimes serve
         ),
@@ -42,7 +45,7 @@ setup(
             "specdec.speculation._ngram",
             sources=["specdec/speculation/ngram.c"],
             extra_compile_args=["-O3", "-fvisibility=hidden"],
-            extra_link_args=["-s"],
+            extra_link_args=["-s"] if not MAC else [],
             libraries=["m"],
             optional=True,  # without it, prompt-lookup drafts
         ),

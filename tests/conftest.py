@@ -49,7 +49,7 @@ SKIPS = (  # what a machine may lack: patterns of the reasons
     "stands on the inside of PyTorch",
     "the native runtime needs an x86 CPU with AVX2, FMA and F16C",
     "no native (kernels|runtime) here",
-    "this CPU has no (amx|avx512|avxvnni|avx2)",
+    "this CPU has no (amx|avx512|avxvnni|avx2|i8mm|neon)",
 )
 
 

@@ -21,6 +21,12 @@ def processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
 
 
+def features(cpuinfo: Path = CPUINFO) -> set[str]:
+    """The instruction sets of the first processor, by Linux's names; empty without the file."""
+    fields = processor(cpuinfo)
+    return set((fields.get("flags") or fields.get("Features", "")).split())  # of x86, of Arm
+
+
 def processor_name() -> str:
     return processor().get("model name") or platform.processor() or platform.machine()
 

@@ -21,7 +21,7 @@ from specdec.speculation import registry
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
 FLAGS = ["avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"]
-FLAGS += ["amx_bf16", "amx_int8"]
+FLAGS += ["amx_bf16", "amx_int8", "asimddp", "i8mm"]
 # A fixed list without secrets, because reports are published.
 VARIABLES = ["CUDA_VISIBLE_DEVICES", "GOMP_CPU_AFFINITY", "GOMP_SPINCOUNT", "HF_HOME", "HF_HUB_OFFLINE"]
 VARIABLES += ["OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "OMP_WAIT_POLICY"]
@@ -98,8 +98,8 @@ def _versions() -> dict[str, str | None]:
 
 def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
     """The members of ``FLAGS`` that Linux reports."""
-    flags = machine.processor(cpuinfo).get("flags", "").split()
-    return [flag for flag in FLAGS if flag in flags]
+    found = machine.features(cpuinfo)
+    return [flag for flag in FLAGS if flag in found]
 
 
 def _kernels() -> dict[str, Any]:

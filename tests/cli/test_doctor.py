@@ -72,4 +72,6 @@ def test_cpu_features_are_those_that_the_kernels_use(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags\t\t: fpu avx2 avx512f amx_tile amx_bf16\n")
     assert doctor._features(cpuinfo) == ["avx2", "avx512f", "amx_bf16"]
+    cpuinfo.write_text("Features\t: fp asimd asimddp i8mm\n")
+    assert doctor._features(cpuinfo) == ["asimddp", "i8mm"]
     assert doctor._features(tmp_path / "none") == []

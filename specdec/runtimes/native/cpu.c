@@ -1,14 +1,10 @@
 /* Detection of instruction sets, and large pages. */
 #include "native.h"
 #ifdef SPECDEC_NATIVE
-#include <cpuid.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 int has_amx, amx_blocks;
-
-int specdec_amx_agrees_avx512(void);
 
 /* Bytes of `rows` rows of `tiles` tiles of `kind`. */
 EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { return rows * tiles_bytes(kind, tiles); }
@@ -21,9 +17,37 @@ EXPORT void specdec_sizes(int32_t sizes[7]) {
 
 /* Request large pages for memory that every pass reads. */
 EXPORT void specdec_large_pages(void *memory, int64_t bytes) {
-    uintptr_t from = ((uintptr_t)memory + 4095) & ~(uintptr_t)4095, to = ((uintptr_t)memory + (uintptr_t)bytes) & ~(uintptr_t)4095;
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)memory + page - 1) & -page, to = ((uintptr_t)memory + (uintptr_t)bytes) & -page;
     if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#endif
 }
+
+#ifdef __aarch64__
+#ifdef __APPLE__
+int sysctlbyname(const char *name, void *value, size_t *size, void *new_value, size_t new_size);
+
+static int has(const char *feature) {
+    int32_t value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(feature, &value, &size, NULL, 0) && value;
+}
+
+static int supported(void) { return !has("hw.optional.arm.FEAT_DotProd") ? 0 : has("hw.optional.arm.FEAT_I8MM") ? I8MM : NEON; }
+#else
+#include <sys/auxv.h>
+
+static int supported(void) { /* HWCAP_ASIMDDP, HWCAP2_I8MM */
+    return !(getauxval(AT_HWCAP) >> 20 & 1) ? 0 : getauxval(AT_HWCAP2) >> 13 & 1 ? I8MM : NEON;
+}
+#endif
+
+EXPORT int specdec_open(int most) { return supported() < most ? supported() : most; }
+#else
+#include <cpuid.h>
+#include <sys/syscall.h>
+
+int specdec_amx_agrees_avx512(void);
 
 static int has_avxvnni(void) {
     unsigned a, b, c, d;
@@ -49,6 +73,7 @@ EXPORT int specdec_open(int most) {
     if (found > AVXVNNI && most == AVXVNNI) found = has_avxvnni() ? AVXVNNI : AVX2; /* AVX-512's own products are no AVX-VNNI */
     return found < most ? found : most;
 }
+#endif
 #else
 EXPORT int specdec_open(int most) { return 0; }
 #endif

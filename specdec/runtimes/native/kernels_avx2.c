@@ -1,6 +1,6 @@
 /* The kernels in AVX2, FMA and F16C. */
 #include "native.h"
-#ifdef SPECDEC_NATIVE
+#if defined(SPECDEC_NATIVE) && defined(__x86_64__)
 /* Before immintrin.h and everything else that is compiled. */
 #pragma GCC target("avx2,fma,f16c")
 #include <immintrin.h>

@@ -1,6 +1,6 @@
 /* The kernels in AVX-512 BF16, and in AMX where the CPU has that too. */
 #include "native.h"
-#ifdef SPECDEC_NATIVE
+#if defined(SPECDEC_NATIVE) && defined(__x86_64__)
 /* Before immintrin.h and everything else that is compiled. */
 #pragma GCC target("prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
 #include <immintrin.h>

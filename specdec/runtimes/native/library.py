@@ -6,6 +6,8 @@ import ctypes
 import functools
 import logging
 import os
+import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ log = logging.getLogger(__name__)
 BF16, Q8, Q4, Q5, K4, K5, K6 = range(7)  # as in native.h
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 LEVEL = "SPECDEC_NATIVE"  # environment variable: the best instruction set that may be used
-LEVELS = ("", "avx2", "avxvnni", "avx512", "amx")  # instruction sets, as specdec_open counts them
+ARM = platform.machine() in ("aarch64", "arm64")
+LEVELS = ("", "neon", "i8mm") if ARM else ("", "avx2", "avxvnni", "avx512", "amx")  # as specdec_open counts
 SUFFIXES = {"amx": "avx512"}  # of the kernels' names, where they are not the instruction set's
 KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction set: what it returns, what it takes
     "layers": (INT, POINTER, POINTER),
@@ -109,9 +112,10 @@ MaskCall = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(INT))  # 
 
 
 def could_run(cpuinfo: Path = machine.CPUINFO) -> bool:
-    """Whether this CPU has what the kernels need, as far as Linux tells; they may not be built."""
-    flags = machine.processor(cpuinfo).get("flags", "").split()
-    return {"avx2", "fma", "f16c"} <= set(flags)
+    """Whether this CPU has what the kernels need, as far as the system tells; they may not be built."""
+    features = machine.features(cpuinfo)
+    apple = ARM and sys.platform == "darwin"  # all of them have dot products
+    return {"avx2", "fma", "f16c"} <= features or "asimddp" in features or apple
 
 
 @functools.cache
@@ -148,7 +152,10 @@ def load() -> Any:
         found.level = LEVELS[found.specdec_open(most)]
         if not found.level:
             name = machine.processor_name()
-            raise SpecDecError(f"the native runtime needs an x86 CPU with AVX2, FMA and F16C; this one is {name}")
+            raise SpecDecError(
+                "the native runtime needs an x86 CPU with AVX2, FMA and F16C, or an Arm CPU with dot products "
+                f"(asimddp); this one is {name}"
+            )
         written = Map, Table, LowRank, Layer, Model, SequenceArgs, Call
         found.specdec_sizes(sizes := (INT * len(written))())
         if sizes[:] != [ctypes.sizeof(each) for each in written]:
@@ -164,16 +171,17 @@ def load() -> Any:
     return found
 
 
-def openmp() -> str:
-    """The OpenMP library that PyTorch runs in: a second one would fight it for the cores."""
+def openmp() -> str | None:
+    """The OpenMP library that PyTorch runs in: a second one would fight it for the cores. None: there is none."""
     torch_itself, process = ctypes.CDLL(torch._C.__file__), ctypes.CDLL(None)
     try:
-        entry, found = ctypes.cast(torch_itself.GOMP_parallel, POINTER), _Symbol()
+        name = "GOMP_parallel" if sys.platform == "linux" else "__kmpc_fork_call"  # gcc's, clang's
+        entry, found = ctypes.cast(getattr(torch_itself, name), POINTER), _Symbol()
         if process.dladdr(entry, ctypes.byref(found)) and found.file:
             return os.fsdecode(found.file)
     except AttributeError:  # PyTorch was built without it, or the system has no dladdr
         pass
-    return "libgomp.so.1"
+    return "libgomp.so.1" if sys.platform == "linux" else None
 
 
 class _Symbol(ctypes.Structure):  # Dl_info

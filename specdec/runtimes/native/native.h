@@ -1,5 +1,5 @@
 /* The native runtime's kernels: whole decoder layers of a Llama-like model in one call, for x86 CPUs with AVX2, FMA and F16C,
- * or with AVX-512 BF16, and with AMX.
+ * or with AVX-512 BF16, and with AMX, and for Arm CPUs with dot products, or matrix products of bytes.
  *
  * They exist because a token's result must not depend on what else is in its pass. Speculative decoding scores several
  * tokens at once and compares them with what one at a time would have given; usual libraries choose another order of sums
@@ -11,23 +11,23 @@
  * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or as the codes of blocks. Products of blocks (integer.c) are
  * whole numbers: codes of 16 outputs and 4 inputs fill a vector, which is multiplied with 4 inputs of a token, and a block's
  * sum is scaled in float. It takes a token's activations in 8 bits, with a scale for 32 of them. bf16 tiles are multiplied
- * with 16 tokens at once in AMX, with one token after another in AVX-512 and, as floats, in AVX2. Where activations are to stay
- * bf16, blocks are unpacked to bf16 tiles first, which is slower. What drafts alone read need not be exact: it is rounded to
- * blocks when it is packed.
+ * with 16 tokens at once in AMX, with one token after another in AVX-512 and, as floats, in AVX2 and NEON. Where activations are
+ * to stay bf16, blocks are unpacked to bf16 tiles first, which is slower. What drafts alone read need not be exact: it is rounded
+ * to blocks when it is packed.
  *
  * Layouts of activations, for blocks of 16 tokens ("lanes"):
  *   feature_major  float [features][16]
  *   vnni_bf16      bf16 pairs [features / 2][16]: what AMX multiplies with bf16 tiles
  *   rows_bf16      bf16 [16 tokens][features]: what AVX-512 multiplies
- *   rows_f32       float [16 tokens][features]: what AVX2 multiplies; the numbers are bf16
+ *   rows_f32       float [16 tokens][features]: what AVX2 and NEON multiply; the numbers are bf16
  *   rounded        Rounded [features / 32][tokens]: what blocks are multiplied with
  *
- * Files: kernels_*.c build the kernels for an instruction set, from kernels/: simd_*.h vectors of 16 numbers, simd.h what is
- * made of them; avx512.c, amx.c and avx2.c products of bf16 tiles; and what is written once for all of them: integer.c
- * products of blocks; norm.c norms and rotary embeddings; linear.c linear maps; attention.c; layers.c a pass through the layers;
- * mixture.c their mixtures of experts; pack.c weights to tiles; draft.c trees that grow level by level. Another instruction set is another simd_*.h, products and
- * kernels_*.c. threads.c has the team's barrier, cpu.c what this CPU has. Nothing here knows of Python, models' names, or
- * acceptance. */
+ * Files: kernels_*.c build the kernels for an instruction set, from kernels/: simd_*.h vectors of 16 numbers (neon.h lets AVX2's
+ * work on Arm), simd.h what is made of them; avx512.c, amx.c and avx2.c products of bf16 tiles, i8mm.h products of bytes; and what
+ * is written once for all of them: integer.c products of blocks; norm.c norms and rotary embeddings; linear.c linear maps;
+ * attention.c; layers.c a pass through the layers; mixture.c their mixtures of experts; pack.c weights to tiles; draft.c trees that
+ * grow level by level. Another instruction set is another simd_*.h, products and kernels_*.c. threads.c has the team's barrier,
+ * cpu.c what this CPU has. Nothing here knows of Python, models' names, or acceptance. */
 #ifndef SPECDEC_NATIVE_H
 #define SPECDEC_NATIVE_H
 
@@ -37,11 +37,16 @@
 
 #define EXPORT __attribute__((visibility("default"))) /* all else stays inside (-fvisibility=hidden) */
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#if defined(__GNUC__) && ((defined(__x86_64__) && defined(__linux__)) || (defined(__aarch64__) && (defined(__linux__) || defined(__APPLE__))))
 #define SPECDEC_NATIVE
 
+#ifdef _OPENMP
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_get_num_threads(void) { return 1; }
+#endif
 
 /* Kinds of tiles. A group of tiles [16 outputs x 32 inputs] has a head, with scales by output, and then each tile's codes.
  *
@@ -58,7 +63,7 @@ int omp_get_num_threads(void);
  * i and, above, i + 4. 1 bit: uint8[16][4], bit i is of quad i. 2 bits: uint8[2][16][4], bits 2 i of quads i and i + 4. A group
  * of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. In K6, inputs below 16 and above have a scale each. */
 enum { BF16, Q8, Q4, Q5, K4, K5, K6, KINDS };
-enum { AVX2 = 1, AVXVNNI, AVX512, AMX }; /* instruction sets */
+enum { AVX2 = 1, AVXVNNI, AVX512, AMX, NEON = 1, I8MM }; /* instruction sets, of x86 and of Arm */
 enum { SILU, GELU, CLAMPED }; /* activations a(gate) up: GELU is tanh's; CLAMPED: gate sigmoid(alpha gate) (up + 1), both within limit */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
 enum { CACHE16, CACHE8, TOGETHER = 32 }; /* rows of the cache, a slot of a head each: bf16[d], or int8[d] and bf16[d / TOGETHER], scales */

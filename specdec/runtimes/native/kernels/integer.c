@@ -124,6 +124,18 @@ INLINE W add_tile_of(int kind, int chains, const Codes *codes, const Scales *s, 
     return scaled(kind, a, b, s, x, sum);
 }
 
+#ifdef TWO_TOKENS
+/* As add_tile_of, for a token and the one `next` behind it (0: none), to sum[2]; codes: of pair_codes. */
+INLINE void add_tile_to_two(int kind, const Codes *codes, const Scales *s, const Rounded *x, int next, W *sum) {
+    const Rounded *y = x + next;
+    Codes a[2], b[2] = {codes[0], codes[0]};
+    sum_pairs(codes, kind == K6 ? 4 : 8, x->x, y->x, start_of(kind, x, 0), start_of(kind, y, 0), a);
+    if (kind == K6) sum_pairs(codes + 4, 4, x->x + 16, y->x + 16, start_of(kind, x, 1), start_of(kind, y, 1), b);
+    sum[0] = scaled(kind, a[0], b[0], s, x, sum[0]);
+    if (next) sum[1] = scaled(kind, a[1], b[1], s, y, sum[1]);
+}
+#endif
+
 /* to [tokens][16 outputs] = a row of `count` tiles times `tokens` tokens, which lie beside each other in `x`. few: sums of so
  * few tokens stay in registers. */
 INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int count, const Rounded *x, float (*to)[16]) {
@@ -144,6 +156,13 @@ INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int c
                 Codes codes[8];
                 codes_of_tile(kind, at + 4 * WIDE * p, codes);
                 scales_of_tile(kind, head, tile, WIDE * p, s + p);
+#ifdef TWO_TOKENS
+                if (few != 1) {
+                    pair_codes(codes);
+                    for (int t = 0; t < tokens; t += 2) add_tile_to_two(kind, codes, s + p, x + t, t + 1 < tokens, sum[p] + t);
+                    continue;
+                }
+#endif
                 if (few) {
 #pragma GCC unroll 4
                     for (int t = 0; t < few; t++) sum[p][t] = add_tile_of(kind, few == 3 || few == 4 ? 1 : 2, codes, s + p, x + t, sum[p][t]);

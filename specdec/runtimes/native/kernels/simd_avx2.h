@@ -215,6 +215,16 @@ static inline __attribute__((always_inline)) Codes sum_codes(int most, int chain
         else a = _mm256_dpbusd_avx_epi32(a, codes[i], four_inputs(x + 4 * i));
     return chains > 1 ? _mm256_add_epi32(a, b) : a;
 }
+#elif defined(__aarch64__)
+/* Codes of 8 bits are multiplied without their 128, and what `start` takes off is left out. */
+static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x, int32_t start) {
+    Codes sum = _mm256_set1_epi32(most > 63 ? 0 : start);
+    for (int i = 0; i < n; i++) {
+        Codes own = most > 63 ? _mm256_xor_si256(codes[i], _mm256_set1_epi8(-128)) : codes[i], token = four_inputs(x + 4 * i);
+        sum.a = vdotq_s32(sum.a, (int8x16_t)own.a, (int8x16_t)token.a), sum.b = vdotq_s32(sum.b, (int8x16_t)own.b, (int8x16_t)token.b);
+    }
+    return sum;
+}
 #else
 /* Products are added two by two in 16 bits, which hold 2 x 4 most 127; then in 32. Two of codes of 8 bits exceed them:
  * those are multiplied without their 128, the sign on the inputs, and what `start` takes off is left out. */
