@@ -1,0 +1,293 @@
+"""Calls of the native kernels, recorded with the memory that they read, for ``replay.c``, which repeats them elsewhere.
+
+As a plug-in of pytest, it records what tests do with AVX2's kernels to the file ``REPLAY``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterator
+from ctypes import sizeof
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdec.runtimes.native import library
+from specdec.runtimes.native.library import (
+    Call,
+    Layer,
+    LowRank,
+    Map,
+    Model,
+    Part,
+    SequenceArgs,
+    Stage,
+    Table,
+    TreeDraft,
+)
+
+LINE, BEHIND = 64, 1 << 16  # kernels may read what lies behind the last key
+SLOTS = "qkv", "out", "gate_up", "down"
+ARGUMENTS = 64  # where a record has them
+
+
+class Recording:
+    """The kernels, and what was done with them: memory, with pointers into itself. Sizes are those of native.h."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels, self.title = kernels, ""
+        self.memory, self.pointers, self.known = bytearray(LINE), list[int](), dict[bytes, int]()
+        self.last, self.count, self.changed = 0, 0, dict[int, int]()  # changed: places, by address
+        self.written = list[tuple[int, Callable[[], bytes], int]]()  # by this call: place, content, bytes of a number
+
+    def __getattr__(self, name: str) -> Any:
+        record, kernel = getattr(type(self), name.replace("specdec", "call"), None), getattr(self.kernels, name)
+        return functools.partial(self._record, kernel, name, record) if record else kernel
+
+    def _record(self, kernel: Any, name: str, record: Any, *given: Any) -> Any:
+        at, self.written, self.changed = self.add(bytes(ARGUMENTS + 88)), [], {}
+        whole = [int(each or 0) if isinstance(each, int | None) else 0 for each in given if not isinstance(each, float)]
+        struct.pack_into(f"<{len(whole)}q", self.memory, at + ARGUMENTS, *whole)
+        record(self, at + ARGUMENTS, *given)
+        result = kernel(*given)
+        written = self.add(bytes(32 * len(self.written)))
+        for i, (place, content, width) in enumerate(self.written):
+            expected = content()
+            self.point(written + 32 * i, place)
+            self.point(written + 32 * i + 8, self.add(expected, True))
+            struct.pack_into("<2Q", self.memory, written + 32 * i + 16, len(expected), width)
+        [number] = [each for each in given if isinstance(each, float)] or [0.0]
+        struct.pack_into("<QQqd", self.memory, at + 32, len(self.written), result is not None, result or 0, number)
+        names = (self.add(text.encode() + b"\0", True) for text in (name, self.title))
+        for i, place in enumerate((*names, written)):
+            self.point(at + 8 + 8 * i, place)
+        self.last, self.count = self.point(self.last, at), self.count + 1
+        return result
+
+    def save(self, path: Path) -> None:
+        """Write what ``replay.c`` reads. The first record is where the memory's first pointer points to."""
+        self.memory += bytes(BEHIND + -(len(self.memory) + BEHIND) % 4096)
+        places = struct.pack(f"<{len(self.pointers)}Q", *self.pointers)
+        path.write_bytes(struct.pack("<2Q", len(self.memory), len(self.pointers)) + self.memory + places)
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def add(self, data: bytes, again: bool = False) -> int:
+        """The place of a copy; ``again``: one of all that is equal and does not change."""
+        name = hashlib.sha256(data).digest() if again else b""
+        if name in self.known:
+            return self.known[name]
+        place = len(self.memory)
+        self.memory += data + bytes(-len(data) % LINE)
+        if again:
+            self.known[name] = place
+        return place
+
+    def point(self, at: int, place: int) -> int:
+        """Let the pointer at ``at`` point to ``place``."""
+        struct.pack_into("<Q", self.memory, at, place)
+        self.pointers.append(at)
+        return place
+
+    def read(self, at: int, address: int | None, size: int) -> None:
+        """Let the pointer at ``at`` point to a copy of what the kernel reads; NULL stays so."""
+        if address:
+            self.point(at, self.add(ctypes.string_at(address, size), True))
+
+    def write(self, at: int, address: int | None, size: int, width: int) -> None:
+        """The same of what the kernel writes, too. width: bytes of a number."""
+        if address:
+            self.change(at, functools.partial(ctypes.string_at, address, size), width, address)
+
+    def change(self, at: int, content: Callable[[], bytes], width: int, address: int) -> None:
+        """The same, once for all pointers of this call to ``address``."""
+        if address in self.changed:
+            self.point(at, self.changed[address])
+            return
+        self.changed[address] = self.point(at, self.add(content()))
+        self.written.append((self.changed[address], content, width))
+
+    def structs(self, at: int, address: int | None, kind: Any, count: int = 1) -> Iterator[tuple[int, Any]]:
+        """The same of structures: their places, and they."""
+        if address:
+            place = self.point(at, self.add(ctypes.string_at(address, count * sizeof(kind))))
+            for i, each in enumerate((kind * count).from_address(address)):
+                yield place + i * sizeof(kind), each
+
+    def addresses(self, at: int, address: int | None, count: int) -> Iterator[tuple[int, int]]:
+        """The same of pointers: their places, and what they point to. NULL stays so."""
+        yield from self.structs(at, address, ctypes.c_uint64, count)
+
+    # -- structures -------------------------------------------------------------------------------------------------
+
+    def map_(self, at: int, each: Map) -> None:
+        first = 0
+        for place, part in self.structs(at + Map.parts.offset, each.parts, Part, each.count):
+            size = self.kernels.specdec_tiles_bytes(part.kind, part.end - first, each.inp // 32)
+            self.read(place + Part.tiles.offset, part.tiles, size)
+            first = part.end
+        self.read(at + Map.bias.offset, each.bias, 4 * each.out)
+
+    def maps(self, at: int, address: int | None, count: int = 1) -> None:
+        for place, each in self.structs(at, address, Map, count):
+            self.map_(place, each)
+
+    def table(self, at: int, address: int, rows: int) -> None:
+        """rows: as many are read."""
+        for place, each in self.structs(at, address, Table):
+            self.read(place + Table.order.offset, each.order, 4 * rows)
+            if each.order:
+                rows = max((library.INT * rows).from_address(each.order)) + 1
+            self.read(place + Table.data.offset, each.data, rows * each.stride)
+
+    def layer(self, at: int, each: Layer, model: Model) -> None:
+        for name in (*SLOTS[:2], "router") if each.gates else SLOTS:
+            self.map_(at + getattr(Layer, name).offset, getattr(each, name))
+        for name in ("gates", "sums"):
+            self.maps(at + getattr(Layer, name).offset, getattr(each, name), model.experts)
+        heads = {"norm_q": model.heads, "norm_k": model.kv_heads} if model.across else {"norm_q": 1, "norm_k": 1}
+        for name in ("norm_in", "norm_mlp", "norm_attended", "norm_out", "norm_q", "norm_k"):
+            count = heads[name] * model.head_dim if name in heads else model.hidden
+            self.read(at + getattr(Layer, name).offset, getattr(each, name), 4 * count)
+        self.read(at + Layer.sinks.offset, each.sinks, 4 * model.heads)
+
+    def call(self, at: int, call: Call, model: Model, layers: int, levels: int = 0) -> None:
+        """layers: of the cache; levels: of a draft, which begins with a token of each sequence and has no states."""
+        positions = (library.LONG * (call.count if levels else call.tokens)).from_address(call.positions)
+        self.read(at + Call.positions.offset, call.positions, sizeof(positions))
+        self.read(at + Call.spans.offset, call.spans, 4 * call.windows)
+        self.read(at + Call.window.offset, call.window, 4 * call.hi)
+        for place, address in self.addresses(at + Call.rotary.offset, call.rotary, model.tables):
+            self.read(place, address, 4 * model.rotated * (max(positions) + levels + 1))
+        states = 2 * call.tokens * model.hidden
+        self.write(at + Call.x.offset, None if levels else call.x, states, 2)
+        for place, address in self.addresses(at + Call.taps.offset, call.taps, call.hi + 1):
+            self.write(place, address, states, 2)
+        beside = (Layer * call.hi).from_address(model.layers)
+        for (place, address), layer in zip(
+            self.addresses(at + Call.low.offset, call.low, call.hi), beside, strict=False
+        ):
+            for (own, low), slot in zip(self.structs(place, address, LowRank, 4), SLOTS, strict=False):
+                tiles = getattr(layer, slot).out // 16
+                self.map_(own + LowRank.down.offset, low.down)
+                self.read(own + LowRank.first.offset, low.first, 4 * tiles)
+                self.read(own + LowRank.up.offset, low.up, 1024 * low.ks * tiles)
+        row = model.head_dim + model.head_dim // 16 if call.cache else 2 * model.head_dim
+        for own, each in self.structs(at + Call.sequences.offset, call.sequences, SequenceArgs, call.count):
+            used = min(-(-(each.start + each.tokens) // 16) * 16, each.capacity)  # slots: they are read in blocks
+            struct.pack_into("<i", self.memory, own + SequenceArgs.capacity.offset, used)
+            for name in ("keys", "values"):
+                first, offset = getattr(each, name), own + getattr(SequenceArgs, name).offset
+                heads = [first + head * each.capacity * row for head in range(layers * model.kv_heads)]
+                self.change(offset, functools.partial(_rows, heads, used * row), 1, first)
+            for place, address in self.addresses(own + SequenceArgs.trees.offset, each.trees, call.windows):
+                self.read(place, address, each.tokens * (each.start + each.tokens - each.committed))
+
+    def layers(self, at: int, model: Model, call: Call) -> None:
+        for number, (place, layer) in enumerate(self.structs(at + Model.layers.offset, model.layers, Layer, call.hi)):
+            if number >= call.lo:
+                self.layer(place, layer, model)
+
+    # -- kernels ----------------------------------------------------------------------------------------------------
+
+    def call_layers(self, at: int, model: Any, call: Any) -> None:
+        own = [self.point(at + 8 * i, self.add(bytes(each._obj))) for i, each in enumerate((model, call))]
+        self.layers(own[0], model._obj, call._obj)
+        self.call(own[1], call._obj, model._obj, call._obj.hi)
+
+    def call_linear(self, at: int, *given: Any) -> None:
+        map_, weight, _, _, sources, parts, rows, out, best, width, _ = given
+        each = map_._obj
+        self.map_(self.point(at, self.add(bytes(each))), each)
+        self.read(at + 8, weight, 4 * each.inp // parts)
+        for place, address in self.addresses(at + 24, ctypes.addressof(sources), parts):
+            self.read(place, address, 2 * rows * each.inp // parts)
+        self.write(at + 48, out, 2 * rows * width, 2)
+        self.write(at + 56, best, 8 * rows, 8)
+
+    def call_argmax(self, at: int, x: int, rows: int, width: int, out: int, threads: int) -> None:
+        self.read(at, x, 2 * rows * width)
+        self.write(at + 24, out, 8 * rows, 8)
+
+    def call_read_rows(self, at: int, table: Any, index: int | None, count: int, to: int, threads: int) -> None:
+        numbers = (library.LONG * count).from_address(index) if index else range(count)
+        self.table(at, ctypes.addressof(table._obj), max(numbers) + 1)
+        self.read(at + 8, index, 8 * count)
+        self.write(at + 24, to, 2 * count * table._obj.columns, 2)
+
+    def call_pack_blocks(self, at: int, table: Any, out: int, tiles: int, threads: int) -> None:
+        own, kind = table._obj, library.INT()
+        size = self.kernels.specdec_block_tiles(own.type, out, own.columns, ctypes.byref(kind))
+        self.table(at, ctypes.addressof(own), out)
+        self.write(at + 16, tiles, size, 1)
+
+    def call_pack_rounded(self, at: int, weights: int, out: int, inp: int, kind: int, tiles: int, threads: int) -> None:
+        self.read(at, weights, 2 * out * inp)
+        self.write(at + 32, tiles, self.kernels.specdec_tiles_bytes(kind, -(-out // 16), inp // 32), 1)
+
+    def call_draft_tree(self, at: int, draft: Any) -> None:
+        each = draft._obj
+        own, outputs = self.point(at, self.add(bytes(each))), sum(each.outputs)
+        assert not each.mask
+        calls = [stage.call for stage in (Stage * each.stages).from_address(each.stage) if stage.call]
+        layers = max(Call.from_address(call).hi for call in calls)
+        for place, stage in self.structs(own + TreeDraft.stage.offset, each.stage, Stage, each.stages):
+            self.maps(place + Stage.projection.offset, stage.projection)
+            if stage.call:
+                model, call = Model.from_address(stage.model), Call.from_address(stage.call)
+                self.read(place + Stage.carried.offset, stage.carried, 2 * each.sequences * model.hidden)
+                for there, _ in self.structs(place + Stage.model.offset, stage.model, Model):
+                    self.layers(there, model, call)
+                for there, _ in self.structs(place + Stage.call.offset, stage.call, Call):
+                    self.call(there, call, model, layers, each.levels)
+        hidden = Table.from_address(each.embedding).columns
+        tokens = (library.LONG * outputs).from_address(each.tokens) if each.tokens else range(outputs)
+        roots = (library.INT * each.sequences).from_address(each.roots)
+        self.table(own + TreeDraft.embedding.offset, each.embedding, max(*tokens, *roots) + 1)
+        for i, head in enumerate(each.head):
+            self.maps(own + TreeDraft.head.offset + 8 * i, head)
+        self.read(own + TreeDraft.roots.offset, each.roots, 4 * each.sequences)
+        self.read(own + TreeDraft.final.offset, each.final, 2 * each.sequences * hidden)
+        self.read(own + TreeDraft.tokens.offset, each.tokens, 8 * outputs)
+        self.read(own + TreeDraft.norm.offset, each.norm, 4 * hidden)
+        self.read(own + TreeDraft.forbidden.offset, each.forbidden, each.sequences * each.outputs[1])
+        for name in ("scores", "ids", "parents"):
+            size = 4 * each.levels * max(each.width**2, each.sequences)
+            self.write(own + getattr(TreeDraft, name).offset, getattr(each, name), size, 4)
+
+
+def _rows(heads: list[int], size: int) -> bytes:
+    return b"".join(ctypes.string_at(head, size) for head in heads)
+
+
+def pytest_configure() -> None:
+    recording, load = Recording(None), library.load
+
+    @functools.cache
+    def recorded() -> Any:
+        found = load()
+        if found.level != "avx2":
+            return found
+        recording.kernels = found
+        return recording
+
+    def clear() -> None:
+        load.cache_clear()
+        forget()
+
+    forget, recorded.cache_clear = recorded.cache_clear, clear  # type: ignore[method-assign]
+    library.load, Recording.own = recorded, recording
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    Recording.own.title = item.name
+
+
+def pytest_sessionfinish() -> None:
+    Recording.own.save(Path(os.environ["REPLAY"]))
+    print(f"\n{Recording.own.count} calls of kernels are recorded, with {len(Recording.own.memory) / 1e6:.0f} MB")
