@@ -130,18 +130,12 @@ class Turn(Strict):
 
 
 class MessageTool(Strict):
-    no_effect = IGNORED_OF_TOOLS
+    no_effect, kinds = IGNORED_OF_TOOLS, ("tools", "custom")
 
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_type(cls, given: Any) -> Any:
-        check_kind(given, "tools", "custom")
-        return given
 
 
 class ToolChoice(Strict):

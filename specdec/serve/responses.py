@@ -126,14 +126,10 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 class FunctionTool(Function):
+    kinds = "tools", "function"
+
     type: Literal["function"]
     defer_loading: Any = None  # without effect
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_type(cls, given: Any) -> Any:
-        check_kind(given, "tools", "function")
-        return given
 
 
 class NamedFunction(Strict):

@@ -73,11 +73,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     no_effect: ClassVar[Sequence[str]] = ()  # members that are left out
+    kinds: ClassVar[Sequence[str]] = ()  # what it is called, and its types
 
     @model_validator(mode="before")
     @classmethod
     def _check_members(cls, given: Any) -> Any:
         check_size(given, MAX_MEMBERS)
+        if cls.kinds:
+            check_kind(given, *cls.kinds)
         return {k: v for k, v in given.items() if k not in cls.no_effect} if isinstance(given, dict) else given
 
 
@@ -206,14 +209,10 @@ class GenerationBody(Strict):
 
 
 class TextPart(Strict):
+    kinds = "parts", "text"
+
     type: Literal["text"]
     text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_type(cls, given: Any) -> Any:
-        check_kind(given, "parts", "text")
-        return given
 
 
 class CalledFunction(Strict):
