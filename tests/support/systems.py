@@ -22,8 +22,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
 import httpx
 from tiny import save_tiny, save_tiny_moe
+from tiny_gguf import write_gguf
 from typer.testing import CliRunner
 
 POSIX = """register_at_fork fork forkpty getloadavg sysconf statvfs pathconf getuid geteuid getgid getpgid setsid killpg
@@ -137,6 +139,7 @@ def main(system: str) -> None:
         prompts.write_text("".join(f"question {n}\n" for n in range(8)))
         become(system)
         import specdec
+        from specdec.base import memory
         from specdec.runtimes.native import library
         from specdec.speculation import ngram
 
@@ -144,11 +147,14 @@ def main(system: str) -> None:
         for found in pkgutil.walk_packages(specdec.__path__, "specdec."):
             if found.name not in OPTIONAL and "._" not in found.name:  # no libraries, and no __main__
                 importlib.import_module(found.name)
+        memory.trim_heap()  # as after packing weights
         short = ("--model", str(model), "--max-new-tokens", "8")
         for command in ("doctor", "models", "drafters"):
             assert run(command)
         assert "fused" in run("generate", "hello", *short, "--dtype", "bfloat16", "--json")
-        run("bench", *short, "--drafters", "prompt-lookup", "--prompts", str(prompts), "--limit", "1")
+        write_gguf(folder / "blocks.gguf", 64, packed=gguf.GGMLQuantizationType.Q8_0)
+        packed = ("--model", str(folder / "blocks.gguf"), "--max-new-tokens", "8")
+        run("bench", *packed, "--drafters", "hf,prompt-lookup", "--prompts", str(prompts), "--limit", "1")
         options = ["rank=2", "rows=4", "window=8", "draft_vocab=50", "max_new_tokens=8", "eval_fraction=0.25"]
         options = [word for option in (*options, "segments=[[2,4]]") for word in ("--set", option)]
         given = ["--model", str(model), "--prompts", str(prompts), "--output", str(folder / "drafter"), "--steps", "2"]
