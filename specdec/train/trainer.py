@@ -137,7 +137,7 @@ def open_target(model: PreTrainedModel, settings: TrainSettings) -> Target:
     """
     if settings.dtype == "auto" and model.device.type == "cpu" and float32_is_faster():
         need, free = _weight_bytes(model.config, torch.float32), machine.available_memory()
-        if free is None or free > 2 * need:
+        if free is None or free > 3 * need:  # it is loaded beside the first one, and its matrices are stacked
             model, _ = loading.load(settings.model, dtype="float32", device="cpu")
     return training_target(model)
 
