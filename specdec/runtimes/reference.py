@@ -297,10 +297,6 @@ class ReferenceTarget(Target):
     def block(self, layer: int) -> nn.Module:
         return self.blocks[layer]
 
-    def weight(self, layer: int, path: str) -> Tensor:
-        found: Tensor = self.blocks[layer].get_submodule(path).weight.detach()
-        return found
-
     # -- how it is done -----------------------------------------------------------------------------------------
 
     def as_output(self, hidden: Tensor) -> Any:
@@ -440,9 +436,6 @@ class ByParts(Target):
     def block(self, layer: int) -> nn.Module:
         found: nn.Module = self.model.model.layers[layer]  # type: ignore[union-attr, index]
         return found
-
-    def weight(self, layer: int, path: str) -> Tensor:
-        return self._reference.weight(layer, path)
 
     def sublayer(self, x: Tensor, layer: int, part: Part, ctx: Pass) -> Tensor:
         return self._reference.sublayer(x, layer, part, ctx)

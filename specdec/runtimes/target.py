@@ -192,10 +192,6 @@ class Target(ABC):
     def block(self, layer: int) -> nn.Module:
         """A decoder layer of the model."""
 
-    @abstractmethod
-    def weight(self, layer: int, path: str) -> Tensor:
-        """The weight of one of ``linears``, as the model holds it: [out, in] or [in, out]."""
-
     def reduced_head(self, token_ids: Tensor) -> nn.Linear:
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
         full = self.own_head

@@ -44,8 +44,14 @@ class M2R2Method(TrainingMethod[M2R2]):
     def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
         self.chooses = bool(settings.search or settings.begin) and not settings.init
+        self.cuts = False  # whether it begins from a drafter of all neurons, and runs a part of them
         if settings.init:
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
+            self.cuts = settings.neurons not in (0, self.path.neurons)
+            if self.cuts and self.path.neurons:
+                raise SpecDecError(f"'{settings.init}' runs {self.path.neurons} neurons; leave out the setting 'neurons'")
+            if self.cuts:
+                self.path = dataclasses.replace(self.path, neurons=settings.neurons)
         elif not self.chooses:
             self.path = path_of(settings, target)
         self.neurons: dict[int, Tensor] = {}
@@ -55,14 +61,24 @@ class M2R2Method(TrainingMethod[M2R2]):
             segment = choose_segment(self.settings, self.target, context)
             found = {"segments": (segment,), "final_projection": True, "layers_of": None, "begin": 0, "search": False}
             self.path = path_of(self.settings.model_copy(update=found), self.target)
-        if self.settings.init:
+        if self.settings.init and not self.cuts:
             kept = self.read_parameters(Path(self.settings.init))
             self.neurons = {layer: kept[f"adapters.{layer}/neurons"] for layer in self.path.narrow_layers}
         elif self.path.neurons:
             self.neurons = choose_neurons(self.path, self.target, context)
 
     def read_parameters(self, folder: Path) -> dict[str, Tensor]:
-        return {current_name(name): tensor for name, tensor in super().read_parameters(folder).items()}
+        found = {current_name(name): tensor for name, tensor in super().read_parameters(folder).items()}
+        for layer, kept in self.neurons.items() if self.cuts else ():
+            mlp = gated_mlp(self.target.block(layer))
+            assert mlp is not None
+            for path in mlp.shapes(len(kept)):
+                name = f"adapters.{layer}/{path.replace('.', '/')}"
+                if path == mlp.out and f"{name}/down" in found:
+                    found[f"{name}/down"] = found[f"{name}/down"][:, kept]
+                elif path != mlp.out and f"{name}/up" in found:
+                    found[f"{name}/up"] = found[f"{name}/up"][mlp.rows(kept)]
+        return found
 
     def teacher_states(self) -> StateSelection:
         wanted = path_states(self.path, self.target.num_layers)
@@ -89,8 +105,8 @@ class M2R2Method(TrainingMethod[M2R2]):
         shapes, mlp = self.target.linears(int(layer)), gated_mlp(self.target.block(int(layer)))
         if int(layer) in self.path.narrow_layers and mlp is not None:
             shapes |= mlp.shapes(self.path.neurons)
-        weight, inputs = self.target.weight(int(layer), path), shapes[path][0]
-        return float(weight.float().square().mean().sqrt()) * (inputs / self.path.rank) ** 0.5
+        weight: Tensor = self.target.block(int(layer)).get_submodule(path).weight.detach()
+        return float(weight.float().square().mean().sqrt()) * (shapes[path][0] / self.path.rank) ** 0.5
 
     def fit(self, network: M2R2, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
         fit_projections(network, self.target, batches)
