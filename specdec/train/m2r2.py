@@ -49,7 +49,9 @@ class M2R2Method(TrainingMethod[M2R2]):
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
             self.cuts = settings.neurons not in (0, self.path.neurons)
             if self.cuts and self.path.neurons:
-                raise SpecDecError(f"'{settings.init}' runs {self.path.neurons} neurons; leave out the setting 'neurons'")
+                raise SpecDecError(
+                    f"'{settings.init}' runs {self.path.neurons} neurons; leave out the setting 'neurons'"
+                )
             if self.cuts:
                 self.path = dataclasses.replace(self.path, neurons=settings.neurons)
         elif not self.chooses:
@@ -105,7 +107,8 @@ class M2R2Method(TrainingMethod[M2R2]):
         shapes, mlp = self.target.linears(int(layer)), gated_mlp(self.target.block(int(layer)))
         if int(layer) in self.path.narrow_layers and mlp is not None:
             shapes |= mlp.shapes(self.path.neurons)
-        weight: Tensor = self.target.block(int(layer)).get_submodule(path).weight.detach()
+        module: Any = self.target.block(int(layer)).get_submodule(path)
+        weight: Tensor = module.weight.detach()
         return float(weight.float().square().mean().sqrt()) * (shapes[path][0] / self.path.rank) ** 0.5
 
     def fit(self, network: M2R2, batches: Callable[[], Iterable[TrainingBatch]]) -> None:

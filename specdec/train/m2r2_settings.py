@@ -29,7 +29,7 @@ class M2R2Settings(TrainSettings):
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_projection: bool = False
-    neurons: int = Field(0, ge=0)  # how many neurons of the segments' MLPs drafts run, those that add most; 0: all, or as ``init``
+    neurons: int = Field(0, ge=0)  # of the segments' MLPs that drafts run, those that add most; 0: all, or as ``init``
     exits: tuple[int, ...] = ()  # layers after which a token may leave before the end of the path
     layers_of: int | None = None  # depth of the model that these layers refer to; they are scaled to other depths
     rank: Positive = 64
