@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from specdec.base.errors import SpecDecError
 from specdec.models import families
-from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
+from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
 from specdec.models.gguf.model import empty_model
 from specdec.runtimes.native.target import FAMILIES
 from specdec.runtimes.select import make_target
@@ -69,8 +69,8 @@ def model_of(family: str) -> nn.Module:
             scale = getattr(module, "embed_scale", None)
             model.set_submodule(name, BlockEmbedding(random_blocks(*module.weight.shape), torch.bfloat16, scale))
         elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
-            (count, rows, columns), inner = module.gate_up_proj.shape, module.down_proj.shape[2]
-            gate_up = [[random_blocks(rows // 2, columns) for _ in range(2)] for _ in range(count)]
+            count, (columns, inner) = len(module.down_proj), matrices_of(module, 0)[1].shape
+            gate_up = [[random_blocks(inner, columns) for _ in range(2)] for _ in range(count)]
             down = [random_blocks(columns, inner) for _ in range(count)]
             model.set_submodule(name, BlockExperts(module, gate_up, down, torch.bfloat16))
         else:

@@ -155,7 +155,7 @@ def sample(parameter: Tensor | Blocks) -> Tensor:
     """Up to ``SAMPLES`` evenly strided elements of a parameter, [n]. Works for those of ``Absent``, too."""
     if isinstance(parameter, Blocks):
         positions = sample_positions(parameter.shape.numel())
-        return parameter.at(positions // parameter.inputs, positions % parameter.inputs)
+        return parameter.at(positions // parameter.shape[-1], positions % parameter.shape[-1])
     if parameter.is_meta:
         values: Tensor = parameter.sample  # type: ignore[attr-defined]
         return values

@@ -88,11 +88,15 @@ KEYS = {
 HEAD = {"attention.key_length": "head_dim"}
 GEMMA = frozenset({"hidden_activation"})
 CAPPED = GEMMA | {"final_logit_softcapping", "query_pre_attn_scalar"}
-WINDOWED = HEAD | {
-    "attention.sliding_window": "sliding_window",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-}
+WINDOW = {"attention.sliding_window": "sliding_window"}
+WINDOWED = (
+    HEAD
+    | WINDOW
+    | {
+        "final_logit_softcapping": "final_logit_softcapping",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+    }
+)
 SCALED = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -125,7 +129,13 @@ FAMILIES = {
         gguf="qwen3moe",
         keys=HEAD | ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
     ),
-    "gpt_oss": Family(once=True, halved=True, fields=EXPERTS | CLAMPED),
+    "gpt_oss": Family(
+        once=True,
+        halved=True,
+        fields=EXPERTS | CLAMPED,
+        gguf="gpt-oss",
+        keys=HEAD | ROUTED | WINDOW | {"expert_feed_forward_length": "intermediate_size"},
+    ),
     "gemma": Family(once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
     "gemma2": Family(AROUND, True, True, fields=CAPPED | {"attn_logit_softcapping"}, gguf="gemma2", keys=WINDOWED),
     "gemma3_text": Family(

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SpecDecError
-from specdec.models.gguf.blocks import Blocks, dequantize, named_weights
+from specdec.models.gguf.blocks import Blocks, ExpertBlocks, dequantize, named_weights
 from specdec.runtimes.target import Pass, Target
 
 
@@ -32,8 +32,9 @@ def not_finite(model: PreTrainedModel) -> NotFiniteError:
     """The error for NaN or infinite logits of ``model``: names the first broken weight, or blames the dtype."""
     name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
     for key, found in named_weights(model):
-        weight = dequantize(found, None, model.dtype) if isinstance(found, Blocks) else found
-        if not weight.is_meta and not bool(weight.isfinite().all()):
+        parts = found.matrices if isinstance(found, ExpertBlocks) else (found,)
+        weights = (dequantize(part, None, model.dtype) if isinstance(part, Blocks) else part for part in parts)
+        if not all(weight.is_meta or bool(weight.isfinite().all()) for weight in weights):
             return NotFiniteError(
                 f"the weights of {name} are broken: '{key}' holds NaN or infinite values; get it again"
             )

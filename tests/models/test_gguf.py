@@ -22,6 +22,7 @@ from specdec import SpecDecoder
 from specdec.base import files
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, identity, loading, prepare
+from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.blocks import KINDS, BlockEmbedding, BlockLinear, densify, named_weights, temporarily_dense
 from specdec.models.gguf.file import read_header
 from specdec.runtimes.select import make_target
@@ -65,6 +66,8 @@ def sizes(family: str) -> dict:
         found |= {"num_hidden_layers": 7, "layer_types": None}
     if family in ("gemma2", "gemma3_text"):
         found["query_pre_attn_scalar"] = 32
+    if family == "gpt_oss":
+        found["swiglu_limit"] = 7.0
     return found
 
 
@@ -134,6 +137,23 @@ def test_every_type_has_the_values_of_the_gguf_package(cache, tmp_path, kind, ca
     assert identity.fingerprint(model) == identity.fingerprint(theirs)
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_experts_in_blocks_are_those_of_the_model(cache, tmp_path, family):
+    """In each of its forms, and with the same fingerprint."""
+    source = rough_model(family, **sizes(family))
+    path = write_family(tmp_path / "it.gguf", source, "Q8_0")
+    model, dense = loading.load(path)[0], loading.load(path)[0]
+    densify(dense)
+    assert identity.fingerprint(model) == identity.fingerprint(dense)
+    assert identity.difference(identity.samples(model), dense, "it") is None
+    loaded = dict(dense.named_parameters())
+    for name, value in loading.load(path, dtype="float32")[0].named_parameters():
+        assert torch.equal(loaded[name], value.bfloat16()), name
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        assert apart(model(ids).logits.float(), dense(ids).logits.float()) < 0.02
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_in_another_dtype_all_weights_are_parameters(cache, tmp_path, dtype):
     path = write_model(tmp_path / "it.gguf", "qwen2", "Q5_1")
@@ -195,6 +215,27 @@ def test_broken_scales_are_named(cache, tmp_path):
         file.write(struct.pack("<e", float("nan")))
     with pytest.raises(SpecDecError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
         make_target(loading.load(path)[0])
+
+
+def test_so_are_those_of_experts(cache, tmp_path):
+    path = write_family(tmp_path / "it.gguf", rough_model("gpt_oss", **sizes("gpt_oss")), "Q8_0")
+    info = read_header(path).tensors["blk.1.ffn_up_exps.weight"]
+    with path.open("r+b") as file:
+        file.seek(info.offset)
+        file.write(struct.pack("<e", float("inf")))
+    with pytest.raises(SpecDecError, match=r"'model.layers.1.mlp.experts.gate_up_proj' holds NaN"):
+        make_target(loading.load(path)[0])
+
+
+@pytest.mark.parametrize(("call", "ends"), [("<|call|>", ["<|return|>", "<|call|>"]), ("X", ["<|return|>", "<|end|>"])])
+def test_where_a_turn_has_several_messages_the_end_of_one_does_not_end_it(cache, tmp_path, call, ends):
+    path = write_family(tmp_path / "it.gguf", rough_model("gpt_oss", **sizes("gpt_oss")))
+    file = read_header(path)
+    tokens, kinds = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.token_type"]
+    for token, text in zip((1, 2, 5, 6), ("<s>", "<|return|>", "<|end|>", call), strict=True):
+        tokens[token], kinds[token] = text, 3
+    found = gguf_model._eos_token_ids(file)
+    assert [tokens[token] for token in found if tokens[token] != "<|endoftext|>"] == ends
 
 
 def test_factors_of_the_rotary_frequencies_are_used(cache, tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
+from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.target import Pass, Target
 
@@ -118,7 +118,7 @@ class Replay:
 
 
 HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]}
-HALVES |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}  # where a block has float16 numbers
+HALVES |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "MXFP4": []}  # where a block has float16 numbers
 
 
 def in_blocks(
@@ -133,8 +133,8 @@ def in_blocks(
     for layer in model.model.layers:
         if hasattr(layer.mlp, "experts"):
             own, kind = layer.mlp.experts, next(each)
-            (count, rows, columns), inner = own.gate_up_proj.shape, own.down_proj.shape[2]
-            gate_up = [[random_blocks(kind, rows // 2, columns, seed=2 * e + i) for i in (0, 1)] for e in range(count)]
+            count, (columns, inner) = len(own.down_proj), matrices_of(own, 0)[1].shape
+            gate_up = [[random_blocks(kind, inner, columns, seed=2 * e + i) for i in (0, 1)] for e in range(count)]
             down = [random_blocks(kind, columns, inner, seed=e) for e in range(count)]
             layer.mlp.experts = BlockExperts(own, gate_up, down, torch.bfloat16)
     scale = getattr(model.model.embed_tokens, "embed_scale", None)
@@ -153,4 +153,6 @@ def random_blocks(
     for at in HALVES[kind]:
         halves = random.uniform(*scales, data.shape[:2]) * random.choice([-1, 1], data.shape[:2])
         data[:, :, at : at + 2] = halves.astype(np.float16)[..., None].view(np.uint8)
+    if kind == "MXFP4":
+        data[:, :, 0] = 128 + np.log2(np.maximum(random.uniform(*scales, data.shape[:2]), 2.0**-80))
     return Blocks(torch.from_numpy(data.reshape(out, -1)), kind, inputs)

@@ -224,9 +224,9 @@ ROPES = {
 def rough_model(family: str, **changes: object) -> torch.nn.Module:
     """A tiny model whose biases and norms are random, too."""
     model = tiny_model(family, **changes)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or name.endswith("bias"):
+            parameter.add_(torch.randn_like(parameter), alpha=0.3 if parameter.dim() == 1 else 0.1)
     return model
 
 

@@ -85,6 +85,8 @@ def random_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator
     for at in scales.get(kind, [0]):
         factor = random.uniform(-most, most, data.shape[:2]).astype(np.float16)
         data[..., at % width : at % width + 2] = factor[..., None].view(np.uint8)
+    if kind == "MXFP4":
+        data[..., 0] = 128 + np.log2(most * random.uniform(0.1, 0.2, data.shape[:2]))
     return data.reshape(shape[0], -1)
 
 
@@ -190,6 +192,13 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
     "gemma": ("gemma", False, 1, {"attention.key_length": "head_dim"}),
     "gemma2": ("gemma2", False, 1, WINDOWS),
     "gemma3_text": ("gemma3", False, 1, WINDOWS),
+    "gpt_oss": (
+        "gpt-oss",
+        False,
+        0,
+        {"expert_count": "num_local_experts", **TAKEN, "expert_feed_forward_length": "intermediate_size"}
+        | {key: WINDOWS[key] for key in ("attention.key_length", "attention.sliding_window")},
+    ),
 }
 
 
@@ -213,11 +222,13 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
         if (value := getattr(config, field)) is not None:
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"{name}.{key}", value)
-    if name == "mistral3":
+    if name in ("mistral3", "gpt-oss"):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         for key, field in YARN.items():
             add = writer.add_uint32 if key.startswith("original") else writer.add_float32
-            add(f"{name}.rope.scaling.{key}", rope[field])
+            if field in rope:
+                add(f"{name}.rope.scaling.{key}", rope[field])
+    if name == "mistral3":
         writer.add_float32(f"{name}.attention.temperature_scale", rope["llama_4_scaling_beta"])
     vocab = config.vocab_size
     writer.add_tokenizer_model("gpt2")
@@ -238,15 +249,23 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
         if paired and heads:
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         parts = {f"{names.get_name(where)}.{leaf}": values}
-        if values.ndim == 3:
-            each = values.reshape(len(values), 2, -1, values.shape[2]).swapaxes(0, 1) if "gate" in leaf else [values]
+        if leaf == "sinks":
+            parts = {f"{names.get_name(parameter)}.weight": values}
+        if where.endswith("experts"):
+            turned = config.model_type == "gpt_oss"
+            if turned and values.ndim == 3:
+                values = values.swapaxes(1, 2)
+            each = [values]
+            if "gate" in leaf:
+                each = [values[:, ::2], values[:, 1::2]] if turned else np.split(values, 2, 1)
             layer, keys = where.split(".")[2], ("gate", "up") if "gate" in leaf else ("down",)
-            parts = {f"blk.{layer}.ffn_{key}_exps.weight": part for key, part in zip(keys, each, strict=True)}
+            end = "bias" if leaf.endswith("bias") else "weight"
+            parts = {f"blk.{layer}.ffn_{key}_exps.{end}": part for key, part in zip(keys, each, strict=True)}
         for stored, part in parts.items():
-            if part.ndim == 1 or "ffn_gate_inp" in stored:
+            if part.ndim == 1 or "ffn_gate_inp" in stored or stored.endswith("bias"):
                 writer.add_tensor(stored, np.ascontiguousarray(part))
                 continue
-            whole = kind in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+            whole = kind in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
             rows = part.reshape(-1, part.shape[-1])
             most = 1e-5 if kind == "Q6_K" else 5e-4  # weights are then as large as those of a trained model
             blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(kind, rows.shape, random, most)

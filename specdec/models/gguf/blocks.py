@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
 
-KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # types of blocks that are kept
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")  # types of blocks that are kept
 CHUNK = 1 << 20  # elements that are dequantised at a time
+BIASES = "gate_up_proj_bias", "down_proj_bias"  # of experts, if they have any
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def numbers(data: Tensor, kind: str) -> Tensor:
 
 def bits(kind: str) -> int:
     """Bits of a quantised value in blocks of ``kind``."""
-    return int(kind[1])
+    return int(next(filter(str.isdigit, kind)))
 
 
 Dequantize = Callable[[Blocks, Tensor | None, torch.dtype], Tensor]
@@ -164,18 +165,21 @@ class BlockExperts(_OfBlocks):
 
     gate_up: the rows of each expert's gate, then those of its up, in one matrix or two.
     down: each expert's last matrix.
+    turned: whether ``own`` has biases, and matrices whose rows are inputs, gates and ups in turn (gpt-oss).
     """
 
     def __init__(self, own: nn.Module, gate_up: list[list[Blocks]], down: list[Blocks], dtype: torch.dtype) -> None:
         super().__init__()
-        self.own = [own]  # in a list: no part of this module
-        self.act_fn: Any = own.act_fn
+        self.own: list[Any] = [own]  # in a list: no part of this module
+        self.turned = bool(own.is_transposed)
+        for name in BIASES if self.turned else ():
+            self.register_parameter(name, getattr(own, name))
         self.gate_up, self.down, self.dtype, self.unpack = gate_up, down, dtype, dequantize
 
     def expert(self, number: int) -> tuple[Tensor, Tensor]:
-        """gate_up [2 F, D] and down [D, F] of an expert."""
-        parts = [self.unpack(each, None, self.dtype) for each in (*self.gate_up[number], self.down[number])]
-        return torch.cat(parts[:-1]), parts[-1]
+        """gate_up [2 F, D] and down [D, F] of an expert; turned: [D, 2 F], gates and ups in turn, and [F, D]."""
+        *parts, down = [self.unpack(each, None, self.dtype) for each in (*self.gate_up[number], self.down[number])]
+        return as_own(self.own[0], torch.cat(parts), down)
 
     def forward(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """Tokens [R, D], the experts that they take and their shares, both [R, k] -> [R, D]."""
@@ -183,8 +187,9 @@ class BlockExperts(_OfBlocks):
         for number in experts.unique().tolist():
             rows, places = (experts == number).nonzero(as_tuple=True)
             gate_up, down = self.expert(number)
-            gate, up = F.linear(x[rows], gate_up).chunk(2, -1)
-            found = F.linear(self.act_fn(gate) * up, down) * shares[rows, places, None]
+            biases = [getattr(self, name)[number] if self.turned else 0 for name in BIASES]
+            inner = self.own[0]._apply_gate(x[rows] @ (gate_up if self.turned else gate_up.T) + biases[0])
+            found = (inner @ (down if self.turned else down.T) + biases[1]) * shares[rows, places, None]
             out.index_add_(0, rows, found.to(out.dtype))
         return out
 
@@ -193,25 +198,45 @@ class BlockExperts(_OfBlocks):
         pairs = zip(*map(self.expert, range(len(self.down))), strict=True)
         for name, values in zip(("gate_up_proj", "down_proj"), pairs, strict=True):
             setattr(self.own[0], name, nn.Parameter(torch.stack(values), requires_grad=False))
+        for name, bias in self.named_parameters():
+            setattr(self.own[0], name, bias)
         return self.own[0]
+
+
+def as_own(own: Any, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """gate_up [2 F, D] and down [D, F] as the module ``own`` has them."""
+    if not own.is_transposed:
+        return gate_up, down
+    return torch.stack(gate_up.chunk(2), 1).flatten(0, 1).T, down.T
+
+
+def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:
+    """gate_up [2 F, D], in one matrix or two, and down [D, F] of an expert of the module ``own``."""
+    gate_up, down = own.gate_up_proj[number].detach(), own.down_proj[number].detach()
+    return ([gate_up.T[::2], gate_up.T[1::2]], down.T) if own.is_transposed else ([gate_up], down)
 
 
 @dataclass(frozen=True)
 class ExpertBlocks(Blocks):
-    """The matrices of all experts, one below the other. data, kind, inputs: those of the first matrix."""
+    """The matrices of all experts, one below the other. data, kind, inputs: those of the first matrix.
+
+    turns: if not 0, each expert is transposed (``BlockExperts.turned``), of so many parts a row each in turn.
+    """
 
     matrices: tuple[Blocks, ...] = ()
     experts: int = 1
+    turns: int = 0
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.experts, sum(m.shape[0] for m in self.matrices) // self.experts, self.inputs))
-
-    def numbers(self, index: Tensor | None = None) -> Tensor:
-        assert index is None
-        return torch.cat([each.numbers() for each in self.matrices])
+        rows = sum(m.shape[0] for m in self.matrices) // self.experts
+        return torch.Size((self.experts, *((self.inputs, rows) if self.turns else (rows, self.inputs))))
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        if self.turns:
+            count = self.shape[2]
+            place = columns % self.turns * (count // self.turns) + columns // self.turns
+            rows, columns = rows // self.inputs * count + place, rows % self.inputs
         ends = torch.tensor([each.shape[0] for each in self.matrices]).cumsum(0)
         which, found = torch.searchsorted(ends, rows, right=True), torch.empty(len(rows))
         for number in which.unique().tolist():
@@ -233,8 +258,12 @@ def quantize(values: Tensor, kind: str) -> Blocks:
 
 def quantize_experts(own: Any, kind: str) -> BlockExperts:
     """The experts of a layer, quantised as ``quantize`` does."""
-    gate_up = [[quantize(values, kind)] for values in own.gate_up_proj]
-    made = BlockExperts(own, gate_up, [quantize(values, kind) for values in own.down_proj], own.down_proj.dtype)
+    gate_up, down = list[list[Blocks]](), list[Blocks]()
+    for number in range(len(own.down_proj)):
+        parts, last = matrices_of(own, number)
+        gate_up.append([quantize(values, kind) for values in parts])
+        down.append(quantize(last, kind))
+    made = BlockExperts(own, gate_up, down, own.down_proj.dtype)
     own.gate_up_proj, own.down_proj = (nn.Parameter(t.to("meta"), False) for t in (own.gate_up_proj, own.down_proj))
     return made
 
@@ -247,10 +276,9 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
             yield f"{name}.weight", module.blocks
         if isinstance(module, BlockExperts):
             gate_up = [matrix for expert in module.gate_up for matrix in expert]
-            for part, matrices in ("gate_up", gate_up), ("down", module.down):
-                first = matrices[0]
-                every = ExpertBlocks(first.data, first.kind, first.inputs, None, tuple(matrices), len(module.down))
-                yield f"{name}.{part}_proj", every
+            for part, matrices, turns in ("gate_up", gate_up, 2), ("down", module.down, 1):
+                first, of = matrices[0], (len(module.down), turns * module.turned)
+                yield f"{name}.{part}_proj", ExpertBlocks(first.data, first.kind, first.inputs, None, (*matrices,), *of)
 
 
 def weight_storage(module: Any) -> Tensor:

@@ -60,6 +60,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # the type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
 END_TOKENS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
+HARMONY = {"<|return|>", "<|call|>"}  # these, too; where there are both, "<|end|>" ends one of several messages
 # Values of tokenizer.ggml.pre that split off single digits before words. transformers splits words only, so a digit and
 # the line break or space before it would become one token.
 DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
@@ -129,10 +130,13 @@ def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
         values["query_pre_attn_scalar"] = size
     if kind == "qwen3_moe":
         values["norm_topk_prob"] = True
+    if kind == "gpt_oss":
+        values["rope_scaling"] = {"rope_type": "default"}
     if kind == "granite":
         values.setdefault("attention_multiplier", (width // heads or 1) ** -0.5)
     if (rope := scaling.pop("type", "none")) != "none" or kind == "ministral3":
         values["rope_scaling"] = _scaled_rope(name, rope, scaling, values)
+        values["rope_scaling"] |= {"truncate": False} if kind == "gpt_oss" else {}
     return AutoConfig.for_model(kind, **values)
 
 
@@ -194,8 +198,10 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     named = [id for key in ("eos", "eot", "eom") if type(id := metadata.get(f"{key}_token_id")) is int]
     kinds = zip(metadata.get("tokens", ()), metadata.get("token_type", ()), strict=False)
-    known = [token for token, (text, kind) in enumerate(kinds) if kind == CONTROL and text in END_TOKENS]
-    found = list(dict.fromkeys([*named, *(token for token in known if token != metadata.get("unknown_token_id"))]))
+    control = ((text, token) for token, (text, kind) in enumerate(kinds) if kind == CONTROL)
+    known = {text: token for text, token in control if text in END_TOKENS | HARMONY}
+    none = {metadata.get("unknown_token_id"), known.get("<|end|>") if known.keys() >= HARMONY else None}
+    found = [token for token in dict.fromkeys([*named, *known.values()]) if token in named[:1] or token not in none]
     return found[0] if len(found) == 1 else found
 
 
@@ -217,9 +223,11 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
     unfit = list[str]()
     for parameter, values in model.named_parameters():
-        tensors, wanted = found[parameter], list(values.shape)
+        tensors, wanted, (path, _, leaf) = found[parameter], list(values.shape), parameter.rpartition(".")
+        if leaf in EXPERTS and model.get_submodule(path).is_transposed:
+            wanted[1:] = wanted[:0:-1]
         if len(tensors) > 1:
-            wanted[-2] //= len(tensors)
+            wanted[1] //= len(tensors)  # [E, 2 F, D] or, a bias, [E, 2 F]
         unfit += [key or parameter for key in tensors if shapes.get(key) != tuple(wanted)]
     if unfit:
         raise SpecDecError(
@@ -245,12 +253,13 @@ def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), {}
     for parameter, _ in model.named_parameters():
         path, _, leaf = parameter.rpartition(".")
-        if leaf in EXPERTS:
-            layer = path.split(".")[2]
-            found[parameter] = tuple(f"blk.{layer}.ffn_{part}_exps.weight" for part in EXPERTS[leaf])
+        matrix, end = leaf.removesuffix("_bias"), leaf if leaf in ("weight", "bias") else "weight"
+        if matrix in EXPERTS:
+            layer, end = path.split(".")[2], "weight" if leaf in EXPERTS else "bias"
+            found[parameter] = tuple(f"blk.{layer}.ffn_{part}_exps.{end}" for part in EXPERTS[matrix])
         else:
-            tensor = names.get_name(path)
-            found[parameter] = ("" if tensor is None else f"{tensor}.{leaf}",)
+            tensor = names.get_name(path if leaf == end else parameter)
+            found[parameter] = ("" if tensor is None else f"{tensor}.{end}",)
     return found
 
 
@@ -266,7 +275,7 @@ def build(
     family = families.FAMILIES[config.model_type]
     for parameter, tensors in names.items():
         info, (path, _, leaf) = file.tensors[tensors[0]], parameter.rpartition(".")
-        if leaf in EXPERTS:
+        if leaf.removesuffix("_bias") in EXPERTS:
             continue
         part, module = data[info.offset : info.offset + info.nbytes], model.get_submodule(path)
         rows = _rows(config, path, info.shape[0]) if family.interleaved else None
@@ -285,6 +294,10 @@ def build(
         setattr(module, leaf, nn.Parameter(values, requires_grad=False))
     for path, module in [*model.named_modules()]:
         if hasattr(module, "gate_up_proj") and names.get(f"{path}.gate_up_proj", ()):
+            for leaf in blocks.BIASES if module.is_transposed else ():
+                each = [_stored(file.tensors[tensor], data) for tensor in names[f"{path}.{leaf}"]]
+                values = torch.stack([_values(matrix, dtype) for matrix in each], -1).flatten(1)  # in turn
+                setattr(module, leaf, nn.Parameter(values, requires_grad=False))
             infos = [file.tensors[tensor] for leaf in EXPERTS for tensor in names[f"{path}.{leaf}"]]
             unpacked |= {info.kind for info in infos} - {*PLAIN, *blocks.KINDS}
             model.set_submodule(path, _experts(module, infos, data, dtype, keep_blocks))
@@ -311,11 +324,21 @@ def _experts(module: Any, infos: list[TensorInfo], data: Tensor, dtype: torch.dt
     gate_up, down = [list(pair) for pair in zip(*matrices[:2], strict=True)], matrices[2]
     if keep_blocks and all(info.kind in blocks.KINDS for info in infos):
         return BlockExperts(module, gate_up, down, dtype)  # type: ignore[arg-type]
-    made = [torch.stack([torch.cat([_values(each, dtype) for each in expert]) for expert in gate_up])]
-    made.append(torch.stack([_values(each, dtype) for each in down]))
-    for leaf, values in zip(EXPERTS, made, strict=True):
-        setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+    made = [
+        blocks.as_own(module, torch.cat([_values(part, dtype) for part in parts]), _values(last, dtype))
+        for parts, last in zip(gate_up, down, strict=True)
+    ]
+    for leaf, values in zip(EXPERTS, zip(*made, strict=True), strict=True):
+        setattr(module, leaf, nn.Parameter(torch.stack(values), requires_grad=False))
     return module  # type: ignore[no-any-return]
+
+
+def _stored(info: TensorInfo, data: Tensor) -> Tensor | Blocks:
+    """A matrix of the file."""
+    part = data[info.offset : info.offset + info.nbytes]
+    if info.kind in PLAIN:
+        return part.view(PLAIN[info.kind]).view(info.shape)
+    return Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1])
 
 
 def _values(matrix: Tensor | Blocks, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from specdec.base.errors import SettingError, SpecDecError
 
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
 log = logging.getLogger(__name__)
-BF16, Q8, Q4, Q5, K4, K5, K6 = range(7)  # as in native.h
+BF16, Q8, Q4, Q5, K4, K5, K6, MX = range(8)  # as in native.h
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 LEVEL = "SPECDEC_NATIVE"  # environment variable: the best instruction set that may be used
 ARM = platform.machine() in ("aarch64", "arm64")

@@ -58,11 +58,12 @@ static inline int omp_get_num_threads(void) { return 1; }
  *   K4    (d sc) q - (dmin mn)       f16 d[16], dmin[16], uint8 sc[8][16], mn[8][16]     nibbles
  *   K5    (d sc) q - (dmin mn)       the same                                            nibbles, 1 bit
  *   K6    (d sc) (q - 32)            f16 d[16], 32 unused bytes, int8 sc[8][2][16]       nibbles, 2 bits
+ *   MX    d (E2M1[q] - 12)           uint8 e[16]: d is 2 to e - 127, or 0 if e is 0      nibbles
  *
  * Codes stand as integer products take them: [quad of inputs][output][input of the quad], bytes. nibbles: uint8[4][16][4], quads
  * i and, above, i + 4. 1 bit: uint8[16][4], bit i is of quad i. 2 bits: uint8[2][16][4], bits 2 i of quads i and i + 4. A group
  * of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. In K6, inputs below 16 and above have a scale each. */
-enum { BF16, Q8, Q4, Q5, K4, K5, K6, KINDS };
+enum { BF16, Q8, Q4, Q5, K4, K5, K6, MX, KINDS };
 enum { AVX2 = 1, AVXVNNI, AVX512, AMX, NEON = 1, I8MM }; /* instruction sets, of x86 and of Arm */
 enum { SILU, GELU, CLAMPED }; /* activations a(gate) up: GELU is tanh's; CLAMPED: gate sigmoid(alpha gate) (up + 1), both within limit */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
@@ -75,7 +76,7 @@ typedef struct {
     int tiles, head, codes; /* of a group: how many tiles, bytes of its head, bytes of each tile's codes */
 } Group;
 
-static const Group GROUPS[KINDS] = {{1, 0, 1024}, {1, 32, 512}, {1, 64, 256}, {1, 64, 320}, {8, 320, 256}, {8, 320, 320}, {8, 320, 384}};
+static const Group GROUPS[KINDS] = {{1, 0, 1024}, {1, 32, 512}, {1, 64, 256}, {1, 64, 320}, {8, 320, 256}, {8, 320, 320}, {8, 320, 384}, {1, 16, 256}};
 
 /* Bytes of `tiles` tiles, in whole groups. */
 static inline int64_t tiles_bytes(int kind, int64_t tiles) {

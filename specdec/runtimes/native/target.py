@@ -24,12 +24,14 @@ from specdec.kvcache.rows import RowCache, RowMask
 from specdec.models import families
 from specdec.models.checkpoint import Absent
 from specdec.models.gguf.blocks import (
+    BIASES,
     BlockEmbedding,
     BlockExperts,
     BlockLinear,
     Blocks,
     bits,
     densify,
+    matrices_of,
     named_weights,
     quantize,
     quantize_experts,
@@ -48,7 +50,7 @@ from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Ma
 
 FAMILIES = tuple(kind for kind, family in families.FAMILIES.items() if not family.recurrent)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
-BITS = 16, 8, 4, 5, 4, 5, 6  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6
+BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6, MX
 
 
 class NativeTarget(ByParts):
@@ -458,8 +460,6 @@ def _round(layer: nn.Module, kind: str) -> None:
             layer.set_submodule(path, made)
     mlp: Any = layer.mlp
     if llama_like.has_experts(layer) and not isinstance(mlp.experts, BlockExperts):
-        if hasattr(mlp.experts, "gate_up_proj_bias"):
-            raise SpecDecError("experts with biases stay in 16 bits; use weights 'auto'")
         mlp.experts = quantize_experts(mlp.experts, kind)
 
 
@@ -472,13 +472,12 @@ def matrix(module: nn.Module) -> Tensor | Blocks:
 
 def expert(experts: Any, number: int) -> tuple[Any, ...]:
     """The matrices of an expert: its gate's rows and then its up's, in one or two, and down; and their biases."""
-    if isinstance(experts, BlockExperts):
-        return experts.gate_up[number], experts.down[number], None, None
-    gate_up, down = experts.gate_up_proj[number].detach(), experts.down_proj[number].detach()
-    if not hasattr(experts, "gate_up_proj_bias"):
-        return [gate_up], down, None, None
-    bias = experts.gate_up_proj_bias[number]  # gpt-oss: inputs are rows, and gates and ups take turns
-    return [gate_up.T[::2], gate_up.T[1::2]], down.T, torch.cat((bias[::2], bias[1::2])), experts.down_proj_bias[number]
+    whole = isinstance(experts, BlockExperts)
+    matrices = (experts.gate_up[number], experts.down[number]) if whole else matrices_of(experts, number)
+    if not hasattr(experts, BIASES[0]):
+        return *matrices, None, None
+    bias = experts.gate_up_proj_bias[number].detach()  # of gates and ups in turn
+    return *matrices, torch.cat((bias[::2], bias[1::2])), experts.down_proj_bias[number].detach()
 
 
 def release(*matrices: Tensor | Blocks) -> None:

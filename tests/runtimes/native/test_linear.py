@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("kernels"),
 ]
 TILES = {"Q4_0": "Q4", "Q4_1": "Q4", "Q5_0": "Q5", "Q5_1": "Q5", "Q8_0": "Q8", "Q4_K": "K4", "Q5_K": "K5", "Q6_K": "K6"}
+TILES |= {"MXFP4": "MX"}
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -39,6 +40,8 @@ def pieces(blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         scales, mins = gguf.quants.Q4_K.get_scale_min(data[:, :, 4:16].reshape(-1, 12))
         scale = (half(0)[..., None] * scales.reshape(*data.shape[:2], 8)).reshape(out, -1, 1).repeat(2, -1)
         low = -(half(2)[..., None] * mins.reshape(*data.shape[:2], 8)).reshape(out, -1)
+    elif kind == "MXFP4":
+        scale, low = np.exp2(data[:, :, :1].astype(np.float32) - 128).repeat(2, -1), np.float32(0) * data[:, :, 0]
     else:
         low = half(2) if kind in ("Q4_1", "Q5_1") else half(0) * {"Q8_0": 0, "Q4_0": -8, "Q5_0": -16}[kind]
         scale = half(0)[..., None].repeat(2, -1)
@@ -62,7 +65,7 @@ def integer_products(blocks: Blocks, x: torch.Tensor) -> np.ndarray:
             value = fma(halves[1].astype(np.float32), scale[None, :, k, 1], value)
         else:
             value = (halves[0] + halves[1]).astype(np.float32) * scale[None, :, k, 0]
-        if blocks.kind not in ("Q6_K", "Q8_0"):
+        if blocks.kind not in ("Q6_K", "Q8_0", "MXFP4"):
             value = fma(low[None, :, k], q[:, k].sum(-1, keepdims=True).astype(np.float32), value)
         result = fma(value, own[:, k : k + 1], result)
     return result
@@ -78,10 +81,11 @@ def test_integer_products_are_those_of_the_algorithm(kind: str, scales: tuple[fl
     blocks, random = random_blocks(kind, 48, 512, scales), torch.Generator().manual_seed(9)
     if scales == SCALES[0]:
         blocks.data[:16] |= 0xF0  # large codes
-        for row in range(16):
-            blocks.data[row].view(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])[:, HALVES[kind]] = 64
-            for at in HALVES[kind]:
-                blocks.data[row].view(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])[:, at + 1] = 40
+        each = blocks.data[:16].view(16, -1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
+        for at in HALVES[kind]:
+            each[..., at], each[..., at + 1] = 64, 40
+        if kind == "MXFP4":
+            each[..., 0], each[..., 1:] = 120, 0x77
     packed = linear.Packed([blocks])
     assert packed.kinds == {getattr(library, TILES[kind])}
     x = torch.randn(70, 512, generator=random) * 10 ** torch.randint(-3, 4, (70, 16, 1), generator=random).expand(
@@ -145,6 +149,22 @@ def test_scales_that_tiles_cannot_hold_are_held_in_bf16(kind: str) -> None:
     packed = linear.Packed([blocks])
     assert packed.kinds == {library.BF16}
     assert torch.equal(packed(torch.eye(256).bfloat16()).T, blocks.numbers().bfloat16())
+
+
+POWERS = (1, 1, False), (1, 8, True), (2, 1, True), (251, 7, True), (252, 0, False)
+
+
+@pytest.mark.parametrize(("power", "code", "held"), POWERS)
+def test_so_are_powers_of_two_that_floats_cannot_hold(power: int, code: int, held: bool) -> None:
+    """A block of zeros may have any scale that is not too large."""
+    blocks = random_blocks("MXFP4", 32, 256)
+    blocks.data.view(32, 8, 17)[3, 2] = torch.tensor([power] + 16 * [17 * code], dtype=torch.uint8)
+    packed = linear.Packed([blocks], rounded=False)
+    assert packed.kinds == {library.MX if held else library.BF16}
+    values, expected = packed(torch.eye(256).bfloat16()).T, blocks.numbers().bfloat16()
+    assert torch.equal(values.isfinite(), expected.isfinite())
+    small = 2.0**-126  # smaller ones are zero in products
+    assert torch.equal(values * (values.abs() >= small), expected * (expected.abs() >= small))
 
 
 @pytest.mark.parametrize("kind", KINDS)

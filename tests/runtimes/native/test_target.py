@@ -189,6 +189,18 @@ def test_rounded_weights_round_the_model(weights: str, most: float) -> None:
     assert type(model.get_submodule(linears[0])) is torch.nn.Linear
 
 
+@torch.inference_mode()
+def test_experts_with_biases_are_rounded_like_others() -> None:
+    model = model_of("gpt_oss")
+    experts = model.model.layers[0].mlp.experts
+    before, biases = experts.gate_up_proj.clone(), experts.gate_up_proj_bias.clone()
+    target = NativeTarget(model, "int8", activations="bf16")  # agrees with the model's own pass
+    assert all(item.kinds == {library.Q8} for item in target._experts)
+    assert target.bytes_read < NativeTarget(model_of("gpt_oss")).bytes_read
+    after = model.model.layers[0].mlp.experts.dense()
+    assert 0 < apart(after.gate_up_proj, before) < 0.01 and torch.equal(after.gate_up_proj_bias, biases)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("t", "adapted"), [(1, None), (3, 3), (2, 1), (12, 2)])
 @torch.inference_mode()

@@ -78,6 +78,7 @@ def everything(target: Target) -> list[torch.Tensor]:
         ("mixtral", ("Q5_0", "Q8_0"), {}),
         ("olmoe", LARGE, WIDE | {"num_experts": 9, "num_experts_per_tok": 3}),
         ("qwen3_moe", ("Q4_K", "Q6_K"), WIDE | {"moe_intermediate_size": 256}),
+        ("gpt_oss", ("MXFP4",), WIDE),
         ("olmo2", ("Q4_K", "Q6_K"), WIDE),
         ("smollm3", LARGE, WIDE),
         ("gemma2", LARGE, WIDE),

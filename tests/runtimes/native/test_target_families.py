@@ -92,7 +92,7 @@ def test_files_of_every_type_run_natively_as_the_table_says(cache: object, tmp_p
     """Tiny files: each has the same logits, to the last bit, in passes over 1, 5 and 16 tokens."""
     sizes = sizes_of(family) | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
     sizes |= {"moe_intermediate_size": 256} if family == "qwen3_moe" else {}
-    sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3_text" else {}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gemma3_text", "gpt_oss") else {}
     model, served = rough_model(family, **sizes, rope_parameters=ROPES.get(family)), list[str]()
     for (
         parameter

@@ -105,6 +105,7 @@ static void amx_row_of_kind(int kind, int tokens, const uint8_t *tiles, int coun
     case Q5: amx_row_of_tiles(Q5, tokens, tiles, count, x, to); break;
     case K4: amx_row_of_tiles(K4, tokens, tiles, count, x, to); break;
     case K5: amx_row_of_tiles(K5, tokens, tiles, count, x, to); break;
+    case MX: amx_row_of_tiles(MX, tokens, tiles, count, x, to); break;
     default: amx_row_of_tiles(K6, tokens, tiles, count, x, to);
     }
 }
@@ -122,7 +123,7 @@ EXPORT int KERNEL(amx_agrees)(void) {
         x[i].scale = 0.01f * (float)(i + 1), x[i].sum = (float)(half_[0] + half_[1]);
         x[i].less[0] = -32 * half_[0], x[i].less[1] = -32 * half_[1];
     }
-    for (int kind = Q8; kind <= K6; kind++) {
+    for (int kind = Q8; kind < KINDS; kind++) {
         few_rows(kind, TOKENS, tiles, TILES, x, rows);
         enter_tiles();
         amx_row_of_kind(kind, TOKENS, tiles, TILES, x, amx);

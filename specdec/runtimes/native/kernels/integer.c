@@ -9,6 +9,8 @@
 
 enum { BEYOND = 4096, FEW = 2 }; /* number of bytes ahead that are prefetched; up to so many tokens are rounded one by one */
 
+static const uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* 12 + twice the number of 4 bits: -6 to 6 */
+
 /* Pairs of a token's 32 inputs, rounded. */
 INLINE void round_token(U pairs, Rounded *out) {
     const U sign = set_u(0x80000000), upper = set_u(0xffff0000), byte = set_u(255);
@@ -75,6 +77,7 @@ INLINE void codes_of_tile(int kind, const uint8_t *at, Codes *codes) {
         Codes both = load_codes(at + 64 * i);
         codes[i] = and_codes(both, nibble), codes[i + 4] = and_codes(right_codes(both, 4), nibble);
     }
+    for (int i = 0; i < 8 && kind == MX; i++) codes[i] = pick_codes(E2M1, codes[i]);
     for (int i = 0; i < 8 && extra; i++) {
         const int from = extra * i % 8;
         Codes bits = load_codes(at + 256 + 64 * (extra * i / 8));
@@ -89,8 +92,8 @@ typedef struct {
 } Scales;
 
 INLINE void scales_of_group(int kind, const uint8_t *head, int first, Scales *s) {
-    s->scale = s->second = s->d = halves_w(head + 2 * first);
-    s->low = s->m = kind == Q8 || kind == K6 ? set_w(0) : halves_w(head + 32 + 2 * first);
+    s->scale = s->second = s->d = kind == MX ? powers_w(head + first) : halves_w(head + 2 * first);
+    s->low = s->m = kind == Q8 || kind == K6 || kind == MX ? set_w(0) : halves_w(head + 32 + 2 * first);
 }
 
 INLINE void scales_of_tile(int kind, const uint8_t *head, int tile, int first, Scales *s) {
@@ -114,11 +117,11 @@ INLINE W scaled(int kind, Codes a, Codes b, const Scales *s, const Rounded *x, W
 
 /* Initial value of a tile's sums of whole numbers, which corrects for unsigned codes; of K6, of each half. */
 INLINE int32_t start_of(int kind, const Rounded *x, int half_) {
-    return kind == K6 ? x->less[half_] : kind == Q8 ? 4 * (x->less[0] + x->less[1]) : 0;
+    return kind == K6 ? x->less[half_] : kind == Q8 ? 4 * (x->less[0] + x->less[1]) : kind == MX ? (x->less[0] + x->less[1]) / 32 * 12 : 0;
 }
 
 INLINE W add_tile_of(int kind, int chains, const Codes *codes, const Scales *s, const Rounded *x, W sum) {
-    const int most = kind == Q8 ? 255 : kind == K6 ? 63 : kind == Q5 || kind == K5 ? 31 : 15, n = kind == K6 ? 4 : 8;
+    const int most = kind == Q8 ? 255 : kind == K6 ? 63 : kind == Q5 || kind == K5 ? 31 : kind == MX ? 24 : 15, n = kind == K6 ? 4 : 8;
     Codes a = sum_codes(most, kind == K6 ? 1 : chains, codes, n, x->x, start_of(kind, x, 0)), b = a;
     if (kind == K6) b = sum_codes(most, 1, codes + 4, 4, x->x + 16, start_of(kind, x, 1));
     return scaled(kind, a, b, s, x, sum);
@@ -195,6 +198,7 @@ static void few_rows(int kind, int tokens, const uint8_t *tiles, int count, cons
     case Q5: rows_of_kind(Q5, tokens, tiles, count, x, to); break;
     case K4: rows_of_kind(K4, tokens, tiles, count, x, to); break;
     case K5: rows_of_kind(K5, tokens, tiles, count, x, to); break;
+    case MX: rows_of_kind(MX, tokens, tiles, count, x, to); break;
     default: rows_of_kind(K6, tokens, tiles, count, x, to);
     }
 }
@@ -217,7 +221,7 @@ INLINE void unpack_kind(int kind, const uint8_t *at, int count, bf16 *to) {
                 for (int h = 0; h < 2; h++) { /* the product of two of these numbers is exact */
                     W own = kind == K6 && h ? s.second : s.scale, sign = set_w(kind == K4 || kind == K5 ? -1.0f : 1.0f);
                     store_w(scale[h] + WIDE * p, own);
-                    store_w(low[h] + WIDE * p, kind == Q8 ? mul_w(own, set_w(-128)) : kind == K6 ? mul_w(own, set_w(-32)) : mul_w(s.low, sign));
+                    store_w(low[h] + WIDE * p, kind == Q8 || kind == K6 || kind == MX ? mul_w(own, set_w(kind == Q8 ? -128.0f : kind == K6 ? -32.0f : -12.0f)) : mul_w(s.low, sign));
                 }
             }
             for (int o = 0; o < 16; o++) {
@@ -237,6 +241,7 @@ static void unpack_tiles(int kind, const uint8_t *tiles, int count, bf16 *to) {
     case Q5: unpack_kind(Q5, tiles, count, to); break;
     case K4: unpack_kind(K4, tiles, count, to); break;
     case K5: unpack_kind(K5, tiles, count, to); break;
+    case MX: unpack_kind(MX, tiles, count, to); break;
     default: unpack_kind(K6, tiles, count, to);
     }
 }

@@ -26,6 +26,7 @@ static inline int32x4_t neon_whole(float32x4_t v) { return vbslq_s32(vcaltq_f32(
 #define NEON_MORE(a, b) (int32x4_t)vcgtq_s32(a, b)
 #define NEON_LOW64(a, b) (int32x4_t)vzip1q_s64((int64x2_t)a, (int64x2_t)b)
 #define NEON_HIGH64(a, b) (int32x4_t)vzip2q_s64((int64x2_t)a, (int64x2_t)b)
+#define NEON_LOOKUP(a, b) (int32x4_t)vqtbl1q_u8((uint8x16_t)a, (uint8x16_t)b)
 #define NEON_PACK(a, b) (int32x4_t)vqmovun_high_s32(vqmovun_s32(a), b)
 
 NEON_2(_mm256_add_ps, __m256, vaddq_f32)
@@ -55,6 +56,7 @@ NEON_2(_mm256_unpackhi_epi32, __m256i, vzip2q_s32)
 NEON_2(_mm256_unpacklo_epi64, __m256i, NEON_LOW64)
 NEON_2(_mm256_unpackhi_epi64, __m256i, NEON_HIGH64)
 NEON_2(_mm256_packus_epi32, __m256i, NEON_PACK)
+NEON_2(_mm256_shuffle_epi8, __m256i, NEON_LOOKUP)
 NEON_SHIFT(_mm256_slli_epi32, uint32x4_t, <<)
 NEON_SHIFT(_mm256_srli_epi32, uint32x4_t, >>)
 NEON_SHIFT(_mm256_slli_epi16, uint16x8_t, <<)
@@ -88,6 +90,7 @@ static inline __m256 _mm256_i32gather_ps(const float *p, __m256i at, int bytes) 
     return (__m256){{p[at.a[0]], p[at.a[1]], p[at.a[2]], p[at.a[3]]}, {p[at.b[0]], p[at.b[1]], p[at.b[2]], p[at.b[3]]}};
 }
 
+static inline __m256i _mm256_broadcastsi128_si256(__m128i v) { return (__m256i){v, v}; }
 static inline __m128 _mm256_castps256_ps128(__m256 v) { return v.a; }
 static inline __m128i _mm256_castsi256_si128(__m256i v) { return v.a; }
 static inline __m256 _mm256_zextps128_ps256(__m128 v) { return (__m256){v, vdupq_n_f32(0)}; }

@@ -8,7 +8,7 @@ static inline uint16_t word_at(const uint8_t *p) {
 
 /* --- GGUF blocks, by ggml's numbers of their types --- */
 
-enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
+enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, MXFP4 = 39 };
 
 /* The number of weights of a block of this type; its bytes and the kind of its tiles. */
 static int shape_of(int type, int *bytes, int *kind) {
@@ -21,11 +21,12 @@ static int shape_of(int type, int *bytes, int *kind) {
     case Q4_K: return *bytes = 144, *kind = K4, 256;
     case Q5_K: return *bytes = 176, *kind = K5, 256;
     case Q6_K: return *bytes = 210, *kind = K6, 256;
+    case MXFP4: return *bytes = 17, *kind = MX, 32;
     default: return 0;
     }
 }
 
-typedef struct { /* a block: weight i is scale[i / 32] code[i] + low[i / 32]; in Q6_K scale[i / 16] (code[i] - 32), in Q8_0 128 less */
+typedef struct { /* a block: weight i is scale[i / 32] code[i] + low[i / 32]; in Q6_K scale[i / 16] (code[i] - 32), in Q8_0 128 less, in MXFP4 scale[0] (E2M1[code] - 12) */
     uint8_t code[256];
     float scale[16], low[8];
     uint16_t d, m;          /* float16 factors of the scales and lows */
@@ -33,10 +34,14 @@ typedef struct { /* a block: weight i is scale[i / 32] code[i] + low[i / 32]; in
 } Block;
 
 static void read_block(int type, const uint8_t *p, Block *b) {
-    int k = type >= Q4_K, five = type == Q5_0 || type == Q5_1 || type == Q5_K;
+    int k = type >= Q4_K && type <= Q6_K, five = type == Q5_0 || type == Q5_1 || type == Q5_K;
     b->d = word_at(type == Q6_K ? p + 208 : p), b->m = type == Q4_1 || type == Q5_1 || k ? word_at(p + 2) : 0;
     float d = half(b->d), m = half(b->m);
-    if (type == Q8_0) {
+    if (type == MXFP4) {
+        union { uint32_t bits; float value; } power = {p[0] < 2 ? 0x200000u << p[0] : (uint32_t)(p[0] - 1) << 23}; /* half of 2 to p[0] - 127 */
+        for (int i = 0; i < 16; i++) b->code[i] = p[1 + i] & 15, b->code[16 + i] = p[1 + i] >> 4;
+        b->scale[0] = power.value, b->low[0] = 0, b->sc[0] = p[0] ? p[0] - 1 : 0;
+    } else if (type == Q8_0) {
         for (int i = 0; i < 32; i++) b->code[i] = p[2 + i] ^ 128;
         b->scale[0] = d, b->low[0] = 0;
     } else if (!k) {
@@ -69,6 +74,14 @@ static void read_block(int type, const uint8_t *p, Block *b) {
                 b->code[64 * j + i] = (uint8_t)low, b->code[64 * j + 32 + i] = (uint8_t)high;
             }
     }
+}
+
+/* Whether a tile holds the numbers of a block of 32 weights: their low in float16; in MXFP4 a scale as a power of two. */
+static int fits(int kind, const Block *b) {
+    int zero = 1;
+    if (kind != MX) return half(half_of(b->low[0])) == b->low[0];
+    for (int i = 0; i < 32; i++) zero &= !(b->code[i] & 7);
+    return b->sc[0] ? 24 * b->scale[0] < __builtin_inff() : zero;
 }
 
 /* Write the codes of 16 rows, 256 apart, to a tile of zeros. */
@@ -107,9 +120,10 @@ EXPORT int KERNEL(pack_blocks)(const Table *table, int out, uint8_t *tiles, int 
                 int64_t from = table->order ? table->order[16 * t + row] : 16 * t + row;
                 read_block(table->type, table->data + from * table->stride + (int64_t)at * bytes, &b);
                 uint16_t second = weights == 256 ? b.m : half_of(b.low[0]);
-                if (weights == 32 && half(second) != b.low[0]) __atomic_store_n(&good, 0, __ATOMIC_RELAXED);
-                memcpy(head + 2 * row, &b.d, 2);
-                if (kind != Q8 && kind != K6) memcpy(head + 32 + 2 * row, &second, 2);
+                if (weights == 32 && !fits(kind, &b)) __atomic_store_n(&good, 0, __ATOMIC_RELAXED);
+                if (kind == MX) head[row] = b.sc[0];
+                else memcpy(head + 2 * row, &b.d, 2);
+                if (kind != Q8 && kind != K6 && kind != MX) memcpy(head + 32 + 2 * row, &second, 2);
                 for (int i = 0; i < 8 && (kind == K4 || kind == K5); i++) head[64 + 16 * i + row] = b.sc[i], head[192 + 16 * i + row] = b.mn[i];
                 for (int i = 0; i < 16 && kind == K6; i++) head[64 + 16 * i + row] = b.sc[i];
                 memcpy(codes + 256 * row, b.code, (size_t)weights);
@@ -130,8 +144,8 @@ static void read_row(const Table *table, int64_t index, bf16 *to) {
         read_block(table->type, row, &b);
         for (int part = 0; part < weights / 16; part++) {
             float scale = b.scale[kind == K6 ? part : part / 2], low = kind == K6 ? 0 : b.low[part / 2];
-            int less = kind == K6 ? 32 : kind == Q8 ? 128 : 0;
-            for (int i = 16 * part; i < 16 * part + 16; i++) to[at + i] = narrow((b.code[i] - less) * scale + low);
+            int less = kind == K6 ? 32 : kind == Q8 ? 128 : kind == MX ? 12 : 0;
+            for (int i = 16 * part; i < 16 * part + 16; i++) to[at + i] = narrow(((kind == MX ? E2M1[b.code[i]] : b.code[i]) - less) * scale + low);
         }
     }
     for (int i = 0; table->scale != 1 && i < table->columns; i++) to[i] = narrow(widen(to[i]) * table->scale);

@@ -187,6 +187,7 @@ static inline Codes and_codes(Codes a, Codes b) { return _mm256_and_si256(a, b);
 static inline Codes or_codes(Codes a, Codes b) { return _mm256_or_si256(a, b); }
 static inline Codes left_codes(Codes v, int n) { return _mm256_slli_epi16(v, n); }
 static inline Codes right_codes(Codes v, int n) { return _mm256_srli_epi16(v, n); }
+static inline Codes pick_codes(const uint8_t *table, Codes at) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), at); }
 static inline void transpose_codes(Codes *a) { transpose8(a); } /* WIDE rows of as many dwords to their columns */
 static inline W even_w(Codes pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 static inline W odd_w(Codes pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000))); }
@@ -198,6 +199,7 @@ static inline W fma_w(W a, W b, W c) { return _mm256_fmadd_ps(a, b, c); }
 static inline W fnma_w(W a, W b, W c) { return _mm256_fnmadd_ps(a, b, c); }
 static inline W whole_w(Codes v) { return _mm256_cvtepi32_ps(v); }
 static inline W halves_w(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static inline W powers_w(const void *p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)), 23)); }
 static inline W bytes_w(const void *p) { return load_bytes8(p); }
 static inline W signed_bytes_w(const void *p) { return load_int8_8(p); }
 
