@@ -57,6 +57,29 @@ class Penalties(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
+class TopP(TopPLogitsWarper):  # type: ignore[misc]
+    """Top-p. A CPU sorts a vocabulary in as much time as some models take for a pass, so ``FEW`` tokens come first.
+
+    Tokens as likely as the last one that is kept stay, too: the result depends on no order of equals.
+    """
+
+    FEW = 1024
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.device.type != "cpu":
+            kept: Tensor = super().__call__(input_ids, scores)
+            return kept
+        p = scores.softmax(-1)  # (n, V)
+        least = torch.empty_like(p[:, :1])  # probability of each row's last token that is kept
+        for row, own in enumerate(p):
+            likely = own.topk(min(self.FEW, len(own))).values
+            if likely.sum() <= self.top_p:
+                likely = own.sort(descending=True).values
+            above = likely.cumsum(0) - likely
+            least[row] = likely[(above < self.top_p).sum().clamp_min(1) - 1]
+        return scores.masked_fill(p < least, float("-inf"))
+
+
 class Transforms:
     """Logits -> processed logits: ``params`` and extra HF ``processors``, as ``generate`` applies them.
 
@@ -87,7 +110,7 @@ class Transforms:
             if params.top_k:
                 self.warpers.append(TopKLogitsWarper(params.top_k))
             if params.top_p < 1:
-                self.warpers.append(TopPLogitsWarper(params.top_p))
+                self.warpers.append(TopP(params.top_p))
             if params.min_p:
                 self.warpers.append(MinPLogitsWarper(params.min_p))
         self.filters = any(not isinstance(warper, TemperatureLogitsWarper) for warper in self.warpers)
