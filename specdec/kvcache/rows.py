@@ -1,4 +1,4 @@
-"""A key/value cache with one buffer per row: rows come and go without copying the others.
+"""A key/value cache with one buffer per row: rows come and go without copying the others. With recurrent states.
 
 A row's committed slots are numbered by their positions, and its draft's slots follow them: no row has holes, and none
 is padded. For runtimes that take a pointer to each row.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.kvcache.cache import KVCache, Mask, dequantize_rows, quantize_rows, zeros
+from specdec.kvcache.row_states import RowStates, StateShape
 
 PAGE = 16  # the buffer of a copy has a multiple of so many slots
 
@@ -24,6 +25,7 @@ class RowMask(Mask):
     trees: of each row, bool [its tokens, its uncommitted slots]; None: each token sees the slots up to its own.
     ahead: number of uncommitted slots before the tokens.
     places: positions of each row's uncommitted slots, if trees are given.
+    whole: whether all tokens are committed together.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class RowMask(Mask):
         trees: Sequence[Tensor | None],
         ahead: int,
         places: Sequence[Tensor] | Tensor = (),
+        whole: bool = False,
     ) -> None:
         causal = all(tree is None for tree in trees)
         super().__init__(positions, positions, None, causal)
         self.committed, self.counts, self.trees, self.ahead, self.places = committed, counts, trees, ahead, places
+        self.whole = whole
 
     def tree(self, row: int, window: int | None) -> Tensor | None:
         """The contiguous tree of a row within ``window``."""
@@ -74,15 +78,27 @@ class RowMask(Mask):
 class RowCache(KVCache):
     """Keys and values of a batch on a CPU.
 
-    data[b]: keys and values of row b, [2, N, H, capacity, d], allocated at first use.
+    attention: layers with keys and values, N'. shape: of the states of the others.
+    data[b]: keys and values of row b, [2, N', H, capacity, d], allocated at first use.
     places[b]: its capacity, and pointers to its keys and values.
+    states[b]: its recurrent states, if there are recurrent layers.
     draft_positions: positions of uncommitted slots [B, U].
     """
 
     padded = False
 
-    def __init__(self, num_layers: int, batch: int = 1, block: int | None = None, int8: bool = False) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int = 1,
+        block: int | None = None,
+        int8: bool = False,
+        attention: Sequence[int] | None = None,
+        shape: StateShape | None = None,
+    ) -> None:
         super().__init__(num_layers, batch, block=block, int8=int8)
+        self.attention, self.shape = range(num_layers) if attention is None else attention, shape
+        self.states = [] if shape is None else [RowStates(shape) for _ in range(batch)]
         self.data: list[Tensor | None] = [None] * batch
         self.places: list[tuple[int, int, int]] = [(0, 0, 0)] * batch
         self.draft_positions = torch.zeros(batch, 16, dtype=torch.long)
@@ -111,10 +127,11 @@ class RowCache(KVCache):
         """As in ``KVCache``; with ``counts``, for so many tokens of each row, row behind row (positions [1, T]).
 
         trees: with ``counts``: bool [count, count] of each row, or None for a chain; nothing else may be uncommitted.
+            Without them, all the tokens are to be committed.
         """
         if counts is not None:
             places = positions[0].split(list(counts))
-            return RowMask(positions, self.rows, counts, trees or [None] * self.batch, 0, places)
+            return RowMask(positions, self.rows, counts, trees or [None] * self.batch, 0, places, trees is None)
         (batch, t), ahead = positions.shape, self.lengths[layer] - self.committed
         end = ahead + t
         if end > self.draft_positions.shape[1]:
@@ -135,9 +152,9 @@ class RowCache(KVCache):
         if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // 32, torch.int8
         old, filled = self.data[row], max(self.lengths) - self.committed + self.rows[row]
-        size = 2 * len(self.lengths) * heads * head_dim * dtype.itemsize
+        size = 2 * len(self.attention) * heads * head_dim * dtype.itemsize
         slots = self._slots(end, 0 if old is None else old.shape[3], size, row)
-        data = zeros((2, len(self.lengths), heads, slots, head_dim), dtype, self.device)
+        data = zeros((2, len(self.attention), heads, slots, head_dim), dtype, self.device)
         if old is not None:
             data[:, :, :, :filled] = old[:, :, :, :filled]
         self._put(row, data)
@@ -149,15 +166,15 @@ class RowCache(KVCache):
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         ahead, t = self.lengths[layer] - self.committed, k.shape[2]
         self.provide(layer, layer + 1, [t] * self.batch, k.shape[1], k.shape[3], k.dtype)
-        end, dtype = self.committed + ahead + t, k.dtype
+        end, dtype, place = self.committed + ahead + t, k.dtype, self.attention.index(layer)
         if self.int8:
             k, v = quantize_rows(k), quantize_rows(v)
         out = k.new_zeros(2, self.batch, k.shape[1], end, k.shape[3])
         for b, (n, data) in enumerate(zip(self.rows, self.data, strict=True)):
             assert data is not None
             start, stop = n + ahead, n + ahead + t
-            data[0, layer, :, start:stop], data[1, layer, :, start:stop] = k[b], v[b]
-            out[:, b, :, :stop] = data[:, layer, :, :stop]
+            data[0, place, :, start:stop], data[1, place, :, start:stop] = k[b], v[b]
+            out[:, b, :, :stop] = data[:, place, :, :stop]
         return (dequantize_rows(out[0], dtype), dequantize_rows(out[1], dtype)) if self.int8 else (out[0], out[1])
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
@@ -166,6 +183,8 @@ class RowCache(KVCache):
             data, n, count = self.data[b], rows[b], len(path)
             if data is not None and count and path[-1] != count - 1:  # else the slots are in place
                 data[:, :, :, n : n + count] = data[:, :, :, [n + slot for slot in path]]
+        for states, path in zip(self.states, paths, strict=bool(self.states)):
+            states.commit(path)
         self._count([n + len(path) for n, path in zip(rows, paths, strict=True)])
 
     def _count(self, rows: list[int]) -> None:
@@ -176,25 +195,61 @@ class RowCache(KVCache):
         assert isinstance(other, RowCache)
         self.expected = self.expected + other.expected
         self.data += other.data
+        self.states += other.states
         self.places += other.places
         self._place(self.rows + other.rows)
 
     def select(self, rows: Sequence[int]) -> None:
         self.data, self.places = [self.data[b] for b in rows], [self.places[b] for b in rows]
         self.expected = [self.expected[b] for b in rows]
+        self.states = [self.states[b] for b in rows] if self.states else []
         self._place([self.rows[b] for b in rows])
 
     def _place(self, rows: list[int]) -> None:
         self.draft_positions = self.draft_positions.new_zeros(len(rows), self.draft_positions.shape[1])
         self._count(rows)
 
+    def roll_back(self) -> None:
+        super().roll_back()
+        for states in self.states:
+            states.ahead = None
+
+    def resumable(self, row: int, count: int) -> int:
+        if not self.states or count == self.rows[row]:
+            return count
+        return max((n for n in self.states[row].checkpoints if n <= count), default=0)
+
+    def checkpoint(self, row: int) -> None:
+        if self.states:
+            self.states[row].checkpoint(self.rows[row])
+
+    @property
+    def num_states(self) -> int:
+        return self.batch + sum(len(states.checkpoints) for states in self.states)
+
+    @property
+    def state_bytes(self) -> int:
+        return 0 if self.shape is None else self.shape.layers * self.shape.state_bytes
+
+    def _empty(self) -> RowCache:
+        """A cache of one row, without states."""
+        made = RowCache(len(self.lengths), 1, self.block, self.int8, self.attention)
+        made.shape = self.shape
+        return made
+
     def copy(self, row: int, count: int, capacity: int = 0) -> RowCache:
-        made, data = RowCache(len(self.lengths), 1, self.block, self.int8), self.data[row]
+        if count and count != self.resumable(row, count):
+            raise ValueError(f"cannot copy {count} of {self.rows[row]} tokens: there is no checkpoint after them")
+        made, data = self._empty(), self.data[row]
+        if self.states and self.shape is not None:
+            own = self.states[row]
+            whole = count == self.rows[row]
+            made.states = [own.copy() if whole else own.restored(count) if count else RowStates(self.shape)]
         if data is not None and count:
             slots = -(-max(count, capacity) // PAGE) * PAGE
-            own = zeros((*data.shape[:3], slots, data.shape[4]), data.dtype, self.device)
-            own[:, :, :, :count] = data[:, :, :, :count]
-            made._put(0, own)
+            held = zeros((*data.shape[:3], slots, data.shape[4]), data.dtype, self.device)
+            held[:, :, :, :count] = data[:, :, :, :count]
+            made._put(0, held)
             made._count([count])
         return made
 
@@ -205,20 +260,30 @@ class RowCache(KVCache):
 
     def entries(self, layer: int, row: int) -> dict[str, Tensor]:
         data, end = self.data[row], self.lengths[layer] - self.committed + self.rows[row]
-        return {} if data is None else {name: self._plain(data[n, layer, :, :end]) for n, name in enumerate("kv")}
+        if data is None or layer not in self.attention:
+            return {}
+        place = self.attention.index(layer)
+        return {name: self._plain(data[n, place, :, :end]) for n, name in enumerate("kv")}
+
+    def read_states(self, row: int, count: int) -> dict[str, Tensor]:
+        found = self.states[row].checkpoints.get(count) if self.states else None
+        return {} if found is None else {"states": found}
 
     def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
         first, slots = parts[0]["kv"], -(-max(count, capacity) // PAGE) * PAGE
         data = zeros((*first.shape[:3], slots, first.shape[4]), first.dtype, self.device)
         for part, place in zip(parts, data[:, :, :, :count].split(first.shape[3], 3), strict=True):
             place.copy_(part["kv"])
+        if self.shape is not None:
+            self.states = [RowStates(self.shape, states["states"])]
+            self.states[0].checkpoints[count] = states["states"]
         self._put(0, data)
         self._count([count])
 
     def take(self, row: int) -> RowCache:
         """The row as a cache of its own, which shares its buffer."""
-        made = RowCache(len(self.lengths), 1, self.block, self.int8)
-        made.data, made.places = [self.data[row]], [self.places[row]]
+        made = self._empty()
+        made.data, made.places, made.states = [self.data[row]], [self.places[row]], self.states[row : row + 1]
         made._count([self.rows[row]])
         return made
 

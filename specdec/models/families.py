@@ -7,7 +7,7 @@ Python, the native one writes it into the structures that its kernels read (``na
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,8 @@ SIZES = dict.fromkeys(("num_hidden_layers", "head_dim", "num_experts_per_tok"), 
 SIZES |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1 << 16)
 SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 16)
 SIZES |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), WIDEST)
+SIZES |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), 1 << 12)
+SIZES |= {"linear_value_head_dim": 1 << 12, "linear_conv_kernel_dim": 1 << 8}
 SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_window": LONGEST}
 
 
@@ -56,7 +58,10 @@ class Family:
     norms: names of the norms of attention's input and result, and of the MLP's; "": there is none.
     once: whether norms round after their weights alone, not before them, too. around_zero: 1 + weight is the factor.
     across: whether the norms of queries and keys are over all heads, not over each.
-    recurrent: some layers have no attention. halved: transformers' tables have each cosine and sine once, not twice.
+    mixer: in the place of attention in layers that are recurrent; "": there are none. gated: attention's results are
+        multiplied with gates, which come with the queries.
+    shared: beside the experts that a token takes, there is one for all tokens, with a gate.
+    halved: transformers' tables have each cosine and sine once, not twice.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
     keys: the config field of each metadata key of these files, beside ``KEYS``.
@@ -66,7 +71,9 @@ class Family:
     once: bool = False
     around_zero: bool = False
     across: bool = False
-    recurrent: bool = False
+    mixer: str = ""
+    gated: bool = False
+    shared: bool = False
     halved: bool = False
     fields: frozenset[str] = frozenset()
     gguf: str = ""
@@ -106,7 +113,25 @@ SCALED = {
 EXPERTS = frozenset({"norm_topk_prob", "num_experts", "num_experts_per_tok", "num_local_experts"})
 ROUTED = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 CLAMPED = frozenset({"swiglu_alpha", "swiglu_limit"})
-DELTA_RULE = Family(around_zero=True, once=True, recurrent=True)
+LINEAR = {f"linear_{name}" for name in ("key_head_dim", "num_key_heads", "num_value_heads", "value_head_dim")}
+ROTATED_GRIDS = {
+    "rope_parameters.mrope_interleaved",
+    "rope_parameters.mrope_section",
+}  # of images: text has one position
+DELTA_RULE = Family(
+    once=True,
+    around_zero=True,
+    mixer="gated delta rule",
+    gated=True,
+    fields=frozenset({*LINEAR, *ROTATED_GRIDS, "linear_conv_kernel_dim"}),
+)
+SHARED = replace(
+    DELTA_RULE,
+    shared=True,
+    fields=DELTA_RULE.fields
+    | EXPERTS
+    | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "shared_expert_intermediate_size"},
+)
 FAMILIES = {
     "llama": Family(gguf="llama", interleaved=True, keys={"rope.dimension_count": "head_dim"}),
     "mistral": Family(),
@@ -141,7 +166,8 @@ FAMILIES = {
     "gemma3_text": Family(
         AROUND, True, True, fields=CAPPED, gguf="gemma3", keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"}
     ),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), DELTA_RULE),
+    "qwen3_5_text": DELTA_RULE,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), SHARED),
 }
 
 
@@ -190,6 +216,31 @@ def mixture_of(config: Any) -> Mixture:
         return Mixture()
     count = getattr(config, "num_experts", None) or config.num_local_experts
     return Mixture(count, config.num_experts_per_tok, bool(getattr(config, "norm_topk_prob", True)))
+
+
+class Mixer(NamedTuple):
+    """Number of recurrent layers, their heads, and the taps of their convolutions."""
+
+    layers: int = 0
+    key_heads: int = 0
+    value_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    taps: int = 0
+
+    @property
+    def channels(self) -> int:
+        """Inputs of a convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+def mixer_of(config: Any) -> Mixer:
+    """The recurrent layers of a model, if it has any."""
+    if not FAMILIES[config.model_type].mixer:
+        return Mixer()
+    heads = config.linear_num_key_heads, config.linear_num_value_heads
+    sizes = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
+    return Mixer(config.layer_types.count("linear_attention"), *heads, *sizes)
 
 
 class Rotation(NamedTuple):

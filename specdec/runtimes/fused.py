@@ -46,7 +46,7 @@ MAKERS = {  # by weight format
     "dense": linear_maps.dense,
     "through": linear_maps.through,
 }
-DELTA_RULE = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+DELTA_RULE = [kind for kind, family in families.FAMILIES.items() if family.mixer]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma", *DELTA_RULE)
 
 SPAN = 64  # tokens of a causal pass that attend at once: masks grow with this, not with the pass
@@ -106,7 +106,7 @@ class FusedTarget(ByParts):
         self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.groups = self.heads // self.kv_heads
-        self.output_gate = kind in DELTA_RULE  # beside each query head
+        self.output_gate = families.FAMILIES[kind].gated  # beside each query head
         self.per_head_norm = not families.FAMILIES[kind].across
         self._routers = [layer.mlp if llama_like.has_experts(layer) else None for layer in decoder.layers]
         mlps = [layer.mlp for layer in decoder.layers if not llama_like.has_experts(layer)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from at_once import BF16
-from tiny import tiny_model
+from tiny import model_of, tiny_model
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError, SpecDecWarning
@@ -211,12 +211,18 @@ def test_one_process_has_a_folder(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-HYBRIDS = [("qwen3_next", "reference"), ("falcon_h1", "reference"), ("qwen3_5_text", "fused")]
+HYBRIDS = [
+    ("qwen3_next", "reference"),
+    ("falcon_h1", "reference"),
+    ("qwen3_5_text", "fused"),
+    ("qwen3_5_text", "native"),
+]
 
 
 @pytest.mark.parametrize(("family", "runtime"), HYBRIDS)
 def test_recurrent_states_are_on_disk_with_their_chunks(family: str, runtime: str, tmp_path: Path) -> None:
-    made = SpecDecoder(tiny_model(family), None, "prompt-lookup", runtime=runtime)
+    model = model_of(family) if runtime == "native" else tiny_model(family)
+    made = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)
     prompts = [[*PROMPT[:n], 5] for n in (70, 40, 66)]
     plain = [made.with_drafter("none").generate(prompt, **ASK).token_ids for prompt in prompts]
     with engine_of(made, tmp_path) as engine:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sampled import AcceptsAll, fit, small
 from scripted import Scripted
-from tiny import HYBRIDS, greedy_reference, tiny_model
+from tiny import HYBRIDS, greedy_reference, model_of, tiny_model
 from transformers import PreTrainedModel
 from zoo import PROMPTS, new_tokens, run
 
@@ -25,7 +25,10 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.kvcache.recurrent import Recurrent
+from specdec.kvcache.row_states import RowStates
 from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
@@ -36,11 +39,17 @@ Script = list[tuple[int, int]]
 
 
 @functools.cache
-def served(family: str, fused: bool = False) -> tuple[PreTrainedModel, Target, list[list[int]]]:
-    """A model, its target, and its answers to the prompts."""
+def served(family: str, runtime: str = "reference") -> tuple[PreTrainedModel, Target, list[list[int]]]:
+    """A model, its target, and its answers to the prompts: in 16 bits those of plain decoding."""
+    if runtime == "native":
+        if not library.runs():
+            pytest.skip("no native kernels here")
+        model: Any = model_of(family)
+        target: Target = NativeTarget(model)
+        return model, target, [run(target, NoDrafter(), [prompt], COUNT)[0][0] for prompt in PROMPTS]
     model = tiny_model(family)
     expected = [greedy_reference(model, prompt, COUNT) for prompt in PROMPTS]
-    return model, FusedTarget(model) if fused else ReferenceTarget(model), expected
+    return model, FusedTarget(model) if runtime == "fused" else ReferenceTarget(model), expected
 
 
 def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
@@ -63,17 +72,17 @@ def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
 
 
 def cases() -> Iterator[Any]:
-    """(family, fused, rows): by default every other family alone, the rest in a ragged batch."""
-    families = [*((family, False) for family in HYBRIDS), ("qwen3_5_text", True)]
-    for (number, (family, fused)), alone in product(enumerate(families), (True, False)):
-        marks = [pytest.mark.slow] * ((number % 2 == 0) != alone)
-        named = f"{family}{'-fused' * fused}-{'alone' if alone else 'ragged'}"
-        yield pytest.param(family, fused, slice(1, 2) if alone else slice(3), marks=marks, id=named)
+    """(family, runtime, rows): by default every other family alone, the rest in a ragged batch."""
+    families = [*((family, "reference") for family in HYBRIDS), ("qwen3_5_text", "fused"), ("qwen3_5_text", "native")]
+    for (number, (family, runtime)), alone in product(enumerate(families), (True, False)):
+        marks = [pytest.mark.slow] * ((number % 2 == 0) != alone and runtime != "native")
+        named = f"{family}-{runtime}-{'alone' if alone else 'ragged'}"
+        yield pytest.param(family, runtime, slice(1, 2) if alone else slice(3), marks=marks, id=named)
 
 
-@pytest.mark.parametrize(("family", "fused", "rows"), list(cases()))
-def test_greedy_equals_generate(family: str, fused: bool, rows: slice) -> None:
-    _, target, expected = served(family, fused)
+@pytest.mark.parametrize(("family", "runtime", "rows"), list(cases()))
+def test_greedy_equals_generate(family: str, runtime: str, rows: slice) -> None:
+    _, target, expected = served(family, runtime)
     texts = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
     drafters: dict[str, Drafter] = {
         f"oracle {right} {branches}": oracle(texts, right, branches) for right in (1, 0.6, 0) for branches in (1, 3)
@@ -97,6 +106,12 @@ def test_automatic_drafting_gives_the_models_tokens(family: str) -> None:
         assert decoder.generate(prompt, max_new_tokens=COUNT).token_ids == answer
 
 
+def answer_of(target: Target, prompt: list[int], count: int) -> list[int]:
+    if target.runtime == "native":
+        return run(target, NoDrafter(), [prompt], count)[0][0]
+    return greedy_reference(target.model, prompt, count)
+
+
 def cached(engine: Engine, prompts: Sequence[list[int]], count: int = 6) -> list[int]:
     """How many tokens of each prompt need not be run, where they come at once. The output is the model's."""
     requests = [Request(prompt, count) for prompt in prompts]
@@ -106,19 +121,25 @@ def cached(engine: Engine, prompts: Sequence[list[int]], count: int = 6) -> list
         pass
     for request in requests:
         assert request.error is None
-        assert new_tokens(request) == greedy_reference(served("qwen3_next")[0], request.prompt, count)
+        assert new_tokens(request) == answer_of(engine.batch.target, request.prompt, count)
     return [request.metrics.num_cached_tokens for request in requests]
 
 
-def engine_of(drafter: Drafter, kv_memory: int | None = None) -> Engine:
-    target = served("qwen3_next")[1]
+SERVED = pytest.mark.parametrize(
+    "kind", [("qwen3_next", "reference"), ("qwen3_5_text", "native")], ids=["qwen3_next", "qwen3_5_text-native"]
+)
+
+
+def engine_of(kind: tuple[str, str], drafter: Drafter, kv_memory: int | None = None) -> Engine:
+    target = served(*kind)[1]
     drafter.bind(target)
     return Engine(target, drafter, ExactVerifier(), FixedDepth(4), kv_memory=kv_memory, reuse=True)
 
 
-def test_a_text_is_gone_on_with_where_it_ended_or_where_others_forked_off() -> None:
-    engine, shared = engine_of(PromptLookupDrafter()), list(range(5, 50))
-    [text] = [[*shared, 60, *answer] for answer in [greedy_reference(served("qwen3_next")[0], [*shared, 60], 6)]]
+@SERVED
+def test_a_text_is_gone_on_with_where_it_ended_or_where_others_forked_off(kind: tuple[str, str]) -> None:
+    engine, shared = engine_of(kind, PromptLookupDrafter()), list(range(5, 50))
+    text = [*shared, 60, *answer_of(engine.batch.target, [*shared, 60], 6)]
     assert cached(engine, [[*shared, 60]]) == [0]
     assert cached(engine, [[*text, 7, 8]]) == [len(text) - 1]  # where it ended
     assert cached(engine, [[*text, 9]]) == [len(text) - 1]  # and again: the text that went on keeps a checkpoint there
@@ -127,23 +148,29 @@ def test_a_text_is_gone_on_with_where_it_ended_or_where_others_forked_off() -> N
     assert cached(engine, [[*range(50, 95), n] for n in (5, 5, 6)]) == [0, 45, 45]  # they know of each other
 
 
-def test_checkpoints_are_kept_every_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@SERVED
+@pytest.mark.parametrize("chunk", [8, 40])
+def test_checkpoints_are_kept_every_so_many_tokens(
+    kind: tuple[str, str], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scheduler, "CHECKPOINT", 16)
-    engine = engine_of(NoDrafter())
-    engine.scheduler.chunk = 8
+    engine = engine_of(kind, NoDrafter())
+    engine.scheduler.chunk = chunk
     prompt = [3 + n % 90 for n in range(100)]
     assert cached(engine, [prompt]) == [0]
     [text] = engine.scheduler.prefixes.entries
-    assert [text.cache.resumable(0, count) for count in (15, 16, 40, 99)] == [0, 16, 32, 88]
-    assert cached(engine, [[*prompt[:40], 5]]) == [32]
+    kept = [text.cache.resumable(0, count) for count in (15, 16, 40, 99)]
+    assert kept == ([0, 16, 32, 88] if chunk == 8 else [0, 0, 40, 80])
+    assert cached(engine, [[*prompt[:42], 5]]) == [32 if chunk == 8 else 40]
 
 
-def test_recurrent_states_count_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@SERVED
+def test_recurrent_states_count_as_memory(kind: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
-    token_bytes, state_bytes = scheduler._sizes(served("qwen3_next")[1])
+    token_bytes, state_bytes = scheduler._sizes(served(*kind)[1])
     assert state_bytes > 10 * token_bytes > 0
     memory = 3 * state_bytes + 200 * token_bytes
-    engine = engine_of(NoDrafter(), kv_memory=memory)
+    engine = engine_of(kind, NoDrafter(), kv_memory=memory)
     for first in range(5, 10):
         cached(engine, [[first, *range(10, 40)]])
     kept, held = len(engine.scheduler.prefixes.entries), engine.stats().kv_bytes
@@ -161,16 +188,34 @@ def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         count = 0 if self.inputs is None else self.inputs.shape[1]
         commit(self, [range(count) if path else path for path in paths])
 
+    place, commit_row, counts = RowStates.place, RowStates.commit, dict[int, int]()
+
+    def counted(self: RowStates, held: int, count: int, whole: bool) -> tuple[int | None, ...]:
+        counts[id(self)] = held + count
+        return place(self, held, count, whole)
+
+    def everything_of_a_row(self: RowStates, path: Sequence[int]) -> None:
+        commit_row(self, range(counts[id(self)]) if path and self.ahead is None else path)
+
     monkeypatch.setattr(Recurrent, "commit", everything)
+    monkeypatch.setattr(RowStates, "place", counted)
+    monkeypatch.setattr(RowStates, "commit", everything_of_a_row)
 
 
 @pytest.mark.parametrize(
-    ("family", "fused"), [("qwen3_next", False), ("falcon_h1", False), ("lfm2", False), ("qwen3_5_text", True)]
+    ("family", "runtime"),
+    [
+        ("qwen3_next", "reference"),
+        ("falcon_h1", "reference"),
+        ("lfm2", "reference"),
+        ("qwen3_5_text", "fused"),
+        ("qwen3_5_text", "native"),
+    ],
 )
 def test_states_that_keep_what_was_rejected_change_the_output(
-    family: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, target, expected = served(family, fused)
+    _, target, expected = served(family, runtime)
     keeps_everything(monkeypatch)
     assert run(target, LayerSkipDrafter([1]), PROMPTS, COUNT)[0] != expected
 

@@ -127,7 +127,7 @@ def in_blocks(
     """A model in blocks of ``kinds``, in turns."""
     model, each = model_of(family, **sizes), itertools.cycle(kinds)
     for name, module in [*model.named_modules()]:
-        if name.endswith("proj") or name == "lm_head":
+        if "proj" in name.rpartition(".")[2] or name == "lm_head":
             blocks = random_blocks(next(each), *module.weight.shape)
             model.set_submodule(name, BlockLinear(blocks, module.bias, torch.bfloat16))
     for layer in model.model.layers:

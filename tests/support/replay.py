@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from specdec.runtimes.native import library
+from specdec.models import families
+from specdec.runtimes.native import library, mixer
 from specdec.runtimes.native.library import (
     Call,
     Layer,
@@ -32,7 +33,8 @@ from specdec.runtimes.native.library import (
 )
 
 LINE, BEHIND = 64, 1 << 16  # kernels may read what lies behind the last key
-SLOTS = "qkv", "out", "gate_up", "down"
+SLOTS = "qkv", "out", "gate_up", "down", "rates"
+MIXER = "recurrent", "key_heads", "value_heads", "key_dim", "value_dim", "taps"
 ARGUMENTS = 64  # where a record has them
 
 
@@ -146,7 +148,7 @@ class Recording:
             self.read(place + Table.data.offset, each.data, rows * each.stride)
 
     def layer(self, at: int, each: Layer, model: Model) -> None:
-        for name in (*SLOTS[:2], "router") if each.gates else SLOTS:
+        for name in (*SLOTS[:2], SLOTS[4], "router") if each.gates else SLOTS:
             self.map_(at + getattr(Layer, name).offset, getattr(each, name))
         for name in ("gates", "sums"):
             self.maps(at + getattr(Layer, name).offset, getattr(each, name), model.experts)
@@ -155,9 +157,13 @@ class Recording:
             count = heads[name] * model.head_dim if name in heads else model.hidden
             self.read(at + getattr(Layer, name).offset, getattr(each, name), 4 * count)
         self.read(at + Layer.sinks.offset, each.sinks, 4 * model.heads)
+        channels, heads_ = 2 * model.key_heads * model.key_dim + model.value_heads * model.value_dim, model.value_heads
+        counts = {"convolution": model.taps * channels, "decay": heads_, "decay_bias": heads_}
+        for name, count in (counts | {"norm_mixed": model.value_dim}).items():
+            self.read(at + getattr(Layer, name).offset, getattr(each, name), 4 * count)
 
     def call(self, at: int, call: Call, model: Model, layers: int, levels: int = 0) -> None:
-        """layers: of the cache; levels: of a draft, which begins with a token of each sequence and has no states."""
+        """layers: of the model, up to the last one. levels: of a draft, which begins with a token of each sequence."""
         positions = (library.LONG * (call.count if levels else call.tokens)).from_address(call.positions)
         self.read(at + Call.positions.offset, call.positions, sizeof(positions))
         self.read(at + Call.spans.offset, call.spans, 4 * call.windows)
@@ -172,19 +178,28 @@ class Recording:
         for (place, address), layer in zip(
             self.addresses(at + Call.low.offset, call.low, call.hi), beside, strict=False
         ):
-            for (own, low), slot in zip(self.structs(place, address, LowRank, 4), SLOTS, strict=False):
+            for (own, low), slot in zip(self.structs(place, address, LowRank, len(SLOTS)), SLOTS, strict=False):
                 tiles = getattr(layer, slot).out // 16
                 self.map_(own + LowRank.down.offset, low.down)
                 self.read(own + LowRank.first.offset, low.first, 4 * tiles)
                 self.read(own + LowRank.up.offset, low.up, 1024 * low.ks * tiles)
+        kept = sum(not layer.convolution for layer in (Layer * layers).from_address(model.layers))
         row = model.head_dim + model.head_dim // 16 if call.cache else 2 * model.head_dim
         for own, each in self.structs(at + Call.sequences.offset, call.sequences, SequenceArgs, call.count):
             used = min(-(-(each.start + each.tokens) // 16) * 16, each.capacity)  # slots: they are read in blocks
             struct.pack_into("<i", self.memory, own + SequenceArgs.capacity.offset, used)
             for name in ("keys", "values"):
                 first, offset = getattr(each, name), own + getattr(SequenceArgs, name).offset
-                heads = [first + head * each.capacity * row for head in range(layers * model.kv_heads)]
+                heads = [first + head * each.capacity * row for head in range(kept * model.kv_heads)]
                 self.change(offset, functools.partial(_rows, heads, used * row), 1, first)
+            if model.recurrent:
+                sizes = families.Mixer(*(getattr(model, name) for name in MIXER))
+                shape = mixer.state_shape(sizes)
+                inputs = 2 * shape.layers * each.slots * shape.width
+                buffers = {"states": (shape.layers * shape.state_bytes, 4), "inputs": (inputs, 2)}
+                buffers |= {"ahead": buffers["states"], "pending": (4 * shape.layers, 4)}
+                for name, (size, width) in buffers.items():
+                    self.write(own + getattr(SequenceArgs, name).offset, getattr(each, name), size, width)
             for place, address in self.addresses(own + SequenceArgs.trees.offset, each.trees, call.windows):
                 self.read(place, address, each.tokens * (each.start + each.tokens - each.committed))
 

@@ -237,6 +237,8 @@ PHI = {"hidden_size": 128, "intermediate_size": 96}  # its heads share the hidde
 def sizes_of(family: str) -> dict[str, object]:
     """Of a model that the native runtime serves."""
     more: dict[str, object] = {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
+    if family in HYBRIDS:
+        more = {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
     return (PHI if family in ("phi3", "olmoe") else SIZES) | more
 
 

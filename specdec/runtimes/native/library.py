@@ -63,18 +63,22 @@ class LowRank(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        *((name, Map) for name in ("qkv", "out", "gate_up", "down", "router")),
+        *((name, Map) for name in ("qkv", "out", "gate_up", "down", "router", "rates")),
         *(("gates", POINTER), ("sums", POINTER)),
         *((f"norm_{name}", POINTER) for name in ("in", "mlp", "attended", "out", "q", "k")),
-        ("sinks", POINTER),
-        *(("rotary_q", INT), ("rotary_k", INT)),
+        *((name, POINTER) for name in ("sinks", "convolution", "decay", "decay_bias", "norm_mixed")),
+        *((name, INT) for name in ("rotary_q", "rotary_k", "place", "unused")),
     )
 
 
 class Model(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated")),
-        *((n, INT) for n in ("rounded", "experts", "taken", "share", "once", "activation", "across", "tables")),
+        *(
+            (n, INT)
+            for n in ("rounded", "experts", "taken", "share", "once", "activation", "across", "tables", "gated")
+        ),
+        *((n, INT) for n in ("recurrent", "key_heads", "value_heads", "key_dim", "value_dim", "taps")),
         *((n, FLOAT) for n in ("eps", "scale", "cap", "limit", "alpha")),
         ("layers", POINTER),
     )
@@ -84,6 +88,8 @@ class SequenceArgs(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("tokens", "start", "committed", "capacity")),
         *((n, POINTER) for n in ("keys", "values", "trees")),
+        *((n, INT) for n in ("held", "slots")),
+        *((n, POINTER) for n in ("states", "ahead", "inputs", "pending")),
     )
 
 

@@ -25,8 +25,8 @@
  * Files: kernels_*.c build the kernels for an instruction set, from kernels/: simd_*.h vectors of 16 numbers (neon.h lets AVX2's
  * work on Arm), simd.h what is made of them; avx512.c, amx.c and avx2.c products of bf16 tiles, i8mm.h products of bytes; and what
  * is written once for all of them: integer.c products of blocks; norm.c norms and rotary embeddings; linear.c linear maps;
- * attention.c; layers.c a pass through the layers; mixture.c their mixtures of experts; pack.c weights to tiles; draft.c trees that
- * grow level by level. Another instruction set is another simd_*.h, products and kernels_*.c. threads.c has the team's barrier,
+ * attention.c; layers.c a pass through the layers; delta_rule.c their recurrent mixers; mixture.c their mixtures of experts; pack.c
+ * weights to tiles; draft.c trees that grow level by level. Another instruction set is another simd_*.h, products and kernels_*.c. threads.c has the team's barrier,
  * cpu.c what this CPU has. Nothing here knows of Python, models' names, or acceptance. */
 #ifndef SPECDEC_NATIVE_H
 #define SPECDEC_NATIVE_H
@@ -116,12 +116,18 @@ typedef struct {       /* low-rank terms beside a map: y += up (down x) */
 typedef struct {
     Map qkv, out, gate_up, down;
     Map router;              /* [experts, hidden]; the layer's MLP is then a mixture: gate_up and down are unused */
+    Map rates;               /* of a recurrent layer: each value head's strength of writing and, from a tile of their own, rate of decay. Its
+                              * `qkv` has the inputs of the convolution (queries, keys, values), and the gates of its result */
     const Map *gates, *sums; /* [experts]: gate_up and down of each, all with inputs of the same form; NULL: no mixture */
     const float *norm_in, *norm_mlp;         /* of the inputs of attention and the MLP; NULL: there is none, here and below */
     const float *norm_attended, *norm_out;   /* of their results, before these are added */
     const float *norm_q, *norm_k;            /* of queries and keys */
     const float *sinks;                      /* [heads]: scores of nothing, beside those of the keys; NULL: there are none */
+    const float *convolution;                /* [taps][channels] of a recurrent layer; NULL: it has attention */
+    const float *decay, *decay_bias;         /* [value_heads] of it: minus the factor of the rate of decay, and what is added before */
+    const float *norm_mixed;                 /* [value_dim] of it: of each head's result, before the gate */
     int32_t rotary_q, rotary_k;              /* which of a call's tables rotates them; -1: none */
+    int32_t place, unused;                   /* its number among the layers with keys and values, or among the recurrent ones */
 } Layer;
 
 typedef struct {
@@ -129,16 +135,22 @@ typedef struct {
     int32_t rounded; /* activations in 8 bits: attention is then the same, to the last bit, in every instruction set */
     int32_t experts, taken, share; /* of a mixture, of them for a token; share: the weights of these are made to add up to 1 */
     int32_t once, activation, across, tables; /* norms round once, after their weights; queries and keys are normed across heads; number */
-    float eps, scale, cap, limit, alpha;      /* of rotary tables; scale of scores, and their cap as in Map; of CLAMPED */
+    int32_t gated;                            /* of rotary tables; behind each query head comes a gate of its result */
+    int32_t recurrent, key_heads, value_heads, key_dim, value_dim, taps; /* number of recurrent layers; their heads; of the convolution */
+    float eps, scale, cap, limit, alpha;      /* scale of scores, and their cap as in Map; of CLAMPED */
     const Layer *layers;
 } Model;
 
 typedef struct {                 /* a sequence of a call; the tokens of its sequences follow one another */
     int32_t tokens, start;       /* number of its tokens in the call; its first new cache slot */
     int32_t committed, capacity; /* slots below `committed` are numbered by position; number of slots */
-    uint8_t *keys, *values;      /* [layers][kv_heads][capacity] rows of the cache */
+    uint8_t *keys, *values;      /* [layers with them][kv_heads][capacity] rows of the cache */
     const uint8_t *const *trees; /* by window kind: [tokens][start + tokens - committed], 1 = visible, every slot before is in
                                   * sight of the window alone; NULL: a token sees the slots up to its own, within its window */
+    int32_t held, slots;         /* in recurrent layers: number of its uncommitted tokens before the call's; of `inputs` */
+    uint8_t *states, *ahead;     /* [recurrent layers][state_bytes]: after the committed tokens that are not pending; NULL, or those */
+    bf16 *inputs;                /* after the call's tokens, whose inputs are then not kept. [recurrent layers][slots][input_width]: */
+    int32_t *pending;            /* inputs of pending or else of uncommitted tokens. [recurrent layers]: number of pending ones */
 } Sequence;
 
 typedef struct {
@@ -153,8 +165,18 @@ typedef struct {
     const float *const *rotary;  /* [tables]: [position][cosines, sines][rotated / 2] */
     const int32_t *window;       /* by layer: its kind */
     bf16 **taps;                 /* by layer, hidden states before it (hi: after the last) or NULL */
-    const LowRank *const *low;   /* by layer: its four maps' low-rank terms, or NULL */
+    const LowRank *const *low;   /* by layer: the low-rank terms of its MAPS maps, or NULL */
 } Call;
+
+enum { MAPS = 5 }; /* with low-rank terms: qkv, out, gate_up, down, rates */
+
+/* Inputs of the convolution of a recurrent layer; numbers of a token's inputs: those, strengths and rates; bytes of a state: matrices
+ * [value_heads][value_dim / 16][key_dim][16] of float, and the convolution's last inputs, bf16 [taps - 1][channels]. */
+static inline int in_tiles(int count) { return (count + 15) / 16 * 16; }
+static inline int channels_of(const Model *m) { return 2 * m->key_heads * m->key_dim + m->value_heads * m->value_dim; }
+static inline int input_width(const Model *m) { return channels_of(m) + 2 * in_tiles(m->value_heads); }
+static inline int64_t matrices_bytes(const Model *m) { return 4 * (int64_t)m->value_heads * m->value_dim * m->key_dim; }
+static inline int64_t state_bytes(const Model *m) { return matrices_bytes(m) + (2 * (int64_t)(m->taps - 1) * channels_of(m) + 63) / 64 * 64; }
 
 /* threads.c */
 

@@ -40,16 +40,18 @@ from specdec.runtimes import llama_like
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import narrow_maps
-from specdec.runtimes.native import library, linear
+from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
+from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
-FAMILIES = tuple(kind for kind, family in families.FAMILIES.items() if not family.recurrent)
+FAMILIES = tuple(kind for kind, family in families.FAMILIES.items() if not family.shared)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
+SLOTS = "qkv", "out", "gate_up", "down", "rates"  # maps with low-rank terms
 BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6, MX
 
 
@@ -79,32 +81,43 @@ class NativeTarget(ByParts):
         families.check_fields(config)
         super().__init__(model)
         decoder: Any = model.model
-        first = decoder.layers[0]
+        recurrent = [llama_like.recurrent(layer) for layer in decoder.layers]
+        if all(recurrent):
+            raise SpecDecError(
+                "the native runtime takes models that have attention; all layers of this one are recurrent"
+            )
+        attention = decoder.layers[recurrent.index(False)].self_attn
         linear.unpack_here(model)
         llama_like.check_rotary(decoder.rotary_emb)
         self.family, self.numbers = families.FAMILIES[kind], families.numbers_of(config)
-        self.head_dim = int(first.self_attn.head_dim)
+        self.head_dim = int(attention.head_dim)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         if self.head_dim % 32 or self.head_dim > 256 or self.heads % self.kv_heads:
             raise SpecDecError(
                 f"the native runtime takes heads of 32, 64, ... 256, equally many for each key head; this '{kind}' "
                 f"model has {self.heads} heads of {self.head_dim} and {self.kv_heads} key heads"
             )
+        sizes_of_mixer = families.mixer_of(config)
+        self._states = mixer.state_shape(sizes_of_mixer)
+        self._attention = [n for n, other in enumerate(recurrent) if not other]
+        self.recurrent_layers = frozenset(range(self.num_layers)) - {*self._attention}
         if weights == "dense":
             densify(model)
         if weights in ROUNDED:
             for layer in decoder.layers:
                 _round(layer, ROUNDED[weights])
         self.int8_cache, self.rounded = False, activations != "bf16"
-        self._parts = [llama_like.adapter_parts(layer) for layer in decoder.layers]
+        self._orders = [mixer.row_orders(layer) for layer in decoder.layers]
+        self._parts = [mixer.packed_parts(*each) for each in zip(decoder.layers, self._orders, strict=True)]
         self.mixture = families.mixture_of(config)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
         self._experts: list[Packed] = []
         rotations = families.rotations(config)
         self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
-        for layer, struct, pair in zip(decoder.layers, self._layers, rotations, strict=True):
-            self._pack_layer(layer, struct)
+        for n, (layer, struct, pair) in enumerate(zip(decoder.layers, self._layers, rotations, strict=True)):
+            struct.place = recurrent[:n].count(recurrent[n])
+            self._pack_layer(layer, struct, self._orders[n])
             struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
         self.inner = max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self._experts), 0)
         self.rotary, self._positions = decoder.rotary_emb, 0  # how many of them the tables have
@@ -112,7 +125,7 @@ class NativeTarget(ByParts):
         if rotated < self.head_dim and any(each.beta for each in self.rotations):
             raise SpecDecError("the native runtime scales queries by position where whole heads rotate; these do not")
         self.final_norm, self.eps = self._norm(decoder.norm), float(config.rms_norm_eps)
-        scale = float(first.self_attn.scaling)
+        scale = float(attention.scaling)
         packed = [*self._experts, *(item for item in self._alive if isinstance(item, Packed))]
         kinds = set().union(*(item.kinds for item in packed))
         self.rounded = any(item.rounded for item in packed)
@@ -125,7 +138,8 @@ class NativeTarget(ByParts):
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, rotated
         act = families.ACTIVATIONS.index(families.activation(config))
         flags = self.rounded, *self.mixture, self.family.once, act, self.family.across, len(self.rotations)
-        self._sizes = (*sizes, *flags, self.eps, scale, self.numbers.scores_cap, *self.numbers[-2:])
+        numbers = self.eps, scale, self.numbers.scores_cap, *self.numbers[-2:]
+        self._sizes = (*sizes, *flags, self.family.gated, *sizes_of_mixer, *numbers)
         self._model = Model(*self._sizes, ctypes.addressof(self._layers))
         self.window_sizes = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.window_sizes))(*(window or 0 for window in self.window_sizes))
@@ -148,7 +162,7 @@ class NativeTarget(ByParts):
         memory.trim_heap()
 
     def new_cache(self, batch: int = 1) -> RowCache:
-        return RowCache(self.num_layers, batch, int8=self.int8_cache)
+        return RowCache(self.num_layers, batch, None, self.int8_cache, self._attention, self._states)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -165,6 +179,10 @@ class NativeTarget(ByParts):
         if hi in taps and lo <= hi:
             taps[hi] = y
         return y
+
+    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
+        for layer in range(lo, self.num_layers):
+            self.layers(x, layer, layer + 1, ctx)
 
     def draft_tree(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
@@ -224,8 +242,7 @@ class NativeTarget(ByParts):
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:
             modules = llama_like.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
-        parts, pairs = self._parts[layer], (pair for each in modules.values() for pair in each)
-        return {path: (module.in_features, parts[path][2] - parts[path][1]) for path, module in pairs}
+        return {path: (module.in_features, module.out_features) for each in modules.values() for path, module in each}
 
     # -- calls ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +256,7 @@ class NativeTarget(ByParts):
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
         call, positions = self._new_call(lo, hi), ctx.positions.contiguous()
-        sequences, *alive = self.place(call, cache, lo, hi, mask.counts)
+        sequences, *alive = self.place(call, cache, lo, hi, mask.counts, mask.whole)
         alive += [sequences, positions, mask, low]
         call.adapted, call.x, call.positions = ctx.adapted or 0, x.data_ptr(), positions.data_ptr()
         if not mask.causal:
@@ -265,18 +282,23 @@ class NativeTarget(ByParts):
         """As in ``Kernels``."""
         return self._merged(adapters, lo, hi), self._new_call(lo, hi)
 
-    def place(self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
-        """As in ``Kernels``; the first object is the array of sequences."""
+    def place(
+        self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
+    ) -> tuple[Any, ...]:
+        """As in ``Kernels``; the first object is the array of sequences. whole: as in ``RowMask``."""
         ahead, rows = cache.lengths[lo] - cache.committed, cache.rows
         cache.provide(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
         each = zip(rows, counts, cache.places, strict=True)
         sequences = (SequenceArgs * len(rows))(
             *(SequenceArgs(count, n + ahead, n, *place, None) for n, count, place in each)
         )
+        for states, sequence, count in zip(cache.states, sequences, counts, strict=bool(cache.states)):
+            held = states.place(ahead, count, whole)
+            sequence.held, sequence.slots, sequence.states, sequence.ahead, sequence.inputs, sequence.pending = held
         rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
         call.count, call.tokens, call.cache = len(rows), sum(counts), cache.int8
         call.sequences, call.rotary = ctypes.addressof(sequences), ctypes.addressof(rotary[1])
-        return sequences, rotary, cache.data
+        return sequences, rotary, cache.data, cache.states
 
     def _new_call(self, lo: int, hi: int) -> Call:
         """A call with the fields that depend neither on a cache nor on states."""
@@ -304,22 +326,28 @@ class NativeTarget(ByParts):
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
-    def _pack_layer(self, layer: Any, struct: Layer) -> None:
-        for slot, pairs in llama_like.modules(layer).items():
-            weights = [matrix(module) for _, module in pairs]
+    def _pack_layer(self, layer: Any, struct: Layer, orders: dict[str, Tensor]) -> None:
+        for slot, pairs in mixer.slots(layer).items():
+            rates = slot == "rates"  # few, and needed exactly: in 16 bits
+            whole = [module.weight.detach() if rates else matrix(module) for _, module in pairs]
+            weights = [ordered(weight, orders.get(path)) for (path, _), weight in zip(pairs, whole, strict=True)]
             biases = [module.bias for _, module in pairs]
             bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-            if any(weight.shape[0] % 32 for weight in weights):
+            if any(weight.shape[0] % (16 if rates else 32) for weight in weights):
                 raise SpecDecError(
                     f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
                 )
-            packed = Packed(weights, bias, self.rounded, scale=self._scale(slot))
+            packed = Packed(weights, bias, self.rounded and not rates, scale=self._scale(slot))
             release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         if llama_like.has_experts(layer):
             self._pack_experts(layer.mlp, struct)
-        attention = layer.self_attn
+        if llama_like.recurrent(layer):
+            for name, values in mixer.parameters(layer.linear_attn, self.model.config.rms_norm_eps).items():
+                self._alive.append(values)
+                setattr(struct, name, values.data_ptr())
+        attention = getattr(layer, "self_attn", None)
         places = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
         norms = {place: getattr(layer, name) for place, name in places if name}
         norms |= {n: getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
@@ -327,7 +355,7 @@ class NativeTarget(ByParts):
             weight = self._norm(module)
             self._alive.append(weight)
             setattr(struct, f"norm_{name}", weight.data_ptr())
-        if hasattr(attention, "sinks"):
+        if attention is not None and hasattr(attention, "sinks"):
             self._alive.append(attention.sinks.detach().float())
             struct.sinks = self._alive[-1].data_ptr()
 
@@ -400,29 +428,30 @@ class NativeTarget(ByParts):
     def _merge(self, layer: int, adapters: Adapters) -> tuple[Layer, list[Packed]]:
         struct = Layer.from_buffer_copy(self._layers[layer])
         factors, block, alive = adapters.factors(layer), self.block(layer), list[Packed]()
-        narrow = narrow_maps(block, adapters.kept(layer))
-        for slot, pairs in llama_like.modules(block).items():
+        narrow, orders = narrow_maps(block, adapters.kept(layer)), self._orders[layer]
+        for slot, pairs in mixer.slots(block).items():
             low = [path for path, _ in pairs if path in factors]
             if not (low or pairs[0][0] in narrow) and all(isinstance(module, BlockLinear) for _, module in pairs):
                 continue  # it is read in its own bits
             parts = [narrow.get(path) or (module.weight.detach(), module.bias) for path, module in pairs]
-            weight, start = torch.cat([part.float() for part, _ in parts]), 0
+            weights = list[Tensor]()
             for (path, _), (part, _) in zip(pairs, parts, strict=True):
+                weight = part.float()
                 if path in low:
                     down, up = (factor.detach().float() for factor in factors[path])
-                    weight[start : start + len(part)] += up @ down
-                start += len(part)
+                    weight = weight + up @ down
+                weights.append(ordered(weight.bfloat16(), orders.get(path)))  # type: ignore[arg-type]
             biases = [bias.detach() for _, bias in parts if bias is not None]
             bias = torch.cat(biases) if biases else None
-            alive.append(Packed([weight.bfloat16()], bias, draft_only=True, scale=self._scale(slot)))
+            alive.append(Packed([torch.cat(weights)], bias, draft_only=True, scale=self._scale(slot)))
             setattr(struct, slot, alive[-1].struct)
             release(*(matrix(module) for _, module in pairs))
         return struct, alive
 
     def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
-        structs, alive = (LowRank * 4)(), []
-        factors = adapters.factors(layer)
-        for index, slot in enumerate(("qkv", "out", "gate_up", "down")):
+        structs, alive = (LowRank * len(SLOTS))(), []
+        factors, orders = adapters.factors(layer), self._orders[layer]
+        for index, slot in enumerate(SLOTS):
             parts = {path: factors[path] for path in factors if self._parts[layer][path][0] == slot}
             if not parts:
                 continue
@@ -433,7 +462,7 @@ class NativeTarget(ByParts):
             for number, (path, (down, up)) in enumerate(parts.items()):
                 _, start, stop = self._parts[layer][path]
                 downs.append(F.pad(down.detach().bfloat16(), (0, 0, 0, rank - down.shape[0])))
-                ups[start:stop, : up.shape[1]] = up.detach()
+                ups[start:stop, : up.shape[1]] = ordered(up.detach(), orders.get(path))
                 first[start // 16 : stop // 16] = number * rank // 32
             packed = Packed([torch.cat(downs)]), Packed([ups])
             structs[index] = LowRank(packed[0].struct, rank // 32, 0, first.data_ptr(), packed[1].tiles[0].data_ptr())

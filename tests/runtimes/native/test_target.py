@@ -18,6 +18,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes import linear_maps, tree_drafting
+from specdec.runtimes.llama_like import recurrent
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -123,7 +124,9 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
     assert torch.equal(target.readout(x)[0, path], single[0, 20:])
 
 
-@pytest.mark.parametrize(("family", "kv_cache"), [("llama", "auto"), ("mistral", "auto"), ("llama", "int8")])
+@pytest.mark.parametrize(
+    ("family", "kv_cache"), [("llama", "auto"), ("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto")]
+)
 @torch.inference_mode()
 def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> None:
     """Its logits, tapped states and adapted tokens are those of short passes."""
@@ -267,7 +270,7 @@ def test_four_bits_for_drafts_hold_what_four_bits_can(rows: int) -> None:
     assert torch.equal(packed(x), (x.double() @ weight.double().T).bfloat16())
 
 
-@pytest.mark.parametrize(("family", "t"), [("llama", 1), ("qwen2", 4), ("phi3", 20)])
+@pytest.mark.parametrize(("family", "t"), [("llama", 1), ("qwen2", 4), ("phi3", 20), ("qwen3_5_text", 4)])
 @torch.inference_mode()
 def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family: str, t: int) -> None:
     target = NativeTarget(model_of(family))
@@ -288,6 +291,7 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
     [
         *(("llama", None, "auto"), ("mistral", 12, "auto"), ("qwen2", None, "auto"), ("llama", None, "int8")),
         *(("granite", None, "auto"), ("olmo2", None, "auto"), ("gemma3_text", 12, "auto")),
+        ("qwen3_5_text", None, "auto"),
     ],
 )
 @pytest.mark.parametrize(
@@ -302,7 +306,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
         if getattr(model.config, "final_logit_softcapping", None) is None:  # capped logits would all be the cap
             model.get_output_embeddings().weight.mul_(6)  # few near ties
         for layer in model.model.layers:  # what a token sees of its path matters
-            layer.self_attn.o_proj.weight.mul_(8)
+            (layer.linear_attn.out_proj if recurrent(layer) else layer.self_attn.o_proj).weight.mul_(8)
     target = NativeTarget(model, kv_cache=kv_cache)
     cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
     positions = torch.arange(21)[None]
@@ -336,7 +340,16 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     # What was committed is as it was.
     again = target.new_cache()
     target.layers(target.embed(ids, positions), 0, 4, Pass(positions, again.mask(0, positions), again))
+    again.commit([list(range(21))])
     assert torch.equal(cache.data[0][:, :, :, :21], again.data[0][:, :, :, :21])
+    for each in (cache, again):  # what is pending joins the states
+        target.layers(
+            target.embed(ids[:, :1], positions[:, :1]),
+            0,
+            4,
+            Pass(positions[:, :1], each.mask(0, positions[:, :1]), each),
+        )
+    assert all(torch.equal(a.states, b.states) for a, b in zip(cache.states, again.states, strict=True))
 
 
 @pytest.mark.parametrize("share", [0.04, 0.5])
@@ -375,10 +388,10 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
 
 
 @pytest.mark.parametrize("rows", [2, 5, 16])
-@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+@pytest.mark.parametrize(("family", "kv_cache"), [("llama", "bf16"), ("llama", "int8"), ("qwen3_5_text", "bf16")])
 @torch.inference_mode()
-def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache: str) -> None:
-    target = NativeTarget(model_of("llama"), kv_cache=kv_cache)
+def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: str, kv_cache: str) -> None:
+    target = NativeTarget(model_of(family), kv_cache=kv_cache)
     torch.manual_seed(3)
     route, levels, alone = random_route(target, heads=2), 5, list[list[int]]()
     caches, finals, carried = list[KVCache](), list[torch.Tensor](), list[list[torch.Tensor]]()
@@ -438,10 +451,11 @@ def raising(error: BaseException) -> tree_drafting.Masks:
     return masks
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
 @torch.inference_mode()
-def test_more_threads_than_cores_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_threads_than_cores_wait_for_each_other(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some of them sleep at every barrier, and each is woken."""
-    target = NativeTarget(model_of("llama"))
+    target = NativeTarget(model_of(family))
     expected = play(target)
     monkeypatch.setattr(cores, "threads", lambda: 4 * (os.cpu_count() or 1))
     assert all(torch.equal(a, b) for a, b in zip(play(target), expected, strict=True))

@@ -58,9 +58,10 @@ def everything(target: Target) -> list[torch.Tensor]:
     for count in (33, 1, 5, 16):
         found.append(run(target, cache, ids[:1, start : start + count], [start]))
         start += count
-    prefix = cache.copy(0, 20)
+        cache.checkpoint(0)
+    prefix = cache.copy(0, 34)
     assert isinstance(prefix, RowCache)
-    found.append(run(target, prefix, ids[1:2, 20:27], [20]))
+    found.append(run(target, prefix, ids[1:2, 34:41], [34]))
     found += [run(target, rows, ids[:, :19], [0] * 3, 13), run(target, rows, ids[:, 13:18], [13] * 3)]
     return found
 
@@ -82,6 +83,7 @@ def everything(target: Target) -> list[torch.Tensor]:
         ("olmo2", ("Q4_K", "Q6_K"), WIDE),
         ("smollm3", LARGE, WIDE),
         ("gemma2", LARGE, WIDE),
+        ("qwen3_5_text", ("Q5_0", "Q8_0"), {}),
         ("gemma3_text", ("Q5_0", "Q8_0"), WIDE | {"head_dim": 256}),
     ],
 )

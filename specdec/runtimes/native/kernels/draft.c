@@ -163,6 +163,8 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
             read_out(&p, g, best + me, me, n);
             leave_tiles();
         }
+        for (int i = 0; i < aimed; i++)
+            if (g->stage[i].call) absorbed(passes + i);
         for (int r = 0; r < p.rows; r++) merge_candidates(best, r, g->width, team);
     }
     for (int i = 0; i < aimed; i++)
@@ -219,7 +221,7 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
             for (int l = 0; l < count; l++) {
                 Sequence *sequence = sequences[i] + l;
                 int committed = g->stage[i].call->sequences[l].start;
-                sequence->tokens = count == 1 ? rows : 1, sequence->start = committed + (count == 1 ? drafted : level);
+                sequence->tokens = count == 1 ? rows : 1, sequence->held = count == 1 ? drafted : level, sequence->start = committed + sequence->held;
                 sequence->committed = count == 1 ? committed : sequence->start, sequence->trees = count == 1 ? trees : NULL;
             }
         }

@@ -18,6 +18,11 @@ typedef struct {                   /* tokens by expert; arrays by lane are [bloc
     uint8_t *inputs;
 } Mixed;
 
+typedef struct {                   /* how uncommitted tokens of a sequence follow one another, in recurrent layers */
+    int count;                     /* number of the tokens; those of the call are the last */
+    int32_t *parent, *from, *to;   /* of each: the token before it (ROOT: a committed one, SKIPPED: it is not run); the state that it reads */
+} Branches;                        /* (0: that of the committed tokens), and the one that it writes (0: none) */
+
 typedef struct {
     const Model *m;
     const Call *c;
@@ -26,6 +31,9 @@ typedef struct {
     Item *items;                             /* work items of attention */
     size_t scored, input, own;               /* scratch of a thread: offsets of its parts, and its size */
     float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [table][block][rotated / 2][16]; qkv also has a product to be normed */
+    bf16 *fresh;                             /* [rows][input_width], if there are recurrent layers: their inputs */
+    Branches *branches;                      /* of each sequence */
+    size_t mixer;                            /* scratch of a thread for them: its offset */
     float *factors;                          /* [queries, keys][block][16]: 1 / RMS across heads */
     uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
     bf16 *queries;                           /* [rows, heads, head_dim] */
@@ -60,6 +68,13 @@ INLINE F activated_times(const Model *m, F gate, F up) {
     return mul16(rounded(div16(g, add16(set16(1.0f), e))), u);
 }
 
+/* Write 16 features, rounded, to a lane of vnni_bf16. */
+static inline void put_lane(uint32_t *lane, F v) {
+    uint32_t pairs[8] __attribute__((aligned(32)));
+    store_h(pairs, narrow16(v));
+    for (int i = 0; i < 8; i++) lane[16 * i] = pairs[i];
+}
+
 /* act(gate) up for 16 outputs of a block. With few tokens, several outputs share a vector. Lanes without a token get 0. */
 static void gated(const Model *m, const float *gate, const float *up, int tokens, F *act) {
     if (tokens <= 4)
@@ -75,13 +90,13 @@ static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, 
     const Model *m = p->m;
     const Call *c = p->c;
     int items = c->count * m->kv_heads, together, from, to;
-    const int64_t row = cache_row(c->cache, m->head_dim);
+    const int64_t row = cache_row(c->cache, m->head_dim), place = m->layers[index].place;
     for (int turn = 0; turn < turns_of(items, n); turn++) {
         int item = item_of(turn, items, me, n, &together);
         const Sequence *sequence = c->sequences + item / m->kv_heads;
         int slots = sequence->start + sequence->tokens;
         split(slots < MOST_EXPECTED ? (int)(slots * row / 64) : 0, at, parts, &from, &to);
-        int64_t first = ((int64_t)index * m->kv_heads + item % m->kv_heads) * sequence->capacity * row;
+        int64_t first = (place * m->kv_heads + item % m->kv_heads) * sequence->capacity * row;
         for (int at_ = from; at_ < to; at_++) {
             __builtin_prefetch(sequence->keys + first + 64 * at_, 0, 2);
             __builtin_prefetch(sequence->values + first + 64 * at_, 0, 2);
@@ -171,21 +186,22 @@ static const uint32_t *ranks_of(const LowRank *low, const uint32_t *ranked, int 
     return low ? ranked + b0 * input_bytes(low->down.out) / 4 : NULL;
 }
 
-/* queries, keys and values = qkv(norm(x)), feature_major and rounded. The thread's part of the cache is prefetched meanwhile. */
-static void project_heads(Pass *p, int index, const LowRank *low, int me, int n) {
+/* p->qkv, features from `at` on of `width`, = map(norm_in(x)), feature_major and rounded. If the layer has attention, the thread's part of
+ * the cache is prefetched meanwhile. */
+static void project_heads(Pass *p, int index, const Map *map, const LowRank *low, int at, int width, int me, int n) {
     const Layer *layer = p->m->layers + index;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    int from, to, out = layer->qkv.out;
+    int from, to;
     rank_down(p, low, layer->norm_in, NULL, p->ranked[0], me, n);
-    const uint32_t *input = inputs_of(p, &layer->qkv, layer->norm_in, NULL, me, n);
-    split(out / 16, me, n, &from, &to);
+    const uint32_t *input = inputs_of(p, map, layer->norm_in, NULL, me, n);
+    split(map->out / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
-            if (!b0) prefetch_cache(p, index, t - from, to - from, me, n);
-            product(&layer->qkv, low, t, from_block(&layer->qkv, input, b0), ranks_of(low, p->ranked[0], b0), tokens, sums);
+            if (!b0 && !layer->convolution) prefetch_cache(p, index, t - from, to - from, me, n);
+            product(map, low, t, from_block(map, input, b0), ranks_of(low, p->ranked[0], b0), tokens, sums);
             for (int b = 0; b < blocks; b++)
-                for (int o = 0; o < 16; o++) store16(p->qkv + ((int64_t)(b0 + b) * out + 16 * t + o) * 16, rounded(load16(sums + 256 * b + 16 * o)));
+                for (int o = 0; o < 16; o++) store16(p->qkv + ((int64_t)(b0 + b) * width + at + 16 * t + o) * 16, rounded(load16(sums + 256 * b + 16 * o)));
         }
     }
     wait_for_team(&p->barrier, n);
@@ -196,20 +212,20 @@ static void store_heads(Pass *p, int index, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
     const Layer *layer = m->layers + index;
-    int d = m->head_dim, total = m->heads + 2 * m->kv_heads, from, to;
+    int d = m->head_dim, total = m->heads + 2 * m->kv_heads, all = total + m->heads * m->gated, from, to;
     const int64_t cached_row = cache_row(c->cache, d);
     if (m->across) {
         split(2 * p->blocks, me, n, &from, &to);
         for (int item = from; item < to; item++) {
             int keys = item / p->blocks, first = keys ? m->heads : 0, heads = keys ? m->kv_heads : m->heads;
-            store16(p->factors + 16 * item, inverse_rms(p->qkv + ((int64_t)(item % p->blocks) * total + first) * d * 16, heads * d, m->eps));
+            store16(p->factors + 16 * item, inverse_rms(p->qkv + ((int64_t)(item % p->blocks) * all + first) * d * 16, heads * d, m->eps));
         }
         wait_for_team(&p->barrier, n);
     }
     split(p->blocks * total, me, n, &from, &to);
     for (int item = from; item < to; item++) { /* one head of a block */
         int b = item / total, head = item % total, kv = head - m->heads;
-        float *fm = p->qkv + ((int64_t)b * total + head) * d * 16;
+        float *fm = p->qkv + ((int64_t)b * all + head + m->gated * (kv < 0 ? head : m->heads)) * d * 16;
         const float *weight = kv < 0 ? layer->norm_q : kv < m->kv_heads ? layer->norm_k : NULL;
         int table = kv < 0 ? layer->rotary_q : kv < m->kv_heads ? layer->rotary_k : -1;
         if (weight) {
@@ -224,7 +240,7 @@ static void store_heads(Pass *p, int index, int me, int n) {
         for (int lane = 0; lane < count; lane++) {
             int row = b * 16 + lane, number = p->sequence_of[row];
             const Sequence *sequence = c->sequences + number;
-            int64_t slot = ((int64_t)index * m->kv_heads + kv % m->kv_heads) * sequence->capacity + sequence->start + row - p->first[number];
+            int64_t slot = ((int64_t)layer->place * m->kv_heads + kv % m->kv_heads) * sequence->capacity + sequence->start + row - p->first[number];
             rows[lane] = kv < 0 ? (uint8_t *)(p->queries + ((int64_t)row * m->heads + head) * d)
                                 : (kv < m->kv_heads ? sequence->keys : sequence->values) + slot * cached_row;
         }
@@ -234,7 +250,7 @@ static void store_heads(Pass *p, int index, int me, int n) {
     wait_for_team(&p->barrier, n);
 }
 
-/* attended = attention of the queries over the cached keys and values. scores: scratch of the thread. */
+/* attended = attention of the queries over the cached keys and values, times its gate if there is one. scores: scratch of the thread. */
 static void attend_all(Pass *p, int index, float *scores, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
@@ -258,17 +274,18 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
             for (int i = 0; i < d / 2; i++) q[16 * i + col] = pairs[i];
             if (own) sinks[col] = own[head];
         }
-        int64_t cached = ((int64_t)index * m->kv_heads + kv) * sequence->capacity * cached_row;
+        int64_t cached = ((int64_t)m->layers[index].place * m->kv_heads + kv) * sequence->capacity * cached_row;
         const uint16_t *visible = p->visible[c->window[index] * c->count + item.sequence];
         if (visible) visible += (int64_t)block * slots;
         attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, m->cap, own ? sinks : NULL, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
+            const float *gate = p->qkv + (((int64_t)(row / 16) * 2 * (m->heads + m->kv_heads) + 2 * head + 1) * d) * 16 + row % 16;
             for (int i = 0; i < d; i += 16) {
-                uint32_t pairs[8] __attribute__((aligned(32)));
-                store_h(pairs, narrow16(load16(out + col * d + i)));
-                for (int j = 0; j < 8; j++) lane[8 * i + 16 * j] = pairs[j];
+                F v = load16(out + col * d + i);
+                if (m->gated) v = mul16(rounded(v), rounded(sigmoid16(column16(gate + 16 * i))));
+                put_lane(lane + 8 * i, v);
             }
         }
     }
@@ -342,15 +359,22 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const float
 }
 
 #include "mixture.c"
+#include "delta_rule.c"
 
 /* One decoder layer; threads wait for each other after each part. scores: scratch of the thread. */
 static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     const Layer *layer = p->m->layers + index;
-    const LowRank *all = p->c->low ? p->c->low[index] : NULL, *low[4];
-    for (int i = 0; i < 4; i++) low[i] = all && all[i].ks ? all + i : NULL;
-    project_heads(p, index, low[0], me, n);
-    store_heads(p, index, me, n);
-    attend_all(p, index, scores, me, n);
+    const LowRank *all = p->c->low ? p->c->low[index] : NULL, *low[MAPS];
+    for (int i = 0; i < MAPS; i++) low[i] = all && all[i].ks ? all + i : NULL;
+    int width = layer->qkv.out + layer->rates.out; /* rates: 0 with attention */
+    project_heads(p, index, &layer->qkv, low[0], 0, width, me, n);
+    if (layer->convolution) {
+        project_heads(p, index, &layer->rates, low[4], layer->qkv.out, width, me, n);
+        recur(p, index, me, n);
+    } else {
+        store_heads(p, index, me, n);
+        attend_all(p, index, scores, me, n);
+    }
     add_product(p, &layer->out, low[1], layer->norm_attended, p->attended, me, n);
     if (layer->gates) {
         mix(p, index, me, n);
@@ -419,17 +443,23 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     memset(p, 0, sizeof *p);
     p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
     for (int l = 0; l < c->count; l++) p->count += m->kv_heads * column_blocks_of(p, c->sequences + l);
-    int total = (m->heads + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2;
+    int total = (m->heads * (1 + m->gated) + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2, attended = m->heads * m->head_dim;
+    if (m->recurrent) {
+        int values = m->value_heads * m->value_dim, mixed = channels_of(m) + values + 2 * in_tiles(m->value_heads);
+        total = mixed > total ? mixed : total, attended = values > attended ? values : attended;
+        p->fresh = allocate(2 * (size_t)p->rows * input_width(m));
+        if (!p->fresh) return -1;
+    }
     size_t blocks = (size_t)p->blocks, rotated = blocks * half * m->tables;
     for (int l = c->lo; c->low && l < c->hi; l++)
-        for (int i = 0; c->low[l] && i < 4; i++)
+        for (int i = 0; c->low[l] && i < MAPS; i++)
             if (c->low[l][i].ks && c->low[l][i].down.out > p->ranks) p->ranks = c->low[l][i].down.out;
     p->x = allocate(64 * blocks * m->hidden);
     p->qkv = allocate(64 * blocks * (total > m->hidden ? total : m->hidden));
     p->cos = allocate(64 * rotated + 1);
     p->sin = allocate(64 * rotated + 1);
     p->factors = allocate(128 * blocks);
-    p->attended = allocate(32 * blocks * m->heads * m->head_dim);
+    p->attended = allocate(32 * blocks * attended);
     const size_t groups = m->experts ? (size_t)most_groups(m, p->rows) : 0, taken = (size_t)p->rows * m->taken;
     p->inner = allocate(32 * (blocks > groups ? blocks : groups) * m->inner);
     p->ranked[0] = allocate(blocks * input_bytes(p->ranks + 2));
@@ -441,9 +471,10 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     if (widest < m->hidden) widest = m->hidden;
     p->scored = (32 * (size_t)widest + 63) / 64 * 64;
     if (widest < m->inner) widest = m->inner;
-    if (widest < m->heads * m->head_dim) widest = m->heads * m->head_dim;
+    if (widest < attended) widest = attended;
     p->input = p->scored + 64 * ((size_t)slots + 16);
-    p->own = p->input + input_bytes(widest); /* no layout takes more */
+    p->mixer = p->input + input_bytes(widest); /* no layout takes more */
+    p->own = p->mixer + mixer_bytes(m, c);
     p->scratch = allocate(p->own * c->threads);
     size_t shared = blocks > 1 ? blocks : 0;
     p->normed = allocate(32 * shared * m->hidden + 1);
@@ -460,7 +491,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
           p->sequence_of && p->first && p->items))
         return -1;
     lay_out(p, c);
-    memset(p->attended, 0, 32 * blocks * m->heads * m->head_dim);
+    memset(p->attended, 0, 32 * blocks * attended);
     memset(p->cos, 0, 64 * rotated);
     memset(p->sin, 0, 64 * rotated);
     for (int table = 0; table < m->tables; table++)
@@ -475,7 +506,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
 static void end_pass(Pass *p) {
     free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->factors), free(p->attended), free(p->inner), free(p->ranked[0]);
     free(p->ranked[1]), free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
-    free(p->sequence_of), free(p->first), free(p->items);
+    free(p->sequence_of), free(p->first), free(p->items), free(p->fresh);
     Mixed *g = &p->mixed;
     free(g->group), free(g->count), free(g->rest), free(g->logits), free(g->experts), free(g->shares), free(g->row), free(g->share);
     free(g->tokens), free(g->normed), free(g->inputs);
@@ -483,7 +514,7 @@ static void end_pass(Pass *p) {
 
 /* Let a pass read a call's cached tokens. Returns 0, or -1 without memory. Call unbind_cache in any case. */
 static int bind_cache(Pass *p, const Call *c) {
-    p->c = c;
+    p->c = c, p->branches = NULL;
     memset(&p->barrier, 0, sizeof p->barrier);
     p->visible = calloc((size_t)c->windows * c->count, sizeof *p->visible);
     for (int w = 0; p->visible && w < c->windows; w++)
@@ -492,10 +523,12 @@ static int bind_cache(Pass *p, const Call *c) {
             int limited = c->spans[w] && c->spans[w] < sequence->start + sequence->tokens;
             if ((sequence->trees || sequence->tokens > 1 || limited) && !(p->visible[w * c->count + l] = columns_that_see(p, l, w))) return -1;
         }
-    return p->visible ? 0 : -1;
+    return !p->visible || find_branches(p) ? -1 : 0;
 }
 
 static void unbind_cache(Pass *p) {
+    for (int l = 0; p->branches && l < p->c->count; l++) free(p->branches[l].parent);
+    free(p->branches);
     for (int i = 0; p->visible && i < p->c->windows * p->c->count; i++) free(p->visible[i]);
     free(p->visible);
 }
@@ -515,6 +548,7 @@ static int run_call(const Model *m, const Call *c) {
             from_blocks(p.x, from, to, m->hidden, c->x);
             leave_tiles();
         }
+        absorbed(&p);
         if (c->taps[c->hi]) memcpy(c->taps[c->hi], c->x, 2 * (size_t)p.rows * m->hidden);
     }
     if (p.c) unbind_cache(&p);
@@ -536,6 +570,8 @@ EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
         part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
         part.sequences = &sequence, sequence.tokens = part.tokens, sequence.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
         for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
+        if (!sequence.ahead) sequence.held += first;
+        else if (first) sequence.states = sequence.ahead; /* nothing is pending any more */
         part.adapted = plain > 0 ? part.tokens - plain : 0;
         if (plain >= part.tokens) part.low = NULL;
         failed = run_call(m, &part);

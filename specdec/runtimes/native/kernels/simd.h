@@ -33,6 +33,34 @@ static inline float exp1(float x) {
     return all[0];
 }
 
+/* 1 / (1 + exp(-v)) */
+static inline F sigmoid16(F v) {
+    F e = exp16(sub16(zero16(), max16(v, set16(-80.0f))));
+    return div16(set16(1.0f), add16(set16(1.0f), e));
+}
+
+/* log(1 + exp(x)), in one way on every system */
+static inline float softplus1(float x) {
+    if (x > 20) return x;
+    float e = exp1(x), more = 1 + e, m = more;
+    union { float f; uint32_t u; } bits = {more};
+    int n = (int)(bits.u >> 23) - 127;
+    bits.u = (bits.u & 0x7fffff) | 0x3f800000, m = bits.f;
+    if (m > 1.41421356f) m *= 0.5f, n++;
+    float s = (m - 1) / (m + 1), z = s * s;
+    float log = (float)n * 0.693147181f + 2 * s * (1 + z * (0.333333333f + z * (0.2f + z * (0.142857143f + z * 0.111111111f))));
+    return more == 1 ? e : log * (e / (more - 1)); /* what is lost in 1 + e */
+}
+
+/* The sum of 16 numbers. */
+static inline float sum1(F v) {
+    float all[16] __attribute__((aligned(64)));
+    store16(all, v);
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) all[i] += all[i + n];
+    return all[0];
+}
+
 /* cap tanh(v / cap); NaN where v is not finite. */
 static inline F capped16(F v, float cap) {
     F e = exp16(mul16(abs16(v), set16(-2.0f / cap)));

@@ -1,0 +1,87 @@
+"""What the kernels of recurrent layers take: sizes of their states, their parameters, and the order of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specdec.base.errors import SpecDecError
+from specdec.kvcache.row_states import StateShape
+from specdec.models.families import Mixer
+from specdec.models.gguf.blocks import Blocks
+from specdec.runtimes import llama_like
+
+MOST_TAPS = 8  # as in delta_rule.c
+RATES = "_b", "_a", "_ba"  # ends of the names of what gives strengths and rates
+
+
+def state_shape(mixer: Mixer) -> StateShape | None:
+    """The sizes of a sequence's states; None: there are no recurrent layers. Raises SpecDecError for other sizes than
+    the kernels take."""
+    if not mixer.layers:
+        return None
+    bad = mixer.key_dim % 16 or mixer.value_dim % 16 or mixer.value_heads % mixer.key_heads
+    if bad or mixer.taps > MOST_TAPS:
+        raise SpecDecError(
+            "the native runtime takes recurrent heads of 16, 32, ... numbers, equally many for each key head, and "
+            f"convolutions over up to {MOST_TAPS} tokens; this model has {mixer}"
+        )
+    matrices = 4 * mixer.value_heads * mixer.value_dim * mixer.key_dim
+    tail = -(-2 * (mixer.taps - 1) * mixer.channels // 64) * 64
+    return StateShape(mixer.layers, matrices + tail, mixer.channels + 2 * (-(-mixer.value_heads // 16) * 16))
+
+
+def slots(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
+    """As ``llama_like.modules``; what gives the strengths and rates of a recurrent layer is a map of its own."""
+    found = llama_like.modules(layer)
+    if llama_like.recurrent(layer):
+        rates = [pair for pair in found["qkv"] if pair[0].endswith(RATES)]
+        found |= {"qkv": [pair for pair in found["qkv"] if pair not in rates], "rates": rates}
+    return found
+
+
+def row_orders(layer: Any) -> dict[str, Tensor]:
+    """Maps whose rows are packed in another order, by path: which row of the map each packed row is; -1: zeros."""
+    if not llama_like.recurrent(layer):
+        return {}
+    tile: Callable[[Tensor], Tensor] = lambda rows: F.pad(rows, (0, -len(rows) % 16), value=-1)  # noqa: E731
+    heads = torch.arange(layer.linear_attn.num_v_heads)
+    return {f"linear_attn.in_proj{part}": tile(heads) for part in RATES[:2]}
+
+
+def packed_parts(layer: Any, orders: dict[str, Tensor]) -> dict[str, tuple[str, int, int]]:
+    """As ``llama_like.adapter_parts``, of the rows as they are packed."""
+    parts = {}
+    for slot, pairs in slots(layer).items():
+        start = 0
+        for path, module in pairs:
+            end = start + (len(orders[path]) if path in orders else module.out_features)
+            parts[path], start = (slot, start, end), end
+    return parts
+
+
+def ordered(matrix: Any, rows: Tensor | None) -> Any:
+    """The rows of a tensor or of blocks in another order; -1: zeros, of a tensor alone. None: as they are."""
+    if rows is None:
+        return matrix
+    if isinstance(matrix, Blocks):
+        return replace(matrix, rows=(rows if matrix.rows is None else matrix.rows[rows]).int())
+    return F.pad(matrix, (0, 0, 0, 1))[rows]
+
+
+def parameters(mixer: Any, eps: float) -> dict[str, Tensor]:
+    """What a recurrent layer has beside its maps, float32, by field of ``Layer``. eps: of the model's norms."""
+    if mixer.conv1d.bias is not None or mixer.norm.variance_epsilon != eps:
+        raise SpecDecError("the native runtime takes recurrent layers without a bias of convolutions and own epsilons")
+    found = {
+        "convolution": mixer.conv1d.weight[:, 0].t(),
+        "decay": -mixer.A_log.float().exp(),
+        "decay_bias": mixer.dt_bias,
+        "norm_mixed": mixer.norm.weight,
+    }
+    return {name: tensor.detach().float().contiguous() for name, tensor in found.items()}
