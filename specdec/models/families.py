@@ -42,12 +42,12 @@ ROPE = {
 ACTIVATIONS = "silu", "gelu_pytorch_tanh", "clamped"  # as in native.h
 # Sizes in a config, and what they are below: nothing is allocated for a larger one.
 WIDEST, LONGEST = 1 << 20, 1 << 30
-SIZES = dict.fromkeys(("num_hidden_layers", "head_dim", "num_experts_per_tok"), 1 << 14)
+SIZES = dict.fromkeys(("num_hidden_layers", "head_dim", "num_experts_per_tok", "rotated"), 1 << 14)
 SIZES |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1 << 16)
 SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 16)
 SIZES |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), WIDEST)
 SIZES |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), 1 << 12)
-SIZES |= {"linear_value_head_dim": 1 << 12, "linear_conv_kernel_dim": 1 << 8}
+SIZES |= {"linear_value_head_dim": 1 << 12, "linear_conv_kernel_dim": 1 << 8, "linear_values": WIDEST}
 SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_window": LONGEST}
 
 
@@ -124,10 +124,23 @@ DELTA_RULE = Family(
     mixer="gated delta rule",
     gated=True,
     fields=frozenset({*LINEAR, *ROTATED_GRIDS, "linear_conv_kernel_dim"}),
+    gguf="qwen35",
+    keys=HEAD
+    | {
+        "ssm.conv_kernel": "linear_conv_kernel_dim",
+        "ssm.state_size": "linear_key_head_dim",
+        "ssm.group_count": "linear_num_key_heads",
+        "ssm.time_step_rank": "linear_num_value_heads",
+        "ssm.inner_size": "linear_values",  # these are no fields of a config
+        "full_attention_interval": "full_attention_interval",
+        "nextn_predict_layers": "nextn_layers",
+        "rope.dimension_count": "rotated",
+    },
 )
 SHARED = replace(
     DELTA_RULE,
     shared=True,
+    gguf="",
     fields=DELTA_RULE.fields
     | EXPERTS
     | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "shared_expert_intermediate_size"},

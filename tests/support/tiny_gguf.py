@@ -192,6 +192,18 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
     "gemma": ("gemma", False, 1, {"attention.key_length": "head_dim"}),
     "gemma2": ("gemma2", False, 1, WINDOWS),
     "gemma3_text": ("gemma3", False, 1, WINDOWS),
+    "qwen3_5_text": (
+        "qwen35",
+        False,
+        1,
+        {
+            "attention.key_length": "head_dim",
+            "ssm.conv_kernel": "linear_conv_kernel_dim",
+            "ssm.state_size": "linear_key_head_dim",
+            "ssm.group_count": "linear_num_key_heads",
+            "ssm.time_step_rank": "linear_num_value_heads",
+        },
+    ),
     "gpt_oss": (
         "gpt-oss",
         False,
@@ -230,6 +242,11 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
                 add(f"{name}.rope.scaling.{key}", rope[field])
     if name == "mistral3":
         writer.add_float32(f"{name}.attention.temperature_scale", rope["llama_4_scaling_beta"])
+    if name == "qwen35":
+        writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
+        writer.add_full_attention_interval(2)
+        writer.add_rope_dimension_count(int(config.head_dim * rope["partial_rotary_factor"]))
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
     vocab = config.vocab_size
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -243,12 +260,14 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
     for parameter, tensor in model.named_parameters():
         where, _, leaf = parameter.rpartition(".")
         values = tensor.detach().float().numpy()
-        if where.endswith("norm"):
+        if where.endswith("norm") and not where.endswith("linear_attn.norm"):
             values = values + np.float32(more)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(where.split(".")[-1])
         if paired and heads:
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         parts = {f"{names.get_name(where)}.{leaf}": values}
+        if "linear_attn" in where:
+            parts = recurrent_part(config, names, where, leaf, values)
         if leaf == "sinks":
             parts = {f"{names.get_name(parameter)}.weight": values}
         if where.endswith("experts"):
@@ -262,7 +281,7 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
             end = "bias" if leaf.endswith("bias") else "weight"
             parts = {f"blk.{layer}.ffn_{key}_exps.{end}": part for key, part in zip(keys, each, strict=True)}
         for stored, part in parts.items():
-            if part.ndim == 1 or "ffn_gate_inp" in stored or stored.endswith("bias"):
+            if part.ndim == 1 or "ffn_gate_inp" in stored or "conv1d" in stored or stored.endswith("bias"):
                 writer.add_tensor(stored, np.ascontiguousarray(part))
                 continue
             whole = kind in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
@@ -275,6 +294,23 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def recurrent_part(config: Any, names: Any, where: str, leaf: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """A parameter of a recurrent layer: value heads by their number at a key head, and then by key head."""
+    keys, heads, name = config.linear_num_key_heads, config.linear_num_value_heads, where.rpartition(".")[2]
+    values = values.squeeze(1) if name == "conv1d" else -np.exp(values) if leaf == "A_log" else values
+    before = 2 * keys * config.linear_key_head_dim if name in ("conv1d", "in_proj_qkv") else 0
+
+    def tiled(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(keys, heads // keys, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+    if name == "out_proj":
+        values = tiled(values.T).T
+    elif name != "norm":
+        values = np.concatenate((values[:before], tiled(values[before:])))
+    stored = {"A_log": names.get_name(f"{where}.{leaf}"), "dt_bias": f"{names.get_name(where + '.dt_proj')}.bias"}
+    return {stored.get(leaf) or f"{names.get_name(where)}.{leaf}": np.ascontiguousarray(values)}
 
 
 def forbidden(*args, **kwargs):

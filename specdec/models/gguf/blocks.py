@@ -32,16 +32,22 @@ class Blocks:
     kind: one of ``KINDS``.
     inputs: columns of the matrix.
     rows: int32 [out], the row of ``data`` for each row of the matrix; None for the same order.
+    columns: int64 [in], the column of the matrix that each column of ``data`` is; None for the same order.
     """
 
     data: Tensor
     kind: str
     inputs: int
     rows: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         return torch.Size((self.data.shape[0], self.inputs))
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Rows as they lie in ``data`` [..., in], with the columns of the matrix."""
+        return values if self.columns is None else values[..., self.columns.argsort()]
 
     def numbers(self, index: Tensor | None = None) -> Tensor:
         """The matrix, or its rows ``index`` [n], in float32 [n, in]."""
@@ -49,12 +55,14 @@ class Blocks:
             index = torch.arange(self.data.shape[0])
         if self.rows is not None:
             index = self.rows[index].long()
-        return numbers(self.data[index], self.kind)
+        return self.in_order(numbers(self.data[index], self.kind))
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Single elements of the matrix by row and column, both [n], in float32 [n]."""
         if self.rows is not None:
             rows = self.rows[rows].long()
+        if self.columns is not None:
+            columns = self.columns.argsort()[columns]
         size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
         places = (columns // size * width)[:, None] + torch.arange(width)  # [n, bytes of a block]
         found = numbers(self.data[rows[:, None], places].view(1, -1), self.kind).view(-1, size)
@@ -278,7 +286,8 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
             gate_up = [matrix for expert in module.gate_up for matrix in expert]
             for part, matrices, turns in ("gate_up", gate_up, 2), ("down", module.down, 1):
                 first, of = matrices[0], (len(module.down), turns * module.turned)
-                yield f"{name}.{part}_proj", ExpertBlocks(first.data, first.kind, first.inputs, None, (*matrices,), *of)
+                given = first.data, first.kind, first.inputs, None, None
+                yield f"{name}.{part}_proj", ExpertBlocks(*given, (*matrices,), *of)
 
 
 def weight_storage(module: Any) -> Tensor:

@@ -30,7 +30,7 @@ from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_
 from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError
 from specdec.models import families
-from specdec.models.gguf import blocks
+from specdec.models.gguf import blocks, recurrent
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
 from specdec.models.gguf.file import PLAIN, GGUFFile, TensorInfo
 
@@ -43,7 +43,7 @@ FLOATS = {
 # Metadata of an architecture that says nothing that a config has not.
 BESIDE = {
     *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length", "rope.dimension_count"),
-    "tensor_data_layout",
+    *("rope.dimension_sections", "tensor_data_layout"),
 }
 SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
     "factor": "factor",
@@ -117,12 +117,15 @@ def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
         if not fits:
             raise SpecDecError(f"cannot load model '{name}': its GGUF file says that {field} is {str(value)[:60]!r}")
     families.check_sizes(name, SimpleNamespace(**values))
-    layers = sum(key.startswith("blk.") and key.endswith(".attn_output.weight") for key in file.tensors)
+    ends = ".attn_output.weight", ".ssm_out.weight"  # a layer has one of them
+    layers = sum(key.startswith("blk.") and key.endswith(ends) for key in file.tensors)
     if values.get("num_hidden_layers") != layers:
         raise SpecDecError(
             f"cannot load model '{name}': its GGUF file has {layers} layers, and its header names "
             f"{values.get('num_hidden_layers')}; get it again"
         )
+    if families.FAMILIES[kind].mixer:
+        recurrent.complete(name, values)
     values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "pad_token_id": values.get("pad_token_id")}
     width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0) or 1
     if kind in LARGE_GEMMA:
@@ -224,6 +227,8 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
     unfit = list[str]()
     for parameter, values in model.named_parameters():
         tensors, wanted, (path, _, leaf) = found[parameter], list(values.shape), parameter.rpartition(".")
+        if path.endswith("conv1d"):
+            wanted.remove(1)
         if leaf in EXPERTS and model.get_submodule(path).is_transposed:
             wanted[1:] = wanted[:0:-1]
         if len(tensors) > 1:
@@ -234,7 +239,8 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
             f"the weights of '{name}' do not fit its config: {len(unfit)} missing or of another shape, such as "
             f"'{unfit[0]}'"
         )
-    if more := sorted(file.tensors.keys() - {ROPE_FACTORS}.union(*found.values())):
+    beside = {key for key in file.tensors if _layer(key) >= model.config.num_hidden_layers}  # they predict more tokens
+    if more := sorted(file.tensors.keys() - beside.union({ROPE_FACTORS}, *found.values())):
         raise SpecDecError(
             f"'{name}' has {len(more)} tensors that do not belong to a {model.config.model_type} model of its config, "
             f"such as '{more[0][:60]}'"
@@ -257,10 +263,20 @@ def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str
         if matrix in EXPERTS:
             layer, end = path.split(".")[2], "weight" if leaf in EXPERTS else "bias"
             found[parameter] = tuple(f"blk.{layer}.ffn_{part}_exps.{end}" for part in EXPERTS[matrix])
+        elif leaf == "A_log":
+            found[parameter] = (names.get_name(parameter) or "",)
+        elif leaf == "dt_bias":
+            found[parameter] = (f"{names.get_name(path + '.dt_proj')}.bias",)
         else:
             tensor = names.get_name(path if leaf == end else parameter)
             found[parameter] = ("" if tensor is None else f"{tensor}.{end}",)
     return found
+
+
+def _layer(tensor: str) -> int:
+    """The number of the layer of a tensor in a file; -1: none's."""
+    number = tensor.removeprefix("blk.").partition(".")[0]
+    return int(number) if tensor.startswith("blk.") and number.isdecimal() and len(number) < 9 else -1
 
 
 def build(
@@ -279,12 +295,19 @@ def build(
             continue
         part, module = data[info.offset : info.offset + info.nbytes], model.get_submodule(path)
         rows = _rows(config, path, info.shape[0]) if family.interleaved else None
+        columns = None
+        if family.mixer and config.linear_num_key_heads != config.linear_num_value_heads:
+            rows, columns = recurrent.rows_of(config, path, leaf), recurrent.columns_of(config, path)
         if info.kind in PLAIN:
             values = part.view(PLAIN[info.kind]).view(info.shape)
             values = values if rows is None else values[rows.long()]
-            values = (values.float() - 1 if family.around_zero and path.endswith("norm") else values).to(dtype)
+            values = values if columns is None else values[:, columns.argsort()]
+            values = recurrent.restored(path, leaf, values)
+            around_zero = family.around_zero and path.endswith("norm") and not path.endswith("linear_attn.norm")
+            values = (values.float() - 1 if around_zero else values).to(dtype)
         else:
-            packed = Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1], rows)
+            rows = None if rows is None else rows.int()
+            packed = Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1], rows, columns)
             if keep_blocks and info.kind in blocks.KINDS and isinstance(module, nn.Linear | nn.Embedding):  # no router
                 model.set_submodule(path, _in_blocks(module, packed, dtype))
                 continue

@@ -67,7 +67,7 @@ class Layer(ctypes.Structure):
         *(("gates", POINTER), ("sums", POINTER)),
         *((f"norm_{name}", POINTER) for name in ("in", "mlp", "attended", "out", "q", "k")),
         *((name, POINTER) for name in ("sinks", "convolution", "decay", "decay_bias", "norm_mixed")),
-        *((name, INT) for name in ("rotary_q", "rotary_k", "place", "unused")),
+        *((name, INT) for name in ("rotary_q", "rotary_k", "place", "tiled")),
     )
 
 

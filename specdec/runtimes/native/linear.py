@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import gguf
 import torch
@@ -58,7 +59,7 @@ class Packed:
 
     Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
 
-    weights: stacked: bf16 [out_i, in], or GGUF blocks, which keep their codes and scales.
+    weights: stacked: bf16 [out_i, in], or GGUF blocks, which keep codes, scales and the order of columns.
     rounded: whether products of blocks take activations in 8 bits; else blocks are unpacked to bf16. A map with a bf16
         weight takes bf16.
     draft_only: whether bf16 weights are quantised to 8 bits, large ones to 4: drafts need not be exact.
@@ -169,7 +170,7 @@ def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``blocks.dequantize``, faster in bf16."""
     if dtype != torch.bfloat16:
         return dequantize(blocks, index, dtype)
-    return RowTable(blocks)(torch.arange(blocks.shape[0]) if index is None else index)
+    return blocks.in_order(RowTable(blocks)(torch.arange(blocks.shape[0]) if index is None else index))
 
 
 def unpack_here(model: nn.Module) -> None:
@@ -187,14 +188,14 @@ def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
     """
     lib, kind, table = library.load(), INT(), RowTable(blocks)
     ends = torch.tensor([0, blocks.shape[0] - 1])
-    if not torch.equal(table(ends), dequantize(blocks, ends, torch.bfloat16)):
+    if not torch.equal(blocks.in_order(table(ends)), dequantize(blocks, ends, torch.bfloat16)):
         raise SpecDecError(f"the native kernels misread {blocks.kind} blocks, or they hold NaN; use the fused runtime")
     size = lib.specdec_block_tiles(table.struct.type, *blocks.shape, ctypes.byref(kind))
     tiles = _arena.allocate(size)
     if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):
         return kind.value, tiles
     _arena.free(tiles)
-    return BF16, _tiles(dequantize(blocks, None, torch.bfloat16))
+    return BF16, _tiles(dequantize(replace(blocks, columns=None), None, torch.bfloat16))
 
 
 def _tiles(weight: Tensor, kind: int = BF16) -> Tensor:

@@ -74,6 +74,11 @@ def ordered(matrix: Any, rows: Tensor | None) -> Any:
     return F.pad(matrix, (0, 0, 0, 1))[rows]
 
 
+def columns(matrix: Any) -> Any:
+    """An index of the columns of a last map as they are packed."""
+    return slice(None) if not isinstance(matrix, Blocks) or matrix.columns is None else matrix.columns
+
+
 def parameters(mixer: Any, eps: float) -> dict[str, Tensor]:
     """What a recurrent layer has beside its maps, float32, by field of ``Layer``. eps: of the model's norms."""
     if mixer.conv1d.bias is not None or mixer.norm.variance_epsilon != eps:

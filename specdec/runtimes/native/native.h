@@ -127,7 +127,8 @@ typedef struct {
     const float *decay, *decay_bias;         /* [value_heads] of it: minus the factor of the rate of decay, and what is added before */
     const float *norm_mixed;                 /* [value_dim] of it: of each head's result, before the gate */
     int32_t rotary_q, rotary_k;              /* which of a call's tables rotates them; -1: none */
-    int32_t place, unused;                   /* its number among the layers with keys and values, or among the recurrent ones */
+    int32_t place, tiled;                    /* its number among the layers with keys and values, or among the recurrent ones; `out` takes the
+                                              * results of the first value heads of all key heads, then of the second ones, and so on */
 } Layer;
 
 typedef struct {

@@ -344,6 +344,7 @@ class NativeTarget(ByParts):
         if llama_like.has_experts(layer):
             self._pack_experts(layer.mlp, struct)
         if llama_like.recurrent(layer):
+            struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
             for name, values in mixer.parameters(layer.linear_attn, self.model.config.rms_norm_eps).items():
                 self._alive.append(values)
                 setattr(struct, name, values.data_ptr())
@@ -440,6 +441,7 @@ class NativeTarget(ByParts):
                 if path in low:
                     down, up = (factor.detach().float() for factor in factors[path])
                     weight = weight + up @ down
+                weight = weight[:, mixer.columns(matrix(block.get_submodule(path)))]
                 weights.append(ordered(weight.bfloat16(), orders.get(path)))  # type: ignore[arg-type]
             biases = [bias.detach() for _, bias in parts if bias is not None]
             bias = torch.cat(biases) if biases else None
@@ -461,6 +463,7 @@ class NativeTarget(ByParts):
             first = torch.full((out // 16,), -1, dtype=torch.int32)
             for number, (path, (down, up)) in enumerate(parts.items()):
                 _, start, stop = self._parts[layer][path]
+                down = down[:, mixer.columns(matrix(self.block(layer).get_submodule(path)))]
                 downs.append(F.pad(down.detach().bfloat16(), (0, 0, 0, rank - down.shape[0])))
                 ups[start:stop, : up.shape[1]] = ordered(up.detach(), orders.get(path))
                 first[start // 16 : stop // 16] = number * rank // 32

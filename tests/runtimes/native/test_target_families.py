@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROPES, greedy_reference, model_of, rough_model, sizes_of
+from tiny import HYBRIDS, ROPES, greedy_reference, model_of, rough_model, sizes_of
 from tiny_gguf import ARCHITECTURES, write_family
 from zoo import EVERY, PROMPTS, run
 
@@ -95,6 +95,8 @@ def test_files_of_every_type_run_natively_as_the_table_says(cache: object, tmp_p
     sizes = sizes_of(family) | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
     sizes |= {"moe_intermediate_size": 256} if family == "qwen3_moe" else {}
     sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gemma3_text", "gpt_oss") else {}
+    if family in HYBRIDS:
+        sizes |= {"layer_types": ["linear_attention", "full_attention"], "linear_value_head_dim": 64}
     model, served = rough_model(family, **sizes, rope_parameters=ROPES.get(family)), list[str]()
     for (
         parameter

@@ -177,9 +177,10 @@ INLINE void run_columns(int wide, const Model *m, const Steps *s, int column, fl
 /* The gated norm of the results of a token, from number `row` of the pass, to the input of the layer's last map. */
 static void put_mixed(const Pass *p, const Layer *layer, int head, int row, float *out) {
     const Model *m = p->m;
-    const int d = m->value_dim, width = layer->qkv.out + layer->rates.out;
+    const int d = m->value_dim, width = layer->qkv.out + layer->rates.out, each = m->value_heads / m->key_heads;
+    const int place = layer->tiled ? head % each * m->key_heads + head / each : head;
     const float *gate = p->qkv + ((int64_t)(row / 16) * width + channels_of(m) + head * d) * 16 + row % 16;
-    uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->value_heads * d + head * d) * 8 + row % 16;
+    uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->value_heads * d + place * d) * 8 + row % 16;
     for (int i = 0; i < d; i += 16) store16(out + i, rounded(load16(out + i)));
     const F factor = set16(1 / __builtin_sqrtf(dot(out, out, d) / (float)d + m->eps));
     for (int i = 0; i < d; i += 16) {
