@@ -34,7 +34,7 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction s
     "pack_blocks": (INT, POINTER, INT, POINTER, INT),
     "read_rows": (None, POINTER, POINTER, LONG, POINTER, INT),
     "pack": (None, POINTER, INT, INT, POINTER, INT),
-    "pack_rounded": (None, POINTER, INT, INT, INT, POINTER, INT),
+    "pack_rounded": (INT, POINTER, INT, INT, POINTER, POINTER, INT),
 }
 
 
@@ -46,7 +46,7 @@ class Map(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("rounded", "out", "inp", "count")),
         *((name, FLOAT) for name in ("scale", "cap")),
-        *((name, POINTER) for name in ("parts", "bias")),
+        *((name, POINTER) for name in ("parts", "bias", "rough", "gaps")),
     )
 
 

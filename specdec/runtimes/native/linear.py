@@ -93,7 +93,8 @@ class Packed:
             self.tiles.append(tiles)
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
         self.rounded = (rounded or draft_only) and BF16 not in self.kinds
-        pointers = ctypes.addressof(self.parts), pointer(self.bias)
+        self.rough: Tensor | None = None  # tiles, for ``largest``
+        pointers = ctypes.addressof(self.parts), pointer(self.bias), None, None
         self.struct = Map(self.rounded, 16 * end, self.inp, len(weights), scale, cap, *pointers)
 
     @property
@@ -103,8 +104,18 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tiles."""
-        return sum(tiles.numel() for tiles in self.tiles)
+        """Bytes of all tiles; those that ``largest`` always reads, where it is screened."""
+        return sum(tiles.numel() for tiles in self.tiles) if self.rough is None else self.rough.numel()
+
+    def screen(self, weight: Blocks) -> None:
+        """Let ``largest`` read ``weight``, the only one, in 4 bits, and in full only what may then be the largest.
+
+        It finds the same. Maps whose weights have other than 8 bits, or whose outputs are changed, stay as they are.
+        """
+        if self.rounded and self.kinds == {Q8} and self.bias is None and not self.struct.cap and self.struct.scale > 0:
+            self.gaps = torch.empty(self.struct.out)
+            self.rough = _tiles(weight, Q4, self.gaps)
+            self.struct.rough, self.struct.gaps = self.rough.data_ptr(), self.gaps.data_ptr()
 
     def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, once: bool = False) -> Tensor:
         """bf16 [..., in] -> [..., out]; with ``eps`` after an RMS norm with weight ``norm`` [in] (float32).
@@ -198,15 +209,18 @@ def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
     return BF16, _tiles(dequantize(replace(blocks, columns=None), None, torch.bfloat16))
 
 
-def _tiles(weight: Tensor, kind: int = BF16) -> Tensor:
-    """bf16 ``weight`` [out, in] in tiles of ``kind``: BF16, or quantised to Q8 or Q4."""
-    lib, (out, inp) = library.load(), weight.shape
-    source = weight.detach().contiguous()
+def _tiles(weight: Tensor | Blocks, kind: int = BF16, gaps: Tensor | None = None) -> Tensor:
+    """``weight`` [out, in] in tiles of ``kind``: BF16 (a tensor), or quantised to Q8 or Q4.
+
+    gaps: float32 [out in whole tiles], filled as ``Map.gaps`` of native.h.
+    """
+    lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
     tiles = _arena.allocate(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 32))
     if kind == BF16:
-        lib.specdec_pack(source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads())
+        lib.specdec_pack(table.struct.data, out, inp, tiles.data_ptr(), cores.threads())
     else:
-        lib.specdec_pack_rounded(source.data_ptr(), out, inp, kind, tiles.data_ptr(), cores.threads())
+        given = ctypes.byref(table.struct), out, kind, tiles.data_ptr(), pointer(gaps), cores.threads()
+        done(lib.specdec_pack_rounded(*given))
     return tiles
 
 

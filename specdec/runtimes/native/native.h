@@ -96,6 +96,8 @@ typedef struct {       /* y = W x (+ bias), times `scale`, and then cap tanh(y /
     float scale, cap;
     const Part *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
+    const uint8_t *rough; /* the weights of a map in Q8 once more, as Q4 tiles; NULL: none */
+    const float *gaps;    /* [out]: by how much the rough weights may change an output of an input of length 1, at most */
 } Map;
 
 typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */

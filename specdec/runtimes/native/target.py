@@ -52,6 +52,7 @@ from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Ma
 FAMILIES = tuple(kind for kind, family in families.FAMILIES.items() if not family.shared)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 SLOTS = "qkv", "out", "gate_up", "down", "rates"  # maps with low-rank terms
+SCREENED = 0.1  # a head of more than this share of the layers' bytes is screened (``Packed.screen``)
 BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6, MX
 
 
@@ -234,8 +235,12 @@ class NativeTarget(ByParts):
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that a pass over one token reads: those of all layers and of the output head."""
-        packed = [item for item in self._alive if isinstance(item, Packed)]
-        whole = sum(item.nbytes for item in (*packed, self.head(None)))
+        return self.bytes_of_layers + self.head(None).nbytes
+
+    @property
+    def bytes_of_layers(self) -> int:
+        """Bytes of weights that a pass of one token through the layers reads."""
+        whole = sum(item.nbytes for item in self._alive if isinstance(item, Packed))
         experts, taken, _ = self.mixture
         return whole + sum(item.nbytes for item in self._experts) * taken // max(experts, 1)
 
@@ -319,6 +324,8 @@ class NativeTarget(ByParts):
                 numbers = self.numbers.logits, self.numbers.logits_cap
                 packed = Packed([weight], module.bias, self.rounded, head is not None, *numbers)
                 self._heads[module] = packed
+                if head is None and isinstance(weight, Blocks) and packed.nbytes > SCREENED * self.bytes_of_layers:
+                    packed.screen(weight)
                 release(weight)
             if head is None:
                 self._readout = packed

@@ -4,6 +4,7 @@ bf16 tiles, and products with activations in 8 bits those of the algorithm, to t
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import gguf
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from passes import HALVES, apart, random_blocks
 
+from specdec.base import cores
 from specdec.models.gguf.blocks import KINDS, Blocks
 from specdec.runtimes.native import library, linear
 
@@ -191,6 +193,57 @@ def test_a_map_of_several_kinds_with_rows_in_another_order() -> None:
     separate = torch.cat([part(x).float() for part in parts], -1)
     assert apart(rounded(x).float(), separate + bias[16:]) < 0.01
     assert packed.largest(x, None, 0.0) == packed(x).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8])
+def test_a_screened_map_finds_the_same_largest_output(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also among outputs that 4 bits do not tell apart, the first of equal ones, and for inputs that are not finite."""
+    monkeypatch.setattr(cores, "cpus", lambda: 3)
+    random = torch.Generator().manual_seed(6)
+    blocks = random_blocks("Q8_0", 1003, 256)
+    codes = blocks.data.view(1003, 8, 34)
+    codes[100:400] = codes[100]
+    codes[100:400, :, 2:] ^= torch.randint(0, 4, (300, 8, 32), generator=random, dtype=torch.uint8)
+    codes[700:] = codes[:303].clone()
+    packed, full = linear.Packed([blocks], scale=0.5), linear.Packed([blocks], scale=0.5)
+    packed.screen(blocks)
+    assert packed.nbytes < 0.6 * full.nbytes
+    near, norm = blocks.numbers()[100], torch.rand(256, generator=random) + 0.5
+    x = ((near / near.std() + torch.randn(40, 256, generator=random)) / norm).bfloat16()
+    x[-1] = -x[-1]  # the largest one is small
+    x[5, 3], x[6, 3], x[7] = float("nan"), float("inf"), 0
+    expected = full(x, norm, 1e-5).argmax(-1)
+    assert sum(100 <= token < 400 for token in expected.tolist()) > 20 and expected.unique().numel() > 10
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found = [token for part in x.split(rows) for token in packed.largest(part, norm, 1e-5)]
+            assert found == full.largest(x, norm, 1e-5)
+            finite = x.isfinite().all(-1)
+            assert torch.equal(torch.tensor(found)[finite], expected[finite])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_screened_map_does_not_read_what_cannot_be_largest() -> None:
+    blocks = random_blocks("Q8_0", 640, 256)
+    packed, numbers = linear.Packed([blocks]), blocks.numbers()
+    packed.screen(blocks)
+    x = (numbers[70] / numbers.std())[None].bfloat16()
+    assert packed.largest(x, None, 0.0) == [70]
+    tiles = packed.tiles[0].view(40, 8, 544)
+    tiles[20] = tiles[4]  # those of outputs 64 to 79
+    tiles[20, :, :32].view(torch.float16).mul_(2)
+    assert packed(x).argmax() == 326 and packed.largest(x, None, 0.0) == [70]
+
+
+@pytest.mark.parametrize(("kind", "more"), [("Q8_0", {"cap": 30.0}), ("Q8_0", {"rounded": False}), ("Q6_K", {})])
+def test_other_maps_are_not_screened(kind: str, more: dict[str, Any]) -> None:
+    blocks = random_blocks(kind, 64, 256)
+    packed = linear.Packed([blocks], **more)
+    packed.screen(blocks)
+    assert packed.rough is None
 
 
 @pytest.mark.parametrize("rows", [1, 20])

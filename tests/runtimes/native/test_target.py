@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from passes import adapted_pass, apart, in_blocks, play, random_adapters
+from passes import adapted_pass, apart, in_blocks, play, random_adapters, random_blocks
 from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
 
 from specdec.base import cores
@@ -20,6 +20,7 @@ from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes import linear_maps, tree_drafting
 from specdec.runtimes.llama_like import recurrent
 from specdec.runtimes.native import library, linear
+from specdec.runtimes.native import target as native_target
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
@@ -544,6 +545,20 @@ def test_the_largest_output_is_found_without_the_outputs(rows: int, monkeypatch:
             assert packed.largest(x[:, None], norm, 1e-5) == expected.tolist()
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def test_a_large_head_in_8_bits_is_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = in_blocks(kinds=["Q4_1"])
+    size = model.config.hidden_size
+    model.lm_head = BlockLinear(random_blocks("Q8_0", 97, size), None, torch.bfloat16)
+    small = NativeTarget(model)
+    monkeypatch.setattr(native_target, "SCREENED", 0.001)
+    large = NativeTarget(model)
+    assert small.head(None).rough is None and large.head(None).rough is not None
+    x = torch.randn(1, 5, size).bfloat16()
+    assert small.choose(x) == large.choose(x) == [large.readout(x).argmax(-1).tolist()]
+    assert large.bytes_read < small.bytes_read - 0.3 * 97 * size
 
 
 def test_refusals_and_fallback() -> None:

@@ -66,6 +66,65 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
     for (int i = 0; map->cap > 0 && i < 256 * blocks; i += 16) store16(sums + i, capped16(load16(sums + i), map->cap));
 }
 
+enum { SCREENED = 7 }; /* most tokens for which two readings of some weights cost less than one of all */
+
+/* Put the 16 outputs `sums` from number `first` on, of which `left` are there, among the largest of each lane so far. */
+static void keep_largest(const float *sums, int first, int left, float *tops, int32_t *which) {
+    F top = load16(tops);
+    U at = load_u(which);
+    for (int o = 0; o < 16 && o < left; o++) {
+        F v = rounded(load16(sums + 16 * o));
+        M more = more16(v, top);
+        top = pick16(more, v, top), at = pick_u(more, set_u((uint32_t)(first + o)), at);
+    }
+    store16(tops, top), store_u(which, at);
+}
+
+/* The largest of a thread's outputs for up to SCREENED tokens, as keep_largest of all tiles. Outputs that the rough weights rule out are
+ * not computed: the likeliest ones say how large the largest one is at least. most: scratch [out / 16][tokens]; seeds: [threads][16]. */
+static void screen(const Map *map, const uint32_t *x, int tokens, int width, float *most, float *seeds, Barrier *barrier, float *tops, int32_t *which, int me, int n) {
+    float outputs[16][16] __attribute__((aligned(64))), sums[256] __attribute__((aligned(64))), floors[16] __attribute__((aligned(64)));
+    float length[SCREENED] = {0}, high[SCREENED];
+    int32_t likeliest[SCREENED], unread[16] __attribute__((aligned(64))) = {0};
+    const int count = map->in / 32;
+    int from, to;
+    split(map->out / 16, me, n, &from, &to);
+    for (int k = 0; k < count; k++)
+        for (int r = 0; r < tokens; r++) {
+            const Rounded *own = (const Rounded *)x + k * tokens + r;
+            int32_t sum = 0;
+            for (int i = 0; i < 32; i++) sum += own->x[i] * own->x[i];
+            length[r] += own->scale * own->scale * (float)sum;
+        }
+    for (int r = 0; r < tokens; r++) length[r] = __builtin_sqrtf(length[r]) * 1.001f, high[r] = -__builtin_inff(), likeliest[r] = from;
+    for (int t = from; t < to; t++) {
+        row_of_blocks(Q4, tokens, map->rough + tiles_bytes(Q4, count) * t, count, (const Rounded *)x, outputs);
+        for (int r = 0; r < tokens; r++) {
+            const F v = load16(outputs[r]);
+            const float best = largest16(v);
+            most[tokens * t + r] = map->scale * largest16(fma16(load16(map->gaps + 16 * t), set16(length[r]), v));
+            if (best > high[r]) high[r] = best, likeliest[r] = t;
+        }
+    }
+    store16(seeds + 16 * me, set16(-__builtin_inff()));
+    for (int r = 0; from < to && r < tokens; r++) {
+        product(map, NULL, likeliest[r], x, NULL, tokens, sums);
+        keep_largest(sums, 0, width - 16 * likeliest[r], seeds + 16 * me, unread);
+    }
+    wait_for_team(barrier, n);
+    F floor = load16(seeds);
+    for (int i = 1; i < n; i++) floor = max16(floor, load16(seeds + 16 * i));
+    /* What is smaller by more than a step of bf16 stays smaller when it is rounded. */
+    store16(floors, sub16(sub16(floor, mul16(abs16(floor), set16(1 / 128.0f))), set16(1e-30f)));
+    for (int t = from; t < to; t++) {
+        int may = 0; /* NaN may, too */
+        for (int r = 0; r < tokens; r++) may |= !(most[tokens * t + r] < floors[r]);
+        if (!may) continue;
+        product(map, NULL, t, x, NULL, tokens, sums);
+        keep_largest(sums, 16 * t, width - 16 * t, tops, which);
+    }
+}
+
 /* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
  * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones; once: as in Model). `best` [rows], if not NULL, is made
  * instead: the first of each row's largest outputs. Returns 0, or -1 without memory. */
@@ -75,8 +134,12 @@ EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, int on
     float *fm = allocate(64 * (size_t)blocks * piece);
     uint32_t *vnni = allocate(32 * (size_t)blocks * features);
     uint8_t *scratch = allocate((size_t)blocks * block_bytes(map));
-    float *tops = allocate(128 * (size_t)blocks * threads); /* by thread and row: the largest output so far, and which */
-    if (fm && vnni && scratch && tops) {
+    float *tops = allocate(192 * (size_t)blocks * threads); /* by thread and row: the largest output so far, which; seeds of `screen` */
+    const int screened = best && map->rough && rows <= SCREENED;
+    float *most = allocate(screened ? 4 * (size_t)rows * (map->out / 16) : 1);
+    Barrier barrier;
+    memset(&barrier, 0, sizeof barrier);
+    if (fm && vnni && scratch && tops && most) {
         for (int lane = 0; lane < 16 * blocks * threads; lane++) tops[lane] = -__builtin_inff();
         int32_t *which = (int32_t *)(tops + 16 * blocks * threads);
         memset(which, 0, 64 * (size_t)blocks * threads);
@@ -98,21 +161,15 @@ EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, int on
             if (!me) team = n;
             enter_tiles();
             split(map->out / 16, me, n, &from, &to);
-            for (int b0 = 0; b0 < blocks; b0 += MOST_BLOCKS) {
+            if (screened) screen(map, input, rows, width, most, (float *)(which + 16 * blocks * threads), &barrier, tops + 16 * me, which + 16 * me, me, n);
+            for (int b0 = 0; !screened && b0 < blocks; b0 += MOST_BLOCKS) {
                 int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
                 for (int t = from; t < to; t++) {
                     product(map, NULL, t, from_block(map, input, b0), NULL, tokens < 16 * some ? tokens : 16 * some, sums);
                     int left = width - 16 * t;
                     for (int b = 0; best && b < some; b++) {
                         int lanes = 16 * (blocks * me + b0 + b);
-                        F top = load16(tops + lanes);
-                        U at = load_u(which + lanes);
-                        for (int o = 0; o < 16 && o < left; o++) {
-                            F v = rounded(load16(sums + 256 * b + 16 * o));
-                            M more = more16(v, top);
-                            top = pick16(more, v, top), at = pick_u(more, set_u((uint32_t)(16 * t + o)), at);
-                        }
-                        store16(tops + lanes, top), store_u(which + lanes, at);
+                        keep_largest(sums + 256 * b, 16 * t, left, tops + lanes, which + lanes);
                     }
                     if (best) continue;
                     for (int r = 16 * b0; r < 16 * (b0 + some) && r < rows; r++) {
@@ -129,8 +186,8 @@ EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, int on
             best[r] = which[of];
         }
     }
-    int failed = !(fm && vnni && scratch && tops);
-    free(fm), free(vnni), free(scratch), free(tops);
+    int failed = !(fm && vnni && scratch && tops && most);
+    free(fm), free(vnni), free(scratch), free(tops), free(most);
     return failed ? -1 : 0;
 }
 

@@ -171,46 +171,69 @@ EXPORT void KERNEL(pack)(const bf16 *weights, int out, int in, uint8_t *tiles, i
 
 /* --- for drafts --- */
 
-/* 32 numbers to the codes of Q8 or Q4, and their scale and low in float16. For Q4, the best of several step sizes: smaller ones
- * clip the ends. */
-static void fit(int kind, const float *v, uint8_t *codes, uint16_t *scale, uint16_t *low) {
-    const int most = kind == Q8 ? 255 : 15, less = kind == Q8 ? 128 : 0;
-    float first = v[0], last = v[0], best = __builtin_inff();
-    for (int i = 1; i < 32; i++) first = v[i] < first ? v[i] : first, last = v[i] > last ? v[i] : last;
-    if (kind == Q8) last = __builtin_fmaxf(last, -first), first = -last;
-    for (int turn = 0; turn < (kind == Q8 ? 1 : 4); turn++) {
-        float cut = 0.03f * turn * (last - first), error = 0;
-        uint16_t step = half_of((last - first - 2 * cut) / (kind == Q8 ? 254 : 15)), least = kind == Q8 ? 0 : half_of(first + cut);
-        float d = half(step), m = half(least), inverse = d > 0 ? 1 / d : 0;
-        uint8_t found[32];
-        for (int i = 0; i < 32; i++) {
-            float q = __builtin_rintf((v[i] - m) * inverse) + less;
-            q = q < 0 ? 0 : q > most ? most : q;
-            float gap = v[i] - (q - less) * d - m;
-            error += gap * gap, found[i] = (uint8_t)q;
-        }
-        if (turn && error >= best) continue;
-        best = error, *scale = step, *low = least;
-        memcpy(codes, found, 32);
-    }
+static inline float total(float *v) { /* of 16 numbers, which change */
+    for (int half_ = 8; half_; half_ /= 2)
+        for (int i = 0; i < half_; i++) v[i] += v[i + half_];
+    return v[0];
 }
 
-/* Round bf16 weights [out, in] to tiles of `kind`, Q8 or Q4; rows up to the next multiple of 16 are zero. */
-EXPORT void KERNEL(pack_rounded)(const bf16 *weights, int out, int in, int kind, uint8_t *tiles, int threads) {
+/* 32 numbers to the codes of Q8 or Q4, and their scale and low in float16. For Q4, the best of several step sizes: smaller ones
+ * clip the ends. Returns the sum of squares of what is lost. */
+static float fit(int kind, const bf16 *weights, uint8_t *codes, uint16_t *scale, uint16_t *low) {
+    const F v[2] = {load_bf16(weights), load_bf16(weights + 16)}, most = set16(kind == Q8 ? 255 : 15), less = set16(kind == Q8 ? 128 : 0);
+    float first = -largest16(max16(sub16(zero16(), v[0]), sub16(zero16(), v[1]))), last = largest16(max16(v[0], v[1])), best = 0;
+    if (kind == Q8) last = __builtin_fmaxf(last, -first), first = -last;
+    for (int turn = 0; turn < (kind == Q8 ? 1 : 4); turn++) {
+        float cut = 0.03f * turn * (last - first), errors[16] __attribute__((aligned(64)));
+        uint16_t step = half_of((last - first - 2 * cut) / (kind == Q8 ? 254 : 15)), least = kind == Q8 ? 0 : half_of(first + cut);
+        const F d = set16(half(step)), m = set16(half(least)), inverse = set16(half(step) > 0 ? 1 / half(step) : 0);
+        int32_t found[32] __attribute__((aligned(64)));
+        F sum = zero16();
+        for (int i = 0; i < 2; i++) {
+            F q = max16(add16(round16(mul16(sub16(v[i], m), inverse)), less), zero16());
+            q = sub16(most, max16(sub16(most, q), zero16()));
+            F gap = sub16(fnma16(sub16(q, less), d, v[i]), m);
+            sum = fma16(gap, gap, sum);
+            store_u(found + 16 * i, nearest_u(q));
+        }
+        store16(errors, sum);
+        const float error = total(errors);
+        if (turn && error >= best) continue;
+        best = error, *scale = step, *low = least;
+        for (int i = 0; i < 32; i++) codes[i] = (uint8_t)found[i];
+    }
+    return best;
+}
+
+/* Round the rows [out, columns] of a table to tiles of `kind`, Q8 or Q4; rows up to the next multiple of 16 are zero. gaps, if not
+ * NULL: as in Map. Returns 0, or -1 without memory. */
+EXPORT int KERNEL(pack_rounded)(const Table *table, int out, int kind, uint8_t *tiles, float *gaps, int threads) {
     const Group g = GROUPS[kind];
+    const int in = table->columns;
+    int failed = 0;
 #pragma omp parallel for num_threads(threads)
-    for (int t = 0; t < (out + 15) / 16; t++)
-        for (int k = 0; k < in / 32; k++) {
+    for (int t = 0; t < (out + 15) / 16; t++) {
+        float lost[16] = {0}, squares[16][16] __attribute__((aligned(64))) = {{0}};
+        bf16 *rows = calloc(16 * (size_t)in, sizeof *rows);
+        for (int row = 0; rows && row < 16 && 16 * t + row < out; row++) read_row(table, 16 * t + row, rows + (int64_t)row * in);
+        for (int k = 0; rows && k < in / 32; k++) {
             uint8_t *head = tiles + tiles_bytes(kind, (int64_t)t * (in / 32) + k), codes[16 * 256] = {0};
             memset(head, 0, (size_t)tiles_bytes(kind, 1));
             for (int row = 0; row < 16; row++) {
-                float v[32] = {0};
+                const bf16 *v = rows + (int64_t)row * in + 32 * k;
                 uint16_t scale, low;
-                for (int i = 0; i < 32 && 16 * t + row < out; i++) v[i] = widen(weights[(int64_t)(16 * t + row) * in + 32 * k + i]);
-                fit(kind, v, codes + 256 * row, &scale, &low);
+                lost[row] += fit(kind, v, codes + 256 * row, &scale, &low);
+                const F one = load_bf16(v), other = load_bf16(v + 16);
+                store16(squares[row], fma16(one, one, fma16(other, other, load16(squares[row]))));
                 memcpy(head + 2 * row, &scale, 2);
                 if (kind == Q4) memcpy(head + 32 + 2 * row, &low, 2);
             }
             put_codes(kind, codes, head + g.head);
         }
+        /* A row was rounded to bf16 (at most 1 / 512 of each weight), and sums in float are, too. */
+        for (int row = 0; gaps && row < 16; row++) gaps[16 * t + row] = __builtin_sqrtf(lost[row]) * 1.001f + __builtin_sqrtf(total(squares[row])) * 0.0022f;
+        if (!rows) __atomic_store_n(&failed, -1, __ATOMIC_RELAXED);
+        free(rows);
+    }
+    return failed;
 }
