@@ -8,6 +8,7 @@ with the model more often than the one before on texts that are held out.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -23,6 +24,7 @@ from torch import Tensor
 from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.memory import free_memory
+from specdec.models.gguf.blocks import named_weights
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import gated_mlp, strengths
 from specdec.runtimes.target import Pass, Target
@@ -89,11 +91,15 @@ class Rows:
 def learned_path(target: Target) -> M2R2Path:
     """The path of a drafter that teaches itself: a third of the layers, which end a twelfth before the model's end.
 
-    Their MLPs run two thirds of D neurons; where they cannot, fewer layers run whole.
+    Their MLPs run two thirds of D neurons; where they cannot, fewer layers run whole. Where the output head has more
+    weights than all layers, half of these run whole: beside the head they cost little.
     """
-    n = target.num_layers
+    n, blocks = target.num_layers, range(target.num_layers)
+    own = sum(math.prod(each.shape) for layer in blocks for _, each in named_weights(target.block(layer)))
     neurons = -(-2 * target.hidden_size // 3 // NEURONS) * NEURONS
     hi, whole = n - max(n // 12, 1), [gated_mlp(target.block(layer)) for layer in range(n)]
+    if target.vocab_size * target.hidden_size > own:
+        return M2R2Path(0, ((hi - max(n // 2, 1), hi),), True)
     lo = hi - max(n // 3, 1)
     if all(mlp is not None and mlp.size > neurons for mlp in whole[lo:hi]):
         return M2R2Path(0, ((lo, hi),), True, neurons=neurons)

@@ -262,6 +262,11 @@ def test_the_path_follows_the_depth(layers: int, segment: tuple[int, int]) -> No
     assert path.segments == (segment,) and 0 < path.neurons < target.model.config.intermediate_size
 
 
+def test_half_of_the_layers_run_whole_beside_a_large_head() -> None:
+    path = learned_path(ReferenceTarget(tiny_model("llama", num_hidden_layers=18, vocab_size=8000)))
+    assert path.segments == ((8, 17),) and path.final_projection and not path.neurons
+
+
 # --- when it learns --------------------------------------------------------------------------------------------------
 
 
