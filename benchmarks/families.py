@@ -1,4 +1,5 @@
 """Random models of about 0.3 billion weights in Q4_K, one of each family: the native runtime beside another one.
+The experts of gpt-oss are in MXFP4, as published.
 
     python benchmarks/families.py                        # all families
     python benchmarks/families.py gemma3_text olmoe --threads 2
@@ -25,7 +26,7 @@ from transformers import AutoConfig
 
 from specdec.base.errors import SpecDecError
 from specdec.models import families
-from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
+from specdec.models.gguf.blocks import BIASES, BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
 from specdec.models.gguf.model import empty_model
 from specdec.runtimes.native.target import FAMILIES
 from specdec.runtimes.select import make_target
@@ -48,18 +49,21 @@ def config_of(family: str) -> Any:
     return AutoConfig.for_model(family, **sizes, **SPECIAL, **own)
 
 
-def random_blocks(rows: int, columns: int) -> Blocks:
-    """A matrix in Q4_K whose weights have the mean 0 and the standard deviation ``SPREAD``."""
-    elements, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_K]
+def random_blocks(rows: int, columns: int, kind: str = "Q4_K") -> Blocks:
+    """A matrix whose weights have the mean 0 and about the standard deviation ``SPREAD``."""
+    elements, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = torch.randint(0, 256, (rows, columns // elements, width), dtype=torch.uint8)
     step = SPREAD / (31.5 * 7.5)  # of scales up to 63 and codes up to 15
-    data[..., :4] = torch.tensor([step, 7.5 * step], dtype=torch.float16).view(torch.uint8)
-    return Blocks(data.view(rows, -1), "Q4_K", columns)
+    if kind == "MXFP4":
+        data[..., 0] = 120  # 2 to -7
+    else:
+        data[..., :4] = torch.tensor([step, 7.5 * step], dtype=torch.float16).view(torch.uint8)
+    return Blocks(data.view(rows, -1), kind, columns)
 
 
-def model_of(family: str) -> nn.Module:
+def model_of(family: str, config: Any = None) -> nn.Module:
     torch.manual_seed(0)
-    model: Any = empty_model(config_of(family), torch.bfloat16)
+    model: Any = empty_model(config or config_of(family), torch.bfloat16)
     for name, module in [*model.named_modules()]:
         if isinstance(module, nn.Linear):
             blocks = random_blocks(*module.weight.shape)
@@ -70,8 +74,12 @@ def model_of(family: str) -> nn.Module:
             model.set_submodule(name, BlockEmbedding(random_blocks(*module.weight.shape), torch.bfloat16, scale))
         elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
             count, (columns, inner) = len(module.down_proj), matrices_of(module, 0)[1].shape
-            gate_up = [[random_blocks(inner, columns) for _ in range(2)] for _ in range(count)]
-            down = [random_blocks(columns, inner) for _ in range(count)]
+            kind = "MXFP4" if family == "gpt_oss" else "Q4_K"
+            for key in BIASES if module.is_transposed else ():
+                zeros = torch.zeros(getattr(module, key).shape, dtype=torch.bfloat16)
+                setattr(module, key, nn.Parameter(zeros, requires_grad=False))
+            gate_up = [[random_blocks(inner, columns, kind) for _ in range(2)] for _ in range(count)]
+            down = [random_blocks(columns, inner, kind) for _ in range(count)]
             model.set_submodule(name, BlockExperts(module, gate_up, down, torch.bfloat16))
         else:
             for key, value in module.named_parameters(recurse=False):
@@ -82,10 +90,11 @@ def model_of(family: str) -> nn.Module:
 
 
 @torch.inference_mode()
-def pass_ms(target: Target, tokens: int, cache: Any) -> float:
+def pass_ms(target: Target, tokens: int, cache: Any, first: int = 0) -> float:
+    """first: number of the first token; each is another one."""
     positions = torch.arange(CACHED, CACHED + tokens)[None]
     begin = time.perf_counter()
-    x = target.embed((positions * 7919) % target.vocab_size, positions)
+    x = target.embed(((positions + first) * 7919) % target.vocab_size, positions)
     x = target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache))
     target.choose(x)
     cache.commit([[]])

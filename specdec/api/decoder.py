@@ -115,10 +115,9 @@ class SpecDecoder:
         self._kept: Tuned | None = None  # such settings for this model, applied or not
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer, self.learning = model.eval(), tokenizer, learn
-        slow = experts is not None
-        self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations, slow)
+        self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations, experts)
         self.target.tokenizer = tokenizer
-        if experts is not None:
+        if experts is not None and self.target.experts is None:
             self.target.experts = Offload(model, self.target.fingerprint, experts)
         try:
             self.drafter = self._drafter(drafter, dict(drafter_options or {}))
@@ -152,8 +151,8 @@ class SpecDecoder:
         dtype, revision, trust_remote_code: as in ``loading.load``.
         device: "auto" is the first CUDA device that can compute, else the CPU. For options that need the CPU (the
         native runtime, int8 or int4 weights, an 8-bit KV cache, activations) it is the CPU.
-        more: as in the constructor. ``experts`` of a safetensors checkpoint are never all in memory, and after
-        ``close`` they are in the checkpoint alone.
+        more: as in the constructor. ``experts`` are never all in memory, and after ``close`` those of a safetensors
+        checkpoint are there alone.
         Raises SpecDecError if anything is missing or does not fit.
         """
         name = os.fspath(name)

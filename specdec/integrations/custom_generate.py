@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 from safetensors import SafetensorError
 
 from specdec.base.errors import SpecDecError, one_line
-from specdec.base.machine import check_memory
 from specdec.integrations.hub import drafter_files
 from specdec.models import drafter_folder
-from specdec.models.gguf.blocks import Blocks, densify, named_weights
+from specdec.models.gguf.blocks import densify
 from specdec.models.prepare import quiet_transformers
 from specdec.speculation import registry
 
@@ -97,8 +95,6 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
 
 def _save(model: Any, tokenizer: Any, output: Path) -> None:
     """Save a model and its tokenizer. Weights in GGUF blocks are dequantised to the model's dtype."""
-    shapes = (weight.shape for _, weight in named_weights(model) if isinstance(weight, Blocks))
-    check_memory(str(model.name_or_path), sum(map(math.prod, shapes)) * model.dtype.itemsize)
     densify(model)
     with quiet_transformers(f"Writing {output}"):
         for part in (model, tokenizer):

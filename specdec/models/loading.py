@@ -64,7 +64,7 @@ def load(
         if check is not None:
             check(config)
     if source.file is not None:
-        model = _of_file(source, source.file, config, kind, place, experts)
+        model = _of_file(source, source.file, config, kind, place)
     else:
         model = _of_checkpoint(source, options | {"config": config}, kind, place, experts)
     model.config._name_or_path = name  # for messages, instead of the cache folder
@@ -116,13 +116,16 @@ def _of_checkpoint(
 
 
 def _of_file(
-    source: Source, file: GGUFFile, config: Any, kind: str | torch.dtype, place: torch.device, experts: bool
+    source: Source, file: GGUFFile, config: Any, kind: str | torch.dtype, place: torch.device
 ) -> PreTrainedModel:
-    """The model of a GGUF file whose config is in the source's folder. experts: False: all weights are unpacked."""
+    """The model of a GGUF file whose config is in the source's folder."""
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
-    keep_blocks = place.type == "cpu" and dtype == torch.bfloat16 and experts
-    stored = (info.nbytes if keep_blocks else math.prod(info.shape) * dtype.itemsize for info in file.tensors.values())
-    check_memory(source.name, sum(stored))
+    keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
+    if keep_blocks:  # experts may stay on the disk
+        need = sum(info.nbytes for name, info in file.tensors.items() if "_exps." not in name)
+    else:
+        need = sum(math.prod(info.shape) * dtype.itemsize for info in file.tensors.values())
+    check_memory(source.name, need)
     with explain_errors(source.name):
         model = gguf_model.build(source.name, file, config, dtype, keep_blocks)
         model.to(place)  # type: ignore[arg-type]

@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
 from specdec.base.options import Activations, KVCacheFormat, Runtime, Weights
-from specdec.models.gguf.blocks import densify
+from specdec.models.gguf.blocks import BlockExperts, densify
 from specdec.runtimes.checks import refuse_unsupported
+from specdec.runtimes.experts.offload import ExpertOptions
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.native.target import NativeTarget
@@ -38,7 +39,7 @@ def make_target(
     weights: str = "auto",
     kv_cache: str = "auto",
     activations: str = "auto",
-    slow_experts: bool = False,
+    experts: ExpertOptions | None = None,
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
@@ -49,7 +50,8 @@ def make_target(
     weights: "auto" (as loaded, GGUF blocks as they are), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
         (layers are quantised, in the model too: the quantised model is the base).
     kv_cache: "auto" (in the model's dtype) or "int8" (in the native runtime).
-    slow_experts: experts are to be loaded from slow memory: the native runtime has its own, so it does not serve.
+    experts: how experts are to be loaded from slow memory. The native runtime does so by itself for those in blocks,
+        without prefetching (``Target.experts``); else the caller does, and the target runs the model's own modules.
     activations: "auto" (8 bits for quantised weights in the native runtime, else the model's dtype), "int8" or "bf16".
     """
     check_names(runtime, weights, kv_cache, activations)
@@ -62,19 +64,21 @@ def make_target(
         raise SpecDecError(
             f"the {runtime} runtime has no 8-bit activations, the native one has; use activations 'auto'"
         )
-    if slow_experts and runtime == "native":
+    kept = experts is None or (experts.plain and any(isinstance(each, BlockExperts) for each in model.modules()))
+    if not kept and runtime == "native":
         raise SpecDecError(
-            "the native runtime keeps all experts in memory; use runtime 'auto' for those in slow memory"
+            "the native runtime loads the experts of GGUF files alone on demand, and none ahead; use runtime 'auto'"
         )
     refuse_unsupported(model)
     with lock_of(model):  # a runtime may put its own form of the weights into the model
-        native = model.dtype == torch.bfloat16 and not slow_experts
-        return _make(model, runtime, weights, kv_cache, activations, ["native"] if native else [])
+        native = ["native"] if model.dtype == torch.bfloat16 and kept else []
+        return _make(model, (runtime, weights, kv_cache, activations), native, experts)
 
 
 def _make(
-    model: PreTrainedModel, runtime: str, weights: str, kv_cache: str, activations: str, native: list[str]
+    model: PreTrainedModel, names: tuple[str, str, str, str], native: list[str], experts: ExpertOptions | None
 ) -> tuple[Target, str]:
+    runtime, weights, kv_cache, activations = names
     rounded, reasons = weights in ("int8", "int4"), list[str]()
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
     every = ["native"] if "int8" in (kv_cache, activations) else [*first, "reference"]
@@ -83,7 +87,7 @@ def _make(
             if name == "reference":  # it computes with the model's modules
                 densify(model)
             if name == "native":
-                return NativeTarget(model, weights, kv_cache, activations), ""
+                return NativeTarget(model, weights, kv_cache, activations, experts.cache if experts else None), ""
             if name in ("fused", "graphs") and weights == "int8":
                 raise SpecDecError("8-bit weights need the native runtime")
             if name in ("fused", "graphs"):

@@ -27,6 +27,7 @@ from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Ma
 
 if TYPE_CHECKING:
     from specdec.runtimes.experts.offload import Offload
+    from specdec.runtimes.native.experts import MappedExperts
 from collections.abc import Sequence
 
 from torch.nn.utils.rnn import pad_sequence
@@ -98,7 +99,7 @@ class Target(ABC):
     logit_difference: float
     tokenizer: Any = None
     recurrent_layers: frozenset[int] = frozenset()
-    experts: Offload | None = None
+    experts: Offload | MappedExperts | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.lock = model, lock_of(model)

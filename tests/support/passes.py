@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from specdec.kvcache.rows import RowCache
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.target import Pass, Target
@@ -48,6 +49,15 @@ def play(target: Target) -> list[torch.Tensor]:
     run([0, 1], [[0, 1], [0]], cut=1)
     run([0], [[0], [0]])
     return out
+
+
+def logits_of(target: Target, cache: RowCache, ids: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """Logits of tokens [begin, end) of ``ids`` [1, n], behind those before in ``cache``, where they stay."""
+    positions = torch.arange(begin, end)[None]
+    given = Pass(positions, cache.mask(0, positions), cache)
+    x = target.layers(target.embed(ids[:, begin:end], positions), 0, target.num_layers, given)
+    cache.commit([list(range(end - begin))])
+    return target.readout(x)
 
 
 def adapted_pass(target: Target, adapters: Adapters | None, t: int, adapted: int | None) -> torch.Tensor:

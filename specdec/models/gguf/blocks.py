@@ -6,6 +6,7 @@ A model loaded from such a file has ``BlockLinear`` and ``BlockEmbedding`` modul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
+from specdec.base.machine import check_memory
 
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")  # types of blocks that are kept
 CHUNK = 1 << 20  # elements that are dequantised at a time
@@ -304,8 +306,11 @@ def weight_rows(module: Any, index: Tensor) -> Tensor:
     return chosen
 
 
-def densify(model: nn.Module) -> None:
-    """Replace block modules by ordinary ones with equal values, in place."""
+def densify(model: Any) -> None:
+    """Replace block modules by ordinary ones with equal values, in place. Raises SpecDecError without room."""
+    shapes = (weight.shape for _, weight in named_weights(model) if isinstance(weight, Blocks))
+    if need := sum(map(math.prod, shapes)) * model.dtype.itemsize:
+        check_memory(str(model.name_or_path), need)
     weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, BlockExperts):

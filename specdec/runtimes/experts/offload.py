@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ from specdec.runtimes.experts.predict import Predictor
 from specdec.runtimes.experts.store import ExpertStore, Forecast, slots_per_layer
 from specdec.runtimes.experts.tiers import DiskTier, PinnedTier, Tier, aligned
 
+if TYPE_CHECKING:
+    from specdec.runtimes.native.experts import MappedExperts
+
 LIKELY = 0.4  # minimum need of an expert that is prefetched
 MARGIN = (0.03, 0.25)  # by how much it must exceed the need of the expert it evicts: in the current layer, and ahead
 
@@ -50,6 +53,11 @@ class ExpertOptions(Settings):
     prefetch: Literal["none", "previous-token", "residual", "m2r2"] = "none"
     folder: Path | None = None
     adaptive: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether the native runtime can do it: an LRU cache alone."""
+        return self.prefetch == "none" and self.folder is None
 
     def __init__(self, cache: float = 0.25, prefetch: str = "none", folder: Path | None = None, **more: Any) -> None:
         super().__init__(cache=cache, prefetch=prefetch, folder=folder, **more)
@@ -111,9 +119,7 @@ class Offload:
             raise SpecDecError("the experts of this model are offloaded already; close the decoder that has them")
         self.top_k = self.layers[0].top_k
         planned = packed.plan(self.layers, fingerprint)
-        slots_per_layer(
-            options.cache, planned, self.top_k
-        )  # refuses a cache that is too small before anything is packed
+        slots_per_layer(options.cache, planned.shape, self.top_k)  # refuses a small cache before anything is packed
         origin = packed.origin(self.layers)
         self.folder = options.folder or cache_dir() / "experts" / origin.place
         self.predictor = self._predictor(options.prefetch, planned)
@@ -223,7 +229,7 @@ class Offload:
 class Meter:
     """Statistics of a store from now on."""
 
-    def __init__(self, store: ExpertStore) -> None:
+    def __init__(self, store: ExpertStore | MappedExperts) -> None:
         self.store, self.start = store, replace(store.counters)
 
     def figures(self, new_tokens: int) -> dict[str, float]:

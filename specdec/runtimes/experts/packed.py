@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -63,8 +64,13 @@ class Index:
         return -(-self.block_bytes // ALIGNMENT) * ALIGNMENT
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of layers, of experts of each, and ``stride``."""
+        return len(self.layers), self.num_experts, self.stride
+
+    @property
     def total_bytes(self) -> int:
-        return len(self.layers) * self.num_experts * self.stride
+        return math.prod(self.shape)
 
     def name(self, block: int) -> str:
         """The name of a block in messages."""

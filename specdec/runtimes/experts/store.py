@@ -8,6 +8,7 @@ slot. A forked child starts its own thread.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -77,8 +78,8 @@ class ExpertStore:
 
     def __init__(self, index: Index, tier: Tier, budget: float, top_k: int) -> None:
         self.index, self.tier, self.stride = index, tier, index.stride
-        self.budget, rows = budget_bytes(budget, index), len(index.layers)
-        per_layer = slots_per_layer(budget, index, top_k)
+        self.budget, rows = budget_bytes(budget, index.total_bytes), len(index.layers)
+        per_layer = slots_per_layer(budget, index.shape, top_k)
         self.memory = tier.slots(rows * per_layer).unflatten(0, (rows, per_layer))  # (rows, S, stride)
         self.weights: list[tuple[Tensor, Tensor]] = [index.views(slots) for slots in self.memory]
         self.places = [list(slots) for slots in self.memory]  # uint8 [stride] each
@@ -338,23 +339,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
-def budget_bytes(budget: float, index: Index) -> int:
+def budget_bytes(budget: float, total: int) -> int:
     """Bytes of an expert cache given as a share (float in (0, 1]) or as bytes (int). Raises SpecDecError for others."""
     if isinstance(budget, int) and budget > 1:
         return budget
     if not 0 < budget <= 1:
         raise SpecDecError(f"an expert cache is a share in (0, 1] or a number of bytes; got {budget}")
-    return int(budget * index.total_bytes + 0.5)
+    return int(budget * total + 0.5)
 
 
-def slots_per_layer(budget: float, index: Index, top_k: int) -> int:
-    """Experts of each layer that ``budget`` holds. Raises SpecDecError for fewer than one token needs."""
-    size, rows = budget_bytes(budget, index), len(index.layers)
-    per_layer = min(size // (rows * index.stride), index.num_experts)
+def slots_per_layer(budget: float, shape: tuple[int, int, int], top_k: int) -> int:
+    """Experts of each layer that ``budget`` holds. Raises SpecDecError for fewer than one token needs.
+
+    shape: number of layers, of experts of each, and bytes of an expert.
+    """
+    size, (rows, experts, each) = budget_bytes(budget, math.prod(shape)), shape
+    per_layer = min(size // (rows * each), experts)
     if per_layer < top_k:
-        least = rows * top_k * index.stride
+        least = rows * top_k * each
         raise SpecDecError(
             f"an expert cache of {size / 1e6:.4g} MB holds {per_layer} experts per layer, but one token "
-            f"needs {top_k}; give at least {least / index.total_bytes:.3g} ({least / 1e6:.4g} MB)"
+            f"needs {top_k}; give at least {least / math.prod(shape):.3g} ({least / 1e6:.4g} MB)"
         )
     return per_layer

@@ -80,7 +80,7 @@ class Model(ctypes.Structure):
         ),
         *((n, INT) for n in ("recurrent", "key_heads", "value_heads", "key_dim", "value_dim", "taps")),
         *((n, FLOAT) for n in ("eps", "scale", "cap", "limit", "alpha")),
-        ("layers", POINTER),
+        *(("demand", POINTER), ("layers", POINTER)),
     )
 
 

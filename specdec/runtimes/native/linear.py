@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import gguf
 import torch
@@ -19,6 +20,14 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Map, Part, Table, done, pointer, runs
 
 LARGE = 2_000_000  # a matrix for drafts with more weights is limited by reading them: 4 bits are faster
+
+
+class Memory(Protocol):
+    """Allocates the memory of tiles, aligned to a cache line, and frees what it allocated last."""
+
+    def allocate(self, size: int) -> Tensor: ...
+
+    def free(self, region: Tensor) -> None: ...
 
 
 class _Arena:
@@ -63,6 +72,7 @@ class Packed:
     rounded: whether products of blocks take activations in 8 bits; else blocks are unpacked to bf16. A map with a bf16
         weight takes bf16.
     draft_only: whether bf16 weights are quantised to 8 bits, large ones to 4: drafts need not be exact.
+    memory: where the tiles lie, if not with all others.
     """
 
     def __init__(
@@ -73,6 +83,7 @@ class Packed:
         draft_only: bool = False,
         scale: float = 1.0,
         cap: float = 0.0,
+        memory: Memory | None = None,
     ) -> None:
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
@@ -80,14 +91,14 @@ class Packed:
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
                 f"{weights[0].shape[0]} and {self.inp}"
             )
-        self.tiles, end = list[Tensor](), 0
+        self.tiles, end, memory = list[Tensor](), 0, memory or _arena
         self.parts = (Part * len(weights))()
         for part, weight in zip(self.parts, weights, strict=True):
             if isinstance(weight, Blocks):
-                kind, tiles = _block_tiles(weight)
+                kind, tiles = _block_tiles(weight, memory)
             else:
                 kind = BF16 if not draft_only else Q4 if weight.numel() > LARGE else Q8
-                tiles = _tiles(weight, kind)
+                tiles = _tiles(weight, kind, memory)
             end += -(-weight.shape[0] // 16)
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
             self.tiles.append(tiles)
@@ -114,7 +125,7 @@ class Packed:
         """
         if self.rounded and self.kinds == {Q8} and self.bias is None and not self.struct.cap and self.struct.scale > 0:
             self.gaps = torch.empty(self.struct.out)
-            self.rough = _tiles(weight, Q4, self.gaps)
+            self.rough = _tiles(weight, Q4, _arena, self.gaps)
             self.struct.rough, self.struct.gaps = self.rough.data_ptr(), self.gaps.data_ptr()
 
     def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, once: bool = False) -> Tensor:
@@ -191,7 +202,7 @@ def unpack_here(model: nn.Module) -> None:
             module.unpack = unpack
 
 
-def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
+def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
     """The format and the tiles of a matrix in GGUF blocks; bf16 if its numbers are too large for the blocks' own
     format.
 
@@ -202,20 +213,20 @@ def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
     if not torch.equal(blocks.in_order(table(ends)), dequantize(blocks, ends, torch.bfloat16)):
         raise SpecDecError(f"the native kernels misread {blocks.kind} blocks, or they hold NaN; use the fused runtime")
     size = lib.specdec_block_tiles(table.struct.type, *blocks.shape, ctypes.byref(kind))
-    tiles = _arena.allocate(size)
+    tiles = memory.allocate(size)
     if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):
         return kind.value, tiles
-    _arena.free(tiles)
-    return BF16, _tiles(dequantize(replace(blocks, columns=None), None, torch.bfloat16))
+    memory.free(tiles)
+    return BF16, _tiles(dequantize(replace(blocks, columns=None), None, torch.bfloat16), BF16, memory)
 
 
-def _tiles(weight: Tensor | Blocks, kind: int = BF16, gaps: Tensor | None = None) -> Tensor:
+def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, gaps: Tensor | None = None) -> Tensor:
     """``weight`` [out, in] in tiles of ``kind``: BF16 (a tensor), or quantised to Q8 or Q4.
 
     gaps: float32 [out in whole tiles], filled as ``Map.gaps`` of native.h.
     """
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
-    tiles = _arena.allocate(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 32))
+    tiles = memory.allocate(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 32))
     if kind == BF16:
         lib.specdec_pack(table.struct.data, out, inp, tiles.data_ptr(), cores.threads())
     else:

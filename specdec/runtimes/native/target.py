@@ -29,6 +29,7 @@ from specdec.models.gguf.blocks import (
     BlockExperts,
     BlockLinear,
     Blocks,
+    ExpertBlocks,
     bits,
     densify,
     matrices_of,
@@ -42,8 +43,9 @@ from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
+from specdec.runtimes.native.experts import MappedExperts
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
-from specdec.runtimes.native.linear import Packed, RowTable
+from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
@@ -53,6 +55,7 @@ FAMILIES = tuple(kind for kind, family in families.FAMILIES.items() if not famil
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 SLOTS = "qkv", "out", "gate_up", "down", "rates"  # maps with low-rank terms
 SCREENED = 0.1  # a head of more than this share of the layers' bytes is screened (``Packed.screen``)
+ROOM = 0.8  # share of the free memory that a mixture's experts may take
 BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6, MX
 
 
@@ -64,13 +67,21 @@ class NativeTarget(ByParts):
     to 8 bits, large ones to 4. Raises SpecDecError for what it does not support.
 
     weights, kv_cache, activations: as in ``make_target``.
+    expert_cache: the share (float) or bytes (int) of a mixture's experts that is in memory; None: all of them, if there
+    is room. They must be in blocks.
     """
 
     runtime = "native"
     ragged = True
+    experts: MappedExperts | None
 
     def __init__(
-        self, model: PreTrainedModel, weights: str = "auto", kv_cache: str = "auto", activations: str = "auto"
+        self,
+        model: PreTrainedModel,
+        weights: str = "auto",
+        kv_cache: str = "auto",
+        activations: str = "auto",
+        expert_cache: float | None = None,
     ) -> None:
         refuse_unsupported(model)
         self.lib = library.load()
@@ -114,12 +125,19 @@ class NativeTarget(ByParts):
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
         self._experts: list[Packed] = []
+        if expert_cache is None:
+            expert_cache = _room_for_experts(model)
+        self.experts = None if expert_cache is None else MappedExperts(expert_cache)
         rotations = families.rotations(config)
         self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
         for n, (layer, struct, pair) in enumerate(zip(decoder.layers, self._layers, rotations, strict=True)):
             struct.place = recurrent[:n].count(recurrent[n])
-            self._pack_layer(layer, struct, self._orders[n])
+            self._pack_layer(n, layer)
             struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
+        if self.experts is not None:
+            self.experts.begin(self.mixture.taken)
+            self._alive.append(self.experts)
+        demand = None if self.experts is None else ctypes.cast(self.experts.call, POINTER)
         self.inner = max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self._experts), 0)
         self.rotary, self._positions = decoder.rotary_emb, 0  # how many of them the tables have
         rotated = 2 * max((table.shape[2] for table in self._rotary_tables(8)[0]), default=0)
@@ -139,7 +157,7 @@ class NativeTarget(ByParts):
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, rotated
         act = families.ACTIVATIONS.index(families.activation(config))
         flags = self.rounded, *self.mixture, self.family.once, act, self.family.across, len(self.rotations)
-        numbers = self.eps, scale, self.numbers.scores_cap, *self.numbers[-2:]
+        numbers = self.eps, scale, self.numbers.scores_cap, *self.numbers[-2:], demand
         self._sizes = (*sizes, *flags, self.family.gated, *sizes_of_mixer, *numbers)
         self._model = Model(*self._sizes, ctypes.addressof(self._layers))
         self.window_sizes = sorted(set(self.windows), key=str)
@@ -333,7 +351,8 @@ class NativeTarget(ByParts):
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
-    def _pack_layer(self, layer: Any, struct: Layer, orders: dict[str, Tensor]) -> None:
+    def _pack_layer(self, index: int, layer: Any) -> None:
+        struct, orders = self._layers[index], self._orders[index]
         for slot, pairs in mixer.slots(layer).items():
             rates = slot == "rates"  # few, and needed exactly: in 16 bits
             whole = [module.weight.detach() if rates else matrix(module) for _, module in pairs]
@@ -349,7 +368,7 @@ class NativeTarget(ByParts):
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         if llama_like.has_experts(layer):
-            self._pack_experts(layer.mlp, struct)
+            self._pack_experts(index, layer.mlp)
         if llama_like.recurrent(layer):
             struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
             for name, values in mixer.parameters(layer.linear_attn, self.model.config.rms_norm_eps).items():
@@ -367,8 +386,9 @@ class NativeTarget(ByParts):
             self._alive.append(attention.sinks.detach().float())
             struct.sinks = self._alive[-1].data_ptr()
 
-    def _pack_experts(self, mlp: Any, struct: Layer) -> None:
+    def _pack_experts(self, index: int, mlp: Any) -> None:
         """The router and the experts of a layer."""
+        struct = self._layers[index]
         if isinstance(mlp.experts, Absent):
             raise SpecDecError("the native runtime takes experts in memory; these stay in their file")
         module = mlp.router if hasattr(mlp, "router") else mlp.gate
@@ -376,11 +396,20 @@ class NativeTarget(ByParts):
         struct.router = router.struct
         self._alive.append(router)
         gates, sums = list[Packed](), list[Packed]()
-        for number in range(self.mixture.experts):
+
+        def pack(number: int, place: Memory | None = None) -> None:
             gate_up, down, *biases = expert(mlp.experts, number)
-            gates.append(Packed(gate_up, biases[0], self.rounded))
-            sums.append(Packed([down], biases[1], self.rounded, scale=self.numbers.results))
+            gates.append(Packed(gate_up, biases[0], self.rounded, memory=place))
+            sums.append(Packed([down], biases[1], self.rounded, scale=self.numbers.results, memory=place))
             release(*gate_up, down)
+
+        if self.experts is not None:
+            gate_up, down, *_ = expert(mlp.experts, 0)
+            weights = sum(math.prod(each.shape) for each in (*gate_up, down)) * self.mixture.experts
+            self.experts.add(index, self.mixture.experts, weights, pack)
+        else:
+            for number in range(self.mixture.experts):
+                pack(number)
         for each in gates, sums:
             if len({item.rounded for item in each}) > 1:
                 raise SpecDecError("the native runtime takes a layer's experts all in 16 bits or none; these are mixed")
@@ -500,6 +529,15 @@ def _round(layer: nn.Module, kind: str) -> None:
     mlp: Any = layer.mlp
     if llama_like.has_experts(layer) and not isinstance(mlp.experts, BlockExperts):
         mlp.experts = quantize_experts(mlp.experts, kind)
+
+
+def _room_for_experts(model: nn.Module) -> int | None:
+    """Bytes that are free for a mixture's experts in blocks, if these need more; else None."""
+    weights = [(each, weight) for each, weight in named_weights(model) if isinstance(weight, Blocks)]
+    experts = sum(part.data.nbytes for _, each in weights if isinstance(each, ExpertBlocks) for part in each.matrices)
+    others = sum(each.data.nbytes for _, each in weights if not isinstance(each, ExpertBlocks))
+    room = memory.free_memory(torch.device("cpu")) - others
+    return max(int(ROOM * room), 2) if experts and experts > ROOM * room else None
 
 
 def matrix(module: nn.Module) -> Tensor | Blocks:

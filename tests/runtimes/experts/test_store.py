@@ -368,7 +368,7 @@ def test_no_cache_keeps_nothing():
 @pytest.mark.parametrize("budget", [0, -1, 1.5, 0.0])
 def test_a_budget_that_is_neither_share_nor_bytes_is_refused(budget):
     with pytest.raises(SpecDecError, match="share in"):
-        budget_bytes(budget, INDEX)
+        budget_bytes(budget, INDEX.total_bytes)
 
 
 def test_a_cache_smaller_than_one_token_is_refused():

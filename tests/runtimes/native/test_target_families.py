@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from passes import logits_of
 from tiny import HYBRIDS, ROPES, greedy_reference, model_of, rough_model, sizes_of
 from tiny_gguf import ARCHITECTURES, write_family
 from zoo import EVERY, PROMPTS, run
@@ -16,7 +17,7 @@ from specdec.models.gguf.blocks import KINDS
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Pass
 
 if not library.runs():
     pytest.skip("no native kernels here", allow_module_level=True)
@@ -66,14 +67,6 @@ def test_drafts_and_batches_change_no_token(family: str) -> None:
         found, ran = run(target, EVERY[name](target), PROMPTS, COUNT, eos=None)
         assert found == together, name
         assert all(sum(metrics.per_step_drafted) for metrics in ran.metrics), name
-
-
-def logits_of(target: Target, cache: RowCache, ids: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    positions = torch.arange(begin, end)[None]
-    given = Pass(positions, cache.mask(0, positions), cache)
-    x = target.layers(target.embed(ids[:, begin:end], positions), 0, target.num_layers, given)
-    cache.commit([list(range(end - begin))])
-    return target.readout(x)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

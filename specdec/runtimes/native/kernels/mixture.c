@@ -85,7 +85,10 @@ static void mix(Pass *p, int index, int me, int n) {
         }
     }
     wait_for_team(&p->barrier, n);
-    if (!me) group_tokens(p);
+    if (!me) {
+        group_tokens(p);
+        if (m->demand) m->demand(index, g->groups, &g->group->expert);
+    }
     wait_for_team(&p->barrier, n);
     split(g->blocks, me, n, &from, &to);
     for (int b = from; b < to; b++) {

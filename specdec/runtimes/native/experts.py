@@ -1,0 +1,152 @@
+"""The experts of a native model in a file that is mapped into memory, of which each layer keeps a share there.
+
+They lie there in tiles, as the kernels read them. What a layer's router chose and is not there is read at once, and the
+least recently used experts are dropped when the next layer has chosen. A pass that takes more than the share, such as
+that over a prompt, keeps them meanwhile. The file has no name: it is gone with the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from specdec.base import files
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.experts.cache import Counters
+from specdec.runtimes.experts.store import slots_per_layer
+from specdec.runtimes.native.library import INT
+
+_WILL_NEED, _DONT_NEED, _POPULATE_READ = 3, 4, 22  # of madvise
+CHUNK = 128 << 10  # bytes that the system is told of at a time; it ignores the end of long ranges
+Demand = ctypes.CFUNCTYPE(None, INT, INT, ctypes.POINTER(INT))  # as in native.h
+
+
+class _Layer:
+    """The experts of a layer: a part of the file from ``begin`` on, and its mapping.
+
+    places: offset and bytes of each expert there. there: the experts in memory, the least recently used first.
+    """
+
+    def __init__(self, file: BinaryIO, begin: int, most: int) -> None:
+        os.ftruncate(file.fileno(), begin + most)  # takes no space yet
+        self.file, self.begin, self.used = file, begin, 0
+        self.mapping = mmap.mmap(file.fileno(), most, offset=begin)
+        self.memory = torch.frombuffer(self.mapping, dtype=torch.uint8)
+        self.places, self.there = list[tuple[int, int]](), dict[int, None]()
+
+    def allocate(self, size: int) -> Tensor:
+        """``size`` bytes of the expert that is written, aligned to a cache line. Raises SpecDecError without space."""
+        start, self.used = self.used, self.used + -(-size // 64) * 64
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.file.fileno(), self.begin + start, self.used - start)
+        except OSError as error:
+            raise SpecDecError(f"cannot write experts to '{files.cache_dir()}': {error.strerror or error}") from None
+        return self.memory[start : start + size]
+
+    def free(self, region: Tensor) -> None:
+        """Free what was allocated last."""
+        self.used = region.data_ptr() - self.memory.data_ptr()
+
+    def written(self) -> None:
+        """End of an expert: it is on the disk from now on."""
+        start = sum(self.places[-1]) if self.places else 0
+        self.used = -(-self.used // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.places.append((start, self.used - start))
+        self.mapping.flush(*self.places[-1])
+        self.drop(len(self.places) - 1)
+
+    def advise(self, expert: int, advice: int, step: int = 1 << 62) -> None:
+        (start, size), madvise = self.places[expert], ctypes.CDLL(None).madvise
+        for at in range(start, start + size, step):
+            address = ctypes.c_void_p(self.memory.data_ptr() + at)
+            madvise(address, ctypes.c_size_t(min(step, start + size - at)), advice)
+
+    def drop(self, expert: int) -> None:
+        self.advise(expert, _DONT_NEED)
+        start, size = self.places[expert]
+        with suppress(AttributeError, OSError):  # a system without it keeps what it has room for
+            os.posix_fadvise(self.file.fileno(), self.begin + start, size, os.POSIX_FADV_DONTNEED)
+
+
+class MappedExperts:
+    """A share of the experts of each layer in memory, the rest in a file. Raises SpecDecError if there is no place.
+
+    budget: the share (float), or bytes (int) of all layers.
+    layers: by number, the layers with experts.
+    call: for the kernels.
+    store: itself, as in ``Offload``.
+    """
+
+    def __init__(self, budget: float) -> None:
+        self.budget, self.layers, self.counters = budget, dict[int, _Layer](), Counters()
+        self.slots, self.shape, self.store = 0, (0, 0, 0), self
+        self.last, self.lock = list[_Layer](), threading.Lock()  # the layer that was taken last
+        self.call: Any = Demand(self._demand)
+        folder = files.cache_dir()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as this)
+        except OSError as error:
+            raise SpecDecError(f"cannot write experts to '{folder}': {error.strerror or error}") from None
+
+    def add(self, layer: int, count: int, weights: int, pack: Callable[[int, _Layer], None]) -> None:
+        """Write the experts of a layer, of so many weights in all: ``pack`` allocates the memory of an expert."""
+        begin = sum(each.begin + len(each.memory) for each in [*self.layers.values()][-1:])
+        most = 4 * weights + count * (mmap.PAGESIZE + 4096)  # of tiles in any format
+        self.layers[layer] = made = _Layer(self.file, begin, -(-most // mmap.PAGESIZE) * mmap.PAGESIZE)
+        for expert in range(count):
+            pack(expert, made)
+            made.written()
+
+    def begin(self, top_k: int) -> None:
+        """All layers are written. Raises SpecDecError if the budget does not hold what one token takes."""
+        sizes = [size for layer in self.layers.values() for _, size in layer.places]
+        self.shape = len(self.layers), len(sizes) // len(self.layers), max(sizes)
+        self.slots = slots_per_layer(self.budget, self.shape, top_k)
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.slots * self.shape[0] * self.shape[2]
+
+    def describe(self) -> str:
+        """One line for reports."""
+        return f"{self.slots} of {self.shape[1]} experts per layer in memory ({self.resident_bytes / 1e6:.0f} MB)"
+
+    def close(self) -> None:
+        """The experts stay where they are."""
+
+    def _demand(self, number: int, count: int, groups: Any) -> None:
+        """A pass takes the experts of ``groups`` (Grouped, in mixture.c) in a layer: they are in memory afterwards."""
+        layer, counters, wanted = self.layers[number], self.counters, groups[: 3 * count : 3]
+        with self.lock:
+            for before in self.last:
+                while len(before.there) > self.slots:
+                    before.drop(oldest := next(iter(before.there)))
+                    del before.there[oldest]
+                    counters.evictions += 1
+            missing = [expert for expert in wanted if expert not in layer.there]
+            counters.demanded += count
+            counters.in_time += count - len(missing)
+            counters.misses += len(missing)
+            start = time.perf_counter()
+            for expert in missing:
+                layer.advise(expert, _WILL_NEED, CHUNK)
+            for expert in missing:
+                layer.advise(expert, _POPULATE_READ)
+                counters.bytes_demand += layer.places[expert][1]
+            counters.stall_seconds += time.perf_counter() - start if missing else 0
+            for expert in wanted:
+                layer.there.pop(expert, None)
+                layer.there[expert] = None
+            self.last = [layer]

@@ -1,0 +1,143 @@
+"""Experts of native models on the disk: the same logits, a share in memory, chosen by itself where there is no room."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from passes import in_blocks, logits_of, play
+from tiny import rough_model, sizes_of
+from tiny_gguf import write_family
+
+from specdec import SpecDecoder
+from specdec.base import machine, memory
+from specdec.base.errors import SpecDecError
+from specdec.kvcache.rows import RowCache
+from specdec.models import loading
+from specdec.runtimes.experts.offload import ExpertOptions
+from specdec.runtimes.native import library
+from specdec.runtimes.native.experts import MappedExperts
+from specdec.runtimes.native.target import NativeTarget
+
+if not library.runs():
+    pytest.skip("no native kernels here", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("two_threads", "cache")
+PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
+
+
+def mixture(family: str = "olmoe") -> Any:
+    return in_blocks(family, ("Q5_0",), num_local_experts=6, num_experts=6, num_experts_per_tok=2)
+
+
+def stored(path: Path, family: str = "gpt_oss") -> Path:
+    model = rough_model(family, **sizes_of(family), num_local_experts=6)
+    for parameter in model.parameters():
+        parameter.mul_(0.25 if parameter.dim() > 1 else 1)
+    return write_family(path / "it.gguf", model, "Q8_0")
+
+
+@pytest.mark.parametrize("cache", [2 / 6, 0.5, 1.0])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_logits_are_those_of_experts_in_memory_to_the_bit(family: str, cache: float) -> None:
+    expected, target = NativeTarget(mixture(family)), NativeTarget(mixture(family), expert_cache=cache)
+    assert expected.experts is None and isinstance(target.experts, MappedExperts)
+    assert target.experts.slots == round(6 * cache) and target.bytes_read == expected.bytes_read
+    for ours, theirs in zip(play(target), play(expected), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@torch.inference_mode()
+def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
+    target, chosen = NativeTarget(mixture(), expert_cache=0.5), dict[int, list[list[int]]]()
+    experts = target.experts
+    assert isinstance(experts, MappedExperts)
+    for layer in experts.layers:
+        experts.layers[layer].there.clear()
+    demand = experts._demand
+
+    def noted(layer: int, count: int, groups: Any) -> None:
+        chosen.setdefault(layer, []).append(groups[: 3 * count : 3])
+        demand(layer, count, groups)
+
+    call = type(experts.call)(noted)
+    target._model.demand = ctypes.cast(call, ctypes.c_void_p)
+    before, cache = experts.counters.since(type(experts.counters)()), target.new_cache()
+    assert isinstance(cache, RowCache)
+    ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(7))
+    for begin, end in ((0, 20), *((at, at + 1) for at in range(20, 40))):
+        logits_of(target, cache, ids, begin, end)
+    last, misses, demanded = max(chosen), 0, 0
+    for layer, passes in chosen.items():
+        there = list[int]()
+        for wanted in passes:
+            there = there[max(len(there) - 3, 0) :]
+            misses, demanded = misses + len({*wanted} - {*there}), demanded + len(wanted)
+            there = [expert for expert in there if expert not in wanted] + wanted
+        assert list(experts.layers[layer].there) == (there if layer == last else there[-3:])
+    figures = experts.counters.since(before)
+    assert (figures.misses, figures.demanded, figures.hits) == (misses, demanded, demanded - misses)
+    assert 0 < misses < demanded and figures.bytes_demand == misses * experts.shape[2]
+    page, layer = os.sysconf("SC_PAGESIZE"), experts.layers[0]
+    for expert, (start, size) in enumerate(layer.places):  # dropped ones are not in the system's memory
+        pages = (ctypes.c_ubyte * (size // page))()
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(layer.memory.data_ptr() + start), ctypes.c_size_t(size), pages)
+        assert all(each & 1 for each in pages) == (expert in layer.there)
+
+
+@pytest.mark.parametrize("drafter", ["none", "prompt-lookup"])
+def test_a_file_decodes_natively_and_its_loads_are_counted(tmp_path: Path, drafter: str) -> None:
+    path = stored(tmp_path)
+    with SpecDecoder.from_pretrained(path, "none") as plain:
+        expected = plain.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
+    assert not expected.metrics.experts
+    with SpecDecoder.from_pretrained(path, drafter, experts=ExpertOptions(0.5)) as decoder:
+        found = decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
+        assert decoder.target.runtime == "native" and "3 of 6 experts per layer" in decoder.target.experts.describe()
+    assert found.token_ids == expected.token_ids
+    assert found.metrics.experts["demanded"] > 0 and found.metrics.experts["hit_rate"] > 0
+
+
+def test_forecasts_take_the_models_own_modules(tmp_path: Path) -> None:
+    path = stored(tmp_path, "qwen3_moe")
+    with SpecDecoder.from_pretrained(path, "none", experts=ExpertOptions(0.5, "residual")) as decoder:
+        assert decoder.target.runtime == "reference"
+        assert len(decoder.generate(PROMPT, max_new_tokens=4, ignore_eos=True).token_ids) == 4
+    with pytest.raises(SpecDecError, match="experts of GGUF files alone on demand, and none ahead"):
+        SpecDecoder.from_pretrained(path, "none", runtime="native", experts=ExpertOptions(0.5, "residual"))
+
+
+def test_without_room_for_all_experts_some_stay_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stored(tmp_path)
+    model, _ = loading.load(path)
+    whole, size = (
+        NativeTarget(model),
+        sum(each.blocks.data.nbytes for each in model.modules() if hasattr(each, "blocks")),
+    )
+    experts = sum(item.nbytes for item in whole._experts)
+    for free, slots in ((size + 2 * experts, None), (size + int(0.8 * experts), 3), (size + experts // 10, 0)):
+        monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
+        assert memory.free_memory(torch.device("cpu")) == free
+        model, _ = loading.load(path)  # although its experts do not fit
+        if slots == 0:
+            with pytest.raises(SpecDecError, match=r"holds 0 experts per layer, but one token needs 2"):
+                NativeTarget(model)
+            continue
+        found = NativeTarget(model).experts
+        assert (found and found.slots) == slots
+    with pytest.raises(SpecDecError, match="not enough memory"):
+        loading.load(path, dtype="float32")
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(SpecDecError, match=r"cannot write experts to '.*': No space left on device"):
+        NativeTarget(mixture(), expert_cache=0.5)
