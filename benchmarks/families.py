@@ -41,12 +41,20 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_positio
 
 
 def config_of(family: str) -> Any:
+    known = families.FAMILIES[family].fields
     sizes = MIXED if families.FAMILIES[family].fields >= families.EXPERTS else DENSE
-    sizes = {key: value for key, value in sizes.items() if key != "moe_intermediate_size" or family == "qwen3_moe"}
+    sizes = {
+        key: value for key, value in sizes.items() if key != "moe_intermediate_size" or "moe_intermediate_size" in known
+    }
     own = {"granite": {"attention_multiplier": 0.125, "residual_multiplier": 0.22}}.get(family, {})
+    if families.FAMILIES[family].mixer:  # recurrent heads as in Qwen3.5-0.8B
+        own = {f"linear_num_{kind}_heads": 16 for kind in ("key", "value")}
+        own |= (
+            {"shared_expert_intermediate_size": 256} if families.FAMILIES[family].shared else {"num_hidden_layers": 16}
+        )
     if family.startswith("gemma") and family != "gemma":
         own = {"query_pre_attn_scalar": 64, "sliding_window": 512}
-    return AutoConfig.for_model(family, **sizes, **SPECIAL, **own)
+    return AutoConfig.for_model(family, **(sizes | SPECIAL | own))
 
 
 def random_blocks(rows: int, columns: int, kind: str = "Q4_K") -> Blocks:
@@ -84,7 +92,9 @@ def model_of(family: str, config: Any = None) -> nn.Module:
         else:
             for key, value in module.named_parameters(recurse=False):
                 fill = SPREAD * torch.randn(value.shape) if value.dim() > 1 else torch.ones(value.shape)
-                fill = fill - 1 if families.FAMILIES[family].around_zero and value.dim() == 1 else fill
+                fill = fill / (2 * SPREAD) if name.endswith("conv1d") else fill
+                around_zero = families.FAMILIES[family].around_zero and not name.endswith("linear_attn.norm")
+                fill = fill - 1 if around_zero and value.dim() == 1 else fill
                 setattr(module, key, nn.Parameter(fill.bfloat16(), requires_grad=False))
     return model.eval()  # type: ignore[no-any-return]
 

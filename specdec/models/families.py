@@ -46,6 +46,7 @@ SIZES = dict.fromkeys(("num_hidden_layers", "head_dim", "num_experts_per_tok", "
 SIZES |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1 << 16)
 SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 16)
 SIZES |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), WIDEST)
+SIZES |= {"shared_expert_intermediate_size": WIDEST}
 SIZES |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), 1 << 12)
 SIZES |= {"linear_value_head_dim": 1 << 12, "linear_conv_kernel_dim": 1 << 8, "linear_values": WIDEST}
 SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_window": LONGEST}
@@ -141,6 +142,13 @@ SHARED = replace(
     DELTA_RULE,
     shared=True,
     gguf="",
+    keys=DELTA_RULE.keys
+    | {
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
     fields=DELTA_RULE.fields
     | EXPERTS
     | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "shared_expert_intermediate_size"},
@@ -180,7 +188,8 @@ FAMILIES = {
         AROUND, True, True, fields=CAPPED, gguf="gemma3", keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"}
     ),
     "qwen3_5_text": DELTA_RULE,
-    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), SHARED),
+    "qwen3_next": SHARED,  # its files divide the matrices of recurrent layers in another way
+    "qwen3_5_moe_text": replace(SHARED, gguf="qwen35moe"),
 }
 
 

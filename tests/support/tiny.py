@@ -239,6 +239,7 @@ def sizes_of(family: str) -> dict[str, object]:
     more: dict[str, object] = {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
     if family in HYBRIDS:
         more = {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
+        more |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96} if family != "qwen3_5_text" else {}
     return (PHI if family in ("phi3", "olmoe") else SIZES) | more
 
 

@@ -172,6 +172,13 @@ YARN = {
     "yarn_log_multiplier": "mscale_all_dim",
 }
 TAKEN, INNER = {"expert_used_count": "num_experts_per_tok"}, {"expert_feed_forward_length": "moe_intermediate_size"}
+DELTA_RULE = {
+    "attention.key_length": "head_dim",
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+}
 ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what is added to norms, metadata
     "llama": ("llama", True, 0, {"rope.dimension_count": "head_dim"}),
     "qwen2": ("qwen2", False, 0, {}),
@@ -192,17 +199,14 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
     "gemma": ("gemma", False, 1, {"attention.key_length": "head_dim"}),
     "gemma2": ("gemma2", False, 1, WINDOWS),
     "gemma3_text": ("gemma3", False, 1, WINDOWS),
-    "qwen3_5_text": (
-        "qwen35",
+    "qwen3_5_text": ("qwen35", False, 1, DELTA_RULE),
+    "qwen3_5_moe_text": (
+        "qwen35moe",
         False,
         1,
-        {
-            "attention.key_length": "head_dim",
-            "ssm.conv_kernel": "linear_conv_kernel_dim",
-            "ssm.state_size": "linear_key_head_dim",
-            "ssm.group_count": "linear_num_key_heads",
-            "ssm.time_step_rank": "linear_num_value_heads",
-        },
+        DELTA_RULE
+        | {"expert_count": "num_experts", **TAKEN, **INNER}
+        | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     ),
     "gpt_oss": (
         "gpt-oss",
@@ -242,7 +246,7 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
                 add(f"{name}.rope.scaling.{key}", rope[field])
     if name == "mistral3":
         writer.add_float32(f"{name}.attention.temperature_scale", rope["llama_4_scaling_beta"])
-    if name == "qwen35":
+    if name in ("qwen35", "qwen35moe"):
         writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
         writer.add_full_attention_interval(2)
         writer.add_rope_dimension_count(int(config.head_dim * rope["partial_rotary_factor"]))

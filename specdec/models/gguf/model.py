@@ -231,6 +231,8 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
             wanted.remove(1)
         if leaf in EXPERTS and model.get_submodule(path).is_transposed:
             wanted[1:] = wanted[:0:-1]
+        if path.endswith("shared_expert_gate") and len(shapes.get(tensors[0], ())) == 1:
+            del wanted[0]  # some converters write a vector
         if len(tensors) > 1:
             wanted[1] //= len(tensors)  # [E, 2 F, D] or, a bias, [E, 2 F]
         unfit += [key or parameter for key in tensors if shapes.get(key) != tuple(wanted)]
@@ -303,6 +305,7 @@ def build(
             values = values if rows is None else values[rows.long()]
             values = values if columns is None else values[:, columns.argsort()]
             values = recurrent.restored(path, leaf, values)
+            values = values[None] if path.endswith("shared_expert_gate") and values.dim() == 1 else values
             around_zero = family.around_zero and path.endswith("norm") and not path.endswith("linear_attn.norm")
             values = (values.float() - 1 if around_zero else values).to(dtype)
         else:

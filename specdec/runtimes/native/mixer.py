@@ -37,8 +37,13 @@ def state_shape(mixer: Mixer) -> StateShape | None:
 
 
 def slots(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """As ``llama_like.modules``; what gives the strengths and rates of a recurrent layer is a map of its own."""
+    """As ``llama_like.modules``, with an expert for all tokens as the MLP of a mixture; what gives the strengths and
+    rates of a recurrent layer is a map of its own."""
     found = llama_like.modules(layer)
+    if hasattr(layer.mlp, "shared_expert"):
+        paths = {"gate_up": ["gate_proj", "up_proj"], "down": ["down_proj"]}
+        shared = lambda name: (f"mlp.shared_expert.{name}", getattr(layer.mlp.shared_expert, name))  # noqa: E731
+        found |= {slot: [shared(name) for name in names] for slot, names in paths.items()}
     if llama_like.recurrent(layer):
         rates = [pair for pair in found["qkv"] if pair[0].endswith(RATES)]
         found |= {"qkv": [pair for pair in found["qkv"] if pair not in rates], "rates": rates}
@@ -49,9 +54,15 @@ def row_orders(layer: Any) -> dict[str, Tensor]:
     """Maps whose rows are packed in another order, by path: which row of the map each packed row is; -1: zeros."""
     if not llama_like.recurrent(layer):
         return {}
-    tile: Callable[[Tensor], Tensor] = lambda rows: F.pad(rows, (0, -len(rows) % 16), value=-1)  # noqa: E731
-    heads = torch.arange(layer.linear_attn.num_v_heads)
-    return {f"linear_attn.in_proj{part}": tile(heads) for part in RATES[:2]}
+    tile: Callable[[Tensor], Tensor] = lambda rows: F.pad(rows.flatten(), (0, -rows.numel() % 16), value=-1)  # noqa: E731
+    own, name = layer.linear_attn, "linear_attn.in_proj"
+    if not hasattr(own, "in_proj_qkvz"):
+        return {f"{name}{part}": tile(torch.arange(own.num_v_heads)) for part in RATES[:2]}
+    each = own.num_v_heads // own.num_k_heads  # Qwen3-Next: all parts of a key head come before the next head's
+    sizes = own.head_k_dim, own.head_k_dim, each * own.head_v_dim, each * own.head_v_dim
+    first, last = (torch.arange(own.num_k_heads * size).view(-1, size) for size in (sum(sizes), 2 * each))
+    qkvz, rates = first.split(sizes, 1), last.split(each, 1)
+    return {f"{name}_qkvz": torch.cat([part.flatten() for part in qkvz]), f"{name}_ba": torch.cat([*map(tile, rates)])}
 
 
 def packed_parts(layer: Any, orders: dict[str, Tensor]) -> dict[str, tuple[str, int, int]]:

@@ -117,7 +117,8 @@ typedef struct {       /* low-rank terms beside a map: y += up (down x) */
 
 typedef struct {
     Map qkv, out, gate_up, down;
-    Map router;              /* [experts, hidden]; the layer's MLP is then a mixture: gate_up and down are unused */
+    Map router;              /* [experts, hidden]; the layer's MLP is then a mixture: gate_up and down are those of an
+                              * expert for all tokens, whose gate is the output behind those of the others, or unused */
     Map rates;               /* of a recurrent layer: each value head's strength of writing and, from a tile of their own, rate of decay. Its
                               * `qkv` has the inputs of the convolution (queries, keys, values), and the gates of its result */
     const Map *gates, *sums; /* [experts]: gate_up and down of each, all with inputs of the same form; NULL: no mixture */

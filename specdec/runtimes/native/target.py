@@ -51,7 +51,7 @@ from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
-FAMILIES = tuple(kind for kind, family in families.FAMILIES.items() if not family.shared)
+FAMILIES = tuple(families.FAMILIES)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 SLOTS = "qkv", "out", "gate_up", "down", "rates"  # maps with low-rank terms
 SCREENED = 0.1  # a head of more than this share of the layers' bytes is screened (``Packed.screen``)
@@ -392,7 +392,10 @@ class NativeTarget(ByParts):
         if isinstance(mlp.experts, Absent):
             raise SpecDecError("the native runtime takes experts in memory; these stay in their file")
         module = mlp.router if hasattr(mlp, "router") else mlp.gate
-        router = Packed([module.weight.detach()], getattr(module, "bias", None), rounded=False)
+        weight = module.weight.detach()
+        if hasattr(mlp, "shared_expert_gate"):
+            weight = torch.cat((weight, mlp.shared_expert_gate.weight.detach()))
+        router = Packed([weight], getattr(module, "bias", None), rounded=False)
         struct.router = router.struct
         self._alive.append(router)
         gates, sums = list[Packed](), list[Packed]()
@@ -522,7 +525,7 @@ class NativeTarget(ByParts):
 
 def _round(layer: nn.Module, kind: str) -> None:
     """Quantise the linear maps of a decoder layer to ``kind``, except those in as few or fewer bits."""
-    for path, module in (pair for pairs in llama_like.modules(layer).values() for pair in pairs):
+    for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
             made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
             layer.set_submodule(path, made)

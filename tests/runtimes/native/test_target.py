@@ -45,8 +45,11 @@ def test_agrees_with_the_reference_runtime(family: str, changes: dict[str, objec
     for got, reference, expected in zip(play(target), rough, wide, strict=True):
         # As near to float32 as the model itself is in bf16, within the noise of rounding.
         if target.mixture.experts:  # some tokens take another expert: near ties of the router
-            each = (got.float() - expected).abs().amax(-1) / expected.abs().max()
-            assert float(each.median()) < 0.03
+            ours, theirs = (
+                ((found.float() - expected).abs().amax(-1) / expected.abs().max()).median()
+                for found in (got, reference)
+            )
+            assert float(ours) < 2 * float(theirs) + 0.02
         else:
             assert apart(got.float(), expected) < 2 * apart(reference.float(), expected) + 0.02
 

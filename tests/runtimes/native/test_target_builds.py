@@ -24,6 +24,7 @@ if not library.runs():
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+SHARED = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "linear_value_head_dim": 64}
 LARGE = ("Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_1")
 
 
@@ -84,6 +85,7 @@ def everything(target: Target) -> list[torch.Tensor]:
         ("smollm3", LARGE, WIDE),
         ("gemma2", LARGE, WIDE),
         ("qwen3_5_text", ("Q5_0", "Q8_0"), {}),
+        ("qwen3_next", ("Q4_K", "Q6_K"), WIDE | SHARED),
         ("gemma3_text", ("Q5_0", "Q8_0"), WIDE | {"head_dim": 256}),
     ],
 )

@@ -39,7 +39,8 @@ def made(family: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_greedy_tokens_are_those_of_the_model_in_float32(family: str) -> None:
-    """After each token that ``model.generate`` chooses; but for near ties, which 16 bits may decide in another way."""
+    """After each token that ``model.generate`` chooses; but for near ties, which 16 bits may decide in another way.
+    Those of a router are where the model itself chooses another token in 16 bits."""
     model, wide = made(family)
     target, compared = NativeTarget(model), 0
     for prompt in [*PROMPTS, *torch.randint(3, 97, (5, 9), generator=torch.Generator().manual_seed(3)).tolist()]:
@@ -51,6 +52,9 @@ def test_greedy_tokens_are_those_of_the_model_in_float32(family: str) -> None:
         logits = wide(ids).logits[0, len(prompt) - 1 : -1]
         first, second = logits.topk(2).values.unbind(-1)
         clear = (first - second > 0.06 * logits.abs().amax(-1)).tolist()
+        if target.mixture.experts:
+            own = model(ids).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+            clear = [sure and token == other for sure, token, other in zip(clear, own, expected, strict=True)]
         pairs = zip(ours[len(prompt) - 1 : -1], expected, clear, strict=True)
         same = [one == other for one, other, sure in pairs if sure]
         assert all(same)
@@ -86,7 +90,7 @@ def test_a_copied_prefix_goes_on_as_the_text_itself(family: str) -> None:
 def test_files_of_every_type_run_natively_as_the_table_says(cache: object, tmp_path: Path, family: str) -> None:
     """Tiny files: each has the same logits, to the last bit, in passes over 1, 5 and 16 tokens."""
     sizes = sizes_of(family) | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
-    sizes |= {"moe_intermediate_size": 256} if family == "qwen3_moe" else {}
+    sizes |= {key: 256 for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if key in sizes}
     sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gemma3_text", "gpt_oss") else {}
     if family in HYBRIDS:
         sizes |= {"layer_types": ["linear_attention", "full_attention"], "linear_value_head_dim": 64}

@@ -482,7 +482,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     Mixed *g = &p->mixed;
     if (m->experts) {
         g->group = allocate(sizeof(Grouped) * (size_t)m->experts), g->count = allocate(4 * (size_t)m->experts), g->rest = allocate(4 * (size_t)m->experts);
-        g->logits = allocate(64 * blocks * routed_features(m)), g->experts = allocate(4 * taken), g->shares = allocate(4 * taken);
+        g->logits = allocate(64 * blocks * in_tiles(m->experts + 1)), g->experts = allocate(4 * taken), g->shares = allocate(4 * taken);
         g->row = allocate(64 * groups), g->share = allocate(64 * groups), g->tokens = allocate(4 * groups);
         g->normed = allocate(32 * groups * m->hidden), g->inputs = allocate(groups * input_bytes(widest));
         if (!(g->group && g->count && g->rest && g->logits && g->experts && g->shares && g->row && g->share && g->tokens && g->normed && g->inputs)) return -1;

@@ -1,7 +1,6 @@
 /* Mixtures of experts in the place of MLPs. A pass reads each expert that any of its tokens takes once: tokens are grouped by expert,
- * in blocks. The results of a token's experts are added in the order of their numbers, whatever tokens are beside it. */
-
-static int routed_features(const Model *m) { return (m->experts + 15) / 16 * 16; }
+ * in blocks. The results of a token's experts are added in the order of their numbers, whatever tokens are beside it. If there is an expert
+ * for all tokens beside them, it is the layer's MLP, and the router's last output is its gate. */
 
 /* The maximum number of blocks of tokens, grouped by expert. */
 static int most_groups(const Model *m, int rows) {
@@ -30,13 +29,13 @@ static void choose_experts(const Model *m, const float *logits, float *rest, int
 }
 
 /* Group all tokens by the experts that the router chooses. */
-static void group_tokens(Pass *p) {
+static void group_tokens(Pass *p, int features) {
     const Model *m = p->m;
     Mixed *g = &p->mixed;
     int blocks = 0;
     memset(g->count, 0, 4 * (size_t)m->experts);
     for (int r = 0; r < p->rows; r++) {
-        choose_experts(m, g->logits + (int64_t)(r / 16) * routed_features(m) * 16 + r % 16, g->rest, g->experts + r * m->taken, g->shares + r * m->taken);
+        choose_experts(m, g->logits + (int64_t)(r / 16) * features * 16 + r % 16, g->rest, g->experts + r * m->taken, g->shares + r * m->taken);
         for (int i = 0; i < m->taken; i++) g->count[g->experts[r * m->taken + i]]++;
     }
     for (int e = g->groups = 0; e < m->experts; e++) {
@@ -71,22 +70,22 @@ static void mix(Pass *p, int index, int me, int n) {
     const Layer *layer = m->layers + index;
     Mixed *g = &p->mixed;
     float gate[MOST_BLOCKS * 256] __attribute__((aligned(64))), up[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    int from, to, hidden = m->hidden, inner = layer->sums->in;
+    int from, to, hidden = m->hidden, inner = layer->sums->in, features = layer->router.out;
     const uint32_t *x = inputs_of(p, &layer->router, layer->norm_mlp, NULL, me, n);
     const uint32_t *normed = p->blocks > 1 ? p->normed : (const uint32_t *)(p->scratch + p->own * me);
-    split(routed_features(m) / 16, me, n, &from, &to);
+    split(features / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0);
         for (int t = from; t < to; t++) {
             product(&layer->router, NULL, t, from_block(&layer->router, x, b0), NULL, tokens, gate);
             for (int b = 0; b < (tokens + 15) / 16; b++)
                 for (int o = 0; o < 16; o++)
-                    store16(g->logits + ((int64_t)(b0 + b) * routed_features(m) + 16 * t + o) * 16, rounded(load16(gate + 256 * b + 16 * o)));
+                    store16(g->logits + ((int64_t)(b0 + b) * features + 16 * t + o) * 16, rounded(load16(gate + 256 * b + 16 * o)));
         }
     }
     wait_for_team(&p->barrier, n);
     if (!me) {
-        group_tokens(p);
+        group_tokens(p, features);
         if (m->demand) m->demand(index, g->groups, &g->group->expert);
     }
     wait_for_team(&p->barrier, n);
@@ -133,6 +132,24 @@ static void mix(Pass *p, int index, int me, int n) {
                     float share = g->share[16 * block + lane], *sum = p->qkv + ((int64_t)(row / 16) * hidden + 16 * t) * 16 + row % 16;
                     const float *result = gate + 256 * (lane / 16) + lane % 16;
                     for (int o = 0; o < 16; o++) sum[16 * o] += share * widen(narrow(result[16 * o]));
+                }
+            }
+        }
+    }
+    if (layer->down.in) {
+        wait_for_team(&p->barrier, n);
+        gate_and_up(p, index, NULL, me, n);
+        x = inputs_of(p, &layer->down, NULL, p->inner, me, n);
+    }
+    for (int b0 = 0; layer->down.in && b0 < p->blocks; b0 += MOST_BLOCKS) {
+        int tokens = tokens_from(p, b0);
+        for (int t = from; t < to; t++) {
+            product(&layer->down, NULL, t, from_block(&layer->down, x, b0), NULL, tokens, gate);
+            for (int b = 0; b < (tokens + 15) / 16; b++) {
+                F share = rounded(sigmoid16(load16(g->logits + ((int64_t)(b0 + b) * features + m->experts) * 16)));
+                for (int o = 0; o < 16; o++) {
+                    float *sum = p->qkv + ((int64_t)(b0 + b) * hidden + 16 * t + o) * 16;
+                    store16(sum, add16(rounded(load16(sum)), rounded(mul16(share, rounded(load16(gate + 256 * b + 16 * o))))));
                 }
             }
         }
