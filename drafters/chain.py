@@ -197,7 +197,7 @@ class ChainDrafter(Drafter):
                 joint = reach * each.pow(prices.exponent)  # (B, 1 or W)
                 values, reach = joint.mean(0).tolist(), joint[:, :1]
                 on, off = [*on, values[0]], [*off, *values[1:]]
-                if len(token) * values[0] < prices.level:
+                if not prices.pays(reach[:, 0].tolist()):
                     break
         drafted, parents = torch.cat((*chain, *beside), 1), [*range(len(chain) - 1), *parents]
         if weighs and prices is not None:  # keep the siblings that are worth their price

@@ -152,7 +152,7 @@ class Eagle3Drafter(ChainDrafter):
             level += 1
             return self.network.logits(features)[0]
 
-        limits = TreeLimits(limit, width, state.prices.min_probability if state.prices else 0.0)
+        limits = TreeLimits(limit, width, *(state.prices.bar if state.prices else ()))
         return by_levels(state.ids[0][-1], self.tokens, limits, state.cache.device, step, state.masks(0))
 
     def _catch_up(self, state: State) -> None:

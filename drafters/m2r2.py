@@ -205,7 +205,7 @@ class M2R2Drafter(ChainDrafter):
         if len(final) > 1:  # other rows were in the block
             *inputs, final = (x[row.number : row.number + 1] for x in row.block)
         roots = DraftRoots([state.ids[0][-1]], state.cache.rows, final, inputs, row.place)
-        limits = TreeLimits(limit, width, state.prices.min_probability if state.prices else 0.0)
+        limits = TreeLimits(limit, width, *(state.prices.bar if state.prices else ()))
         return state.target.draft_tree(state.cache, roots, path, limits, state.masks(0))
 
     def _drafts_chains(self, state: State) -> bool:
@@ -216,15 +216,12 @@ class M2R2Drafter(ChainDrafter):
         return plain and alone and shape.siblings is None and shape.nodes is None and state.cache.batch > 1
 
     def _chains(self, state: State, limit: int) -> list[Candidates] | None:
-        path, rows = self._draft_path(state), len(state.ids)
+        path = self._draft_path(state)
         *inputs, final = self._states_before(state.row_states)
         roots = DraftRoots(
             [ids[-1] for ids in state.ids], state.cache.rows, final, inputs, forbidden=self.vocabulary.forbidden
         )
-        # A level pays for the rows together: the likeliest row must reach the mean probability that it takes.
-        limits = TreeLimits(
-            limit, width=1, min_probability=state.prices.min_probability / rows if state.prices else 0.0
-        )
+        limits = TreeLimits(limit, 1, *(state.prices.bar if state.prices else ()))
         return state.target.draft_chains(state.cache, roots, path, limits)
 
     def _draft_path(self, state: State) -> DraftPath:

@@ -88,7 +88,7 @@ class NgramDrafter(Drafter):
             for depth, probability in zip(own.depths(), prices.calibrated(own.scores, free=True), strict=True):
                 right[depth] += probability
         for level in range(1, 1 + prices.usual):
-            gain += len(found) - right[level] - prices.level
+            gain += len(found) * (1 - prices.node) - right[level] - prices.level
             if gain > 0:
                 return None
         return draft_best(found, limit, self.nodes, state, levels=0)

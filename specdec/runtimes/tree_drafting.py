@@ -107,12 +107,15 @@ class TreeLimits:
 
     levels: maximum number of levels.
     width: number of nodes of a level that get children, and of the children of each.
-    min_probability: probability that the likeliest path needs for another level.
+    level, node, exponent: another level is drafted while the likeliest path of each row, as far as its probability **
+        ``exponent`` exceeds ``node``, brings ``level`` tokens or more, all rows together (``Prices``).
     """
 
     levels: int
     width: int = WIDTH
-    min_probability: float = 0.0
+    level: float = 0.0
+    node: float = 0.0
+    exponent: float = 1.0
 
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -149,7 +152,7 @@ def by_levels(
             chosen, scores = chosen[scores > -math.inf], scores[scores > -math.inf]
             if not len(chosen):
                 break
-        if not is_asynchronous(device) and float(scores[0].exp()) < limits.min_probability:
+        if not is_asynchronous(device) and float(scores[0].exp()) ** limits.exponent - limits.node < limits.level:
             break
         parents, nodes = chosen // joint.shape[1], 1 + count + chosen
         tokens, count = ids.flatten()[chosen][None], count + joint.numel()

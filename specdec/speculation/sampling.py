@@ -63,7 +63,7 @@ class TopP(TopPLogitsWarper):  # type: ignore[misc]
     Tokens as likely as the last one that is kept stay, too: the result depends on no order of equals.
     """
 
-    FEW = 1024
+    FEW = 128
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.device.type != "cpu":

@@ -20,11 +20,13 @@ class Prices:
     """The costs of a draft, in accepted tokens: what the engine yields in the seconds that it takes.
 
     Nodes are taken in order of the probability that they are accepted, as many as bring the most tokens beyond the
-    price of scoring them. Another level is drafted while the likeliest path so far is worth it. A drafter's own
-    probability p counts as p ** ``exponent``, which is learned. Of several rows, the nodes of all are taken together.
+    price of scoring them. Another level is drafted while the rows' likeliest paths so far are worth it together
+    (``pays``). A drafter's own probability p counts as p ** ``exponent``, which is learned. Of several rows, the nodes
+    of all are taken together.
 
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
-    level: price of drafting another level for all rows.
+    level: price of drafting another level for all rows, before its nodes are scored.
+    node: price of scoring a node of that level.
     free_exponent: ``exponent`` of drafts that cost nothing, such as those of n-grams beside a learned drafter.
     usual: number of levels that are worth drafting in a usual step.
     expected, levels: the result: expected tokens of the nodes taken, and number of levels that were drafted (0: the
@@ -33,6 +35,7 @@ class Prices:
 
     nodes: Sequence[float]
     level: float = 0.0
+    node: float = 0.0
     exponent: float = 1.0
     free_exponent: float = 1.0
     usual: int = 1
@@ -40,9 +43,16 @@ class Prices:
     levels: int | None = None
 
     @property
-    def min_probability(self) -> float:
-        """The drafter's own probability that a path needs to be worth another level."""
-        return min(self.level, 1.0) ** (1 / self.exponent)
+    def bar(self) -> tuple[float, float, float]:
+        """What ``TreeLimits`` has of them: the prices of a level and of a node, and the exponent."""
+        return self.level, self.node, self.exponent
+
+    def pays(self, likeliest: Sequence[float]) -> bool:
+        """Whether another level is worth its price: the next node of a row is accepted at most as often as its path.
+
+        likeliest: calibrated probability of each row's likeliest path.
+        """
+        return sum(max(probability - self.node, 0.0) for probability in likeliest) >= self.level
 
     def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None, rows: int = 1) -> int:
         """The number of nodes to score: ``exactly`` as many as given, else ``least`` or more.

@@ -101,7 +101,7 @@ def test_as_many_nodes_are_taken_as_bring_most_beyond_their_price() -> None:
     assert Prices([float(n) for n in range(9)]).take(likely, least=3) == 3
 
 
-def test_the_bar_for_another_level_is_the_price_before_calibration() -> None:
-    prices = Prices((), level=0.25, exponent=2.0)
-    assert prices.min_probability == pytest.approx(0.5)
-    assert prices.calibrated([math.log(prices.min_probability)]) == pytest.approx([0.25])
+def test_another_level_is_paid_by_all_rows_together() -> None:
+    prices = Prices((), level=0.5, node=0.25)
+    assert prices.pays([0.8]) and not prices.pays([0.7])
+    assert prices.pays([0.5, 0.5]) and not prices.pays([0.7, 0.2, 0.2, 0.2])  # a node that does not pay is not scored

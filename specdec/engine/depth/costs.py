@@ -103,9 +103,9 @@ class CostModel:
         """The prices of levels, and of nodes of the ``drafting`` ones of ``rows``. speed: tokens per second."""
         passes = self.passes(rows, drafting * MOST_NODES)
         _, one, two, *_ = self.drafting(exit, rows)
-        level = speed * (two - one + max(passes[2] - passes[1], 0.0))
+        level, node = speed * (two - one), speed * max(passes[2 * drafting] - passes[drafting], 0.0) / drafting
         nodes = [speed * (seconds - passes[0]) for seconds in passes]
-        return Prices(nodes, level, self.exponents[exit], self.exponents[0], usual)
+        return Prices(nodes, level, node, self.exponents[exit], self.exponents[0], usual)
 
     def add_step(self, exit: int, rows: int, tokens: int, levels: int, drafting: float, other: float) -> None:
         """Add a step over ``rows`` roots and drafted ``tokens``. exit: -1 if nothing is drafted. Times: seconds."""

@@ -18,7 +18,7 @@ from specdec.runtimes import linear_maps
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.native.library import INT, POINTER, Call, MaskCall, Model, Stage, TreeDraft, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
-from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks
+from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 
 class Kernels(Protocol):
@@ -78,7 +78,7 @@ class TreeDrafter:
             *(ctypes.addressof(target.embedding.struct), None),
             (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
             (INT * 2)(*(head.width for head in heads)),
-            *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0),
+            *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0, 0.0, 1.0),
             *(ctypes.addressof(out) for out in self.found),
             *(None, ctypes.addressof(self.allowed), None),
         )
@@ -93,7 +93,7 @@ class TreeDrafter:
         return few and packed and not near
 
     def __call__(
-        self, target: Kernels, cache: RowCache, roots: DraftRoots, min_probability: float, masks: Masks | None
+        self, target: Kernels, cache: RowCache, roots: DraftRoots, limits: TreeLimits, masks: Masks | None
     ) -> Candidates:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (roots.final, *roots.carried))
@@ -106,7 +106,8 @@ class TreeDrafter:
             alive.append(target.place(call, cache, lo, hi, [self.drafted] * self.rows))
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
-        struct.final, struct.min_probability = final.data_ptr() + before, min_probability
+        struct.final = final.data_ptr() + before
+        struct.level, struct.node, struct.exponent = limits.level, limits.node, limits.exponent
         self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
         struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)
         count = target.lib.specdec_draft_tree(ctypes.byref(struct))

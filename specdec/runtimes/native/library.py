@@ -109,7 +109,7 @@ class TreeDraft(ctypes.Structure):
         *((name, INT) for name in ("stages", "levels", "width", "sequences")),
         *((name, POINTER) for name in ("roots", "stage", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
-        *((name, FLOAT) for name in ("eps", "unit_eps", "min_probability")),
+        *((name, FLOAT) for name in ("eps", "unit_eps", "level", "node", "exponent")),
         *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed", "forbidden")),
     )
 

@@ -234,7 +234,7 @@ class NativeTarget(ByParts):
             drafter = idle.pop()
         except IndexError:
             drafter = TreeDrafter(self, path, *size)
-        found = drafter(self, cache, roots, limits.min_probability, masks)
+        found = drafter(self, cache, roots, limits, masks)
         idle.append(drafter)
         return found
 

@@ -298,7 +298,7 @@ def simulate_tree(
             while levels < choice.depth:
                 levels, reach = levels + 1, reach * right
                 reaches.append(reach ** (1 / power))
-                if reaches[-1] < prices.min_probability:
+                if not prices.pays([reaches[-1] ** prices.exponent]):
                     break
             prices.levels = levels
             count = prices.take([said**prices.exponent for said in reaches])

@@ -62,8 +62,9 @@ class Fixed:
             return DepthChoice()
         scoring, count, nodes = Costs(self.world.score, ()).scoring, len(rows), len(rows) * MOST_NODES
         passes = [scoring(count), *(scoring(count + n) + self.world.beyond for n in range(1, nodes + 1))]
-        level = self.speed * (self.world.drafts[self.exit][1] + passes[2] - passes[1])
-        prices = Prices([self.speed * (each - passes[0]) for each in passes], level, self.world.power)
+        level, rows_ = self.speed * self.world.drafts[self.exit][1], len(rows)
+        node = self.speed * (passes[2 * rows_] - passes[rows_]) / rows_
+        prices = Prices([self.speed * (each - passes[0]) for each in passes], level, node, self.world.power)
         return DepthChoice(12, self.exit, prices)
 
     def observe(self, step: StepReport) -> None:
@@ -99,8 +100,8 @@ def run(policy: AutoDepth | Fixed, world: World, text: Text, tokens: int, seed: 
             exit = choice.exit or 0
             first, further = world.drafts[exit]
             said = [[log / world.power for log in row.draft(exit, choice.depth)] for row in own]
-            levels = [sum(math.exp(log) > prices.min_probability for log in logs[:-1]) for logs in said]
-            prices.levels = 1 + max(levels) if further else 1
+            paths = [prices.calibrated(logs) for logs in zip(*said, strict=True)][:-1]  # by level
+            prices.levels = 1 + len([*itertools.takewhile(prices.pays, paths)]) if further else 1
             drafting = first + further * (prices.levels - 1)
             nodes = [(log, at) for at, logs in enumerate(said) for log in logs[: prices.levels if further else None]]
             nodes.sort(reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -431,6 +432,12 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: s
         found = target.draft_chains(together, roots, route, limits)
         assert found is not None and [chain.tokens for chain in found] == alone
         assert all(chain.parents == list(range(levels)) and chain.scores[-1] < 0 for chain in found)
+    if levels > 1:  # another level must pay for all rows together
+        gain = sum(max(math.exp(2 * chain.scores[0]) - 0.001, 0.0) for chain in found)
+        for level, deep in (1.01 * gain, 1), (0.99 * gain, 2):
+            limits = tree_drafting.TreeLimits(2, 1, level, node=0.001, exponent=2.0)
+            ended = target.draft_chains(together, roots, route, limits)
+            assert ended is not None and [chain.tokens for chain in ended] == [tokens[:deep] for tokens in alone]
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
     assert all(
         torch.equal(now[:, :, :, :n], before[:, :, :, :n])

@@ -20,7 +20,8 @@ typedef struct {        /* a tree that grows from one root, level by level, or t
     const int64_t *tokens;  /* [outputs]: their tokens, or NULL: the outputs are the tokens */
     const float *norm;
     float eps, unit_eps;    /* of the final norm, of the projections' */
-    float min_probability;  /* growing ends when no path is as probable */
+    float level, node, exponent; /* growing ends when the likeliest path of each sequence, as far as its probability to the power of
+                             * `exponent` exceeds `node`, brings less than `level`, all together */
     float *scores;          /* out: [levels * width * width] or [levels, sequences], log-probabilities of the candidates' paths */
     int32_t *ids, *parents; /* out: their tokens; 0: a root, i + 1: candidate i */
     int (*mask)(int rows, const int32_t *nodes); /* NULL: all tokens are allowed. Called before a level's pass, by one thread, to set */
@@ -247,9 +248,12 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
             for (; at > 0 && g->scores[i] > g->scores[chosen[at - 1]]; at--) chosen[at] = chosen[at - 1];
             chosen[at] = i;
         }
-        float likeliest = NEVER;
-        for (int i = 0; i < some; i++) likeliest = g->scores[chosen[i]] > likeliest ? g->scores[chosen[i]] : likeliest;
-        if (!some || __builtin_expf(likeliest) < g->min_probability) break;
+        float gain = 0; /* of a tree only the first is the likeliest */
+        for (int i = 0; i < (count > 1 ? some : some > 0); i++) {
+            float beyond = __builtin_expf(g->exponent * g->scores[chosen[i]]) - g->node;
+            gain += beyond > 0 ? beyond : 0;
+        }
+        if (!some || gain < g->level) break;
         for (int r = 0; r < some; r++) {
             int parent = origin[chosen[r] - begun];
             if (count == 1) {
