@@ -54,8 +54,10 @@ from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Ma
 FAMILIES = tuple(families.FAMILIES)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 SLOTS = "qkv", "out", "gate_up", "down", "rates"  # maps with low-rank terms
-SCREENED = 0.1  # a head of more than this share of the layers' bytes is screened (``Packed.screen``)
 ROOM = 0.8  # share of the free memory that a mixture's experts may take
+# A head of more than this share of the layers' bytes is screened (``Packed.screen``), and of more than so many bytes: a
+# smaller one may be in a cache, from where all of it comes as fast.
+SCREENED, LEAST = 0.1, 64 << 20
 BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6, MX
 
 
@@ -342,7 +344,8 @@ class NativeTarget(ByParts):
                 numbers = self.numbers.logits, self.numbers.logits_cap
                 packed = Packed([weight], module.bias, self.rounded, head is not None, *numbers)
                 self._heads[module] = packed
-                if head is None and isinstance(weight, Blocks) and packed.nbytes > SCREENED * self.bytes_of_layers:
+                least = max(SCREENED * self.bytes_of_layers, LEAST)
+                if head is None and isinstance(weight, Blocks) and packed.nbytes > least:
                     packed.screen(weight)
                 release(weight)
             if head is None:

@@ -66,7 +66,7 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
     for (int i = 0; map->cap > 0 && i < 256 * blocks; i += 16) store16(sums + i, capped16(load16(sums + i), map->cap));
 }
 
-enum { SCREENED = 7 }; /* most tokens for which two readings of some weights cost less than one of all */
+enum { SCREENED = WIDE == 16 ? 10 : 7 }; /* most tokens for which two readings of some weights cost less than one of all */
 
 /* Put the 16 outputs `sums` from number `first` on, of which `left` are there, among the largest of each lane so far. */
 static void keep_largest(const float *sums, int first, int left, float *tops, int32_t *which) {
@@ -98,7 +98,7 @@ static void screen(const Map *map, const uint32_t *x, int tokens, int width, flo
         }
     for (int r = 0; r < tokens; r++) length[r] = __builtin_sqrtf(length[r]) * 1.001f, high[r] = -__builtin_inff(), likeliest[r] = from;
     for (int t = from; t < to; t++) {
-        row_of_blocks(Q4, tokens, map->rough + tiles_bytes(Q4, count) * t, count, (const Rounded *)x, outputs);
+        few_rows(Q4, tokens, map->rough + tiles_bytes(Q4, count) * t, count, (const Rounded *)x, outputs);
         for (int r = 0; r < tokens; r++) {
             const F v = load16(outputs[r]);
             const float best = largest16(v);
