@@ -67,10 +67,10 @@ def test_drafts_and_batches_change_no_token(family: str) -> None:
     target = NativeTarget(made(family)[0])
     together = run(target, EVERY["none"](target), PROMPTS, COUNT, eos=None)[0]
     assert [run(target, EVERY["none"](target), [prompt], COUNT, eos=None)[0][0] for prompt in PROMPTS] == together
-    for name in DRAFTERS:
+    for name in EVERY if family == "qwen3_5_text" else DRAFTERS:  # each may run recurrent layers in a way of its own
         found, ran = run(target, EVERY[name](target), PROMPTS, COUNT, eos=None)
         assert found == together, name
-        assert all(sum(metrics.per_step_drafted) for metrics in ran.metrics), name
+        assert name not in DRAFTERS or all(sum(metrics.per_step_drafted) for metrics in ran.metrics), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
