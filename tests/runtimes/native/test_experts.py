@@ -17,11 +17,12 @@ from tiny_gguf import write_family
 from specdec import SpecDecoder
 from specdec.base import machine, memory
 from specdec.base.errors import SpecDecError
+from specdec.engine.depth import measure as costs
 from specdec.kvcache.rows import RowCache
 from specdec.models import loading
 from specdec.runtimes.experts.offload import ExpertOptions
 from specdec.runtimes.native import library
-from specdec.runtimes.native.experts import MappedExperts
+from specdec.runtimes.native.experts import MappedExperts, _Layer
 from specdec.runtimes.native.target import NativeTarget
 
 if not library.runs():
@@ -132,6 +133,20 @@ def test_without_room_for_all_experts_some_stay_on_the_disk(tmp_path: Path, monk
         assert (found and found.slots) == slots
     with pytest.raises(SpecDecError, match="not enough memory"):
         loading.load(path, dtype="float32")
+
+
+def test_a_pass_costs_what_the_experts_of_other_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only reading an expert moves: more tokens take more of them, and draft lengths follow."""
+    target, advise, now = NativeTarget(mixture(), expert_cache=0.5), _Layer.advise, [0.0]
+
+    def takes(layer: _Layer, expert: int, advice: int, step: int = 1 << 62) -> None:
+        now[0] += 0.006 * (advice == 22)
+        advise(layer, expert, advice, step)
+
+    monkeypatch.setattr(_Layer, "advise", takes)
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
+    score = costs.time_scoring(target, 4)
+    assert 0 < score[1] < score[4] < score[16]
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
