@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -69,15 +70,16 @@ class TopP(TopPLogitsWarper):  # type: ignore[misc]
         if scores.device.type != "cpu":
             kept: Tensor = super().__call__(input_ids, scores)
             return kept
-        p = scores.softmax(-1)  # (n, V)
-        least = torch.empty_like(p[:, :1])  # probability of each row's last token that is kept
-        for row, own in enumerate(p):
-            likely = own.topk(min(self.FEW, len(own))).values
-            if likely.sum() <= self.top_p:
-                likely = own.sort(descending=True).values
-            above = likely.cumsum(0) - likely
-            least[row] = likely[(above < self.top_p).sum().clamp_min(1) - 1]
-        return scores.masked_fill(p < least, float("-inf"))
+        out, lowest = torch.empty_like(scores), scores.new_tensor(float("-inf"))
+        for row, own in enumerate(scores):
+            best, total = own.topk(min(self.FEW, len(own))).values, own.logsumexp(-1)
+            if (best - total).exp().sum() <= self.top_p:
+                best = own.sort(descending=True).values
+            p = (best - total).exp()
+            above = p.cumsum(0) - p
+            least = best[(above < self.top_p).sum().clamp_min(1) - 1]
+            out[row] = F.threshold(own, float(torch.nextafter(least, lowest)), float("-inf"))
+        return out
 
 
 class Transforms:
