@@ -153,9 +153,9 @@ def test_no_pass_is_timed_right_after_a_much_larger_one(monkeypatch) -> None:
     """Such a pass takes longer than it does among steps of a request."""
     sizes, run = list[int](), costs._pass
 
-    def spy(target: Any, cache: Any, start: int, count: int) -> None:
+    def spy(target: Any, cache: Any, start: int, count: int, first: int = 0) -> None:
         sizes.append(count)
-        run(target, cache, start, count)
+        run(target, cache, start, count, first)
 
     monkeypatch.setattr(costs, "_pass", spy)
     costs.time_scoring(ReferenceTarget(tiny_model()), 1)
