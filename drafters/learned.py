@@ -26,10 +26,9 @@ from torch import Tensor
 from specdec.base import files
 from specdec.base.errors import SpecDecError
 
-VERSION = 2
+VERSION = 3
 MOST_BYTES = 4 << 30  # of all files; the oldest go first
 PRIOR = 4000  # tokens that what a base model learned counts as for a fine-tune, at most
-PANEL = 512  # rows of a symmetric matrix that are one tensor, up to the diagonal
 
 
 @dataclass
@@ -152,7 +151,7 @@ def begin_from(store: Store, other: Path, model: str) -> None:
     tokens = min(progress.tokens, PRIOR)
     tensors = load_file(other)
     for name, tensor in tensors.items():
-        if name.startswith(("gram.", "cross.")):
+        if name.startswith("sums."):
             tensor *= tokens / max(progress.tokens, 1)
     own = Progress(model, progress.path, tokens, fitted=tokens, based=tokens, fits=progress.fits)
     if not store.claim():
@@ -174,19 +173,6 @@ def all_progress() -> list[tuple[Path, Progress | None]]:
             progress = read_progress(path)
         found.append((path, progress))
     return found
-
-
-def panels(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    """The lower triangle of a symmetric matrix, in panels."""
-    size = len(matrix)
-    return {f"{name}.{lo}": matrix[lo : lo + PANEL, : lo + PANEL].contiguous() for lo in range(0, size, PANEL)}
-
-
-def fill(matrix: Tensor, name: str, panel: Tensor) -> None:
-    """Set a symmetric matrix from a tensor of ``panels``."""
-    lo = int(name.rpartition(".")[2])
-    matrix[lo : lo + PANEL, : lo + PANEL] = panel
-    matrix[:lo, lo : lo + PANEL] = panel[:, :lo].T
 
 
 def _bound(newest: Path) -> None:

@@ -108,7 +108,8 @@ class M2R2Drafter(ChainDrafter):
     def bind(self, target: Target) -> None:
         if self.learner is None:
             self.network.freeze(target)
-        self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
+        head = None if self.learner is None else self.learner.head
+        self.vocabulary = DraftVocabulary(target, self.network.draft_vocab, head)
         self.draft_path: DraftPath | None = None
         self.has_probabilities = (
             self.num_exits == 1 and self.shape.siblings is None and not is_asynchronous(target.device)
@@ -132,7 +133,7 @@ class M2R2Drafter(ChainDrafter):
         if self.network is not self.learner.network and self.learner.progress.fits:
             old, self.network, self.draft_path = self.network.draft_vocab, self.learner.network, None
             if self.network.draft_vocab is not old:
-                self.vocabulary = DraftVocabulary(self.learner.target, self.network.draft_vocab)
+                self.vocabulary = DraftVocabulary(self.learner.target, self.network.draft_vocab, self.learner.head)
         return True
 
     def save(self) -> None:

@@ -19,28 +19,29 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.memory import free_memory
 from specdec.models.gguf.blocks import named_weights
+from specdec.runtimes.linear_maps import UnitMap
 from specdec.runtimes.llama_like import Adapters
-from specdec.runtimes.narrow import gated_mlp, strengths
+from specdec.runtimes.narrow import activity, column_sizes, gated_mlp
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.ngram import built
 
-from . import learned
 from .corpus import corpus
 from .learned import Progress, Store
 from .m2r2_network import M2R2, NEURONS, Carry, are_neurons, narrow_mlp
 from .m2r2_path import M2R2Path
-from .ridge import RIDGE, Sums
+from .ridge import RIDGE, WORK, Sums, Weighted, result
 
-FIRST, EVERY, SHARE = 1000, 500, 4  # tokens before the first fit; between two: this number, or one in SHARE of all
+FIRST = 1000  # tokens before the first fit
+EVERY, SHARE, MOST = 500, 4, 1000  # tokens between two fits: one in SHARE of all, within these bounds
 AGAIN = 16_000  # maximum tokens of texts that are run again after a fit of the first projection
 HELD_OUT, HELD = 8, 4  # one text of so many is held out; number of these that fits are compared on
-RECENT, WEIGHT = 2000, 5.0  # number of latest tokens, and how many times a fit may count them
+RECENT, WEIGHTS = 2000, (1.0, 5.0)  # number of latest tokens, and how many times fits count them
 CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
 WAITING, SAVED = 64, 8  # maximum number of texts that wait; number of texts after which all is kept
 VOCABULARY = 8192  # tokens that are drafted
@@ -113,7 +114,7 @@ def why_not(target: Target) -> str | None:
     lo, hi = learned_path(target).segments[0]
     if target.experts is not None or any(lo <= layer < hi for layer in target.recurrent_layers):
         return "its layers cannot be run twice on a token"
-    need = 168 * target.hidden_size**2  # bytes of the sums, and of the system that is solved
+    need = 120 * target.hidden_size**2  # bytes of the sums, and of the system that is solved
     if need > free_memory(torch.device("cpu")) // SHARE_OF_MEMORY:
         return f"it would need {need / 1e9:.1f} GB of memory"
     return None
@@ -126,6 +127,7 @@ class Learner:
     with a warning, never a request.
 
     network: the latest fit that serves; before the first, one of zeros.
+    head: of its vocabulary; None: the model's own. newest: of the latest vocabulary.
     basis: its first projection makes the rows of the second one. It is fitted anew when there are half as many tokens
         again, and the texts of this process are run again.
     progress: number of tokens, fits and more; without fits, ``network`` drafts nothing useful.
@@ -175,9 +177,10 @@ class Learner:
                 self.counted, self.saved = progress.tokens, progress.texts
         except SpecDecError as error:
             warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
-        self.network = self.basis = self._network(found)
+        self.network = self.basis = result(self._making(*found))
         if basis is not None:
-            self.basis = self._network([basis, found[1]])
+            self.basis = result(self._making(basis))
+        self.head = self.newest = None if self.vocabulary is None else self.target.reduced_head(self.vocabulary)
 
     def _shapes(self) -> list[tuple[int, int]]:
         """[F + 1, D] of each projection."""
@@ -214,7 +217,8 @@ class Learner:
         progress = self.progress
         if not self.sums:
             return self._open() if self.queue else None
-        due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= max(EVERY, progress.tokens // SHARE)
+        more = min(max(EVERY, progress.tokens // SHARE), MOST)
+        due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= more
         chosen = progress.based or progress.fits or not self.path.narrow_layers  # neurons; else a text tells which
         if progress.tokens >= max(FIRST, 3 * progress.based // 2) and (chosen or self.inputs):
             return self._rebase()
@@ -238,15 +242,11 @@ class Learner:
         if self.progress.tokens:
             shapes = dict[str, tuple[int, ...]]()
             for n, each in enumerate(sums):
-                shapes |= {name: tuple(part.shape) for name, part in learned.panels(f"gram.{n}", each.gram).items()}
-                shapes[f"cross.{n}"] = tuple(each.cross.shape)
+                shapes |= {f"sums.{n}.{number}": tuple(panel.shape) for number, panel in enumerate(each.panels)}
             try:
-                for name, tensor in self.store.tensors(("gram.", "cross."), shapes):
-                    each = sums[int(name.split(".")[1])]
-                    if name.startswith("cross"):
-                        each.cross.copy_(tensor)
-                    else:
-                        learned.fill(each.gram, name, tensor)
+                for name, tensor in self.store.tensors(("sums.",), shapes):
+                    n, number = map(int, name.split(".")[1:])
+                    sums[n].panels[number] = tensor
                     shapes.pop(name)
                     yield
                 if shapes:
@@ -275,7 +275,7 @@ class Learner:
             {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
         )
         for n, sums in enumerate(self.sums):
-            tensors |= learned.panels(f"gram.{n}", sums.gram) | {f"cross.{n}": sums.cross}
+            tensors |= {f"sums.{n}.{number}": panel for number, panel in enumerate(sums.panels)}
             tensors[f"fit.{n}"] = self._weights(self.network, n).bfloat16()
         tensors["basis"] = self._weights(self.basis, 0).bfloat16()
         try:
@@ -296,16 +296,16 @@ class Learner:
             self.texts.popleft()
         begun, chosen = self.progress.based > 0, self.progress.fits > 0
         for rows in self._replay(text, [self.basis] if begun else [], watched=not (begun or chosen)):
+            yield
             if rows is not None:
-                self._add(rows, 0)
+                yield from self._add(rows, 0)
                 self.progress.tokens += len(rows.following)
                 self.counts += torch.bincount(torch.tensor(rows.following), minlength=len(self.counts))
-            yield
 
-    def _add(self, rows: Rows, first: int) -> None:
+    def _add(self, rows: Rows, first: int) -> Generator[None]:
         """Add rows to the sums from number ``first`` on."""
         for index, sums in enumerate(self.sums[first : 1 + len(rows.ends)], start=first):
-            sums.add(*rows.products(self.basis, index))
+            yield from sums.adding(*rows.products(self.basis, index))
         if rows.ends:
             self.recent.append(rows)
             while sum(len(each.following) for each in self.recent) > RECENT:
@@ -314,45 +314,69 @@ class Learner:
     def _rebase(self) -> Iterator[None]:
         """Fit the first projection, at the first time choose neurons, and run texts again for the second one."""
         if self.inputs:
-            strongest = list[Tensor]()
-            for layer in self.path.narrow_layers:
-                with self.target.lock:
-                    found = strengths(self.target.block(layer), self.kind, torch.cat(self.inputs.pop(layer)))
-                strongest.append(found.topk(self.path.neurons).indices)
-                yield
-            self.neurons, self.adapters = torch.stack(strongest).sort().values.int().cpu(), None
-        found = yield from self._solved(self.sums[0].solve(RIDGE))
-        self.basis = self._network([found, torch.zeros_like(self.sums[1].cross)])
+            self.neurons, self.adapters = (yield from self._strongest()), None
+        self.basis = yield from self._making((yield from self.sums[0].solve(RIDGE)))
+        yield from self._merging()
         # Rows of the earlier projection are worse; without the texts they are all there is.
         again = list(self.texts)
-        self.sums[1].scale(0.0 if 2 * sum(len(x.ids) - x.start for x in again) > self.progress.tokens else 0.5)
+        enough = 2 * sum(len(x.ids) - x.start for x in again) > self.progress.tokens
+        yield from self.sums[1].scaling(0.0 if enough else 0.5)
         self.recent.clear()
         self.progress.based = self.progress.tokens
         for text in again:
             for rows in self._replay(text, [self.basis]):
-                if rows is not None:
-                    self._add(rows, 1)
                 yield
+                if rows is not None:
+                    yield from self._add(rows, 1)
+
+    def _strongest(self) -> Generator[None, None, Tensor]:
+        """The neurons of each narrow layer that add most to the residual, int32 [L, I']."""
+        found = list[Tensor]()
+        for layer in self.path.narrow_layers:
+            sums, block = torch.zeros(()), self.target.block(layer)
+            step = max(int(WORK / (3 * self.target.hidden_size * narrow_mlp(self.target, layer, NEURONS).size)), 8)
+            for rows in torch.cat(self.inputs.pop(layer)).split(step):
+                with self.target.lock:
+                    sums = sums + activity(block, self.kind, rows)
+                yield
+            found.append((sums * column_sizes(block)).topk(self.path.neurons).indices.cpu())
+            yield
+        return torch.stack(found).sort().values.int()
+
+    def _merging(self) -> Generator[None]:
+        """Let the runtime make what it needs of the path's layers, one at a time, by running a token through each."""
+        target, [(lo, hi)] = self.target, self.path.segments
+        zero = torch.zeros(1, 1, dtype=torch.long, device=target.device)
+        cache, x = target.new_cache(), target.embed(zero, zero)
+        for layer in range(lo, hi):
+            given = Pass(zero, cache.mask(layer, zero), cache, adapters=self.basis.adapters)
+            target.layers(x, layer, layer + 1, given)
+            yield
 
     def _fit(self) -> Iterator[None]:
         """Fit the second projection, and let the best one of the fits and the last one serve."""
         tokens = self.progress.fitted = self.progress.tokens
         if tokens >= 2 * self.counted:
             self.vocabulary, self.counted = self._vocabulary(), tokens
-        networks = [self.network]
-        for weight in (1.0, WEIGHT) if tokens > 2 * RECENT else (1.0,):
+            if self.vocabulary is not None:
+                self.newest = self.target.reduced_head(self.vocabulary)
+        networks, heads = ([self.network], [self.head]) if self.progress.fits else ([], [])
+        for weight in WEIGHTS if tokens > 2 * RECENT else WEIGHTS[:1]:
             more = self._recent(weight - 1) if weight > 1 else ()
-            found = yield from self._solved(self.sums[1].solve(RIDGE, more))
-            networks.append(self._network([self._weights(self.basis, 0), found]))
-            yield
-        shares = yield from self._agreement(networks)
+            found = yield from self.sums[1].solve(RIDGE, more)
+            networks.append((yield from self._making(self.basis, found)))
+            heads.append(self.newest)
+        for head in (heads[0], self.newest):
+            if head is not None:
+                yield from self.target.preparing(head)
+        shares = yield from self._agreement(networks, heads)
         best = max(range(len(networks)), key=lambda n: (shares[n], -n))
-        if best or not self.progress.fits:
-            self.network = networks[best or 1]
+        if networks[best] is not self.network:
+            self.network, self.head = networks[best], self.newest
             self.progress.fits += 1
-            self.progress.agreement.append((tokens, shares[best or 1]))
+            self.progress.agreement.append((tokens, shares[best]))
 
-    def _recent(self, weight: float) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _recent(self, weight: float) -> Iterator[Weighted]:
         """The latest rows of the second projection, about ``BLOCK`` at once."""
         held = list[tuple[Tensor, Tensor]]()
         for number, rows in enumerate(self.recent, start=1):
@@ -362,11 +386,12 @@ class Learner:
                 yield x, y, weight
                 held = []
 
-    def _agreement(self, networks: Sequence[M2R2]) -> Generator[None, None, list[float]]:
+    def _agreement(
+        self, networks: Sequence[M2R2], heads: Sequence[nn.Linear | None]
+    ) -> Generator[None, None, list[float]]:
         """The share of the model's tokens that each network drafts first, on texts that nothing was learned from."""
         hits, total = [0] * len(networks), 0
         vocabularies = [None if each.draft_vocab is None else each.draft_vocab.long() for each in networks]
-        heads = [None if each is None else self.target.reduced_head(each) for each in vocabularies]
         for text in [*self.held, *islice(self.queue, max(HELD - len(self.held), 0))]:
             for rows in self._replay(text, networks):
                 if rows is not None:
@@ -376,16 +401,9 @@ class Learner:
                         final = network.project(1, rows.ends[n][None], carry)
                         best = self.target.readout(final, head)[0].argmax(-1)
                         hits[n] += int(((best if vocabulary is None else vocabulary[best]) == following).sum())
+                        yield
                 yield
         return [count / max(total, 1) for count in hits]
-
-    @staticmethod
-    def _solved(pieces: Iterator[Tensor | None]) -> Generator[None, None, Tensor]:
-        for found in pieces:
-            if found is not None:
-                return found
-            yield
-        raise AssertionError("a solution ends the pieces")
 
     def _replay(self, text: Text, networks: Sequence[M2R2], watched: bool = False) -> Iterator[Rows | None]:
         """Run a text in pieces; yield the rows of each, or None for one of the prompt.
@@ -446,18 +464,33 @@ class Learner:
             return None
         return self.counts.topk(VOCABULARY).indices.sort().values.int()
 
-    def _network(self, found: Sequence[Tensor]) -> M2R2:
-        """The network with these projections, each [F + 1, D]."""
+    def _making(self, first: Tensor | M2R2, second: Tensor | None = None) -> Generator[None, None, M2R2]:
+        """Return the network with these projections, each [F + 1, D] (``first``: or that of a network).
+
+        Without ``second``, it can only make rows for it.
+        """
+        target, tensors, maps = self.target, dict[str, Tensor](), list[UnitMap]()
         with torch.device("meta"):
-            network = M2R2(self.path, self.target, self.vocabulary)
-        tensors = {} if self.vocabulary is None else {"draft_vocab": self.vocabulary}
-        for index, each in enumerate(found):
-            tensors |= {f"projections.{index}.weight": each[:-1].T.contiguous(), f"projections.{index}.bias": each[-1]}
+            network = M2R2(self.path, target, self.vocabulary)
+        if self.vocabulary is not None:
+            tensors["draft_vocab"] = self.vocabulary
+        weight: Tensor
+        bias: Tensor
+        for index, each in enumerate((first, second)):
+            if isinstance(each, M2R2):
+                weight, bias = each.projections[index].weight, each.projections[index].bias
+                maps.append(each.inference_maps[index])
+            else:
+                found = torch.zeros(self._shapes()[index]) if each is None else each
+                weight, bias = (x.to(target.device, target.dtype) for x in (found[:-1].T.contiguous(), found[-1]))
+                if each is not None:
+                    maps.append((yield from UnitMap.making(weight, bias)))
+            tensors |= {f"projections.{index}.weight": weight, f"projections.{index}.bias": bias}
         for layer, kept in zip(self.path.narrow_layers, self.neurons, strict=True):
             tensors[f"adapters.{layer}/neurons"] = kept
         network.load_state_dict(tensors, assign=True)
         if self.adapters is not None:  # what a runtime made for it is made once
             network.adapters = self.adapters
-        network.freeze(self.target)
+        network.freeze(target, maps)
         self.adapters = network.adapters
         return network

@@ -132,11 +132,14 @@ class M2R2(nn.Module):
         """The estimate of h[N] [B, T, D] that the head reads, from the residual p at exit ``exit``."""
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
-    def freeze(self, target: Target) -> None:
-        """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format."""
+    def freeze(self, target: Target, maps: list[linear_maps.UnitMap] | None = None) -> None:
+        """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format.
+
+        maps: these, where they are there already.
+        """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.adapters.draft_only = True
-        self.inference_maps = [linear_maps.UnitMap(each.weight, each.bias) for each in self.projections]
+        self.inference_maps = maps or [linear_maps.UnitMap(each.weight, each.bias) for each in self.projections]
 
     def run_segment(
         self,

@@ -1,78 +1,124 @@
-"""Ridge regression by sums of products: any number of rows in constant memory, solved in short pieces."""
+"""Ridge regression by sums of products: any number of rows in constant memory, added and solved in short pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 RIDGE = 50.0  # rows of average size that the ridge counts as: fits of few rows need it
-PANEL = 128  # columns that are eliminated at once
+PANEL = 128  # features of a panel
+WORK = 5e8  # multiply-adds in single precision of a piece of work: some 20 ms on one core
+DOUBLE, TOUCHED = 2, 16  # multiply-adds that one in double precision, and a number that is moved, count as
+
+Weighted = tuple[Tensor, Tensor, float]  # x [n, F], y [n, D], how many times each row counts
+T = TypeVar("T")
 
 
 class Sums:
     """What min_W |[X; 1] W - Y|^2 + ridge |W|^2 needs to know of its rows.
 
-    gram: [F + 1, F + 1], float32.
-    cross: [F + 1, D], float32.
+    size: F + 1, with the feature that is always 1. outputs: D.
+    panels: the columns [lo, lo + w) of [[X; 1] Y].T [X; 1], from the diagonal down: [F + 1 - lo + D, w], float32.
     """
 
     def __init__(self, features: int, outputs: int) -> None:
-        self.gram, self.cross = torch.zeros(features + 1, features + 1), torch.zeros(features + 1, outputs)
+        self.size, self.outputs = features + 1, outputs
+        starts = range(0, self.size, PANEL)
+        self.panels = [torch.zeros(self.size - lo + outputs, min(PANEL, self.size - lo)) for lo in starts]
 
     @property
     def rows(self) -> float:
         """Their number: the last feature is 1."""
-        return float(self.gram[-1, -1])
+        last = self.panels[-1]
+        return float(last[last.shape[1] - 1, -1])
 
     def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """Add rows x [n, F] and y [n, D], each counted ``weight`` times."""
-        x = torch.cat((x, torch.ones_like(x[:, :1])), 1).float().cpu()
-        self.gram.addmm_(x.T, x, alpha=weight)
-        self.cross.addmm_(x.T, y.float().cpu(), alpha=weight)
+        result(self.adding(x, y, weight))
 
-    def scale(self, factor: float) -> None:
-        """Count each row ``factor`` times."""
-        self.gram *= factor
-        self.cross *= factor
+    def adding(self, x: Tensor, y: Tensor, weight: float = 1.0) -> Generator[None]:
+        """``add`` in pieces."""
+        return in_pieces(_added(self.panels, (x, y, weight)))
 
-    def solve(self, ridge: float, more: Iterable[tuple[Tensor, Tensor, float]] = ()) -> Iterator[Tensor | None]:
-        """Yield None after each piece of work, and at the end W [F + 1, D], float32.
+    def scaling(self, factor: float) -> Generator[None]:
+        """Count each row ``factor`` times, in pieces."""
+        return in_pieces(TOUCHED * panel.mul_(factor).numel() for panel in self.panels)
 
-        ridge: a number of rows of average size. more: further rows and their weights, as for ``add``.
+    def solve(self, ridge: float, more: Iterable[Weighted] = ()) -> Generator[None, None, Tensor]:
+        """Return W [F + 1, D], float32, after pieces of work.
+
+        ridge: a number of rows of average size. more: further rows.
         """
-        system = torch.cat((self.gram, self.cross.T)).double()  # (F + 1 + D, F + 1)
-        size = len(self.gram)
-        system.diagonal()[:size] += ridge * float(self.gram.diagonal().mean()) / max(self.rows, 1.0)
-        yield None
-        for x, y, weight in more:
-            x = torch.cat((x, torch.ones_like(x[:, :1])), 1).float()
-            system += weight * (torch.cat((x, y.float()), 1).T @ x)
-            yield None
-        for lo in range(0, size, PANEL):  # a Cholesky factorisation, which also solves L Z = cross
-            hi = min(lo + PANEL, size)
-            corner = torch.linalg.cholesky(system[lo:hi, lo:hi])
-            system[lo:hi, lo:hi] = corner
-            below = system[hi:]
-            panel = torch.linalg.solve_triangular(corner, below[:, lo:hi].T, upper=False).T  # (rest, PANEL)
-            below[:, lo:hi] = panel
-            for start in range(hi, size, 8 * PANEL):
-                stop = min(start + 8 * PANEL, size)
-                system[start:, start:stop] -= panel[start - hi :] @ panel[start - hi : stop - hi].T
-            yield None
-        factor, found = system[:size], system[size:]  # (F + 1, F + 1), (D, F + 1)
-        for hi in range(size, 0, -PANEL):
-            lo = max(hi - PANEL, 0)
-            right = found[:, lo:hi] - found[:, hi:] @ factor[hi:, lo:hi]
-            found[:, lo:hi] = torch.linalg.solve_triangular(factor[lo:hi, lo:hi], right, upper=False, left=False)
-            yield None
-        yield found.T.float()
+        panels = list[Tensor]()
+        yield from in_pieces(self._solved(panels, ridge, more))
+        return torch.cat([panel[-self.outputs :] for panel in panels], 1).T.float()
+
+    def _solved(self, panels: list[Tensor], ridge: float, more: Iterable[Weighted]) -> Iterator[float]:
+        """Make ``panels`` of the system, in double precision, and leave W.T in their last D rows."""
+        size = sum(float(panel.diagonal().sum()) for panel in self.panels) / self.size / max(self.rows, 1.0)  # of a row
+        for panel in self.panels:
+            panels.append(panel.double())
+            panels[-1].diagonal().add_(ridge * size)
+            yield TOUCHED * panel.numel()
+        for rows in more:
+            yield from _added(panels, rows)
+        # A Cholesky factorisation L L.T, which also solves Z L.T = cross.T.
+        for number, panel in enumerate(panels):
+            width, start = panel.shape[1], 0
+            panel[:width] = corner = torch.linalg.cholesky(panel[:width])
+            panel[width:] = below = torch.linalg.solve_triangular(corner.T, panel[width:], upper=True, left=False)
+            yield DOUBLE * panel.numel() * width
+            for later in panels[number + 1 :]:
+                later.addmm_(below[start:], below[start : start + later.shape[1]].T, alpha=-1)
+                start += later.shape[1]
+                yield DOUBLE * later.numel() * width
+        # W.T L = Z, from the last panel back.
+        for number in reversed(range(len(panels))):
+            panel = panels[number]
+            found, start = panel[-self.outputs :], panel.shape[1]
+            for later in panels[number + 1 :]:
+                found.addmm_(later[-self.outputs :], panel[start : start + later.shape[1]], alpha=-1)
+                start += later.shape[1]
+                yield DOUBLE * found.numel() * later.shape[1]
+            corner = panel[: panel.shape[1]]
+            found.copy_(torch.linalg.solve_triangular(corner, found, upper=False, left=False))
 
     def fit(self, layer: nn.Linear) -> None:
         """Set the parameters of a linear map X -> Y."""
-        *_, found = self.solve(RIDGE)
-        assert found is not None
+        found = result(self.solve(RIDGE))
         with torch.no_grad():
             layer.weight.copy_(found[:-1].T)
             layer.bias.copy_(found[-1])
+
+
+def _added(panels: list[Tensor], rows: Weighted) -> Iterator[float]:
+    x, y, weight = rows
+    x, y = x.float(), y.float()
+    both, lo = torch.cat((x, torch.ones_like(x[:, :1]), y), 1).cpu(), 0  # (n, F + 1 + D)
+    for panel in panels:
+        hi = lo + panel.shape[1]
+        panel.add_(both[:, lo:].T @ both[:, lo:hi], alpha=weight)
+        yield (len(x) + TOUCHED) * panel.numel()
+        lo = hi
+
+
+def in_pieces(parts: Iterable[float]) -> Generator[None]:
+    """Do work whose parts tell their multiply-adds, and yield whenever ``WORK`` are done."""
+    done = 0.0
+    for part in parts:
+        done += part
+        if done >= WORK:
+            yield
+            done = 0.0
+
+
+def result(work: Generator[None, None, T]) -> T:
+    """What the work returns, done at once."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]

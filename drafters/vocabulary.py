@@ -35,14 +35,14 @@ class Context:
 class DraftVocabulary:
     """Readout of final states over ``tokens``, int64 [V'] (None: every token). ``follow`` begins each step.
 
-    trained: the drafter's own tokens, int [V'], or None.
+    trained: the drafter's own tokens, int [V'], or None. head: their readout, where it is there.
     added: tokens of the rows' texts beside the trained ones, which ``added_head`` reads out.
     forbidden: the added tokens that a row has not seen, bool [B, added], if rows differ.
     """
 
-    def __init__(self, target: Target, trained: Tensor | None) -> None:
+    def __init__(self, target: Target, trained: Tensor | None, head: nn.Linear | None = None) -> None:
         self.target, self.trained = target, None if trained is None else trained.long()
-        self.head = None if self.trained is None else target.reduced_head(self.trained)
+        self.head = target.reduced_head(self.trained) if head is None and self.trained is not None else head
         self.trained_ids = frozenset() if self.trained is None else frozenset(self.trained.tolist())
         memory.release(weight_storage(target.model.get_output_embeddings()))
         self.start()
@@ -60,7 +60,8 @@ class DraftVocabulary:
         for context, ids in zip(contexts, state.ids, strict=True):
             context.added.update((token, None) for token in ids[context.read :] if token not in self.trained_ids)
             context.read = len(ids)
-        wanted = list(dict.fromkeys(token for context in contexts for token in context.added))
+        seen = dict.fromkeys(token for context in contexts for token in context.added)
+        wanted = [token for token in seen if token not in self.trained_ids]  # a row may have begun with another drafter
         if len(contexts) > 1 and set(wanted) <= set(self.added) and len(self.added) <= REUSE_FACTOR * len(wanted):
             wanted = self.added  # the head still serves
         if wanted != self.added:

@@ -57,6 +57,7 @@ def ahead(
         from specdec.api.decoder import SpecDecoder
         from specdec.api.priming import prime
         from specdec.bench.prompts import load_prompts
+        from specdec.models import drafter_folder
 
         given = [] if prompts is None else [each.turns[0] for each in load_prompts(prompts).conversations]
         how = {"dtype": dtype, "device": device, "runtime": runtime}
@@ -64,6 +65,11 @@ def ahead(
         if base is not None:
             _begin_from(decoder.target, base)
             decoder = decoder.with_drafter(decoder.drafter.label)
+        if not decoder.drafter.learns and (shipped := drafter_folder.find_shipped("m2r2", decoder.target)):
+            raise SpecDecError(
+                f"the m2r2 shipped for '{model}' is trained, and does not learn by itself; to train it on "
+                f"your prompts: specdec train m2r2 --model {model} --prompts FILE --output DIR --set init={shipped}"
+            )
     with terminal.Bar("learn", "") as bar:
         found = prime(decoder, given, 60 * minutes, bar)
     say(

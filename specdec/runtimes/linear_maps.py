@@ -7,7 +7,7 @@ has 4-bit codes in groups of 32 inputs. Packed maps are used where oneDNN suppor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def packed(weight: Tensor, bias: Tensor | None = None, hint: int = LAYER_HINT) -
     """As ``dense``, from a blocked copy of ``weight``, without gradients. hint: the row count of the layout."""
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), hint)
     product = torch.ops.mkldnn._linear_pointwise.default
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it without its strides
 
     def apply(x: Tensor) -> Tensor:
         return product(x, blocked, bias, "none", [], "")
@@ -166,9 +167,15 @@ class UnitMap:
     packed: its form for the compiled kernels, if they run here.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = linear.Packed([weight], bias, draft_only=True) if linear.serves(weight) else None
-        self.linear = None if self.packed else for_drafting(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, packed: linear.Packed | None = None) -> None:
+        if packed is None and linear.serves(weight):
+            packed = linear.Packed([weight], bias, draft_only=True)
+        self.packed, self.linear = packed, None if packed else for_drafting(weight, bias)
+
+    @classmethod
+    def making(cls, weight: Tensor, bias: Tensor) -> Generator[None, None, UnitMap]:
+        """Return the map after pieces of work."""
+        return cls(weight, bias, (yield from linear.packing(weight, bias)) if linear.serves(weight) else None)
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         if self.linear is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.models.families import FAMILIES, Family
-from specdec.models.gguf.blocks import BlockLinear, weight_rows
+from specdec.models.gguf.blocks import CHUNK, BlockLinear, weight_rows
 
 
 class GatedMLP(NamedTuple):
@@ -69,6 +69,11 @@ def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
 
     h: [n, D].
     """
+    return activity(block, model_type, h) * column_sizes(block)
+
+
+def activity(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
+    """Sum over rows of h [n, D] of a_i^2, [I], float32."""
     mlp = gated_mlp(block)
     assert mlp is not None
     name, found = FAMILIES.get(model_type, Family()).norms[2], list[Tensor]()
@@ -78,5 +83,15 @@ def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
         block.mlp(x[None])  # type: ignore[operator]
     finally:
         hook.remove()
+    return found[0].flatten(0, -2).float().square().sum(0)
+
+
+def column_sizes(block: nn.Module) -> Tensor:
+    """|down[:, i]|^2, [I], float32."""
+    mlp = gated_mlp(block)
+    assert mlp is not None
     down: Any = mlp.down
-    return found[0].flatten(0, -2).float().square().sum(0) * down.weight.detach().float().square().sum(0)
+    found = torch.zeros(())
+    for rows in torch.arange(down.out_features).split(max(1, CHUNK // mlp.size)):  # the whole matrix may be large
+        found = found + weight_rows(down, rows).float().square().sum(0)
+    return found

@@ -28,7 +28,7 @@ from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Ma
 if TYPE_CHECKING:
     from specdec.runtimes.experts.offload import Offload
     from specdec.runtimes.native.experts import MappedExperts
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from torch.nn.utils.rnn import pad_sequence
 
@@ -140,6 +140,10 @@ class Target(ABC):
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
+
+    def preparing(self, head: nn.Linear) -> Generator[None]:
+        """Make what ``readout`` needs of ``head``, in pieces of work; else its first call does."""
+        yield from ()
 
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
         """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].

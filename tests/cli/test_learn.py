@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli
 from specdec.cli.learn import sparkline
 from specdec.drafters import learned, m2r2_learning
+from specdec.models import drafter_folder
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +85,22 @@ def test_the_sums_of_a_base_model_count_as_few_tokens(folder: Path, monkeypatch:
     learned.begin_from(store, path, "tuned")
     assert before is not None and before.tokens > 40 and before.fits
     whole, part = load_file(path), load_file(store.path)
-    assert torch.allclose(part["cross.1"], whole["cross.1"] * 40 / before.tokens)
+    assert torch.allclose(part["sums.1.0"], whole["sums.1.0"] * 40 / before.tokens)
     assert torch.equal(part["fit.1"], whole["fit.1"]) and torch.equal(part["counts"], whole["counts"])
     found = store.progress()
     assert found is not None and (found.tokens, found.fitted, found.based, found.fits) == (40, 40, 40, before.fits)
+
+
+def test_a_trained_drafter_does_not_learn_and_how_to_train_it_is_said(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out"
+    run(str(folder), "--minutes", "0.03", "--runtime", "reference")
+    run("export", str(out), "--model", str(folder))
+    base = drafter_folder.read_config(out)["base"]
+    monkeypatch.setattr(drafter_folder, "_shipped", lambda drafter: iter([(out, base)]))
+    said = run(str(folder), "--runtime", "reference", code=2)[1]
+    assert f"specdec train m2r2 --model {folder} --prompts FILE --output DIR --set init={out}" in said
 
 
 def test_a_file_that_cannot_be_read_is_named_and_can_be_removed() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import model_of, tiny_model
 from transformers import PreTrainedModel
 
 from specdec import SpecDecError, SpecDecoder
@@ -26,6 +26,8 @@ from specdec.drafters.ridge import Sums
 from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.runtimes.native import library, linear
+from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
 from specdec.verifiers.exact import ExactVerifier
@@ -68,21 +70,6 @@ def taught(target: Target, count: int = 24, seed: int = 0) -> Learner:
 
 
 # --- what it sees of a text ------------------------------------------------------------------------------------------
-
-
-def test_sums_solve_the_ridge_regression_of_all_rows_at_their_weights() -> None:
-    torch.manual_seed(0)
-    x, y, sums = torch.randn(400, 150), torch.randn(400, 7), Sums(150, 7)
-    for at in range(0, 400, 37):
-        sums.add(x[at : at + 37], y[at : at + 37])
-    *_, found = sums.solve(3.0, [(x[:20], y[:20], 4.0)])
-    weights = torch.ones(400, dtype=torch.double)
-    weights[:20] = 5
-    rows = torch.cat((x, torch.ones(400, 1)), 1).double()
-    size = (rows.T @ rows).diagonal().mean() / 400  # of a row
-    system = (rows * weights[:, None]).T @ rows + 3 * size * torch.eye(151, dtype=torch.double)
-    exact = torch.linalg.solve(system, (rows * weights[:, None]).T @ y.double())
-    assert found is not None and torch.allclose(found.double(), exact, atol=1e-5) and sums.rows == 400
 
 
 @torch.inference_mode()
@@ -141,12 +128,12 @@ def test_it_learns_to_draft_what_the_model_writes(target: Target) -> None:
 def test_a_fit_that_agrees_less_on_held_out_texts_does_not_serve(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     learner = taught(target, 30)
     network, fits = learner.network, learner.progress.fits
-    solved = Learner._solved
-    monkeypatch.setattr(Learner, "_solved", staticmethod(lambda pieces: (yield from zeros(solved(pieces)))))
+    solve = Sums.solve
 
-    def zeros(pieces):  # type: ignore[no-untyped-def]
-        return torch.zeros_like((yield from pieces))
+    def zeros(*args):  # type: ignore[no-untyped-def]
+        return torch.zeros_like((yield from solve(*args)))
 
+    monkeypatch.setattr(Sums, "solve", zeros)
     for text in texts(target, 12, seed=9):
         learner.add(text.ids, text.start)
         while learner.work():
@@ -197,7 +184,60 @@ def test_the_latest_texts_count_more_where_that_helps(target: Target, monkeypatc
 
     monkeypatch.setattr(Sums, "solve", watched)
     taught(target, 30)
-    assert set(weights) == {m2r2_learning.WEIGHT - 1}
+    assert set(weights) == {weight - 1 for weight in m2r2_learning.WEIGHTS[1:]}
+
+
+# --- how long the engine waits for it --------------------------------------------------------------------------------
+
+
+class Work:
+    """What is done: layers merged, rows of matrices quantised besides, read out and looked at for strong neurons."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.merged = self.packed = self.read = self.watched = 0
+        self._count(monkeypatch, NativeTarget, "_merge", "merged", lambda *args: 1)
+        self._count(monkeypatch, NativeTarget, "readout", "read", lambda *args: 1)
+        self._count(monkeypatch, m2r2_learning, "activity", "watched", lambda block, kind, h: len(h))
+        self._count(monkeypatch, library.load(), "specdec_pack_rounded", "packed", lambda source, rows, *args: rows)
+
+    def _count(self, monkeypatch, owner, name: str, figure: str, amount) -> None:  # type: ignore[no-untyped-def]
+        function = getattr(owner, name)
+
+        def counted(*args):  # type: ignore[no-untyped-def]
+            before = self.packed
+            found = function(*args)
+            setattr(self, figure, getattr(self, figure) + amount(*args))
+            if figure == "merged":  # counts as a layer
+                self.packed = before
+            return found
+
+        monkeypatch.setattr(owner, name, counted)
+
+    def since(self, before: dict[str, int]) -> dict[str, int]:
+        return {name: count - before[name] for name, count in vars(self).items()}
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    for name, value in {"VOCABULARY": 64, "WORK": 1}.items():
+        monkeypatch.setattr(m2r2_learning, name, value)
+    monkeypatch.setattr(linear, "PACKED", 1)  # 16 rows
+    decoder = SpecDecoder(model_of("llama", num_hidden_layers=9), drafter="m2r2", runtime="native", learn=False)
+    work, most, steps = Work(monkeypatch), dict[str, int](), list[int]()
+    for number in range(14):
+        version = decoder.drafter.version
+        more = True
+        while more:
+            before = dict(vars(work))
+            more = decoder.drafter.learn()
+            most = {name: max(done, most.get(name, 0)) for name, done in work.since(before).items()}
+        before = dict(vars(work))
+        out = decoder.generate([5 + number, 7, 9], max_new_tokens=24, num_speculative_tokens=3)
+        if decoder.drafter.version > version:
+            steps.append(work.since(before)["merged"])
+            assert work.since(before)["packed"] <= len(set(out.token_ids)) + 3  # tokens beside the vocabulary
+    assert len(steps) > 1 and not any(steps)
+    assert most == {"merged": 1, "packed": 16, "read": 1, "watched": 8}
 
 
 # --- texts stay those of plain decoding ------------------------------------------------------------------------------
@@ -340,9 +380,11 @@ def test_another_process_goes_on_where_this_one_ended(target: Target, monkeypatc
         while other.work():
             pass
     assert other.progress.tokens == learner.progress.tokens + 33
-    more = [b.gram - a.gram for a, b in zip(learner.sums, other.sums, strict=True)]
-    assert all(abs(float(each[-1, -1]) - 33) < 1e-3 for each in more)  # the rows of the new text
-    assert torch.allclose(more[0], more[0].T, atol=1e-3)
+    for before, after in zip(learner.sums, other.sums, strict=True):
+        assert after.rows == pytest.approx(before.rows + 33, abs=1e-3)  # the rows of the new text
+        assert all(
+            a.shape == b.shape and not torch.equal(a, b) for a, b in zip(before.panels, after.panels, strict=True)
+        )
 
 
 def damage(path: Path, how: str) -> None:
@@ -364,7 +406,7 @@ def damage(path: Path, how: str) -> None:
         elif how == "no such token":
             tensors["vocabulary"][0] = -5
         elif how == "damaged sums":
-            tensors["gram.0.0"][0, 0] = float("inf")
+            tensors["sums.0.0"][0, 0] = float("inf")
         save_file(tensors, path, metadata)
 
 
@@ -467,7 +509,7 @@ def test_nothing_of_a_text_is_kept_but_counts(target: Target) -> None:
     kept = load_file(learner.store.path)
     kinds = {name.split(".")[0] for name in kept}
     assert (
-        kinds <= {"gram", "cross", "fit", "basis", "counts", "neurons", "vocabulary"}
+        kinds <= {"sums", "fit", "basis", "counts", "neurons", "vocabulary"}
         and int(kept["counts"].sum()) == learner.progress.tokens
     )
     learner.store.release()

@@ -45,6 +45,11 @@ def test_sixteen_bits_and_packed_weights(dtype: torch.dtype) -> None:
         assert torch.allclose(linear_maps.packed(weight, bias)(x), plain, atol=0.1, rtol=0.02)
 
 
+def test_a_packed_map_has_the_bias_whose_numbers_lie_apart() -> None:
+    weight, column, x = torch.randn(48, 32), torch.randn(48, 3)[:, 1], torch.randn(3, 32)
+    assert torch.allclose(linear_maps.packed(weight, column)(x), linear_maps.dense(weight, column)(x), atol=1e-4)
+
+
 @torch.inference_mode()
 def test_a_reduced_head_gives_the_logits_of_its_tokens() -> None:
     target = FusedTarget(rough_model("llama"))

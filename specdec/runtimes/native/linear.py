@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Map, Part, Table, done, pointer, runs
 
 LARGE = 2_000_000  # a matrix for drafts with more weights is limited by reading them: 4 bits are faster
+PACKED = 1 << 20  # weights that are quantised in a piece of work: some 20 ms on one core
 
 
 class Memory(Protocol):
@@ -73,6 +74,7 @@ class Packed:
         weight takes bf16.
     draft_only: whether bf16 weights are quantised to 8 bits, large ones to 4: drafts need not be exact.
     memory: where the tiles lie, if not with all others.
+    made: the tiles of such a weight, where they are there (``packing``).
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Packed:
         scale: float = 1.0,
         cap: float = 0.0,
         memory: Memory | None = None,
+        made: Tensor | None = None,
     ) -> None:
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
@@ -97,8 +100,8 @@ class Packed:
             if isinstance(weight, Blocks):
                 kind, tiles = _block_tiles(weight, memory)
             else:
-                kind = BF16 if not draft_only else Q4 if weight.numel() > LARGE else Q8
-                tiles = _tiles(weight, kind, memory)
+                kind = _draft_kind(weight) if draft_only else BF16
+                tiles = _tiles(weight, kind, memory) if made is None else made
             end += -(-weight.shape[0] // 16)
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
             self.tiles.append(tiles)
@@ -166,6 +169,22 @@ class Packed:
         done(library.load().specdec_linear(*given, out, best, self.width, cores.threads()))
 
 
+def packing(
+    weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, cap: float = 0.0
+) -> Generator[None, None, Packed]:
+    """Return ``Packed`` of a bf16 weight for drafts alone, after pieces of work."""
+    source, kind, (out, inp) = weight.detach().contiguous(), _draft_kind(weight), weight.shape
+    lib, step = library.load(), max(PACKED // inp // 16, 1) * 16  # rows
+    size = lib.specdec_tiles_bytes(kind, 1, inp // 32)  # of 16 rows
+    tiles = _arena.allocate(-(-out // 16) * size)
+    for row in range(0, out, step):
+        rows, place = source[row : row + step], tiles.data_ptr() + row // 16 * size
+        table = RowTable(rows)
+        done(lib.specdec_pack_rounded(ctypes.byref(table.struct), len(rows), kind, place, None, cores.threads()))
+        yield
+    return Packed([weight], bias, draft_only=True, scale=scale, cap=cap, made=tiles)
+
+
 class RowTable:
     """A matrix [rows, columns], in bf16 or GGUF blocks, whose rows are read as bf16, times ``scale``."""
 
@@ -180,8 +199,8 @@ class RowTable:
             self.struct = Table(-1, self.columns, 2 * self.columns, *map(pointer, self.alive), scale)
 
     def __call__(self, index: Tensor) -> Tensor:
-        """int64 [...] -> bf16 [..., columns]. Indices must be in range."""
-        index = index.contiguous()
+        """Integers [...] -> bf16 [..., columns]. Indices must be in range."""
+        index = index.long().contiguous()
         rows = torch.empty(*index.shape, self.columns, dtype=torch.bfloat16)
         read = library.load().specdec_read_rows
         read(ctypes.byref(self.struct), index.data_ptr(), index.numel(), rows.data_ptr(), cores.threads())
@@ -233,6 +252,10 @@ def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, gaps: Tensor | No
         given = ctypes.byref(table.struct), out, kind, tiles.data_ptr(), pointer(gaps), cores.threads()
         done(lib.specdec_pack_rounded(*given))
     return tiles
+
+
+def _draft_kind(weight: Tensor) -> int:
+    return Q4 if weight.numel() > LARGE else Q8
 
 
 def serves(weight: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -243,6 +243,13 @@ class NativeTarget(ByParts):
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         packed = self.head(head)
         return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps, self.family.once).view(*x.shape[:2], -1)
+
+    def preparing(self, head: nn.Linear) -> Generator[None]:
+        if head in self._heads:
+            return
+        packed = yield from linear.packing(head.weight, head.bias, self.numbers.logits, self.numbers.logits_cap)
+        with self.lock:
+            self._heads.setdefault(head, packed)
 
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
         (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps, self.family.once)

@@ -527,6 +527,31 @@ def random_route(target: Target, heads: int) -> tree_drafting.DraftPath:
     return tree_drafting.DraftPath(projections, ((1, 2), (3, 4)), adapters, parts, tokens)
 
 
+def test_rows_are_read_by_integers_of_any_width() -> None:
+    table = linear.RowTable(torch.arange(64.0).view(2, 32).bfloat16())
+    assert table(torch.tensor([1, 0, 1, 1], dtype=torch.int32))[:, 0].tolist() == [32, 0, 32, 32]
+
+
+@pytest.mark.parametrize("kind", [linear.Q4, linear.Q8])
+def test_a_map_is_packed_in_pieces_as_it_is_at_once(monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    torch.manual_seed(8)
+    monkeypatch.setattr(linear, "LARGE", 0 if kind == linear.Q4 else 10**9)
+    monkeypatch.setattr(linear, "PACKED", 64 * 33)
+    weight, bias = torch.randn(171, 64).bfloat16(), torch.randn(171)
+    pieces = linear.packing(weight, bias, 2.0, 3.0)
+    count, made = 0, None
+    while made is None:
+        try:
+            next(pieces)
+            count += 1
+        except StopIteration as end:
+            made = end.value
+    once = linear.Packed([weight], bias, draft_only=True, scale=2.0, cap=3.0)
+    x = torch.randn(5, 64).bfloat16()
+    assert count == 6 and made.kinds == {kind} and torch.equal(made.tiles[0], once.tiles[0])
+    assert torch.equal(made(x), once(x))
+
+
 def test_the_largest_output_of_a_row_is_the_first_of_equals() -> None:
     torch.manual_seed(4)
     x = torch.randn(2, 3, 1003).bfloat16()  # 16 bits: many ties, of which the first counts
