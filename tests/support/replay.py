@@ -134,6 +134,9 @@ class Recording:
             self.read(place + Part.tiles.offset, part.tiles, size)
             first = part.end
         self.read(at + Map.bias.offset, each.bias, 4 * each.out)
+        size = self.kernels.specdec_tiles_bytes(library.Q4, each.out // 16, each.inp // 32)
+        self.read(at + Map.rough.offset, each.rough, size)
+        self.read(at + Map.gaps.offset, each.gaps, 4 * each.out)
 
     def maps(self, at: int, address: int | None, count: int = 1) -> None:
         for place, each in self.structs(at, address, Map, count):
@@ -241,9 +244,11 @@ class Recording:
         self.table(at, ctypes.addressof(own), out)
         self.write(at + 16, tiles, size, 1)
 
-    def call_pack_rounded(self, at: int, weights: int, out: int, inp: int, kind: int, tiles: int, threads: int) -> None:
-        self.read(at, weights, 2 * out * inp)
-        self.write(at + 32, tiles, self.kernels.specdec_tiles_bytes(kind, -(-out // 16), inp // 32), 1)
+    def call_pack_rounded(self, at: int, table: Any, out: int, kind: int, tiles: int, gaps: Any, threads: int) -> None:
+        own = table._obj
+        self.table(at, ctypes.addressof(own), out)
+        self.write(at + 24, tiles, self.kernels.specdec_tiles_bytes(kind, -(-out // 16), own.columns // 32), 1)
+        self.write(at + 32, gaps, 64 * -(-out // 16), 4)
 
     def call_draft_tree(self, at: int, draft: Any) -> None:
         each = draft._obj
