@@ -65,6 +65,7 @@ class Family:
     halved: transformers' tables have each cosine and sine once, not twice.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
+        tiled: the first value heads of all key heads come before the second ones there.
     keys: the config field of each metadata key of these files, beside ``KEYS``.
     """
 
@@ -79,6 +80,7 @@ class Family:
     fields: frozenset[str] = frozenset()
     gguf: str = ""
     interleaved: bool = False
+    tiled: bool = False
     keys: dict[str, str] = field(default_factory=dict)
 
 
@@ -126,6 +128,7 @@ DELTA_RULE = Family(
     gated=True,
     fields=frozenset({*LINEAR, *ROTATED_GRIDS, "linear_conv_kernel_dim"}),
     gguf="qwen35",
+    tiled=True,
     keys=HEAD
     | {
         "ssm.conv_kernel": "linear_conv_kernel_dim",
@@ -141,7 +144,7 @@ DELTA_RULE = Family(
 SHARED = replace(
     DELTA_RULE,
     shared=True,
-    gguf="",
+    gguf="qwen35moe",
     keys=DELTA_RULE.keys
     | {
         "expert_count": "num_experts",
@@ -188,8 +191,8 @@ FAMILIES = {
         AROUND, True, True, fields=CAPPED, gguf="gemma3", keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"}
     ),
     "qwen3_5_text": DELTA_RULE,
-    "qwen3_next": SHARED,  # its files divide the matrices of recurrent layers in another way
-    "qwen3_5_moe_text": replace(SHARED, gguf="qwen35moe"),
+    "qwen3_next": replace(SHARED, gguf="qwen3next", tiled=False),
+    "qwen3_5_moe_text": SHARED,
 }
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -28,6 +29,8 @@ from specdec.models.gguf.file import read_header
 from specdec.runtimes.select import make_target
 
 SERVED = ("llama", "qwen2", "qwen3", "phi3")
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+WIDE |= {"linear_value_head_dim": 64, "head_dim": 64}
 UNSAID = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "transformers_version", "head_dim"}
 QUANTS = (
     "Q4_0",
@@ -96,11 +99,13 @@ def test_a_model_is_what_transformers_makes_of_the_file(cache, tmp_path, archite
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
-def test_a_file_of_each_family_is_the_model_that_it_was_made_of(cache, tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "older"), [*((family, False) for family in ARCHITECTURES), ("qwen3_next", True)], ids=str
+)
+def test_a_file_of_each_family_is_the_model_that_it_was_made_of(cache, tmp_path, family, older):
     """Config, numbers and logits, in float32; where transformers reads such files, it reads the same model."""
     source = rough_model(family, **sizes(family))
-    path = write_family(tmp_path / "it.gguf", source)
+    path = write_family(tmp_path / "it.gguf", source, older=older)
     model, _ = loading.load(path, dtype="float32")
     given, ours = source.config.to_dict(), model.config.to_dict()
     other = {key: (ours.get(key), given[key]) for key in given if ours.get(key) != given[key]}
@@ -152,6 +157,48 @@ def test_experts_in_blocks_are_those_of_the_model(cache, tmp_path, family):
     ids = torch.arange(5, 25)[None]
     with torch.inference_mode():
         assert apart(model(ids).logits.float(), dense(ids).logits.float()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("kind", "gates", "kept"),
+    [("Q8_0", "Q8_0", "Q8_0"), ("Q5_K", "Q4_K", "Q5_K"), ("Q6_K", "Q5_K", None), ("BF16", "Q8_0", None)],
+)
+def test_a_matrix_of_two_tensors_stays_in_blocks_if_one_type_has_both(cache, tmp_path, kind, gates, kept, capsys):
+    """The first one of recurrent layers of Qwen3-Next; its rows are those of the tensors, by key head."""
+    source = rough_model("qwen3_next", **sizes("qwen3_next") | WIDE)
+    path = write_family(tmp_path / "it.gguf", source, kind, gates)
+    model, _ = loading.load(path)
+    assert (f"of type {kind} with {gates}" in capsys.readouterr().err) == (kept is None)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for layer in (0, 2):
+        mixer, parts = model.model.layers[layer].linear_attn, []
+        assert isinstance(mixer.in_proj_qkvz, BlockLinear) == (kept is not None)
+        assert kept is None or mixer.in_proj_qkvz.blocks.kind == kept
+        for tensor in (tensors[f"blk.{layer}.attn_{name}.weight"] for name in ("qkv", "gate")):
+            parts.append(torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).bfloat16())
+        pairs = [part.chunk(2) for part in torch.cat(parts).split([32, 32, 256, 256])]  # each of two key heads
+        expected = torch.cat([part for head in zip(*pairs, strict=True) for part in head])
+        assert torch.equal(mixer.in_proj_qkvz.weight, expected)
+
+
+@pytest.mark.parametrize("shape", [None, (128, 32), (64, 64)])
+def test_one_of_two_tensors_that_does_not_fit_is_named(cache, tmp_path, shape):
+    path = write_family(tmp_path / "it.gguf", rough_model("qwen3_next", **sizes("qwen3_next")))
+    file, name = read_header(path), "blk.2.attn_gate.weight"
+    model = gguf_model.empty_model(gguf_model.config_of("it", file), torch.bfloat16)
+    gguf_model.check_tensors("it", file, model)
+    info = file.tensors.pop(name)
+    if shape:
+        file.tensors[name] = replace(info, shape=shape)
+    with pytest.raises(SpecDecError, match=f"1 missing or of another shape, such as '{name}'"):
+        gguf_model.check_tensors("it", file, model)
+
+
+def test_value_heads_that_are_not_equally_many_for_each_key_head_are_refused(cache, tmp_path):
+    file = read_header(write_family(tmp_path / "it.gguf", rough_model("qwen3_next", **sizes("qwen3_next"))))
+    file.metadata["qwen3next.ssm.group_count"] = 3
+    with pytest.raises(SpecDecError, match="4 value heads for 3 key heads"):
+        gguf_model.config_of("it", file)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -154,6 +154,7 @@ def write_model(
     return path
 
 
+WHOLE = "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"  # types that ``gguf`` quantises to
 SCALES = {  # what llama.cpp's converter calls a config's fields
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -179,6 +180,12 @@ DELTA_RULE = {
     "ssm.group_count": "linear_num_key_heads",
     "ssm.time_step_rank": "linear_num_value_heads",
 }
+SHARED = {
+    "expert_count": "num_experts",
+    **TAKEN,
+    **INNER,
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what is added to norms, metadata
     "llama": ("llama", True, 0, {"rope.dimension_count": "head_dim"}),
     "qwen2": ("qwen2", False, 0, {}),
@@ -200,14 +207,8 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
     "gemma2": ("gemma2", False, 1, WINDOWS),
     "gemma3_text": ("gemma3", False, 1, WINDOWS),
     "qwen3_5_text": ("qwen35", False, 1, DELTA_RULE),
-    "qwen3_5_moe_text": (
-        "qwen35moe",
-        False,
-        1,
-        DELTA_RULE
-        | {"expert_count": "num_experts", **TAKEN, **INNER}
-        | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
-    ),
+    "qwen3_next": ("qwen3next", False, 1, DELTA_RULE | SHARED),
+    "qwen3_5_moe_text": ("qwen35moe", False, 1, DELTA_RULE | SHARED),
     "gpt_oss": (
         "gpt-oss",
         False,
@@ -218,9 +219,9 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
 }
 
 
-def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
+def write_family(path: Path, model: Any, kind: str = "F32", gates: str = "", older: bool = False) -> Path:
     """A model of transformers as llama.cpp's converter writes it, its matrices quantised to ``kind`` or in random
-    blocks of it."""
+    blocks of it. gates: the type of those of recurrent layers. older: as older converters wrote Qwen3-Next."""
     config = model.config
     name, paired, more, metadata = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
@@ -246,11 +247,12 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
                 add(f"{name}.rope.scaling.{key}", rope[field])
     if name == "mistral3":
         writer.add_float32(f"{name}.attention.temperature_scale", rope["llama_4_scaling_beta"])
-    if name in ("qwen35", "qwen35moe"):
+    if name in ("qwen35", "qwen35moe", "qwen3next"):
         writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
         writer.add_full_attention_interval(2)
         writer.add_rope_dimension_count(int(config.head_dim * rope["partial_rotary_factor"]))
-        writer.add_rope_dimension_sections([11, 11, 10, 0])
+        if name != "qwen3next":
+            writer.add_rope_dimension_sections([11, 11, 10, 0])
     vocab = config.vocab_size
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -260,7 +262,7 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
     writer.add_token_merges(["A B"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    random, packed = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
+    random = np.random.default_rng(0)
     for parameter, tensor in model.named_parameters():
         where, _, leaf = parameter.rpartition(".")
         values = tensor.detach().float().numpy()
@@ -271,7 +273,7 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         parts = {f"{names.get_name(where)}.{leaf}": values}
         if "linear_attn" in where:
-            parts = recurrent_part(config, names, where, leaf, values)
+            parts = recurrent_part(config, names, where, leaf, values, older)
         if leaf == "sinks":
             parts = {f"{names.get_name(parameter)}.weight": values}
         if where.endswith("experts"):
@@ -288,10 +290,11 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
             if part.ndim == 1 or "ffn_gate_inp" in stored or "conv1d" in stored or stored.endswith("bias"):
                 writer.add_tensor(stored, np.ascontiguousarray(part))
                 continue
-            whole = kind in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
+            its = gates or kind if "attn_gate" in stored else kind
+            whole, packed = its in WHOLE, gguf.GGMLQuantizationType[its]
             rows = part.reshape(-1, part.shape[-1])
-            most = 1e-5 if kind == "Q6_K" else 5e-4  # weights are then as large as those of a trained model
-            blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(kind, rows.shape, random, most)
+            most = 1e-5 if its == "Q6_K" else 5e-4  # weights are then as large as those of a trained model
+            blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(its, rows.shape, random, most)
             writer.add_tensor(stored, blocks.reshape(*part.shape[:-1], -1), raw_dtype=packed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -300,8 +303,11 @@ def write_family(path: Path, model: Any, kind: str = "F32") -> Path:
     return path
 
 
-def recurrent_part(config: Any, names: Any, where: str, leaf: str, values: np.ndarray) -> dict[str, np.ndarray]:
-    """A parameter of a recurrent layer: value heads by their number at a key head, and then by key head."""
+def recurrent_part(
+    config: Any, names: Any, where: str, leaf: str, values: np.ndarray, older: bool
+) -> dict[str, np.ndarray]:
+    """A parameter of a recurrent layer: value heads by their number at a key head, and then by key head. Qwen3-Next:
+    as they are, but in two tensors what the model has in one, by key head (older: in one, too)."""
     keys, heads, name = config.linear_num_key_heads, config.linear_num_value_heads, where.rpartition(".")[2]
     values = values.squeeze(1) if name == "conv1d" else -np.exp(values) if leaf == "A_log" else values
     before = 2 * keys * config.linear_key_head_dim if name in ("conv1d", "in_proj_qkv") else 0
@@ -309,7 +315,15 @@ def recurrent_part(config: Any, names: Any, where: str, leaf: str, values: np.nd
     def tiled(rows: np.ndarray) -> np.ndarray:
         return rows.reshape(keys, heads // keys, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
-    if name == "out_proj":
+    if name == "in_proj_qkvz" and not older:
+        key, value = config.linear_key_head_dim, heads // keys * config.linear_value_head_dim
+        q, k, v, z = np.split(values.reshape(keys, -1, values.shape[1]), np.cumsum([key, key, value]), 1)
+        joined = {"attn_qkv": np.concatenate([each.reshape(-1, values.shape[1]) for each in (q, k, v)])}
+        joined["attn_gate"] = z.reshape(-1, values.shape[1])
+        return {f"blk.{where.split('.')[2]}.{key}.weight": part for key, part in joined.items()}
+    if config.model_type == "qwen3_next":
+        pass
+    elif name == "out_proj":
         values = tiled(values.T).T
     elif name != "norm":
         values = np.concatenate((values[:before], tiled(values[before:])))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
@@ -77,6 +77,21 @@ class Blocks:
 def numbers(data: Tensor, kind: str) -> Tensor:
     """Dequantise rows of blocks, uint8 [n, bytes], with ``gguf``: float32 [n, in]."""
     return torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
+
+
+def of_one_kind(matrices: list[Blocks]) -> list[Blocks]:
+    """The same matrices in one type, as far as they are, or become by zero bits (Q4_K beside Q5_K); else none."""
+    kinds = {each.kind for each in matrices}
+    if kinds == {"Q4_K", "Q5_K"}:
+        return [_with_fifth_bits(each) if each.kind == "Q4_K" else each for each in matrices]
+    return matrices if len(kinds) == 1 else []
+
+
+def _with_fifth_bits(matrix: Blocks) -> Blocks:
+    """A matrix of Q4_K in Q5_K, whose blocks have 32 bytes of fifth bits between scales and other bits."""
+    scales, others = matrix.data.view(-1, 144).split([16, 128], 1)
+    data = torch.cat((scales, scales.new_zeros(len(scales), 32), others), 1)
+    return replace(matrix, data=data.view(matrix.data.shape[0], -1), kind="Q5_K")
 
 
 def bits(kind: str) -> int:

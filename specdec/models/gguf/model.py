@@ -8,6 +8,7 @@ file. Supports the architectures of the native runtime.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,8 +221,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """The tensors in ``file`` of each parameter of ``model``, equally many rows in each. Raises SpecDecError unless all
-    fit."""
+    """The tensors in ``file`` of each parameter of ``model``. Raises SpecDecError unless all fit."""
     found = _tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
     unfit = list[str]()
@@ -233,9 +233,13 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
             wanted[1:] = wanted[:0:-1]
         if path.endswith("shared_expert_gate") and len(shapes.get(tensors[0], ())) == 1:
             del wanted[0]  # some converters write a vector
-        if len(tensors) > 1:
-            wanted[1] //= len(tensors)  # [E, 2 F, D] or, a bias, [E, 2 F]
-        unfit += [key or parameter for key in tensors if shapes.get(key) != tuple(wanted)]
+        each = [tuple(wanted)]
+        if len(tensors) > 1 and leaf == "weight":
+            each = [(rows, wanted[1]) for rows in recurrent.tensor_rows(model.config)]
+        elif len(tensors) > 1:  # [E, 2 F, D] or, a bias, [E, 2 F]
+            each = [(wanted[0], wanted[1] // 2, *wanted[2:])] * 2
+        pairs = zip(tensors, each, strict=True)
+        unfit += [key or parameter for key, shape in pairs if shapes.get(key) != shape]
     if unfit:
         raise SpecDecError(
             f"the weights of '{name}' do not fit its config: {len(unfit)} missing or of another shape, such as "
@@ -272,6 +276,8 @@ def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str
         else:
             tensor = names.get_name(path if leaf == end else parameter)
             found[parameter] = ("" if tensor is None else f"{tensor}.{end}",)
+            if found[parameter][0] not in file.tensors and (parts := recurrent.tensors_of(path)):
+                found[parameter] = tuple(f"{names.get_name(part)}.{end}" for part in parts)
     return found
 
 
@@ -292,31 +298,33 @@ def build(
     names, unpacked = check_tensors(name, file, model), set[str]()
     family = families.FAMILIES[config.model_type]
     for parameter, tensors in names.items():
-        info, (path, _, leaf) = file.tensors[tensors[0]], parameter.rpartition(".")
+        path, _, leaf = parameter.rpartition(".")
         if leaf.removesuffix("_bias") in EXPERTS:
             continue
-        part, module = data[info.offset : info.offset + info.nbytes], model.get_submodule(path)
-        rows = _rows(config, path, info.shape[0]) if family.interleaved else None
+        infos, module = [file.tensors[tensor] for tensor in tensors], model.get_submodule(path)
+        stored = _joined([_stored(info, data) for info in infos], dtype)
+        rows = _rows(config, path, stored.shape[0]) if family.interleaved else None
         columns = None
-        if family.mixer and config.linear_num_key_heads != config.linear_num_value_heads:
+        if family.tiled and config.linear_num_key_heads != config.linear_num_value_heads:
             rows, columns = recurrent.rows_of(config, path, leaf), recurrent.columns_of(config, path)
-        if info.kind in PLAIN:
-            values = part.view(PLAIN[info.kind]).view(info.shape)
-            values = values if rows is None else values[rows.long()]
+        if len(tensors) > 1:
+            rows = recurrent.rows_of_two(config)
+        if isinstance(stored, Tensor):
+            values = stored if rows is None else stored[rows.long()]
             values = values if columns is None else values[:, columns.argsort()]
             values = recurrent.restored(path, leaf, values)
             values = values[None] if path.endswith("shared_expert_gate") and values.dim() == 1 else values
             around_zero = family.around_zero and path.endswith("norm") and not path.endswith("linear_attn.norm")
             values = (values.float() - 1 if around_zero else values).to(dtype)
         else:
-            rows = None if rows is None else rows.int()
-            packed = Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1], rows, columns)
-            if keep_blocks and info.kind in blocks.KINDS and isinstance(module, nn.Linear | nn.Embedding):  # no router
+            packed = replace(stored, rows=None if rows is None else rows.int(), columns=columns)
+            linear = isinstance(module, nn.Linear | nn.Embedding)  # no router
+            if keep_blocks and linear and packed.kind in blocks.KINDS:
                 model.set_submodule(path, _in_blocks(module, packed, dtype))
                 continue
             values = blocks.dequantize(packed, None, dtype)
-            memory.release(part)
-            unpacked |= {info.kind} - {*blocks.KINDS}
+            memory.release(packed.data)
+        unpacked |= {" with ".join(dict.fromkeys(info.kind for info in infos))} - {*PLAIN, *blocks.KINDS}
         setattr(module, leaf, nn.Parameter(values, requires_grad=False))
     for path, module in [*model.named_modules()]:
         if hasattr(module, "gate_up_proj") and names.get(f"{path}.gate_up_proj", ()):
@@ -365,6 +373,20 @@ def _stored(info: TensorInfo, data: Tensor) -> Tensor | Blocks:
     if info.kind in PLAIN:
         return part.view(PLAIN[info.kind]).view(info.shape)
     return Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1])
+
+
+def _joined(parts: list[Tensor | Blocks], dtype: torch.dtype) -> Tensor | Blocks:
+    """Matrices one below the other, if there are several: in blocks where one type has the numbers of all, else in
+    ``dtype``."""
+    if len(parts) == 1:
+        return parts[0]
+    packed = blocks.of_one_kind([part for part in parts if isinstance(part, Blocks)])
+    if len(packed) == len(parts):
+        found: Tensor | Blocks = replace(packed[0], data=torch.cat([part.data for part in packed]))
+    else:
+        found = torch.cat([_values(part, dtype) for part in parts])
+    memory.release(*(part.data for part in parts))
+    return found
 
 
 def _values(matrix: Tensor | Blocks, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,9 @@
 """Recurrent layers in GGUF files: their metadata, and the tensors that a converter changes.
 
-Value heads lie in another order there: the first ones of all key heads come before the second ones. As they are rows of
-most matrices, blocks stay as they are. They are columns of the last one, which a runtime reads in the file's order.
+Value heads of Qwen3.5 lie in another order there: the first ones of all key heads come before the second ones. As they
+are rows of most matrices, blocks stay as they are. They are columns of the last one, which a runtime reads in the
+file's order. The first matrix of Qwen3-Next, with all parts of a key head before the next head's, is two tensors there:
+queries, keys and values of all heads, and the gates of all heads. In older files it is one, as in the model.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ def complete(name: str, values: dict[str, Any]) -> None:
     """Make fields of a config from numbers of the metadata that are none."""
     heads, size = values.get("linear_num_value_heads") or 1, values.get("head_dim") or 1
     values["linear_value_head_dim"] = values.pop("linear_values", 0) // heads
+    if heads % (keys := values.get("linear_num_key_heads") or 1):
+        raise SpecDecError(f"cannot load model '{name}': its GGUF file has {heads} value heads for {keys} key heads")
     values["partial_rotary_factor"] = values.pop("rotated", size) / size
     values["num_hidden_layers"] -= values.pop("nextn_layers", 0)
     interval = values.pop("full_attention_interval", 4)
@@ -25,6 +29,26 @@ def complete(name: str, values: dict[str, Any]) -> None:
         raise SpecDecError(f"cannot load model '{name}': its GGUF file has no layer with attention")
     kinds = ["linear_attention"] * (interval - 1) + ["full_attention"]
     values["layer_types"] = [kinds[layer % interval] for layer in range(values["num_hidden_layers"])]
+
+
+def tensors_of(path: str) -> tuple[str, ...]:
+    """The modules of Qwen3.5 that have the tensors of a module of Qwen3-Next; none: it has one of its own."""
+    whole, joined, _ = path.partition("_qkvz")
+    return (f"{whole}_qkv", f"{whole}_z") if joined else ()
+
+
+def tensor_rows(config: Any) -> tuple[int, int]:
+    """The rows of the two tensors of the first matrix of Qwen3-Next."""
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    return 2 * config.linear_num_key_heads * config.linear_key_head_dim + values, values
+
+
+def rows_of_two(config: Any) -> Tensor:
+    """The row of these two tensors, one below the other, for each row of that matrix."""
+    heads, (first, values) = config.linear_num_key_heads, tensor_rows(config)
+    keys = (first - values) // 2
+    parts = torch.arange(first + values).split([keys, keys, values, values])
+    return torch.cat([part.view(heads, -1) for part in parts], 1).flatten()
 
 
 def value_heads(config: Any, size: int) -> Tensor:

@@ -94,6 +94,8 @@ def test_files_of_every_type_run_natively_as_the_table_says(cache: object, tmp_p
     sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gemma3_text", "gpt_oss") else {}
     if family in HYBRIDS:
         sizes |= {"layer_types": ["linear_attention", "full_attention"], "linear_value_head_dim": 64}
+    if family == "qwen3_next":
+        sizes["num_experts_per_tok"] = 4  # all: rounded to 8 bits, near ties of its router fall in another way
     model, served = rough_model(family, **sizes, rope_parameters=ROPES.get(family)), list[str]()
     for (
         parameter
