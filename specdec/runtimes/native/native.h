@@ -173,6 +173,33 @@ typedef struct {
     const LowRank *const *low;   /* by layer: the low-rank terms of its MAPS maps, or NULL */
 } Call;
 
+typedef struct {        /* a projection, and the layers after it */
+    const Map *projection;        /* its inputs, each divided by its RMS: the residual, the previous final state (, `carried`) */
+    const bf16 *carried;    /* [sequences, hidden]: input states of the layers, of the token before each root */
+    const Model *model;     /* the first stage has layers; the last may have none (NULL) */
+    const Call *call;       /* for a token of each sequence at its first free slot, without trees */
+} Stage;
+
+typedef struct {        /* a tree that grows from one root, level by level, or the likeliest chain of each of several sequences */
+    int32_t stages, levels, width, sequences; /* width: nodes of a level that get children, and children of each; 1 for several sequences */
+    const int32_t *roots;   /* [sequences] */
+    const Stage *stage;
+    const Table *embedding; /* [vocabulary, hidden] */
+    const bf16 *final;      /* [sequences, hidden]: final states of the token before each root */
+    const Map *head[2];     /* the heads, one behind the other; the second may be NULL */
+    int32_t outputs[2];     /* number of outputs of each head */
+    const int64_t *tokens;  /* [outputs]: their tokens, or NULL: the outputs are the tokens */
+    const float *norm;
+    float eps, unit_eps;    /* of the final norm, of the projections' */
+    float level, node, exponent; /* growing ends when the likeliest path of each sequence, as far as its probability to the power of
+                             * `exponent` exceeds `node`, brings less than `level`, all together */
+    float *scores;          /* out: [levels * width * width] or [levels, sequences], log-probabilities of the candidates' paths */
+    int32_t *ids, *parents; /* out: their tokens; 0: a root, i + 1: candidate i */
+    int (*mask)(int rows, const int32_t *nodes); /* NULL: all tokens are allowed. Called before a level's pass, by one thread, to set */
+    const uint8_t *const *allowed;  /* `allowed`, the mask of each of its nodes (NULL: no token); returns 0, or else growing ends */
+    const uint8_t *forbidden; /* [sequences, outputs of the second head]: those that a sequence may not draft, or NULL */
+} TreeDraft;
+
 enum { MAPS = 5 }; /* with low-rank terms: qkv, out, gate_up, down, rates */
 
 /* Inputs of the convolution of a recurrent layer; numbers of a token's inputs: those, strengths and rates; bytes of a state: matrices
