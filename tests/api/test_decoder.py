@@ -54,8 +54,8 @@ def test_token_ids_as_a_list_and_as_a_tensor_give_one_answer(decoder: SpecDecode
 
 
 def test_stream_yields_the_text_of_generate(decoder: SpecDecoder) -> None:
-    whole = decoder.generate(PROMPT, max_new_tokens=30)
-    pieces = list(decoder.stream(PROMPT, max_new_tokens=30))
+    whole = decoder.generate(PROMPT, max_new_tokens=30, num_speculative_tokens=2)
+    pieces = list(decoder.stream(PROMPT, max_new_tokens=30, num_speculative_tokens=2))
     assert "".join(pieces) == whole.text and len(pieces) == 1 + whole.metrics.num_spec_steps
 
 

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,8 +128,8 @@ def test_norms_are_equal_in_every_build() -> None:
 def test_a_broken_kernel_fails_the_check_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     right = linear._block_tiles
 
-    def wrong(blocks: linear.Blocks) -> tuple[int, torch.Tensor]:
-        kind, tiles = right(blocks)
+    def wrong(*given: Any) -> tuple[int, torch.Tensor]:
+        kind, tiles = right(*given)
         return kind, tiles.copy_(tiles ^ 7)  # codes and scales are others
 
     monkeypatch.setattr(linear, "_block_tiles", wrong)
