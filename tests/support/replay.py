@@ -151,7 +151,7 @@ class Recording:
             self.read(place + Table.data.offset, each.data, rows * each.stride)
 
     def layer(self, at: int, each: Layer, model: Model) -> None:
-        for name in (*SLOTS[:2], SLOTS[4], "router") if each.gates else SLOTS:
+        for name in (*SLOTS, "router") if each.gates else SLOTS:
             self.map_(at + getattr(Layer, name).offset, getattr(each, name))
         for name in ("gates", "sums"):
             self.maps(at + getattr(Layer, name).offset, getattr(each, name), model.experts)
