@@ -62,8 +62,8 @@ class Fixed:
             return DepthChoice()
         scoring, count, nodes = Costs(self.world.score, ()).scoring, len(rows), len(rows) * MOST_NODES
         passes = [scoring(count), *(scoring(count + n) + self.world.beyond for n in range(1, nodes + 1))]
-        level, rows_ = self.speed * self.world.drafts[self.exit][1], len(rows)
-        node = self.speed * (passes[2 * rows_] - passes[rows_]) / rows_
+        level = self.speed * self.world.drafts[self.exit][1]
+        node = self.speed * (passes[2 * count] - passes[count]) / count
         prices = Prices([self.speed * (each - passes[0]) for each in passes], level, node, self.world.power)
         return DepthChoice(12, self.exit, prices)
 
