@@ -111,8 +111,7 @@ def why_not(target: Target) -> str | None:
     """Why a drafter cannot teach itself on this target; None if it can."""
     if target.num_layers < 3:
         return "the model has too few layers"
-    lo, hi = learned_path(target).segments[0]
-    if target.experts is not None or any(lo <= layer < hi for layer in target.recurrent_layers):
+    if target.experts is not None:
         return "its layers cannot be run twice on a token"
     need = 120 * target.hidden_size**2  # bytes of the sums, and of the system that is solved
     if need > free_memory(torch.device("cpu")) // SHARE_OF_MEMORY:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 
+MOST = 1024  # tokens of branches that run at once: bounds memory
 States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
 # The tokens that adapters act on: True: those of the pass; False: none; for inputs in another order: the number of the
 # layer's uncommitted tokens behind each, int64 [B, T].
@@ -80,10 +81,13 @@ class Recurrent:
         leaves = [path for path in paths if path[-1] not in inner]
         longest = max(map(len, leaves))
         index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in leaves], device=self.inputs.device)
-        x = self.inputs[:, index].reshape(batch * len(leaves), longest, width)
-        states = {key: state.repeat_interleave(len(leaves), 0) for key, state in self.states.items()}
-        behind = (u - 1 - index).repeat(batch, 1)  # (B leaves, longest)
-        out = advance(x, states, behind)[0].view(batch, len(leaves), longest, -1)
+        parts = list[Tensor]()
+        for some in index.split(max(MOST // (batch * longest), 1)):
+            x = self.inputs[:, some].reshape(batch * len(some), longest, width)
+            states = {key: state.repeat_interleave(len(some), 0) for key, state in self.states.items()}
+            behind = (u - 1 - some).repeat(batch, 1)  # (B leaves, longest)
+            parts.append(advance(x, states, behind)[0].view(batch, len(some), longest, -1))
+        out = torch.cat(parts, 1)
         place = {node: (leaf, at) for leaf, path in enumerate(leaves) for at, node in enumerate(path)}
         leaf, at = zip(*(place[node] for node in range(u - t, u)), strict=True)
         return out[:, leaf, at]

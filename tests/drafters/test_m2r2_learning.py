@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import model_of, tiny_model
+from tiny import HYBRIDS, model_of, tiny_model
 from transformers import PreTrainedModel
 
 from specdec import SpecDecError, SpecDecoder
@@ -26,6 +26,8 @@ from specdec.drafters.ridge import Sums
 from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.kvcache import recurrent
+from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -90,12 +92,30 @@ def rows_of_drafting(learner: Learner, text: Text) -> Iterator[tuple[torch.Tenso
         yield own[0, 0], before.final[0, 0], before.inputs[0][0, 0], end[0, 0]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["pieces of 4", "growing pieces"])
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, seconds: float) -> None:  # type: ignore[no-untyped-def]
-    target = ReferenceTarget(tiny_model(kind))
+def target_of(kind: str, runtime: str) -> Target:
+    if runtime == "native":
+        return NativeTarget(model_of(kind)) if library.runs() else pytest.skip("there are no native kernels here")
+    return (FusedTarget if runtime == "fused" else ReferenceTarget)(tiny_model(kind))
+
+
+HYBRID = [("lfm2", "reference"), ("qwen3_5_text", "fused"), ("qwen3_5_text", "native"), ("qwen3_next", "native")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "runtime", "seconds"),
+    [
+        *((kind, "reference", seconds) for kind in ("llama", "mistral") for seconds in (0.0, 1e9)),
+        *((*hybrid, 1e9) for hybrid in HYBRID),
+        ("jamba", "reference", 0.0),
+        pytest.param("qwen3_next", "reference", 1e9, marks=pytest.mark.slow),
+        pytest.param("falcon_h1", "reference", 1e9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, runtime: str, seconds: float) -> None:  # type: ignore[no-untyped-def]
+    target = target_of(kind, runtime)
     learner = taught(target, 12)
     monkeypatch.setattr(m2r2_learning, "PIECE", seconds)
+    monkeypatch.setattr(recurrent, "MOST", 30)  # few branches run at once
     text = texts(target, 1, length=30, seed=5)[0]
     with torch.inference_mode():
         found = [rows for rows in learner._replay(text, [learner.network]) if rows is not None]
@@ -107,6 +127,8 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
     ]
     for one, other in zip(seen, rows_of_drafting(learner, text), strict=True):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+    lo, hi = learner.path.segments[0]
+    assert kind not in HYBRIDS or target.recurrent_layers.intersection(range(lo, hi))
 
 
 def test_only_the_end_of_a_long_prompt_is_run_again() -> None:
@@ -244,12 +266,17 @@ def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypat
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("drafter", ["m2r2", "ngram+m2r2"])
-def test_texts_are_those_of_plain_decoding_while_fits_are_swapped_in(llama, drafter: str, temperature: float) -> None:  # type: ignore[no-untyped-def]
-    plain = SpecDecoder(llama, drafter="none", learn=False)
+@pytest.mark.parametrize(
+    ("kind", "runtime", "drafter"),
+    [("llama", "fused", "m2r2"), ("llama", "fused", "ngram+m2r2"), *((*hybrid, "m2r2") for hybrid in HYBRID)],
+)
+def test_texts_are_those_of_plain_decoding_while_fits_are_swapped_in(
+    kind: str, runtime: str, drafter: str, temperature: float
+) -> None:
+    plain = SpecDecoder(target_of(kind, runtime).model, drafter="none", learn=False, runtime=runtime)
     taught_by_itself = plain.with_drafter(drafter)
     how = {"max_new_tokens": 60, "temperature": temperature, "seed": 3}
-    versions = set[int]()
+    versions, drafted = set[int](), 0
     for number in range(12):
         prompt = [5 + number, 7, 9]
         expected = plain.generate(prompt, **how).token_ids
@@ -258,8 +285,10 @@ def test_texts_are_those_of_plain_decoding_while_fits_are_swapped_in(llama, draf
                 for _ in range(8):
                     taught_by_itself.drafter.learn()
                 versions.add(taught_by_itself.drafter.version)
-        assert generation.outputs()[0].token_ids == expected
-    assert len(versions) > 2
+        [out] = generation.outputs()
+        assert out.token_ids == expected
+        drafted += out.metrics.num_draft_tokens
+    assert len(versions) > (1 if plain.target.recurrent_layers else 2) and drafted
 
 
 def test_a_drafter_that_knows_nothing_drafts_nothing(llama: PreTrainedModel) -> None:
