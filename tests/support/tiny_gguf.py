@@ -219,9 +219,12 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
 }
 
 
-def write_family(path: Path, model: Any, kind: str = "F32", gates: str = "", older: bool = False) -> Path:
+def write_family(
+    path: Path, model: Any, kind: str = "F32", gates: str = "", older: bool = False, joined: bool = False
+) -> Path:
     """A model of transformers as llama.cpp's converter writes it, its matrices quantised to ``kind`` or in random
-    blocks of it. gates: the type of those of recurrent layers. older: as older converters wrote Qwen3-Next."""
+    blocks of it. gates: the type of those of recurrent layers. older: as older converters wrote Qwen3-Next. joined:
+    gates and ups of experts are one tensor."""
     config = model.config
     name, paired, more, metadata = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
@@ -285,6 +288,8 @@ def write_family(path: Path, model: Any, kind: str = "F32", gates: str = "", old
                 each = [values[:, ::2], values[:, 1::2]] if turned else np.split(values, 2, 1)
             layer, keys = where.split(".")[2], ("gate", "up") if "gate" in leaf else ("down",)
             end = "bias" if leaf.endswith("bias") else "weight"
+            if joined:
+                keys, each = ("_".join(keys),), [np.concatenate(each, 1)]
             parts = {f"blk.{layer}.ffn_{key}_exps.{end}": part for key, part in zip(keys, each, strict=True)}
         for stored, part in parts.items():
             if part.ndim == 1 or "ffn_gate_inp" in stored or "conv1d" in stored or stored.endswith("bias"):

@@ -267,8 +267,10 @@ def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str
         path, _, leaf = parameter.rpartition(".")
         matrix, end = leaf.removesuffix("_bias"), leaf if leaf in ("weight", "bias") else "weight"
         if matrix in EXPERTS:
-            layer, end = path.split(".")[2], "weight" if leaf in EXPERTS else "bias"
-            found[parameter] = tuple(f"blk.{layer}.ffn_{part}_exps.{end}" for part in EXPERTS[matrix])
+            layer, end, parts = path.split(".")[2], "weight" if leaf in EXPERTS else "bias", EXPERTS[matrix]
+            found[parameter] = (f"blk.{layer}.ffn_{'_'.join(parts)}_exps.{end}",)
+            if found[parameter][0] not in file.tensors:  # gates and ups apart
+                found[parameter] = tuple(f"blk.{layer}.ffn_{part}_exps.{end}" for part in parts)
         elif leaf == "A_log":
             found[parameter] = (names.get_name(parameter) or "",)
         elif leaf == "dt_bias":
@@ -329,8 +331,9 @@ def build(
     for path, module in [*model.named_modules()]:
         if hasattr(module, "gate_up_proj") and names.get(f"{path}.gate_up_proj", ()):
             for leaf in blocks.BIASES if module.is_transposed else ():
-                each = [_stored(file.tensors[tensor], data) for tensor in names[f"{path}.{leaf}"]]
-                values = torch.stack([_values(matrix, dtype) for matrix in each], -1).flatten(1)  # in turn
+                each = [_values(_stored(file.tensors[tensor], data), dtype) for tensor in names[f"{path}.{leaf}"]]
+                parts = torch.cat(each, 1).chunk(len(EXPERTS[leaf.removesuffix("_bias")]), 1)
+                values = torch.stack(parts, -1).flatten(1)  # in turn
                 setattr(module, leaf, nn.Parameter(values, requires_grad=False))
             infos = [file.tensors[tensor] for leaf in EXPERTS for tensor in names[f"{path}.{leaf}"]]
             unpacked |= {info.kind for info in infos} - {*PLAIN, *blocks.KINDS}
@@ -346,7 +349,7 @@ def build(
 
 
 def _experts(module: Any, infos: list[TensorInfo], data: Tensor, dtype: torch.dtype, keep_blocks: bool) -> nn.Module:
-    """The experts of a layer from its tensors gate, up and down, [E, F, D], [E, F, D] and [E, D, F]."""
+    """The experts of a layer from its tensors gate and up, [E, F, D] each or one [E, 2 F, D], and down [E, D, F]."""
     matrices = list[list[Tensor | Blocks]]()
     for info in infos:
         part, count = data[info.offset : info.offset + info.nbytes], info.shape[0]
@@ -355,7 +358,7 @@ def _experts(module: Any, infos: list[TensorInfo], data: Tensor, dtype: torch.dt
         else:
             rows = part.view(count, info.shape[1], -1)
             matrices.append([Blocks(each, info.kind, info.shape[2]) for each in rows])
-    gate_up, down = [list(pair) for pair in zip(*matrices[:2], strict=True)], matrices[2]
+    gate_up, down = [list(parts) for parts in zip(*matrices[:-1], strict=True)], matrices[-1]
     if keep_blocks and all(info.kind in blocks.KINDS for info in infos):
         return BlockExperts(module, gate_up, down, dtype)  # type: ignore[arg-type]
     made = [

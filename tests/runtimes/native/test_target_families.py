@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from passes import logits_of
-from tiny import HYBRIDS, ROPES, greedy_reference, model_of, rough_model, sizes_of
+from tiny import HYBRIDS, ROPES, greedy_reference, model_of, rough_model, sizes_of, tamed
 from tiny_gguf import ARCHITECTURES, write_family
 from zoo import EVERY, PROMPTS, run
 
@@ -96,11 +96,7 @@ def test_files_of_every_type_run_natively_as_the_table_says(cache: object, tmp_p
         sizes |= {"layer_types": ["linear_attention", "full_attention"], "linear_value_head_dim": 64}
     if family == "qwen3_next":
         sizes["num_experts_per_tok"] = 4  # all: rounded to 8 bits, near ties of its router fall in another way
-    model, served = rough_model(family, **sizes, rope_parameters=ROPES.get(family)), list[str]()
-    for (
-        parameter
-    ) in model.parameters():  # as tame as trained ones: rounding to 8 bits does not grow from layer to layer
-        parameter.mul_(0.25 if parameter.dim() > 1 else 1)
+    model, served = tamed(rough_model(family, **sizes, rope_parameters=ROPES.get(family))), list[str]()
     ids = torch.randint(3, 97, (1, 22), generator=torch.Generator().manual_seed(7))
     for kind in (*KINDS, "BF16"):
         path = write_family(tmp_path / f"{kind}.gguf", model, kind)
@@ -114,3 +110,17 @@ def test_files_of_every_type_run_natively_as_the_table_says(cache: object, tmp_p
         served.append(kind)
     row = f"| `{family}` | `{ARCHITECTURES[family][0]}` | {', '.join(served)} |"
     assert row in (Path(__file__).parents[3] / "docs/models.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_5_moe_text"])
+@torch.inference_mode()
+def test_gates_and_ups_of_experts_may_be_one_tensor_of_a_file(cache: object, tmp_path: Path, family: str) -> None:
+    model, ids, found = tamed(rough_model(family, **sizes_of(family))), torch.arange(5, 25)[None], list[torch.Tensor]()
+    for joined in (False, True):
+        path = write_family(tmp_path / f"{joined}.gguf", model, "Q8_0", joined=joined)
+        target = make_target(loading.load(path)[0], "native")[0]
+        own = target.new_cache()
+        assert isinstance(own, RowCache)
+        modules = loading.load(path, dtype="float32")[0]
+        found += [logits_of(target, own, ids, 0, 20), modules(ids).logits]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
