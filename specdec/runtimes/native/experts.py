@@ -8,6 +8,7 @@ that over a prompt, keeps them meanwhile. The file has no name: it is gone with 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import tempfile
@@ -28,7 +29,7 @@ from specdec.runtimes.native.library import INT
 
 _WILL_NEED, _DONT_NEED, _POPULATE_READ = 3, 4, 22  # of madvise
 CHUNK = 128 << 10  # bytes that the system is told of at a time; it ignores the end of long ranges
-Demand = ctypes.CFUNCTYPE(None, INT, INT, ctypes.POINTER(INT))  # as in native.h
+Demand = ctypes.CFUNCTYPE(INT, INT, INT, ctypes.POINTER(INT))  # as in native.h
 
 
 class _Layer:
@@ -66,11 +67,14 @@ class _Layer:
         self.mapping.flush(*self.places[-1])
         self.drop(len(self.places) - 1)
 
-    def advise(self, expert: int, advice: int, step: int = 1 << 62) -> None:
-        (start, size), madvise = self.places[expert], ctypes.CDLL(None).madvise
+    def advise(self, expert: int, advice: int, step: int = 1 << 62) -> int:
+        """Returns the system's error number, or 0."""
+        (start, size), madvise = self.places[expert], ctypes.CDLL(None, use_errno=True).madvise
         for at in range(start, start + size, step):
             address = ctypes.c_void_p(self.memory.data_ptr() + at)
-            madvise(address, ctypes.c_size_t(min(step, start + size - at)), advice)
+            if madvise(address, ctypes.c_size_t(min(step, start + size - at)), advice):
+                return ctypes.get_errno()
+        return 0
 
     def drop(self, expert: int) -> None:
         self.advise(expert, _DONT_NEED)
@@ -84,7 +88,7 @@ class MappedExperts:
 
     budget: the share (float), or bytes (int) of all layers.
     layers: by number, the layers with experts.
-    call: for the kernels.
+    call: for the kernels. unread: whether experts of the last pass could not be read.
     store: itself, as in ``Offload``.
     """
 
@@ -93,6 +97,7 @@ class MappedExperts:
         self.slots, self.shape, self.store = 0, (0, 0, 0), self
         self.last, self.lock = list[_Layer](), threading.Lock()  # the layer that was taken last
         self.call: Any = Demand(self._demand)
+        self.unread = False
         folder = files.cache_dir()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,8 +131,19 @@ class MappedExperts:
     def close(self) -> None:
         """The experts stay where they are."""
 
-    def _demand(self, number: int, count: int, groups: Any) -> None:
-        """A pass takes the experts of ``groups`` (Grouped, in mixture.c) in a layer: they are in memory afterwards."""
+    def check(self) -> None:
+        """Raise SpecDecError if experts of the last pass could not be read."""
+        if self.unread:
+            self.unread = False
+            raise SpecDecError(
+                f"cannot read experts from their file in '{files.cache_dir()}': the disk failed; load the model again"
+            )
+
+    def _demand(self, number: int, count: int, groups: Any) -> int:
+        """A pass takes the experts of ``groups`` (Grouped, in mixture.c) in a layer: they are in memory afterwards.
+
+        Returns 1 if the disk fails. The kernels would end the process if they read them then.
+        """
         layer, counters, wanted = self.layers[number], self.counters, groups[: 3 * count : 3]
         with self.lock:
             for before in self.last:
@@ -143,10 +159,13 @@ class MappedExperts:
             for expert in missing:
                 layer.advise(expert, _WILL_NEED, CHUNK)
             for expert in missing:
-                layer.advise(expert, _POPULATE_READ)
+                if layer.advise(expert, _POPULATE_READ) == errno.EFAULT:
+                    self.unread = True
+                    return 1
                 counters.bytes_demand += layer.places[expert][1]
             counters.stall_seconds += time.perf_counter() - start if missing else 0
             for expert in wanted:
                 layer.there.pop(expert, None)
                 layer.there[expert] = None
             self.last = [layer]
+        return 0

@@ -197,6 +197,8 @@ class NativeTarget(ByParts):
         if lo < hi:
             model, call, _alive = self._call(y, lo, hi, ctx)
             done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
+            if self.experts is not None:
+                self.experts.check()
         if hi in taps and lo <= hi:
             taps[hi] = y
         return y
@@ -237,6 +239,8 @@ class NativeTarget(ByParts):
         except IndexError:
             drafter = TreeDrafter(self, path, *size)
         found = drafter(self, cache, roots, limits, masks)
+        if self.experts is not None:
+            self.experts.check()
         idle.append(drafter)
         return found
 

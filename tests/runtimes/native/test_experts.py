@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from passes import in_blocks, logits_of, play
-from tiny import rough_model, sizes_of
+from tiny import rough_model, sizes_of, tamed
 from tiny_gguf import write_family
 
 from specdec import SpecDecoder
@@ -37,14 +37,12 @@ def mixture(family: str = "olmoe") -> Any:
 
 
 def stored(path: Path, family: str = "gpt_oss") -> Path:
-    model = rough_model(family, **sizes_of(family), num_local_experts=6)
-    for parameter in model.parameters():
-        parameter.mul_(0.25 if parameter.dim() > 1 else 1)
-    return write_family(path / "it.gguf", model, "Q8_0")
+    model = rough_model(family, **sizes_of(family), num_local_experts=6, num_experts=6)
+    return write_family(path / "it.gguf", tamed(model), "Q8_0")
 
 
 @pytest.mark.parametrize("cache", [2 / 6, 0.5, 1.0])
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen3_next"])
 def test_logits_are_those_of_experts_in_memory_to_the_bit(family: str, cache: float) -> None:
     expected, target = NativeTarget(mixture(family)), NativeTarget(mixture(family), expert_cache=cache)
     assert expected.experts is None and isinstance(target.experts, MappedExperts)
@@ -62,9 +60,9 @@ def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
         experts.layers[layer].there.clear()
     demand = experts._demand
 
-    def noted(layer: int, count: int, groups: Any) -> None:
+    def noted(layer: int, count: int, groups: Any) -> int:
         chosen.setdefault(layer, []).append(groups[: 3 * count : 3])
-        demand(layer, count, groups)
+        return demand(layer, count, groups)
 
     call = type(experts.call)(noted)
     target._model.demand = ctypes.cast(call, ctypes.c_void_p)
@@ -92,8 +90,9 @@ def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
 
 
 @pytest.mark.parametrize("drafter", ["none", "prompt-lookup"])
-def test_a_file_decodes_natively_and_its_loads_are_counted(tmp_path: Path, drafter: str) -> None:
-    path = stored(tmp_path)
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next", "qwen3_5_moe_text"])
+def test_a_file_decodes_natively_and_its_loads_are_counted(tmp_path: Path, family: str, drafter: str) -> None:
+    path = stored(tmp_path, family)
     with SpecDecoder.from_pretrained(path, "none") as plain:
         expected = plain.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
     assert not expected.metrics.experts
@@ -139,14 +138,31 @@ def test_a_pass_costs_what_the_experts_of_other_tokens_take(monkeypatch: pytest.
     """On a clock that only reading an expert moves: more tokens take more of them, and draft lengths follow."""
     target, advise, now = NativeTarget(mixture(), expert_cache=0.5), _Layer.advise, [0.0]
 
-    def takes(layer: _Layer, expert: int, advice: int, step: int = 1 << 62) -> None:
+    def takes(layer: _Layer, expert: int, advice: int, step: int = 1 << 62) -> int:
         now[0] += 0.006 * (advice == 22)
-        advise(layer, expert, advice, step)
+        return advise(layer, expert, advice, step)
 
     monkeypatch.setattr(_Layer, "advise", takes)
     monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
     score = costs.time_scoring(target, 4)
     assert 0 < score[1] < score[4] < score[16]
+
+
+@torch.inference_mode()
+def test_a_disk_that_fails_while_experts_are_read_is_one_line() -> None:
+    """A file that ends too early: reading behind its end would kill the process."""
+    target, ids = NativeTarget(mixture(), expert_cache=0.5), torch.arange(3, 43)[None]
+    experts, cache = target.experts, target.new_cache()
+    assert isinstance(experts, MappedExperts) and isinstance(cache, RowCache)
+    if experts.layers[0].advise(0, 22) == errno.EINVAL:
+        pytest.skip("this system cannot read a file's pages ahead")
+    os.ftruncate(experts.file.fileno(), 0)
+    for layer in experts.layers.values():
+        layer.there.clear()
+    for _ in range(2):
+        with pytest.raises(SpecDecError, match=r"^cannot read experts from their file in '.*': the disk failed; "):
+            logits_of(target, cache, ids, 0, 40)
+        cache.roll_back()
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
