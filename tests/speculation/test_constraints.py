@@ -20,7 +20,7 @@ from click.testing import Result
 from sampled import p_value
 from scripted import Scripted, made
 from servers import Replay, byte_tokenizer, events, serving, stand_in
-from tiny import tiny_model
+from tiny import model_of, tiny_model
 from tiny_tokenizers import letters
 from transformers import LogitsProcessor, PreTrainedModel
 from typer.testing import CliRunner
@@ -31,6 +31,7 @@ from specdec.base.errors import ConstraintError
 from specdec.cli import app
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import Medusa, MedusaDrafter
+from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scoring
 from specdec.engine.depth import FixedDepth
@@ -331,17 +332,21 @@ def test_constrained_and_free_rows_share_a_batch() -> None:
 
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-def test_the_native_runtime_gives_plain_constrained_decoding() -> None:
-    target = NativeTarget(tiny_model(**SERVED).bfloat16())
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text", "qwen3_next"])
+def test_the_native_runtime_gives_plain_constrained_decoding(family: str) -> None:
+    target = NativeTarget(model_of(family))
     rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
-    texts = []
-    for name in ("none", "prompt-lookup", "early-exit", "early-exit (tree)"):
+    plain = [request(*case) for case in product(PROMPTS, rules)]
+    for row in plain:
+        together(target, NoDrafter(), [row], FixedDepth(0))
+    own = ["ngram (tree)", "ngram+m2r2 (tree)", "mtp", "mtp (tree)"] if target.recurrent_layers else []
+    for name in ("none", "prompt-lookup", "early-exit", "early-exit (tree)", *own):
         drafter = EVERY[name](target)
         drafter.bind(target)
-        rows = [request(prompt, rule) for prompt in PROMPTS for rule in rules]
+        rows = [request(*case) for case in product(PROMPTS, rules)]
         together(target, drafter, rows, FixedDepth(4))
-        texts.append([new_tokens(row) for row in rows])
-    assert texts == texts[:1] * len(texts)
+        assert [new_tokens(row) for row in rows] == [new_tokens(row) for row in plain], name
+        assert any(row.metrics.num_draft_tokens for row in rows) == (name != "none"), name
 
 
 @pytest.mark.parametrize(
