@@ -25,7 +25,7 @@ IGNORED = {
     *("attention_dropout", "attn_implementation", "auto_map", "cache_implementation", "embd_pdrop"),
     *("initializer_range", "is_llama_config", "output_router_logits", "pretraining_tp", "quantization_config"),
     *("resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers.js_config"),
-    *("unsloth_fixed", "unsloth_version", "use_cache"),
+    *("unsloth_fixed", "unsloth_fixed_mtp", "unsloth_version", "use_cache"),
 }
 COMMON = {
     *("attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "layer_types"),
@@ -63,7 +63,8 @@ class Family:
         multiplied with gates, which come with the queries.
     shared: beside the experts that a token takes, there is one for all tokens, with a gate.
     halved: transformers' tables have each cosine and sine once, not twice.
-    fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there.
+    fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there. only: those of
+        which one value is known.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
         tiled: the first value heads of all key heads come before the second ones there.
     keys: the config field of each metadata key of these files, beside ``KEYS``.
@@ -78,6 +79,7 @@ class Family:
     shared: bool = False
     halved: bool = False
     fields: frozenset[str] = frozenset()
+    only: dict[str, Any] = field(default_factory=dict)
     gguf: str = ""
     interleaved: bool = False
     tiled: bool = False
@@ -121,12 +123,14 @@ ROTATED_GRIDS = {
     "rope_parameters.mrope_interleaved",
     "rope_parameters.mrope_section",
 }  # of images: text has one position
+PREDICTS = "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"  # of a layer that is no part of the model
 DELTA_RULE = Family(
     once=True,
     around_zero=True,
     mixer="gated delta rule",
     gated=True,
-    fields=frozenset({*LINEAR, *ROTATED_GRIDS, "linear_conv_kernel_dim"}),
+    fields=frozenset({*LINEAR, *ROTATED_GRIDS, *PREDICTS, "full_attention_interval", "linear_conv_kernel_dim"}),
+    only={"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"},
     gguf="qwen35",
     tiled=True,
     keys=HEAD
@@ -181,12 +185,19 @@ FAMILIES = {
     "gpt_oss": Family(
         once=True,
         halved=True,
-        fields=EXPERTS | CLAMPED,
+        fields=EXPERTS | CLAMPED | {"experts_per_token", "initial_context_length"},  # two that others repeat
         gguf="gpt-oss",
         keys=HEAD | ROUTED | WINDOW | {"expert_feed_forward_length": "intermediate_size"},
     ),
     "gemma": Family(once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
-    "gemma2": Family(AROUND, True, True, fields=CAPPED | {"attn_logit_softcapping"}, gguf="gemma2", keys=WINDOWED),
+    "gemma2": Family(
+        AROUND,
+        True,
+        True,
+        fields=CAPPED | {"attn_logit_softcapping", "sliding_window_size"},
+        gguf="gemma2",
+        keys=WINDOWED,
+    ),
     "gemma3_text": Family(
         AROUND, True, True, fields=CAPPED, gguf="gemma3", keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"}
     ),
@@ -313,7 +324,8 @@ def check_fields(config: Any) -> None:
     """Raise SpecDecError, with its name, for a field of a model's config that its family does not know."""
     family = FAMILIES[config.model_type]
     for name, value in _fields(config):
-        if name not in COMMON | IGNORED | family.fields and value not in (None, False, [], {}):
+        known = name in COMMON | IGNORED | family.fields or family.only.get(name) == value
+        if not known and value not in (None, False, [], {}):
             raise SpecDecError(
                 f"the config of this '{config.model_type}' model has {name} = {str(value)[:40]}, and it is unknown "
                 "what that changes"

@@ -23,6 +23,7 @@ from specdec.runtimes.select import make_target
         ("gemma3_text", "attn_logit_softcapping", 50.0),  # which transformers does not read
         ("gemma2", "use_bidirectional_attention", True),
         ("granite", "head_gate", "sigmoid"),
+        ("qwen3_5_text", "output_gate_type", "sigmoid"),
     ],
 )
 def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str, value: Any) -> None:
@@ -31,6 +32,29 @@ def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str,
     setattr(model.config, field, value)
     with pytest.raises(SpecDecError, match=f"this '{family}' model has {field} = "):
         make_target(model, "native")
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # what configs of published checkpoints have beside others' fields
+    "gpt_oss": {"experts_per_token": 4, "initial_context_length": 4096, "output_router_logits": False},
+    "gemma2": {"cache_implementation": "hybrid", "sliding_window_size": 4096},
+    "gemma3_text": {"_sliding_window_pattern": 6, "use_bidirectional_attention": False},
+    "qwen3_next": {"full_attention_interval": 2, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_5_text": {
+        **{"attn_output_gate": True, "full_attention_interval": 2, "mamba_ssm_dtype": "float32", "mlp_only_layers": []},
+        **{"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "output_gate_type": "swish"},
+    },
+    "phi3": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}},
+    "smollm3": {"max_window_layers": 28, "pretraining_tp": 2, "use_sliding_window": False},
+    "olmoe": {"clip_qkv": None},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_configs_of_published_checkpoints_run_natively(tmp_path: Path, family: str) -> None:
+    model_of(family).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | PUBLISHED[family]))
+    families.check_fields(loading.AutoConfig.from_pretrained(tmp_path))
 
 
 def test_so_is_one_of_the_rotation() -> None:
