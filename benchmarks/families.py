@@ -2,12 +2,17 @@
 
     python benchmarks/families.py                        # all families
     python benchmarks/families.py gemma3_text olmoe --threads 2
+    python benchmarks/families.py --experts              # what passes over drafts cost by number of experts
 
 The other one is the fused runtime where it knows the family, else the reference runtime, with the same weights in 16
 bits. Times are medians of passes after 64 cached tokens, the runtimes in turn; "8 / 1" is a pass over 8 different
 tokens over one over a single token. Weights are random, as large as trained ones. "Depth" are the draft lengths that
 the policy chooses by these passes where tokens are accepted with a probability of 0.6 and 0.8, and drafting one takes
 5 % of a pass. The last column is the self-check's.
+
+With ``--experts``, a Qwen3-MoE of 4 layers runs natively with 8 to 64 experts, of which a token takes 2 to 8. These
+have 2048 neurons in all, so a pass over one token reads equally much. "Read" is the number of experts that a layer
+reads for 8 tokens over that for one, if each token takes any at random.
 """
 
 from __future__ import annotations
@@ -43,7 +48,7 @@ MIXED |= {"num_experts": 64, "num_local_experts": 64, "num_experts_per_tok": 8}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096}
 
 
-def config_of(family: str) -> Any:
+def config_of(family: str, **changes: int) -> Any:
     known = families.FAMILIES[family].fields
     sizes = MIXED if families.FAMILIES[family].fields >= families.EXPERTS else DENSE
     sizes = {
@@ -57,7 +62,7 @@ def config_of(family: str) -> Any:
         )
     if family.startswith("gemma") and family != "gemma":
         own = {"query_pre_attn_scalar": 64, "sliding_window": 512}
-    return AutoConfig.for_model(family, **(sizes | SPECIAL | own))
+    return AutoConfig.for_model(family, **(sizes | SPECIAL | own | changes))
 
 
 def random_blocks(rows: int, columns: int, kind: str = "Q4_K") -> Blocks:
@@ -160,15 +165,35 @@ def measure(family: str) -> list[str]:
     ]
 
 
+def measure_experts(count: int, taken: int) -> list[str]:
+    sizes = {"num_experts": count, "num_experts_per_tok": taken, "moe_intermediate_size": 2048 // taken}
+    config = config_of("qwen3_moe", num_hidden_layers=4, vocab_size=8192, **sizes)
+    target, times = make_target(model_of("qwen3_moe", config), "native")[0], dict[int, list[float]]()
+    cache = primed(target)
+    for first in range(4 * ROUNDS):
+        for tokens in (1, *MANY):
+            times.setdefault(tokens, []).append(pass_ms(target, tokens, cache, 16 * first))
+    found = {tokens: statistics.median(each) for tokens, each in times.items()}
+    read = count * (1 - (1 - taken / count) ** 8) / taken
+    depths = [depth(found, chance) for chance in (0.6, 0.8)]
+    ratios = [f"{found[tokens] / found[1]:.2f}" for tokens in MANY]
+    return [f"{taken} of {count}", f"{found[1]:.1f}", *ratios, f"{read:.1f}", f"{depths[0]}, {depths[1]}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=FAMILIES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--experts", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    table = Table("family", "native, ms", "other, ms", "times", *(f"{count} / 1" for count in MANY), "depth", "apart")
-    for family in args.families:
-        table.add_row(*measure(family))
+    ratios = [f"{count} / 1" for count in MANY]
+    table = Table("family", "native, ms", "other, ms", "times", *ratios, "depth", "apart")
+    if args.experts:
+        table = Table("experts", "one token, ms", *ratios, "read, 8", "depth")
+    mixtures = [(count, taken) for taken in (2, 4, 8) for count in (8, 16, 32, 64) if count > taken]
+    for each in mixtures if args.experts else args.families:
+        table.add_row(*(measure_experts(*each) if args.experts else measure(each)))
         gc.collect()
     Console(width=110).print(table)
 
