@@ -262,7 +262,7 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
 def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """The names of ``gguf`` for the parameters of ``model``; "" for unknown ones."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
-    names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), {}
+    names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), dict[str, tuple[str, ...]]()
     for parameter, _ in model.named_parameters():
         path, _, leaf = parameter.rpartition(".")
         matrix, end = leaf.removesuffix("_bias"), leaf if leaf in ("weight", "bias") else "weight"
