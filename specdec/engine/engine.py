@@ -175,8 +175,7 @@ class Engine:
             self.ledger.restart()
             self._drop_cancelled()
             scheduler, batch = self.scheduler, self.batch
-            decoding = bool(batch.rows)
-            preempted = decoding and scheduler.preempt()
+            preempted, decoding = scheduler.preempt(), bool(batch.rows)
             if scheduler.waiting and not preempted:
                 scheduler.admit()
                 self._start_ledgers(scheduler.prefilling.rows)

@@ -300,14 +300,13 @@ class Schedules(RuleBasedStateMachine):
         self.step(0, then, 2)
 
     def advance(self) -> None:
-        decoding = bool(self.engine.batch.rows)
         self.engine.step()
         self.check_caches()
         stats, scheduled = self.engine.stats(), self.engine.scheduler
         caches = filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))
         checkpoints = sum(own.num_states - own.batch for own in caches)  # for them, room is made in the next step
         over = stats.kv_bytes - scheduled.state_bytes * checkpoints > scheduled.kv_memory
-        assert not decoding or not over or (stats.running <= 1 and not self.kept())  # alone, a row has what it takes
+        assert not over or (stats.running <= 1 and not self.kept())  # alone, a row has what it takes
 
     def kept(self) -> list[Prefix]:
         return self.engine.scheduler.prefixes.entries

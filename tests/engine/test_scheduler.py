@@ -564,19 +564,25 @@ def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:
         first.set_status(Status.RUNNING)
 
 
-def test_a_request_that_gives_way_waits_again(llama: PreTrainedModel) -> None:
-    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 20)
+@pytest.mark.parametrize(("chunk", "status"), [(8, "running"), (1, "prefill")])
+def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: PreTrainedModel) -> None:
+    """Also a prompt where no row decodes."""
+    target = ReferenceTarget(llama)
+    engine = Engine(
+        target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 20, prefill_chunk=chunk, reuse=True
+    )
     rows = [Request([5, 6, 7], 4), Request([8, 9, 10], 4)]
     for row in rows:
         engine.submit(row)
     engine.step()
-    assert [row.status for row in rows] == ["running", "running"]
+    assert [row.status for row in rows] == [status, status]
     engine.scheduler.kv_memory = 0
-    assert engine.scheduler.preempt() and [row.status for row in rows] == ["running", "waiting"]
+    engine.step()
+    assert [row.status for row in rows] == [status, "waiting"] and engine.stats().preemptions == 1
     engine.scheduler.kv_memory = 1 << 20
     for _ in engine.steps():
         pass
-    assert [row.status for row in rows] == ["finished", "finished"]
+    assert all((new_tokens(row), row.finish_reason) == alone(target, row) for row in rows)
 
 
 def order(*requests: Request, rows: int = 1) -> list[str]:

@@ -177,6 +177,30 @@ def test_recurrent_states_count_as_memory(kind: tuple[str, str], monkeypatch: py
     assert 1 < kept < 5 and held == kept * state_bytes + engine.scheduler.prefixes.nbytes <= memory
 
 
+@SERVED
+def test_checkpoints_of_prompts_take_memory_where_no_row_decodes(
+    kind: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
+    monkeypatch.setattr(scheduler, "CHECKPOINT", 8)
+    token_bytes, state_bytes = scheduler._sizes(served(*kind)[1])
+    memory = 4 * state_bytes + 200 * token_bytes  # of two rows, and of two checkpoints
+    engine = engine_of(kind, NoDrafter(), kv_memory=memory)
+    engine.scheduler.chunk = 8
+    requests = [Request([first, *range(10, 80)], 6) for first in (5, 6)]
+    for request in requests:
+        engine.submit(request)
+    most = 0
+    for _ in engine.steps():
+        running = engine.stats().running
+        most = max(most, running)
+        # A step stores at most one checkpoint of a row, for which the next step makes room. Alone, a row has its own.
+        assert running < 2 or engine.stats().kv_bytes <= memory + running * state_bytes
+    assert most == 2 and engine.stats().preemptions
+    for request in requests:
+        assert new_tokens(request) == answer_of(engine.batch.target, request.prompt, 6)
+
+
 # --- sampling, and controls ------------------------------------------------------------------------------------------
 
 
