@@ -121,11 +121,6 @@ def _of_file(
     """The model of a GGUF file whose config is in the source's folder."""
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
     keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
-    if keep_blocks:  # experts may stay on the disk
-        need = sum(info.nbytes for name, info in file.tensors.items() if "_exps." not in name)
-    else:
-        need = sum(math.prod(info.shape) * dtype.itemsize for info in file.tensors.values())
-    check_memory(source.name, need)
     with explain_errors(source.name):
         model = gguf_model.build(source.name, file, config, dtype, keep_blocks)
         model.to(place)  # type: ignore[arg-type]

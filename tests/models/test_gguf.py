@@ -20,11 +20,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from specdec import SpecDecoder
-from specdec.base import files
+from specdec.base import files, machine
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, identity, loading, prepare
+from specdec.models.gguf import blocks
 from specdec.models.gguf import model as gguf_model
-from specdec.models.gguf.blocks import KINDS, BlockEmbedding, BlockLinear, densify, named_weights, temporarily_dense
+from specdec.models.gguf.blocks import (
+    KINDS,
+    BlockEmbedding,
+    BlockLinear,
+    Blocks,
+    ExpertBlocks,
+    densify,
+    named_weights,
+    temporarily_dense,
+)
 from specdec.models.gguf.file import read_header
 from specdec.runtimes.select import make_target
 
@@ -140,6 +150,32 @@ def test_every_type_has_the_values_of_the_gguf_package(cache, tmp_path, kind, ca
         values = ours.numbers().bfloat16() if not isinstance(ours, torch.Tensor) else ours
         assert torch.equal(values, expected), name
     assert identity.fingerprint(model) == identity.fingerprint(theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next"])
+def test_memory_is_checked_for_what_a_model_will_hold(cache, tmp_path, family, monkeypatch):
+    """Also where types of blocks are unpacked; those that gates have beside others are, and experts in blocks are not
+    counted: they may stay on the disk."""
+    source = rough_model(family, **sizes(family), tie_word_embeddings=True)
+    path = write_family(tmp_path / "it.gguf", source, "Q8_0", gates="Q5_0" if family == "qwen3_next" else "")
+    for kinds in KINDS, ():
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "KINDS", kinds)
+            model = loading.load(path)[0]
+            held = {id(weight): weight for _, weight in named_weights(model)}.values()
+            packed = [each for each in held if isinstance(each, Blocks)]
+            tensors = [each for each in held if not isinstance(each, Blocks)]
+            size = sum(each.data.nbytes for each in packed if not isinstance(each, ExpertBlocks))
+            dense = 2 * sum(each.shape.numel() for each in packed)  # in the reference runtime
+            for need, make in (
+                (size + sum(each.nbytes for each in tensors), lambda: loading.load(path)),
+                *[(dense, lambda: make_target(model, "reference"))] * bool(packed),  # noqa: B023
+            ):
+                patch.setattr(machine, "available_memory", lambda: need - 1)  # noqa: B023
+                with pytest.raises(SpecDecError, match=r"not enough memory for '.*it\.gguf': its weights need"):
+                    make()
+                patch.setattr(machine, "available_memory", lambda: need)  # noqa: B023
+                make()
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])

@@ -79,12 +79,15 @@ def numbers(data: Tensor, kind: str) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
 
 
+def common_kind(kinds: set[str]) -> str | None:
+    """The type that matrices of ``kinds`` have, or get by zero bits (Q4_K beside Q5_K); None if there is none."""
+    return "Q5_K" if kinds == {"Q4_K", "Q5_K"} else next(iter(kinds)) if len(kinds) == 1 else None
+
+
 def of_one_kind(matrices: list[Blocks]) -> list[Blocks]:
-    """The same matrices in one type, as far as they are, or become by zero bits (Q4_K beside Q5_K); else none."""
-    kinds = {each.kind for each in matrices}
-    if kinds == {"Q4_K", "Q5_K"}:
-        return [_with_fifth_bits(each) if each.kind == "Q4_K" else each for each in matrices]
-    return matrices if len(kinds) == 1 else []
+    """The same matrices in their common type; without one, none."""
+    kind = common_kind({each.kind for each in matrices})
+    return [each if each.kind == kind else _with_fifth_bits(each) for each in matrices] if kind else []
 
 
 def _with_fifth_bits(matrix: Blocks) -> Blocks:
@@ -323,9 +326,9 @@ def weight_rows(module: Any, index: Tensor) -> Tensor:
 
 def densify(model: Any) -> None:
     """Replace block modules by ordinary ones with equal values, in place. Raises SpecDecError without room."""
-    shapes = (weight.shape for _, weight in named_weights(model) if isinstance(weight, Blocks))
-    if need := sum(map(math.prod, shapes)) * model.dtype.itemsize:
-        check_memory(str(model.name_or_path), need)
+    found = {id(weight): weight for _, weight in named_weights(model) if isinstance(weight, Blocks)}
+    if need := sum(math.prod(weight.shape) for weight in found.values()) * model.dtype.itemsize:
+        check_memory(str(model.config._name_or_path), need)
     weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, BlockExperts):

@@ -30,6 +30,7 @@ from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_
 
 from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError
+from specdec.base.machine import check_memory
 from specdec.models import families
 from specdec.models.gguf import blocks, recurrent
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
@@ -294,10 +295,12 @@ def build(
 ) -> PreTrainedModel:
     """The model of ``config`` with the weights of ``file``, in ``dtype``.
 
-    keep_blocks: matrices in blocks of ``blocks.KINDS`` stay in the mapped file; else all become parameters.
+    keep_blocks: matrices in blocks of ``blocks.KINDS`` stay in the mapped file; else all become parameters. Raises
+        SpecDecError without memory for them.
     """
     model, data = empty_model(config, dtype), file.map()
     names, unpacked = check_tensors(name, file, model), set[str]()
+    check_memory(name, _needed_memory(file, model, names, dtype, keep_blocks))
     family = families.FAMILIES[config.model_type]
     for parameter, tensors in names.items():
         path, _, leaf = parameter.rpartition(".")
@@ -320,8 +323,7 @@ def build(
             values = (values.float() - 1 if around_zero else values).to(dtype)
         else:
             packed = replace(stored, rows=None if rows is None else rows.int(), columns=columns)
-            linear = isinstance(module, nn.Linear | nn.Embedding)  # no router
-            if keep_blocks and linear and packed.kind in blocks.KINDS:
+            if keep_blocks and _stays(module, infos):
                 model.set_submodule(path, _in_blocks(module, packed, dtype))
                 continue
             values = blocks.dequantize(packed, None, dtype)
@@ -335,7 +337,7 @@ def build(
                 parts = torch.cat(each, 1).chunk(len(EXPERTS[leaf.removesuffix("_bias")]), 1)
                 values = torch.stack(parts, -1).flatten(1)  # in turn
                 setattr(module, leaf, nn.Parameter(values, requires_grad=False))
-            infos = [file.tensors[tensor] for leaf in EXPERTS for tensor in names[f"{path}.{leaf}"]]
+            infos = _of_experts(file, names, path)
             unpacked |= {info.kind for info in infos} - {*PLAIN, *blocks.KINDS}
             model.set_submodule(path, _experts(module, infos, data, dtype, keep_blocks))
     if config.tie_word_embeddings:
@@ -346,6 +348,33 @@ def build(
         kinds = ", ".join(sorted(unpacked))
         terminal.say(f"note: weights of type {kinds} in '{name}' run in {str(dtype).removeprefix('torch.')}")
     return model
+
+
+def _needed_memory(
+    file: GGUFFile, model: PreTrainedModel, names: dict[str, tuple[str, ...]], dtype: torch.dtype, keep_blocks: bool
+) -> int:
+    """Bytes that the weights take. Experts in blocks count nothing: they may stay on the disk."""
+    need = 0
+    for parameter, values in model.named_parameters():
+        path, _, leaf = parameter.rpartition(".")
+        infos = _of_experts(file, names, path) if leaf in EXPERTS else [file.tensors[key] for key in names[parameter]]
+        if not (keep_blocks and _stays(model.get_submodule(path), infos)):
+            need += values.numel() * dtype.itemsize
+        elif leaf not in EXPERTS:
+            need += sum(info.nbytes for info in infos)
+    return need
+
+
+def _of_experts(file: GGUFFile, names: dict[str, tuple[str, ...]], path: str) -> list[TensorInfo]:
+    """The tensors of the experts at ``path``."""
+    return [file.tensors[tensor] for leaf in EXPERTS for tensor in names[f"{path}.{leaf}"]]
+
+
+def _stays(module: nn.Module, infos: list[TensorInfo]) -> bool:
+    """Whether the weights of a module, in these tensors, can stay in blocks. Those of a router cannot."""
+    kinds = {info.kind for info in infos}
+    joined = isinstance(module, nn.Linear | nn.Embedding) and blocks.common_kind(kinds)
+    return kinds <= {*blocks.KINDS} and bool(joined or hasattr(module, "gate_up_proj"))
 
 
 def _experts(module: Any, infos: list[TensorInfo], data: Tensor, dtype: torch.dtype, keep_blocks: bool) -> nn.Module:
@@ -359,7 +388,7 @@ def _experts(module: Any, infos: list[TensorInfo], data: Tensor, dtype: torch.dt
             rows = part.view(count, info.shape[1], -1)
             matrices.append([Blocks(each, info.kind, info.shape[2]) for each in rows])
     gate_up, down = [list(parts) for parts in zip(*matrices[:-1], strict=True)], matrices[-1]
-    if keep_blocks and all(info.kind in blocks.KINDS for info in infos):
+    if keep_blocks and _stays(module, infos):
         return BlockExperts(module, gate_up, down, dtype)  # type: ignore[arg-type]
     made = [
         blocks.as_own(module, torch.cat([_values(part, dtype) for part in parts]), _values(last, dtype))
