@@ -158,7 +158,7 @@ class PrefixDisk:
         return self.folder / (name + SUFFIX)
 
     def _read(self, name: str) -> Tensors | None:
-        """A chunk; None if it is damaged."""
+        """A chunk; None if it is damaged, or has made room since it was found."""
         try:
             with safe_open(self._path(name), "pt") as file:
                 part, stored = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -166,6 +166,9 @@ class PrefixDisk:
                 return part
             why = "its check sum is wrong"
         except (OSError, SafetensorError, ValueError) as error:
+            with self.lock:
+                if name not in self.sizes:
+                    return None
             why = str(error)
         warnings.warn(f"'{self._path(name)}' is damaged and is removed: {why}", SpecDecWarning, stacklevel=2)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -138,6 +139,27 @@ def test_a_damaged_file_is_skipped_and_replaced(how: str, tmp_path: Path) -> Non
     assert found == right and cached == 16 and len(said) == 1
     with engine_of(made, tmp_path) as engine:
         assert answer(engine, made, PROMPT) == (right, 64)
+
+
+def test_a_chunk_that_made_room_since_it_was_found_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = decoder()
+    with engine_of(made, tmp_path) as engine:
+        right, _ = answer(engine, made, PROMPT)
+    with engine_of(made, tmp_path) as engine, warnings.catch_warnings():
+        warnings.simplefilter("error", SpecDecWarning)
+        kept, found = engine.scheduler.disk, list[list[str]]()
+        assert kept is not None
+
+        def late(ids: list[int], scope: str | None) -> list[str]:
+            found.append(PrefixDisk._there(kept, ids, scope))
+            if len(found) == 2:  # what is to be read
+                kept._remove(found[-1][-1])
+            return found[-1]
+
+        monkeypatch.setattr(kept, "_there", late)
+        assert answer(engine, made, PROMPT) == (right, 48) and [*map(len, found)] == [4, 4, 3]
 
 
 def test_chunks_of_another_size_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
