@@ -116,7 +116,7 @@ class AcceptsAll(Verifier):
         return Acceptance(paths, [row[path[-1]] for row, path in zip(chosen, paths, strict=True)])
 
 
-PROMPT, ROWS, VOCAB = [1, 2, 1, 2], 512, 5
+PROMPT, ROWS, VOCAB = [1, 2, 1, 2], 256, 5
 
 
 def small(family: str) -> PreTrainedModel:
