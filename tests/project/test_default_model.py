@@ -40,9 +40,9 @@ def bf16() -> SpecDecoder:
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
 def test_fp32_tokens_equal_generate(fp32: SpecDecoder, number: int) -> None:
     ids = encode(fp32.tokenizer, PROMPTS[number])
-    out = fp32.model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    out = fp32.model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)
     for name in ("m2r2", "prompt-lookup", *["none"] * (number == 3)):
-        ours = fp32.with_drafter(name).generate(ids, max_new_tokens=24, num_speculative_tokens=(1, 3, 7, 4)[number])
+        ours = fp32.with_drafter(name).generate(ids, max_new_tokens=16, num_speculative_tokens=(1, 3, 7, 4)[number])
         assert ours.token_ids == out[0, len(ids) :].tolist(), name
 
 
@@ -83,8 +83,8 @@ def test_bf16_tokens_are_the_argmax_or_a_near_tie(bf16: SpecDecoder, drafter: st
 
 def test_batch_of_unequal_chats_equals_single_ones_in_fp32(fp32: SpecDecoder) -> None:
     decoder = fp32.with_drafter("m2r2")
-    outs = decoder.generate_batch(PROMPTS[:3], max_new_tokens=24)
-    assert [o.token_ids for o in outs] == [decoder.generate(p, max_new_tokens=24).token_ids for p in PROMPTS[:3]]
+    outs = decoder.generate_batch(PROMPTS[:3], max_new_tokens=16)
+    assert [o.token_ids for o in outs] == [decoder.generate(p, max_new_tokens=16).token_ids for p in PROMPTS[:3]]
     assert all(o.text for o in outs)
 
 

@@ -17,7 +17,7 @@ from tiny import save_tiny
 pytestmark = pytest.mark.slow
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Name three colours."}], "seed": 4, "max_tokens": 32}
-LONG = BODY | {"max_tokens": 3900, "stream": True}
+LONG = BODY | {"max_tokens": 1000, "stream": True}
 ENDLESS = LONG | {"max_tokens": 30_000, "n": 16}
 
 

@@ -19,7 +19,7 @@ from tiny import save_tiny
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 15.0
+SECONDS = 10.0
 SILENCE = 2.0  # seconds between two tokens
 MORE = 2**20  # KiB beyond the peak of the quiet server
 PROMPTS = ["Name three colours.", "Why is the sky blue?", "Count to ten, then back."]
@@ -45,7 +45,7 @@ class Steady:
                 time.sleep(0.1)
 
     def parts(self, prompt: str) -> Iterator[str]:
-        body, last = {"model": "tiny", "prompt": prompt, "seed": 4, "max_tokens": 600, "stream": True}, 0.0
+        body, last = {"model": "tiny", "prompt": prompt, "seed": 4, "max_tokens": 200, "stream": True}, 0.0
         with httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=300) as response:
             assert response.status_code == 200, response.status_code
             for line in response.iter_lines():

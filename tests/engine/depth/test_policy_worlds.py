@@ -182,7 +182,7 @@ WORLDS = {
 @pytest.mark.parametrize("name", WORLDS)
 def test_no_fixed_choice_is_three_percent_faster(name: str) -> None:
     world, text, rows = WORLDS[name]
-    tokens, spent, best = 1400, 0.0, 0.0
+    tokens, spent, best = 1400 if rows == 1 else 500, 0.0, 0.0  # of several rows, each step tells more
     for seed in range(3):
         spent += run(AutoDepth(world.table, True), world, text, tokens, seed, rows)
         best += min(fixed(world, text, tokens, seed, rows).values())

@@ -111,7 +111,7 @@ def test_products_in_bf16_equal_those_of_bf16_tiles(kind: str, tokens: int) -> N
     assert torch.equal(packed(x)[-1:], packed(x[-1:]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
 def test_wide_maps_fit_the_stack(kind: str) -> None:
     blocks, x = random_blocks(kind, 16, 1 << 17), torch.randn(40, 1 << 17).bfloat16()
     expected, got = (x @ blocks.numbers().bfloat16().T).float(), list[torch.Tensor]()
