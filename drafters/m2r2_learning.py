@@ -15,7 +15,6 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -39,15 +38,17 @@ from .ridge import RIDGE, WORK, Sums, Weighted, result
 
 FIRST = 1000  # tokens before the first fit
 EVERY, SHARE, MOST = 500, 4, 1000  # tokens between two fits: one in SHARE of all, within these bounds
+GROWTH = 4  # times as many tokens at the next fit of the first projection
 AGAIN = 16_000  # maximum tokens of texts that are run again after a fit of the first projection
-HELD_OUT, HELD = 8, 4  # one text of so many is held out; number of these that fits are compared on
+HELD_OUT, HELD = 8, 8  # one text of so many is held out; number of these that fits are compared on
 RECENT, WEIGHTS = 2000, (1.0, 5.0)  # number of latest tokens, and how many times fits count them
 CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
-WAITING, SAVED = 64, 8  # maximum number of texts that wait; number of texts after which all is kept
+WAITING = 64  # maximum number of texts that wait
+KEPT = 600.0  # least seconds between two times that all is kept
 VOCABULARY = 8192  # tokens that are drafted
 BLOCK = 256  # rows that are added to a system at once
-PIECE = 0.05  # seconds that a piece of work should take
-LARGEST = 128  # maximum tokens of a piece
+PIECE = 0.025  # seconds that a piece of work should take
+PART = 8, 128  # least and most tokens of a text that are run at once
 SHARE_OF_MEMORY = 4  # the sums may take one part of so many of the free memory
 
 
@@ -89,6 +90,23 @@ class Rows:
         return network.features(index, x, self.carry), goal
 
 
+@dataclass
+class Held:
+    """A text that nothing is learned from, and what drafting after each of n tokens starts from; states are [n, D].
+
+    following: the tokens after them.
+    carry: exact final states of the tokens before them.
+    ends: the residual at the segment's end, of the basis.
+    hits: number of tokens that the network that serves drafts first.
+    """
+
+    text: Text
+    following: Tensor
+    carry: Tensor
+    ends: Tensor
+    hits: int = 0
+
+
 def learned_path(target: Target) -> M2R2Path:
     """The path of a drafter that teaches itself: a third of the layers, which end a twelfth before the model's end.
 
@@ -127,11 +145,12 @@ class Learner:
 
     network: the latest fit that serves; before the first, one of zeros.
     head: of its vocabulary; None: the model's own. newest: of the latest vocabulary.
-    basis: its first projection makes the rows of the second one. It is fitted anew when there are half as many tokens
-        again, and the texts of this process are run again.
+    basis: its first projection makes the rows of the second one. It is fitted anew when there are ``GROWTH`` times as
+        many tokens, and the texts of this process are run again.
     progress: number of tokens, fits and more; without fits, ``network`` drafts nothing useful.
     on: whether it learns from texts; the fit serves all the same.
     neurons: those that drafts run, int32 [L, I'], of each narrow layer.
+    pace: seconds that a token took in a layer, the last time.
     """
 
     def __init__(self, target: Target) -> None:
@@ -140,13 +159,15 @@ class Learner:
         self.kind = str(target.model.config.get_text_config().model_type)
         self.inputs = defaultdict[int, list[Tensor]](list)  # of each narrow layer, until its neurons are chosen
         self.neurons = torch.arange(self.path.neurons, dtype=torch.int32).repeat(len(self.path.narrow_layers), 1)
-        self.store, self.on, self.saved = Store(target.fingerprint, str(self.path)), True, 0
-        self.queue, self.held = deque[Text](maxlen=WAITING), deque[Text](maxlen=HELD)
+        self.store, self.on, self.saved = Store(target.fingerprint, str(self.path)), True, 0  # texts
+        self.kept_at = -KEPT
+        self.queue, self.held = deque[Text](maxlen=WAITING), deque[Held](maxlen=HELD)
         self.sums: list[Sums] = []  # made by the first piece of work
         self.recent = deque[Rows]()
         self.texts = deque[Text]()  # learned from, the latest ``AGAIN`` tokens
         self.counted = 0  # tokens when the vocabulary was chosen
         self.adapters: Adapters | None = None  # of all networks, while the neurons are the same
+        self.pace = PIECE / PART[0]
         self._work: Iterator[None] | None = None
         self._restore()
 
@@ -177,7 +198,7 @@ class Learner:
         except SpecDecError as error:
             warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
         self.network = self.basis = result(self._making(*found))
-        if basis is not None:
+        if basis is not None and not torch.equal(basis, found[0]):
             self.basis = result(self._making(basis))
         self.head = self.newest = None if self.vocabulary is None else self.target.reduced_head(self.vocabulary)
 
@@ -188,6 +209,14 @@ class Learner:
     def _are_tokens(self, vocabulary: Tensor | None) -> bool:
         size = self.target.vocab_size
         return vocabulary is None or not bool(((vocabulary < 0) | (vocabulary >= size)).any())
+
+    @property
+    def version(self) -> int:
+        """Number of fits that have served."""
+        return self.progress.fits
+
+    def busy(self) -> None:
+        """A request is decoded."""
 
     # -- what is called between steps ---------------------------------------------------------------------------------
 
@@ -219,13 +248,14 @@ class Learner:
         more = min(max(EVERY, progress.tokens // SHARE), MOST)
         due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= more
         chosen = progress.based or progress.fits or not self.path.narrow_layers  # neurons; else a text tells which
-        if progress.tokens >= max(FIRST, 3 * progress.based // 2) and (chosen or self.inputs):
+        if progress.tokens >= max(FIRST, GROWTH * progress.based) and (chosen or self.inputs):
             return self._rebase()
         if due and self.sums[1].rows >= FIRST / 2 and (self.held or self.queue):  # texts to compare fits on
             return self._fit()
         if self.queue:
             return self._read(self.queue.popleft())
-        return self._save() if self.store.writes and progress.texts - self.saved >= SAVED else None
+        late = progress.texts > self.saved and time.monotonic() - self.kept_at >= KEPT
+        return self._save() if self.store.writes and late else None
 
     def save(self) -> None:
         """Keep what was learned since the last time, if this process may."""
@@ -258,6 +288,8 @@ class Learner:
         if not writes:
             why = "another process learns for this model, or the cache folder cannot be written"
             warnings.warn(f"{why}: what this one learns is not kept", SpecDecWarning, stacklevel=2)
+        if self.progress.based:
+            yield from self._merging()
         self.sums = sums
         yield
 
@@ -282,13 +314,13 @@ class Learner:
         except OSError as error:
             self.store.release()
             warnings.warn(f"what was learned cannot be kept: {one_line(error)}", SpecDecWarning, stacklevel=2)
-        self.saved = self.progress.texts
+        self.saved, self.kept_at = self.progress.texts, time.monotonic()
 
     def _read(self, text: Text) -> Iterator[None]:
         """Add a text to the sums, or hold it out."""
         self.progress.texts += 1
         if self.progress.texts % HELD_OUT == 1:
-            self.held.append(text)
+            self.held.append((yield from self._hold(text)))
             return
         self.texts.append(text)
         while sum(len(each.ids) for each in self.texts) > AGAIN:
@@ -322,6 +354,8 @@ class Learner:
         yield from self.sums[1].scaling(0.0 if enough else 0.5)
         self.recent.clear()
         self.progress.based = self.progress.tokens
+        for number, each in enumerate([*self.held]):
+            self.held[number] = yield from self._hold(each.text, each.hits)
         for text in again:
             for rows in self._replay(text, [self.basis]):
                 yield
@@ -333,7 +367,7 @@ class Learner:
         found = list[Tensor]()
         for layer in self.path.narrow_layers:
             sums, block = torch.zeros(()), self.target.block(layer)
-            step = max(int(WORK / (3 * self.target.hidden_size * narrow_mlp(self.target, layer, NEURONS).size)), 8)
+            step = max(int(WORK / (self.target.hidden_size * narrow_mlp(self.target, layer, NEURONS).size)), 8)
             for rows in torch.cat(self.inputs.pop(layer)).split(step):
                 with self.target.lock:
                     sums = sums + activity(block, self.kind, rows)
@@ -359,21 +393,25 @@ class Learner:
             self.vocabulary, self.counted = self._vocabulary(), tokens
             if self.vocabulary is not None:
                 self.newest = self.target.reduced_head(self.vocabulary)
-        networks, heads = ([self.network], [self.head]) if self.progress.fits else ([], [])
+        if self.newest is not None:
+            yield from self.target.preparing(self.newest)
+        held = [*self.held] or [(yield from self._hold(self.queue[0]))]
+        best, most = self.network, [each.hits for each in held]
         for weight in WEIGHTS if tokens > 2 * RECENT else WEIGHTS[:1]:
             more = self._recent(weight - 1) if weight > 1 else ()
             found = yield from self.sums[1].solve(RIDGE, more)
-            networks.append((yield from self._making(self.basis, found)))
-            heads.append(self.newest)
-        for head in (heads[0], self.newest):
-            if head is not None:
-                yield from self.target.preparing(head)
-        shares = yield from self._agreement(networks, heads)
-        best = max(range(len(networks)), key=lambda n: (shares[n], -n))
-        if networks[best] is not self.network:
-            self.network, self.head = networks[best], self.newest
+            network, hits = (yield from self._making(self.basis, found)), list[int]()
+            for each in held:
+                hits.append((yield from self._hits(network, self.newest, each.following, each.carry, each.ends)))
+            if sum(hits) > sum(most) or not (self.progress.fits or best is not self.network):
+                best, most = network, hits
+        if best is not self.network:
+            self.network, self.head = best, self.newest
+            for each, count in zip(held, most, strict=True):
+                each.hits = count
             self.progress.fits += 1
-            self.progress.agreement.append((tokens, shares[best]))
+            share = sum(most) / sum(len(each.following) for each in held)
+            self.progress.agreement.append((tokens, share))
 
     def _recent(self, weight: float) -> Iterator[Weighted]:
         """The latest rows of the second projection, about ``BLOCK`` at once."""
@@ -385,44 +423,52 @@ class Learner:
                 yield x, y, weight
                 held = []
 
-    def _agreement(
-        self, networks: Sequence[M2R2], heads: Sequence[nn.Linear | None]
-    ) -> Generator[None, None, list[float]]:
-        """The share of the model's tokens that each network drafts first, on texts that nothing was learned from."""
-        hits, total = [0] * len(networks), 0
-        vocabularies = [None if each.draft_vocab is None else each.draft_vocab.long() for each in networks]
-        for text in [*self.held, *islice(self.queue, max(HELD - len(self.held), 0))]:
-            for rows in self._replay(text, networks):
-                if rows is not None:
-                    total += len(rows.following)
-                    following, carry = upload(rows.following, self.target.device), Carry(rows.carry.final[None], [])
-                    for n, (network, head, vocabulary) in enumerate(zip(networks, heads, vocabularies, strict=True)):
-                        final = network.project(1, rows.ends[n][None], carry)
-                        best = self.target.readout(final, head)[0].argmax(-1)
-                        hits[n] += int(((best if vocabulary is None else vocabulary[best]) == following).sum())
-                        yield
-                yield
-        return [count / max(total, 1) for count in hits]
+    def _hold(self, text: Text, hits: int | None = None) -> Generator[None, None, Held]:
+        """Run a text that fits are compared on. hits: of the network that serves; None: they are counted."""
+        if not self.progress.based:  # it runs when there is a basis
+            return Held(text, torch.zeros(0), torch.zeros(0), torch.zeros(0))
+        networks, rows, counts = [self.basis], list[Rows](), self.progress.fits > 0 and hits is None
+        if counts and self.network.inference_maps[0] is not self.basis.inference_maps[0]:
+            networks.append(self.network)
+        for each in self._replay(text, networks):
+            yield
+            rows += [] if each is None else [each]
+        following = upload([token for each in rows for token in each.following], self.target.device)
+        carry = torch.cat([each.carry.final for each in rows])
+        ends = [torch.cat([each.ends[n] for each in rows]) for n in range(len(networks))]
+        if counts:
+            hits = yield from self._hits(self.network, self.head, following, carry, ends[-1])
+        return Held(text, following, carry, ends[0], hits or 0)
+
+    def _hits(
+        self, network: M2R2, head: nn.Linear | None, following: Tensor, carry: Tensor, ends: Tensor
+    ) -> Generator[None, None, int]:
+        """How many of the tokens ``following`` [n] a network drafts first, from states as in ``Held``."""
+        found, vocabulary = 0, network.draft_vocab
+        for tokens, before, end in zip(*(x.split(PART[1]) for x in (following, carry, ends)), strict=True):
+            best = self.target.readout(network.project(1, end[None], Carry(before[None], [])), head)[0].argmax(-1)
+            found += int(((best if vocabulary is None else vocabulary.long()[best]) == tokens).sum())
+            yield
+        return found
 
     def _replay(self, text: Text, networks: Sequence[M2R2], watched: bool = False) -> Iterator[Rows | None]:
-        """Run a text in pieces; yield the rows of each, or None for one of the prompt.
+        """Run a text in pieces; yield the rows of each part of it when they are complete, else None.
 
         watched: whether to keep the inputs of narrow layers.
 
         Raises SpecDecError if a state is not finite.
         """
         target, [(lo, hi)], last = self.target, self.path.segments, self.target.num_layers
-        ids, cache, size = text.ids[:-1], target.new_cache(), 8
+        ids, cache = text.ids[:-1], target.new_cache()
         first, at = max(text.start - 1, 1), 0  # the first token has no token before it
         before = dict[int, Tensor]()
         while at < len(ids):
-            began, part = time.perf_counter(), ids[at : at + size]
+            part = ids[at : at + max(PART[0], min(int(PIECE / self.pace), PART[1]))]
             n, skip = len(part), max(first - at, 0)
             positions = upload([list(range(at, at + n))], target.device)  # (1, n)
             embedded = target.embed(upload([part], target.device), positions)  # (1, n, D)
             taps = dict.fromkeys((lo, last, *(self.path.narrow_layers if watched else ())), embedded)
-            target.layers(embedded, 0, last, Pass(positions, cache.mask(0, positions), cache, taps))
-            rows = None
+            yield from self._layers(embedded, 0, last, Pass(positions, cache.mask(0, positions), cache, taps))
             if skip < n:
                 shifted = {
                     k: torch.cat((before.get(k, taps[k][:, :1]), taps[k][:, :-1]), 1)[:, skip:] for k in (lo, last)
@@ -434,20 +480,29 @@ class Learner:
                 for network in networks:
                     x = network.project(0, embedded[:, skip:], Carry(shifted[last], [shifted[lo]]))
                     mask = cache.mask(lo, positions[:, skip:], tree)
-                    ends.append(network.run_segment(target, 0, x, positions[:, skip:], mask, cache)[0][0])
+                    given = Pass(positions[:, skip:], mask, cache, adapters=network.adapters)
+                    ends.append((yield from self._layers(x, lo, hi, given))[0])
                     cache.trim(n - skip, lo, hi)
                 carry = Carry(shifted[last][0], [shifted[lo][0]])
                 states = taps[lo][0, skip:], taps[last][0, skip:]
-                rows = Rows(text.ids[at + skip + 1 : at + n + 1], embedded[0, skip:], carry, ends, *states)
                 if not all(bool(x.isfinite().all()) for x in (*states, *ends)):
                     raise SpecDecError("a state is not finite")
+                for layer in self.path.narrow_layers if watched else ():
+                    self.inputs[layer].append(taps[layer][0, skip:])
+                yield Rows(text.ids[at + skip + 1 : at + n + 1], embedded[0, skip:], carry, ends, *states)
             cache.commit([range(n)])
             before, at = {k: tap[:, -1:] for k, tap in taps.items()}, at + n
-            seconds = time.perf_counter() - began
-            size = min(2 * size, LARGEST) if seconds < PIECE / 2 else max(size // 2, 4) if seconds > PIECE else size
-            yield rows
-            for layer in self.path.narrow_layers if watched else ():
-                self.inputs[layer].append(taps[layer][0, skip:])
+
+    def _layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Generator[None, None, Tensor]:
+        """Run layers [lo, hi) on a part of a text [1, n, D], some of them at a time."""
+        while lo < hi:
+            began, end = time.perf_counter(), min(lo + max(int(PIECE / (self.pace * x.shape[1])), 1), hi)
+            x = self.target.layers(x, lo, end, given)
+            if x.shape[1] >= PART[0]:  # fewer tell little
+                self.pace = (time.perf_counter() - began) / (x.shape[1] * (end - lo))
+            yield
+            lo = end
+        return x
 
     # -- networks -----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -72,15 +73,25 @@ def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
     return activity(block, model_type, h) * column_sizes(block)
 
 
+class _Found(Exception):
+    """The input of an MLP's last map is known, and its product is not needed."""
+
+
 def activity(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
     """Sum over rows of h [n, D] of a_i^2, [I], float32."""
     mlp = gated_mlp(block)
     assert mlp is not None
     name, found = FAMILIES.get(model_type, Family()).norms[2], list[Tensor]()
     x = getattr(block, name)(h) if name else h
-    hook = mlp.down.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+
+    def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        found.append(inputs[0])
+        raise _Found
+
+    hook = mlp.down.register_forward_pre_hook(stop)
     try:
-        block.mlp(x[None])  # type: ignore[operator]
+        with suppress(_Found):
+            block.mlp(x[None])  # type: ignore[operator]
     finally:
         hook.remove()
     return found[0].flatten(0, -2).float().square().sum(0)
