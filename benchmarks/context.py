@@ -50,7 +50,7 @@ def one(args: argparse.Namespace, length: int, drafter: str) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     libraries = machine.resident("VmRSS") or 0.0
-    decoder = SpecDecoder.from_pretrained(args.model, drafter=drafter, device="cpu")
+    decoder = SpecDecoder.from_pretrained(args.model, drafter=drafter, device="cpu", learn=False)
     room = decoder.target.context - args.tokens - 16  # for drafted tokens, too
     root = Path(__file__).parents[1]
     text = "\n".join(path.read_text("utf-8") for path in sorted(root.glob("specdec/**/*.py")))

@@ -291,7 +291,7 @@ async def load(args: argparse.Namespace, client: Client, name: str, temperature:
 
 async def overhead(args: argparse.Namespace, client: Client, name: str) -> list[dict[str, Any]]:
     """How much longer a step takes over HTTP than in this process, from the first text to the last."""
-    drafted = SpecDecoder.from_pretrained(args.model, args.drafter)
+    drafted = SpecDecoder.from_pretrained(args.model, args.drafter, learn=False)
     decoders = {True: drafted, False: drafted.with_drafter("none")}
     more, ratios = {True: list[float](), False: list[float]()}, {True: list[float](), False: list[float]()}
     for number, body in enumerate(bodies(args, name, 0.0)[: 1 + args.overhead]):

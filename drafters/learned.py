@@ -25,6 +25,7 @@ from torch import Tensor
 
 from specdec.base import files
 from specdec.base.errors import SpecDecError
+from specdec.base.terminal import say
 
 VERSION = 3
 MOST_BYTES = 4 << 30  # of all files; the oldest go first
@@ -60,6 +61,15 @@ READ = TypeAdapter(Progress)
 
 def folder() -> Path:
     return files.cache_dir() / "learned"
+
+
+def first_use() -> None:
+    """Say what is kept, unless something was kept before."""
+    if not folder().exists():
+        say(
+            "a drafter learns from the texts written here, while the machine is idle; it keeps sums over states and "
+            f"counts of tokens, no text, in {folder()}; --no-learn (learn=False) turns this off"
+        )
 
 
 class Store:

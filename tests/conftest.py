@@ -102,6 +102,12 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.train.evaluate.costs", given)
 
 
+@pytest.fixture(autouse=True)
+def no_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No drafter teaches itself, and nothing is kept, unless a test asks for it."""
+    monkeypatch.setattr("specdec.api.decoder.LEARN", False)
+
+
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     return tiny_model("llama")

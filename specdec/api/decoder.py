@@ -35,6 +35,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams
 from specdec.base.settings import Whole, checked, short_repr
+from specdec.drafters.learned import first_use
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth
 from specdec.engine.depth.measure import costs, store
 from specdec.engine.engine import Engine
@@ -59,6 +60,8 @@ _claiming = threading.Lock()
 _busy: set[int] = set()  # ids of the drafters in use
 _learning = threading.Lock()  # held during a piece of a drafter's work outside of engines
 _learners = weakref.WeakSet[Drafter]()  # drafters that such work is done for
+LEARN = True  # whether a drafter that teaches itself learns where nothing is said
+IDLE = 0.2  # seconds after a generation before such work begins
 _ending = threading.Event()  # set when the process ends
 
 
@@ -86,7 +89,8 @@ class SpecDecoder:
     "confident".
     exact: raise an error for lossy rules.
     experts: keep the experts of a mixture in slow memory and load them on demand. ``model`` lacks them until ``close``.
-    learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated.
+    learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated;
+    None: yes.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -106,7 +110,7 @@ class SpecDecoder:
         verifier_options: Options = None,
         exact: bool = False,
         experts: ExpertOptions | None = None,
-        learn: bool = False,
+        learn: bool | None = None,
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
             wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"
@@ -114,7 +118,8 @@ class SpecDecoder:
         self.tuned: Tuned | None = None  # settings of ``specdec tune drafter`` that are applied
         self._kept: Tuned | None = None  # such settings for this model, applied or not
         self.verifier = registry.verifier(verifier, verifier_options, exact)
-        self.model, self.tokenizer, self.learning = model.eval(), tokenizer, learn
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.learning = LEARN if learn is None else learn
         self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations, experts)
         self.target.tokenizer = tokenizer
         if experts is not None and self.target.experts is None:
@@ -125,6 +130,8 @@ class SpecDecoder:
             self.close()
             raise
         self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements
+        if self.learning and self.drafter.learns:
+            first_use()
         self._kept_at = -KEEP_EVERY
 
     @property
@@ -451,10 +458,13 @@ class SpecDecoder:
         finally:
             release()
         if self.learning and self.drafter.learns:
-            _learners.add(self.drafter)
-            threading.Thread(
-                target=_learn_when_idle, args=(self.drafter,), daemon=True, name="specdec learning"
-            ).start()
+            with _claiming:
+                begin = self.drafter not in _learners
+                _learners.add(self.drafter)
+            if begin:
+                threading.Thread(
+                    target=_learn_when_idle, args=(weakref.ref(self.drafter),), daemon=True, name="specdec learning"
+                ).start()
 
     def learn(self, seconds: float = math.inf) -> bool:
         """Let the drafter learn from earlier texts now, for at most about ``seconds``, and keep what it has learned.
@@ -474,12 +484,13 @@ class SpecDecoder:
         return eos_token_ids(self.model, self.tokenizer)
 
 
-def _learn_when_idle(drafter: Drafter) -> None:
-    """Do a drafter's work, piece by piece, until there is no more or a generation uses it."""
-    more = True
-    while more:
+def _learn_when_idle(reference: weakref.ref[Drafter]) -> None:
+    """Do a drafter's work, piece by piece, while no generation uses it, as long as a decoder has it."""
+    more = False
+    while not _ending.wait(0 if more else IDLE) and (drafter := reference()) is not None:
         with _learning:
             more = id(drafter) not in _busy and not _ending.is_set() and drafter.learn()
+        del drafter
 
 
 @atexit.register

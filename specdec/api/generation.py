@@ -35,7 +35,7 @@ class DecoderOptions(TypedDict, total=False):
     verifier_options: Options
     exact: bool
     experts: ExpertOptions | None
-    learn: bool
+    learn: bool | None
 
 
 class RequestOptions(SamplingOptions, total=False):

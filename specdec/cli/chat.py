@@ -39,7 +39,7 @@ _text, _output = map(panel, ("Text", "Output"))
 def chat(
     loading: shared.HubFlags = shared.HubFlags(),
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
-    learn: shared.Learn = False,
+    learn: shared.Learn = None,
     sampling: shared.SamplingFlags = shared.SamplingFlags(),
     system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens of an answer.", "N", min=1)] = 1024,

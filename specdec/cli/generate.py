@@ -37,7 +37,7 @@ _model, _experts, _text, _sampling, _output = map(panel, ("Model", "Experts", "T
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
-    learn: shared.Learn = False,
+    learn: shared.Learn = None,
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     exit_threshold: Annotated[
@@ -129,7 +129,7 @@ def generate(
             drafter_options=drafter_options,
             verifier=rule,
             experts=experts,
-            learn=learn,
+            learn=bool(learn),  # else the command would end after its text only
         )
     tuned = decoder.tuned
     if drafter == "auto":

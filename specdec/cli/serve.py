@@ -21,7 +21,7 @@ _server, _limits = map(panel, ("Server", "Limits"))
 def serve(
     loading: shared.HubFlags = shared.HubFlags(),
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
-    learn: shared.Learn = False,
+    learn: shared.Learn = None,
     host: Annotated[
         str, _server("--host", "Address to listen at; 0.0.0.0 is every network of the machine.", "HOST")
     ] = "127.0.0.1",

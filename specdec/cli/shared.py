@@ -72,8 +72,11 @@ DrafterOption = Annotated[
     _model("--drafter-option", "An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE"),
 ]
 Learn = Annotated[
-    bool,
-    _model("--learn/--no-learn", "Let a drafter that teaches itself learn from the texts, when there is time."),
+    bool | None,
+    _model(
+        "--learn/--no-learn",
+        "Let a drafter that teaches itself learn from the texts, when there is time; by default serve and chat do.",
+    ),
 ]
 Verifier = Annotated[str, _model("--verifier", "exact, or a lossy acceptance rule: typical, confident.", "NAME")]
 VerifierOption = Annotated[

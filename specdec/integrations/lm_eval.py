@@ -47,7 +47,8 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the default of lm-eval's command is 'cuda:0'
         if isinstance(pretrained, str):
-            pretrained = SpecDecoder.from_pretrained(pretrained, drafter, device=device or "auto", dtype=dtype, **more)
+            more = {"device": device or "auto", "dtype": dtype, "learn": False, **more}
+            pretrained = SpecDecoder.from_pretrained(pretrained, drafter, **more)
         self.decoder, self.tokenizer = pretrained, pretrained.tokenizer
         if self.tokenizer is None:
             raise SpecDecError("lm-eval needs a tokenizer; give SpecDecoder one")

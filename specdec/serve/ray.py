@@ -30,6 +30,7 @@ class Options(ServerSettings):
     max_rows: PositiveInt = 16
     max_waiting: PositiveInt = 256
     kv_memory: PositiveInt | None = None
+    learn: bool | None = None
     replicas: PositiveInt = 1
     cpus: float = 1
     gpus: float = 0
@@ -51,7 +52,12 @@ class Replica:
 
         self.options = options
         self.decoder = SpecDecoder.from_pretrained(
-            options.model, options.drafter, device=options.device, runtime=options.runtime, weights=options.weights
+            options.model,
+            options.drafter,
+            device=options.device,
+            runtime=options.runtime,
+            weights=options.weights,
+            learn=options.learn,
         )
         self.engine = self.decoder.engine(
             max_rows=options.max_rows, max_waiting=options.max_waiting, kv_memory=options.kv_memory

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import SpecDecWarning
 from specdec.drafters import learned, m2r2_learning
+from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_learning import Learner, Text, learned_path, why_not
 from specdec.drafters.m2r2_network import Carry
 from specdec.drafters.none import NoDrafter
@@ -361,8 +364,10 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
         time.sleep(0.01)
 
 
-def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, drafter="m2r2", learn=True)
+def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("specdec.api.decoder.LEARN", True)
+    decoder = SpecDecoder(llama, drafter="m2r2")
+    assert "learn=False) turns this off" in capsys.readouterr().err
     learner = decoder.drafter.learner  # type: ignore[attr-defined]
     with decoder.engine(num_speculative_tokens=2) as engine:
         for number in range(6):
@@ -371,6 +376,30 @@ def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama: Pre
             list(engine.submit(request))
         wait_for(lambda: learner.progress.texts == 5 and not learner.queue and learner.progress.fits)
     assert decoder.drafter.version
+    SpecDecoder(llama, drafter="m2r2", learn=True)
+    assert not capsys.readouterr().err  # it is said once
+
+
+def test_a_decoder_that_is_told_not_to_learn_keeps_nothing(llama, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("specdec.api.decoder.LEARN", True)
+    monkeypatch.setattr("specdec.api.decoder.IDLE", 0.0)
+    decoder = SpecDecoder(llama, drafter="m2r2", learn=False)
+    with decoder.engine(num_speculative_tokens=2) as engine:
+        list(engine.submit(decoder.request([5, 6], max_new_tokens=8)))
+        time.sleep(0.1)
+    decoder.generate([5, 6], max_new_tokens=8)
+    time.sleep(0.1)
+    assert not learned.folder().exists() and not capsys.readouterr().err
+
+
+def test_a_decoder_that_is_gone_learns_no_more(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(M2R2Drafter, "learn", lambda self: not time.sleep(0.001))  # there is always more to learn
+    decoder = SpecDecoder(llama, drafter="m2r2", learn=True)
+    decoder.generate([5, 6], max_new_tokens=8)
+    seen = weakref.ref(decoder.drafter)
+    time.sleep(0.3)
+    del decoder
+    wait_for(lambda: (gc.collect(), seen())[1] is None)
 
 
 def test_all_is_kept_at_most_once_in_ten_minutes_and_at_the_end(
