@@ -33,6 +33,7 @@ from .m2r2_learning import Learner, why_not
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
+from .m2r2_refining import Refiner
 from .vocabulary import DraftVocabulary
 
 __all__ = ["M2R2", "M2R2Drafter", "M2R2Path", "PaperM2R2Drafter", "load_network"]
@@ -63,6 +64,7 @@ class M2R2Drafter(ChainDrafter):
     width: number of nodes of a level that get children.
     exit_confidence: minimum probability, in [0, 1], with which a token leaves before the last exit (``State.exit``);
         where drafts are not verified, the verifier's threshold takes its place.
+    refine: minutes of processor time a day in which a trained one is trained on, while nothing is decoded; 0: none.
     """
 
     name: ClassVar[str] = "m2r2"
@@ -79,7 +81,7 @@ class M2R2Drafter(ChainDrafter):
         network: M2R2,
         width: int = WIDTH,
         exit_confidence: float = 0.5,
-        learner: Learner | None = None,
+        learner: Learner | Refiner | None = None,
         **shape: Unpack[ShapeOptions],
     ) -> None:
         super().__init__(**shape)
@@ -95,7 +97,10 @@ class M2R2Drafter(ChainDrafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights, or none yet."""
-        options.check_names(cls.name, kwargs, (*SHAPE, "width", "exit_confidence"))
+        options.check_names(cls.name, kwargs, (*SHAPE, "width", "exit_confidence", "refine"))
+        if minutes := options.check_int("refine", kwargs.pop("refine", 0), 0):
+            refiner = Refiner(target, cls.find(target, source), minutes)
+            return cls(refiner.network, learner=refiner, **kwargs)
         if source is None and cls.teaches_itself and drafter_folder.find_shipped(cls.name, target) is None:
             if (why := why_not(target)) is not None:
                 raise SpecDecError(
@@ -117,11 +122,13 @@ class M2R2Drafter(ChainDrafter):
         self.start()
 
     def begin(self) -> M2R2Row:
+        if self.learner is not None:
+            self.learner.busy()
         return M2R2Row()
 
     @property
     def version(self) -> int:  # type: ignore[override]
-        return 0 if self.learner is None else self.learner.progress.fits
+        return 0 if self.learner is None else self.learner.version
 
     def end(self, row_state: M2R2Row, ids: list[int], start: int, learn: bool = True) -> None:
         if self.learner is not None and learn:
@@ -130,7 +137,7 @@ class M2R2Drafter(ChainDrafter):
     def learn(self) -> bool:
         if self.learner is None or not self.learner.work():
             return False
-        if self.network is not self.learner.network and self.learner.progress.fits:
+        if self.network is not self.learner.network and self.version:
             old, self.network, self.draft_path = self.network.draft_vocab, self.learner.network, None
             if self.network.draft_vocab is not old:
                 self.vocabulary = DraftVocabulary(self.learner.target, self.network.draft_vocab, self.learner.head)
@@ -142,7 +149,7 @@ class M2R2Drafter(ChainDrafter):
 
     def _knows_nothing(self, state: State) -> bool:
         """Whether no fit serves yet."""
-        return self.learner is not None and not self.learner.progress.fits and not state.measuring
+        return self.learner is not None and not self.version and not state.measuring
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
         if self._knows_nothing(state):
@@ -246,6 +253,8 @@ class M2R2Drafter(ChainDrafter):
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(row_states, paths, taps)
+        if self.learner is not None:
+            self.learner.busy()
         states = [taps[layer] for layer in self.taps]
         for number, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
