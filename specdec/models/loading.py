@@ -28,6 +28,8 @@ from specdec.models.gguf.file import GGUFFile, read_header
 from specdec.models.prepare import quiet_transformers
 from specdec.models.source import Source, explain_errors, find_source
 
+TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_model\.(model\.)?": "model."}
+
 
 def load(
     name_or_path: str | os.PathLike[str],
@@ -66,7 +68,7 @@ def load(
     if source.file is not None:
         model = _of_file(source, source.file, config, kind, place)
     else:
-        model = _of_checkpoint(source, options | {"config": config}, kind, place, experts)
+        model = _of_checkpoint(source, options | _text_part(config), kind, place, experts)
     model.config._name_or_path = name  # for messages, instead of the cache folder
     if source.remote:
         model.config._commit_hash = source.folder.name
@@ -85,6 +87,16 @@ def read_tokenizer(name: str) -> Any:
     source = find_source(name)
     with quiet_transformers(f"Loading {name}"):
         return _tokenizer(source, source.options)
+
+
+def _text_part(config: Any) -> dict[str, Any]:
+    """Options that load the text model alone of a multimodal checkpoint, where transformers would load all of it and
+    the native runtime knows the text model; else ``config``."""
+    text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
+    if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
+        return {"config": config}
+    text.tie_word_embeddings |= config.tie_word_embeddings
+    return {"config": text, "key_mapping": TEXT_NAMES}
 
 
 def _of_checkpoint(

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import model_of, save_tiny, save_tiny_moe
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from specdec.base.errors import SpecDecError
 from specdec.models import families, loading
+from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
 
@@ -54,7 +57,34 @@ def test_configs_of_published_checkpoints_run_natively(tmp_path: Path, family: s
     model_of(family).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | PUBLISHED[family]))
-    families.check_fields(loading.AutoConfig.from_pretrained(tmp_path))
+    families.check_fields(AutoConfig.from_pretrained(tmp_path))
+
+
+EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+EYES |= {"num_attention_heads": 2, "head_dim": 16}  # of Gemma 3 and Ministral 3
+MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", EYES),
+    "mistral3": ("ministral3", EYES | {"model_type": "pixtral"}),
+    "qwen3_5": ("qwen3_5_text", {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64}),
+}
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path: Path, kind: str) -> None:
+    text, eyes = MULTIMODAL[kind]
+    config = AutoConfig.for_model(kind, text_config=model_of(text).config, vision_config=eyes)
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config).float().eval()
+    save_tiny(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    whole.save_pretrained(tmp_path)
+    model, _ = loading.load(tmp_path)
+    assert model.config.model_type == text and not any("vision" in name for name, _ in model.named_parameters())
+    ids = torch.arange(5, 25)[None]
+    assert torch.allclose(model(ids).logits, whole(input_ids=ids).logits, atol=1e-3)
+    target, note = make_target(loading.load(tmp_path, dtype="bfloat16")[0])
+    assert target.runtime == "native", note
 
 
 def test_so_is_one_of_the_rotation() -> None:
