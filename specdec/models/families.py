@@ -100,6 +100,7 @@ KEYS = {
 HEAD = {"attention.key_length": "head_dim"}
 GEMMA = frozenset({"hidden_activation"})
 CAPPED = GEMMA | {"final_logit_softcapping", "query_pre_attn_scalar"}
+TWICE_CAPPED = CAPPED | {"attn_logit_softcapping", "sliding_window_size"}
 WINDOW = {"attention.sliding_window": "sliding_window"}
 WINDOWED = (
     HEAD
@@ -190,14 +191,7 @@ FAMILIES = {
         keys=HEAD | ROUTED | WINDOW | {"expert_feed_forward_length": "intermediate_size"},
     ),
     "gemma": Family(once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
-    "gemma2": Family(
-        AROUND,
-        True,
-        True,
-        fields=CAPPED | {"attn_logit_softcapping", "sliding_window_size"},
-        gguf="gemma2",
-        keys=WINDOWED,
-    ),
+    "gemma2": Family(AROUND, True, True, fields=TWICE_CAPPED, gguf="gemma2", keys=WINDOWED),
     "gemma3_text": Family(
         AROUND, True, True, fields=CAPPED, gguf="gemma3", keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"}
     ),

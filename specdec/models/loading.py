@@ -95,7 +95,7 @@ def _text_part(config: Any) -> dict[str, Any]:
     text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
     if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
         return {"config": config}
-    text.tie_word_embeddings |= config.tie_word_embeddings
+    text.tie_word_embeddings = bool(text.tie_word_embeddings or config.tie_word_embeddings)
     return {"config": text, "key_mapping": TEXT_NAMES}
 
 

@@ -32,7 +32,7 @@ from specdec.engine.request import Request
 from specdec.kvcache import recurrent
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library, linear
-from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
 from specdec.verifiers.exact import ExactVerifier
@@ -112,6 +112,11 @@ HYBRID = [("lfm2", "reference"), ("qwen3_5_text", "fused"), ("qwen3_5_text", "na
         ("jamba", "reference", 0.0),
         pytest.param("qwen3_next", "reference", 1e9, marks=pytest.mark.slow),
         pytest.param("falcon_h1", "reference", 1e9, marks=pytest.mark.slow),
+        *(
+            pytest.param(kind, "native", 1e9, marks=pytest.mark.slow)
+            for kind in FAMILIES
+            if (kind, "native") not in HYBRID
+        ),
     ],
 )
 def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, runtime: str, seconds: float) -> None:  # type: ignore[no-untyped-def]
