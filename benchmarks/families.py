@@ -10,9 +10,9 @@ tokens over one over a single token. Weights are random, as large as trained one
 the policy chooses by these passes where tokens are accepted with a probability of 0.6 and 0.8, and drafting one takes
 5 % of a pass. The last column is the self-check's.
 
-With ``--experts``, a Qwen3-MoE of 4 layers runs natively with 8 to 64 experts, of which a token takes 2 to 8. These
-have 2048 neurons in all, so a pass over one token reads equally much. "Read" is the number of experts that a layer
-reads for 8 tokens over that for one, if each token takes any at random.
+With ``--experts``, a Qwen3-MoE of 4 layers of width 2048 runs natively with 8 to 64 experts, of which a token takes 2
+to 8. These have 2048 neurons in all, so a pass over one token reads equally much. "Read" is the number of experts that
+a layer reads for 8 tokens over that for one, if each token takes any at random.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def measure(family: str) -> list[str]:
 
 def measure_experts(count: int, taken: int) -> list[str]:
     sizes = {"num_experts": count, "num_experts_per_tok": taken, "moe_intermediate_size": 2048 // taken}
-    config = config_of("qwen3_moe", num_hidden_layers=4, vocab_size=8192, **sizes)
+    config = config_of("qwen3_moe", hidden_size=2048, num_hidden_layers=4, vocab_size=8192, **sizes)
     target, times = make_target(model_of("qwen3_moe", config), "native")[0], dict[int, list[float]]()
     cache = primed(target)
     for first in range(4 * ROUNDS):
