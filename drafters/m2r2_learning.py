@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.memory import free_memory
+from specdec.kvcache.cache import KVCache
 from specdec.models.gguf.blocks import named_weights
 from specdec.runtimes.linear_maps import UnitMap
 from specdec.runtimes.llama_like import Adapters
@@ -38,8 +39,9 @@ from .ridge import RIDGE, WORK, Sums, Weighted, result
 
 FIRST = 1000  # tokens before the first fit
 EVERY, SHARE, MOST = 500, 4, 1000  # tokens between two fits: one in SHARE of all, within these bounds
-GROWTH = 4  # times as many tokens at the next fit of the first projection
+GROWTH = 1.5  # times as many tokens at the next fit of the first projection
 AGAIN = 16_000  # maximum tokens of texts that are run again after a fit of the first projection
+STATES = 128 << 20  # maximum bytes of states of these texts, which then run through the draft path alone
 HELD_OUT, HELD = 8, 8  # one text of so many is held out; number of these that fits are compared on
 RECENT, WEIGHTS = 2000, (1.0, 5.0)  # number of latest tokens, and how many times fits count them
 CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
@@ -53,11 +55,31 @@ SHARE_OF_MEMORY = 4  # the sums may take one part of so many of the free memory
 
 
 @dataclass
+class States:
+    """What is exact of a text of T tokens.
+
+    keys: keys and values in the path's layers, [1, H, T, d]. segment, final: h[lo] and h[N] [T, D].
+    """
+
+    keys: list[tuple[Tensor, Tensor]]
+    segment: Tensor
+    final: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for pair in (*self.keys, (self.segment, self.final)) for x in pair)
+
+
+@dataclass
 class Text:
-    """Tokens of a request. start: number of the first one that the model chose."""
+    """Tokens of a request.
+
+    start: number of the first one that the model chose. states: once it has run, while there is room.
+    """
 
     ids: list[int]
     start: int
+    states: States | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, ids: Sequence[int], start: int) -> Text:
@@ -462,13 +484,21 @@ class Learner:
         ids, cache = text.ids[:-1], target.new_cache()
         first, at = max(text.start - 1, 1), 0  # the first token has no token before it
         before = dict[int, Tensor]()
+        kept, states = None if watched else text.states, list[tuple[Tensor, Tensor]]()
         while at < len(ids):
             part = ids[at : at + max(PART[0], min(int(PIECE / self.pace), PART[1]))]
             n, skip = len(part), max(first - at, 0)
             positions = upload([list(range(at, at + n))], target.device)  # (1, n)
             embedded = target.embed(upload([part], target.device), positions)  # (1, n, D)
             taps = dict.fromkeys((lo, last, *(self.path.narrow_layers if watched else ())), embedded)
-            yield from self._layers(embedded, 0, last, Pass(positions, cache.mask(0, positions), cache, taps))
+            if kept is None:
+                yield from self._layers(embedded, 0, last, Pass(positions, cache.mask(0, positions), cache, taps))
+                states.append((taps[lo][0], taps[last][0]))
+            else:
+                cache.mask(lo, positions)  # registers them
+                for layer, (k, v) in enumerate(kept.keys, start=lo):
+                    cache.append(layer, k[:, :, at : at + n], v[:, :, at : at + n])
+                taps = {lo: kept.segment[None, at : at + n], last: kept.final[None, at : at + n]}
             if skip < n:
                 shifted = {
                     k: torch.cat((before.get(k, taps[k][:, :1]), taps[k][:, :-1]), 1)[:, skip:] for k in (lo, last)
@@ -484,14 +514,34 @@ class Learner:
                     ends.append((yield from self._layers(x, lo, hi, given))[0])
                     cache.trim(n - skip, lo, hi)
                 carry = Carry(shifted[last][0], [shifted[lo][0]])
-                states = taps[lo][0, skip:], taps[last][0, skip:]
-                if not all(bool(x.isfinite().all()) for x in (*states, *ends)):
+                goals = taps[lo][0, skip:], taps[last][0, skip:]
+                if not all(bool(x.isfinite().all()) for x in (*goals, *ends)):
                     raise SpecDecError("a state is not finite")
                 for layer in self.path.narrow_layers if watched else ():
                     self.inputs[layer].append(taps[layer][0, skip:])
-                yield Rows(text.ids[at + skip + 1 : at + n + 1], embedded[0, skip:], carry, ends, *states)
+                yield Rows(text.ids[at + skip + 1 : at + n + 1], embedded[0, skip:], carry, ends, *goals)
             cache.commit([range(n)])
             before, at = {k: tap[:, -1:] for k, tap in taps.items()}, at + n
+        if kept is None:
+            self._keep(text, cache, states)
+
+    def _keep(self, text: Text, cache: KVCache, states: list[tuple[Tensor, Tensor]]) -> None:
+        """Keep the states of a text that has run; the oldest ones make room."""
+        (lo, hi), keys = self.path.segments[0], list[tuple[Tensor, Tensor]]()
+        for layer in range(lo, hi):
+            found = cache.entries(layer, 0)  # (S, H, d); none in layers with states of other kinds
+            if layer in self.target.recurrent_layers or not found:
+                return
+            keys.append((found["k"].transpose(0, 1)[None].clone(), found["v"].transpose(0, 1)[None].clone()))
+        segment, final = (torch.cat(part) for part in zip(*states, strict=True))
+        text.states = States(keys, segment, final)
+        each = [*self.texts, *(held.text for held in self.held)]
+        each += [] if any(one is text for one in each) else [text]
+        total = sum(one.states.nbytes for one in each if one.states)
+        for one in each:
+            if total > STATES and one.states:
+                total -= one.states.nbytes
+                one.states = None
 
     def _layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Generator[None, None, Tensor]:
         """Run layers [lo, hi) on a part of a text [1, n, D], some of them at a time."""

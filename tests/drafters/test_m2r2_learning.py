@@ -139,6 +139,46 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
     assert kind not in HYBRIDS or target.recurrent_layers.intersection(range(lo, hi))
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("kind", "runtime"), [("llama", "reference"), ("mistral", "fused"), ("llama", "native"), ("lfm2", "reference")]
+)
+def test_a_text_whose_states_are_kept_runs_through_the_path_alone(monkeypatch, kind: str, runtime: str) -> None:  # type: ignore[no-untyped-def]
+    target = target_of(kind, runtime)
+    learner = taught(target, 12)
+    text, ran, layers = texts(target, 1, length=30, seed=5)[0], list[int](), type(target).layers
+    monkeypatch.setattr(
+        type(target), "layers", lambda self, x, lo, *more: (ran.append(lo), layers(self, x, lo, *more))[1]
+    )
+    runs = list[list[torch.Tensor]]()
+    for _ in range(2):
+        ran.clear()
+        found = [rows for rows in learner._replay(text, [learner.network]) if rows is not None]
+        assert [token for rows in found for token in rows.following] == text.ids[text.start :]
+        parts = zip(*([each.carry.final, *each.carry.inputs, *each.ends, each.final] for each in found), strict=True)
+        runs.append([torch.cat(part) for part in parts])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*runs, strict=True))
+    (lo, hi) = learner.path.segments[0]
+    assert (min(ran) >= lo) == (not any(lo <= layer < hi for layer in target.recurrent_layers))
+
+
+def test_the_oldest_states_make_room(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = taught(target, 8)
+    sizes = [text.states.nbytes for text in learner.texts if text.states]
+    assert len(sizes) == len(learner.texts) == 6
+    most = 12 * max(sizes)
+    monkeypatch.setattr(m2r2_learning, "STATES", most)
+    fits = learner.progress.fits
+    for text in texts(target, 24, seed=9):
+        learner.add(text.ids, text.start)
+        while learner.work():
+            pass
+    kept = [text.states.nbytes if text.states else 0 for text in learner.texts]
+    held = sum(each.text.states.nbytes for each in learner.held if each.text.states)
+    assert kept[-1] and not kept[0] and sum(kept) + held <= most and kept == sorted(kept, key=bool)
+    assert learner.progress.fits > fits
+
+
 def test_only_the_end_of_a_long_prompt_is_run_again() -> None:
     text = Text.of(list(range(3000)), 2000)
     assert text.ids[: text.start] == list(range(2000 - m2r2_learning.CONTEXT, 2000))
@@ -592,7 +632,7 @@ def test_the_first_projection_is_fitted_again_and_texts_are_run_again_for_the_se
             rows = sum(len(x.ids) - x.start for x in learner.texts)
             assert learner.sums[1].rows == pytest.approx(learner.progress.based * (based[-1] > 0), abs=1)
             assert rows == pytest.approx(learner.progress.tokens, abs=1)
-    assert len(based) > 2 and all(later >= 4 * first for first, later in itertools.pairwise(based[1:]))
+    assert len(based) > 3 and all(later >= 1.5 * first for first, later in itertools.pairwise(based[1:]))
 
 
 def test_nothing_of_a_text_is_kept_but_counts(target: Target) -> None:
