@@ -14,7 +14,7 @@ from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import Grower, Prior, Scoped, Texts
-from specdec.speculation.trie import draft_best
+from specdec.speculation.trie import draft_best, in_one_shape, worth_scoring
 
 from .corpus import corpus
 
@@ -75,23 +75,18 @@ class NgramDrafter(Drafter):
         return self.blend(state, limit, [NO_CANDIDATES] * len(state.ids))
 
     def alone(self, state: State, limit: int) -> Draft | None:
-        """The draft of the n-grams, where no level of another drafter can be worth its price.
-
-        A level adds a token at most as often as no path of the n-grams is right up to it.
-        """
-        prices, gain = state.prices, 0.0
-        if prices is None or not state.sampler.best_allowed:
+        prices = state.prices
+        if prices is None:
             return None
-        found = [self._grown(state, row, limit, NO_CANDIDATES) for row in range(len(state.ids))]
-        right = [0.0] * (1 + max(limit, prices.usual))  # of all rows, by level
+        grown = [self._grown(state, row, limit, NO_CANDIDATES) for row in range(len(state.ids))]
+        found = worth_scoring(grown, limit, self.nodes, prices, levels=0)
+        right = [0.0] * limit  # by level, of all rows
         for own in found:
             for depth, probability in zip(own.depths(), prices.calibrated(own.scores, free=True), strict=True):
-                right[depth] += probability
-        for level in range(1, 1 + prices.usual):
-            gain += len(found) * (1 - prices.node) - right[level] - prices.level
-            if gain > 0:
-                return None
-        return draft_best(found, limit, self.nodes, state, levels=0)
+                right[depth - 1] += probability
+        if prices.learned_pays(right, len(found)) or state.exit is not None:
+            return None
+        return in_one_shape([(own.tokens, own.parents) for own in found], state.cache.device)[0]
 
     def blend(self, state: State, limit: int, learned: list[Candidates]) -> Draft:
         levels = max(own.levels() for own in learned)

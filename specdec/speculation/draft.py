@@ -296,7 +296,7 @@ class Drafter(ABC):
         return None
 
     def alone(self, state: State, limit: int) -> Draft | None:
-        """``propose``, where another drafter's candidates are not worth drafting; for a drafter that ``blends``."""
+        """``propose``, if drafting another drafter's candidates, too, does not pay; for a drafter that ``blends``."""
         raise NotImplementedError
 
     def blend(self, state: State, limit: int, learned: list[Candidates]) -> Draft:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MOST_NODES = 24  # maximum nodes of a tree that is sized by prices
+LEARNED = 0.65  # how often a learned drafter is right at a level, if it was before
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Prices:
     level: price of drafting another level for all rows, before its nodes are scored.
     node: price of scoring a node of that level.
     free_exponent: ``exponent`` of drafts that cost nothing, such as those of n-grams beside a learned drafter.
-    usual: number of levels that are worth drafting in a usual step.
+    trust: how many times what is expected of a learned drafter's levels they add.
+    free, added: the result: expected tokens of the free draft, and those that a learned one is expected to add.
     expected, levels: the result: expected tokens of the nodes taken, and number of levels that were drafted (0: the
         draft cost nothing; None: as many as the draft has).
     """
@@ -38,7 +40,9 @@ class Prices:
     node: float = 0.0
     exponent: float = 1.0
     free_exponent: float = 1.0
-    usual: int = 1
+    trust: float = 1.0
+    free: float = 0.0
+    added: float = 0.0
     expected: float | None = None
     levels: int | None = None
 
@@ -53,6 +57,22 @@ class Prices:
         likeliest: calibrated probability of each row's likeliest path.
         """
         return sum(max(probability - self.node, 0.0) for probability in likeliest) >= self.level
+
+    def learned_pays(self, right: Sequence[float], rows: int) -> bool:
+        """Whether levels of a learned drafter are expected to add more to the free draft than they cost.
+
+        A level is right if the free draft is, or if the learned drafter is; each goes on independently. right: expected
+        tokens of the free draft at each level, of all ``rows``.
+        """
+        reach, before, added, best = 1.0, float(rows), 0.0, -math.inf
+        for level, free in enumerate(right, start=1):
+            reach *= 1 - (1 - free / before if before else 1.0) * (1 - LEARNED)
+            added, before = added + rows * reach - free, free
+            gain = self.trust * added - level * (rows * self.node + self.level)
+            if gain > best:
+                best, self.added = gain, added
+        self.free = sum(right)
+        return best > 0
 
     def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None, rows: int = 1) -> int:
         """The number of nodes to score: ``exactly`` as many as given, else ``least`` or more.

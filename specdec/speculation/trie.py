@@ -10,7 +10,7 @@ import torch
 
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, State
-from specdec.speculation.trees import MOST_NODES
+from specdec.speculation.trees import MOST_NODES, Prices
 
 
 def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> tuple[Draft, list[list[int]]]:
@@ -64,13 +64,15 @@ def in_one_shape(
     return draft, places
 
 
-def draft_best(rows: Sequence[Candidates], limit: int, nodes: int | None, state: State, levels: int) -> Draft:
-    """The draft of each row's best candidates.
+def worth_scoring(
+    rows: Sequence[Candidates], limit: int, nodes: int | None, prices: Prices | None, levels: int
+) -> list[Candidates]:
+    """Each row's candidates that a draft keeps.
 
     nodes: number of nodes of a row; None: those worth their price, or ``limit`` if there are no prices.
     levels: number of levels that were drafted to find the candidates.
     """
-    prices, counts = state.prices, [limit if nodes is None else nodes] * len(rows)
+    counts = [limit if nodes is None else nodes] * len(rows)
     if prices is not None:
         prices.levels = levels
         every = [(score, row) for row, found in enumerate(rows) for score in sorted(found.scores)[-MOST_NODES:]]
@@ -78,5 +80,10 @@ def draft_best(rows: Sequence[Candidates], limit: int, nodes: int | None, state:
         likely = prices.calibrated([score for score, _ in every], free=not levels)
         taken = Counter(row for _, row in every[: prices.take(likely, exactly=None if nodes is None else sum(counts))])
         counts = [taken[row] for row in range(len(rows))]
-    best = [found.best(count) for found, count in zip(rows, counts, strict=True)]
+    return [found.best(count) for found, count in zip(rows, counts, strict=True)]
+
+
+def draft_best(rows: Sequence[Candidates], limit: int, nodes: int | None, state: State, levels: int) -> Draft:
+    """The draft of each row's best candidates, as ``worth_scoring`` says."""
+    best = worth_scoring(rows, limit, nodes, state.prices, levels)
     return in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)[0]

@@ -213,9 +213,9 @@ def test_ngrams_draft_alone_where_another_draft_costs_more_than_it_may_add(llama
     drafter = NgramDrafter(prior=False)
     drafter.bind(target)
 
-    def alone(ids: list[int], level: float, rows: int = 1) -> Prices | None:
+    def alone(ids: list[int], level: float, rows: int = 1, trust: float = 1.0) -> Prices | None:
         sampler = Sampler(SamplingParams(), streams=range(rows))
-        prices = Prices([0.01 * n for n in range(25)], level, exponent=4.0, usual=3)
+        prices = Prices([0.01 * n for n in range(25)], level, exponent=4.0, trust=trust)
         state = State(target, target.new_cache(), sampler, [ids] * rows, prices)
         state.row_states = [drafter.begin() for _ in range(rows)]
         return prices if drafter.alone(state, 8) is not None else None
@@ -228,7 +228,8 @@ def test_ngrams_draft_alone_where_another_draft_costs_more_than_it_may_add(llama
     assert alone(copied, 0.0) is None  # the other one's levels are as good as free
     assert alone(new, 1.05) is not None  # they cost more than they can add
     assert alone(new, 1.05, rows=4) is None  # for four rows, they may add more
-    assert alone(copied, 0.35, rows=4) is not None
+    assert alone(copied, 1.4, rows=4) is not None
+    assert alone(new, 0.35, trust=0.3) is not None  # it has added less than expected
 
 
 def test_sampled_tokens_are_drafted_by_the_learned_drafter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import chain, combinations, product
 from math import prod
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft
-from specdec.speculation.trees import Prices, best_first
+from specdec.speculation.trees import LEARNED, Prices, best_first
 from specdec.speculation.trie import draft_best
 
 
@@ -105,3 +106,14 @@ def test_another_level_is_paid_by_all_rows_together() -> None:
     prices = Prices((), level=0.5, node=0.25)
     assert prices.pays([0.8]) and not prices.pays([0.7])
     assert prices.pays([0.5, 0.5]) and not prices.pays([0.7, 0.2, 0.2, 0.2])  # a node that does not pay is not scored
+
+
+def test_a_learned_level_pays_where_it_is_right_and_the_free_draft_is_not() -> None:
+    prices = Prices((), level=0.3, node=0.05)
+    assert prices.learned_pays([0.0] * 4, 1)
+    assert prices.free == 0 and prices.added == pytest.approx(LEARNED + LEARNED**2)  # a third level does not pay
+    assert not replace(prices, trust=0.3).learned_pays([0.0] * 4, 1)
+    assert not prices.learned_pays([0.9**level for level in range(1, 9)], 1)
+    assert prices.learned_pays([0.9, 0.2, 0.1, 0.0], 1)  # the free draft soon ends, the learned one goes on
+    dear = replace(prices, level=1.05)
+    assert not dear.learned_pays([0.0] * 4, 1) and dear.learned_pays([0.0] * 4, 4)  # a level serves all rows

@@ -28,7 +28,7 @@ class Shrink(NamedTuple):
         return (weight * own + others * common[0] + self.prior * prior) / (weight + others + self.prior)
 
 
-RECENT, LASTING = Shrink(1.25, 8.0), Shrink(3.0, 20.0)
+RECENT, LASTING, SLOW = Shrink(1.25, 8.0), Shrink(3.0, 20.0), Shrink(5.0, 60.0)
 KEPT = 3.0  # number of observations that what is known about a changed drafter counts as at most
 
 
@@ -36,7 +36,8 @@ class RowHistory:
     """What the drafts of one row have yielded.
 
     means[exit][number]: of a drafter without probabilities, the acceptance at each position; of one with, a step's
-        expected tokens, cost in passes, and whether anything was scored; accepted tokens, and expected ones again.
+        expected tokens, cost in passes, and whether anything was scored; accepted tokens, and expected ones again;
+        tokens that a learned drafter added to a free draft, and those that it was expected to add.
     idle: steps since it last drafted.
     """
 

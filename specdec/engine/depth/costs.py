@@ -99,13 +99,13 @@ class CostModel:
         plain = self.scoring(rows)
         return (self.scoring(rows + tokens) + self.drafting(exit, rows)[levels]) / plain - 1
 
-    def prices(self, exit: int, drafting: int, rows: int, speed: float, usual: int) -> Prices:
+    def prices(self, exit: int, drafting: int, rows: int, speed: float, trust: float) -> Prices:
         """The prices of levels, and of nodes of the ``drafting`` ones of ``rows``. speed: tokens per second."""
         passes = self.passes(rows, drafting * MOST_NODES)
         _, one, two, *_ = self.drafting(exit, rows)
         level, node = speed * (two - one), speed * max(passes[2 * drafting] - passes[drafting], 0.0) / drafting
         nodes = [speed * (seconds - passes[0]) for seconds in passes]
-        return Prices(nodes, level, node, self.exponents[exit], self.exponents[0], usual)
+        return Prices(nodes, level, node, self.exponents[exit], self.exponents[0], trust)
 
     def add_step(self, exit: int, rows: int, tokens: int, levels: int, drafting: float, other: float) -> None:
         """Add a step over ``rows`` roots and drafted ``tokens``. exit: -1 if nothing is drafted. Times: seconds."""

@@ -32,7 +32,7 @@ SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 32)  # numbers of scored tokens tha
 CONTEXT = 128  # cached tokens while timing
 DRAFTED = 4  # depth of the timed drafts
 REPEATS, SECONDS = 3, 1.0  # minimum number of timings of each, and minimum time for all
-FORMAT, FILE = 2, TypeAdapter(Costs)
+FORMAT, FILE = 3, TypeAdapter(Costs)
 
 
 def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:

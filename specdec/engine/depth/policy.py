@@ -6,8 +6,9 @@ is faster and the reverse, another exit, one token deeper) it probes in 1 % of t
 The tokens of a step go to the rows where they are likeliest to be accepted (``allocate``).
 
 A drafter with probabilities of its own gets prices instead of a depth: the costs of a node and of a level, in tokens at
-the recent speed. For it, the policy chooses only whether to draft and to which exit, by what its drafts yielded and
-cost in the row.
+the recent speed. For it, the policy chooses only whether to draft, by what its drafts yielded and cost in the row. If
+it has two sources, exit 0 is the free one alone and exit 1 both; it takes both where the levels of the learned one pay
+(``Prices.learned_pays``). What they add is compared with what was expected of them, and probed if they never pay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.engine.depth.acceptance import LASTING, RowHistory, YieldEstimator
+from specdec.engine.depth.acceptance import LASTING, SLOW, RowHistory, YieldEstimator
 from specdec.engine.depth.costs import CostModel, Costs
 from specdec.speculation.trees import Prices
 
@@ -168,7 +169,7 @@ class AutoDepth:
         self.exits, self.has_probabilities = range(len(table.drafts)), has_probabilities
         self.max_depth = MAX_PRICED_DEPTH if has_probabilities else MAX_DEPTH
         self.model = CostModel(table, self.max_depth)
-        self.yields = YieldEstimator(len(self.exits), 5 if has_probabilities else self.max_depth, table.yields)
+        self.yields = YieldEstimator(len(self.exits), 7 if has_probabilities else self.max_depth, table.yields)
         self.budget = ProbeBudget(len(self.exits) + 1)
         self.rows, self.hold = (0, 0), 0
         self.choice, self.speed = DepthChoice(), 0.0
@@ -181,7 +182,8 @@ class AutoDepth:
     def forget(self, exit: int = -1) -> None:
         """The drafter has changed: what its drafts to ``exit`` yielded counts little from now on."""
         self.hold, self.model.exponents[exit] = 0, 1.0
-        self.yields.forget(exit)
+        for known in {0, exit} if self.has_probabilities else {exit}:
+            self.yields.forget(known)
 
     def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
         """What to draft in the next step of ``rows``, beside ``plain`` others that never draft."""
@@ -212,25 +214,33 @@ class AutoDepth:
             return self.choice
         prices = None
         if self.has_probabilities or self.rows == (1, 0):
-            usual = round(taken[exit].tokens / count)
-            prices = model.prices(exit, len(rows), count, best.speed, usual)
-        self.choice = DepthChoice(max(depths), exit if len(self.exits) > 1 else None, prices, depths)
+            exit = self.exits[-1] if self.has_probabilities else exit
+            prices = model.prices(exit, len(rows), count, best.speed, self._trust(rows))
+        free = len(self.exits) == 1 or (self.has_probabilities and number != self.exits[-1])
+        self.choice = DepthChoice(max(depths), None if free else exit, prices, depths)
         return self.choice
 
     def _by_yield(self, rows: Sequence[RowHistory], none: Allocation) -> list[tuple[Allocation, Allocation | None]]:
-        """For each exit: drafts by prices, beside ``none``; there are no others to probe."""
-        found, model, count = list[tuple[Allocation, Allocation | None]](), self.model, int(none.tokens)
+        """Drafts by prices, beside ``none``; of two sources, also a draft of both, which is probed as if it failed."""
+        model, count, depths = self.model, int(none.tokens), [self.max_depth] * len(rows)
         beyond = model.beyond(count) / none.seconds
-        for exit in self.exits:
-            tokens, cost, first = float(count), 0.0, model.cost(exit, count, len(rows), 1)
-            for row in rows:
-                expected, own, scored = self.yields.means(row, exit, [FIRST, first, 1.0])
-                accepted, of = self.yields.means(row, exit, [1.0, 1.0], 3, LASTING)
-                tokens += expected * accepted / of
-                cost += own + beyond * scored
-            seconds = none.seconds * (1 + cost / len(rows))
-            found.append((Allocation([self.max_depth] * len(rows), tokens, seconds), None))
-        return found
+        tokens, cost, first = float(count), 0.0, model.cost(-1, count, len(rows), 1)
+        for row in rows:
+            expected, own, scored = self.yields.means(row, 0, [FIRST, first, 1.0])
+            accepted, of = self.yields.means(row, 0, [1.0, 1.0], 3, LASTING)
+            tokens += expected * accepted / of
+            cost += own + beyond * scored
+        found = [Allocation(depths, tokens, none.seconds * (1 + cost / len(rows)))]
+        for exit in self.exits[1:]:
+            found.append(Allocation(depths, float(count), none.seconds + model.drafting(exit, count)[1]))
+        return [(each, None) for each in found]
+
+    def _trust(self, rows: Sequence[RowHistory]) -> float:
+        """``Prices.trust``."""
+        if not self.has_probabilities:
+            return 1.0
+        means = [self.yields.means(row, self.exits[-1], [1.0, 1.0], 5, SLOW) for row in rows]
+        return sum(added for added, _ in means) / sum(expected for _, expected in means)
 
     def _by_position(self, rows: Sequence[RowHistory], none: Allocation) -> list[tuple[Allocation, Allocation | None]]:
         """For each exit: the fastest depths, and others to probe beside them."""
@@ -269,15 +279,19 @@ class AutoDepth:
         drafted, tokens, exit = step.drafted, step.scored - count, self.choice.exit or 0
         priced = self.has_probabilities and self.choice.prices is not None
         levels = max(drafted) if prices.levels is None else max(prices.levels, 1)
-        source = -1 if not levels else 0 if prices.levels == 0 else exit  # the exit that costs as much
+        exit = exit if not priced else 0 if prices.levels == 0 else self.exits[-1]
         self.budget.elapsed += step.drafting + step.other
-        model.add_step(source, count, tokens, levels, step.drafting, step.other)
+        model.add_step(exit if levels else -1, count, tokens, levels, step.drafting, step.other)
         if levels and priced:
-            cost, scored = model.cost(source, count, tokens, levels), float(tokens > 0)
+            cost, scored = model.cost(exit, count, tokens, levels), float(tokens > 0)
             expected = (prices.expected or 0.0) / count
-            yields = [(expected, cost, scored, accepted, expected) for accepted in step.accepted]
-            self.yields.observe(exit, step.rows, yields)
-            model.add_accepted(source, prices, sum(step.accepted))
+            free, added = prices.free / count, prices.added / count
+            yields = [
+                (expected, cost, scored, accepted, expected, accepted - free, added) for accepted in step.accepted
+            ]
+            for number in {0, exit}:
+                self.yields.observe(number, step.rows, yields)
+            model.add_accepted(exit, prices, sum(step.accepted))
         elif levels:
             each = zip(drafted, step.accepted, strict=True)
             seen = [[float(at < accepted) for at in range(min(depth, accepted + 1))] for depth, accepted in each]

@@ -272,7 +272,7 @@ def test_drafts_that_cost_nothing_leave_the_cost_of_others_alone_and_make_drafti
         policy.took(6, 0, 7, 48.0, seconds(7))
     before = policy.costs()
     policy.budget.elapsed = 0.0
-    assert policy.next().exit != 1
+    assert policy.next().depth == 0
     for _ in range(60):
         prices = Prices([0.0] * 25, levels=0)
         prices.take([0.9] * 4)
@@ -280,7 +280,22 @@ def test_drafts_that_cost_nothing_leave_the_cost_of_others_alone_and_make_drafti
         policy.took(4, 4, 5, 0.01, seconds(5))
     assert policy.costs().drafts[1] == before.drafts[1]
     policy.hold, policy.budget.elapsed = 0, 0.0
-    assert policy.next().exit == 1
+    choice = policy.next()
+    assert choice.depth and choice.exit is None
+
+
+def test_of_two_sources_the_learned_one_is_probed_where_it_yields_nothing() -> None:
+    policy, pays = policy_of((0.5, 0.5), (8.0, 2.0), has_probabilities=True), list[bool]()
+    for _ in range(400):
+        choice = policy.next()
+        learned = choice.exit == 1
+        prices = choice.prices or Prices([0.0] * 25)
+        learned |= prices.learned_pays([0.5, 0.25, 0.1], 1)
+        prices.levels = int(learned)
+        prices.take([0.9] * 4)
+        pays.append(learned)
+        policy.took(4, 1, 5, 8.0 if learned else 0.5, seconds(5))
+    assert any(pays[:20]) and 0 < sum(pays[100:]) < 20
 
 
 def simulate_tree(

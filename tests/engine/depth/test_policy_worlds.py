@@ -98,10 +98,14 @@ def run(policy: AutoDepth | Fixed, world: World, text: Text, tokens: int, seed: 
         depths, accepted, drafting = [0] * len(own), [0] * len(own), 0.0
         if choice.depth and (prices := choice.prices) is not None:
             exit = choice.exit or 0
+            if choice.exit is None and len(world.drafts) > 1:
+                free = [[log / world.power for log in row.draft(0, choice.depth)] for row in own]
+                likely = [prices.calibrated(logs, free=True) for logs in free]
+                exit = int(prices.learned_pays([sum(level) for level in zip(*likely, strict=True)], len(own)))
             first, further = world.drafts[exit]
             said = [[log / world.power for log in row.draft(exit, choice.depth)] for row in own]
             paths = [prices.calibrated(logs) for logs in zip(*said, strict=True)][:-1]  # by level
-            prices.levels = 1 + len([*itertools.takewhile(prices.pays, paths)]) if further else 1
+            prices.levels = 1 + len([*itertools.takewhile(prices.pays, paths)]) if further else 0
             drafting = first + further * (prices.levels - 1)
             nodes = [(log, at) for at, logs in enumerate(said) for log in logs[: prices.levels if further else None]]
             nodes.sort(reverse=True)
