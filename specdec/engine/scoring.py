@@ -14,7 +14,7 @@ from specdec.base.devices import download, is_asynchronous, upload
 from specdec.kvcache.rows import RowCache
 from specdec.runtimes.target import Pass, largest
 from specdec.speculation.draft import Draft, State, Verifier, ancestors, check_tokens
-from specdec.speculation.sampling import Sampler
+from specdec.speculation.sampling import RowSampler, Sampler
 
 
 @dataclass
@@ -105,7 +105,7 @@ class _Scorer:
                 draft.listed = [[-1] * len(draft.parents)] * cache.batch
         for b, row in enumerate(sampler.rows):
             if masked and not row.plain_greedy:
-                chosen[b] = self._choose_allowed(b, range(len(chosen[b])), logits[b], chosen[b])
+                chosen[b] = self._choose_along(b, range(len(chosen[b])), logits[b], chosen[b])
         if filled:  # tokens whose states were propagated have no scores
             chosen = [[0] * filled + row for row in chosen]
             p = None if p is None else F.pad(p, (0, 0, filled, 0))
@@ -164,8 +164,8 @@ class _Scorer:
             found, raw = plain[begin:end], logits.pop(b, None)
             if raw is not None and row.plain_greedy:
                 found = largest(raw)[0].tolist()
-            elif raw is not None and row.masked_greedy and not verifier.needs_probabilities:
-                found = self._choose_allowed(b, own, raw[0], largest(raw)[0].tolist())
+            elif raw is not None and not verifier.needs_probabilities:
+                found = self._choose_along(b, own, raw[0], largest(raw)[0].tolist() if row.masked_greedy else None)
             elif raw is not None:
                 sampler = Sampler.of([row])
                 scores = sampler.scores(raw, lambda b=b, own=own: [self._prefixes(b, own)])  # type: ignore[misc]
@@ -201,30 +201,28 @@ class _Scorer:
                 for path in ([], *self.draft.paths(b)):
                     row.constraint.mask([*self.state.ids[b][row.constraint.start :], *path])
 
-    def _choose_allowed(self, b: int, nodes: Sequence[int], logits: Tensor, found: list[int]) -> list[int]:
-        """The target's choices after the block tokens ``nodes`` of row ``b`` under the row's constraint [T].
+    def _choose_along(self, b: int, nodes: Sequence[int], logits: Tensor, best: list[int] | None) -> list[int]:
+        """The target's choices after the block tokens ``nodes`` of row ``b`` [T].
 
-        logits: [T, V], raw. found: [T], the largest. Masks are made along accepted tokens alone: choices after other
-        tokens do not count, and stay as they are.
+        logits: [T, V], raw. best: [T], the largest, of a row that takes the best one that its constraint allows. Logits
+        are processed along accepted tokens alone: choices after other tokens do not count.
         """
-        constraint, chosen = self.state.sampler.rows[b].constraint, list(found)
+        row, chosen = self.state.sampler.rows[b], [0] * len(nodes)
         texts = {0: self.state.ids[b]}  # of the accepted tokens
         place = {node: t for t, node in enumerate(nodes)}
-        assert constraint is not None
         for t, node in enumerate(nodes):
             if node:
                 token, parent = self.draft.lists()[b][node - 1], self.draft.parents[node - 1]
                 if parent not in texts or not self.verifier.accepts(token, chosen[place[parent]]):
                     continue
                 texts[node] = [*texts[parent], token]
-            mask = constraint.mask(texts[node][constraint.start :])
-            if mask is None:
-                chosen[t] = -1
-            elif chosen[t] >= 0 and not mask[chosen[t]]:
-                ids = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in one thread: waking a team takes longer
-                allowed = logits[t].index_select(0, ids.to(logits.device))
-                best = int(largest(allowed[None, None])) if len(ids) else -1
-                chosen[t] = int(ids[best]) if best >= 0 else -1
+            own = logits[t, None, None]  # (1, 1, V)
+            if best is None:
+                sampler, text = Sampler.of([row]), texts[node]
+                scores = sampler.scores(own, lambda text=text: [[text]])  # type: ignore[misc]
+                chosen[t] = int(sampler.choose(scores, [[len(text)]]))
+            else:
+                chosen[t] = _best_allowed(row, texts[node], own, best[t])
         return chosen
 
     def _prefixes(self, b: int, nodes: Sequence[int]) -> Sequence[Sequence[int]]:
@@ -233,6 +231,21 @@ class _Scorer:
         for token, parent in zip(self.draft.lists()[b], self.draft.parents, strict=True):
             block.append([*block[parent], max(token, 0)])
         return [block[node] for node in nodes]
+
+
+def _best_allowed(row: RowSampler, text: Sequence[int], logits: Tensor, best: int) -> int:
+    """The best token in ``logits`` [1, 1, V] that the row's constraint allows after ``text``; -1: there is none.
+
+    best: the best of all.
+    """
+    constraint = row.constraint
+    assert constraint is not None
+    mask = constraint.mask(text[constraint.start :])
+    if mask is None or best < 0 or mask[best]:
+        return -1 if mask is None else best
+    ids = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in one thread: waking a team takes longer
+    at = int(largest(logits.index_select(2, ids.to(logits.device)))) if len(ids) else -1
+    return int(ids[at]) if at >= 0 else -1
 
 
 def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:
