@@ -19,7 +19,7 @@ from tiny import save_tiny
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 10.0
+SECONDS = 15.0
 SILENCE = 2.0  # seconds between two tokens
 MORE = 2**20  # KiB beyond the peak of the quiet server
 PROMPTS = ["Name three colours.", "Why is the sky blue?", "Count to ten, then back."]
