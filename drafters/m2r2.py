@@ -86,6 +86,7 @@ class M2R2Drafter(ChainDrafter):
     ) -> None:
         super().__init__(**shape)
         self.network, self.learner, self.learns = network, learner, learner is not None
+        self.keeps = isinstance(learner, Learner)
         path = network.path
         self.path, self.num_exits = str(path), len(path.stages_to_exit)
         self.leaves_state = path.exit_layer > 0 and not path.segments

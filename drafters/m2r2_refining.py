@@ -8,6 +8,7 @@ from which it does not learn. Texts are in a private temporary folder as long as
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ import torch
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.memory import free_memory
 from specdec.models import drafter_folder
+from specdec.models.gguf.blocks import named_weights
 from specdec.runtimes.target import Target
 
 from .m2r2_network import M2R2, load_network
@@ -175,8 +177,9 @@ class Refiner:
     def _bytes(self) -> int:
         """What the model takes in a run: in 16 bits, and in 32."""
         target = self.target
-        own = sum(parameter.numel() for parameter in target.model.parameters())
-        return 6 * max(own, target.vocab_size * target.hidden_size)
+        blocks = [target.block(layer) for layer in range(target.num_layers)]
+        own = sum(math.prod(weight.shape) for block in blocks for _, weight in named_weights(block))
+        return 6 * (own + target.vocab_size * target.hidden_size)
 
     def _load(self, run: Run) -> threading.Thread:
         """Read what a run has made, if that accepts more, in a thread: the next step need not wait for it."""

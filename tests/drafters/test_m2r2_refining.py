@@ -145,8 +145,12 @@ def test_a_run_ends_with_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run.process.returncode is not None and not run.folder.exists()
 
 
-def test_too_little_memory_and_self_taught_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_and_self_taught_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
     made = Trained(tmp_path, monkeypatch, WAITS)
+    with SpecDecoder(
+        made.plain.model, None, f"m2r2={tmp_path / 'given'}", drafter_options={"refine": 1}, learn=True
+    ) as two:
+        assert two.drafter.learns and not capsys.readouterr().err  # nothing is kept that a user should know of
     monkeypatch.setattr(m2r2_refining, "free_memory", lambda device: 1000)
     made.generate([5, 6, 7])
     made.drafter.learn()
