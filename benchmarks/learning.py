@@ -3,41 +3,79 @@
     python benchmarks/learning.py MODEL --texts answers.jsonl --prompts mt-bench --output DIR
 
 ``--texts`` are requests of the past: JSONL with ``prompt_ids`` and ``response_ids``, as ``specdec train`` writes them.
-At each of ``--tokens``, all drafters decode the prompts in turns. Learning begins empty, and nothing of it is kept.
-``curve.json`` and ``curve.svg`` have tokens a step and the speed over plain decoding.
+At each of ``--tokens``, all drafters decode the prompts in turns; a shipped drafter is left out. What was learned is
+kept in DIR/learned, from which the next run goes on, and a copy of each stage in DIR/TOKENS. ``curve.json`` and
+``curve.svg`` have tokens a step and the speed over plain decoding. With a number as ``--depth``, tokens a step do not
+depend on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import shutil
 import statistics
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from matplotlib.figure import Figure
 
 from specdec.api.decoder import SpecDecoder
 from specdec.base import inputs
 from specdec.bench.prompts import evenly_spaced, load_prompts
 from specdec.drafters import learned
-
-DRAFTERS = "none", "ngram", "ngram+m2r2"
-
+from specdec.drafters.m2r2_learning import Learner
+from specdec.models import drafter_folder
 
 Figures = dict[str, dict[str, float]]
+DEQUES = "held", "texts", "recent"
 
 
-def measured(decoders: dict[str, SpecDecoder], prompts: list[str], limit: int, scope: str) -> Figures:
+def opened(plain: SpecDecoder, folder: Path, drafter: str = "m2r2") -> SpecDecoder:
+    """A decoder whose drafter has learned what the folder has, and goes on from there."""
+    shipped = mock.patch.object(drafter_folder, "find_shipped", lambda *args: None)
+    with shipped, mock.patch.object(learned, "folder", lambda: folder):
+        decoder = plain.with_drafter(drafter)
+    if drafter == "m2r2" and (rest := folder / "texts.pt").exists():
+        vars(learner_of(decoder)).update(torch.load(rest, weights_only=False))
+    return decoder
+
+
+def learner_of(decoder: SpecDecoder) -> Learner:
+    return decoder.drafter.learner  # type: ignore[attr-defined,no-any-return]
+
+
+def learn(decoder: SpecDecoder, ids: list[int], start: int) -> float:
+    """Learn from a text; return the seconds of the longest piece of work."""
+    learner_of(decoder).add(ids, start)
+    longest, more = 0.0, True
+    while more:
+        began = time.perf_counter()
+        more = decoder.drafter.learn()
+        longest = max(longest, time.perf_counter() - began)
+    return longest
+
+
+def keep(decoder: SpecDecoder) -> None:
+    """Write what was learned, and the texts that a process has in memory."""
+    learner = learner_of(decoder)
+    learner.save()
+    if learner.store.path.exists():
+        torch.save({name: vars(learner)[name] for name in DEQUES}, learner.store.path.parent / "texts.pt")
+
+
+def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -> Figures:
     """Of each drafter: pooled tokens a step, the median speed over plain decoding and the least of all prompts."""
     speeds: dict[str, list[float]] = {name: [] for name in decoders}
     steps, tokens, text = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0), list[int]()
     for prompt in prompts:
         for name, decoder in decoders.items():
-            with decoder.open([prompt], max_new_tokens=limit, scope=scope) as generation:  # n-grams forget each stage
+            with decoder.open([prompt], **how) as generation:
                 for _ in generation.steps():
                     pass
             [out] = generation.outputs()
@@ -55,11 +93,11 @@ def measured(decoders: dict[str, SpecDecoder], prompts: list[str], limit: int, s
     }
 
 
-def draw(curve: list[dict[str, Any]], path: Path) -> None:
+def draw(curve: list[dict[str, Any]], names: list[str], path: Path) -> None:
     """The speed over plain decoding by the tokens learned from."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name in DRAFTERS[1:]:
+    for name in names:
         axes.plot(
             [stage["tokens"] for stage in curve], [stage[name]["over plain"] for stage in curve], "o-", label=name
         )
@@ -70,6 +108,17 @@ def draw(curve: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def texts_after(path: Path, number: int) -> Iterator[tuple[list[int], int]]:
+    """The texts of a file behind the first ``number``, each with its number of prompt tokens."""
+    for _, line in inputs.lines(path):
+        text = inputs.parse_json(line)
+        ids, start = [*text["prompt_ids"], *text["response_ids"]], len(text["prompt_ids"])
+        if len(ids) > start + 1:  # others are not learned from
+            number -= 1
+            if number < 0:
+                yield ids, start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -78,52 +127,50 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10, help="number of prompts")
     parser.add_argument("--max-new-tokens", type=int, default=80)
     parser.add_argument("--tokens", default="0,1000,2000,4000,8000,16000,32000,64000,100000")
+    parser.add_argument("--drafters", default="ngram,m2r2,ngram+m2r2")
+    parser.add_argument("--depth", default="auto", help="draft length")
+    parser.add_argument("--minutes", type=float, default=1e9, help="of learning in this run; the next one goes on")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    stages, curve = [int(n) for n in args.tokens.split(",")], list[dict[str, Any]]()
+    (now := args.output / "learned").mkdir(parents=True, exist_ok=True)
+    kept, names = args.output / "curve.json", args.drafters.split(",")
+    curve: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
     conversations = evenly_spaced(load_prompts(args.prompts).conversations, args.limit)
     prompts = [conversation.turns[0] for conversation in conversations]
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(learned, "folder", lambda: Path(folder)):
-        plain = SpecDecoder.from_pretrained(args.model, drafter="none", learn=False)
-        decoders = {name: plain if name == "none" else plain.with_drafter(name) for name in DRAFTERS}
-        learner = decoders["ngram+m2r2"].drafter.members[1].learner  # type: ignore[attr-defined]
-        texts = (inputs.parse_json(line) for _, line in inputs.lines(args.texts))
-        for stage in stages:
-            began, longest = time.perf_counter(), 0.0
-            for text in texts:
-                learner.add([*text["prompt_ids"], *text["response_ids"]], len(text["prompt_ids"]))
-                more = True
-                while more:
-                    piece = time.perf_counter()
-                    more = decoders["ngram+m2r2"].drafter.learn()
-                    longest = max(longest, time.perf_counter() - piece)
-                if learner.progress.tokens >= stage:
-                    break
-            learning = time.perf_counter() - began
-            learner.queue.clear()
-            found = measured(decoders, prompts, args.max_new_tokens, str(stage))
-            learner.queue.clear()  # the held-out prompts are not learned from
-            agreement = learner.progress.agreement[-1][1] if learner.progress.agreement else 0.0
-            curve.append(
-                {
-                    "tokens": learner.progress.tokens,
-                    "seconds": learning,
-                    "longest piece": longest,
-                    "agreement": agreement,
-                    **found,
-                }
-            )
-            args.output.mkdir(parents=True, exist_ok=True)
-            draw(curve, args.output / "curve.svg")
-            (args.output / "curve.json").write_text(json.dumps(curve, indent=2))
-            figures = "; ".join(
-                f"{name} {own['tokens a step']:.2f} a step, {own['over plain']:.2f} x (least {own['least']:.2f})"
-                for name, own in found.items()
-            )
-            done = f"{learner.progress.tokens} tokens, {learning:.0f} s, longest piece {longest:.2f} s"
-            print(f"{done}, agreement {agreement:.3f}: {figures}", flush=True)
-            if learner.progress.tokens < stage:
+    how: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
+    how["num_speculative_tokens"] = "auto" if args.depth == "auto" else int(args.depth)
+    plain = SpecDecoder.from_pretrained(args.model, drafter="none", learn=False)
+    decoder, end = opened(plain, now), time.monotonic() + 60 * args.minutes
+    learner = learner_of(decoder)
+    texts = texts_after(args.texts, learner.progress.texts)
+    for stage in [int(n) for n in args.tokens.split(",")][len(curve) :]:
+        began, longest = time.perf_counter(), 0.0
+        for text in texts if learner.progress.tokens < stage else ():
+            longest = max(longest, learn(decoder, *text))
+            if learner.progress.tokens >= stage or time.monotonic() >= end:
                 break
+        keep(decoder)
+        learning = time.perf_counter() - began
+        done = f"{learner.progress.tokens} tokens, {learning:.0f} s, longest piece {longest:.2f} s"
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        if learner.progress.tokens < stage and time.monotonic() >= end:
+            print(f"{done}, {memory:.0f} MB at most: time is up", flush=True)
+            break
+        copied = shutil.copytree(now, args.output / str(stage), dirs_exist_ok=True)
+        decoders = {"none": plain} | {name: opened(plain, copied, name) for name in names}  # as in a new process
+        found = measured(decoders, prompts, scope=str(stage), **how)
+        agreement = learner.progress.agreement[-1][1] if learner.progress.agreement else 0.0
+        measures = {"tokens": learner.progress.tokens, "seconds": learning, "longest piece": longest, "MB": memory}
+        curve.append(measures | {"agreement": agreement} | found)
+        draw(curve, names, args.output / "curve.svg")
+        kept.write_text(json.dumps(curve, indent=2))
+        figures = "; ".join(
+            f"{name} {own['tokens a step']:.2f} a step, {own['over plain']:.2f} x (least {own['least']:.2f})"
+            for name, own in found.items()
+        )
+        print(f"{done}, {memory:.0f} MB at most, agreement {agreement:.3f}: {figures}", flush=True)
+        if learner.progress.tokens < stage:
+            break
 
 
 if __name__ == "__main__":
