@@ -8,10 +8,12 @@ texts end inside accepted drafts, at every place of them.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -25,6 +27,11 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from zoo import EOS, every, new_tokens
 
 from specdec import Regex, SpecDecError
+from specdec.drafters import m2r2_learning
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.m2r2 import M2R2Drafter
+from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import scheduler
 from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
 from specdec.engine.engine import Engine
@@ -181,12 +188,15 @@ class Case:
 
 
 class Schedules(RuleBasedStateMachine):
-    """kind: of the runtime. names: of drafters; without any, there is an oracle."""
+    """kind: of the runtime. makers: of drafters; without any, there is an oracle. swapped: fits that began to serve."""
 
-    def __init__(self, kind: str, names: Sequence[str] = ()) -> None:
+    swapped: ClassVar = Counter[str]()
+
+    def __init__(self, kind: str, makers: Sequence[Callable[[Target], Drafter]] = ()) -> None:
         super().__init__()
-        self.kind, self.names, self.target = kind, names, target_of(kind)
+        self.kind, self.makers, self.target = kind, makers, target_of(kind)
         self.cases: list[Case] = []
+        self.pieces = 1000
 
     @initialize(
         rows=st.integers(1, 4),
@@ -199,8 +209,8 @@ class Schedules(RuleBasedStateMachine):
     def begin(self, rows: int, memory: int, depth: int, siblings: int, reuse: bool, data: st.DataObject) -> None:
         self.oracle = Oracle(siblings)
         self.drafter: Drafter = self.oracle
-        if self.names:
-            self.drafter = drafters(self.kind)[data.draw(st.sampled_from(self.names), label="drafter")]
+        if self.makers:
+            self.drafter = data.draw(st.sampled_from(self.makers), label="drafter")(self.target)
         token, state = tokens_bytes(self.kind)
         self.engine = Engine(
             self.target,
@@ -265,9 +275,16 @@ class Schedules(RuleBasedStateMachine):
     # -- what happens -------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.engine.busy)
-    @rule(right=st.integers(0, 6), chunk=st.sampled_from([1, 2, 3, 7, 40]), count=st.integers(1, 4))
-    def step(self, right: int, chunk: int, count: int) -> None:
-        self.oracle.hits, self.engine.scheduler.chunk = right, chunk
+    @rule(
+        right=st.integers(0, 6),
+        chunk=st.sampled_from([1, 2, 3, 7, 40]),
+        count=st.integers(1, 4),
+        pieces=st.sampled_from([1000, 0, 7]),
+        vocabulary=st.sampled_from([40, 64]),
+    )
+    def step(self, right: int, chunk: int, count: int, pieces: int = 1000, vocabulary: int = 64) -> None:
+        self.oracle.hits, self.engine.scheduler.chunk, self.pieces = right, chunk, pieces
+        m2r2_learning.VOCABULARY = vocabulary
         for _ in range(count):
             self.advance()
 
@@ -300,7 +317,12 @@ class Schedules(RuleBasedStateMachine):
         self.step(0, then, 2)
 
     def advance(self) -> None:
+        """A step, and pieces of a drafter's work, at most until another fit serves."""
+        version, pieces = self.drafter.version, self.pieces
         self.engine.step()
+        while self.engine.batch.rows and pieces and self.drafter.version == version and self.engine.batch.learn():
+            pieces -= 1
+        self.swapped[self.kind] += self.drafter.version - version
         self.check_caches()
         stats, scheduled = self.engine.stats(), self.engine.scheduler
         caches = filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))
@@ -356,12 +378,25 @@ def alike(found: list[TokenLogprob], expected: list[TokenLogprob]) -> None:
 
 
 @functools.cache
-def drafters(kind: str) -> dict[str, Drafter]:
+def drafters(kind: str) -> list[Callable[[Target], Drafter]]:
     """Those of the matrix, bound."""
-    made = every(target_of(kind))
-    for drafter in made.values():
+    made = every(target_of(kind)).values()
+    for drafter in made:
         drafter.bind(target_of(kind))
-    return made
+    return [functools.partial(lambda drafter, target: drafter, drafter) for drafter in made]
+
+
+def self_taught(target: Target, kind: str, hybrid: bool = False, **shape: Any) -> Drafter:
+    """A drafter with texts to learn from, whose every fit serves."""
+    learner, rng = Learner(target), random.Random(len(kind))
+    learner.store.claim = lambda: True  # type: ignore[method-assign]  # nothing is kept
+    for _ in range(16):
+        prompt = [rng.randrange(3, 97) for _ in range(4)]
+        learner.add([*prompt, *plain(kind, tuple(prompt), 0, 0).tokens], len(prompt))
+    drafter: Drafter = M2R2Drafter(learner.network, learner=learner, **shape)
+    drafter = HybridDrafter([NgramDrafter(9), drafter]) if hybrid else drafter
+    drafter.bind(target)
+    return drafter
 
 
 tokens_bytes = functools.cache(lambda kind: scheduler._sizes(target_of(kind)))
@@ -371,14 +406,17 @@ tokens_bytes = functools.cache(lambda kind: scheduler._sizes(target_of(kind)))
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What happens in long texts happens in short ones."""
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
+    monkeypatch.setattr(m2r2_learning, "VOCABULARY", 64)
     for name, value in {"HEADROOM": 0, "SHARED": 4, "CHECKPOINT": 6, "DRAFTED": 24}.items():
         monkeypatch.setattr(scheduler, name, value)
     yield
 
 
-def run_schedules(kind: str, names: Sequence[str], examples: int, chance: bool = False) -> None:
+def run_schedules(
+    kind: str, makers: Sequence[Callable[[Target], Drafter]], examples: int, chance: bool = False
+) -> None:
     run_state_machine_as_test(
-        functools.partial(Schedules, kind, names),  # type: ignore[arg-type]
+        functools.partial(Schedules, kind, makers),  # type: ignore[arg-type]
         settings=settings(
             max_examples=examples,
             stateful_step_count=16,
@@ -398,7 +436,27 @@ def test_answers_do_not_depend_on_the_schedule(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_do_not_depend_on_the_drafter_in_any_schedule(kind: str) -> None:
-    run_schedules(kind, list(drafters(kind)), 4 if kind == "recurrent" else 8)
+    run_schedules(kind, drafters(kind), 4 if kind == "recurrent" else 8)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_answers_do_not_depend_on_the_fits_that_are_swapped_in(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = itertools.count(1)
+
+    def better(*given: object) -> Generator[None, None, int]:
+        """More right drafts than ever."""
+        yield
+        return next(numbers)
+
+    monkeypatch.setattr(Learner, "_hits", better)
+    for name, value in {"FIRST": 40, "EVERY": 30, "MOST": 30, "RECENT": 30, "AGAIN": 60}.items():
+        monkeypatch.setattr(m2r2_learning, name, value)
+    Schedules.swapped.clear()
+    shapes: list[dict[str, Any]] = [{}, {"nodes": 9}, {"siblings": (2, 1)}, {"hybrid": True}]
+    run_schedules(
+        kind, [functools.partial(self_taught, kind=kind, **shape) for shape in shapes], 4 if kind == "reference" else 8
+    )
+    assert Schedules.swapped[kind] > 10
 
 
 @pytest.mark.slow
@@ -406,4 +464,4 @@ def test_answers_do_not_depend_on_the_drafter_in_any_schedule(kind: str) -> None
 def test_answers_do_not_depend_on_many_random_schedules(kind: str) -> None:
     few = kind == "recurrent"
     run_schedules(kind, (), 4 if few else 10, chance=True)
-    run_schedules(kind, list(drafters(kind)), 4 if few else 8, chance=True)
+    run_schedules(kind, drafters(kind), 4 if few else 8, chance=True)
