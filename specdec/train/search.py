@@ -90,7 +90,8 @@ def choose_segment(settings: M2R2Settings, target: Target, context: RunContext) 
         ("eval", context.held_out, EVAL_TOKENS),
     ):
         part = _first(answers, tokens)
-        records.append(compute_states(folder / name, teacher, part, wanted, context.progress, f"search, {name}"))
+        given = part, wanted, context.progress, f"search, {name}", target
+        records.append(compute_states(folder / name, teacher, *given))
     task = context.progress.add_task("search", total=len(starts), unit="layers")
     found: dict[Segment, list[float]] = {}
     for lo in starts:

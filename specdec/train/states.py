@@ -43,7 +43,8 @@ READOUT_ROWS, SUM_ROWS = 256, 8  # positions per readout, in the model's dtype a
 class StateSelection:
     """The layers whose states are stored.
 
-    kv: keys and values of every token; for a recurrent layer the input of its mixer, from which its states follow.
+    kv: keys and values of every token; for a recurrent layer the input of its mixer, from which its states follow, in
+        the form of the runtime that trains.
     hidden: layer inputs (layer N: final states), from two positions before the first answer token on.
     context: layer inputs of every token.
     """
@@ -87,14 +88,16 @@ def compute_states(
     wanted: StateSelection,
     progress: Progress | None = None,
     name: str = "",
+    student: Target | None = None,
 ) -> list[AnswerStates]:
     """Complete the store in ``folder`` for these answers and read it.
 
+    student: the runtime that trains; None: ``target``.
     progress: shows the expected size and time, then the finished tokens of ``name``.
     Raises SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and
     if the disk is too small.
     """
-    progress = progress or Progress(console=Console(quiet=True))
+    progress, student = progress or Progress(console=Console(quiet=True)), student or target
     name = f"teacher states ({name})" if name else "teacher states"
     index: dict[str, Any] = {
         "version": VERSION,
@@ -124,7 +127,7 @@ def compute_states(
     with writing("teacher states", folder):
         folder.mkdir(parents=True, exist_ok=True)
         if left:
-            size, seconds = estimate(target, left, kept)
+            size, seconds = estimate(target, left, kept, student)
             tell(progress.console, f"{name}: {missing} tokens, about {megabytes(size)} and {duration(seconds)}")
             if (free := shutil.disk_usage(folder).free) < size:
                 raise SpecDecError(
@@ -133,19 +136,21 @@ def compute_states(
                 )
         for start in range(len(shards) * SHARD_ANSWERS, len(answers), SHARD_ANSWERS):
             chunk, file = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
-            save_file(_teach(target, chunk, kept, done), folder / f"{file}.part")
+            save_file(_teach(target, chunk, kept, student, done), folder / f"{file}.part")
             (folder / f"{file}.part").replace(folder / file)
             shards.append({"file": file, "sha256": inputs.sha256(folder / file), "answers": len(chunk)})
             write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
     return [record for shard in shards for record in _records(_load(folder, shard), wanted)]
 
 
-def estimate(target: Target, answers: Sequence[TrainingAnswer], wanted: StateSelection) -> tuple[int, float]:
+def estimate(
+    target: Target, answers: Sequence[TrainingAnswer], wanted: StateSelection, student: Target
+) -> tuple[int, float]:
     """Bytes on the disk and seconds for these answers, estimated from those of a few; a pass before warms up."""
     few = answers[: 1 + PASS_TOKENS // len(answers[0])]
-    _teach(target, few[:1], wanted)
+    _teach(target, few[:1], wanted, student)
     start = time.perf_counter()
-    shard = _teach(target, few, wanted)
+    shard = _teach(target, few, wanted, student)
     seconds = time.perf_counter() - start
     lengths = ("ids", "k.", "v.", "m.", "context.")
     found = [0, 0]  # bytes for every token, and for kept ones
@@ -166,15 +171,17 @@ def _teach(
     target: Target,
     answers: Sequence[TrainingAnswer],
     wanted: StateSelection,
+    student: Target,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
     """Run the base over the answers and return the tensors of a shard, answers in the given order."""
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     found: list[dict[str, Tensor]] = [{} for _ in texts]
+    recurrent = student.recurrent_layers.intersection(wanted.kv)
     for some in _grouped([len(text) for text in texts]):
         ids = pad_sequence([texts[i] for i in some], batch_first=True).to(target.device)
         cache = target.new_cache(len(some))
-        taps = {layer: ids for layer in (*wanted.hidden, *wanted.context)}
+        taps = {layer: ids for layer in (*wanted.hidden, *wanted.context, *recurrent)}
         final = whole_pass(target, ids, cache, taps)
         kept = [slice(first_kept(len(answers[i].prompt_ids)), len(answers[i]) - 1) for i in some]
         read = _read_out(target, torch.cat([final[b, own] for b, own in enumerate(kept)]))
@@ -185,7 +192,8 @@ def _teach(
             own |= {f"hidden.{layer}": taps[layer][b, kept[b]].clone() for layer in wanted.hidden}
             own |= {f"context.{layer}": taps[layer][b, :length].clone() for layer in wanted.context}
             for layer in wanted.kv:
-                own |= {f"{name}.{layer}": x[:length].clone() for name, x in _entries(cache, layer, b).items()}
+                own |= {f"{name}.{layer}": x[:length].clone() for name, x in cache.entries(layer, b).items()}
+            own |= {f"m.{layer}": _mixed(student, layer, taps[layer][b, :length]) for layer in recurrent}
         progress(sum(len(texts[i]) for i in some))
     shard = {"ids": torch.cat(texts).int(), "lengths": torch.tensor([len(text) for text in texts])}
     shard["prompts"] = torch.tensor([len(answer.prompt_ids) for answer in answers])
@@ -201,10 +209,15 @@ def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
         del order[-count:]
 
 
-def _entries(cache: KVCache, layer: int, row: int) -> dict[str, Tensor]:
-    """Keys and values of a row [S, H', d] as "k" and "v", and the input of a recurrent mixer [S, D] as "m"."""
-    mixed = cache.recurrent[layer].inputs if layer in cache.recurrent else None
-    return cache.entries(layer, row) | ({} if mixed is None else {"m": mixed[row]})
+def _mixed(student: Target, layer: int, x: Tensor) -> Tensor:
+    """The inputs of the mixer of a recurrent layer [L, ...] for the layer's inputs ``x`` [L, D]."""
+    with torch.inference_mode(False), torch.no_grad():  # what the runtime keeps of this pass serves training, too
+        own, cache = x.clone()[None].to(student.device, student.dtype), student.new_cache()
+        positions = torch.arange(len(x), device=student.device)[None]
+        student.layers(own, layer, layer + 1, Pass(positions, cache.mask(layer, positions), cache))
+    inputs = cache.recurrent[layer].inputs
+    assert inputs is not None
+    return inputs[0]
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:

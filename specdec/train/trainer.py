@@ -87,9 +87,10 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Pro
             ends = sorted(eos_token_ids(model, tokenizer))
             vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
         method.prepare(RunContext(output, train, held_out, vocab, decoder, console, progress))
+        wanted, parts = method.teacher_states(), (("eval", held_out), ("train", train))
         records = [
-            states.compute_states(output / STATES / name, decoder.target, part, method.teacher_states(), progress, name)
-            for name, part in (("eval", held_out), ("train", train))
+            states.compute_states(output / STATES / name, decoder.target, part, wanted, progress, name, target)
+            for name, part in parts
         ]
     return TrainingRun(method, vocab, records[1], records[0], output, decoder, console, world)
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import HYBRIDS, tiny_model
+from tiny import HYBRIDS, model_of, tiny_model
 from training import Killed, Tokens, recipe, same_drafts, searched
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2Path
 from specdec.models import loading
+from specdec.runtimes.native import library
 from specdec.train import batches
 from specdec.train.run import TrainingRun
 from specdec.train.trainer import train, training_target
@@ -66,6 +68,23 @@ def test_m2r2_is_trained_drafts_and_resumes(answers: Path, tmp_path: Path, monke
     assert all(torch.equal(whole[key], parts[key]) for key in whole | parts)
 
     drafts_well(answers, tmp_path / "whole")
+
+
+@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+@pytest.mark.parametrize("answers", ["qwen3_5_text"], indirect=True)
+def test_m2r2_is_trained_on_states_of_the_kernels(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a hybrid: a path of recurrent layers alone, and one that begins with one."""
+    model = model_of("qwen3_5_text", eos_token_id=None)
+    monkeypatch.setattr(loading, "load", lambda *args, **kwargs: (model, Tokens()))
+    for number, segment in enumerate(([2, 3], [0, 3])):
+        out = tmp_path / f"out {number}"
+        train(recipe(answers, out, segments=[segment], steps=4, dtype="bfloat16"))
+        assert SpecDecoder(model, None, drafter=str(out)).target.runtime == "native"
+        with safe_open(next(out.glob("states/train/*.safetensors")), "pt") as stored:
+            layers = {layer for layer in range(*segment) if layer % 2 == 0}
+            assert {f"m.{layer}" for layer in layers} <= {*stored.keys()}
 
 
 def drafts_well(answers: Path, trained: Path) -> None:

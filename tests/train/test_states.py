@@ -61,6 +61,22 @@ def test_states_of_the_kernels_are_those_of_each_answer_alone(tmp_path: Path, mo
     check_states(NativeTarget(model_of("llama")), tmp_path, monkeypatch)
 
 
+@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next"])
+def test_inputs_of_recurrent_layers_have_the_form_of_training(kind: str, tmp_path: Path) -> None:
+    """Whatever runtime the states come from: those of the kernels are close to those of training itself."""
+    model = model_of(kind)
+    found = [
+        states.compute_states(tmp_path / name, target, some_answers(3), WANTED, student=training_target(model))
+        for name, target in (("native", NativeTarget(model)), ("own", training_target(model)))
+    ]
+    for one, other in zip(*found, strict=True):
+        assert one.mixed.keys() == {0, 2} and not one.kv
+        for layer in (0, 2):
+            a, b = one.mixed[layer].float(), other.mixed[layer].float()
+            assert len(a) == len(one.ids) and float((a - b).abs().median()) < 0.01 * float(b.abs().mean())
+
+
 def check_states(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = some_answers(3)
     monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
@@ -83,7 +99,7 @@ def check_states(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_tokens_reported_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     target, answers, reported = training_target(tiny_model("llama")), some_answers(3), list[int]()
     monkeypatch.setattr(states, "PASS_TOKENS", 200)
-    states._teach(target, answers, WANTED, reported.append)
+    states._teach(target, answers, WANTED, target, reported.append)
     assert sum(reported) == sum(map(len, answers)) and len(reported) > 1
 
 
@@ -94,7 +110,7 @@ def test_size_and_time_are_said_before_and_the_size_holds(tmp_path: Path) -> Non
         states.compute_states(tmp_path, target, answers, WANTED, progress, "train")  # nothing is left to do
     tokens = sum(map(len, answers))
     assert stream.getvalue() == f"teacher states (train): {tokens} tokens, about 0.2 MB and 1 s\n"
-    size, seconds = states.estimate(target, answers, WANTED)
+    size, seconds = states.estimate(target, answers, WANTED, target)
     assert seconds > 0
     shard = (tmp_path / "states-00000.safetensors").stat().st_size
     assert abs(shard - size) < 4096  # the header, and a few numbers of each answer
