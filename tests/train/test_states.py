@@ -74,7 +74,7 @@ def test_inputs_of_recurrent_layers_have_the_form_of_training(kind: str, tmp_pat
         assert one.mixed.keys() == {0, 2} and not one.kv
         for layer in (0, 2):
             a, b = one.mixed[layer].float(), other.mixed[layer].float()
-            assert len(a) == len(one.ids) and float((a - b).abs().median()) < 0.01 * float(b.abs().mean())
+            assert len(a) == len(one.ids) and float((a - b).abs().median()) < 0.05 * float(b.abs().mean())
 
 
 def check_states(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
