@@ -141,7 +141,11 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("kind", "runtime"), [("llama", "reference"), ("mistral", "fused"), ("llama", "native"), ("lfm2", "reference")]
+    ("kind", "runtime"),
+    [
+        *(("llama", "reference"), ("mistral", "fused"), ("llama", "native"), ("lfm2", "reference")),
+        pytest.param("falcon_h1", "reference", marks=pytest.mark.slow),
+    ],
 )
 def test_a_text_whose_states_are_kept_runs_through_the_path_alone(monkeypatch, kind: str, runtime: str) -> None:  # type: ignore[no-untyped-def]
     target = target_of(kind, runtime)
