@@ -38,7 +38,7 @@ from .m2r2_path import M2R2Path
 from .ridge import RIDGE, WORK, Sums, Weighted, result
 
 FIRST = 1000  # tokens before the first fit
-EVERY, SHARE, MOST = 500, 4, 1000  # tokens between two fits: one in SHARE of all, within these bounds
+EVERY = 300  # tokens between two fits: some ten requests, so that a new kind of them is soon learned
 GROWTH = 1.5  # times as many tokens at the next fit of the first projection
 AGAIN = 16_000  # maximum tokens of texts that are run again after a fit of the first projection
 STATES = 80_000_000  # maximum bytes of states of these texts, which then run through the draft path alone
@@ -267,8 +267,7 @@ class Learner:
         progress = self.progress
         if not self.sums:
             return self._open() if self.queue else None
-        more = min(max(EVERY, progress.tokens // SHARE), MOST)
-        due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= more
+        due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= EVERY
         chosen = progress.based or progress.fits or not self.path.narrow_layers  # neurons; else a text tells which
         if progress.tokens >= max(FIRST, GROWTH * progress.based) and (chosen or self.inputs):
             return self._rebase()

@@ -215,6 +215,17 @@ def test_a_fit_that_agrees_less_on_held_out_texts_does_not_serve(target: Target,
     assert learner.network is network and learner.progress.fits == fits
 
 
+def test_fits_are_as_frequent_after_many_tokens(target: Target) -> None:
+    learner, fitted = Learner(target), list[int]()
+    for text in texts(target, 40):
+        learner.add(text.ids, text.start)
+        while learner.work():
+            pass
+        fitted.append(learner.progress.fitted)
+    assert fitted[-1] > 8 * m2r2_learning.EVERY
+    assert all(b - a < m2r2_learning.EVERY + 24 for a, b in itertools.pairwise(fitted) if a)
+
+
 def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(target: Target) -> None:
     compared = list[tuple[Text, Text]]()
     for number, text in enumerate(texts(target, 30)):

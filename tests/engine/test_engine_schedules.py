@@ -449,7 +449,7 @@ def test_answers_do_not_depend_on_the_fits_that_are_swapped_in(kind: str, monkey
         return next(numbers)
 
     monkeypatch.setattr(Learner, "_hits", better)
-    for name, value in {"FIRST": 40, "EVERY": 30, "MOST": 30, "RECENT": 30, "AGAIN": 60}.items():
+    for name, value in {"FIRST": 40, "EVERY": 30, "RECENT": 30, "AGAIN": 60}.items():
         monkeypatch.setattr(m2r2_learning, name, value)
     Schedules.swapped.clear()
     shapes: list[dict[str, Any]] = [{}, {"nodes": 9}, {"siblings": (2, 1)}, {"hybrid": True}]
