@@ -236,11 +236,11 @@ class AutoDepth:
         return [(each, None) for each in found]
 
     def _trust(self, rows: Sequence[RowHistory]) -> float:
-        """``Prices.trust``."""
+        """``Prices.trust``: at most 1, as a draft that goes deeper than planned adds more than was expected."""
         if not self.has_probabilities:
             return 1.0
         means = [self.yields.means(row, self.exits[-1], [1.0, 1.0], 5, SLOW) for row in rows]
-        return sum(added for added, _ in means) / sum(expected for _, expected in means)
+        return min(sum(added for added, _ in means) / sum(expected for _, expected in means), 1.0)
 
     def _by_position(self, rows: Sequence[RowHistory], none: Allocation) -> list[tuple[Allocation, Allocation | None]]:
         """For each exit: the fastest depths, and others to probe beside them."""

@@ -298,6 +298,18 @@ def test_of_two_sources_the_learned_one_is_probed_where_it_yields_nothing() -> N
     assert any(pays[:20]) and 0 < sum(pays[100:]) < 20
 
 
+def test_a_draft_deeper_than_planned_raises_no_expectation() -> None:
+    policy = policy_of((0.5, 0.5), (8.0, 2.0), has_probabilities=True)
+    for _ in range(30):
+        prices = Prices([0.0] * 25, level=0.5, levels=6)
+        prices.learned_pays([0.2], 1)  # one level is planned
+        prices.take([0.9] * 6)
+        policy.choice = DepthChoice(12, 1, prices)
+        policy.took(6, 6, 7, 8.0, seconds(7))
+    choice = policy.next()
+    assert choice.prices is not None and choice.prices.trust == 1
+
+
 def simulate_tree(
     tokens: int, rng: random.Random, policy: OneRow, draft: float, sure: tuple[float, ...], power: float = 1.0
 ) -> tuple[float, list[int]]:
