@@ -336,7 +336,7 @@ def test_a_head_learns_on_what_it_drafts() -> None:
         TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])),
         TrainingAnswer(tuple(ids[:3]), tuple(ids[9:20])),
     ]  # they begin alike
-    records = states._records(states._teach(target, some, wanted, lambda n: None), wanted)
+    records = states._records(states._teach(target, some, wanted, target), wanted)
     rows = windows(records[:1], 64)
     batch = assemble(records, rows, 64, target.device)
     steps = [network.logits(known)[0] for known, _ in draft_steps(network, target, batch, 3)]
