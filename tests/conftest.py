@@ -102,6 +102,11 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.train.evaluate.costs", given)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test comes first: at the end, one process alone would run it."""
+    items.sort(key=lambda item: item.path.name != "test_kernels_arm.py")
+
+
 @pytest.fixture(autouse=True)
 def no_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     """No drafter teaches itself, and nothing is kept, unless a test asks for it."""
