@@ -29,7 +29,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     model = save_tiny(tmp_path_factory.mktemp("served") / "tiny")
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # its processes start slowly beside other tests
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(app(Options(model=str(model), drafter="prompt-lookup", name="tiny", replicas=2, cpus=0.5)))
