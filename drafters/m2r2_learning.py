@@ -153,7 +153,7 @@ def why_not(target: Target) -> str | None:
         return "the model has too few layers"
     if target.experts is not None:
         return "its layers cannot be run twice on a token"
-    need = 120 * target.hidden_size**2  # bytes of the sums, and of the system that is solved
+    need = 120 * target.hidden_size**2 + STATES  # bytes; the sums, and the system that is solved
     if need > free_memory(torch.device("cpu")) // SHARE_OF_MEMORY:
         return f"it would need {need / 1e9:.1f} GB of memory"
     return None
@@ -445,7 +445,7 @@ class Learner:
                 held = []
 
     def _hold(self, text: Text, hits: int | None = None) -> Generator[None, None, Held]:
-        """Run a text that fits are compared on. hits: of the network that serves; None: they are counted."""
+        """Run a held-out text. hits: number of its tokens that the network in use drafts first; None: count them."""
         if not self.progress.based:  # it runs when there is a basis
             return Held(text, torch.zeros(0), torch.zeros(0), torch.zeros(0))
         networks, rows, counts = [self.basis], list[Rows](), self.progress.fits > 0 and hits is None

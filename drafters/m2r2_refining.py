@@ -97,7 +97,7 @@ def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[s
 class Refiner:
     """Has the network that serves, and trains copies of it.
 
-    folder: of the drafter. minutes: of processor time a day.
+    folder: the drafter's folder. minutes: processor time a day.
     version: changes with the network.
     """
 
