@@ -32,7 +32,7 @@ from specdec.drafters import learned
 from specdec.drafters.m2r2_learning import Learner
 from specdec.models import drafter_folder
 
-Figures = dict[str, dict[str, float]]
+Figures = dict[str, dict[str, Any]]
 DEQUES = "held", "texts", "recent"
 
 
@@ -70,7 +70,7 @@ def keep(decoder: SpecDecoder) -> None:
 
 
 def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -> Figures:
-    """Of each drafter: pooled tokens a step, the median speed over plain decoding and the least of all prompts."""
+    """Of each drafter: pooled tokens a step, the median speed over plain decoding, the least one and its prompt."""
     speeds: dict[str, list[float]] = {name: [] for name in decoders}
     steps, tokens, text = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0), list[int]()
     for prompt in prompts:
@@ -89,6 +89,7 @@ def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -
     over = {name: [a / b for a, b in zip(own, speeds["none"], strict=True)] for name, own in speeds.items()}
     return {
         name: {"tokens a step": tokens[name] / steps[name], "over plain": statistics.median(own), "least": min(own)}
+        | {"slowest": prompts[own.index(min(own))]}
         for name, own in over.items()
     }
 
@@ -165,7 +166,8 @@ def main() -> None:
         draw(curve, names, args.output / "curve.svg")
         kept.write_text(json.dumps(curve, indent=2))
         figures = "; ".join(
-            f"{name} {own['tokens a step']:.2f} a step, {own['over plain']:.2f} x (least {own['least']:.2f})"
+            f"{name} {own['tokens a step']:.2f} a step, {own['over plain']:.2f} x "
+            f"(least {own['least']:.2f}, {own['slowest'][:40]!r})"
             for name, own in found.items()
         )
         print(f"{done}, {memory:.0f} MB at most, agreement {agreement:.3f}: {figures}", flush=True)
