@@ -17,7 +17,7 @@ from specdec.kvcache.prefix import PrefixStore, blocks, common
 from specdec.runtimes.target import Target, run_tokens
 
 DRAFTED = 16  # slots that the nodes of a usual draft take
-HEADROOM = 64  # free slots for each row at an admission: with fewer, a row would soon be preempted again
+HEADROOM = 48  # further free slots for each row at an admission: with fewer, a row would soon be preempted again
 NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at first, if later requests may reuse it
 SHARED = 32  # a request waits for another's prompt if they share so many more tokens than any cached prefix
 TIMED = 64  # a pass over so many tokens, or more, tells what a prompt's token takes
@@ -142,7 +142,7 @@ class Scheduler:
             # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
             ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
             source, found, shared = self._longest_prefix(ids, row.scope)
-            if not self._fits(HEADROOM, [*map(self._expected_slots, (*fresh, row))]) and others:
+            if not self._fits(DRAFTED + HEADROOM, [*map(self._expected_slots, (*fresh, row))]) and others:
                 break
             if self._should_wait(row, ids, found, fresh):
                 break

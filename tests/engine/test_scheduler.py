@@ -585,6 +585,25 @@ def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: Pr
     assert all((new_tokens(row), row.finish_reason) == alone(target, row) for row in rows)
 
 
+@needs_native
+def test_an_admission_leaves_room_for_the_next_step_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
+    monkeypatch.setattr(scheduler, "HEADROOM", 0)
+    monkeypatch.setattr(scheduler, "DRAFTED", 24)
+    target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
+    memory, preemptions = 112 * scheduler._sizes(target)[0], 0
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4, kv_memory=memory)
+    engine.submit(Request(list(range(3, 17)), 50))
+    engine.step()
+    for count in (5, 14, 23):
+        engine.submit(Request(list(range(5, 14)), count))
+    for _ in engine.steps():
+        stats = engine.stats()
+        assert stats.kv_bytes <= memory or stats.running <= 1
+        preemptions = stats.preemptions
+    assert preemptions
+
+
 def order(*requests: Request, rows: int = 1) -> list[str]:
     """The scopes of requests in the order in which these end, and at most ``rows`` at once."""
     target, ended = ReferenceTarget(tiny_model()), list[str]()
