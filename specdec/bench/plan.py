@@ -34,11 +34,6 @@ GROUPS = ("drafter", "verifier")  # settings whose values have options
 WHOLE = "against"  # a setting whose value is a list
 SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)] + [*GROUPS]
 KEYS = ("name", "description", "zip", "exclude", "resources", *SETTINGS)
-ROUNDED = {  # settings whose 8-bit and 4-bit values need one of these runtimes, bfloat16 and the CPU
-    "weights": ("auto", "native", "graphs", "fused"),
-    "kv_cache": ("auto", "native"),
-    "activations": ("auto", "native"),
-}
 
 
 class Resources(Settings):
@@ -256,12 +251,13 @@ class Sweep:
                 holder = holder.setdefault(key, {})
             holder[path[-1]] = value
         cell = Cell(**values)
-        elsewhere = cell.dtype not in ("auto", "bfloat16") or cell.device not in ("auto", "cpu")
+        native = cell.dtype in ("auto", "bfloat16") and cell.device in ("auto", "cpu")
+        native = native and cell.runtime in ("auto", "native")
         given = f"cannot go with dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}"
-        for name, runtimes in ROUNDED.items():
+        for name in ("weights", "kv_cache", "activations"):
             value = getattr(cell, name)
-            if value in ("int8", "int4") and (elsewhere or cell.runtime not in runtimes):
-                need = f"needs bfloat16, the CPU and one of the runtimes {', '.join(runtimes)}"
+            if value in ("int8", "int4") and not native:
+                need = "needs bfloat16, the CPU and the native runtime"
                 self.document.fail((name,), f"{name} {value} {need}; it {given}; exclude the combination")
         for group in GROUPS:
             self._check_plugin(group, point[group], values[f"{group}_options"])

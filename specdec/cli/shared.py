@@ -47,7 +47,7 @@ TrustRemoteCode = Annotated[bool, _model("--trust-remote-code", "Run Python code
 Weights = Annotated[
     options.Weights,
     _model(
-        "--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16), which then are the base.", "KIND"
+        "--weights", "auto, dense, or layers rounded to int8 or int4 (native runtime), which then are the base.", "KIND"
     ),
 ]
 KVCache = Annotated[

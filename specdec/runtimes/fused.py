@@ -1,7 +1,7 @@
 """The fused runtime: a direct decode loop for Llama-like families, much faster than the reference runtime.
 
 Query, key and value weights are one product, and so are gate and up. Rotary tables and masks are made once per call.
-Grouped query heads become rows of their key head. Linear maps have one of the formats of ``linear_maps``. The Hugging
+Grouped query heads become rows of their key head. Linear maps have one of the layouts of ``linear_maps``. The Hugging
 Face model stays usable: its parameters are views of the fused weights. Checked against the model's own forward on load.
 Knows nothing about drafting, and no families but those in ``FAMILIES``.
 
@@ -40,12 +40,7 @@ from specdec.runtimes.native import linear
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
 
-MAKERS = {  # by weight format
-    "packed": linear_maps.packed,
-    "int4": linear_maps.int4,
-    "dense": linear_maps.dense,
-    "through": linear_maps.through,
-}
+MAKERS = {"packed": linear_maps.packed, "dense": linear_maps.dense, "through": linear_maps.through}  # by layout
 DELTA_RULE = [kind for kind, family in families.FAMILIES.items() if family.mixer]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma", *DELTA_RULE)
 
@@ -85,14 +80,12 @@ class FusedTarget(ByParts):
 
     Raises SpecDecError for models that it does not know or does not reproduce; the reference runtime may support them.
 
-    weights: "dense" (as loaded) or "int4". The base is then the quantised model; blocks of many rows (prompts, large
-        trees) run on its 16-bit form, which is the model's own parameters.
-    packs: whether to store dense weights a second time, in the layout that is fastest without training.
+    packs: whether to store weights a second time, in the layout that is fastest without training.
     """
 
     runtime = "fused"
 
-    def __init__(self, model: PreTrainedModel, weights: str = "dense", packs: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, packs: bool = True) -> None:
         refuse_unsupported(model)
         kind, config = model.config.model_type, model.config
         if kind not in FAMILIES:
@@ -112,22 +105,13 @@ class FusedTarget(ByParts):
         mlps = [layer.mlp for layer in decoder.layers if not llama_like.has_experts(layer)]
         act = None if not mlps else mlps[0].activation_fn if kind == "phi3" else mlps[0].act_fn
         self.act: Callable[[Tensor], Tensor] = F.silu if act is None or "SiLU" in type(act).__name__ else act
-        if weights == "int4" and (self.dtype != torch.bfloat16 or self.device.type != "cpu"):
-            raise SpecDecError(
-                f"4-bit weights run in bfloat16 on a CPU; the model is loaded as {self.dtype} on '{self.device}'"
-            )
         self._weights = [llama_like.fuse_layer(layer) for layer in decoder.layers]
         self._norms = [llama_like.layer_norms(layer, kind) for layer in decoder.layers]
         self._parts = [llama_like.adapter_parts(layer) for layer in decoder.layers]
         self._rules = [DeltaRule(each.linear_attn) if llama_like.recurrent(each) else None for each in decoder.layers]
         self.recurrent_layers = frozenset(n for n, rule in enumerate(self._rules) if rule is not None)
-        self.head_format = "packed" if packs and linear_maps.packable(self.dtype, self.device) else "dense"
-        self.layer_format = "int4" if weights == "int4" else self.head_format
-        if weights == "int4":
-            for weight, _ in (pair for layer in self._weights for pair in layer.values()):
-                linear_maps.check_int4(weight)  # before any of them is rounded
-            self.runtime, self.weight_format = "fused int4", "4 bits, rounded"
-        self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layer_format, "dense")}
+        self.layout = "packed" if packs and linear_maps.packable(self.dtype, self.device) else "dense"
+        self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layout, "dense")}
         self._stacks["through"] = list(self._stacks["dense"])  # replaced layer by layer: ``_pack_through``
         self._through: set[int] = set()  # layers of that stack that are ready
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
@@ -192,10 +176,9 @@ class FusedTarget(ByParts):
                 self._recur(index, self._project_in(stack[index], pair).view(batch, t, -1), ctx)
 
     def _select_layers(self, x: Tensor, lo: int, hi: int, ctx: Pass, grad: bool) -> list[_Layer]:
-        """The layers in the weight format for ``x`` [B, T, D], with the adapters applied."""
+        """The layers in the layout for ``x`` [B, T, D], with the adapters applied."""
         batch, t, _ = x.shape
-        many = self.layer_format == "int4" and batch * t > linear_maps.INT4_ROWS
-        form = "dense" if grad or many else self.layer_format
+        form = "dense" if grad else self.layout
         if grad and linear_maps.packable(self.dtype, self.device):
             form = "through"
             self._pack_through(lo, hi)
@@ -281,7 +264,7 @@ class FusedTarget(ByParts):
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         module = self.own_head if head is None else head
-        form = "dense" if torch.is_grad_enabled() and x.requires_grad else self.head_format
+        form = "dense" if torch.is_grad_enabled() and x.requires_grad else self.layout
         y = self._head(module, form)(self.final_norm(x.reshape(-1, x.shape[-1])))
         return y.view(*x.shape[:2], -1)
 

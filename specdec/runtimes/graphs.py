@@ -102,7 +102,7 @@ class GraphedTarget(FusedTarget):
 
     runtime = "graphs"
 
-    def __init__(self, model: PreTrainedModel, weights: str = "dense", record: Recorder | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, record: Recorder | None = None) -> None:
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
         if any(llama_like.recurrent(layer) for layer in getattr(model.base_model, "layers", ())):
@@ -113,7 +113,7 @@ class GraphedTarget(FusedTarget):
             int, tuple[weakref.ref[KVCache], Tensor]
         ] = {}  # by batch size: the last cache with it, and the buffer
         self._head_slots: dict[tuple[int, bool], _HeadSlot] = {}  # by size, and whether there is a bias
-        super().__init__(model, weights)
+        super().__init__(model)
 
     def new_cache(self, batch: int = 1) -> KVCache:
         with self.lock:

@@ -1,8 +1,8 @@
-"""Linear maps as plain callables ``rows [R, in] -> [R, out]``, in three weight formats.
+"""Linear maps as plain callables ``rows [R, in] -> [R, out]``, in two layouts.
 
 A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map has its weight in oneDNN's blocked layout:
-``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. An *int4* map
-has 4-bit codes in groups of 32 inputs. Packed maps are used where oneDNN supports the dtype, int4 ones on request.
+``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. Packed maps
+are used where oneDNN supports the dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.base.errors import SpecDecError
 from specdec.runtimes.native import library, linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -22,8 +21,6 @@ Linear = Callable[[Tensor], Tensor]
 LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout is fastest at all of 1..16 rows
 TRAINED_HINT = 1024  # rows of a training batch
 UNIT_EPS = 1e-6  # of ``rms_unit``
-GROUP = 32  # inputs that share a scale and a zero point in an int4 map
-INT4_ROWS = 12  # maximum number of rows at which an int4 map is faster than a dense one
 
 
 def packable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -76,54 +73,6 @@ def through(weight: Tensor, bias: Tensor | None = None) -> Linear:
         return _Through.apply(x, there, back)  # type: ignore[no-any-return]
 
     return apply
-
-
-def int4(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As ``dense``, with ``weight`` (bf16) rounded to 4 bits, for few rows. No gradients.
-
-    ``weight`` itself is rounded in place, so that dense maps of it agree but for its rounding to bf16. Its shape must
-    pass ``check_int4``.
-    """
-    codes, scales, zeros = quantize(weight)
-    weight.detach().copy_(dequantize(codes, scales, zeros))
-    words = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-    table = torch.stack((scales, zeros), 2).transpose(0, 1).contiguous()  # (in / 32, out, 2)
-    product = torch._weight_int4pack_mm_for_cpu
-
-    def apply(x: Tensor) -> Tensor:
-        return product(x.contiguous(), words, GROUP, table)
-
-    return apply if bias is None else lambda x: apply(x) + bias
-
-
-def check_int4(weight: Tensor) -> None:
-    """Raise SpecDecError if ``weight`` has a shape that the 4-bit kernel does not take."""
-    if weight.shape[1] % GROUP or weight.shape[0] % 16:
-        raise SpecDecError(
-            f"4-bit weights need multiples of 16 outputs and {GROUP} inputs; a linear map of the model is "
-            f"{weight.shape[0]} x {weight.shape[1]}; use its 16-bit weights"
-        )
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[out, in] -> codes int32 [out, in] in 0..15, bf16 scales and zeros [out, in / 32]: w ~ (code - 8) scale + zero.
-
-    Codes come from the smallest and largest weight of each group, which recovers those of a dequantised Q4_1 model
-    exactly; scale and zero are then the least-squares fit to them.
-    """
-    w = weight.detach().float().unflatten(1, (-1, GROUP))  # (out, in / 32, 32)
-    low, high = w.amin(2, True), w.amax(2, True)
-    codes = ((w - low) * (15 / (high - low).clamp_min(1e-20))).round_().clamp_(0, 15)
-    middle, mean = codes.mean(2, True), w.mean(2, True)
-    around = codes - middle
-    scales = ((around * w).sum(2) / around.square().sum(2).clamp_min(1e-20)).bfloat16()
-    zeros = (mean[..., 0] - scales.float() * (middle[..., 0] - 8)).bfloat16()
-    return codes.flatten(1).int(), scales, zeros
-
-
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Inverse of ``quantize``: float32 [out, in]."""
-    return ((codes.unflatten(1, (-1, GROUP)) - 8) * scales.float()[..., None] + zeros.float()[..., None]).flatten(1)
 
 
 def per_token(module: nn.Module) -> Linear:
