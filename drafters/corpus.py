@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from specdec.base import files, inputs
-from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
+from specdec.base.errors import SpecDecError, SpecDecWarning, one_line, reported
 from specdec.speculation.ngram import Ints
 
 SHIPPED = "pretrained/ngram/corpus.txt.xz"  # texts, one behind the other, a NUL between them
@@ -72,19 +72,15 @@ def save_own(texts: Iterable[str], tokenizer: Any, progress: Progress) -> bool:
     if (ids < 0).all():
         raise SpecDecError("there is no text in these files; give some that are like what the model shall write")
     path = path_for(tokenizer)
-    try:
+    with reported(f"cannot keep the texts in '{path}'"):
         _write(path, ids)
-    except OSError as error:
-        raise SpecDecError(f"cannot keep the texts in '{path}': {error.strerror or error}") from None
     return len(ids) < MOST_OWN
 
 
 def reset(tokenizer: Any) -> None:
     """Undo ``save_own``. Raises SpecDecError if the cache folder cannot be written."""
-    try:
+    with reported(f"cannot delete '{path_for(tokenizer)}'"):
         path_for(tokenizer).unlink(missing_ok=True)
-    except OSError as error:
-        raise SpecDecError(f"cannot delete '{path_for(tokenizer)}': {error.strerror or error}") from None
 
 
 def own_tokens(tokenizer: Any) -> int:
@@ -154,14 +150,12 @@ def read(path: Path) -> Iterator[str]:
 
 def _plain(path: Path) -> Iterator[str]:
     text = ""
-    try:
+    with reported(f"cannot read '{path}'", ValueError):
         for _, line in inputs.lines(path):
             text += line
             if len(text) >= PIECE:
                 yield from _pieces(text)
                 text = ""
-    except ValueError as error:
-        raise SpecDecError(f"cannot read '{path}': {error}") from None
     if text.strip():
         yield text
 

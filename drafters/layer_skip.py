@@ -126,10 +126,7 @@ class LayerSkipDrafter(ChainDrafter):
 
 def read_skips(path: Path, target: Target) -> dict[str, Any]:
     """The options in a file of skips. Raises SpecDecError if it is none, or was tuned on another model."""
-    try:
-        data = inputs.read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise SpecDecError(f"cannot read the skip set '{path}': {' '.join(str(error).split())}") from None
+    data = inputs.read_yaml(path, "the skip set ")
     if not isinstance(data, dict) or data.get("drafter") != "layer-skip" or not set(data) <= set(KEYS):
         raise SpecDecError(f"'{path}' is not a skip set; make one: python examples/layer_skip.py --output {path}")
     base = data.get("base")

@@ -11,7 +11,7 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 from specdec.base.files import cache_dir, write_atomically
 from specdec.base.options import Depth
 from specdec.base.settings import Number, checked_class
@@ -41,11 +41,9 @@ def tuned_path(model: str, dtype: str, device: str, runtime: str, weights: str) 
 
 def save_tuned(path: Path, tuned: Tuned) -> None:
     """Save ``tuned``. Raises SpecDecError if the cache folder cannot be written."""
-    try:
+    with reported(f"cannot write the setting to '{path}'"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(asdict(tuned)) + "\n").encode())
-    except OSError as error:
-        raise SpecDecError(f"cannot write the setting to '{path}': {error.strerror or error}") from None
 
 
 def load_tuned(path: Path) -> Tuned | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -50,3 +51,13 @@ def one_line(error: BaseException) -> str:
     """The error's message as one line of at most 240 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."
+
+
+@contextmanager
+def reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Report an OSError, or one of ``kinds``, as a SpecDecError: ``what``, and the reason."""
+    caught: tuple[type[Exception], ...] = (OSError, *kinds)
+    try:
+        yield
+    except caught as error:
+        raise SpecDecError(f"{what}: {getattr(error, 'strerror', None) or one_line(error)}") from None

@@ -1,7 +1,7 @@
 """Text from users: read within limits, decoded as UTF-8, parsed as JSON or YAML.
 
-Functions raise ValueError with a short reason, and the caller adds where; ``prompts`` raises SpecDecError. Imports
-nothing heavy.
+Functions raise ValueError with a short reason, and the caller adds where; ``prompts`` and ``read_yaml`` raise
+SpecDecError. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 
 LINE = 64_000_000  # bytes of a line, and of a prompt on stdin
 DOCUMENT = 4_000_000  # bytes of a YAML file
@@ -65,7 +65,7 @@ def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     A line is a JSON object, or plain text, which becomes ``{"prompt": text}``. Raises SpecDecError for a file that
     cannot be read or has broken JSON.
     """
-    try:
+    with reported(f"cannot read '{path}'", ValueError):
         for number, line in lines(path):
             where, text = f"line {number} of '{path}'", line.strip()
             if text.startswith("{"):
@@ -75,8 +75,6 @@ def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise SpecDecError(f"{where} is broken JSON ({error}); repair or remove it") from None
             elif text:
                 yield where, {"prompt": text}
-    except ValueError as error:
-        raise SpecDecError(f"cannot read '{path}': {error}") from None
 
 
 def turns(record: dict[str, Any]) -> tuple[str, ...]:
@@ -108,6 +106,13 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def read_yaml(path: Path) -> Any:
+def read_text(path: Path, most: int = DOCUMENT) -> str:
+    """The text of a file. Raises ValueError if it has more than ``most`` bytes."""
     with path.open("rb") as file:
-        return parse_yaml(read_bounded(file, DOCUMENT).decode("utf-8-sig"))
+        return read_bounded(file, most).decode("utf-8-sig")
+
+
+def read_yaml(path: Path, what: str = "") -> Any:
+    """The value in a YAML file. Raises SpecDecError, which names ``what`` it is, if it cannot be read."""
+    with reported(f"cannot read {what}'{path}'", ValueError):
+        return parse_yaml(read_text(path))

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from specdec.base import inputs
-from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.errors import SpecDecError, did_you_mean, reported
 
 MAX_VALUES = 50_000  # of a file; bounds what nested aliases expand to
 
@@ -63,11 +63,8 @@ def shortened(value: Any) -> str:
 
 def load(path: Path) -> Document:
     """Read a YAML file. Raises SpecDecError with the line of a syntax error or a repeated key."""
-    try:
-        with path.open("rb") as file:
-            text = inputs.read_bounded(file, inputs.DOCUMENT).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise SpecDecError(f"cannot read '{path}': {error}") from None
+    with reported(f"cannot read '{path}'", ValueError):
+        text = inputs.read_text(path)
     return parse(text, lambda line: f"{path}:{line}")
 
 

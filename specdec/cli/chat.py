@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.errors import SpecDecError, did_you_mean, reported
 from specdec.base.options import SamplingParams
 from specdec.base.terminal import as_text, note, say
 from specdec.cli import shared
@@ -130,10 +130,8 @@ class ChatSession:
         path = Path(name).expanduser()
         if path.exists():
             raise SpecDecError(f"'{path}' exists already; choose another name")
-        try:
+        with reported(f"cannot write '{path}'"):
             shared.write_json(path, {"drafter": self.decoder.drafter.label, "messages": self.messages})
-        except OSError as error:
-            raise SpecDecError(f"cannot write '{path}': {error.strerror}") from None
         say(f"saved in '{path}'")
 
     def answer(self, text: str) -> None:

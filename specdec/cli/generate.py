@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.base import inputs, options, terminal
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED, panel, print_json
 from specdec.speculation import registry
@@ -222,12 +222,8 @@ def _read(prompt: str | None) -> str:
 def _schema(file: Path) -> Json:
     from specdec.speculation.constraints import Json
 
-    try:
-        with file.open("rb") as opened:
-            return Json(inputs.read_bounded(opened, 2**20).decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise SpecDecError(f"--json-schema: {file} cannot be read: {why}") from None
+    with reported(f"--json-schema: {file} cannot be read", ValueError):
+        return Json(inputs.read_text(file, 2**20))
 
 
 def _bias(pairs: list[str]) -> dict[int, float] | None:

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -28,12 +28,11 @@ class _ModelFirst(TyperGroup):
         return super().parse_args(context, args)  # type: ignore[arg-type]
 
 
-app = typer.Typer(cls=_ModelFirst, no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Drafters that teach themselves: what they know, and teaching them ahead of time ('specdec learn MODEL')."""
+app = typer.Typer(
+    cls=_ModelFirst,
+    no_args_is_help=True,
+    help="Drafters that teach themselves: what they know, and teaching them ahead of time ('specdec learn MODEL').",
+)
 
 
 @app.command("ahead", epilog="Example: specdec learn my-model --prompts prompts.jsonl --minutes 10")
@@ -113,10 +112,8 @@ def reset(
     if model is not None and not found:
         raise SpecDecError(f"nothing was learned for '{model}'; see 'specdec learn status'")
     for path in found:
-        try:
+        with reported(f"cannot delete '{path}'"):
             path.unlink()
-        except OSError as error:
-            raise SpecDecError(f"cannot delete '{path}': {error.strerror or error}") from None
     say(f"forgot what was learned for {len(found)} model{'' if len(found) == 1 else 's'}")
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from specdec.base import files, options
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 from specdec.models.catalogue import DEFAULT_MODEL
 
 INTERRUPTED = 130  # exit code of Ctrl-C
@@ -202,10 +202,8 @@ def command_line(*more: str) -> str:
 
 
 def make_folder(folder: Path) -> Path:
-    try:
+    with reported(f"cannot write to '{folder}'"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpecDecError(f"cannot write to '{folder}': {error.strerror}") from None
     return folder
 
 

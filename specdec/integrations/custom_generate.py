@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from specdec.base.errors import SpecDecError, one_line
+from specdec.base.errors import SpecDecError, one_line, reported
 from specdec.integrations.hub import drafter_files
 from specdec.models import drafter_folder
 from specdec.models.gguf.blocks import densify
@@ -72,7 +72,7 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
     if more:
         raise SpecDecError(f"a repository has one drafter; '{drafter}' joins several")
     where = output / FOLDER
-    try:
+    with reported(f"cannot write the repository to '{output}'", SafetensorError):
         where.mkdir(parents=True, exist_ok=True)
         if source is not None and Path(source).is_dir():
             (where / DRAFTER).mkdir(exist_ok=True)
@@ -86,9 +86,6 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
             _save(*model, output)
         if not (output / "README.md").exists():
             (output / "README.md").write_text(CARD.format(title=output.resolve().name, drafter=name), "utf-8")
-    except (OSError, SafetensorError) as error:
-        what = getattr(error, "strerror", None) or error
-        raise SpecDecError(f"cannot write the repository to '{output}': {what}") from None
     if model is not None:
         _compare(model[0], output)
 

@@ -82,10 +82,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     """The settings of the training; empty without a recipe."""
     if not path.is_file():
         return {}
-    try:
-        found = inputs.read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise SpecDecError(f"cannot read '{path}': {error}") from None
+    found = inputs.read_yaml(path)
     return found if isinstance(found, dict) else {}
 
 

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.errors import SpecDecError, did_you_mean, reported
 from specdec.base.files import cache_dir
 from specdec.models.catalogue import EMBEDDED
 from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
@@ -53,13 +53,11 @@ def remove(name: str) -> int:
     freed = found.bytes
     with locked(work_folder(cache_dir()) / "lock"):
         for path in found.paths:
-            try:
+            with reported(f"cannot delete '{path}'"):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-            except OSError as error:
-                raise SpecDecError(f"cannot delete '{path}': {error.strerror or error}") from None
     return freed
 
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 from specdec.models.gguf.blocks import Blocks
 
 FUSED = ("gate_up_proj", "down_proj")  # [E, 2 F, D] and [E, D, F]
@@ -54,12 +54,9 @@ class Span:
     def numbers(self, first: int, count: int) -> Tensor:
         """``count`` elements from number ``first`` on, [count]. Raises SpecDecError if the file cannot be read."""
         values = torch.empty(count, dtype=self.dtype)
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset + first * self.dtype.itemsize)
-                got = file.readinto(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        except OSError as error:
-            raise SpecDecError(f"cannot read weights in '{self.path}': {error.strerror or error}") from None
+        with reported(f"cannot read weights in '{self.path}'"), self.path.open("rb") as file:
+            file.seek(self.offset + first * self.dtype.itemsize)
+            got = file.readinto(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
         if got != values.nbytes:
             raise SpecDecError(f"'{self.path}' is truncated: it ends within its weights; get it again")
         return values

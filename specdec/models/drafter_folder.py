@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from specdec.base import files, inputs, options, terminal
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 from specdec.models import identity
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -82,11 +82,8 @@ def read_config(folder: Path, drafter: str | None = None, base: Identified | Non
 
 def read_json(path: Path) -> Any:
     """The value in a small JSON file. Raises SpecDecError if it cannot be read or is larger than any config.json."""
-    try:
-        with path.open("rb") as file:
-            return inputs.parse_json(inputs.read_bounded(file, CONFIG_BYTES))
-    except (OSError, ValueError) as error:
-        raise SpecDecError(f"cannot read '{path}': {error}") from None
+    with reported(f"cannot read '{path}'", ValueError):
+        return inputs.parse_json(inputs.read_text(path, CONFIG_BYTES))
 
 
 class StoredTensors:
@@ -249,12 +246,10 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
         else:
             kept[name] = tensor.float()
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
-    try:
+    with reported(f"cannot write the drafter to '{folder}'"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in ((WEIGHTS, save(contiguous)), (CONFIG, text.encode())):
             files.write_atomically(folder / name, data)
-    except OSError as error:
-        raise SpecDecError(f"cannot write the drafter to '{folder}': {error.strerror or error}") from None
 
 
 def describe_base(base: Identified, name: str) -> dict[str, Any]:

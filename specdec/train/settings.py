@@ -114,10 +114,7 @@ def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
 
 def _preset(name: str) -> dict[str, Any]:
     path = find_config("train", name, "training preset")
-    try:
-        data = inputs.read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise SpecDecError(f"cannot read training preset '{path}': {' '.join(str(error).split())}") from None
+    data = inputs.read_yaml(path, "training preset ")
     if not isinstance(data, dict):
         raise SpecDecError(f"training preset '{path}' is not a mapping of settings")
     return data

@@ -27,7 +27,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from specdec.base import files
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 from specdec.models.checkpoint import StoredExperts
 from specdec.runtimes.experts.layers import MoELayer
 
@@ -115,13 +115,11 @@ def origin(layers: list[MoELayer]) -> Origin:
             data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
             place.update(data)
             state.update(data)
-    try:
-        for path in sorted(path.resolve() for path in files):
+    for path in sorted(path.resolve() for path in files):
+        with reported(f"cannot read weights in '{path}'"):
             found = path.stat()
-            place.update(os.fsencode(path) + b"\0")
-            state.update(os.fsencode(path) + f"\0{found.st_size} {found.st_mtime_ns}\0".encode())
-    except OSError as error:
-        raise SpecDecError(f"cannot read weights in '{path}': {error.strerror or error}") from None
+        place.update(os.fsencode(path) + b"\0")
+        state.update(os.fsencode(path) + f"\0{found.st_size} {found.st_mtime_ns}\0".encode())
     return Origin(place.hexdigest()[:32], state.hexdigest()[:32])
 
 

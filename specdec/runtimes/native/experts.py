@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import files
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, reported
 from specdec.runtimes.experts.cache import Counters
 from specdec.runtimes.experts.store import slots_per_layer
 from specdec.runtimes.native.library import INT
@@ -48,11 +48,9 @@ class _Layer:
     def allocate(self, size: int) -> Tensor:
         """``size`` bytes of the expert that is written, aligned to a cache line. Raises SpecDecError without space."""
         start, self.used = self.used, self.used + -(-size // 64) * 64
-        try:
-            if hasattr(os, "posix_fallocate"):
+        if hasattr(os, "posix_fallocate"):
+            with reported(f"cannot write experts to '{files.cache_dir()}'"):
                 os.posix_fallocate(self.file.fileno(), self.begin + start, self.used - start)
-        except OSError as error:
-            raise SpecDecError(f"cannot write experts to '{files.cache_dir()}': {error.strerror or error}") from None
         return self.memory[start : start + size]
 
     def free(self, region: Tensor) -> None:
@@ -99,11 +97,9 @@ class MappedExperts:
         self.call: Any = Demand(self._demand)
         self.unread = False
         folder = files.cache_dir()
-        try:
+        with reported(f"cannot write experts to '{folder}'"):
             folder.mkdir(parents=True, exist_ok=True)
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as this)
-        except OSError as error:
-            raise SpecDecError(f"cannot write experts to '{folder}': {error.strerror or error}") from None
 
     def add(self, layer: int, count: int, weights: int, pack: Callable[[int, _Layer], None]) -> None:
         """Write the experts of a layer, of so many weights in all: ``pack`` allocates the memory of an expert."""
