@@ -172,6 +172,10 @@ class BlockAnswer(Answer):
                 block.logprobs += scored
                 yield from self.delta(block, part.text, scored)
 
+    @property
+    def _index(self) -> int:
+        return len(self.blocks) - 1
+
     def _written(self, event: dict[str, Any]) -> bytes:
         return b"event: " + str(event["type"]).encode() + b"\n" + sse(event)
 

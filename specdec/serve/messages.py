@@ -310,10 +310,6 @@ class MessagesAnswer(BlockAnswer):
     def failure(self, error: ApiError) -> dict[str, Any]:
         return error.anthropic_body()
 
-    @property
-    def _index(self) -> int:
-        return len(self.blocks) - 1
-
 
 SIGNATURE = "c3BlY2RlYw=="  # thoughts are not signed; clients send back only those with a signature
 

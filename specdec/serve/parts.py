@@ -139,10 +139,12 @@ class Format:
     """How a family of models writes an answer: text, with calls after marks in it.
 
     marks: texts that begin calls. special: special tokens that have to be in the text.
+    around_name: what comes before and after the name of a call; empty: the call is a JSON object.
     """
 
     marks: tuple[str, ...] = ()
     special: tuple[str, ...] = ()
+    around_name: tuple[str, ...] = ()
 
     def read(self, answer: AnswerParser) -> Parts[None]:
         """Read an answer after its reasoning."""
@@ -154,6 +156,9 @@ class Format:
 
     def cut_name(self, text: str) -> tuple[str, bool]:
         """The name in the beginning of a call, and whether it is complete."""
+        if self.around_name:
+            name, closed, _ = text.partition(self.around_name[0])[2].lstrip().partition(self.around_name[1])
+            return name, bool(closed)
         found = NAME.search(text)
         return (found[1], bool(found[2])) if found else ("", False)
 
@@ -246,8 +251,7 @@ class AnswerParser:
             text = text[1:-1]
         if not source.text.lstrip().startswith(FENCE) and (calls := self._fenced_calls(text)):
             source.text = ""
-            for name, arguments in calls:
-                yield Part("call", json.dumps(arguments, ensure_ascii=False), name, new_id())
+            yield from calls
 
     def _may_be_bare(self, text: str) -> bool:
         bare = not text.startswith(FENCE) and self._may_be_calls("", text.lstrip("`"))
@@ -265,8 +269,7 @@ class AnswerParser:
             yield None
         if open_ and (calls := self._fenced_calls(body if end < 0 else body[:end])):
             source.text = "" if end < 0 else body[end + 1 + len(FENCE) :]
-            for name, arguments in calls:
-                yield Part("call", json.dumps(arguments, ensure_ascii=False), name, new_id())
+            yield from calls
             yield from source.skip()
             return
         yield TEXT(begun)
@@ -283,8 +286,8 @@ class AnswerParser:
         name = NAME.search(body)
         return name[1] in self.tools if name and name[2] else len(body) < LONGEST_HEAD
 
-    def _fenced_calls(self, text: str) -> list[tuple[str, Any]]:
-        """Names and arguments of the calls; none if anything else is there."""
+    def _fenced_calls(self, text: str) -> list[Part]:
+        """The calls, whole; none if anything else is there."""
         found, decoder, text = list[Any](), json.JSONDecoder(), text.strip()
         try:
             while text:
@@ -293,7 +296,7 @@ class AnswerParser:
                 text = text[end:].lstrip(BETWEEN)
             calls = [(call["name"], call.get("arguments", call.get("parameters", {}))) for call in found]
             fit = (isinstance(given, dict) and fits(given, self.tools[name]) for name, given in calls)
-            return calls if all(fit) else []
+            return [_whole_call(*call) for call in calls] if all(fit) else []
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of the text, or of a schema
             return []
 
@@ -365,7 +368,7 @@ class _JsonCall:
                 self.sent = end
         elif self.complete and (found := self._whole()) is not None:
             self.begun = True
-            yield Part("call", json.dumps(found[1], ensure_ascii=False), found[0], self.id)
+            yield _whole_call(*found, self.id)
 
     def _whole(self) -> tuple[str, dict[str, Any]] | None:
         """Name and arguments of a call that has them in another order."""
@@ -375,6 +378,10 @@ class _JsonCall:
             return (name, arguments) if name in self.tools and isinstance(arguments, dict) else None
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
+
+
+def _whole_call(name: str, arguments: Any, id: str = "") -> Part:
+    return Part("call", json.dumps(arguments, ensure_ascii=False), name, id or new_id())
 
 
 def types(schema: Any) -> set[str]:

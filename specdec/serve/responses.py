@@ -387,10 +387,6 @@ class ResponsesAnswer(BlockAnswer):
         event, self.number = event | {"sequence_number": self.number}, self.number + 1
         return super()._written(event)
 
-    @property
-    def _index(self) -> int:
-        return len(self.blocks) - 1
-
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
         """An event of the last item."""
         block = self.blocks[-1]

@@ -89,7 +89,7 @@ class MistralNamed(CallFormat):
     """Since Mistral Small 3.1: the name comes before the arguments."""
 
     marks, separator = ("[TOOL_CALLS]",), "[ARGS]"
-    special = "[TOOL_CALLS]", "[ARGS]"
+    special = around_name = "[TOOL_CALLS]", "[ARGS]"
     before = "[TOOL_CALLS]"
 
     def head(self, name: str) -> str:
@@ -107,10 +107,6 @@ class MistralNamed(CallFormat):
         elif found:
             yield TEXT(found)
 
-    def cut_name(self, text: str) -> tuple[str, bool]:
-        name, closed, _ = text.partition(self.marks[0])[2].lstrip().partition(self.separator)
-        return name, bool(closed)
-
 
 class QwenXml(CallFormat):
     """Qwen3-Coder's: each argument is an element. One of a schema of the type string is text as it is, others JSON."""
@@ -118,7 +114,7 @@ class QwenXml(CallFormat):
     marks = "<tool_call>", "<function="
     special = "<tool_call>", "</tool_call>"
     before, between, after, tail = "<tool_call>\n", "\n", "\n</tool_call>", "</function>"
-    end = "\n</parameter>\n"
+    end, around_name = "\n</parameter>\n", ("<function=", ">")
 
     def head(self, name: str) -> str:
         return f"<function={name}>\n"
@@ -158,10 +154,6 @@ class QwenXml(CallFormat):
         value = (yield from source.upto(ends[1])).strip()
         yield make(value if _is_json(value) else json.dumps(value, ensure_ascii=False))
 
-    def cut_name(self, text: str) -> tuple[str, bool]:
-        name, closed, _ = text.partition("<function=")[2].partition(">")
-        return name, bool(closed)
-
     def arguments(self, rule: str, schema: dict[str, Any], text: Terminal) -> list[str]:
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         members, required, lines = schema.get("properties") or {}, schema.get("required") or [], list[str]()
@@ -187,7 +179,7 @@ class QwenXml(CallFormat):
 class Gemma(CallFormat):
     """Names and keys are bare, and texts between quotes of their own."""
 
-    forceable = False
+    forceable, around_name = False, ("call:", "{")
 
     def __init__(self, begin: str, end: str, quote: str) -> None:
         self.marks, self.end, self.quote, self.special = (begin,), end, quote, (begin, end, quote)
@@ -222,17 +214,13 @@ class Gemma(CallFormat):
         if (yield from source.starts(self.end)):
             yield from source.skip()
 
-    def cut_name(self, text: str) -> tuple[str, bool]:
-        name, closed, _ = text.partition("call:")[2].partition("{")
-        return name, bool(closed)
-
 
 class Harmony(CallFormat):
     """gpt-oss: the whole answer is messages in channels, reasoning in ``analysis``, calls where they name a tool."""
 
     begins, ends = ("<|channel|>", "<|start|>"), ("<|end|>", "<|call|>", "<|return|>")
     special = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", *ends
-    several = False
+    several, around_name = False, ("to=functions.", " ")
 
     def head(self, name: str) -> str:
         return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
@@ -251,10 +239,6 @@ class Harmony(CallFormat):
             elif "analysis" in header:
                 make = THOUGHT
             yield from source.pass_on(make, *self.ends)
-
-    def cut_name(self, text: str) -> tuple[str, bool]:
-        name, closed, _ = text.partition("to=functions.")[2].partition(" ")
-        return name, bool(closed)
 
 
 PLAIN, HERMES, MISTRAL, MISTRAL_NAMED, LLAMA = Format(), Hermes(), Mistral(), MistralNamed(), Llama()
