@@ -33,7 +33,7 @@ from specdec.runtimes.select import CHOICES, check_names
 from specdec.runtimes.target import Target, prefill
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
-from specdec.speculation.sampling import STATEFUL, RowSampler, Transforms, streams
+from specdec.speculation.sampling import RowSampler, Transforms, refuse_stateful, streams
 
 # Processors with a state for each row of the call.
 BATCHED: tuple[type[LogitsProcessor], ...] = (
@@ -188,12 +188,7 @@ def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dic
         raise SpecDecError(
             "SpecGenerate has its own KV cache; use SpecGenerate(kv_cache='int8') instead of cache_implementation"
         )
-    for processor in processors:
-        if isinstance(processor, STATEFUL):
-            raise SpecDecError(
-                f"{type(processor).__name__} has a state that cannot be rolled back after a rejected draft; leave out "
-                "the option that adds it"
-            )
+    refuse_stateful(processors, "leave out the option that adds it")
     for name, value in model_kwargs.items():
         if value is not None and name not in (*PREPARED, "attention_mask"):
             raise SpecDecError(f"SpecGenerate cannot pass '{name}' to the model; give token ids alone")

@@ -345,13 +345,16 @@ def logits_processors(
         )
     except Exception as error:  # the type depends on the setting
         raise SpecDecError(f"the model's generation_config cannot be used: {one_line(error)}") from None
-    for processor in found:
-        if isinstance(processor, STATEFUL):
-            raise SpecDecError(
-                f"{type(processor).__name__} has a state that cannot be rolled back after a rejected draft; remove it "
-                "from the model's generation_config or from logits_processor"
-            )
+    refuse_stateful(found, "remove it from the model's generation_config or from logits_processor")
     return list(found)
+
+
+def refuse_stateful(processors: Sequence[LogitsProcessor], remedy: str) -> None:
+    """Raise SpecDecError if one of ``processors`` remembers what it has seen."""
+    for processor in processors:
+        if isinstance(processor, STATEFUL):
+            name = type(processor).__name__
+            raise SpecDecError(f"{name} has a state that cannot be rolled back after a rejected draft; {remedy}")
 
 
 def apply_processors(
