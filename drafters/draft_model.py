@@ -6,7 +6,6 @@ stay in the cache, the others are replaced. So other drafters may draft in betwe
 
 from __future__ import annotations
 
-from itertools import takewhile
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.prefix import common
 from specdec.models import loading
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target, prefill
@@ -101,10 +101,8 @@ class DraftModelDrafter(ChainDrafter):
     def _catch_up(self, ids: list[list[int]]) -> Tensor:
         """Keep the accepted drafts and run the new tokens of ``ids``; return the roots' final states [B, 1, D]."""
         cache = self.cache
-        accepted = [
-            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(fed, row[n:-1], strict=False)))
-            for fed, n, row in zip(self.fed_tokens, cache.rows, ids, strict=True)
-        ]
+        texts = zip(self.fed_tokens, cache.rows, ids, strict=True)
+        accepted = [common(fed, row[n:-1]) for fed, n, row in texts]
         if any(accepted):
             cache.commit([list(range(n)) for n in accepted])
         else:

@@ -105,9 +105,11 @@ class FusedTarget(ByParts):
         mlps = [layer.mlp for layer in decoder.layers if not llama_like.has_experts(layer)]
         act = None if not mlps else mlps[0].activation_fn if kind == "phi3" else mlps[0].act_fn
         self.act: Callable[[Tensor], Tensor] = F.silu if act is None or "SiLU" in type(act).__name__ else act
-        self._weights = [llama_like.fuse_layer(layer) for layer in decoder.layers]
+        maps = [llama_like.modules(layer) for layer in decoder.layers]
+        fused = ({slot: linear_maps.fuse([m for _, m in pairs]) for slot, pairs in each.items()} for each in maps)
+        self._weights: list[llama_like.Weights] = list(fused)
         self._norms = [llama_like.layer_norms(layer, kind) for layer in decoder.layers]
-        self._parts = [llama_like.adapter_parts(layer) for layer in decoder.layers]
+        self._parts = [llama_like.adapter_parts(each, {}) for each in maps]
         self._rules = [DeltaRule(each.linear_attn) if llama_like.recurrent(each) else None for each in decoder.layers]
         self.recurrent_layers = frozenset(n for n, rule in enumerate(self._rules) if rule is not None)
         self.layout = "packed" if packs and linear_maps.packable(self.dtype, self.device) else "dense"

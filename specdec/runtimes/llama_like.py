@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from specdec.base.errors import SpecDecError
 from specdec.models.families import FAMILIES, Family
 from specdec.models.gguf.blocks import BlockLinear
-from specdec.runtimes import linear_maps
 
 Norm = Callable[[Tensor], Tensor]
 # Weight and bias of a layer's qkv, out and, unless it routes to experts, gate_up and down.
@@ -138,16 +137,17 @@ def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     return found
 
 
-def fuse_layer(layer: Any) -> Weights:
-    return {slot: linear_maps.fuse([module for _, module in pairs]) for slot, pairs in modules(layer).items()}
+def adapter_parts(
+    maps: Mapping[str, Sequence[tuple[str, nn.Linear]]], orders: Mapping[str, Tensor]
+) -> dict[str, tuple[str, int, int]]:
+    """``{module path: (slot, first row, end row)}``: the rows of each module in its fused map, from ``modules``.
 
-
-def adapter_parts(layer: Any) -> dict[str, tuple[str, int, int]]:
-    """``{module path: (slot, first row, end row)}``: the rows of each module in its fused map."""
+    orders: by path, which row of a module each of its rows there is; of others as they are.
+    """
     parts = {}
-    for slot, pairs in modules(layer).items():
-        start = 0
+    for slot, pairs in maps.items():
+        end = 0
         for path, module in pairs:
-            parts[path] = (slot, start, start + module.out_features)
-            start += module.out_features
+            start, end = end, end + (len(orders[path]) if path in orders else module.out_features)
+            parts[path] = (slot, start, end)
     return parts

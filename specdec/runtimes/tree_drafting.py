@@ -72,10 +72,7 @@ class Candidates(NamedTuple):
 
     def levels(self) -> int:
         """The number of levels that were drafted."""
-        deep, parent = 1, self.parents[-1] if self.parents else 0
-        while parent:
-            deep, parent = deep + 1, self.parents[parent - 1]
-        return deep
+        return self.depths()[-1] if self.parents else 1
 
     def depths(self) -> list[int]:
         """The level of each node; 1 is the first."""

@@ -8,7 +8,6 @@ constraint begins after the end of that block.
 
 from __future__ import annotations
 
-import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from specdec.base.errors import ConstraintError, SpecDecError
+from specdec.kvcache.prefix import common
 
 LONGEST = 2**16  # maximum characters of a schema, an expression or a grammar
 MASKS = 64  # number of cached masks: drafting, scoring and the search for forced tokens need the same ones
@@ -29,9 +29,7 @@ JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separato
 NO_TEXT = "NoExtensionBias"  # in llguidance's message: nothing is allowed
 NO_END = "Too many items"  # in its message: what is forced has no end, or hardly any
 REASONING = "<think>", "</think>"
-CLOSED = (
-    4  # a reasoning block that ends within the last tokens of a prompt, so many at most, is the answer's, and empty
-)
+CLOSED = 4  # a reasoning block that ends within so many last tokens of a prompt is the answer's, and empty
 LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
 LIMITS |= {"max_lexer_states": 50_000, "max_grammar_size": 100_000}
 
@@ -334,13 +332,12 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
 
     def _go_to(self, new: Sequence[int]) -> bool:
         """Move the matcher behind ``new``; False if these tokens are not allowed."""
-        common = sum(
-            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.consumed, new, strict=False))
-        )
-        if common < len(self.consumed):
-            self.matcher.rollback(len(self.consumed) - common)
-            del self.consumed[common:]
-        more = list(new[common:])
+        new = list(new)
+        shared = common(self.consumed, new)
+        if shared < len(self.consumed):
+            self.matcher.rollback(len(self.consumed) - shared)
+            del self.consumed[shared:]
+        more = new[shared:]
         if self.compiled.ends.isdisjoint(more):
             self.consumed += more[: self.matcher.try_consume_tokens(more)]
         return len(self.consumed) == len(new)

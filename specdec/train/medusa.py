@@ -114,9 +114,7 @@ class MedusaMethod(TrainingMethod[Medusa]):
         shares = torch.stack([(steps == r).float().mean(0) for r in range(RANKS)], 1)  # (K, RANKS)
         self.accuracy = [[round(share, 4) for share in row] for row in shares.tolist()]
         tree = best_first(self.accuracy, self.settings.nodes)[0]
-        paths: list[tuple[int, ...]] = [()]
-        for parent, choice in zip(tree.parents, tree.ranks, strict=True):
-            paths.append((*paths[parent], choice))
+        paths = [(), *tree.paths()]
         reached = [max(d for d in range(heads + 1) if tuple(r[:d]) in paths) for r in steps.tolist()]
         return {
             "accuracy": self.accuracy,

@@ -188,7 +188,11 @@ class BestParameters:
         self.least, self.update = loss, update
         self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
-    @torch.no_grad()
     def put_back(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.values[name])
+        copy_values(self.values, self.parameters)
+
+
+@torch.no_grad()
+def copy_values(source: Mapping[str, Any], onto: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in onto.items():
+        parameter.copy_(source[name])

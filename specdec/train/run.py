@@ -26,13 +26,14 @@ from specdec.train import batches, output
 from specdec.train.batches import TrainingBatch, Window
 from specdec.train.evaluate import measure_costs, predict_speedup, speedup_text
 from specdec.train.method import TrainingMethod
-from specdec.train.output import CHECKPOINT, LENGTHS, METRICS, RECIPE, BestParameters, draw_curves, writing
+from specdec.train.output import CHECKPOINT, LENGTHS, METRICS, RECIPE, BestParameters, copy_values, draw_curves, writing
 from specdec.train.states import AnswerStates
 from specdec.train.world import ProcessGroup
 
 REPORT_UPDATES = 10  # updates per line of metrics.jsonl and per check of the held-out loss
 MARGIN = 1.05  # a held-out loss above this multiple of that at the start makes the run go back
 LOWER = 3  # divisor of the learning rates after the run has gone back
+STATE = "update", "tokens", "seconds", "best", "sizes", "lowered", "warmed"  # of a run, in its checkpoint
 
 
 class TrainingRun:
@@ -124,9 +125,8 @@ class TrainingRun:
         if self.init is not None:
             self._begin_from(self.init, self.method.read_parameters(Path(self.settings.init)))
         elif self.world.first:
-            self.method.fit(
-                self.network, lambda: self._shown("closed-form fit", self._fit_batches(), self._fit_total())
-            )
+            total = min(self.settings.fit_tokens, count_positions(self.windows))
+            self.method.fit(self.network, lambda: self._shown("closed-form fit", self._fit_batches(), total))
             copy_values(self.running, self.parameters)
         self._evaluate()
         self.world.broadcast_tensors([p.detach() for p in self.parameters.values()])
@@ -154,9 +154,6 @@ class TrainingRun:
             seen += int(batch.valid.sum())
             if seen >= self.settings.fit_tokens:
                 return
-
-    def _fit_total(self) -> int:
-        return min(self.settings.fit_tokens, count_positions(self.windows))
 
     def _shown(self, what: str, found: Iterable[TrainingBatch], total: int) -> Iterator[TrainingBatch]:
         """Yield ``found`` and show the progress in answer tokens."""
@@ -325,33 +322,20 @@ class TrainingRun:
         if not all(bool(p.isfinite().all()) for p in self.parameters.values()):
             raise self._diverged()
         if self.world.first:
-            state: dict[str, Any] = {
-                "update": self.update,
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "best": self.best,
-            }
-            state |= {"sizes": self.sizes, "lowered": self.lowered, "warmed": self.warmed, "start": self.good.start}
-            state["length"] = self._length()
+            state = {name: getattr(self, name) for name in STATE}
+            state |= {"start": self.good.start, "length": self._length()}
             output.write_checkpoint(self.output, self.parameters, self.optimizer, state)
 
     def _restore(self) -> None:
         state = output.restore_checkpoint(self.output, self.parameters, self.optimizer)
-        self.update, self.tokens = state["update"], state["tokens"]
-        self.seconds, self.best = state["seconds"], state["best"]
-        self.sizes, self.lowered, self.warmed = state["sizes"], state["lowered"], state["warmed"]
+        for name in STATE:
+            setattr(self, name, state[name])
         if state.get("length", self._length()) != self._length():
             self.warmed = self.update  # the rates warm up again
         copy_values(self.parameters, self.running)
         self.good = BestParameters(self.parameters, state["start"], self.update)
         if self.world.first:
             output.rewind_metrics(self.output, self.update)
-
-
-@torch.no_grad()
-def copy_values(source: dict[str, Any], onto: dict[str, nn.Parameter]) -> None:
-    for name, parameter in onto.items():
-        parameter.copy_(source[name])
 
 
 def count_positions(windows: Iterable[Window]) -> int:

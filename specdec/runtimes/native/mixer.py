@@ -65,17 +65,6 @@ def row_orders(layer: Any) -> dict[str, Tensor]:
     return {f"{name}_qkvz": torch.cat([part.flatten() for part in qkvz]), f"{name}_ba": torch.cat([*map(tile, rates)])}
 
 
-def packed_parts(layer: Any, orders: dict[str, Tensor]) -> dict[str, tuple[str, int, int]]:
-    """As ``llama_like.adapter_parts``, of the rows as they are packed."""
-    parts = {}
-    for slot, pairs in slots(layer).items():
-        start = 0
-        for path, module in pairs:
-            end = start + (len(orders[path]) if path in orders else module.out_features)
-            parts[path], start = (slot, start, end), end
-    return parts
-
-
 def ordered(matrix: Any, rows: Tensor | None) -> Any:
     """The rows of a tensor or of blocks in another order; -1: zeros, of a tensor alone. None: as they are."""
     if rows is None:

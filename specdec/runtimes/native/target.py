@@ -122,7 +122,8 @@ class NativeTarget(ByParts):
                 _round(layer, ROUNDED[weights])
         self.int8_cache, self.rounded = False, activations != "bf16"
         self._orders = [mixer.row_orders(layer) for layer in decoder.layers]
-        self._parts = [mixer.packed_parts(*each) for each in zip(decoder.layers, self._orders, strict=True)]
+        maps = map(mixer.slots, decoder.layers)
+        self._parts = [llama_like.adapter_parts(*each) for each in zip(maps, self._orders, strict=True)]
         self.mixture = families.mixture_of(config)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
