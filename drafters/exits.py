@@ -294,12 +294,11 @@ class SkipDecodeDrafter(ExitDrafter):
         return SkipDecodeRow()
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
+        new = list[int]()
         for row, ids in zip(state.row_states, state.ids, strict=True):
             row.prompt = row.prompt or len(ids) - 1  # the text has one new token by now
-        done = (
-            min(len(ids) - row.prompt for row, ids in zip(state.row_states, state.ids, strict=True)) + tokens.count - 1
-        )
-        # All rows run the layers of the row with the fewest new tokens.
+            new.append(len(ids) - row.prompt)
+        done = min(new) + tokens.count - 1  # all rows run the layers of the row with the fewest new tokens
         layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
         return self.read(tokens, layer)
 

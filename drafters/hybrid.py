@@ -65,10 +65,8 @@ class HybridDrafter(Drafter):
         last = self.members[-1]
         self.has_probabilities = self.blends_pair and last.has_probabilities
         self.num_exits = 2 if self.has_probabilities else 1  # the first alone, or both
-        self.leaves_early, self.leaves_state = (
-            self.blends_pair and last.leaves_early,
-            self.blends_pair and last.leaves_state,
-        )
+        self.leaves_early = self.blends_pair and last.leaves_early
+        self.leaves_state = self.blends_pair and last.leaves_state
         self.learns = any(member.learns for member in self.members)
         self.keeps = any(member.keeps for member in self.members)
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)

@@ -117,9 +117,8 @@ class M2R2Drafter(ChainDrafter):
         head = None if self.learner is None else self.learner.head
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab, head)
         self.draft_path: DraftPath | None = None
-        self.has_probabilities = (
-            self.num_exits == 1 and self.shape.siblings is None and not is_asynchronous(target.device)
-        )
+        one = self.num_exits == 1 and self.shape.siblings is None
+        self.has_probabilities = one and not is_asynchronous(target.device)
         self.start()
 
     def begin(self) -> M2R2Row:
@@ -202,9 +201,7 @@ class M2R2Drafter(ChainDrafter):
         """Whether to grow a tree: for one greedy row, if drafting runs no layer that scoring needs."""
         path = self.network.path
         verified = state.threshold is None and state.sampler.best_allowed and state.cache.batch == 1
-        worth = bool(self.shape.nodes) or not is_asynchronous(
-            state.cache.device
-        )  # the tree is read before it is scored
+        worth = bool(self.shape.nodes) or not is_asynchronous(state.cache.device)  # it is read before it is scored
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
     def _tree(self, state: State, limit: int, width: int) -> Candidates:

@@ -123,13 +123,8 @@ class M2R2Path:
                 tuple(data.get("exits", ())),
                 data.get("neurons", 0),
             )
-            numbers = (
-                path.exit_layer,
-                path.rank,
-                path.neurons,
-                *path.exits,
-                *(n for segment in path.segments for n in segment),
-            )
+            numbers = [path.exit_layer, path.rank, path.neurons, *path.exits]
+            numbers += [n for segment in path.segments for n in segment]
             if odd := [n for n in numbers if type(n) is not int]:
                 raise ValueError(f"{odd[0]!r} is not a whole number")
             return path

@@ -123,12 +123,8 @@ class MedusaDrafter(Drafter):
         source: str = "",
         normed: bool = False,
     ) -> None:
-        self.network, self.output_heads, self.source, self.normed = (
-            network,
-            output_heads,
-            source,
-            normed or output_heads is not None,
-        )
+        self.network, self.output_heads, self.source = network, output_heads, source
+        self.normed = normed or output_heads is not None
         if self.normed and network.rooted:
             raise SpecDecError("Medusa heads that read the normalised state cannot be 'rooted', too")
         self.accuracy = _check_accuracy(accuracy, network.heads)

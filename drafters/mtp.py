@@ -130,10 +130,8 @@ class MTPDrafter(ChainDrafter):
         return cls(read_head(target, source), **kwargs)
 
     def bind(self, target: Target) -> None:
-        if (
-            self.head.draft_target.hidden_size != target.hidden_size
-            or self.head.draft_target.vocab_size != target.vocab_size
-        ):
+        own = self.head.draft_target
+        if (own.hidden_size, own.vocab_size) != (target.hidden_size, target.vocab_size):
             raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
         self.taps = (target.num_layers,)
         self.has_probabilities = self.shape.siblings is None and not is_asynchronous(target.device)

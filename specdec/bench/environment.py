@@ -53,8 +53,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     with suppress(OSError, subprocess.SubprocessError):
-        if (
-            Path(git("rev-parse", "--show-toplevel")).resolve() == root
-        ):  # else: installed somewhere inside another repository
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # else: it is inside another repository
             return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     return None

@@ -9,12 +9,7 @@ import typer
 
 from specdec.base.terminal import say
 
-app = typer.Typer(no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Write models and drafters for other libraries."""
+app = typer.Typer(no_args_is_help=True, help="Write models and drafters for other libraries.")
 
 
 @app.command(

@@ -130,7 +130,7 @@ def serve(
             prefix_cache_size=disk_size,
         )
     with engine:
-        app = make_app(decoder, engine, settings, _discard if quiet else say)
+        app = make_app(decoder, engine, settings, (lambda line: None) if quiet else say)
         label = f"{settings.name} with {decoder.drafter.label}"
         serve(app, settings, listener, lambda: say(f"{label} is served at {address(listener)}"))
 
@@ -146,7 +146,3 @@ def _body(text: str) -> int:
     if (size := _bytes("--max-body", text)) < MIN_BODY:
         raise SpecDecError(f"--max-body must be at least {MIN_BODY} bytes, or no request fits; got '{text}'")
     return size
-
-
-def _discard(line: str) -> None:
-    pass

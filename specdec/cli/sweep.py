@@ -70,9 +70,7 @@ def sweep(
         from specdec.bench.store import Store
 
         plan = load_plan(find_config("sweeps", file, "sweep file"), overrides or [])
-        for name in dict.fromkeys(
-            cell.prompts for cell in plan.cells
-        ):  # a missing set is an error before anything runs
+        for name in dict.fromkeys(cell.prompts for cell in plan.cells):  # a missing set fails before anything runs
             found = load_prompts(name, data_dir)
             if found.licence:
                 say(f"prompts: {found.name} ({found.licence})")

@@ -15,12 +15,7 @@ from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.models.catalogue import DEFAULT_MODEL
 
-app = typer.Typer(no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Choose settings for your model, machine and prompts by measurement."""
+app = typer.Typer(no_args_is_help=True, help="Choose settings for your model, machine and prompts by measurement.")
 
 
 @app.command(

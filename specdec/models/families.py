@@ -102,14 +102,8 @@ GEMMA = frozenset({"hidden_activation"})
 CAPPED = GEMMA | {"final_logit_softcapping", "query_pre_attn_scalar"}
 TWICE_CAPPED = CAPPED | {"attn_logit_softcapping", "sliding_window_size"}
 WINDOW = {"attention.sliding_window": "sliding_window"}
-WINDOWED = (
-    HEAD
-    | WINDOW
-    | {
-        "final_logit_softcapping": "final_logit_softcapping",
-        "attn_logit_softcapping": "attn_logit_softcapping",
-    }
-)
+SOFTCAPS = "final_logit_softcapping", "attn_logit_softcapping"
+WINDOWED = HEAD | WINDOW | dict(zip(SOFTCAPS, SOFTCAPS, strict=True))
 SCALED = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -120,17 +114,14 @@ EXPERTS = frozenset({"norm_topk_prob", "num_experts", "num_experts_per_tok", "nu
 ROUTED = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 CLAMPED = frozenset({"swiglu_alpha", "swiglu_limit"})
 LINEAR = {f"linear_{name}" for name in ("key_head_dim", "num_key_heads", "num_value_heads", "value_head_dim")}
-ROTATED_GRIDS = {
-    "rope_parameters.mrope_interleaved",
-    "rope_parameters.mrope_section",
-}  # of images: text has one position
+GRIDS = "rope_parameters.mrope_interleaved", "rope_parameters.mrope_section"  # of images: text has one position
 PREDICTS = "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"  # of a layer that is no part of the model
 DELTA_RULE = Family(
     once=True,
     around_zero=True,
     mixer="gated delta rule",
     gated=True,
-    fields=frozenset({*LINEAR, *ROTATED_GRIDS, *PREDICTS, "full_attention_interval", "linear_conv_kernel_dim"}),
+    fields=frozenset({*LINEAR, *GRIDS, *PREDICTS, "full_attention_interval", "linear_conv_kernel_dim"}),
     only={"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"},
     gguf="qwen35",
     tiled=True,

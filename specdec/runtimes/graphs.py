@@ -109,9 +109,8 @@ class GraphedTarget(FusedTarget):
             raise SpecDecError(f"CUDA graphs are for attention alone; '{model.config.model_type}' has recurrent layers")
         self.record = record or functools.partial(record_cuda, device=model.device)
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
-        self._buffers: dict[
-            int, tuple[weakref.ref[KVCache], Tensor]
-        ] = {}  # by batch size: the last cache with it, and the buffer
+        # By batch size: the last cache with the buffer, and the buffer.
+        self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}
         self._head_slots: dict[tuple[int, bool], _HeadSlot] = {}  # by size, and whether there is a bias
         super().__init__(model)
 

@@ -68,16 +68,13 @@ def serve(app: FastAPI, settings: ServerSettings, listener: socket.socket, ready
 
     A second signal ends the process. ready: called once when the server accepts requests.
     """
-    handlers = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    ignore: Any = lambda number, frame: None  # noqa: E731
+    handlers = {number: signal.signal(number, ignore) for number in (signal.SIGTERM, signal.SIGINT)}
     try:  # uvicorn raises the signals that it has caught once more, for the handlers that it found
         asyncio.run(_Server(uvicorn_config(app, settings), ready).serve(sockets=[listener]))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    pass
 
 
 class _Server(uvicorn.Server):

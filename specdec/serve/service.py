@@ -130,10 +130,8 @@ class Service:
 
     def template_arguments(self, body: ChatBody) -> dict[str, Any]:
         """The client's arguments for the chat template. Raises ApiError for one that it does not have."""
-        given, known = (
-            dict(body.chat_template_kwargs or {}),
-            set(re.findall(r"\w+", self.template(body.callable_tools))),
-        )
+        given = dict(body.chat_template_kwargs or {})
+        known = set(re.findall(r"\w+", self.template(body.callable_tools)))
         known -= {"messages", *self.tokenizer.special_tokens_map}
         known -= set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
         for name in given:

@@ -89,10 +89,8 @@ def _generate(
         raise SpecDecError(f"a prompt has {len(long[0])} tokens, the model's context {context}; shorten or remove it")
     target, ends = decoder.target, decoder.eos_ids()
     engine = Engine(target, decoder.drafter, decoder.verifier, FixedDepth(0), max_rows=ROWS)
-    waiting, running = (
-        sorted(prompts, key=len, reverse=True),
-        list[Request](),
-    )  # prompts of similar length are prefilled together
+    waiting = sorted(prompts, key=len, reverse=True)  # prompts of similar length are prefilled together
+    running = list[Request]()
     while waiting or running:
         if len(running) <= ROWS - REFILL:
             for _ in range(min(ROWS - len(running), len(waiting))):

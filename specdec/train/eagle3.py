@@ -59,7 +59,8 @@ class Eagle3Method(TrainingMethod[Eagle3]):
             raise SpecDecError(f"settings 'heads' ({self.heads}) must be a multiple of 'kv_heads' ({self.kv_heads})")
         self.head_dim = int(getattr(config, "head_dim", None) or target.hidden_size // self.heads)
         self.inner = settings.inner or int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size)
-        self.rope = {"rope_theta": float(getattr(config, "rope_theta", None) or _theta(config))}
+        rope = getattr(config, "rope_parameters", None) or {}
+        self.rope = {"rope_theta": float(getattr(config, "rope_theta", None) or rope.get("rope_theta", 10000.0))}
 
     def teacher_states(self) -> StateSelection:
         return StateSelection((), (self.target.num_layers,), tuple(sorted(set(self.layers))))
@@ -150,10 +151,6 @@ def _vocabulary(folder: Path, device: torch.device) -> Tensor | None:
     """The draft vocabulary of a trained head; None: the full one."""
     d2t = drafter_folder.read_tensors(folder).get("d2t")
     return None if d2t is None else (d2t + torch.arange(len(d2t))).to(device)
-
-
-def _theta(config: Any) -> float:
-    return float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0))
 
 
 def draft_steps(network: Eagle3, target: Target, batch: TrainingBatch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -85,9 +85,8 @@ class DeedMethod(TrainingMethod[ExitHeads]):
         top1: agreement. layers: run per token. chain, score: see ``chain_figures``.
         """
         teacher, layers = self.teacher, torch.tensor(self.exits, device=self.target.device)
-        sums = torch.zeros(
-            len(self.exits) + 3, dtype=torch.float64
-        )  # right per exit, right where left, layers, positions
+        # Right per exit, right where left, layers, positions:
+        sums = torch.zeros(len(self.exits) + 3, dtype=torch.float64)
         lengths: list[int] = []
         for batch in batches:
             teacher.begin(batch)

@@ -148,9 +148,8 @@ def acceptance_chains(
     fits = [Sums(2 * target.hidden_size, target.hidden_size) for _ in segments]
     for batch in _batches(target, longest.path, train, settings):  # all segments share the passes of the longest
         exits, _ = next(draft_steps(longest, target, batch, 1, watched=True))
-        for network, x, sums in zip(
-            networks, exits[0][1][1:-1], fits, strict=True
-        ):  # x: the end of the segment [B, T, D]
+        ends = exits[0][1][1:-1]  # of each segment, [B, T, D]
+        for network, x, sums in zip(networks, ends, fits, strict=True):
             features = network.features(1, x, exact_carry(network, batch))
             sums.add(features[batch.valid], batch.hidden[target.num_layers][batch.valid])
     for network, sums in zip(networks, fits, strict=True):

@@ -35,6 +35,7 @@ from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256
+EVERY = "ids", "k.", "v.", "m.", "context."  # what every token has begins so; the rest begins at ``first``
 PASS_TOKENS = 1024  # tokens of a pass, padding included: intermediate results fit into the CPU cache
 READOUT_ROWS, SUM_ROWS = 256, 8  # positions per readout, in the model's dtype and in float32
 
@@ -152,11 +153,10 @@ def estimate(
     start = time.perf_counter()
     shard = _teach(target, few, wanted, student)
     seconds = time.perf_counter() - start
-    lengths = ("ids", "k.", "v.", "m.", "context.")
     found = [0, 0]  # bytes for every token, and for kept ones
     for key, tensor in shard.items():
         if key not in ("lengths", "prompts"):
-            found[not key.startswith(lengths)] += tensor.nbytes
+            found[not key.startswith(EVERY)] += tensor.nbytes
     (tokens, kept), (all_tokens, all_kept) = _counts(few), _counts(answers)
     return found[0] * all_tokens // tokens + found[1] * all_kept // kept, seconds * all_tokens / tokens
 
@@ -240,12 +240,7 @@ def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tens
 def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerStates]:
     lengths, prompts = tensors.pop("lengths").tolist(), tensors.pop("prompts").tolist()
     kept = [length - 1 - first_kept(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
-    split = {
-        key: tensor.split(
-            lengths if key.startswith(("ids", "k.", "v.", "m.", "context.")) else kept
-        )  # of every token, or from ``first`` on
-        for key, tensor in tensors.items()
-    }
+    split = {key: tensor.split(lengths if key.startswith(EVERY) else kept) for key, tensor in tensors.items()}
     return [
         AnswerStates(
             split["ids"][i],
