@@ -23,7 +23,7 @@ from specdec.serve.schema import (
     Stop,
     Strict,
     ToolName,
-    check_kind,
+    check_kinds,
 )
 
 MAX_SEQUENCES = 64
@@ -68,13 +68,6 @@ class ToolResult(_Block):
     is_error: bool | None = None
 
 
-def _known(given: Any) -> Any:
-    """Refuse blocks of other types in one sentence."""
-    for block in given if isinstance(given, list) else ():
-        check_kind(block, "blocks", *BLOCKS)
-    return given
-
-
 BLOCKS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 AnyBlock = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUse | ToolResult, Field(discriminator="type")]
 Texts = str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -90,7 +83,7 @@ class Turn(Strict):
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[AnyBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
 
-    _check_blocks = field_validator("content", mode="before")(_known)
+    _check_blocks = field_validator("content", mode="before")(lambda given: check_kinds(given, "blocks", *BLOCKS))
 
     @property
     def blocks(self) -> list[Any]:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 from pydantic_core import from_json, to_json
 
 from specdec.base import options
@@ -29,9 +29,8 @@ from specdec.serve.schema import (
     JsonSchema,
     Strict,
     Top,
-    check_kind,
+    check_kinds,
     check_size,
-    drop_unused,
 )
 
 MAX_STORED = 1000  # responses of a key
@@ -170,6 +169,8 @@ class Reasoning(Strict):
 
 
 class ResponsesBody(Extensions):
+    unused = UNUSED
+
     model: str
     input: str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: str | None = None
@@ -196,17 +197,7 @@ class ResponsesBody(Extensions):
     service_tier: Any = None
     stream_options: Any = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _unused(cls, given: Any) -> Any:
-        return drop_unused(given, UNUSED)
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _check_kinds(cls, given: Any) -> Any:
-        for item in given if isinstance(given, list) else ():
-            check_kind(item, "items", *KINDS)
-        return given
+    _check_kinds = field_validator("input", mode="before")(lambda given: check_kinds(given, "items", *KINDS))
 
     @property
     def messages(self) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -45,21 +45,15 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "suffix": ("",),
 }
-UNUSED_IN_MESSAGES = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 
 
-def drop_unused(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
-    """``given`` without the ``unused`` parameters that are null or have one of their values."""
-    if not isinstance(given, dict):
-        return given
-    return {k: v for k, v in given.items() if k not in unused or not (v is None or v in unused[k])}
-
-
-def check_kind(given: Any, what: str, *known: str) -> None:
-    """Raise ValueError, in one sentence, for an object of a type that is not ``known``."""
-    kind = given.get("type") if isinstance(given, dict) else None
-    if isinstance(kind, str) and kind not in known:
-        raise ValueError(f"{what} of the type '{kind[:64]}' are not supported; leave them out")
+def check_kinds(given: Any, what: str, *known: str) -> Any:
+    """Refuse, in one sentence, a list with objects of types that are not ``known``."""
+    for each in given if isinstance(given, list) else ():
+        kind = each.get("type") if isinstance(each, dict) else None
+        if isinstance(kind, str) and kind not in known:
+            raise ValueError(f"{what} of the type '{kind[:64]}' are not supported; leave them out")
+    return given
 
 
 def check_size(given: Any, most: int) -> Any:
@@ -73,6 +67,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     no_effect: ClassVar[Sequence[str]] = ()  # members that are left out
+    unused: ClassVar[Mapping[str, Sequence[Any]]] = {}  # members that are left out where they are null or these values
     kinds: ClassVar[Sequence[str]] = ()  # what it is called, and its types
 
     @model_validator(mode="before")
@@ -80,8 +75,11 @@ class Strict(BaseModel):
     def _check_members(cls, given: Any) -> Any:
         check_size(given, MAX_MEMBERS)
         if cls.kinds:
-            check_kind(given, *cls.kinds)
-        return {k: v for k, v in given.items() if k not in cls.no_effect} if isinstance(given, dict) else given
+            check_kinds([given], *cls.kinds)
+        if not isinstance(given, dict):
+            return given
+        unused = [key for key, values in cls.unused.items() if given.get(key) is None or given[key] in values]
+        return {key: value for key, value in given.items() if key not in (*cls.no_effect, *unused)}
 
 
 class Extensions(Strict):
@@ -101,13 +99,10 @@ class Extensions(Strict):
 class StreamOptions(Strict):
     """include_draft_depth: send a chunk per token, with its depth in the draft (0: the model chose it)."""
 
+    unused = {"include_obfuscation": (False,)}
+
     include_usage: bool = False
     include_draft_depth: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unused(cls, given: Any) -> Any:
-        return drop_unused(given, {"include_obfuscation": (False,)})
 
 
 class JsonSchema(Strict):
@@ -146,6 +141,8 @@ class GenerationBody(Strict):
     include_metrics, per_step_metrics: add metrics of the request and of each step to the response.
     """
 
+    unused = UNUSED
+
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[options.Temperature, Field(le=2)] | None = None
@@ -172,11 +169,6 @@ class GenerationBody(Strict):
     speculative_decoding: bool = True
     include_metrics: bool = True
     per_step_metrics: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unused(cls, given: Any) -> Any:
-        return drop_unused(given, UNUSED)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:
@@ -244,17 +236,14 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
+    unused = dict.fromkeys(("annotations", "audio", "function_call", "refusal", "tool_calls"), ([],))
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unused(cls, given: Any) -> Any:
-        return drop_unused(given, dict.fromkeys(UNUSED_IN_MESSAGES, ([],)))
 
     @model_validator(mode="after")
     def _check_role(self) -> Message:
