@@ -132,11 +132,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             decoder = opened(plain, Path(shutil.copytree(args.learned, folder, dirs_exist_ok=True)))
             before, learner = tokens_a_step(decoder, texts[args.requests :], args.depth), learner_of(decoder)
-            tokens, fits = learner.progress.tokens, learner.progress.fits
+            tokens, fits = learner.fits.progress.tokens, learner.fits.progress.fits
             for ids, start in texts[: args.requests]:
                 learn(decoder, ids, start)
             after = tokens_a_step(decoder, texts[args.requests :], args.depth)
-        found[kind] = {"tokens": learner.progress.tokens - tokens, "fits": learner.progress.fits - fits}
+        found[kind] = {"tokens": learner.fits.progress.tokens - tokens, "fits": learner.fits.progress.fits - fits}
         found[kind] |= {"before": before, "after": after, "gain": after / before - 1}
         kept.write_text(json.dumps(found, indent=2))
         print(f"{kind}: " + ", ".join(f"{name} {figure:.3g}" for name, figure in found[kind].items()), flush=True)

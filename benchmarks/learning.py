@@ -33,7 +33,7 @@ from specdec.drafters.m2r2_learning import Learner
 from specdec.models import drafter_folder
 
 Figures = dict[str, dict[str, Any]]
-DEQUES = "held", "texts", "recent"
+KEPT = "latest", "read"
 
 
 def opened(plain: SpecDecoder, folder: Path, drafter: str = "m2r2") -> SpecDecoder:
@@ -65,8 +65,8 @@ def keep(decoder: SpecDecoder) -> None:
     """Write what was learned, and the texts that a process has in memory."""
     learner = learner_of(decoder)
     learner.save()
-    if learner.store.path.exists():
-        torch.save({name: vars(learner)[name] for name in DEQUES}, learner.store.path.parent / "texts.pt")
+    if learner.fits.store.path.exists():
+        torch.save({name: vars(learner)[name] for name in KEPT}, learner.fits.store.path.parent / "texts.pt")
 
 
 def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -> Figures:
@@ -143,25 +143,25 @@ def main() -> None:
     plain = SpecDecoder.from_pretrained(args.model, drafter="none", learn=False)
     decoder, end = opened(plain, now), time.monotonic() + 60 * args.minutes
     learner = learner_of(decoder)
-    texts = texts_after(args.texts, learner.progress.texts)
+    texts = texts_after(args.texts, learner.fits.progress.texts)
     for stage in [int(n) for n in args.tokens.split(",")][len(curve) :]:
         began, longest = time.perf_counter(), 0.0
-        for text in texts if learner.progress.tokens < stage else ():
+        for text in texts if learner.fits.progress.tokens < stage else ():
             longest = max(longest, learn(decoder, *text))
-            if learner.progress.tokens >= stage or time.monotonic() >= end:
+            if learner.fits.progress.tokens >= stage or time.monotonic() >= end:
                 break
         keep(decoder)
         learning = time.perf_counter() - began
-        done = f"{learner.progress.tokens} tokens, {learning:.0f} s, longest piece {longest:.2f} s"
+        done = f"{learner.fits.progress.tokens} tokens, {learning:.0f} s, longest piece {longest:.2f} s"
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        if learner.progress.tokens < stage and time.monotonic() >= end:
+        if learner.fits.progress.tokens < stage and time.monotonic() >= end:
             print(f"{done}, {memory:.0f} MB at most: time is up", flush=True)
             break
         copied = shutil.copytree(now, args.output / str(stage), dirs_exist_ok=True)
         decoders = {"none": plain} | {name: opened(plain, copied, name) for name in names}  # as in a new process
         found = measured(decoders, prompts, scope=str(stage), **how)
-        agreement = learner.progress.agreement[-1][1] if learner.progress.agreement else 0.0
-        measures = {"tokens": learner.progress.tokens, "seconds": learning, "longest piece": longest, "MB": memory}
+        agreement = learner.fits.progress.agreement[-1][1] if learner.fits.progress.agreement else 0.0
+        measures = {"tokens": learner.fits.progress.tokens, "seconds": learning, "longest piece": longest, "MB": memory}
         curve.append(measures | {"agreement": agreement} | found)
         draw(curve, names, args.output / "curve.svg")
         kept.write_text(json.dumps(curve, indent=2))
@@ -171,7 +171,7 @@ def main() -> None:
             for name, own in found.items()
         )
         print(f"{done}, {memory:.0f} MB at most, agreement {agreement:.3f}: {figures}", flush=True)
-        if learner.progress.tokens < stage:
+        if learner.fits.progress.tokens < stage:
             break
 
 

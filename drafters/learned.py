@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdec.base import files
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, one_line
 from specdec.base.terminal import say
 
 VERSION = 3
@@ -65,7 +65,7 @@ def folder() -> Path:
 
 def first_use() -> None:
     """Say what is kept, unless something was kept before."""
-    if not folder().exists():
+    if not os.path.exists(folder()):
         say(
             "a drafter learns from the texts written here, while the machine is idle; it keeps sums over states and "
             f"counts of tokens, no text, in {folder()}; --no-learn (learn=False) turns this off"
@@ -89,8 +89,10 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             self.writes = True
-        except (Timeout, OSError):
-            self.writes = False
+            for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed
+                left.unlink()
+        except (Timeout, OSError, NotImplementedError):  # the last one: the file system has no locks
+            pass
         return self.writes
 
     def release(self) -> None:
@@ -102,26 +104,29 @@ class Store:
         """What the file says of itself; None if there is none. Raises SpecDecError for one that cannot be used."""
         return read_progress(self.path)
 
-    def tensors(self, names: tuple[str, ...], shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors whose names begin with one of ``names``.
+    def stamp(self) -> tuple[int, int] | None:
+        """Differs between two states of the file."""
+        with suppress(OSError):
+            found = self.path.stat()
+            return found.st_ino, found.st_mtime_ns
+        return None
 
-        Raises SpecDecError unless each has its shape in ``shapes`` and is finite.
-        """
+    def tensors(self, like: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Its tensors of these names. Raises SpecDecError unless each is there, is shaped so, and is finite."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                for name in sorted(file.keys()):
-                    if name.startswith(names):
-                        if tuple(file.get_slice(name).get_shape()) != shapes.get(name):
-                            raise ValueError(f"'{name}' has another shape")
-                        tensor = file.get_tensor(name)
-                        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                            raise ValueError(f"'{name}' is not finite")
-                        yield name, tensor
+                for name, each in like.items():
+                    if tuple(file.get_slice(name).get_shape()) != each.shape:
+                        raise ValueError(f"'{name}' has another shape")
+                    tensor = file.get_tensor(name)
+                    if not bool(tensor.isfinite().all()):
+                        raise ValueError(f"'{name}' is not finite")
+                    yield name, tensor
         except Exception as error:  # safetensors has errors of its own
-            raise SpecDecError(f"'{self.path}' cannot be used ({error})") from None
+            raise SpecDecError(f"'{self.path}' cannot be used ({one_line(error)})") from None
 
     def save(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
-        """Write the file at once or not at all. Raises OSError."""
+        """Write the file at once or not at all. Raises an error of the system or of safetensors."""
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         os.close(handle)
         try:
@@ -129,8 +134,6 @@ class Store:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
-        except Exception as error:
-            raise OSError(str(error)) from None
         finally:
             Path(temporary).unlink(missing_ok=True)
         _bound(self.path)
@@ -138,7 +141,7 @@ class Store:
 
 def read_progress(path: Path) -> Progress | None:
     """As ``Store.progress``."""
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -168,7 +171,7 @@ def begin_from(store: Store, other: Path, model: str) -> None:
         raise SpecDecError(f"'{store.path}' cannot be written, or another process learns for '{model}'")
     try:
         store.save(own, tensors)
-    except OSError as error:
+    except Exception as error:
         raise SpecDecError(f"'{store.path}' cannot be written: {error}") from None
     finally:
         store.release()

@@ -87,6 +87,7 @@ class M2R2Drafter(ChainDrafter):
         super().__init__(**shape)
         self.network, self.learner, self.learns = network, learner, learner is not None
         self.keeps = isinstance(learner, Learner)
+        self.served = learner.fits if isinstance(learner, Learner) else learner
         path = network.path
         self.path, self.num_exits = str(path), len(path.stages_to_exit)
         self.leaves_state = path.exit_layer > 0 and not path.segments
@@ -108,13 +109,13 @@ class M2R2Drafter(ChainDrafter):
                     f"{cls.not_shipped(target.model.config._name_or_path)}; it cannot teach itself: {why}"
                 )
             learner = Learner(target)
-            return cls(learner.network, learner=learner, **kwargs)
+            return cls(learner.fits.network, learner=learner, **kwargs)
         return cls(load_network(target, cls.find(target, source)), **kwargs)
 
     def bind(self, target: Target) -> None:
         if self.learner is None:
             self.network.freeze(target)
-        head = None if self.learner is None else self.learner.head
+        head = None if self.served is None else self.served.head
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab, head)
         self.draft_path: DraftPath | None = None
         one = self.num_exits == 1 and self.shape.siblings is None
@@ -128,19 +129,19 @@ class M2R2Drafter(ChainDrafter):
 
     @property
     def version(self) -> int:  # type: ignore[override]
-        return 0 if self.learner is None else self.learner.version
+        return 0 if self.served is None else self.served.version
 
     def end(self, row_state: M2R2Row, ids: list[int], start: int, learn: bool = True) -> None:
         if self.learner is not None and learn:
             self.learner.add(ids, start)
 
     def learn(self) -> bool:
-        if self.learner is None or not self.learner.work():
+        if self.learner is None or self.served is None or not self.learner.work():
             return False
-        if self.network is not self.learner.network and self.version:
-            old, self.network, self.draft_path = self.network.draft_vocab, self.learner.network, None
+        if self.network is not self.served.network and self.version:
+            old, self.network, self.draft_path = self.network.draft_vocab, self.served.network, None
             if self.network.draft_vocab is not old:
-                self.vocabulary = DraftVocabulary(self.learner.target, self.network.draft_vocab, self.learner.head)
+                self.vocabulary = DraftVocabulary(self.served.target, self.network.draft_vocab, self.served.head)
         return True
 
     def save(self) -> None:

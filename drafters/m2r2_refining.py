@@ -21,7 +21,6 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +51,17 @@ main()
 """
 
 
-@dataclass
-class Answer:
-    """A text, as ``specdec train`` reads it."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-
-
 class Run:
-    """A training process with its folder; both end with this object, or with the Python process."""
+    """A training process with its folder; both end with this object, or with the Python process.
 
-    def __init__(self, command: list[str], answers: Sequence[Answer]) -> None:
+    answers: prompts and responses.
+    """
+
+    def __init__(self, command: list[str], answers: Sequence[tuple[list[int], list[int]]]) -> None:
         folder = tempfile.TemporaryDirectory(prefix="specdec-", ignore_cleanup_errors=True)
         self.folder = Path(folder.name)
-        (self.folder / "answers.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in answers))
+        lines = (json.dumps({"prompt_ids": prompt, "response_ids": response}) for prompt, response in answers)
+        (self.folder / "answers.jsonl").write_text("\n".join(lines))
         one = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -109,7 +104,7 @@ class Refiner:
         self.target, self.folder, self.minutes = target, folder, minutes
         self.network, self.version = load_network(target, folder), 1
         self.network.freeze(target)
-        self.texts, self.new = deque[Answer](), 0
+        self.texts, self.new = deque[tuple[list[int], list[int]]](), 0
         self.run: Run | None = None
         self.used = self.began = -DAY
         self.on = True
@@ -126,9 +121,9 @@ class Refiner:
     def add(self, ids: Sequence[int], start: int) -> None:
         """Learn from a text, later. start: number of prompt tokens."""
         if len(ids) > start + 1 >= 2:
-            self.texts.append(Answer([*ids[:start]], [*ids[start:]]))
+            self.texts.append(([*ids[:start]], [*ids[start:]]))
             self.new += len(ids)
-            while sum(len(each.prompt_ids) + len(each.response_ids) for each in self.texts) > MOST:
+            while sum(len(part) for text in self.texts for part in text) > MOST:
                 self.texts.popleft()
 
     def work(self) -> bool:

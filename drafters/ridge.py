@@ -11,7 +11,8 @@ from torch import Tensor, nn
 RIDGE = 50.0  # rows of average size that the ridge counts as: fits of few rows need it
 PANEL = 128  # features of a panel
 WORK = 5e8  # multiply-adds in single precision of a piece of work: some 20 ms on one core
-DOUBLE, TOUCHED = 2, 16  # multiply-adds that one in double precision, and a number that is moved, count as
+DOUBLE = 2  # multiply-adds that one in double precision counts as
+TOUCHED, ALLOCATED = 16, 100  # those that a number counts as that is moved, or moved to new memory
 
 Weighted = tuple[Tensor, Tensor, float]  # x [n, F], y [n, D], how many times each row counts
 T = TypeVar("T")
@@ -43,26 +44,30 @@ class Sums:
         """``add`` in pieces."""
         return in_pieces(_added(self.panels, (x, y, weight)))
 
-    def scaling(self, factor: float) -> Generator[None]:
-        """Count each row ``factor`` times, in pieces."""
-        return in_pieces(TOUCHED * panel.mul_(factor).numel() for panel in self.panels)
+    def scaled(self, factor: float) -> Generator[None, None, Sums]:
+        """Return sums that count each row ``factor`` times, after pieces of work."""
+        made = Sums(self.size - 1, self.outputs)
+        pairs = zip(made.panels, self.panels, strict=True)
+        yield from in_pieces(ALLOCATED * own.add_(panel, alpha=factor).numel() for own, panel in pairs)
+        return made
 
     def solve(self, ridge: float, more: Iterable[Weighted] = ()) -> Generator[None, None, Tensor]:
-        """Return W [F + 1, D], float32, after pieces of work.
+        """Return W.T [D, F + 1], float32, after pieces of work.
 
         ridge: a number of rows of average size. more: further rows.
         """
-        panels = list[Tensor]()
-        yield from in_pieces(self._solved(panels, ridge, more))
-        return torch.cat([panel[-self.outputs :] for panel in panels], 1).T.float()
+        found = torch.empty(self.outputs, self.size)
+        yield from in_pieces(self._solved(found, ridge, more))
+        return found
 
-    def _solved(self, panels: list[Tensor], ridge: float, more: Iterable[Weighted]) -> Iterator[float]:
-        """Make ``panels`` of the system, in double precision, and leave W.T in their last D rows."""
+    def _solved(self, solution: Tensor, ridge: float, more: Iterable[Weighted]) -> Iterator[float]:
+        """Solve the system in double precision."""
         size = sum(float(panel.diagonal().sum()) for panel in self.panels) / self.size / max(self.rows, 1.0)  # of a row
+        panels = list[Tensor]()
         for panel in self.panels:
             panels.append(panel.double())
             panels[-1].diagonal().add_(ridge * size)
-            yield TOUCHED * panel.numel()
+            yield ALLOCATED * panel.numel()
         for rows in more:
             yield from _added(panels, rows)
         # A Cholesky factorisation L L.T, which also solves Z L.T = cross.T.
@@ -78,20 +83,22 @@ class Sums:
         # W.T L = Z, from the last panel back.
         for number in reversed(range(len(panels))):
             panel = panels[number]
-            found, start = panel[-self.outputs :], panel.shape[1]
+            found, start, lo = panel[-self.outputs :], panel.shape[1], number * PANEL
             for later in panels[number + 1 :]:
                 found.addmm_(later[-self.outputs :], panel[start : start + later.shape[1]], alpha=-1)
                 start += later.shape[1]
                 yield DOUBLE * found.numel() * later.shape[1]
             corner = panel[: panel.shape[1]]
             found.copy_(torch.linalg.solve_triangular(corner, found, upper=False, left=False))
+            solution[:, lo : lo + panel.shape[1]] = found
+            yield ALLOCATED * found.numel()
 
     def fit(self, layer: nn.Linear) -> None:
         """Set the parameters of a linear map X -> Y."""
         found = result(self.solve(RIDGE))
         with torch.no_grad():
-            layer.weight.copy_(found[:-1].T)
-            layer.bias.copy_(found[-1])
+            layer.weight.copy_(found[:, :-1])
+            layer.bias.copy_(found[:, -1])
 
 
 def _added(panels: list[Tensor], rows: Weighted) -> Iterator[float]:

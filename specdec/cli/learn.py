@@ -130,7 +130,7 @@ def export(
 
         decoder = SpecDecoder.from_pretrained(model, "none", learn=False)
         drafter = M2R2Drafter.load(decoder.target)
-        if drafter.learner is None or not drafter.learner.progress.fits:
+        if not drafter.version:
             raise SpecDecError(f"nothing that drafts was learned for '{model}' yet; specdec learn {model} does so now")
         base = drafter_folder.describe_base(decoder.target, source.public_name(model))
     config = {"drafter": "m2r2", "path": drafter.network.path.to_json(), "base": base}
@@ -141,7 +141,7 @@ def export(
 def _begin_from(target: Target, base: str) -> None:
     """Raises SpecDecError if that is not possible."""
     from specdec.drafters import learned
-    from specdec.drafters.m2r2_learning import learned_path
+    from specdec.drafters.m2r2_fits import learned_path
 
     own, path = str(target.model.config._name_or_path), str(learned_path(target))
     store = learned.Store(target.fingerprint, path)

@@ -45,7 +45,6 @@ class Batch:
         self.target, self.verifier, self.policy = target, verifier, policy
         self.configured, self.failures, self.drafter_behind = drafter, 0, False
         self.drafter: Drafter | None = drafter
-        self.version = drafter.version
         self.rows: list[Request] = []
         self.cache = target.new_cache(0)
         self.ledger = Ledger(target.device)
@@ -195,9 +194,7 @@ class Batch:
     def _choose_depths(self) -> list[int]:
         """The maximum depth of each row's draft in this step."""
         state, rows = self.state, self.rows
-        if self.version != self.configured.version:
-            self.version = self.configured.version
-            self.policy.forget()
+        self.policy.follow(self.configured.version)
         able = self.drafter is not None and not self.drafter_behind
         drafting = [b for b, row in enumerate(rows) if row.draft and able]
         choice = self.policy.choose([rows[b].depth_history for b in drafting], len(rows) - len(drafting))

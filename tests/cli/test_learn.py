@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
 from specdec.cli.learn import sparkline
-from specdec.drafters import learned, m2r2_learning
+from specdec.drafters import learned, m2r2_fits, m2r2_learning
 from specdec.models import drafter_folder
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50, "RIDGE": 1.0}.items():
+    monkeypatch.setattr(m2r2_fits, "RIDGE", 1.0)
+    for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50}.items():
         monkeypatch.setattr(m2r2_learning, name, value)
 
 

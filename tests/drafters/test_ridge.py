@@ -17,7 +17,7 @@ def test_sums_solve_the_ridge_regression_of_all_rows_at_their_weights() -> None:
     x, y, sums = torch.randn(400, 150), torch.randn(400, 7), Sums(150, 7)
     for at in range(0, 400, 37):
         sums.add(x[at : at + 37], y[at : at + 37])
-    found = result(sums.solve(3.0, [(x[:20], y[:20], 4.0)]))
+    found = result(sums.solve(3.0, [(x[:20], y[:20], 4.0)])).T
     weights = torch.ones(400, dtype=torch.double)
     weights[:20] = 5
     rows = torch.cat((x, torch.ones(400, 1)), 1).double()

@@ -27,7 +27,7 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from zoo import EOS, every, new_tokens
 
 from specdec import Regex, SpecDecError
-from specdec.drafters import m2r2_learning
+from specdec.drafters import m2r2_fits, m2r2_learning
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_learning import Learner
@@ -284,7 +284,7 @@ class Schedules(RuleBasedStateMachine):
     )
     def step(self, right: int, chunk: int, count: int, pieces: int = 1000, vocabulary: int = 64) -> None:
         self.oracle.hits, self.engine.scheduler.chunk, self.pieces = right, chunk, pieces
-        m2r2_learning.VOCABULARY = vocabulary
+        m2r2_fits.VOCABULARY = vocabulary
         for _ in range(count):
             self.advance()
 
@@ -389,11 +389,11 @@ def drafters(kind: str) -> list[Callable[[Target], Drafter]]:
 def self_taught(target: Target, kind: str, hybrid: bool = False, **shape: Any) -> Drafter:
     """A drafter with texts to learn from, whose every fit serves."""
     learner, rng = Learner(target), random.Random(len(kind))
-    learner.store.claim = lambda: True  # type: ignore[method-assign]  # nothing is kept
+    learner.fits.store.claim = lambda: True  # type: ignore[method-assign]  # nothing is kept
     for _ in range(16):
         prompt = [rng.randrange(3, 97) for _ in range(4)]
         learner.add([*prompt, *plain(kind, tuple(prompt), 0, 0).tokens], len(prompt))
-    drafter: Drafter = M2R2Drafter(learner.network, learner=learner, **shape)
+    drafter: Drafter = M2R2Drafter(learner.fits.network, learner=learner, **shape)
     drafter = HybridDrafter([NgramDrafter(9), drafter]) if hybrid else drafter
     drafter.bind(target)
     return drafter
@@ -406,7 +406,7 @@ tokens_bytes = functools.cache(lambda kind: scheduler._sizes(target_of(kind)))
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What happens in long texts happens in short ones."""
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
-    monkeypatch.setattr(m2r2_learning, "VOCABULARY", 64)
+    monkeypatch.setattr(m2r2_fits, "VOCABULARY", 64)
     for name, value in {"HEADROOM": 0, "SHARED": 4, "CHECKPOINT": 6, "DRAFTED": 24}.items():
         monkeypatch.setattr(scheduler, name, value)
     yield
@@ -449,7 +449,7 @@ def test_answers_do_not_depend_on_the_fits_that_are_swapped_in(kind: str, monkey
         return next(numbers)
 
     monkeypatch.setattr(Learner, "_hits", better)
-    for name, value in {"FIRST": 40, "EVERY": 30, "RECENT": 30, "AGAIN": 60}.items():
+    for name, value in {"FIRST": 40, "EVERY": 30, "RECENT": 30, "AGAIN": 60, "HELD": 20}.items():
         monkeypatch.setattr(m2r2_learning, name, value)
     Schedules.swapped.clear()
     shapes: list[dict[str, Any]] = [{}, {"nodes": 9}, {"siblings": (2, 1)}, {"hybrid": True}]

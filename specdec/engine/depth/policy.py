@@ -149,7 +149,7 @@ class FixedDepth:
     def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
         return self.choice
 
-    def forget(self) -> None:
+    def follow(self, version: int) -> None:
         pass
 
     def observe(self, step: StepReport) -> None:
@@ -173,11 +173,18 @@ class AutoDepth:
         self.budget = ProbeBudget(len(self.exits) + 1)
         self.rows, self.hold = (0, 0), 0
         self.choice, self.speed = DepthChoice(), 0.0
+        self.version: int | None = None  # of the drafter
 
     def begin(self) -> RowHistory:
         """The history of a new request."""
         self.hold = 0
         return self.yields.begin()
+
+    def follow(self, version: int) -> None:
+        """Forget what was known of another version of the drafter."""
+        if self.version not in (None, version):
+            self.forget()
+        self.version = version
 
     def forget(self, exit: int = -1) -> None:
         """The drafter has changed: what its drafts to ``exit`` yielded counts little from now on."""
