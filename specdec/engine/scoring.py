@@ -78,7 +78,10 @@ class _Scorer:
         x, late = _after(filled, x), _after(filled, positions)
         x = target.layers(x, exit_layer, target.num_layers, Pass(late, cache.mask(exit_layer, late, tree), cache, taps))
         # Choose, and read drafted tokens that the device alone has
-        masked = sampler.best_allowed and not verifier.needs_probabilities
+        # A device had better choose after all tokens at once, unless masks come from the host.
+        along = not (verifier.needs_probabilities or filled) and (
+            sampler.best_allowed or not is_asynchronous(cache.device)
+        )
         p, fault, unread = None, None, [draft.tokens] if draft.listed is None else []
         row_logits = dict[int, Tensor]()
         if sampler.plain_greedy and readout not in taps and not self.logit_rows:
@@ -88,7 +91,7 @@ class _Scorer:
             row_logits = {b: logits[b] for b in self.logit_rows}
             if readout in taps:
                 taps[readout] = logits
-            if sampler.plain_greedy or masked:
+            if sampler.plain_greedy or along:
                 tokens = largest(logits)
                 if is_asynchronous(cache.device):
                     self._make_masks()
@@ -104,8 +107,9 @@ class _Scorer:
             if fault := check_tokens(read[0], cache.batch, len(draft.parents), target.vocab_size):
                 draft.listed = [[-1] * len(draft.parents)] * cache.batch
         for b, row in enumerate(sampler.rows):
-            if masked and not row.plain_greedy:
-                chosen[b] = self._choose_along(b, range(len(chosen[b])), logits[b], chosen[b])
+            if along and not row.plain_greedy:
+                best = chosen[b] if row.masked_greedy else None
+                chosen[b] = self._choose_along(b, range(len(chosen[b])), logits[b], best)
         if filled:  # tokens whose states were propagated have no scores
             chosen = [[0] * filled + row for row in chosen]
             p = None if p is None else F.pad(p, (0, 0, filled, 0))

@@ -148,17 +148,20 @@ class Noise:
 
     def __init__(self, seed: int, stream: int = 0) -> None:
         self.key = np.array([seed, stream], np.uint64)
-        self.made: dict[int, Tensor] = {}  # by position; drafting and scoring use the same
+        self.made: dict[int, Tensor] = {}  # by position, of the whole vocabulary
 
-    def __call__(self, position: int, size: int) -> Tensor:
-        """Noise [V] (float32, on the host) for the token at ``position``."""
-        if position not in self.made:
-            philox = np.random.Philox(key=self.key, counter=np.array([0, 0, position, 0], np.uint64))
-            bits = (philox.random_raw((size + 1) // 2).view(np.uint32)[:size] >> 1).view(np.int32)
-            # 1 - u, not u: near zero, where exponentials win, float32 has all 31 bits.
-            uniform = torch.from_numpy(bits).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-            self.made[position] = uniform.neg_().log1p_().neg_().log_().neg_()
-        return self.made[position]
+    def __call__(self, position: int, size: int, vocab: Tensor | None = None) -> Tensor:
+        """Noise (float32, on the host) for the token at ``position``: [V], or [V'] of the tokens ``vocab``."""
+        if (made := self.made.get(position)) is not None:
+            return made if vocab is None else made[vocab]
+        philox = np.random.Philox(key=self.key, counter=np.array([0, 0, position, 0], np.uint64))
+        bits = torch.from_numpy((philox.random_raw((size + 1) // 2).view(np.uint32)[:size] >> 1).view(np.int32))
+        # 1 - u, not u: near zero, where exponentials win, float32 has all 31 bits.
+        uniform = (bits if vocab is None else bits[vocab]).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+        noise = uniform.neg_().log1p_().neg_().log_().neg_()
+        if vocab is None:
+            self.made[position] = noise
+        return noise
 
     def forget(self, position: int) -> None:
         """Drop the cached noise of positions before ``position``."""
@@ -276,11 +279,12 @@ class Sampler:
         if all(row.transforms.greedy for row in self.rows):
             return scores
         perturbed = scores - scores.amax(-1, keepdim=True)  # near zero, where scores compete, float32 is finest
+        here = vocab if scores.device.type == "cpu" else None  # of few tokens, noise takes a fraction of the time
         for b, row in enumerate(self.rows):
             if not row.transforms.greedy:
                 for t, position in enumerate(positions[b]):
-                    noise = row.noise(position, size).to(scores.device)
-                    perturbed[b, t] += noise if vocab is None else noise[vocab]
+                    noise = row.noise(position, size, here).to(scores.device)
+                    perturbed[b, t] += noise if vocab is here else noise[vocab]
         return perturbed
 
     def choose(self, scores: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:

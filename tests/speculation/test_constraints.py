@@ -268,7 +268,7 @@ class Unchanged(LogitsProcessor):  # type: ignore[misc]
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
-    """A row with another processor has all masks, and the same text."""
+    """Also with another processor."""
     monkeypatch.setattr(batch, "FORCED", 0)
     model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
     text = plainly(model, PROMPTS[0], rule)
@@ -286,7 +286,7 @@ def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, 
     assert constraint is not None and row.sampler.masked_greedy == alone
     together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
     assert new_tokens(row) == text and row.metrics.num_accepted_draft_tokens > 4
-    assert all(list(new) == text[: len(new)] for new in constraint.masks) == alone
+    assert all(list(new) == text[: len(new)] for new in constraint.masks)
 
 
 def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -> None:
