@@ -17,37 +17,27 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.models.gguf.blocks import named_weights
 from specdec.runtimes.linear_maps import UnitMap
-from specdec.runtimes.llama_like import Adapters
-from specdec.runtimes.narrow import activity, column_sizes, gated_mlp
 from specdec.runtimes.target import Target
 from specdec.speculation.ngram import built
 
 from .corpus import corpus
 from .learned import Progress, Store
-from .m2r2_network import M2R2, NEURONS, are_neurons, narrow_mlp
+from .m2r2_network import M2R2
 from .m2r2_path import M2R2Path
-from .m2r2_replay import Rows
 from .ridge import RIDGE, Sums, Weighted, result
 
 VOCABULARY = 8192  # tokens that are drafted
 
 
 def learned_path(target: Target) -> M2R2Path:
-    """The path of a drafter that teaches itself: a third of the layers, which end a twelfth before the model's end.
+    """The path of a drafter that teaches itself: a quarter of the layers, which end a twelfth before the model's end.
 
-    Their MLPs run two thirds of D neurons; where they cannot, fewer layers run whole. Where the output head has more
-    weights than all layers, half of these run whole: beside the head they cost little.
+    Where the output head has more weights than all layers, it is half of them: beside the head they cost little.
     """
     n, blocks = target.num_layers, range(target.num_layers)
     own = sum(math.prod(each.shape) for layer in blocks for _, each in named_weights(target.block(layer)))
-    neurons = -(-2 * target.hidden_size // 3 // NEURONS) * NEURONS
-    hi, whole = n - max(n // 12, 1), [gated_mlp(target.block(layer)) for layer in range(n)]
-    if target.vocab_size * target.hidden_size > own:
-        return M2R2Path(0, ((hi - max(n // 2, 1), hi),), True)
-    lo = hi - max(n // 3, 1)
-    if all(mlp is not None and mlp.size > neurons for mlp in whole[lo:hi]):
-        return M2R2Path(0, ((lo, hi),), True, neurons=neurons)
-    return M2R2Path(0, ((hi - max(2 * n // 9, 1), hi),), True)
+    hi, part = n - max(n // 12, 1), 2 if target.vocab_size * target.hidden_size > own else 4
+    return M2R2Path(0, ((hi - max(n // part, 1), hi),), True)
 
 
 class Fits:
@@ -59,16 +49,11 @@ class Fits:
     progress: number of tokens, fits and more; without fits, ``network`` drafts nothing useful.
     sums: of each projection; none before ``opening``.
     kept, kept_at: number of texts when all was written, and when that was.
-    neurons: those that drafts run, int32 [L, I'], of each narrow layer.
-    activity: of all neurons of each narrow layer, [I], until some are chosen.
     """
 
     def __init__(self, target: Target) -> None:
         self.target, self.path = target, learned_path(target)
         self.progress = Progress(str(target.model.config._name_or_path), str(self.path))
-        self.kind = str(target.model.config.get_text_config().model_type)
-        self.neurons = torch.arange(self.path.neurons, dtype=torch.int32).repeat(len(self.path.narrow_layers), 1)
-        self.activity = dict[int, Tensor]()
         self.sums: list[Sums] = []
         self.store, self.kept, self.kept_at = Store(target.fingerprint, str(self.path)), 0, -math.inf
         self._restore()
@@ -87,7 +72,6 @@ class Fits:
         """Take the fit of an earlier process, or begin with zeros."""
         target, store, size, d = self.target, self.store, self.target.vocab_size, self.target.hidden_size
         self.counts, self.stamp = torch.zeros(size, dtype=torch.long), store.stamp()
-        self.adapters: Adapters | None = None  # of all networks, while the neurons are the same
         if target.tokenizer is not None and built():
             ids = corpus(target.tokenizer, size)
             self.counts += torch.from_numpy(np.bincount(ids[ids >= 0], minlength=size))
@@ -97,15 +81,12 @@ class Fits:
         try:
             if (progress := store.progress()) is not None:
                 found = dict(store.tensors(self._kept(first, second, basis)))
-                for layer, row in zip(self.path.narrow_layers, found["neurons"], strict=True):
-                    if not are_neurons(row, narrow_mlp(target, layer, len(row))):
-                        raise SpecDecError(f"'{store.path}' names neurons that layer {layer} does not have")
                 tokens = found.get("vocabulary", torch.zeros(1))
                 if int(tokens.min()) < 0 or int(tokens.max()) >= size:
                     raise SpecDecError(f"'{store.path}' names tokens that the model does not have")
                 first, second, basis = (found[name].float() for name in ("fit.0", "fit.1", "basis"))
                 self.counts, self.vocabulary = found["counts"].long(), found.get("vocabulary")
-                self.neurons, self.progress, self.kept = found["neurons"], progress, progress.texts
+                self.progress, self.kept = progress, progress.texts
         except SpecDecError as error:
             warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
         self.network = self.basis = result(self._making(first.T, second.T))
@@ -116,8 +97,7 @@ class Fits:
     def _kept(self, first: Tensor, second: Tensor, basis: Tensor) -> dict[str, Tensor]:
         """What is written of the projections, each [F + 1, D], and besides."""
         more = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
-        found = {"fit.0": first, "fit.1": second, "basis": basis, "counts": self.counts.int(), "neurons": self.neurons}
-        return found | more
+        return {"fit.0": first, "fit.1": second, "basis": basis, "counts": self.counts.int()} | more
 
     def _panels(self, sums: list[Sums]) -> dict[str, Tensor]:
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
@@ -139,8 +119,6 @@ class Fits:
             warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
             sums = self._new_sums()
             self.progress, self.kept = Progress(self.progress.model, self.progress.path, fits=self.version), 0
-        if self.progress.based:
-            yield from self.target.merging(self.basis.adapters, *self.path.segments[0])
         self.sums = sums
 
     def keep(self) -> None:
@@ -159,35 +137,12 @@ class Fits:
 
     # -- from rows to networks ----------------------------------------------------------------------------------------
 
-    def watching(self, rows: Rows) -> Generator[None]:
-        """Add up how active neurons are."""
-        for layer, inputs in rows.inputs.items():
-            found = list[Tensor]()
-            for part in activity(self.target.block(layer), self.kind, inputs):
-                found.append(part)
-                yield
-            self.activity[layer] = self.activity.get(layer, 0) + torch.cat(found)
-
     def basing(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return a new basis, whose projection is fitted with further rows, and choose the vocabulary.
-
-        The first time, choose the neurons that add most to the residual.
-        """
-        if self.activity:
-            found = list[Tensor]()
-            for layer in self.path.narrow_layers:
-                sizes = torch.zeros(())
-                for part in column_sizes(self.target.block(layer)):
-                    sizes = sizes + part
-                    yield
-                found.append((self.activity.pop(layer) * sizes).topk(self.path.neurons).indices.cpu())
-            self.neurons, self.adapters = torch.stack(found).sort().values.int(), None
+        """Return a new basis, whose projection is fitted with further rows, and choose the vocabulary."""
         self.vocabulary = self._likeliest()
         if self.vocabulary is not None:
             self.newest = self.target.reduced_head(self.vocabulary)
-        basis = yield from self._making((yield from self.sums[0].solve(RIDGE, more)))
-        yield from self.target.merging(basis.adapters, *self.path.segments[0])
-        return basis
+        return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
         """Return the network of the basis with a second projection that is fitted with further rows."""
@@ -227,11 +182,6 @@ class Fits:
                 if each is not None:
                     maps.append((yield from UnitMap.making(weight, bias)))
             tensors |= {f"projections.{index}.weight": weight, f"projections.{index}.bias": bias}
-        for layer, kept in zip(self.path.narrow_layers, self.neurons, strict=True):
-            tensors[f"adapters.{layer}/neurons"] = kept
         network.load_state_dict(tensors, assign=True)
-        if self.adapters is not None:  # what a runtime made for it is made once
-            network.adapters = self.adapters
         network.freeze(target, maps)
-        self.adapters = network.adapters
         return network

@@ -127,8 +127,7 @@ class Learner:
         held = sum(text.count for text in self.latest.held)
         enough = held >= HELD / 2 or (held and not self.queue)  # to compare fits on
         if enough and progress.tokens - held >= FIRST / 2:
-            chosen = progress.based or progress.fits or not fits.path.narrow_layers  # neurons; else a text tells which
-            if progress.tokens >= max(FIRST, GROWTH * progress.based) and (chosen or fits.activity):
+            if progress.tokens >= max(FIRST, GROWTH * progress.based):
                 return self._rebase()
             due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= EVERY
             if due and fits.sums[1].rows - held >= FIRST / 2:
@@ -164,23 +163,18 @@ class Learner:
         progress.texts += 1
         self.latest.append(text)
         begun = progress.based > 0
-        watched = () if begun or progress.fits else fits.path.narrow_layers
-        yield from self._run(text, fits.basis if begun else None, dict(enumerate(fits.sums[: 1 + begun])), watched)
+        yield from self._run(text, fits.basis if begun else None, dict(enumerate(fits.sums[: 1 + begun])))
         for rows in text.rows:
             fits.counts += torch.bincount(rows.following, minlength=len(fits.counts))
         progress.tokens += text.count
         self.latest.bound()
 
-    def _run(
-        self, text: Text, basis: M2R2 | None, sums: dict[int, Sums], watched: Sequence[int] = ()
-    ) -> Iterator[None]:
+    def _run(self, text: Text, basis: M2R2 | None, sums: dict[int, Sums]) -> Iterator[None]:
         """Run a text, and add its rows to the sums of projections."""
         text.rows = []
-        for rows in self.replay.rows(text, basis, watched):
+        for rows in self.replay.rows(text, basis):
             yield
             if rows is not None:
-                yield from self.fits.watching(rows)
-                rows.inputs.clear()
                 for index, each in sums.items():
                     yield from each.adding(*rows.products(self.fits.basis, index))
                 text.rows.append(rows)

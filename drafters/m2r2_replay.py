@@ -47,7 +47,6 @@ class Rows:
     carry: exact states of the tokens before them.
     end: the residual at the segment's end, where a network ran.
     segment, final: exact states h[lo] and h[N].
-    inputs: of layers that were watched.
     """
 
     following: Tensor
@@ -56,7 +55,6 @@ class Rows:
     end: Tensor | None
     segment: Tensor
     final: Tensor
-    inputs: dict[int, Tensor]
 
     def products(self, network: M2R2, index: int) -> tuple[Tensor, Tensor]:
         """Features and goals of projection ``index``."""
@@ -100,12 +98,12 @@ class Replay:
     def __init__(self, target: Target, path: M2R2Path) -> None:
         self.target, [(self.lo, self.hi)], self.pace = target, path.segments, PIECE / PART[0]
 
-    def rows(self, text: Text, network: M2R2 | None = None, watched: Sequence[int] = ()) -> Iterator[Rows | None]:
+    def rows(self, text: Text, network: M2R2 | None = None) -> Iterator[Rows | None]:
         """Run a text; yield the rows of each part of it when they are complete, else None, after pieces of work.
 
         Its states are kept (``Text.states``); where they are already, it runs through the draft path alone.
 
-        network: runs the draft path. watched: layers whose inputs are wanted.
+        network: runs the draft path.
 
         Raises SpecDecError if a state is not finite.
         """
@@ -113,13 +111,13 @@ class Replay:
         ids, cache = text.ids[:-1], target.new_cache()
         first, at = max(text.start - 1, 1), 0  # the first token has no token before it
         before = dict[int, Tensor]()
-        kept, states = None if watched else text.states, list[tuple[Tensor, Tensor]]()
+        kept, states = text.states, list[tuple[Tensor, Tensor]]()
         while at < len(ids):
             part = ids[at : at + max(PART[0], min(int(PIECE / self.pace), PART[1]))]
             n, skip = len(part), max(first - at, 0)
             positions = upload([list(range(at, at + n))], target.device)  # (1, n)
             embedded = target.embed(upload([part], target.device), positions)  # (1, n, D)
-            taps = dict.fromkeys((lo, last, *watched), embedded)
+            taps = dict.fromkeys((lo, last), embedded)
             if kept is None:
                 yield from self._layers(embedded, 0, last, Pass(positions, cache.mask(0, positions), cache, taps))
                 states.append((taps[lo][0], taps[last][0]))
@@ -145,8 +143,7 @@ class Replay:
                 if not all(bool(x.isfinite().all()) for x in (final, segment, *goals, *([] if end is None else [end]))):
                     raise SpecDecError("a state is not finite")
                 following = torch.tensor(text.ids[at + skip + 1 : at + n + 1])
-                inputs = {layer: taps[layer][0, skip:] for layer in watched}
-                yield Rows(following, embedded[0, skip:], Carry(final[0], [segment[0]]), end, *goals, inputs)
+                yield Rows(following, embedded[0, skip:], Carry(final[0], [segment[0]]), end, *goals)
             cache.commit([range(n)])
             before, at = {k: taps[k][:, -1:] for k in (lo, last)}, at + n
         if kept is None:

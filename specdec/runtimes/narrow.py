@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from specdec.models.families import FAMILIES, Family
 from specdec.models.gguf.blocks import CHUNK, BlockLinear, weight_rows
-from specdec.runtimes.linear_maps import dense
 
 
 class GatedMLP(NamedTuple):
@@ -72,28 +70,39 @@ def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
 
     h: [n, D].
     """
-    return torch.cat([*activity(block, model_type, h)]) * sum(column_sizes(block))
+    return activity(block, model_type, h) * column_sizes(block)
 
 
-def activity(block: nn.Module, model_type: str, h: Tensor) -> Iterator[Tensor]:
-    """Sum over rows of h [n, D] of a_i^2, float32, of some neurons after the other: [I] in all."""
-    mlp, name = gated_mlp(block), FAMILIES.get(model_type, Family()).norms[2]
+class _Found(Exception):
+    """The input of an MLP's last map is known, and its product is not needed."""
+
+
+def activity(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
+    """Sum over rows of h [n, D] of a_i^2, [I], float32."""
+    mlp = gated_mlp(block)
     assert mlp is not None
-    x, part = getattr(block, name)(h) if name else h, copy.copy(block.mlp)
-    vars(part)[mlp.out.rpartition(".")[2]] = lambda a: a
-    for kept in torch.arange(mlp.size).split(max(1, CHUNK // h.shape[1])):  # whole matrices may be large
-        rows = mlp.rows(kept)
-        for path, module in mlp.ins.items():
-            bias: Any = module.bias
-            bias = None if bias is None else bias.detach()[rows]
-            vars(part)[path.rpartition(".")[2]] = dense(weight_rows(module, rows), bias)
-        yield part(x[None]).flatten(0, -2).float().square().sum(0)  # type: ignore[operator]
+    name, found = FAMILIES.get(model_type, Family()).norms[2], list[Tensor]()
+    x = getattr(block, name)(h) if name else h
+
+    def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        found.append(inputs[0])
+        raise _Found
+
+    hook = mlp.down.register_forward_pre_hook(stop)
+    try:
+        with suppress(_Found):
+            block.mlp(x[None])  # type: ignore[operator]
+    finally:
+        hook.remove()
+    return found[0].flatten(0, -2).float().square().sum(0)
 
 
-def column_sizes(block: nn.Module) -> Iterator[Tensor]:
-    """|down[:, i]|^2, [I], float32: the sum of what comes from some rows after the other."""
+def column_sizes(block: nn.Module) -> Tensor:
+    """|down[:, i]|^2, [I], float32."""
     mlp = gated_mlp(block)
     assert mlp is not None
     down: Any = mlp.down
-    for rows in torch.arange(down.out_features).split(max(1, CHUNK // mlp.size)):
-        yield weight_rows(down, rows).float().square().sum(0)
+    found = torch.zeros(())
+    for rows in torch.arange(down.out_features).split(max(1, CHUNK // mlp.size)):  # the whole matrix may be large
+        found = found + weight_rows(down, rows).float().square().sum(0)
+    return found

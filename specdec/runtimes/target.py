@@ -145,14 +145,6 @@ class Target(ABC):
         """Make what ``readout`` needs of ``head``, in pieces of work; else its first call does."""
         yield from ()
 
-    def merging(self, adapters: Adapters, lo: int, hi: int) -> Generator[None]:
-        """Make what drafting through layers [lo, hi) with ``adapters`` needs, likewise: run a token through each."""
-        zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        cache, x = self.new_cache(), self.embed(zero, zero)
-        for layer in range(lo, hi):
-            self.layers(x, layer, layer + 1, Pass(zero, cache.mask(layer, zero), cache, adapters=adapters))
-            yield
-
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
         """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].
 

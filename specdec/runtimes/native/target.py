@@ -469,27 +469,21 @@ class NativeTarget(ByParts):
 
     def _make_merged(self, adapters: Adapters, lo: int, hi: int) -> tuple[Model, Any, list[Any]]:
         layers, alive = (Layer * self.num_layers)(*self._layers), list[Any]()
-        for _ in self.merging(adapters, lo, hi):
-            pass
+        changed = self._changed.setdefault(adapters, {})
         for layer in range(lo, hi):
-            layers[layer], packed = self._changed[adapters][layer]
+            if layer not in changed:
+                changed[layer] = self._merge(layer, adapters)
+                memory.trim_heap()  # freed memory would add to the peak of the next layer
+            layers[layer], packed = changed[layer]
             alive.append(packed)
         model = Model(*self._sizes, ctypes.addressof(layers))
         [model.inner] = {adapters.neurons.get(layer, self.inner) for layer in range(lo, hi)}  # one of all layers
         return model, layers, alive
 
-    def merging(self, adapters: Adapters, lo: int, hi: int) -> Generator[None]:
-        changed = self._changed.setdefault(adapters, {})
-        for layer in range(lo, hi):
-            if layer not in changed:
-                changed[layer] = yield from self._merge(layer, adapters)
-                memory.trim_heap()  # freed memory would add to the peak of the next layer
-
-    def _merge(self, layer: int, adapters: Adapters) -> Generator[None, None, tuple[Layer, list[Packed]]]:
+    def _merge(self, layer: int, adapters: Adapters) -> tuple[Layer, list[Packed]]:
         struct = Layer.from_buffer_copy(self._layers[layer])
         factors, block, alive = adapters.factors(layer), self.block(layer), list[Packed]()
         narrow, orders = narrow_maps(block, adapters.kept(layer)), self._orders[layer]
-        yield
         for slot, pairs in mixer.slots(block).items():
             low = [path for path, _ in pairs if path in factors]
             if not (low or pairs[0][0] in narrow) and all(isinstance(module, BlockLinear) for _, module in pairs):
@@ -505,7 +499,7 @@ class NativeTarget(ByParts):
                 weights.append(ordered(weight.bfloat16(), orders.get(path)))  # type: ignore[arg-type]
             biases = [bias.detach() for _, bias in parts if bias is not None]
             bias = torch.cat(biases) if biases else None
-            alive.append((yield from linear.packing(torch.cat(weights), bias, self._scale(slot))))
+            alive.append(Packed([torch.cat(weights)], bias, draft_only=True, scale=self._scale(slot)))
             setattr(struct, slot, alive[-1].struct)
             release(*(matrix(module) for _, module in pairs))
         return struct, alive
