@@ -142,6 +142,7 @@ class Fits:
         self.vocabulary = self._likeliest()
         if self.vocabulary is not None:
             self.newest = self.target.reduced_head(self.vocabulary)
+            yield
         return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
