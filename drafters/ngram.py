@@ -84,7 +84,8 @@ class NgramDrafter(Drafter):
         for own in found:
             for depth, probability in zip(own.depths(), prices.calibrated(own.scores, free=True), strict=True):
                 right[depth - 1] += probability
-        if prices.learned_pays(right, len(found)) or state.exit is not None:
+        scored = sum(len(own.tokens) for own in found)
+        if prices.learned_pays(right, scored, len(found)) or state.exit is not None:
             return None
         return in_one_shape([(own.tokens, own.parents) for own in found], state.cache.device)[0]
 

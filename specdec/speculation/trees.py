@@ -58,17 +58,18 @@ class Prices:
         """
         return sum(max(probability - self.node, 0.0) for probability in likeliest) >= self.level
 
-    def learned_pays(self, right: Sequence[float], rows: int) -> bool:
+    def learned_pays(self, right: Sequence[float], scored: int, rows: int) -> bool:
         """Whether levels of a learned drafter are expected to add more to the free draft than they cost.
 
-        A level is right if the free draft is, or if the learned drafter is; each goes on independently. right: expected
-        tokens of the free draft at each level, of all ``rows``.
+        A level is right if the free draft is, or if the learned drafter is; each goes on independently. It adds a node
+        to each of ``rows``. right: expected tokens of the free draft at each level, of all rows; scored: its nodes.
         """
-        reach, before, added, best = 1.0, float(rows), 0.0, -math.inf
+        reach, before, added, best, most = 1.0, float(rows), 0.0, -math.inf, len(self.nodes) - 1
         for level, free in enumerate(right, start=1):
             reach *= 1 - (1 - free / before if before else 1.0) * (1 - LEARNED)
             added, before = added + rows * reach - free, free
-            gain = self.trust * added - level * (rows * self.node + self.level)
+            scoring = self.nodes[min(scored + level * rows, most)] - self.nodes[min(scored, most)]
+            gain = self.trust * added - level * self.level - scoring
             if gain > best:
                 best, self.added = gain, added
         self.free = sum(right)

@@ -290,7 +290,7 @@ def test_of_two_sources_the_learned_one_is_probed_where_it_yields_nothing() -> N
         choice = policy.next()
         learned = choice.exit == 1
         prices = choice.prices or Prices([0.0] * 25)
-        learned |= prices.learned_pays([0.5, 0.25, 0.1], 1)
+        learned |= prices.learned_pays([0.5, 0.25, 0.1], 3, 1)
         prices.levels = int(learned)
         prices.take([0.9] * 4)
         pays.append(learned)
@@ -302,7 +302,7 @@ def test_a_draft_deeper_than_planned_raises_no_expectation() -> None:
     policy = policy_of((0.5, 0.5), (8.0, 2.0), has_probabilities=True)
     for _ in range(30):
         prices = Prices([0.0] * 25, level=0.5, levels=6)
-        prices.learned_pays([0.2], 1)  # one level is planned
+        prices.learned_pays([0.2], 1, 1)  # one level is planned
         prices.take([0.9] * 6)
         policy.choice = DepthChoice(12, 1, prices)
         policy.took(6, 6, 7, 8.0, seconds(7))

@@ -101,7 +101,9 @@ def run(policy: AutoDepth | Fixed, world: World, text: Text, tokens: int, seed: 
             if choice.exit is None and len(world.drafts) > 1:
                 free = [[log / world.power for log in row.draft(0, choice.depth)] for row in own]
                 likely = [prices.calibrated(logs, free=True) for logs in free]
-                exit = int(prices.learned_pays([sum(level) for level in zip(*likely, strict=True)], len(own)))
+                taken = prices.take(sorted(itertools.chain(*likely), reverse=True))
+                right = [sum(level) for level in zip(*likely, strict=True)]
+                exit = int(prices.learned_pays(right, taken, len(own)))
             first, further = world.drafts[exit]
             said = [[log / world.power for log in row.draft(exit, choice.depth)] for row in own]
             paths = [prices.calibrated(logs) for logs in zip(*said, strict=True)][:-1]  # by level
