@@ -106,10 +106,10 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def read_text(path: Path, most: int = DOCUMENT) -> str:
-    """The text of a file. Raises ValueError if it has more than ``most`` bytes."""
+def read_text(path: Path, most: int | None = None) -> str:
+    """The text of a file. Raises ValueError if it has more than ``most`` bytes; None: ``DOCUMENT``."""
     with path.open("rb") as file:
-        return read_bounded(file, most).decode("utf-8-sig")
+        return read_bounded(file, DOCUMENT if most is None else most).decode("utf-8-sig")
 
 
 def read_yaml(path: Path, what: str = "") -> Any:

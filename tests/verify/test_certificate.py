@@ -49,7 +49,7 @@ def test_a_rule_that_lets_drafts_through_is_caught(model) -> None:
 def test_noise_that_is_not_gumbel_is_caught(model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts then have no influence, but tokens are not drawn from the model's distribution."""
     noise = Noise.__call__
-    monkeypatch.setattr(Noise, "__call__", lambda self, position, size: 0.8 * noise(self, position, size))
+    monkeypatch.setattr(Noise, "__call__", lambda self, *where: 0.8 * noise(self, *where))
     found = sampling(model, "exact", 600)
     assert not found.faults and misfits([found])
 
