@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MOST_NODES = 24  # maximum nodes of a tree that is sized by prices
-LEARNED = 0.65  # how often a learned drafter is right at a level, if it was before
+LEARNED = 0.8  # how often a learned drafter is right at a level, if it was before
 
 
 @dataclass

@@ -109,9 +109,11 @@ def test_another_level_is_paid_by_all_rows_together() -> None:
 
 
 def test_a_learned_level_pays_where_it_is_right_and_the_free_draft_is_not() -> None:
-    prices = Prices([0.05 * n for n in range(33)], level=0.3)
+    prices = Prices([0.05 * n for n in range(33)], level=0.4)
     assert prices.learned_pays([0.0] * 4, 0, 1)
-    assert prices.free == 0 and prices.added == pytest.approx(LEARNED + LEARNED**2)  # a third level does not pay
+    assert prices.free == 0 and prices.added == pytest.approx(
+        LEARNED + LEARNED**2 + LEARNED**3
+    )  # a fourth does not pay
     assert not replace(prices, trust=0.3).learned_pays([0.0] * 4, 0, 1)
     assert not prices.learned_pays([0.9**level for level in range(1, 9)], 8, 1)
     assert prices.learned_pays([0.9, 0.2, 0.1, 0.0], 3, 1)  # the free draft soon ends, the learned one goes on
@@ -121,5 +123,5 @@ def test_a_learned_level_pays_where_it_is_right_and_the_free_draft_is_not() -> N
 
 def test_a_learned_level_pays_less_where_no_other_node_is_scored() -> None:
     """A pass over two tokens may cost much more than one over a single token, and one over three hardly more."""
-    prices = Prices([0.0, *(0.5 + 0.01 * n for n in range(32))], level=0.3)
+    prices = Prices([0.0, *(0.7 + 0.01 * n for n in range(32))], level=0.45)
     assert not prices.learned_pays([0.0] * 4, 0, 1) and prices.learned_pays([0.2, 0.0, 0.0, 0.0], 1, 1)
