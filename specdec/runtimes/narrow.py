@@ -63,6 +63,10 @@ def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor
     return {} if kept is None or mlp is None else mlp.weights(kept)
 
 
+class _Found(Exception):
+    """The input of an MLP's last map is known, and its product is not needed."""
+
+
 def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
     """How much each neuron adds to the residual: sum over rows of h of |down[:, i] a_i|^2, [I], float32.
 
@@ -70,17 +74,12 @@ def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
 
     h: [n, D].
     """
-    return activity(block, model_type, h) * column_sizes(block)
-
-
-class _Found(Exception):
-    """The input of an MLP's last map is known, and its product is not needed."""
-
-
-def activity(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
-    """Sum over rows of h [n, D] of a_i^2, [I], float32."""
     mlp = gated_mlp(block)
     assert mlp is not None
+    down: Any = mlp.down
+    sizes = torch.zeros(())  # |down[:, i]|^2
+    for rows in torch.arange(down.out_features).split(max(1, CHUNK // mlp.size)):  # the whole matrix may be large
+        sizes = sizes + weight_rows(down, rows).float().square().sum(0)
     name, found = FAMILIES.get(model_type, Family()).norms[2], list[Tensor]()
     x = getattr(block, name)(h) if name else h
 
@@ -88,21 +87,10 @@ def activity(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
         found.append(inputs[0])
         raise _Found
 
-    hook = mlp.down.register_forward_pre_hook(stop)
+    hook = down.register_forward_pre_hook(stop)
     try:
         with suppress(_Found):
             block.mlp(x[None])  # type: ignore[operator]
     finally:
         hook.remove()
-    return found[0].flatten(0, -2).float().square().sum(0)
-
-
-def column_sizes(block: nn.Module) -> Tensor:
-    """|down[:, i]|^2, [I], float32."""
-    mlp = gated_mlp(block)
-    assert mlp is not None
-    down: Any = mlp.down
-    found = torch.zeros(())
-    for rows in torch.arange(down.out_features).split(max(1, CHUNK // mlp.size)):  # the whole matrix may be large
-        found = found + weight_rows(down, rows).float().square().sum(0)
-    return found
+    return found[0].flatten(0, -2).float().square().sum(0) * sizes
