@@ -222,6 +222,16 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + size, header
 
 
+def numbers_in(path: Path) -> list[int]:
+    """How many numbers each tensor of a safetensors file holds; those of other types than ``DTYPES`` up to eight a byte.
+
+    Raises SafetensorError for a broken file.
+    """
+    entries = _header(path)[1].values()
+    ends = ((entry, *entry["data_offsets"]) for entry in entries)
+    return [math.prod(entry["shape"]) if entry["dtype"] in DTYPES else 8 * (end - begin) for entry, begin, end in ends]
+
+
 def _in_order(name: str, matrices: dict[tuple[int, int], Span]) -> list[list[Span]]:
     """The matrices of each expert. Raises SpecDecError unless all experts have matrices of the same shapes."""
     experts = defaultdict[int, list[Span]](list)

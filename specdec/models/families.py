@@ -329,11 +329,8 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}.{key}", found) for part in each for key, found in part.items() if key not in ROPE)
 
 
-def check_sizes(name: str, config: Any, stored: int = 0) -> None:
-    """Raise SpecDecError for sizes in the config of the model ``name`` that are no sizes, or too large.
-
-    stored: bytes of its weights, if known: a config that asks for many more is none of theirs.
-    """
+def check_sizes(name: str, config: Any) -> None:
+    """Raise SpecDecError for sizes in the config of the model ``name`` that are no sizes, or too large."""
     text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config  # or what is to become one
     values = {key: getattr(text, key, None) for key in SIZES}
     if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
@@ -348,9 +345,3 @@ def check_sizes(name: str, config: Any, stored: int = 0) -> None:
         each = getattr(text, key, None)
         if each is not None and layers is not None and len(each) < layers:
             raise SpecDecError(f"cannot load model '{name}': its config has {len(each)} {key} for {layers} layers")
-    wide, inner = values["hidden_size"] or 1, values["moe_intermediate_size"] or values["intermediate_size"] or 1
-    if stored and 2 * (layers or 1) * experts * wide * inner + wide * (values["vocab_size"] or 1) > 8 * stored:
-        raise SpecDecError(
-            f"cannot load model '{name}': its config describes more weights than the {stored / 1e6:.1f} MB of its "
-            "files hold"
-        )

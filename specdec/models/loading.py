@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -103,25 +104,28 @@ def _of_checkpoint(
     source: Source, options: dict[str, Any], kind: str | torch.dtype, place: torch.device, experts: bool
 ) -> PreTrainedModel:
     """The model of safetensors files, or of a GGUF file that transformers dequantises."""
-    name = source.name
+    name, config = source.name, options["config"]
     if source.packed:  # dequantised even if there are kernels for packed weights
         kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
-        shapes = (info.shape for info in read_header(source.folder / source.packed, name).tensors.values())
-        check_memory(name, sum(map(math.prod, shapes)) * kind.itemsize)
+        infos = read_header(source.folder / source.packed, name).tensors.values()
+        numbers = [math.prod(info.shape) for info in infos]
+        check_memory(name, sum(numbers) * kind.itemsize)
         options = {key: value for key, value in options.items() if key != "config"}
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
-    source.fetch_weights()
-    if type(options.get("config")) in MODEL_FOR_CAUSAL_LM_MAPPING and (files := source.weight_files()):
-        families.check_sizes(name, options["config"], sum(path.stat().st_size for path in files))
+        source.fetch_weights()
+        with explain_errors(name):
+            numbers = [number for path in source.weight_files() for number in checkpoint.numbers_in(path)]
+    if numbers and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        _check_size(name, config, numbers)
     with quiet_transformers(f"Loading {name}"), explain_errors(name):
-        checkpoint = None if experts or source.packed else _checkpoint(source, options["config"])
-        if checkpoint is None:
+        stored = None if experts or source.packed else _checkpoint(source, config)
+        if stored is None:
             load: Any = AutoModelForCausalLM.from_pretrained
             loaded = load(source.folder, dtype=kind, output_loading_info=True, **options)
         else:
-            loaded = _without_experts(source.folder, checkpoint, kind, options)
+            loaded = _without_experts(source.folder, stored, kind, options)
         model: PreTrainedModel = loaded[0].to(place)  # type: ignore[arg-type]
     _check_fit(name, model, loaded[1])
     return model
@@ -148,6 +152,20 @@ def _parts(source: Source, options: dict[str, Any]) -> tuple[Any, Any]:
     if config.is_encoder_decoder:
         raise SpecDecError(f"'{source.name}' is an encoder-decoder model ({config.model_type}); use a decoder-only one")
     return config, _tokenizer(source, options)
+
+
+def _check_size(name: str, config: Any, numbers: list[int]) -> None:
+    """Raise SpecDecError if ``config`` describes over twice the weights of files whose tensors have so many
+    ``numbers``: transformers would allocate those, too. ``_check_fit`` names what else is missing."""
+    fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
+    if fits:
+        with explain_errors(name):
+            model = gguf_model.empty_model(copy.deepcopy(config), torch.bfloat16)
+        fits = sum(values.numel() for values in model.parameters()) <= 2 * sum(numbers)
+    if not fits:
+        raise SpecDecError(
+            f"cannot load model '{name}': its config describes over twice the {sum(numbers)} weights that its files hold"
+        )
 
 
 def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import model_of, save_tiny, save_tiny_moe
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from specdec.base.errors import SpecDecError
-from specdec.models import families, loading
+from specdec.models import checkpoint, families, loading
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
@@ -105,28 +106,44 @@ def test_fields_that_change_no_token_are_none_of_its_business() -> None:
     families.check_fields(config)
 
 
+MORE = r"describes over twice the \d+ weights that its files hold"
+
+
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("kind", "changes", "text"),
     [
-        ({"hidden_size": 1 << 30}, "its config says that hidden_size is '1073741824'"),
-        ({"num_attention_heads": 1 << 20}, "says that num_attention_heads is '1048576'"),
-        ({"num_local_experts": 1 << 20}, "says that num_experts is '1048576'"),
-        ({"num_experts_per_tok": 7}, "a token takes more experts than the 6 of its config"),
-        ({"sliding_window": 0}, "says that sliding_window is '0'"),
-        ({"sliding_window": -1}, "says that sliding_window is '-1'"),
-        ({"intermediate_size": 1 << 19}, "describes more weights than the 0.5 MB of its files hold"),
-        ({"num_local_experts": 1 << 14}, "describes more weights than"),
-        ({"vocab_size": 1 << 26}, "describes more weights than"),
+        ("mixtral", {"hidden_size": 1 << 30}, "its config says that hidden_size is '1073741824'"),
+        ("mixtral", {"num_attention_heads": 1 << 20}, "says that num_attention_heads is '1048576'"),
+        ("mixtral", {"num_local_experts": 1 << 20}, "says that num_experts is '1048576'"),
+        ("mixtral", {"num_experts_per_tok": 7}, "a token takes more experts than the 6 of its config"),
+        ("mixtral", {"sliding_window": 0}, "says that sliding_window is '0'"),
+        ("mixtral", {"sliding_window": -1}, "says that sliding_window is '-1'"),
+        ("mixtral", {"intermediate_size": 1 << 19}, MORE),
+        ("mixtral", {"num_local_experts": 1 << 14}, MORE),
+        ("mixtral", {"vocab_size": 1 << 26}, MORE),
+        ("llama", {"num_hidden_layers": 1 << 13, "layer_types": None}, MORE),
+        ("llama", {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 16000}, MORE),
+        ("qwen3_next", {"shared_expert_intermediate_size": 10**6}, MORE),
+        ("qwen3_next", {"linear_num_key_heads": 4000, "linear_num_value_heads": 4000}, MORE),
+        ("qwen3_next", {"linear_value_head_dim": 4000}, MORE),
     ],
 )
-def test_sizes_are_bounded_before_anything_is_allocated(tmp_path: Path, changes: dict[str, int], text: str) -> None:
-    folder = save_tiny_moe(tmp_path)
+def test_sizes_are_bounded_before_anything_is_allocated(
+    tmp_path: Path, kind: str, changes: dict[str, Any], text: str
+) -> None:
+    folder = save_tiny(tmp_path) if kind == "llama" else save_tiny_moe(tmp_path, kind)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(SpecDecError, match=text):
         loading.load(str(folder))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KB
+
+
+def test_packed_weights_may_hold_more_numbers_than_elements(tmp_path: Path) -> None:
+    """Those of quantised checkpoints: a byte has up to eight."""
+    save_file({"packed": torch.zeros(3, 5, dtype=torch.uint8), "scale": torch.ones(7)}, tmp_path / "it.safetensors")
+    assert sorted(checkpoint.numbers_in(tmp_path / "it.safetensors")) == [7, 8 * 15]
 
 
 def test_each_layer_has_a_kind(tmp_path: Path) -> None:
