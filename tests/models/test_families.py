@@ -10,32 +10,50 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import model_of, save_tiny, save_tiny_moe
+from tiny import greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
 from transformers import AutoConfig, AutoModelForImageTextToText
+from zoo import PROMPTS, run
 
 from specdec.base.errors import SpecDecError
+from specdec.drafters.none import NoDrafter
 from specdec.models import checkpoint, families, loading
+from specdec.runtimes import fused
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
 
-@pytest.mark.parametrize(
-    ("family", "field", "value"),
-    [
-        ("llama", "residual_multiplier", 0.5),
-        ("qwen3", "attention_sink", [1]),
-        ("gemma3_text", "attn_logit_softcapping", 50.0),  # which transformers does not read
-        ("gemma2", "use_bidirectional_attention", True),
-        ("granite", "head_gate", "sigmoid"),
-        ("qwen3_5_text", "output_gate_type", "sigmoid"),
-    ],
-)
+NATIVE = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+UNKNOWN: list[tuple[str, str, Any]] = [
+    ("llama", "residual_multiplier", 0.5),
+    ("qwen3", "attention_sink", [1]),
+    ("olmo2", "clip_qkv", 0.2),
+    ("gemma3_text", "attn_logit_softcapping", 50.0),  # which transformers does not read
+    ("gemma2", "use_bidirectional_attention", True),
+    ("granite", "head_gate", "sigmoid"),
+    ("olmoe", "clip_qkv", 0.1),  # which it does
+    ("qwen3_5_text", "output_gate_type", "sigmoid"),
+]
+
+
+@NATIVE
+@pytest.mark.parametrize(("family", "field", "value"), UNKNOWN)
 def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str, value: Any) -> None:
-    model = model_of(family)
-    families.check_fields(model.config)
-    setattr(model.config, field, value)
+    families.check_fields(model_of(family).config)
     with pytest.raises(SpecDecError, match=f"this '{family}' model has {field} = "):
-        make_target(model, "native")
+        make_target(model_of(family, **{field: value}), "native")
+
+
+@NATIVE
+@pytest.mark.parametrize(("family", "field", "value"), UNKNOWN)
+def test_such_a_model_runs_elsewhere_by_itself_as_its_own_code_does(family: str, field: str, value: Any) -> None:
+    target, note = make_target(model_of(family, **{field: value}))
+    assert target.runtime == ("reference" if family not in fused.FAMILIES else "fused")
+    assert f"no native runtime: the config of this '{family}' model has {field} = " in note
+    model = rough_model(family, **(sizes_of(family) | {field: value}))  # in float32
+    model.generation_config.eos_token_id = None
+    target = make_target(model, target.runtime)[0]
+    expected = [greedy_reference(model, prompt, 20) for prompt in PROMPTS]
+    assert run(target, NoDrafter(), PROMPTS, 20, eos=None)[0] == expected
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {  # what configs of published checkpoints have beside others' fields
@@ -70,7 +88,7 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@NATIVE
 @pytest.mark.parametrize("kind", MULTIMODAL)
 def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path: Path, kind: str) -> None:
     text, eyes = MULTIMODAL[kind]
