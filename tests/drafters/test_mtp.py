@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import greedy_reference, tiny_model
+from tiny import greedy_reference, sizes_of, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from zoo import PROMPTS, run
@@ -16,6 +16,8 @@ from zoo import PROMPTS, run
 from specdec import SpecDecError
 from specdec.drafters.mtp import FORMATS, MTPDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Draft, State
 
@@ -48,18 +50,19 @@ class Published(NamedTuple):
     around: dict[str, Tensor]
 
 
-def publish(folder: Path, family: str) -> Published:
-    layout, changes = FAMILIES[family]
-    tiny_model(family).save_pretrained(folder)
-    layer = tiny_model(family, num_hidden_layers=1, **changes)
+def publish(folder: Path, family: str, sizes: dict[str, Any] | None = None) -> Published:
+    (layout, changes), sizes = FAMILIES[family], sizes or {}
+    tiny_model(family, **sizes).save_pretrained(folder)
+    layer = tiny_model(family, num_hidden_layers=1, **(sizes | changes))
+    width = layer.config.hidden_size
     torch.manual_seed(5)
     with torch.no_grad():
-        layer.base_model.norm.weight.add_(0.3 * torch.randn(32))
+        layer.base_model.norm.weight.add_(0.3 * torch.randn(width))
     layer.save_pretrained(folder / "layer")
     own = load_file(folder / "layer" / FILE)
     prefix = layout.prefix.format(n=4)
-    around = {part: 1 + 0.3 * torch.randn(32) for part in (layout.token_norm, layout.state_norm)}
-    around |= {layout.projection: 0.3 * torch.randn(32, 64), layout.norm: own["model.norm.weight"]}
+    around = {part: 1 + 0.3 * torch.randn(width) for part in (layout.token_norm, layout.state_norm)}
+    around |= {layout.projection: 0.3 * torch.randn(width, 2 * width), layout.norm: own["model.norm.weight"]}
     tensors = load_file(folder / FILE) | {f"{prefix}{part}.weight": tensor for part, tensor in around.items()}
     for name, tensor in own.items():
         if (part := name.removeprefix("model.layers.0.")) != name:
@@ -144,6 +147,20 @@ def test_siblings_beside_the_chain_leave_the_output_unchanged(published: tuple[s
     target = ReferenceTarget(given.model)
     drafter = MTPDrafter.load(target, str(given.folder), siblings=(2, 1))
     assert run(target, drafter, PROMPTS, 12)[0] == run(target, NoDrafter(), PROMPTS, 12)[0]
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@pytest.mark.parametrize("siblings", [(), (2, 1)])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "qwen2"])
+def test_beside_a_native_model_it_leaves_the_output_unchanged(
+    tmp_path: Path, family: str, siblings: tuple[int, ...]
+) -> None:
+    given = publish(tmp_path, family, sizes_of(family))
+    target = NativeTarget(given.model.bfloat16())
+    drafter = MTPDrafter.load(target, str(tmp_path), siblings=siblings)
+    out, ran = run(target, drafter, PROMPTS, 20, eos=None)
+    assert out == run(target, NoDrafter(), PROMPTS, 20, eos=None)[0]
+    assert all(sum(metrics.per_step_drafted) for metrics in ran.metrics)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

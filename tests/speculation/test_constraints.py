@@ -38,7 +38,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Event
 from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.constraints import (
@@ -332,7 +332,7 @@ def test_constrained_and_free_rows_share_a_batch() -> None:
 
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-@pytest.mark.parametrize("family", ["llama", "qwen3_5_text", "qwen3_next"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_native_runtime_gives_plain_constrained_decoding(family: str) -> None:
     target = NativeTarget(model_of(family))
     rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
