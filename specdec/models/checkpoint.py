@@ -223,7 +223,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def numbers_in(path: Path) -> list[int]:
-    """How many numbers each tensor of a safetensors file holds; those of other types than ``DTYPES`` up to eight a byte.
+    """How many numbers each tensor of a safetensors file holds; of other types than ``DTYPES`` up to eight a byte.
 
     Raises SafetensorError for a broken file.
     """

@@ -164,7 +164,7 @@ def _check_size(name: str, config: Any, numbers: list[int]) -> None:
         fits = sum(values.numel() for values in model.parameters()) <= 2 * sum(numbers)
     if not fits:
         raise SpecDecError(
-            f"cannot load model '{name}': its config describes over twice the {sum(numbers)} weights that its files hold"
+            f"cannot load model '{name}': its config describes over twice the {sum(numbers)} weights of its files"
         )
 
 

@@ -124,7 +124,7 @@ def test_fields_that_change_no_token_are_none_of_its_business() -> None:
     families.check_fields(config)
 
 
-MORE = r"describes over twice the \d+ weights that its files hold"
+MORE = r"describes over twice the \d+ weights of its files"
 
 
 @pytest.mark.parametrize(
