@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from passes import IN_BLOCKS
 from safetensors.torch import save_file
 from tiny import greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
+from tiny_gguf import ARCHITECTURES, TYPES
 from transformers import AutoConfig, AutoModelForImageTextToText
 from zoo import PROMPTS, run
 
@@ -20,7 +23,6 @@ from specdec.models import checkpoint, families, loading
 from specdec.runtimes import fused
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
-
 
 NATIVE = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 UNKNOWN: list[tuple[str, str, Any]] = [
@@ -104,6 +106,23 @@ def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path: Path,
     assert torch.allclose(model(ids).logits, whole(input_ids=ids).logits, atol=1e-3)
     target, note = make_target(loading.load(tmp_path, dtype="bfloat16")[0])
     assert target.runtime == "native", note
+
+
+def test_the_table_of_the_docs_says_what_runs_and_how_it_is_tested() -> None:
+    """From the lists that the tests named there run through; families that differ in nothing share a row."""
+    rows = dict[str, list[str]]()
+    for family in sorted(tiny.FAMILIES | tiny.HYBRIDS, key=lambda name: name not in families.FAMILIES):
+        by_family = {"native": families.FAMILIES, "fused": fused.FAMILIES}
+        runs = [f"`{name}`" for name in by_family if family in by_family[name]] + ["`reference`"]
+        file = f"`{ARCHITECTURES[family][0]}`" if family in ARCHITECTURES else ""
+        lists = {"native": families.FAMILIES, "blocks": [row[0] for row in IN_BLOCKS], "files": ARCHITECTURES}
+        tested = ["generate", *(name for name in lists if family in lists[name])]
+        rest = [", ".join(runs), file, "all" if file else "", ", ".join(tested)]
+        rows.setdefault(" | ".join(rest), []).append(f"`{family}`")
+    table = [f"| {', '.join(names)} | {rest} |" for rest, names in rows.items()]
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    assert "\n".join(table) in page
+    assert f"All types of blocks: {', '.join(TYPES)}." in page
 
 
 def test_so_is_one_of_the_rotation() -> None:

@@ -131,6 +131,37 @@ HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]}
 HALVES |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "MXFP4": []}  # where a block has float16 numbers
 
 
+WIDE: dict[str, object] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+SHARED: dict[str, object] = {
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "linear_value_head_dim": 64,
+}
+LARGE = ("Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_1")
+IN_BLOCKS: list[tuple[str, tuple[str, ...], dict[str, object]]] = [  # families, types of their matrices, sizes
+    ("llama", ("Q4_1", "Q5_0", "Q8_0"), {}),
+    ("llama", LARGE, WIDE),
+    ("qwen2", LARGE, WIDE),
+    ("qwen3", ("Q6_K", "Q4_K"), WIDE),
+    ("mistral", LARGE, WIDE | {"sliding_window": 12}),
+    ("granite", ("Q4_K", "Q6_K"), WIDE),
+    ("mixtral", ("Q5_0", "Q8_0"), {}),
+    ("olmoe", LARGE, WIDE | {"num_experts": 9, "num_experts_per_tok": 3}),
+    ("qwen3_moe", ("Q4_K", "Q6_K"), WIDE | {"moe_intermediate_size": 256}),
+    ("gpt_oss", ("MXFP4",), WIDE),
+    ("olmo2", ("Q4_K", "Q6_K"), WIDE),
+    ("smollm3", LARGE, WIDE),
+    ("gemma2", LARGE, WIDE),
+    ("qwen3_5_text", ("Q5_0", "Q8_0"), {}),
+    ("qwen3_next", ("Q4_K", "Q6_K"), WIDE | SHARED),
+    ("gemma3_text", ("Q5_0", "Q8_0"), WIDE | {"head_dim": 256}),
+    ("phi3", LARGE, {"hidden_size": 256, "intermediate_size": 512}),
+    ("ministral3", ("Q4_K", "Q6_K"), WIDE),
+    ("gemma", LARGE, WIDE),
+    ("qwen3_5_moe_text", ("Q4_K", "Q6_K"), WIDE | SHARED),
+]
+
+
 def in_blocks(
     family: str = "llama", kinds: Sequence[str] = ("Q4_1", "Q5_0", "Q8_0"), **sizes: object
 ) -> torch.nn.Module:

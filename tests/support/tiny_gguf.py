@@ -8,7 +8,10 @@ from typing import Any
 import gguf
 import numpy as np
 
+from specdec.models.gguf.blocks import KINDS
+
 NAME = "tiny-test-model"
+TYPES = *KINDS, "BF16"  # of the blocks of files
 
 
 def write_gguf(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import in_blocks
+from passes import IN_BLOCKS, in_blocks
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
@@ -24,9 +24,6 @@ if not library.runs():
     pytest.skip("no native kernels here", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("two_threads")
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-SHARED = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "linear_value_head_dim": 64}
-LARGE = ("Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_1")
 
 
 @contextmanager
@@ -69,27 +66,7 @@ def everything(target: Target) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
-@pytest.mark.parametrize(
-    ("family", "kinds", "changes"),
-    [
-        ("llama", ("Q4_1", "Q5_0", "Q8_0"), {}),
-        ("llama", LARGE, WIDE),
-        ("qwen2", LARGE, WIDE),
-        ("qwen3", ("Q6_K", "Q4_K"), WIDE),
-        ("mistral", LARGE, WIDE | {"sliding_window": 12}),
-        ("granite", ("Q4_K", "Q6_K"), WIDE),
-        ("mixtral", ("Q5_0", "Q8_0"), {}),
-        ("olmoe", LARGE, WIDE | {"num_experts": 9, "num_experts_per_tok": 3}),
-        ("qwen3_moe", ("Q4_K", "Q6_K"), WIDE | {"moe_intermediate_size": 256}),
-        ("gpt_oss", ("MXFP4",), WIDE),
-        ("olmo2", ("Q4_K", "Q6_K"), WIDE),
-        ("smollm3", LARGE, WIDE),
-        ("gemma2", LARGE, WIDE),
-        ("qwen3_5_text", ("Q5_0", "Q8_0"), {}),
-        ("qwen3_next", ("Q4_K", "Q6_K"), WIDE | SHARED),
-        ("gemma3_text", ("Q5_0", "Q8_0"), WIDE | {"head_dim": 256}),
-    ],
-)
+@pytest.mark.parametrize(("family", "kinds", "changes"), IN_BLOCKS)
 def test_logits_are_equal_in_every_build(family: str, kinds: tuple[str, ...], changes: dict, kv_cache: str) -> None:
     found: dict[str, list[torch.Tensor]] = {}
     for level in library.LEVELS[1:]:
