@@ -48,11 +48,11 @@ def resident(field: str, pid: int | str = "self") -> float | None:
     return None
 
 
-def check_memory(name: str, need: int) -> None:
-    """Raise SpecDecError if this machine has less than ``need`` bytes of memory free."""
+def check_memory(name: str, need: int, other: str = "use a smaller model") -> None:
+    """Raise SpecDecError if this machine has less than ``need`` bytes of memory free. other: what else helps."""
     free = available_memory()
     if free is not None and free < need:
         raise SpecDecError(
             f"not enough memory for '{name}': its weights need {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
-            "end other programs or use a smaller model"
+            f"end other programs or {other}"
         )

@@ -222,14 +222,16 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + size, header
 
 
-def numbers_in(path: Path) -> list[int]:
+def numbers_in(path: Path) -> dict[str, int]:
     """How many numbers each tensor of a safetensors file holds; of other types than ``DTYPES`` up to eight a byte.
 
     Raises SafetensorError for a broken file.
     """
-    entries = _header(path)[1].values()
-    ends = ((entry, *entry["data_offsets"]) for entry in entries)
-    return [math.prod(entry["shape"]) if entry["dtype"] in DTYPES else 8 * (end - begin) for entry, begin, end in ends]
+    found = dict[str, int]()
+    for name, entry in _header(path)[1].items():
+        begin, end = entry["data_offsets"]
+        found[name] = math.prod(entry["shape"]) if entry["dtype"] in DTYPES else 8 * (end - begin)
+    return found
 
 
 def _in_order(name: str, matrices: dict[tuple[int, int], Span]) -> list[list[Span]]:

@@ -107,21 +107,25 @@ def _of_checkpoint(
     name, config = source.name, options["config"]
     if source.packed:  # dequantised even if there are kernels for packed weights
         kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
-        infos = read_header(source.folder / source.packed, name).tensors.values()
-        numbers = [math.prod(info.shape) for info in infos]
-        check_memory(name, sum(numbers) * kind.itemsize)
+        infos = read_header(source.folder / source.packed, name).tensors
+        numbers = {key: math.prod(info.shape) for key, info in infos.items()}
+        check_memory(name, sum(numbers.values()) * kind.itemsize)
         options = {key: value for key, value in options.items() if key != "config"}
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
         source.fetch_weights()
         with explain_errors(name):
-            numbers = [number for path in source.weight_files() for number in checkpoint.numbers_in(path)]
+            numbers = dict(pair for path in source.weight_files() for pair in checkpoint.numbers_in(path).items())
+    fused = 0
     if numbers and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        _check_size(name, config, numbers)
+        fused = _check_size(name, config, numbers)
     with quiet_transformers(f"Loading {name}"), explain_errors(name):
         stored = None if experts or source.packed else _checkpoint(source, config)
         if stored is None:
+            if fused and not source.packed and not getattr(config, "quantization_config", None):
+                dtype = kind if isinstance(kind, torch.dtype) else config.dtype or torch.bfloat16
+                check_memory(name, fused * dtype.itemsize, "leave a part of its experts on the disk (--expert-cache)")
             load: Any = AutoModelForCausalLM.from_pretrained
             loaded = load(source.folder, dtype=kind, output_loading_info=True, **options)
         else:
@@ -154,18 +158,25 @@ def _parts(source: Source, options: dict[str, Any]) -> tuple[Any, Any]:
     return config, _tokenizer(source, options)
 
 
-def _check_size(name: str, config: Any, numbers: list[int]) -> None:
+def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
     """Raise SpecDecError if ``config`` describes over twice the weights of files whose tensors have so many
-    ``numbers``: transformers would allocate those, too. ``_check_fit`` names what else is missing."""
+    ``numbers``: transformers would allocate those, too. ``_check_fit`` names what else is missing.
+
+    Returns how many weights transformers makes of several tensors: a layer's experts. Others stay mapped.
+    """
+    stored = sum(numbers.values())
     fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
     if fits:
         with explain_errors(name):
             model = gguf_model.empty_model(copy.deepcopy(config), torch.bfloat16)
-        fits = sum(values.numel() for values in model.parameters()) <= 2 * sum(numbers)
+        fits = sum(values.numel() for values in model.parameters()) <= 2 * stored
     if not fits:
         raise SpecDecError(
-            f"cannot load model '{name}': its config describes over twice the {sum(numbers)} weights of its files"
+            f"cannot load model '{name}': its config describes over twice the {stored} weights of its files"
         )
+    whole = {key.partition("layers.")[2] for key in numbers}  # of a text model, prefixes differ
+    experts = (pair for pair in model.named_parameters() if ".experts." in pair[0])
+    return sum(values.numel() for key, values in experts if key.partition("layers.")[2] not in whole)
 
 
 def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -550,12 +550,14 @@ def _round(layer: nn.Module, kind: str) -> None:
 
 
 def _room_for_experts(model: nn.Module) -> int | None:
-    """Bytes that are free for a mixture's experts in blocks, if these need more; else None."""
-    weights = [(each, weight) for each, weight in named_weights(model) if isinstance(weight, Blocks)]
-    experts = sum(part.data.nbytes for _, each in weights if isinstance(each, ExpertBlocks) for part in each.matrices)
-    others = sum(each.data.nbytes for _, each in weights if not isinstance(each, ExpertBlocks))
+    """Bytes that are free for a mixture's experts, if these need more; else None."""
+    experts = others = 0
+    for name, weight in named_weights(model):
+        parts = weight.matrices if isinstance(weight, ExpertBlocks) else (weight,)
+        size = sum(part.data.nbytes for part in parts)
+        experts, others = experts + size * (".experts." in name), others + size * (".experts." not in name)
     room = memory.free_memory(torch.device("cpu")) - others
-    return max(int(ROOM * room), 2) if experts and experts > ROOM * room else None
+    return max(int(ROOM * room), 2) if experts > ROOM * room and experts else None
 
 
 def matrix(module: nn.Module) -> Tensor | Blocks:
