@@ -167,8 +167,9 @@ def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
     stored = sum(numbers.values())
     fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
     if fits:
-        with explain_errors(name):
-            model = gguf_model.empty_model(copy.deepcopy(config), torch.bfloat16)
+        with explain_errors(name), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model.tie_weights()
         fits = sum(values.numel() for values in model.parameters()) <= 2 * stored
     if not fits:
         raise SpecDecError(

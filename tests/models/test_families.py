@@ -158,6 +158,7 @@ MORE = r"describes over twice the \d+ weights of its files"
         ("mixtral", {"intermediate_size": 1 << 19}, MORE),
         ("mixtral", {"num_local_experts": 1 << 14}, MORE),
         ("mixtral", {"vocab_size": 1 << 26}, MORE),
+        ("mixtral", {"num_local_experts": 65535, "intermediate_size": 1 << 19}, MORE),  # no memory has that
         ("llama", {"num_hidden_layers": 1 << 13, "layer_types": None}, MORE),
         ("llama", {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 16000}, MORE),
         ("qwen3_next", {"shared_expert_intermediate_size": 10**6}, MORE),
