@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SpecDecError
+from specdec.models.families import FAMILIES, mixture_of
 from specdec.models.gguf.blocks import Blocks, ExpertBlocks, dequantize, named_weights
+from specdec.runtimes.llama_like import has_experts, router
 from specdec.runtimes.target import Pass, Target
 
 
@@ -42,34 +50,79 @@ def not_finite(model: PreTrainedModel) -> NotFiniteError:
     return NotFiniteError(f"{name} gives NaN or infinite logits in {dtype}; load it in bfloat16 or float32")
 
 
+def _apart(found: Tensor, expected: Tensor) -> Tensor:
+    """The largest difference of each token, relative to the largest number: both [T, ...] -> [T]."""
+    return (found.float() - expected.float()).abs().amax(-1) / expected.float().abs().max().clamp_min(1e-6)
+
+
+@contextmanager
+def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
+    """In this context tokens take the experts that have the largest ``logits``, float32 [T, layers, experts], in the
+    model's own modules.
+
+    Where two experts nearly tie, rounding decides, and the results are far apart. So runs are compared with the same
+    experts, and by their routers' logits.
+
+    known: whether these are there. Yields the routers' differences from them, [T] by layer: in logits, and in those of
+    the experts that they choose themselves from the largest. Else they are written.
+    """
+    differences = list[Tensor]()
+
+    def route(layer: int, _router: nn.Module, _args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        found, shares, experts = output
+        if known:
+            largest = found.topk(experts.shape[1]).values
+            differences.extend((_apart(logits[:, layer], found), _apart(found.gather(1, experts), largest)))
+        else:
+            logits[:, layer] = found
+        order = logits[:, layer].sort(stable=True, descending=True).indices  # the kernels, too, take the first
+        return found, shares, order[:, : experts.shape[1]]
+
+    with ExitStack() as hooks:
+        for n, layer in enumerate(model.model.layers) if logits.shape[2] else ():
+            if has_experts(layer):
+                hooks.callback(router(layer.mlp).register_forward_hook(partial(route, n)).remove)
+        yield differences
+
+
 @torch.inference_mode()
 def check_logits(target: Target) -> float:
-    """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with its model's own forward.
+    """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with its model's own forward,
+    in which tokens take the same experts.
 
-    Returns the difference of the median position, relative to the largest logit: in 16 bits, single positions of
-    correct runtimes may differ much. Raises SpecDecError if it is too large.
+    Returns the difference of the median position, relative to the largest logit, of the head or a router: in 16 bits,
+    single positions of correct runtimes may differ much. Raises SpecDecError if it is too large.
     """
-    kind, (prompt, n), device = target.model.config.model_type, (8, 11), target.device
+    kind, (prompt, n), device, layers = target.model.config.model_type, (8, 11), target.device, target.num_layers
     # Spread over the vocabulary: the first tokens are often special ones, on which models are ill-conditioned.
     ids = (torch.arange(1, n + 1, device=device)[None] * 7919) % target.vocab_size
     positions = torch.arange(n, device=device)[None]
+    # Other families' routers choose by more than their logits, and their modules run in all runtimes.
+    experts = mixture_of(target.model.config).experts if kind in FAMILIES else 0
+    routed = torch.zeros(n, layers, experts, device=device)
     try:
-        own = target.model(input_ids=ids, use_cache=False).logits.float()
-        cache, half, ours = target.new_cache(), target.num_layers // 2, []
+        cache, ours = target.new_cache(), []
         for a, b in ((0, prompt), (prompt, prompt + 1), (prompt + 1, n)):
             part = positions[:, a:b]
             x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
-            x = target.layers(x, 0, half, Pass(part, mask, cache))
-            ours.append(target.readout(target.layers(x, half, target.num_layers, Pass(part, mask, cache))))
+            for lo, hi in ((0, layers // 2), (layers // 2, layers)):
+                found = torch.zeros(b - a, hi, experts, device=device)
+                with routing(target.model, found, known=False):
+                    x = target.layers(x, lo, hi, Pass(part, mask, cache, routed=found))
+                routed[a:b, lo:hi] = found[:, lo:hi]
+            ours.append(target.readout(x))
             cache.commit([list(range(b - a))])
+        with routing(target.model, routed, known=True) as differences:
+            own = target.model(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise SpecDecError(
             f"model type '{kind}' is not supported: its layers do not run one by one ({error})"
         ) from error
     if not bool(own.isfinite().all()):
         raise not_finite(target.model)
-    apart = (own - torch.cat(ours, 1).float()).abs().amax(-1)[0] / own.abs().max().clamp_min(1e-6)  # (T,)
-    difference = max(apart[:prompt].median().item(), apart[prompt:].median().item())
+    apart = torch.stack([_apart(torch.cat(ours, 1)[0], own[0]), *differences])  # (1 + 2 layers with experts, T)
+    medians = [part.median(-1).values for part in (apart[:, :prompt], apart[:, prompt:])]
+    difference = torch.cat(medians).max().item()  # NaN if any is
     if not difference < (1e-4 if target.dtype == torch.float32 else 5e-2):
         raise SpecDecError(
             f"the {target.runtime} runtime gives other logits than this '{kind}' model "

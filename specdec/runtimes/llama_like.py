@@ -113,6 +113,11 @@ def has_experts(layer: Any) -> bool:
     return hasattr(layer.mlp, "experts")
 
 
+def router(mlp: Any) -> Any:
+    """What gives, in an MLP with experts, the logits of all, the shares of those with the largest, and which these are."""
+    return mlp.router if hasattr(mlp, "router") else mlp.gate
+
+
 def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     """``{slot: [(module path, module), ...]}`` of a decoder layer, in the order of the fused rows."""
     if recurrent(layer):

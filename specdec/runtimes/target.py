@@ -63,6 +63,8 @@ class Pass:
     cache: where keys and values are appended.
     taps: each key l with lo <= l <= hi is filled with the input of layer l (l = hi: the result).
     adapters: applied to the last ``adapted`` tokens of each row (None: to all).
+    routed: float32 [B T, hi, experts]. Filled with the logits of the routers of layers [lo, hi) by a runtime that does not
+        call the model's own.
     """
 
     positions: Tensor
@@ -71,6 +73,7 @@ class Pass:
     taps: dict[int, Tensor] | None = None
     adapters: Adapters | None = None
     adapted: int | None = None
+    routed: Tensor | None = None
 
 
 class Target(ABC):

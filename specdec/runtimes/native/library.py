@@ -96,7 +96,7 @@ class SequenceArgs(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "adapted", "windows", "cache")),
-        *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "rotary", "window", "taps", "low")),
+        *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "rotary", "window", "taps", "low", "routed")),
     )
 
 

@@ -172,6 +172,7 @@ typedef struct {
     const int32_t *window;       /* by layer: its kind */
     bf16 **taps;                 /* by layer, hidden states before it (hi: after the last) or NULL */
     const LowRank *const *low;   /* by layer: the low-rank terms of its MAPS maps, or NULL */
+    float *routed;               /* [tokens, hi, experts]: logits of the routers, out, or NULL */
 } Call;
 
 typedef struct {        /* a projection, and the layers after it */

@@ -296,6 +296,7 @@ class NativeTarget(ByParts):
         sequences, *alive = self.place(call, cache, lo, hi, mask.counts, mask.whole)
         alive += [sequences, positions, mask, low]
         call.adapted, call.x, call.positions = ctx.adapted or 0, x.data_ptr(), positions.data_ptr()
+        call.routed = pointer(ctx.routed)
         if not mask.causal:
             for row, sequence in enumerate(sequences):
                 if mask.trees[row] is not None:
@@ -406,7 +407,7 @@ class NativeTarget(ByParts):
         struct = self._layers[index]
         if isinstance(mlp.experts, Absent):
             raise SpecDecError("the native runtime takes experts in memory; these stay in their file")
-        module = mlp.router if hasattr(mlp, "router") else mlp.gate
+        module = llama_like.router(mlp)
         weight = module.weight.detach()
         if hasattr(mlp, "shared_expert_gate"):
             weight = torch.cat((weight, mlp.shared_expert_gate.weight.detach()))

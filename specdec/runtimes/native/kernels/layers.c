@@ -569,6 +569,7 @@ EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
         if (!taps) return -1;
         part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
         part.sequences = &sequence, sequence.tokens = part.tokens, sequence.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
+        if (c->routed) part.routed += (int64_t)first * c->hi * m->experts;
         for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
         if (!sequence.ahead) sequence.held += first;
         else if (first) sequence.states = sequence.ahead; /* nothing is pending any more */

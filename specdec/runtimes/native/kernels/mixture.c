@@ -28,14 +28,15 @@ static void choose_experts(const Model *m, const float *logits, float *rest, int
     for (int i = 0; i < m->taken; i++) shares[i] = widen(narrow(m->share ? shares[i] / some : shares[i]));
 }
 
-/* Group all tokens by the experts that the router chooses. */
-static void group_tokens(Pass *p, int features) {
+/* Group all tokens by the experts that a layer's router chooses. */
+static void group_tokens(Pass *p, int index, int features) {
     const Model *m = p->m;
     Mixed *g = &p->mixed;
     int blocks = 0;
     memset(g->count, 0, 4 * (size_t)m->experts);
     for (int r = 0; r < p->rows; r++) {
         choose_experts(m, g->logits + (int64_t)(r / 16) * features * 16 + r % 16, g->rest, g->experts + r * m->taken, g->shares + r * m->taken);
+        if (p->c->routed) memcpy(p->c->routed + ((int64_t)r * p->c->hi + index) * m->experts, g->rest, 4 * (size_t)m->experts);
         for (int i = 0; i < m->taken; i++) g->count[g->experts[r * m->taken + i]]++;
     }
     for (int e = g->groups = 0; e < m->experts; e++) {
@@ -85,7 +86,7 @@ static void mix(Pass *p, int index, int me, int n) {
     }
     wait_for_team(&p->barrier, n);
     if (!me) {
-        group_tokens(p, features);
+        group_tokens(p, index, features);
         if (m->demand && m->demand(index, g->groups, &g->group->expert)) g->groups = g->blocks = 0;
     }
     wait_for_team(&p->barrier, n);

@@ -1,0 +1,108 @@
+"""The check of a runtime at load: rounding passes, with near ties between experts, too; other arithmetic does not."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from tiny import rough_model, sizes_of, tamed, tiny_model
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+from specdec.models.families import EXPERTS, FAMILIES
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.llama_like import router
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+
+MIXTURES = [name for name, family in FAMILIES.items() if family.fields >= EXPERTS]
+native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+
+
+def mixture(family: str, seed: int = 0, apart: float = 1.0) -> Any:
+    """A model in bfloat16 with 2 of 8 experts. apart: how far the rows of its routers are from one another."""
+    count = {key: 8 for key in ("num_experts", "num_local_experts")} | {"num_experts_per_tok": 2}
+    model: Any = tamed(rough_model(family, **sizes_of(family), **count))
+    random = torch.Generator().manual_seed(seed)
+    for layer in model.model.layers:
+        rows = router(layer.mlp).weight  # (E, D)
+        every, own = (torch.randn(size, generator=random) for size in (rows.shape[1], rows.shape))
+        rows.copy_((every + apart * own) * rows.shape[1] ** -0.5)
+        layer.mlp.experts.down_proj.mul_(8)  # what they return is as large as what they are added to
+    return model.bfloat16()
+
+
+@native
+@pytest.mark.parametrize("family", MIXTURES)
+def test_near_ties_between_experts_are_no_fault(family: str) -> None:
+    for seed in range(10):
+        assert NativeTarget(mixture(family, seed, 0.02), "int8").logit_difference < 0.05
+
+
+@pytest.mark.parametrize("runtime", [FusedTarget, ReferenceTarget])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
+def test_near_ties_are_no_fault_where_modules_run(runtime: Any, family: str) -> None:
+    for seed in range(3):
+        assert runtime(mixture(family, seed, 0.02)).logit_difference < 0.05
+
+
+def louder(layer: Any) -> None:
+    replace(layer.post_attention_layernorm, lambda own, x: 1.3 * own(x))
+
+
+def scaled(layer: Any) -> None:
+    replace(router(layer.mlp), lambda own, x: own(1.3 * x))
+
+
+def unnormalised(layer: Any) -> None:
+    def route(own: Any, x: Tensor) -> tuple[Tensor, ...]:
+        logits, shares, experts = own(x)
+        return logits, shares * logits.float().softmax(-1).gather(1, experts).sum(-1, keepdim=True), experts
+
+    replace(router(layer.mlp), route)
+
+
+def reordered(layer: Any) -> None:
+    replace(layer.mlp.experts, lambda own, x, experts, shares: own(x, (experts + 1) % 8, shares))
+
+
+def chosen_otherwise(layer: Any) -> None:
+    def route(own: Any, x: Tensor) -> tuple[Tensor, ...]:
+        logits, shares, experts = own(x)
+        return logits, shares, logits.topk(2, largest=False).indices
+
+    replace(router(layer.mlp), route)
+
+
+def replace(module: Any, function: Any) -> None:
+    """The module computes ``function`` of its own computation and the inputs."""
+    own = module.forward
+    module.forward = MethodType(lambda _, *given: function(own, *given), module)
+
+
+@native
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("other", [louder, scaled, unnormalised, reordered, chosen_otherwise])
+def test_another_mixture_is_refused(family: str, other: Any) -> None:
+    """Modules that compute something else than their weights say: as if the kernels did."""
+    for seed in range(3):
+        model = mixture(family, seed)
+        for layer in model.model.layers:
+            other(layer)
+        with pytest.raises(SpecDecError, match="the native runtime gives other logits than this"):
+            NativeTarget(model)
+
+
+def test_numbers_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ReferenceTarget.readout
+
+    def wrong(self: Any, *given: Any) -> Tensor:
+        logits = right(self, *given)
+        return logits if logits.shape[1] == 8 else logits * float("nan")
+
+    monkeypatch.setattr(ReferenceTarget, "readout", wrong)
+    with pytest.raises(SpecDecError, match="gives other logits"):
+        ReferenceTarget(tiny_model("llama"))
