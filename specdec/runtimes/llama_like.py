@@ -114,7 +114,7 @@ def has_experts(layer: Any) -> bool:
 
 
 def router(mlp: Any) -> Any:
-    """What gives, in an MLP with experts, the logits of all, the shares of those with the largest, and which these are."""
+    """Of an MLP with experts: gives the logits of all, the shares of those with the largest, and which these are."""
     return mlp.router if hasattr(mlp, "router") else mlp.gate
 
 

@@ -63,8 +63,8 @@ class Pass:
     cache: where keys and values are appended.
     taps: each key l with lo <= l <= hi is filled with the input of layer l (l = hi: the result).
     adapters: applied to the last ``adapted`` tokens of each row (None: to all).
-    routed: float32 [B T, hi, experts]. Filled with the logits of the routers of layers [lo, hi) by a runtime that does not
-        call the model's own.
+    routed: filled with the logits of the routers of layers [lo, hi) by a runtime that does not call the model's own;
+        float32 [B T, hi, experts].
     """
 
     positions: Tensor

@@ -71,7 +71,7 @@ def reordered(layer: Any) -> None:
 
 def chosen_otherwise(layer: Any) -> None:
     def route(own: Any, x: Tensor) -> tuple[Tensor, ...]:
-        logits, shares, experts = own(x)
+        logits, shares, _ = own(x)
         return logits, shares, logits.topk(2, largest=False).indices
 
     replace(router(layer.mlp), route)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -15,26 +16,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from specdec.kvcache.rows import RowCache
+from specdec.models.families import mixture_of
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
+from specdec.runtimes.checks import routing
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.target import Pass, Target
 
 
-def play(target: Target) -> list[torch.Tensor]:
-    """A ragged prompt, single tokens, a tree, a resumed block: the states and logits of all real tokens."""
+def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tensor]:
+    """A ragged prompt, single tokens, a tree, a resumed block: the states and logits of all real tokens.
+
+    routed: by pass, routers' logits, for tokens to take the same experts; they are written if it is empty.
+    """
     torch.manual_seed(1)
     ids, cache, out = torch.randint(3, 97, (2, 30)), target.new_cache(2), []
     rows = torch.zeros(2, 1, dtype=torch.long)  # committed tokens per row
+    known = iter(routed or ())
+
+    def layers(x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
+        if routed is None:
+            return target.layers(x, lo, hi, ctx)
+        if (logits := next(known, None)) is not None:
+            with routing(target.model, logits, known=True):
+                return target.layers(x, lo, hi, ctx)
+        experts = mixture_of(target.model.config).experts
+        routed.append(torch.zeros(x.shape[0] * x.shape[1], hi, experts))
+        return target.layers(x, lo, hi, replace(ctx, routed=routed[-1]))
 
     def run(offsets: list[int], paths: list[list[int]], tree: torch.Tensor | None = None, cut: int = 2) -> None:
         nonlocal rows
         positions = rows + torch.tensor(offsets)
         taps = {cut: torch.empty(0), 4: torch.empty(0)}
         x = target.embed(ids.gather(1, positions), positions)
-        x = target.layers(x, 0, cut, Pass(positions, cache.mask(0, positions, tree), cache))
+        x = layers(x, 0, cut, Pass(positions, cache.mask(0, positions, tree), cache))
         mask = cache.mask(cut, positions, tree)
-        x = target.layers(x, cut, 3, Pass(positions, mask, cache, taps))
-        x = target.layers(x, 3, 4, Pass(positions, mask, cache, taps))
+        x = layers(x, cut, 3, Pass(positions, mask, cache, taps))
+        x = layers(x, 3, 4, Pass(positions, mask, cache, taps))
         logits = target.readout(x)
         out.extend(t[b, path] for t in (taps[cut], taps[4], logits) for b, path in enumerate(paths))
         cache.commit(paths)

@@ -177,6 +177,7 @@ class Recording:
         self.write(at + Call.x.offset, None if levels else call.x, states, 2)
         for place, address in self.addresses(at + Call.taps.offset, call.taps, call.hi + 1):
             self.write(place, address, states, 2)
+        self.write(at + Call.routed.offset, call.routed, 4 * call.tokens * call.hi * model.experts, 4)
         beside = (Layer * call.hi).from_address(model.layers)
         for (place, address), layer in zip(
             self.addresses(at + Call.low.offset, call.low, call.hi), beside, strict=False
