@@ -158,9 +158,20 @@ class M2R2Drafter(ChainDrafter):
         return self._candidates(state, limit, self.width)
 
     def _candidates(self, state: State, limit: int, width: int) -> list[Candidates] | None:
-        if self._drafts_tree(state):
-            return [self._tree(state, limit, width)]
-        return self._chains(state, limit) if self._drafts_chains(state) else None
+        if not self._drafts_by_levels(state):
+            return None
+        path, cache, rows, place = self._draft_path(state), state.cache, state.row_states, 0
+        tokens, sampled = [ids[-1] for ids in state.ids], state.sampler.sampled(state.ids)
+        limits, masks = TreeLimits(limit, width, *(state.prices.bar if state.prices else ())), None
+        if len(rows) == 1:
+            place, masks = rows[0].place, state.masks(0)
+            *inputs, final = (x if len(x) == 1 else x[rows[0].number :][:1] for x in rows[0].block)
+        else:
+            *inputs, final = self._states_before(rows)
+        roots = DraftRoots(tokens, cache.rows, final, inputs, place, self.vocabulary.forbidden, sampled)
+        if len(rows) == 1 and sampled is None:
+            return [state.target.draft_tree(cache, roots, path, limits, masks)]
+        return state.target.draft_rows(cache, roots, path, limits, masks)
 
     def propose(self, state: State, limit: int) -> Draft:
         if self._knows_nothing(state):
@@ -198,38 +209,14 @@ class M2R2Drafter(ChainDrafter):
         logits, certainty, layers, tokens.tokens[-1].carry.final = first_confident(read, last, exit_confidence)
         return Readout(logits, None if routers is None and self.num_exits == 1 else certainty, layers)
 
-    def _drafts_tree(self, state: State) -> bool:
-        """Whether to grow a tree: for one greedy row, if drafting runs no layer that scoring needs."""
-        path = self.network.path
-        verified = state.threshold is None and state.sampler.best_allowed and state.cache.batch == 1
+    def _drafts_by_levels(self, state: State) -> bool:
+        """Whether to draft a tree for a single row, or chains with siblings for several: if drafting runs no layer that
+        scoring needs, and logits are changed by constraints of a single row alone."""
+        path, one = self.network.path, len(state.ids) == 1
+        verified = state.threshold is None and self.shape.siblings is None
         worth = bool(self.shape.nodes) or not is_asynchronous(state.cache.device)  # it is read before it is scored
-        return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
-
-    def _tree(self, state: State, limit: int, width: int) -> Candidates:
-        [row] = state.row_states
-        path = self._draft_path(state)
-        *inputs, final = row.block
-        if len(final) > 1:  # other rows were in the block
-            *inputs, final = (x[row.number : row.number + 1] for x in row.block)
-        roots = DraftRoots([state.ids[0][-1]], state.cache.rows, final, inputs, row.place)
-        limits = TreeLimits(limit, width, *(state.prices.bar if state.prices else ()))
-        return state.target.draft_tree(state.cache, roots, path, limits, state.masks(0))
-
-    def _drafts_chains(self, state: State) -> bool:
-        """Whether to draft the likeliest chain of each of several rows in one call of the runtime."""
-        path, shape = self.network.path, self.shape
-        plain = state.sampler.plain_greedy and state.threshold is None
-        alone = not path.exit_layer and not path.exits and bool(self.taps)
-        return plain and alone and shape.siblings is None and shape.nodes is None and state.cache.batch > 1
-
-    def _chains(self, state: State, limit: int) -> list[Candidates] | None:
-        path = self._draft_path(state)
-        *inputs, final = self._states_before(state.row_states)
-        roots = DraftRoots(
-            [ids[-1] for ids in state.ids], state.cache.rows, final, inputs, forbidden=self.vocabulary.forbidden
-        )
-        limits = TreeLimits(limit, 1, *(state.prices.bar if state.prices else ()))
-        return state.target.draft_chains(state.cache, roots, path, limits)
+        plain = not state.sampler.needs_prefixes and (one or not state.constrained)
+        return verified and worth and plain and not path.exit_layer and not path.exits and bool(self.taps)
 
     def _draft_path(self, state: State) -> DraftPath:
         """The draft path with heads for the current draft vocabulary."""

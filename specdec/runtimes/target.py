@@ -183,11 +183,13 @@ class Target(ABC):
             cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
         return found
 
-    def draft_chains(
-        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
+    def draft_rows(
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> list[Candidates] | None:
-        """Draft the likeliest chain along ``path`` for each row of ``cache``, left as it was; ``limits.width`` is 1.
+        """Draft along ``path`` for each row of ``cache``, which is left as it was: a tree for a single row, chains with
+        siblings for several. What a sampled row may draw is drafted by its noise.
 
+        masks: of a single row, as in ``draft_tree``.
         None: this runtime cannot do so in one call.
         """
         return None

@@ -1,7 +1,7 @@
 """Drafting a tree level by level: the likeliest few nodes of each level get children, in one pass.
 
-For one greedy row, and drafters whose pass costs the same for a few tokens as for one. As in EAGLE-2 (arXiv
-2406.16858), a node is worth the product of the draft's own probabilities along its path.
+For drafters whose pass costs the same for a few tokens as for one. As in EAGLE-2 (arXiv 2406.16858), a node is worth
+the product of the draft's own probabilities along its path.
 """
 
 from __future__ import annotations
@@ -41,6 +41,23 @@ class DraftPath:
     made: dict[object, Any] = field(default_factory=dict)
 
 
+class Sampled(NamedTuple):
+    """How a row's tokens are sampled (``SamplingParams``), and the noise that decides.
+
+    seed, stream: of its ``Noise``. place: length of its text, the position of the token after the root.
+    temperature: 0: greedy.
+    top_k: 0: all.
+    """
+
+    seed: int
+    stream: int
+    place: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
 @dataclass
 class DraftRoots:
     """The root token of each row, and the states of the token before it.
@@ -49,6 +66,7 @@ class DraftRoots:
     carried: for each segment of the path, its input states [B, T, D].
     place: index of the token before the root among these T; T is 1 for several rows.
     forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
+    sampled: how each row is sampled; None: all are greedy.
     """
 
     tokens: Sequence[int]
@@ -57,6 +75,7 @@ class DraftRoots:
     carried: Sequence[Tensor]
     place: int = 0
     forbidden: Tensor | None = None
+    sampled: Sequence[Sampled] | None = None
 
 
 class Candidates(NamedTuple):
@@ -103,7 +122,7 @@ class TreeLimits:
     """How far to grow a tree.
 
     levels: maximum number of levels.
-    width: number of nodes of a level that get children, and of the children of each.
+    width: number of children of a node, and in the tree of a single row of the nodes of a level that get any.
     level, node, exponent: another level is drafted while the likeliest path of each row, as far as its probability **
         ``exponent`` exceeds ``node``, brings ``level`` tokens or more, all rows together (``Prices``).
     """

@@ -37,6 +37,7 @@ from transformers import (
 
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.options import SamplingParams
+from specdec.runtimes.tree_drafting import Sampled
 from specdec.speculation.constraints import ConstraintState
 
 Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
@@ -89,6 +90,7 @@ class Transforms:
     sharpness: factor by which gaps between logits grow: 1 / temperature, at least 1.
     processors: those that read the tokens before a position; the others are ``warpers``.
     highest: highest token id with a bias.
+    sampling: temperature, top-k (0: all), top-p and min-p.
     group: equal for transforms of several rows that do the same.
     filters: whether top-k, top-p or min-p rules out tokens.
     """
@@ -103,8 +105,8 @@ class Transforms:
         if params.frequency_penalty or params.presence_penalty or params.logit_bias:
             self.processors.append(Penalties(params, start))
         self.highest = max(params.logit_bias or (), default=-1)
-        own = (params.temperature, params.top_k, params.top_p, params.min_p)
-        self.group: Hashable = id(self) if self.processors else own
+        self.sampling = params.temperature, params.top_k or 0, params.top_p, params.min_p or 0.0
+        self.group: Hashable = id(self) if self.processors else self.sampling
         self.warpers: list[LogitsProcessor] = []
         if not self.greedy:
             if params.temperature != 1:
@@ -229,6 +231,16 @@ class Sampler:
     def best_allowed(self) -> bool:
         """True if every choice is the argmax of the raw logits of the tokens that the row's constraint allows."""
         return all(row.plain_greedy or row.masked_greedy for row in self.rows)
+
+    def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
+        """How the token after each row's ``ids`` is sampled; None: all are greedy. Processors are not in it."""
+        if all(row.transforms.greedy for row in self.rows):
+            return None
+        made = []
+        for row, own in zip(self.rows, ids, strict=True):
+            seed, stream = row.noise.key.tolist()
+            made.append(Sampled(seed, stream, len(own), *row.transforms.sampling))
+        return made
 
     @property
     def sharpness(self) -> float:

@@ -277,8 +277,9 @@ class Recording:
         self.read(own + TreeDraft.tokens.offset, each.tokens, 8 * outputs)
         self.read(own + TreeDraft.norm.offset, each.norm, 4 * hidden)
         self.read(own + TreeDraft.forbidden.offset, each.forbidden, each.sequences * each.outputs[1])
+        self.read(own + TreeDraft.sampled.offset, each.sampled, each.sequences * ctypes.sizeof(library.Sampled))
         for name in ("scores", "ids", "parents"):
-            size = 4 * each.levels * max(each.width**2, each.sequences)
+            size = 4 * each.levels * each.width * max(each.width, each.sequences)
             self.write(own + getattr(TreeDraft, name).offset, getattr(each, name), size, 4)
 
 

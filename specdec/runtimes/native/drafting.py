@@ -1,4 +1,4 @@
-"""Drafting in one native call: a tree, or a chain for each of several rows.
+"""Drafting in one native call: a tree, or a chain with siblings for each of several rows.
 
 The kernels' structures are built once for a draft path. Between two passes all code is cold, so a step changes few
 fields and builds nothing.
@@ -16,7 +16,18 @@ from specdec.base import cores
 from specdec.kvcache.rows import RowCache
 from specdec.runtimes import linear_maps
 from specdec.runtimes.llama_like import Adapters
-from specdec.runtimes.native.library import INT, POINTER, Call, MaskCall, Model, Stage, TreeDraft, done, pointer
+from specdec.runtimes.native.library import (
+    INT,
+    POINTER,
+    Call,
+    MaskCall,
+    Model,
+    Sampled,
+    Stage,
+    TreeDraft,
+    done,
+    pointer,
+)
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
@@ -42,19 +53,19 @@ class Kernels(Protocol):
 
 
 class TreeDrafter:
-    """Drafts trees along ``path``, one at a time, or a chain for each of several ``rows`` (``width`` 1), level by
-    level.
+    """Drafts level by level along ``path``: a tree, or chains with siblings for several ``rows``.
 
     levels, width: as in ``TreeLimits``.
-    drafted: number of tokens that are run.
+    drafted: number of tokens of a row that are run.
     found: scores, tokens and parents of the candidates.
     allowed: the masks of a level; ``masks`` makes them, ``held`` keeps them alive, ``error`` is what it raised.
     """
 
     def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> None:
-        self.segments, self.drafted = path.segments, 1 + (levels - 1) * width
+        self.segments, self.drafted = path.segments, 1 + (levels - 1) * (width if rows == 1 else 1)
         self.rows, self.positions, self.roots = rows, (ctypes.c_int64 * rows)(), (INT * rows)()
-        count = levels * max(width * width, rows)
+        self.sampled = (Sampled * rows)()
+        count = levels * width * max(width, rows)
         self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()
         self.allowed = (POINTER * width)()
         self.masks: Masks | None = None
@@ -80,7 +91,7 @@ class TreeDrafter:
             (INT * 2)(*(head.width for head in heads)),
             *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0, 0.0, 1.0),
             *(ctypes.addressof(out) for out in self.found),
-            *(None, ctypes.addressof(self.allowed), None),
+            *(None, ctypes.addressof(self.allowed), None, None),
         )
 
     @staticmethod
@@ -94,13 +105,17 @@ class TreeDrafter:
 
     def __call__(
         self, target: Kernels, cache: RowCache, roots: DraftRoots, limits: TreeLimits, masks: Masks | None
-    ) -> Candidates:
+    ) -> list[Candidates]:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (roots.final, *roots.carried))
         before = roots.place * final.shape[2] * final.element_size()  # bytes
         forbidden = None if roots.forbidden is None else roots.forbidden.contiguous()
         struct.forbidden = None if forbidden is None else forbidden.data_ptr()
         self.positions[:], self.roots[:] = list(roots.positions), list(roots.tokens)
+        for own, given in zip(self.sampled, roots.sampled or (), strict=False):
+            own.seed, own.stream, own.place, temperature, own.top_k, own.top_p, own.min_p = given
+            own.sharpness = 1 / temperature if temperature else 0.0
+        struct.sampled = None if roots.sampled is None else ctypes.addressof(self.sampled)
         alive = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
             alive.append(target.place(call, cache, lo, hi, [self.drafted] * self.rows))
@@ -117,8 +132,22 @@ class TreeDrafter:
         if self.error is not None:
             raise self.error
         done(count)
-        scores, tokens, parents = self.found
-        return Candidates(scores[:count], tokens[:count], parents[:count])
+        return self._by_row(count)
+
+    def _by_row(self, count: int) -> list[Candidates]:
+        """The candidates of each row, with its own numbers for their parents."""
+        scores, tokens, parents = self.found[0][:count], self.found[1][:count], self.found[2][:count]
+        if self.rows == 1:
+            return [Candidates(scores, tokens, parents)]
+        rows = [Candidates([], [], []) for _ in range(self.rows)]
+        places = [(row, 0) for row in range(self.rows)]  # of each candidate behind the roots: its row and number there
+        for score, token, parent in zip(scores, tokens, parents, strict=True):
+            row, own = places[-parent if parent <= 0 else self.rows - 1 + parent]
+            rows[row].scores.append(score)
+            rows[row].tokens.append(token)
+            rows[row].parents.append(own)
+            places.append((row, len(rows[row].tokens)))
+        return rows
 
     def _mask(self, rows: int, nodes: Any) -> int:
         """Point ``allowed`` to the masks of a level, which live until the next one; 1: an error."""

@@ -104,13 +104,21 @@ class Stage(ctypes.Structure):
     _fields_ = tuple((name, POINTER) for name in ("projection", "carried", "model", "call"))
 
 
+class Sampled(ctypes.Structure):
+    _fields_ = (
+        *(("seed", ctypes.c_uint64), ("stream", ctypes.c_uint64), ("place", LONG)),
+        *((name, FLOAT) for name in ("sharpness", "top_p", "min_p")),
+        ("top_k", INT),
+    )
+
+
 class TreeDraft(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("stages", "levels", "width", "sequences")),
         *((name, POINTER) for name in ("roots", "stage", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
         *((name, FLOAT) for name in ("eps", "unit_eps", "level", "node", "exponent")),
-        *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed", "forbidden")),
+        *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed", "forbidden", "sampled")),
     )
 
 

@@ -182,8 +182,15 @@ typedef struct {        /* a projection, and the layers after it */
     const Call *call;       /* for a token of each sequence at its first free slot, without trees */
 } Stage;
 
-typedef struct {        /* a tree that grows from one root, level by level, or the likeliest chain of each of several sequences */
-    int32_t stages, levels, width, sequences; /* width: nodes of a level that get children, and children of each; 1 for several sequences */
+typedef struct {        /* how a sequence's tokens are sampled: the largest of logits / temperature + Gumbel noise (speculation/sampling.py) */
+    uint64_t seed, stream;
+    int64_t place;          /* the text's length up to the root: the noise's position of the next token */
+    float sharpness, top_p, min_p; /* 1 / temperature; 0: greedy */
+    int32_t top_k;
+} Sampled;
+
+typedef struct {        /* a tree that grows from one root, level by level, or a chain with siblings for each of several sequences */
+    int32_t stages, levels, width, sequences; /* width: children of a node, and of a tree the nodes of a level that get any */
     const int32_t *roots;   /* [sequences] */
     const Stage *stage;
     const Table *embedding; /* [vocabulary, hidden] */
@@ -195,11 +202,12 @@ typedef struct {        /* a tree that grows from one root, level by level, or t
     float eps, unit_eps;    /* of the final norm, of the projections' */
     float level, node, exponent; /* growing ends when the likeliest path of each sequence, as far as its probability to the power of
                              * `exponent` exceeds `node`, brings less than `level`, all together */
-    float *scores;          /* out: [levels * width * width] or [levels, sequences], log-probabilities of the candidates' paths */
-    int32_t *ids, *parents; /* out: their tokens; 0: a root, i + 1: candidate i */
+    float *scores;          /* out: [levels * width * most of width and sequences], log-probabilities of the candidates' paths */
+    int32_t *ids, *parents; /* out: their tokens; i + 1: candidate i, -r: the root of sequence r */
     int (*mask)(int rows, const int32_t *nodes); /* NULL: all tokens are allowed. Called before a level's pass, by one thread, to set */
     const uint8_t *const *allowed;  /* `allowed`, the mask of each of its nodes (NULL: no token); returns 0, or else growing ends */
     const uint8_t *forbidden; /* [sequences, outputs of the second head]: those that a sequence may not draft, or NULL */
+    const Sampled *sampled; /* [sequences], or NULL: all are greedy */
 } TreeDraft;
 
 enum { MAPS = 5 }; /* with low-rank terms: qkv, out, gate_up, down, rates */

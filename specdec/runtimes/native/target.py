@@ -211,24 +211,13 @@ class NativeTarget(ByParts):
     def draft_tree(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> Candidates:
-        assert isinstance(cache, RowCache)
-        found = self._drafted(cache, roots, path, limits, masks)
-        return super().draft_tree(cache, roots, path, limits, masks) if found is None else found
+        found = self.draft_rows(cache, roots, path, limits, masks)
+        return super().draft_tree(cache, roots, path, limits, masks) if found is None else found[0]
 
-    def draft_chains(
-        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
+    def draft_rows(
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> list[Candidates] | None:
         assert isinstance(cache, RowCache)
-        rows, found = len(roots.tokens), self._drafted(cache, roots, path, limits)
-        if found is None or not found.tokens:
-            return None
-        parents = list(range(len(found.tokens) // rows))
-        return [Candidates(found.scores[b::rows], found.tokens[b::rows], parents) for b in range(rows)]
-
-    def _drafted(
-        self, cache: RowCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
-    ) -> Candidates | None:
-        """The candidates of the kernels; None: they do not support this."""
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.supports(self, path, *size) else None

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
+from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes import linear_maps, tree_drafting
@@ -26,6 +28,7 @@ from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
+from specdec.speculation.sampling import RowSampler, Sampler
 
 try:
     library.load()
@@ -419,18 +422,22 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: s
     hidden[1] = True
     assert any(outputs & set(chain) for chain in alone)
     limits = tree_drafting.TreeLimits(levels, 1)
-    own = target.draft_chains(together, replace(roots, forbidden=hidden), route, limits)
+    own = target.draft_rows(together, replace(roots, forbidden=hidden), route, limits)
     assert own is not None and not outputs & set(own[1].tokens)
     assert [chain.tokens for b, chain in enumerate(own) if b != 1] == alone[:1] + alone[2:]
     for _ in range(2):  # built the first time, and used again
-        found = target.draft_chains(together, roots, route, limits)
+        found = target.draft_rows(together, roots, route, limits)
         assert found is not None and [chain.tokens for chain in found] == alone
         assert all(chain.parents == list(range(levels)) and chain.scores[-1] < 0 for chain in found)
+        wide = target.draft_rows(together, roots, route, tree_drafting.TreeLimits(levels, 3))
+        assert wide is not None and [found.tokens[::3] for found in wide] == alone
+        parents = [0 if level == 0 else 3 * level - 2 for level in range(levels) for _ in range(3)]
+        assert all(found.parents == parents and len(set(found.tokens[:3])) == 3 for found in wide)
     if levels > 1:  # another level must pay for all rows together
         gain = sum(max(math.exp(2 * chain.scores[0]) - 0.001, 0.0) for chain in found)
         for level, deep in (1.01 * gain, 1), (0.99 * gain, 2):
             limits = tree_drafting.TreeLimits(2, 1, level, node=0.001, exponent=2.0)
-            ended = target.draft_chains(together, roots, route, limits)
+            ended = target.draft_rows(together, roots, route, limits)
             assert ended is not None and [chain.tokens for chain in ended] == [tokens[:deep] for tokens in alone]
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
     assert all(
@@ -479,6 +486,51 @@ def test_probabilities_of_all_tokens_sum_to_one(size: float) -> None:
     route = replace(random_route(target, heads=2), heads=[target.reduced_head(tokens)], tokens=tokens, made={})
     scores = torch.tensor(target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(1, 16)).scores)
     assert scores.shape == (16,) and abs(float(scores.double().exp().sum()) - 1) < 1e-5
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.3},
+    {"temperature": 2.5, "top_k": 3},
+    {"temperature": 1.5, "top_p": 0.1},
+    {"temperature": 1.0, "min_p": 0.9},
+    {"temperature": 1.2, "top_k": 9, "top_p": 0.8, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.inference_mode()
+def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
+    """With all outputs among the best ones, a draft's first tokens are those that the sampler would choose, in order."""
+    target, tokens = NativeTarget(model_of("llama")), torch.arange(20, 36)
+    torch.manual_seed(2)
+    route = replace(random_route(target, heads=2), heads=[target.reduced_head(tokens)], tokens=tokens, made={})
+    cache, roots = seeded(target)
+    cache.select([0] * rows)
+    final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
+    roots = tree_drafting.DraftRoots(list(roots.tokens) * rows, list(roots.positions) * rows, final, carried)
+    greedy = target.draft_rows(cache, roots, route, tree_drafting.TreeLimits(1, 16))
+    assert greedy is not None and all(sorted(found.tokens) == tokens.tolist() for found in greedy)
+    order = [greedy[0].tokens.index(token) for token in tokens.tolist()]
+    logits = torch.tensor(greedy[0].scores)[order]
+    seen = set()
+    for seed in range(40):
+        params = [SamplingParams(seed=seed, **SAMPLING[(seed + row) % len(SAMPLING)]) for row in range(rows)]
+        params[-1] = params[-1] if rows == 1 else SamplingParams()  # a greedy row beside others
+        sampler = Sampler.of([RowSampler(each, stream=row) for row, each in enumerate(params)])
+        ids = [[1] * (7 + seed)] * rows
+        own = replace(roots, sampled=sampler.sampled(ids))
+        found = target.draft_rows(cache, own, route, tree_drafting.TreeLimits(1, 4))
+        assert found is not None
+        scores = sampler.scores(logits.repeat(rows, 1)[:, None], lambda: [], tokens)
+        noisy = sampler.perturb(scores, [[len(text)] for text in ids], target.vocab_size, tokens)[:, 0]
+        for row, candidates in enumerate(found):
+            best = noisy[row].topk(4)
+            wanted = tokens[best.indices][best.values.isfinite()].tolist()
+            assert candidates.tokens == wanted and candidates.parents == [0] * len(wanted)
+            assert candidates.scores == sorted(candidates.scores, reverse=True) and candidates.scores[0] <= 0
+            seen.add(len(wanted))
+    assert {1, 3, 4} <= seen
 
 
 @torch.inference_mode()

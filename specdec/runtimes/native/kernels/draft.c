@@ -1,4 +1,5 @@
-/* Drafting level by level along a draft path of projections and layers: a tree for one sequence, or a chain for each of several. */
+/* Drafting level by level along a draft path of projections and layers: a tree for one sequence, or a chain with siblings for
+ * each of several. */
 
 enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
 
@@ -51,15 +52,19 @@ static void project(Pass *p, const Map *map, const float *before, const float *c
     from_blocks(p->x, from, to, hidden, projected);
 }
 
+/* Of how many outputs the best ones are found: noise chooses among these. */
+static int found_of(const TreeDraft *g) { return g->sampled ? MOST_WIDTH : g->width; }
+
 /* The best next tokens of each lane among this thread's outputs. */
 static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
+    const int count = found_of(g);
     uint8_t *mine = p->scratch + p->own * me;
     float sums[256] __attribute__((aligned(64)));
     uint32_t lanes[16];
     F most = set16(NEVER), sum = zero16();
     for (int lane = 0; lane < 16; lane++) {
         best->floor[lane] = NEVER;
-        for (int i = 0; i < g->width; i++) best->values[lane][i] = NEVER, best->ids[lane][i] = 0;
+        for (int i = 0; i < count; i++) best->values[lane][i] = NEVER, best->ids[lane][i] = 0;
     }
     norm(p->x, g->norm, p->m->hidden, g->eps, p->m->once, (uint32_t *)mine);
     for (int h = 0; h < 2 && g->head[h]; h++) {
@@ -87,7 +92,7 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
                 uint32_t good = bits16(more16(v, load16(best->floor))) & ((1u << p->rows) - 1);
                 for (; good; good &= good - 1) {
                     int lane = __builtin_ctz(good);
-                    insert_candidate(best, lane, g->width, sums[16 * o + lane], first + 16 * t + o);
+                    insert_candidate(best, lane, count, sums[16 * o + lane], first + 16 * t + o);
                 }
             }
         }
@@ -104,6 +109,41 @@ static void merge_candidates(Best *best, int lane, int count, int team) {
         for (int i = 0; i < count && best[t].values[lane][i] > best->floor[lane]; i++)
             insert_candidate(best, lane, count, best[t].values[lane][i], best[t].ids[lane][i]);
     for (int i = 0; i < count && best->values[lane][i] > NEVER; i++) best->values[lane][i] -= most + __builtin_logf(sum);
+}
+
+/* The standard Gumbel noise of a token at a position, as speculation/sampling.py has it: of Philox 4x64-10 by numpy. */
+static float noise_of(const Sampled *s, int64_t position, int64_t token) {
+    uint64_t c[4] = {(uint64_t)token / 8 + 1, 0, (uint64_t)position, 0}, k[2] = {s->seed, s->stream};
+    for (int i = 0; i < 10; i++, k[0] += 0x9E3779B97F4A7C15u, k[1] += 0xBB67AE8584CAA73Bu) {
+        const unsigned __int128 a = (unsigned __int128)0xD2E7470EE14C6C93u * c[0], b = (unsigned __int128)0xCA5A826395121157u * c[2];
+        const uint64_t next[4] = {(uint64_t)(b >> 64) ^ c[1] ^ k[0], (uint64_t)b, (uint64_t)(a >> 64) ^ c[3] ^ k[1], (uint64_t)a};
+        memcpy(c, next, sizeof c);
+    }
+    const float uniform = ((float)((uint32_t)(c[token % 8 / 2] >> 32 * (token % 2)) >> 1) + 0.5f) * 0x1p-31f, most = 1 - 0x1p-24f;
+    return (float)-__builtin_log(-__builtin_log1p(-(double)(uniform < most ? uniform : most)));
+}
+
+/* Let the best outputs of a lane, log-probabilities, compete with their noise: an output is likely as far as it leads. Top-k, top-p
+ * and min-p count these few alone, which have nearly all of the probability. */
+static void draw_candidates(const TreeDraft *g, Best *best, int lane, const Sampled *s, int64_t position) {
+    float *values = best->values[lane], share[MOST_WIDTH], noisy[MOST_WIDTH], mass = 0, above = 0, top = NEVER, sum = 0;
+    int32_t ids[MOST_WIDTH], some = 0;
+    memcpy(ids, best->ids[lane], sizeof ids);
+    for (; some < MOST_WIDTH && values[some] > NEVER; some++) {
+        const float gap = (values[some] - values[0]) * s->sharpness;
+        share[some] = !s->top_k || some < s->top_k ? __builtin_expf(gap) : 0;
+        mass += share[some];
+        noisy[some] = gap + noise_of(s, position, g->tokens ? g->tokens[ids[some]] : ids[some]);
+        top = noisy[some] > top ? noisy[some] : top;
+    }
+    best->floor[lane] = NEVER;
+    for (int i = 0; i < MOST_WIDTH; i++) values[i] = NEVER;
+    for (int i = 0; i < some; above += share[i++]) {
+        sum += __builtin_expf(noisy[i] - top);
+        const int left = (s->top_p >= 1 || above < s->top_p * mass) && share[i] > 0 && share[i] >= s->min_p;
+        if (left && noisy[i] > best->floor[lane]) insert_candidate(best, lane, g->width, noisy[i], ids[i]);
+    }
+    for (int i = 0; i < g->width && values[i] > NEVER; i++) values[i] -= top + __builtin_logf(sum);
 }
 
 /* The pass of a level: `x` [rows, hidden] through all stages to `best`. states: [stages + 1][MOST_WIDTH][hidden], the result of
@@ -139,7 +179,7 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
         }
         for (int i = 0; i < aimed; i++)
             if (g->stage[i].call) absorbed(passes + i);
-        for (int r = 0; r < p.rows; r++) merge_candidates(best, r, g->width, team);
+        for (int r = 0; r < p.rows; r++) merge_candidates(best, r, found_of(g), team);
     }
     for (int i = 0; i < aimed; i++)
         if (g->stage[i].call) unbind_cache(passes + i);
@@ -147,7 +187,7 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
     return failed;
 }
 
-/* Grow a tree, or chains. Each sequence needs free slots for all tokens that get children. Returns the number of candidates, or
+/* Grow a tree, or chains with siblings. Each sequence needs free slots for all tokens that get children. Returns the number of candidates, or
  * -1 without memory or masks. */
 EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     const Model *m = g->stage[0].model;
@@ -177,6 +217,7 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     }
     if (!failed) memcpy(before + g->stages * block, g->final, 2 * (size_t)count * hidden);
     memcpy(tokens, g->roots, count * sizeof *tokens);
+    for (int l = 0; l < count; l++) nodes[l] = -l;
     for (int level = 0; !failed && level < g->levels; level++) {
         int behind = drafted + rows;
         uint8_t *path = paths + (level & 1 ? MOST_WIDTH * (most + 1) : 0), *next = paths + (level & 1 ? 0 : MOST_WIDTH * (most + 1));
@@ -202,7 +243,10 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
         failed = (g->mask && g->mask(rows, nodes)) || run_level(g, calls, x, before, now, best, fm);
         if (failed) break;
         int begun = found, chosen[MOST_WIDTH], some = 0;
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++) {
+            const Sampled *sampled = g->sampled ? g->sampled + (count > 1 ? r : 0) : NULL;
+            if (sampled && sampled->sharpness > 0) draw_candidates(g, best, r, sampled, sampled->place + level);
+            if (count > 1 && best->values[r][0] > NEVER) chosen[some++] = found; /* each sequence continues its chain */
             for (int i = 0; i < width && best->values[r][i] > NEVER; i++, found++) {
                 int32_t id = best->ids[r][i];
                 origin[found - begun] = r;
@@ -210,11 +254,11 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
                 g->ids[found] = g->tokens ? (int32_t)g->tokens[id] : id;
                 g->parents[found] = nodes[r];
             }
-        if (count > 1 && found - begun < rows) { /* a sequence has no finite logit */
+        }
+        if (count > 1 && some < rows) { /* a sequence has no finite logit */
             found = begun;
             break;
         }
-        for (int i = begun; count > 1 && i < found; i++) chosen[some++] = i; /* each sequence continues its chain */
         for (int i = begun; count == 1 && i < found; i++) { /* the likeliest of them; of equal ones the first */
             if (some == width && g->scores[i] <= g->scores[chosen[width - 1]]) continue;
             int at = some < width ? some++ : width - 1;
