@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
 
-ROWS = 16  # prompts that are answered together
+ROWS, FIRST = 16, 4  # most prompts that are answered together, and those of the first batch
 QUESTION, ANSWER = 80, 160  # most new tokens of a made-up question, and of an answer
 Bar = Callable[[float, int, int], object]
 MARK = "question"  # stands for the user's text in a rendered chat
@@ -33,7 +32,7 @@ def prime(
     seconds: float,
     bar: Callable[[float, int, int], object] = lambda *done: None,
 ) -> Primed:
-    """Let the decoder's drafter learn for about ``seconds``.
+    """Let the decoder's drafter learn for about ``seconds``: a batch has as many prompts as there is time for.
 
     Raises SpecDecError if the drafter does not teach itself.
     """
@@ -43,37 +42,33 @@ def prime(
             "that teaches itself"
         )
     began, tokens = time.monotonic(), 0
-    made = _conversations(decoder)
-    tried = next(made)[:TRIED]
+    tried = _questions(decoder, TRIED)
     own = [encode(decoder.tokenizer, prompt, context=decoder.target.context) for prompt in prompts]
-    given = (own[at : at + ROWS] for at in range(0, len(own), ROWS))
-    before = _tokens_a_step(decoder, tried)
-    for batch in itertools.chain(given, made):
+    before, count = _tokens_a_step(decoder, tried), FIRST
+    while count:
+        started, batch, own = time.monotonic(), own[:count] or _questions(decoder, count), own[count:]
         for answer in _generate(decoder, batch, ANSWER, learn=True):
             tokens += len(answer)
         decoder.learn()
-        spent = time.monotonic() - began
-        bar(min(spent, seconds), round(seconds), tokens)
-        if spent >= seconds:
-            break
+        now = time.monotonic()
+        bar(min(now - began, seconds), round(seconds), tokens)
+        count = min(int(max(began + seconds - now, 0) / (now - started) * len(batch)), ROWS)
     return Primed(tokens, before, _tokens_a_step(decoder, tried))
 
 
-def _conversations(decoder: SpecDecoder) -> Iterator[list[list[int]]]:
-    """Prompts of ``ROWS`` made-up first turns, again and again; beginnings of texts if there is no chat template."""
-    tokenizer, seed = decoder.tokenizer, itertools.count(time.time_ns() % 2**31)
+def _questions(decoder: SpecDecoder, count: int) -> list[list[int]]:
+    """Prompts of at most ``count`` made-up first turns; beginnings of texts if there is no chat template."""
+    tokenizer, seed = decoder.tokenizer, time.time_ns() % 2**31
     start = [next(iter(sorted(decoder.eos_ids())), 0)]
     chat = bool(getattr(tokenizer, "chat_template", None))
     if chat:
         before = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False).partition(MARK)[0]
         start = tokenizer.encode(before, add_special_tokens=False)
-    while True:
-        found = _generate(decoder, [start] * ROWS, QUESTION if chat else 8, learn=False, seed=next(seed))
-        if not chat:
-            yield [[*start, *ids] for ids in found]
-            continue
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
-        yield [encode(tokenizer, text) for text in texts if len(text) > 10] or [encode(tokenizer, "Hello!")]
+    found = _generate(decoder, [start] * count, QUESTION if chat else 8, learn=False, seed=seed)
+    if not chat:
+        return [[*start, *ids] for ids in found]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+    return [encode(tokenizer, text) for text in texts if len(text) > 10] or [encode(tokenizer, "Hello!")]
 
 
 def _generate(

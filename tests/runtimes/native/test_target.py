@@ -501,7 +501,7 @@ SAMPLING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("rows", [1, 3])
 @torch.inference_mode()
 def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
-    """With all outputs among the best ones, a draft's first tokens are those that the sampler would choose, in order."""
+    """With all outputs among the best ones, the first tokens are those that the sampler would choose, in order."""
     target, tokens = NativeTarget(model_of("llama")), torch.arange(20, 36)
     torch.manual_seed(2)
     route = replace(random_route(target, heads=2), heads=[target.reduced_head(tokens)], tokens=tokens, made={})
