@@ -8,7 +8,12 @@ The other one is the fused runtime where it knows the family, else the reference
 bits. Times are medians of passes after 64 cached tokens, the runtimes in turn; "8 / 1" is a pass over 8 different
 tokens over one over a single token. Weights are random, as large as trained ones. "Depth" are the draft lengths that
 the policy chooses by these passes where tokens are accepted with a probability of 0.6 and 0.8, and drafting one takes
-5 % of a pass. The last column is the self-check's.
+5 % of a pass. "Apart" is the self-check's.
+
+"Bits": whether a token's logits are bit-equal over one pass, passes of 1, 5, 16 and the remaining tokens, and beside
+another row. "Float32": how many of the tokens that ``model.generate`` returns in float32 the native runtime chooses
+after those before; how many the model itself chooses in bfloat16; and how far the native ones are below the largest
+logit in float32 at most, with the same experts, in percent of the largest number.
 
 With ``--experts``, a Qwen3-MoE of 4 layers of width 2048 runs natively with 8 to 64 experts, of which a token takes 2
 to 8. These have 2048 neurons in all, so a pass over one token reads equally much. "Read" is the number of experts that
@@ -21,26 +26,29 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import gguf
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from specdec.base.errors import SpecDecError
 from specdec.engine.depth.costs import Costs
 from specdec.engine.depth.policy import MAX_DEPTH, AutoDepth
 from specdec.models import families
-from specdec.models.gguf.blocks import BIASES, BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
+from specdec.models.gguf.blocks import BIASES, BlockEmbedding, BlockExperts, BlockLinear, Blocks, densify, matrices_of
 from specdec.models.gguf.model import empty_model
+from specdec.runtimes.checks import routing
 from specdec.runtimes.native.target import FAMILIES
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 
 CACHED, ROUNDS, SPREAD, MANY = 64, 11, 0.02, (2, 4, 8, 16)  # SPREAD: standard deviation of weights
+PROMPT, ANSWER, PIECES = 8, 56, (1, 5, 16)  # tokens; of passes
 SIZES = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000, "head_dim": 64}
 DENSE = SIZES | {"intermediate_size": 2816, "num_hidden_layers": 20}
 MIXED = SIZES | {"intermediate_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 6}
@@ -135,6 +143,42 @@ def depth(passes: dict[int, float], chance: float) -> int:
     return policy.choose([policy.begin()]).depth
 
 
+@torch.inference_mode()
+def logits_of(target: Target, ids: Tensor, pieces: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, V] of ``ids`` [B, T] in passes over so many tokens, and those of routers [T, layers, experts]."""
+    cache, start, found, routed = target.new_cache(len(ids)), 0, list[Tensor](), list[Tensor]()
+    experts = families.mixture_of(target.model.config).experts
+    for count in (*pieces, ids.shape[1] - sum(pieces)):
+        positions = torch.arange(start, start + count).expand(len(ids), -1)
+        routed.append(torch.zeros(positions.numel(), target.num_layers, experts))
+        given = Pass(positions, cache.mask(0, positions), cache, routed=routed[-1])
+        x = target.layers(target.embed(ids[:, start : start + count], positions), 0, target.num_layers, given)
+        found.append(target.readout(x))
+        cache.commit([list(range(count))] * len(ids))
+        start += count
+    return torch.cat(found, 1), torch.cat(routed)
+
+
+def compare(native: Target, family: str) -> list[str]:
+    """With other passes, and with the same model in float32."""
+    wide: Any = model_of(family).float()
+    densify(wide)
+    wide.generation_config.eos_token_id = None
+    ids = wide.generate(
+        torch.arange(1, PROMPT + 1)[None] * 7919 % native.vocab_size, max_new_tokens=ANSWER, do_sample=False
+    )
+    logits, routed = logits_of(native, ids, ())
+    others = logits_of(native, ids, PIECES)[0], logits_of(native, torch.cat((ids, ids.flip(1))), ())[0][:1]
+    with torch.inference_mode(), routing(wide, routed, known=True):
+        exact = wide(input_ids=ids).logits[0, PROMPT - 1 : -1]
+        rough = native.model(input_ids=ids).logits[0, PROMPT - 1 : -1]
+    chosen, expected = logits[0, PROMPT - 1 : -1].argmax(-1), ids[0, PROMPT:]
+    same, own = (int((each == expected).sum()) for each in (chosen, rough.argmax(-1)))
+    below = (exact.amax(-1) - exact.gather(1, chosen[:, None])[:, 0]) / exact.abs().max()
+    bits = "equal" if all(torch.equal(logits, other) for other in others) else "DIFFER"
+    return [bits, f"{same}, {own} of {ANSWER}, {100 * float(below.max()):.1f}"]
+
+
 def measure(family: str) -> list[str]:
     model = model_of(family)
     native, targets = make_target(model, "native")[0], dict[str, Target]()
@@ -162,6 +206,7 @@ def measure(family: str) -> list[str]:
         *ratios,
         f"{depths[0]}, {depths[1]}",
         f"{native.logit_difference:.3f}",
+        *compare(native, family),
     ]
 
 
@@ -188,14 +233,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ratios = [f"{count} / 1" for count in MANY]
-    table = Table("family", "native, ms", "other, ms", "times", *ratios, "depth", "apart")
+    table = Table("family", "native, ms", "other, ms", "times", *ratios, "depth", "apart", "bits", "float32")
     if args.experts:
         table = Table("experts", "one token, ms", *ratios, "read, 8", "depth")
     mixtures = [(count, taken) for taken in (2, 4, 8) for count in (8, 16, 32, 64) if count > taken]
     for each in mixtures if args.experts else args.families:
         table.add_row(*(measure_experts(*each) if args.experts else measure(each)))
         gc.collect()
-    Console(width=110).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
