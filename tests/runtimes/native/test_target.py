@@ -127,11 +127,12 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
 
 
 @pytest.mark.parametrize(
-    ("family", "kv_cache"), [("llama", "auto"), ("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto")]
+    ("family", "kv_cache"),
+    [("llama", "auto"), ("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")],
 )
 @torch.inference_mode()
 def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> None:
-    """Its logits, tapped states and adapted tokens are those of short passes."""
+    """Its logits, those of routers, tapped states and adapted tokens are those of short passes."""
     window = {"sliding_window": 600} if family == "mistral" else {}
     target = NativeTarget(model_of(family, max_position_embeddings=2048, **window), kv_cache=kv_cache)
     with torch.inference_mode(False):
@@ -143,11 +144,10 @@ def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> Non
         for end in ends:
             positions, taps = torch.arange(start, end)[None], {1: torch.empty(0)}
             adapted = max(0, end - max(start, 700))  # the tokens from 700 on have adapters
-            given = Pass(
-                positions, cache.mask(0, positions), cache, taps, adapters if adapted else None, adapted or None
-            )
+            mask, routed = cache.mask(0, positions), torch.zeros(end - start, 4, target.mixture.experts)
+            given = Pass(positions, mask, cache, taps, adapters if adapted else None, adapted or None, routed)
             x = target.layers(target.embed(ids[:, start:end], positions), 0, 4, given)
-            out.append(torch.cat((taps[1], target.readout(x)), -1))
+            out.append(torch.cat((taps[1], target.readout(x), routed.flatten(1)[None]), -1))
             cache.commit([list(range(end - start))])
             start = end
         return torch.cat(out, 1)
