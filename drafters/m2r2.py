@@ -162,6 +162,8 @@ class M2R2Drafter(ChainDrafter):
             return None
         path, cache, rows, place = self._draft_path(state), state.cache, state.row_states, 0
         tokens, sampled = [ids[-1] for ids in state.ids], state.sampler.sampled(state.ids)
+        if len(rows) > 1 and not self.shape.nodes:
+            width = 1  # siblings of several rows do not pay
         limits, masks = TreeLimits(limit, width, *(state.prices.bar if state.prices else ())), None
         if len(rows) == 1:
             place, masks = rows[0].place, state.masks(0)
