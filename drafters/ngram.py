@@ -90,7 +90,8 @@ class NgramDrafter(Drafter):
         return in_one_shape([(own.tokens, own.parents) for own in found], state.cache.device)[0]
 
     def blend(self, state: State, limit: int, learned: list[Candidates]) -> Draft:
-        levels = max(own.levels() for own in learned)
+        # A drafter that has learned nothing yet runs no level: as its own, such a draft would make levels look cheap.
+        levels = max(own.levels() for own in learned) if any(own.tokens for own in learned) else 0
         found = [self._grown(state, row, limit, own) for row, own in enumerate(learned)]
         return draft_best(found, limit, self.nodes, state, levels)
 

@@ -232,6 +232,19 @@ def test_ngrams_draft_alone_where_another_draft_costs_more_than_it_may_add(llama
     assert alone(new, 0.35, trust=0.3) is not None  # it has added less than expected
 
 
+def test_a_draft_without_learned_candidates_is_one_of_ngrams_alone(llama: PreTrainedModel) -> None:
+    """Else the costs of what drafts while nothing is learned would be those of a learned level."""
+    target = ReferenceTarget(llama)
+    drafter = NgramDrafter(prior=False)
+    drafter.bind(target)
+    for learned, levels in ((Candidates([], [], []), 0), (Candidates([-0.1, -0.2], [30, 31], [0, 1]), 2)):
+        prices = Prices([0.01 * n for n in range(25)])
+        state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6, 7, 8] * 3], prices)
+        state.row_states = [drafter.begin()]
+        assert drafter.blend(state, 8, [learned]).lists()[0]
+        assert prices.levels == levels
+
+
 def test_sampled_tokens_are_drafted_by_the_learned_drafter(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
