@@ -25,7 +25,6 @@ from typing import Any
 import gguf
 import httpx
 from tiny import save_tiny, save_tiny_moe
-from tiny_gguf import write_gguf
 from typer.testing import CliRunner
 
 POSIX = """register_at_fork fork forkpty getloadavg sysconf statvfs pathconf getuid geteuid getgid getpgid setsid killpg
@@ -138,6 +137,8 @@ def main(system: str) -> None:
         model, mixture, prompts = save_tiny(folder / "model"), save_tiny_moe(folder / "moe"), folder / "prompts.txt"
         prompts.write_text("".join(f"question {n}\n" for n in range(8)))
         become(system)
+        from tiny_gguf import write_gguf
+
         import specdec
         from specdec.base import memory
         from specdec.runtimes.native import library
