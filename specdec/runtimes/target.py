@@ -189,7 +189,7 @@ class Target(ABC):
         """Draft along ``path`` for each row of ``cache``, which is left as it was: a tree for a single row, chains with
         siblings for several. What a sampled row may draw is drafted by its noise.
 
-        masks: of a single row, as in ``draft_tree``.
+        masks: the tokens that a single row may draft; None: all.
         None: this runtime cannot do so in one call.
         """
         return None

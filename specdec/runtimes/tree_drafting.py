@@ -44,7 +44,8 @@ class DraftPath:
 class Sampled(NamedTuple):
     """How a row's tokens are sampled (``SamplingParams``), and the noise that decides.
 
-    seed, stream: of its ``Noise``. place: length of its text, the position of the token after the root.
+    seed, stream: the row's noise depends on them. place: the length of its text, which is the position of the token
+        after the root.
     temperature: 0: greedy.
     top_k: 0: all.
     """
