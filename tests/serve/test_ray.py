@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
 import pytest
+from servers import until
 from tiny import save_tiny
 
 pytestmark = [
@@ -31,14 +33,23 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as env:
         env.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # its processes start slowly beside other tests
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)  # a worker process starts for each
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        with suppress(TimeoutError):  # beside other tests, its proxy may need longer than the minute that is waited
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(app(Options(model=str(model), drafter="prompt-lookup", name="tiny", replicas=2, cpus=0.5)))
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: healthy(url))
+        yield url
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def healthy(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(url + "/-/healthz", timeout=60).status_code == 200
+    return False
 
 
 def complete(url: str, session: str | None = None, **more: object) -> httpx.Response:
