@@ -190,23 +190,34 @@ def load(
     with open_tensors(folder / WEIGHTS) as stored:
         names = {rename(name): name for name in stored.header}
         header = {name: stored.header[of] for name, of in names.items()}
-        vocab = header.get("draft_vocab")
-        if vocab is not None and (
-            vocab.dtype not in INTEGERS.values() or vocab.dim() != 1 or not 1 <= len(vocab) <= vocab_size
-        ):
-            raise SpecDecError(
-                f"the draft vocabulary in '{folder}' is {_kind(vocab)}; it must be a list of 1 .. {vocab_size} whole "
-                "numbers"
-            )
+        vocab = _vocabulary(folder, stored, vocab_size)
         with torch.device("meta"):
             module = make(vocab)
         own = module.state_dict()
         check_fit(folder, own, header)
         tensors = {name: stored.read(of).to(own[name].dtype, copy=True) for name, of in names.items()}
-    if vocab is not None and bool(((tensors["draft_vocab"] < 0) | (tensors["draft_vocab"] >= vocab_size)).any()):
-        raise SpecDecError(f"the draft vocabulary in '{folder}' names tokens that the model does not have")
     module.load_state_dict(tensors, assign=True)
     return module
+
+
+def read_vocabulary(folder: Path, vocab_size: int) -> Tensor | None:
+    """The folder's draft vocabulary, int [V'], or None: all tokens. Raises SpecDecError if it is impossible."""
+    with open_tensors(folder / WEIGHTS) as stored:
+        return _vocabulary(folder, stored, vocab_size)
+
+
+def _vocabulary(folder: Path, stored: StoredTensors, vocab_size: int) -> Tensor | None:
+    if (found := stored.header.get("draft_vocab")) is None:
+        return None
+    if found.dtype not in INTEGERS.values() or found.dim() != 1 or not 1 <= len(found) <= vocab_size:
+        raise SpecDecError(
+            f"the draft vocabulary in '{folder}' is {_kind(found)}; it must be a list of 1 .. {vocab_size} whole "
+            "numbers"
+        )
+    vocab = stored.read("draft_vocab")
+    if int(vocab.min()) < 0 or int(vocab.max()) >= vocab_size:
+        raise SpecDecError(f"the draft vocabulary in '{folder}' names tokens that the model does not have")
+    return vocab
 
 
 def check_fit(folder: Path, needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

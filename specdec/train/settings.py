@@ -41,7 +41,7 @@ class TrainSettings(Settings):
     device: str = "auto"  # auto: the first usable CUDA device, else the CPU
     seed: int = Field(0, ge=0, le=2**63 - 1)
     init: str = ""  # folder of a trained drafter to start from; empty: a closed-form start
-    draft_vocab: int = Field(8192, ge=0)  # most frequent tokens of the answers; 0: the full vocabulary
+    draft_vocab: int = Field(8192, ge=0)  # most frequent tokens of the answers; 0: the full vocabulary; or as ``init``
 
     # Answers of the base to prompts without answers.
     max_new_tokens: Positive = 256

@@ -83,7 +83,9 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Pro
         usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
         train, held_out = _split(settings, usable, _text_answers(settings, texts, tokenizer, target.context))
         vocab = None
-        if settings.draft_vocab:
+        if settings.init:  # more answers stand behind its vocabulary
+            vocab = drafter_folder.read_vocabulary(Path(settings.init), target.vocab_size)
+        elif settings.draft_vocab:
             ends = sorted(eos_token_ids(model, tokenizer))
             vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
         method.prepare(RunContext(output, train, held_out, vocab, decoder, console, progress))

@@ -116,10 +116,13 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
         "segments": [],
         "search": searches,
         "rank": 7,
-    }  # that drafter's path counts
+        "draft_vocab": 20,
+    }  # that drafter's path and vocabulary count
     again = train(recipe(answers, tmp_path / "again", steps=2, **other))
     assert evaluations(tmp_path / "again")[0]["top1"] == first["top1"]
     assert again["score"] >= first["score"]
+    vocabularies = [drafter_folder.read_tensors(tmp_path / name)["draft_vocab"] for name in ("first", "again")]
+    assert torch.equal(*vocabularies)
     config = drafter_folder.read_config(tmp_path / "again")
     assert config["path"] == drafter_folder.read_config(tmp_path / "first")["path"]
     assert (
