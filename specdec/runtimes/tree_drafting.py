@@ -125,7 +125,8 @@ class TreeLimits:
     levels: maximum number of levels.
     width: number of children of a node, and in the tree of a single row of the nodes of a level that get any.
     level, node, exponent: another level is drafted while the likeliest path of each row, as far as its probability **
-        ``exponent`` exceeds ``node``, brings ``level`` tokens or more, all rows together (``Prices``).
+        ``exponent`` exceeds ``node``, brings ``level`` tokens or more, all rows together (``Prices``). In the tree of a
+        single row, other nodes get children only if theirs exceeds ``node``, too.
     """
 
     levels: int
@@ -169,8 +170,12 @@ def by_levels(
             chosen, scores = chosen[scores > -math.inf], scores[scores > -math.inf]
             if not len(chosen):
                 break
-        if not is_asynchronous(device) and float(scores[0].exp()) ** limits.exponent - limits.node < limits.level:
-            break
+        if not is_asynchronous(device):
+            worth = scores.exp() ** limits.exponent - limits.node
+            if float(worth[0]) < limits.level:
+                break
+            some = max(int((worth > 0).sum()), 1)
+            chosen, scores = chosen[:some], scores[:some]
         parents, nodes = chosen // joint.shape[1], 1 + count + chosen
         tokens, count = ids.flatten()[chosen][None], count + joint.numel()
         if masks is not None:

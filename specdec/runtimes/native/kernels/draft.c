@@ -271,6 +271,7 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
             gain += beyond > 0 ? beyond : 0;
         }
         if (!some || gain < g->level) break;
+        while (count == 1 && some > 1 && __builtin_expf(g->exponent * g->scores[chosen[some - 1]]) <= g->node) some--;
         for (int r = 0; r < some; r++) {
             int parent = origin[chosen[r] - begun];
             if (count == 1) {
