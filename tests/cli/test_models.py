@@ -98,7 +98,7 @@ def test_an_unknown_model_is_one_line_with_a_suggestion(cache: SimpleNamespace, 
 def test_a_shell_completes_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     words = {"_SPECDEC_COMPLETE": "complete_bash", "COMP_WORDS": "specdec models p", "COMP_CWORD": "2"}
     command = [sys.executable, "-m", "specdec"]
-    done = subprocess.run(command, env=os.environ | words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=os.environ | words, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["pull"], done.stderr
     monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))
     assert "complete -o default" in CliRunner().invoke(cli.app, ["--show-completion", "bash"]).output

@@ -342,7 +342,7 @@ def test_requests_come_from_threads_and_from_an_event_loop(decoder: SpecDecoder)
 
     results = asyncio.run(ask_too())
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     engine.close(drain=True)
     for number, prompt in enumerate(PROMPTS):
         right = run(decoder.target, NoDrafter(), [prompt], 12, eos=None)[0][0]
@@ -420,7 +420,7 @@ def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
         raise MemoryError("also here")
 
     engine, go = decoder.engine(), threading.Event()
-    monkeypatch.setattr(engine, "step", lambda: go.wait(60) and 1 / 0)
+    monkeypatch.setattr(engine, "step", lambda: go.wait(300) and 1 / 0)
     monkeypatch.setattr(engine, "_fail", fail)
     handles = [engine.submit(Request(PROMPTS[0], 3)) for _ in range(3)]
     found: list[str | None] = []
@@ -438,7 +438,7 @@ def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
         reader.start()
     go.set()
     for reader in readers:
-        reader.join(60)
+        reader.join(300)
     read_here(handles[2])  # one that comes later
     assert found == ["error"] * 3 and "the engine has ended" in str(handles[0].request.error)
     assert engine.closed

@@ -357,7 +357,7 @@ def streaming(model: Any, inputs: dict[str, Any], streamer: Any) -> Thread:
 
 def test_an_iterator_gets_the_text_while_it_grows(text: tuple[Any, Any, dict[str, Any], str]) -> None:
     model, tokenizer, inputs, expected = text
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
     thread = streaming(model, inputs, streamer)
     assert "".join(streamer) == expected
     thread.join()
@@ -367,7 +367,7 @@ def test_an_asynchronous_iterator_gets_it_too(text: tuple[Any, Any, dict[str, An
     model, tokenizer, inputs, expected = text
 
     async def read() -> str:
-        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
         thread = streaming(model, inputs, streamer)
         parts = [part async for part in streamer]
         thread.join()

@@ -248,7 +248,7 @@ def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
 
     def describe(*arguments):
         described.append(arguments)
-        assert waits.wait(60)
+        assert waits.wait(300)
         fake_describe(*arguments)
 
     def told(text):

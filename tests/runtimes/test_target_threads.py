@@ -66,7 +66,7 @@ def interleaved(mine: Callable[[], Any], other: Callable[[], Any], model: torch.
             seen.add(line)
             thread = threading.Thread(target=lambda: others.append(other()))
             thread.start()
-            thread.join(60)
+            thread.join(300)
             assert not thread.is_alive(), f"{line} waits for another thread"
         return trace
 
@@ -129,7 +129,7 @@ def test_a_reference_runtime_leaves_the_head_of_a_fused_one_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             thread = threading.Thread(target=lambda: found.append(mine()))
             thread.start()
-            thread.join(60)
+            thread.join(300)
             return super().forward(x)
 
     between = Head(32, 9, bias=False)
@@ -158,14 +158,14 @@ def test_passes_of_the_reference_runtime_take_turns() -> None:
             entered.wait(0.2)
         else:
             entered.set()
-            finished.wait(60)
+            finished.wait(300)
 
     expected = run_layers()
     other = threading.Thread(target=lambda: found.append(run_layers()))
     hook = own[1].register_forward_pre_hook(meet)
     found.append(run_layers())
     finished.set()
-    other.join(60)
+    other.join(300)
     hook.remove()
     assert model.model.layers is own
     assert all(torch.equal(each, expected) for each in found) and len(found) == 2
@@ -186,7 +186,7 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
             if threading.current_thread() is threading.main_thread():
                 thread = threading.Thread(target=lambda: packed.append(linear.Packed([weights[1]])))
                 thread.start()
-                thread.join(60)
+                thread.join(300)
             kernels.specdec_pack(*arguments)
 
     monkeypatch.setattr(library, "load", Slow)
@@ -269,7 +269,7 @@ def test_a_second_request_is_refused_whenever_it_comes(monkeypatch: pytest.Monke
         if threading.current_thread() is threading.main_thread():
             thread = threading.Thread(target=second)
             thread.start()
-            thread.join(60)
+            thread.join(300)
         start(self)
 
     monkeypatch.setattr(PromptLookupDrafter, "start", slow)

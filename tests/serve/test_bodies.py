@@ -145,7 +145,7 @@ def test_large_bodies_that_do_not_end_are_bounded_together() -> None:
             yield b"{"
 
         def post() -> None:
-            statuses.append(httpx.post(server.url + "/tokenize", content=parts(), timeout=60).status_code)
+            statuses.append(httpx.post(server.url + "/tokenize", content=parts(), timeout=300).status_code)
 
         senders = [threading.Thread(target=post) for _ in range(bodies.MAX_LARGE + 2)]
         for sender in senders:

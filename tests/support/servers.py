@@ -94,7 +94,7 @@ class Gate:
         """Run so many steps."""
         for _ in range(steps):
             self.permits.release()
-            assert self.done.acquire(timeout=60)
+            assert self.done.acquire(timeout=300)
 
     def open(self) -> None:
         self.free = True

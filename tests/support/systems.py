@@ -120,7 +120,7 @@ def serve(model: Path) -> None:
 
     def ask() -> None:
         transport = httpx.HTTPTransport(retries=8)  # until it listens
-        with httpx.Client(transport=transport, base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with httpx.Client(transport=transport, base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
             found.append(client.post("/v1/completions", json={"model": "model", "prompt": "hello", "max_tokens": 4}))
         signal.raise_signal(signal.SIGTERM)
 

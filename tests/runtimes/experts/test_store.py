@@ -155,7 +155,7 @@ def test_experts_that_are_pinned_stay_in_the_cache(steps, slots):
 
 def begun(store: ExpertStore) -> None:
     """Wait until a read is held back by the gate."""
-    assert store.tier.held.acquire(timeout=60)
+    assert store.tier.held.acquire(timeout=300)
 
 
 def open_on_demand(store: ExpertStore) -> None:
@@ -342,7 +342,7 @@ def test_a_fork_waits_until_the_loading_thread_has_left_its_lock(store):
 
     store._finish = finish
     prefetch(store, 0, [0])
-    assert entered.wait(60)
+    assert entered.wait(300)
     child = os.fork()
     if child == 0:
         status = 1
