@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("RAY_worker_niceness", "0")  # its default is 15: beside other tests they would hardly start
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, for the processes that tests start too
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as importing specdec before torch does
