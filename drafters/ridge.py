@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from specdec.base.memory import trim_heap
+
 RIDGE = 50.0  # rows of average size that the ridge counts as: fits of few rows need it
 PANEL = 128  # features of a panel
 WORK = 5e8  # multiply-adds in single precision of a piece of work: some 20 ms on one core
@@ -58,6 +60,7 @@ class Sums:
         """
         found = torch.empty(self.outputs, self.size)
         yield from in_pieces(self._solved(found, ridge, more))
+        trim_heap()  # the system is larger than all that is kept
         return found
 
     def _solved(self, solution: Tensor, ridge: float, more: Iterable[Weighted]) -> Iterator[float]:
