@@ -189,6 +189,7 @@ class Refiner:
                 trained: Any = drafter_folder.read_config(made, "m2r2").get("training", {})
                 if trained.get("updates"):  # else the one it began from accepts more
                     network = load_network(self.target, made)
+                    network.draft_vocab = self.network.draft_vocab  # an equal one, whose head is there
                     network.freeze(self.target)
                     self._own = tempfile.TemporaryDirectory(prefix="specdec-", ignore_cleanup_errors=True)
                     for name in (drafter_folder.CONFIG, drafter_folder.WEIGHTS):

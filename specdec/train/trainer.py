@@ -87,7 +87,8 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Pro
             vocab = drafter_folder.read_vocabulary(Path(settings.init), target.vocab_size)
         elif settings.draft_vocab:
             ends = sorted(eos_token_ids(model, tokenizer))
-            vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
+            vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size)
+        vocab = None if vocab is None else vocab.to(target.device)
         method.prepare(RunContext(output, train, held_out, vocab, decoder, console, progress))
         wanted, parts = method.teacher_states(), (("eval", held_out), ("train", train))
         records = [
