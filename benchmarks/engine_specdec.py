@@ -9,7 +9,7 @@ import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # the libraries' 
 from peers import Put
 
 from specdec import SpecDecoder
-from specdec.engine.depth import measure as costs
+from specdec.engine import measure as costs
 from specdec.engine.replay import replay
 
 

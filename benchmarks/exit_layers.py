@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from specdec.api.decoder import SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter, load_network
-from specdec.engine.depth.measure import measure
+from specdec.engine.measure import measure
 from specdec.models import drafter_folder, loading
 from specdec.train import batches, data
 from specdec.train.evaluate import evaluate, predict_speedup

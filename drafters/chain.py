@@ -20,7 +20,8 @@ from specdec.base.options import Count
 from specdec.base.settings import Whole, checked
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import CHUNK, Target
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.runtimes.tree_drafting import Candidates, calibrated
+from specdec.speculation.draft import Draft, Drafter, Found, State
 from specdec.speculation.trees import MOST_NODES, Prices, best_first
 
 from .vocabulary import Context, DraftVocabulary
@@ -158,6 +159,8 @@ class ChainDrafter(Drafter):
             vocab = self.vocabulary.tokens
         prices = state.prices
         weighs = self.has_probabilities and prices is not None and self.shape.nodes is None
+        if weighs and prices is not None and not prices.levels([Candidates.none() for _ in state.ids]):
+            return Draft.empty(len(state.ids), state.cache.device)
         limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.sizes(limit, prices, len(state.ids))
         token, positions = state.roots, state.positions  # (B, 1)
         chain, beside, layers = [token[:, :0]], list[Tensor](), list[Tensor]()
@@ -165,7 +168,8 @@ class ChainDrafter(Drafter):
         alive = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
         prefixes = [] if state.sampler.plain_greedy else [list(ids) for ids in state.ids]
         reach = torch.ones(token.shape, device=token.device)  # calibrated probability that a row's chain is accepted
-        on, off = list[float](), list[float]()  # mean probabilities of the chain's nodes, and of the siblings
+        raw, joint = list[Tensor](), list[Tensor]()  # [B, W] by level: what the drafter says, and calibrated, of paths
+        limits = None if prices is None else prices.limits(limit, 1)
         for depth in range(limit):
             # Run the last token, and pick the next one with its siblings
             logits, certainty, run = step(token, positions)
@@ -189,23 +193,32 @@ class ChainDrafter(Drafter):
             parents += [depth] * (tokens.shape[1] - 1)
             positions = (positions + 1).clamp_max(state.target.context - 1)  # other rows may go deeper
             # Stop where another level is not worth its price
-            if prices is not None and not is_asynchronous(token.device):
+            if limits is not None and not is_asynchronous(token.device):
                 own = weighs or certainty is None
                 each = _probability(logits, tokens if weighs else token, vocab) if own else certainty
                 each = each if shares is None else shares[:, : tokens.shape[1] if weighs else 1]
-                assert each is not None
-                joint = reach * each.pow(prices.exponent)  # (B, 1 or W)
-                values, reach = joint.mean(0).tolist(), joint[:, :1]
-                on, off = [*on, values[0]], [*off, *values[1:]]
-                if not prices.pays(reach[:, 0].tolist()):
+                assert each is not None and prices is not None
+                tables = [row[0] for row in prices.tables] if weighs and prices.tables else [None] * len(each)
+                sure = torch.stack([calibrated(p, table) for p, table in zip(each.float(), tables, strict=True)])
+                raw, joint = [*raw, each], [*joint, reach * sure]
+                reach = joint[-1][:, :1]
+                worth = reach[:, 0] * limits.rate(depth + 1) - limits.node
+                if float(worth.clamp(min=0).sum()) < limits.level:
                     break
         drafted, parents = torch.cat((*chain, *beside), 1), [*range(len(chain) - 1), *parents]
-        if weighs and prices is not None:  # keep the siblings that are worth their price
-            order = sorted(range(len(off)), key=lambda i: -off[i])
-            count = prices.take([*on, *(off[i] for i in order)], least=len(on), rows=len(token))
-            selected = [*range(len(on)), *sorted(len(on) + i for i in order[: count - len(on)])]
+        found = None
+        if weighs and prices is not None and joint:  # keep the siblings that are worth their price
+            order = [torch.cat([part[:, :1] for part in parts] + [part[:, 1:] for part in parts], 1) for parts in (joint, raw)]
+            values, length = order[0].mean(0).tolist(), len(joint)
+            likely = sorted(range(length, len(values)), key=lambda i: -values[i])
+            count = prices.take([values[i] for i in (*range(length), *likely)], least=length, rows=len(token))
+            selected = [*range(length), *sorted(likely[: count - length])]
+            logs, said = order[0].clamp(min=1e-9).log().tolist(), order[1].tolist()
+            rows = zip(logs, drafted.tolist(), said, strict=True)
+            found = Found([Candidates(score, ids, parents, [own]) for score, ids, own in rows], length)
             drafted, parents = drafted[:, selected], [parents[i] for i in selected]
         draft = Draft(drafted, tuple(parents))
+        draft.found = found
         draft.layers = torch.cat(layers, 1) if layers else None
         self.shape.pending = draft.parents
         return draft

@@ -111,13 +111,17 @@ class Eagle3Drafter(ChainDrafter):
                 places = upload([path], states[0].device)[0]
                 row.states.append(torch.cat([part[places] for part in states], -1))
 
-    def candidates(self, state: State, limit: int) -> list[Candidates] | None:
+    def candidates(
+        self, state: State, limit: int, given: Sequence[Candidates] | None = None
+    ) -> list[Candidates] | None:
         self._catch_up(state)
         return [self._tree(state, limit, self.width)] if self._drafts_tree(state) else None
 
     def propose(self, state: State, limit: int) -> Draft:
         self._catch_up(state)
         if self._drafts_tree(state):
+            if self.has_probabilities and state.prices is not None and not state.prices.levels([Candidates.none()]):
+                return draft_best([Candidates.none()], limit, self.shape.nodes, state)
             found = self._tree(state, limit, self.width if self.shape.nodes or state.prices else 1)
             return draft_best([found], limit, self.shape.nodes, state, found.levels())
         rows: list[Eagle3Row] = state.row_states
@@ -152,8 +156,10 @@ class Eagle3Drafter(ChainDrafter):
             level += 1
             return self.network.logits(features)[0]
 
-        limits = TreeLimits(limit, width, *(state.prices.bar if state.prices else ()))
-        return by_levels(state.ids[0][-1], self.tokens, limits, state.cache.device, step, state.masks(0))
+        prices = state.prices
+        limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
+        table = prices.tables[0][0] if prices and prices.tables else None
+        return by_levels(state.ids[0][-1], self.tokens, limits, state.cache.device, step, state.masks(0), table)
 
     def _catch_up(self, state: State) -> None:
         """Run the pairs of the new tokens of all rows, up to their roots."""

@@ -218,6 +218,7 @@ class EarlyExitDrafter(ExitDrafter):
         around = (count // 6, self.exit_layer, count // 2) if requested is None else (self.exit_layer,)
         self.layers = sorted({max(layer, 1) for layer in around})
         self.num_exits, self.path = len(self.layers), f"{self.layers} {self.network is not None}"
+        self.level_share = tuple(layer / count for layer in self.layers)
         super().bind(target)
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
@@ -243,6 +244,7 @@ class DeedDrafter(ExitDrafter):
         super().__init__(network, **shape)
         self.exits, self.exit_confidence = network.exits, options.check_probability("exit_confidence", exit_confidence)
         self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
+        self.level_share = tuple(layer / target.num_layers for layer in self.exits)
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold

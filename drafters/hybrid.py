@@ -18,7 +18,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.trie import merge
+from specdec.speculation.trie import draft_best, merge, worth_scoring
 
 
 class HybridDrafter(Drafter):
@@ -38,6 +38,10 @@ class HybridDrafter(Drafter):
     @property
     def label(self) -> str:
         return "+".join(member.name for member in self.members)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(member.name for member in self.members)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> HybridDrafter:
@@ -64,7 +68,7 @@ class HybridDrafter(Drafter):
         self.blends_pair = len(self.members) == 2 and self.members[0].blends
         last = self.members[-1]
         self.has_probabilities = self.blends_pair and last.has_probabilities
-        self.num_exits = 2 if self.has_probabilities else 1  # the first alone, or both
+        self.level_share = last.level_share
         self.leaves_early = self.blends_pair and last.leaves_early
         self.leaves_state = self.blends_pair and last.leaves_state
         self.learns = any(member.learns for member in self.members)
@@ -94,18 +98,8 @@ class HybridDrafter(Drafter):
             member.save()
 
     def propose(self, state: State, limit: int) -> Draft:
-        if self.blends_pair:
-            first, second = (replace(state, row_states=[own[number] for own in state.row_states]) for number in (0, 1))
-            if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
-                return self.members[1].propose(second, limit)
-            if self.has_probabilities and state.exit == 0:
-                return self.members[0].propose(first, limit)
-            if (alone := self.members[0].alone(first, limit)) is not None:
-                return alone
-            if (given := self.members[1].candidates(second, limit)) is not None:
-                return self.members[0].blend(first, limit, given)
-            if self.has_probabilities:  # the better one where there are no candidates, as where tokens are sampled
-                return self.members[1].propose(second, limit)
+        if self.blends_pair and (draft := self._blended(state, limit)) is not None:
+            return draft
         used: dict[int, Draft] = {}  # by row
         missing = list(range(len(state.ids)))
         for number, member in enumerate(self.members):
@@ -127,6 +121,26 @@ class HybridDrafter(Drafter):
         if draft.exit_layer > min(self.taps, default=draft.exit_layer):
             _drop_states(draft, state.cache)  # another member observes layers that scoring would not run
         return draft
+
+    def _blended(self, state: State, limit: int) -> Draft | None:
+        """One tree of the candidates of both; None if the second has none."""
+        first, second = self.members
+        own = [replace(state, row_states=[each[number] for each in state.row_states]) for number in (0, 1)]
+        prices, nodes = state.prices, self.members[0].nodes
+        if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
+            return second.propose(own[1], limit)
+        if prices is not None and self.has_probabilities:
+            own[1].prices = prices.of(2)
+        free = first.candidates(own[0], limit) or []
+        alone = free if prices is None else worth_scoring(free, limit, nodes, prices)
+        if prices is not None and self.has_probabilities and not prices.levels(alone):
+            return draft_best(free, limit, nodes, state, 0, alone)
+        if (learned := second.candidates(own[1], limit, free)) is None:
+            # The better one where there are no candidates, as where logits are processed
+            return second.propose(own[1], limit) if self.has_probabilities else None
+        # A drafter that has learned nothing yet runs no level: as its own, such a draft would make levels look cheap.
+        levels = max(each.levels() for each in learned) if any(each.tokens for each in learned) else 0
+        return draft_best(first.candidates(own[0], limit, learned) or [], limit, nodes, state, levels, alone)
 
     def withdraw(self, row_state: list[Any]) -> None:
         for member, own in zip(self.members, row_state, strict=True):

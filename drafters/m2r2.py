@@ -14,6 +14,7 @@ projections). The projections, the carry and the fit by ridge regression are our
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -118,6 +119,9 @@ class M2R2Drafter(ChainDrafter):
         head = None if self.served is None else self.served.head
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab, head)
         self.draft_path: DraftPath | None = None
+        layers, narrow = target.num_layers, 0.4 if self.network.path.neurons else 1.0
+        runs = [self.network.path.num_layers_run(exit) for exit in range(self.num_exits)]
+        self.level_share = tuple((1 + narrow * run) / (1 + layers) for run in runs)
         one = self.num_exits == 1 and self.shape.siblings is None
         self.has_probabilities = one and not is_asynchronous(target.device)
         self.start()
@@ -152,25 +156,28 @@ class M2R2Drafter(ChainDrafter):
         """Whether no fit serves yet."""
         return self.learner is not None and not self.version and not state.measuring
 
-    def candidates(self, state: State, limit: int) -> list[Candidates] | None:
+    def candidates(
+        self, state: State, limit: int, given: Sequence[Candidates] | None = None
+    ) -> list[Candidates] | None:
         if self._knows_nothing(state):
-            return [Candidates([], [], []) for _ in state.ids]
-        return self._candidates(state, limit, self.width)
-
-    def _candidates(self, state: State, limit: int, width: int) -> list[Candidates] | None:
+            return [Candidates.none() for _ in state.ids]
         if not self._drafts_by_levels(state):
             return None
+        width = self.width if self.shape.nodes or state.prices or given is not None else 1
         path, cache, rows, place = self._draft_path(state), state.cache, state.row_states, 0
         tokens, sampled = [ids[-1] for ids in state.ids], state.sampler.sampled(state.ids)
         if len(rows) > 1 and not self.shape.nodes:
             width = 1  # siblings of several rows do not pay
-        limits, masks = TreeLimits(limit, width, *(state.prices.bar if state.prices else ())), None
+        prices, masks = state.prices, None
+        limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
+        tables = [row[0] for row in prices.tables] if prices and prices.tables else None
         if len(rows) == 1:
             place, masks = rows[0].place, state.masks(0)
             *inputs, final = (x if len(x) == 1 else x[rows[0].number :][:1] for x in rows[0].block)
         else:
             *inputs, final = self._states_before(rows)
-        roots = DraftRoots(tokens, cache.rows, final, inputs, place, self.vocabulary.forbidden, sampled)
+        forbidden = self.vocabulary.forbidden
+        roots = DraftRoots(tokens, cache.rows, final, inputs, place, forbidden, sampled, tables, given)
         if len(rows) == 1 and sampled is None:
             return [state.target.draft_tree(cache, roots, path, limits, masks)]
         return state.target.draft_rows(cache, roots, path, limits, masks)
@@ -178,9 +185,11 @@ class M2R2Drafter(ChainDrafter):
     def propose(self, state: State, limit: int) -> Draft:
         if self._knows_nothing(state):
             return Draft.empty(len(state.ids), state.cache.device)
-        width = self.width if self.shape.nodes or state.prices else 1
-        if (found := self._candidates(state, limit, width)) is not None:
-            return draft_best(found, limit, self.shape.nodes, state, found[0].levels())
+        by_levels = self.has_probabilities and self._drafts_by_levels(state)
+        if by_levels and state.prices is not None and not state.prices.levels([Candidates.none() for _ in state.ids]):
+            return draft_best([Candidates.none() for _ in state.ids], limit, self.shape.nodes, state)
+        if (found := self.candidates(state, limit)) is not None:
+            return draft_best(found, limit, self.shape.nodes, state, max(each.levels() for each in found))
         *inputs, final = self._states_before(state.row_states) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
 

@@ -29,7 +29,7 @@ from specdec.models import drafter_folder, hub
 from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import GivenLinear, Target
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.runtimes.tree_drafting import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES, best_first, grow_best_first
 from specdec.speculation.trie import draft_best
@@ -177,7 +177,7 @@ class MedusaDrafter(Drafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         if (found := self.candidates(state, limit)) is not None:
-            return draft_best(found, limit, self.nodes, state, levels=1)
+            return draft_best(found, limit, self.nodes, state)
         prices, heads = state.prices, min(limit, self.network.heads)  # nothing is read before the tree is scored
         tree, values = self.tree(heads, self.nodes or (limit if prices is None else MOST_NODES))
         if prices is not None:
@@ -187,7 +187,9 @@ class MedusaDrafter(Drafter):
         tokens = self.vocabulary.tokens
         return Draft(best if tokens is None else tokens[best], tree.parents)
 
-    def candidates(self, state: State, limit: int) -> list[Candidates] | None:
+    def candidates(
+        self, state: State, limit: int, given: Sequence[Candidates] | None = None
+    ) -> list[Candidates] | None:
         if not (self.has_probabilities or state.constrained):
             return None
         logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
@@ -195,31 +197,34 @@ class MedusaDrafter(Drafter):
 
     def _likeliest(self, state: State, row: int, logits: Tensor) -> Candidates:
         """A row's likeliest paths, from its logits [K, V'], under the masks of its constraint."""
-        constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
+        constraint, vocab, prices = state.sampler.rows[row].constraint, self.vocabulary.tokens, state.prices
+        table = prices.tables[row][0] if prices and prices.tables else None
         tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
+        said: dict[tuple[int, ...], float] = {}
 
-        def best(scores: Tensor) -> tuple[list[list[float]], list[list[int]]]:
-            """The log-probabilities and tokens of the best of scores [n, V']."""
-            logs, found = scores.log_softmax(-1).topk(min(RANKS, scores.shape[-1]))
-            return logs.tolist(), (found if vocab is None else vocab[found]).tolist()
+        def best(scores: Tensor) -> tuple[list[list[float]], list[list[float]], list[list[int]]]:
+            """The probabilities, also calibrated, and the tokens of the best of scores [n, V']."""
+            p, found = scores.softmax(-1).nan_to_num(0.0).topk(min(RANKS, scores.shape[-1]))  # NaN: nothing is allowed
+            return p.tolist(), calibrated(p, table).tolist(), (found if vocab is None else vocab[found]).tolist()
 
-        logs, found = best(logits) if constraint is None else ([], [])
+        raw, sure, found = best(logits) if constraint is None else ([], [], [])
 
         def after(path: tuple[int, ...]) -> list[float]:
             depth = len(path)
             if depth == len(logits):
                 return []
             if constraint is None:
-                own, ids = logs[depth], found[depth]
+                own, likely, ids = raw[depth], sure[depth], found[depth]
             else:
                 text = [tokens[path[:n]] for n in range(1, depth + 1)]
-                [own], [ids] = best(constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab))
+                [own], [likely], [ids] = best(constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab))
             tokens.update({(*path, rank): token for rank, token in enumerate(ids)})
-            return [math.exp(log) if log > -math.inf else 0.0 for log in own]  # NaN where nothing is allowed
+            said.update({(*path, rank): p for rank, p in enumerate(own)})
+            return likely
 
         tree, values = grow_best_first(after, self.nodes or MOST_NODES)
-        chosen = [tokens[path] for path in tree.paths()]
-        return Candidates([math.log(value) for value in values], chosen, list(tree.parents))
+        chosen, own = [tokens[path] for path in tree.paths()], [said[path] for path in tree.paths()]
+        return Candidates([math.log(value) for value in values], chosen, list(tree.parents), [own])
 
     def _logits(self, state: State) -> Tensor:
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""

@@ -7,6 +7,7 @@ Needs no training; serves every tokenizer, as the corpus is text. Changes what i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from specdec.base import options
@@ -14,7 +15,7 @@ from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import Grower, Prior, Scoped, Texts
-from specdec.speculation.trie import draft_best, in_one_shape, worth_scoring
+from specdec.speculation.trie import draft_best
 
 from .corpus import corpus
 
@@ -22,7 +23,6 @@ TEXT = 1 << 20  # most tokens of a request's own text that are matched
 STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
 # How much an occurrence counts: in the corpus, in an earlier request, in the request's own text.
 CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
-NO_CANDIDATES = Candidates([], [], [])
 SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
 
 
@@ -49,6 +49,7 @@ class NgramDrafter(Drafter):
     )
     blends: ClassVar[bool] = True
     has_probabilities = True
+    level_share = (0.0,)
 
     def __init__(self, nodes: int | None = None, store: int | bool = STORE, prior: bool = True) -> None:
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
@@ -72,30 +73,13 @@ class NgramDrafter(Drafter):
             row_state.store.add([*ids[-self.size // 2 :], -1])
 
     def propose(self, state: State, limit: int) -> Draft:
-        return self.blend(state, limit, [NO_CANDIDATES] * len(state.ids))
+        found = self.candidates(state, limit)
+        return draft_best(found, limit, self.nodes, state, 0, found)
 
-    def alone(self, state: State, limit: int) -> Draft | None:
-        prices = state.prices
-        if prices is None:
-            return None
-        grown = [self._grown(state, row, limit, NO_CANDIDATES) for row in range(len(state.ids))]
-        found = worth_scoring(grown, limit, self.nodes, prices, levels=0)
-        right = [0.0] * limit  # by level, of all rows
-        for own in found:
-            for depth, probability in zip(own.depths(), prices.calibrated(own.scores, free=True), strict=True):
-                right[depth - 1] += probability
-        scored = sum(len(own.tokens) for own in found)
-        if prices.learned_pays(right, scored, len(found)) or state.exit is not None:
-            return None
-        return in_one_shape([(own.tokens, own.parents) for own in found], state.cache.device)[0]
+    def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
+        return [self._grown(state, row, limit, None if given is None else given[row]) for row in range(len(state.ids))]
 
-    def blend(self, state: State, limit: int, learned: list[Candidates]) -> Draft:
-        # A drafter that has learned nothing yet runs no level: as its own, such a draft would make levels look cheap.
-        levels = max(own.levels() for own in learned) if any(own.tokens for own in learned) else 0
-        found = [self._grown(state, row, limit, own) for row, own in enumerate(learned)]
-        return draft_best(found, limit, self.nodes, state, levels)
-
-    def _grown(self, state: State, row: int, limit: int, learned: Candidates) -> Candidates:
+    def _grown(self, state: State, row: int, limit: int, learned: Candidates | None) -> Candidates:
         row_state, ids, chooser = state.row_states[row], state.ids[row], state.sampler.rows[row]
         if self.size and row_state.store is None:
             row_state.store = self.stores.of(state.scopes[row] if state.scopes else None)
@@ -107,4 +91,5 @@ class NgramDrafter(Drafter):
         if not chooser.transforms.greedy:
             size = state.target.vocab_size
             noise = [chooser.noise(len(ids) + depth, size) for depth in range(min(limit, SAMPLED))]
-        return self.grower(ids, sources, limit, learned, state.masks(row), noise, general=int(self.corpus is not None))
+        tables = state.prices.tables[row] if state.prices and state.prices.tables else ()
+        return self.grower(ids, sources, limit, learned, state.masks(row), noise, tables=tables)

@@ -32,7 +32,7 @@ from specdec.base.files import write_atomically as write_whole
 from specdec.base.terminal import print_table, say, status
 from specdec.bench.prompts import evenly_spaced, load_prompts
 from specdec.drafters.layer_skip import LayerSkipDrafter, run_step, steps_without
-from specdec.engine.depth.measure import CONTEXT, time_scoring
+from specdec.engine.measure import CONTEXT, time_scoring
 from specdec.models import source
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.runtimes.target import CHUNK, Pass, Target, prefill

@@ -37,7 +37,7 @@ from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams
 from specdec.base.settings import Whole, checked, short_repr
 from specdec.drafters.learned import first_use
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth
-from specdec.engine.depth.measure import costs, store
+from specdec.engine.depth import kept
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
@@ -446,14 +446,14 @@ class SpecDecoder:
         if not self.verifier.lossless:
             return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, which timings must not choose
         if self._auto is None:
-            self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier), self.drafter.has_probabilities)
+            self._auto = AutoDepth.of(self.drafter, self.target.token_ratio, kept.load(self.target, self.drafter))
         return self._auto
 
     def _engine_closed(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
         """Save the costs that an engine measured, and release the drafter."""
         try:
             if isinstance(policy, AutoDepth) and time.monotonic() - self._kept_at >= KEEP_EVERY:
-                store(self.target, self.drafter, policy.costs())
+                kept.store(self.target, self.drafter, policy.costs())
                 self._kept_at = time.monotonic()
         finally:
             release()

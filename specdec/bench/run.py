@@ -27,7 +27,7 @@ from specdec.bench.environment import environment
 from specdec.bench.figures import BenchRequest, summarize
 from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory
 from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_prompts
-from specdec.engine.depth import measure as costs
+from specdec.engine import measure as costs
 from specdec.engine.replay import first_difference
 from specdec.models import loading
 from specdec.speculation import registry

@@ -276,7 +276,10 @@ class Batch:
             other = seconds["score"] + seconds["accept"] + seconds["commit"]
             histories = [row.depth_history for row in self.rows]
             drafting = seconds["overhead"] + seconds["draft"]
-            self.policy.observe(StepReport(histories, deepest, counts, scored, drafting, other))
+            tokens = [row.new_tokens for row in self.rows]
+            self.policy.observe(
+                StepReport(histories, deepest, counts, scored, drafting, other, tokens, draft.found)
+            )
         self.ledger.mark("overhead")
 
     # -- the drafter: an error of its own must not end a request ------------------------------------------------------

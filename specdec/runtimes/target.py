@@ -75,6 +75,9 @@ class Pass:
     adapted: int | None = None
     routed: Tensor | None = None
 
+# Bytes that memory delivers over products that are made in the same time.
+TOKEN_RATIO = {"cpu": 0.1, "gpu": 0.007}
+
 
 class Target(ABC):
     """A causal language model with N layers, run in pieces.
@@ -148,6 +151,11 @@ class Target(ABC):
         """Make what ``readout`` needs of ``head``, in pieces of work; else its first call does."""
         yield from ()
 
+    @property
+    def token_ratio(self) -> float:
+        """About the seconds of multiplying a token by the weights over those of reading the weights from memory."""
+        return TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize
+
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
         """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].
 
@@ -178,7 +186,8 @@ class Target(ABC):
             carried, position = projected, position + 1
             return torch.cat([self.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
 
-        found = by_levels(roots.tokens[0], path.tokens, limits, cache.device, step, masks)
+        table = None if roots.tables is None else roots.tables[0]
+        found = by_levels(roots.tokens[0], path.tokens, limits, cache.device, step, masks, table)
         for lo, hi in path.segments:
             cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
         return found

@@ -19,6 +19,7 @@ from specdec.runtimes.linear_maps import UnitMap
 from specdec.runtimes.llama_like import Adapters
 
 WIDTH = 4  # nodes of a level that get children: together they cost about what one costs
+KNOTS = range(-4, 7)  # log-odds at which tables of calibrated probabilities have entries (calibrate.h)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,9 @@ class DraftRoots:
     place: index of the token before the root among these T; T is 1 for several rows.
     forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
     sampled: how each row is sampled; None: all are greedy.
+    tables: of each row, the calibrated probabilities at ``KNOTS``; None: the draft's own probabilities count.
+    given: of each row, the calibrated tree of another source. What both have is likelier, and a runtime may draft behind
+        the given nodes, too. None: there is none.
     """
 
     tokens: Sequence[int]
@@ -77,22 +81,36 @@ class DraftRoots:
     place: int = 0
     forbidden: Tensor | None = None
     sampled: Sequence[Sampled] | None = None
+    tables: Sequence[Sequence[float]] | None = None
+    given: Sequence[Candidates] | None = None
 
 
 class Candidates(NamedTuple):
     """Nodes in the order in which they were found.
 
-    scores: log-probability of the path to each node.
+    scores: logarithm of the calibrated probability that the path to each node is accepted.
     parents: 0: the root, i + 1: node i.
+    raw: of each source, what it says: the probability of each node after its parent; 0: it does not have the node.
     """
 
     scores: list[float]
     tokens: list[int]
     parents: list[int]
+    raw: list[list[float]]
+
+    @classmethod
+    def none(cls, sources: int = 1) -> Candidates:
+        """No candidates of any of ``sources``."""
+        return cls([], [], [], [[] for _ in range(sources)])
+
+    def conditional(self) -> list[float]:
+        """The calibrated probability of each node after its parent."""
+        before = [0.0, *self.scores]
+        return [math.exp(score - before[parent]) for score, parent in zip(self.scores, self.parents, strict=True)]
 
     def levels(self) -> int:
         """The number of levels that were drafted."""
-        return self.depths()[-1] if self.parents else 1
+        return max(self.depths(), default=1)
 
     def depths(self) -> list[int]:
         """The level of each node; 1 is the first."""
@@ -100,6 +118,23 @@ class Candidates(NamedTuple):
         for parent in self.parents:
             depths.append(depths[parent] + 1)
         return depths[1:]
+
+    def matched(self, tokens: Sequence[int]) -> int:
+        """The number of ``tokens`` behind the root that are a path of nodes."""
+        places, at = {(parent, token): n for n, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))}, 0
+        for count, token in enumerate(tokens):
+            if (at, token) not in places:
+                return count
+            at = places[at, token] + 1
+        return len(tokens)
+
+    def by_level(self) -> list[float]:
+        """Expected accepted tokens of each level."""
+        depths = self.depths()
+        found = [0.0] * max(depths, default=0)
+        for depth, score in zip(depths, self.scores, strict=True):
+            found[depth - 1] += math.exp(score)
+        return found
 
     def best(self, count: int) -> Candidates:
         """The ``count`` best nodes. A parent scores at least as well as its children, and comes before them."""
@@ -115,7 +150,8 @@ class Candidates(NamedTuple):
         """The nodes with the (rising) ``indices``, which include each node's parent."""
         place = {0: 0} | {node + 1: at for at, node in enumerate(indices, start=1)}
         scores, tokens = [self.scores[node] for node in indices], [self.tokens[node] for node in indices]
-        return Candidates(scores, tokens, [place[self.parents[node]] for node in indices])
+        raw = [[said[node] for node in indices] for said in self.raw]
+        return Candidates(scores, tokens, [place[self.parents[node]] for node in indices], raw)
 
 
 @dataclass(frozen=True)
@@ -124,16 +160,31 @@ class TreeLimits:
 
     levels: maximum number of levels.
     width: number of children of a node, and in the tree of a single row of the nodes of a level that get any.
-    level, node, exponent: another level is drafted while the likeliest path of each row, as far as its probability **
-        ``exponent`` exceeds ``node``, brings ``level`` tokens or more, all rows together (``Prices``). In the tree of a
-        single row, other nodes get children only if theirs exceeds ``node``, too.
+    level, node, rates: another level is drafted while it brings ``level`` tokens or more: the sum, over the nodes that get
+        children, of their probability times its entry of ``rates``, as far as it exceeds ``node``. In the tree of a
+        single row, the nodes that do not exceed it get none.
     """
 
     levels: int
     width: int = WIDTH
     level: float = 0.0
     node: float = 0.0
-    exponent: float = 1.0
+    rates: Sequence[float] = ()
+
+    def rate(self, level: int) -> float:
+        """How likely that level, from 0 on, has the right token after a right path."""
+        return self.rates[min(level, len(self.rates) - 1)] if self.rates else 1.0
+
+
+def calibrated(p: Tensor, table: Sequence[float] | None) -> Tensor:
+    """The calibrated probabilities of what a source gives ``p``, by its ``table`` at ``KNOTS`` (calibrate.h)."""
+    if table is None:
+        return p
+    knots, least = p.new_tensor(table), 1 / (1 + math.exp(-KNOTS[0]))
+    at = (torch.logit(p.clamp(least, 0.9999)) - KNOTS[0]).clamp(0, len(KNOTS) - 1)
+    below = at.floor().clamp(max=len(KNOTS) - 2)
+    inside = torch.lerp(knots[below.long()], knots[below.long() + 1], at - below)
+    return torch.where(p <= least, p / least * knots[0], inside)
 
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -141,9 +192,15 @@ Masks = Callable[[Sequence[int]], Tensor | None]  # tokens behind the root -> al
 
 
 def by_levels(
-    root: int, vocab: Tensor | None, limits: TreeLimits, device: torch.device, step: Step, masks: Masks | None = None
+    root: int,
+    vocab: Tensor | None,
+    limits: TreeLimits,
+    device: torch.device,
+    step: Step,
+    masks: Masks | None = None,
+    table: Sequence[float] | None = None,
 ) -> Candidates:
-    """All candidates within ``limits`` after the token ``root``.
+    """All candidates within ``limits`` after the token ``root``, calibrated by ``table`` (``DraftRoots.tables``).
 
     step: takes the tokens of a level (int64 [1, W]), their parents' indices in the level before (int64 [W]), and which
         of all tokens run so far are on their paths (bool [W, U]); returns their logits [W, V'] over ``vocab``.
@@ -155,24 +212,26 @@ def by_levels(
     paths = torch.ones(1, 1, dtype=torch.bool, device=device)  # (W, U): which tokens run so far lie on a token's path
     scores = torch.zeros(1, device=device)  # (W,) log-probability of each token's path
     found, count, texts = list[Tensor](), 0, list[list[int]]([[]])  # texts: the path of each token, without the root
-    for _ in range(limits.levels):
+    for level in range(limits.levels):
         logits = step(tokens, parents, paths).float()
         if masks is not None:
             logits = _masked(logits, vocab, [masks(text) for text in texts])
         best, index = logits.log_softmax(-1).topk(min(limits.width, logits.shape[-1]))  # (W, k)
         if masks is not None:
             best = best.nan_to_num(-math.inf, neginf=-math.inf)  # NaN where nothing may follow
-        joint, ids = scores[:, None] + best, index if vocab is None else vocab[index]
+        raw = best.exp()
+        joint, ids = scores[:, None] + calibrated(raw, table).log(), index if vocab is None else vocab[index]
         # Whole numbers below 2^53 are themselves in float64: everything comes back in one read.
-        found.append(torch.stack((joint.double(), ids.double(), nodes[:, None].expand_as(ids).double())).flatten(1))
+        parts = joint.double(), ids.double(), nodes[:, None].expand_as(ids).double(), raw.double()
+        found.append(torch.stack(parts).flatten(1))
         scores, chosen = joint.flatten().topk(min(limits.width, joint.numel()))
         if masks is not None:
             chosen, scores = chosen[scores > -math.inf], scores[scores > -math.inf]
             if not len(chosen):
                 break
         if not is_asynchronous(device):
-            worth = scores.exp() ** limits.exponent - limits.node
-            if float(worth[0]) < limits.level:
+            worth = scores.exp() * limits.rate(level + 1) - limits.node
+            if float(worth.clamp(min=0).sum()) < limits.level:
                 break
             some = max(int((worth > 0).sum()), 1)
             chosen, scores = chosen[:some], scores[:some]
@@ -182,8 +241,8 @@ def by_levels(
             [before], [new] = download(parents[None], tokens)
             texts = [[*texts[b], token] for b, token in zip(before, new, strict=True)]
         paths = torch.cat((paths[parents], torch.eye(len(chosen), dtype=torch.bool, device=device)), 1)
-    values, drafted, origins = torch.cat(found, 1).tolist()
-    every = Candidates(values, [int(token) for token in drafted], [int(node) for node in origins])
+    values, drafted, origins, said = torch.cat(found, 1).tolist()
+    every = Candidates(values, [int(token) for token in drafted], [int(node) for node in origins], [said])
     return every if masks is None else every.possible()
 
 

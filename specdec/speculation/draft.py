@@ -30,6 +30,20 @@ if TYPE_CHECKING:
     from specdec.speculation.sampling import Sampler
 
 
+@dataclass
+class Found:
+    """What a draft was chosen from.
+
+    rows: the candidates of each row, with what each source says.
+    levels: number of levels that were drafted.
+    free: the candidates of each row that a draft without levels has; None: there is no such draft.
+    """
+
+    rows: Sequence[Candidates]
+    levels: int = 0
+    free: Sequence[Candidates] | None = None
+
+
 class Draft:
     """A tree of proposed tokens for every row of the batch (one shape for all rows).
 
@@ -41,8 +55,10 @@ class Draft:
         that layer are in the cache already: scoring resumes there.
     layers: number of layers that each node's token ran when it was drafted, int64 [B, M], if tokens leave the model
         early.
+    found: what it was chosen from, if its drafter has probabilities.
     """
 
+    found: Found | None = None
     states: Tensor | None = None
     exit_layer: int = 0
     layers: Tensor | None = None
@@ -209,12 +225,13 @@ class Drafter(ABC):
     needs_training: whether it drafts only with trained parameters.
     before_others: defaults that differ where another drafter comes after it (``HybridDrafter``).
     drafts: False for the drafter that never proposes anything.
-    blends: whether it can merge the candidates of another drafter into its tree (``blend``).
+    blends: whether it merges the candidates of another drafter into its own (``candidates``).
     taps: layers whose input states ``observe`` receives. N stands for the final state, N + 1 for the logits of a step,
         [B, 1 + M, V] (an empty tensor for a prompt).
     whole_prompts: whether ``observe`` receives the states of all prompt tokens.
     num_exits: number of exits to choose from; with more than one, the drafter obeys ``State.exit``.
     has_probabilities: whether it knows probabilities of its tokens, and sizes drafts by ``State.prices``.
+    level_share: about the share of a pass's bytes that drafting a level reads, by exit; 0: it has no levels.
     leaves_early: whether tokens may leave the model early, with a confidence (``State.threshold``).
     leaves_state: whether they leave with an exact state of the model.
     learns: whether it has work to do between requests (``learn``). keeps: whether later processes have what it learned.
@@ -232,6 +249,7 @@ class Drafter(ABC):
     taps: tuple[int, ...] = ()
     whole_prompts: bool = False
     num_exits: int = 1
+    level_share: tuple[float, ...] = (0.1,)
     has_probabilities: bool = False
     leaves_early: bool = False
     leaves_state: bool = False
@@ -244,6 +262,11 @@ class Drafter(ABC):
     def label(self) -> str:
         """The name for people; of joined drafters, the names of all."""
         return self.name
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of what proposes its tokens; where one drafts level by level, it is the last."""
+        return (self.name,)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
@@ -289,20 +312,16 @@ class Drafter(ABC):
     def propose(self, state: State, limit: int) -> Draft:
         """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
 
-    def candidates(self, state: State, limit: int) -> list[Candidates] | None:
-        """What may follow each row's root, with probabilities, at most ``limit`` deep, for a drafter that blends.
+    def candidates(
+        self, state: State, limit: int, given: Sequence[Candidates] | None = None
+    ) -> list[Candidates] | None:
+        """What may follow each row's root, with probabilities, at most ``limit`` deep.
 
+        given: the candidates of each row that another source has already. A drafter that ``blends`` merges them with
+            its own; one that drafts levels may draft behind them.
         None: it has no probabilities, or its own draft is worth more.
         """
         return None
-
-    def alone(self, state: State, limit: int) -> Draft | None:
-        """``propose``, if drafting another drafter's candidates, too, does not pay; for a drafter that ``blends``."""
-        raise NotImplementedError
-
-    def blend(self, state: State, limit: int, learned: list[Candidates]) -> Draft:
-        """``propose``, with each row's candidates of another drafter merged in, if this drafter ``blends``."""
-        raise NotImplementedError
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
         """Receive the states [B, T, D] at the tapped layers of a block just run, and the paths that are accepted.

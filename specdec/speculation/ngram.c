@@ -3,11 +3,14 @@
  * Texts lie one behind the other in a window. From each place chains lead to earlier places behind the same last token, and
  * behind the same last two, the latest first. The probability of a follower is blended from the shortest match to the longest
  * (as PPM escapes from the longest to the shortest, Cleary and Witten 1984): what more and longer matches say overrules what
- * fewer and shorter ones say, a static prior, and a learned drafter's tree. Knows tokens and numbers, no model and no Python. */
+ * fewer and shorter ones say, and a static prior. A learned drafter's tree is merged in. Knows tokens and numbers, no model and
+ * no Python. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "calibrate.h"
 
 #ifdef _WIN32
 #define EXPORT __declspec(dllexport)
@@ -46,24 +49,26 @@ typedef struct {
     int32_t length;        /* at most LONGEST */
     int32_t limit, nodes;  /* most levels, and most nodes */
     int32_t sources;       /* texts that are matched; later ones overrule earlier ones */
-    int32_t general;       /* of these, the first ones that a learned drafter knows better */
     float least;           /* probability below which a node is not taken */
     const Prior *prior;    /* NULL: none */
     const Texts *const *source;
     const float *weight;   /* by source: how many times the evidence of an occurrence counts */
+    const float *table;    /* calibrated probabilities of the candidates found here, or NULL: as they are */
+    const float *beside;   /* the same where the learned drafter has others */
     int32_t learned;       /* nodes of a learned drafter's tree, parents first */
-    float caution;         /* where that tree has followers, the weight in all sources is multiplied by this */
     const int32_t *learned_tokens, *learned_parents; /* parent 0: the root, i + 1: node i */
-    const float *learned_scores;                 /* log-probabilities of paths */
+    const float *learned_p;      /* probability of each node after its parent; 0: the drafter does not have it */
+    const float *learned_table;  /* as `table` */
     const float *const *noise;                   /* [limit][V] of the positions behind the root, or NULL: greedy */
     const uint8_t *(*allowed)(int32_t node);     /* [V]: what may follow a node of the tree; its NULL: nothing. NULL: anything */
     int32_t *tokens, *parents;                   /* out: [nodes] */
     float *values;                               /* out: [nodes], probability of each path */
+    float *own_raw, *learned_raw;                /* out: [nodes], what each source says of a node after its parent; 0: nothing */
 } Growth;
 
 typedef struct { int32_t token, length; } Occurrence;
-typedef struct { int32_t count, token[TOKENS]; float p[TOKENS]; } Followers;
-typedef struct { float value; int32_t token, parent, depth, learned; } Node;
+typedef struct { int32_t count, token[TOKENS], learned[TOKENS]; float p[TOKENS], own[TOKENS], said[TOKENS]; } Followers;
+typedef struct { float value, own, said; int32_t token, parent, depth, learned; } Node;
 
 static uint32_t hash(uint32_t a, uint32_t b, int64_t size) {
     uint64_t h = (((uint64_t)a << 32) | b) * 0x9E3779B97F4A7C15ull;
@@ -156,7 +161,7 @@ static int follower(Followers *f, int32_t token) {
     for (int i = 0; i < f->count; i++)
         if (f->token[i] == token) return i;
     if (f->count == TOKENS) return -1;
-    f->token[f->count] = token, f->p[f->count] = 0;
+    f->token[f->count] = token, f->p[f->count] = f->said[f->count] = 0, f->learned[f->count] = -1;
     return f->count++;
 }
 
@@ -179,28 +184,18 @@ static void blend(Followers *f, const Occurrence *found, int count, float weight
     }
 }
 
-/* What follows a node, whose text ends before `end`. */
-static void followers(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Followers *f) {
+/* What follows a node, whose text ends before `end`, by n-grams: `p`. */
+static void by_ngrams(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Followers *f) {
     Occurrence found[OCCURRENCES];
-    float weight = 1;
     f->count = 0;
-    if (node->learned >= 0) {
-        float before = node->learned ? g->learned_scores[node->learned - 1] : 0;
-        for (int i = node->learned; i < g->learned; i++) {
-            if (g->learned_parents[i] != node->learned) continue;
-            int at = follower(f, g->learned_tokens[i]);
-            if (at >= 0) f->p[at] = expf(g->learned_scores[i] - before);
-        }
-        if (f->count) weight = g->caution;
-    }
-    if (!f->count && g->prior && end[-1] < g->prior->tokens)
+    if (g->prior && end[-1] < g->prior->tokens)
         for (int i = g->prior->begin[end[-1]]; i < g->prior->begin[end[-1] + 1]; i++) {
             int at = follower(f, g->prior->after[i]);
             if (at >= 0) f->p[at] = g->prior->p[i];
         }
-    for (int s = weight < 1 ? g->general : 0; s < g->sources; s++) {
+    for (int s = 0; s < g->sources; s++) {
         int count = find(g->source[s], end, length, found);
-        if (count) blend(f, found, count, weight * g->weight[s]);
+        if (count) blend(f, found, count, g->weight[s]);
     }
     float all = 0, kept = 0;
     for (int i = 0; i < f->count; i++) all += f->p[i];
@@ -218,6 +213,32 @@ static void followers(const Growth *g, const Node *node, int32_t number, const i
         for (int i = 0; i < f->count && kept > 0; i++) f->p[i] /= kept + rest;
 }
 
+/* What follows a node: by n-grams, and by the learned drafter's tree; `p` is calibrated. */
+static void followers(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Followers *f) {
+    by_ngrams(g, node, number, end, length, f);
+    int count = f->count, beside = 0;
+    for (int i = 0; i < count; i++) f->own[i] = f->p[i];
+    for (int n = node->learned; node->learned >= 0 && n < g->learned; n++) {
+        if (g->learned_parents[n] != node->learned || !(g->learned_p[n] > 0)) continue;
+        int before = f->count, at = follower(f, g->learned_tokens[n]);
+        if (at < 0) continue;
+        if (at == before) f->own[at] = 0;
+        f->said[at] = g->learned_p[n], f->learned[at] = n + 1, beside = 1;
+    }
+    for (int n = node->learned; node->learned >= 0 && n < g->learned; n++) { /* nodes that n-grams gave it */
+        if (g->learned_parents[n] != node->learned || g->learned_p[n] > 0) continue;
+        for (int i = 0; i < count; i++)
+            if (f->token[i] == g->learned_tokens[n]) f->learned[i] = n + 1;
+    }
+    for (int i = 0; i < f->count; i++) {
+        float own = calibrated(beside && !(f->said[i] > 0) ? g->beside : g->table, f->own[i]), said = calibrated(g->learned_table, f->said[i]);
+        f->p[i] = own > said ? own : said;
+        if (f->said[i] > 0) f->own[i] = 0;
+        else if (beside) f->own[i] = -f->own[i];
+    }
+    share(f->p, f->count);
+}
+
 /* Grow the tree of the likeliest paths, best first; returns how many nodes it has. No path beats its beginning, so the
  * likeliest paths always form a tree, and no other set of as many nodes is accepted more often. */
 EXPORT int specdec_ngram_grow(const Growth *g) {
@@ -225,7 +246,7 @@ EXPORT int specdec_ngram_grow(const Growth *g) {
     int most = g->nodes < MOST_NODES ? g->nodes : MOST_NODES, count = 0, held = 0;
     int32_t text[LONGEST + MOST_NODES];
     Followers f;
-    taken[0] = (Node){1, g->text[g->length - 1], 0, 0, g->learned ? 0 : -1};
+    taken[0] = (Node){1, 0, 0, g->text[g->length - 1], 0, 0, g->learned ? 0 : -1};
     while (count < most) {
         const Node *node = taken + count; /* the newest: offer what follows it */
         if (node->depth < g->limit) {
@@ -236,17 +257,16 @@ EXPORT int specdec_ngram_grow(const Growth *g) {
             for (int i = 0; i < f.count; i++) {
                 float value = node->value * (f.p[i] < 1 ? f.p[i] : 1);
                 if (!(value > g->least) || (held == most - count && value <= waiting[held - 1].value)) continue;
-                int at = held < most - count ? held++ : held - 1, learned = -1;
+                int at = held < most - count ? held++ : held - 1;
                 for (; at > 0 && value > waiting[at - 1].value; at--) waiting[at] = waiting[at - 1];
-                for (int j = node->learned; node->learned >= 0 && learned < 0 && j < g->learned; j++)
-                    if (g->learned_parents[j] == node->learned && g->learned_tokens[j] == f.token[i]) learned = j + 1;
-                waiting[at] = (Node){value, f.token[i], count, node->depth + 1, learned};
+                waiting[at] = (Node){value, f.own[i], f.said[i], f.token[i], count, node->depth + 1, f.learned[i]};
             }
         }
         if (!held) break;
         taken[++count] = waiting[0];
         memmove(waiting, waiting + 1, sizeof *waiting * --held);
         g->tokens[count - 1] = taken[count].token, g->parents[count - 1] = taken[count].parent, g->values[count - 1] = taken[count].value;
+        g->own_raw[count - 1] = taken[count].own, g->learned_raw[count - 1] = taken[count].said;
         if (held > most - count) held = most - count;
     }
     return count;

@@ -18,13 +18,12 @@ import numpy.typing as npt
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.runtimes.tree_drafting import KNOTS, Candidates
 from specdec.speculation.trees import MOST_NODES
 
 LIBRARY = Path(__file__).with_name("_ngram.so")  # setup.py builds it
 LONGEST, MOST = 16, 64  # as in ngram.c: tokens of a match, nodes of a tree
 FOLLOWERS = 8  # of a token that the prior keeps
-CAUTION = 0.25  # weight of occurrences where a learned drafter has an opinion
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 Allowed = ctypes.CFUNCTYPE(POINTER, INT)
 Ints = npt.NDArray[np.int32]
@@ -37,13 +36,13 @@ class _Prior(ctypes.Structure):
 class _Growth(ctypes.Structure):
     _fields_ = (
         ("text", POINTER),
-        *((name, INT) for name in ("length", "limit", "nodes", "sources", "general")),
+        *((name, INT) for name in ("length", "limit", "nodes", "sources")),
         ("least", FLOAT),
-        *((name, POINTER) for name in ("prior", "source", "weight")),
-        *(("learned", INT), ("caution", FLOAT)),
-        *((name, POINTER) for name in ("learned_tokens", "learned_parents", "learned_scores", "noise")),
+        *((name, POINTER) for name in ("prior", "source", "weight", "table", "beside")),
+        ("learned", INT),
+        *((name, POINTER) for name in ("learned_tokens", "learned_parents", "learned_p", "learned_table", "noise")),
         ("allowed", Allowed),
-        *((name, POINTER) for name in ("tokens", "parents", "values")),
+        *((name, POINTER) for name in ("tokens", "parents", "values", "own_raw", "learned_raw")),
     )
 
 
@@ -126,45 +125,51 @@ class Grower:
     def __init__(self, prior: Prior | None = None, least: float = 0.01) -> None:
         self.lib, self.prior = load(), prior
         self.text = (INT * LONGEST)()
-        self.out = (INT * MOST)(), (INT * MOST)(), (FLOAT * MOST)()
-        self.struct = _Growth(text=ctypes.addressof(self.text), least=least, caution=CAUTION)
+        self.out = (INT * MOST)(), (INT * MOST)(), (FLOAT * MOST)(), (FLOAT * MOST)(), (FLOAT * MOST)()
+        self.tables = (FLOAT * len(KNOTS))(), (FLOAT * len(KNOTS))(), (FLOAT * len(KNOTS))()
+        self.struct = _Growth(text=ctypes.addressof(self.text), least=least)
         self.struct.prior = None if prior is None else ctypes.addressof(prior.struct)
-        self.struct.tokens, self.struct.parents = map(ctypes.addressof, self.out[:2])
-        self.struct.values = ctypes.addressof(self.out[2])
+        for name, out in zip(("tokens", "parents", "values", "own_raw", "learned_raw"), self.out, strict=True):
+            setattr(self.struct, name, ctypes.addressof(out))
 
     def __call__(
         self,
         ids: Sequence[int],
         sources: Sequence[tuple[Texts, float]],
         limit: int,
-        learned: Candidates,
+        learned: Candidates | None = None,
         masks: Callable[[Sequence[int]], Tensor | None] | None = None,
         noise: Sequence[Tensor] | None = None,
         nodes: int = MOST_NODES,
-        general: int = 0,
+        tables: Sequence[Sequence[float]] = (),
     ) -> Candidates:
         """The ``nodes`` likeliest paths behind the text ``ids``, at most ``limit`` tokens deep.
 
-        sources: texts that are matched, and the weight of each; later ones overrule earlier ones. general: how many of
-        them, from the first on, are left out where a learned drafter has an opinion. learned: the tree of such a one.
-        masks: which tokens may follow those behind the root, bool [V] (None: none may). noise: by which tokens are
-        drawn, float32 [V] of each position behind the root; fewer than ``limit`` end the tree there.
+        sources: texts that are matched, and the weight of each; later ones overrule earlier ones. learned: the tree of
+        a learned drafter; the candidates then have two sources, n-grams first. masks: which tokens may follow those
+        behind the root, bool [V] (None: none may). noise: by which tokens are drawn, float32 [V] of each position behind
+        the root; fewer than ``limit`` end the tree there. tables: calibrated probabilities of each source at ``KNOTS``;
+        none: what it says counts.
         """
         struct, tail = self.struct, ids[-LONGEST:]
         ctypes.memmove(self.text, (INT * len(tail))(*tail), 4 * len(tail))
         struct.length, struct.nodes = len(tail), min(nodes, MOST)
         struct.limit = limit if noise is None else min(limit, len(noise))
-        struct.sources, struct.general = len(sources), general
+        struct.sources = len(sources)
         alive: list[Any] = [
             (POINTER * len(sources))(*(texts.pointer for texts, _ in sources)),
             (FLOAT * len(sources))(*(weight for _, weight in sources)),
         ]
         struct.source, struct.weight = map(ctypes.addressof, alive)
-        struct.learned = len(learned.tokens)
-        if learned.tokens:
+        struct.table = struct.beside = struct.learned_table = None
+        for name, into, table in zip(("table", "beside", "learned_table"), self.tables, tables, strict=False):
+            into[:] = table
+            setattr(struct, name, ctypes.addressof(into))
+        struct.learned = 0 if learned is None else len(learned.tokens)
+        if learned is not None and learned.tokens:
             parts = [(INT * struct.learned)(*learned.tokens), (INT * struct.learned)(*learned.parents)]
-            parts.append((FLOAT * struct.learned)(*learned.scores))
-            struct.learned_tokens, struct.learned_parents, struct.learned_scores = map(ctypes.addressof, parts)
+            parts.append((FLOAT * struct.learned)(*learned.raw[0]))
+            struct.learned_tokens, struct.learned_parents, struct.learned_p = map(ctypes.addressof, parts)
             alive += parts
         struct.noise = None
         if noise is not None:
@@ -189,8 +194,9 @@ class Grower:
         count = self.lib.specdec_ngram_grow(ctypes.byref(struct))
         if error:
             raise error[0]
-        tokens, parents, values = self.out
-        return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count])
+        tokens, parents, values, own, said = (part[:count] for part in self.out)
+        raw = [own] if learned is None else [[max(p, 0.0) for p in own], [max(-p, 0.0) for p in own], said]
+        return Candidates([math.log(value) for value in values], tokens, parents, raw)
 
 
 T = TypeVar("T")

@@ -7,73 +7,62 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from specdec.runtimes.tree_drafting import Candidates, TreeLimits
+
 MOST_NODES = 24  # maximum nodes of a tree that is sized by prices
-LEARNED = 0.8  # how often a learned drafter is right at a level, if it was before
 
 
 @dataclass
 class Prices:
-    """The costs of a draft, in accepted tokens: what the engine yields in the seconds that it takes.
+    """What scoring and drafting cost, in tokens (seconds times the present speed), and how likely drafts are accepted.
 
-    Nodes are taken in order of the probability that they are accepted, as many as bring the most tokens beyond the
-    price of scoring them. Another level is drafted while the rows' likeliest paths so far are worth it together
-    (``pays``). A drafter's own probability p counts as p ** ``exponent``, which is learned. Of several rows, the nodes
-    of all are taken together.
+    A node is taken, and a level drafted, while the tokens that it is expected to add exceed its price. Of several rows,
+    the nodes of all are taken together.
 
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
-    level: price of drafting another level for all rows, before its nodes are scored.
-    node: price of scoring a node of that level.
-    free_exponent: ``exponent`` of drafts that cost nothing, such as those of n-grams beside a learned drafter.
-    trust: how many times what is expected of a learned drafter's levels they add.
-    free, added: the result: expected tokens of the free draft, and those that a learned one is expected to add.
-    expected, levels: the result: expected tokens of the nodes taken, and number of levels that were drafted (0: the
-        draft cost nothing; None: as many as the draft has).
+    level: price of drafting another level for all rows.
+    rates: [rows][levels], how likely a level has the right token where no other source has it.
+    tables: [rows][sources], calibrated probabilities at the log-odds ``KNOTS``; none: what sources say counts.
+    try_levels: whether levels are drafted where they are not expected to pay, to learn whether they do.
     """
 
     nodes: Sequence[float]
     level: float = 0.0
-    node: float = 0.0
-    exponent: float = 1.0
-    free_exponent: float = 1.0
-    trust: float = 1.0
-    free: float = 0.0
-    added: float = 0.0
-    expected: float | None = None
-    levels: int | None = None
+    rates: Sequence[Sequence[float]] = ()
+    tables: Sequence[Sequence[Sequence[float]]] = ()
+    try_levels: bool = False
 
-    @property
-    def bar(self) -> tuple[float, float, float]:
-        """What ``TreeLimits`` has of them: the prices of a level and of a node, and the exponent."""
-        return self.level, self.node, self.exponent
+    def of(self, source: int) -> Prices:
+        """The same with the table of one source alone."""
+        return replace(self, tables=[[row[source]] for row in self.tables])
 
-    def pays(self, likeliest: Sequence[float]) -> bool:
-        """Whether another level is worth its price: the next node of a row is accepted at most as often as its path.
+    def limits(self, levels: int, width: int) -> TreeLimits:
+        """How far levels are drafted (``TreeLimits``)."""
+        rates = [sum(level) / len(level) for level in zip(*self.rates, strict=True)]
+        return TreeLimits(levels, width, self.level, self.nodes[1] - self.nodes[0], rates)
 
-        likeliest: calibrated probability of each row's likeliest path.
+    def levels(self, free: Sequence[Candidates]) -> int:
+        """The number of levels that are expected to add most beyond their price; 0: they do not pay.
+
+        free: of each row, the nodes of a draft without levels. A level adds one to each row, or takes the place of one.
         """
-        return sum(max(probability - self.node, 0.0) for probability in likeliest) >= self.level
-
-    def learned_pays(self, right: Sequence[float], scored: int, rows: int) -> bool:
-        """Whether levels of a learned drafter are expected to add more to the free draft than they cost.
-
-        A level is right if the free draft is, or if the learned drafter is; each goes on independently. It adds a node
-        to each of ``rows``. right: expected tokens of the free draft at each level, of all rows; scored: its nodes.
-        """
-        reach, before, added, best, most = 1.0, float(rows), 0.0, -math.inf, len(self.nodes) - 1
-        for level, free in enumerate(right, start=1):
-            reach *= 1 - (1 - free / before if before else 1.0) * (1 - LEARNED)
-            added, before = added + rows * reach - free, free
-            scoring = self.nodes[min(scored + level * rows, most)] - self.nodes[min(scored, most)]
-            gain = self.trust * added - level * self.level - scoring
-            if gain > best:
-                best, self.added = gain, added
-        self.free = sum(right)
-        return best > 0
+        rows, scored, most = len(self.rates), sum(len(own.tokens) for own in free), len(self.nodes) - 1
+        expected = [own.by_level() for own in free]
+        on, off = [1.0] * rows, [0.0] * rows  # probability that a row is right up to the level: by the free draft, else
+        added, best, count = 0.0, 0.0, 0
+        for level, rates in enumerate(zip(*self.rates, strict=True)):
+            for row, rate in enumerate(rates):
+                here = expected[row][level] if level < len(expected[row]) else 0.0
+                off[row], on[row] = (off[row] + on[row] - here) * rate, here
+            added += sum(off)
+            scoring = self.nodes[min(max(scored, (level + 1) * rows), most)] - self.nodes[min(scored, most)]
+            if (gain := added - (level + 1) * self.level - scoring) > best:
+                best, count = gain, level + 1
+        return count or int(self.try_levels)
 
     def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None, rows: int = 1) -> int:
         """The number of nodes to score: ``exactly`` as many as given, else ``least`` or more.
@@ -83,19 +72,11 @@ class Prices:
         """
         nodes = self.nodes[::rows]
         most = min(len(probabilities), max(len(nodes) - 1, least))
-        sums = [0.0, *itertools.accumulate(rows * probability for probability in probabilities)]
         if exactly is not None:
-            count = min(exactly, len(probabilities))
-        else:
-            gains = [tokens - price for tokens, price in zip(sums[least : most + 1], nodes[least:], strict=False)]
-            count = least + gains.index(max(gains)) if gains else most
-        self.expected = sums[count]
-        return count
-
-    def calibrated(self, logs: Sequence[float], free: bool = False) -> list[float]:
-        """Probabilities of acceptance, from a drafter's log-probabilities. free: of a draft that cost nothing."""
-        exponent = self.free_exponent if free else self.exponent
-        return [math.exp(exponent * log) for log in logs]
+            return min(exactly, len(probabilities))
+        sums = [0.0, *itertools.accumulate(rows * probability for probability in probabilities)]
+        gains = [tokens - price for tokens, price in zip(sums[least : most + 1], nodes[least:], strict=False)]
+        return least + gains.index(max(gains)) if gains else most
 
 
 class TreeShape(NamedTuple):

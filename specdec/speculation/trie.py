@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from operator import itemgetter
@@ -9,7 +10,7 @@ from operator import itemgetter
 import torch
 
 from specdec.runtimes.tree_drafting import Candidates
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import Draft, Found, State
 from specdec.speculation.trees import MOST_NODES, Prices
 
 
@@ -64,26 +65,31 @@ def in_one_shape(
     return draft, places
 
 
-def worth_scoring(
-    rows: Sequence[Candidates], limit: int, nodes: int | None, prices: Prices | None, levels: int
-) -> list[Candidates]:
+def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, prices: Prices | None) -> list[Candidates]:
     """Each row's candidates that a draft keeps.
 
     nodes: number of nodes of a row; None: those worth their price, or ``limit`` if there are no prices.
-    levels: number of levels that were drafted to find the candidates.
     """
     counts = [limit if nodes is None else nodes] * len(rows)
     if prices is not None:
-        prices.levels = levels
         every = [(score, row) for row, found in enumerate(rows) for score in sorted(found.scores)[-MOST_NODES:]]
         every.sort(key=itemgetter(0), reverse=True)
-        likely = prices.calibrated([score for score, _ in every], free=not levels)
+        likely = [math.exp(score) for score, _ in every]
         taken = Counter(row for _, row in every[: prices.take(likely, exactly=None if nodes is None else sum(counts))])
         counts = [taken[row] for row in range(len(rows))]
     return [found.best(count) for found, count in zip(rows, counts, strict=True)]
 
 
-def draft_best(rows: Sequence[Candidates], limit: int, nodes: int | None, state: State, levels: int) -> Draft:
-    """The draft of each row's best candidates, as ``worth_scoring`` says."""
-    best = worth_scoring(rows, limit, nodes, state.prices, levels)
-    return in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)[0]
+def draft_best(
+    rows: Sequence[Candidates],
+    limit: int,
+    nodes: int | None,
+    state: State,
+    levels: int = 0,
+    free: Sequence[Candidates] | None = None,
+) -> Draft:
+    """The draft of each row's best candidates, as ``worth_scoring`` says. levels, free: as in ``Found``."""
+    best = worth_scoring(rows, limit, nodes, state.prices)
+    draft, places = in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)
+    draft.found = Found(rows, levels, free)
+    return draft

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from specdec.api.decoder import SpecDecoder
 from specdec.drafters.m2r2_network import M2R2
-from specdec.engine.depth.costs import Costs
-from specdec.engine.depth.measure import costs
+from specdec.engine.measure import Timings, measure
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
 from specdec.train.student import Teacher, draft_steps
@@ -87,13 +86,14 @@ def chain_figures(lengths: Sequence[int], steps: int) -> dict[str, Any]:
     return {"chain": chain, "score": round(1 + sum(chain), 3)}
 
 
-def measure_costs(decoder: SpecDecoder, folder: Path) -> Costs:
+def measure_costs(decoder: SpecDecoder, folder: Path) -> Timings:
     """The costs of the drafter in ``folder`` with the model and the runtime of ``decoder``."""
     drafting = decoder.with_drafter(folder)
-    return costs(drafting.target, drafting.drafter, drafting.verifier)
+    [timings] = measure(drafting.target, [drafting.drafter], drafting.verifier)
+    return timings
 
 
-def predict_speedup(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = None) -> tuple[float, int]:
+def predict_speedup(chain: Sequence[float], costs: Timings, nodes: Sequence[int] | None = None) -> tuple[float, int]:
     """The largest speedup over plain decoding on this machine, and the draft length k that reaches it:
 
         (1 + chain_1 + ... + chain_k) s(1) / (k d + s(1 + nodes_k))

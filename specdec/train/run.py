@@ -20,7 +20,7 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress, status, tell
-from specdec.engine.depth.costs import Costs
+from specdec.engine.measure import Timings
 from specdec.models import drafter_folder, source
 from specdec.train import batches, output
 from specdec.train.batches import TrainingBatch, Window
@@ -65,7 +65,7 @@ class TrainingRun:
         )
         self.sizes: list[float] = []  # scale of each parameter; learning rates are shares of it
         self.init = drafter_folder.read_config(Path(self.settings.init)) if self.settings.init else None
-        self.costs: Costs | None = None  # measured at the first evaluation
+        self.costs: Timings | None = None  # measured at the first evaluation
         self.speedup: float | None = None  # of the last evaluation
         self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
         self.lowered, self.warmed = 1.0, 0  # factor on all rates; update of the last warmup

@@ -25,8 +25,7 @@ from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_network import M2R2, narrow_mlp
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.drafters.ridge import Sums
-from specdec.engine.depth.costs import Costs
-from specdec.engine.depth.measure import measure
+from specdec.engine.measure import Timings, measure
 from specdec.models import drafter_folder
 from specdec.runtimes.narrow import strengths
 from specdec.runtimes.target import Target
@@ -183,8 +182,8 @@ def _batches(
     return by_length(some, settings.rows, settings.window, target.device, target.dtype)
 
 
-def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Costs]:
-    """Costs of untrained drafters whose segment has 1, 2, ... layers, in the runtime of ``decoder``.
+def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Timings]:
+    """Timings of untrained drafters whose segment has 1, 2, ... layers, in the runtime of ``decoder``.
 
     The shortest and the longest segment are timed; the others are interpolated.
     """
@@ -201,7 +200,7 @@ def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Costs]:
     return [replace(fewest, drafts=((short[0] + share * more[0], short[1] + share * more[1]),)) for share in shares]
 
 
-def rank(chains: dict[Segment, list[float]], costs: Sequence[Costs]) -> list[SegmentCandidate]:
+def rank(chains: dict[Segment, list[float]], costs: Sequence[Timings]) -> list[SegmentCandidate]:
     """All candidates, largest predicted speedup first."""
     rows = []
     for (lo, hi), chain in chains.items():

@@ -1,143 +1,137 @@
-"""The costs of steps: a table for this machine, model and drafter, scaled to recent steps."""
+"""What passes and drafts cost: a formula, corrected by the times of real steps."""
 
 from __future__ import annotations
 
-import bisect
-import functools
 import math
-from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from pydantic import NonNegativeFloat, PositiveFloat
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from specdec.speculation.trees import MOST_NODES, Prices
-
-RECENT = 15  # number of steps whose median corrects a cost
-EXPONENT_RATE, EXPONENTS = 0.01, (0.5, 4.0)  # learning rate of the exponent of drafters' probabilities, and its range
-
-# The means of ``RowHistory``, and their numbers of observations.
-YieldTable = tuple[tuple[float, PositiveFloat], ...]
+Floats = npt.NDArray[np.float64]
+MOST_TOKENS = 1024  # of a pass whose cost is told apart
+SPREAD = 0.25  # assumed error of the formula, as a logarithm
+NOISE, DRIFT = 0.1, 0.01  # of a step's time, and of the machine's speed from step to step, likewise
+LEAST = 0.03  # error of a correction that always remains, likewise
+FIXED = 0.02  # assumed cost of a draft without levels, in passes
+OUTLIER = 0.5  # errors beyond this count less
+LEVEL, DRAFT = "level", "draft"
 
 
 @dataclass(frozen=True, config={"allow_inf_nan": False})
 class Costs:
-    """Seconds of scoring and drafting.
+    """What is known about costs, for later processes.
 
-    score[n]: a pass over n tokens (embedding, layers, readout).
-    drafts: for each exit, the first drafted token and each further one.
-    yields: for each exit, what its drafts yielded in earlier processes.
+    passes: by number of rows, the corrections (logarithms) at 1, 2, 4, .. tokens.
+    drafts: the corrections of ``LEVEL exit rows`` and ``DRAFT 0 rows``.
+    seconds: of a pass over one token, as a logarithm.
+    hits, trials: of ``History.tallies``, over all rows.
     """
 
-    score: dict[int, PositiveFloat]
-    drafts: tuple[tuple[NonNegativeFloat, NonNegativeFloat], ...]
-    yields: tuple[YieldTable, ...] = ()
+    seconds: float | None = None
+    passes: dict[int, list[float]] = Field(default_factory=dict)
+    drafts: dict[str, float] = Field(default_factory=dict)
+    hits: list[list[float]] = Field(default_factory=list)
+    trials: list[list[float]] = Field(default_factory=list)
 
-    def scoring(self, tokens: float) -> float:
-        """Seconds of a pass over ``tokens``: linear between sizes in ``score``, and from half the largest on."""
-        sizes = sorted(self.score)
-        at = min(max(bisect.bisect_left(sizes, tokens), 1), len(sizes) - 1)
-        below, above = sizes[at - 1], sizes[at]
-        if tokens > above:
-            below = sizes[bisect.bisect_right(sizes, above / 2) - 1]
-        low, high = self.score[below], self.score[above]
-        return low + (tokens - below) / (above - below) * max(high - low, 0.0)
 
-    def drafting(self, depth: float, exit: int = -1) -> float:
-        """Seconds of drafting ``depth`` tokens deep."""
-        first, further = self.drafts[exit]
-        return max(first + (depth - 1) * further, 1e-9) if depth else 0.0
+class Correction:
+    """Errors of the formula, as logarithms, and their variances."""
+
+    def __init__(self, errors: Floats) -> None:
+        self.errors, self.variances = errors, np.full(len(errors), SPREAD**2)
 
 
 class CostModel:
-    """A table of costs, scaled to recent steps.
+    """Seconds of passes over tokens of several rows, and of drafting.
 
-    Recent steps scale all figures alike. What a pass with drafted tokens takes beyond the table, as against one
-    without, is seen where the two come one right after the other: the speed of the machine is then the same.
+    The weights of a pass are read once, and each token multiplies them: sqrt(1 + (tokens * ratio)^2), in passes over no
+    token. A level costs its share of a pass. One scale, the machine's present speed, and a correction for each kind of
+    cost are estimated together from the times of steps (a Kalman filter of the logarithms).
 
-    width: running mean of the scored tokens per drafted level; above 1 in a fixed tree.
-    exponents: of the probabilities of each exit (``Prices.exponent``).
+    ratio: seconds of multiplying a token over those of reading the weights.
+    shares: of a pass that drafting a level costs, by exit.
     """
 
-    def __init__(self, table: Costs, max_depth: int) -> None:
-        exits = range(len(table.drafts))
-        self.table, self.width = table, 1.0
-        self.scoring = functools.lru_cache(table.scoring)
-        self._passes = functools.lru_cache(64)(self._seconds_of_passes)
-        self._levels = [[table.drafting(n, exit) for n in range(max_depth + 1)] for exit in exits]
-        self._ratios: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of passes
-        # Those of drafting, divided by the one of passes, by exit and rows: drafting for more rows takes longer.
-        self._drafting_ratios = defaultdict[tuple[int, int], deque[float]](lambda: deque([1.0], maxlen=RECENT))
-        self._beyond = defaultdict[int, deque[float]](lambda: deque([0.0] * 2, maxlen=RECENT))  # by rows
-        self._before = 0, 0, 0.0, -1  # of the last step: rows, drafted tokens, seconds of the pass, exit that drafted
-        self.exponents = [1.0 for _ in exits]
+    def __init__(self, ratio: float, shares: Sequence[float], earlier: Costs | None = None) -> None:
+        earlier = earlier or Costs()
+        tokens = np.arange(MOST_TOKENS + 1, dtype=float)
+        self.formula: Floats = 0.5 * (np.log1p((tokens * ratio) ** 2) - math.log1p(ratio**2))  # over a pass of one token
+        at = np.log2(np.maximum(tokens, 1))
+        self.below = at.astype(int)
+        self.beyond: Floats = at - self.below
+        self.sizes = int(self.below[-1]) + 2
+        self.shares = [max(share, 1e-4) for share in shares]
+        self.scale, self.variance = earlier.seconds or 0.0, 4.0  # of the machine, as a logarithm
+        self.known = earlier.seconds is not None
+        self.passes = {rows: Correction(np.resize(np.array(own), self.sizes)) for rows, own in earlier.passes.items() if own}
+        self.drafts = {key: Correction(np.array([own])) for key, own in earlier.drafts.items()}
+        self.seen = set[str]()
 
-    @property
-    def ratio(self) -> float:
-        """Recent ratio of measured to expected seconds."""
-        return _median(self._ratios)
+    def passing(self, rows: int, most: int) -> list[float]:
+        """Seconds of passes over ``rows`` roots and 0, 1, .. ``most`` drafted tokens."""
+        own, to = self._pass(rows).errors, slice(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1)
+        below, share = self.below[to], self.beyond[to]
+        errors = (1 - share) * own[below] + share * own[below + 1]
+        found: list[float] = np.exp(self.scale + self.formula[to] + errors).tolist()
+        return np.maximum.accumulate(found).tolist()  # more tokens take no less
 
-    def drafting(self, exit: int, rows: int) -> list[float]:
-        """Expected seconds of drafting 0, 1, .. levels for ``rows``."""
-        ratio = _median(self._drafting_ratios[exit, rows])
-        return [ratio * seconds for seconds in self._levels[exit]]
+    def level(self, exit: int, rows: int) -> float:
+        """Seconds of drafting a level for ``rows``."""
+        return math.exp(self.scale + math.log(self.shares[exit]) + float(self._draft(LEVEL, exit, rows).errors[0]))
 
-    def beyond(self, rows: int) -> float:
-        """Seconds that a pass with drafted tokens takes beyond those of the table."""
-        return _median(self._beyond[rows])
+    def drafting(self, rows: int) -> float:
+        """Seconds of a draft beside its levels."""
+        return math.exp(self.scale + math.log(FIXED) + float(self._draft(DRAFT, 0, rows).errors[0]))
 
-    def passes(self, rows: int, most: int, width: float = 1.0) -> list[float]:
-        """Expected seconds of passes over ``rows`` roots and 0, 1, .. ``most`` times ``width`` drafted tokens."""
-        return self._passes(rows, most, round(width, 1), self.beyond(rows))
+    def add_pass(self, rows: int, tokens: int, seconds: float) -> None:
+        """Add the time of a pass over ``tokens``, roots included."""
+        tokens = min(tokens, MOST_TOKENS)
+        below, share = int(self.below[tokens]), float(self.beyond[tokens])
+        weights = np.zeros(self.sizes)
+        weights[below], weights[below + 1] = 1 - share, share
+        self._add(self._pass(rows), weights, float(self.formula[tokens]), seconds)
 
-    def _seconds_of_passes(self, rows: int, most: int, width: float, beyond: float) -> list[float]:
-        plain = self.scoring(rows)
-        return [plain, *(max(self.scoring(rows + n * width) + beyond, plain) for n in range(1, most + 1))]
+    def add_draft(self, exit: int, rows: int, levels: int, seconds: float) -> None:
+        """Add the time of drafting ``levels``."""
+        kind = LEVEL if levels else DRAFT
+        if (name := f"{kind} {exit} {rows}") not in self.seen:  # what the first one makes is there afterwards
+            self.seen.add(name)
+        elif levels:
+            each = max(seconds - self.drafting(rows), 0.1 * seconds) / levels
+            self._add(self._draft(LEVEL, exit, rows), np.ones(1), math.log(self.shares[exit]), each)
+        else:
+            self._add(self._draft(DRAFT, 0, rows), np.ones(1), math.log(FIXED), seconds)
 
-    def cost(self, exit: int, rows: int, tokens: int, levels: int) -> float:
-        """The cost of drafting ``levels`` and scoring ``tokens`` in passes over ``rows`` roots, without ``beyond``."""
-        plain = self.scoring(rows)
-        return (self.scoring(rows + tokens) + self.drafting(exit, rows)[levels]) / plain - 1
+    def _pass(self, rows: int) -> Correction:
+        if rows not in self.passes:
+            self.passes[rows] = Correction(np.zeros(self.sizes))
+        return self.passes[rows]
 
-    def prices(self, exit: int, drafting: int, rows: int, speed: float, trust: float) -> Prices:
-        """The prices of levels, and of nodes of the ``drafting`` ones of ``rows``. speed: tokens per second."""
-        passes = self.passes(rows, drafting * MOST_NODES)
-        _, one, two, *_ = self.drafting(exit, rows)
-        level, node = speed * (two - one), speed * max(passes[2 * drafting] - passes[drafting], 0.0) / drafting
-        nodes = [speed * (seconds - passes[0]) for seconds in passes]
-        return Prices(nodes, level, node, self.exponents[exit], self.exponents[0], trust)
+    def _draft(self, kind: str, exit: int, rows: int) -> Correction:
+        key = f"{kind} {exit} {rows}"
+        if key not in self.drafts:
+            self.drafts[key] = Correction(np.zeros(1))
+        return self.drafts[key]
 
-    def add_step(self, exit: int, rows: int, tokens: int, levels: int, drafting: float, other: float) -> None:
-        """Add a step over ``rows`` roots and drafted ``tokens``. exit: -1 if nothing is drafted. Times: seconds."""
-        self._ratios.append(other / self.passes(rows, tokens)[-1])
-        before_rows, before_tokens, before, before_exit = self._before
-        if before_rows == rows and bool(before_tokens) != bool(tokens):
-            drafted, plain, count = (other, before, tokens) if tokens else (before, other, before_tokens)
-            self._beyond[rows].append(drafted / plain * self.scoring(rows) - self.scoring(rows + count))
-        if exit >= 0:
-            ratio, known = drafting / self.ratio / self._levels[exit][levels], self._drafting_ratios[exit, rows]
-            if exit == before_exit or ratio < _median(known):  # the first draft after others takes longer
-                known.append(ratio)
-        self._before = rows, tokens, other, exit
+    def _add(self, own: Correction, weights: Floats, formula: float, seconds: float) -> None:
+        """Correct the scale and the errors that an observation depends on, each by its share of the uncertainty."""
+        seen = math.log(max(seconds, 1e-7)) - formula - float(weights @ own.errors)
+        if not self.known:
+            self.scale, self.known = seen, True
+        error = seen - self.scale
+        gains = weights * own.variances
+        total = self.variance + float(weights @ gains) + NOISE**2 * max(abs(error) / OUTLIER, 1.0)
+        step = error / total
+        self.scale += self.variance * step
+        own.errors = own.errors + gains * step
+        own.variances = np.maximum(own.variances - gains**2 / total, LEAST**2)
+        self.variance += DRIFT**2 - self.variance**2 / total
 
-    def add_accepted(self, exit: int, prices: Prices, accepted: float) -> None:
-        """Add what was accepted of a draft by prices, in tokens of all rows."""
-        if prices.expected is not None:
-            low, high = EXPONENTS
-            step = math.exp(EXPONENT_RATE * (prices.expected - accepted))
-            self.exponents[exit] = min(max(self.exponents[exit] * step, low), high)
-
-    def add_width(self, tokens: float) -> None:
-        """Add the number of tokens per level of a draft."""
-        self.width = 0.8 * self.width + 0.2 * tokens
-
-    def scaled_table(self, yields: tuple[YieldTable, ...]) -> Costs:
-        """The table, scaled to recent steps, with what all requests' drafts yielded."""
-        scales = [self.ratio * _median(self._drafting_ratios[exit, 1]) for exit in range(len(self.table.drafts))]
-        drafts = tuple((a * first, a * further) for a, (first, further) in zip(scales, self.table.drafts, strict=True))
-        return Costs({n: self.ratio * self.passes(1, n - 1)[-1] for n in self.table.score}, drafts, yields)
-
-
-def _median(ratios: Sequence[float]) -> float:
-    """The lower median; 1 of none. Other work on the machine makes steps longer, never shorter."""
-    return sorted(ratios)[(len(ratios) - 1) // 2] if ratios else 1.0
+    def kept(self) -> Costs:
+        """What later processes begin with, without ``hits`` and ``trials``."""
+        passes = {rows: own.errors.round(4).tolist() for rows, own in self.passes.items()}
+        drafts = {key: round(float(own.errors[0]), 4) for key, own in self.drafts.items()}
+        return Costs(self.scale if self.known else None, passes, drafts)

@@ -1,33 +1,33 @@
-"""How deep to draft, and to which exit: fixed, or chosen by expected tokens per second.
+"""How much to draft in a step.
 
-``AutoDepth`` takes the exit and depth (0: plain decoding) with the most expected tokens per second, from the costs of
-steps (``CostModel``) and what drafts yielded (``YieldEstimator``). What it does not take (drafting where plain decoding
-is faster and the reverse, another exit, one token deeper) it probes in 1 % of the decode time (``ProbeBudget``).
-The tokens of a step go to the rows where they are likeliest to be accepted (``allocate``).
+Every candidate node has a calibrated probability, whoever proposes it. A node is taken, and a level drafted, while the
+tokens that it is expected to add exceed the seconds that it adds times the present speed in tokens per second. What a
+step cost and what it accepted corrects the costs and the calibration, and whatever was not chosen is tried in 2 % of the
+time.
 
-A drafter with probabilities of its own gets prices instead of a depth: the costs of a node and of a level, in tokens at
-the recent speed. For it, the policy chooses only whether to draft, by what its drafts yielded and cost in the row. If
-it has two sources, exit 0 is the free one alone and exit 1 both; it takes both where the levels of the learned one pay
-(``Prices.learned_pays``). What they add is compared with what was expected of them, and probed if they never pay.
+The policy sets the prices; drafters that have probabilities choose their nodes by them (``Prices``). For the others it
+chooses a depth, by what was accepted at each position.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
+import weakref
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.engine.depth.acceptance import LASTING, SLOW, RowHistory, YieldEstimator
+from specdec.engine.depth.calibration import ROW_WEIGHT, WEIGHT, History, Tally, rates, table
 from specdec.engine.depth.costs import CostModel, Costs
-from specdec.speculation.trees import Prices
+from specdec.speculation.draft import Drafter, Found
+from specdec.speculation.trees import MOST_NODES, Prices
 
-MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with prices
-PROBES = 0.01  # share of the decode time that probes may lose
-MAX_DRAFTING = 4.0  # number of passes that the drafting of a probe counts as at most
-MAX_HOLD = 15  # maximum number of plain steps without a decision
-FIRST = 1.5  # accepted tokens of a step with an unknown drafter that has probabilities
+MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
+TRIED = 0.02  # share of the time in which what was not chosen is tried
+FADE = 0.85  # weight of the past per step in the present speed
+PLAIN, DRAFT, LEVELS = "plain", "draft", "levels"
 
 
 class DepthChoice(NamedTuple):
@@ -53,100 +53,55 @@ class StepReport:
     accepted: number of each row's accepted drafted tokens.
     scored: number of tokens of the pass.
     drafting, other: seconds.
+    tokens: each row's new tokens.
+    found: what the draft was chosen from (``Draft.found``).
     """
 
-    rows: Sequence[RowHistory]
+    rows: Sequence[History]
     drafted: Sequence[int]
     accepted: Sequence[int]
     scored: int
     drafting: float
     other: float
-
-
-class Allocation(NamedTuple):
-    """The depth of each row's draft, the tokens that the step is expected to yield, and its expected seconds."""
-
-    depths: list[int]
-    tokens: float
-    seconds: float
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds
+    tokens: Sequence[Sequence[int]] = ()
+    found: Found | None = None
 
 
 def allocate(
-    chances: Sequence[Sequence[float]],
-    passes: Sequence[float],
-    drafting: Sequence[float],
-    least: int = 0,
-    plain: int = 0,
-) -> Allocation:
-    """The depths with the most expected tokens per second, of those that draft ``least`` tokens or more.
+    chances: Sequence[Sequence[float]], nodes: Sequence[float], level: float, least: int = 0
+) -> tuple[list[int], float]:
+    """The depth of each row that brings most beyond its price, of those with ``least`` tokens or more; and how much.
 
     The likeliest token comes first; as probabilities fall along a row, its tokens come in their order.
 
     chances: [rows][positions], the probability that a row's draft is accepted up to each of its tokens.
-    passes, drafting: seconds of scoring 0, 1, .. drafted tokens beside the roots, and of drafting 0, 1, .. levels.
-    plain: number of further rows, which do not draft.
+    nodes, level: as in ``Prices``.
     """
-    likely = [(chance, b) for level in zip(*chances, strict=True) for b, chance in enumerate(level)]
+    likely = [(chance, b) for step in zip(*chances, strict=True) for b, chance in enumerate(step)]
     likely.sort(key=itemgetter(0), reverse=True)  # of equal ones, earlier positions stay first
-    tokens, deepest, depths = float(len(chances) + plain), 0, [0] * len(chances)
-    best, taken = Allocation([], tokens, passes[0]), 0
-    speed = 0.0 if least else tokens / passes[0]
+    depths, added, best, taken = [0] * len(chances), 0.0, float("-inf") if least else 0.0, 0
     for n, (chance, b) in enumerate(likely, start=1):
-        tokens += chance
-        depths[b] += 1
-        deepest = max(deepest, depths[b])
-        seconds = passes[n] + drafting[deepest]
-        if n >= least and tokens / seconds > speed:
-            best, taken, speed = Allocation([], tokens, seconds), n, tokens / seconds
+        added, depths[b] = added + chance, depths[b] + 1
+        gain = added - nodes[min(n, len(nodes) - 1)] - max(depths) * level
+        if n >= least and gain > best:
+            best, taken = gain, n
     for _, b in likely[taken:]:
         depths[b] -= 1
-    return best._replace(depths=depths)
-
-
-class ProbeBudget:
-    """Seconds that each choice (an exit, or plain decoding) has saved up for its next probe.
-
-    elapsed: seconds since the last decision.
-    probe: the choice that is probed, if any.
-    """
-
-    def __init__(self, choices: int) -> None:
-        self.saved = [0.0] * choices
-        self.elapsed = 0.0
-        self.probe: int | None = None
-
-    def save(self, losses: Sequence[float]) -> float:
-        """Save for each choice's probe and take one that can be paid; return the seconds until one can.
-
-        losses: seconds that the probes lose; infinite if there is none.
-        """
-        self.probe, wait = None, math.inf
-        share = PROBES / max(sum(loss < math.inf for loss in losses), 1)
-        for number, loss in enumerate(losses):
-            if loss < math.inf:
-                saved = self.saved[number] = min(self.saved[number] + share * self.elapsed, loss)
-                wait = min(wait, (loss - saved) / share)
-                if saved >= loss and self.probe is None:
-                    self.probe = number
-        self.elapsed = 0.0
-        return wait
+    return depths, best
 
 
 class FixedDepth:
     """Always the same depth and exit."""
 
+    plain_seconds: float | None = None
+
     def __init__(self, depth: int, exit: int | None = None) -> None:
         self.choice = DepthChoice(depth, exit)
 
-    def begin(self) -> RowHistory:
-        return RowHistory()
+    def begin(self) -> History:
+        return History(0, 0, 0)
 
-    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
+    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
         return self.choice
 
     def follow(self, version: int) -> None:
@@ -156,165 +111,164 @@ class FixedDepth:
         pass
 
 
+@dataclass
 class AutoDepth:
     """The policy above. One serves all requests of a decoder; each request has a history of its own (``begin``).
 
-    has_probabilities: as of the drafter.
-    rows: numbers of rows that may draft, and of others, at the last decision.
-    choice, speed: the last decision, and its expected tokens per second.
-    hold: number of plain steps until the next decision.
+    has_probabilities, shares: ``Drafter.has_probabilities`` and ``Drafter.level_share``.
+    sources: number of ``Drafter.sources``.
+    ratio: of the costs of a pass (``CostModel``).
+    earlier: what earlier processes knew.
+    plain_seconds: expected seconds of a plain step.
+    tokens, spent: of recent steps; spent in tokens that plain decoding yields in that time.
+    idle: seconds since each choice was last made.
     """
 
-    def __init__(self, table: Costs, has_probabilities: bool = False) -> None:
-        self.exits, self.has_probabilities = range(len(table.drafts)), has_probabilities
-        self.max_depth = MAX_PRICED_DEPTH if has_probabilities else MAX_DEPTH
-        self.model = CostModel(table, self.max_depth)
-        self.yields = YieldEstimator(len(self.exits), 7 if has_probabilities else self.max_depth, table.yields)
-        self.budget = ProbeBudget(len(self.exits) + 1)
-        self.rows, self.hold = (0, 0), 0
-        self.choice, self.speed = DepthChoice(), 0.0
-        self.version: int | None = None  # of the drafter
+    has_probabilities: bool = False
+    sources: int = 1
+    shares: Sequence[float] = (0.1,)
+    ratio: float = 0.1
+    earlier: Costs | None = None
+    plain_seconds: float | None = None
+    tokens: float = 1.0
+    spent: float = 1.0
+    choice: DepthChoice = DepthChoice()
+    width: float = 1.0  # nodes of a level, of a drafter without probabilities
+    version: int | None = None  # of the drafter
+    idle: defaultdict[str | int, float] = field(default_factory=lambda: defaultdict(float))
 
-    def begin(self) -> RowHistory:
+    def __post_init__(self) -> None:
+        self.max_depth = MAX_PRICED_DEPTH if self.has_probabilities else MAX_DEPTH
+        self.model = CostModel(self.ratio, self.shares, self.earlier)
+        self.size = self.sources if self.has_probabilities else 0, len(self.shares), self.max_depth
+        self.common, self.rows = History(*self.size, memory=1000.0), weakref.WeakSet[History]()
+        if self.earlier is not None:
+            for tally, hits, trials in zip(self.common.tallies(), self.earlier.hits, self.earlier.trials, strict=False):
+                tally.hits[: len(hits)], tally.trials[: len(trials)] = hits, trials
+
+    @classmethod
+    def of(cls, drafter: Drafter, ratio: float, earlier: Costs | None = None) -> AutoDepth:
+        """The policy for ``drafter``."""
+        shares = (*drafter.level_share, *drafter.level_share[-1:] * drafter.num_exits)[: drafter.num_exits]
+        return cls(drafter.has_probabilities, 3 if len(drafter.sources)==2 else 1, shares, ratio, earlier)
+
+    def begin(self) -> History:
         """The history of a new request."""
-        self.hold = 0
-        return self.yields.begin()
+        row = History(*self.size)
+        self.rows.add(row)
+        return row
 
     def follow(self, version: int) -> None:
-        """Forget what was known of another version of the drafter."""
+        """Let what was known of another version of the drafter count little."""
         if self.version not in (None, version):
-            self.forget()
+            for row in (self.common, *self.rows):
+                for tally in [*row.by_source[-1:], *row.by_position, row.worth]:
+                    tally.forget()
+            self.idle[LEVELS] = self.idle[DRAFT] = float("inf")
         self.version = version
 
-    def forget(self, exit: int = -1) -> None:
-        """The drafter has changed: what its drafts to ``exit`` yielded counts little from now on."""
-        self.hold, self.model.exponents[exit] = 0, 1.0
-        for known in {0, exit} if self.has_probabilities else {exit}:
-            self.yields.forget(known)
+    @property
+    def speedup(self) -> float:
+        """The present speed over that of plain decoding."""
+        return max(self.tokens / self.spent, 1.0)
 
-    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
+    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
         """What to draft in the next step of ``rows``, beside ``plain`` others that never draft."""
-        if self.hold and self.rows == (len(rows), plain):
-            self.hold -= 1
-            return self.choice
-        self.rows, self.hold, self.choice = (len(rows), plain), 0, DepthChoice()
+        count = len(rows) + plain
+        passes = self.model.passing(count, len(rows) * MOST_NODES)
+        self.plain_seconds, self.choice = passes[0], DepthChoice()
         if not rows:
-            self.budget.probe, self.budget.elapsed = None, 0.0
             return self.choice
-        # The fastest choice, and the probe of each other one
-        model, count = self.model, len(rows) + plain
-        none = Allocation([0] * len(rows), count, model.passes(count, 0)[0])
-        found = self._by_yield(rows, none) if self.has_probabilities else self._by_position(rows, none)
-        taken = [each for each, _ in found]
-        best = max(none, *taken, key=lambda each: each.speed)
-        exit = max(self.exits, key=lambda exit: taken[exit].speed)
-        probes = [more if each is best else each if any(each.depths) else more for each, more in found]
-        probes.append(None if best is none else none)
-        self.speed, ratio = best.speed / model.ratio, model.ratio
-        losses = [ratio * probe.seconds - probe.tokens / self.speed if probe else math.inf for probe in probes]
-        wait, depths = self.budget.save(losses), best.depths
-        if (number := self.budget.probe) is not None and (probe := probes[number]):
-            exit, depths = min(number, self.exits[-1]), probe.depths
-        # The choice
-        if not any(depths):
-            self.hold = int(min(wait / (ratio * best.seconds), MAX_HOLD)) if depths is best.depths else 0
-            return self.choice
-        prices = None
-        if self.has_probabilities or self.rows == (1, 0):
-            exit = self.exits[-1] if self.has_probabilities else exit
-            prices = model.prices(exit, len(rows), count, best.speed, self._trust(rows))
-        free = len(self.exits) == 1 or (self.has_probabilities and number != self.exits[-1])
-        self.choice = DepthChoice(max(depths), None if free else exit, prices, depths)
+        speed = self.speedup * count / passes[0]
+        prices = Prices([speed * (seconds - passes[0]) for seconds in passes], 0.0, [])
+        drafting, worth = self.model.drafting(count), sum(self._worth(row) for row in rows)
+        choose = self._by_source if self.has_probabilities else self._by_position
+        choice = choose(rows, prices, speed, count)
+        gain = worth / speed - drafting  # in seconds
+        if gain > 0:
+            taken = not self._due(PLAIN, gain)
+        else:
+            taken = self._due(DRAFT, -gain) or bool(choice.prices and choice.prices.try_levels)
+        if choice.depth and taken:
+            self.choice = choice
         return self.choice
 
-    def _by_yield(self, rows: Sequence[RowHistory], none: Allocation) -> list[tuple[Allocation, Allocation | None]]:
-        """Drafts by prices, beside ``none``; of two sources, also a draft of both, which is probed as if it failed."""
-        model, count, depths = self.model, int(none.tokens), [self.max_depth] * len(rows)
-        beyond = model.beyond(count) / none.seconds
-        tokens, cost, first = float(count), 0.0, model.cost(-1, count, len(rows), 1)
-        for row in rows:
-            expected, own, scored = self.yields.means(row, 0, [FIRST, first, 1.0])
-            accepted, of = self.yields.means(row, 0, [1.0, 1.0], 3, LASTING)
-            tokens += expected * accepted / of
-            cost += own + beyond * scored
-        found = [Allocation(depths, tokens, none.seconds * (1 + cost / len(rows)))]
-        for exit in self.exits[1:]:
-            found.append(Allocation(depths, float(count), none.seconds + model.drafting(exit, count)[1]))
-        return [(each, None) for each in found]
+    def _worth(self, row: History) -> float:
+        return row.worth.mean(0, self.common.worth.mean(0, 1.0, WEIGHT), ROW_WEIGHT)
 
-    def _trust(self, rows: Sequence[RowHistory]) -> float:
-        """``Prices.trust``: at most 1, as a draft that goes deeper than planned adds more than was expected."""
-        if not self.has_probabilities:
-            return 1.0
-        means = [self.yields.means(row, self.exits[-1], [1.0, 1.0], 5, SLOW) for row in rows]
-        return min(sum(added for added, _ in means) / sum(expected for _, expected in means), 1.0)
+    def _due(self, what: str | int, loss: float) -> bool:
+        """Whether ``what`` has not been tried for so long that it may lose ``loss`` seconds."""
+        return TRIED * self.idle[what] >= loss
 
-    def _by_position(self, rows: Sequence[RowHistory], none: Allocation) -> list[tuple[Allocation, Allocation | None]]:
-        """For each exit: the fastest depths, and others to probe beside them."""
-        found, plain = list[tuple[Allocation, Allocation | None]](), int(none.tokens) - len(rows)
-        passes = self.model.passes(int(none.tokens), len(rows) * self.max_depth, self.model.width)
-        for exit in self.exits:
-            chances = [self.yields.chances(row, exit) for row in rows]
-            costs = passes, self.model.drafting(exit, int(none.tokens))
-            best = allocate(chances, *costs, plain=plain)
-            if any(best.depths):
-                found.append((best, self._one_more(rows, best, chances, *costs)))
-            else:
-                found.append((best, allocate(chances, *costs, least=1, plain=plain)))
-        return found
+    def _by_source(self, rows: Sequence[History], prices: Prices, speed: float, count: int) -> DepthChoice:
+        """Prices, by which the drafter chooses."""
+        level = self.model.level(0, count)
+        prices = replace(
+            prices,
+            level=speed * level,
+            rates=[rates(row, self.common, 0) for row in rows],
+            tables=[[table(row, self.common, source) for source in range(self.sources)] for row in rows],
+            try_levels=self.shares[0] > 0 and self._due(LEVELS, 2 * level),
+        )
+        return DepthChoice(self.max_depth, None, prices, [self.max_depth] * len(rows))
 
-    def _one_more(
-        self,
-        rows: Sequence[RowHistory],
-        best: Allocation,
-        chances: Sequence[Sequence[float]],
-        passes: Sequence[float],
-        drafting: Sequence[float],
-    ) -> Allocation | None:
-        """One token more, of the row that has not drafted for the longest time; of equal ones, the likeliest token."""
-        open_rows = [b for b, depth in enumerate(best.depths) if depth < self.max_depth]
-        if not open_rows:
-            return None
-        b = max(open_rows, key=lambda b: (rows[b].idle, chances[b][best.depths[b]]))
-        depths = [depth + (b == at) for at, depth in enumerate(best.depths)]
-        seconds = passes[sum(depths)] + drafting[max(depths)]
-        return Allocation(depths, best.tokens + chances[b][best.depths[b]], seconds)
+    def _by_position(self, rows: Sequence[History], prices: Prices, speed: float, count: int) -> DepthChoice:
+        """The exit and the depths that bring most; or those of an exit that is due."""
+        nodes, exits = prices.nodes[:: max(round(self.width), 1)], range(len(self.shares))
+        found = list[tuple[float, int, list[int], list[list[float]]]]()
+        for exit in exits:
+            each = [rates(row, self.common, exit) for row in rows]
+            chances = [[*itertools.accumulate(row, lambda a, b: a * b)] for row in each]
+            level = speed * self.model.level(exit, count)
+            depths, gain = allocate(chances, nodes, level)
+            tried, least = allocate(chances, nodes, level, least=1)
+            if not any(depths) and self._due(exit, max(-least, 0.0) / speed):
+                depths = tried
+            found.append((gain, exit, depths, each))
+        best = max(found, key=itemgetter(0))
+        due = [each for each in found if each is not best and self._due(each[1], (best[0] - each[0]) / speed)]
+        _, exit, depths, each = due[0] if due else best
+        several = replace(prices, level=speed * self.model.level(exit, count), rates=each) if len(rows) == count == 1 else None
+        return DepthChoice(max(depths), exit if len(exits) > 1 else None, several, depths)
 
     def observe(self, step: StepReport) -> None:
         """Learn from a step that drafted as the last choice says."""
-        model, prices, count = self.model, self.choice.prices or Prices(()), len(step.rows)
-        drafted, tokens, exit = step.drafted, step.scored - count, self.choice.exit or 0
-        priced = self.has_probabilities and self.choice.prices is not None
-        levels = max(drafted) if prices.levels is None else max(prices.levels, 1)
-        exit = exit if not priced else 0 if prices.levels == 0 else self.exits[-1]
-        self.budget.elapsed += step.drafting + step.other
-        model.add_step(exit if levels else -1, count, tokens, levels, step.drafting, step.other)
-        if levels and priced:
-            cost, scored = model.cost(exit, count, tokens, levels), float(tokens > 0)
-            expected = (prices.expected or 0.0) / count
-            free, added = prices.free / count, prices.added / count
-            yields = [
-                (expected, cost, scored, accepted, expected, accepted - free, added) for accepted in step.accepted
-            ]
-            for number in {0, exit}:
-                self.yields.observe(number, step.rows, yields)
-            model.add_accepted(exit, prices, sum(step.accepted))
-        elif levels:
-            each = zip(drafted, step.accepted, strict=True)
-            seen = [[float(at < accepted) for at in range(min(depth, accepted + 1))] for depth, accepted in each]
-            self.yields.observe(exit, step.rows, [values[: self.max_depth] for values in seen])
-            model.add_width(tokens / sum(drafted) if prices.expected is None else 1.0)
-        for row, depth in zip(step.rows, drafted, strict=True):
-            row.idle = 0 if depth or (priced and levels) else row.idle + 1
-        if (probe := self.budget.probe) is not None:
-            # Drafting counts as measured, up to a limit: a step may be slow for any reason.
-            scoring = model.ratio * model.passes(count, tokens)[-1]
-            seconds = min(step.drafting, MAX_DRAFTING * scoring) + scoring
-            self.budget.saved[probe] -= seconds - (count + sum(step.accepted)) / self.speed
+        model, choice, count, found = self.model, self.choice, len(step.rows), step.found
+        seconds, accepted, nodes = step.drafting + step.other, sum(step.accepted), step.scored - count
+        exit, levels = choice.exit or 0, max(step.drafted, default=0) if found is None else found.levels
+        model.add_pass(count, step.scored, step.other)
+        self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
+        self.spent = FADE * self.spent + (1 - FADE) * count * seconds / (self.plain_seconds or seconds)
+        for what in (PLAIN, DRAFT, LEVELS, *range(len(self.shares))):
+            self.idle[what] += seconds
+        if not nodes:
+            self.idle[PLAIN] = 0.0
+        if not choice.depth:
+            return
+        model.add_draft(exit, count, levels, step.drafting)
+        self.idle[DRAFT] = self.idle[exit] = 0.0
+        if levels:
+            self.idle[LEVELS] = 0.0
+        price = 0.0
+        if self.plain_seconds:
+            cost = model.passing(count, nodes)
+            price = self.speedup * (cost[-1] - cost[0] + levels * model.level(exit, count)) / cost[0]
+        for b, (row, right) in enumerate(zip(step.rows, step.accepted, strict=True)):
+            for history in (row, self.common):
+                if found is not None:
+                    free = 0 if found.free is None else found.free[b].matched(step.tokens[b])
+                    history.add_candidates(found.rows[b], step.tokens[b], exit, free, levels)
+                elif levels:
+                    history.add_positions(exit, step.drafted[b], right)
+                history.worth.add(0, right - price)
+        if found is None and levels:
+            self.width = 0.8 * self.width + 0.2 * nodes / sum(step.drafted)
 
     def costs(self) -> Costs:
-        """The table, scaled to recent steps, with what all requests' drafts yielded."""
-        return self.model.scaled_table(self.yields.tables)
+        """What is known, for later processes."""
+        tallies: list[Tally] = self.common.tallies()
+        hits, trials = ([[round(x, 3) for x in own] for own in each] for each in zip(*((t.hits, t.trials) for t in tallies)))
+        return replace(self.model.kept(), hits=hits, trials=trials)
 
 
 DepthPolicy = FixedDepth | AutoDepth

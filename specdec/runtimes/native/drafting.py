@@ -17,9 +17,11 @@ from specdec.kvcache.rows import RowCache
 from specdec.runtimes import linear_maps
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.native.library import (
+    FLOAT,
     INT,
     POINTER,
     Call,
+    Given,
     MaskCall,
     Model,
     Sampled,
@@ -29,7 +31,9 @@ from specdec.runtimes.native.library import (
     pointer,
 )
 from specdec.runtimes.native.linear import Packed, RowTable
-from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
+from specdec.runtimes.tree_drafting import KNOTS, Candidates, DraftPath, DraftRoots, Masks, TreeLimits
+
+MOST_GIVEN = 64  # nodes of a tree of another source
 
 
 class Kernels(Protocol):
@@ -57,7 +61,7 @@ class TreeDrafter:
 
     levels, width: as in ``TreeLimits``.
     drafted: number of tokens of a row that are run.
-    found: scores, tokens and parents of the candidates.
+    found: scores, tokens and parents of the candidates, and what the heads say of each.
     allowed: the masks of a level; ``masks`` makes them, ``held`` keeps them alive, ``error`` is what it raised.
     """
 
@@ -65,8 +69,11 @@ class TreeDrafter:
         self.segments, self.drafted = path.segments, 1 + (levels - 1) * (width if rows == 1 else 1)
         self.rows, self.positions, self.roots = rows, (ctypes.c_int64 * rows)(), (INT * rows)()
         self.sampled = (Sampled * rows)()
-        count = levels * width * max(width, rows)
-        self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()
+        self.given, self.tables, self.table_of = (Given * rows)(), (FLOAT * len(KNOTS) * rows)(), (POINTER * rows)()
+        self.table_of[:] = [ctypes.addressof(each) for each in self.tables]
+        count = levels * width * max(width, rows) + MOST_GIVEN * rows
+        self.found = (FLOAT * count)(), (INT * count)(), (INT * count)(), (FLOAT * count)()
+        self.rates = (FLOAT * levels)()
         self.allowed = (POINTER * width)()
         self.masks: Masks | None = None
         self.held: list[Tensor | None] = []
@@ -89,8 +96,9 @@ class TreeDrafter:
             *(ctypes.addressof(target.embedding.struct), None),
             (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
             (INT * 2)(*(head.width for head in heads)),
-            *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0, 0.0, 1.0),
-            *(ctypes.addressof(out) for out in self.found),
+            *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0, 0.0),
+            *(ctypes.addressof(self.rates), None, None),
+            *(ctypes.addressof(self.found[out]) for out in (0, 3, 1, 2)),
             *(None, ctypes.addressof(self.allowed), None, None),
         )
 
@@ -116,13 +124,22 @@ class TreeDrafter:
             own.seed, own.stream, own.place, temperature, own.top_k, own.top_p, own.min_p = given
             own.sharpness = 1 / temperature if temperature else 0.0
         struct.sampled = None if roots.sampled is None else ctypes.addressof(self.sampled)
-        alive = []
+        alive: list[Any] = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
             alive.append(target.place(call, cache, lo, hi, [self.drafted] * self.rows))
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
         struct.final = final.data_ptr() + before
-        struct.level, struct.node, struct.exponent = limits.level, limits.node, limits.exponent
+        struct.level, struct.node, self.rates[:] = limits.level, limits.node, [*map(limits.rate, range(len(self.rates)))]
+        for table, own in zip(self.tables, roots.tables or (), strict=False):
+            table[:] = own
+        struct.tables = None if roots.tables is None else ctypes.addressof(self.table_of)
+        for into, tree in zip(self.given, roots.given or (), strict=False):
+            into.count = len(tree.tokens)
+            parts = (INT * into.count)(*tree.tokens), (INT * into.count)(*tree.parents)
+            alive += [*parts, (FLOAT * into.count)(*tree.conditional())]
+            into.tokens, into.parents, into.p = map(ctypes.addressof, alive[-3:])
+        struct.given = None if roots.given is None else ctypes.addressof(self.given)
         self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
         struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)
         count = target.lib.specdec_draft_tree(ctypes.byref(struct))
@@ -136,22 +153,23 @@ class TreeDrafter:
 
     def _by_row(self, count: int) -> list[Candidates]:
         """The candidates of each row, with its own numbers for their parents."""
-        scores, tokens, parents = self.found[0][:count], self.found[1][:count], self.found[2][:count]
+        scores, tokens, parents, raw = (part[:count] for part in self.found)
         if self.rows == 1:
-            return [Candidates(scores, tokens, parents)]
-        rows = [Candidates([], [], []) for _ in range(self.rows)]
+            return [Candidates(scores, tokens, parents, [raw])]
+        rows = [Candidates.none() for _ in range(self.rows)]
         places = [(row, 0) for row in range(self.rows)]  # of each candidate behind the roots: its row and number there
-        for score, token, parent in zip(scores, tokens, parents, strict=True):
+        for score, token, parent, said in zip(scores, tokens, parents, raw, strict=True):
             row, own = places[-parent if parent <= 0 else self.rows - 1 + parent]
             rows[row].scores.append(score)
             rows[row].tokens.append(token)
             rows[row].parents.append(own)
+            rows[row].raw[0].append(said)
             places.append((row, len(rows[row].tokens)))
         return rows
 
     def _mask(self, rows: int, nodes: Any) -> int:
         """Point ``allowed`` to the masks of a level, which live until the next one; 1: an error."""
-        _, tokens, parents = self.found
+        _, tokens, parents, _ = self.found
         assert self.masks is not None
         try:
             self.held = []

@@ -112,13 +112,18 @@ class Sampled(ctypes.Structure):
     )
 
 
+class Given(ctypes.Structure):
+    _fields_ = (("count", INT), *((name, POINTER) for name in ("tokens", "parents", "p")))
+
+
 class TreeDraft(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("stages", "levels", "width", "sequences")),
         *((name, POINTER) for name in ("roots", "stage", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
-        *((name, FLOAT) for name in ("eps", "unit_eps", "level", "node", "exponent")),
-        *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed", "forbidden", "sampled")),
+        *((name, FLOAT) for name in ("eps", "unit_eps", "level", "node")),
+        *((name, POINTER) for name in ("rates", "tables", "given", "scores", "raw")),
+        *((name, POINTER) for name in ("ids", "parents", "mask", "allowed", "forbidden", "sampled")),
     )
 
 

@@ -189,6 +189,12 @@ typedef struct {        /* how a sequence's tokens are sampled: the largest of l
     int32_t top_k;
 } Sampled;
 
+typedef struct {        /* the tree of another source: what it has after a sequence's root */
+    int32_t count;
+    const int32_t *tokens, *parents; /* parent 0: the root, i + 1: node i */
+    const float *p;         /* calibrated probability of each node after its parent */
+} Given;
+
 typedef struct {        /* a tree that grows from one root, level by level, or a chain with siblings for each of several sequences */
     int32_t stages, levels, width, sequences; /* width: children of a node, and of a tree the nodes of a level that get any */
     const int32_t *roots;   /* [sequences] */
@@ -200,9 +206,13 @@ typedef struct {        /* a tree that grows from one root, level by level, or a
     const int64_t *tokens;  /* [outputs]: their tokens, or NULL: the outputs are the tokens */
     const float *norm;
     float eps, unit_eps;    /* of the final norm, of the projections' */
-    float level, node, exponent; /* growing ends when the likeliest path of each sequence, as far as its probability to the power of
-                             * `exponent` exceeds `node`, brings less than `level`, all together */
-    float *scores;          /* out: [levels * width * most of width and sequences], log-probabilities of the candidates' paths */
+    float level, node;      /* growing ends when the next level is expected to bring less than `level`: over the nodes that get children, */
+                            /* the probability of the path times `rates`, as far as it exceeds `node` */
+    const float *rates;     /* [levels]: how likely a level has the right token after a right path */
+    const float *const *tables; /* [sequences]: calibrated probabilities at the log-odds of calibrate.h, or NULL: as they are */
+    const Given *given;     /* [sequences], or NULL: no other source */
+    float *scores, *raw;    /* out: [levels * width * most of width and sequences, and all given nodes]: log-probabilities of the candidates' */
+                            /* paths, and what the heads say of each after its parent (0: it is another source's alone) */
     int32_t *ids, *parents; /* out: their tokens; i + 1: candidate i, -r: the root of sequence r */
     int (*mask)(int rows, const int32_t *nodes); /* NULL: all tokens are allowed. Called before a level's pass, by one thread, to set */
     const uint8_t *const *allowed;  /* `allowed`, the mask of each of its nodes (NULL: no token); returns 0, or else growing ends */

@@ -48,7 +48,7 @@ from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, 
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.reference import ByParts
-from specdec.runtimes.target import Pass
+from specdec.runtimes.target import TOKEN_RATIO, Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 FAMILIES = tuple(families.FAMILIES)
@@ -257,6 +257,12 @@ class NativeTarget(ByParts):
     def bytes_read(self) -> int:
         """Bytes of weights that a pass over one token reads: those of all layers and of the output head."""
         return self.bytes_of_layers + self.head(None).nbytes
+
+    @property
+    def token_ratio(self) -> float:
+        maps = [item for item in self._alive if isinstance(item, Packed)]
+        weights, size = sum(item.inp * item.width for item in maps), sum(item.nbytes for item in maps)
+        return TOKEN_RATIO["cpu"] * weights / max(size, 1)
 
     @property
     def bytes_of_layers(self) -> int:

@@ -1,6 +1,8 @@
 /* Drafting level by level along a draft path of projections and layers: a tree for one sequence, or a chain with siblings for
  * each of several. */
 
+#include "../../../speculation/calibrate.h"
+
 enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
 
 typedef struct {        /* the best of a thread's outputs, by lane */
@@ -146,6 +148,38 @@ static void draw_candidates(const TreeDraft *g, Best *best, int lane, const Samp
     for (int i = 0; i < g->width && values[i] > NEVER; i++) values[i] -= top + __builtin_logf(sum);
 }
 
+typedef struct { int32_t token, place; float raw, p; } Candidate; /* place: of the given tree, or -1 */
+
+/* The candidates after a node, the likeliest first: those of its lane and those of the given tree after `place`. */
+static int candidates_of(const TreeDraft *g, const Best *best, int lane, const float *table, const Given *given, int place, Candidate *found) {
+    float own[MOST_WIDTH], other[MOST_WIDTH], p[MOST_WIDTH];
+    int count = 0;
+    for (int i = 0; i < g->width && best->values[lane][i] > NEVER; i++, count++) {
+        const int32_t id = best->ids[lane][i];
+        const float raw = __builtin_expf(best->values[lane][i]);
+        found[i] = (Candidate){g->tokens ? (int32_t)g->tokens[id] : id, -1, raw, 0};
+        own[i] = calibrated(table, raw), other[i] = 0;
+    }
+    for (int n = 0; given && place >= 0 && n < given->count; n++) {
+        if (given->parents[n] != place) continue;
+        int at = 0;
+        while (at < count && found[at].token != given->tokens[n]) at++;
+        if (at == MOST_WIDTH) continue;
+        if (at == count) found[count] = (Candidate){given->tokens[n], -1, 0, 0}, own[count++] = 0;
+        found[at].place = n + 1, other[at] = given->p[n];
+    }
+    for (int i = 0; i < count; i++) p[i] = own[i] > other[i] ? own[i] : other[i];
+    share(p, count);
+    for (int i = 0; i < count; i++) {
+        Candidate next = found[i];
+        int at = i;
+        next.p = p[i];
+        for (; at > 0 && next.p > found[at - 1].p; at--) found[at] = found[at - 1];
+        found[at] = next;
+    }
+    return count;
+}
+
 /* The pass of a level: `x` [rows, hidden] through all stages to `best`. states: [stages + 1][MOST_WIDTH][hidden], the result of
  * each projection and the final states; `before`: those of the parents. Returns 0, or -1 without memory. */
 static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const bf16 *before, bf16 *states, Best *best, float *fm) {
@@ -198,7 +232,8 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     Call calls[MOST_STAGES];
     Sequence sequences[MOST_STAGES][MOST_WIDTH];
     int64_t positions[MOST_WIDTH];
-    int32_t tokens[MOST_WIDTH], nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH * MOST_WIDTH] = {0};
+    int32_t tokens[MOST_WIDTH], nodes[MOST_WIDTH] = {0}, places[MOST_WIDTH] = {0};
+    int32_t origin[MOST_WIDTH * MOST_WIDTH] = {0}, given[MOST_WIDTH * MOST_WIDTH] = {0};
     float score[MOST_WIDTH] = {0};
     bf16 *x = allocate(2 * block), *before = allocate(states), *now = allocate(states);
     float *fm = allocate(2 * states);
@@ -246,13 +281,14 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
         for (int r = 0; r < rows; r++) {
             const Sampled *sampled = g->sampled ? g->sampled + (count > 1 ? r : 0) : NULL;
             if (sampled && sampled->sharpness > 0) draw_candidates(g, best, r, sampled, sampled->place + level);
-            if (count > 1 && best->values[r][0] > NEVER) chosen[some++] = found; /* each sequence continues its chain */
-            for (int i = 0; i < width && best->values[r][i] > NEVER; i++, found++) {
-                int32_t id = best->ids[r][i];
-                origin[found - begun] = r;
-                g->scores[found] = score[r] + best->values[r][i];
-                g->ids[found] = g->tokens ? (int32_t)g->tokens[id] : id;
-                g->parents[found] = nodes[r];
+            const int at = count > 1 ? r : 0;
+            Candidate own[MOST_WIDTH];
+            const int children = candidates_of(g, best, r, g->tables ? g->tables[at] : NULL, g->given ? g->given + at : NULL, places[r], own);
+            if (count > 1 && children) chosen[some++] = found; /* each sequence continues its chain */
+            for (int i = 0; i < children; i++, found++) {
+                origin[found - begun] = r, given[found - begun] = own[i].place;
+                g->scores[found] = score[r] + __builtin_logf(own[i].p > 1e-9f ? own[i].p : 1e-9f);
+                g->ids[found] = own[i].token, g->parents[found] = nodes[r], g->raw[found] = own[i].raw;
             }
         }
         if (count > 1 && some < rows) { /* a sequence has no finite logit */
@@ -265,13 +301,17 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
             for (; at > 0 && g->scores[i] > g->scores[chosen[at - 1]]; at--) chosen[at] = chosen[at - 1];
             chosen[at] = i;
         }
-        float gain = 0; /* of a tree only the first is the likeliest */
-        for (int i = 0; i < (count > 1 ? some : some > 0); i++) {
-            float beyond = __builtin_expf(g->exponent * g->scores[chosen[i]]) - g->node;
-            gain += beyond > 0 ? beyond : 0;
+        if (!some || level + 1 == g->levels) break;
+        float gain = 0;
+        for (int i = 0; i < some; i++) {
+            float beyond = g->rates[level + 1] * __builtin_expf(g->scores[chosen[i]]) - g->node;
+            if (beyond > 0) gain += beyond;
+            else if (count == 1 && i) { /* nor do the nodes after it get children */
+                some = i;
+                break;
+            }
         }
-        if (!some || gain < g->level) break;
-        while (count == 1 && some > 1 && __builtin_expf(g->exponent * g->scores[chosen[some - 1]]) <= g->node) some--;
+        if (gain < g->level) break;
         for (int r = 0; r < some; r++) {
             int parent = origin[chosen[r] - begun];
             if (count == 1) {
@@ -280,7 +320,7 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
             }
             for (int i = 0; i <= g->stages; i++)
                 memcpy(before + i * block + (int64_t)r * hidden, now + i * block + (int64_t)parent * hidden, 2 * (size_t)hidden);
-            tokens[r] = g->ids[chosen[r]], nodes[r] = chosen[r] + 1, score[r] = g->scores[chosen[r]];
+            tokens[r] = g->ids[chosen[r]], nodes[r] = chosen[r] + 1, score[r] = g->scores[chosen[r]], places[r] = given[chosen[r] - begun];
         }
         drafted += rows, rows = some;
     }

@@ -1,26 +1,20 @@
-"""Measuring the costs of steps: once per machine, model, runtime and drafter, stored in the cache folder.
+"""Timing passes and drafts, for training and benchmarks. An engine learns its costs from real steps instead.
 
-The least of several timings counts: other work on the machine makes a pass longer, never shorter. Later, the times of
-real steps correct the figures (``AutoDepth.costs``).
+The least of several timings counts: other work on the machine makes a pass longer, never shorter.
 """
 
 from __future__ import annotations
 
-import hashlib
-import platform
+import bisect
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise, product
-from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 
-from specdec.base import files, machine
-from specdec.engine.depth.costs import Costs
 from specdec.engine.depth.policy import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
@@ -32,30 +26,36 @@ SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 32)  # numbers of scored tokens tha
 CONTEXT = 128  # cached tokens while timing
 DRAFTED = 4  # depth of the timed drafts
 REPEATS, SECONDS = 3, 1.0  # minimum number of timings of each, and minimum time for all
-FORMAT, FILE = 3, TypeAdapter(Costs)
 
 
-def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-    """The costs of ``drafter`` on ``target``: from the cache folder, or measured and stored there."""
-    with suppress(OSError, ValueError):  # no file, or not one of ``store``
-        stored = FILE.validate_json(_file(target, drafter).read_bytes())
-        if set(stored.score) == set(SIZES) and len(stored.drafts) == drafter.num_exits:
-            warm_up(target, drafter, verifier)
-            return stored
-    [table] = measure(target, [drafter], verifier)
-    store(target, drafter, table)
-    return table
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of scoring and drafting.
+
+    score[n]: a pass over n tokens (embedding, layers, readout).
+    drafts: for each exit, the first drafted token and each further one.
+    """
+
+    score: dict[int, float]
+    drafts: tuple[tuple[float, float], ...]
+
+    def scoring(self, tokens: float) -> float:
+        """Seconds of a pass over ``tokens``: linear between sizes in ``score``, and from half the largest on."""
+        sizes = sorted(self.score)
+        at = min(max(bisect.bisect_left(sizes, tokens), 1), len(sizes) - 1)
+        below, above = sizes[at - 1], sizes[at]
+        if tokens > above:
+            below = sizes[bisect.bisect_right(sizes, above / 2) - 1]
+        low, high = self.score[below], self.score[above]
+        return low + (tokens - below) / (above - below) * max(high - low, 0.0)
+
+    def drafting(self, depth: float, exit: int = -1) -> float:
+        """Seconds of drafting ``depth`` tokens deep."""
+        first, further = self.drafts[exit]
+        return max(first + (depth - 1) * further, 1e-9) if depth else 0.0
 
 
-def store(target: Target, drafter: Drafter, table: Costs) -> None:
-    """Write ``table`` to the cache folder. If that fails, the costs are measured again next time."""
-    with suppress(OSError):
-        path = _file(target, drafter)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, FILE.dump_json(table))
-
-
-def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> list[Costs]:
+def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> list[Timings]:
     """Time scoring, and drafting with each of ``drafters``, in turns: all see the same machine."""
     exits = [range(drafter.num_exits) if drafter.num_exits > 1 else [None] for drafter in drafters]
     score, draft = defaultdict[int, list[float]](list), defaultdict[tuple[int, int | None, int], list[float]](list)
@@ -77,28 +77,8 @@ def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> 
             further = (DRAFTED * each - one) / (DRAFTED - 1)
             # A further token costs no more than the first. A drafter that drafts nothing alone (0) has one price.
             drafts.append((one, further) if 0 <= further <= one else (each, each))
-        found.append(Costs(scoring, tuple(drafts)))
+        found.append(Timings(scoring, tuple(drafts)))
     return found
-
-
-def _file(target: Target, drafter: Drafter) -> Path:
-    """The file of the costs: its name is a hash of everything that they depend on."""
-    device, cpu = target.device, machine.processor_name()
-    units = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    parts: list[object] = [cpu, platform.node(), units, torch.__version__, torch.backends.cpu.get_cpu_capability()]
-    parts += [
-        FORMAT,
-        target.runtime,
-        target.weight_format,
-        target.activations,
-        target.kv_cache,
-        target.dtype,
-        target.fingerprint,
-    ]
-    parts += [drafter.name, drafter.path]
-    parts += [] if target.experts is None else [target.experts.describe()]  # more tokens load more experts
-    name = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:24]
-    return files.cache_dir() / "costs" / f"{name}.json"
 
 
 @torch.inference_mode()
@@ -133,14 +113,6 @@ def _engine(target: Target, drafter: Drafter, verifier: Verifier, depth: FixedDe
     engine = Engine(target, drafter, verifier, depth)
     engine.batch.state.measuring = True
     return engine
-
-
-def warm_up(target: Target, drafter: Drafter, verifier: Verifier) -> None:
-    """Draft once. What a runtime makes at the first draft can take seconds, which no step of a request should."""
-    engine = _engine(target, drafter, verifier, FixedDepth(1))
-    engine.submit(Request([0, 0], 3, learn=False))
-    for _ in engine.steps():
-        pass
 
 
 def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, depth: int, exit: int | None) -> float:

@@ -1,0 +1,110 @@
+"""How often drafts are accepted: by what their source says, and by position. In the row first, over all rows second."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from specdec.runtimes.tree_drafting import KNOTS, Candidates
+
+SAID = [1 / (1 + math.exp(-knot)) for knot in KNOTS]  # the probabilities at the knots
+FIRST = 0.6  # acceptance at the first position of a drafter that is unknown
+WEIGHT, ROW_WEIGHT = 4.0, 12.0  # observations that count as much as what is assumed, and as all rows
+MEMORY, ROW_MEMORY = 1000.0, 60.0  # observations that are remembered of all rows, and of one
+KEPT = 20.0  # observations that are remembered when a drafter has changed
+
+
+class Tally:
+    """The numbers of trials and of hits, by number. Later ones count more: at most about ``memory`` are remembered."""
+
+    def __init__(self, size: int, memory: float) -> None:
+        self.hits, self.trials, self.memory = [0.0] * size, [0.0] * size, memory
+
+    def add(self, number: int, hit: float, weight: float = 1.0) -> None:
+        fade = min(self.memory / (self.trials[number] + weight), 1.0)
+        self.trials[number] = fade * (self.trials[number] + weight)
+        self.hits[number] = fade * (self.hits[number] + weight * hit)
+
+    def mean(self, number: int, assumed: float, weight: float) -> float:
+        """The share of hits; ``assumed`` counts as ``weight`` trials."""
+        return (self.hits[number] + weight * assumed) / (self.trials[number] + weight)
+
+    def forget(self) -> None:
+        """What was seen counts little from now on."""
+        for number, trials in enumerate(self.trials):
+            fade = min(KEPT / max(trials, KEPT), 1.0)
+            self.hits[number], self.trials[number] = fade * self.hits[number], fade * trials
+
+
+class History:
+    """What the drafts of one row, or of all rows, have yielded.
+
+    by_source: for each source, trials and hits at the knots of what it said. A trial between two knots counts for both.
+    by_position: for each exit, whether a level had the right token where nothing else had it.
+    worth: mean of the tokens that drafts were expected to add beyond their price.
+    """
+
+    def __init__(self, sources: int, exits: int, levels: int, memory: float = ROW_MEMORY) -> None:
+        self.by_source = [Tally(len(KNOTS), memory) for _ in range(sources)]
+        self.by_position = [Tally(levels, memory) for _ in range(exits)]
+        self.worth = Tally(1, memory)
+
+    def tallies(self) -> list[Tally]:
+        """All of them, in one order."""
+        return [*self.by_source, *self.by_position, self.worth]
+
+    def add_candidates(self, found: Candidates, tokens: Sequence[int], exit: int, first: int, levels: int) -> None:
+        """Add what the sources said of the tokens that followed the root.
+
+        levels: number of levels that were drafted. Without them, the first ``first`` of ``tokens`` were there, too.
+        """
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(found.parents):
+            children.setdefault(parent, []).append(node)
+        at, positions = 0, self.by_position[exit]
+        for depth, token in enumerate(tokens):
+            if not (nodes := children.get(at)):
+                break
+            if first <= depth < min(levels, len(positions.hits)):
+                best = max(nodes, key=found.scores.__getitem__)
+                positions.add(depth, float(found.tokens[best] == token))
+            at = 0
+            for node in nodes:
+                hit = found.tokens[node] == token
+                at = node + 1 if hit else at
+                for tally, said in zip(self.by_source, found.raw, strict=False):
+                    if said[node] > 0:
+                        for knot, share in _near(said[node]):
+                            tally.add(knot, float(hit), share)
+            if not at:
+                break
+
+    def add_positions(self, exit: int, depth: int, accepted: int) -> None:
+        """Add a draft of that depth, of which the first ``accepted`` tokens were right."""
+        for level in range(min(depth, accepted + 1, len(self.by_position[exit].hits))):
+            self.by_position[exit].add(level, float(level < accepted))
+
+
+def _near(said: float) -> Iterator[tuple[int, float]]:
+    """The knots around what a source says, and the share of each."""
+    at = math.log(max(said, 1e-9) / max(1 - said, 1e-9)) - KNOTS[0]
+    below = int(min(max(at, 0.0), len(KNOTS) - 1))
+    share = min(max(at - below, 0.0), 1.0)
+    for knot, own in ((below, 1 - share), (below + 1, share)):
+        if own and knot < len(KNOTS):
+            yield knot, own
+
+
+def table(row: History, common: History, source: int) -> list[float]:
+    """The calibrated probabilities of a source at the knots, for ``row``."""
+    own, others = row.by_source[source], common.by_source[source]
+    return [own.mean(n, others.mean(n, said, WEIGHT), ROW_WEIGHT) for n, said in enumerate(SAID)]
+
+
+def rates(row: History, common: History, exit: int) -> list[float]:
+    """How likely each level has the right token where nothing else has it, for ``row``."""
+    own, others, rate, found = row.by_position[exit], common.by_position[exit], FIRST, list[float]()
+    for level in range(len(own.hits)):
+        rate = own.mean(level, others.mean(level, rate, WEIGHT), ROW_WEIGHT)  # a level is assumed to be like the last
+        found.append(rate)
+    return found
