@@ -12,11 +12,11 @@ from pydantic.dataclasses import dataclass
 
 Floats = npt.NDArray[np.float64]
 MOST_TOKENS = 1024  # of a pass whose cost is told apart
-SPREAD = 0.25  # assumed error of the formula, as a logarithm
+# Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
+SPREAD, OTHER_SPREAD = 0.15, 0.5
 NOISE, DRIFT = 0.1, 0.01  # of a step's time, and of the machine's speed from step to step, likewise
-LEAST = 0.03  # error of a correction that always remains, likewise
-FIXED = 0.02  # assumed cost of a draft without levels, in passes
 OUTLIER = 0.5  # errors beyond this count less
+FIXED = 0.02  # assumed cost of a draft without levels, in passes
 LEVEL, DRAFT = "level", "draft"
 
 
@@ -24,114 +24,106 @@ LEVEL, DRAFT = "level", "draft"
 class Costs:
     """What is known about costs, for later processes.
 
-    passes: by number of rows, the corrections (logarithms) at 1, 2, 4, .. tokens.
-    drafts: the corrections of ``LEVEL exit rows`` and ``DRAFT 0 rows``.
-    seconds: of a pass over one token, as a logarithm.
+    passes: seconds of a pass over one token, and errors of the formula at 2, 4, 8, .. tokens, as logarithms.
+    others: the errors of other figures, by their names.
     hits, trials: of ``History.tallies``, over all rows.
     """
 
-    seconds: float | None = None
-    passes: dict[int, list[float]] = Field(default_factory=dict)
-    drafts: dict[str, float] = Field(default_factory=dict)
+    passes: list[float] = Field(default_factory=list)
+    others: dict[str, float] = Field(default_factory=dict)
     hits: list[list[float]] = Field(default_factory=list)
     trials: list[list[float]] = Field(default_factory=list)
-
-
-class Correction:
-    """Errors of the formula, as logarithms, and their variances."""
-
-    def __init__(self, errors: Floats) -> None:
-        self.errors, self.variances = errors, np.full(len(errors), SPREAD**2)
 
 
 class CostModel:
     """Seconds of passes over tokens of several rows, and of drafting.
 
     The weights of a pass are read once, and each token multiplies them: sqrt(1 + (tokens * ratio)^2), in passes over no
-    token. A level costs its share of a pass. One scale, the machine's present speed, and a correction for each kind of
-    cost are estimated together from the times of steps (a Kalman filter of the logarithms).
+    token. A level costs its share of a pass. The machine's present speed and the errors of the formula are estimated
+    together from the times of steps, by a Kalman filter of the logarithms. The errors of two numbers of tokens are the
+    more alike, the nearer they are.
 
     ratio: seconds of multiplying a token over those of reading the weights.
     shares: of a pass that drafting a level costs, by exit.
     """
 
     def __init__(self, ratio: float, shares: Sequence[float], earlier: Costs | None = None) -> None:
-        earlier = earlier or Costs()
         tokens = np.arange(MOST_TOKENS + 1, dtype=float)
         self.formula: Floats = 0.5 * (np.log1p((tokens * ratio) ** 2) - math.log1p(ratio**2))  # over a pass of one token
         at = np.log2(np.maximum(tokens, 1))
         self.below = at.astype(int)
         self.beyond: Floats = at - self.below
-        self.sizes = int(self.below[-1]) + 2
         self.shares = [max(share, 1e-4) for share in shares]
-        self.scale, self.variance = earlier.seconds or 0.0, 4.0  # of the machine, as a logarithm
-        self.known = earlier.seconds is not None
-        self.passes = {rows: Correction(np.resize(np.array(own), self.sizes)) for rows, own in earlier.passes.items() if own}
-        self.drafts = {key: Correction(np.array([own])) for key, own in earlier.drafts.items()}
+        size = int(self.below[-1]) + 2
+        steps = np.arange(size, dtype=float)
+        # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it.
+        self.state, self.known = np.zeros(size), False
+        self.covariance: Floats = SPREAD**2 * np.minimum.outer(steps, steps)
+        self.covariance[0, 0] = 1.0
+        self.others: dict[str, list[float]] = {}  # errors, and their variances
         self.seen = set[str]()
+        if earlier is not None and earlier.passes:
+            self.state, self.known = np.resize(np.array(earlier.passes), size), True
+            self.covariance[0, 0] = OTHER_SPREAD**2
+            self.others = {name: [error, OTHER_SPREAD**2 / 4] for name, error in earlier.others.items()}
+
+    @property
+    def speed(self) -> float:
+        """Seconds of a pass over one token, as a logarithm."""
+        return float(self.state[0])
 
     def passing(self, rows: int, most: int) -> list[float]:
         """Seconds of passes over ``rows`` roots and 0, 1, .. ``most`` drafted tokens."""
-        own, to = self._pass(rows).errors, slice(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1)
-        below, share = self.below[to], self.beyond[to]
-        errors = (1 - share) * own[below] + share * own[below + 1]
-        found: list[float] = np.exp(self.scale + self.formula[to] + errors).tolist()
-        return np.maximum.accumulate(found).tolist()  # more tokens take no less
+        to = slice(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1)
+        errors, below, share = self.state.copy(), self.below[to], self.beyond[to]
+        errors[0] = 0.0
+        found = np.exp(self.speed + self.formula[to] + (1 - share) * errors[below] + share * errors[below + 1])
+        seconds: list[float] = np.maximum.accumulate(found).tolist()  # more tokens take no less
+        return seconds
 
     def level(self, exit: int, rows: int) -> float:
         """Seconds of drafting a level for ``rows``."""
-        return math.exp(self.scale + math.log(self.shares[exit]) + float(self._draft(LEVEL, exit, rows).errors[0]))
+        return math.exp(self.speed + math.log(self.shares[exit]) + self._other(LEVEL, exit, rows)[0])
 
     def drafting(self, rows: int) -> float:
         """Seconds of a draft beside its levels."""
-        return math.exp(self.scale + math.log(FIXED) + float(self._draft(DRAFT, 0, rows).errors[0]))
+        return math.exp(self.speed + math.log(FIXED) + self._other(DRAFT, 0, rows)[0])
 
-    def add_pass(self, rows: int, tokens: int, seconds: float) -> None:
+    def add_pass(self, tokens: int, seconds: float) -> None:
         """Add the time of a pass over ``tokens``, roots included."""
         tokens = min(tokens, MOST_TOKENS)
         below, share = int(self.below[tokens]), float(self.beyond[tokens])
-        weights = np.zeros(self.sizes)
+        weights = np.zeros(len(self.state))
         weights[below], weights[below + 1] = 1 - share, share
-        self._add(self._pass(rows), weights, float(self.formula[tokens]), seconds)
+        weights[0] = 1.0
+        seen = math.log(max(seconds, 1e-7)) - float(self.formula[tokens])
+        if not self.known:
+            self.state[0], self.known = seen, True
+        error, gains = seen - float(weights @ self.state), self.covariance @ weights
+        total = float(weights @ gains) + NOISE**2 * max(abs(error) / OUTLIER, 1.0)
+        self.state = self.state + gains * (error / total)
+        self.covariance = self.covariance - np.outer(gains, gains) / total
+        self.covariance[np.diag_indices_from(self.covariance)] += DRIFT**2 / 10
+        self.covariance[0, 0] += DRIFT**2
 
     def add_draft(self, exit: int, rows: int, levels: int, seconds: float) -> None:
         """Add the time of drafting ``levels``."""
         kind = LEVEL if levels else DRAFT
-        if (name := f"{kind} {exit} {rows}") not in self.seen:  # what the first one makes is there afterwards
+        own, name = self._other(kind, exit, rows), f"{kind} {exit} {rows}"
+        if name not in self.seen:  # what the first one makes is there afterwards
             self.seen.add(name)
-        elif levels:
-            each = max(seconds - self.drafting(rows), 0.1 * seconds) / levels
-            self._add(self._draft(LEVEL, exit, rows), np.ones(1), math.log(self.shares[exit]), each)
-        else:
-            self._add(self._draft(DRAFT, 0, rows), np.ones(1), math.log(FIXED), seconds)
+            return
+        if levels:
+            seconds = max(seconds - self.drafting(rows), 0.1 * seconds) / levels
+        assumed = self.speed + math.log(self.shares[exit] if levels else FIXED)
+        error = math.log(max(seconds, 1e-7)) - assumed - own[0]
+        gain = own[1] / (own[1] + NOISE**2 * max(abs(error) / OUTLIER, 1.0))
+        own[0], own[1] = own[0] + gain * error, max((1 - gain) * own[1], DRIFT**2)
 
-    def _pass(self, rows: int) -> Correction:
-        if rows not in self.passes:
-            self.passes[rows] = Correction(np.zeros(self.sizes))
-        return self.passes[rows]
-
-    def _draft(self, kind: str, exit: int, rows: int) -> Correction:
-        key = f"{kind} {exit} {rows}"
-        if key not in self.drafts:
-            self.drafts[key] = Correction(np.zeros(1))
-        return self.drafts[key]
-
-    def _add(self, own: Correction, weights: Floats, formula: float, seconds: float) -> None:
-        """Correct the scale and the errors that an observation depends on, each by its share of the uncertainty."""
-        seen = math.log(max(seconds, 1e-7)) - formula - float(weights @ own.errors)
-        if not self.known:
-            self.scale, self.known = seen, True
-        error = seen - self.scale
-        gains = weights * own.variances
-        total = self.variance + float(weights @ gains) + NOISE**2 * max(abs(error) / OUTLIER, 1.0)
-        step = error / total
-        self.scale += self.variance * step
-        own.errors = own.errors + gains * step
-        own.variances = np.maximum(own.variances - gains**2 / total, LEAST**2)
-        self.variance += DRIFT**2 - self.variance**2 / total
+    def _other(self, kind: str, exit: int, rows: int) -> list[float]:
+        return self.others.setdefault(f"{kind} {exit if kind == LEVEL else 0} {rows}", [0.0, OTHER_SPREAD**2])
 
     def kept(self) -> Costs:
         """What later processes begin with, without ``hits`` and ``trials``."""
-        passes = {rows: own.errors.round(4).tolist() for rows, own in self.passes.items()}
-        drafts = {key: round(float(own.errors[0]), 4) for key, own in self.drafts.items()}
-        return Costs(self.scale if self.known else None, passes, drafts)
+        others = {name: round(error, 4) for name, (error, _) in self.others.items()}
+        return Costs(self.state.round(4).tolist() if self.known else [], others)

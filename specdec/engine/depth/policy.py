@@ -236,7 +236,7 @@ class AutoDepth:
         model, choice, count, found = self.model, self.choice, len(step.rows), step.found
         seconds, accepted, nodes = step.drafting + step.other, sum(step.accepted), step.scored - count
         exit, levels = choice.exit or 0, max(step.drafted, default=0) if found is None else found.levels
-        model.add_pass(count, step.scored, step.other)
+        model.add_pass(step.scored, step.other)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / (self.plain_seconds or seconds)
         for what in (PLAIN, DRAFT, LEVELS, *range(len(self.shares))):
