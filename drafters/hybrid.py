@@ -21,6 +21,9 @@ from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trie import draft_best, merge, worth_scoring
 
 
+ALONE, BESIDE, LEARNED = range(3)  # what n-grams say where nothing else has a candidate, where it has others; the other
+
+
 class HybridDrafter(Drafter):
     """Each row takes the draft of the first of ``members`` that has a token for it.
 
@@ -68,7 +71,7 @@ class HybridDrafter(Drafter):
         self.blends_pair = len(self.members) == 2 and self.members[0].blends
         last = self.members[-1]
         self.has_probabilities = self.blends_pair and last.has_probabilities
-        self.level_share = last.level_share
+        self.level_share, self.num_tables = last.level_share, 3 if self.has_probabilities else 1
         self.leaves_early = self.blends_pair and last.leaves_early
         self.leaves_state = self.blends_pair and last.leaves_state
         self.learns = any(member.learns for member in self.members)
@@ -130,7 +133,7 @@ class HybridDrafter(Drafter):
         if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
             return second.propose(own[1], limit)
         if prices is not None and self.has_probabilities:
-            own[1].prices = prices.of(2)
+            own[1].prices = prices.of(LEARNED, ALONE, BESIDE)
         free = first.candidates(own[0], limit) or []
         alone = free if prices is None else worth_scoring(free, limit, nodes, prices)
         if prices is not None and self.has_probabilities and not prices.levels(alone):

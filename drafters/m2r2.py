@@ -170,7 +170,7 @@ class M2R2Drafter(ChainDrafter):
             width = 1  # siblings of several rows do not pay
         prices, masks = state.prices, None
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
-        tables = [row[0] for row in prices.tables] if prices and prices.tables else None
+        tables = prices.tables if prices and prices.tables else None
         if len(rows) == 1:
             place, masks = rows[0].place, state.masks(0)
             *inputs, final = (x if len(x) == 1 else x[rows[0].number :][:1] for x in rows[0].block)

@@ -186,7 +186,7 @@ class Target(ABC):
             carried, position = projected, position + 1
             return torch.cat([self.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
 
-        table = None if roots.tables is None else roots.tables[0]
+        table = None if roots.tables is None else roots.tables[0][0]
         found = by_levels(roots.tokens[0], path.tokens, limits, cache.device, step, masks, table)
         for lo, hi in path.segments:
             cache.trim(cache.lengths[lo] - cache.committed, lo, hi)

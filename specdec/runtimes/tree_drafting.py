@@ -69,9 +69,9 @@ class DraftRoots:
     place: index of the token before the root among these T; T is 1 for several rows.
     forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
     sampled: how each row is sampled; None: all are greedy.
-    tables: of each row, the calibrated probabilities at ``KNOTS``; None: the draft's own probabilities count.
-    given: of each row, the calibrated tree of another source. What both have is likelier, and a runtime may draft behind
-        the given nodes, too. None: there is none.
+    tables: of each row, the calibrated probabilities at ``KNOTS`` of what the path's heads say, then of what the other
+        source says where they have no other candidates, and where they have. None: what they say counts.
+    given: of each row, the tree of another source. A runtime may draft behind the given nodes, too. None: there is none.
     """
 
     tokens: Sequence[int]
@@ -81,7 +81,7 @@ class DraftRoots:
     place: int = 0
     forbidden: Tensor | None = None
     sampled: Sequence[Sampled] | None = None
-    tables: Sequence[Sequence[float]] | None = None
+    tables: Sequence[Sequence[Sequence[float]]] | None = None
     given: Sequence[Candidates] | None = None
 
 
@@ -102,11 +102,6 @@ class Candidates(NamedTuple):
     def none(cls, sources: int = 1) -> Candidates:
         """No candidates of any of ``sources``."""
         return cls([], [], [], [[] for _ in range(sources)])
-
-    def conditional(self) -> list[float]:
-        """The calibrated probability of each node after its parent."""
-        before = [0.0, *self.scores]
-        return [math.exp(score - before[parent]) for score, parent in zip(self.scores, self.parents, strict=True)]
 
     def levels(self) -> int:
         """The number of levels that were drafted."""
@@ -200,7 +195,7 @@ def by_levels(
     masks: Masks | None = None,
     table: Sequence[float] | None = None,
 ) -> Candidates:
-    """All candidates within ``limits`` after the token ``root``, calibrated by ``table`` (``DraftRoots.tables``).
+    """All candidates within ``limits`` after the token ``root``, calibrated by ``table``.
 
     step: takes the tokens of a level (int64 [1, W]), their parents' indices in the level before (int64 [W]), and which
         of all tokens run so far are on their paths (bool [W, U]); returns their logits [W, V'] over ``vocab``.

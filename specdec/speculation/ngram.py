@@ -148,7 +148,7 @@ class Grower:
         sources: texts that are matched, and the weight of each; later ones overrule earlier ones. learned: the tree of
         a learned drafter; the candidates then have two sources, n-grams first. masks: which tokens may follow those
         behind the root, bool [V] (None: none may). noise: by which tokens are drawn, float32 [V] of each position behind
-        the root; fewer than ``limit`` end the tree there. tables: calibrated probabilities of each source at ``KNOTS``;
+        the root; fewer than ``limit`` end the tree there. tables: calibrated probabilities at ``KNOTS``: of n-grams, of those beside other candidates of the learned drafter, and its own;
         none: what it says counts.
         """
         struct, tail = self.struct, ids[-LONGEST:]

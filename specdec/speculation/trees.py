@@ -26,7 +26,8 @@ class Prices:
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
     level: price of drafting another level for all rows.
     rates: [rows][levels], how likely a level has the right token where no other source has it.
-    tables: [rows][sources], calibrated probabilities at the log-odds ``KNOTS``; none: what sources say counts.
+    tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.num_tables``); none: what sources
+        say counts.
     try_levels: whether levels are drafted where they are not expected to pay, to learn whether they do.
     """
 
@@ -36,9 +37,9 @@ class Prices:
     tables: Sequence[Sequence[Sequence[float]]] = ()
     try_levels: bool = False
 
-    def of(self, source: int) -> Prices:
-        """The same with the table of one source alone."""
-        return replace(self, tables=[[row[source]] for row in self.tables])
+    def of(self, *tables: int) -> Prices:
+        """The same with some of the tables."""
+        return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 
     def limits(self, levels: int, width: int) -> TreeLimits:
         """How far levels are drafted (``TreeLimits``)."""

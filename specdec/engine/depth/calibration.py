@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from specdec.runtimes.tree_drafting import KNOTS, Candidates
 
 SAID = [1 / (1 + math.exp(-knot)) for knot in KNOTS]  # the probabilities at the knots
 FIRST = 0.6  # acceptance at the first position of a drafter that is unknown
-WEIGHT, ROW_WEIGHT = 4.0, 12.0  # observations that count as much as what is assumed, and as all rows
+WEIGHT, ROW_WEIGHT = 4.0, 20.0  # observations that count as much as what is assumed, and as all rows
 MEMORY, ROW_MEMORY = 1000.0, 60.0  # observations that are remembered of all rows, and of one
 KEPT = 20.0  # observations that are remembered when a drafter has changed
 
@@ -53,46 +54,65 @@ class History:
         """All of them, in one order."""
         return [*self.by_source, *self.by_position, self.worth]
 
-    def add_candidates(self, found: Candidates, tokens: Sequence[int], exit: int, first: int, levels: int) -> None:
-        """Add what the sources said of the tokens that followed the root.
+    def add(self, seen: Seen, exit: int, worth: float) -> None:
+        """Add a step's draft of a row. worth: the tokens that it added beyond their price."""
+        for source, knot, weight, hit in seen.candidates:
+            self.by_source[source].add(knot, hit, weight)
+        for level, hit in seen.levels:
+            self.by_position[exit].add(level, hit)
+        self.worth.add(0, worth)
+
+
+class Seen(NamedTuple):
+    """What a step says of a row's draft.
+
+    candidates: of each candidate whose predecessors were right: its source, a knot near what that said, the weight
+        there, and whether it was right.
+    levels: of levels whose predecessors were right, whether they had the right token where nothing else had it.
+    """
+
+    candidates: list[tuple[int, int, float, float]]
+    levels: list[tuple[int, float]]
+
+    @classmethod
+    def of_candidates(cls, found: Candidates, tokens: Sequence[int], first: int, levels: int) -> Seen:
+        """From the candidates, and the ``tokens`` that followed the root.
 
         levels: number of levels that were drafted. Without them, the first ``first`` of ``tokens`` were there, too.
         """
-        children: dict[int, list[int]] = {}
+        seen, children, at = cls([], []), dict[int, list[int]](), 0
         for node, parent in enumerate(found.parents):
             children.setdefault(parent, []).append(node)
-        at, positions = 0, self.by_position[exit]
         for depth, token in enumerate(tokens):
             if not (nodes := children.get(at)):
                 break
-            if first <= depth < min(levels, len(positions.hits)):
+            if first <= depth < levels:
                 best = max(nodes, key=found.scores.__getitem__)
-                positions.add(depth, float(found.tokens[best] == token))
+                seen.levels.append((depth, float(found.tokens[best] == token)))
             at = 0
             for node in nodes:
                 hit = found.tokens[node] == token
                 at = node + 1 if hit else at
-                for tally, said in zip(self.by_source, found.raw, strict=False):
+                for source, said in enumerate(found.raw):
                     if said[node] > 0:
-                        for knot, share in _near(said[node]):
-                            tally.add(knot, float(hit), share)
+                        seen.candidates.extend((source, *near, float(hit)) for near in _near(said[node]))
             if not at:
                 break
+        return seen
 
-    def add_positions(self, exit: int, depth: int, accepted: int) -> None:
-        """Add a draft of that depth, of which the first ``accepted`` tokens were right."""
-        for level in range(min(depth, accepted + 1, len(self.by_position[exit].hits))):
-            self.by_position[exit].add(level, float(level < accepted))
+    @classmethod
+    def of_chain(cls, depth: int, accepted: int) -> Seen:
+        """From a draft of that depth, of which the first ``accepted`` tokens were right."""
+        return cls([], [(level, float(level < accepted)) for level in range(min(depth, accepted + 1))])
 
 
-def _near(said: float) -> Iterator[tuple[int, float]]:
+def _near(said: float) -> list[tuple[int, float]]:
     """The knots around what a source says, and the share of each."""
     at = math.log(max(said, 1e-9) / max(1 - said, 1e-9)) - KNOTS[0]
-    below = int(min(max(at, 0.0), len(KNOTS) - 1))
-    share = min(max(at - below, 0.0), 1.0)
-    for knot, own in ((below, 1 - share), (below + 1, share)):
-        if own and knot < len(KNOTS):
-            yield knot, own
+    if at <= 0 or at >= len(KNOTS) - 1:
+        return [(0 if at <= 0 else len(KNOTS) - 1, 1.0)]
+    below = int(at)
+    return [(below, 1 + below - at), (below + 1, at - below)] if at > below else [(below, 1.0)]
 
 
 def table(row: History, common: History, source: int) -> list[float]:

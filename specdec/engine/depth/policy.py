@@ -19,14 +19,14 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.engine.depth.calibration import ROW_WEIGHT, WEIGHT, History, Tally, rates, table
+from specdec.engine.depth.calibration import ROW_WEIGHT, WEIGHT, History, Seen, Tally, rates, table
 from specdec.engine.depth.costs import CostModel, Costs
 from specdec.speculation.draft import Drafter, Found
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
 TRIED = 0.02  # share of the time in which what was not chosen is tried
-FADE = 0.85  # weight of the past per step in the present speed
+FADE = 0.9  # weight of the past per step in the present speed
 PLAIN, DRAFT, LEVELS = "plain", "draft", "levels"
 
 
@@ -116,20 +116,20 @@ class AutoDepth:
     """The policy above. One serves all requests of a decoder; each request has a history of its own (``begin``).
 
     has_probabilities, shares: ``Drafter.has_probabilities`` and ``Drafter.level_share``.
-    sources: number of ``Drafter.sources``.
+    tables: ``Drafter.num_tables``.
     ratio: of the costs of a pass (``CostModel``).
     earlier: what earlier processes knew.
-    plain_seconds: expected seconds of a plain step.
+    passes: expected seconds of a pass of the present rows with 0, 1, .. drafted tokens.
     tokens, spent: of recent steps; spent in tokens that plain decoding yields in that time.
     idle: seconds since each choice was last made.
     """
 
     has_probabilities: bool = False
-    sources: int = 1
+    tables: int = 1
     shares: Sequence[float] = (0.1,)
     ratio: float = 0.1
     earlier: Costs | None = None
-    plain_seconds: float | None = None
+    passes: Sequence[float] = (1.0,)
     tokens: float = 1.0
     spent: float = 1.0
     choice: DepthChoice = DepthChoice()
@@ -140,7 +140,7 @@ class AutoDepth:
     def __post_init__(self) -> None:
         self.max_depth = MAX_PRICED_DEPTH if self.has_probabilities else MAX_DEPTH
         self.model = CostModel(self.ratio, self.shares, self.earlier)
-        self.size = self.sources if self.has_probabilities else 0, len(self.shares), self.max_depth
+        self.size = self.tables if self.has_probabilities else 0, len(self.shares), self.max_depth
         self.common, self.rows = History(*self.size, memory=1000.0), weakref.WeakSet[History]()
         if self.earlier is not None:
             for tally, hits, trials in zip(self.common.tallies(), self.earlier.hits, self.earlier.trials, strict=False):
@@ -150,7 +150,7 @@ class AutoDepth:
     def of(cls, drafter: Drafter, ratio: float, earlier: Costs | None = None) -> AutoDepth:
         """The policy for ``drafter``."""
         shares = (*drafter.level_share, *drafter.level_share[-1:] * drafter.num_exits)[: drafter.num_exits]
-        return cls(drafter.has_probabilities, 3 if len(drafter.sources)==2 else 1, shares, ratio, earlier)
+        return cls(drafter.has_probabilities, drafter.num_tables, shares, ratio, earlier)
 
     def begin(self) -> History:
         """The history of a new request."""
@@ -168,6 +168,11 @@ class AutoDepth:
         self.version = version
 
     @property
+    def plain_seconds(self) -> float | None:
+        """Expected seconds of a plain step."""
+        return self.passes[0] if self.model.known else None
+
+    @property
     def speedup(self) -> float:
         """The present speed over that of plain decoding."""
         return max(self.tokens / self.spent, 1.0)
@@ -176,7 +181,7 @@ class AutoDepth:
         """What to draft in the next step of ``rows``, beside ``plain`` others that never draft."""
         count = len(rows) + plain
         passes = self.model.passing(count, len(rows) * MOST_NODES)
-        self.plain_seconds, self.choice = passes[0], DepthChoice()
+        self.passes, self.choice = passes, DepthChoice()
         if not rows:
             return self.choice
         speed = self.speedup * count / passes[0]
@@ -207,7 +212,7 @@ class AutoDepth:
             prices,
             level=speed * level,
             rates=[rates(row, self.common, 0) for row in rows],
-            tables=[[table(row, self.common, source) for source in range(self.sources)] for row in rows],
+            tables=[[table(row, self.common, source) for source in range(self.tables)] for row in rows],
             try_levels=self.shares[0] > 0 and self._due(LEVELS, 2 * level),
         )
         return DepthChoice(self.max_depth, None, prices, [self.max_depth] * len(rows))
@@ -238,7 +243,7 @@ class AutoDepth:
         exit, levels = choice.exit or 0, max(step.drafted, default=0) if found is None else found.levels
         model.add_pass(step.scored, step.other)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
-        self.spent = FADE * self.spent + (1 - FADE) * count * seconds / (self.plain_seconds or seconds)
+        self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
         for what in (PLAIN, DRAFT, LEVELS, *range(len(self.shares))):
             self.idle[what] += seconds
         if not nodes:
@@ -249,18 +254,16 @@ class AutoDepth:
         self.idle[DRAFT] = self.idle[exit] = 0.0
         if levels:
             self.idle[LEVELS] = 0.0
-        price = 0.0
-        if self.plain_seconds:
-            cost = model.passing(count, nodes)
-            price = self.speedup * (cost[-1] - cost[0] + levels * model.level(exit, count)) / cost[0]
+        scoring = self.passes[min(nodes, len(self.passes) - 1)] - self.passes[0]
+        price = self.speedup * (scoring + levels * model.level(exit, count)) / self.passes[0]
         for b, (row, right) in enumerate(zip(step.rows, step.accepted, strict=True)):
+            if found is None:
+                seen = Seen.of_chain(step.drafted[b], right)
+            else:
+                first = 0 if found.free is None else found.free[b].matched(step.tokens[b])
+                seen = Seen.of_candidates(found.rows[b], step.tokens[b], first, levels)
             for history in (row, self.common):
-                if found is not None:
-                    free = 0 if found.free is None else found.free[b].matched(step.tokens[b])
-                    history.add_candidates(found.rows[b], step.tokens[b], exit, free, levels)
-                elif levels:
-                    history.add_positions(exit, step.drafted[b], right)
-                history.worth.add(0, right - price)
+                history.add(seen, exit, right - price)
         if found is None and levels:
             self.width = 0.8 * self.width + 0.2 * nodes / sum(step.drafted)
 

@@ -69,8 +69,7 @@ class TreeDrafter:
         self.segments, self.drafted = path.segments, 1 + (levels - 1) * (width if rows == 1 else 1)
         self.rows, self.positions, self.roots = rows, (ctypes.c_int64 * rows)(), (INT * rows)()
         self.sampled = (Sampled * rows)()
-        self.given, self.tables, self.table_of = (Given * rows)(), (FLOAT * len(KNOTS) * rows)(), (POINTER * rows)()
-        self.table_of[:] = [ctypes.addressof(each) for each in self.tables]
+        self.given, self.tables = (Given * rows)(), (FLOAT * len(KNOTS) * 3 * rows)()
         count = levels * width * max(width, rows) + MOST_GIVEN * rows
         self.found = (FLOAT * count)(), (INT * count)(), (INT * count)(), (FLOAT * count)()
         self.rates = (FLOAT * levels)()
@@ -131,14 +130,15 @@ class TreeDrafter:
             stage.carried = call.x = state.data_ptr() + before
         struct.final = final.data_ptr() + before
         struct.level, struct.node, self.rates[:] = limits.level, limits.node, [*map(limits.rate, range(len(self.rates)))]
-        for table, own in zip(self.tables, roots.tables or (), strict=False):
-            table[:] = own
-        struct.tables = None if roots.tables is None else ctypes.addressof(self.table_of)
-        for into, tree in zip(self.given, roots.given or (), strict=False):
-            into.count = len(tree.tokens)
-            parts = (INT * into.count)(*tree.tokens), (INT * into.count)(*tree.parents)
-            alive += [*parts, (FLOAT * into.count)(*tree.conditional())]
-            into.tokens, into.parents, into.p = map(ctypes.addressof, alive[-3:])
+        for into, tables in zip(self.tables, roots.tables or (), strict=False):
+            for row, table in zip(into, tables, strict=False):
+                row[:] = table
+        struct.tables = None if roots.tables is None else ctypes.addressof(self.tables)
+        for each, tree in zip(self.given, roots.given or (), strict=False):
+            each.count = len(tree.tokens)
+            parts = (INT * each.count)(*tree.tokens), (INT * each.count)(*tree.parents)
+            alive += [*parts, (FLOAT * each.count)(*tree.raw[0])]
+            each.tokens, each.parents, each.p = map(ctypes.addressof, alive[-3:])
         struct.given = None if roots.given is None else ctypes.addressof(self.given)
         self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
         struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)

@@ -192,7 +192,7 @@ typedef struct {        /* how a sequence's tokens are sampled: the largest of l
 typedef struct {        /* the tree of another source: what it has after a sequence's root */
     int32_t count;
     const int32_t *tokens, *parents; /* parent 0: the root, i + 1: node i */
-    const float *p;         /* calibrated probability of each node after its parent */
+    const float *p;         /* what the source says: the probability of each node after its parent */
 } Given;
 
 typedef struct {        /* a tree that grows from one root, level by level, or a chain with siblings for each of several sequences */
@@ -209,7 +209,8 @@ typedef struct {        /* a tree that grows from one root, level by level, or a
     float level, node;      /* growing ends when the next level is expected to bring less than `level`: over the nodes that get children, */
                             /* the probability of the path times `rates`, as far as it exceeds `node` */
     const float *rates;     /* [levels]: how likely a level has the right token after a right path */
-    const float *const *tables; /* [sequences]: calibrated probabilities at the log-odds of calibrate.h, or NULL: as they are */
+    const float *tables;    /* [sequences][3][KNOTS], calibrated probabilities (calibrate.h), or NULL: as they are: of what the heads say, */
+                            /* of what the other source says where they have no other candidates, and where they have */
     const Given *given;     /* [sequences], or NULL: no other source */
     float *scores, *raw;    /* out: [levels * width * most of width and sequences, and all given nodes]: log-probabilities of the candidates' */
                             /* paths, and what the heads say of each after its parent (0: it is another source's alone) */

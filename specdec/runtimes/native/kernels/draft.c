@@ -151,24 +151,27 @@ static void draw_candidates(const TreeDraft *g, Best *best, int lane, const Samp
 typedef struct { int32_t token, place; float raw, p; } Candidate; /* place: of the given tree, or -1 */
 
 /* The candidates after a node, the likeliest first: those of its lane and those of the given tree after `place`. */
-static int candidates_of(const TreeDraft *g, const Best *best, int lane, const float *table, const Given *given, int place, Candidate *found) {
-    float own[MOST_WIDTH], other[MOST_WIDTH], p[MOST_WIDTH];
+static int candidates_of(const TreeDraft *g, const Best *best, int lane, int sequence, int place, Candidate *found) {
+    const float *table = g->tables ? g->tables + 3 * KNOTS * sequence : NULL;
+    const Given *given = g->given ? g->given + sequence : NULL;
+    float p[MOST_WIDTH];
     int count = 0;
     for (int i = 0; i < g->width && best->values[lane][i] > NEVER; i++, count++) {
         const int32_t id = best->ids[lane][i];
         const float raw = __builtin_expf(best->values[lane][i]);
         found[i] = (Candidate){g->tokens ? (int32_t)g->tokens[id] : id, -1, raw, 0};
-        own[i] = calibrated(table, raw), other[i] = 0;
+        p[i] = calibrated(table, raw);
     }
+    const int heads = count;
     for (int n = 0; given && place >= 0 && n < given->count; n++) {
         if (given->parents[n] != place) continue;
         int at = 0;
         while (at < count && found[at].token != given->tokens[n]) at++;
         if (at == MOST_WIDTH) continue;
-        if (at == count) found[count] = (Candidate){given->tokens[n], -1, 0, 0}, own[count++] = 0;
-        found[at].place = n + 1, other[at] = given->p[n];
+        if (at == count) found[count] = (Candidate){given->tokens[n], -1, 0, 0}, p[count++] = 0;
+        const float other = calibrated(table ? table + (at >= heads && heads ? 2 : 1) * KNOTS : NULL, given->p[n]);
+        found[at].place = n + 1, p[at] = other > p[at] ? other : p[at];
     }
-    for (int i = 0; i < count; i++) p[i] = own[i] > other[i] ? own[i] : other[i];
     share(p, count);
     for (int i = 0; i < count; i++) {
         Candidate next = found[i];
@@ -281,9 +284,8 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
         for (int r = 0; r < rows; r++) {
             const Sampled *sampled = g->sampled ? g->sampled + (count > 1 ? r : 0) : NULL;
             if (sampled && sampled->sharpness > 0) draw_candidates(g, best, r, sampled, sampled->place + level);
-            const int at = count > 1 ? r : 0;
             Candidate own[MOST_WIDTH];
-            const int children = candidates_of(g, best, r, g->tables ? g->tables[at] : NULL, g->given ? g->given + at : NULL, places[r], own);
+            const int children = candidates_of(g, best, r, count > 1 ? r : 0, places[r], own);
             if (count > 1 && children) chosen[some++] = found; /* each sequence continues its chain */
             for (int i = 0; i < children; i++, found++) {
                 origin[found - begun] = r, given[found - begun] = own[i].place;
