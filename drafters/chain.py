@@ -208,7 +208,10 @@ class ChainDrafter(Drafter):
         drafted, parents = torch.cat((*chain, *beside), 1), [*range(len(chain) - 1), *parents]
         found = None
         if weighs and prices is not None and joint:  # keep the siblings that are worth their price
-            order = [torch.cat([part[:, :1] for part in parts] + [part[:, 1:] for part in parts], 1) for parts in (joint, raw)]
+            order = [
+                torch.cat([part[:, :1] for part in parts] + [part[:, 1:] for part in parts], 1)
+                for parts in (joint, raw)
+            ]
             values, length = order[0].mean(0).tolist(), len(joint)
             likely = sorted(range(length, len(values)), key=lambda i: -values[i])
             count = prices.take([values[i] for i in (*range(length), *likely)], least=length, rows=len(token))

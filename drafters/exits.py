@@ -244,7 +244,10 @@ class DeedDrafter(ExitDrafter):
         super().__init__(network, **shape)
         self.exits, self.exit_confidence = network.exits, options.check_probability("exit_confidence", exit_confidence)
         self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
+
+    def bind(self, target: Target) -> None:
         self.level_share = tuple(layer / target.num_layers for layer in self.exits)
+        super().bind(target)
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold

@@ -20,7 +20,6 @@ from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trie import draft_best, merge, worth_scoring
 
-
 ALONE, BESIDE, LEARNED = range(3)  # what n-grams say where nothing else has a candidate, where it has others; the other
 
 
@@ -101,9 +100,9 @@ class HybridDrafter(Drafter):
             member.save()
 
     def propose(self, state: State, limit: int) -> Draft:
-        if self.blends_pair and (draft := self._blended(state, limit)) is not None:
-            return draft
-        used: dict[int, Draft] = {}  # by row
+        if self.blends_pair and (blended := self._blended(state, limit)) is not None:
+            return blended
+        used, draft = dict[int, Draft](), Draft.empty(len(state.ids), state.cache.device)  # by row
         missing = list(range(len(state.ids)))
         for number, member in enumerate(self.members):
             draft = member.propose(replace(state, row_states=[own[number] for own in state.row_states]), limit)
@@ -129,7 +128,7 @@ class HybridDrafter(Drafter):
         """One tree of the candidates of both; None if the second has none."""
         first, second = self.members
         own = [replace(state, row_states=[each[number] for each in state.row_states]) for number in (0, 1)]
-        prices, nodes = state.prices, self.members[0].nodes
+        prices, nodes = state.prices, first.nodes
         if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
             return second.propose(own[1], limit)
         if prices is not None and self.has_probabilities:
@@ -139,8 +138,12 @@ class HybridDrafter(Drafter):
         if prices is not None and self.has_probabilities and not prices.levels(alone):
             return draft_best(free, limit, nodes, state, 0, alone)
         if (learned := second.candidates(own[1], limit, free)) is None:
-            # The better one where there are no candidates, as where logits are processed
-            return second.propose(own[1], limit) if self.has_probabilities else None
+            if not self.has_probabilities:
+                return None
+            draft = second.propose(own[1], limit)  # the better one where there are no candidates, as under penalties
+            for each in () if draft.found is None else draft.found.rows:
+                each.raw[:] = [[0.0] * len(each.tokens), [0.0] * len(each.tokens), *each.raw]
+            return draft
         # A drafter that has learned nothing yet runs no level: as its own, such a draft would make levels look cheap.
         levels = max(each.levels() for each in learned) if any(each.tokens for each in learned) else 0
         return draft_best(first.candidates(own[0], limit, learned) or [], limit, nodes, state, levels, alone)

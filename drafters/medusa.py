@@ -217,7 +217,9 @@ class MedusaDrafter(Drafter):
                 own, likely, ids = raw[depth], sure[depth], found[depth]
             else:
                 text = [tokens[path[:n]] for n in range(1, depth + 1)]
-                [own], [likely], [ids] = best(constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab))
+                [own], [likely], [ids] = best(
+                    constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
+                )
             tokens.update({(*path, rank): token for rank, token in enumerate(ids)})
             said.update({(*path, rank): p for rank, p in enumerate(own)})
             return likely

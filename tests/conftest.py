@@ -34,7 +34,8 @@ from training import Tokens
 from transformers import PreTrainedModel
 
 from specdec.base import inputs
-from specdec.engine.depth.costs import Costs
+from specdec.engine.depth import AutoDepth, StepReport, kept
+from specdec.engine.measure import Timings
 from specdec.models import catalogue, loading, wheels
 from specdec.runtimes.native import library
 from specdec.runtimes.target import Target
@@ -93,14 +94,20 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Automatic depth rests on these figures instead of timing the tiny model: one more scored token is cheap."""
+    """Automatic depth rests on the formula instead of the seconds of tiny models; nothing is kept for later processes."""
 
-    def given(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-        return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, ((0.1, 0.1),) * drafter.num_exits)
+    def by_formula(policy: AutoDepth, step: StepReport) -> None:
+        count, levels = len(step.rows), 0 if step.found is None else step.found.levels
+        step.other = policy.model.passing(count, step.scored - count)[-1]
+        step.drafting = policy.model.drafting(count) + levels * policy.model.level(policy.choice.exit or 0, count)
+        observe(policy, step)
 
-    monkeypatch.setattr("specdec.api.decoder.costs", given)
-    monkeypatch.setattr("specdec.api.decoder.store", lambda target, drafter, found: None)
-    monkeypatch.setattr("specdec.train.evaluate.costs", given)
+    observe = AutoDepth.observe
+    monkeypatch.setattr(AutoDepth, "observe", by_formula)
+    monkeypatch.setattr(kept, "load", lambda *args: None)
+    monkeypatch.setattr(kept, "store", lambda *args: None)
+    timings = Timings({1: 1.0, 4: 1.03, 16: 1.15, 32: 1.3}, ((0.1, 0.1),))
+    monkeypatch.setattr("specdec.train.evaluate.measure", lambda target, drafters, verifier: [timings])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

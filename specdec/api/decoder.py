@@ -36,8 +36,7 @@ from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams
 from specdec.base.settings import Whole, checked, short_repr
 from specdec.drafters.learned import first_use
-from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth
-from specdec.engine.depth import kept
+from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, kept
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk

@@ -277,9 +277,7 @@ class Batch:
             histories = [row.depth_history for row in self.rows]
             drafting = seconds["overhead"] + seconds["draft"]
             tokens = [row.new_tokens for row in self.rows]
-            self.policy.observe(
-                StepReport(histories, deepest, counts, scored, drafting, other, tokens, draft.found)
-            )
+            self.policy.observe(StepReport(histories, deepest, counts, scored, drafting, other, tokens, draft.found))
         self.ledger.mark("overhead")
 
     # -- the drafter: an error of its own must not end a request ------------------------------------------------------

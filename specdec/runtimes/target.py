@@ -75,6 +75,7 @@ class Pass:
     adapted: int | None = None
     routed: Tensor | None = None
 
+
 # Bytes that memory delivers over products that are made in the same time.
 TOKEN_RATIO = {"cpu": 0.1, "gpu": 0.007}
 

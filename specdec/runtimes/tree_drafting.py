@@ -71,7 +71,7 @@ class DraftRoots:
     sampled: how each row is sampled; None: all are greedy.
     tables: of each row, the calibrated probabilities at ``KNOTS`` of what the path's heads say, then of what the other
         source says where they have no other candidates, and where they have. None: what they say counts.
-    given: of each row, the tree of another source. A runtime may draft behind the given nodes, too. None: there is none.
+    given: of each row, the tree of another source. A runtime may draft behind its nodes, too. None: there is none.
     """
 
     tokens: Sequence[int]
@@ -116,7 +116,10 @@ class Candidates(NamedTuple):
 
     def matched(self, tokens: Sequence[int]) -> int:
         """The number of ``tokens`` behind the root that are a path of nodes."""
-        places, at = {(parent, token): n for n, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))}, 0
+        places, at = (
+            {(parent, token): n for n, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))},
+            0,
+        )
         for count, token in enumerate(tokens):
             if (at, token) not in places:
                 return count
@@ -155,8 +158,8 @@ class TreeLimits:
 
     levels: maximum number of levels.
     width: number of children of a node, and in the tree of a single row of the nodes of a level that get any.
-    level, node, rates: another level is drafted while it brings ``level`` tokens or more: the sum, over the nodes that get
-        children, of their probability times its entry of ``rates``, as far as it exceeds ``node``. In the tree of a
+    level, node, rates: another level is drafted while it brings ``level`` tokens or more: the sum, over the nodes that
+        get children, of their probability times its entry of ``rates``, as far as it exceeds ``node``. In the tree of a
         single row, the nodes that do not exceed it get none.
     """
 

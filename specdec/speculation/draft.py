@@ -225,6 +225,7 @@ class Drafter(ABC):
     needs_training: whether it drafts only with trained parameters.
     before_others: defaults that differ where another drafter comes after it (``HybridDrafter``).
     drafts: False for the drafter that never proposes anything.
+    nodes: number of nodes of its tree, if it is given.
     blends: whether it merges the candidates of another drafter into its own (``candidates``).
     taps: layers whose input states ``observe`` receives. N stands for the final state, N + 1 for the logits of a step,
         [B, 1 + M, V] (an empty tensor for a prompt).
@@ -250,6 +251,7 @@ class Drafter(ABC):
     taps: tuple[int, ...] = ()
     whole_prompts: bool = False
     num_exits: int = 1
+    nodes: int | None = None
     num_tables: int = 1
     level_share: tuple[float, ...] = (0.1,)
     has_probabilities: bool = False

@@ -129,8 +129,8 @@ class Grower:
         self.tables = (FLOAT * len(KNOTS))(), (FLOAT * len(KNOTS))(), (FLOAT * len(KNOTS))()
         self.struct = _Growth(text=ctypes.addressof(self.text), least=least)
         self.struct.prior = None if prior is None else ctypes.addressof(prior.struct)
-        for name, out in zip(("tokens", "parents", "values", "own_raw", "learned_raw"), self.out, strict=True):
-            setattr(self.struct, name, ctypes.addressof(out))
+        self.struct.tokens, self.struct.parents = map(ctypes.addressof, self.out[:2])
+        self.struct.values, self.struct.own_raw, self.struct.learned_raw = map(ctypes.addressof, self.out[2:])
 
     def __call__(
         self,
@@ -146,10 +146,10 @@ class Grower:
         """The ``nodes`` likeliest paths behind the text ``ids``, at most ``limit`` tokens deep.
 
         sources: texts that are matched, and the weight of each; later ones overrule earlier ones. learned: the tree of
-        a learned drafter; the candidates then have two sources, n-grams first. masks: which tokens may follow those
-        behind the root, bool [V] (None: none may). noise: by which tokens are drawn, float32 [V] of each position behind
-        the root; fewer than ``limit`` end the tree there. tables: calibrated probabilities at ``KNOTS``: of n-grams, of those beside other candidates of the learned drafter, and its own;
-        none: what it says counts.
+        a learned drafter, which is merged in. masks: which tokens may follow those behind the root, bool [V] (None:
+        none may). noise: by which tokens are drawn, float32 [V] of each position behind the root; fewer than ``limit`` end
+        the tree there. tables: calibrated probabilities at ``KNOTS`` of n-grams, of n-grams where the learned drafter
+        has other candidates, and of that drafter; none: what they say counts. ``raw`` has the same kinds.
         """
         struct, tail = self.struct, ids[-LONGEST:]
         ctypes.memmove(self.text, (INT * len(tail))(*tail), 4 * len(tail))
@@ -163,7 +163,7 @@ class Grower:
         struct.source, struct.weight = map(ctypes.addressof, alive)
         struct.table = struct.beside = struct.learned_table = None
         for name, into, table in zip(("table", "beside", "learned_table"), self.tables, tables, strict=False):
-            into[:] = table
+            into[:] = list(table)
             setattr(struct, name, ctypes.addressof(into))
         struct.learned = 0 if learned is None else len(learned.tokens)
         if learned is not None and learned.tokens:
@@ -194,9 +194,11 @@ class Grower:
         count = self.lib.specdec_ngram_grow(ctypes.byref(struct))
         if error:
             raise error[0]
-        tokens, parents, values, own, said = (part[:count] for part in self.out)
-        raw = [own] if learned is None else [[max(p, 0.0) for p in own], [max(-p, 0.0) for p in own], said]
-        return Candidates([math.log(value) for value in values], tokens, parents, raw)
+        tokens, parents, values, own, said = self.out
+        raw = [own[:count]]
+        if learned is not None:
+            raw = [[max(p, 0.0) for p in own[:count]], [max(-p, 0.0) for p in own[:count]], said[:count]]
+        return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count], raw)
 
 
 T = TypeVar("T")

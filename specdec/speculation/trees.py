@@ -26,8 +26,8 @@ class Prices:
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
     level: price of drafting another level for all rows.
     rates: [rows][levels], how likely a level has the right token where no other source has it.
-    tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.num_tables``); none: what sources
-        say counts.
+    tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.num_tables``); none: what
+        sources say counts.
     try_levels: whether levels are drafted where they are not expected to pay, to learn whether they do.
     """
 

@@ -90,6 +90,6 @@ def draft_best(
 ) -> Draft:
     """The draft of each row's best candidates, as ``worth_scoring`` says. levels, free: as in ``Found``."""
     best = worth_scoring(rows, limit, nodes, state.prices)
-    draft, places = in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)
+    draft, _ = in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)
     draft.found = Found(rows, levels, free)
     return draft

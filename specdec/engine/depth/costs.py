@@ -49,7 +49,9 @@ class CostModel:
 
     def __init__(self, ratio: float, shares: Sequence[float], earlier: Costs | None = None) -> None:
         tokens = np.arange(MOST_TOKENS + 1, dtype=float)
-        self.formula: Floats = 0.5 * (np.log1p((tokens * ratio) ** 2) - math.log1p(ratio**2))  # over a pass of one token
+        self.formula: Floats = 0.5 * (
+            np.log1p((tokens * ratio) ** 2) - math.log1p(ratio**2)
+        )  # over a pass of one token
         at = np.log2(np.maximum(tokens, 1))
         self.below = at.astype(int)
         self.beyond: Floats = at - self.below

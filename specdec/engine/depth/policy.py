@@ -2,8 +2,8 @@
 
 Every candidate node has a calibrated probability, whoever proposes it. A node is taken, and a level drafted, while the
 tokens that it is expected to add exceed the seconds that it adds times the present speed in tokens per second. What a
-step cost and what it accepted corrects the costs and the calibration, and whatever was not chosen is tried in 2 % of the
-time.
+step cost and what it accepted corrects the costs and the calibration, and whatever was not chosen is tried in 2 % of
+the time.
 
 The policy sets the prices; drafters that have probabilities choose their nodes by them (``Prices``). For the others it
 chooses a depth, by what was accepted at each position.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.engine.depth.calibration import ROW_WEIGHT, WEIGHT, History, Seen, Tally, rates, table
+from specdec.engine.depth.calibration import ROW_WEIGHT, WEIGHT, History, Seen, rates, table
 from specdec.engine.depth.costs import CostModel, Costs
 from specdec.speculation.draft import Drafter, Found
 from specdec.speculation.trees import MOST_NODES, Prices
@@ -132,7 +132,7 @@ class AutoDepth:
     passes: Sequence[float] = (1.0,)
     tokens: float = 1.0
     spent: float = 1.0
-    choice: DepthChoice = DepthChoice()
+    choice: DepthChoice = field(default_factory=DepthChoice)
     width: float = 1.0  # nodes of a level, of a drafter without probabilities
     version: int | None = None  # of the drafter
     idle: defaultdict[str | int, float] = field(default_factory=lambda: defaultdict(float))
@@ -233,7 +233,11 @@ class AutoDepth:
         best = max(found, key=itemgetter(0))
         due = [each for each in found if each is not best and self._due(each[1], (best[0] - each[0]) / speed)]
         _, exit, depths, each = due[0] if due else best
-        several = replace(prices, level=speed * self.model.level(exit, count), rates=each) if len(rows) == count == 1 else None
+        several = (
+            replace(prices, level=speed * self.model.level(exit, count), rates=each)
+            if len(rows) == count == 1
+            else None
+        )
         return DepthChoice(max(depths), exit if len(exits) > 1 else None, several, depths)
 
     def observe(self, step: StepReport) -> None:
@@ -269,8 +273,9 @@ class AutoDepth:
 
     def costs(self) -> Costs:
         """What is known, for later processes."""
-        tallies: list[Tally] = self.common.tallies()
-        hits, trials = ([[round(x, 3) for x in own] for own in each] for each in zip(*((t.hits, t.trials) for t in tallies)))
+        tallies = self.common.tallies()
+        hits = [[round(hits, 3) for hits in tally.hits] for tally in tallies]
+        trials = [[round(trials, 3) for trials in tally.trials] for tally in tallies]
         return replace(self.model.kept(), hits=hits, trials=trials)
 
 

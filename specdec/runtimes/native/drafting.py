@@ -129,7 +129,11 @@ class TreeDrafter:
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
         struct.final = final.data_ptr() + before
-        struct.level, struct.node, self.rates[:] = limits.level, limits.node, [*map(limits.rate, range(len(self.rates)))]
+        struct.level, struct.node, self.rates[:] = (
+            limits.level,
+            limits.node,
+            [*map(limits.rate, range(len(self.rates)))],
+        )
         for into, tables in zip(self.tables, roots.tables or (), strict=False):
             for row, table in zip(into, tables, strict=False):
                 row[:] = table
@@ -153,7 +157,8 @@ class TreeDrafter:
 
     def _by_row(self, count: int) -> list[Candidates]:
         """The candidates of each row, with its own numbers for their parents."""
-        scores, tokens, parents, raw = (part[:count] for part in self.found)
+        found = self.found
+        scores, tokens, parents, raw = found[0][:count], found[1][:count], found[2][:count], found[3][:count]
         if self.rows == 1:
             return [Candidates(scores, tokens, parents, [raw])]
         rows = [Candidates.none() for _ in range(self.rows)]
