@@ -43,7 +43,8 @@ class HybridDrafter(Drafter):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return tuple(member.name for member in self.members)
+        first, *_, last = (member.name for member in self.members)
+        return (first, first, last) if self.has_probabilities else (self.label,)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> HybridDrafter:
@@ -70,7 +71,7 @@ class HybridDrafter(Drafter):
         self.blends_pair = len(self.members) == 2 and self.members[0].blends
         last = self.members[-1]
         self.has_probabilities = self.blends_pair and last.has_probabilities
-        self.level_share, self.num_tables = last.level_share, 3 if self.has_probabilities else 1
+        self.level_share = last.level_share
         self.leaves_early = self.blends_pair and last.leaves_early
         self.leaves_state = self.blends_pair and last.leaves_state
         self.learns = any(member.learns for member in self.members)

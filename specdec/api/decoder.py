@@ -232,7 +232,7 @@ class SpecDecoder:
         prompt: SkipValidation[Prompt],
         *,
         stream: Annotated[Whole, Field(ge=0)] = 0,
-        draft: bool = True,
+        num_speculative_tokens: Annotated[Whole, Field(ge=0)] | None = None,
         scope: str | None = None,
         sampler: RowSampler | None = None,
         **given: Unpack[RequestOptions],
@@ -240,7 +240,7 @@ class SpecDecoder:
         """Make a request for an engine, with the penalties and end tokens of the model's ``generation_config``.
 
         stream: the number of the answer, of several to one prompt with one seed.
-        draft: False decodes plainly.
+        num_speculative_tokens: as in ``Request``; 0 decodes plainly.
         scope: as in ``Request``.
         sampler: chooses the tokens instead of the sampling options, the processors and the config.
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
@@ -268,7 +268,7 @@ class SpecDecoder:
             max_new_tokens,
             eos=frozenset() if ignore_eos else self.eos_ids(),
             stop=Detokenizer(self.tokenizer, stops).push if stops else None,
-            draft=draft,
+            num_speculative_tokens=num_speculative_tokens,
             sampler=sampler,
             logprobs=logprobs,
             prompt_logprobs=given.get("prompt_logprobs", False),

@@ -77,7 +77,7 @@ def _generate(
     """Decode plainly, all prompts together; greedily, or with a ``seed`` at temperature 1."""
     how = {} if seed is None else {"temperature": 1.0, "seed": seed}
     requests = [
-        decoder.request(prompt, stream=n, draft=False, max_new_tokens=limit, **how)  # type: ignore[arg-type]
+        decoder.request(prompt, stream=n, num_speculative_tokens=0, max_new_tokens=limit, **how)  # type: ignore[arg-type]
         for n, prompt in enumerate(prompts)
     ]
     engine = decoder.manual_engine(1, max_rows=len(requests))

@@ -54,7 +54,10 @@ LogitBias = Annotated[
 MaxNewTokens = Annotated[Count, Field(description="Most new tokens; the model's context bounds them, too.")]
 Stop = Annotated[str | Sequence[str], Field(description="End before this text; repeatable.")]
 System = Annotated[str | None, Field(description="System message before the prompt.")]
-Depth = Annotated[Literal["auto"] | Count, Field(description="Tokens drafted a step; auto adapts, down to none.")]
+Depth = Annotated[
+    Literal["auto"] | Annotated[Whole, Field(ge=0)],
+    Field(description="Number of tokens that are drafted in a step; auto chooses it; 0 drafts nothing."),
+]
 
 
 @checked_class

@@ -274,8 +274,7 @@ def _decode(
 
     Returns the output and the error that ended it. Raises this error if nothing was generated.
     """
-    with terminal.status("measuring", silent or settings["num_speculative_tokens"] != "auto"):  # once per machine
-        generation = decoder.open([ids], **settings)
+    generation = decoder.open([ids], **settings)
     sent = 0
     failed: SpecDecError | None = None
     with _interruptible() as interrupted, generation:

@@ -49,11 +49,14 @@ def statistics(
             ("decode", f"{m.decode_seconds:.2f} s"),
             ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
             ("acceptance rate", rate),
-            ("steps", str(m.num_spec_steps)),
+            ("steps", f"{m.num_spec_steps}, {m.num_drafted_steps} with drafts"),
             ("drafter", decoder.drafter.label + (f" (from {source})" if source else "")),
             ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", {_held(decoder)}"),
         ]
     ]
+    if m.accepted_by_source:
+        by_source = ", ".join(f"{count} {name}" for name, count in m.accepted_by_source.items())
+        blocks[-1].append(("accepted drafts", by_source))
     if tuned is not None:
         blocks[-1].append(("settings", f"tuned ({tuned.speedup:.2f}x plain on {tuned.prompts})"))
     if not decoder.verifier.lossless:
@@ -68,7 +71,7 @@ def statistics(
         blocks.append(experts(decoder.target.experts.describe(), m.experts))
     if comparison is not None:
         blocks.append(_compared(comparison, decoder))
-    if hint := nothing_accepted(decoder, output):
+    if hint := nothing_accepted(decoder, output) or slower(output):
         blocks.append([("note", hint)])
     if verbose:
         blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.ledger.items()])
@@ -188,6 +191,14 @@ def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
         f"none of the {m.num_draft_tokens} tokens that {decoder.drafter.label} drafted was accepted: it does not fit "
         f"this model or this prompt; {advice}, or decode plainly (--drafter none)"
     )
+
+
+def slower(output: GenerationOutput) -> str:
+    """Why drafting gained nothing; empty if it did, or was not wanted."""
+    m = output.metrics
+    if m.draft_note is None or m.draft_saved_seconds > 0:
+        return ""
+    return f"about as fast as plain decoding, or slower: {m.draft_note} ({m.num_drafted_steps} of {m.num_spec_steps} steps drafted)"
 
 
 def rule(decoder: SpecDecoder) -> str:

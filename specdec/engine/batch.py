@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.errors import NotFiniteError
-from specdec.engine.depth.policy import DepthPolicy, StepReport
+from specdec.engine.depth.policy import DepthChoice, DepthPolicy, StepReport
 from specdec.engine.metrics import Ledger
 from specdec.engine.request import Request, prompt_logprobs, token_logprobs
 from specdec.engine.scoring import score
@@ -26,6 +26,8 @@ from specdec.speculation.trie import merge
 
 NOTHING = torch.empty(0)
 RESTARTS = 5  # number of times that a drafter which has failed starts again in an engine's life
+# Phases of a step (``Ledger``) whose seconds count as scoring, and as drafting.
+SCORING, DRAFTING = ("score", "accept", "commit"), ("overhead", "draft")
 FORCED = 16  # maximum number of tokens that are drafted where a constraint leaves no choice
 T = TypeVar("T")
 
@@ -38,6 +40,7 @@ class Batch:
 
     configured: the drafter of this configuration.
     drafter: the same, or None after it has failed.
+    chosen: whether the policy has chosen the depths of this step.
     drafter_behind: whether the drafter, started again, has seen nothing of the rows until the next step.
     """
 
@@ -46,6 +49,7 @@ class Batch:
         self.configured, self.failures, self.drafter_behind = drafter, 0, False
         self.drafter: Drafter | None = drafter
         self.rows: list[Request] = []
+        self.chosen = True
         self.cache = target.new_cache(0)
         self.ledger = Ledger(target.device)
         self.state = State(target, self.cache, Sampler.of([]), [], threshold=verifier.threshold)
@@ -196,8 +200,13 @@ class Batch:
         state, rows = self.state, self.rows
         self.policy.follow(self.configured.version)
         able = self.drafter is not None and not self.drafter_behind
-        drafting = [b for b, row in enumerate(rows) if row.draft and able]
-        choice = self.policy.choose([rows[b].depth_history for b in drafting], len(rows) - len(drafting))
+        drafting = [b for b, row in enumerate(rows) if row.num_speculative_tokens != 0 and able]
+        fixed = [rows[b].num_speculative_tokens for b in drafting]
+        self.chosen = None in fixed or not fixed
+        if self.chosen:
+            choice = self.policy.choose([rows[b].depth_history for b in drafting], len(rows) - len(drafting))
+        else:
+            choice = DepthChoice(depths=[number or 0 for number in fixed])
         state.exit, state.prices = choice.exit, choice.prices
         depths = [0] * len(rows)
         for b, depth in zip(drafting, choice.depths or [choice.depth] * len(drafting), strict=True):
@@ -208,9 +217,11 @@ class Batch:
     def _bounded(self, b: int, depth: int) -> int:
         """``depth``, or as deep as a draft of row ``b`` may be."""
         row = self.rows[b]
+        if row.num_speculative_tokens is not None:
+            depth = min(depth, row.num_speculative_tokens)
         # A lossy rule's text may depend on the depth, so the number of remaining tokens does not bound it there.
         depth = min(depth, row.remaining - 1) if self.verifier.lossless else depth
-        return max(min(depth, self.target.context - 1 - self.cache.rows[b]), 0) if row.draft else 0
+        return max(min(depth, self.target.context - 1 - self.cache.rows[b]), 0)
 
     def _forced_tokens(self) -> list[list[int]]:
         """The tokens that each row's constraint leaves no choice about. They take the place of the drafter's."""
@@ -264,21 +275,33 @@ class Batch:
     def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: bool) -> None:
         """Update each row's metrics and the depth policy, which learns nothing from a step with forced tokens."""
         tokens, depths, deepest = draft.lists(), draft.depths(), []
+        seconds = self.ledger.step
+        other, drafting = (sum(seconds[phase] for phase in phases) for phases in (SCORING, DRAFTING))
         for b, (row, path) in enumerate(zip(self.rows, accepted.paths, strict=True)):
             nodes = [node for node, token in enumerate(tokens[b], start=1) if token >= 0]
             deepest.append(max((depths[node] for node in nodes), default=0))
-            row.metrics.step(deepest[-1], len(nodes), min(len(path) - 1, len(row.new_tokens)))
+            taken = row.new_tokens[: len(path) - 1]
+            row.metrics.step(deepest[-1], len(nodes), min(len(path) - 1, len(row.new_tokens)), len(self.rows))
+            row.metrics.add_sources(self._sources(draft, b, taken, forced))
+            if self.policy.plain_seconds is not None:
+                row.metrics.draft_saved_seconds += self.policy.plain_seconds * len(path) - other - drafting
             if self.verifier.threshold is not None and draft.layers is not None:
                 used = path[1 : 1 + len(row.new_tokens)]
                 row.metrics.exit_layers += draft.layers[b, [node - 1 for node in used]].tolist()
-        if not forced:
-            seconds, counts = self.ledger.step, [len(path) - 1 for path in accepted.paths]
-            other = seconds["score"] + seconds["accept"] + seconds["commit"]
-            histories = [row.depth_history for row in self.rows]
-            drafting = seconds["overhead"] + seconds["draft"]
-            tokens = [row.new_tokens for row in self.rows]
-            self.policy.observe(StepReport(histories, deepest, counts, scored, drafting, other, tokens, draft.found))
+        if self.chosen and not forced:
+            histories, counts = [row.depth_history for row in self.rows], [len(path) - 1 for path in accepted.paths]
+            new = [row.new_tokens for row in self.rows]
+            self.policy.observe(StepReport(histories, deepest, counts, scored, drafting, other, new, draft.found))
         self.ledger.mark("overhead")
+
+    def _sources(self, draft: Draft, b: int, tokens: list[int], forced: bool) -> list[str]:
+        """What proposed each of the accepted ``tokens`` of row ``b``."""
+        if forced:
+            return ["constraint"] * len(tokens)
+        if draft.found is None:
+            return [self.configured.label] * len(tokens)
+        found, names = draft.found.rows[b], self.configured.sources
+        return [names[found.source(node)] for node in found.path(tokens)]
 
     # -- the drafter: an error of its own must not end a request ------------------------------------------------------
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from specdec.base.devices import DeviceEvent, record_event
+
+MANY_ROWS = 3  # that decode together, from which on drafts may not pay for their number
 
 
 @dataclass
@@ -24,6 +27,9 @@ class RequestMetrics:
     experts: figures of offloaded experts while decoding, for all rows together (``experts.offload.Meter``).
     queue_seconds: from the submission until the request was admitted.
     first_token_seconds: from the submission to the first token.
+    accepted_by_source: accepted drafted tokens by what proposed them. draft_saved_seconds: about what plain decoding would
+        have taken longer; 0 where the depth is fixed. drafting_off: why nothing is drafted, if the drafter has failed.
+    rows: sum of the numbers of rows of its steps.
     num_cached_tokens: prompt tokens whose keys and values were cached. saved_seconds: about what they would have taken.
     """
 
@@ -40,6 +46,25 @@ class RequestMetrics:
     first_token_seconds: float = 0.0
     num_cached_tokens: int = 0
     saved_seconds: float = 0.0
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
+    draft_saved_seconds: float = 0.0
+    drafting_off: str | None = None
+    rows: int = 0
+
+    @property
+    def num_drafted_steps(self) -> int:
+        """Steps that scored drafted tokens; the others are plain."""
+        return sum(drafted > 0 for drafted in self.per_step_drafted)
+
+    @property
+    def draft_note(self) -> str | None:
+        """Why little was drafted, or to no gain, in a few words; None: drafting paid, or was not wanted."""
+        steps = self.num_spec_steps
+        if self.drafting_off is not None:
+            return self.drafting_off
+        if not steps or (2 * self.num_drafted_steps >= steps and self.draft_saved_seconds >= 0):
+            return None
+        return "batch too large to pay" if self.rows >= MANY_ROWS * steps else "drafts were rarely right"
 
     @property
     def prefill_seconds(self) -> float:
@@ -111,10 +136,16 @@ class RequestMetrics:
         """New tokens after the first, which the prefill yields, per decode second."""
         return (self.num_new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
-    def step(self, drafted: int, nodes: int, accepted: int) -> None:
+    def step(self, drafted: int, nodes: int, accepted: int, rows: int = 1) -> None:
+        self.rows += rows
         self.per_step_drafted.append(drafted)
         self.per_step_accepted.append(accepted)
         self.num_draft_tokens += nodes
+
+    def add_sources(self, names: Sequence[str]) -> None:
+        """Count accepted tokens by what proposed them."""
+        for name in names:
+            self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
         """Everything above as plain numbers and lists, for JSON."""
@@ -122,7 +153,7 @@ class RequestMetrics:
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "
             "acceptance_per_position per_step_drafted per_step_accepted mean_layers_per_token exit_shares ledger "
-            "experts"
+            "experts num_drafted_steps accepted_by_source draft_saved_seconds draft_note"
         )
         return {name: getattr(self, name) for name in names.split()}
 

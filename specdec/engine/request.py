@@ -53,6 +53,8 @@ class Request:
     params, processors, stream: how tokens are chosen; requests with one seed draw alike unless their streams differ.
     eos: tokens that end it.
     stop: the engine calls it with each new token in order; it returns a finish reason, or None.
+    num_speculative_tokens: most drafted tokens in depth; 0: none; None: as many as pay. Where all rows have a number, they
+        are drafted as deep.
     sampler: takes the place of params, processors and stream.
     logprobs: number of top tokens that go with the log-probability of each new token; None: no log-probabilities.
     prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
@@ -69,7 +71,7 @@ class Request:
     stream: Annotated[Whole, Field(ge=0, le=2**64 - 1)] = 0
     eos: Annotated[frozenset[Whole], Field(title="a set of token ids")] = frozenset()
     stop: Callable[[int], str | None] | None = None
-    draft: bool = True
+    num_speculative_tokens: Annotated[Whole, Field(ge=0)] | None = None
     sampler: RowSampler = None  # type: ignore[assignment]  # set below
     logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: bool = False

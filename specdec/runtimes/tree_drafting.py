@@ -114,17 +114,20 @@ class Candidates(NamedTuple):
             depths.append(depths[parent] + 1)
         return depths[1:]
 
-    def matched(self, tokens: Sequence[int]) -> int:
-        """The number of ``tokens`` behind the root that are a path of nodes."""
-        places, at = (
-            {(parent, token): n for n, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))},
-            0,
-        )
-        for count, token in enumerate(tokens):
-            if (at, token) not in places:
-                return count
-            at = places[at, token] + 1
-        return len(tokens)
+    def path(self, tokens: Sequence[int]) -> list[int]:
+        """The nodes of the first of ``tokens`` behind the root that are a path."""
+        places = {own: node for node, own in enumerate(zip(self.parents, self.tokens, strict=True))}
+        found = list[int]()
+        for token in tokens:
+            if (node := places.get((found[-1] + 1 if found else 0, token))) is None:
+                break
+            found.append(node)
+        return found
+
+    def source(self, node: int) -> int:
+        """The number of the source that gives a node most."""
+        said = [each[node] for each in self.raw]
+        return said.index(max(said))
 
     def by_level(self) -> list[float]:
         """Expected accepted tokens of each level."""

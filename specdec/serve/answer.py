@@ -103,7 +103,10 @@ def _response_metrics(choices: Sequence[ResponseChoice], per_step: bool) -> dict
     names = ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "mean_acceptance_length")
     speculation: dict[str, Any] = {
         "num_spec_tokens": deepest,
-        **{name: getattr(metrics, name) for name in (*names, "draft_acceptance_rate")},
+        **{name: getattr(metrics, name) for name in (*names, "draft_acceptance_rate", "num_drafted_steps")},
+        "accepted_by_source": metrics.accepted_by_source,
+        "time_saved_ms": round(1e3 * metrics.draft_saved_seconds),
+        "note": metrics.draft_note,
         "acceptance_histogram": histogram + [0] * (deepest + 1 - len(histogram)),
     }
     if per_step:

@@ -85,12 +85,13 @@ class Strict(BaseModel):
 class Extensions(Strict):
     """Parameters of specdec in all chats.
 
-    speculative_decoding, include_metrics: as in ``GenerationBody``.
+    speculative_decoding, num_speculative_tokens, include_metrics: as in ``GenerationBody``.
     chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
     prepare_next_turn: what is known of the next turn's prompt is run in the background when the answer has ended.
     """
 
     speculative_decoding: bool = True
+    num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
     include_metrics: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     prepare_next_turn: bool = False
@@ -138,6 +139,7 @@ class GenerationBody(Strict):
 
     max_tokens: 0 runs the prompt alone, in the background, for later requests to begin with.
     speculative_decoding: false decodes without a drafter; the text is the same.
+    num_speculative_tokens: most tokens that are drafted in a step; 0: none.
     include_metrics, per_step_metrics: add metrics of the request and of each step to the response.
     """
 
@@ -167,6 +169,7 @@ class GenerationBody(Strict):
     user: Any = None
     ignore_eos: bool = False
     speculative_decoding: bool = True
+    num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
     include_metrics: bool = True
     per_step_metrics: bool = False
 

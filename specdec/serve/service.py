@@ -257,7 +257,8 @@ class Service:
 
     def drafter_label(self, body: GenerationBody) -> str:
         """The drafter of a request, for a header; "none" while the drafter is off."""
-        on = body.speculative_decoding and self.engine.drafting == "on"
+        wanted = body.speculative_decoding and body.num_speculative_tokens != 0
+        on = wanted and self.engine.drafting == "on"
         return quote(self.decoder.drafter.label if on else "none", safe="+=-. /")
 
     def finish(self, choices: Sequence[ResponseChoice], client: Client) -> None:
@@ -286,7 +287,7 @@ class Service:
             **{"temperature": TEMPERATURE, **body.sampling_options, **options},
             stop=body.stop_strings,
             ignore_eos=body.ignore_eos,
-            draft=body.speculative_decoding,
+            num_speculative_tokens=body.num_speculative_tokens if body.speculative_decoding else 0,
             constraint=constraint,
             logprobs=body.num_logprobs,
             scope=client.scope,

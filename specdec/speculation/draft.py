@@ -232,7 +232,6 @@ class Drafter(ABC):
     whole_prompts: whether ``observe`` receives the states of all prompt tokens.
     num_exits: number of exits to choose from; with more than one, the drafter obeys ``State.exit``.
     has_probabilities: whether it knows probabilities of its tokens, and sizes drafts by ``State.prices``.
-    num_tables: number of kinds of what its sources say, which are calibrated apart.
     level_share: about the share of a pass's bytes that drafting a level reads, by exit; 0: it has no levels.
     leaves_early: whether tokens may leave the model early, with a confidence (``State.threshold``).
     leaves_state: whether they leave with an exact state of the model.
@@ -252,7 +251,6 @@ class Drafter(ABC):
     whole_prompts: bool = False
     num_exits: int = 1
     nodes: int | None = None
-    num_tables: int = 1
     level_share: tuple[float, ...] = (0.1,)
     has_probabilities: bool = False
     leaves_early: bool = False
@@ -269,7 +267,7 @@ class Drafter(ABC):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The names of what proposes its tokens; where one drafts level by level, it is the last."""
+        """The source of each kind of probabilities, which are calibrated apart."""
         return (self.name,)
 
     @classmethod

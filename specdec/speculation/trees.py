@@ -24,15 +24,16 @@ class Prices:
     the nodes of all are taken together.
 
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
-    level: price of drafting another level for all rows.
+    level: price of drafting another level for all rows. first: what the first one costs beyond that.
     rates: [rows][levels], how likely a level has the right token where no other source has it.
-    tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.num_tables``); none: what
+    tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.sources``); none: what
         sources say counts.
     try_levels: whether levels are drafted where they are not expected to pay, to learn whether they do.
     """
 
     nodes: Sequence[float]
     level: float = 0.0
+    first: float = 0.0
     rates: Sequence[Sequence[float]] = ()
     tables: Sequence[Sequence[Sequence[float]]] = ()
     try_levels: bool = False
@@ -61,7 +62,7 @@ class Prices:
                 off[row], on[row] = (off[row] + on[row] - here) * rate, here
             added += sum(off)
             scoring = self.nodes[min(max(scored, (level + 1) * rows), most)] - self.nodes[min(scored, most)]
-            if (gain := added - (level + 1) * self.level - scoring) > best:
+            if (gain := added - self.first - (level + 1) * self.level - scoring) > best:
                 best, count = gain, level + 1
         return count or int(self.try_levels)
 

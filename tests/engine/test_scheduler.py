@@ -58,7 +58,7 @@ def test_a_text_that_ended_inside_a_draft_is_gone_on_with_from_its_end(llama: Pr
         engine.submit(first)
         for _ in engine.steps():
             pass
-        again, changed = (Request([*first.ids, *words], 9, draft=False) for words in ([], [50, 51]))
+        again, changed = (Request([*first.ids, *words], 9, num_speculative_tokens=0) for words in ([], [50, 51]))
         for request in (changed, again):
             engine.submit(request)
             for _ in engine.steps():
@@ -244,7 +244,7 @@ def test_rows_with_different_sampling_and_without_a_drafter_share_steps(llama: P
     target, drafter = ReferenceTarget(llama), PromptLookupDrafter()
     kinds = [SamplingParams(), SamplingParams(1.1, seed=3), SamplingParams(0.7, 9, seed=4)]
     requests = [Request(PROMPTS[1] * 3, 16, kind) for kind in kinds]
-    requests.append(Request(PROMPTS[1] * 3, 16, draft=False))
+    requests.append(Request(PROMPTS[1] * 3, 16, num_speculative_tokens=0))
     together(target, drafter, requests, FixedDepth(4))
     for request in requests:
         assert new_tokens(request) == alone(target, request)[0]

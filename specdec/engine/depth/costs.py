@@ -16,8 +16,8 @@ MOST_TOKENS = 1024  # of a pass whose cost is told apart
 SPREAD, OTHER_SPREAD = 0.15, 0.5
 NOISE, DRIFT = 0.1, 0.01  # of a step's time, and of the machine's speed from step to step, likewise
 OUTLIER = 0.5  # errors beyond this count less
-FIXED = 0.02  # assumed cost of a draft without levels, in passes
-LEVEL, DRAFT = "level", "draft"
+FIXED = 0.02  # assumed cost of a draft beside its levels, and of the first level beyond a further one, in passes
+LEVEL, FIRST, DRAFT = "level", "first", "draft"
 
 
 @dataclass(frozen=True, config={"allow_inf_nan": False})
@@ -85,11 +85,15 @@ class CostModel:
 
     def level(self, exit: int, rows: int) -> float:
         """Seconds of drafting a level for ``rows``."""
-        return math.exp(self.speed + math.log(self.shares[exit]) + self._other(LEVEL, exit, rows)[0])
+        return self._other(LEVEL, exit, rows, self.shares[exit])
+
+    def first(self, exit: int, rows: int) -> float:
+        """Seconds that the first level takes beyond that."""
+        return self._other(FIRST, exit, rows, FIXED)
 
     def drafting(self, rows: int) -> float:
         """Seconds of a draft beside its levels."""
-        return math.exp(self.speed + math.log(FIXED) + self._other(DRAFT, 0, rows)[0])
+        return self._other(DRAFT, 0, rows, FIXED)
 
     def add_pass(self, tokens: int, seconds: float) -> None:
         """Add the time of a pass over ``tokens``, roots included."""
@@ -110,20 +114,26 @@ class CostModel:
 
     def add_draft(self, exit: int, rows: int, levels: int, seconds: float) -> None:
         """Add the time of drafting ``levels``."""
-        kind = LEVEL if levels else DRAFT
-        own, name = self._other(kind, exit, rows), f"{kind} {exit} {rows}"
+        kind, share = (LEVEL, self.shares[exit]) if levels > 1 else (FIRST if levels else DRAFT, FIXED)
+        exit = exit if levels else 0
+        rest = seconds - (self.drafting(rows) if levels else 0.0)
+        if levels > 1:
+            rest = (rest - self.first(exit, rows)) / levels
+        elif levels:
+            rest -= self.level(exit, rows)
+        expected = self._other(kind, exit, rows, share)
+        own = self.others[name := f"{kind} {exit} {rows}"]
         if name not in self.seen:  # what the first one makes is there afterwards
             self.seen.add(name)
             return
-        if levels:
-            seconds = max(seconds - self.drafting(rows), 0.1 * seconds) / levels
-        assumed = self.speed + math.log(self.shares[exit] if levels else FIXED)
-        error = math.log(max(seconds, 1e-7)) - assumed - own[0]
+        error = math.log(max(rest, 0.1 * expected) / expected)
         gain = own[1] / (own[1] + NOISE**2 * max(abs(error) / OUTLIER, 1.0))
         own[0], own[1] = own[0] + gain * error, max((1 - gain) * own[1], DRIFT**2)
 
-    def _other(self, kind: str, exit: int, rows: int) -> list[float]:
-        return self.others.setdefault(f"{kind} {exit if kind == LEVEL else 0} {rows}", [0.0, OTHER_SPREAD**2])
+    def _other(self, kind: str, exit: int, rows: int, share: float) -> float:
+        """Seconds that cost about ``share`` of a pass over one token."""
+        [error, _] = self.others.setdefault(f"{kind} {exit} {rows}", [0.0, OTHER_SPREAD**2])
+        return share * math.exp(self.speed + error)
 
     def kept(self) -> Costs:
         """What later processes begin with, without ``hits`` and ``trials``."""

@@ -116,7 +116,7 @@ class AutoDepth:
     """The policy above. One serves all requests of a decoder; each request has a history of its own (``begin``).
 
     has_probabilities, shares: ``Drafter.has_probabilities`` and ``Drafter.level_share``.
-    tables: ``Drafter.num_tables``.
+    tables: number of ``Drafter.sources``.
     ratio: of the costs of a pass (``CostModel``).
     earlier: what earlier processes knew.
     passes: expected seconds of a pass of the present rows with 0, 1, .. drafted tokens.
@@ -150,7 +150,7 @@ class AutoDepth:
     def of(cls, drafter: Drafter, ratio: float, earlier: Costs | None = None) -> AutoDepth:
         """The policy for ``drafter``."""
         shares = (*drafter.level_share, *drafter.level_share[-1:] * drafter.num_exits)[: drafter.num_exits]
-        return cls(drafter.has_probabilities, drafter.num_tables, shares, ratio, earlier)
+        return cls(drafter.has_probabilities, len(drafter.sources), shares, ratio, earlier)
 
     def begin(self) -> History:
         """The history of a new request."""
@@ -207,13 +207,14 @@ class AutoDepth:
 
     def _by_source(self, rows: Sequence[History], prices: Prices, speed: float, count: int) -> DepthChoice:
         """Prices, by which the drafter chooses."""
-        level = self.model.level(0, count)
+        level, first = self.model.level(0, count), self.model.first(0, count)
         prices = replace(
             prices,
             level=speed * level,
+            first=speed * first,
             rates=[rates(row, self.common, 0) for row in rows],
             tables=[[table(row, self.common, source) for source in range(self.tables)] for row in rows],
-            try_levels=self.shares[0] > 0 and self._due(LEVELS, 2 * level),
+            try_levels=self.shares[0] > 0 and self._due(LEVELS, first + 2 * level),
         )
         return DepthChoice(self.max_depth, None, prices, [self.max_depth] * len(rows))
 
@@ -259,12 +260,13 @@ class AutoDepth:
         if levels:
             self.idle[LEVELS] = 0.0
         scoring = self.passes[min(nodes, len(self.passes) - 1)] - self.passes[0]
-        price = self.speedup * (scoring + levels * model.level(exit, count)) / self.passes[0]
+        drafting = model.first(exit, count) * (levels > 0) + levels * model.level(exit, count)
+        price = self.speedup * (scoring + drafting) / self.passes[0]
         for b, (row, right) in enumerate(zip(step.rows, step.accepted, strict=True)):
             if found is None:
                 seen = Seen.of_chain(step.drafted[b], right)
             else:
-                first = 0 if found.free is None else found.free[b].matched(step.tokens[b])
+                first = 0 if found.free is None else len(found.free[b].path(step.tokens[b]))
                 seen = Seen.of_candidates(found.rows[b], step.tokens[b], first, levels)
             for history in (row, self.common):
                 history.add(seen, exit, right - price)
