@@ -60,7 +60,7 @@ READ = TypeAdapter(Progress)
 
 
 def folder() -> Path:
-    return files.cache_dir() / "learned"
+    return files.data_dir() / "learned"
 
 
 def first_use() -> None:
@@ -86,7 +86,7 @@ class Store:
     def claim(self) -> bool:
         """Become the one that writes, unless another process is; False otherwise, and if there can be no file."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_data_folder(self.path.parent.name)
             self.lock.acquire(timeout=0)
             self.writes = True
             for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed
