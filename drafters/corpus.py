@@ -1,7 +1,8 @@
 """The corpus of the n-gram drafter, in a tokenizer's tokens: texts of the package, and behind them the user's own.
 
-Both are kept in the cache folder under names made of the tokenizer, as int32: the texts one behind the other, a -1
-before each and at the end. What is missing, damaged or too large makes the corpus smaller; no request fails by it.
+The former are kept in the cache folder and the latter in the data folder, under names made of the tokenizer, as int32:
+the texts one behind the other, a -1 before each and at the end. What is missing, damaged or too large makes the corpus
+smaller; no request fails by it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def tokenised(texts: Iterable[str], tokenizer: Any, most: int, progress: Progres
 def save_own(texts: Iterable[str], tokenizer: Any, progress: Progress) -> bool:
     """Make ``texts`` the user's own for models with that tokenizer, instead of earlier ones; whether all of them fit.
 
-    Raises SpecDecError if there are none, the tokenizer cannot read them or the cache folder cannot be written.
+    Raises SpecDecError if there are none, the tokenizer cannot read them or the data folder cannot be written.
     """
     try:
         ids = tokenised(texts, tokenizer, MOST_OWN, progress)
@@ -73,12 +74,13 @@ def save_own(texts: Iterable[str], tokenizer: Any, progress: Progress) -> bool:
         raise SpecDecError("there is no text in these files; give some that are like what the model shall write")
     path = path_for(tokenizer)
     with reported(f"cannot keep the texts in '{path}'"):
+        files.make_data_folder(path.parent.name)
         _write(path, ids)
     return len(ids) < MOST_OWN
 
 
 def reset(tokenizer: Any) -> None:
-    """Undo ``save_own``. Raises SpecDecError if the cache folder cannot be written."""
+    """Undo ``save_own``. Raises SpecDecError if the data folder cannot be written."""
     with reported(f"cannot delete '{path_for(tokenizer)}'"):
         path_for(tokenizer).unlink(missing_ok=True)
 
@@ -94,11 +96,11 @@ def path_for(tokenizer: Any, packed: bytes | None = None) -> Path:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
     name = hashlib.sha256((packed or b"") + described.encode()).hexdigest()[:24]
-    return folder() / f"{'own' if packed is None else 'shipped'}-{name}.ids"
+    return own_folder() / f"own-{name}.ids" if packed is None else files.cache_dir() / "ngram" / f"shipped-{name}.ids"
 
 
-def folder() -> Path:
-    return files.cache_dir() / "ngram"
+def own_folder() -> Path:
+    return files.data_dir() / "ngram"
 
 
 def _read(path: Path) -> Ints | None:

@@ -93,6 +93,10 @@ class HybridDrafter(Drafter):
     def version(self) -> int:  # type: ignore[override]
         return sum(member.version for member in self.members)
 
+    def claim(self) -> None:
+        for member in self.members:
+            member.claim()
+
     def learn(self) -> bool:
         return any([member.learn() for member in self.members])
 

@@ -1,7 +1,8 @@
-"""What a self-taught drafter keeps between processes: one safetensors file for a model and a path, in the cache folder.
+"""What a self-taught drafter keeps between processes: one safetensors file for a model and a path, in the data folder.
 
-It holds sums over states, a count of each token and the fit that serves, no text. One process at a time writes it.
-Damaged files and those of other versions are not read: learning starts anew.
+It holds sums over states, a count of each token and the fit that serves, no text. Its name is made of the fingerprint
+of the model's weights, and each part has a checksum. One process at a time writes it, and notices if it is deleted
+meanwhile. A file that cannot be used is set aside, and learning starts anew.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, TypeAdapter
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.base import files
@@ -30,13 +33,18 @@ from specdec.base.terminal import say
 VERSION = 3
 MOST_BYTES = 4 << 30  # of all files; the oldest go first
 PRIOR = 4000  # tokens that what a base model learned counts as for a fine-tune, at most
+PATIENCE = 10.0  # seconds that a process waits for another one to change a file
+
+
+class UnusableError(SpecDecError):
+    """A file is damaged, or was written by another version."""
 
 
 @dataclass
 class Progress:
     """How far a drafter has come.
 
-    model: its name. path: the draft path.
+    model: the latest name of the model; of a local one, its whole path. path: the draft path.
     tokens: number of tokens learned from. texts: number of texts, those held out included.
     fitted, based: tokens at the last fit of the second projection, and of the first one.
     fits: number of fits that have served.
@@ -56,11 +64,12 @@ class Progress:
     version: int = VERSION
 
 
-READ = TypeAdapter(Progress)
+READ, SUMS = TypeAdapter(Progress), TypeAdapter(dict[str, int])
+Stamp = tuple[tuple[int, int] | None, ...]
 
 
 def folder() -> Path:
-    return files.cache_dir() / "learned"
+    return files.data_dir() / "learned"
 
 
 def first_use() -> None:
@@ -72,27 +81,38 @@ def first_use() -> None:
         )
 
 
+def whole_name(model: str) -> str:
+    """The name of a model wherever a process runs: the whole path of a local one."""
+    return str(Path(model).resolve()) if model and os.path.exists(model) else model
+
+
 class Store:
     """The file for the weights of one model and one path.
 
-    writes: whether this process may write it (``claim``).
+    writes: whether this process may write it (``claim``). why_not: why it may not.
     """
 
     def __init__(self, fingerprint: str, path: str) -> None:
         name = hashlib.sha256(f"{fingerprint} {path}".encode()).hexdigest()[:24]
         self.path = folder() / f"{name}.safetensors"
-        self.lock, self.writes = FileLock(f"{self.path}.lock"), False
+        self.lock, self.writes, self.why_not = _lock_of(self.path), False, ""
 
     def claim(self) -> bool:
         """Become the one that writes, unless another process is; False otherwise, and if there can be no file."""
+        if self.writes or self.why_not:
+            return self.writes
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-            self.writes = True
-            for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed
-                left.unlink()
-        except (Timeout, OSError, NotImplementedError):  # the last one: the file system has no locks
+            files.make_data_folder(self.path.parent.name)
+            with _changing():
+                self.lock.acquire(timeout=0)
+                self.writes = True
+                _reset_mark(self.path).unlink(missing_ok=True)
+                for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed
+                    left.unlink()
+        except Timeout:
             pass
+        except (OSError, NotImplementedError) as error:  # the last one: the file system has no locks
+            self.why_not = f"'{self.path.parent}' cannot be written ({one_line(error)})"
         return self.writes
 
     def release(self) -> None:
@@ -100,57 +120,96 @@ class Store:
         self.lock.release()
         self.writes = False
 
+    def leave(self, why: str) -> None:
+        """Write nothing from now on."""
+        self.why_not = why
+        self.release()
+
     def progress(self) -> Progress | None:
-        """What the file says of itself; None if there is none. Raises SpecDecError for one that cannot be used."""
+        """As ``read_progress``."""
         return read_progress(self.path)
 
-    def stamp(self) -> tuple[int, int] | None:
-        """Differs between two states of the file."""
-        with suppress(OSError):
-            found = self.path.stat()
-            return found.st_ino, found.st_mtime_ns
-        return None
+    def stamp(self) -> Stamp:
+        """Differs between two states of the file, and before and after ``forget``."""
+        return tuple(map(_stamp, (self.path, _reset_mark(self.path))))
 
     def tensors(self, like: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Its tensors of these names. Raises SpecDecError unless each is there, is shaped so, and is finite."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                for name, each in like.items():
-                    if tuple(file.get_slice(name).get_shape()) != each.shape:
-                        raise ValueError(f"'{name}' has another shape")
-                    tensor = file.get_tensor(name)
-                    if not bool(tensor.isfinite().all()):
-                        raise ValueError(f"'{name}' is not finite")
-                    yield name, tensor
-        except Exception as error:  # safetensors has errors of its own
-            raise SpecDecError(f"'{self.path}' cannot be used ({one_line(error)})") from None
+        """As ``read_tensors``."""
+        return read_tensors(self.path, like)
 
-    def save(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
-        """Write the file at once or not at all. Raises an error of the system or of safetensors."""
+    def save(self, progress: Progress, tensors: dict[str, Tensor], since: Stamp | None = None) -> bool:
+        """Write the file at once or not at all; False if it has changed since that stamp, and so was deleted.
+
+        Raises an error of the system or of safetensors.
+        """
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         os.close(handle)
         try:
-            save_file(tensors, temporary, {"progress": json.dumps(asdict(progress))})
+            said = json.dumps(asdict(progress))
+            sums = {"": zlib.crc32(said.encode())} | {name: _checksum(each) for name, each in tensors.items()}
+            save_file(tensors, temporary, {"progress": said, "checksums": json.dumps(sums)})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            with _changing():
+                if since is not None and since != self.stamp():
+                    return False
+                os.replace(temporary, self.path)
         finally:
             Path(temporary).unlink(missing_ok=True)
         _bound(self.path)
+        return True
+
+    def set_aside(self) -> Path | None:
+        """Rename the file, which cannot be used; None where another process writes it, or it cannot be renamed."""
+        held = self.writes
+        if not self.claim():
+            return None
+        number, place = 1, Path(f"{self.path}.damaged")
+        while place.exists():
+            number, place = number + 1, Path(f"{self.path}.damaged-{number + 1}")
+        try:
+            self.path.rename(place)
+        except OSError as error:
+            self.leave(f"'{self.path}' cannot be renamed ({one_line(error)})")
+            return None
+        if not held:
+            self.release()
+        return place
 
 
 def read_progress(path: Path) -> Progress | None:
-    """As ``Store.progress``."""
+    """What a file says of itself; None if there is none.
+
+    Raises UnusableError for one that cannot be used, SpecDecError if it cannot be read.
+    """
     if not os.path.exists(path):
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = READ.validate_json((file.metadata() or {}).get("progress", ""))
-    except Exception as error:
-        raise SpecDecError(f"'{path}' cannot be used ({type(error).__name__})") from None
+    with _reading(path) as (file, sums):
+        said = (file.metadata() or {}).get("progress", "")
+        if sums and sums.get("") != zlib.crc32(said.encode()):
+            raise ValueError("its description has another checksum")
+        found = READ.validate_json(said)
     if found.version != VERSION:
-        raise SpecDecError(f"'{path}' was written by another version of specdec")
+        raise UnusableError(f"'{path}' was written by another version of specdec")
     return found
+
+
+def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file with these names, or all.
+
+    Raises UnusableError unless each is there, is shaped so, is finite, and is what was written; SpecDecError if the
+    file cannot be read.
+    """
+    with _reading(path) as (file, sums):
+        for name in file.keys() if like is None else like:
+            if like is not None and tuple(file.get_slice(name).get_shape()) != like[name].shape:
+                raise ValueError(f"'{name}' has another shape")
+            tensor = file.get_tensor(name)
+            if sums and sums.get(name) != _checksum(tensor):
+                raise ValueError(f"'{name}' has another checksum")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"'{name}' is not finite")
+            yield name, tensor
 
 
 def begin_from(store: Store, other: Path, model: str) -> None:
@@ -162,13 +221,13 @@ def begin_from(store: Store, other: Path, model: str) -> None:
     progress = read_progress(other)
     assert progress is not None
     tokens = min(progress.tokens, PRIOR)
-    tensors = load_file(other)
+    tensors = dict(read_tensors(other))
     for name, tensor in tensors.items():
         if name.startswith("sums."):
             tensor *= tokens / max(progress.tokens, 1)
     own = Progress(model, progress.path, tokens, fitted=tokens, based=tokens, fits=progress.fits)
     if not store.claim():
-        raise SpecDecError(f"'{store.path}' cannot be written, or another process learns for '{model}'")
+        raise SpecDecError(store.why_not or f"another process learns for '{model}'; end it and try again")
     try:
         store.save(own, tensors)
     except Exception as error:
@@ -178,20 +237,103 @@ def begin_from(store: Store, other: Path, model: str) -> None:
 
 
 def all_progress() -> list[tuple[Path, Progress | None]]:
-    """The files of all models, and what they say of themselves (None: they cannot be used)."""
+    """The files of all models, those set aside included, and what they say of themselves (None: they are unusable)."""
     found = list[tuple[Path, Progress | None]]()
-    for path in sorted(folder().glob("*.safetensors")):
+    for path in _files():
         progress = None
         with suppress(SpecDecError):
-            progress = read_progress(path)
+            progress = read_progress(path) if path.suffix == ".safetensors" else None
         found.append((path, progress))
     return found
+
+
+def forget(stems: set[str] | None = None) -> bool:
+    """Delete the files of models, those set aside included; None: of all models.
+
+    A process that learns for such a model begins anew: returns whether there is one. Raises SpecDecError if something
+    cannot be deleted.
+    """
+    learning = False
+    if not os.path.exists(folder()):
+        return False
+    try:
+        with _changing():
+            for path in [*_files(), *folder().glob("[!.]*.lock")]:
+                if stems is None or path.name.partition(".")[0] in stems:
+                    if path.suffix != ".lock":
+                        path.unlink(missing_ok=True)
+                        continue
+                    file, mark = path.with_suffix(""), _reset_mark(path.with_suffix(""))
+                    mark.unlink(missing_ok=True)
+                    try:
+                        with FileLock(path, timeout=0):
+                            for left in folder().glob(f".{file.name}.*"):  # by a process that was killed
+                                left.unlink()
+                            with suppress(OSError):  # a system may keep what is open
+                                path.unlink()
+                    except Timeout:
+                        mark.touch()
+                        learning = True
+    except (OSError, NotImplementedError) as error:
+        raise SpecDecError(f"cannot delete what was learned in '{folder()}': {one_line(error)}") from None
+    return learning
+
+
+def _files() -> list[Path]:
+    return sorted([*folder().glob("*.safetensors"), *folder().glob("*.safetensors.damaged*")])
+
+
+def _lock_of(path: Path) -> FileLock:
+    return FileLock(f"{path}.lock", thread_local=False)
+
+
+def _reset_mark(path: Path) -> Path:
+    """A file that ``forget`` makes anew where a process learns."""
+    return Path(f"{path}.reset")
+
+
+@contextmanager
+def _changing() -> Iterator[None]:
+    """One process at a time takes or deletes a file. Raises an OSError if another one does not end."""
+    try:
+        with FileLock(folder() / ".lock", timeout=PATIENCE):
+            yield
+    except Timeout as error:
+        if error.lock_file != str(folder() / ".lock"):
+            raise
+        raise OSError(f"another process holds '{error.lock_file}'") from None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[tuple[Any, dict[str, int]]]:
+    """An open file and its checksums (none: an earlier version wrote it); a damaged one becomes an UnusableError."""
+    try:
+        path.open("rb").close()  # what the system says, which safetensors does not tell from damage
+        with safe_open(path, framework="pt") as file:
+            yield file, SUMS.validate_json((file.metadata() or {}).get("checksums", "{}"))
+    except (OSError, MemoryError) as error:
+        raise SpecDecError(f"'{path}' cannot be read ({one_line(error)})") from None
+    except Exception as error:  # safetensors has errors of its own
+        raise UnusableError(f"'{path}' is damaged ({one_line(error)})") from None
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of its type, its shape and its bytes."""
+    begin = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, begin)
 
 
 def _bound(newest: Path) -> None:
     """Delete the oldest files until the others fit ``MOST_BYTES``."""
     with suppress(OSError):
-        others = sorted(newest.parent.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)
+        others = sorted(_files(), key=lambda path: -path.stat().st_mtime)
         total = 0
         for path in others:
             total += path.stat().st_size

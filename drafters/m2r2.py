@@ -139,6 +139,10 @@ class M2R2Drafter(ChainDrafter):
         if self.learner is not None and learn:
             self.learner.add(ids, start)
 
+    def claim(self) -> None:
+        if isinstance(self.learner, Learner):
+            self.learner.fits.claim()
+
     def learn(self) -> bool:
         if self.learner is None or self.served is None or not self.learner.work():
             return False

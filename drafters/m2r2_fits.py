@@ -21,7 +21,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.ngram import built
 
 from .corpus import corpus
-from .learned import Progress, Store
+from .learned import Progress, Stamp, Store, UnusableError, whole_name
 from .m2r2_network import M2R2
 from .m2r2_path import M2R2Path
 from .ridge import RIDGE, Sums, Weighted, result
@@ -53,7 +53,8 @@ class Fits:
 
     def __init__(self, target: Target) -> None:
         self.target, self.path = target, learned_path(target)
-        self.progress = Progress(str(target.model.config._name_or_path), str(self.path))
+        self.name = whole_name(str(target.model.config._name_or_path))
+        self.progress = Progress(self.name, str(self.path))
         self.sums: list[Sums] = []
         self.store, self.kept, self.kept_at = Store(target.fingerprint, str(self.path)), 0, -math.inf
         self._restore()
@@ -71,7 +72,8 @@ class Fits:
     def _restore(self) -> None:
         """Take the fit of an earlier process, or begin with zeros."""
         target, store, size, d = self.target, self.store, self.target.vocab_size, self.target.hidden_size
-        self.counts, self.stamp = torch.zeros(size, dtype=torch.long), store.stamp()
+        self.counts = torch.zeros(size, dtype=torch.long)
+        self.stamp: Stamp = store.stamp()
         if target.tokenizer is not None and built():
             ids = corpus(target.tokenizer, size)
             self.counts += torch.from_numpy(np.bincount(ids[ids >= 0], minlength=size))
@@ -83,12 +85,13 @@ class Fits:
                 found = dict(store.tensors(self._kept(first, second, basis)))
                 tokens = found.get("vocabulary", torch.zeros(1))
                 if int(tokens.min()) < 0 or int(tokens.max()) >= size:
-                    raise SpecDecError(f"'{store.path}' names tokens that the model does not have")
+                    raise UnusableError(f"'{store.path}' names tokens that the model does not have")
                 first, second, basis = (found[name].float() for name in ("fit.0", "fit.1", "basis"))
                 self.counts, self.vocabulary = found["counts"].long(), found.get("vocabulary")
+                progress.model = self.name
                 self.progress, self.kept = progress, progress.texts
         except SpecDecError as error:
-            warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
+            self._cannot_use(error)
         self.network = self.basis = result(self._making(first.T, second.T))
         if not torch.equal(basis, first):
             self.basis = result(self._making(basis.T))
@@ -102,10 +105,37 @@ class Fits:
     def _panels(self, sums: list[Sums]) -> dict[str, Tensor]:
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
+    def _cannot_use(self, error: SpecDecError) -> None:
+        """Set the file aside if its content cannot be used; one that cannot be read now is not written over."""
+        place = None
+        if isinstance(error, UnusableError):
+            place = self.store.set_aside()
+        else:
+            self.store.leave(str(error))
+        done = f"it is set aside as '{place.name}'" if place else "it stays there"
+        warnings.warn(f"{error}; {done}, and learning starts anew", SpecDecWarning, stacklevel=3)
+        self.stamp = self.store.stamp() if place else ()  # it is read again before this process writes
+
+    def claim(self) -> None:
+        """Become the process that keeps what is learned. Raises SpecDecError if that cannot be."""
+        if not self.store.claim():
+            why = self.store.why_not or f"another process learns for '{self.name}', and only one keeps what it learns"
+            raise SpecDecError(f"{why}; end it, or start it with --no-learn, and try again")
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether what this process has learned was deleted by another one (``learned.forget``)."""
+        return self.store.writes and bool(self.sums) and self.store.stamp() != self.stamp
+
+    def begin_anew(self) -> None:
+        """Forget all; the network that serves, too."""
+        self.sums, self.kept, self.progress = [], 0, Progress(self.name, str(self.path))
+        self._restore()
+
     def opening(self) -> Generator[None]:
         """Make the sums, or read those of earlier processes."""
         if not self.store.claim():
-            why = "another process learns for this model, or the cache folder cannot be written"
+            why = self.store.why_not or "another process learns for this model"
             warnings.warn(f"{why}: what this one learns is not kept", SpecDecWarning, stacklevel=2)
         if self.store.stamp() != self.stamp:  # it has learned since
             self._restore()
@@ -116,9 +146,9 @@ class Fits:
                 sums[n].panels[number] = tensor
                 yield
         except SpecDecError as error:
-            warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=2)
+            self._cannot_use(error)
             sums = self._new_sums()
-            self.progress, self.kept = Progress(self.progress.model, self.progress.path, fits=self.version), 0
+            self.progress, self.kept = Progress(self.name, str(self.path), fits=self.version), 0
         self.sums = sums
 
     def keep(self) -> None:
@@ -129,7 +159,8 @@ class Fits:
             used = (self.network.projections[0], self.network.projections[1], self.basis.projections[0])
             maps = (torch.cat((each.weight.T, each.bias[None])).cpu().bfloat16() for each in used)
             tensors = self._kept(*maps) | self._panels(self.sums)
-            self.store.save(self.progress, tensors)
+            if self.store.save(self.progress, tensors, self.stamp):
+                self.stamp = self.store.stamp()
         except Exception as error:  # memory, the disk: what is learned serves all the same
             self.store.release()
             warnings.warn(f"what was learned cannot be kept: {one_line(error)}", SpecDecWarning, stacklevel=2)

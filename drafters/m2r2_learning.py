@@ -122,6 +122,8 @@ class Learner:
     def _next(self) -> Iterator[None] | None:
         """The work to do next."""
         fits, progress = self.fits, self.fits.progress
+        if fits.forgotten:
+            return self._forget()
         if not fits.sums:
             return self._open() if self.queue else None
         held = sum(text.count for text in self.latest.held)
@@ -146,6 +148,15 @@ class Learner:
     def _open(self) -> Iterator[None]:
         yield from self.fits.opening()
         self.judged = self.fits.network
+
+    def _forget(self) -> Iterator[None]:
+        """Begin anew: a person has deleted what was learned."""
+        warnings.warn("what was learned is deleted; the drafter begins anew", SpecDecWarning, stacklevel=2)
+        self.queue.clear()
+        self.latest.clear()
+        self.fits.begin_anew()
+        self.judged, self.read = self.fits.network, 0
+        yield
 
     def _keep(self) -> Iterator[None]:
         """Write the file in a thread; nothing else is learned meanwhile."""

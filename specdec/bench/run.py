@@ -42,7 +42,7 @@ Chat = tuple[Conversation, list[str]]  # with its turns and plain decoding's ans
 class Decoders:
     """What cells share: the model that was used last, its drafters, and prompt sets.
 
-    data_dir: folder of named prompt sets; None: $SPECDEC_DATA.
+    data_dir: folder of named prompt sets; None: the data folder.
     """
 
     def __init__(self, data_dir: Path | None = None) -> None:

@@ -186,11 +186,10 @@ def _history() -> Any:
     """The history of earlier input, in a file that only its owner can read."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    from specdec.base.files import cache_dir
+    from specdec.base.files import make_data_folder
 
-    path = cache_dir() / "chat_history"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = make_data_folder() / "chat_history"
         path.touch(mode=0o600)
     except OSError:
         return InMemoryHistory()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,8 +45,9 @@ def collect() -> dict[str, Any]:
         "kernels": _kernels(),
         "device": _device(),
         "threads": {"used": cores.threads(), "cpus": cores.cpus()},
-        "cache": _cache(),
-        "ngram_texts": {path.name: path.stat().st_size // 4 for path in sorted(corpus.folder().glob("own-*.ids"))},
+        "cache": _folder(files.cache_dir(), files.CACHE),
+        "data": _folder(files.data_dir(), files.DATA),
+        "ngram_texts": {path.name: path.stat().st_size // 4 for path in sorted(corpus.own_folder().glob("own-*.ids"))},
         "models": {name: embedded_folder(name) is not None for name in EMBEDDED},
         "shipped_drafters": shipped_drafters(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -63,7 +66,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _lines(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     cpu, kernels, device = report["cpu"], report["kernels"], report["device"]
-    threads, cache = report["threads"], report["cache"]
+    threads = report["threads"]
     yield from ((name, version or "not installed") for name, version in report["versions"].items())
     yield "commit", report["commit"] or "not a checkout"
     yield "system", report["system"]
@@ -75,8 +78,12 @@ def _lines(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     )
     yield "device", device["name"] + (f"; {device['no_cuda']}" if device["no_cuda"] else "")
     yield "threads", f"{threads['used']} (CPUs of this process: {threads['cpus']})"
-    size = f", {cache['bytes'] / 1e6:.0f} MB, {cache['free_bytes'] / 1e9:.1f} GB free on its disk"
-    yield "cache", cache["folder"] + (size if cache["exists"] else ", not created yet")
+    for name in ("cache", "data"):
+        found = report[name]
+        size = f", {found['bytes'] / 1e6:.1f} MB, {found['free_bytes'] / 1e9:.1f} GB free on its disk"
+        yield name, found["folder"] + (size if found["exists"] else ", not created yet")
+        for part, count in found["parts"].items():
+            yield f"  {part}", f"{count / 1e6:.1f} MB"
     texts = ", ".join(f"{count:,} tokens in {name}" for name, count in report["ngram_texts"].items())
     yield "your texts", texts or "none counted by 'specdec tune prior'"
     models = (f"{name} ({'in' if there else 'not in'} the cache)" for name, there in report["models"].items())
@@ -124,18 +131,24 @@ def _device() -> dict[str, str]:
         return {"name": "cpu", "no_cuda": str(error)}
 
 
-def _cache() -> dict[str, Any]:
-    """The size of the cache folder, without following links. Files that vanish meanwhile do not count."""
-    folder, size, free = files.cache_dir(), 0, 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                size += os.lstat(os.path.join(parent, name)).st_size
-            except OSError:
-                continue
-    if folder.exists():
-        free = shutil.disk_usage(folder).free
-    return {"folder": str(folder), "exists": folder.exists(), "bytes": size, "free_bytes": free}
+def _folder(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
+    """The sizes of the parts of a folder that are there, and of all of them."""
+    sizes = {name: _bytes(folder / name) for name in parts if (folder / name).exists()}
+    there = folder.exists()
+    free = shutil.disk_usage(folder).free if there else 0
+    return {"folder": str(folder), "exists": there, "bytes": sum(sizes.values()), "parts": sizes, "free_bytes": free}
+
+
+def _bytes(path: Path) -> int:
+    """The size of a file, or of all files in a folder, without following links. Those that vanish do not count."""
+    size, names = 0, [str(path)]
+    for parent, folders, own in os.walk(path):
+        names += [os.path.join(parent, name) for name in (*own, *folders)]
+    for name in names:
+        with suppress(OSError):
+            found = os.lstat(name)
+            size += 0 if stat.S_ISDIR(found.st_mode) else found.st_size
+    return size
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

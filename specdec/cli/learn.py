@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
+from specdec.api.tuned import DEFAULTS, load_tuned, tuned_path
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.cli import shared
-from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
+from specdec.models.prepare import embedded_folder
 
 if TYPE_CHECKING:
+    from specdec.drafters.learned import Progress
     from specdec.runtimes.target import Target
 
 
@@ -56,14 +60,16 @@ def ahead(
         from specdec.api.decoder import SpecDecoder
         from specdec.api.priming import prime
         from specdec.bench.prompts import load_prompts
+        from specdec.drafters.auto import AutoDrafter
         from specdec.models import drafter_folder
 
         given = [] if prompts is None else [each.turns[0] for each in load_prompts(prompts).conversations]
         how = {"dtype": dtype, "device": device, "runtime": runtime}
-        decoder = SpecDecoder.from_pretrained(model, learn=False, **how)  # type: ignore[arg-type]
+        decoder = SpecDecoder.from_pretrained(model, "none", learn=False, **how)  # type: ignore[arg-type]
         if base is not None:
             _begin_from(decoder.target, base)
-            decoder = decoder.with_drafter(decoder.drafter.label)
+        # Not what 'specdec tune drafter' chose, which may be one that learns nothing.
+        decoder = decoder.with_drafter(AutoDrafter.load(decoder.target))
         if not decoder.drafter.learns and (shipped := drafter_folder.find_shipped("m2r2", decoder.target)):
             raise SpecDecError(
                 f"the m2r2 shipped for '{model}' is trained, and does not learn by itself; to train it on "
@@ -75,6 +81,12 @@ def ahead(
         f"learned from {found.tokens:,} tokens; tokens a step on held-out questions: {found.before:.2f} before, "
         f"{found.after:.2f} after"
     )
+    tuned = load_tuned(tuned_path(model, dtype, str(decoder.device), runtime, DEFAULTS["weights"]))
+    if tuned is not None and tuned.drafter != decoder.drafter.label:
+        say(
+            f"'specdec tune drafter' chose {tuned.drafter} for this model before: measure again with it, or give "
+            f"--drafter {decoder.drafter.label}"
+        )
 
 
 @app.command("status", epilog="Example: specdec learn status --json")
@@ -90,14 +102,18 @@ def status(as_json: shared.JsonLine = False) -> None:
         say(f"nothing was learned yet; files would be in {learned.folder()}")
         return
     rows = list[tuple[str, ...]]()
+    last = Counter(Path(model).name for model in {each.model for _, each in found if each})
     for path, each in found:
         size = terminal.megabytes(path.stat().st_size)
         if each is None:
-            rows.append((path.name, "cannot be read; 'specdec learn reset' removes it", "", "", "", size))
+            rows.append((path.name, "cannot be used; 'specdec learn reset' removes it", "", "", "", size))
             continue
+        name = Path(each.model).name
         shares = [share for _, share in each.agreement]
         latest = f"{100 * shares[-1]:.0f} %" if shares else "no fit yet"
-        rows.append((Path(each.model).name, f"{each.tokens:,}", each.since, latest, sparkline(shares), size))
+        rows.append(
+            (name if last[name] == 1 else each.model, f"{each.tokens:,}", each.since, latest, sparkline(shares), size)
+        )
     terminal.print_table(("model", "tokens", "since", "first drafts right", "over time", "size"), rows)
 
 
@@ -108,13 +124,14 @@ def reset(
     """Forget what was learned."""
     from specdec.drafters import learned
 
-    found = [path for path, each in learned.all_progress() if model is None or (each and _is(each.model, model))]
-    if model is not None and not found:
-        raise SpecDecError(f"nothing was learned for '{model}'; see 'specdec learn status'")
-    for path in found:
-        with reported(f"cannot delete '{path}'"):
-            path.unlink()
-    say(f"forgot what was learned for {len(found)} model{'' if len(found) == 1 else 's'}")
+    if model is None:
+        count, stems = len(learned.all_progress()), None
+    else:
+        found = _learned_for(model)
+        count, stems = len(found), {path.stem for path, _ in found}
+    if learned.forget(stems):
+        say("a process that learns now begins anew")
+    say(f"forgot what was learned for {count} model{'' if count == 1 else 's'}")
 
 
 @app.command("export", epilog="Example: specdec learn export my-drafter --model my-model")
@@ -147,17 +164,40 @@ def _begin_from(target: Target, base: str) -> None:
     store = learned.Store(target.fingerprint, path)
     if store.path.exists():
         raise SpecDecError(f"'{own}' has learned already; 'specdec learn reset {own}' forgets it")
-    found = [(file, each) for file, each in learned.all_progress() if each and _is(each.model, base)]
-    if not found:
-        raise SpecDecError(f"nothing was learned for '{base}'; see 'specdec learn status'")
-    if not (same := [file for file, each in found if each.path == path]):
+    found = _learned_for(base)
+    if not (same := [(each.tokens, file) for file, each in found if each.path == path]):
         raise SpecDecError(f"'{base}' has another shape than '{own}', so it cannot be its base")
-    learned.begin_from(store, same[0], own)
+    learned.begin_from(store, max(same)[1], learned.whole_name(own))
 
 
-def _is(name: str, model: str) -> bool:
-    """Whether the kept ``name`` of a model is the one that the user means: a path, or its last part."""
-    return model in (name, Path(name).name) or Path(name).name == Path(model).name
+def _learned_for(model: str) -> list[tuple[Path, Progress]]:
+    """What was learned for a model of this name, else for its weights. Raises SpecDecError if nothing was.
+
+    The last part of a name will do where only one model has it.
+    """
+    from specdec.drafters import learned
+
+    known = [(path, each) for path, each in learned.all_progress() if each]
+    if found := [(path, each) for path, each in known if each.model in (model, learned.whole_name(model))]:
+        return found
+    if not (local := Path(model).exists()):
+        found = [(path, each) for path, each in known if Path(each.model).name == model]
+        if len(names := {each.model for _, each in found}) > 1:
+            raise SpecDecError(f"'{model}' may be {' or '.join(sorted(names))}; give one of these")
+    here = local or (model in EMBEDDED and embedded_folder(model) is not None)
+    if known and here and not found:  # perhaps learned under the name of a copy
+        mark = _fingerprint(model)
+        found = [(path, each) for path, each in known if learned.Store(mark, each.path).path == path]
+    if not found:
+        raise SpecDecError(f"nothing was learned for '{model}'; see 'specdec learn status'")
+    return found
+
+
+def _fingerprint(model: str) -> str:
+    from specdec.models import identity, loading
+
+    with terminal.status(f"reading {model}"):
+        return identity.fingerprint(loading.load(model, device="cpu")[0])
 
 
 def sparkline(values: list[float]) -> str:

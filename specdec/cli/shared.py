@@ -96,7 +96,8 @@ FirstTurns = Annotated[
     str, typer.Option(metavar="FILE|NAME", help="As in bench; only the first turn of each conversation is used.")
 ]
 DataDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", envvar="SPECDEC_DATA", help="Folder of named prompt sets.")
+    Path | None,
+    typer.Option(metavar="DIR", envvar="SPECDEC_DATA", help="Folder of named prompt sets; default: the data folder."),
 ]
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Number of conversations, evenly spaced over the set; default: all.")

@@ -36,6 +36,7 @@ from specdec.base.devices import upload
 from specdec.kvcache.rows import RowCache
 
 Part = Literal["attention", "mlp"]
+LEAST_ROWS = 64  # of a matrix that grows, for which there is memory
 UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe", "experts")
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _finding = threading.Lock()
@@ -214,9 +215,16 @@ class Target(ABC):
 
     def reduced_head(self, token_ids: Tensor) -> nn.Linear:
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
+        return GivenLinear(*self._head_rows(token_ids))
+
+    def extended_head(self, head: GrowingLinear | None, token_ids: Tensor) -> GrowingLinear:
+        """``head`` (None: one without outputs) with those of further tokens behind its own; reads their rows alone."""
+        return GrowingLinear(head, *self._head_rows(token_ids))
+
+    def _head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         full = self.own_head
         index, bias = token_ids.to(self.device), getattr(full, "bias", None)
-        return GivenLinear(weight_rows(full, index), None if bias is None else bias.detach()[index])
+        return weight_rows(full, index), None if bias is None else bias.detach()[index]
 
 
 class GivenLinear(nn.Linear):
@@ -227,6 +235,41 @@ class GivenLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+
+
+class RowMemory:
+    """Memory for the rows of a matrix that grows: values [capacity, in].
+
+    packed: what a runtime derives from the rows, which never change.
+    """
+
+    def __init__(self, rows: Tensor, capacity: int) -> None:
+        self.values = rows.new_empty(capacity, rows.shape[1])
+        self.values[: len(rows)] = rows
+        self.used = len(rows)
+        self.packed: Any = None
+
+
+class GrowingLinear(GivenLinear):
+    """``before`` with further outputs behind its own, in the same memory where there is room; else in twice as much."""
+
+    memory: RowMemory
+
+    @torch.inference_mode()  # the memory may have been made in this mode
+    def __init__(self, before: GrowingLinear | None, weight: Tensor, bias: Tensor | None) -> None:
+        start = before.out_features if before is not None else 0
+        end = start + len(weight)
+        if before is None or before.memory.used != start or end > len(before.memory.values):
+            whole = weight if before is None else torch.cat((before.memory.values[:start], weight))
+            memory = RowMemory(whole, max(LEAST_ROWS, 2 * end))
+        else:
+            memory = before.memory
+            memory.values[start:end] = weight
+            memory.used = end
+        if bias is not None and before is not None:
+            bias = torch.cat((before.bias, bias))
+        super().__init__(memory.values[:end], bias)
+        self.memory = memory
 
 
 def _windows(config: Any) -> list[int | None]:

@@ -344,6 +344,9 @@ class Drafter(ABC):
         differently for it.
         """
 
+    def claim(self) -> None:  # noqa: B027 (optional)
+        """Become the process that keeps what is learned. Raises SpecDecError if another one is, or nothing can be."""
+
     def learn(self) -> bool:
         """Do a piece of work, of about 50 ms, between two steps; False if there is none."""
         return False

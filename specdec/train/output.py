@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,7 +24,7 @@ from specdec.models import drafter_folder, source
 from specdec.train.settings import TrainSettings, current, from_mapping
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
-ANSWERS, STATES = "answers.jsonl", "states"
+ANSWERS, STATES, LOCK = "answers.jsonl", "states", ".lock"
 LENGTHS = ("minutes", "steps")  # the settings that say how long a run is
 # Files that a run writes, replaces and deletes. A folder that holds them without a recipe is refused.
 WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, STATES)
@@ -41,8 +42,13 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         ) from None
 
 
-def open_output(settings: TrainSettings, resume: bool) -> Path:
-    """Create the folder, or check that it holds a run with the same settings."""
+def lock_of(settings: TrainSettings) -> FileLock:
+    """Held by the process that writes to the output folder."""
+    return FileLock(Path(settings.output) / LOCK, timeout=0, thread_local=False)
+
+
+def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = None) -> Path:
+    """Create the folder, or check that it holds a run with the same settings; take the lock, if this is to write."""
     if not settings.output:
         raise SpecDecError("no output folder; give --output DIR")
     output, own = Path(settings.output), recorded(settings)
@@ -51,11 +57,18 @@ def open_output(settings: TrainSettings, resume: bool) -> Path:
         if not recipe.exists():
             if there := [name for name in WRITTEN if (output / name).exists()]:
                 raise SpecDecError(f"'{output}' holds a '{there[0]}' that no training run wrote; give another --output")
-        elif any(path != recipe for path in output.iterdir()):
+        elif any(path not in (recipe, output / LOCK) for path in output.iterdir()):
             _check_same_run(output, own, resume)
         output.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            with suppress(NotImplementedError):  # a file system without locks
+                lock.acquire()
         text = yaml.safe_dump(own.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         files.write_atomically(recipe, text.encode())
+    except Timeout:
+        raise SpecDecError(
+            f"another process trains in '{output}'; wait for its end, or end it and continue with --resume"
+        ) from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
     return output

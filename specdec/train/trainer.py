@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -33,7 +34,7 @@ from specdec.train import data, states
 from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
 from specdec.train.data import Prompt, TrainingAnswer
 from specdec.train.method import RunContext, lookup
-from specdec.train.output import STATES, open_output
+from specdec.train.output import STATES, lock_of, open_output
 from specdec.train.run import TrainingRun, progress_bars
 from specdec.train.settings import TrainSettings
 from specdec.train.world import ProcessGroup, join
@@ -50,18 +51,24 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     with join(str(loading.find_device(settings.device))) as world:
         if settings.rows < world.size:
             raise SpecDecError(f"{world.size} processes cannot share batches of {settings.rows} rows; raise 'rows'")
-        with world.first_process_first():  # the others read what the first one computes
-            run = _prepare(settings, resume or not world.first, console or stderr(), world)
-        return run.train(resume)
+        lock = lock_of(settings)
+        try:
+            with world.first_process_first():  # the others read what the first one computes
+                run = _prepare(settings, resume or not world.first, console or stderr(), world, lock)
+            return run.train(resume)
+        finally:
+            lock.release()
 
 
-def _prepare(settings: TrainSettings, resume: bool, console: Console, world: ProcessGroup) -> TrainingRun:
+def _prepare(
+    settings: TrainSettings, resume: bool, console: Console, world: ProcessGroup, lock: FileLock
+) -> TrainingRun:
     """All stages before gradient training. Finished parts are read from the disk."""
     # Checks that need no model come first.
     items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
     texts = data.read_texts([Path(p) for p in settings.text])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
-    output = open_output(settings, resume)
+    output = open_output(settings, resume, lock if world.first else None)
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     fits = partial(check_memory, settings.model, dtype=dtype, place=torch.device(world.device))

@@ -109,7 +109,7 @@ def test_own_texts_are_counted_shown_and_forgotten(run, tmp_path: Path) -> None:
         result = run("tune", "prior", *files)
         assert result.exit_code == 0 and "18 tokens of yours" in " ".join(result.stderr.split()), result.output
     assert "18 tokens of yours" in " ".join(run("tune", "prior").stderr.split())
-    [kept] = (tmp_path / "cache" / "ngram").glob("own-*")
+    [kept] = (tmp_path / "cache/data/ngram").glob("own-*")
     doctor = CliRunner().invoke(cli.app, ["doctor"]).stdout
     assert f"21 tokens in {kept.name}" in doctor
     assert "no texts of yours" in " ".join(run("tune", "prior", "--reset").stderr.split()) and not kept.exists()

@@ -125,7 +125,7 @@ def test_the_command_reads_lines_from_a_pipe(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_terminal_has_a_history_that_only_its_owner_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setenv("SPECDEC_DATA", str(tmp_path))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()):

@@ -14,6 +14,7 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
+from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.cli.learn import sparkline
 from specdec.drafters import learned, m2r2_fits, m2r2_learning
 from specdec.models import drafter_folder
@@ -108,9 +109,51 @@ def test_a_trained_drafter_does_not_learn_and_how_to_train_it_is_said(
 def test_a_file_that_cannot_be_read_is_named_and_can_be_removed() -> None:
     learned.folder().mkdir(parents=True)
     (learned.folder() / "abc.safetensors").write_bytes(b"nothing")
-    assert "cannot be read; 'specdec learn reset' removes it" in run("status")[0]
+    assert "cannot be used; 'specdec learn reset' removes it" in run("status")[0]
     run("reset")
     assert not list(learned.folder().glob("*.safetensors"))
+
+
+def test_models_with_the_same_last_part_of_a_path_are_kept_apart(folder: Path, tmp_path: Path) -> None:
+    a, b, copy = tmp_path / "a/final", tmp_path / "b/final", tmp_path / "copy"
+    for place, gain in (a, 1.0), (b, 1.25):
+        shutil.copytree(folder, place)
+        weights = load_file(place / "model.safetensors")
+        weights["model.norm.weight"] *= gain
+        save_file(weights, place / "model.safetensors", {"format": "pt"})
+    shutil.copytree(b, copy)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path)
+        for place in ("a/final", "b/final"):
+            run(place, "--minutes", "0.01", "--runtime", "reference")
+    assert {each["model"] for each in json.loads(run("status", "--json")[0])} == {str(a), str(b)}
+    assert {row.split("\t")[0] for row in run("status")[0].splitlines()[1:]} == {str(a), str(b)}
+    assert f"'final' may be {a} or {b}; give one of these" in run("reset", "final", code=2)[1]
+    other = tmp_path / "other/final"
+    shutil.copytree(folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    gone = tmp_path / "gone/final"
+    assert f"nothing was learned for '{gone}'" in run(str(other), "--base", str(gone), code=2)[1]
+    assert f"nothing was learned for '{other}'" in run("reset", str(other), code=2)[1]
+    assert "1 model" in run("reset", str(a))[1]
+    assert [each["model"] for each in json.loads(run("status", "--json")[0])] == [str(b)]
+    assert "1 model" in run("reset", str(copy))[1]  # the same weights
+
+
+def test_learning_beside_another_process_is_refused_in_one_sentence(folder: Path) -> None:
+    first = SpecDecoder.from_pretrained(folder, "m2r2", runtime="reference")
+    first.drafter.claim()
+    said = run(str(folder), "--minutes", "0.01", "--runtime", "reference", code=2)[1]
+    assert f"another process learns for '{folder}', and only one keeps what it learns; end it" in said
+    assert "learned from" not in said
+
+
+def test_what_tune_drafter_chose_does_not_hinder_learning(folder: Path) -> None:
+    save_tuned(tuned_path(str(folder), "auto", "cpu", "reference", "auto"), Tuned("lookahead", 3, 1.5, "8 of own"))
+    said = run(str(folder), "--minutes", "0.01", "--runtime", "reference")[1]
+    assert "learned from" in said and "'specdec tune drafter' chose lookahead for this model before" in said
 
 
 def test_nothing_to_export(folder: Path, tmp_path: Path) -> None:

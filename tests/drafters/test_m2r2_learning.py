@@ -673,6 +673,126 @@ def test_a_file_that_cannot_be_used_makes_learning_start_anew(target: Target, mo
     assert other.fits.store.progress() == other.fits.progress
 
 
+def test_no_bit_of_a_file_can_change_unnoticed(target: Target) -> None:
+    learner = taught(target, 24)
+    learner.save()
+    learner.fits.store.release()
+    path = learner.fits.store.path
+    data, draw = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    places = [draw.randrange(8, header) for _ in range(40)] + [draw.randrange(header, len(data)) for _ in range(40)]
+    before, wholes = dict(learned.read_tensors(path)), 0
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        try:
+            progress, found = learned.read_progress(path), dict(learned.read_tensors(path))
+        except learned.UnusableError as error:
+            assert str(path) in str(error)
+            continue
+        wholes += 1  # what changed is not read
+        assert progress == learner.fits.progress and found.keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
+    assert wholes < 4
+
+
+def test_a_damaged_file_is_set_aside_with_one_line_and_none_is_lost(target: Target) -> None:
+    learner = taught(target, 24)
+    learner.save()
+    learner.fits.store.release()
+    path, aside = learner.fits.store.path, list[bytes]()
+    for number in range(2):
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 4
+        path.write_bytes(bytes(data))
+        aside.append(bytes(data))
+        with pytest.warns(
+            SpecDecWarning, match="is damaged .*; it is set aside as '.*', and learning starts"
+        ) as warned:
+            other = Learner(target)
+            other.add(list(range(3, 40)), 4)
+            while other.work():
+                pass
+        assert len(warned) == 1 and other.fits.progress.tokens == 33
+        other.save()
+        assert [each.read_bytes() for each in sorted(path.parent.glob("*.damaged*"))] == aside, number
+        other.fits.store.release()
+    assert learned.forget() is False and not [*path.parent.glob("*.safetensors*")]
+
+
+def test_a_file_that_cannot_be_opened_now_is_neither_set_aside_nor_written_over(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    learner = taught(target, 24)
+    learner.save()
+    learner.fits.store.release()
+    path, kept, opened = learner.fits.store.path, learner.fits.store.path.read_bytes(), Path.open
+
+    def refuse(self: Path, *args: object, **how: object) -> object:
+        if self == path:
+            raise OSError(24, "Too many open files")
+        return opened(self, *args, **how)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.warns(SpecDecWarning, match="Too many open files"):
+            other = Learner(target)
+    with pytest.warns(SpecDecWarning, match="what this one learns is not kept"):
+        other.add(list(range(3, 40)), 4)
+        while other.work():
+            pass
+    other.save()
+    assert path.read_bytes() == kept and not other.fits.store.writes
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_process_that_learns_notices_that_all_was_deleted(target: Target, monkeypatch, before: bool) -> None:  # type: ignore[no-untyped-def]
+    with monkeypatch.context() as patched:
+        if not before:  # it has kept nothing yet
+            patched.setattr(m2r2_fits.Fits, "keep", lambda self: setattr(self, "kept", self.progress.texts))
+        learner = taught(target, 24)
+    assert bool(learned.all_progress()) == before and learner.fits.version
+    assert learned.forget() is True
+    learner.fits.kept = 0
+    learner.save()
+    assert not learned.all_progress() and learner.fits.forgotten
+    with pytest.warns(SpecDecWarning, match="what was learned is deleted") as warned:
+        learner.add(list(range(3, 40)), 4)
+        while learner.work():
+            pass
+    assert len(warned) == 1 and not learner.fits.progress.tokens and not learner.latest and not learner.fits.version
+    learner.add(list(range(3, 40)), 4)
+    while learner.work():
+        pass
+    learner.save()
+    [(_, progress)] = learned.all_progress()
+    assert progress is not None and progress.tokens == 33
+    learner.fits.store.release()
+    assert learned.forget() is False and [each.name for each in learned.folder().iterdir()] == [".lock"]
+
+
+def test_a_file_that_is_deleted_while_it_is_written_stays_deleted(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    learner = taught(target, 24)
+    learner.save()
+    learner.fits.kept, wrote = 0, learned.save_file
+
+    def deleted_meanwhile(*args: object) -> None:
+        wrote(*args)  # type: ignore[arg-type]
+        learned.forget()
+
+    monkeypatch.setattr(learned, "save_file", deleted_meanwhile)
+    learner.save()
+    assert not learned.all_progress()
+
+
+def test_the_file_of_an_earlier_version_without_checksums_is_read(target: Target) -> None:
+    learner = taught(target, 24)
+    learner.save()
+    learner.fits.store.release()
+    path = learner.fits.store.path
+    with learned.safe_open(path, framework="pt") as file:
+        said = {"progress": file.metadata()["progress"]}
+    save_file(load_file(path), path, said)
+    assert same(learner, Learner(target))
+
+
 def test_one_process_at_a_time_writes(target: Target) -> None:
     first = taught(target, 12)
     kept = first.fits.store.path.read_bytes()
@@ -717,7 +837,7 @@ def test_where_nothing_can_be_written_it_learns_for_itself(
             raise NotImplementedError("the file system has no locks")
 
         monkeypatch.setattr(learned.FileLock, "acquire", refuse)
-    with pytest.warns(SpecDecWarning, match="the cache folder cannot be written") as warned:
+    with pytest.warns(SpecDecWarning, match="learned' cannot be written") as warned:
         learner = taught(target, 12)
     learner.save()
     assert len(warned) == 1 and learner.fits.progress.fits and not list(tmp_path.rglob("*.safetensors"))
@@ -742,7 +862,7 @@ def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch, step
         learner = taught(target, 24)
         learner.save()
     assert len(warned) == 1 and learner.fits.progress.fits
-    assert not [path for path in learner.fits.store.path.parent.iterdir() if path.suffix != ".lock"]
+    assert not [path for path in learner.fits.store.path.parent.iterdir() if not path.name.endswith(".lock")]
 
 
 def test_sums_are_always_those_of_all_texts(target: Target) -> None:

@@ -89,6 +89,28 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
 
 
+def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, step, said = tmp_path / "out", TrainingRun._step, list[str]()
+
+    def beside(run: TrainingRun, *args: Any) -> dict[str, float]:
+        if run.update == 3:
+            run._save()
+            before = (out / "train.yaml").read_bytes()
+            with pytest.raises(SpecDecError) as refused:
+                train(recipe(answers, out, steps=8), resume=True)
+            assert (out / "train.yaml").read_bytes() == before
+            said.append(str(refused.value))
+        return step(run, *args)
+
+    monkeypatch.setattr(TrainingRun, "_step", beside)
+    train(recipe(answers, out, steps=5))
+    assert said == [f"another process trains in '{out}'; wait for its end, or end it and continue with --resume"]
+    monkeypatch.setattr(TrainingRun, "_step", step)
+    train(recipe(answers, out, steps=8), resume=True)
+
+
 def test_a_finished_run_is_prolonged_from_its_last_update(answers: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(recipe(answers, out, steps=20))

@@ -74,7 +74,7 @@ class Packed:
         weight takes bf16.
     draft_only: whether bf16 weights are quantised to 8 bits, large ones to 4: drafts need not be exact.
     memory: where the tiles lie, if not with all others.
-    made: the tiles of such a weight, where they are there (``packing``).
+    made: the tiles of such a weight and their format, where they are there (``packing``, ``GrowingTiles``).
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Packed:
         scale: float = 1.0,
         cap: float = 0.0,
         memory: Memory | None = None,
-        made: Tensor | None = None,
+        made: tuple[int, Tensor] | None = None,
     ) -> None:
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
@@ -99,9 +99,11 @@ class Packed:
         for part, weight in zip(self.parts, weights, strict=True):
             if isinstance(weight, Blocks):
                 kind, tiles = _block_tiles(weight, memory)
+            elif made is not None:
+                kind, tiles = made
             else:
-                kind = _draft_kind(weight) if draft_only else BF16
-                tiles = _tiles(weight, kind, memory) if made is None else made
+                kind = _draft_kind(*weight.shape) if draft_only else BF16
+                tiles = _tiles(weight, kind, memory)
             end += -(-weight.shape[0] // 16)
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
             self.tiles.append(tiles)
@@ -173,7 +175,7 @@ def packing(
     weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, cap: float = 0.0
 ) -> Generator[None, None, Packed]:
     """Return ``Packed`` of a bf16 weight for drafts alone, after pieces of work."""
-    source, kind, (out, inp) = weight.detach().contiguous(), _draft_kind(weight), weight.shape
+    source, kind, (out, inp) = weight.detach().contiguous(), _draft_kind(*weight.shape), weight.shape
     lib, step = library.load(), max(PACKED // inp // 16, 1) * 16  # rows
     size = lib.specdec_tiles_bytes(kind, 1, inp // 32)  # of 16 rows
     tiles = _arena.allocate(-(-out // 16) * size)
@@ -182,7 +184,30 @@ def packing(
         table = RowTable(rows)
         done(lib.specdec_pack_rounded(ctypes.byref(table.struct), len(rows), kind, place, None, cores.threads()))
         yield
-    return Packed([weight], bias, draft_only=True, scale=scale, cap=cap, made=tiles)
+    return Packed([weight], bias, draft_only=True, scale=scale, cap=cap, made=(kind, tiles))
+
+
+class GrowingTiles:
+    """Tiles of a bf16 matrix for drafts alone, whose rows come one after the other; of ``capacity`` rows at most.
+
+    rows: number of rows that are there.
+    """
+
+    def __init__(self, capacity: int, inp: int) -> None:
+        self.kind, self.rows = _draft_kind(capacity, inp), 0
+        self.size = library.load().specdec_tiles_bytes(self.kind, 1, inp // 32)  # of 16 rows
+        self.tiles = _arena.allocate(-(-capacity // 16) * self.size)
+
+    def extend(self, weight: Tensor) -> tuple[int, Tensor]:
+        """Pack the rows of ``weight`` that are not there, with those of the tile that the first one joins."""
+        if len(weight) > self.rows:
+            first = self.rows // 16
+            rows, place = weight.detach()[16 * first :], self.tiles.data_ptr() + first * self.size
+            table = RowTable(rows)
+            given = ctypes.byref(table.struct), len(rows), self.kind, place, None, cores.threads()
+            done(library.load().specdec_pack_rounded(*given))
+            self.rows = len(weight)
+        return self.kind, self.tiles
 
 
 class RowTable:
@@ -254,8 +279,8 @@ def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, gaps: Tensor | No
     return tiles
 
 
-def _draft_kind(weight: Tensor) -> int:
-    return Q4 if weight.numel() > LARGE else Q8
+def _draft_kind(out: int, inp: int) -> int:
+    return Q4 if out * inp > LARGE else Q8
 
 
 def serves(weight: Tensor) -> bool:

@@ -48,7 +48,7 @@ from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, 
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.reference import ByParts
-from specdec.runtimes.target import TOKEN_RATIO, Pass
+from specdec.runtimes.target import TOKEN_RATIO, GrowingLinear, Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 FAMILIES = tuple(families.FAMILIES)
@@ -348,9 +348,12 @@ class NativeTarget(ByParts):
         with self.lock:
             packed = self._heads.get(module)
             if packed is None:
-                weight = matrix(module)
+                weight, made = matrix(module), None
+                if isinstance(head, GrowingLinear):
+                    head.memory.packed = head.memory.packed or linear.GrowingTiles(*head.memory.values.shape)
+                    made = head.memory.packed.extend(weight)
                 numbers = self.numbers.logits, self.numbers.logits_cap
-                packed = Packed([weight], module.bias, self.rounded, head is not None, *numbers)
+                packed = Packed([weight], module.bias, self.rounded, head is not None, *numbers, made=made)
                 self._heads[module] = packed
                 least = max(SCREENED * self.bytes_of_layers, LEAST)
                 if head is None and isinstance(weight, Blocks) and packed.nbytes > least:

@@ -1,0 +1,74 @@
+"""The draft vocabulary follows the texts of the rows: what a new token costs, and whose tokens a row drafts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import model_of, tiny_model
+
+from specdec.drafters.vocabulary import Context, DraftVocabulary
+from specdec.runtimes import target as targets
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import State
+from specdec.speculation.sampling import Sampler, SamplingParams
+
+
+def target_of(runtime: str) -> Target:
+    if runtime == "native":
+        return NativeTarget(model_of("llama")) if library.runs() else pytest.skip("there are no native kernels here")
+    return ReferenceTarget(tiny_model("llama"))
+
+
+def follow(vocabulary: DraftVocabulary, contexts: list[Context], texts: list[list[int]]) -> None:
+    target = vocabulary.target
+    vocabulary.follow(State(target, target.new_cache(), Sampler(SamplingParams()), texts), contexts)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("runtime", ["reference", "native"])
+@torch.inference_mode()
+def test_a_new_token_costs_its_own_row_however_many_there_are(runtime: str, rows: int, monkeypatch: Any) -> None:
+    target, read, packed = target_of(runtime), list[int](), list[int]()
+    given = targets.weight_rows
+    monkeypatch.setattr(targets, "weight_rows", lambda head, index: read.append(len(index)) or given(head, index))
+    vocabulary = DraftVocabulary(target, torch.arange(3, 13, dtype=torch.int32))
+    if runtime == "native":
+        lib = library.load()
+        pack = lib.specdec_pack_rounded
+        monkeypatch.setattr(lib, "specdec_pack_rounded", lambda *args: packed.append(args[1]) or pack(*args))
+    contexts, texts = [Context() for _ in range(rows)], [[5] for _ in range(rows)]
+    x = torch.randn(1, 2, target.hidden_size, generator=torch.Generator().manual_seed(0)).to(target.dtype)
+    vocabulary.logits(x)
+    read.clear()
+    packed.clear()
+    for number in range(13, 93):
+        texts[number % rows].append(number)
+        follow(vocabulary, contexts, texts)
+        logits = vocabulary.logits(x.expand(rows, -1, -1))
+        assert vocabulary.tokens is not None and logits.shape[-1] == len(vocabulary.tokens) == number - 2
+        assert vocabulary.forbidden is None or int((~vocabulary.forbidden).sum()) == len(vocabulary.added)
+    assert read == [1] * 80
+    if runtime == "native":  # whole tiles of 16 rows; twice as much memory for 65 rows
+        assert len(packed) == 80 and sorted(packed)[-2:] == [16, 65]
+    vocabulary.forbidden = None
+    whole = target.readout(x, target.reduced_head(torch.tensor(vocabulary.added)))
+    assert torch.equal(vocabulary.logits(x)[..., 10:], whole)
+
+
+@torch.inference_mode()
+def test_a_row_alone_drafts_no_token_of_another_text() -> None:
+    target = target_of("reference")
+    vocabulary = DraftVocabulary(target, torch.arange(3, 13, dtype=torch.int32))
+    contexts = [Context(), Context()]
+    follow(vocabulary, contexts, [[20, 21], [30]])
+    assert vocabulary.added == [20, 21, 30]
+    follow(vocabulary, contexts[1:], [[30, 31]])
+    assert vocabulary.added == [30, 31] and vocabulary.forbidden is None
+    follow(vocabulary, [Context()], [[5]])
+    assert vocabulary.added == [] and vocabulary.added_head is None and len(vocabulary.heads) == 1
+    assert torch.equal(vocabulary.tokens, vocabulary.trained)  # type: ignore[arg-type]
