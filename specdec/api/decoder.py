@@ -130,7 +130,7 @@ class SpecDecoder:
             self.close()
             raise
         self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements
-        if self.learning and self.drafter.keeps:
+        if self.learning and self.drafter.learns:
             first_use()
         self._kept_at = -KEEP_EVERY
 

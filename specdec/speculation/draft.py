@@ -217,7 +217,7 @@ class Drafter(ABC):
     has_probabilities: whether it knows probabilities of its tokens, and sizes drafts by ``State.prices``.
     leaves_early: whether tokens may leave the model early, with a confidence (``State.threshold``).
     leaves_state: whether they leave with an exact state of the model.
-    learns: whether it has work to do between requests (``learn``). keeps: whether later processes have what it learned.
+    learns: whether it has work to do between requests (``learn``).
     version: changes when it begins to draft differently; what was measured before says little then.
     path: a text that tells drafters with different costs apart, beside the name.
     """
@@ -236,7 +236,6 @@ class Drafter(ABC):
     leaves_early: bool = False
     leaves_state: bool = False
     learns: bool = False
-    keeps: bool = False
     version: int = 0
     path: str = ""
 
