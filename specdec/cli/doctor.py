@@ -32,7 +32,6 @@ def collect() -> dict[str, Any]:
     """The report as JSON values; None or empty where the system reports nothing."""
     from specdec.base import cores  # these import torch
     from specdec.bench.environment import environment
-    from specdec.drafters import corpus
 
     machine = environment()
     return {
@@ -44,7 +43,6 @@ def collect() -> dict[str, Any]:
         "device": _device(),
         "threads": {"used": cores.threads(), "cpus": cores.cpus()},
         "cache": _cache(),
-        "ngram_texts": {path.name: path.stat().st_size // 4 for path in sorted(corpus.folder().glob("own-*.ids"))},
         "models": {name: embedded_folder(name) is not None for name in EMBEDDED},
         "shipped_drafters": shipped_drafters(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -77,8 +75,6 @@ def _lines(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "threads", f"{threads['used']} (CPUs of this process: {threads['cpus']})"
     size = f", {cache['bytes'] / 1e6:.0f} MB, {cache['free_bytes'] / 1e9:.1f} GB free on its disk"
     yield "cache", cache["folder"] + (size if cache["exists"] else ", not created yet")
-    texts = ", ".join(f"{count:,} tokens in {name}" for name, count in report["ngram_texts"].items())
-    yield "your texts", texts or "none counted by 'specdec tune prior'"
     models = (f"{name} ({'in' if there else 'not in'} the cache)" for name, there in report["models"].items())
     yield "models", ", ".join(models)
     shipped = ", ".join(f"{name} for {', '.join(models)}" for name, models in report["shipped_drafters"].items())
