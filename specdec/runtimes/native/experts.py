@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import mmap
 import os
 import tempfile
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 import torch
@@ -23,13 +25,30 @@ from torch import Tensor
 
 from specdec.base import files
 from specdec.base.errors import SpecDecError, reported
-from specdec.runtimes.experts.cache import Counters
-from specdec.runtimes.experts.store import slots_per_layer
 from specdec.runtimes.native.library import INT
 
 _WILL_NEED, _DONT_NEED, _POPULATE_READ = 3, 4, 22  # of madvise
 CHUNK = 128 << 10  # bytes that the system is told of at a time; it ignores the end of long ranges
 Demand = ctypes.CFUNCTYPE(INT, INT, INT, ctypes.POINTER(INT))  # as in native.h
+
+
+@dataclass
+class Counters:
+    """Statistics of experts, counted per layer and pass.
+
+    demanded: experts that passes took. misses: those of them that were read then.
+    evictions: experts that were dropped. bytes_read, stall_seconds: what reading took.
+    """
+
+    demanded: int = 0
+    misses: int = 0
+    evictions: int = 0
+    bytes_read: int = 0
+    stall_seconds: float = 0.0
+
+    def since(self, earlier: Counters) -> Counters:
+        old = asdict(earlier)
+        return Counters(**{name: value - old[name] for name, value in asdict(self).items()})
 
 
 class _Layer:
@@ -87,12 +106,13 @@ class MappedExperts:
     budget: the share (float), or bytes (int) of all layers.
     layers: by number, the layers with experts.
     call: for the kernels. unread: whether experts of the last pass could not be read.
-    store: itself, as in ``Offload``.
     """
 
     def __init__(self, budget: float) -> None:
+        if not (0 < budget <= 1 or (isinstance(budget, int) and budget > 1)):
+            raise SpecDecError(f"an expert cache is a share in (0, 1] or a number of bytes; got {budget}")
         self.budget, self.layers, self.counters = budget, dict[int, _Layer](), Counters()
-        self.slots, self.shape, self.store = 0, (0, 0, 0), self
+        self.slots, self.shape = 0, (0, 0, 0)
         self.last, self.lock = list[_Layer](), threading.Lock()  # the layer that was taken last
         self.call: Any = Demand(self._demand)
         self.unread = False
@@ -114,7 +134,15 @@ class MappedExperts:
         """All layers are written. Raises SpecDecError if the budget does not hold what one token takes."""
         sizes = [size for layer in self.layers.values() for _, size in layer.places]
         self.shape = len(self.layers), len(sizes) // len(self.layers), max(sizes)
-        self.slots = slots_per_layer(self.budget, self.shape, top_k)
+        rows, experts, each = self.shape
+        size = self.budget if isinstance(self.budget, int) and self.budget > 1 else self.budget * math.prod(self.shape)
+        self.slots = min(int(size + 0.5) // (rows * each), experts)
+        if self.slots < top_k:
+            least = rows * top_k * each
+            raise SpecDecError(
+                f"an expert cache of {size / 1e6:.4g} MB holds {self.slots} experts per layer, but one token "
+                f"needs {top_k}; give at least {least / math.prod(self.shape):.3g} ({least / 1e6:.4g} MB)"
+            )
 
     @property
     def resident_bytes(self) -> int:
@@ -124,8 +152,17 @@ class MappedExperts:
         """One line for reports."""
         return f"{self.slots} of {self.shape[1]} experts per layer in memory ({self.resident_bytes / 1e6:.0f} MB)"
 
-    def close(self) -> None:
-        """The experts stay where they are."""
+    def figures(self, start: Counters, new_tokens: int) -> dict[str, float]:
+        """What reading experts cost since ``start``, and per new token."""
+        c, tokens = self.counters.since(start), max(new_tokens, 1)
+        return {
+            "demanded": c.demanded,
+            "hit_rate": 1 - c.misses / max(c.demanded, 1),
+            "bytes_read": c.bytes_read,
+            "bytes_per_token": c.bytes_read / tokens,
+            "stall_ms_per_token": 1e3 * c.stall_seconds / tokens,
+            "resident_bytes": self.resident_bytes,
+        }
 
     def check(self) -> None:
         """Raise SpecDecError if experts of the last pass could not be read."""
@@ -149,7 +186,6 @@ class MappedExperts:
                     counters.evictions += 1
             missing = [expert for expert in wanted if expert not in layer.there]
             counters.demanded += count
-            counters.in_time += count - len(missing)
             counters.misses += len(missing)
             start = time.perf_counter()
             for expert in missing:
@@ -158,7 +194,7 @@ class MappedExperts:
                 if layer.advise(expert, _POPULATE_READ) == errno.EFAULT:
                     self.unread = True
                     return 1
-                counters.bytes_demand += layer.places[expert][1]
+                counters.bytes_read += layer.places[expert][1]
             counters.stall_seconds += time.perf_counter() - start if missing else 0
             for expert in wanted:
                 layer.there.pop(expert, None)
