@@ -127,7 +127,7 @@ def install(words: list[str]) -> None:
     for word in words:
         own = re.fullmatch(r"\.(?:\[(.+)\])?", word)
         wheel = f"dist/specdec_m2r2-{__version__}-py3-none-any.whl"
-        assert own or word in ("-e", wheel, "llama-cpp-python", "openvino-genai"), f"pip install {word}"
+        assert own or word in ("-e", wheel, "llama-cpp-python"), f"pip install {word}"
         assert not (own and own[1]) or set(own[1].split(",")) <= set(EXTRAS), word
 
 
