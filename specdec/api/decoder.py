@@ -89,6 +89,7 @@ class SpecDecoder:
     exact: raise an error for lossy rules.
     expert_cache: the share (0.25) or the bytes (int) of a mixture's experts that stays in memory; the others are read
     from the disk on demand (bfloat16 on a CPU). None: all, or those for which there is room.
+    expert_prefetch: read experts ahead, by forecasts that teach themselves.
     learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated;
     None: yes.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
@@ -110,6 +111,7 @@ class SpecDecoder:
         verifier_options: Options = None,
         exact: bool = False,
         expert_cache: float | None = None,
+        expert_prefetch: bool = False,
         learn: bool | None = None,
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
@@ -120,7 +122,9 @@ class SpecDecoder:
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.learning = LEARN if learn is None else learn
-        self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations, expert_cache)
+        self.target, self.runtime_note = make_target(
+            model, runtime, weights, kv_cache, activations, expert_cache, expert_prefetch
+        )
         self.target.tokenizer = tokenizer
         self.drafter = self._drafter(drafter, dict(drafter_options or {}))
         self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements

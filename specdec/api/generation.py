@@ -35,6 +35,7 @@ class DecoderOptions(TypedDict, total=False):
     verifier_options: Options
     exact: bool
     expert_cache: float | None
+    expert_prefetch: bool
     learn: bool | None
 
 

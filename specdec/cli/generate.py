@@ -49,6 +49,9 @@ def generate(
         str | None,
         _model("--expert-cache", "Keep this share (0.25) or size (300MB) of a mixture's experts in memory.", "SIZE"),
     ] = None,
+    expert_prefetch: Annotated[
+        bool, _model("--expert-prefetch", "Read experts ahead, by forecasts that teach themselves.")
+    ] = False,
     system: Annotated[str | None, _text("--system", options.System, "TEXT")] = None,
     raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
     stop: Annotated[list[str] | None, _text("--stop", options.Stop, "TEXT", show_default=False)] = None,
@@ -116,6 +119,7 @@ def generate(
             drafter_options=drafter_options,
             verifier=rule,
             expert_cache=cache,
+            expert_prefetch=expert_prefetch,
             learn=bool(learn),  # else the command would end after its text only
         )
     tuned = decoder.tuned

@@ -170,6 +170,7 @@ def experts(what: str, figures: dict[str, float]) -> Facts:
     if figures:
         facts += [
             ("experts found in memory", f"{figures['hit_rate']:.0%}"),
+            ("experts read ahead, used", f"{figures['read_ahead']:.0f}, {figures['read_ahead_used']:.0f}"),
             ("read per accepted token", f"{figures['bytes_per_token'] / 1e6:.2f} MB"),
             ("stalled per token", f"{figures['stall_ms_per_token']:.1f} ms"),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -47,6 +48,7 @@ def make_target(
     kv_cache: str = "auto",
     activations: str = "auto",
     expert_cache: float | None = None,
+    expert_prefetch: bool = False,
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
@@ -60,6 +62,7 @@ def make_target(
     activations: "auto" (8 bits for quantised weights in the native runtime, else the model's dtype), "int8" or "bf16".
     expert_cache: the share (float) or bytes (int) of a mixture's experts that stays in memory (in the native runtime);
         None: all, or those for which there is room.
+    expert_prefetch: read experts ahead, by forecasts.
     """
     check_names(runtime, weights, kv_cache, activations)
     asked = {"weights": weights, "kv_cache": kv_cache, "activations": activations}
@@ -68,8 +71,11 @@ def make_target(
         what = ROUNDED[rounded[0]]
         raise SpecDecError(f"the {runtime} runtime has no {what}, the native one has; use {rounded[0]} 'auto'")
     refuse_unsupported(model)
+    if expert_prefetch and expert_cache is None:
+        raise SpecDecError("expert_prefetch goes with expert_cache; give its size, such as 0.25")
     if expert_cache is not None:
-        return _with_experts_on_disk(model, runtime, weights, kv_cache, activations, expert_cache), ""
+        how = weights, kv_cache, activations, expert_cache, expert_prefetch
+        return _with_experts_on_disk(model, runtime, how), ""
     native = ["native"] if rounded or model.dtype == torch.bfloat16 else []
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
     every = [runtime] if runtime != "auto" else native if rounded else [*first, "reference"]
@@ -92,15 +98,13 @@ def make_target(
     raise SpecDecError(f"{what} is not possible here ({'; '.join(reasons)}); use {rounded[0]} 'auto'")
 
 
-def _with_experts_on_disk(
-    model: PreTrainedModel, runtime: str, weights: str, kv_cache: str, activations: str, expert_cache: float
-) -> Target:
+def _with_experts_on_disk(model: PreTrainedModel, runtime: str, how: tuple[Any, ...]) -> Target:
     """The native target, which leaves experts on the disk. Raises SpecDecError if it does not serve the model."""
     if runtime not in ("auto", "native"):
         raise SpecDecError(f"the {runtime} runtime has no expert cache, the native one has; use runtime 'auto'")
     with lock_of(model):
         try:
-            return NativeTarget(model, weights, kv_cache, activations, expert_cache)
+            return NativeTarget(model, *how)
         except (NotFiniteError, SettingError):
             raise
         except SpecDecError as error:

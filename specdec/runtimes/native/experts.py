@@ -2,7 +2,8 @@
 
 They lie there in tiles, as the kernels read them. What a layer's router chose and is not there is read at once, and the
 least recently used experts are dropped when the next layer has chosen. A pass that takes more than the share, such as
-that over a prompt, keeps them meanwhile. The file has no name: it is gone with the process.
+that over a prompt, keeps them meanwhile. The file has no name: it is gone with the process. With forecasts, the system
+is told to read what the next layers are likely to take; what a layer then does not take is dropped.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.base import files
 from specdec.base.errors import SpecDecError, reported
-from specdec.runtimes.native.library import INT
+from specdec.runtimes.native.forecasts import Forecasts
+from specdec.runtimes.native.library import FLOAT, INT
 
 _WILL_NEED, _DONT_NEED, _POPULATE_READ = 3, 4, 22  # of madvise
 CHUNK = 128 << 10  # bytes that the system is told of at a time; it ignores the end of long ranges
-Demand = ctypes.CFUNCTYPE(INT, INT, INT, ctypes.POINTER(INT))  # as in native.h
+NUMBERS = ctypes.POINTER(FLOAT)
+Demand = ctypes.CFUNCTYPE(INT, INT, INT, ctypes.POINTER(INT), INT, NUMBERS, NUMBERS)  # as in native.h
 
 
 @dataclass
@@ -37,11 +42,14 @@ class Counters:
     """Statistics of experts, counted per layer and pass.
 
     demanded: experts that passes took. misses: those of them that were read then.
+    ahead, used: experts that were read ahead, and those of them that the layer then took.
     evictions: experts that were dropped. bytes_read, stall_seconds: what reading took.
     """
 
     demanded: int = 0
     misses: int = 0
+    ahead: int = 0
+    used: int = 0
     evictions: int = 0
     bytes_read: int = 0
     stall_seconds: float = 0.0
@@ -55,6 +63,7 @@ class _Layer:
     """The experts of a layer: a part of the file from ``begin`` on, and its mapping.
 
     places: offset and bytes of each expert there. there: the experts in memory, the least recently used first.
+    ahead: those that are read ahead.
     """
 
     def __init__(self, file: BinaryIO, begin: int, most: int) -> None:
@@ -62,7 +71,7 @@ class _Layer:
         self.file, self.begin, self.used = file, begin, 0
         self.mapping = mmap.mmap(file.fileno(), most, offset=begin)
         self.memory = torch.frombuffer(self.mapping, dtype=torch.uint8)
-        self.places, self.there = list[tuple[int, int]](), dict[int, None]()
+        self.places, self.there, self.ahead = list[tuple[int, int]](), dict[int, None](), set[int]()
 
     def allocate(self, size: int) -> Tensor:
         """``size`` bytes of the expert that is written, aligned to a cache line. Raises SpecDecError without space."""
@@ -106,6 +115,7 @@ class MappedExperts:
     budget: the share (float), or bytes (int) of all layers.
     layers: by number, the layers with experts.
     call: for the kernels. unread: whether experts of the last pass could not be read.
+    forecasts: None: nothing is read ahead.
     """
 
     def __init__(self, budget: float) -> None:
@@ -115,6 +125,7 @@ class MappedExperts:
         self.slots, self.shape = 0, (0, 0, 0)
         self.last, self.lock = list[_Layer](), threading.Lock()  # the layer that was taken last
         self.call: Any = Demand(self._demand)
+        self.forecasts: Forecasts | None = None
         self.unread = False
         folder = files.cache_dir()
         with reported(f"cannot write experts to '{folder}'"):
@@ -158,21 +169,26 @@ class MappedExperts:
         return {
             "demanded": c.demanded,
             "hit_rate": 1 - c.misses / max(c.demanded, 1),
+            "read_ahead": c.ahead,
+            "read_ahead_used": c.used,
             "bytes_read": c.bytes_read,
             "bytes_per_token": c.bytes_read / tokens,
             "stall_ms_per_token": 1e3 * c.stall_seconds / tokens,
             "resident_bytes": self.resident_bytes,
         }
 
-    def check(self) -> None:
+    def end_pass(self) -> None:
         """Raise SpecDecError if experts of the last pass could not be read."""
+        if self.forecasts is not None:
+            with self.lock:
+                self.forecasts.work()
         if self.unread:
             self.unread = False
             raise SpecDecError(
                 f"cannot read experts from their file in '{files.cache_dir()}': the disk failed; load the model again"
             )
 
-    def _demand(self, number: int, count: int, groups: Any) -> int:
+    def _demand(self, number: int, count: int, groups: Any, rows: int, x: Any, logits: Any) -> int:
         """A pass takes the experts of ``groups`` (Grouped, in mixture.c) in a layer: they are in memory afterwards.
 
         Returns 1 if the disk fails. The kernels would end the process if they read them then.
@@ -186,18 +202,46 @@ class MappedExperts:
                     counters.evictions += 1
             missing = [expert for expert in wanted if expert not in layer.there]
             counters.demanded += count
-            counters.misses += len(missing)
+            counters.used += len(layer.ahead.intersection(missing))
             start = time.perf_counter()
             for expert in missing:
-                layer.advise(expert, _WILL_NEED, CHUNK)
+                if expert not in layer.ahead:
+                    counters.misses += 1
+                    self._read(layer, expert)
+            for expert in layer.ahead.difference(wanted):
+                layer.drop(expert)
+            layer.ahead.clear()
             for expert in missing:
                 if layer.advise(expert, _POPULATE_READ) == errno.EFAULT:
                     self.unread = True
                     return 1
-                counters.bytes_read += layer.places[expert][1]
             counters.stall_seconds += time.perf_counter() - start if missing else 0
             for expert in wanted:
                 layer.there.pop(expert, None)
                 layer.there[expert] = None
             self.last = [layer]
+            if self.forecasts is not None:
+                self._read_ahead(self.forecasts, number, rows, x, logits)
         return 0
+
+    def _read(self, layer: _Layer, expert: int) -> None:
+        """Let the system begin to read an expert."""
+        layer.advise(expert, _WILL_NEED, CHUNK)
+        self.counters.bytes_read += layer.places[expert][1]
+
+    def _read_ahead(self, forecasts: Forecasts, number: int, rows: int, x: Any, logits: Any) -> None:
+        """Begin to read what later layers are likely to take, at most as many experts as they keep."""
+        of = forecasts.width, self.shape[1]
+        for later, experts in forecasts.seen(number, *map(partial(_by_token, rows), (x, logits), of)):
+            layer = self.layers[later]
+            for expert in experts[: self.slots]:
+                if expert not in layer.there and expert not in layer.ahead:
+                    layer.ahead.add(expert)
+                    self.counters.ahead += 1
+                    self._read(layer, expert)
+
+
+def _by_token(rows: int, numbers: Any, width: int) -> Tensor:
+    """A copy of what the kernels hold feature by feature, [blocks][width in whole tiles][16]: [rows, width]."""
+    shape = -(-rows // 16), -(-width // 16) * 16, 16
+    return torch.from_numpy(np.ctypeslib.as_array(numbers, shape)).transpose(1, 2).flatten(0, 1)[:rows, :width].clone()

@@ -44,6 +44,7 @@ from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.experts import MappedExperts
+from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
@@ -71,6 +72,7 @@ class NativeTarget(ByParts):
     weights, kv_cache, activations: as in ``make_target``.
     expert_cache: the share (float) or bytes (int) of a mixture's experts that is in memory; None: all of them, if there
     is room.
+    expert_prefetch: whether experts are read ahead by forecasts.
     """
 
     runtime = "native"
@@ -84,6 +86,7 @@ class NativeTarget(ByParts):
         kv_cache: str = "auto",
         activations: str = "auto",
         expert_cache: float | None = None,
+        expert_prefetch: bool = False,
     ) -> None:
         refuse_unsupported(model)
         self.lib = library.load()
@@ -141,6 +144,8 @@ class NativeTarget(ByParts):
             struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
         if self.experts is not None:
             self.experts.begin(self.mixture.taken)
+            if expert_prefetch:
+                self.experts.forecasts = Forecasts(self._routers(decoder.layers), self.mixture.taken)
             self._alive.append(self.experts)
         demand = None if self.experts is None else ctypes.cast(self.experts.call, POINTER)
         self.inner = max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self._experts), 0)
@@ -201,7 +206,7 @@ class NativeTarget(ByParts):
             model, call, _alive = self._call(y, lo, hi, ctx)
             done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
             if self.experts is not None:
-                self.experts.check()
+                self.experts.end_pass()
         if hi in taps and lo <= hi:
             taps[hi] = y
         return y
@@ -232,7 +237,7 @@ class NativeTarget(ByParts):
             drafter = TreeDrafter(self, path, *size)
         found = drafter(self, cache, roots, limits, masks)
         if self.experts is not None:
-            self.experts.check()
+            self.experts.end_pass()
         idle.append(drafter)
         return found
 
@@ -425,6 +430,12 @@ class NativeTarget(ByParts):
         struct.gates, struct.sums = map(ctypes.addressof, made)
         self._experts += gates + sums
         self._alive.append(made)
+
+    def _routers(self, layers: Any) -> dict[int, Tensor]:
+        """The routers [E, D] of layers with experts, as they act on the residual at unit RMS."""
+        norm = dict(zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True))["mlp"]
+        routers = {n: llama_like.router(layer.mlp) for n, layer in enumerate(layers) if llama_like.has_experts(layer)}
+        return {n: each.weight.detach().float() * self._norm(getattr(layers[n], norm)) for n, each in routers.items()}
 
     def _norm(self, module: Any) -> Tensor:
         """The factors of a norm [features] (float32)."""

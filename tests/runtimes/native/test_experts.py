@@ -60,9 +60,9 @@ def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
         experts.layers[layer].there.clear()
     demand = experts._demand
 
-    def noted(layer: int, count: int, groups: Any) -> int:
+    def noted(layer: int, count: int, groups: Any, *more: Any) -> int:
         chosen.setdefault(layer, []).append(groups[: 3 * count : 3])
-        return demand(layer, count, groups)
+        return demand(layer, count, groups, *more)
 
     call = type(experts.call)(noted)
     target._model.demand = ctypes.cast(call, ctypes.c_void_p)
@@ -121,6 +121,7 @@ def test_experts_of_a_checkpoint_are_read_one_by_one(tmp_path: Path, family: str
         ({"runtime": "fused"}, "the fused runtime has no expert cache, the native one has; use runtime 'auto'"),
         ({"expert_cache": 0.1}, "holds 0 experts per layer, but one token needs 2; give at least 0.333"),
         ({"expert_cache": 1.5}, r"an expert cache is a share in \(0, 1\] or a number of bytes; got 1.5"),
+        ({"expert_cache": None, "expert_prefetch": True}, "expert_prefetch goes with expert_cache; give its size"),
         ({"expert_cache": 0}, r"an expert cache is a share in \(0, 1\] or a number of bytes; got 0"),
     ],
 )
