@@ -1,10 +1,10 @@
-"""``specdec`` with llama.cpp and OpenVINO GenAI among the methods of its benchmarks.
+"""``specdec`` with llama.cpp among the methods of its benchmarks.
 
-    python benchmarks/other_engines.py bench --drafters none,m2r2,llama.cpp,openvino --model MODEL.gguf
+    python benchmarks/other_engines.py bench --drafters none,m2r2,llama.cpp --model MODEL.gguf
 
 Methods beside those of ``specdec bench``, also for ``sweep``: llama.cpp, llama.cpp-lookup, llama.cpp-ngram-cache,
-llama.cpp-ngram-simple, llama.cpp-draft-model=FILE, openvino and openvino-lookup. They load the model's own file, decode
-greedily, one prompt at a time, with our number of threads, each in a process of its own (``peers``).
+llama.cpp-ngram-simple and llama.cpp-draft-model=FILE. They load the model's own file, decode greedily, one prompt at a
+time, with our number of threads, each in a process of its own (``peers``).
 """
 
 from __future__ import annotations

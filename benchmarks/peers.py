@@ -43,7 +43,7 @@ class PeerEngine(Protocol):
         ...
 
     def passes(self, sizes: list[int]) -> dict[str, float]:
-        """Seconds of a pass over so many tokens; {} where no call does that."""
+        """Seconds of a pass over so many tokens."""
         ...
 
     def logits(self, ids: list[int], count: int) -> Any:
@@ -53,9 +53,8 @@ class PeerEngine(Protocol):
 
 @dataclass(frozen=True)
 class Peer:
-    """engine: "module:Class". module, package: what it imports, and what pip installs for that. reads: kinds of models
-    (".gguf", or a file that is in a model's folder). folder: an environment variable that may name the library's folder
-    instead."""
+    """engine: "module:Class". module, package: what it imports, and what pip installs for that. reads: suffixes of
+    models, or files in their folders. folder: an environment variable that may name the library's folder instead."""
 
     engine: str
     module: str
@@ -75,15 +74,12 @@ class Peer:
 
 LLAMA_CPP = ("engine_llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python", (".gguf",))
 FOLDER = "LLAMA_CPP"
-OPENVINO = ("engine_openvino:OpenVINO", "openvino_genai", "openvino-genai", (".gguf", "openvino_model.xml"))
 PEERS: dict[str, Peer] = {
     "llama.cpp": Peer(*LLAMA_CPP, folder=FOLDER),
     "llama.cpp-lookup": Peer(*LLAMA_CPP, "lookup", FOLDER),
     "llama.cpp-ngram-cache": Peer(*LLAMA_CPP, "ngram-cache", FOLDER),
     "llama.cpp-ngram-simple": Peer(*LLAMA_CPP, "ngram-simple", FOLDER),
     "llama.cpp-draft-model": Peer(*LLAMA_CPP, "draft-model", FOLDER),
-    "openvino": Peer(*OPENVINO),
-    "openvino-lookup": Peer(*OPENVINO, mode="lookup"),
 }
 
 
@@ -92,8 +88,7 @@ def readable(name: str, model: Path | None) -> Path:
     peer = PEERS[name]
     if model is not None and (model.suffix in peer.reads or any((model / kind).is_file() for kind in peer.reads)):
         return model
-    others = "" if len(peer.reads) == 1 else f" or a folder with {peer.reads[1]}"
-    raise SpecDecError(f"'{name}' reads a GGUF file{others}, and the model is none; give such a --model")
+    raise SpecDecError(f"'{name}' reads a GGUF file, and the model is none; give such a --model")
 
 
 class Process:
@@ -152,11 +147,6 @@ class EngineServer:
     def __init__(self, engine: PeerEngine) -> None:
         self.load, self.passes = engine.load, engine.passes
         self.engine = engine
-
-    def side_by_side(self, **given: Any) -> dict[str, Any]:
-        """What an engine of ``batching`` does."""
-        engine: Any = self.engine
-        return engine.side_by_side(**given)  # type: ignore[no-any-return]
 
     def logits(self, ids: list[int], count: int, path: str) -> None:
         """Write ``PeerEngine.logits`` to the file ``path`` (.npy)."""

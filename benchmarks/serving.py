@@ -2,20 +2,11 @@
 
     python benchmarks/serving.py --drafter prompt-lookup+m2r2
     python benchmarks/serving.py --model qwen2.5-coder-1.5b-instruct --drafter prompt-lookup+m2r2 --seconds 8
-    python benchmarks/serving.py --soak 1000 --clients 16 --max-tokens 16
 
 Requests go over loopback sockets to a server that the script starts, or to ``--url``. Each client sends its next
 request after the last answer. A block counts the tokens of some seconds in which all clients receive answers; blocks
 with the drafter on and off alternate in one server. Latencies are measured at the client: time to the first text, and
-time between deliveries. Two further measurements alternate in the same way:
-
-- overhead: how much longer a step takes over HTTP than in ``SpecDecoder.stream``.
-- chat: for each of four turns, the tokens of the prompt, the new ones, and the computed ones.
-
-The last line is JSON; ``--json`` writes it to a file. The table takes about 60 times ``--seconds`` and a minute more.
-
-``--soak N``: N requests, of which 10 % are cancelled and 5 % are invalid. Every text must equal that of an idle server,
-no answer may be a 5xx, and at the end no request may run or wait. Exits with 1 otherwise.
+time between deliveries. The last line is JSON; ``--json`` writes it to a file. It takes about 60 times ``--seconds``.
 """
 
 from __future__ import annotations
@@ -24,13 +15,10 @@ import argparse
 import asyncio
 import itertools
 import json
-import random
 import re
-import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,27 +30,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from specdec import SpecDecoder
-from specdec.base import machine
 from specdec.bench.prompts import evenly_spaced, load_prompts
 from specdec.models.catalogue import DEFAULT_MODEL
 
-TIMEOUT = 600  # seconds for an answer
-TURNS = 4  # of the chat
 _TEXT = re.compile(rb'"content":"[^"]')
-BAD = (b"{", b'{"model": 3}', b"\xff\xfe", b"[]", b"null", b'{"model": "none", "messages": [{}]}')
 
 
 @dataclass
 class StreamedAnswer:
-    """status: of HTTP; 0: it has not ended. times: when data with text arrived. usage: tokens. steps: of decoding."""
+    """status: of HTTP; 0: it has not ended. times: when data with text arrived. usage: tokens."""
 
     status: int
     began: float
     times: list[float] = field(default_factory=list)
     text: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
-    steps: int = 0
 
     def read(self, received: bytes) -> StreamedAnswer:
         """Parse all that has arrived."""
@@ -73,7 +55,6 @@ class StreamedAnswer:
                 self.text += "".join(c["delta"].get("content") or "" for c in chunk.get("choices", ()))
                 if chunk.get("usage"):
                     self.usage = chunk["usage"]
-                    self.steps = chunk["metrics"]["speculative_decoding"]["num_spec_steps"]
                 if "error" in chunk:
                     self.status = 500
         return self
@@ -112,10 +93,8 @@ class Client:
         finally:
             writer.close()
 
-    async def chat(
-        self, body: dict[str, Any], leave: int | None = None, answer: StreamedAnswer | None = None
-    ) -> StreamedAnswer:
-        """Stream an answer, into ``answer``; ``leave``: go away after so many deliveries. It is parsed at its end."""
+    async def chat(self, body: dict[str, Any], answer: StreamedAnswer | None = None) -> StreamedAnswer:
+        """Stream an answer, into ``answer``. It is parsed at its end."""
         answer = StreamedAnswer(0, time.perf_counter()) if answer is None else answer
         reader, writer = await self._ask("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}).encode())
         parts = list[bytes]()
@@ -124,31 +103,13 @@ class Client:
                 parts.append(part)
                 if _TEXT.search(part):
                     answer.times.append(time.perf_counter())
-                if leave is not None and len(answer.times) >= leave:
-                    return answer
         finally:
             writer.close()
         return answer.read(b"".join(parts))
 
-    def watched(self, body: dict[str, Any]) -> list[tuple[float, bytes]]:
-        """What arrives of an answer, and when, read with as little work as can be: one thread that waits."""
-        text, parts = json.dumps(body | {"stream": True}).encode(), list[tuple[float, bytes]]()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(text)}\r\n"
-        with socket.create_connection((self.host, self.port), timeout=TIMEOUT) as connection:
-            connection.sendall(f"{head}Connection: close\r\nContent-Type: application/json\r\n\r\n".encode() + text)
-            while part := connection.recv(2**16):
-                parts.append((time.perf_counter(), part))
-        return parts
-
     async def post(self, path: str, body: dict[str, Any]) -> Any:
         found = [line async for line in self.lines("POST", path, json.dumps(body).encode())]
         return json.loads(b"".join(found[1:]))
-
-    async def raw(self, body: bytes) -> int:
-        """The status of the answer to a body."""
-        lines = self.lines("POST", "/v1/chat/completions", body)
-        found = [line async for line in lines]
-        return int(found[0].split()[1])
 
     async def figures(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -168,10 +129,10 @@ class Client:
 
 
 @contextmanager
-def server(args: argparse.Namespace) -> Iterator[tuple[str, int | None]]:
-    """The address of a server, and its process."""
+def server(args: argparse.Namespace) -> Iterator[str]:
+    """The address of a server."""
     if args.url:
-        yield args.url, None
+        yield args.url
         return
     command = [sys.executable, "-m", "specdec", "serve", "--model", args.model, "--drafter", args.drafter]
     command += ["--port", "0", "--quiet", "--max-rows", str(max(args.clients))]
@@ -180,7 +141,7 @@ def server(args: argparse.Namespace) -> Iterator[tuple[str, int | None]]:
         assert child.stderr is not None
         for line in child.stderr:
             if found := re.search(r"is served at (http://\S+)", line):
-                yield found[1], child.pid
+                yield found[1]
                 break
             print(line, end="", file=sys.stderr)
         else:
@@ -289,118 +250,11 @@ async def load(args: argparse.Namespace, client: Client, name: str, temperature:
     return rows
 
 
-async def overhead(args: argparse.Namespace, client: Client, name: str) -> list[dict[str, Any]]:
-    """How much longer a step takes over HTTP than in this process, from the first text to the last."""
-    drafted = SpecDecoder.from_pretrained(args.model, args.drafter, learn=False)
-    decoders = {True: drafted, False: drafted.with_drafter("none")}
-    more, ratios = {True: list[float](), False: list[float]()}, {True: list[float](), False: list[float]()}
-    for number, body in enumerate(bodies(args, name, 0.0)[: 1 + args.overhead]):
-        for draft in turns(1):
-            parts = client.watched(body | {"speculative_decoding": draft})
-            answer = StreamedAnswer(0, 0.0, [at for at, part in parts if _TEXT.search(part)])
-            answer.read(b"".join(part for _, part in parts))
-            text = decoders[draft].stream(body["messages"], max_new_tokens=args.max_tokens)
-            own = [time.perf_counter() for _ in text]
-            if number and len(own) > 1 and len(answer.times) > 1:  # the first warms up
-                there, here = answer.times[-1] - answer.times[0], own[-1] - own[0]
-                more[draft].append((there - here) / answer.steps)
-                ratios[draft].append(here / there)
-    return [
-        {
-            "drafter": args.drafter if draft else "none",
-            "ms_per_step": round(1e3 * float(np.median(more[draft])), 2),
-            "x_generate": round(float(np.median(ratios[draft])), 3),
-        }
-        for draft in more
-        if more[draft]
-    ]
-
-
-async def chat(args: argparse.Namespace, client: Client, name: str, draft: bool) -> list[dict[str, Any]]:
-    """A conversation of four turns and ``args.chat`` tokens in all: what of each prompt is computed."""
-    text = " ".join(body["messages"][0]["content"] for body in bodies(args, name, 0.0))
-    text = "drafted " * draft + text  # the two chats have nothing in common
-    tokens = (await client.post("/tokenize", {"prompt": text}))["tokens"]
-    answer_tokens = min(args.max_tokens, 64)
-    size, messages, rows, known = args.chat // TURNS - answer_tokens, list[dict[str, str]](), list[dict[str, Any]](), 0
-    for turn in range(TURNS):
-        part = [tokens[(turn * size + i) % len(tokens)] for i in range(size)]
-        content = (await client.post("/detokenize", {"tokens": part}))["prompt"]
-        messages.append({"role": "user", "content": content})
-        body = bodies(args, name, 0.0)[0] | {"messages": messages, "max_tokens": answer_tokens, "ignore_eos": True}
-        answer = await client.chat(body | {"speculative_decoding": draft})
-        messages.append({"role": "assistant", "content": answer.text})
-        prompt = answer.usage["prompt_tokens"]
-        rows.append(
-            {
-                "turn": turn + 1,
-                "drafter": args.drafter if draft else "none",
-                "prompt_tokens": prompt,
-                "new_tokens": prompt - known,
-                "prefilled_tokens": prompt - answer.usage["prompt_tokens_details"]["cached_tokens"],
-                "ttft_ms": round(1e3 * answer.first, 1),
-            }
-        )
-        known = prompt + answer.usage["completion_tokens"]
-    return rows
-
-
-async def soak(args: argparse.Namespace, client: Client, name: str, pid: int | None) -> dict[str, Any]:
-    """``args.soak`` requests, of which some are cancelled and some are invalid."""
-    wanted, chance = bodies(args, name, 0.8), random.Random(0)
-    alone = [(await client.chat(body)).text for body in wanted]
-    await block(client, wanted, max(args.clients), True, 5)
-    before, began = pid and machine.resident("VmRSS", pid), time.perf_counter()
-    outcomes, left = Counter[str](), args.soak
-
-    async def work() -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
-            dice = chance.random()
-            if dice < 0.05:
-                status = await asyncio.wait_for(client.raw(chance.choice(BAD)), TIMEOUT)
-                outcomes["refused" if 400 <= status < 500 else f"bad body: {status}"] += 1
-                continue
-            which = chance.randrange(len(wanted))
-            leave = chance.randrange(1, 8) if dice < 0.15 else None
-            answer = await asyncio.wait_for(client.chat(wanted[which], leave), TIMEOUT)
-            if answer.status == 0:
-                outcomes["gone"] += 1
-            elif answer.status != 200:
-                outcomes[f"status {answer.status}"] += 1
-            else:
-                outcomes["right" if answer.text == alone[which] else "wrong text"] += 1
-
-    await asyncio.gather(*(work() for _ in range(max(args.clients))))
-    took = time.perf_counter() - began
-    figures = await client.quiet()
-    return {
-        "requests": args.soak,
-        "clients": max(args.clients),
-        "seconds": round(took, 1),
-        "outcomes": dict(outcomes),
-        "running": figures["num_requests_running"],
-        "waiting": figures["num_requests_waiting"],
-        "kv_usage": figures["kv_cache_usage_perc"],
-        "resident_mb": [before, pid and machine.resident("VmRSS", pid)],
-        "passed": set(outcomes) <= {"right", "gone", "refused"}
-        and not figures["num_requests_running"] + figures["num_requests_waiting"],
-    }
-
-
-async def run(args: argparse.Namespace, url: str, pid: int | None) -> dict[str, Any]:
+async def run(args: argparse.Namespace, url: str) -> list[dict[str, Any]]:
     client = Client(url)
     models = b"".join([line async for line in client.lines("GET", "/v1/models")][1:])
     name = json.loads(models)["data"][0]["id"]
-    if args.soak:
-        return await soak(args, client, name, pid)
-    found: dict[str, Any] = {"rows": [row for t in args.temperatures for row in await load(args, client, name, t)]}
-    if args.chat:
-        found["chat"] = [row for draft in turns(1) for row in await chat(args, client, name, draft)]
-    if args.overhead:
-        found["overhead"] = await overhead(args, client, name)
-    return found
+    return [row for t in args.temperatures for row in await load(args, client, name, t)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -428,23 +282,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of a block")
     parser.add_argument("--repeats", type=int, default=3, help="blocks with the drafter on, and off")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--overhead", type=int, default=6, metavar="N", help="prompts; 0: do not compare with generate")
-    parser.add_argument("--chat", type=int, default=2000, metavar="N", help="tokens of the chat; 0: none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--soak", type=int, metavar="N", help="N requests, some of which are cancelled or invalid")
     args = parser.parse_args()
-    with server(args) as (url, pid):
-        found = asyncio.run(run(args, url, pid))
-    if "rows" in found:
-        Console().print(table(found["rows"]))
-        for part in ("chat", "overhead"):
-            for row in found.get(part, ()):
-                print(f"{part}:", ", ".join(f"{key} {value}" for key, value in row.items()))
-    print(json.dumps(found))
+    with server(args) as url:
+        rows = asyncio.run(run(args, url))
+    Console().print(table(rows))
+    print(json.dumps(rows))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    if not found.get("passed", True):
-        sys.exit(1)
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,6 @@ class HybridDrafter(Drafter):
         self.leaves_early = self.blends_pair and last.leaves_early
         self.leaves_state = self.blends_pair and last.leaves_state
         self.learns = any(member.learns for member in self.members)
-        self.keeps = any(member.keeps for member in self.members)
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
     def start(self) -> None:

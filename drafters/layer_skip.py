@@ -2,30 +2,26 @@
 
 Needs no training. Its drafts are good as far as the model hardly needs the skipped parts: the attention or the MLP of a
 layer, or both (SWIFT, arXiv 2410.06916). The layers before the first skipped part are exact: scoring resumes behind
-them. Entries of drafted tokens in the cache of later layers are provisional. ``examples/layer_skip.py`` finds the parts
-whose loss costs least.
+them. Entries of drafted tokens in the cache of later layers are provisional.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from specdec.base import inputs, options
+from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions
+from .chain import ChainDrafter, Readout, ShapeOptions
 
 Step = tuple[Literal["layers", "attention", "mlp"], int, int]  # the part that runs, of layers [lo, hi)
-SETTINGS = ("attn", "mlp")
-KEYS = ("drafter", "base", *SETTINGS, *SHAPE, "measured")  # keys of a file
 
 
 def steps_without(attn: Collection[int], mlp: Collection[int], num_layers: int) -> list[Step]:
@@ -78,15 +74,6 @@ class LayerSkipDrafter(ChainDrafter):
         self.attn = {*whole, *options.check_ints("attn", attn, 0)}
         self.mlp = {*whole, *options.check_ints("mlp", mlp, 0)}
 
-    @classmethod
-    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> LayerSkipDrafter:
-        """From options, or from a YAML file that ``examples/layer_skip.py`` wrote; options override the file's."""
-        options.check_names(cls.name, kwargs, ("skip", *SETTINGS, *SHAPE))
-        stored = {} if source is None else read_skips(Path(source), target)
-        if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in kwargs]):
-            raise SpecDecError(f"drafter 'layer-skip' takes what to skip from '{source}' or from '{odd[0]}', not both")
-        return cls(**(stored | kwargs))
-
     def bind(self, target: Target) -> None:
         n = target.num_layers
         if self.default:
@@ -122,17 +109,3 @@ class LayerSkipDrafter(ChainDrafter):
         if states:
             draft.states, draft.exit_layer = torch.cat(states, 1), self.exit_layer
         return draft
-
-
-def read_skips(path: Path, target: Target) -> dict[str, Any]:
-    """The options in a file of skips. Raises SpecDecError if it is none, or was tuned on another model."""
-    data = inputs.read_yaml(path, "the skip set ")
-    if not isinstance(data, dict) or data.get("drafter") != "layer-skip" or not set(data) <= set(KEYS):
-        raise SpecDecError(f"'{path}' is not a skip set; make one: python examples/layer_skip.py --output {path}")
-    base = data.get("base")
-    if isinstance(base, dict) and base.get("fingerprint") not in (None, target.fingerprint):
-        raise SpecDecError(
-            f"the skip set '{path}' was tuned on {base.get('name', 'other weights')}, not on the loaded model; "
-            "make one for it: python examples/layer_skip.py"
-        )
-    return {name: data[name] for name in (*SETTINGS, *SHAPE) if name in data}

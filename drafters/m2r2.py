@@ -34,7 +34,6 @@ from .m2r2_learning import Learner, why_not
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
-from .m2r2_refining import Refiner
 from .vocabulary import DraftVocabulary
 
 __all__ = ["M2R2", "M2R2Drafter", "M2R2Path", "PaperM2R2Drafter", "load_network"]
@@ -65,7 +64,6 @@ class M2R2Drafter(ChainDrafter):
     width: number of nodes of a level that get children.
     exit_confidence: minimum probability, in [0, 1], with which a token leaves before the last exit (``State.exit``);
         where drafts are not verified, the verifier's threshold takes its place.
-    refine: minutes of processor time a day in which a trained one is trained on, while nothing is decoded; 0: none.
     """
 
     name: ClassVar[str] = "m2r2"
@@ -82,13 +80,13 @@ class M2R2Drafter(ChainDrafter):
         network: M2R2,
         width: int = WIDTH,
         exit_confidence: float = 0.5,
-        learner: Learner | Refiner | None = None,
+        learner: Learner | None = None,
         **shape: Unpack[ShapeOptions],
     ) -> None:
         super().__init__(**shape)
-        self.network, self.learner, self.learns = network, learner, learner is not None
-        self.keeps = isinstance(learner, Learner)
-        self.served = learner.fits if isinstance(learner, Learner) else learner
+        self.network, self.learner = network, learner
+        self.learns = learner is not None
+        self.served = None if learner is None else learner.fits
         path = network.path
         self.path, self.num_exits = str(path), len(path.stages_to_exit)
         self.leaves_state = path.exit_layer > 0 and not path.segments
@@ -100,10 +98,7 @@ class M2R2Drafter(ChainDrafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights, or none yet."""
-        options.check_names(cls.name, kwargs, (*SHAPE, "width", "exit_confidence", "refine"))
-        if minutes := options.check_int("refine", kwargs.pop("refine", 0), 0):
-            refiner = Refiner(target, cls.find(target, source), minutes)
-            return cls(refiner.network, learner=refiner, **kwargs)
+        options.check_names(cls.name, kwargs, (*SHAPE, "width", "exit_confidence"))
         if source is None and cls.teaches_itself and drafter_folder.find_shipped(cls.name, target) is None:
             if (why := why_not(target)) is not None:
                 raise SpecDecError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
+from specdec.base.ridge import RIDGE, Sums, Weighted, result
 from specdec.models.gguf.blocks import named_weights
 from specdec.runtimes.linear_maps import UnitMap
 from specdec.runtimes.target import Target
@@ -24,7 +25,6 @@ from .corpus import corpus
 from .learned import Progress, Stamp, Store, UnusableError, whole_name
 from .m2r2_network import M2R2
 from .m2r2_path import M2R2Path
-from .ridge import RIDGE, Sums, Weighted, result
 
 VOCABULARY = 8192  # tokens that are drafted
 

@@ -19,12 +19,12 @@ from torch import nn
 
 from specdec.base.errors import SpecDecWarning, one_line
 from specdec.base.memory import free_memory
+from specdec.base.ridge import Sums, Weighted
 from specdec.runtimes.target import Target
 
 from .m2r2_fits import Fits
 from .m2r2_network import M2R2, Carry
 from .m2r2_replay import PIECE, Replay, Text
-from .ridge import Sums, Weighted
 
 FIRST = 1000  # tokens before the first fit
 EVERY = 300  # tokens between two fits: some ten requests, so that a new kind of them is soon learned

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from recorded_experts import settle
 from safetensors.torch import load_file
 from sampled import AcceptsAll, fit, small
-from tiny import FAMILIES, save_tiny, save_tiny_moe, tiny_model
+from tiny import save_tiny, tiny_model
 from training import launched
 from typer.testing import CliRunner
 
@@ -21,11 +20,6 @@ from specdec.cli import app
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.models import identity
-from specdec.runtimes.experts import packed, tiers
-from specdec.runtimes.experts.layers import moe_layers
-from specdec.runtimes.experts.offload import ExpertOptions
-from specdec.runtimes.experts.store import ExpertStore, Forecast
 from specdec.runtimes.reference import ReferenceTarget
 
 DEVICE = torch.device("cuda:0")
@@ -87,71 +81,6 @@ def test_the_second_device_records_its_own_passes() -> None:
     for _ in range(2):
         out = decoder.generate(zoo.PROMPTS[0], max_new_tokens=ROWS)
         assert out.token_ids == generated(model, zoo.PROMPTS[0], ROWS)
-
-
-# --- experts ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", [family for family in FAMILIES if "experts" in str(FAMILIES[family])])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_offloaded_experts_compute_what_resident_ones_do(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = tiny_model(family).to(DEVICE, dtype)
-    own = generated(model, zoo.PROMPTS[1], ROWS)
-    outputs = []
-    for drafter in ("none", LayerSkipDrafter([1])):
-        options = ExpertOptions(0.5, "residual", tmp_path / "packed", adaptive=False)
-        if not options.folder.exists():
-            packed.pack(moe_layers(model), identity.fingerprint(model), options.folder)
-        decoder = SpecDecoder(model, drafter=drafter, experts=options)
-        outputs.append(decoder.generate(zoo.PROMPTS[1], max_new_tokens=ROWS, num_speculative_tokens=2))
-        assert outputs[-1].metrics.experts["prefetched"]
-        decoder.close()
-    if dtype == torch.float32:
-        assert [out.token_ids for out in outputs] == [own, own]
-    assert generated(model, zoo.PROMPTS[1], ROWS) == own  # they are back
-
-
-class Unordered(tiers.PinnedTier):
-    """Control: copies do not wait for what computes with a slot."""
-
-    def release(self, slot: torch.Tensor) -> None: ...
-
-
-@pytest.mark.parametrize("kind", [tiers.PinnedTier, Unordered])
-def test_a_slot_is_not_written_while_kernels_have_it(kind: type[tiers.PinnedTier], tmp_path: Path) -> None:
-    """The model's stream is far behind: what it reads of a slot is what was there when it was asked to."""
-    layers = moe_layers(tiny_model("mixtral", num_local_experts=6))
-    index = packed.pack(layers, "of a test", tmp_path)
-    store = ExpertStore(index, kind(tmp_path, index, DEVICE), len(index.layers) * 2 * index.stride, 2)
-    source = tiers.PinnedTier(tmp_path, index, DEVICE)
-    kept: list[tuple[int, torch.Tensor]] = []
-    try:
-        for first in (0, 2, 4, 0):
-            with store.demand(0, [first, first + 1]) as groups:
-                for group in groups:
-                    torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
-                    kept += [(expert, store.places[0][slot].clone()) for expert, slot in group]
-            following = [(first + 2) % 6, (first + 3) % 6]
-            store.prefetch({0: Forecast([float(e in following) for e in range(6)], following)})
-            settle(store)
-        torch.cuda.synchronize()
-        right = [torch.equal(copy.cpu(), source.blocks[e * index.stride :][: index.stride].cpu()) for e, copy in kept]
-    finally:
-        store.close()
-    assert len(right) == 8 and all(right) == (kind is tiers.PinnedTier)
-
-
-def test_the_command_with_a_mixture_left_in_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    folder = save_tiny_moe(tmp_path / "model")
-    command = ["generate", "hello", "--model", str(folder), "--drafter", "prompt-lookup", "--max-new-tokens", "16"]
-    command += ["--dtype", "float32", "--device", "cuda"]
-    plain, offloaded = (
-        CliRunner().invoke(app, [*command, *more])
-        for more in ([], ["--expert-cache", "0.5", "--expert-prefetch", "residual"])
-    )
-    assert plain.exit_code == offloaded.exit_code == 0, plain.output + offloaded.output
-    assert plain.stdout == offloaded.stdout and plain.stdout.strip()
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

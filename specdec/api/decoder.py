@@ -41,7 +41,6 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
 from specdec.models import catalogue, loading
-from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.runtimes.target import CHUNK
 from specdec.speculation import registry
@@ -87,7 +86,9 @@ class SpecDecoder:
     verifier: the acceptance rule, an object or a name with ``verifier_options``: "exact", or a lossy one, such as
     "confident".
     exact: raise an error for lossy rules.
-    experts: keep the experts of a mixture in slow memory and load them on demand. ``model`` lacks them until ``close``.
+    expert_cache: the share (0.25) or the bytes (int) of a mixture's experts that stays in memory; the others are read
+    from the disk on demand (bfloat16 on a CPU). None: all, or those for which there is room.
+    expert_prefetch: read experts ahead, by forecasts that teach themselves.
     learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated;
     None: yes.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
@@ -108,7 +109,8 @@ class SpecDecoder:
         verifier: str | Verifier = "exact",
         verifier_options: Options = None,
         exact: bool = False,
-        experts: ExpertOptions | None = None,
+        expert_cache: float | None = None,
+        expert_prefetch: bool = False,
         learn: bool | None = None,
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
@@ -119,17 +121,13 @@ class SpecDecoder:
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.learning = LEARN if learn is None else learn
-        self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations, experts)
+        self.target, self.runtime_note = make_target(
+            model, runtime, weights, kv_cache, activations, expert_cache, expert_prefetch
+        )
         self.target.tokenizer = tokenizer
-        if experts is not None and self.target.experts is None:
-            self.target.experts = Offload(model, self.target.fingerprint, experts)
-        try:
-            self.drafter = self._drafter(drafter, dict(drafter_options or {}))
-        except BaseException:
-            self.close()
-            raise
+        self.drafter = self._drafter(drafter, dict(drafter_options or {}))
         self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements
-        if self.learning and self.drafter.keeps:
+        if self.learning and self.drafter.learns:
             first_use()
         self._kept_at = -KEEP_EVERY
 
@@ -157,14 +155,14 @@ class SpecDecoder:
         dtype, revision, trust_remote_code: as in ``loading.load``.
         device: "auto" is the first CUDA device that can compute, else the CPU. For options that need the CPU (the
         native runtime, int8 or int4 weights, an 8-bit KV cache, activations) it is the CPU.
-        more: as in the constructor. ``experts`` are never all in memory, and after ``close`` those of a safetensors
-        checkpoint are there alone.
+        more: as in the constructor. With ``expert_cache``, experts are never all in memory.
         Raises SpecDecError if anything is missing or does not fit.
         """
         name = os.fspath(name)
         way = {key: str(more.get(key, usual)) for key, usual in DEFAULTS.items()}
         rounded = more.get("kv_cache", "auto"), more.get("activations", "auto")
-        if device == "auto" and needs_cpu(way["runtime"], way["weights"], *rounded):
+        paging = more.get("expert_cache") is not None
+        if device == "auto" and (paging or needs_cpu(way["runtime"], way["weights"], *rounded)):
             device = "cpu"
         if isinstance(drafter, str):
             registry.parse(drafter)  # before the model, which may have to be downloaded
@@ -174,7 +172,7 @@ class SpecDecoder:
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            experts=more.get("experts") is None,
+            experts=not paging,
             check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
         )
         kept = load_tuned(tuned_path(name, str(dtype).removeprefix("torch."), str(model.device), **way))
@@ -182,18 +180,6 @@ class SpecDecoder:
         decoder = cls(model, tokenizer, drafter, **more)
         decoder.tuned, decoder._kept = tuned, kept
         return decoder
-
-    def close(self) -> None:
-        """Put offloaded experts back into the model. Without such experts this is not needed."""
-        if self.target.experts is not None:
-            self.target.experts.close()
-            self.target.experts = None
-
-    def __enter__(self) -> SpecDecoder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @checked
     def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:

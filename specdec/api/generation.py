@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -16,7 +16,7 @@ from specdec.base.settings import Whole
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request, TokenLogprob
-from specdec.runtimes.experts.offload import ExpertOptions, Meter
+from specdec.runtimes.native.experts import Counters
 from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.draft import Verifier
 
@@ -34,7 +34,8 @@ class DecoderOptions(TypedDict, total=False):
     verifier: str | Verifier
     verifier_options: Options
     exact: bool
-    experts: ExpertOptions | None
+    expert_cache: float | None
+    expert_prefetch: bool
     learn: bool | None
 
 
@@ -119,7 +120,7 @@ class Generation:
         for request, text in zip(requests, self.texts, strict=True):
             request.stop = text.push
             engine.enqueue(request)
-        self.meter: Meter | None = None  # counts loads of experts after the prefill
+        self.loads: Counters | None = None  # of experts, after the prefill
         self.open = True
         self._turn, self._closing = threading.RLock(), False  # closing waits for another thread's step
 
@@ -152,17 +153,17 @@ class Generation:
             events = list[tuple[int, list[int]]]()
             while not events and self.engine.busy:  # a long prompt takes several steps
                 events = [(self.row[request], tokens) for request, tokens in self.engine.step()]
-            if self.meter is None and self.engine.target.experts is not None:
-                self.meter = Meter(self.engine.target.experts.store)
+            if self.loads is None and (experts := self.engine.target.experts) is not None:
+                self.loads = replace(experts.counters)
             return events
 
     def outputs(self) -> list[GenerationOutput]:
         """The output of every row so far."""
         out = []
-        if self.meter is not None and self.engine.target.experts is not None:
+        if self.loads is not None and (experts := self.engine.target.experts) is not None:
             decoded = sum(len(text.ids) - 1 for text in self.texts)  # the prefill decodes the first token of each row
             for request in self.requests:
-                request.metrics.experts = self.meter.figures(decoded)
+                request.metrics.experts = experts.figures(self.loads, decoded)
         for request, text in zip(self.requests, self.texts, strict=True):
             text.finish()
             reason = request.finish_reason if request.error is None else None

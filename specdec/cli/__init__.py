@@ -28,7 +28,6 @@ from specdec.cli import (
     generate,
     learn,
     models,
-    pack_experts,
     serve,
     sweep,
     train,
@@ -124,10 +123,6 @@ app.command(epilog="Example: specdec verify --model my-model --drafter my-drafte
 )
 app.command(epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(sweep.sweep)
 app.command(epilog="Example: specdec report DIR --format markdown")(sweep.report)
-app.command("pack-experts", epilog="Example: specdec pack-experts my-moe experts --fit answers.jsonl")(
-    pack_experts.pack_experts
-)
-app.command(epilog="Example: specdec push my-drafter my-org/my-drafter")(export.push)
 app.add_typer(export.app, name="export")
 app.add_typer(tune.app, name="tune")
 app.add_typer(learn.app, name="learn", epilog="Example: specdec learn my-model --minutes 3; then: specdec learn status")

@@ -34,7 +34,6 @@ def collect() -> dict[str, Any]:
     """The report as JSON values; None or empty where the system reports nothing."""
     from specdec.base import cores  # these import torch
     from specdec.bench.environment import environment
-    from specdec.drafters import corpus
 
     machine = environment()
     return {
@@ -47,7 +46,6 @@ def collect() -> dict[str, Any]:
         "threads": {"used": cores.threads(), "cpus": cores.cpus()},
         "cache": _folder(files.cache_dir(), files.CACHE),
         "data": _folder(files.data_dir(), files.DATA),
-        "ngram_texts": {path.name: path.stat().st_size // 4 for path in sorted(corpus.own_folder().glob("own-*.ids"))},
         "models": {name: embedded_folder(name) is not None for name in EMBEDDED},
         "shipped_drafters": shipped_drafters(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -84,8 +82,6 @@ def _lines(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield name, found["folder"] + (size if found["exists"] else ", not created yet")
         for part, count in found["parts"].items():
             yield f"  {part}", f"{count / 1e6:.1f} MB"
-    texts = ", ".join(f"{count:,} tokens in {name}" for name, count in report["ngram_texts"].items())
-    yield "your texts", texts or "none counted by 'specdec tune prior'"
     models = (f"{name} ({'in' if there else 'not in'} the cache)" for name, there in report["models"].items())
     yield "models", ", ".join(models)
     shipped = ", ".join(f"{name} for {', '.join(models)}" for name, models in report["shipped_drafters"].items())

@@ -1,4 +1,4 @@
-"""``specdec export`` and ``specdec push``."""
+"""``specdec export``."""
 
 from __future__ import annotations
 
@@ -44,16 +44,3 @@ def vllm(
 
     export(drafter, make_target(loading.load(model, device="cpu")[0], "reference")[0], output)
     say(f'written to {output}; give vLLM --speculative-config \'{{"method": "medusa", "model": "{output}", ...}}\'')
-
-
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A drafter folder.")],
-    repository: Annotated[
-        str, typer.Argument(metavar="ORG/NAME", help="The repository; it is created if it does not exist.")
-    ],
-    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
-) -> None:
-    """Publish a drafter on Hugging Face, with a model card; --drafter ORG/NAME then loads it."""
-    from specdec.integrations import hub
-
-    say(f"pushed to {hub.push(folder, repository, private)}")

@@ -23,14 +23,13 @@ from specdec.speculation import registry
 if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
-    from specdec.runtimes.experts.offload import ExpertOptions
     from specdec.speculation.constraints import Json
 
 LONG = 1024  # tokens of a prompt that gets a spinner
 WARM_UP = 8  # tokens that both sides of --compare decode before timing
 LEARNING = 5.0  # seconds after the text that a drafter may learn from it
 
-_model, _experts, _text, _sampling, _output = map(panel, ("Model", "Experts", "Text", "Sampling", "Output"))
+_model, _text, _sampling, _output = map(panel, ("Model", "Text", "Sampling", "Output"))
 
 
 @shared.grouped
@@ -48,20 +47,11 @@ def generate(
     loading: shared.HubFlags = shared.HubFlags(),
     expert_cache: Annotated[
         str | None,
-        _experts("--expert-cache", "Offload experts; keep this share (0.25) or size (300MB) of them.", "SIZE"),
+        _model("--expert-cache", "Keep this share (0.25) or size (300MB) of a mixture's experts in memory.", "SIZE"),
     ] = None,
     expert_prefetch: Annotated[
-        str,
-        _experts(
-            "--expert-prefetch",
-            "Load experts ahead where it pays: none, previous-token, residual or m2r2.",
-            "NAME",
-        ),
-    ] = "none",
-    expert_option: Annotated[
-        list[str] | None,
-        _experts("--expert-option", "folder=DIR, adaptive=false; repeatable.", "KEY=VALUE"),
-    ] = None,
+        bool, _model("--expert-prefetch", "Read experts ahead, by forecasts that teach themselves.")
+    ] = False,
     system: Annotated[str | None, _text("--system", options.System, "TEXT")] = None,
     raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
     stop: Annotated[list[str] | None, _text("--stop", options.Stop, "TEXT", show_default=False)] = None,
@@ -120,7 +110,7 @@ def generate(
             rule_options["exit_threshold"] = exit_threshold
         rule = registry.verifier(verifier, rule_options, exact)
         drafter_options = drafting.options
-        experts = _expert_options(expert_cache, expert_prefetch, expert_option or [])
+        cache = None if expert_cache is None else options.parse_size("--expert-cache", expert_cache)
     with terminal.status(f"preparing {model}", silent):
         decoder = SpecDecoder.from_pretrained(
             model,
@@ -128,7 +118,8 @@ def generate(
             **loading.keywords,
             drafter_options=drafter_options,
             verifier=rule,
-            experts=experts,
+            expert_cache=cache,
+            expert_prefetch=expert_prefetch,
             learn=bool(learn),  # else the command would end after its text only
         )
     tuned = decoder.tuned
@@ -232,22 +223,6 @@ def _bias(pairs: list[str]) -> dict[int, float] | None:
         return {int(token): float(bias) for token, _, bias in (pair.partition("=") for pair in pairs)} or None
     except ValueError:
         raise SpecDecError("--logit-bias takes TOKEN=BIAS, a token id and a number, such as 504=-100") from None
-
-
-def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> ExpertOptions | None:
-    """The options of the expert store; None without --expert-cache. Raises SpecDecError for invalid options."""
-    from specdec.runtimes.experts.offload import ExpertOptions
-
-    if cache is None:
-        if prefetch != "none" or more:
-            raise SpecDecError(
-                "--expert-prefetch and --expert-option go with --expert-cache; give its size, such as 0.25"
-            )
-        return None
-    given = options.parse_assignments("--expert-option", more)
-    if "folder" in given:
-        given["folder"] = Path(str(given["folder"]))
-    return ExpertOptions(options.parse_size("--expert-cache", cache), prefetch, **given)
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the drafter.")],
     model: shared.Model = DEFAULT_MODEL,
 ) -> None:
-    """Write what was learned as an ordinary drafter folder, for --drafter DIR and 'specdec push'."""
+    """Write what was learned as an ordinary drafter folder, for --drafter DIR."""
     with terminal.status(f"preparing {model}"):
         from specdec.api.decoder import SpecDecoder
         from specdec.drafters.m2r2 import M2R2Drafter

@@ -172,8 +172,8 @@ def experts(what: str, figures: dict[str, float]) -> Facts:
     facts = [("experts", what)]
     if figures:
         facts += [
-            ("experts found cached", f"{figures['hit_rate']:.0%}"),
-            ("in time", f"{figures['in_time_rate']:.0%}"),
+            ("experts found in memory", f"{figures['hit_rate']:.0%}"),
+            ("experts read ahead, used", f"{figures['read_ahead']:.0f}, {figures['read_ahead_used']:.0f}"),
             ("read per accepted token", f"{figures['bytes_per_token'] / 1e6:.2f} MB"),
             ("stalled per token", f"{figures['stall_ms_per_token']:.1f} ms"),
         ]

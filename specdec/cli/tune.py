@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -74,39 +72,3 @@ def drafter(
     length = "" if depth == "auto" else f" --num-speculative-tokens {depth}"
     say(f"stored in {path}")
     say(f"specdec generate now uses --drafter {tuned.drafter}{length} for this model: {tuned.speedup:.2f}x plain")
-
-
-@app.command("prior", epilog="Example: specdec tune prior --model my-model --texts answers.jsonl --texts notes.txt")
-def prior(
-    texts: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Texts like those that the model shall write: plain text, or .jsonl with text, prompt, turns or "
-            "messages; .gz too. Repeatable.",
-        ),
-    ] = None,
-    reset: Annotated[bool, typer.Option("--reset", help="Forget your texts.")] = False,
-    model: shared.Model = DEFAULT_MODEL,
-) -> None:
-    """Count your own texts into what ngram drafts from, for models with that tokenizer, instead of earlier ones.
-
-    Without --texts and --reset: say what is counted.
-    """
-    if texts and reset:
-        raise SpecDecError("--texts replaces earlier texts and --reset forgets them; give one of the two")
-    with terminal.status("loading"):
-        from specdec.drafters import corpus
-        from specdec.models.loading import read_tokenizer
-
-        terminal.warn_in_lines()
-        tokenizer = read_tokenizer(model)
-    if reset:
-        corpus.reset(tokenizer)
-    if texts:
-        with terminal.Bar("tokens") as bar:
-            if not corpus.save_own(chain.from_iterable(map(corpus.read, texts)), tokenizer, bar):
-                say("your texts are longer than what is kept: the rest is left out")
-    count = corpus.own_tokens(tokenizer)
-    kept = f"{count:,} tokens of yours, kept in {corpus.path_for(tokenizer)}" if count else "no texts of yours"
-    say(f"with models of this tokenizer, ngram drafts from its own corpus and {kept}")

@@ -24,7 +24,7 @@ class RequestMetrics:
         (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between steps.
     num_layers: N of the model.
     exit_layers: number of layers run, for each token that was accepted without scoring.
-    experts: figures of offloaded experts while decoding, for all rows together (``experts.offload.Meter``).
+    experts: what reading experts from the disk cost while decoding, for all rows together (``MappedExperts.figures``).
     queue_seconds: from the submission until the request was admitted.
     first_token_seconds: from the submission to the first token.
     accepted_by_source: accepted drafted tokens by what proposed them. draft_saved_seconds: about what plain decoding would

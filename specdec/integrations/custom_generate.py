@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 
 from specdec.base.errors import SpecDecError, one_line, reported
-from specdec.integrations.hub import drafter_files
 from specdec.models import drafter_folder
 from specdec.models.gguf.blocks import densify
 from specdec.models.prepare import quiet_transformers
@@ -71,15 +70,14 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
     [(name, source), *more] = registry.parse(drafter)
     if more:
         raise SpecDecError(f"a repository has one drafter; '{drafter}' joins several")
-    where = output / FOLDER
+    where, files = output / FOLDER, (drafter_folder.CONFIG, drafter_folder.WEIGHTS)
     with reported(f"cannot write the repository to '{output}'", SafetensorError):
         where.mkdir(parents=True, exist_ok=True)
         if source is not None and Path(source).is_dir():
             (where / DRAFTER).mkdir(exist_ok=True)
-            for path in drafter_files(Path(source)):
-                shutil.copyfile(path, where / DRAFTER / path.name)
+            for file in files:
+                shutil.copyfile(Path(source, file), where / DRAFTER / file)
         named = drafter if source is None else None
-        files = (drafter_folder.CONFIG, drafter_folder.WEIGHTS)
         (where / "generate.py").write_text(GENERATE.format(drafter=named, files=files), "utf-8")
         (where / "requirements.txt").write_text(REQUIREMENTS, "utf-8")
         if model is not None:

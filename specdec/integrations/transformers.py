@@ -28,9 +28,7 @@ from specdec.base.settings import checked
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
-from specdec.kvcache.cache import KVCache
 from specdec.runtimes.select import CHOICES, check_names
-from specdec.runtimes.target import Target, prefill
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import RowSampler, Transforms, refuse_stateful, streams
@@ -228,31 +226,23 @@ def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwa
 
 
 class _Records:
-    """Logits and scores [V] of a row's positions, by the new tokens before them. Rejected drafts have some, too.
-
-    processors: of the row. cache: of the row with its padding, once it has ended.
-    """
-
-    processors: _RowProcessors
-    cache: KVCache | None = None
+    """Logits and scores [V] of a row's positions, by the new tokens before them. Rejected drafts have some, too."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.zeros: tuple[Tensor, Tensor]
 
-    def take(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return those of the position after ``tokens``, and forget those of positions up to it."""
+    def take(self, tokens: Sequence[int], going: bool) -> tuple[Tensor, Tensor]:
+        """Return those of the position after ``tokens``, and forget those of positions up to it.
+
+        Zeros once the row has ended (``going`` False): nothing is computed of its padding.
+        """
+        if not going:
+            return self.zeros
         pair = self.found[tuple(tokens)]
+        self.zeros = torch.zeros_like(pair[0]), torch.zeros_like(pair[1])
         self.found = {before: kept for before, kept in self.found.items() if len(before) > len(tokens)}
         return pair
-
-    @torch.inference_mode()
-    def run(self, target: Target, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Compute those after ``ids``, a row that has ended with padding: transformers runs the model on it, too."""
-        if self.cache is None:
-            self.cache = target.new_cache(1)
-        last = prefill(target, self.cache, [ids[self.cache.rows[0] :]])
-        self.processors(torch.tensor([ids]), target.readout(last)[:, 0])
-        return self.take(ids[self.processors.prompt :])
 
 
 class _RowProcessors(LogitsProcessor):
@@ -308,7 +298,7 @@ def _samplers(
             processors, b, input_ids[b : b + 1, : input_ids.shape[1] - len(prompt)], len(prompt), batch
         )
         if records:
-            own.records, records[b].processors = records[b], own
+            own.records = records[b]
         transforms = Transforms(params, [own] if processors or records else [])
         transforms.warpers = warpers
         rows.append(RowSampler(params, stream=stream, transforms=transforms))
@@ -348,7 +338,7 @@ class _GenerateCall:
             if error := next((request.error for request in requests if request.error is not None), None):
                 raise error
             while bool(self.unfinished.any()) and (tokens := self._next(requests)) is not None:
-                self._grow(engine.target, requests, tokens)
+                self._grow(requests, tokens)
                 if streamer is not None:
                     streamer.put(torch.tensor(tokens))
             if not bool(self.unfinished.any()):
@@ -370,10 +360,10 @@ class _GenerateCall:
         """Which rows still get tokens; without end tokens, so do rows that the criteria have ended."""
         return [going or not self.pads for going in self.unfinished.tolist()]
 
-    def _grow(self, target: Target, requests: Sequence[Request], tokens: list[int]) -> None:
+    def _grow(self, requests: Sequence[Request], tokens: list[int]) -> None:
         """Add a position, and cancel the requests of rows that it ends."""
         if self.records:
-            self._record(target, requests)
+            self._record()
         new = torch.tensor(tokens, device=self.sequences.device, dtype=self.sequences.dtype)
         self.sequences = torch.cat((self.sequences, new[:, None]), 1)
         self.count += 1
@@ -381,11 +371,11 @@ class _GenerateCall:
         for request, going in zip(requests, self._running(), strict=True):
             request.cancelled = not going
 
-    def _record(self, target: Target, requests: Sequence[Request]) -> None:
+    def _record(self) -> None:
         """Add the logits and scores of the position."""
         pairs, new = list[tuple[Tensor, Tensor]](), self.sequences[:, self.sequences.shape[1] - self.count :].tolist()
-        for request, records, own, going in zip(requests, self.records, new, self._running(), strict=True):
-            pairs.append(records.take(own) if going else records.run(target, [*request.prompt, *own]))
+        for records, own, going in zip(self.records, new, self._running(), strict=True):
+            pairs.append(records.take(own, going))
         logits, scores = zip(*pairs, strict=True)
         self.logits += (torch.stack(logits),)
         self.scores += (torch.stack(scores),)

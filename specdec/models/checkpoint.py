@@ -11,13 +11,13 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -93,53 +93,41 @@ class Fused:
         return torch.cat(values).to(dtype)
 
 
-class Absent(nn.Module):
-    """A placeholder for a layer's experts: parameters of the same names and shapes, without memory.
+class StoredExperts(nn.Module):
+    """The experts of a layer in a checkpoint: parameters of the same names and shapes, without memory.
 
-    samples: the result of ``sample`` for each of the ``FUSED`` weights.
+    Running them reads each expert that is needed; the native runtime takes them from here once.
     """
 
-    def __init__(self, own: nn.Module, samples: Sequence[Tensor]) -> None:
+    def __init__(self, own: nn.Module, fused: Sequence[Fused]) -> None:
         super().__init__()
         self.act_fn: Any = own.act_fn
-        for name, values in zip(FUSED, samples, strict=True):
+        self.fused = fused
+        for name, each in zip(FUSED, fused, strict=True):
             weight: Any = nn.Parameter(getattr(own, name).detach().to("meta"), requires_grad=False)
-            weight.sample = values
+            weight.sample = each.sample(weight.dtype)
             self.register_parameter(name, weight)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Absent:
+    def _apply(self, fn: Any, recurse: bool = True) -> StoredExperts:
         return self  # nothing to move
 
-
-class StoredExperts(Absent):
-    """The experts of a layer in a checkpoint. They can be read, but not run."""
-
-    def __init__(self, own: nn.Module, fused: Sequence[Fused]) -> None:
-        super().__init__(own, [each.sample(getattr(own, name).dtype) for name, each in zip(FUSED, fused, strict=True)])
-        self.fused, self.idle = fused, False
-
-    def read(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        """Copy one expert into gate_up [2 F, D] and down [D, F]. Raises SpecDecError if its file cannot be read."""
-        for fused, into in zip(self.fused, (gate_up, down), strict=True):
+    def read(self, expert: int) -> tuple[Tensor, Tensor]:
+        """gate_up [2 F, D] and down [D, F] of an expert. Raises SpecDecError if its file cannot be read."""
+        matrices = [torch.empty(weight.shape[1:], dtype=weight.dtype) for weight in self.parameters()]
+        for fused, into in zip(self.fused, matrices, strict=True):
             fused.read(expert, into)
+        return matrices[0], matrices[1]
 
-    def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
-        if not self.idle:
-            raise SpecDecError("the model was loaded without its experts; decode with SpecDecoder(experts=...)")
-        return torch.zeros_like(hidden_states)
-
-
-@contextmanager
-def experts_disabled(model: nn.Module) -> Iterator[None]:
-    """In this context experts in a checkpoint return zeros, so that the rest of the model can be checked."""
-    modules = [module for module in model.modules() if isinstance(module, StoredExperts)]
-    for module in modules:
-        module.idle = True
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.idle = False
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Hidden states [T, D], each token's experts and their weights [T, k] -> [T, D]."""
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            tokens, place = (top_k_index == expert).nonzero(as_tuple=True)
+            gate_up, down = self.read(expert)
+            gate, up = F.linear(hidden_states[tokens], gate_up).chunk(2, -1)
+            result = F.linear(self.act_fn(gate) * up, down) * top_k_weights[tokens, place, None]
+            out.index_add_(0, tokens, result.to(out.dtype))
+        return out
 
 
 def sample_positions(size: int) -> Tensor:
@@ -149,7 +137,7 @@ def sample_positions(size: int) -> Tensor:
 
 
 def sample(parameter: Tensor | Blocks) -> Tensor:
-    """Up to ``SAMPLES`` evenly strided elements of a parameter, [n]. Works for those of ``Absent``, too."""
+    """Up to ``SAMPLES`` evenly strided elements of a parameter, [n]. Works for those of ``StoredExperts``, too."""
     if isinstance(parameter, Blocks):
         positions = sample_positions(parameter.shape.numel())
         return parameter.at(positions // parameter.shape[-1], positions % parameter.shape[-1])
@@ -196,6 +184,8 @@ def open_checkpoint(files: Iterable[Path]) -> Checkpoint | None:
             span = Span(path, begin + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
             match = _TENSOR.fullmatch(name)
             if match is None:
+                if ".experts." in name:  # biases, scales of codes
+                    return None
                 found.others[name] = span
                 continue
             prefix, _, expert, part, fused = match.groups("")

@@ -52,8 +52,7 @@ def load(
     dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device.
     revision: of a Hugging Face id.
-    experts: False leaves the experts of a mixture in the safetensors files (``checkpoint.StoredExperts``); such a
-    model decodes with ``SpecDecoder(experts=...)`` alone.
+    experts: False leaves the experts of a mixture in the safetensors files (``checkpoint.StoredExperts``).
     check: called with the model's config before the weights are read; may raise.
     Raises SpecDecError, in one line, for what is unknown, missing, broken or too large for this machine.
     """
@@ -193,7 +192,8 @@ def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
 
 def _checkpoint(source: Source, config: Any) -> checkpoint.Checkpoint | None:
     """The checkpoint of a mixture if it can be loaded without its experts, else None."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None):
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type in families.FAMILIES
+    if not known or getattr(config, "quantization_config", None):
         return None
     files = source.weight_files()
     return checkpoint.open_checkpoint(files) if files else None

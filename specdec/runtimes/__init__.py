@@ -1,1 +1,1 @@
-"""How a model is run: the target interface, its runtimes, adapters and offloaded experts."""
+"""How a model is run: the target interface, its runtimes and adapters."""

@@ -23,7 +23,6 @@ from transformers import Cache, PreTrainedModel
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.kvcache.recurrent import Adapted, Advance, States
-from specdec.models import checkpoint
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import narrow_maps
@@ -220,7 +219,7 @@ class ReferenceTarget(Target):
         self.probed = False
         self.pairs: dict[type[nn.Module], bool] = {}
         self._narrow: WeakKeyDictionary[Adapters, dict[int, dict[str, nn.Module]]] = WeakKeyDictionary()
-        with self.lock, checkpoint.experts_disabled(model):
+        with self.lock:
             is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
             self.decoder = _find(model.base_model, is_stack, f"has no list of {self.num_layers} decoder layers")
             self.head = _find(model, lambda module: module is self.own_head, "hides its output head")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
 from specdec.base.options import Activations, KVCacheFormat, Runtime, Weights
-from specdec.models.gguf.blocks import BlockExperts, densify
+from specdec.models.gguf.blocks import densify
 from specdec.runtimes.checks import refuse_unsupported
-from specdec.runtimes.experts.offload import ExpertOptions
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.native.target import NativeTarget
@@ -47,7 +47,8 @@ def make_target(
     weights: str = "auto",
     kv_cache: str = "auto",
     activations: str = "auto",
-    experts: ExpertOptions | None = None,
+    expert_cache: float | None = None,
+    expert_prefetch: bool = False,
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
@@ -58,9 +59,10 @@ def make_target(
     weights: "auto" (as loaded, GGUF blocks as they are), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
         (layers are quantised, in the model too: the quantised model is the base; in the native runtime).
     kv_cache: "auto" (in the model's dtype) or "int8" (in the native runtime).
-    experts: how experts are to be loaded from slow memory. The native runtime does so by itself for those in blocks,
-        without prefetching (``Target.experts``); else the caller does, and the target runs the model's own modules.
     activations: "auto" (8 bits for quantised weights in the native runtime, else the model's dtype), "int8" or "bf16".
+    expert_cache: the share (float) or bytes (int) of a mixture's experts that stays in memory (in the native runtime);
+        None: all, or those for which there is room.
+    expert_prefetch: read experts ahead, by forecasts.
     """
     check_names(runtime, weights, kv_cache, activations)
     asked = {"weights": weights, "kv_cache": kv_cache, "activations": activations}
@@ -68,14 +70,13 @@ def make_target(
     if rounded and runtime not in ("auto", "native"):
         what = ROUNDED[rounded[0]]
         raise SpecDecError(f"the {runtime} runtime has no {what}, the native one has; use {rounded[0]} 'auto'")
-    kept = experts is None or (experts.plain and any(isinstance(each, BlockExperts) for each in model.modules()))
-    if not kept and (rounded or runtime == "native"):
-        raise SpecDecError(
-            "the native runtime loads the experts of GGUF files alone on demand, and none ahead; use "
-            f"{rounded[0] if rounded else 'runtime'} 'auto'"
-        )
     refuse_unsupported(model)
-    native = ["native"] if rounded or (model.dtype == torch.bfloat16 and kept) else []
+    if expert_prefetch and expert_cache is None:
+        raise SpecDecError("expert_prefetch goes with expert_cache; give its size, such as 0.25")
+    if expert_cache is not None:
+        how = weights, kv_cache, activations, expert_cache, expert_prefetch
+        return _with_experts_on_disk(model, runtime, how), ""
+    native = ["native"] if rounded or model.dtype == torch.bfloat16 else []
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
     every = [runtime] if runtime != "auto" else native if rounded else [*first, "reference"]
     reasons = list[str]()
@@ -83,7 +84,7 @@ def make_target(
         for name in every:
             try:
                 if name == "native":
-                    return NativeTarget(model, weights, kv_cache, activations, experts.cache if experts else None), ""
+                    return NativeTarget(model, weights, kv_cache, activations), ""
                 if name == "reference":  # it computes with the model's modules
                     densify(model)
                 return OTHERS[name](model), "; ".join(reasons)
@@ -95,3 +96,16 @@ def make_target(
                 reasons.append(f"no {name} runtime: {error}")
     what = f"{rounded[0]} '{asked[rounded[0]]}'"
     raise SpecDecError(f"{what} is not possible here ({'; '.join(reasons)}); use {rounded[0]} 'auto'")
+
+
+def _with_experts_on_disk(model: PreTrainedModel, runtime: str, how: tuple[Any, ...]) -> Target:
+    """The native target, which leaves experts on the disk. Raises SpecDecError if it does not serve the model."""
+    if runtime not in ("auto", "native"):
+        raise SpecDecError(f"the {runtime} runtime has no expert cache, the native one has; use runtime 'auto'")
+    with lock_of(model):
+        try:
+            return NativeTarget(model, *how)
+        except (NotFiniteError, SettingError):
+            raise
+        except SpecDecError as error:
+            raise SpecDecError(f"only the native runtime has an expert cache: {error}") from None

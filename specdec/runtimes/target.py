@@ -26,7 +26,6 @@ from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
 
 if TYPE_CHECKING:
-    from specdec.runtimes.experts.offload import Offload
     from specdec.runtimes.native.experts import MappedExperts
 from collections.abc import Generator, Sequence
 
@@ -107,7 +106,7 @@ class Target(ABC):
     logit_difference: float
     tokenizer: Any = None
     recurrent_layers: frozenset[int] = frozenset()
-    experts: Offload | MappedExperts | None = None
+    experts: MappedExperts | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.lock = model, lock_of(model)

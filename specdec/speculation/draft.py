@@ -235,7 +235,7 @@ class Drafter(ABC):
     level_share: about the share of a pass's bytes that drafting a level reads, by exit; 0: it has no levels.
     leaves_early: whether tokens may leave the model early, with a confidence (``State.threshold``).
     leaves_state: whether they leave with an exact state of the model.
-    learns: whether it has work to do between requests (``learn``). keeps: whether later processes have what it learned.
+    learns: whether it has work to do between requests (``learn``).
     version: changes when it begins to draft differently; what was measured before says little then.
     path: a text that tells drafters with different costs apart, beside the name.
     """
@@ -256,7 +256,6 @@ class Drafter(ABC):
     leaves_early: bool = False
     leaves_state: bool = False
     learns: bool = False
-    keeps: bool = False
     version: int = 0
     path: str = ""
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from specdec.api.decoder import SpecDecoder
 from specdec.base import files
 from specdec.base.errors import SpecDecError
+from specdec.base.ridge import Sums
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_network import M2R2, narrow_mlp
 from specdec.drafters.m2r2_path import M2R2Path
-from specdec.drafters.ridge import Sums
 from specdec.engine.measure import Timings, measure
 from specdec.models import drafter_folder
 from specdec.runtimes.narrow import strengths

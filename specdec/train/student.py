@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from specdec.base.ridge import Sums
 from specdec.drafters.m2r2_network import M2R2, Carry, router_taps
-from specdec.drafters.ridge import Sums
 from specdec.kvcache.cache import Mask
 from specdec.runtimes.target import Pass, Target
 from specdec.train.batches import TrainingBatch

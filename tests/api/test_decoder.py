@@ -219,7 +219,7 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         ({"weights": None}, "weights must be text"),
         ({"verifier": 5}, "verifier must be text or a Verifier"),
         ({"exact": 1}, "exact must be True or False"),
-        ({"experts": 0.25}, "experts must be an ExpertOptions or None"),
+        ({"expert_cache": "much"}, "expert_cache must be a number or None"),
     ],
 )
 def test_wrong_arguments_of_the_constructor_are_refused(llama, given: dict, message: str) -> None:

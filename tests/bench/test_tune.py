@@ -98,33 +98,3 @@ def test_settings_are_kept_per_model_and_planted_files_are_data(tmp_path: Path, 
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
     with pytest.raises(SpecDecError, match="cannot write the setting"):
         save_tuned(tuned_path("a", "auto", "cpu", "auto", "auto"), tuned)
-
-
-def test_own_texts_are_counted_shown_and_forgotten(run, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one two three\n")
-    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "four"}]}\n')
-    files = ("--texts", str(tmp_path / "a.txt"), "--texts", str(tmp_path / "b.jsonl"))
-    assert "no texts of yours" in " ".join(run("tune", "prior").stderr.split())
-    for _ in range(2):  # the second time instead of the first
-        result = run("tune", "prior", *files)
-        assert result.exit_code == 0 and "18 tokens of yours" in " ".join(result.stderr.split()), result.output
-    assert "18 tokens of yours" in " ".join(run("tune", "prior").stderr.split())
-    [kept] = (tmp_path / "cache/data/ngram").glob("own-*")
-    doctor = CliRunner().invoke(cli.app, ["doctor"]).stdout
-    assert f"21 tokens in {kept.name}" in doctor
-    assert "no texts of yours" in " ".join(run("tune", "prior", "--reset").stderr.split()) and not kept.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--texts", "BAD"), "line 1 is not UTF-8 text"),
-        (("--texts", "PROMPTS", "--reset"), "give one of the two"),
-        (("--texts", "nowhere.txt"), "cannot read 'nowhere.txt'"),
-    ],
-)
-def test_texts_that_cannot_be_counted_are_one_line(run, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
-    (tmp_path / "bad.txt").write_bytes(b"\xff")
-    arguments = tuple(str(tmp_path / "bad.txt") if part == "BAD" else part for part in arguments)
-    result = run("tune", "prior", *arguments)
-    assert result.exit_code == 2 and words in " ".join(result.stderr.split()) and "Traceback" not in result.output

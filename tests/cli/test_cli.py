@@ -450,7 +450,7 @@ def test_control_characters_of_a_model_are_escaped_on_a_terminal_alone(run, mode
 
 
 def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
-    names = ["generate", "models", "drafters", "train", "bench", "verify", "sweep", "report", "pack-experts"]
+    names = ["generate", "models", "drafters", "train", "bench", "verify", "sweep", "report"]
     commands = [[], *([name] for name in names), ["train", "m2r2"], ["tune", "drafter"]]
     script = """
 import json, sys

@@ -1,9 +1,7 @@
-"""The corpus of the n-gram drafter: kept, damaged, too large, of odd tokenizers, and with the user's own texts."""
+"""The corpus of the n-gram drafter: kept, damaged, too large, and of odd tokenizers."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import lzma
 import re
 import warnings
@@ -18,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdec import SpecDecoder
-from specdec.base.errors import SpecDecError, SpecDecWarning
+from specdec.base.errors import SpecDecWarning
 from specdec.drafters import corpus
 from specdec.drafters.ngram import NgramDrafter
 from specdec.speculation.ngram import Prior
@@ -160,93 +158,3 @@ def test_no_long_passage_of_the_prompts_that_are_measured_is_in_the_corpus() -> 
     found = grams(lzma.decompress(packed).decode().replace("\0", " "))
     for prompts in files("specdec.bench").joinpath("data").iterdir():
         assert not grams(prompts.read_text("utf-8")) & found
-
-
-# --- the user's own texts --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("small")
-def test_own_texts_stand_behind_those_of_the_package_and_take_their_place_where_there_is_no_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tokenizer, seen = Words(), list[tuple[int, int]]()
-    assert corpus.own_tokens(tokenizer) == 0
-    monkeypatch.setattr(corpus, "BATCH", 1)
-    assert corpus.save_own(["seventh", "eighteen"], tokenizer, lambda *at: seen.append(at))
-    mine = [-1, 7, 2, 99, -1, 8, 2, 99, -1]
-    shipped = [-1, 3, 2, 99, -1, 5, 2, 99, -1, 11, 2, 99, -1]
-    assert corpus.corpus(tokenizer, 100).tolist() == [*shipped, *mine]
-    assert corpus.own_tokens(tokenizer) == 6 and seen == [(4, corpus.MOST_OWN), (8, corpus.MOST_OWN)]
-    monkeypatch.setattr(corpus, "MOST", len(mine) + 4)
-    assert corpus.corpus(tokenizer, 100).tolist() == [-1, 3, 2, 99, *mine]
-    monkeypatch.setattr(corpus, "MOST_OWN", 5)
-    assert not corpus.save_own(["seventh", "eighteen", "more"], tokenizer, lambda *at: None)
-    assert corpus.own_tokens(tokenizer) == 3
-    corpus.reset(tokenizer)
-    assert corpus.own_tokens(tokenizer) == 0 and len(corpus.corpus(tokenizer, 100)) == len(SMALL)
-
-
-def test_what_own_texts_say_is_drafted(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = fast(models.WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    plain = SpecDecoder(llama, tokenizer, NgramDrafter(store=0))
-    text = plain.generate([5, 6, 7], max_new_tokens=40, ignore_eos=True)
-    corpus.save_own([" ".join(f"w{token}" for token in [5, 6, 7, *text.token_ids])], tokenizer, lambda *at: None)
-    again = SpecDecoder(llama, tokenizer, NgramDrafter(store=0)).generate([5, 6, 7], max_new_tokens=40, ignore_eos=True)
-    assert again.token_ids == text.token_ids
-    assert again.metrics.num_spec_steps < text.metrics.num_spec_steps
-
-
-def test_files_are_plain_text_or_records_and_long_texts_come_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(corpus, "PIECE", 10)
-    (tmp_path / "a.txt").write_text("def f():\n    return 1\n\nend")
-    parts = list(corpus.read(tmp_path / "a.txt"))
-    assert "".join(parts) == "def f():\n    return 1\n\nend" and 2 < max(map(len, parts)) <= 10
-    records = [
-        {"text": "a text of 21 letters."},
-        {"prompt": "p"},
-        {"turns": ["t", "u"]},
-        {"messages": [{"role": "user", "content": "m"}, {"role": "assistant", "content": "n"}, {"content": None}]},
-    ]
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    found = list(corpus.read(tmp_path / "b.jsonl.gz"))
-    assert found == ["a text of ", "21 letters", ".", "p", "t", "u", "m", "n"]
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "words"),
-    [
-        ("a.txt", b"good\nbad \xff\n", "line 2 is not UTF-8"),
-        ("a.jsonl", b'{"text": "good"}\n{"text": \n', "line 2 of .* is broken JSON"),
-        ("a.jsonl", b'{"other": 1}\n', "line 1 of .* has no usable 'text', 'prompt' or 'messages'"),
-        ("a.txt", None, "No such file"),
-        ("a.txt.gz", b"not gzip", "cannot read"),
-        ("a.txt", b"x" * 200, "larger than"),
-        ("a.txt", b"\n \n", "no text in these files"),
-    ],
-)
-def test_a_bad_file_is_named_and_earlier_texts_stay(
-    name: str, data: bytes | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("specdec.base.inputs.LINE", 100)
-    tokenizer = Words()
-    corpus.save_own(["earlier"], tokenizer, lambda *at: None)
-    if data is not None:
-        (tmp_path / name).write_bytes(data)
-    with pytest.raises(SpecDecError, match=words):
-        corpus.save_own(corpus.read(tmp_path / name), tokenizer, lambda *at: None)
-    assert corpus.own_tokens(tokenizer) == 3
-
-
-def test_texts_that_cannot_be_kept_or_read_are_an_error(cache: Path) -> None:
-    with pytest.raises(SpecDecError, match="tokenizer cannot read these texts"):
-        corpus.save_own(["b"], fast(TOKENIZERS["no unknown token"]), lambda *at: None)
-    cache.parent.write_text("not a folder")
-    with pytest.raises(SpecDecError, match="cannot keep the texts"):
-        corpus.save_own(["b"], Words(), lambda *at: None)
-    with pytest.raises(SpecDecError, match="cannot delete"):
-        corpus.reset(Words())
-    assert corpus.own_tokens(Words()) == 0

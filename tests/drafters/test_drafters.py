@@ -321,7 +321,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("layer-skip", {"skip": [4]}, r"layers 0 .. 3 or parts.* got attn \[4\]"),
     ("layer-skip", {"attn": [0, 1, 2, 3], "mlp": [0, 1, 2, 3]}, "parts of them, not everything"),
     ("layer-skip", {"mlp": [-1]}, "mlp must be a list of whole numbers >= 0"),
-    ("layer-skip=/no/such.yaml", {}, "cannot read the skip set '/no/such.yaml'"),
+    ("layer-skip=/no/such.yaml", {}, "'layer-skip' is not loaded from anything"),
     ("layer-skip", {"skip": 1}, "skip must be a list of whole numbers >= 0; got 1"),
     ("lookahead", {"ngram": 1}, "ngram must be a whole number >= 2"),
     ("lookahead", {"window": 2.5}, "window must be a whole number >= 1; got 2.5"),

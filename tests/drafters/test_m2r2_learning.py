@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import SpecDecWarning
+from specdec.base.ridge import Sums, result
 from specdec.drafters import learned, m2r2_fits, m2r2_learning, m2r2_replay
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_fits import learned_path
@@ -26,7 +27,6 @@ from specdec.drafters.m2r2_learning import Learner, why_not
 from specdec.drafters.m2r2_network import Carry
 from specdec.drafters.m2r2_replay import Text
 from specdec.drafters.none import NoDrafter
-from specdec.drafters.ridge import Sums, result
 from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -27,9 +28,11 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 from typer.testing import CliRunner
+from zoo import save_medusa
 
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
+from specdec.drafters.medusa import MedusaDrafter
 from specdec.integrations.transformers import SpecGenerate
 from specdec.models import loading
 
@@ -111,13 +114,15 @@ def test_options_are_honoured_by_every_family(number: int, family: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["many ends", "n-grams", "own processor", "own criterion", "no end"])
-def test_scores_and_logits_are_those_of_transformers_also_after_a_row_has_ended(name: str) -> None:
+def test_scores_and_logits_are_those_of_transformers_until_a_row_ends(name: str) -> None:
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     plain, ours = pair(tiny_model(), ROWS, repetition_penalty=1.3, **OPTIONS[name], **asked)
     assert isinstance(ours, GenerateDecoderOnlyOutput) and torch.equal(plain.sequences, ours.sequences)
     assert (plain.sequences[:, -1] == 0).any() == (name in ("many ends", "n-grams", "own criterion"))  # padding
+    padding = plain.sequences[:, -len(plain.scores) :].T == 0
     for found, expected in ((ours.scores, plain.scores), (ours.logits, plain.logits)):
-        torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(found)[~padding], torch.stack(expected)[~padding], atol=1e-4, rtol=1e-4)
+        assert not torch.stack(found)[padding].any()
 
 
 def test_a_call_without_a_mask_has_no_padding() -> None:
@@ -309,6 +314,26 @@ def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeyp
     ids, streamer = torch.tensor([[5, 6, 5, 6]]), Heard()
     assert torch.equal(model.generate(ids, streamer=streamer, **inputs), plain.generate(ids, **inputs))
     assert len(seen) == 1 and seen[0].drafter == "prompt-lookup" and streamer.ended == 1
+
+
+def test_an_exported_repository_holds_the_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, repository, base = tmp_path / "it", tmp_path / "repo", tiny_model()
+    save_medusa(folder, base)
+    base.save_pretrained(repository)
+    arguments = ["export", "custom-generate", "--drafter", str(folder), "--output", str(repository)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(folder)
+    made: list[str] = []
+    load = MedusaDrafter.load
+    monkeypatch.setattr(
+        MedusaDrafter, "load", lambda target, source, **o: (made.append(source), load(target, source))[1]
+    )
+    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.generate(ids, max_new_tokens=10), base.generate(ids, max_new_tokens=10))
+    assert made == [str(repository / "custom_generate/drafter")]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "experts"])

@@ -16,7 +16,6 @@ import textwrap
 import threading
 import time
 import zipfile
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +32,6 @@ from specdec.base.errors import SpecDecError
 from specdec.cli import models
 from specdec.models import catalogue, identity, loading, prepare, source, wheels
 from specdec.models.gguf import model as gguf_model
-from specdec.runtimes.experts.offload import ExpertOptions
 
 
 def assert_nothing_left(cache) -> None:
@@ -372,8 +370,8 @@ def test_a_mixture_in_a_gguf_file_is_loaded_whole(cache, tmp_path):
     left, tokenizer = loading.load(own, experts=False)
     assert identity.fingerprint(left) == identity.fingerprint(whole)
     plain = SpecDecoder(whole, tokenizer, "none").generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
-    with closing(SpecDecoder(left, tokenizer, "none", experts=ExpertOptions(cache=0.5))) as decoder:
-        assert decoder.generate([1, 40, 41], max_new_tokens=8, ignore_eos=True).token_ids == plain.token_ids
+    decoder = SpecDecoder(left, tokenizer, "none", expert_cache=0.5)
+    assert decoder.generate([1, 40, 41], max_new_tokens=8, ignore_eos=True).token_ids == plain.token_ids
 
 
 def test_a_model_that_does_not_fit_the_memory_is_not_dequantised(cache, own, monkeypatch):

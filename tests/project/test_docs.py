@@ -37,6 +37,10 @@ def test_how_to_pages_have_at_most_1200_words(page: Path) -> None:
     assert words(page) <= 1200
 
 
+def test_the_lab_has_at_most_7000_words() -> None:
+    assert sum(map(words, ROOT.glob("docs/lab/*.md"))) <= 7000
+
+
 def test_the_glossary_has_at_most_thirty_terms_in_order() -> None:
     terms = re.findall(r"^\*\*(.+)\*\*$", (ROOT / "docs/glossary.md").read_text("utf-8"), re.MULTILINE)
     assert 0 < len(terms) <= 30 and terms == sorted(terms, key=str.lower)

@@ -32,7 +32,7 @@ PARSED = [*sorted(ROOT.glob("docs/lab/*.md")), *sorted(ROOT.glob("drafters/**/RE
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 # What a title may say: "needs ...".
 NEEDS = ("a network", "a wheel", "a trained head", "Ray", "other engines", "gigabytes", "minutes")
-ELSEWHERE = {"serve", "chat", "push"}  # commands that do not end or publish: their own tests run them
+ELSEWHERE = {"serve", "chat"}  # commands that do not end: their own tests run them
 # What a page's own words are cut to: the last of an option counts.
 SHORT = {
     "generate": ["--max-new-tokens", "4"],
@@ -127,7 +127,7 @@ def install(words: list[str]) -> None:
     for word in words:
         own = re.fullmatch(r"\.(?:\[(.+)\])?", word)
         wheel = f"dist/specdec_m2r2-{__version__}-py3-none-any.whl"
-        assert own or word in ("-e", wheel, "llama-cpp-python", "openvino-genai"), f"pip install {word}"
+        assert own or word in ("-e", wheel, "llama-cpp-python"), f"pip install {word}"
         assert not (own and own[1]) or set(own[1].split(",")) <= set(EXTRAS), word
 
 

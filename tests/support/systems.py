@@ -24,7 +24,7 @@ from typing import Any
 
 import gguf
 import httpx
-from tiny import save_tiny, save_tiny_moe
+from tiny import save_tiny
 from typer.testing import CliRunner
 
 POSIX = """register_at_fork fork forkpty getloadavg sysconf statvfs pathconf getuid geteuid getgid getpgid setsid killpg
@@ -134,7 +134,7 @@ def serve(model: Path) -> None:
 def main(system: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, mixture, prompts = save_tiny(folder / "model"), save_tiny_moe(folder / "moe"), folder / "prompts.txt"
+        model, prompts = save_tiny(folder / "model"), folder / "prompts.txt"
         prompts.write_text("".join(f"question {n}\n" for n in range(8)))
         become(system)
         from tiny_gguf import write_gguf
@@ -162,9 +162,6 @@ def main(system: str) -> None:
         run("train", "m2r2", *given, *options)
         run("generate", "hello", *short, "--drafter", str(folder / "drafter"))
         serve(model)
-        run("pack-experts", str(mixture), str(folder / "packed"))
-        kept = ["--expert-cache", "0.5", "--expert-option", f"folder={folder / 'packed'}"]
-        run("generate", "hello", "--model", str(mixture), "--max-new-tokens", "4", *kept)
 
 
 if __name__ == "__main__":

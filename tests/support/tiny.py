@@ -21,13 +21,13 @@ def save_tiny(folder: Path, context: int = 4096, **sizes: int) -> Path:
     return _save(folder, "llama", {"max_position_embeddings": context, **sizes})
 
 
-def save_tiny_moe(folder: Path, kind: str = "mixtral") -> Path:
-    """The same as a mixture of 6 experts, of which a token takes 2."""
+def save_tiny_moe(folder: Path, kind: str = "mixtral", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The same as a mixture of 6 experts, of which a token takes 2, that the native runtime serves."""
     count = "num_local_experts" if kind == "mixtral" else "num_experts"
-    return _save(folder, kind, {count: 6, "num_experts_per_tok": 2})
+    return _save(folder, kind, sizes_of(kind) | {count: 6, "num_experts_per_tok": 2}, dtype)
 
 
-def _save(folder: Path, kind: str, more: dict[str, object]) -> Path:
+def _save(folder: Path, kind: str, more: dict[str, object], dtype: torch.dtype = torch.float32) -> Path:
     characters = string.printable.replace("\r", "")
     backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -36,7 +36,7 @@ def _save(folder: Path, kind: str, more: dict[str, object]) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     size = {"vocab_size": len(characters), **more}
-    tiny_model(kind, eos_token_id=None, bos_token_id=None, **size).save_pretrained(folder)
+    tiny_model(kind, eos_token_id=None, bos_token_id=None, **size).to(dtype).save_pretrained(folder)
     return folder
 
 

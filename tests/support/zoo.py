@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
+from specdec.models import drafter_folder
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
@@ -153,6 +155,22 @@ def medusa(target: Target, nodes: int | None = None, rooted: bool = False) -> Me
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return MedusaDrafter(network, [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]], nodes)
+
+
+def save_medusa(folder: Path, model: Any) -> None:
+    """A Medusa drafter for ``model``, as training writes it."""
+    target = ReferenceTarget(model)
+    drafter = medusa(target)
+    base = {"name": "org/base", "num_layers": target.num_layers, "hidden_size": target.hidden_size}
+    config = {
+        "drafter": "medusa",
+        "heads": 3,
+        "layers": 1,
+        "rooted": False,
+        "accuracy": [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]],
+        "base": base | {"fingerprint": target.fingerprint},
+    }
+    drafter_folder.write(folder, config, dict(drafter.network.state_dict()))
 
 
 def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle3Drafter:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from specdec.drafters import ridge
+from specdec.base import ridge
 
 
 @pytest.fixture(autouse=True)

@@ -142,8 +142,9 @@ typedef struct {
     int32_t gated;                            /* of rotary tables; behind each query head comes a gate of its result */
     int32_t recurrent, key_heads, value_heads, key_dim, value_dim, taps; /* number of recurrent layers; their heads; of the convolution */
     float eps, scale, cap, limit, alpha;      /* scale of scores, and their cap as in Map; of CLAMPED */
-    int (*demand)(int layer, int count, const int32_t *grouped); /* called before a layer's experts are read, not 0: they cannot be, and the
-                                                                  * pass goes on without them; NULL: they are in memory */
+    /* Called before a layer's experts are read; not 0: they cannot be, and the pass goes on without them. NULL: they are in memory.
+     * x, logits: the residual and the router's outputs, [block][hidden][16] and [block][features][16]. */
+    int (*demand)(int layer, int count, const int32_t *grouped, int rows, const float *x, const float *logits);
     const Layer *layers;
 } Model;
 

@@ -22,7 +22,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.rows import RowCache, RowMask
 from specdec.models import families
-from specdec.models.checkpoint import Absent
+from specdec.models.checkpoint import StoredExperts
 from specdec.models.gguf.blocks import (
     BIASES,
     BlockEmbedding,
@@ -44,6 +44,7 @@ from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.experts import MappedExperts
+from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
@@ -70,7 +71,8 @@ class NativeTarget(ByParts):
 
     weights, kv_cache, activations: as in ``make_target``.
     expert_cache: the share (float) or bytes (int) of a mixture's experts that is in memory; None: all of them, if there
-    is room. They must be in blocks.
+    is room.
+    expert_prefetch: whether experts are read ahead by forecasts.
     """
 
     runtime = "native"
@@ -84,6 +86,7 @@ class NativeTarget(ByParts):
         kv_cache: str = "auto",
         activations: str = "auto",
         expert_cache: float | None = None,
+        expert_prefetch: bool = False,
     ) -> None:
         refuse_unsupported(model)
         self.lib = library.load()
@@ -128,6 +131,8 @@ class NativeTarget(ByParts):
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
         self._experts: list[Packed] = []
+        if expert_cache is not None and not self.mixture.experts:
+            raise SpecDecError(f"model type '{kind}' has no experts; leave out the expert cache")
         if expert_cache is None:
             expert_cache = _room_for_experts(model)
         self.experts = None if expert_cache is None else MappedExperts(expert_cache)
@@ -135,10 +140,12 @@ class NativeTarget(ByParts):
         self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
         for n, (layer, struct, pair) in enumerate(zip(decoder.layers, self._layers, rotations, strict=True)):
             struct.place = recurrent[:n].count(recurrent[n])
-            self._pack_layer(n, layer)
+            self._pack_layer(n, layer, ROUNDED.get(weights))
             struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
         if self.experts is not None:
             self.experts.begin(self.mixture.taken)
+            if expert_prefetch:
+                self.experts.forecasts = Forecasts(self._routers(decoder.layers), self.mixture.taken)
             self._alive.append(self.experts)
         demand = None if self.experts is None else ctypes.cast(self.experts.call, POINTER)
         self.inner = max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self._experts), 0)
@@ -199,7 +206,7 @@ class NativeTarget(ByParts):
             model, call, _alive = self._call(y, lo, hi, ctx)
             done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
             if self.experts is not None:
-                self.experts.check()
+                self.experts.end_pass()
         if hi in taps and lo <= hi:
             taps[hi] = y
         return y
@@ -230,7 +237,7 @@ class NativeTarget(ByParts):
             drafter = TreeDrafter(self, path, *size)
         found = drafter(self, cache, roots, limits, masks)
         if self.experts is not None:
-            self.experts.check()
+            self.experts.end_pass()
         idle.append(drafter)
         return found
 
@@ -365,7 +372,7 @@ class NativeTarget(ByParts):
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
-    def _pack_layer(self, index: int, layer: Any) -> None:
+    def _pack_layer(self, index: int, layer: Any, rounding: str | None) -> None:
         struct, orders = self._layers[index], self._orders[index]
         for slot, pairs in mixer.slots(layer).items():
             rates = slot == "rates"  # few, and needed exactly: in 16 bits
@@ -382,7 +389,7 @@ class NativeTarget(ByParts):
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         if llama_like.has_experts(layer):
-            self._pack_experts(index, layer.mlp)
+            self._pack_experts(index, layer.mlp, rounding)
         if llama_like.recurrent(layer):
             struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
             for name, values in mixer.parameters(layer.linear_attn, self.model.config.rms_norm_eps).items():
@@ -400,11 +407,9 @@ class NativeTarget(ByParts):
             self._alive.append(attention.sinks.detach().float())
             struct.sinks = self._alive[-1].data_ptr()
 
-    def _pack_experts(self, index: int, mlp: Any) -> None:
-        """The router and the experts of a layer."""
+    def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
+        """The router and the experts of a layer. rounding: as in ``expert``."""
         struct = self._layers[index]
-        if isinstance(mlp.experts, Absent):
-            raise SpecDecError("the native runtime takes experts in memory; these stay in their file")
         module = llama_like.router(mlp)
         weight = module.weight.detach()
         if hasattr(mlp, "shared_expert_gate"):
@@ -415,13 +420,13 @@ class NativeTarget(ByParts):
         gates, sums = list[Packed](), list[Packed]()
 
         def pack(number: int, place: Memory | None = None) -> None:
-            gate_up, down, *biases = expert(mlp.experts, number)
+            gate_up, down, *biases = expert(mlp.experts, number, rounding)
             gates.append(Packed(gate_up, biases[0], self.rounded, memory=place))
             sums.append(Packed([down], biases[1], self.rounded, scale=self.numbers.results, memory=place))
             release(*gate_up, down)
 
         if self.experts is not None:
-            gate_up, down, *_ = expert(mlp.experts, 0)
+            gate_up, down, *_ = expert(mlp.experts, 0, rounding)
             weights = sum(math.prod(each.shape) for each in (*gate_up, down)) * self.mixture.experts
             self.experts.add(index, self.mixture.experts, weights, pack)
         else:
@@ -434,6 +439,12 @@ class NativeTarget(ByParts):
         struct.gates, struct.sums = map(ctypes.addressof, made)
         self._experts += gates + sums
         self._alive.append(made)
+
+    def _routers(self, layers: Any) -> dict[int, Tensor]:
+        """The routers [E, D] of layers with experts, as they act on the residual at unit RMS."""
+        norm = dict(zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True))["mlp"]
+        routers = {n: llama_like.router(layer.mlp) for n, layer in enumerate(layers) if llama_like.has_experts(layer)}
+        return {n: each.weight.detach().float() * self._norm(getattr(layers[n], norm)) for n, each in routers.items()}
 
     def _norm(self, module: Any) -> Tensor:
         """The factors of a norm [features] (float32)."""
@@ -544,7 +555,7 @@ def _round(layer: nn.Module, kind: str) -> None:
             made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
             layer.set_submodule(path, made)
     mlp: Any = layer.mlp
-    if llama_like.has_experts(layer) and not isinstance(mlp.experts, BlockExperts):
+    if llama_like.has_experts(layer) and not isinstance(mlp.experts, BlockExperts | StoredExperts):
         mlp.experts = quantize_experts(mlp.experts, kind)
 
 
@@ -566,8 +577,15 @@ def matrix(module: nn.Module) -> Tensor | Blocks:
     return module.weight.detach()  # type: ignore[operator, union-attr, return-value]
 
 
-def expert(experts: Any, number: int) -> tuple[Any, ...]:
-    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down; and their biases."""
+def expert(experts: Any, number: int, rounding: str | None) -> tuple[Any, ...]:
+    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down; and their biases.
+
+    rounding: the format that those of a checkpoint are quantised to.
+    """
+    if isinstance(experts, StoredExperts):
+        found: list[Any] = [*experts.read(number)]
+        gate_up, down = found if rounding is None else (quantize(each, rounding) for each in found)
+        return [gate_up], down, None, None
     whole = isinstance(experts, BlockExperts)
     matrices = (experts.gate_up[number], experts.down[number]) if whole else matrices_of(experts, number)
     if not hasattr(experts, BIASES[0]):

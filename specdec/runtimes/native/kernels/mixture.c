@@ -87,7 +87,7 @@ static void mix(Pass *p, int index, int me, int n) {
     wait_for_team(&p->barrier, n);
     if (!me) {
         group_tokens(p, index, features);
-        if (m->demand && m->demand(index, g->groups, &g->group->expert)) g->groups = g->blocks = 0;
+        if (m->demand && m->demand(index, g->groups, &g->group->expert, p->rows, p->x, g->logits)) g->groups = g->blocks = 0;
     }
     wait_for_team(&p->barrier, n);
     split(g->blocks, me, n, &from, &to);

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from specdec.drafters import ridge
-from specdec.drafters.ridge import Sums, result
+from specdec.base import ridge
+from specdec.base.ridge import Sums, result
 
 
 def test_sums_solve_the_ridge_regression_of_all_rows_at_their_weights() -> None:

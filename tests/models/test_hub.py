@@ -1,12 +1,10 @@
-"""Drafters are pushed to a hub and drafted with from there: a server on this machine with the hub's endpoint."""
+"""Drafters on a hub are drafted with from there: a server on this machine with the hub's endpoint."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,31 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import constants
 from safetensors.torch import save
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
-from zoo import medusa
+from zoo import save_medusa
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.cli import app
-from specdec.drafters.medusa import MedusaDrafter
-from specdec.models import drafter_folder, hub, identity
+from specdec.models import hub, identity
 from specdec.models.identity import fingerprint
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation import registry
 
 REPOSITORY, COMMIT = "org/my-drafter", "a" * 40
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as pushing and loading need: one commit of each repository."""
+    """As much of the hub's interface as loading needs: one commit of each repository."""
 
     repositories: dict[str, dict[str, bytes]]
     fetched: list[str]
-    refuse = 0
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -75,28 +66,6 @@ class FakeHub(BaseHTTPRequestHandler):
             return self.answer(data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=COMMIT)
         return self.answer({"error": "none"}, 404)
 
-    def do_POST(self) -> None:
-        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.refuse:
-            return self.answer({"error": "no"}, self.refuse)
-        if self.path == "/api/repos/create":
-            asked = json.loads(data)
-            name = f"{asked['organization']}/{asked['name']}"
-            self.repositories.setdefault(name, {})
-            return self.answer({"url": f"http://{self.headers['Host']}/{name}"})
-        if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        name = self.path.split("/api/models/")[1].split("/preupload")[0].split("/commit")[0]
-        if "/preupload/" in self.path:
-            files = json.loads(data)["files"]
-            return self.answer(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-            )
-        for line in map(json.loads, data.splitlines()):
-            if line["key"] == "file":
-                self.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        return self.answer({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
-
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
@@ -122,59 +91,26 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeH
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A Medusa drafter for the tiny model, as training writes it."""
-    target = ReferenceTarget(tiny_model())
-    drafter = medusa(target)
-    config = {
-        "drafter": "medusa",
-        "heads": 3,
-        "layers": 1,
-        "rooted": False,
-        "accuracy": [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]],
-        "base": {"fingerprint": target.fingerprint, "name": "org/base", "num_layers": 4, "hidden_size": 32},
-        "training": {
-            "minutes": 7.5,
-            "answers": 12,
-            "machine": "a CPU",
-            "held_out": {"top1": [0.61, 0.5], "speedup": 1.31},
-        },
-    }
-    drafter_folder.write(tmp_path / "it", config, dict(drafter.network.state_dict()))
-    (tmp_path / "it/train.yaml").write_text("prompts: [/some/where/mine.jsonl]\n")
+    save_medusa(tmp_path / "it", tiny_model())
     (tmp_path / "it/other.py").write_text("raise SystemExit\n")
     return tmp_path / "it"
 
 
-def test_what_is_pushed_drafts_from_the_hub(fake: type[FakeHub], folder: Path) -> None:
-    result = CliRunner().invoke(app, ["push", str(folder), REPOSITORY])
-    assert result.exit_code == 0, result.output
-    files = fake.repositories[REPOSITORY]
-    assert files.keys() == {"config.json", "model.safetensors", "train.yaml", "README.md"}
-    decoder = SpecDecoder(tiny_model(), None, REPOSITORY)
+def put(fake: type[FakeHub], folder: Path) -> None:
+    fake.repositories[REPOSITORY] = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_drafter_on_the_hub_drafts_and_no_code_is_downloaded(fake: type[FakeHub], folder: Path) -> None:
+    put(fake, folder)
+    decoder = SpecDecoder(tiny_model(), None, f"{REPOSITORY}@v1")
     assert decoder.drafter.name == "medusa"
-    assert sorted(set(fake.fetched)) == ["config.json", "model.safetensors"]
+    assert set(fake.fetched) == {"config.json", "model.safetensors"}
     plain = SpecDecoder(tiny_model(), None, "none").generate([5, 6, 7], max_new_tokens=12).token_ids
     assert decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=2).token_ids == plain
 
 
-def test_the_card_says_what_the_drafter_is(fake: type[FakeHub], folder: Path) -> None:
-    CliRunner().invoke(app, ["push", str(folder), REPOSITORY])
-    _, top, text = fake.repositories[REPOSITORY]["README.md"].decode().split("---\n", 2)
-    assert yaml.safe_load(top)["base_model"] == "org/base" and "medusa" in yaml.safe_load(top)["tags"]
-    for said in (
-        "| minutes | 7.5 |",
-        "1.31 x plain",
-        "| training machine | a CPU |",
-        "61%, 50%",
-        "| trained on | mine.jsonl |",
-        f"--drafter {REPOSITORY}",
-    ):
-        assert said in text
-    assert "/some/where" not in text
-
-
 def test_another_model_refuses_it(fake: type[FakeHub], folder: Path) -> None:
-    CliRunner().invoke(app, ["push", str(folder), REPOSITORY])
+    put(fake, folder)
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
@@ -195,17 +131,11 @@ def test_one_trained_on_rounded_weights_drafts_for_the_original_ones(
     config = json.loads((folder / "config.json").read_text())
     config["base"] |= {"fingerprint": fingerprint(rounded), "samples": identity.samples(rounded)}
     (folder / "config.json").write_text(json.dumps(config))
-    CliRunner().invoke(app, ["push", str(folder), REPOSITORY])
+    put(fake, folder)
     decoder = SpecDecoder(tiny_model(), None, REPOSITORY)
     assert f"note: drafter '{REPOSITORY}' was trained on org/base" in capsys.readouterr().err
     plain = SpecDecoder(tiny_model(), None, "none").generate([5, 6, 7], max_new_tokens=12).token_ids
     assert decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=2).token_ids == plain
-
-
-def test_code_in_a_repository_is_not_downloaded(fake: type[FakeHub], folder: Path) -> None:
-    fake.repositories[REPOSITORY] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert registry.parse(f"{REPOSITORY}@v1")[0][0] == "medusa"
-    assert set(fake.fetched) == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -226,43 +156,11 @@ def test_what_is_no_drafter_is_one_line(fake: type[FakeHub], files: dict[str, by
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "text"),
-    [("drafter", 0, "a repository is ORG/NAME"), ("a/b@v1", 0, "a repository is ORG/NAME"), ("a/b", 403, "HTTP 403")],
-)
-def test_a_push_that_fails_is_one_line(fake: type[FakeHub], folder: Path, name: str, status: int, text: str) -> None:
-    fake.refuse = status
-    result = CliRunner().invoke(app, ["push", str(folder), name])
-    assert result.exit_code == 2 and text in result.stderr and result.stderr.count("\n") == 1
-
-
 def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake.repositories[REPOSITORY] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    put(fake, folder)
     registry.parse(REPOSITORY)
     hub.fetch_drafter.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert registry.parse(REPOSITORY)[0][0] == "medusa"
     with pytest.raises(SpecDecError, match="is not in the Hugging Face cache"):
         registry.parse("org/another")
-
-
-def test_an_exported_repository_holds_the_drafter(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    repository, base = tmp_path / "repo", tiny_model()
-    base.save_pretrained(repository)
-    result = CliRunner().invoke(
-        app, ["export", "custom-generate", "--drafter", str(folder), "--output", str(repository)]
-    )
-    assert result.exit_code == 0, result.output
-    shutil.rmtree(folder)
-    made: list[str] = []
-    load = MedusaDrafter.load
-    monkeypatch.setattr(
-        MedusaDrafter, "load", lambda target, source, **o: (made.append(source), load(target, source))[1]
-    )
-    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
-    ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(model.generate(ids, max_new_tokens=10), base.generate(ids, max_new_tokens=10))
-    assert made == [str(repository / "custom_generate/drafter")]

@@ -1,1 +1,0 @@
-"""Experts in slow memory: packed files, tiers, caches, predictors, and the modules that replace a model's experts."""
