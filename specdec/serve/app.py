@@ -24,7 +24,7 @@ from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, BodyRoute
 from specdec.serve.chat import Chat, Completion, OpenAIAnswer
 from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
 from specdec.serve.clients import Client, Clients
-from specdec.serve.errors import ErrorBody, add_handlers
+from specdec.serve.errors import ErrorBody, add_handlers, sent_as
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
 from specdec.serve.responses import ResponsesAnswer, ResponsesBody, Store
@@ -91,16 +91,18 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
 
     @app.post("/v1/messages")
     async def messages(body: MessagesBody, request: Request) -> HTTPResponse:
-        chat = await run(request, body.chat)
-        made, choices = await ready(request, chat)
+        with sent_as(body.names):
+            chat = await run(request, body.chat)
+            made, choices = await ready(request, chat)
         return await _answer(service, request, MessagesAnswer(made, name, choices, chat), write)
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesBody, request: Request) -> HTTPResponse:
         scope = _client(request).scope
         before = store.messages(scope, body.previous_response_id)
-        chat = await run(request, body.chat, before)
-        made, choices = await ready(request, chat)
+        with sent_as(body.names):
+            chat = await run(request, body.chat, before)
+            made, choices = await ready(request, chat)
 
         def keep(id: str, written: bytes, output: list[dict[str, Any]]) -> None:
             store.put(scope, id, written, [*before, *body.messages, *output])
@@ -119,7 +121,8 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
-        ids = await run(request, lambda: service.encode_chat(body.chat()))
+        with sent_as(body.names):
+            ids = await run(request, lambda: service.encode_chat(body.chat()))
         return JSONResponse({"input_tokens": len(ids)})
 
 

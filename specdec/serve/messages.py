@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import from_json
@@ -23,6 +23,7 @@ from specdec.serve.schema import (
     Stop,
     Strict,
     ToolName,
+    chat_body,
     check_kinds,
 )
 
@@ -167,6 +168,11 @@ class OutputConfig(Strict):
 class CountBody(Strict):
     """What the two endpoints have in common."""
 
+    names: ClassVar = {  # of parameters of chats
+        "response_format": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+    }
+
     model: str
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Texts | None = None
@@ -194,7 +200,7 @@ class CountBody(Strict):
         return self
 
     def chat(self) -> ChatBody:
-        """The request as one of chat completions. Raises ValidationError."""
+        """The request as one of chat completions. Raises ApiError."""
         head = [{"role": "system", "content": _text(self.system)}] if self.system else []
         given = {
             "model": self.model,
@@ -219,7 +225,7 @@ class CountBody(Strict):
             if config.format is not None:
                 schema = {"name": "answer", "schema": config.format.schema_}
                 given["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return ChatBody.model_validate(given)
+        return chat_body(given)
 
     def _options(self) -> dict[str, Any]:
         return {}

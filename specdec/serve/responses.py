@@ -7,11 +7,12 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 from pydantic_core import from_json, to_json
 
+from specdec.api.text import SharedTokenizer
 from specdec.base import options
 from specdec.serve.answer import BlockAnswer, Events, Prepared
 from specdec.serve.choice import ResponseChoice
@@ -29,6 +30,7 @@ from specdec.serve.schema import (
     JsonSchema,
     Strict,
     Top,
+    chat_body,
     check_kinds,
     check_size,
 )
@@ -170,6 +172,12 @@ class Reasoning(Strict):
 
 class ResponsesBody(Extensions):
     unused = UNUSED
+    names: ClassVar = {  # of parameters of chats
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "response_format": "text.format",
+        "reasoning_effort": "reasoning.effort",
+    }
 
     model: str
     input: str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
@@ -207,7 +215,7 @@ class ResponsesBody(Extensions):
     def chat(self, before: Sequence[dict[str, Any]]) -> ChatBody:
         """The request as one of chat completions. before: the messages of the previous response.
 
-        Raises ValidationError, and ApiError for a result without a call.
+        Raises ApiError.
         """
         messages, asked = [*before, *self.messages], set[str]()
         for message in messages:
@@ -232,7 +240,7 @@ class ResponsesBody(Extensions):
         elif choice != "auto" or self.tools:  # the default of clients without tools
             given["tool_choice"] = choice
         given["parallel_tool_calls"] = self.parallel_tool_calls
-        return ChatBody.model_validate(given)
+        return chat_body(given)
 
 
 class Store:
@@ -312,7 +320,8 @@ class ResponsesAnswer(BlockAnswer):
         if cut and output:
             output[-1]["status"] = "incomplete"
         before, cached, new = self.counts()
-        thought = sum(len(self.choice.tokenizer(b.text).input_ids) for b in self.blocks if b.kind == "reasoning")
+        encode = SharedTokenizer(self.choice.tokenizer).encode
+        thought = sum(len(encode(b.text, add_special=False)) for b in self.blocks if b.kind == "reasoning")
         usage = {
             "input_tokens": before,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0} | self.time_saved(),

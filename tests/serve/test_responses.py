@@ -253,7 +253,7 @@ def test_the_agents_package_calls_a_tool_and_answers() -> None:
 RESULT = {"type": "function_call_output", "call_id": "x", "output": "4"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no input": ({"input": None}, "input"),
-    "an empty input": ({"input": []}, "messages"),
+    "an empty input": ({"input": []}, "'input'"),
     "an image": (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         "input",
@@ -280,7 +280,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "fewer tokens than none": ({"max_output_tokens": -1}, "max_output_tokens"),
     "an unknown member": ({"n": 2}, "parameter 'n'"),
     "an effort in a number": ({"reasoning": {"effort": 3}}, "reasoning"),
-    "a long prompt": ({"input": "x" * 5000}, "'messages' has"),
+    "a long prompt": ({"input": "x" * 5000}, "'input' has"),
+    "an unknown member of an item": ({"input": [{"role": "user", "content": "a", "b": 1}]}, "'input.0.b'"),
+    "a part of a number": ({"input": [{"role": "user", "content": [5]}]}, "'input.0.content.0': it must be an object"),
+    "items in a number": ({"input": 5}, "'input': it must be text or a list of items"),
 }
 
 
@@ -299,7 +302,17 @@ def test_what_is_wrong_is_refused(server: Server, case: str) -> None:
     body, says = WRONG[case]
     response = server.post(PATH, BODY | body, headers=KEY)
     assert response.status_code == 400 and set(response.json()) == {"error"}, response.text
-    assert says in response.json()["error"]["message"] and response.headers["x-request-id"]
+    error = response.json()["error"]
+    assert says in error["message"] and response.headers["x-request-id"]
+    assert not {"messages", "max_tokens", "response_format"} & {str(error["param"]).partition(".")[0]}
+    for ours in ("Item", "Body", "Text", "list[", "lambda", "'messages", "max_tokens"):
+        assert ours not in error["message"], error
+
+
+def test_a_limit_of_the_server_names_the_clients_parameter() -> None:
+    with answering("ab", max_tokens=8) as other:
+        error = other.post(PATH, BODY).json()["error"]
+    assert error["param"] == "max_output_tokens" and "24 new tokens exceed" in error["message"]
 
 
 def test_a_fault_in_a_stream_is_its_last_event() -> None:
