@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.text import encode
+from specdec.api.text import SharedTokenizer, encode
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
@@ -183,7 +183,7 @@ class Service:
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of ``ids``. special: keep special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+        return SharedTokenizer(self.tokenizer).decode(ids, special)
 
     def constraint(self, body: GenerationBody) -> CompiledConstraint | None:
         """The compiled constraint on the answers; compiling may take a second."""
