@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from specdec.api.text import Detokenizer
 from specdec.serve.choice import ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.logprobs import TokenFinder
@@ -44,6 +45,19 @@ class Prepared:
 
     def parser(self) -> AnswerParser:
         return AnswerParser(self.form, self.tools, self.single, self.reasoning, self.inside, self.forced)
+
+    def stop(self, tokenizer: Any, stops: Sequence[str]) -> Callable[[int], str | None] | None:
+        """The ``stop`` of a request of which several calls are forced; None for others."""
+        if self.single or not self.forced:
+            return None
+        text, parser = Detokenizer(tokenizer, stops, self.shown), self.parser()
+
+        def stop(token: int) -> str | None:
+            reason = text.push(token)
+            parser.push(text.take())
+            return "stop" if parser.ended else reason
+
+        return stop
 
 
 class Answer(ABC):

@@ -74,7 +74,7 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
         service.check_limits(body)
         made: Prepared = await run(request, service.prepare_chat, body)
         client = _client(request)
-        return made, await run(request, service.submit, [made.prompt], body, client, made.constraint, made.shown)
+        return made, await run(request, service.submit, [made.prompt], body, client, made.constraint, made)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:

@@ -206,12 +206,13 @@ class Service:
         body: GenerationBody,
         client: Client,
         constraint: CompiledConstraint | None = None,
-        shown: Sequence[str] = (),
+        made: Prepared | None = None,
     ) -> list[ResponseChoice]:
         """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted.
 
-        shown: special tokens to keep in the text.
+        made: the chat, if it is one.
         """
+        shown = () if made is None else made.shown
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         rows = [prompt for prompt in prompts for _ in range(body.n or 1)]
         choices: list[ResponseChoice] = []
@@ -219,6 +220,8 @@ class Service:
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
                 request = self._request(prompt, body, client, constraint, seed=seed, stream=stream)
+                if made is not None and (stop := made.stop(self.tokenizer, body.stop_strings)) is not None:
+                    request.stop = stop
                 handle = self.engine.submit(request)
                 choices.append(
                     ResponseChoice(index, handle, prompt, self.tokenizer, body.stop_strings, self.metrics, shown)
