@@ -39,6 +39,12 @@ def chat(server: Server, name: str, **more: Any) -> httpx.Response:
     return server.post("/v1/chat/completions", BODY | more, headers=headers(name))
 
 
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_case_of_the_scheme_is_free(server: Server, scheme: str) -> None:
+    given = {"Authorization": f"{scheme} sk-ann"}
+    assert httpx.get(server.url + "/v1/models", headers=given).status_code == 200
+
+
 def test_keys_have_names_in_the_log_and_in_the_metrics(server: Server) -> None:
     used = sum(chat(server, "ann").json()["usage"]["total_tokens"] for _ in range(2))
     assert chat(server, "dan").status_code == 401
