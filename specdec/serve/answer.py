@@ -163,7 +163,7 @@ class BlockAnswer(Answer):
             async for piece in self.choice.pieces():
                 for event in self._read(piece.text, last=piece.finish is not None):
                     yield self._written(event)
-            for event in [*(self.end_block(self.blocks[-1]) if self.blocks else ()), *self.end()]:
+            for event in [*(self.end_block(self.blocks[-1], last=True) if self.blocks else ()), *self.end()]:
                 yield self._written(event)
         except ApiError as error:
             yield self._written(self.failure(error))
@@ -210,8 +210,8 @@ class BlockAnswer(Answer):
         """Events of new text at the end of a block. logprobs: of its tokens."""
 
     @abstractmethod
-    def end_block(self, block: Block) -> Events:
-        """Events of a block that is complete."""
+    def end_block(self, block: Block, last: bool = False) -> Events:
+        """Events of a block that is complete, or that was cut, if it is the last one."""
 
     @abstractmethod
     def end(self) -> Events:

@@ -106,9 +106,8 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _from_pydantic(
-            error.errors(), {"path": request.path_params, "query": dict(request.query_params)}
-        ).response(request.scope)
+        found = [each | {"loc": each["loc"][1:]} for each in error.errors()]  # of the query
+        return _from_pydantic(found, dict(request.query_params)).response(request.scope)
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> JSONResponse:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import from_json
 
 from specdec.base import options
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
-from specdec.serve.parts import Block
+from specdec.serve.parts import Block, begun_object
 from specdec.serve.schema import (
     MAX_CALLS,
     MAX_MESSAGES,
@@ -189,6 +189,14 @@ class CountBody(Strict):
 
     @model_validator(mode="after")
     def _check_results(self) -> CountBody:
+        """Join turns of one role in a row, as Anthropic does, and check that results have calls before them."""
+        joined = list[Turn]()
+        for role, group in itertools.groupby(self.messages, key=lambda turn: turn.role):
+            turns = list(group)
+            if role != "system" and len(turns) > 1:
+                turns = [Turn.model_construct(role=role, content=[block for turn in turns for block in turn.blocks])]
+            joined += turns
+        self.messages = joined
         asked = set[str]()
         for turn in self.messages:
             for result in turn.of(ToolResult):
@@ -296,7 +304,7 @@ class MessagesAnswer(BlockAnswer):
         }[block.kind]
         yield {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, name: text}}
 
-    def end_block(self, block: Block) -> Events:
+    def end_block(self, block: Block, last: bool = False) -> Events:
         if block.kind == "reasoning":
             signature = {"type": "signature_delta", "signature": SIGNATURE}
             yield {"type": "content_block_delta", "index": self._index, "delta": signature}
@@ -319,13 +327,4 @@ def _content(block: Block, whole: bool) -> dict[str, Any]:
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":
         return {"type": "thinking", "thinking": block.text, "signature": SIGNATURE if whole else ""}
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": _arguments(block.text) if whole else {}}
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call; what is there of those of a call that was cut."""
-    try:
-        found = from_json(text or "{}", allow_partial="trailing-strings")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": begun_object(block.text) if whole else {}}

@@ -214,10 +214,33 @@ def test_what_a_client_dumps_of_an_answer_is_taken_back() -> None:
     assert prompts[0] == prompts[1] and "Well." in prompts[0]
 
 
+def test_turns_of_one_role_in_a_row_are_one() -> None:
+    call = {"type": "tool_use", "id": "x", "name": "sum", "input": {}}
+    results = [{"type": "tool_result", "tool_use_id": id, "content": "4"} for id in "xy"]
+    apart: Any = [
+        *({"role": "user", "content": text} for text in ("a", "b")),
+        {"role": "assistant", "content": "Well."},
+        *({"role": "assistant", "content": [call | {"id": id}]} for id in "xy"),
+        *({"role": "user", "content": [result]} for result in results),
+    ]
+    joined: Any = [
+        {"role": "user", "content": [{"type": "text", "text": text} for text in ("a", "b")]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Well."}, call, call | {"id": "y"}]},
+        {"role": "user", "content": results},
+    ]
+    with answering("ok") as other, client_of(other) as client:
+        prompts = list[str]()
+        for messages in (apart, joined):
+            client.messages.create(**BODY | {"messages": messages}, tools=GIVEN)
+            prompts.append(other.decoder.tokenizer.decode(other.engine.handles[-1].request.prompt))
+    assert prompts[0] == prompts[1] and prompts[0].count("[user]") == 1
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "4"}
 CALL = {"type": "tool_use", "id": "x", "name": "sum", "input": {}}
+SAYS = {"role": "assistant", "content": "Well."}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "x"}}
 DEEP: Any = {}
 for _ in range(60):
@@ -232,7 +255,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, "blocks of the type 'image' are not supported"),
     "a result without a call": ({"messages": [{"role": "user", "content": [RESULT]}]}, "no tool_use of the message"),
     "a result of an earlier call": (
-        {"messages": [{"role": "assistant", "content": [CALL]}, *USER, {"role": "user", "content": [RESULT]}]},
+        {"messages": [{"role": "assistant", "content": [CALL]}, *USER, SAYS, {"role": "user", "content": [RESULT]}]},
         "no tool_use of the message",
     ),
     "a call of the user": ({"messages": [{"role": "user", "content": [CALL]}]}, "does not belong to the role user"),
