@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from specdec.base.errors import SpecDecError
 from specdec.serve.errors import ApiError
 
 MAX_FILE = 1 << 20  # bytes
-ASCII = Field(pattern=r"^[!-~]+$")
+KEY = re.compile(r"[!-~]+")
+ASCII = Field(pattern=f"^{KEY.pattern}$")
 
 
 class Key(BaseModel):
