@@ -55,15 +55,13 @@ __all__ = [
 
 _MODULES = {
     "api.decoder": ("SpecDecoder",),
-    "api.generation": ("Generation", "GenerationOutput"),
-    "api.options": ("DecoderOptions", "GenerationOptions", "RequestOptions"),
+    "api.generation": ("DecoderOptions", "Generation", "GenerationOptions", "GenerationOutput", "RequestOptions"),
     "speculation.constraints": ("Choice", "Grammar", "Json", "Regex"),
     "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
     "base.errors": ("SpecDecError",),
     "engine.engine": ("Engine",),
-    "engine.logprobs": ("TokenLogprob",),
     "engine.metrics": ("RequestMetrics",),
-    "engine.request": ("Event", "Handle", "Request"),
+    "engine.request": ("Event", "Handle", "Request", "TokenLogprob"),
     "base.options": ("SamplingParams",),
 }
 

@@ -39,8 +39,6 @@ from specdec.engine.depth import AutoDepth, StepReport, kept
 from specdec.engine.measure import Timings
 from specdec.models import catalogue, loading, wheels
 from specdec.runtimes.native import library
-from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter, Verifier
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -95,7 +93,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Automatic depth rests on the formula instead of the seconds of tiny models; nothing is kept for later processes."""
+    """Automatic depth rests on the formula instead of tiny models' seconds; nothing is kept for later processes."""
 
     def by_formula(policy: AutoDepth, step: StepReport) -> None:
         count, levels = len(step.rows), 0 if step.found is None else step.found.levels

@@ -292,8 +292,6 @@ class SpecDecoder:
         ]
         if (rule := given.get("constraint")) is not None:
             given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
-        if num_speculative_tokens == "auto" and self.tuned is not None:
-            num_speculative_tokens = self.tuned.num_speculative_tokens
         requests = [self.request(row, stream=n, scope=scope, **given) for row, n in zip(ids, streams(ids), strict=True)]
         engine = self.manual_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
         try:
@@ -422,6 +420,8 @@ class SpecDecoder:
             raise SpecDecError(f"{why}; use the verifier 'exact'")
 
     def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
+        if num_speculative_tokens == "auto" and self.tuned is not None:
+            num_speculative_tokens = self.tuned.num_speculative_tokens
         if num_speculative_tokens != "auto":
             return FixedDepth(int(num_speculative_tokens))
         if not self.drafter.drafts:

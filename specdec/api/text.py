@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import re
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +27,43 @@ Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 CONTEXT = 16  # earlier tokens that are decoded with new ones, since a token's text depends on its context
 LONG_TOKEN = 16  # characters; a text of at most so many per token of the context is tokenised without a check
 PLACEHOLDERS = range(0xF0000, 0xFFFFE)  # private code points that replace the text of special tokens in a template
-_encoding = threading.Lock()  # whether special tokens are split is a state of the tokenizer
+
+
+class SharedTokenizer:
+    """A tokenizer that threads may use side by side.
+
+    That special tokens in a text are split is a state of transformers' fast tokenizers, which a call sets for all
+    threads. Here a copy splits them, made at first use, and neither ever changes its state.
+    """
+
+    _copies: ClassVar = weakref.WeakKeyDictionary[Any, Any]()
+    _copying = threading.Lock()
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str, add_special: bool = True, split_special: bool = False) -> list[int]:
+        """The token ids of a text.
+
+        add_special: put tokens around the text, as the tokenizer does by default. split_special: special tokens in it
+        are text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does.
+        """
+        source, how = (self._copy(), {"split_special_tokens": True}) if split_special else (self.tokenizer, {})
+        try:
+            return [int(t) for t in source(text, add_special_tokens=add_special, **how).input_ids]
+        except Exception as error:
+            raise SpecDecError(f"the tokenizer cannot encode this text: {error}") from None
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of ``ids``. special: with special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+    def _copy(self) -> Any:
+        with self._copying:
+            found = self._copies.get(self.tokenizer)
+            if found is None or len(found) != len(self.tokenizer):  # tokens were added to it
+                found = self._copies[self.tokenizer] = copy.deepcopy(self.tokenizer)
+            return found
 
 
 @checked
@@ -64,8 +102,7 @@ def encode(
         if system is not None:
             raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
         _check_length(tokenizer, len(prompt), context)
-        with _encoding:
-            return _tokens(tokenizer, prompt)
+        return SharedTokenizer(tokenizer).encode(prompt)
     if not has_template:
         raise SpecDecError("this tokenizer has no chat template; use plain text (chat=False, --raw)")
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -111,8 +148,7 @@ def _encode_chat(
     except Exception as error:  # a template is the model author's code and may raise any type
         raise SpecDecError(f"the chat template refuses these messages: {error}") from None
     _check_length(tokenizer, len(text), context)
-    with _encoding:
-        return special.encode(text)
+    return special.encode(text)
 
 
 def special_tokens(tokenizer: Any) -> dict[int, Any]:
@@ -130,7 +166,7 @@ class _SpelledTokens:
     """
 
     def __init__(self, tokenizer: Any, messages: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = SharedTokenizer(tokenizer)
         self.tokens = {str(token): token for token in special_tokens(tokenizer).values()}
         self.spelled = _any_of(tuple(self.tokens))
         used = set[str]().union(*_texts(messages))
@@ -173,12 +209,12 @@ class _SpelledTokens:
                 part = part.lstrip()
             space = part[len(part.rstrip()) :] if after and self.tokens[after].lstrip else ""
             plain = marks.sub(lambda found: back[found[0]], part[: len(part) - len(space)])
-            ids += self._ids("".join(clean)) + self._ids(plain, split_special_tokens=True)
+            ids += self._ids("".join(clean)) + self._ids(plain, split_special=True)
             clean = [space]
         return ids + self._ids("".join(clean))
 
-    def _ids(self, text: str, **how: Any) -> list[int]:
-        return _tokens(self.tokenizer, text, add_special_tokens=False, **how) if text else []
+    def _ids(self, text: str, split_special: bool = False) -> list[int]:
+        return self.tokenizer.encode(text, add_special=False, split_special=split_special) if text else []
 
 
 @functools.lru_cache(16)
@@ -197,14 +233,6 @@ def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
         return f"(?:{found})?" if found and "" in place else found
 
     return re.compile(pattern(tree))
-
-
-def _tokens(tokenizer: Any, text: str, **how: Any) -> list[int]:
-    """The token ids of a text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does."""
-    try:
-        return [int(t) for t in tokenizer(text, **how).input_ids]
-    except Exception as error:
-        raise SpecDecError(f"the tokenizer cannot encode this text: {error}") from None
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -321,7 +349,7 @@ class Detokenizer:
         return self._send(len(self.text))
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids and self.tokenizer else ""
+        return SharedTokenizer(self.tokenizer).decode(ids) if ids and self.tokenizer else ""
 
     def _extend(self, piece: str, seen: bool = True) -> None:
         old = len(self.whole)

@@ -155,8 +155,8 @@ class ChatSession:
                 for piece in answer.read(event, per_token=True):
                     write(piece.text, piece.depth)
         terminal.write("\n")
-        if failed is not None and not answer.text:
-            raise SpecDecError(f"decoding failed: {failed}")
+        if failed is not None:
+            raise SpecDecError(f"decoding failed, and the answer is no part of the conversation: {failed}")
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         if not self.quiet:
             m, ended = handle.metrics, {"cancelled": "stopped", "length": "cut at --max-new-tokens"}

@@ -14,6 +14,7 @@ from specdec.cli import shared
 from specdec.cli.shared import panel
 
 MIN_BODY = 1024  # bytes
+MIN_CACHE = 1 << 20  # bytes: the keys and values of a few tokens
 _server, _limits = map(panel, ("Server", "Limits"))
 
 
@@ -53,7 +54,7 @@ def serve(
         ),
     ] = None,
     prefix_cache: Annotated[
-        Path | None, _limits("--prefix-cache", "Keep keys and values of texts in this folder, for later starts.", "DIR")
+        str | None, _limits("--prefix-cache", "Keep keys and values of texts in this folder, for later starts.", "DIR")
     ] = None,
     prefix_cache_size: Annotated[str, _limits("--prefix-cache-size", "Largest size of that folder.", "SIZE")] = "10GiB",
     max_prompt_tokens: Annotated[
@@ -76,7 +77,7 @@ def serve(
         terminal.warn_in_lines()
         try:
             from specdec.serve.app import make_app
-            from specdec.serve.clients import read_keys
+            from specdec.serve.clients import KEY, read_keys
             from specdec.serve.run import address, bind, serve
             from specdec.serve.settings import ServerSettings
         except ModuleNotFoundError as error:
@@ -85,10 +86,8 @@ def serve(
             ) from None
         from specdec.api.decoder import SpecDecoder
 
-        if api_key is not None and not (
-            api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
-        ):
-            raise SpecDecError("--api-key must be printable ASCII characters, without spaces around")
+        if api_key is not None and not KEY.fullmatch(api_key):
+            raise SpecDecError("--api-key must be printable ASCII characters without spaces")
         for origin in cors or []:
             if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
                 raise SpecDecError(f"--cors takes an origin, such as https://a.example, or '*'; got '{origin}'")
@@ -107,15 +106,17 @@ def serve(
             log_requests=log_requests,
             cors=tuple(cors or ()),
             allowed_hosts=(host, *hosts),
-            max_body=_body(max_body),
+            max_body=_bytes("--max-body", max_body, MIN_BODY, "no request fits"),
             max_prompt_tokens=max_prompt_tokens,
             max_tokens=max_tokens,
             max_choices=max_choices,
             max_connections=max_connections,
         )
         depth = shared.depth(num_speculative_tokens)
-        disk_size = _bytes("--prefix-cache-size", prefix_cache_size)
-        memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory)
+        if prefix_cache is not None and not prefix_cache.strip():
+            raise SpecDecError("--prefix-cache takes a folder; give its name, or leave the option out")
+        disk_size = _bytes("--prefix-cache-size", prefix_cache_size, MIN_CACHE, "no text fits")
+        memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory, MIN_CACHE, "no text fits")
         listener = bind(host, port)
     with terminal.status(f"preparing {model}"):
         decoder = SpecDecoder.from_pretrained(
@@ -126,7 +127,7 @@ def serve(
             max_waiting=max_waiting,
             kv_memory=memory,
             num_speculative_tokens=depth,
-            prefix_cache=prefix_cache,
+            prefix_cache=None if prefix_cache is None else Path(prefix_cache),
             prefix_cache_size=disk_size,
         )
     with engine:
@@ -135,14 +136,11 @@ def serve(
         serve(app, settings, listener, lambda: say(f"{label} is served at {address(listener)}"))
 
 
-def _bytes(flag: str, text: str) -> int:
+def _bytes(flag: str, text: str, least: int, otherwise: str) -> int:
+    """A size of at least ``least`` bytes. otherwise: what is wrong with a smaller one."""
     size = options.parse_size(flag, text)
     if isinstance(size, float):
         raise SpecDecError(f"{flag} takes a size, such as 300MB; got '{text}'")
-    return size
-
-
-def _body(text: str) -> int:
-    if (size := _bytes("--max-body", text)) < MIN_BODY:
-        raise SpecDecError(f"--max-body must be at least {MIN_BODY} bytes, or no request fits; got '{text}'")
+    if size < least:
+        raise SpecDecError(f"{flag} must be at least {least} bytes, or {otherwise}; got '{text}'")
     return size

@@ -198,7 +198,8 @@ def slower(output: GenerationOutput) -> str:
     m = output.metrics
     if m.draft_note is None or m.draft_saved_seconds > 0:
         return ""
-    return f"about as fast as plain decoding, or slower: {m.draft_note} ({m.num_drafted_steps} of {m.num_spec_steps} steps drafted)"
+    drafted = f"{m.num_drafted_steps} of {m.num_spec_steps} steps drafted"
+    return f"drafting gained nothing over plain decoding: {m.draft_note} ({drafted})"
 
 
 def rule(decoder: SpecDecoder) -> str:

@@ -27,8 +27,9 @@ class RequestMetrics:
     experts: what reading experts from the disk cost while decoding, for all rows together (``MappedExperts.figures``).
     queue_seconds: from the submission until the request was admitted.
     first_token_seconds: from the submission to the first token.
-    accepted_by_source: accepted drafted tokens by what proposed them. draft_saved_seconds: about what plain decoding would
-        have taken longer; 0 where the depth is fixed. drafting_off: why nothing is drafted, if the drafter has failed.
+    accepted_by_source: accepted drafted tokens by what proposed them.
+    draft_saved_seconds: about what plain decoding would have taken longer; 0 where the depth is fixed.
+    drafting_off: why nothing is drafted, if the drafter has failed.
     rows: sum of the numbers of rows of its steps.
     num_cached_tokens: prompt tokens whose keys and values were cached. saved_seconds: about what they would have taken.
     """

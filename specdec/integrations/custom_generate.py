@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from specdec.models.prepare import quiet_transformers
 from specdec.speculation import registry
 
 FOLDER, DRAFTER = "custom_generate", "drafter"
+COMPARED = 16  # tokens that are decoded in both ways
 REQUIREMENTS = "specdec-m2r2\n"
 GENERATE = '''"""Speculative decoding with specdec: model.generate(...) as usual."""
 
@@ -24,7 +27,7 @@ from pathlib import Path
 from specdec.integrations.transformers import SpecGenerate
 from transformers.utils import cached_file
 
-DRAFTER = {drafter!r}  # None: the one in this repository
+DRAFTER, FILES = {drafter!r}, {files!r}  # files of the drafter in this repository
 _made = {{}}
 
 
@@ -32,9 +35,9 @@ def generate(*args, model, **kwargs):
     name = model.name_or_path
     if name not in _made:
         drafter = DRAFTER
-        if drafter is None:
-            files = [cached_file(name, "custom_generate/drafter/" + file) for file in {files!r}]
-            drafter = Path(files[0]).parent
+        if FILES:
+            first, *_ = [Path(cached_file(name, "custom_generate/drafter/" + file)) for file in FILES]
+            drafter += f"={{{place}}}"
         _made[name] = SpecGenerate(drafter)
     return _made[name].generate(model, *args, **kwargs)
 '''
@@ -62,30 +65,43 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 
 
 def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> None:
-    """Write the repository, with a copy of the drafter folder if the drafter has one.
+    """Write the repository, with a copy of the drafter's files if it has any here.
 
     model: the model and its tokenizer, to be saved there; None leaves them out.
-    Raises SpecDecError if files cannot be written, or if the saved model does not load with the same logits.
+    Raises SpecDecError if files cannot be written, or if what was saved does not load and decode as the model.
     """
     [(name, source), *more] = registry.parse(drafter)
     if more:
         raise SpecDecError(f"a repository has one drafter; '{drafter}' joins several")
-    where, files = output / FOLDER, (drafter_folder.CONFIG, drafter_folder.WEIGHTS)
+    where, files = output / FOLDER, [] if source is None else _files(Path(source))
     with reported(f"cannot write the repository to '{output}'", SafetensorError):
         where.mkdir(parents=True, exist_ok=True)
-        if source is not None and Path(source).is_dir():
+        if files:
             (where / DRAFTER).mkdir(exist_ok=True)
-            for file in files:
-                shutil.copyfile(Path(source, file), where / DRAFTER / file)
-        named = drafter if source is None else None
-        (where / "generate.py").write_text(GENERATE.format(drafter=named, files=files), "utf-8")
+        for path in files:
+            shutil.copyfile(path, where / DRAFTER / path.name)
+        place = "first" if source is not None and Path(source).is_file() else "first.parent"
+        made = {"drafter": name if files else drafter, "files": tuple(path.name for path in files), "place": place}
+        (where / "generate.py").write_text(GENERATE.format(**made), "utf-8")
         (where / "requirements.txt").write_text(REQUIREMENTS, "utf-8")
         if model is not None:
             _save(*model, output)
         if not (output / "README.md").exists():
             (output / "README.md").write_text(CARD.format(title=output.resolve().name, drafter=name), "utf-8")
+    if not all(filecmp.cmp(path, where / DRAFTER / path.name, shallow=False) for path in files):
+        raise SpecDecError(f"the drafter in '{where}' differs from '{source}'; delete the folder and export again")
     if model is not None:
         _compare(model[0], output)
+
+
+def _files(source: Path) -> list[Path]:
+    """The files of a drafter here: a file, a drafter folder, or one in another library's format; none elsewhere."""
+    if not source.is_dir():
+        return [source] if source.is_file() else []
+    config = source / drafter_folder.CONFIG
+    if config.is_file() and "drafter" in drafter_folder.read_json(config):
+        return [source / drafter_folder.CONFIG, source / drafter_folder.WEIGHTS]
+    return sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def _save(model: Any, tokenizer: Any, output: Path) -> None:
@@ -98,14 +114,19 @@ def _save(model: Any, tokenizer: Any, output: Path) -> None:
 
 @torch.inference_mode()
 def _compare(model: Any, output: Path) -> None:
-    """Raise SpecDecError unless the model in ``output`` has the logits of ``model`` on a fixed input."""
+    """Raise SpecDecError unless the model in ``output`` has the logits of ``model``, and decodes its text, there."""
     ids = 31 * torch.arange(1, 17)[None] % model.get_input_embeddings().weight.shape[0]
     try:
         with quiet_transformers():
             loaded = type(model).from_pretrained(output, dtype=model.dtype, local_files_only=True).eval()
         same = torch.allclose(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
         why = "" if same else "its logits differ"
+        if same:
+            plain = {"max_new_tokens": COMPARED, "do_sample": False, "pad_token_id": 0}
+            decode = runpy.run_path(str(output / FOLDER / "generate.py"))["generate"]
+            same = torch.equal(decode(ids, model=loaded, **plain), loaded.generate(ids, **plain))
+            why = "" if same else "its text differs"
     except Exception as error:  # whatever transformers raises
         why = one_line(error)
     if why:
-        raise SpecDecError(f"what was written to '{output}' loads as another model ({why}); delete the folder")
+        raise SpecDecError(f"what was written to '{output}' does not work as the model ({why}); delete the folder")

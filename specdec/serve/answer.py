@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from specdec.api.text import Detokenizer
 from specdec.serve.choice import ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.logprobs import TokenFinder
@@ -44,6 +45,19 @@ class Prepared:
 
     def parser(self) -> AnswerParser:
         return AnswerParser(self.form, self.tools, self.single, self.reasoning, self.inside, self.forced)
+
+    def stop(self, tokenizer: Any, stops: Sequence[str]) -> Callable[[int], str | None] | None:
+        """The ``stop`` of a request of which several calls are forced; None for others."""
+        if self.single or not self.forced:
+            return None
+        text, parser = Detokenizer(tokenizer, stops, self.shown), self.parser()
+
+        def stop(token: int) -> str | None:
+            reason = text.push(token)
+            parser.push(text.take())
+            return "stop" if parser.ended else reason
+
+        return stop
 
 
 class Answer(ABC):
@@ -152,7 +166,7 @@ class BlockAnswer(Answer):
             async for piece in self.choice.pieces():
                 for event in self._read(piece.text, last=piece.finish is not None):
                     yield self._written(event)
-            for event in [*(self.end_block(self.blocks[-1]) if self.blocks else ()), *self.end()]:
+            for event in [*(self.end_block(self.blocks[-1], last=True) if self.blocks else ()), *self.end()]:
                 yield self._written(event)
         except ApiError as error:
             yield self._written(self.failure(error))
@@ -199,8 +213,8 @@ class BlockAnswer(Answer):
         """Events of new text at the end of a block. logprobs: of its tokens."""
 
     @abstractmethod
-    def end_block(self, block: Block) -> Events:
-        """Events of a block that is complete."""
+    def end_block(self, block: Block, last: bool = False) -> Events:
+        """Events of a block that is complete, or that was cut, if it is the last one."""
 
     @abstractmethod
     def end(self) -> Events:

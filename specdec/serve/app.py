@@ -7,12 +7,13 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import from_json
 from starlette.responses import Response as HTTPResponse
 
 from specdec import __version__
@@ -24,10 +25,10 @@ from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, BodyRoute
 from specdec.serve.chat import Chat, Completion, OpenAIAnswer
 from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
 from specdec.serve.clients import Client, Clients
-from specdec.serve.errors import ErrorBody, add_handlers
+from specdec.serve.errors import ErrorBody, add_handlers, sent_as
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
-from specdec.serve.responses import ResponsesAnswer, ResponsesBody, Store
+from specdec.serve.responses import InputBody, ResponsesAnswer, ResponsesBody, Store, page_of
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
 from specdec.serve.settings import ServerSettings
@@ -74,7 +75,7 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
         service.check_limits(body)
         made: Prepared = await run(request, service.prepare_chat, body)
         client = _client(request)
-        return made, await run(request, service.submit, [made.prompt], body, client, made.constraint, made.shown)
+        return made, await run(request, service.submit, [made.prompt], body, client, made.constraint, made)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
@@ -91,35 +92,57 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
 
     @app.post("/v1/messages")
     async def messages(body: MessagesBody, request: Request) -> HTTPResponse:
-        chat = await run(request, body.chat)
-        made, choices = await ready(request, chat)
+        with sent_as(body.names):
+            chat = await run(request, body.chat)
+            made, choices = await ready(request, chat)
         return await _answer(service, request, MessagesAnswer(made, name, choices, chat), write)
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesBody, request: Request) -> HTTPResponse:
         scope = _client(request).scope
-        before = store.messages(scope, body.previous_response_id)
-        chat = await run(request, body.chat, before)
-        made, choices = await ready(request, chat)
+        before = store.before(scope, body.previous_response_id)
+        with sent_as(body.names):
+            chat = await run(request, body.chat, before)
+            made, choices = await ready(request, chat)
 
-        def keep(id: str, written: bytes, output: list[dict[str, Any]]) -> None:
-            store.put(scope, id, written, [*before, *body.messages, *output])
+        def keep(id: str, written: bytes) -> None:
+            store.put(scope, id, written, [*before, *body.listed()])
 
         return await _answer(service, request, ResponsesAnswer(made, name, choices, chat, body, keep), write)
 
     @app.get("/v1/responses/{id}")
     async def retrieve_response(id: str, request: Request) -> HTTPResponse:
-        return HTTPResponse(store.written(_client(request).scope, id), media_type="application/json")
+        return HTTPResponse(store.get(_client(request).scope, id)[0], media_type="application/json")
+
+    @app.get("/v1/responses/{id}/input_items")
+    async def list_input_items(
+        id: str,
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        _, items = store.get(_client(request).scope, id)
+        return page_of(from_json(items), after, limit, order == "asc")
+
+    @app.post("/v1/responses/input_tokens")
+    async def count_input_tokens(body: InputBody, request: Request) -> HTTPResponse:
+        service.check_model(body.model)
+        before = store.before(_client(request).scope, body.previous_response_id)
+        with sent_as(body.names):
+            ids = await run(request, lambda: service.encode_chat(body.chat(before)))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)})
 
     @app.delete("/v1/responses/{id}")
     async def delete_response(id: str, request: Request) -> dict[str, Any]:
-        store.written(_client(request).scope, id, remove=True)
+        store.get(_client(request).scope, id, remove=True)
         return {"id": id, "object": "response", "deleted": True}
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
-        ids = await run(request, lambda: service.encode_chat(body.chat()))
+        with sent_as(body.names):
+            ids = await run(request, lambda: service.encode_chat(body.chat()))
         return JSONResponse({"input_tokens": len(ids)})
 
 

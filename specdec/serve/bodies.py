@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from specdec.serve.errors import ApiError
+from specdec.serve.errors import ApiError, invalid
 from specdec.serve.settings import ServerSettings
 
 SMALL = 64 * 2**10  # bytes; a larger body is a large one
@@ -48,15 +47,8 @@ class BodyReader:
             self.held -= len(body)
 
     async def run(self, request: Request, function: Callable[..., T], *args: Any) -> T:
-        """Run ``function(*args)``, which works on the body of ``request``, in a thread.
-
-        Raises RequestValidationError in place of pydantic's error.
-        """
-        try:
-            return await self.in_thread(request.state.size > SMALL, function, *args)
-        except ValidationError as error:
-            found = error.errors(include_url=False, include_input=False)
-            raise RequestValidationError([each | {"loc": ("body", *each["loc"])} for each in found]) from None
+        """Run ``function(*args)``, which works on the body of ``request``, in a thread."""
+        return await self.in_thread(request.state.size > SMALL, function, *args)
 
     async def in_thread(self, large: bool, function: Callable[..., T], *args: Any) -> T:
         """Run ``function(*args)`` in a thread.
@@ -122,7 +114,7 @@ class _ParsedRequest(Request):
 
 
 def _validated(body: bytearray, model: type[BaseModel]) -> BaseModel:
-    """The body as a ``model``. Raises ApiError or ValidationError."""
+    """The body as a ``model``. Raises ApiError."""
     if _containers(body) > MAX_CONTAINERS and _containers(_without_strings(body)) > MAX_CONTAINERS:
         raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects", code="too_large")
     try:
@@ -132,7 +124,10 @@ def _validated(body: bytearray, model: type[BaseModel]) -> BaseModel:
         raise ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
     if not isinstance(given, dict):
         raise ApiError(400, NOT_JSON, code="invalid_json")
-    return model.model_validate(given)
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise invalid(error, given) from None
 
 
 def _containers(json: bytes | bytearray) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import Scope
@@ -28,13 +27,18 @@ ANTHROPIC_TYPES = {
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER = 1  # seconds
 LONGEST = 300  # characters of what pydantic says, which may quote the client
-_FIELD = re.compile(r"[a-z_]+")
-_UNION_BRANCHES = {"str", "int", "float", "bool", "dict", "list"}  # types of a union in pydantic's locations
-UNKNOWN, MISMATCH = "extra_forbidden", "_type"  # types of pydantic's errors; the second is a suffix
+UNKNOWN, MISSING, MISMATCH = "extra_forbidden", "missing", "_type"  # types of pydantic's errors; the last is a suffix
+Place = tuple[str | int, ...]  # of a value in a body
 UNION_FIELDS = {  # what fields of several types may be
     "prompt": "text, token ids, or a list of texts or of lists of token ids",
     "stop": "text or a list of up to four texts",
     "messages.content": "text or a list of text parts",
+    "input": "text or a list of items",
+}
+PLAIN_WORDS = {  # in place of what pydantic says, which names types of this program
+    "model_type": "it must be an object",
+    "model_attributes_type": "it must be an object",
+    "union_tag_not_found": "it must be an object with a 'type'",
 }
 
 
@@ -102,7 +106,8 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _from_pydantic(_most_specific(error.errors())).response(request.scope)
+        found = [each | {"loc": each["loc"][1:]} for each in error.errors()]  # of the query
+        return _from_pydantic(found, dict(request.query_params)).response(request.scope)
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -118,28 +123,63 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response(request.scope)
 
 
-def _most_specific(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The first error; of a union's errors the first one that is no mismatch of types."""
-    first = errors[0]
-    place = next((n for n, part in enumerate(first["loc"]) if n and _is_branch(part)), len(first["loc"]))
-    same = [each for each in errors if each["loc"][:place] == first["loc"][:place]]
-    return next((each for each in same if not each["type"].endswith(MISMATCH)), first)
+@contextmanager
+def sent_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name a parameter as the client does. names: the client's for those of a chat."""
+    try:
+        yield
+    except ApiError as error:
+        param, name = error.param or "", names.get((error.param or "").partition(".")[0])
+        if name is None:
+            raise
+        message = error.message.replace(f"'{param}'", f"'{name}'", 1)
+        raise ApiError(error.status, message, name, error.code, error.retry_after) from None
 
 
-def _is_branch(part: Any) -> bool:
-    """Whether a part of a location names a type of a union, not a field."""
-    return isinstance(part, str) and (part in _UNION_BRANCHES or not _FIELD.fullmatch(part))
+def invalid(error: ValidationError, given: Any) -> ApiError:
+    """The answer to the errors of pydantic in ``given``."""
+    return _from_pydantic(error.errors(include_url=False, include_input=False), given)
 
 
-def _from_pydantic(found: Mapping[str, Any]) -> ApiError:
-    """The answer to an error of pydantic."""
-    place = itertools.takewhile(lambda part: found["type"] == UNKNOWN or not _is_branch(part), found["loc"][1:])
-    parts = list(map(str, place))
-    param = ".".join(parts)[:200] or None
+def _from_pydantic(errors: Sequence[Mapping[str, Any]], given: Any) -> ApiError:
+    found, place = _most_specific(errors, given)
+    param = ".".join(map(str, place))[:200] or None
     if found["type"] == UNKNOWN:
         return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")
-    what = str(found["msg"]).removeprefix("Value error, ")[:LONGEST]
-    field = ".".join(part for part in parts if not part.isdigit())
+    what = PLAIN_WORDS.get(found["type"], str(found["msg"]).removeprefix("Value error, ")[:LONGEST])
+    field = ".".join(part for part in place if isinstance(part, str))
     if field in UNION_FIELDS and found["type"].endswith(MISMATCH):
         what = f"it must be {UNION_FIELDS[field]}"
     return ApiError(400, f"'{param}': {what}" if param else f"the body: {what}", param, "invalid_value")
+
+
+def _most_specific(errors: Sequence[Mapping[str, Any]], given: Any) -> tuple[Mapping[str, Any], Place]:
+    """The first error, and its place in ``given``.
+
+    Of a union's errors it is the first one that is no mismatch of types, else the innermost one, if it is of one type.
+    """
+    steps = [_steps(given, each["loc"], each["type"]) for each in errors]
+    union = next((n for n, step in enumerate(steps[0]) if n != step), len(steps[0]))  # where a type follows a place
+    same = [n for n, each in enumerate(errors) if each["loc"][:union] == errors[0]["loc"][:union]]
+    found = next((n for n in same if not errors[n]["type"].endswith(MISMATCH)), None)
+    if found is None:
+        most = max(len(steps[n]) for n in same)
+        inner = [n for n in same if len(steps[n]) == most]
+        found = inner[0] if len({errors[n]["loc"][: union + 1] for n in inner}) == 1 else 0
+    return errors[found], tuple(errors[found]["loc"][step] for step in steps[found])
+
+
+def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
+    """The numbers of the parts of a location that lead into ``given``; pydantic names types of unions between them.
+
+    Of several ways the one with most parts, and of these one that reaches the end.
+    """
+    if begin == len(location):
+        return ()
+    part, ways = location[begin], [_steps(given, location, kind, begin + 1)]
+    last = begin == len(location) - 1
+    if isinstance(given, dict) and (part in given or (last and kind == MISSING)):
+        ways.append((begin, *_steps(given.get(part), location, kind, begin + 1)))
+    elif isinstance(given, list | tuple) and isinstance(part, int) and part < len(given):
+        ways.append((begin, *_steps(given[part], location, kind, begin + 1)))
+    return max(ways, key=lambda way: (len(way), way[-1:]))

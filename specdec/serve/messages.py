@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import from_json
 
 from specdec.base import options
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
-from specdec.serve.parts import Block
+from specdec.serve.parts import Block, begun_object
 from specdec.serve.schema import (
     MAX_CALLS,
     MAX_MESSAGES,
@@ -23,6 +23,7 @@ from specdec.serve.schema import (
     Stop,
     Strict,
     ToolName,
+    chat_body,
     check_kinds,
 )
 
@@ -167,6 +168,11 @@ class OutputConfig(Strict):
 class CountBody(Strict):
     """What the two endpoints have in common."""
 
+    names: ClassVar = {  # of parameters of chats
+        "response_format": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+    }
+
     model: str
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Texts | None = None
@@ -183,6 +189,14 @@ class CountBody(Strict):
 
     @model_validator(mode="after")
     def _check_results(self) -> CountBody:
+        """Join turns of one role in a row, as Anthropic does, and check that results have calls before them."""
+        joined = list[Turn]()
+        for role, group in itertools.groupby(self.messages, key=lambda turn: turn.role):
+            turns = list(group)
+            if role != "system" and len(turns) > 1:
+                turns = [Turn.model_construct(role=role, content=[block for turn in turns for block in turn.blocks])]
+            joined += turns
+        self.messages = joined
         asked = set[str]()
         for turn in self.messages:
             for result in turn.of(ToolResult):
@@ -194,7 +208,7 @@ class CountBody(Strict):
         return self
 
     def chat(self) -> ChatBody:
-        """The request as one of chat completions. Raises ValidationError."""
+        """The request as one of chat completions. Raises ApiError."""
         head = [{"role": "system", "content": _text(self.system)}] if self.system else []
         given = {
             "model": self.model,
@@ -219,7 +233,7 @@ class CountBody(Strict):
             if config.format is not None:
                 schema = {"name": "answer", "schema": config.format.schema_}
                 given["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return ChatBody.model_validate(given)
+        return chat_body(given)
 
     def _options(self) -> dict[str, Any]:
         return {}
@@ -290,7 +304,7 @@ class MessagesAnswer(BlockAnswer):
         }[block.kind]
         yield {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, name: text}}
 
-    def end_block(self, block: Block) -> Events:
+    def end_block(self, block: Block, last: bool = False) -> Events:
         if block.kind == "reasoning":
             signature = {"type": "signature_delta", "signature": SIGNATURE}
             yield {"type": "content_block_delta", "index": self._index, "delta": signature}
@@ -313,13 +327,4 @@ def _content(block: Block, whole: bool) -> dict[str, Any]:
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":
         return {"type": "thinking", "thinking": block.text, "signature": SIGNATURE if whole else ""}
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": _arguments(block.text) if whole else {}}
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call; what is there of those of a call that was cut."""
-    try:
-        found = from_json(text or "{}", allow_partial="trailing-strings")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": begun_object(block.text) if whole else {}}

@@ -93,9 +93,10 @@ class ApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC:
             headers = Headers(scope=scope)
-            bearer = headers.get("authorization", "")
-            given = bearer.removeprefix("Bearer ") if bearer.startswith("Bearer ") else headers.get("x-api-key", "")
-            if (client := self.clients.find(given)) is None:
+            scheme, _, bearer = headers.get("authorization", "").partition(" ")
+            given = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+            address = scope["client"][0] if scope.get("client") else None
+            if (client := self.clients.find(given, address)) is None:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
                 return await ApiError(401, message, code="invalid_api_key").response(scope)(scope, receive, send)
             scope.setdefault("state", {})["client"] = client

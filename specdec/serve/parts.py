@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from pydantic_core import from_json
+
 Kind = Literal["reasoning", "text", "call"]
 Schemas = Mapping[str, dict[str, Any] | None]  # of the arguments of tools, by name; None: no arguments
 T = TypeVar("T")
@@ -170,8 +172,9 @@ class AnswerParser:
     single: drop calls after the first.
     reasoning: the marks around reasoning, with which the answer may begin. inside: it begins after the first of them.
     forced: the answer consists of calls and has no text. A call that is cut before its arguments counts if its name is
-        certain.
-    parts: those so far.
+        certain. A call that repeats an earlier one ends the answer and is no part of it: a model that has said all it
+        has to say, but must call, would repeat it without end.
+    parts: those so far. ended: whether a call was repeated.
     """
 
     def __init__(
@@ -186,6 +189,7 @@ class AnswerParser:
         self.form, self.tools, self.single, self.forced = form, tools or {}, single, forced
         self.source, self.parts = Source(), list[Part]()
         self.called = list[str]()  # ids of the calls
+        self.calls, self.held, self.ended = list[Block](), list[Part](), False  # held: it may repeat an earlier call
         self.seen = ""  # the text so far, if calls are forced
         self.reasoning, self.reader = reasoning, self._read(reasoning, inside)
 
@@ -194,16 +198,34 @@ class AnswerParser:
         self.source.text += text
         self.source.last = last
         found = list[Part]()
-        while (part := next(self.reader, None)) is not None:
+        while not self.ended and (part := next(self.reader, None)) is not None:
             if part.kind != "call":
                 found += [] if self.forced and part.kind == "text" else [part]
             elif not (self.single and self.called and part.id != self.called[0]):
-                found.append(part)
-                self.called += [part.id] if part.id not in self.called else []
+                new = self._unless_repeated(part) if self.forced else [part]
+                found += new
+                self.called += [part.id] if new and part.id not in self.called else []
+        if last and self.held:  # it was cut
+            self.called.append(self.held[0].id)
+            found += self.held
         if self.forced:
             self.seen += "" if self.called else text
             found += self._cut_call() if last and not self.called else []
         self.parts += found
+        return found
+
+    def _unless_repeated(self, part: Part) -> list[Part]:
+        """The parts of a call that differs from all earlier ones; none as long as it is like the beginning of one."""
+        if not self.calls or part.id != self.calls[-1].id:
+            self.calls.append(Block("call", "", part.name, part.id))
+        own = self.calls[-1]
+        own.text += part.text
+        if part.id in self.called:
+            return [part]
+        self.held.append(part)
+        alike = [e.text for e in self.calls[:-1] if e.name == own.name and e.text.startswith(own.text)]
+        self.ended = own.text in alike
+        found, self.held = ([], [] if self.ended else self.held) if alike else (self.held, [])
         return found
 
     def _cut_call(self) -> list[Part]:
@@ -382,6 +404,15 @@ class _JsonCall:
 
 def _whole_call(name: str, arguments: Any, id: str = "") -> Part:
     return Part("call", json.dumps(arguments, ensure_ascii=False), name, id or new_id())
+
+
+def begun_object(text: str) -> dict[str, Any]:
+    """The arguments of a call that may have been cut: what is there of them."""
+    try:
+        found = from_json(text or "{}", allow_partial="trailing-strings")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def types(schema: Any) -> set[str]:

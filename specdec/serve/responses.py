@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 from pydantic_core import from_json, to_json
 
+from specdec.api.text import SharedTokenizer
 from specdec.base import options
 from specdec.serve.answer import BlockAnswer, Events, Prepared
 from specdec.serve.choice import ResponseChoice
 from specdec.serve.errors import ApiError
-from specdec.serve.parts import Block
+from specdec.serve.parts import Block, begun_object
 from specdec.serve.schema import (
     MAX_MEMBERS,
     MAX_MESSAGES,
@@ -29,6 +31,7 @@ from specdec.serve.schema import (
     JsonSchema,
     Strict,
     Top,
+    chat_body,
     check_kinds,
     check_size,
 )
@@ -64,25 +67,40 @@ def _text(given: str | Sequence[TextItem] | None) -> str:
 
 
 class MessageItem(_Part):
+    prefix: ClassVar = "msg"
+
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | Texts
 
 
 class CallItem(_Part):
+    prefix: ClassVar = "fc"
+    no_effect = tuple(name for name in NO_EFFECT if name != "status")
+
     type: Literal["function_call"]
     call_id: Annotated[str, Field(max_length=256)]
     name: str
     arguments: str
+    status: str | None = None
+
+    @property
+    def given(self) -> str:
+        """The arguments; of a call that was cut, those that are there."""
+        return json.dumps(begun_object(self.arguments)) if self.status == "incomplete" else self.arguments
 
 
 class OutputItem(_Part):
+    prefix: ClassVar = "fco"
+
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(max_length=256)]
     output: str | Texts
 
 
 class ReasoningItem(_Part):
+    prefix: ClassVar = "rs"
+
     type: Literal["reasoning"]
     summary: Texts | None = None
     content: Texts | None = None
@@ -97,6 +115,7 @@ Item = Annotated[
     Discriminator(lambda given: given.get("type", "message") if isinstance(given, dict) else None),
 ]
 ITEMS = TypeAdapter(list[Item])
+Input = str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 LOGPROBS = "message.output_text.logprobs"  # included if a client asks for it
 
 
@@ -119,7 +138,7 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
             if isinstance(item, ReasoningItem):
                 last["reasoning_content"] = _text(item.content or item.summary)
             else:
-                function = {"name": item.name, "arguments": item.arguments}
+                function = {"name": item.name, "arguments": item.given}
                 last.setdefault("tool_calls", []).append({"id": item.call_id, "function": function})
     return found
 
@@ -168,48 +187,55 @@ class Reasoning(Strict):
     mode: Any = None
 
 
-class ResponsesBody(Extensions):
-    unused = UNUSED
+class InputBody(Extensions):
+    """What the model reads."""
 
-    model: str
-    input: str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    unused = UNUSED
+    names: ClassVar = {  # of parameters of chats
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "response_format": "text.format",
+        "reasoning_effort": "reasoning.effort",
+    }
+
+    model: str | None = None
+    input: Input | None = None
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=256)] | None = None
-    store: bool | None = None
-    stream: bool | None = None
-    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
-    top_p: options.TopP | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
-    user: str | None = None
-    top_logprobs: Top | None = None
-    include: Annotated[list[str], Field(max_length=MAX_MEMBERS, fail_fast=True)] | None = None
-    # Those from here on have no effect.
-    prompt_cache_key: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    stream_options: Any = None
+    personality: Any = None  # without effect
 
     _check_kinds = field_validator("input", mode="before")(lambda given: check_kinds(given, "items", *KINDS))
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The input as messages of a chat."""
-        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else messages_of(self.input)
+    def items(self) -> list[Any]:
+        """The input as items."""
+        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input or []
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The items as a client can list them, with ids."""
+        found = list[dict[str, Any]]()
+        for item in self.items:
+            made = {"id": f"{item.prefix}_{uuid.uuid4().hex}", "status": "completed"} | item.model_dump(
+                exclude_none=True
+            )
+            if isinstance(text := made.get("content"), str):
+                said = isinstance(item, MessageItem) and item.role == "assistant"
+                part = {"type": "output_text", "text": text, "annotations": []}
+                made["content"] = [part if said else {"type": "input_text", "text": text}]
+            found.append(made)
+        return found
 
     def chat(self, before: Sequence[dict[str, Any]]) -> ChatBody:
-        """The request as one of chat completions. before: the messages of the previous response.
+        """The request as one of chat completions. before: the items up to the end of the previous response.
 
-        Raises ValidationError, and ApiError for a result without a call.
+        Raises ApiError.
         """
-        messages, asked = [*before, *self.messages], set[str]()
+        messages, asked = messages_of([*ITEMS.validate_python(before), *self.items]), set[str]()
         for message in messages:
             asked.update(call["id"] for call in message.get("tool_calls", ()))
             if message["role"] == "tool" and message["tool_call_id"] not in asked:
@@ -217,9 +243,7 @@ class ResponsesBody(Extensions):
                 raise ApiError(400, what, "input", "invalid_value")
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        given = self.model_dump(include={"model", "stream", "temperature", "top_p", *Extensions.model_fields})
-        given |= {"messages": messages, "max_tokens": self.max_output_tokens, "top_logprobs": self.top_logprobs}
-        given |= {"logprobs": bool(self.top_logprobs) or LOGPROBS in (self.include or ())}
+        given = {"model": self.model or "", "messages": messages, **self._options()}
         given |= {"reasoning_effort": self.reasoning.effort if self.reasoning else None}
         if self.text is not None and self.text.format is not None:
             given["response_format"] = self.text.format.for_chat
@@ -232,7 +256,36 @@ class ResponsesBody(Extensions):
         elif choice != "auto" or self.tools:  # the default of clients without tools
             given["tool_choice"] = choice
         given["parallel_tool_calls"] = self.parallel_tool_calls
-        return ChatBody.model_validate(given)
+        return chat_body(given)
+
+    def _options(self) -> dict[str, Any]:
+        return self.model_dump(include={*Extensions.model_fields})
+
+
+class ResponsesBody(InputBody):
+    model: str
+    input: Input
+    store: bool | None = None
+    stream: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
+    top_p: options.TopP | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
+    user: str | None = None
+    top_logprobs: Top | None = None
+    include: Annotated[list[str], Field(max_length=MAX_MEMBERS, fail_fast=True)] | None = None
+    # Those from here on have no effect.
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    stream_options: Any = None
+
+    def _options(self) -> dict[str, Any]:
+        given = super()._options() | self.model_dump(include={"stream", "temperature", "top_p", "top_logprobs"})
+        scored = bool(self.top_logprobs) or LOGPROBS in (self.include or ())
+        return given | {"max_tokens": self.max_output_tokens, "logprobs": scored}
 
 
 class Store:
@@ -240,11 +293,11 @@ class Store:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.kept: dict[str | None, OrderedDict[str, tuple[bytes, bytes]]] = {}  # responses and messages, as JSON
+        self.kept: dict[str | None, OrderedDict[str, tuple[bytes, bytes]]] = {}  # responses and input, as JSON
 
-    def put(self, scope: str | None, id: str, written: bytes, messages: list[dict[str, Any]]) -> None:
-        """written: the response as JSON. messages: of the chat up to its end."""
-        made = written, to_json(messages)
+    def put(self, scope: str | None, id: str, written: bytes, items: list[dict[str, Any]]) -> None:
+        """written: the response as JSON. items: all that the model has read."""
+        made = written, to_json(items)
         with self.lock:
             kept = self.kept.setdefault(scope, OrderedDict())
             kept[id] = made
@@ -253,27 +306,50 @@ class Store:
             ):
                 kept.popitem(last=False)
 
-    def messages(self, scope: str | None, id: str | None) -> list[dict[str, Any]]:
-        """The messages up to the end of a response; none for None. Raises ApiError if it is not there."""
+    def before(self, scope: str | None, id: str | None) -> list[dict[str, Any]]:
+        """The items up to the end of a response; none for None. Raises ApiError if it is not there."""
         if id is None:
             return []
         with self.lock:
-            if id in (kept := self.kept.get(scope, OrderedDict())):
-                kept.move_to_end(id)
-                return list(from_json(kept[id][1]))
-        message = f"there is no response '{id[:64]}' here, or no longer; send its items as input"
-        raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
+            if (found := self._found(scope, id)) is not None:
+                self.kept[scope].move_to_end(id)
+        if found is None:
+            message = f"there is no response '{id[:64]}' here, or no longer; send its items as input"
+            raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
+        output = from_json(found[0])["output"]
+        for part in [part for item in output for part in item.get("content", ()) if "logprobs" in part]:
+            part["logprobs"] = []  # they are no input
+        return [*from_json(found[1]), *output]
 
-    def written(self, scope: str | None, id: str, remove: bool = False) -> bytes:
-        """A response as JSON. Raises ApiError if it is not there."""
+    def get(self, scope: str | None, id: str, remove: bool = False) -> tuple[bytes, bytes]:
+        """A response and all items before it, as JSON. Raises ApiError if it is not there."""
         with self.lock:
-            if id in (kept := self.kept.get(scope, OrderedDict())):
-                return (kept.pop(id) if remove else kept[id])[0]
-        raise ApiError(404, f"there is no response '{id[:64]}' here, or no longer", "response_id", "not_found")
+            found = self._found(scope, id)
+            if found is not None and remove:
+                del self.kept[scope][id]
+        if found is None:
+            raise ApiError(404, f"there is no response '{id[:64]}' here, or no longer", "response_id", "not_found")
+        return found
+
+    def _found(self, scope: str | None, id: str) -> tuple[bytes, bytes] | None:
+        return self.kept.get(scope, {}).get(id)
+
+
+def page_of(items: list[dict[str, Any]], after: str | None, limit: int, ascending: bool) -> dict[str, Any]:
+    """A page of ``items``. after: the id of the last one of the page before. Raises ApiError if there is none such."""
+    items = items if ascending else items[::-1]
+    if after is not None:
+        place = next((n for n, item in enumerate(items) if item["id"] == after), None)
+        if place is None:
+            raise ApiError(400, f"'after': there is no item '{after[:64]}' in this list", "after", "invalid_value")
+        items = items[place + 1 :]
+    page = items[:limit]
+    ids = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": page, **ids, "has_more": len(items) > limit}
 
 
 class ResponsesAnswer(BlockAnswer):
-    """A response. keep: stores it, with the messages of its output."""
+    """A response. keep: stores it, by its id."""
 
     def __init__(
         self,
@@ -282,7 +358,7 @@ class ResponsesAnswer(BlockAnswer):
         choices: Sequence[ResponseChoice],
         chat: ChatBody,
         asked: ResponsesBody,
-        keep: Callable[[str, bytes, list[dict[str, Any]]], None],
+        keep: Callable[[str, bytes], None],
     ) -> None:
         super().__init__(prepared, model, choices, chat)
         self.asked, self.keep, self.number, self.key = asked, keep, 0, uuid.uuid4().hex
@@ -308,11 +384,10 @@ class ResponsesAnswer(BlockAnswer):
 
     def result(self) -> dict[str, Any]:
         cut = self.choice.answer.finish == "length"
-        output = [self._item(n, block, "completed") for n, block in enumerate(self.blocks)]
-        if cut and output:
-            output[-1]["status"] = "incomplete"
+        output = [self._item(n, block, self._status(n == self._index)) for n, block in enumerate(self.blocks)]
         before, cached, new = self.counts()
-        thought = sum(len(self.choice.tokenizer(b.text).input_ids) for b in self.blocks if b.kind == "reasoning")
+        encode = SharedTokenizer(self.choice.tokenizer).encode
+        thought = sum(len(encode(b.text, add_special=False)) for b in self.blocks if b.kind == "reasoning")
         usage = {
             "input_tokens": before,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0} | self.time_saved(),
@@ -329,8 +404,12 @@ class ResponsesAnswer(BlockAnswer):
             completed_at=None if cut else int(time.time()),
         )
         if self.asked.store is not False:
-            self.keep(found["id"], to_json(found), messages_of(ITEMS.validate_python(output)))
+            self.keep(found["id"], to_json(found))
         return found
+
+    def _status(self, last: bool) -> str:
+        """The status of an item that has ended. last: it is the last one."""
+        return "incomplete" if last and self.choice.answer.finish == "length" else "completed"
 
     def _item(self, index: int, block: Block, status: str) -> dict[str, Any]:
         item: dict[str, Any] = {"id": f"{PREFIXES[block.kind]}_{self.key}{index}", "status": status}
@@ -355,7 +434,7 @@ class ResponsesAnswer(BlockAnswer):
         more = {"logprobs": logprobs} if block.kind == "text" else {}
         yield self._event(f"response.{NAMES[block.kind]}.delta", delta=text, **more)
 
-    def end_block(self, block: Block) -> Events:
+    def end_block(self, block: Block, last: bool = False) -> Events:
         kind = NAMES[block.kind]
         if block.kind == "call":
             yield self._event(f"response.{kind}.done", name=block.name, arguments=block.text)
@@ -363,7 +442,7 @@ class ResponsesAnswer(BlockAnswer):
             more = {"logprobs": block.logprobs} if block.kind == "text" else {}
             yield self._event(f"response.{kind}.done", text=block.text, **more)
             yield self._event("response.content_part.done", part=_part(block))
-        item = self._item(self._index, block, "completed")
+        item = self._item(self._index, block, self._status(last))
         yield {"type": "response.output_item.done", "output_index": self._index, "item": item}
 
     def end(self) -> Events:

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from specdec.base import options
+from specdec.serve.errors import invalid
 from specdec.speculation.constraints import Json
 
 
@@ -66,8 +76,8 @@ def check_size(given: Any, most: int) -> Any:
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    no_effect: ClassVar[Sequence[str]] = ()  # members that are left out
-    unused: ClassVar[Mapping[str, Sequence[Any]]] = {}  # members that are left out where they are null or these values
+    no_effect: ClassVar[Sequence[str]] = ()  # members that are left out, like all that are null
+    unused: ClassVar[Mapping[str, Sequence[Any]]] = {}  # members that are left out where they are these values
     kinds: ClassVar[Sequence[str]] = ()  # what it is called, and its types
 
     @model_validator(mode="before")
@@ -78,8 +88,10 @@ class Strict(BaseModel):
             check_kinds([given], *cls.kinds)
         if not isinstance(given, dict):
             return given
-        unused = [key for key, values in cls.unused.items() if given.get(key) is None or given[key] in values]
-        return {key: value for key, value in given.items() if key not in (*cls.no_effect, *unused)}
+        unused = [key for key, values in cls.unused.items() if given.get(key) in values]
+        return {
+            key: value for key, value in given.items() if value is not None and key not in (*cls.no_effect, *unused)
+        }
 
 
 class Extensions(Strict):
@@ -320,7 +332,7 @@ class ChatBody(GenerationBody, Extensions):
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice names '{self.tool_choice.function.name[:64]}', which is not in tools")
         if self.forced_tools and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("response_format cannot be combined with a tool_choice that forces a call; leave one out")
+            raise ValueError("a tool_choice that forces a call cannot be combined with a format of text; leave one out")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise ValueError("continue_final_message needs a last message of the role assistant")
         return self
@@ -361,6 +373,14 @@ class ChatBody(GenerationBody, Extensions):
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def chat_body(given: dict[str, Any]) -> ChatBody:
+    """A request of another protocol as one of chat completions. Raises ApiError."""
+    try:
+        return ChatBody.model_validate(given)
+    except ValidationError as error:
+        raise invalid(error, given) from None
 
 
 class CompletionBody(GenerationBody):

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.text import encode
+from specdec.api.text import SharedTokenizer, encode
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
@@ -183,7 +183,7 @@ class Service:
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of ``ids``. special: keep special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+        return SharedTokenizer(self.tokenizer).decode(ids, special)
 
     def constraint(self, body: GenerationBody) -> CompiledConstraint | None:
         """The compiled constraint on the answers; compiling may take a second."""
@@ -206,12 +206,13 @@ class Service:
         body: GenerationBody,
         client: Client,
         constraint: CompiledConstraint | None = None,
-        shown: Sequence[str] = (),
+        made: Prepared | None = None,
     ) -> list[ResponseChoice]:
         """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted.
 
-        shown: special tokens to keep in the text.
+        made: the chat, if it is one.
         """
+        shown = () if made is None else made.shown
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         rows = [prompt for prompt in prompts for _ in range(body.n or 1)]
         choices: list[ResponseChoice] = []
@@ -219,6 +220,8 @@ class Service:
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
                 request = self._request(prompt, body, client, constraint, seed=seed, stream=stream)
+                if made is not None and (stop := made.stop(self.tokenizer, body.stop_strings)) is not None:
+                    request.stop = stop
                 handle = self.engine.submit(request)
                 choices.append(
                     ResponseChoice(index, handle, prompt, self.tokenizer, body.stop_strings, self.metrics, shown)
@@ -295,6 +298,7 @@ class Service:
         )
         request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 scores the prompt alone
         request.background = not max_new_tokens and body.num_logprobs is None
+        request.sender = client.sender
         if client.key is not None:
             request.priority, request.scope_rows = client.key.priority, client.key.max_rows
             request.learn = client.key.learn

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 
-from specdec.serve.clients import Key
+from specdec.serve.clients import ASCII, Key
 
 
 def _split(given: Any) -> Any:
@@ -29,7 +29,7 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    api_key: str | None = None
+    api_key: Annotated[str, ASCII] | None = None
     keys: tuple[Key, ...] = ()
     log_requests: bool = False
     cors: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()

@@ -292,6 +292,8 @@ def test_the_default_drafter_is_the_tuned_one_with_its_depth(tmp_path, monkeypat
     assert decoder.drafter.name == "lookahead" and decoder.tuned is not None and decoder.device.type == "cpu"
     with decoder.open([PROMPT]) as generation:
         assert generation.engine.batch.policy.choose([]).depth == 3
+    with decoder.engine() as engine:  # what serve and chat use
+        assert engine.batch.policy.choose([]).depth == 3
     plain = decoder.with_drafter("none")
     assert plain.tuned is None and plain.with_drafter("auto").drafter.name == "lookahead"
     assert SpecDecoder.from_pretrained(name, "prompt-lookup").tuned is None

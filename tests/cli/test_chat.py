@@ -13,7 +13,7 @@ import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
-from servers import tiny_decoder
+from servers import Replay, tiny_decoder
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -21,6 +21,7 @@ from specdec import SpecDecoder, cli
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.cli.chat import ChatSession, _asker
+from specdec.engine.request import Event
 from specdec.speculation.sampling import SamplingParams
 
 
@@ -89,6 +90,18 @@ def test_commands_change_the_conversation(
 def test_what_cannot_be_done_is_said_and_changes_nothing(conversation: ChatSession, line: str, says: str) -> None:
     with pytest.raises(SpecDecError, match=says):
         conversation.take(line)
+    assert conversation.messages == []
+
+
+@pytest.mark.parametrize("tokens", [[], [5, 6]])
+def test_an_error_while_decoding_is_said(decoder: SpecDecoder, tokens: list[int]) -> None:
+    script = [
+        Event(tokens, depths=[0] * len(tokens)),
+        Event([], "error", error=SpecDecError("the logits are not finite")),
+    ]
+    conversation = ChatSession(decoder, Replay(lambda request: script), SamplingParams(), max_new_tokens=20)  # type: ignore[arg-type]
+    with pytest.raises(SpecDecError, match="the logits are not finite"):
+        conversation.take("Hello")
     assert conversation.messages == []
 
 

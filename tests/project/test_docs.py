@@ -91,6 +91,16 @@ def test_the_page_on_extending_names_what_a_runtime_must_have() -> None:
     assert sorted(named) == sorted(Target.__abstractmethods__)
 
 
+def test_every_public_name_exists_and_is_documented() -> None:
+    documented = set(re.findall(r"^::: specdec\.(\w+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.MULTILINE))
+    assert documented == set(specdec.__all__)
+    for name in specdec.__all__:
+        assert getattr(specdec, name).__name__ == name
+    everything: dict[str, Any] = {}
+    exec("from specdec import *", everything)
+    assert documented <= everything.keys()
+
+
 def example(name: str) -> Any:
     """The class of that name in docs/extend.md."""
     [code] = [block.text for block in blocks(ROOT / "docs/extend.md") if f"class {name}" in block.text]

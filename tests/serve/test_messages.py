@@ -197,10 +197,50 @@ def test_models_are_listed(client: Any) -> None:
     assert client.models.retrieve(NAME).display_name == NAME
 
 
+def test_what_a_client_dumps_of_an_answer_is_taken_back() -> None:
+    """Blocks have members that are null, such as ``toolset_name``."""
+    text = "<think>\nTwo things.\n</think>\n\nWell.\n" + written(HERMES, CALLS)
+    with answering(text, template=THINKING) as other, client_of(other) as client:
+        found = client.messages.create(**BODY, tools=GIVEN)
+        content = [block.model_dump() for block in found.content]
+        assert [block["type"] for block in content] == ["thinking", "text", "tool_use", "tool_use"]
+        assert any(value is None for block in content for value in block.values())
+        results: Any = [{"type": "tool_result", "tool_use_id": b["id"], "content": "4"} for b in content[2:]]
+        prompts = list[str]()
+        for said in (content, [{k: v for k, v in block.items() if v is not None} for block in content]):
+            turns: Any = [*USER, {"role": "assistant", "content": said}, {"role": "user", "content": results}]
+            client.messages.create(**BODY | {"messages": turns}, tools=GIVEN)
+            prompts.append(other.decoder.tokenizer.decode(other.engine.handles[-1].request.prompt))
+    assert prompts[0] == prompts[1] and "Well." in prompts[0]
+
+
+def test_turns_of_one_role_in_a_row_are_one() -> None:
+    call = {"type": "tool_use", "id": "x", "name": "sum", "input": {}}
+    results = [{"type": "tool_result", "tool_use_id": id, "content": "4"} for id in "xy"]
+    apart: Any = [
+        *({"role": "user", "content": text} for text in ("a", "b")),
+        {"role": "assistant", "content": "Well."},
+        *({"role": "assistant", "content": [call | {"id": id}]} for id in "xy"),
+        *({"role": "user", "content": [result]} for result in results),
+    ]
+    joined: Any = [
+        {"role": "user", "content": [{"type": "text", "text": text} for text in ("a", "b")]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Well."}, call, call | {"id": "y"}]},
+        {"role": "user", "content": results},
+    ]
+    with answering("ok") as other, client_of(other) as client:
+        prompts = list[str]()
+        for messages in (apart, joined):
+            client.messages.create(**BODY | {"messages": messages}, tools=GIVEN)
+            prompts.append(other.decoder.tokenizer.decode(other.engine.handles[-1].request.prompt))
+    assert prompts[0] == prompts[1] and prompts[0].count("[user]") == 1
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "4"}
 CALL = {"type": "tool_use", "id": "x", "name": "sum", "input": {}}
+SAYS = {"role": "assistant", "content": "Well."}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "x"}}
 DEEP: Any = {}
 for _ in range(60):
@@ -215,7 +255,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, "blocks of the type 'image' are not supported"),
     "a result without a call": ({"messages": [{"role": "user", "content": [RESULT]}]}, "no tool_use of the message"),
     "a result of an earlier call": (
-        {"messages": [{"role": "assistant", "content": [CALL]}, *USER, {"role": "user", "content": [RESULT]}]},
+        {"messages": [{"role": "assistant", "content": [CALL]}, *USER, SAYS, {"role": "user", "content": [RESULT]}]},
         "no tool_use of the message",
     ),
     "a call of the user": ({"messages": [{"role": "user", "content": [CALL]}]}, "does not belong to the role user"),
@@ -258,6 +298,22 @@ def test_what_is_wrong_is_refused_in_the_protocols_form(server: Server, case: st
     body, says = WRONG[case]
     response = server.post(PATH, BODY | body, headers={"x-api-key": "secret"})
     assert says in refusal(response, 400, "invalid_request_error")
+
+
+PLACES: dict[str, list[Any]] = {
+    "messages.0.content.0.text": [{"type": "text", "text": 5}],
+    "messages.0.content.0.bogus": [{"type": "text", "text": "a", "bogus": 1}],
+    "messages.0.content.1.content.0.type": [CALL, RESULT | {"content": [{"type": 5, "text": "a"}]}],
+    "messages.0.content.0.input": [CALL | {"input": "x"}],
+    "messages.0.content.0.id": [{"type": "tool_use", "name": "a", "input": {}}],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_error_names_the_place_in_what_was_sent(server: Server, place: str) -> None:
+    body = BODY | {"messages": [{"role": "user", "content": PLACES[place]}]}
+    response = server.post(PATH, body, headers={"x-api-key": "secret"})
+    assert f"'{place}'" in refusal(response, 400, "invalid_request_error")
 
 
 def test_what_is_deep_or_odd_breaks_nothing(server: Server) -> None:

@@ -140,14 +140,15 @@ def test_a_store_keeps_the_last_of_each_key(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(responses, "MAX_STORED", 3)
     monkeypatch.setattr(responses, "MAX_STORED_BYTES", 1000)
     store = Store()
+    empty = b'{"output":[]}'
     for n in range(5):
-        store.put("a", str(n), b"x", [])
+        store.put("a", str(n), empty, [])
     store.put("b", "0", b"y", [])
-    assert store.written("b", "0") == b"y" and store.messages("a", None) == []
+    assert store.get("b", "0") == (b"y", b"[]") and store.before("a", None) == []
     with pytest.raises(Exception, match="no response '4'"):
-        store.messages("b", "4")
+        store.before("b", "4")
     assert [*store.kept["a"]] == ["2", "3", "4"]
-    store.messages("a", "2")  # it is used, so others go first
+    store.before("a", "2")  # it is used, so others go first
     store.put("a", "5", b"x", [])
     assert [*store.kept["a"]] == ["4", "2", "5"]
     store.put("a", "6", b"z" * 997, [])
@@ -162,12 +163,12 @@ def test_a_store_holds_no_more_memory_than_it_counts(monkeypatch: pytest.MonkeyP
     tracemalloc.start()
     try:
         for n in range(40):
-            store.put("a", str(n), b"x", [{"role": "user", "content": ""} for _ in range(2000)])
+            store.put("a", str(n), b'{"output":[]}', [{"role": "user", "content": ""} for _ in range(2000)])
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(store.kept["a"]) > 5 and held < 1.5 * 10**6
-    assert store.messages("a", "39")[1999] == {"role": "user", "content": ""}
+    assert store.before("a", "39")[1999] == {"role": "user", "content": ""}
 
 
 def test_calls_are_forced_streamed_and_answered(client: openai.OpenAI) -> None:
@@ -185,6 +186,74 @@ def test_calls_are_forced_streamed_and_answered(client: openai.OpenAI) -> None:
     items = [{"role": "user", "content": ASK}, call, result]
     same = client.responses.create(**how | {"input": items, "max_output_tokens": 3})
     assert after.usage.input_tokens == same.usage.input_tokens and after.output_text == same.output_text
+
+
+def test_a_response_that_ends_in_a_cut_call_is_continued() -> None:
+    text = "<tool_call>\n" + HERMES.head("sum") + '{"a": 1, "b'
+    with answering(text, "ok", end="length") as other, client_of(other) as client:
+        how: Any = BODY | {"tools": GIVEN}
+        events = list(client.responses.create(**how, stream=True))
+        first = events[-1].response  # type: ignore[union-attr]
+        [done] = [event.item for event in events if event.type == "response.output_item.done"]
+        assert first.status == done.status == first.output[0].status == "incomplete"
+        [call] = first.output
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "4"}
+        for given in (result, {"role": "user", "content": "Go on."}):
+            after = client.responses.create(**how | {"input": [given]}, previous_response_id=first.id)
+            prompt = other.engine.handles[-1].request.prompt
+            client.responses.create(**how | {"input": [{"role": "user", "content": ASK}, call, given]})
+            assert after.output_text == "ok" or other.engine.handles[-1].request.prompt == prompt
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_only_the_last_item_of_a_cut_stream_is_incomplete(cut: bool) -> None:
+    text = "<think>\nTwo things.\n</think>\n\nWell."
+    with answering(text, template=THINKING, end="length" if cut else "eos") as other, client_of(other) as client:
+        events = list(client.responses.create(**BODY, stream=True))
+    ended = [event.item.status for event in events if event.type == "response.output_item.done"]
+    assert ended == ["completed", "incomplete" if cut else "completed"]
+
+
+def test_input_is_counted(client: openai.OpenAI) -> None:
+    first = client.responses.create(**BODY, instructions="Be brief.")
+    count = client.responses.input_tokens.count
+    counted = count(model=NAME, input=ASK, instructions="Be brief.")
+    assert counted.input_tokens == first.usage.input_tokens and counted.object == "response.input_tokens"
+    assert count(input=ASK, tools=GIVEN, model=NAME).input_tokens > count(input=ASK).input_tokens
+    second = client.responses.create(**BODY, previous_response_id=first.id)
+    assert count(input=ASK, previous_response_id=first.id).input_tokens == second.usage.input_tokens
+    assert count(previous_response_id=first.id).input_tokens == second.usage.input_tokens - len("[user]" + ASK)
+    with pytest.raises(openai.BadRequestError, match="'input'"):
+        count(model=NAME)
+    with pytest.raises(openai.NotFoundError):
+        count(model="other", input=ASK)
+
+
+def test_items_of_the_input_are_listed(client: openai.OpenAI) -> None:
+    first = client.responses.create(**BODY, include=["message.output_text.logprobs"])
+    call = {"type": "function_call", "call_id": "c", "name": "sum", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c", "output": "4"}
+    more: Any = [{"role": "developer", "content": "Be brief."}, call, result]
+    second = client.responses.create(**BODY | {"input": more}, previous_response_id=first.id)
+    items = list(client.responses.input_items.list(second.id, order="asc", limit=2))  # several pages
+    assert [item.type for item in items] == ["message", "message", "message", "function_call", "function_call_output"]
+    assert [getattr(item, "role", None) for item in items] == ["user", "assistant", "developer", None, None]
+    assert items[0].content[0].text == ASK and items[0].content[0].type == "input_text"  # type: ignore[union-attr]
+    assert items[1].content[0].text == first.output_text and items[1].id == first.output[0].id  # type: ignore[union-attr]
+    assert items[1].content[0].logprobs == []  # type: ignore[union-attr]
+    assert items[3].arguments == "{}" and items[4].output == "4"  # type: ignore[union-attr]
+    ids = [item.id for item in items]
+    assert len(set(ids)) == 5
+    page = client.responses.input_items.list(second.id, after=ids[3], limit=2)
+    assert [item.id for item in page.data] == [ids[2], ids[1]] and page.has_more
+    again = client.responses.create(**BODY | {"input": items})  # they are an input, too
+    assert again.usage.input_tokens == second.usage.input_tokens
+    for wrong in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "x"}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.input_items.list(second.id, **wrong)  # type: ignore[arg-type]
+        assert [refused.value.param] == [*wrong]
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_items.list("resp_x")
 
 
 def test_text_has_the_form_that_is_asked_for(client: openai.OpenAI) -> None:
@@ -253,7 +322,7 @@ def test_the_agents_package_calls_a_tool_and_answers() -> None:
 RESULT = {"type": "function_call_output", "call_id": "x", "output": "4"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no input": ({"input": None}, "input"),
-    "an empty input": ({"input": []}, "messages"),
+    "an empty input": ({"input": []}, "'input'"),
     "an image": (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         "input",
@@ -280,7 +349,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "fewer tokens than none": ({"max_output_tokens": -1}, "max_output_tokens"),
     "an unknown member": ({"n": 2}, "parameter 'n'"),
     "an effort in a number": ({"reasoning": {"effort": 3}}, "reasoning"),
-    "a long prompt": ({"input": "x" * 5000}, "'messages' has"),
+    "a long prompt": ({"input": "x" * 5000}, "'input' has"),
+    "an unknown member of an item": ({"input": [{"role": "user", "content": "a", "b": 1}]}, "'input.0.b'"),
+    "a part of a number": ({"input": [{"role": "user", "content": [5]}]}, "'input.0.content.0': it must be an object"),
+    "items in a number": ({"input": 5}, "'input': it must be text or a list of items"),
 }
 
 
@@ -299,7 +371,17 @@ def test_what_is_wrong_is_refused(server: Server, case: str) -> None:
     body, says = WRONG[case]
     response = server.post(PATH, BODY | body, headers=KEY)
     assert response.status_code == 400 and set(response.json()) == {"error"}, response.text
-    assert says in response.json()["error"]["message"] and response.headers["x-request-id"]
+    error = response.json()["error"]
+    assert says in error["message"] and response.headers["x-request-id"]
+    assert not {"messages", "max_tokens", "response_format"} & {str(error["param"]).partition(".")[0]}
+    for ours in ("Item", "Body", "Text", "list[", "lambda", "'messages", "max_tokens"):
+        assert ours not in error["message"], error
+
+
+def test_a_limit_of_the_server_names_the_clients_parameter() -> None:
+    with answering("ab", max_tokens=8) as other:
+        error = other.post(PATH, BODY).json()["error"]
+    assert error["param"] == "max_output_tokens" and "24 new tokens exceed" in error["message"]
 
 
 def test_a_fault_in_a_stream_is_its_last_event() -> None:

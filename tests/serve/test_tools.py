@@ -376,9 +376,48 @@ def test_the_name_of_a_call_that_is_cut_is_told_where_it_is_certain(
 
 
 def test_several_calls_come_where_they_may(server: Server) -> None:
-    rows = server.chat(tools=TOOLS[2:], tool_choice="required", n=16, seed=1, max_tokens=300).json()["choices"]
-    counts = {len(row["message"]["tool_calls"]) for row in rows if row["finish_reason"] == "tool_calls"}
-    assert 1 in counts and max(counts) > 1
+    rows = server.chat(tools=TOOLS[1:], tool_choice="required", n=16, seed=1, max_tokens=400).json()["choices"]
+    found = [called(row["message"]) for row in rows if row["finish_reason"] == "tool_calls"]
+    assert 1 in map(len, found) and max(map(len, found)) > 1
+    for calls in found:
+        assert len({json.dumps(call) for call in calls}) == len(calls)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_forced_call_that_is_repeated_ends_the_answer(server: Server, stream: bool, n: int) -> None:
+    """A model that must not end would repeat it up to the limit."""
+    body: dict[str, Any] = {"tools": TOOLS[2:], "tool_choice": "required", "max_tokens": 400, "n": n}
+    body |= {"logit_bias": {str(server.decoder.tokenizer.eos_token_id): -100}}
+    if stream:
+        chunks = events(server.chat(**body, stream=True, stream_options={"include_usage": True}))
+        usage = chunks.pop()["usage"]
+        parts = [chunk["choices"][0] for chunk in chunks]
+        messages = [whole_call([part["delta"] for part in parts if part["index"] == i]) for i in range(n)]
+        reasons = [part["finish_reason"] for part in parts if part["finish_reason"]]
+    else:
+        answer = server.chat(**body).json()
+        usage, reasons = answer["usage"], [choice["finish_reason"] for choice in answer["choices"]]
+        messages = [choice["message"] for choice in answer["choices"]]
+    assert [called(message) for message in messages] == [[("now", {})]] * n and reasons == ["tool_calls"] * n
+    one = len(server.decoder.tokenizer(written(HERMES, [("now", {})])).input_ids)
+    assert usage["completion_tokens"] < n * 2 * one + 4
+
+
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA, MISTRAL_NAMED])
+@SIZES
+def test_a_repeated_call_is_no_part_of_a_forced_answer(form: CallFormat, size: int) -> None:
+    other = [CALLS[0], ("weather", {"city": "Rome", "days": 30}), CALLS[1]]
+    for calls, expected in (
+        (other, other),
+        ([*other, CALLS[0], ("now", {})], other),
+        ([CALLS[1], CALLS[1]], [CALLS[1]]),
+    ):
+        assert calls_of(read(written(form, calls), size, form, forced=True)) == expected
+    assert calls_of(read(written(form, CALLS[:1] * 2), size, form)) == CALLS[:1] * 2  # nothing forces it
+    end = len(form.tail + form.after + form.last) + 3
+    cut = read(written(form, CALLS[:1] * 2)[:-end], size, form, forced=True)
+    assert [block[1] for block in cut] == ["weather"] * 2
 
 
 def test_tools_that_the_model_may_call(server: Server) -> None:

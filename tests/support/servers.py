@@ -222,6 +222,9 @@ class _Replayed:
     def cancel(self) -> None:
         self.cancelled = True
 
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self.script)
+
     async def __aiter__(self) -> Any:
         for event in self.script:
             await asyncio.sleep(0)
