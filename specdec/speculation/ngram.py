@@ -148,8 +148,8 @@ class Grower:
         sources: texts that are matched, and the weight of each; later ones overrule earlier ones. learned: the tree of
         a learned drafter, which is merged in. masks: which tokens may follow those behind the root, bool [V] (None:
         none may). noise: by which tokens are drawn, float32 [V] of each position behind the root; fewer than ``limit``
-        end the tree there. tables: calibrated probabilities at ``KNOTS`` of n-grams, of n-grams where the learned drafter
-        has other candidates, and of that drafter; none: what they say counts. ``raw`` has the same kinds.
+        end the tree there. tables: calibrated probabilities at ``KNOTS`` of n-grams, of n-grams where the learned
+        drafter has other candidates, and of that drafter; none: what they say counts. ``raw`` has the same kinds.
         """
         struct, tail = self.struct, ids[-LONGEST:]
         ctypes.memmove(self.text, (INT * len(tail))(*tail), 4 * len(tail))
