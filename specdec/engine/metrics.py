@@ -65,7 +65,10 @@ class RequestMetrics:
             return self.drafting_off
         if not steps or (2 * self.num_drafted_steps >= steps and self.draft_saved_seconds >= 0):
             return None
-        return "batch too large to pay" if self.rows >= MANY_ROWS * steps else "drafts were rarely right"
+        if self.rows >= MANY_ROWS * steps:
+            return "batch too large to pay"
+        often = 2 * self.num_accepted_draft_tokens >= steps
+        return "drafts cost what they saved" if often else "drafts were rarely right"
 
     @property
     def prefill_seconds(self) -> float:

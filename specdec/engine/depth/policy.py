@@ -185,7 +185,7 @@ class AutoDepth:
         if not rows:
             return self.choice
         speed = self.speedup * count / passes[0]
-        prices = Prices([speed * (seconds - passes[0]) for seconds in passes], 0.0, [])
+        prices = Prices([speed * (seconds - passes[0]) for seconds in passes])
         drafting, worth = self.model.drafting(count), sum(self._worth(row) for row in rows)
         choose = self._by_source if self.has_probabilities else self._by_position
         choice = choose(rows, prices, speed, count)
