@@ -56,7 +56,8 @@ class Request:
     sampler: takes the place of params, processors and stream.
     logprobs: number of top tokens that go with the log-probability of each new token; None: no log-probabilities.
     prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
-    scope: cached prefixes are shared only between requests of one scope, and the queue is fair between scopes.
+    scope: cached prefixes are shared only between requests of one scope.
+    sender: who sent it, where several share a scope. Rows and the queue are fair between the senders of all scopes.
     priority: waiting requests of a higher one begin first. scope_rows: requests of its scope that may run at once.
     background: its prompt is run while there are no other requests.
     learn: whether drafters may learn from its text.
@@ -74,6 +75,7 @@ class Request:
     logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: bool = False
     scope: str | None = None
+    sender: str | None = None
     priority: int = 0
     scope_rows: int | None = None
     background: bool = False
@@ -104,6 +106,11 @@ class Request:
         self.ids = list(self.prompt)
         self.metrics = RequestMetrics(len(self.prompt))
         self.sampler = self.sampler or RowSampler(self.params, self.processors, self.stream, start=len(self.prompt))
+
+    @property
+    def party(self) -> tuple[str | None, str | None]:
+        """Whose request it is: rows and the queue are fair between parties."""
+        return self.scope, self.sender
 
     @property
     def remaining(self) -> int:

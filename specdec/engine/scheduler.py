@@ -21,7 +21,9 @@ HEADROOM = 48  # further free slots for each row at an admission: with fewer, a 
 NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at first, if later requests may reuse it
 SHARED = 32  # a request waits for another's prompt if they share so many more tokens than any cached prefix
 TIMED = 64  # a pass over so many tokens, or more, tells what a prompt's token takes
+PARTIES = 1024  # of so many the turn is known
 CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent states; in a long prompt a quarter of it
+Party = tuple[str | None, str | None]  # ``Request.party``
 
 
 class PrefillBatch:
@@ -78,7 +80,7 @@ class Scheduler:
         self.batch, self.max_rows, self.kv_memory, self.chunk = batch, max_rows, kv_memory, chunk
         self.reuse, self.disk = reuse, disk
         self.waiting: deque[Request] = deque()
-        self.turns = dict[str | None, int]()  # the number of the last admission from a scope
+        self.turns = dict[Party, int]()  # the number of the last admission from a party, the earliest first
         self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self.timed, self.saved_seconds = (0, 0.0), 0.0  # tokens of prompts that were timed, and their seconds
@@ -136,6 +138,7 @@ class Scheduler:
     def admit(self) -> None:
         """Let waiting requests begin, in turn, while there is memory."""
         self._put_off()
+        self._share_rows()
         fresh = list[Request]()
         while self.running + len(fresh) < self.max_rows and (row := self._next(fresh)) is not None:
             others = self.running + len(fresh)
@@ -155,7 +158,7 @@ class Scheduler:
             self._count_hits(row, found)
             self.batch.restart([*self.batch.rows, *self.prefilling.rows, *fresh])
             self.waiting.remove(row)
-            self.turns[row.scope] = max(self.turns.values(), default=0) + 1
+            self._count_turn(row.party)
             if not row.metrics.num_new_tokens:
                 row.metrics.queue_seconds = time.perf_counter() - row.submit_time
             self.batch.begin(row)
@@ -170,6 +173,31 @@ class Scheduler:
             cache = self.batch.target.new_cache(len(fresh))
             cache.expected = [*map(self._expected_slots, fresh)]
             self.prefilling.add(fresh, cache)
+
+    def _share_rows(self) -> None:
+        """With all rows taken, let the youngest row of the party with most wait for a party with two fewer, or less.
+
+        It goes on when it is its party's turn, with the keys and values that it has, if they are still cached.
+        """
+        rows = (*self.batch.rows, *self.prefilling.rows)
+        if len(rows) < self.max_rows or (new := self._next(())) is None or new.preempted:
+            return
+        running = Counter(row.party for row in rows)
+        most = max(running, key=running.__getitem__)
+        own = [row for row in self.batch.rows if row.party == most and row.priority <= new.priority]
+        if own and running[most] > running[new.party] + 1:
+            youngest = max(own, key=lambda row: row.submit_time)
+            self.remove([youngest])
+            youngest.set_status(Status.WAITING)
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+
+    def _count_turn(self, party: Party) -> None:
+        number = next(reversed(self.turns.values()), 0) + 1
+        self.turns.pop(party, None)
+        self.turns[party] = number
+        if len(self.turns) > PARTIES:
+            del self.turns[next(iter(self.turns))]
 
     def _put_off(self) -> None:
         """Let requests in the background wait while there are others, which can begin with what these have run."""
@@ -186,20 +214,20 @@ class Scheduler:
     def _next(self, fresh: Sequence[Request]) -> Request | None:
         """The waiting request whose turn it is; None if there is none that may run now.
 
-        Preempted ones come first. Of the highest priority, the scope with the fewest rows is next, and of those with
-        equally many the one that has waited longest for a turn; within a scope, the first that came.
+        Preempted ones come first. Of the highest priority, the party with the fewest rows is next, and of those with
+        equally many the one that has waited longest for a turn; within a party, the first that came.
         """
         rows, waiting = (*self.batch.rows, *self.prefilling.rows, *fresh), tuple(self.waiting)  # others add to it
-        running, idle = Counter(row.scope for row in rows), all(row.background for row in (*rows, *waiting))
+        running, scopes = (Counter(getattr(row, name) for row in rows) for name in ("party", "scope"))
+        idle = all(row.background for row in (*rows, *waiting))
         best: tuple[tuple[int, ...], Request] | None = None
         for row in waiting:
             if row.background and not idle:
                 continue
             if row.preempted:
                 return row
-            count = running[row.scope]
-            if row.scope_rows is None or count < row.scope_rows:
-                rank = -row.priority, count, self.turns.get(row.scope, 0)
+            if row.scope_rows is None or scopes[row.scope] < row.scope_rows:
+                rank = -row.priority, running[row.party], self.turns.get(row.party, 0)
                 if best is None or rank < best[0]:
                     best = rank, row
         return None if best is None else best[1]

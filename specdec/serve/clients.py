@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import re
 import threading
 import time
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -65,12 +67,14 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 class Client:
-    """Who has a key, and what is used now. scope: keeps apart what is stored; None without keys.
+    """Who has a key, and what is used now.
 
+    scope: keeps apart what is stored; None without keys. sender: then the address, among which rows are fair.
     requests: choices that wait or run. left: tokens of this minute.
     """
 
-    def __init__(self, key: Key | None = None) -> None:
+    def __init__(self, key: Key | None = None, sender: str | None = None) -> None:
+        self.sender = sender
         self.key, self.requests, self.lock = key, 0, threading.Lock()
         self.scope = None if key is None else hashlib.sha256(key.key.encode()).hexdigest()
         self.rate = 0 if key is None else key.tokens_per_minute or 0
@@ -110,12 +114,23 @@ class Clients:
     """All that may use a server. keys: none admits everybody."""
 
     def __init__(self, keys: Sequence[Key]) -> None:
-        self.known, self.anyone = [Client(key) for key in keys], Client()
+        self.known = [Client(key) for key in keys]
 
-    def find(self, given: str) -> Client | None:
-        """Who has the key ``given``, in a time that does not depend on it; None if nobody has."""
+    def find(self, given: str, address: str | None = None) -> Client | None:
+        """Who has the key ``given``, in a time that does not depend on it; None if nobody has.
+
+        address: of the sender, who is told apart by it where there are no keys.
+        """
         if not self.known:
-            return self.anyone
+            return Client(sender=None if address is None else _network(address))
         offered = given.encode()
         same = [client for client in self.known if hmac.compare_digest(client.key.key.encode(), offered)]  # type: ignore[union-attr]
         return same[0] if same else None
+
+
+def _network(address: str) -> str:
+    """What tells one user's addresses from those of others: of IPv6, the first half."""
+    with contextlib.suppress(ValueError):
+        if (found := ip_address(address)).version == 6:
+            return found.exploded[:19]
+    return address

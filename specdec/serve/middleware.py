@@ -95,7 +95,8 @@ class ApiKey:
             headers = Headers(scope=scope)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             given = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-            if (client := self.clients.find(given)) is None:
+            address = scope["client"][0] if scope.get("client") else None
+            if (client := self.clients.find(given, address)) is None:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
                 return await ApiError(401, message, code="invalid_api_key").response(scope)(scope, receive, send)
             scope.setdefault("state", {})["client"] = client

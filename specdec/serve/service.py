@@ -297,6 +297,7 @@ class Service:
         )
         request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 scores the prompt alone
         request.background = not max_new_tokens and body.num_logprobs is None
+        request.sender = client.sender
         if client.key is not None:
             request.priority, request.scope_rows = client.key.priority, client.key.max_rows
             request.learn = client.key.learn

@@ -625,6 +625,45 @@ def test_the_queue_is_fair_between_scopes() -> None:
     assert sorted(order(*[asked("a") for _ in range(5)], asked("b"), rows=2)[:2]) == ["a", "b"]
 
 
+def test_the_queue_is_fair_between_senders_of_one_scope() -> None:
+    requests = [Request([5, 6, 7], 2 + (n == 4), sender="ab"[n == 4]) for n in range(5)]
+    engine = Engine(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1)
+    for request in requests:
+        engine.submit(request)
+    ended = [row.sender for events in engine.steps() for row, _ in events if row.finish_reason]
+    assert ended == [*"abaaa"]
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_who_holds_all_rows_makes_room_for_others(reuse: bool, llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4, reuse=reuse)
+    many = [Request([5 + n, 6, 7], 40, sender="a") for n in range(6)]
+    late = [Request([9 + n, 8], 10, sender="b") for n in range(4)]
+    for request in many:
+        engine.submit(request)
+    for _ in range(3):
+        engine.step()
+    for request in late:
+        engine.submit(request)
+    ended = list[str | None]()
+    for events in engine.steps():
+        rows = (*engine.batch.rows, *engine.scheduler.prefilling.rows)
+        assert len(rows) <= 4 and sum(row.sender == "b" for row in rows) <= 2  # no more than half
+        ended += [row.sender for row, _ in events if row.finish_reason]
+    assert ended == [*"bbbbaaaaaa"]
+    assert all((new_tokens(row), row.finish_reason) == alone(target, row) for row in (*many, *late))
+
+
+def test_a_lower_priority_takes_nobodys_row() -> None:
+    engine = Engine(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=2)
+    rows = [Request([5, 6, 7], 9, sender="a", priority=1) for _ in range(2)]
+    for request in (*rows, Request([5, 6, 7], 2, sender="b")):
+        engine.submit(request)
+    ended = [row.sender for events in engine.steps() for row, _ in events if row.finish_reason]
+    assert ended == [*"aab"] and not engine.stats().preemptions
+
+
 def test_a_higher_priority_is_first_and_a_scope_has_so_many_rows() -> None:
     assert order(*[asked("a") for _ in range(3)], asked("b", priority=1), asked("b", priority=1)) == [*"bbaaa"]
     few = [asked("a", scope_rows=1) for _ in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,27 @@ def test_tokens_a_minute_are_a_debt_that_time_pays(monkeypatch: pytest.MonkeyPat
 
 def test_without_keys_everybody_is_the_same() -> None:
     nobody = Clients(())
-    assert nobody.find("") is nobody.find("x") and nobody.find("").scope is None  # type: ignore[union-attr]
+    assert nobody.find("x").scope is nobody.find("").scope is None  # type: ignore[union-attr]
     known = Clients(KEYS)
     assert known.find("sk-bob").name == "bob" and known.find("") is known.find("sk-bo") is known.find("é") is None  # type: ignore[union-attr]
     assert "sk-" not in repr(KEYS)
+
+
+def test_without_keys_addresses_are_told_apart(tmp_path: Path) -> None:
+    """One that holds all rows with long streams does not keep others waiting."""
+    found = [Clients(()).find("", a) for a in ("127.0.0.1", "127.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db9::1")]
+    a, b, c, d, e = (client.sender for client in found)  # type: ignore[union-attr]
+    assert len({a, b, c, e}) == 4 and c == d and Clients(KEYS).find("sk-bob", "::1").sender is None  # type: ignore[union-attr]
+    decoder = tiny_decoder(tmp_path)
+    engine = decoder.engine(max_rows=2, num_speculative_tokens=4)
+    with serving(decoder, engine) as server, ExitStack() as held:
+        for _ in range(4):
+            body = BODY | {"max_tokens": 4000, "stream": True}
+            held.enter_context(httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=600))
+        with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=600) as other:
+            assert other.post(server.url + "/v1/chat/completions", json=BODY).status_code == 200
+        assert engine.stats().waiting >= 2  # the others go on
+    engine.close(drain=False)
 
 
 GOOD = "- {name: ann, key: sk-1}\n- {name: bob, key: sk-2, priority: 2, max_rows: 1, tokens_per_minute: 100}\n"
