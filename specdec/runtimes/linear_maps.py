@@ -75,11 +75,6 @@ def through(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return apply
 
 
-def per_token(module: nn.Module) -> Linear:
-    """A module over tokens [B, T, D] as a map of rows."""
-    return lambda x: module(x[None])[0]  # type: ignore[no-any-return]
-
-
 class Gated:
     """``act(gate) * up``, both from one map."""
 
