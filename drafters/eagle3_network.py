@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from specdec.base import options
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder
-from specdec.runtimes import linear_maps
+from specdec.runtimes import draft_maps
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.target import Target
 
@@ -214,7 +214,7 @@ class Eagle3(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, maps in their fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.inference_maps = {group: linear_maps.for_drafting(*self._weights(group)) for group in GROUPS}
+        self.inference_maps = {group: draft_maps.for_drafting(*self._weights(group)) for group in GROUPS}
 
     def fuse(self, taps: Sequence[Tensor]) -> Tensor:
         """States [..., D] of the tapped layers -> features [..., D']."""

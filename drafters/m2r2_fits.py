@@ -17,7 +17,7 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.ridge import RIDGE, Sums, Weighted, result
 from specdec.models.gguf.blocks import named_weights
-from specdec.runtimes.linear_maps import UnitMap
+from specdec.runtimes.draft_maps import UnitMap
 from specdec.runtimes.target import Target
 from specdec.speculation.ngram import built
 

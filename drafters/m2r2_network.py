@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.models import drafter_folder
-from specdec.runtimes import linear_maps
+from specdec.runtimes import draft_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import GatedMLP, gated_mlp
@@ -107,7 +107,7 @@ class M2R2(nn.Module):
         self.projections: Sequence[nn.Linear] = nn.ModuleList(nn.Linear(width, d) for width in widths)  # type: ignore[assignment]
         counts = [path.num_residuals(index) for index in range(len(path.stages_to_exit))]
         self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
-        self.inference_maps: list[linear_maps.UnitMap] = []
+        self.inference_maps: list[draft_maps.UnitMap] = []
         self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
@@ -132,14 +132,14 @@ class M2R2(nn.Module):
         """The estimate of h[N] [B, T, D] that the head reads, from the residual p at exit ``exit``."""
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
-    def freeze(self, target: Target, maps: list[linear_maps.UnitMap] | None = None) -> None:
+    def freeze(self, target: Target, maps: list[draft_maps.UnitMap] | None = None) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format.
 
         maps: these, where they are there already.
         """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.adapters.draft_only = True
-        self.inference_maps = maps or [linear_maps.UnitMap(each.weight, each.bias) for each in self.projections]
+        self.inference_maps = maps or [draft_maps.UnitMap(each.weight, each.bias) for each in self.projections]
 
     def run_segment(
         self,

@@ -26,8 +26,8 @@ from specdec.base import options
 from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder, hub
-from specdec.runtimes import linear_maps
-from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes import draft_maps
+from specdec.runtimes.linear_maps import Linear, rms_unit
 from specdec.runtimes.target import GivenLinear, Target
 from specdec.runtimes.tree_drafting import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
@@ -62,7 +62,7 @@ class Medusa(nn.Module):
         ins = [2 * width if rooted and n == 0 else width for n in range(layers)]
         self.weights = nn.ParameterList(torch.zeros(heads, width, n) for n in ins)
         self.biases = nn.ParameterList(torch.zeros(heads, width) for _ in ins)
-        self.inference_maps: linear_maps.Linear | None = None
+        self.inference_maps: Linear | None = None
         self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
@@ -86,7 +86,7 @@ class Medusa(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.inference_maps = linear_maps.for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())
+        self.inference_maps = draft_maps.for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())
 
 
 class MedusaRow:

@@ -82,13 +82,6 @@ def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
         return AutoConfig.from_pretrained(source.folder, **source.options)
 
 
-def read_tokenizer(name: str) -> Any:
-    """The tokenizer of the model ``name``. Downloads the model if need be; reads no weights."""
-    source = find_source(name)
-    with quiet_transformers(f"Loading {name}"):
-        return _tokenizer(source, source.options)
-
-
 def _text_part(config: Any) -> dict[str, Any]:
     """Options that load the text model alone of a multimodal checkpoint, where transformers would load all of it and
     the native runtime knows the text model; else ``config``."""

@@ -10,8 +10,6 @@ code from the cache. So there are few: the residual is a pair (y, -y), whose mea
 ``layer_norm`` *is* the RMS norm; rotary is three operations in place over queries and keys together; masks are additive
 terms (SDPA converts boolean ones in every layer). The tokens of a long causal pass attend in spans, which share one
 narrow mask.
-
-A recurrent layer gives the cache the results of its input projection, so that roll-back reads no weights again.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from specdec.models import families
 from specdec.models.gguf.blocks import densify
 from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.checks import check_logits, refuse_unsupported
-from specdec.runtimes.delta_rule import DeltaRule
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.llama_like import Adapters, Norm
 from specdec.runtimes.narrow import gated_mlp
@@ -41,13 +38,11 @@ from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
 
 MAKERS = {"packed": linear_maps.packed, "dense": linear_maps.dense, "through": linear_maps.through}  # by layout
-DELTA_RULE = [kind for kind, family in families.FAMILIES.items() if family.mixer]
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma", *DELTA_RULE)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
 SPAN = 64  # tokens of a causal pass that attend at once: masks grow with this, not with the pass
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, queries, new keys and values -> attention's result
-Recur = Callable[[int, Tensor], Tensor]  # layer, result of its input projection [B, T, ...] -> [B, T, ...]
 
 
 class _Layer(NamedTuple):
@@ -63,7 +58,6 @@ class _Layer(NamedTuple):
     out: Linear
     gated: Linear  # act(gate) * up
     down: Linear
-    rule: DeltaRule | None  # instead of attention
 
 
 @dataclass
@@ -95,23 +89,19 @@ class FusedTarget(ByParts):
         super().__init__(model)
         decoder: Any = model.model
         llama_like.check_rotary(decoder.rotary_emb)
-        attention = next(layer.self_attn for layer in decoder.layers if not llama_like.recurrent(layer))
+        attention = decoder.layers[0].self_attn
         self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.groups = self.heads // self.kv_heads
-        self.output_gate = families.FAMILIES[kind].gated  # beside each query head
         self.per_head_norm = not families.FAMILIES[kind].across
-        self._routers = [layer.mlp if llama_like.has_experts(layer) else None for layer in decoder.layers]
-        mlps = [layer.mlp for layer in decoder.layers if not llama_like.has_experts(layer)]
-        act = None if not mlps else mlps[0].activation_fn if kind == "phi3" else mlps[0].act_fn
-        self.act: Callable[[Tensor], Tensor] = F.silu if act is None or "SiLU" in type(act).__name__ else act
+        mlp = decoder.layers[0].mlp
+        act = mlp.activation_fn if kind == "phi3" else mlp.act_fn
+        self.act: Callable[[Tensor], Tensor] = F.silu if "SiLU" in type(act).__name__ else act
         maps = [llama_like.modules(layer) for layer in decoder.layers]
         fused = ({slot: linear_maps.fuse([m for _, m in pairs]) for slot, pairs in each.items()} for each in maps)
         self._weights: list[llama_like.Weights] = list(fused)
         self._norms = [llama_like.layer_norms(layer, kind) for layer in decoder.layers]
         self._parts = [llama_like.adapter_parts(each, {}) for each in maps]
-        self._rules = [DeltaRule(each.linear_attn) if llama_like.recurrent(each) else None for each in decoder.layers]
-        self.recurrent_layers = frozenset(n for n, rule in enumerate(self._rules) if rule is not None)
         self.layout = "packed" if packs and linear_maps.packable(self.dtype, self.device) else "dense"
         self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layout, "dense")}
         self._stacks["through"] = list(self._stacks["dense"])  # replaced layer by layer: ``_pack_through``
@@ -154,28 +144,15 @@ class FusedTarget(ByParts):
                 keys, values = cache.append(index, k, v, multiple)
                 return F.scaled_dot_product_attention(q, keys, values, terms[windows[index]], scale=self.scale)
 
-        def recur(index: int, y: Tensor) -> Tensor:
-            return self._recur(index, y, ctx)
-
-        return self._run(x, lo, hi, stack, rotary, attend, ctx.taps, recur)
-
-    def _recur(self, index: int, y: Tensor, ctx: Pass) -> Tensor:
-        rule, cache = self._rules[index], ctx.cache
-        assert rule is not None
-        out = cache.run_recurrent(index, y, ctx.mask.ancestors, rule)
-        cache.lengths[index] += y.shape[1]
-        return out
+        return self._run(x, lo, hi, stack, rotary, attend, ctx.taps)
 
     def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
         (batch, t, width), stack = x.shape, self._select_layers(x, lo, self.num_layers, ctx, grad=False)
         y, rotary = x.reshape(batch * t, width), self._rotary(ctx.positions, ctx.mask)
         pair = torch.stack((y, -y), 1)  # (rows, 2, D)
         for index in range(lo, self.num_layers):
-            if self._rules[index] is None:
-                _, k, v, _ = self._project_qkv(stack[index], pair, *rotary)
-                ctx.cache.append(index, k, v)
-            else:
-                self._recur(index, self._project_in(stack[index], pair).view(batch, t, -1), ctx)
+            _, k, v = self._project_qkv(stack[index], pair, *rotary)
+            ctx.cache.append(index, k, v)
 
     def _select_layers(self, x: Tensor, lo: int, hi: int, ctx: Pass, grad: bool) -> list[_Layer]:
         """The layers in the layout for ``x`` [B, T, D], with the adapters applied."""
@@ -198,7 +175,6 @@ class FusedTarget(ByParts):
         rotary: tuple[Tensor, Tensor],
         attend: Attend,
         taps: dict[int, Tensor] | None,
-        recur: Recur | None = None,
     ) -> Tensor:
         """``layers`` after all preparation: tensors in, tensors out, no values read."""
         (batch, t, width), (cos, sin) = x.shape, rotary
@@ -208,35 +184,19 @@ class FusedTarget(ByParts):
             if taps is not None and index in taps:
                 taps[index] = pair[:, 0].view(batch, t, width)
             layer = stack[index]
-            if layer.rule is not None:
-                assert recur is not None
-                a = recur(index, self._project_in(layer, pair).view(batch, t, -1)).view(batch * t, -1)
-            else:
-                q, k, v, gate = self._project_qkv(layer, pair, cos, sin)
-                a = self._merge_heads(attend(index, q, k, v))
-                a = a if gate is None else a * gate.sigmoid()
-            pair = self._add_results(layer, pair, a)
+            q, k, v = self._project_qkv(layer, pair, cos, sin)
+            pair = self._add_results(layer, pair, self._merge_heads(attend(index, q, k, v)))
         y = pair[:, 0].view(batch, t, width)
         if taps is not None and hi in taps:
             taps[hi] = y
         return y
 
-    def _project_in(self, layer: _Layer, pair: Tensor) -> Tensor:
-        """The result of a layer's first map, (rows, outputs)."""
-        return layer.qkv(pair.select(1, 0) if layer.norm_in is None else layer.norm_in(pair))
-
-    def _project_qkv(
-        self, layer: _Layer, pair: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The queries (B, Hkv, T G, d) of a layer's attention, its new keys and values (B, Hkv, T, d), and the gate of
-        its result (rows, H d), if there is one. Query heads that share a key head are rows of it."""
-        norm_q, norm_k, gate = layer.norm_q, layer.norm_k, None
+    def _project_qkv(self, layer: _Layer, pair: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries (B, Hkv, T G, d) of a layer's attention, and its new keys and values (B, Hkv, T, d). Query heads
+        that share a key head are rows of it."""
+        norm_q, norm_k = layer.norm_q, layer.norm_k
         (batch, t, *_), d, heads, kv_heads, groups = cos.shape, self.head_dim, self.heads, self.kv_heads, self.groups
-        h = self._project_in(layer, pair).view(batch, t, -1, d)
-        if self.output_gate:  # a head's query, then its gate
-            queries, keys = h.split((2 * heads, h.shape[2] - 2 * heads), 2)
-            queries, gates = queries.view(batch, t, heads, 2, d).unbind(3)
-            gate, h = gates.reshape(batch * t, heads * d), torch.cat((queries, keys), 2)
+        h = layer.qkv(pair.select(1, 0) if layer.norm_in is None else layer.norm_in(pair)).view(batch, t, -1, d)
         qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
         if norm_q is not None and norm_k is not None:
             qk = self._norm_heads(qk, norm_q, norm_k)
@@ -246,7 +206,7 @@ class FusedTarget(ByParts):
             q = q.view(batch, kv_heads, groups, d)
         else:
             q = q.view(batch, t, kv_heads, groups, d).transpose(1, 2).reshape(batch, kv_heads, t * groups, d)
-        return q, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2), gate
+        return q, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2)
 
     def _merge_heads(self, a: Tensor) -> Tensor:
         """Attention's result (B, Hkv, T G, d) with heads side by side: (rows, H d)."""
@@ -258,7 +218,7 @@ class FusedTarget(ByParts):
 
     def _add_results(self, layer: _Layer, pair: Tensor, a: Tensor) -> Tensor:
         """The residual (rows, 2, D) plus attention's result ``a`` (rows, H d) and the MLP's."""
-        _, _, _, norm_attention, norm_mlp_in, norm_mlp, _, out, gated, down, _ = layer
+        _, _, _, norm_attention, norm_mlp_in, norm_mlp, _, out, gated, down = layer
         sign, a = self.sign, out(a)
         pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
         a = down(gated(pair.select(1, 0) if norm_mlp_in is None else norm_mlp_in(pair)))
@@ -281,12 +241,8 @@ class FusedTarget(ByParts):
         return [self._layer(index, make) for index in range(self.num_layers)]
 
     def _layer(self, index: int, make: Callable[..., Linear]) -> _Layer:
-        w, router = self._weights[index], self._routers[index]
-        if router is None:
-            mlp = self._gated(make, *w["gate_up"]), make(*w["down"])
-        else:
-            mlp = linear_maps.per_token(router), lambda x: x
-        maps: Any = make(*w["qkv"]), make(*w["out"]), *mlp, self._rules[index]
+        w = self._weights[index]
+        maps: Any = make(*w["qkv"]), make(*w["out"]), self._gated(make, *w["gate_up"]), make(*w["down"])
         return _Layer(*self._norms[index], *maps)
 
     def _pack_through(self, lo: int, hi: int) -> None:

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes import llama_like
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.target import Pass
 
@@ -105,8 +104,6 @@ class GraphedTarget(FusedTarget):
     def __init__(self, model: PreTrainedModel, record: Recorder | None = None) -> None:
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
-        if any(llama_like.recurrent(layer) for layer in getattr(model.base_model, "layers", ())):
-            raise SpecDecError(f"CUDA graphs are for attention alone; '{model.config.model_type}' has recurrent layers")
         self.record = record or functools.partial(record_cuda, device=model.device)
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
         # By batch size: the last cache with the buffer, and the buffer.

@@ -7,14 +7,12 @@ are used where oneDNN supports the dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from specdec.runtimes.native import library, linear
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -75,11 +73,6 @@ def through(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return apply
 
 
-def per_token(module: nn.Module) -> Linear:
-    """A module over tokens [B, T, D] as a map of rows."""
-    return lambda x: module(x[None])[0]  # type: ignore[no-any-return]
-
-
 class Gated:
     """``act(gate) * up``, both from one map."""
 
@@ -103,45 +96,9 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return apply
 
 
-def for_drafting(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As ``dense``, for constant weights of a drafter: in the fastest format at one row, which may be quantised."""
-    if linear.serves(weight):
-        return linear.Packed([weight], bias, draft_only=True)
-    return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
-
-
-class UnitMap:
-    """``linear(cat(parts, each divided by its RMS))``, with a weight as in ``for_drafting``.
-
-    packed: its form for the compiled kernels, if they run here.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, packed: linear.Packed | None = None) -> None:
-        if packed is None and linear.serves(weight):
-            packed = linear.Packed([weight], bias, draft_only=True)
-        self.packed, self.linear = packed, None if packed else for_drafting(weight, bias)
-
-    @classmethod
-    def making(cls, weight: Tensor, bias: Tensor) -> Generator[None, None, UnitMap]:
-        """Return the map after pieces of work."""
-        return cls(weight, bias, (yield from linear.packing(weight, bias)) if linear.serves(weight) else None)
-
-    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        if self.linear is None:
-            assert self.packed is not None
-            return self.packed.of_normalised(parts, UNIT_EPS)
-        return self.linear(torch.cat([rms_unit(part) for part in parts], -1))
-
-
 def rms_unit(x: Tensor) -> Tensor:
     """x / rms(x) over the last axis, in x's dtype."""
     return F.rms_norm(x, x.shape[-1:], eps=UNIT_EPS)
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """``logits.argmax(-1)``."""
-    fast = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and library.runs()
-    return linear.argmax(logits) if fast else logits.argmax(-1)
 
 
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

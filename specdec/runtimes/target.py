@@ -21,7 +21,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Chunk, KVCache, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import weight_rows, weight_storage
-from specdec.runtimes import linear_maps
+from specdec.runtimes import draft_maps
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
 
@@ -49,7 +49,7 @@ def lock_of(model: nn.Module) -> Any:
 
 def largest(logits: Tensor) -> Tensor:
     """Logits [B, T, V] -> int64 [B, T]: the first of the largest, or -1 where they are not finite."""
-    best = linear_maps.argmax(logits)
+    best = draft_maps.argmax(logits)
     finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
     return best.masked_fill(~finite, -1)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.devices import download, is_asynchronous, upload
-from specdec.runtimes.linear_maps import UnitMap
+from specdec.runtimes.draft_maps import UnitMap
 from specdec.runtimes.llama_like import Adapters
 
 WIDTH = 4  # nodes of a level that get children: together they cost about what one costs

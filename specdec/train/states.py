@@ -28,7 +28,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
 from specdec.base.terminal import Progress, duration, megabytes, tell
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes import linear_maps
+from specdec.runtimes import draft_maps
 from specdec.runtimes.target import Pass, Target
 from specdec.train.data import TrainingAnswer
 from specdec.train.output import writing
@@ -225,7 +225,7 @@ def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
     best, log_z = list[Tensor](), list[Tensor]()
     for rows in x.split(READOUT_ROWS):
         logits = target.readout(rows[None])[0]
-        best.append(linear_maps.argmax(logits).int())
+        best.append(draft_maps.argmax(logits).int())
         log_z += [few.float().logsumexp(-1) for few in logits.split(SUM_ROWS)]
     return torch.cat(best), torch.cat(log_z)
 

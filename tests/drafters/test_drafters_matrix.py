@@ -37,7 +37,7 @@ def cases() -> Iterator[Any]:
     """
     yield pytest.param("llama", ReferenceTarget, tuple(EVERY), id="llama")
     others = [(family, ReferenceTarget) for family in FAMILIES | HYBRIDS if family != "llama"]
-    for number, (family, runtime) in enumerate([*others, ("qwen3_5_text", FusedTarget)]):
+    for number, (family, runtime) in enumerate([*others, ("qwen3", FusedTarget)]):
         # Every drafter that is not none can draft a tree.
         names = [name for name in EVERY if family in WHOLE or runtime is FusedTarget or name.endswith("(tree)")]
         for part in range(4) if family in WHOLE else (-number % 4, (2 - number) % 4):

@@ -245,7 +245,6 @@ def test_one_process_has_a_folder(tmp_path: Path) -> None:
 HYBRIDS = [
     ("qwen3_next", "reference"),
     ("falcon_h1", "reference"),
-    ("qwen3_5_text", "fused"),
     ("qwen3_5_text", "native"),
 ]
 

@@ -73,7 +73,7 @@ def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
 
 def cases() -> Iterator[Any]:
     """(family, runtime, rows): by default every other family alone, the rest in a ragged batch."""
-    families = [*((family, "reference") for family in HYBRIDS), ("qwen3_5_text", "fused"), ("qwen3_5_text", "native")]
+    families = [*((family, "reference") for family in HYBRIDS), ("qwen3_5_text", "native")]
     for (number, (family, runtime)), alone in product(enumerate(families), (True, False)):
         marks = [pytest.mark.slow] * ((number % 2 == 0) != alone and runtime != "native")
         named = f"{family}-{runtime}-{'alone' if alone else 'ragged'}"
@@ -101,7 +101,7 @@ def test_greedy_equals_generate(family: str, runtime: str, rows: slice) -> None:
 def test_automatic_drafting_gives_the_models_tokens(family: str) -> None:
     model, _, expected = served(family)
     decoder = SpecDecoder(model, None, drafter="auto", runtime="auto")
-    assert decoder.target.runtime == ("fused" if family == "qwen3_5_text" else "reference")
+    assert decoder.target.runtime == "reference"
     for prompt, answer in zip(PROMPTS, expected, strict=True):
         assert decoder.generate(prompt, max_new_tokens=COUNT).token_ids == answer
 
@@ -232,7 +232,6 @@ def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         ("qwen3_next", "reference"),
         ("falcon_h1", "reference"),
         ("lfm2", "reference"),
-        ("qwen3_5_text", "fused"),
         ("qwen3_5_text", "native"),
     ],
 )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.models.families import EXPERTS, FAMILIES
-from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.llama_like import router
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
@@ -42,11 +41,10 @@ def test_near_ties_between_experts_are_no_fault(family: str) -> None:
         assert NativeTarget(mixture(family, seed, 0.02), "int8").logit_difference < 0.05
 
 
-@pytest.mark.parametrize("runtime", [FusedTarget, ReferenceTarget])
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
-def test_near_ties_are_no_fault_where_modules_run(runtime: Any, family: str) -> None:
+def test_near_ties_are_no_fault_where_modules_run(family: str) -> None:
     for seed in range(3):
-        assert runtime(mixture(family, seed, 0.02)).logit_difference < 0.05
+        assert ReferenceTarget(mixture(family, seed, 0.02)).logit_difference < 0.05
 
 
 def louder(layer: Any) -> None:

@@ -20,7 +20,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
 from specdec.models.gguf.blocks import BlockLinear
-from specdec.runtimes import linear_maps, tree_drafting
+from specdec.runtimes import draft_maps, tree_drafting
 from specdec.runtimes.llama_like import recurrent
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native import target as native_target
@@ -585,7 +585,7 @@ def random_route(target: Target, heads: int) -> tree_drafting.DraftPath:
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
     adapters.draft_only, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
     projections = [
-        linear_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
+        draft_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
         for n in (3, 3, 2)
     ]
     parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
