@@ -23,7 +23,7 @@ from transformers import (
 
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
 from specdec.base.machine import check_memory
-from specdec.models import checkpoint, families
+from specdec.models import checkpoint, families, packed
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, read_header
 from specdec.models.prepare import quiet_transformers
@@ -141,7 +141,10 @@ def _of_file(
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
     keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
     with explain_errors(source.name):
+        state = packed.stamp(file.path)
         model = gguf_model.build(source.name, file, config, dtype, keep_blocks)
+        if keep_blocks:
+            model.origin = packed.Origin(source.folder, file.path, state, file.map())  # type: ignore[assignment]
         model.to(place)  # type: ignore[arg-type]
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model

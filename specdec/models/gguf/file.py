@@ -5,6 +5,7 @@ The file is untrusted: every count and offset is compared with the size of the f
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
@@ -53,7 +54,11 @@ class GGUFFile:
         return str(self.metadata.get("general.architecture", ""))
 
     def map(self) -> Tensor:
-        """The file's bytes, uint8, mapped into memory."""
+        """The file's bytes, uint8, mapped into memory, once."""
+        return self._data
+
+    @functools.cached_property
+    def _data(self) -> Tensor:
         return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
 
 
