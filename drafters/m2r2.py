@@ -111,6 +111,7 @@ class M2R2Drafter(ChainDrafter):
     def bind(self, target: Target) -> None:
         if self.learner is None:
             self.network.freeze(target)
+            self.network.adapters.lasting = True
         head = None if self.served is None else self.served.head
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab, head)
         self.draft_path: DraftPath | None = None

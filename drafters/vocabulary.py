@@ -42,7 +42,9 @@ class DraftVocabulary:
 
     def __init__(self, target: Target, trained: Tensor | None, head: nn.Linear | None = None) -> None:
         self.target, self.trained = target, None if trained is None else trained.long()
-        self.head = target.reduced_head(self.trained) if head is None and self.trained is not None else head
+        self.head = head
+        if head is None and self.trained is not None:
+            self.head = target.reduced_head(self.trained, lasting=True)
         self.trained_ids = frozenset() if self.trained is None else frozenset(self.trained.tolist())
         memory.release(weight_storage(target.model.get_output_embeddings()))
         self.start()

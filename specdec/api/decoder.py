@@ -92,6 +92,7 @@ class SpecDecoder:
     expert_prefetch: read experts ahead, by forecasts that teach themselves.
     learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated;
     None: yes.
+    packed: keep the packed weights of a GGUF file in the cache folder, where later loads find them; native runtime.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -113,6 +114,7 @@ class SpecDecoder:
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
         learn: bool | None = None,
+        packed: bool = True,
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
             wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"
@@ -123,7 +125,7 @@ class SpecDecoder:
         model, self.tokenizer = model.eval(), tokenizer
         self.learning = LEARN if learn is None else learn
         self.target, self.runtime_note = make_target(
-            model, runtime, weights, kv_cache, activations, expert_cache, expert_prefetch
+            model, runtime, weights, kv_cache, activations, expert_cache, expert_prefetch, packed
         )
         self.model: Any = self.target.model
         self.target.tokenizer = tokenizer

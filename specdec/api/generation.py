@@ -37,6 +37,7 @@ class DecoderOptions(TypedDict, total=False):
     expert_cache: float | None
     expert_prefetch: bool
     learn: bool | None
+    packed: bool
 
 
 class RequestOptions(SamplingOptions, total=False):

@@ -10,6 +10,7 @@ from specdec.base import terminal
 from specdec.cli import shared
 from specdec.models.cached import CachedModel, cached_models, remove
 from specdec.models.catalogue import EMBEDDED, Embedded, shipped_drafters
+from specdec.models.packed import packed_bytes
 from specdec.models.prepare import embedded_folder
 
 app = typer.Typer(invoke_without_command=True)
@@ -29,10 +30,13 @@ def models(
         return
     cells = []
     for row in rows:
-        sizes = [terminal.megabytes(row[key]) if row[key] else "-" for key in ("download_bytes", "cached_bytes")]
+        keys = "download_bytes", "cached_bytes", "packed_bytes"
+        sizes = [terminal.megabytes(row[key]) if row[key] else "-" for key in keys]
         shipped, cached = ", ".join(row["drafters"]) or "-", "yes" if row["cached"] else "no"
         cells.append((row["name"], row["licence"] or "-", *sizes, cached, shipped, row["where"]))
-    terminal.print_table(("name", "licence", "download", "on disk", "cached", "shipped drafters", "where"), cells)
+    terminal.print_table(
+        ("name", "licence", "download", "on disk", "packed", "cached", "shipped drafters", "where"), cells
+    )
 
 
 @app.command(epilog="Example: specdec models pull qwen2.5-coder-0.5b-instruct")
@@ -57,13 +61,15 @@ def rm(
 
 
 def model_row(name: str, entry: Embedded) -> dict[str, Any]:
-    """where: the folder in the cache; before the download, the packages. Sizes are those of the download and of it."""
+    """where: the folder in the cache; before the download, the packages. Sizes are those of the download, of it, and of
+    the packed weights beside it."""
     folder, last = embedded_folder(name), f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1)
     return {
         "name": name,
         "licence": entry.licence,
         "download_bytes": entry.download_bytes,
         "cached_bytes": entry.cached_bytes,
+        "packed_bytes": 0 if folder is None else packed_bytes(folder),
         "where": str(folder or f"PyPI: {entry.package.format(n=1)}{last} {entry.version}"),
         "cached": folder is not None,
         "drafters": [drafter for drafter, models in shipped_drafters().items() if name in models],
@@ -76,7 +82,8 @@ def cached_row(model: CachedModel) -> dict[str, Any]:
     row = dict.fromkeys(("licence", "download_bytes", "description"))
     return row | {
         "name": model.name,
-        "cached_bytes": model.bytes,
+        "cached_bytes": model.bytes - (packed := packed_bytes(model.paths[0])),
+        "packed_bytes": packed,
         "where": str(model.paths[0]),
         "cached": True,
         "drafters": [],

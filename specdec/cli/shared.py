@@ -60,6 +60,10 @@ Activations = Annotated[
     options.Activations,
     _model("--activations", "auto (int8 for quantised weights in the native runtime), int8 or bf16.", "KIND"),
 ]
+Packed = Annotated[
+    bool,
+    _model("--packed/--no-packed", "Keep the packed weights of a GGUF file on disk, which later starts read."),
+]
 Drafter = Annotated[
     str,
     _model(
@@ -138,10 +142,11 @@ class LoadingFlags:
 
 @dataclass(frozen=True)
 class HubFlags(LoadingFlags):
-    """The same, with what a model of the Hugging Face Hub may need."""
+    """The same, with what a model of the Hugging Face Hub may need, and what is kept of a GGUF file."""
 
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
+    packed: Packed = True
 
 
 @dataclass(frozen=True)

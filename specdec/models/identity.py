@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,22 +27,28 @@ FINE = 160  # rounding to 8 bits or bfloat16 moves a value by at most 1 / FINE o
 BEYOND, BEYOND_ONE = 0.05, 0.5  # share of all values, and of one tensor's, that may differ by more (clipped ones do)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """32 hex digits that identify a model's weights, whatever their dtype and device.
+def sample(parameter: Tensor | Blocks) -> Tensor:
+    """``checkpoint.sample``, which leaves no pages of a mapped file in memory."""
+    values = checkpoint.sample(parameter)
+    memory.release(parameter.data if isinstance(parameter, Blocks) else parameter.detach())
+    return values
+
+
+def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = sample) -> str:
+    """32 hex digits that identify a model's weights, whatever their dtype and device. sample: has the same result.
 
     SHA-256 of every parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names. Of
     parameters with equal content, such as tied ones, only the first counts.
     """
     digest, seen = hashlib.sha256(), set()
     for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):
-        sample = checkpoint.sample(parameter).to(torch.bfloat16)
+        values = sample(parameter).to(torch.bfloat16)
         # Values below 2^-16 become zero: float16 cannot represent them all, and zero then has one sign.
-        sample = torch.where(sample.abs() < 2**-16, torch.zeros_like(sample), sample)
-        content = f"{tuple(parameter.shape)}".encode() + sample.cpu().view(torch.int16).numpy().tobytes()
+        values = torch.where(values.abs() < 2**-16, torch.zeros_like(values), values)
+        content = f"{tuple(parameter.shape)}".encode() + values.cpu().view(torch.int16).numpy().tobytes()
         if content not in seen:
             seen.add(content)
             digest.update(f"{name} ".encode() + content)
-        memory.release(parameter.data if isinstance(parameter, Blocks) else parameter.detach())
     return digest.hexdigest()[:32]
 
 

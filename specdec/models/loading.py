@@ -14,7 +14,7 @@ import torch
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, one_line
-from specdec.models import config, families
+from specdec.models import config, families, packed
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile
 from specdec.models.names import dtype_name
@@ -108,7 +108,10 @@ def _of_file(
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
     keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
+        state = packed.stamp(file.path)
         model = gguf_model.build(source.name, file, found, dtype, keep_blocks)
+        if keep_blocks:
+            model.origin = packed.Origin(source.folder, file.path, state, file.map())
         model.to(place)
         model.generation_config = config.read_generation(source.folder)
     return model

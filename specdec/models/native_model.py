@@ -19,6 +19,7 @@ from specdec.base.devices import without_memory
 from specdec.models.config import Config, GenerationSettings
 from specdec.models.families import FAMILIES, Family, activation, mixture_of
 from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding
+from specdec.models.packed import Origin
 from specdec.models.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class NativeModel(nn.Module):
     """A decoder-only model of a known family. ``forward`` and ``generate`` are those of transformers.
 
     config, generation_config: as plain values.
+    origin: the file that the matrices are mapped from.
     dtype: of the weights, or of the values of those in blocks.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype, generation_config: GenerationSettings | None = None) -> None:
         super().__init__()
         self.config, self.generation_config = config, generation_config or GenerationSettings()
+        self.origin: Origin | None = None
         self._made: list[PreTrainedModel] = []  # in a list: no part of this module
         with without_memory():
             self.model = Decoder(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +27,10 @@ class Adapters(nn.Module):
     neurons: by layer, how many neurons of its MLP a pass runs (``kept``); of other layers all. Such a pass runs with
         the adapters on all of its tokens.
     draft_only: whether passes with them only draft, so that a runtime may quantise weights.
+    lasting: whether they are those of a trained drafter, so that a runtime may keep what it makes of them.
     """
 
-    draft_only = False
+    draft_only = lasting = False
 
     def __init__(
         self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int, neurons: Mapping[int, int] | None = None
@@ -59,6 +61,14 @@ class Adapters(nn.Module):
     def kept(self, layer: int) -> Tensor | None:
         """The neurons of a layer's MLP that a pass runs, rising, int64 [I']; None: all."""
         return getattr(self, f"{layer}/neurons").long() if layer in self.neurons else None
+
+    def digest(self) -> str:
+        """Identifies their values."""
+        found = hashlib.sha256()
+        for name, values in self.state_dict().items():
+            found.update(f"{name} {tuple(values.shape)} {values.dtype} ".encode())
+            found.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def changes(self, layer: int) -> bool:
         return layer in self.paths or layer in self.neurons

@@ -34,15 +34,21 @@ class GatedMLP(NamedTuple):
         d = int(wide.in_features)
         return dict.fromkeys(self.ins, (d, 2 * count // len(self.ins))) | {self.out: (count, d)}
 
-    def weights(self, kept: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """``{path: (weight, bias)}`` of the maps with the neurons ``kept`` [I'] alone, in the model's dtype."""
-        rows, found = self.rows(kept), dict[str, tuple[Tensor, Tensor | None]]()
-        for path, module in self.ins.items():
-            bias: Any = module.bias
-            found[path] = weight_rows(module, rows), None if bias is None else bias.detach()[rows]
+    def weight(self, path: str, kept: Tensor) -> Tensor:
+        """The weight of the map ``path`` with the neurons ``kept`` [I'] alone, in the model's dtype."""
+        if path in self.ins:
+            return weight_rows(self.ins[path], self.rows(kept))
         down: Any = self.down
-        weight = down.weight.detach()[:, kept].contiguous()
-        return found | {self.out: (weight, None if down.bias is None else down.bias.detach())}
+        found: Tensor = down.weight.detach()[:, kept].contiguous()
+        return found
+
+    def bias(self, path: str, kept: Tensor) -> Tensor | None:
+        """The bias of that map."""
+        module: Any = self.ins.get(path, self.down)
+        if module.bias is None or path not in self.ins:
+            return None if module.bias is None else module.bias.detach()
+        found: Tensor = module.bias.detach()[self.rows(kept)]
+        return found
 
 
 def gated_mlp(block: nn.Module) -> GatedMLP | None:
@@ -58,9 +64,11 @@ def gated_mlp(block: nn.Module) -> GatedMLP | None:
 
 
 def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """``GatedMLP.weights`` of a decoder layer; None: none, all neurons run."""
+    """Weight and bias of the maps of a decoder layer's MLP with the neurons ``kept``, by path; None: none, all run."""
     mlp = gated_mlp(block)
-    return {} if kept is None or mlp is None else mlp.weights(kept)
+    if kept is None or mlp is None:
+        return {}
+    return {path: (mlp.weight(path, kept), mlp.bias(path, kept)) for path in (*mlp.ins, mlp.out)}
 
 
 class _Found(Exception):

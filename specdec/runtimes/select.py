@@ -13,7 +13,7 @@ from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes.checks import refuse_unsupported
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
-from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.native.target import NativeTarget, native_target
 from specdec.runtimes.target import Target, lock_of
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def make_target(
     activations: str = "auto",
     expert_cache: float | None = None,
     expert_prefetch: bool = False,
+    packed: bool = True,
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
@@ -60,6 +61,7 @@ def make_target(
     expert_cache: the share (float) or bytes (int) of a mixture's experts that stays in memory (in the native runtime);
         None: all, or those for which there is room.
     expert_prefetch: read experts ahead, by forecasts.
+    packed: whether the native runtime keeps packed weights beside a model's cache entry, and reads them where it did.
     """
     check_names(runtime, weights, kv_cache, activations)
     asked = {"weights": weights, "kv_cache": kv_cache, "activations": activations}
@@ -81,7 +83,7 @@ def make_target(
         for name in every:
             try:
                 if name == "native":
-                    return NativeTarget(model, weights, kv_cache, activations), ""
+                    return native_target(model, weights, kv_cache, activations, keep=packed), ""
                 return _other(name, as_transformers(model)), "; ".join(reasons)
             except (NotFiniteError, SettingError):
                 raise

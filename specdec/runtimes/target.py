@@ -19,7 +19,7 @@ from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Chunk, KVCache, Mask
 from specdec.models import identity
-from specdec.models.gguf.blocks import weight_rows, weight_storage
+from specdec.models.gguf.blocks import Blocks, weight_rows, weight_storage
 from specdec.runtimes import draft_maps
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from specdec.models.native_model import NativeModel
     from specdec.runtimes.native.experts import MappedExperts
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from torch.nn.utils.rnn import pad_sequence
 
@@ -110,11 +110,15 @@ class Target(ABC):
     recurrent_layers: frozenset[int] = frozenset()
     experts: MappedExperts | None = None
 
-    def __init__(self, model: NativeModel | PreTrainedModel) -> None:
+    def __init__(
+        self,
+        model: NativeModel | PreTrainedModel,
+        sample: Callable[[Tensor | Blocks], Tensor] = identity.sample,
+    ) -> None:
         self.model, self.lock = model, lock_of(model)
         with self.lock:
             self.own_head: Any = model.get_output_embeddings()
-            self.fingerprint = identity.fingerprint(model)
+            self.fingerprint = identity.fingerprint(model, sample)
         cores.limit_threads()
         config = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
@@ -214,8 +218,11 @@ class Target(ABC):
     def block(self, layer: int) -> nn.Module:
         """A decoder layer of the model."""
 
-    def reduced_head(self, token_ids: Tensor) -> nn.Linear:
-        """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
+    def reduced_head(self, token_ids: Tensor, lasting: bool = False) -> nn.Linear:
+        """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V'].
+
+        lasting: whether later processes want the same, so that a runtime may keep what it makes of it.
+        """
         return GivenLinear(*self._head_rows(token_ids))
 
     def extended_head(self, head: GrowingLinear | None, token_ids: Tensor) -> GrowingLinear:

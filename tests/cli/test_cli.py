@@ -533,8 +533,9 @@ def test_the_default_model_is_the_embedded_one() -> None:
 def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     header, *rows = CliRunner().invoke(cli.app, ["models"]).stdout.splitlines()
-    assert header.split("\t") == ["name", "licence", "download", "on disk", "cached", "shipped drafters", "where"]
-    assert rows[0].split("\t")[:5] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "102 MB", "no"]
+    columns = "name", "licence", "download", "on disk", "packed", "cached", "shipped drafters", "where"
+    assert tuple(header.split("\t")) == columns
+    assert rows[0].split("\t")[:6] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "102 MB", "-", "no"]
     assert [row.split("\t")[0] for row in rows] == list(catalogue.EMBEDDED)
     row, *_ = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)
     assert row["name"] == "smollm2-135m-instruct" and row["cached"] is False

@@ -34,7 +34,7 @@ class Blocks:
     data: uint8 [out, bytes of a row], usually mapped from a file.
     kind: one of ``KINDS``.
     inputs: columns of the matrix.
-    rows: int32 [out], the row of ``data`` for each row of the matrix; None for the same order.
+    rows: int32 [out], the row of ``data`` for each row of the matrix; None for all in the same order.
     columns: int64 [in], the column of the matrix that each column of ``data`` is; None for the same order.
     """
 
@@ -46,7 +46,7 @@ class Blocks:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.data.shape[0], self.inputs))
+        return torch.Size((len(self.data if self.rows is None else self.rows), self.inputs))
 
     def in_order(self, values: Tensor) -> Tensor:
         """Rows as they lie in ``data`` [..., in], with the columns of the matrix."""
@@ -55,7 +55,7 @@ class Blocks:
     def numbers(self, index: Tensor | None = None) -> Tensor:
         """The matrix, or its rows ``index`` [n], in float32 [n, in]."""
         if index is None:
-            index = torch.arange(self.data.shape[0])
+            index = torch.arange(self.shape[0])
         if self.rows is not None:
             index = self.rows[index].long()
         return self.in_order(numbers(self.data[index], self.kind))

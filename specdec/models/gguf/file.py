@@ -88,7 +88,11 @@ class GGUFFile:
         return str(self.metadata.get("general.architecture", ""))
 
     def map(self) -> Tensor:
-        """The file's bytes, uint8, mapped into memory."""
+        """The file's bytes, uint8, mapped into memory, once."""
+        return self._data
+
+    @functools.cached_property
+    def _data(self) -> Tensor:
         return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
 
 

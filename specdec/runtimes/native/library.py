@@ -35,6 +35,7 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction s
     "read_rows": (None, POINTER, POINTER, LONG, POINTER, INT),
     "pack": (None, POINTER, INT, INT, POINTER, INT),
     "pack_rounded": (INT, POINTER, INT, INT, POINTER, POINTER, INT),
+    "checksum": (ctypes.c_uint64, POINTER, LONG, LONG, INT),
 }
 
 
@@ -179,7 +180,7 @@ def load() -> Any:
         found.specdec_sizes(sizes := (INT * len(written))())
         if sizes[:] != [ctypes.sizeof(each) for each in written]:
             raise AttributeError  # as if it had no such kernels
-        found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
+        found.specdec_large_pages.argtypes = (POINTER, LONG)
         found.specdec_tiles_bytes.argtypes, found.specdec_tiles_bytes.restype = (INT, LONG, LONG), LONG
         for name, (result, *arguments) in KERNELS.items():
             kernel = getattr(found, f"specdec_{name}_{SUFFIXES.get(found.level, found.level)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from specdec.base.errors import SpecDecError
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, dequantize
 from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Map, Part, Table, done, pointer, runs
+from specdec.runtimes.native.packed_file import OTHER, ModelFile, PackedFile
 
 LARGE = 2_000_000  # a matrix for drafts with more weights is limited by reading them: 4 bits are faster
 PACKED = 1 << 20  # weights that are quantised in a piece of work: some 20 ms on one core
@@ -75,6 +76,7 @@ class Packed:
     draft_only: whether bf16 weights are quantised to 8 bits, large ones to 4: drafts need not be exact.
     memory: where the tiles lie, if not with all others.
     made: the tiles of such a weight and their format, where they are there (``packing``, ``GrowingTiles``).
+    kept: the file that has the tiles of the model's matrices, or gets them.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Packed:
         cap: float = 0.0,
         memory: Memory | None = None,
         made: tuple[int, Tensor] | None = None,
+        kept: ModelFile | None = None,
     ) -> None:
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
@@ -97,13 +100,13 @@ class Packed:
         self.tiles, end, memory = list[Tensor](), 0, memory or _arena
         self.parts = (Part * len(weights))()
         for part, weight in zip(self.parts, weights, strict=True):
-            if isinstance(weight, Blocks):
-                kind, tiles = _block_tiles(weight, memory)
-            elif made is not None:
+            if made is not None:
                 kind, tiles = made
-            else:
-                kind = _draft_kind(*weight.shape) if draft_only else BF16
+            elif draft_only:
+                kind = _draft_kind(*weight.shape)
                 tiles = _tiles(weight, kind, memory)
+            else:
+                kind, tiles = _kept(weight, kept, memory)
             end += -(-weight.shape[0] // 16)
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
             self.tiles.append(tiles)
@@ -123,14 +126,13 @@ class Packed:
         """Bytes of all tiles; those that ``largest`` always reads, where it is screened."""
         return sum(tiles.numel() for tiles in self.tiles) if self.rough is None else self.rough.numel()
 
-    def screen(self, weight: Blocks) -> None:
+    def screen(self, weight: Blocks, kept: ModelFile | None = None) -> None:
         """Let ``largest`` read ``weight``, the only one, in 4 bits, and in full only what may then be the largest.
 
         It finds the same. Maps whose weights have other than 8 bits, or whose outputs are changed, stay as they are.
         """
         if self.rounded and self.kinds == {Q8} and self.bias is None and not self.struct.cap and self.struct.scale > 0:
-            self.gaps = torch.empty(self.struct.out)
-            self.rough = _tiles(weight, Q4, _arena, self.gaps)
+            self.rough, self.gaps = _rough(weight, kept)
             self.struct.rough, self.struct.gaps = self.rough.data_ptr(), self.gaps.data_ptr()
 
     def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, once: bool = False) -> Tensor:
@@ -246,6 +248,57 @@ def unpack_here(model: nn.Module) -> None:
             module.unpack = unpack
 
 
+def _kept(weight: Tensor | Blocks, kept: ModelFile | None, memory: Memory) -> tuple[int, Tensor]:
+    """The format and the tiles of a matrix that is not for drafts alone, from the file ``kept`` or for it."""
+    make = _block_tiles if isinstance(weight, Blocks) else _bf16_tiles
+    if kept is None or (name := kept.name(weight)) is None:
+        return make(weight, memory)  # type: ignore[arg-type]
+    kind, sizes = INT(BF16), {BF16: _bytes(weight.shape, BF16)}
+    if isinstance(weight, Blocks):
+        size = library.load().specdec_block_tiles(RowTable(weight).struct.type, *weight.shape, ctypes.byref(kind))
+        sizes[kind.value] = size
+    if (found := kept.find(name, sizes)) is not None:
+        return found
+    return kept.add(name, *make(weight, memory))  # type: ignore[arg-type]
+
+
+def _rough(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
+    """The tiles of ``Packed.screen``, and by how much they may change an output, float32."""
+    name = None if kept is None else kept.name(weight)
+    tiles, gaps = (f"{part} {name}" for part in ("rough", "gaps"))
+    gap_bytes = 4 * (weight.shape[0] + -weight.shape[0] % 16)
+    if kept is not None and name is not None:
+        found = kept.find(tiles, {Q4: _bytes(weight.shape, Q4)}), kept.find(gaps, {OTHER: gap_bytes})
+        if found[0] is not None and found[1] is not None:
+            return found[0][1], found[1][1].view(torch.float32)
+    made = torch.empty(gap_bytes // 4)
+    rough = _tiles(weight, Q4, _arena, made)
+    if kept is not None and name is not None:
+        kept.add(tiles, Q4, rough)
+        kept.add(gaps, OTHER, made)
+    return rough, made
+
+
+def draft_tiles(
+    shape: Sequence[int], weight: Callable[[], Tensor | Blocks], name: str, kept: PackedFile
+) -> tuple[int, Tensor]:
+    """Format and tiles of a weight [out, in] for drafts alone, from the file ``kept`` or for it."""
+    kind = _draft_kind(*shape)
+    found = kept.find(name, {kind: _bytes(shape, kind)})
+    return found or kept.add(name, kind, _tiles(weight(), kind, _arena))
+
+
+def _bytes(shape: Sequence[int], kind: int) -> int:
+    """Bytes of the tiles of a weight [out, in]."""
+    out, inp = shape
+    size: int = library.load().specdec_tiles_bytes(kind, -(-out // 16), inp // 32)
+    return size
+
+
+def _bf16_tiles(weight: Tensor, memory: Memory) -> tuple[int, Tensor]:
+    return BF16, _tiles(weight, BF16, memory)
+
+
 def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
     """The format and the tiles of a matrix in GGUF blocks; bf16 if its numbers are too large for the blocks' own
     format.
@@ -270,7 +323,7 @@ def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, gaps: Tensor | No
     gaps: float32 [out in whole tiles], filled as ``Map.gaps`` of native.h.
     """
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
-    tiles = memory.allocate(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 32))
+    tiles = memory.allocate(_bytes(weight.shape, kind))
     if kind == BF16:
         lib.specdec_pack(table.struct.data, out, inp, tiles.data_ptr(), cores.threads())
     else:

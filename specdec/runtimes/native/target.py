@@ -7,9 +7,13 @@ that it does not support. Weights of a GGUF file keep their codes and scales.
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import math
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +24,7 @@ from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.rows import RowCache, RowMask
-from specdec.models import families
+from specdec.models import families, identity
 from specdec.models.checkpoint import StoredExperts
 from specdec.models.gguf.blocks import (
     BIASES,
@@ -40,7 +44,7 @@ from specdec.runtimes import llama_like
 from specdec.runtimes.by_parts import ByParts
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
-from specdec.runtimes.narrow import narrow_maps
+from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.experts import MappedExperts
@@ -48,6 +52,7 @@ from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
+from specdec.runtimes.native.packed_file import ModelFile, PackedFile, drop_old_drafts, using
 from specdec.runtimes.target import TOKEN_RATIO, GrowingLinear, Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
@@ -56,6 +61,7 @@ if TYPE_CHECKING:
 
     from specdec.models.native_model import NativeModel
 
+T = TypeVar("T")
 FAMILIES = tuple(families.FAMILIES)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 SLOTS = "qkv", "out", "gate_up", "down", "rates"  # maps with low-rank terms
@@ -77,6 +83,7 @@ class NativeTarget(ByParts):
     expert_cache: the share (float) or bytes (int) of a mixture's experts that is in memory; None: all of them, if there
     is room.
     expert_prefetch: whether experts are read ahead by forecasts.
+    kept: the file that has the model's packed weights, or gets them (``native_target``).
     """
 
     runtime = "native"
@@ -91,6 +98,7 @@ class NativeTarget(ByParts):
         activations: str = "auto",
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
+        kept: ModelFile | None = None,
     ) -> None:
         refuse_unsupported(model)
         self.lib = library.load()
@@ -100,7 +108,8 @@ class NativeTarget(ByParts):
         if model.dtype != torch.bfloat16 or model.device.type != "cpu":
             raise SpecDecError(f"the native runtime computes in bfloat16 on a CPU, not {model.dtype} on {model.device}")
         families.check_fields(config)
-        super().__init__(model)
+        super().__init__(model, identity.sample if kept is None else kept.sample)
+        self.kept = kept
         decoder: Any = model.model
         recurrent = [llama_like.recurrent(layer) for layer in decoder.layers]
         if all(recurrent):
@@ -187,11 +196,19 @@ class NativeTarget(ByParts):
         self.weight_format = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
         if weights in ROUNDED:
             self.weight_format += ", rounded"
-        with memory.releasing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
-            self.logit_difference = check_logits(self)
+        self.head(None)
+        how = f"{self.lib.level}, {self.activations}"
+        checked = kept.notes.get(how) if kept is not None and kept.complete and not self._experts else None
+        if isinstance(checked, float) and checked >= 0:  # by the process that packed
+            self.logit_difference = checked
+        else:
+            with memory.releasing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
+                self.logit_difference = check_logits(self)
+            if kept is not None:
+                kept.notes[how] = self.logit_difference
         if kv_cache == "int8":  # after the self-check: it is lossy
             self.int8_cache, self.kv_cache = True, "8 bits (lossy)"
-        memory.release(*_mapped(model))  # parts of large pages may be back with their neighbours
+        self._release(*_mapped(model))  # parts of large pages may be back with their neighbours
         memory.trim_heap()
 
     def new_cache(self, batch: int = 1) -> RowCache:
@@ -359,22 +376,61 @@ class NativeTarget(ByParts):
         with self.lock:
             packed = self._heads.get(module)
             if packed is None:
-                weight, made = matrix(module), None
-                if isinstance(head, GrowingLinear):
-                    head.memory.packed = head.memory.packed or linear.GrowingTiles(*head.memory.values.shape)
-                    made = head.memory.packed.extend(weight)
-                numbers = self.numbers.logits, self.numbers.logits_cap
-                packed = Packed([weight], module.bias, self.rounded, head is not None, *numbers, made=made)
+                packed = self._pack_head(module) if head is None else self._pack_draft_head(head)
                 self._heads[module] = packed
-                least = max(SCREENED * self.bytes_of_layers, LEAST)
-                if head is None and isinstance(weight, Blocks) and packed.nbytes > least:
-                    packed.screen(weight)
-                release(weight)
             if head is None:
                 self._readout = packed
         return packed
 
+    def reduced_head(self, token_ids: Tensor, lasting: bool = False) -> nn.Linear:
+        full = self.own_head
+        if not lasting or not isinstance(full, BlockLinear):
+            return super().reduced_head(token_ids)
+        rows = token_ids if full.blocks.rows is None else full.blocks.rows[token_ids.long()]
+        bias = None if full.bias is None else full.bias.detach()[token_ids.long()]
+        head = BlockLinear(replace(full.blocks, rows=rows.int().contiguous()), bias, full.dtype)  # read at first use
+        head.unpack = full.unpack
+        return head.requires_grad_(False)
+
     # -- what is prepared once --------------------------------------------------------------------------------------
+
+    def _pack_head(self, module: Any) -> Packed:
+        """The model's own output head, packed."""
+        weight, numbers = matrix(module), (self.numbers.logits, self.numbers.logits_cap)
+        packed = Packed([weight], module.bias, self.rounded, False, *numbers, kept=self.kept)
+        if isinstance(weight, Blocks) and packed.nbytes > max(SCREENED * self.bytes_of_layers, LEAST):
+            packed.screen(weight, self.kept)
+        self._release(weight)
+        return packed
+
+    def _pack_draft_head(self, module: Any) -> Packed:
+        """A head for drafts, packed. One in blocks is wanted by later processes, too."""
+        weight, name = matrix(module), None
+        if isinstance(weight, Blocks) and self.kept is not None:
+            name = self.kept.name(weight)
+
+        def pack(file: PackedFile | None) -> Packed:
+            made = None
+            if isinstance(module, GrowingLinear):
+                module.memory.packed = module.memory.packed or linear.GrowingTiles(*module.memory.values.shape)
+                made = module.memory.packed.extend(weight)
+            elif file is not None:
+                made = linear.draft_tiles(weight.shape, lambda: weight, "head", file)
+            numbers = self.numbers.logits, self.numbers.logits_cap
+            packed = Packed([weight], module.bias, draft_only=True, scale=numbers[0], cap=numbers[1], made=made)
+            release(weight)
+            return packed
+
+        return self._keeping(name, weight.shape.numel(), pack)
+
+    def _keeping(self, name: str | None, weights: int, pack: Callable[[PackedFile | None], T]) -> T:
+        """``pack`` with a file for so many ``weights`` for drafts. name: of what they depend on; None: not kept."""
+        if self.kept is None or name is None:
+            return pack(None)
+        digest = hashlib.sha256(f"{metadata.version('specdec-m2r2')} {name}".encode()).hexdigest()
+        made = using(self.kept.of_drafts(digest, 2 * weights), pack)
+        drop_old_drafts(self.kept.path.parent)
+        return made
 
     def _pack_layer(self, index: int, layer: Any, rounding: str | None) -> None:
         struct, orders = self._layers[index], self._orders[index]
@@ -388,8 +444,8 @@ class NativeTarget(ByParts):
                 raise SpecDecError(
                     f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
                 )
-            packed = Packed(weights, bias, self.rounded and not rates, scale=self._scale(slot))
-            release(*(matrix(module) for _, module in pairs))
+            packed = Packed(weights, bias, self.rounded and not rates, scale=self._scale(slot), kept=self.kept)
+            self._release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         if llama_like.has_experts(layer):
@@ -484,39 +540,67 @@ class NativeTarget(ByParts):
     def _make_merged(self, adapters: Adapters, lo: int, hi: int) -> tuple[Model, Any, list[Any]]:
         layers, alive = (Layer * self.num_layers)(*self._layers), list[Any]()
         changed = self._changed.setdefault(adapters, {})
+        missing = [layer for layer in range(lo, hi) if layer not in changed]
+
+        def merge(file: PackedFile | None) -> dict[int, Any]:
+            return {layer: self._merge(layer, adapters, file) for layer in missing}
+
+        weights = sum(math.prod(shape) for layer in missing for shape in self.linears(layer).values())
+        name = f"{missing} {adapters.digest()}" if adapters.lasting else None
+        changed |= self._keeping(name, weights, merge)
         for layer in range(lo, hi):
-            if layer not in changed:
-                changed[layer] = self._merge(layer, adapters)
-                memory.trim_heap()  # freed memory would add to the peak of the next layer
             layers[layer], packed = changed[layer]
             alive.append(packed)
         model = Model(*self._sizes, ctypes.addressof(layers))
         [model.inner] = {adapters.neurons.get(layer, self.inner) for layer in range(lo, hi)}  # one of all layers
         return model, layers, alive
 
-    def _merge(self, layer: int, adapters: Adapters) -> tuple[Layer, list[Packed]]:
+    def _merge(self, layer: int, adapters: Adapters, file: PackedFile | None) -> tuple[Layer, list[Packed]]:
         struct = Layer.from_buffer_copy(self._layers[layer])
         factors, block, alive = adapters.factors(layer), self.block(layer), list[Packed]()
-        narrow, orders = narrow_maps(block, adapters.kept(layer)), self._orders[layer]
-        for slot, pairs in mixer.slots(block).items():
-            low = [path for path, _ in pairs if path in factors]
-            if not (low or pairs[0][0] in narrow) and all(isinstance(module, BlockLinear) for _, module in pairs):
-                continue  # it is read in its own bits
-            parts = [narrow.get(path) or (module.weight.detach(), module.bias) for path, module in pairs]
-            weights = list[Tensor]()
-            for (path, _), (part, _) in zip(pairs, parts, strict=True):
-                weight = part.float()
-                if path in low:
+        neurons, orders = adapters.kept(layer), self._orders[layer]
+        mlp = None if neurons is None else gated_mlp(block)
+        narrow = {} if mlp is None or neurons is None else mlp.shapes(len(neurons))
+
+        def merged(pairs: Sequence[tuple[str, nn.Linear]]) -> Tensor:
+            """The weight of a slot, as it is packed."""
+            parts = list[Tensor]()
+            for path, module in pairs:
+                given = mlp.weight(path, neurons) if path in narrow else module.weight.detach()  # type: ignore
+                weight = given.float()
+                if path in factors:
                     down, up = (factor.detach().float() for factor in factors[path])
                     weight = weight + up @ down
                 weight = weight[:, mixer.columns(matrix(block.get_submodule(path)))]
-                weights.append(ordered(weight.bfloat16(), orders.get(path)))  # type: ignore[arg-type]
-            biases = [bias.detach() for _, bias in parts if bias is not None]
-            bias = torch.cat(biases) if biases else None
-            alive.append(Packed([torch.cat(weights)], bias, draft_only=True, scale=self._scale(slot)))
+                parts.append(ordered(weight.bfloat16(), orders.get(path)))
+                release(matrix(module))
+            memory.trim_heap()  # freed memory would add to the peak of the next slot
+            return torch.cat(parts)
+
+        for slot, pairs in mixer.slots(block).items():
+            changes = any(path in factors for path, _ in pairs) or pairs[0][0] in narrow
+            if not changes and all(isinstance(module, BlockLinear) for _, module in pairs):
+                continue  # it is read in its own bits
+            biases = [mlp.bias(path, neurons) if path in narrow else module.bias for path, module in pairs]  # type: ignore
+            bias = None if biases[0] is None else torch.cat([each.detach() for each in biases])
+            sizes = [narrow.get(path) or (module.in_features, module.out_features) for path, module in pairs]
+            outs = [len(orders.get(path, range(out))) for (path, _), (_, out) in zip(pairs, sizes, strict=True)]
+            shape, weight = (sum(outs), sizes[0][0]), functools.partial(merged, pairs)
+            of_file = file is not None and all(self._is_kept(module) for _, module in pairs)
+            made = linear.draft_tiles(shape, weight, f"{layer} {slot}", file) if file and of_file else None
+            whole = weight() if made is None else torch.empty(*shape, device="meta")
+            alive.append(Packed([whole], bias, draft_only=True, scale=self._scale(slot), made=made))
             setattr(struct, slot, alive[-1].struct)
-            release(*(matrix(module) for _, module in pairs))
         return struct, alive
+
+    def _release(self, *matrices: Tensor | Blocks) -> None:
+        """Release what packing has read of a mapped file."""
+        if self.kept is None or not self.kept.complete:  # else the packed file had all of it
+            release(*matrices)
+
+    def _is_kept(self, module: nn.Module) -> bool:
+        """Whether a map's weight is that of the model's file."""
+        return self.kept is not None and self.kept.name(matrix(module)) is not None
 
     def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
         structs, alive = (LowRank * len(SLOTS))(), []
@@ -550,6 +634,16 @@ class NativeTarget(ByParts):
                     pointers = (POINTER * len(tables))(*(table.data_ptr() for table in tables))
                     self._tables, self._positions = (tables, pointers), every
         return self._tables
+
+
+def native_target(model: PreTrainedModel, weights: str, kv_cache: str, activations: str, keep: bool) -> NativeTarget:
+    """The target of a model. keep: read its packed weights beside its cache entry, or write them, if it has one."""
+
+    def make(file: ModelFile | None) -> NativeTarget:
+        return NativeTarget(model, weights, kv_cache, activations, kept=file)
+
+    origin = getattr(model, "origin", None) if keep and weights == "auto" and library.runs() else None
+    return using(None if origin is None else ModelFile(origin), make)
 
 
 def _round(layer: nn.Module, kind: str) -> None:

@@ -169,6 +169,33 @@ EXPORT void KERNEL(pack)(const bf16 *weights, int out, int in, uint8_t *tiles, i
         }
 }
 
+/* --- kept tiles --- */
+
+enum { LANES = 8, PART = 4096 }; /* numbers of 8 bytes that are summed side by side; bytes of a part */
+
+/* A checksum of bytes that finds accidents (another bit or order), not forgeries: sums of numbers, and sums of these sums, of each
+ * part, mixed with its place; `first_part` is that of the first one, and zeros fill up the last. So checksums of pieces add up. */
+EXPORT uint64_t KERNEL(checksum)(const uint8_t *data, int64_t bytes, int64_t first_part, int threads) {
+    uint64_t found = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 256) reduction(+ : found)
+    for (int64_t at = 0; at < bytes; at += PART) {
+        uint64_t first[LANES] = {0}, second[LANES] = {0}, words[LANES], mixed = (uint64_t)(first_part + at / PART) + 1;
+        uint8_t last[PART];
+        const uint8_t *from = data + at;
+        if (bytes - at < PART) memset(last, 0, PART), from = memcpy(last, from, (size_t)(bytes - at));
+        for (int i = 0; i < PART; i += (int)sizeof words) {
+            memcpy(words, from + i, sizeof words);
+            for (int lane = 0; lane < LANES; lane++) first[lane] += words[lane], second[lane] += first[lane];
+        }
+        for (int lane = 0; lane < LANES; lane++) {
+            mixed = (mixed ^ first[lane]) * 0x9e3779b97f4a7c15u, mixed ^= mixed >> 29;
+            mixed = (mixed ^ second[lane]) * 0xbf58476d1ce4e5b9u, mixed ^= mixed >> 32;
+        }
+        found += mixed;
+    }
+    return found;
+}
+
 /* --- for drafts --- */
 
 static inline float total(float *v) { /* of 16 numbers, which change */

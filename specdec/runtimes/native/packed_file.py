@@ -1,0 +1,305 @@
+"""Packed weights in a file: the first load of a model writes them as the kernels read them, later ones read them.
+
+They are read into large pages: a mapped file has small ones, from which a pass takes some per cent longer, and reading
+takes a quarter of a second for a gigabyte. The file has entries, each at a multiple of ``PART`` bytes, an index in
+JSON, and an end of fixed size with the index's size and checksum. The index has the key (the state of the model's file,
+and the kernels that packed), notes, the size and checksum of all entries, and of each its kind of tiles, place and
+size. All of it is untrusted: checksums are compared at every start, and sizes with those of the file and with what the
+model needs. So a file needs no flush: what a crash spoils is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from specdec.base import cores, terminal
+from specdec.models import checkpoint, identity, packed
+from specdec.models.gguf.blocks import Blocks
+from specdec.models.packed import SUFFIX, Origin
+from specdec.models.prepare import locked
+from specdec.runtimes.native import library
+
+T = TypeVar("T")
+F = TypeVar("F", bound="PackedFile")
+MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # and size and checksum of the index
+MOST_INDEX = 64 << 20  # more than any model's entries take
+PART = 4096  # bytes of a part of the checksum; entries begin at a multiple of it
+PIECE, PAGE = 16 << 20, 2 << 20  # bytes that a thread reads at a time; of a large page
+OTHER, NUMBERS = -1, 1 << 64  # the kind of what is not tiles; checksums are below it
+DRAFTS, MOST_DRAFTS = "drafts-", 4  # files of drafters that a model keeps, the latest ones
+
+
+class Damaged(Exception):
+    """The file cannot be used. The message says why."""
+
+
+class Entry(NamedTuple):
+    kind: int
+    offset: int
+    size: int
+
+
+class PackedFile:
+    """One such file, which is read if it is there and can be used, else written.
+
+    key: what the content depends on. need: bytes that must be free to write it.
+    entries, notes: what is in it; ``find`` and ``add`` read and write entries.
+    writes: whether it is being written, under the name ``part``, by this process alone.
+    complete: whether it had all that was looked for.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any], need: int) -> None:
+        self.path, self.part, self.key, self.need = path, path.with_suffix(".part"), dict(key), need
+        self._closing = contextlib.ExitStack()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.entries, self.notes = dict[str, Entry](), dict[str, Any]()
+        self.writes = self.complete = False
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.used = self.sum = 0  # bytes that are written, and their checksum
+
+    def open(self) -> None:
+        """Read the file, or begin to write it. Where that cannot be, it stays empty."""
+        self._forget()
+        if self._read() is None:
+            return
+        try:
+            self._closing.enter_context(locked(self.path.with_suffix(".lock")))
+            if (defect := self._read()) is None:  # another process has written it meanwhile
+                self._closing.close()
+                return
+            if defect:
+                note(f"the packed weights in {self.path.parent} are made again: {defect}")
+            if shutil.disk_usage(self.path.parent).free < self.need:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.part.unlink(missing_ok=True)  # of a process that was killed
+            self.file: BinaryIO = self._closing.enter_context(self.part.open("xb"))
+            self._closing.callback(self.part.unlink, missing_ok=True)
+            self.writes = True
+        except (OSError, NotImplementedError) as error:  # the latter: the file system has no locks
+            self._fail(error)
+
+    def find(self, name: str, sizes: Mapping[int, int]) -> tuple[int, Tensor] | None:
+        """Kind and data of an entry; None if there is none. sizes: of each kind that it may have.
+
+        Raises Damaged if it has another kind or size.
+        """
+        if self.writes or (entry := self.entries.get(name)) is None:
+            self.complete = False
+            return None
+        if sizes.get(entry.kind) != entry.size:
+            raise Damaged(f"'{name}' has another size than the model needs")
+        return entry.kind, self.memory[entry.offset : entry.offset + entry.size]
+
+    def add(self, name: str, kind: int, data: Tensor) -> tuple[int, Tensor]:
+        """Write an entry, if the file is being written. Returns kind and data."""
+        if self.writes:
+            raw = data.flatten().view(torch.uint8)
+            offset = -(-self.used // PART) * PART
+            try:
+                _write(self.file, raw, offset)
+                self.entries[name], self.used = Entry(kind, offset, len(raw)), offset + len(raw)
+                self.sum = (self.sum + _checksum(raw, offset)) % NUMBERS
+            except OSError as error:
+                self._fail(error)
+        return kind, data
+
+    def finish(self) -> None:
+        """All is written: give the file its name."""
+        if not self.writes:
+            return
+        found = {"key": self.key, "notes": self.notes, "data": [self.used, self.sum], "entries": self.entries}
+        index = torch.frombuffer(bytearray(json.dumps(found).encode()), dtype=torch.uint8)
+        end = torch.frombuffer(bytearray(END.pack(MAGIC, len(index), _checksum(index))), dtype=torch.uint8)
+        try:
+            _write(self.file, torch.cat((index, end)), self.used)
+            os.chmod(self.part, 0o644)
+            os.replace(self.part, self.path)
+        except OSError as error:
+            self._fail(error)
+        self.close()
+
+    def close(self) -> None:
+        """Delete what is not finished, and let others write. What was read stays."""
+        if self.writes:
+            self._forget()
+        self._closing.close()
+
+    def _fail(self, error: Exception | str) -> None:
+        reason = getattr(error, "strerror", None) or str(error)
+        note(f"packed weights cannot be kept in {self.path.parent} ({reason}); each start packs them again")
+        self.writes = True  # nothing is of use
+        self.close()
+
+    def _read(self) -> str | None:
+        """Read the file; return why it cannot be used, "" if it is not there, None if it can."""
+        try:
+            with self.path.open("rb") as file:
+                self._read_from(file)
+        except FileNotFoundError:
+            return ""
+        except (OSError, Damaged) as error:
+            self._forget()
+            return str(error)
+        self.complete = True
+        return None
+
+    def _read_from(self, file: BinaryIO) -> None:
+        size = os.fstat(file.fileno()).st_size
+        if size < END.size:
+            raise Damaged("it is truncated")
+        file.seek(size - END.size)
+        magic, length, checksum = END.unpack(file.read(END.size))
+        begin = size - END.size - length
+        if magic != MAGIC or length > MOST_INDEX or begin < 0:
+            raise Damaged("it is truncated, or of another version of specdec")
+        file.seek(begin)
+        index = bytearray(file.read(length))
+        if len(index) != length or _checksum(torch.frombuffer(index or bytearray(1), dtype=torch.uint8)) != checksum:
+            raise Damaged("it is damaged")
+        try:
+            found = json.loads(index)
+            key, self.notes, (used, data_sum) = found["key"], found["notes"], map(_whole, found["data"])
+            self.entries = {name: Entry(*map(_whole, numbers)) for name, numbers in found["entries"].items()}
+            each = self.entries.values()
+            fits = all(e.offset % PART == 0 <= e.offset and 0 <= e.size <= used - e.offset for e in each)
+            if not fits or used != begin or not isinstance(self.notes, dict):
+                raise ValueError
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            raise Damaged("it is damaged") from None
+        if key != json.loads(json.dumps(self.key)):
+            same = isinstance(key, dict) and key.get("file") == list(self.key["file"])
+            raise Damaged("other kernels made them" if same else "the model's file has changed")
+        self.memory = _data(file, used)
+        if _checksum(self.memory) != data_sum:
+            raise Damaged("it is damaged")
+
+
+class ModelFile(PackedFile):
+    """The packed weights of a model whose matrices are mapped from a GGUF file."""
+
+    def __init__(self, origin: Origin) -> None:
+        key = {"file": origin.stamp, "kernels": _kernels()}
+        super().__init__(origin.folder / f"weights{SUFFIX}", key, len(origin.data) * 5 // 4)  # tiles are a bit larger
+        self.origin = origin
+
+    def finish(self) -> None:
+        if self.writes and packed.stamp(self.origin.path) != self.origin.stamp:
+            self._fail("the model's file has changed meanwhile")
+        super().finish()
+
+    def name(self, weight: Tensor | Blocks) -> str | None:
+        """The name of the entry of a matrix: where it is in the model's file, and how it is read there. None: it is
+        not from that file."""
+        kind, rows = (weight.kind, weight.rows) if isinstance(weight, Blocks) else (str(weight.dtype), None)
+        if (place := self.origin.place(weight.data)) is None:
+            return None
+        order = "" if rows is None else hashlib.sha256(rows.int().numpy().tobytes()).hexdigest()[:32]
+        return " ".join(map(str, (place, kind, *weight.shape, *weight.data.shape, order)))
+
+    def sample(self, parameter: Tensor | Blocks) -> Tensor:
+        """``identity.sample``, in bf16; of matrices of the model's file, it is an entry, too."""
+        name = self.name(parameter) if isinstance(parameter, Blocks) else None
+        if name is None:
+            return identity.sample(parameter).to(torch.bfloat16)
+        size = 2 * len(checkpoint.sample_positions(parameter.shape.numel()))
+        if (found := self.find(f"sample {name}", {OTHER: size})) is not None:
+            return found[1].view(torch.bfloat16)
+        return self.add(f"sample {name}", OTHER, identity.sample(parameter).to(torch.bfloat16))[1]
+
+    def of_drafts(self, digest: str, need: int) -> PackedFile:
+        """A file beside this one for what a drafter makes of the model's weights. digest: of what it depends on."""
+        return PackedFile(self.path.with_name(f"{DRAFTS}{digest[:32]}{SUFFIX}"), self.key | {"drafts": digest}, need)
+
+
+def using(file: F | None, make: Callable[[F | None], T]) -> T:
+    """``make`` with the file open; once more if it is damaged."""
+    while file is not None:
+        try:
+            file.open()
+            made = make(file)
+            file.finish()
+            return made
+        except Damaged as error:
+            note(f"the packed weights in {file.path.parent} are made again: {error}")
+            try:
+                file.path.unlink(missing_ok=True)
+            except OSError:
+                break
+        finally:
+            file.close()
+    return make(None)
+
+
+def drop_old_drafts(folder: Path) -> None:
+    """Delete all but the latest files of drafters in a folder."""
+    with contextlib.suppress(OSError):
+        found = sorted(folder.glob(f"{DRAFTS}*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+        for path in found[:-MOST_DRAFTS]:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Print a note, once."""
+    terminal.say(f"note: {text}")
+
+
+@functools.cache
+def _kernels() -> str:
+    """Identifies the kernels, and so the layout of tiles and what was checked."""
+    return hashlib.sha256(library.LIBRARY.read_bytes()).hexdigest()[:32]
+
+
+def _checksum(data: Tensor, offset: int = 0) -> int:
+    """The checksum of data whose first part is at an offset."""
+    found: int = library.load().specdec_checksum(data.data_ptr(), data.numel(), offset // PART, cores.threads())
+    return found
+
+
+def _data(file: BinaryIO, size: int) -> Tensor:
+    """The first bytes of a file, in large pages."""
+    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    library.load().specdec_large_pages(memory.data_ptr(), memory.numel())
+    memory = memory[-memory.data_ptr() % PAGE :][:size]
+    view = memoryview(memory.numpy())  # type: ignore[arg-type]
+
+    def read(start: int) -> None:
+        stop = min(start + PIECE, size)
+        while start < stop:
+            if not (count := os.preadv(file.fileno(), [view[start:stop]], start)):
+                raise Damaged("it is truncated")
+            start += count
+
+    with ThreadPoolExecutor(cores.threads()) as threads:
+        list(threads.map(read, range(0, size, PIECE)))
+    return memory
+
+
+def _write(file: BinaryIO, data: Tensor, offset: int) -> None:
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    while len(view):
+        count = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not -1 <= value < NUMBERS:
+        raise ValueError
+    return value
