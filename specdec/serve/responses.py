@@ -51,7 +51,7 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 
 
 class _Part(Strict):
-    no_effect = NO_EFFECT
+    no_effect: ClassVar[Sequence[str]] = NO_EFFECT
 
 
 class TextItem(_Part):
@@ -332,7 +332,8 @@ class Store:
         return found
 
     def _found(self, scope: str | None, id: str) -> tuple[bytes, bytes] | None:
-        return self.kept.get(scope, {}).get(id)
+        kept = self.kept.get(scope)
+        return None if kept is None else kept.get(id)
 
 
 def page_of(items: list[dict[str, Any]], after: str | None, limit: int, ascending: bool) -> dict[str, Any]:

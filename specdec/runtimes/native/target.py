@@ -582,7 +582,7 @@ class NativeTarget(ByParts):
             if not changes and all(isinstance(module, BlockLinear) for _, module in pairs):
                 continue  # it is read in its own bits
             biases = [mlp.bias(path, neurons) if path in narrow else module.bias for path, module in pairs]  # type: ignore
-            bias = None if biases[0] is None else torch.cat([each.detach() for each in biases])
+            bias = None if biases[0] is None else torch.cat([each.detach() for each in biases])  # type: ignore[union-attr]
             sizes = [narrow.get(path) or (module.in_features, module.out_features) for path, module in pairs]
             outs = [len(orders.get(path, range(out))) for (path, _), (_, out) in zip(pairs, sizes, strict=True)]
             shape, weight = (sum(outs), sizes[0][0]), functools.partial(merged, pairs)
@@ -636,7 +636,9 @@ class NativeTarget(ByParts):
         return self._tables
 
 
-def native_target(model: PreTrainedModel, weights: str, kv_cache: str, activations: str, keep: bool) -> NativeTarget:
+def native_target(
+    model: NativeModel | PreTrainedModel, weights: str, kv_cache: str, activations: str, keep: bool
+) -> NativeTarget:
     """The target of a model. keep: read its packed weights beside its cache entry, or write them, if it has one."""
 
     def make(file: ModelFile | None) -> NativeTarget:
