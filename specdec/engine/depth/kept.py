@@ -5,7 +5,6 @@ Nothing is measured before a request: the times of real steps correct the figure
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import TypeAdapter
 
 from specdec.base import files, machine
 from specdec.engine.depth.costs import Costs
+from specdec.models import identity
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
 
@@ -38,19 +38,8 @@ def store(target: Target, drafter: Drafter, costs: Costs) -> None:
 
 def _file(target: Target, drafter: Drafter) -> Path:
     """The file of the costs: its name is a hash of everything that they depend on."""
-    device, cpu = target.device, machine.processor_name()
-    units = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    parts: list[object] = [cpu, platform.node(), units, torch.__version__, torch.backends.cpu.get_cpu_capability()]
-    parts += [
-        FORMAT,
-        target.runtime,
-        target.weight_format,
-        target.activations,
-        target.kv_cache,
-        target.dtype,
-        target.fingerprint,
-    ]
-    parts += [drafter.name, drafter.path]
-    parts += [] if target.experts is None else [target.experts.describe()]  # more tokens load more experts
-    name = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:24]
-    return files.cache_dir() / "costs" / f"{name}.json"
+    device, processor = target.device, f"{torch.get_num_threads()} threads of {machine.processor_name()}"
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
+    experts = None if target.experts is None else target.experts.describe()  # more tokens load more experts
+    name = identity.numbers(target, FORMAT, platform.node(), place, drafter.name, drafter.path, experts)
+    return files.cache_dir() / "costs" / f"{name[:24]}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -176,7 +177,7 @@ def load() -> Any:
                 "the native runtime needs an x86 CPU with AVX2, FMA and F16C, or an Arm CPU with dot products "
                 f"(asimddp); this one is {name}"
             )
-        written = Map, Table, LowRank, Layer, Model, SequenceArgs, Call, Stage, TreeDraft
+        written = Part, Map, Table, LowRank, Layer, Model, SequenceArgs, Call, Stage, Sampled, Given, TreeDraft
         found.specdec_sizes(sizes := (INT * len(written))())
         if sizes[:] != [ctypes.sizeof(each) for each in written]:
             raise AttributeError  # as if it had no such kernels
@@ -189,6 +190,11 @@ def load() -> Any:
     except AttributeError:  # an editable install whose sources went on without it
         raise SpecDecError("the native kernels were built from older sources; install specdec again") from None
     return found
+
+
+def version() -> str:
+    """The instruction set, and a digest of the compiled kernels: equal ones compute equal bits."""
+    return f"{load().level} {hashlib.sha256(LIBRARY.read_bytes()).hexdigest()}"
 
 
 def openmp() -> str | None:
