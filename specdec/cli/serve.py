@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +75,7 @@ def serve(
     model = loading.model
     with terminal.status("starting"):
         terminal.warn_in_lines()
+        terminal.log_in_lines()
         try:
             from specdec.serve.app import make_app
             from specdec.serve.clients import read_keys
@@ -84,7 +86,9 @@ def serve(
                 f"'{error.name}' is not installed; install the server: pip install 'specdec-m2r2[serve]'"
             ) from None
         from specdec.api.decoder import SpecDecoder
+        from specdec.speculation.draft import DrafterWarning
 
+        warnings.simplefilter("ignore", DrafterWarning)  # the log has a line for each failure
         if api_key is not None and not (
             api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
         ):
