@@ -95,12 +95,12 @@ class HybridDrafter(Drafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         if self.blends_pair:
-            first, second = (replace(state, row_states=[own[number] for own in state.row_states]) for number in (0, 1))
+            first, second = (self._of_member(state, number) for number in (0, 1))
             if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
                 return self.members[1].propose(second, limit)
             if self.has_probabilities and state.exit == 0:
                 return self.members[0].propose(first, limit)
-            if (alone := self.members[0].alone(first, limit)) is not None:
+            if state.exit is None and (alone := self.members[0].alone(first, limit)) is not None:
                 return alone
             if (given := self.members[1].candidates(second, limit)) is not None:
                 return self.members[0].blend(first, limit, given)
@@ -109,7 +109,7 @@ class HybridDrafter(Drafter):
         used: dict[int, Draft] = {}  # by row
         missing = list(range(len(state.ids)))
         for number, member in enumerate(self.members):
-            draft = member.propose(replace(state, row_states=[own[number] for own in state.row_states]), limit)
+            draft = member.propose(self._of_member(state, number), limit)
             found = missing  # the last one's draft need not be read
             if number < len(self.members) - 1:
                 lists = draft.lists()
@@ -127,6 +127,10 @@ class HybridDrafter(Drafter):
         if draft.exit_layer > min(self.taps, default=draft.exit_layer):
             _drop_states(draft, state.cache)  # another member observes layers that scoring would not run
         return draft
+
+    def _of_member(self, state: State, number: int) -> State:
+        """``state`` for a member. Exits are the hybrid's own, which sources draft: a member's path may go to any."""
+        return replace(state, row_states=[own[number] for own in state.row_states], exit=None)
 
     def withdraw(self, row_state: list[Any]) -> None:
         for member, own in zip(self.members, row_state, strict=True):
