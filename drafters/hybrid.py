@@ -109,7 +109,7 @@ class HybridDrafter(Drafter):
         used, draft = dict[int, Draft](), Draft.empty(len(state.ids), state.cache.device)  # by row
         missing = list(range(len(state.ids)))
         for number, member in enumerate(self.members):
-            draft = member.propose(replace(state, row_states=[own[number] for own in state.row_states]), limit)
+            draft = member.propose(self._of_member(state, number), limit)
             found = missing  # the last one's draft need not be read
             if number < len(self.members) - 1:
                 lists = draft.lists()
@@ -128,10 +128,14 @@ class HybridDrafter(Drafter):
             _drop_states(draft, state.cache)  # another member observes layers that scoring would not run
         return draft
 
+    def _of_member(self, state: State, number: int) -> State:
+        """``state`` for a member, whose path may go to any exit."""
+        return replace(state, row_states=[own[number] for own in state.row_states], exit=None)
+
     def _blended(self, state: State, limit: int) -> Draft | None:
         """One tree of the candidates of both; None if the second has none."""
         first, second = self.members
-        own = [replace(state, row_states=[each[number] for each in state.row_states]) for number in (0, 1)]
+        own = self._of_member(state, 0), self._of_member(state, 1)
         prices, nodes = state.prices, first.nodes
         if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
             return second.propose(own[1], limit)

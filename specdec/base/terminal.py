@@ -6,6 +6,7 @@ half minute, and text is unchanged. Knows no commands. Imports nothing heavy.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -91,6 +92,18 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
         say(f"note: {message}")
     else:
         _python_warns(message, category, *where, **more)
+
+
+def log_in_lines() -> None:
+    """Print each line of the package's log, from level INFO on, to stderr."""
+    log = logging.getLogger("specdec")
+    log.setLevel(logging.INFO)
+    log.addHandler(_Lines())
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,6 +96,7 @@ def serve(
     memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory, MIN_CACHE, "no text fits")
     with terminal.status("starting"):
         terminal.warn_in_lines()
+        terminal.log_in_lines()
         try:
             from specdec.serve.clients import KEY, read_keys
             from specdec.serve.run import address, bind, serve
@@ -103,6 +105,9 @@ def serve(
             raise _not_installed(error) from None
         if api_key is not None and not KEY.fullmatch(api_key):
             raise SpecDecError("--api-key must be printable ASCII characters without spaces")
+        from specdec.speculation.draft import DrafterWarning
+
+        warnings.simplefilter("ignore", DrafterWarning)  # the log has a line for each failure
         settings = ServerSettings(
             name=name or (Path(model).resolve().name if os.path.exists(model) else model),
             api_key=api_key,

@@ -5,77 +5,75 @@ Knows no drafter, no text and no command line: tokens in, tokens out.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from specdec.base.errors import NotFiniteError
 from specdec.engine.depth.policy import DepthChoice, DepthPolicy, StepReport
+from specdec.engine.guard import DrafterGuard
 from specdec.engine.metrics import Ledger
 from specdec.engine.request import Request, prompt_logprobs, token_logprobs
 from specdec.engine.scoring import score
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Target, run_tokens
-from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier, check_draft
+from specdec.speculation.draft import Acceptance, Draft, Drafter, State, Verifier, check_draft
 from specdec.speculation.sampling import Sampler
 from specdec.speculation.trie import merge
 
 NOTHING = torch.empty(0)
-RESTARTS = 5  # number of times that a drafter which has failed starts again in an engine's life
 # Phases of a step (``Ledger``) whose seconds count as scoring, and as drafting.
 SCORING, DRAFTING = ("score", "accept", "commit"), ("overhead", "draft")
 FORCED = 16  # maximum number of tokens that are drafted where a constraint leaves no choice
-T = TypeVar("T")
 
 
 class Batch:
-    """Rows that decode together; they come and go between steps.
+    """Rows that decode together; they come and go between steps. While the drafter is off, they are decoded plainly.
 
-    A drafter that raises, or whose draft cannot be scored, is dropped with a DrafterWarning, and rows are decoded
-    plainly. It starts again with the next request, ``RESTARTS`` times at most.
-
-    configured: the drafter of this configuration.
-    drafter: the same, or None after it has failed.
     chosen: whether the policy has chosen the depths of this step.
     drafter_behind: whether the drafter, started again, has seen nothing of the rows until the next step.
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
         self.target, self.verifier, self.policy = target, verifier, policy
-        self.configured, self.failures, self.drafter_behind = drafter, 0, False
-        self.drafter: Drafter | None = drafter
+        self.guard, self.drafter_behind = DrafterGuard(drafter), False
         self.rows: list[Request] = []
         self.chosen = True
         self.cache = target.new_cache(0)
         self.ledger = Ledger(target.device)
         self.state = State(target, self.cache, Sampler.of([]), [], threshold=verifier.threshold)
-        self._call(lambda drafter: drafter.start())
 
     # -- rows come and go ---------------------------------------------------------------------------------------------
 
     @property
+    def drafter(self) -> Drafter | None:
+        """None while it is off."""
+        return self.guard.drafter
+
+    @property
     def drafting(self) -> str:
         """ "on", "off" (the drafter has failed) or "none" (it never drafts)."""
-        return "none" if not self.configured.drafts else "off" if self.drafter is None else "on"
+        return "none" if not self.guard.configured.drafts else "off" if self.drafter is None else "on"
 
-    def restart(self, rows: Sequence[Request]) -> None:
-        """Start a drafter that has failed again. ``rows``: all that run; it has seen nothing of them."""
-        if self.drafter is None and self.failures <= RESTARTS:
-            self.drafter, self.drafter_behind = self.configured, bool(self.rows)
-            self._call(lambda drafter: drafter.start())
+    def recover(self, rows: Sequence[Request]) -> None:
+        """Start a drafter that has failed again if it is time. ``rows``: all that have begun; it has seen nothing of
+        them."""
+
+        def begin(drafter: Drafter) -> None:
             for row in rows:
-                row.drafter_state = self._call(lambda drafter: drafter.begin())
+                row.drafter_state = drafter.begin()
+
+        if self.guard.restart(begin):
+            self.drafter_behind = bool(self.rows)
             self._update_state()
 
     def begin(self, row: Request) -> None:
         """Set up an admitted row's state of the drafter and of the depth policy."""
         row.metrics.num_layers = self.target.num_layers
         row.depth_history = row.depth_history or self.policy.begin()
-        row.drafter_state = self._call(lambda drafter: drafter.begin())
+        row.drafter_state = self.guard.call(lambda drafter: drafter.begin())
 
     @torch.inference_mode()
     def prefill(self, rows: Sequence[Request], cache: KVCache, counts: Sequence[int]) -> list[Request]:
@@ -177,7 +175,7 @@ class Batch:
         wanted = [b for b, row in enumerate(self.rows) if row.logprobs is not None]
         scores = score(self.state, draft, self._taps(), self.verifier, wanted)
         if scores.fault is not None:
-            self._drop(f"proposed tokens that cannot be scored: {scores.fault}")
+            self.guard.fail(f"proposed tokens that cannot be scored: {scores.fault}")
         self.ledger.mark("score")
         # Verify
         accepted = self.verifier.verify(draft, scores.chosen, scores.p)
@@ -198,7 +196,8 @@ class Batch:
     def _choose_depths(self) -> list[int]:
         """The maximum depth of each row's draft in this step."""
         state, rows = self.state, self.rows
-        self.policy.follow(self.configured.version)
+        if (version := self.guard.call(lambda drafter: drafter.version)) is not None:
+            self.policy.follow(version)
         able = self.drafter is not None and not self.drafter_behind
         drafting = [b for b, row in enumerate(rows) if row.num_speculative_tokens != 0 and able]
         fixed = [rows[b].num_speculative_tokens for b in drafting]
@@ -242,7 +241,7 @@ class Batch:
             for row_state in self.state.row_states:
                 drafter.withdraw(row_state)
 
-        self._call(withdraw)
+        self.guard.call(withdraw)
         return merge(paths, self.cache.device)[0]
 
     def _draft(self, depths: list[int]) -> Draft:
@@ -253,13 +252,13 @@ class Batch:
             draft = drafter.propose(state, limit)
             fault = check_draft(draft, len(self.rows), limit, self.target.vocab_size)
             if fault is not None:
-                self._drop(f"proposed a draft that cannot be scored: {fault}")
+                self.guard.fail(f"proposed a draft that cannot be scored: {fault}")
                 return None
             for b in draft.within(depths):
                 drafter.withdraw(state.row_states[b])
             return draft
 
-        if limit and (draft := self._call(propose)) is not None:
+        if limit and (draft := self.guard.call(propose)) is not None:
             return draft
         self.cache.roll_back()  # entries of a drafter that failed
         return Draft.empty(len(self.rows), self.cache.device)
@@ -277,7 +276,9 @@ class Batch:
         tokens, depths, deepest = draft.lists(), draft.depths(), []
         seconds = self.ledger.step
         other, drafting = (sum(seconds[phase] for phase in phases) for phases in (SCORING, DRAFTING))
+        off = None if self.guard.outage is None else f"drafter off: {self.guard.outage.error}"
         for b, (row, path) in enumerate(zip(self.rows, accepted.paths, strict=True)):
+            row.metrics.drafting_off = off or row.metrics.drafting_off
             nodes = [node for node, token in enumerate(tokens[b], start=1) if token >= 0]
             deepest.append(max((depths[node] for node in nodes), default=0))
             taken = row.new_tokens[: len(path) - 1]
@@ -299,43 +300,25 @@ class Batch:
         if forced:
             return ["constraint"] * len(tokens)
         if draft.found is None:
-            return [self.configured.label] * len(tokens)
-        found, names = draft.found.rows[b], self.configured.sources
+            return [self.guard.configured.label] * len(tokens)
+        found, names = draft.found.rows[b], self.guard.configured.sources
         return [names[found.source(node)] for node in found.path(tokens)]
 
-    # -- the drafter: an error of its own must not end a request ------------------------------------------------------
-
-    def _call(self, use: Callable[[Drafter], T]) -> T | None:
-        """``use(drafter)``; None if the drafter has failed, now or before."""
-        if self.drafter is None:
-            return None
-        try:
-            return use(self.drafter)
-        except DrafterWarning:  # where warnings are errors
-            raise
-        except Exception as error:
-            self._drop(f"failed ({type(error).__name__}: {error})")
-            return None
-
-    def _drop(self, why: str) -> None:
-        """Go on without the drafter."""
-        assert self.drafter is not None
-        warnings.warn(f"drafter '{self.drafter.name}' {why}; decoding goes on without it", DrafterWarning, stacklevel=2)
-        self.drafter, self.failures = None, self.failures + 1
+    # -- the drafter --------------------------------------------------------------------------------------------------
 
     def _taps(self) -> dict[int, Tensor]:
         return dict.fromkeys(self.drafter.taps if self.drafter is not None else (), NOTHING)
 
     def _observe(self, row_states: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        self._call(lambda drafter: drafter.observe(row_states, paths, taps))
+        self.guard.call(lambda drafter: drafter.observe(row_states, paths, taps))
 
     def learn(self) -> bool:
         """Do a piece of the drafter's work; False if there is none."""
-        return bool(self._call(lambda drafter: drafter.learn()))
+        return bool(self.guard.call(lambda drafter: drafter.learn()))
 
     def end(self, row: Request) -> None:
         """Tell the drafter that a row has ended."""
-        self._call(lambda drafter: drafter.end(row.drafter_state, row.ids, len(row.prompt), row.learn))
+        self.guard.call(lambda drafter: drafter.end(row.drafter_state, row.ids, len(row.prompt), row.learn))
 
 
 def not_finite(target: Target, row: Request, number: int | None) -> NotFiniteError:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from specdec.base.errors import QueueFullError, SpecDecError
 from specdec.engine.batch import Batch, not_finite
 from specdec.engine.depth import DepthPolicy
+from specdec.engine.guard import Outage
 from specdec.engine.request import Handle, Request, Status, check_prompt, failure
 from specdec.engine.scheduler import Scheduler
 from specdec.kvcache.disk import PrefixDisk
@@ -40,7 +41,7 @@ class EngineStats:
     disk_queries, disk_hits, disk_bytes: the same for prefixes on disk, and their size.
     prefix_bytes, saved_seconds: size of cached prefixes in memory, and about what the tokens found would have taken.
     preemptions: number of times that a request gave up its keys and values, to compute them again later.
-    drafter: "on", "off" (it has failed: requests are decoded plainly) or "none".
+    drafter: "on", "off" (it has failed: requests are decoded plainly for a while) or "none". outage: why it is off.
     """
 
     running: int
@@ -56,6 +57,7 @@ class EngineStats:
     accepted_per_position: list[int] = field(default_factory=list)
     drafter: str = "none"
     drafter_failures: int = 0
+    outage: Outage | None = None
     disk_queries: int = 0
     disk_hits: int = 0
     disk_bytes: int = 0
@@ -147,6 +149,11 @@ class Engine:
         return self.batch.drafting
 
     @property
+    def outage(self) -> Outage | None:
+        """``EngineStats.outage``."""
+        return self.batch.guard.outage
+
+    @property
     def busy(self) -> bool:
         """Whether any request runs or waits."""
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -176,6 +183,7 @@ class Engine:
         with self._stepping:
             self.ledger.restart()
             self._drop_cancelled()
+            self._recover()
             scheduler, batch = self.scheduler, self.batch
             preempted, decoding = scheduler.preempt(), bool(batch.rows)
             if scheduler.waiting and not preempted:
@@ -192,6 +200,11 @@ class Engine:
             if not (decoding and batch.rows):
                 self._notify()
             return events
+
+    def _recover(self) -> None:
+        """Start a drafter that has failed again if it is time."""
+        if self.outage is not None:  # a preempted request may still be cancelled, which the drafter is told
+            self.batch.recover([row for row in self._all_requests() if row.ledger_at_start is not None])
 
     def _start_ledgers(self, rows: Sequence[Request]) -> None:
         """Let new rows share the engine's ledger from now on."""
@@ -310,6 +323,7 @@ class Engine:
     def _learn(self) -> bool:
         """Do a piece of the drafter's work; False if there is none."""
         with self._stepping:
+            self._recover()
             return self.learns and self.batch.learn()
 
     def close(self, drain: bool = False) -> None:
@@ -360,7 +374,8 @@ class Engine:
             accepted=self.accepted,
             accepted_per_position=[self.positions[n] for n in range(max(self.positions, default=-1) + 1)],
             drafter=self.drafting,
-            drafter_failures=self.batch.failures,
+            drafter_failures=self.batch.guard.failures,
+            outage=self.outage,
             **({} if (disk := scheduler.disk) is None else disk.figures()),
         )
 

@@ -168,7 +168,6 @@ class Scheduler:
             cache = None if source is None else source(found, self._expected_slots(row))
             found = 0 if cache is None else cache.rows[0]  # fewer if a file is damaged
             self._count_hits(row, found)
-            self.batch.restart([*self.batch.rows, *self.prefilling.rows, *fresh])
             self.waiting.remove(row)
             self._count_turn(row.party)
             if not row.metrics.num_new_tokens:

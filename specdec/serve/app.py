@@ -224,9 +224,13 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
-    async def health() -> dict[str, str]:
+    async def health() -> dict[str, Any]:
         service.check_engine()
-        return {"status": "ok", "drafter": service.engine.drafting}
+        found: dict[str, Any] = {"status": "ok", "drafter": service.engine.drafting}
+        if (outage := service.engine.outage) is not None:
+            seconds = round(outage.seconds_left, 1)
+            found["drafter_outage"] = {"error": outage.error, "since": int(outage.since), "retry_in_seconds": seconds}
+        return found
 
     @app.get("/metrics")
     async def metrics() -> HTTPResponse:

@@ -117,3 +117,15 @@ class _EngineCollector(Collector):
             family = kind(f"vllm:{name}", help, labels=labels)
             family.add_metric(list(self.label.values()), value)
             yield family
+        if (outage := stats.outage) is not None:
+            why = GaugeMetricFamily(
+                "vllm:spec_decode_drafter_off_since_seconds",
+                "When the drafter failed (Unix time), while it is off; label error: why.",
+                labels=[*labels, "error"],
+            )
+            why.add_metric([*self.label.values(), outage.error], outage.since)
+            left = GaugeMetricFamily(
+                "vllm:spec_decode_drafter_retry_seconds", "Until it starts again, while it is off.", labels=labels
+            )
+            left.add_metric(list(self.label.values()), outage.seconds_left)
+            yield from (why, left)

@@ -412,6 +412,13 @@ def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | 
         return f"it is {max(draft.depths())} tokens deep, {limit} are allowed"
     if draft.listed is None and tuple(draft.tokens.shape) != (batch, count):
         return f"its tokens are {tuple(draft.tokens.shape)}, not {batch} rows of {count}"
+    if draft.listed is None and draft.tokens.dtype != torch.int64:
+        return f"its tokens are {draft.tokens.dtype}, not int64"
+    if (states := draft.states) is not None and not (
+        states.dim() == 3 and len(states) == batch and states.shape[1] <= 1 + count and draft.exit_layer
+    ):
+        where = f"at layer {draft.exit_layer}"
+        return f"its states {where} are {tuple(states.shape)}, not {batch} rows of {1 + count} tokens or fewer"
     if draft.listed is None and is_asynchronous(draft.device):
         return None
     return check_tokens(draft.lists(), batch, count, vocab_size)

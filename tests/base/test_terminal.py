@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 import time
@@ -209,3 +210,17 @@ def test_a_stream_that_failed_writes_to_nowhere_from_then_on() -> None:
         stream.write("x")
     stream.write("x")
     stream.flush()
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_s_log_is_printed_line_by_line(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logging.getLogger("specdec")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", log.level)
+    terminal.log_in_lines()
+    logging.getLogger("specdec.engine.guard").info("on again, %d s later", 3)
+    logging.getLogger("specdec.engine.guard").debug("not this")
+    logging.getLogger("others").warning("nor this")
+    assert heard.getvalue() == "on again, 3 s later\n"

@@ -256,6 +256,30 @@ def test_a_faulty_drafter_is_dropped_and_decoding_goes_on(llama: PreTrainedModel
     assert out == [greedy_reference(llama, PROMPTS[0], 20)] and calls == 3
 
 
+def with_states(*shape: int, exit_layer: int = 2) -> Draft:
+    draft = Draft(torch.full((1, 1), 7), (0,))
+    draft.states, draft.exit_layer = torch.zeros(shape), exit_layer
+    return draft
+
+
+@pytest.mark.parametrize(
+    ("draft", "why"),
+    [
+        (Draft(torch.full((1, 1), 7.0), (0,)), "float32, not int64"),
+        (with_states(1, 32), "states at layer 2"),
+        (with_states(2, 1, 32), "states at layer 2"),
+        (with_states(1, 3, 32), "not 1 rows of 2 tokens"),
+        (with_states(1, 1, 32, exit_layer=0), "states at layer 0"),
+    ],
+)
+def test_a_draft_of_other_tensors_ends_no_request(llama: PreTrainedModel, draft: Draft, why: str) -> None:
+    drafter = Scripted(None)
+    drafter.propose = lambda state, limit: draft  # type: ignore[method-assign]
+    with pytest.warns(DrafterWarning, match=why):
+        out, _ = run(ReferenceTarget(llama), drafter, PROMPTS[:1], 8)
+    assert out == [greedy_reference(llama, PROMPTS[0], 8)]
+
+
 @pytest.mark.parametrize("method", ["start", "begin", "observe", "end"])
 def test_a_drafter_that_fails_elsewhere_is_dropped_too(llama: PreTrainedModel, method: str) -> None:
     right = [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]

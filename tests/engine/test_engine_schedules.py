@@ -20,7 +20,8 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from scripted import OnlyOddAfterEven, made
+from policies import alternating
+from scripted import Clock, OnlyOddAfterEven, made
 from tiny import tiny_model
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
@@ -32,7 +33,7 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_learning import Learner
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine import scheduler
+from specdec.engine import guard, scheduler
 from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request, TokenLogprob, prompt_logprobs, token_logprobs
@@ -79,6 +80,7 @@ STYLES = [
     Style(SamplingParams(1.3, 20, seed=1)),
     Style(SamplingParams(0.8, 0, 0.9, 0.02, 1.3)),
     Style(SamplingParams(repetition_penalty=1.5)),
+    Style(SamplingParams(frequency_penalty=0.7, presence_penalty=0.4, logit_bias={7: 1.5, 60: -2.0})),
     Style(SamplingParams(1.1), (OnlyOddAfterEven(),)),
     Style(processors=(NoRepeatNGramLogitsProcessor(2),)),
     Style(pattern="([a-e]{3,9}(north|nothing) )*!"),
@@ -216,7 +218,7 @@ class Schedules(RuleBasedStateMachine):
             self.target,
             self.drafter,
             ExactVerifier(),
-            Varied(depth),
+            alternating(self.drafter, depth) if self.makers else Varied(depth),
             max_rows=rows,
             kv_memory=memory * token + 16 * state,
             reuse=reuse,
@@ -340,7 +342,10 @@ class Schedules(RuleBasedStateMachine):
         batch = self.engine.batch
         assert batch.cache.rows == [len(row.ids) - 1 for row in batch.rows]
         assert all(prefix.cache.rows == [len(prefix.ids)] for prefix in self.kept())
-        assert batch.drafter is self.drafter  # it has not been dropped
+        self.check_drafter()
+
+    def check_drafter(self) -> None:
+        assert self.engine.outage is None
 
     def check(self, case: Case) -> None:
         request, (tokens, reason) = case.request, case.expected()
@@ -368,6 +373,78 @@ class Schedules(RuleBasedStateMachine):
             self.check(case)
         self.engine.close()
         assert self.engine.stats().kv_bytes == 0
+
+
+METHODS = "start", "begin", "propose", "candidates", "alone", "blend", "observe", "withdraw", "end", "learn"
+
+
+class FailingSchedules(Schedules):
+    """The drafter fails at random places, and comes back when its pause is over. outages: failures and returns."""
+
+    outages: ClassVar = Counter[str]()
+
+    def __init__(self, kind: str, makers: Sequence[Callable[[Target], Drafter]], clock: Clock) -> None:
+        super().__init__(kind, makers)
+        self.clock, self.rng, self.every = clock, random.Random(0), 0
+
+    @initialize(
+        rows=st.integers(2, 4),
+        memory=st.sampled_from([1000, 160]),
+        depth=st.integers(1, 6),
+        reuse=st.booleans(),
+        every=st.sampled_from([6, 15, 40]),
+        seed=st.integers(0, 99),
+        data=st.data(),
+    )
+    def begin(
+        self, rows: int, memory: int, depth: int, reuse: bool, every: int, seed: int, data: st.DataObject
+    ) -> None:  # type: ignore[override]
+        super().begin(rows, memory, depth, 0, reuse, data)
+        self.rng, self.every = random.Random(seed), every
+        owners = [self.drafter, *(self.drafter.members if isinstance(self.drafter, HybridDrafter) else ())]
+        self.wrapped = [(owner, name) for owner in owners for name in METHODS]
+        for owner, name in self.wrapped:
+            setattr(owner, name, functools.partial(self.call, getattr(owner, name)))
+
+    def call(self, method: Callable[..., Any], *given: Any) -> Any:
+        """Call a method of the drafter; one call of so many fails, before or after its work, or drafts nonsense."""
+        how = (
+            self.rng.choice(["before", "after", "nonsense"])
+            if self.every and not self.rng.randrange(self.every)
+            else ""
+        )
+        if how == "before":
+            raise RuntimeError("as told")
+        result = method(*given)
+        if how == "nonsense" and isinstance(result, Draft):
+            return Draft([[self.target.vocab_size]] * len(result.lists()), (0,))
+        if how:
+            raise RuntimeError("as told")
+        return result
+
+    def advance(self) -> None:
+        off, failures = self.engine.outage, self.engine.batch.guard.failures
+        self.clock.now += self.rng.choice([0.6, 2.0, 61.0])
+        super().advance()
+        self.outages["failures"] += self.engine.batch.guard.failures - failures
+        back = off is not None and self.engine.outage is None
+        self.outages["returns"] += back
+        self.outages["returns among rows"] += back and len(self.engine.batch.rows) > 0
+
+    def check_drafter(self) -> None:
+        outage = self.engine.outage
+        assert (self.engine.drafting == "off") == (outage is not None)
+        assert outage is None or "as told" in outage.error or "outside the vocabulary" in outage.error
+
+    def teardown(self) -> None:
+        self.every = 0
+        self.clock.now += 61
+        try:
+            super().teardown()
+            assert not self.cases or self.engine.drafting != "off"
+        finally:
+            for owner, name in self.wrapped:
+                vars(owner).pop(name)
 
 
 def alike(found: list[TokenLogprob], expected: list[TokenLogprob]) -> None:
@@ -413,10 +490,14 @@ def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run_schedules(
-    kind: str, makers: Sequence[Callable[[Target], Drafter]], examples: int, chance: bool = False
+    kind: str,
+    makers: Sequence[Callable[[Target], Drafter]],
+    examples: int,
+    chance: bool = False,
+    machine: Callable[..., Schedules] = Schedules,
 ) -> None:
     run_state_machine_as_test(
-        functools.partial(Schedules, kind, makers),  # type: ignore[arg-type]
+        functools.partial(machine, kind, makers),  # type: ignore[arg-type]
         settings=settings(
             max_examples=examples,
             stateful_step_count=16,
@@ -439,8 +520,12 @@ def test_answers_do_not_depend_on_the_drafter_in_any_schedule(kind: str) -> None
     run_schedules(kind, drafters(kind), 4 if kind == "recurrent" else 8)
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_answers_do_not_depend_on_the_fits_that_are_swapped_in(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+SHAPES: list[dict[str, Any]] = [{}, {"nodes": 9}, {"siblings": (2, 1)}, {"hybrid": True}]
+
+
+@pytest.fixture
+def every_fit_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits after few tokens, each better than the last."""
     numbers = itertools.count(1)
 
     def better(*given: object) -> Generator[None, None, int]:
@@ -451,17 +536,44 @@ def test_answers_do_not_depend_on_the_fits_that_are_swapped_in(kind: str, monkey
     monkeypatch.setattr(Learner, "_hits", better)
     for name, value in {"FIRST": 40, "EVERY": 30, "RECENT": 30, "AGAIN": 60, "HELD": 20}.items():
         monkeypatch.setattr(m2r2_learning, name, value)
+
+
+@pytest.mark.usefixtures("every_fit_serves")
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_answers_do_not_depend_on_the_fits_that_are_swapped_in(kind: str) -> None:
     Schedules.swapped.clear()
-    shapes: list[dict[str, Any]] = [{}, {"nodes": 9}, {"siblings": (2, 1)}, {"hybrid": True}]
-    run_schedules(
-        kind, [functools.partial(self_taught, kind=kind, **shape) for shape in shapes], 4 if kind == "reference" else 8
-    )
+    makers = [functools.partial(self_taught, kind=kind, **shape) for shape in SHAPES]
+    run_schedules(kind, makers, 4 if kind == "reference" else 8)
     assert Schedules.swapped[kind] > 10
 
 
-@pytest.mark.slow
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of drafters' pauses."""
+    made = Clock()
+    monkeypatch.setattr(guard, "time", made)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::specdec.DrafterWarning")
+@pytest.mark.usefixtures("every_fit_serves")
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_do_not_depend_on_many_random_schedules(kind: str) -> None:
+def test_answers_do_not_depend_on_when_the_drafter_fails_and_comes_back(kind: str, clock: Clock) -> None:
+    FailingSchedules.outages.clear()
+    taught = [] if kind == "recurrent" else [functools.partial(self_taught, kind=kind, **shape) for shape in SHAPES]
+    makers = [*drafters(kind), *taught * 4]
+    run_schedules(
+        kind, makers, 5 if kind == "recurrent" else 12, machine=functools.partial(FailingSchedules, clock=clock)
+    )
+    assert min(FailingSchedules.outages[name] for name in ("failures", "returns", "returns among rows")) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::specdec.DrafterWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_do_not_depend_on_many_random_schedules(kind: str, clock: Clock) -> None:
     few = kind == "recurrent"
     run_schedules(kind, (), 4 if few else 10, chance=True)
     run_schedules(kind, drafters(kind), 4 if few else 8, chance=True)
+    failing = functools.partial(FailingSchedules, clock=clock)
+    run_schedules(kind, drafters(kind), 4 if few else 8, chance=True, machine=failing)

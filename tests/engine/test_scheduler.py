@@ -32,7 +32,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
-from specdec.speculation.draft import Drafter, DrafterWarning
+from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
@@ -482,39 +482,6 @@ def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
     with pytest.raises(SpecDecError, match="a request is run once"):
         engine.submit(handle.request)
     engine.close()
-
-
-def test_a_drafter_that_fails_is_started_again_for_the_next_request(llama: PreTrainedModel) -> None:
-    target, failing = ReferenceTarget(llama), [False]
-    right = {tuple(prompt): [*prompt, *alone(target, Request(prompt, 60))[0]] for prompt in PROMPTS}
-
-    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
-        if failing[0]:
-            raise IndexError("as told")
-        text = next(text for text in right.values() if text[: len(ids)] == ids)
-        return [(token, i) for i, token in enumerate(text[len(ids) :][:limit])]
-
-    engine = Engine(target, Scripted(script), ExactVerifier(), FixedDepth(3))
-    long = Request(PROMPTS[0], 60)
-    engine.submit(long)
-    for failures in range(1, 7):
-        failing[0] = True
-        with pytest.warns(DrafterWarning, match="decoding goes on without it"):
-            for _ in range(3):
-                engine.step()
-        drafted, failing[0] = long.metrics.num_draft_tokens, False
-        engine.step()
-        assert long.metrics.num_draft_tokens == drafted
-        assert (engine.stats().drafter, engine.stats().drafter_failures) == ("off", failures)
-        engine.submit(Request(PROMPTS[1], 4))
-        for _ in range(2):
-            engine.step()
-        again = failures < 6
-        assert (engine.stats().drafter == "on") == again == (long.metrics.num_draft_tokens > drafted)
-    for _ in engine.steps():
-        pass
-    assert new_tokens(long) == alone(target, long)[0]
-    assert Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0)).stats().drafter == "none"
 
 
 def test_events_say_which_tokens_were_drafted(llama: PreTrainedModel) -> None:

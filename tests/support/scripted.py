@@ -1,4 +1,4 @@
-"""Drafters, processors and constraints that do what a test gives."""
+"""Drafters, processors, constraints and a clock that do what a test gives."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ class Scripted(Drafter):
         parents = tuple(parent for _, parent in longest)
         tokens = [[token for token, _ in row] + [-1] * (len(longest) - len(row)) for row in rows]
         return Draft(torch.tensor(tokens, dtype=torch.long).view(len(rows), len(longest)), parents)
+
+
+class Clock:
+    """The time of guards, which passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = monotonic
 
 
 class OnlyOddAfterEven(LogitsProcessor):

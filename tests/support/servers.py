@@ -195,7 +195,7 @@ class Replay:
     handles: of all requests so far. enqueued: requests that nobody waits for.
     """
 
-    drafting = "on"
+    drafting, outage = "on", None
 
     def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
         self.script, self.refuse, self.handles, self.closed = script, refuse, list[Any](), False

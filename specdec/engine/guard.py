@@ -1,0 +1,87 @@
+"""Errors of a drafter end no request: after one the drafter is off, and starts again after a pause."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from specdec.base.errors import one_line
+from specdec.speculation.draft import Drafter, DrafterWarning
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+log.addHandler(logging.NullHandler())  # a program without a log has the warnings
+
+
+@dataclass(frozen=True)
+class Outage:
+    """Why a drafter is off. since: Unix time of its error. until: ``time.monotonic`` when it starts again."""
+
+    error: str
+    since: float
+    until: float
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until it starts again: with the next step if they are over."""
+        return max(self.until - time.monotonic(), 0.0)
+
+
+class DrafterGuard:
+    """A drafter, and whether it is on.
+
+    A drafter that raises, or whose draft cannot be scored, is off: ``call`` does nothing. After a pause it starts
+    again, as often as it fails. The pause doubles, up to ``LONGEST_PAUSE``; after so long without an error it is the
+    first one again. Each failure is logged, with a DrafterWarning, and so is each return.
+
+    configured: the drafter of this configuration.
+    drafter: the same, or None while it is off.
+    outage: why it is off; None while it is on.
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.configured, self.failures = drafter, 0
+        self.drafter: Drafter | None = drafter
+        self.outage: Outage | None = None
+        self._pause, self._started = 0.0, time.monotonic()
+        self.call(lambda drafter: drafter.start())
+
+    def call(self, use: Callable[[Drafter], T]) -> T | None:
+        """``use(drafter)``; None if the drafter is off, or fails."""
+        if self.drafter is None:
+            return None
+        try:
+            return use(self.drafter)
+        except DrafterWarning:  # where warnings are errors
+            raise
+        except Exception as error:
+            self.fail(f"failed ({type(error).__name__}: {one_line(error)})")
+            return None
+
+    def fail(self, why: str) -> None:
+        """Go on without the drafter, until a pause is over."""
+        now = time.monotonic()
+        lasted = now - self._started >= LONGEST_PAUSE
+        self._pause = FIRST_PAUSE if lasted or not self._pause else min(2 * self._pause, LONGEST_PAUSE)
+        self.drafter, self.failures, self.outage = None, self.failures + 1, Outage(why, time.time(), now + self._pause)
+        what = f"drafter '{self.configured.label}' {why}; decoding goes on without it"
+        log.warning(message := f"{what}, and it starts again in {self._pause:g} s")
+        warnings.warn(message, DrafterWarning, stacklevel=2)
+
+    def restart(self, begin: Callable[[Drafter], object]) -> bool:
+        """Start the drafter again if its pause is over; return whether it has been tried. begin: begins its rows."""
+        outage = self.outage
+        if outage is None or outage.seconds_left:
+            return False
+        self.drafter, self.outage, self._started = self.configured, None, time.monotonic()
+        self.call(lambda drafter: drafter.start())
+        self.call(begin)
+        if self.drafter is not None:
+            after = time.time() - outage.since
+            log.info("drafter '%s' is on again, %.0f s after it %s", self.drafter.label, after, outage.error)
+        return True

@@ -1,0 +1,294 @@
+"""Every drafter beside everything that changes how tokens are chosen, reported or ended: plain decoding's texts.
+
+Any two settings meet in a case (``pairwise``). The default drafter comes first, and on both runtimes. Depths and
+sources are scripted, so that every source drafts; a drafter that fails fails the test.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+from policies import alternating
+from scripted import OnlyOddAfterEven, made
+from tiny import tiny_model
+from tiny_tokenizers import letters
+from zoo import CHAINS, EOS, EVERY, new_tokens
+
+from specdec import Regex
+from specdec.api.text import Detokenizer
+from specdec.drafters.auto import AutoDrafter
+from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.none import NoDrafter
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request, TokenLogprob
+from specdec.models import drafter_folder
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter, DrafterWarning
+from specdec.speculation.sampling import RowSampler, SamplingParams
+from specdec.verifiers.exact import ExactVerifier
+
+DEFAULT = "auto"
+TREED = tuple(name for name in EVERY if name not in CHAINS)  # every drafter, as a tree; as a chain, they are slow tests
+PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5], [9, 10, 11, 12, 13, 14, 15], [3], [20, 21, 20, 21, 20], [40, 50, 60, 40, 50]]
+ARRIVALS, CANCELLED = (0, 0, 2, 3, 5), 2  # steps before which rows come; the row that is cancelled later
+COUNT, TOP = 12, 2  # new tokens; log-probabilities of others
+PENALTIES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "frequency": {"frequency_penalty": 0.7},
+    "presence": {"presence_penalty": 0.9},
+    "repetition": {"repetition_penalty": 1.3},
+    "bias": {"logit_bias": {7: 2.0, 21: -3.0, 96: 1.0}},
+    "processor": {},
+}
+SETTINGS: dict[str, Sequence[Any]] = {
+    "rows": ("one", "four", "come and go"),
+    "temperature": (0.0, 0.9),
+    "penalty": tuple(PENALTIES),
+    "constraint": (False, True),
+    "reported": ("tokens", "logprobs", "echo"),
+    "stop": (False, True),
+    "n": (1, 2),
+}
+ALONE = {"penalty": "none", "temperature": 0.0, "constraint": False, "reported": "tokens", "stop": False, "n": 1}
+
+
+def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few cases in which any two values of two factors meet."""
+    names = list(factors)
+    missing = {
+        frozenset(((a, x), (b, y)))
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(factors[a], factors[b])
+    }
+    order, cases = sorted(missing, key=lambda pair: sorted(map(str, pair))), list[dict[str, Any]]()
+    for pair in order:
+        if pair not in missing:
+            continue
+        case = dict(pair)
+        for name in names:
+            if name not in case:
+                new = [sum(frozenset((one, (name, x))) in missing for one in case.items()) for x in factors[name]]
+                case[name] = factors[name][new.index(max(new))]
+        missing -= set(map(frozenset, itertools.combinations(case.items(), 2)))
+        cases.append({name: case[name] for name in names})
+    return cases
+
+
+def test_any_two_values_meet() -> None:
+    factors = {"drafter": TREED, **SETTINGS}
+    cases = pairwise(factors)
+    for a, b in itertools.combinations(factors, 2):
+        assert {(case[a], case[b]) for case in cases} == set(itertools.product(factors[a], factors[b]))
+    assert len(cases) < 1.1 * len(TREED) * len(PENALTIES)
+
+
+# --- what runs -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def target_of(runtime: str) -> Target:
+    if runtime == "native":
+        return NativeTarget(tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16())
+    return ReferenceTarget(tiny_model("llama"))
+
+
+pattern = functools.cache(lambda: made(Regex("([a-e]{3,9}(north|nothing) )*!")))
+tokenizer = functools.cache(letters)
+
+
+def sampler(prompt: list[int], stream: int, case: Mapping[str, Any]) -> RowSampler:
+    params = SamplingParams(temperature=case["temperature"], seed=3, **PENALTIES[case["penalty"]])
+    processors = [OnlyOddAfterEven()] if case["penalty"] == "processor" else []
+    rule = [pattern().state(prompt)] if case["constraint"] else []
+    return RowSampler(params, [*processors, *rule], stream, start=len(prompt))
+
+
+class Plain(NamedTuple):
+    """What plain decoding of one row makes of a prompt."""
+
+    tokens: list[int]
+    reason: str | None
+    logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob]
+
+
+def plain(runtime: str, prompt: list[int], stream: int, case: Mapping[str, Any]) -> Plain:
+    how = tuple((name, case[name]) for name in ("temperature", "penalty", "constraint"))
+    return _plain(runtime, tuple(prompt), stream, how)
+
+
+@functools.cache
+def _plain(runtime: str, prompt: tuple[int, ...], stream: int, how: Any) -> Plain:
+    case = dict(how) | {"reported": "echo"}
+    request = request_of(list(prompt), stream, case, None)
+    engine = Engine(target_of(runtime), NoDrafter(), ExactVerifier(), FixedDepth(0))
+    engine.submit(request)
+    for _ in engine.steps():
+        pass
+    assert request.error is None or case["constraint"]
+    return Plain(new_tokens(request), request.finish_reason, request.token_logprobs, request.prompt_token_logprobs)
+
+
+def stopped(found: Plain) -> tuple[str | None, Plain]:
+    """A string in the text, and the text up to it."""
+    words = [token for token in found.tokens[4:] if token > EOS][:2]
+    if not words:
+        return None, found
+    stop = tokenizer().decode(words)
+    text = Detokenizer(tokenizer(), [stop])
+    end = next(count for count, token in enumerate(found.tokens, start=1) if text.push(token) == "stop")
+    return stop, found._replace(tokens=found.tokens[:end], reason="stop")
+
+
+def request_of(prompt: list[int], stream: int, case: Mapping[str, Any], stop: str | None) -> Request:
+    return Request(
+        prompt,
+        COUNT,
+        eos=frozenset([EOS]) if case["constraint"] else frozenset(),
+        sampler=sampler(prompt, stream, case),
+        stop=None if stop is None else Detokenizer(tokenizer(), [stop]).push,
+        logprobs=None if case["reported"] == "tokens" else TOP,
+        prompt_logprobs=case["reported"] == "echo",
+    )
+
+
+def check(target: Target, drafter: Drafter, case: Mapping[str, Any], seed: int) -> Counter[str]:
+    """Run a case, and compare each row with plain decoding; return what was drafted and accepted."""
+    runtime, many = case.get("runtime", "reference"), {"one": 1, "four": 4, "come and go": 5}[case["rows"]]
+    later = case["rows"] == "come and go"
+    rows = list[tuple[int, Request, Plain]]()
+    for number, prompt in enumerate(PROMPTS[:many]):
+        for stream in range(case["n"]):
+            expected, stop = plain(runtime, prompt, stream, case), None
+            if case["stop"]:
+                stop, expected = stopped(expected)
+            rows.append((number, request_of(prompt, stream, case, stop), expected))
+    policy = alternating(drafter, seed)
+    with Engine(target, drafter, ExactVerifier(), policy, max_rows=3 if later else 16, reuse=later) as engine:
+        for step in itertools.count():
+            for number, request, _ in rows:
+                if (ARRIVALS[number] if later else 0) == step:
+                    handle = engine.submit(request)
+                if later and number == CANCELLED and step == ARRIVALS[number] + 3:
+                    request.cancelled = True
+            if not engine.busy and step > max(ARRIVALS):
+                break
+            engine.step()
+        assert engine.drafting == ("on" if drafter.drafts else "none") and handle is not None
+    found = Counter[str]()
+    for number, request, expected in rows:
+        tokens = new_tokens(request)
+        if later and number == CANCELLED and request.finish_reason == "cancelled":
+            assert tokens == expected.tokens[: len(tokens)]
+        else:
+            assert (tokens, request.finish_reason) == (expected.tokens, expected.reason)
+        if request.logprobs is not None:
+            alike(request.token_logprobs, expected.logprobs[: len(tokens)])
+        if request.prompt_logprobs and tokens:
+            alike(request.prompt_token_logprobs, expected.prompt_logprobs)
+        found["drafted"] += request.metrics.num_draft_tokens
+        found["accepted"] += request.metrics.num_accepted_draft_tokens
+    return found
+
+
+def alike(found: list[TokenLogprob], expected: list[TokenLogprob]) -> None:
+    """The same tokens, as likely but for rounding."""
+    assert [each.token_id for each in found] == [each.token_id for each in expected]
+    assert [each.logprob for each in found] == pytest.approx([each.logprob for each in expected], abs=1e-3)
+
+
+# --- the drafters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def failures_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DrafterWarning)
+        yield
+
+
+@pytest.fixture(scope="module")
+def default_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Drafter]:
+    """The default drafter of a runtime's model, with an ``m2r2`` that is fitted to its texts and shipped."""
+
+    @functools.cache
+    def make(runtime: str) -> Drafter:
+        target, folder = target_of(runtime), tmp_path_factory.mktemp(runtime)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("SPECDEC_CACHE", str(folder / "cache"))
+            for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50, "HELD": 60}.items():
+                patched.setattr(f"specdec.drafters.m2r2_learning.{name}", value)
+            learner = Learner(target)
+            for prompt, stream in itertools.product(PROMPTS, range(3)):
+                case = {"temperature": 0.9 * (stream > 0), "penalty": "none", "constraint": False}
+                learner.add([*prompt, *plain(runtime, prompt, stream, case).tokens], len(prompt))
+            while learner.work():
+                pass
+            network, base = learner.fits.network, drafter_folder.describe_base(target, "tiny")
+            assert learner.fits.version
+            config = {"drafter": "m2r2", "path": network.path.to_json(), "base": base}
+            drafter_folder.write(folder, config, network.state_dict())
+            patched.setattr(drafter_folder, "_shipped", lambda drafter: iter([(folder, base)]))
+            drafter = AutoDrafter.load(target)
+        assert drafter.label == "ngram+m2r2" and drafter.members[1].learner is None  # type: ignore[attr-defined]
+        drafter.bind(target)
+        return drafter
+
+    return make
+
+
+@functools.cache
+def drafter_of(name: str) -> Drafter:
+    made = EVERY[name](target_of("reference"))
+    made.bind(target_of("reference"))
+    return made
+
+
+RUNTIMES = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")),
+]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_default_drafter(runtime: str, default_of: Callable[[str], Drafter]) -> None:
+    drafter, found = default_of(runtime), Counter[str]()
+    for number, case in enumerate(pairwise(SETTINGS)):
+        found += check(target_of(runtime), drafter, case | {"runtime": runtime}, number)
+    assert found["drafted"] > found["accepted"] > 100
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_each_other_drafter(part: int) -> None:
+    found = dict.fromkeys(TREED, 0)
+    for number, case in enumerate(pairwise({"drafter": TREED, **SETTINGS})):
+        if number % 2 == part:
+            drafter = drafter_of(case["drafter"])
+            found[case["drafter"]] += check(target_of("reference"), drafter, case, number)["drafted"]
+    assert all(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", SETTINGS["rows"])
+@pytest.mark.parametrize("name", [DEFAULT, *EVERY])
+def test_the_complete_product(name: str, rows: str, default_of: Callable[[str], Drafter]) -> None:
+    """Each setting by itself; of the default drafter, all of them together."""
+    if name == DEFAULT:
+        names = [name for name in SETTINGS if name != "rows"]
+        cases = [dict(zip(names, values, strict=True)) for values in itertools.product(*map(SETTINGS.get, names))]
+        drafter = default_of("reference")
+    else:
+        cases = [ALONE | {name: value} for name, values in SETTINGS.items() if name != "rows" for value in values]
+        drafter = drafter_of(name)
+    for number, case in enumerate(cases):
+        check(target_of("reference"), drafter, case | {"rows": rows}, number)

@@ -1,0 +1,219 @@
+"""A drafter that fails is off for a while and comes back: the texts are those of plain decoding throughout."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import pytest
+from scripted import Clock, Scripted
+from tiny import greedy_reference
+from transformers import PreTrainedModel
+from zoo import PROMPTS, new_tokens
+
+from specdec.drafters.none import NoDrafter
+from specdec.engine import guard
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.draft import DrafterWarning
+from specdec.verifiers.exact import ExactVerifier
+
+pytestmark = pytest.mark.filterwarnings("ignore::specdec.DrafterWarning")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(guard, "time", made)
+    return made
+
+
+class Failing(Scripted):
+    """Drafts what ``texts`` go on with; fails while ``faulty``."""
+
+    def __init__(self, texts: Sequence[list[int]] = ()) -> None:
+        super().__init__(self.go_on)
+        self.texts, self.faulty = texts, False
+
+    def go_on(self, ids: list[int], limit: int) -> list[tuple[int, int]]:
+        if self.faulty:
+            raise IndexError("as told")
+        text = next(text for text in self.texts if text[: len(ids)] == ids)
+        return [(token, i) for i, token in enumerate(text[len(ids) :][:limit])]
+
+    def learn(self) -> bool:
+        if self.faulty:
+            raise IndexError("as told")
+        return False
+
+
+@pytest.fixture
+def drafter(llama: PreTrainedModel) -> Failing:
+    return Failing([[*prompt, *greedy_reference(llama, prompt, 60)] for prompt in PROMPTS])
+
+
+@pytest.fixture
+def engine(llama: PreTrainedModel, drafter: Failing) -> Iterator[Engine]:
+    with Engine(ReferenceTarget(llama), drafter, ExactVerifier(), FixedDepth(2)) as made:
+        yield made
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == guard.__name__]
+
+
+def test_a_drafter_comes_back_in_the_middle_of_the_rows(
+    engine: Engine, drafter: Failing, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "specdec")
+    long = [Request(prompt, 50) for prompt in PROMPTS]
+    for request in long:
+        engine.submit(request)
+    for _ in range(4):
+        engine.step()
+    drafter.faulty = True
+    engine.step()
+    clock.now += 0.4
+    stats, drafted = engine.stats(), long[0].metrics.num_draft_tokens
+    assert (stats.drafter, stats.drafter_failures) == ("off", 1) and stats.outage is not None
+    assert stats.outage.error == "failed (IndexError: as told)"
+    assert (stats.outage.since, round(stats.outage.seconds_left, 6)) == (1000.0, 0.6)
+    drafter.faulty = False
+    for _ in range(4):
+        engine.step()
+    assert engine.drafting == "off" and long[0].metrics.num_draft_tokens == drafted
+    clock.now += 0.7
+    engine.step()  # it sees the rows
+    assert long[0].metrics.num_draft_tokens == drafted
+    engine.step()
+    assert engine.drafting == "on" and engine.outage is None
+    assert long[0].metrics.num_draft_tokens == drafted + 2
+    for _ in engine.steps():
+        pass
+    assert [[*row.prompt, *new_tokens(row)] for row in long] == [text[: len(text) - 10] for text in drafter.texts]
+    why = "'scripted' failed (IndexError: as told); decoding goes on without it, and it starts again in 1 s"
+    assert lines(caplog) == [
+        f"drafter {why}",
+        "drafter 'scripted' is on again, 1 s after it failed (IndexError: as told)",
+    ]
+
+
+def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(
+    engine: Engine, drafter: Failing, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.submit(Request(PROMPTS[0], 50))
+    drafter.faulty, pauses = True, []
+    for _ in range(9):
+        while engine.outage is None:
+            engine.step()
+        pauses.append(engine.outage.seconds_left)
+        clock.now += engine.outage.seconds_left
+        engine.step()
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert engine.stats().drafter_failures == len(lines(caplog)) == 9  # returns are below this level
+    drafter.faulty = False
+    engine.step()
+    clock.now += 60
+    drafter.faulty = True
+    engine.step()
+    assert engine.outage is not None and engine.outage.seconds_left == 1
+
+
+@pytest.mark.parametrize("method", ["start", "begin"])
+def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
+    engine: Engine, drafter: Failing, clock: Clock, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "specdec")
+    request, calls = Request(PROMPTS[0], 50), itertools.count()
+    engine.submit(request)
+    engine.step()
+    drafter.faulty = True
+    engine.step()
+    drafter.faulty = False
+
+    def fails(*args: object) -> None:
+        if not next(calls):
+            raise ValueError("not yet")
+
+    setattr(drafter, method, fails)
+    clock.now += 1
+    engine.step()
+    assert engine.drafting == "off" and engine.stats().drafter_failures == 2
+    clock.now += 2
+    for _ in engine.steps():
+        pass
+    assert engine.drafting == "on" and request.metrics.num_draft_tokens
+    assert [*request.prompt, *new_tokens(request)] == drafter.texts[0][:54]
+    assert ["on again" in line for line in lines(caplog)] == [False, False, True]
+
+
+def test_rows_that_were_begun_without_the_drafter_end_with_it(
+    engine: Engine, drafter: Failing, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each state that ``end`` gets is one that ``begin`` has made since the start, also of a row that waits again."""
+    known, ended = set[int](), list[int]()
+    numbers = itertools.count()
+
+    def begin() -> int:
+        known.add(number := next(numbers))
+        return number
+
+    def end(state: int, *rest: object) -> None:
+        assert state in known
+        ended.append(state)
+
+    monkeypatch.setattr(drafter, "start", known.clear)
+    monkeypatch.setattr(drafter, "begin", begin)
+    monkeypatch.setattr(drafter, "end", end)
+    engine.scheduler.token_bytes = 1
+    rows = [Request(prompt, 50) for prompt in PROMPTS]
+    engine.submit(rows[0])
+    engine.step()
+    drafter.faulty = True
+    engine.step()
+    drafter.faulty = False
+    handles = [engine.submit(row) for row in rows[1:]]
+    engine.step()
+    engine.scheduler.kv_memory = 1
+    engine.scheduler.preempt()
+    clock.now += 1
+    engine._recover()
+    for handle in handles:
+        handle.cancel()
+    engine._drop_cancelled()
+    engine.scheduler.kv_memory = None
+    for _ in engine.steps():
+        pass
+    assert engine.stats().drafter_failures == 1 and engine.stats().preemptions == 2 and len(ended) == 3
+
+
+def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(
+    llama: PreTrainedModel, drafter: Failing, clock: Clock
+) -> None:
+    drafter.learns = drafter.faulty = True
+    with Engine(ReferenceTarget(llama), drafter, ExactVerifier(), FixedDepth(2), learn=True) as engine:
+        engine._learn()
+        assert engine.drafting == "off"
+        drafter.faulty = False
+        clock.now += 1
+        engine._learn()
+        assert engine.drafting == "on"
+
+
+def test_a_drafter_that_never_drafts_is_neither_on_nor_off(llama: PreTrainedModel) -> None:
+    assert Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0)).stats().drafter == "none"
+
+
+def test_where_warnings_are_errors_a_failure_is_one(llama: PreTrainedModel, drafter: Failing) -> None:
+    drafter.faulty = True
+    engine = Engine(ReferenceTarget(llama), drafter, ExactVerifier(), FixedDepth(2))
+    engine.submit(Request(PROMPTS[0], 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DrafterWarning)
+        engine.step()
+        with pytest.raises(DrafterWarning, match="as told"):
+            engine.step()

@@ -1,0 +1,49 @@
+"""Depth policies that a test scripts: what is drafted does not depend on timings."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
+from specdec.speculation.draft import Drafter
+from specdec.speculation.trees import Prices
+
+CHEAP, DEAR = 0.01, 2.0  # of a level: a learned drafter is worth it, or is not
+
+
+def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth:
+    """A policy that takes turns: plain steps, and drafts from every source that the policy may choose.
+
+    A source is an exit of the drafter, or none in particular. A drafter with probabilities gets prices in some turns,
+    with cheap levels or dear ones. Each row drafts to a depth of its own, which changes in every step.
+    """
+    prices = (None, CHEAP, DEAR) if drafter.has_probabilities else (None,)
+    sources = list(itertools.product((None, *range(drafter.num_exits)), prices))
+    rng = random.Random(seed)
+
+    def script(rows: int) -> DepthChoice:
+        if not turns:
+            turns.extend(rng.sample(sources, len(sources)))
+            turns.insert(rng.randrange(len(sources)), None)
+        turn, depths = turns.pop(), [rng.randint(0, deepest) for _ in range(rows)]
+        if turn is None or not rows:
+            return DepthChoice()
+        exit, level = turn
+        depths[rng.randrange(rows)] = rng.randint(1, deepest)
+        nodes = [0.02 * count for count in range(25)]
+        return DepthChoice(max(depths), exit, None if level is None else Prices(nodes, level, 0.01), depths)
+
+    turns = list[tuple[int | None, float | None] | None]()
+    return _Scripted(script, deepest)
+
+
+class _Scripted(FixedDepth):
+    def __init__(self, script, deepest: int) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(deepest)
+        self.script = script
+
+    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
+        choice: DepthChoice = self.script(len(rows))
+        return choice
