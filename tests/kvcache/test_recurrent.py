@@ -26,7 +26,6 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.kvcache.recurrent import Recurrent
 from specdec.kvcache.row_states import RowStates
-from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -49,7 +48,7 @@ def served(family: str, runtime: str = "reference") -> tuple[PreTrainedModel, Ta
         return model, target, [run(target, NoDrafter(), [prompt], COUNT)[0][0] for prompt in PROMPTS]
     model = tiny_model(family)
     expected = [greedy_reference(model, prompt, COUNT) for prompt in PROMPTS]
-    return model, FusedTarget(model) if runtime == "fused" else ReferenceTarget(model), expected
+    return model, ReferenceTarget(model), expected
 
 
 def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
