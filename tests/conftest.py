@@ -38,8 +38,6 @@ from specdec.engine.depth import AutoDepth, StepReport, kept
 from specdec.engine.measure import Timings
 from specdec.models import catalogue, loading, wheels
 from specdec.runtimes.native import library
-from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter, Verifier
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -97,9 +95,12 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Automatic depth rests on the formula instead of the seconds of tiny models; nothing is kept for later processes."""
 
     def by_formula(policy: AutoDepth, step: StepReport) -> None:
-        count, levels = len(step.rows), 0 if step.found is None else step.found.levels
+        count, levels = len(step.rows), max(step.drafted, default=0) if step.found is None else step.found.levels
         step.other = policy.model.passing(count, step.scored - count)[-1]
-        step.drafting = policy.model.drafting(count) + levels * policy.model.level(policy.choice.exit or 0, count)
+        exit, model = policy.choice.exit or 0, policy.model
+        step.drafting = (
+            model.drafting(count) + levels * model.level(exit, count) + bool(levels) * model.first(exit, count)
+        )
         observe(policy, step)
 
     observe = AutoDepth.observe

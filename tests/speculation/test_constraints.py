@@ -324,7 +324,11 @@ def test_constrained_and_free_rows_share_a_batch() -> None:
     drafter = EVERY["prompt-lookup"](target)
     alone = request(PROMPTS[1], None, 20)
     together(target, drafter, [alone], FixedDepth(4))
-    rows = [request(PROMPTS[0], rule), request(PROMPTS[1], None, 20), request(PROMPTS[2], rule, num_speculative_tokens=0)]
+    rows = [
+        request(PROMPTS[0], rule),
+        request(PROMPTS[1], None, 20),
+        request(PROMPTS[2], rule, num_speculative_tokens=0),
+    ]
     together(target, drafter, rows, FixedDepth(4))
     assert new_tokens(rows[1]) == new_tokens(alone)
     assert [new_tokens(rows[b]) for b in (0, 2)] == [plainly(model, PROMPTS[b], rule) for b in (0, 2)]

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
 from specdec.base.errors import SpecDecError
-from specdec.engine.depth import MAX_DEPTH, AutoDepth, Costs
-from specdec.engine.depth import measure as costs
+from specdec.engine import measure as costs
+from specdec.engine.depth import AutoDepth
 from specdec.models import identity
 from specdec.runtimes.experts import packed, predict, tiers
 from specdec.runtimes.experts.layers import moe_layers
@@ -182,9 +182,10 @@ def test_the_cost_of_scoring_includes_the_experts_that_more_rows_need(mixtral, f
     finally:
         offload.close()
     assert score[8] > 1.3 * score[1]
-    flat = dict.fromkeys(score, score[1])
-    drafts, known = ((score[1] / 100, score[1] / 100),), (((0.6, 9.0),) * MAX_DEPTH,)
-    policies = [AutoDepth(Costs(s, drafts, known)) for s in (score, flat)]
+    policies = AutoDepth(shares=(0.01,)), AutoDepth(shares=(0.01,))
+    for policy, seconds in zip(policies, (score, dict.fromkeys(score, score[1])), strict=True):
+        for tokens in [*seconds] * 3:
+            policy.model.add_pass(tokens, seconds[tokens])
     slow, fast = (policy.choose([policy.begin()]).depth for policy in policies)
     assert slow < fast
 
