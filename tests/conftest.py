@@ -96,9 +96,12 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Automatic depth rests on the formula instead of tiny models' seconds; nothing is kept for later processes."""
 
     def by_formula(policy: AutoDepth, step: StepReport) -> None:
-        count, levels = len(step.rows), 0 if step.found is None else step.found.levels
+        count, levels = len(step.rows), max(step.drafted, default=0) if step.found is None else step.found.levels
         step.other = policy.model.passing(count, step.scored - count)[-1]
-        step.drafting = policy.model.drafting(count) + levels * policy.model.level(policy.choice.exit or 0, count)
+        exit, model = policy.choice.exit or 0, policy.model
+        step.drafting = (
+            model.drafting(count) + levels * model.level(exit, count) + bool(levels) * model.first(exit, count)
+        )
         observe(policy, step)
 
     observe = AutoDepth.observe

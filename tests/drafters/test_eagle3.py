@@ -230,9 +230,9 @@ def test_nodes_are_taken_while_they_pay(target: ReferenceTarget) -> None:
         drafter.observe(row_states, [list(range(len(TEXT) - 1))], taps)
         state = State(target, cache, Sampler(SamplingParams()), [TEXT], row_states=row_states)
         assert drafter.propose(state, 3).parents == (0, 1, 2)  # a chain; asked again, the same
-        state.prices = Prices([0.0] * 25)
+        state.prices = Prices([0.0] * 25, rates=[[0.6] * 8])
         free = drafter.propose(state, 3)
-        state.prices = Prices([n * 1.0 for n in range(25)], level=1.0)
+        state.prices = Prices([n * 1.0 for n in range(25)], level=1.0, rates=[[0.6] * 8])
         assert drafter.propose(state, 3).parents == () and len(free.parents) > 3
 
 

@@ -27,7 +27,8 @@ from specdec.drafters.m2r2_learning import Learner, why_not
 from specdec.drafters.m2r2_network import Carry
 from specdec.drafters.m2r2_replay import Text
 from specdec.drafters.none import NoDrafter
-from specdec.engine.depth import AutoDepth, FixedDepth
+from specdec.engine.depth import FixedDepth
+from specdec.engine.depth.calibration import Tally
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.kvcache import recurrent
@@ -580,8 +581,8 @@ def test_a_decoder_learns_between_generations(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("within", [True, False])
 def test_what_was_known_of_the_old_drafts_is_forgotten_when_a_fit_serves(llama, monkeypatch, within: bool) -> None:  # type: ignore[no-untyped-def]
     """Within a generation, and between two."""
-    decoder, forgotten = SpecDecoder(llama, drafter="m2r2", learn=False), list[int]()
-    monkeypatch.setattr(AutoDepth, "forget", lambda self: forgotten.append(decoder.drafter.version))
+    decoder, forgotten = SpecDecoder(llama, drafter="m2r2", learn=False), dict[int, None]()
+    monkeypatch.setattr(Tally, "forget", lambda self: forgotten.setdefault(decoder.drafter.version))
     for number in range(14):
         with decoder.open([[5 + number, 7]], max_new_tokens=30) as generation:
             for step, _ in enumerate(generation.steps()):
@@ -590,7 +591,8 @@ def test_what_was_known_of_the_old_drafts_is_forgotten_when_a_fit_serves(llama, 
         while not within and decoder.drafter.learn():
             pass
         assert number or not decoder.drafter.version
-    assert len(forgotten) > 1 and forgotten == sorted(set(forgotten)) and forgotten[-1] <= decoder.drafter.version
+    versions = list(forgotten)
+    assert len(versions) > 1 and versions == sorted(versions) and versions[-1] <= decoder.drafter.version
 
 
 def test_measuring_costs_is_not_learned_from(llama: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from specdec.integrations import vllm as to_vllm
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass
+from specdec.runtimes.tree_drafting import KNOTS
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler
 from specdec.speculation.trees import Prices
@@ -114,8 +116,10 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     draft = drafter.propose(state, 2)
     assert draft.parents == (0, 1, 0, 1)  # 0.6, 0.33, 0.25, 0.15, and no 0.1375
     assert draft.tokens.tolist() == [[7, 3, 8, 4]]
-    assert state.prices.expected == pytest.approx(1.33)
-    state.prices = Prices([0.14 * n for n in range(25)], exponent=4.0)
+    assert draft.found is not None
+    assert sum(map(math.exp, draft.found.rows[0].scores[:4])) == pytest.approx(1.33)
+    assert draft.found.rows[0].raw[0][:4] == pytest.approx([0.6, 0.55, 0.25, 0.25])
+    state.prices = Prices([0.14 * n for n in range(25)], tables=[[[0.1] * len(KNOTS)]])
     assert drafter.propose(state, 2).parents == ()  # the heads are known to be too sure
     sure = torch.cat((sure, torch.full((1, 2, V), 1 / V)))  # a second row, of which nothing is known
     state.ids, state.prices = [[5, 6]] * 2, Prices([0.14 * n for n in range(25)])

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -21,24 +21,24 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import FixedDepth
+from specdec.engine.depth.calibration import SAID
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.runtimes.tree_drafting import KNOTS, Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import LONGEST, Grower, Prior, Texts
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices
 from specdec.verifiers.exact import ExactVerifier
 
-NO_CANDIDATES = Candidates([], [], [])
 LENGTHS, ESCAPE, RECENCY = (1, 2, 3, 4, 6, 9, 13), 8, 0.9
 
 
-def texts(*parts: list[int], most: int = 1024) -> Texts:
-    made = Texts(most, 32)
-    for part in parts:
-        made.add([*part, -1])
+def texts(part: list[int], ends: bool = True) -> Texts:
+    """ends: whether other text may follow."""
+    made = Texts(1024, 32)
+    made.add([*part, -1] if ends else part)
     return made
 
 
@@ -84,7 +84,7 @@ def test_the_tree_has_the_likeliest_paths_and_their_probabilities(data: st.DataO
     grower = Grower(Prior.count(np.array(counted, np.int32), vocab), least=0.0)
     mine = Texts(1024, 32)
     mine.add(own)
-    found = grower(own, [(texts(stored), trust), (mine, 1.0)], limit, NO_CANDIDATES, nodes=nodes)
+    found = grower(own, [(texts(stored), trust), (mine, 1.0)], limit, nodes=nodes)
     after = defaultdict(Counter)
     for a, b in itertools.pairwise(counted):
         after[a][b] += 1
@@ -106,16 +106,86 @@ def test_the_tree_has_the_likeliest_paths_and_their_probabilities(data: st.DataO
     assert [math.exp(score) for score in found.scores] == pytest.approx(best, rel=1e-3)
 
 
+def tree(*nodes: tuple[int, int, float]) -> Candidates:
+    """A learned drafter's: the token, the parent and the probability of each node."""
+    tokens, parents, said = (list(part) for part in zip(*nodes, strict=True))
+    scores = list[float]()
+    for parent, p in zip(parents, said, strict=True):
+        scores.append((scores[parent - 1] if parent else 0.0) + math.log(max(p, 1e-9)))
+    return Candidates(scores, tokens, parents, [said])
+
+
 def test_a_long_match_overrules_a_learned_tree_and_goes_on_beyond_it() -> None:
     text = [*range(10, 30), *range(10, 20)]
-    own = Texts(1024)
-    own.add(text)
-    learned = Candidates([math.log(0.5), math.log(0.3), math.log(0.45)], [7, 20, 8], [0, 0, 1])
-    found = Grower()(text, [(own, 1.0)], 8, learned)
+    learned = tree((7, 0, 0.5), (20, 0, 0.3), (8, 1, 0.9))
+    found = Grower()(text, [(texts(text, ends=False), 1.0)], 8, learned)
     assert found.tokens[0] == 20 and 7 in found.tokens and set(range(20, 28)) <= set(found.tokens)
     alone = Grower()([1, 2, 3], [], 8, learned)
     assert alone.tokens == [7, 8, 20] and alone.parents == [0, 1, 0]
     assert [math.exp(score) for score in alone.scores] == pytest.approx([0.5, 0.45, 0.3])
+    assert alone.raw == [[0.0] * 3, [0.0] * 3, pytest.approx([0.5, 0.9, 0.3])]
+
+
+COPY = [1, 2, 3, 4, 5, 9] * 3 + [1, 2]
+
+
+def grown(learned: Candidates | None = None, tables: Sequence[Sequence[float]] = ()) -> Candidates:
+    """What follows ``COPY``, which has gone on with 3 each time: the first token of each path."""
+    found = Grower(least=0.0)(COPY, [(texts(COPY, ends=False), 1.0)], 1, learned, tables=tables)
+    assert set(found.parents) == {0}
+    return found
+
+
+def likely(found: Candidates) -> dict[int, float]:
+    return {token: math.exp(score) for token, score in zip(found.tokens, found.scores, strict=True)}
+
+
+def test_what_each_source_says_of_a_token_is_told_apart() -> None:
+    """N-grams alone, n-grams where the learned drafter has other tokens, and the learned drafter."""
+    [[sure]] = grown().raw
+    assert 0.7 < sure < 1
+    other, same = grown(tree((7, 0, 0.4))), grown(tree((7, 0, 0.4), (3, 0, 0.3)))
+    assert other.tokens == [3, 7] and same.tokens == [3, 7]
+    assert other.raw == [[0.0, 0.0], pytest.approx([sure, 0.0]), pytest.approx([0.0, 0.4])]
+    assert same.raw == [[0.0, 0.0], [0.0, 0.0], pytest.approx([0.3, 0.4])]
+    # A token of both is as likely as the surer one says; less likely ones share what the likeliest leaves.
+    assert likely(other) == pytest.approx({3: sure, 7: 1 - sure}) and likely(same) == pytest.approx(likely(other))
+
+
+@pytest.mark.parametrize("p", [0.003, 0.01, 0.1, 0.4, 0.5, 0.73, 0.97, 0.99999])
+def test_tables_say_how_likely_each_kind_is_as_they_do_in_torch(p: float) -> None:
+    rng = random.Random(0)
+    table = sorted(rng.random() for _ in KNOTS)
+    flat, never = [1.0] * len(KNOTS), [0.0] * len(KNOTS)
+    expected = float(calibrated(torch.tensor([p]), table))
+    learned = Grower(least=0.0)([1, 2, 3], [], 1, tree((7, 0, p)), tables=(flat, flat, table))
+    assert likely(learned) == pytest.approx({7: expected}, rel=1e-4)
+    [[sure]] = grown().raw
+    own = float(calibrated(torch.tensor([sure]), table))
+    assert likely(grown(None, (table, never, flat))) == pytest.approx({3: own}, rel=1e-4)
+    assert likely(grown(tree((7, 0, p)), (flat, table, never))) == pytest.approx({3: own}, rel=1e-4)
+
+
+def test_tables_decide_which_source_leads() -> None:
+    learned = tree((7, 0, 0.6), (8, 1, 0.9))
+    low, high = [0.1] * len(KNOTS), [0.8] * len(KNOTS)
+    orders = [
+        Grower()(COPY, [(texts(COPY, ends=False), 1.0)], 2, learned, tables=(each, each, other)).tokens[:2]
+        for each, other in ((low, high), (high, low))
+    ]
+    assert orders == [[7, 8], [3, 4]]
+
+
+def test_ngrams_follow_a_learned_path_and_a_learned_drafter_goes_on_behind_their_nodes() -> None:
+    """Nodes of probability 0 are those that n-grams had given the learned drafter, which drafted behind one."""
+    learned = tree((7, 0, 0.3), (3, 0, 0.0), (30, 2, 0.95), (31, 3, 0.9))
+    found = Grower()(COPY, [(texts(COPY, ends=False), 1.0)], 3, learned)
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(found.tokens, found.parents, strict=True):
+        paths.append((*paths[parent], token))
+    assert {(3,), (3, 4), (3, 30), (3, 30, 31), (7,)} <= set(paths)
+    ending = Grower()([6, 7, 8, 9, 6], [(texts([6, 7, 8, 9, 6], ends=False), 1.0)], 3, tree((5, 0, 0.5), (7, 1, 0.9)))
+    assert 8 in ending.tokens  # what follows 7 in the text
 
 
 def test_the_window_forgets_the_oldest_and_holds_no_more_than_it_says() -> None:
@@ -124,7 +194,7 @@ def test_the_window_forgets_the_oldest_and_holds_no_more_than_it_says() -> None:
     for n in range(40):
         window.add([100 + n, 200 + n, 300 + n, -1])
     assert window.nbytes <= 2 * size + 64
-    grow = lambda text: Grower()(text, [(window, 1.0)], 4, NO_CANDIDATES).tokens  # noqa: E731
+    grow = lambda text: Grower()(text, [(window, 1.0)], 4).tokens  # noqa: E731
     assert grow([100 + 39, 200 + 39])[0] == 300 + 39
     assert grow([100, 200]) == []
 
@@ -137,7 +207,7 @@ def test_texts_of_other_lengths_and_tokens_are_matched_alike_before_and_after_th
         small.add(ids[n : n + 7])
     large.add(ids)
     for n in range(20, 3000, 311):
-        trees = [Grower()(ids[:n], [(each, 1.0)], 6, NO_CANDIDATES) for each in (small, large)]
+        trees = [Grower()(ids[:n], [(each, 1.0)], 6) for each in (small, large)]
         assert trees[0] == trees[1]
 
 
@@ -153,7 +223,7 @@ def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through
         allowed[3] = False
         return allowed if len(path) < 2 else None
 
-    found = Grower()(text, [(own, 1.0)], 4, NO_CANDIDATES, masks)
+    found = Grower()(text, [(own, 1.0)], 4, None, masks)
     assert 3 not in found.tokens and found.tokens[0] == 4 and max(map(len, asked)) == 2
     assert math.exp(found.scores[0]) <= 1
 
@@ -161,7 +231,7 @@ def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Grower()(text, [(own, 1.0)], 4, NO_CANDIDATES, failing)
+        Grower()(text, [(own, 1.0)], 4, None, failing)
 
 
 def test_noise_decides_between_likely_followers() -> None:
@@ -169,7 +239,7 @@ def test_noise_decides_between_likely_followers() -> None:
     for token in (2, 3):
         noise = torch.full((10,), -1.0)
         noise[token] = 3.0
-        assert Grower(prior)([1], [], 1, NO_CANDIDATES, None, [noise]).tokens[0] == token
+        assert Grower(prior)([1], [], 1, None, None, [noise]).tokens[0] == token
 
 
 def test_the_prior_counts_followers_and_no_pair_across_texts() -> None:
@@ -208,41 +278,83 @@ def test_texts_of_one_scope_are_not_drafted_from_in_another(
     assert steps[2] < steps[0] == steps[1]
 
 
-def test_ngrams_draft_alone_where_another_draft_costs_more_than_it_may_add(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
-    drafter = NgramDrafter(prior=False)
+class Levels(Drafter):
+    """Drafts ``nodes`` by levels, and keeps what it was asked."""
+
+    name = "levels"
+    has_probabilities = True
+
+    def __init__(self, nodes: Candidates) -> None:
+        self.nodes, self.given = nodes, list[Sequence[Candidates] | None]()
+
+    def propose(self, state: State, limit: int) -> Draft:
+        raise AssertionError("it has candidates")
+
+    def candidates(
+        self, state: State, limit: int, given: Sequence[Candidates] | None = None
+    ) -> list[Candidates] | None:
+        self.given.append(given)
+        return [self.nodes for _ in state.ids]
+
+
+def pair(
+    llama: PreTrainedModel, text: list[int], prices: Prices, rows: int = 1, learned: Candidates | None = None
+) -> tuple[Draft, Levels]:
+    """A draft of n-grams with a levelled drafter after ``text``."""
+    target, second = ReferenceTarget(llama), Levels(tree((30, 0, 0.9), (31, 1, 0.8)) if learned is None else learned)
+    drafter = HybridDrafter([NgramDrafter(prior=False), second])
     drafter.bind(target)
+    state = State(target, target.new_cache(), Sampler(SamplingParams(), streams=range(rows)), [text] * rows, prices)
+    state.row_states = [drafter.begin() for _ in range(rows)]
+    return drafter.propose(state, 8), second
 
-    def alone(ids: list[int], level: float, rows: int = 1, trust: float = 1.0) -> Prices | None:
-        sampler = Sampler(SamplingParams(), streams=range(rows))
-        prices = Prices([0.01 * n for n in range(25)], level, exponent=4.0, trust=trust)
-        state = State(target, target.new_cache(), sampler, [ids] * rows, prices)
-        state.row_states = [drafter.begin() for _ in range(rows)]
-        return prices if drafter.alone(state, 8) is not None else None
 
-    copied, new = [5, 6, 7, 8, 9, 10, 11] * 4, list(range(20, 40))
-    prices = alone(copied, 0.35)
-    assert prices is not None and prices.levels == 0
-    assert prices.expected is not None and prices.expected > 3
-    assert alone(new, 0.35) is None  # nothing is matched
-    assert alone(copied, 0.0) is None  # the other one's levels are as good as free
-    assert alone(new, 1.05) is not None  # they cost more than they can add
-    assert alone(new, 1.05, rows=4) is None  # for four rows, they may add more
-    assert alone(copied, 1.4, rows=4) is not None
-    assert alone(new, 0.35, trust=0.3) is not None  # it has added less than expected
+def prices_of(level: float, rate: float = 0.6, rows: int = 1) -> Prices:
+    tables = [[SAID] * 3] * rows
+    return Prices([0.01 * n for n in range(200)], level, rates=[[rate] * 8] * rows, tables=tables)
+
+
+COPIED, NEW = [5, 6, 7, 8, 9, 10, 11] * 4, list(range(20, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "level", "rate", "rows", "alone"),
+    [
+        (COPIED, 0.35, 0.6, 1, True),
+        (NEW, 0.35, 0.6, 1, False),  # nothing is matched
+        (COPIED, 0.0, 0.6, 1, False),  # levels are as good as free
+        (NEW, 1.05, 0.6, 1, True),  # they cost more than they can add
+        (NEW, 1.05, 0.6, 4, False),  # for four rows, they may add more
+        (COPIED, 1.4, 0.6, 4, True),
+        (NEW, 0.35, 0.2, 1, True),  # they are rarely right
+    ],
+)
+def test_ngrams_draft_alone_where_levels_cost_more_than_they_may_add(
+    llama: PreTrainedModel, text: list[int], level: float, rate: float, rows: int, alone: bool
+) -> None:
+    draft, second = pair(llama, text, prices_of(level, rate, rows), rows)
+    assert draft.found is not None
+    assert (not second.given) == alone == (draft.found.levels == 0)
+    assert len(draft.found.rows[0].raw) == (1 if alone else 3)
+    assert not alone or text is NEW or len(draft.lists()[0]) > 3
+
+
+def test_levels_begin_where_ngrams_end(llama: PreTrainedModel) -> None:
+    """The levelled drafter gets their tree, and the draft says what of it there would be without levels."""
+    draft, second = pair(llama, [*range(40, 60), 5, 6, 7, *range(60, 80), 5, 6], prices_of(0.05))
+    [[given]] = second.given
+    assert given.tokens[0] == 7 and draft.found is not None and draft.found.free is not None
+    assert draft.found.levels == 2 and draft.found.free[0].tokens[0] == 7
+    assert {7, 30, 31} <= set(draft.lists()[0])
+    assert [draft.found.rows[0].source(node) for node in draft.found.rows[0].path([30, 31])] == [2, 2]
+    assert [draft.found.rows[0].source(node) for node in draft.found.rows[0].path([7])] == [1]
 
 
 def test_a_draft_without_learned_candidates_is_one_of_ngrams_alone(llama: PreTrainedModel) -> None:
     """Else the costs of what drafts while nothing is learned would be those of a learned level."""
-    target = ReferenceTarget(llama)
-    drafter = NgramDrafter(prior=False)
-    drafter.bind(target)
-    for learned, levels in ((Candidates([], [], []), 0), (Candidates([-0.1, -0.2], [30, 31], [0, 1]), 2)):
-        prices = Prices([0.01 * n for n in range(25)])
-        state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6, 7, 8] * 3], prices)
-        state.row_states = [drafter.begin()]
-        assert drafter.blend(state, 8, [learned]).lists()[0]
-        assert prices.levels == levels
+    for learned, levels in ((Candidates.none(), 0), (tree((30, 0, 0.9), (31, 1, 0.9)), 2)):
+        draft, second = pair(llama, [5, 6, 7, 8] * 3, prices_of(0.0), learned=learned)
+        assert second.given and draft.found is not None and draft.found.levels == levels and draft.lists()[0]
 
 
 def test_sampled_tokens_are_drafted_by_the_learned_drafter(
@@ -265,23 +377,3 @@ def test_sampled_tokens_are_drafted_by_the_learned_drafter(
     for _ in engine.steps():
         pass
     assert len(calls) == sum(drafted > 0 for drafted in request.metrics.per_step_drafted) > 0
-
-
-def test_a_pair_drafts_with_both_or_with_ngrams_alone_as_it_is_told(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = ReferenceTarget(llama)
-    second, asked = m2r2(target, 0, ((1, 2), (3, 4)), True, False), list[int | None]()
-    learned = second.candidates
-    monkeypatch.setattr(second, "candidates", lambda state, limit: asked.append(state.exit) or learned(state, limit))
-    drafter = HybridDrafter([NgramDrafter(9), second])
-    drafter.bind(target)
-    assert drafter.num_exits == 2
-    for exit, learned_too in ((0, False), (1, True)):
-        asked.clear()
-        engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3, exit))
-        request = Request([5, 6, 7, 5, 6, 7, 5, 6], 12)
-        engine.submit(request)
-        for _ in engine.steps():
-            pass
-        assert bool(asked) == learned_too and sum(request.metrics.per_step_drafted) > 0

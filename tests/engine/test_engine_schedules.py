@@ -34,7 +34,7 @@ from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_learning import Learner
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import guard, scheduler
-from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
+from specdec.engine.depth import DepthChoice, FixedDepth, History
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request, TokenLogprob, prompt_logprobs, token_logprobs
 from specdec.kvcache.prefix import Prefix
@@ -153,7 +153,7 @@ class Varied(FixedDepth):
         super().__init__(depth)
         self.rng = random.Random(0)
 
-    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
+    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
         depths = [self.rng.choice((self.choice.depth, self.rng.randrange(self.choice.depth + 1))) for _ in rows]
         return DepthChoice(max(depths, default=0), depths=depths)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import QueueFullError
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.engine import batch, metrics, scheduler
-from specdec.engine.depth import AutoDepth, Costs, FixedDepth
+from specdec.engine import batch, scheduler
+from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.depth.policy import allocate
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request, Status
@@ -31,13 +30,12 @@ from specdec.kvcache.rows import RowCache
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-COSTS = Costs({n: 1 + 0.05 * n for n in (1, 2, 4, 8, 16, 32)}, ((0.2, 0.2),))
 
 
 def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
@@ -265,47 +263,31 @@ def test_what_draws_too_much_memory_waits_and_nothing_fails(llama: PreTrainedMod
 
 
 def test_tokens_of_a_step_go_to_the_rows_whose_drafts_are_accepted() -> None:
-    def table(first: float, each: float) -> list[float]:
-        return [first + each * n for n in range(200)]
+    def depths(chances: list[list[float]], node: float, level: float = 0.05, least: int = 0) -> list[int]:
+        return allocate(chances, [node * n for n in range(200)], level, least)[0]
 
     good, bad = ([p**i for i in range(1, 9)] for p in (0.9, 0.05))
-    levels = [0.1 * depth for depth in range(9)]
-    both, alone = allocate([good, bad], table(12, 1), levels), allocate([good], table(11, 1), levels)
-    assert both.depths[1] == 0 < both.depths[0]
-    many = allocate([good] * 16, table(10, 0.3), levels)
-    assert alone.depths[0] >= max(many.depths) and sum(many.depths) > 0
+    both, alone = depths([good, bad], 0.2), depths([good], 0.2)
+    assert both[1] == 0 < both[0]
+    many = depths([good] * 16, 0.6)
+    assert alone[0] >= max(many) and sum(many) > 0
     # Every token costs what it brings at most, so one is drafted only if one has to be.
-    steep = [allocate([good] * 16, table(16, 1), [0.0] * 9, least).depths for least in (0, 1)]
-    assert [sum(depths) for depths in steep] == [0, 1]
-    # Beside rows that never draft, and wait for the pass as well, a token has to bring more.
-    assert allocate([good], table(11, 1), levels, plain=15).depths[0] < alone.depths[0]
+    assert [sum(depths([good] * 16, 1.0, 0.0, least)) for least in (0, 1)] == [0, 1]
+    # A level serves all rows, and has to be worth it to all of them together.
+    assert depths([good], 0.1, 1.0) == [0] and sum(depths([good] * 4, 0.1, 1.0)) > 4
 
 
-def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a clock on which passes and drafts take the seconds of a table."""
-    now, costs = 0.0, Costs({n: 1 + 0.2 * n for n in (1, 2, 4, 8, 16, 32)}, ((0.05, 0.05),))
-
-    class Timed(ReferenceTarget):
-        def layers(self, x: torch.Tensor, lo: int, hi: int, context: Pass) -> torch.Tensor:
-            nonlocal now
-            now += 1 + 0.2 * x.shape[0] * x.shape[1]
-            return super().layers(x, lo, hi, context)
-
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now))
-    target = Timed(llama)
+def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
     right = Request(PROMPTS[0], 60)
     together(target, NoDrafter(), [right], FixedDepth(0))
 
     def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
-        nonlocal now
         known = ids[: len(PROMPTS[0])] == PROMPTS[0]
-        now += 0.025 * limit  # of two rows
         return [((right.ids[len(ids) + i] if known else 96) if len(ids) + i < 64 else 96, i) for i in range(limit)]
 
     requests = [Request(PROMPTS[0], 60), Request(PROMPTS[1], 60)]
-    together(target, Scripted(script), requests, AutoDepth(costs))  # type: ignore[arg-type]
+    together(target, Scripted(script), requests, AutoDepth(ratio=0.3, shares=(0.03,)))
     good, bad = (request.metrics for request in requests)
     beside = bad.per_step_drafted[: len(good.per_step_drafted)]
     assert sum(good.per_step_drafted) > 3 * sum(beside)

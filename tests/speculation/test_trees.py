@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 from itertools import chain, combinations, product
 from math import prod
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import pytest
 
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft
-from specdec.speculation.trees import LEARNED, Prices, best_first
+from specdec.speculation.trees import Prices, best_first
 from specdec.speculation.trie import draft_best
 
 
@@ -44,7 +43,7 @@ def candidates(rng: random.Random, count: int, base: int) -> Candidates:
     parents, scores = [rng.randint(0, node) for node in range(count)], list[float]()
     for parent in parents:
         scores.append((scores[parent - 1] if parent else 0.0) + math.log(rng.uniform(0.05, 1.0)))
-    return Candidates(scores, list(range(base, base + count)), parents)
+    return Candidates(scores, list(range(base, base + count)), parents, [[1.0] * count])
 
 
 def closed(found: Candidates) -> list[tuple[int, ...]]:
@@ -58,14 +57,14 @@ def closed(found: Candidates) -> list[tuple[int, ...]]:
 def test_no_other_draft_of_all_rows_candidates_is_worth_more_than_the_one_that_is_built(seed: int) -> None:
     rng = random.Random(seed)
     rows = [candidates(rng, rng.randint(0, 5), 100 * number) for number in range(rng.randint(1, 3))]
-    power, nodes = rng.choice([0.7, 1.0, 2.0]), [0.0]
+    nodes = [0.0]
     for _ in range(16):  # a price may rise by steps
         nodes.append(nodes[-1] + rng.choice([0.0, 0.1, 0.3]))
-    state: Any = SimpleNamespace(prices=Prices(nodes, exponent=power), cache=SimpleNamespace(device="cpu"))
+    state: Any = SimpleNamespace(prices=Prices(nodes), cache=SimpleNamespace(device="cpu"))
     draft = draft_best(rows, 12, None, state, levels=1)
 
     def worth(taken: tuple[tuple[int, ...], ...]) -> float:
-        sums = [math.exp(power * found.scores[i]) for found, own in zip(rows, taken, strict=True) for i in own]
+        sums = [math.exp(found.scores[i]) for found, own in zip(rows, taken, strict=True) for i in own]
         return sum(sums) - nodes[len(sums)]
 
     built = []
@@ -97,31 +96,34 @@ def test_as_many_nodes_are_taken_as_bring_most_beyond_their_price() -> None:
     assert Prices([0.0, 2.0, *[2.0] * 8]).take(likely) == 0  # together they bring 1.95
     assert Prices([0.0, 1.9, *[1.9] * 8]).take(likely) == 5
     steps = Prices([0.0, 0.0, 0.0, 0.4, 0.4, 0.4])  # the third has a further pass begin, which two more fill
-    assert steps.take(likely) == 5 and steps.expected == pytest.approx(1.95)
-    assert steps.take(likely, exactly=2) == 2 and steps.expected == pytest.approx(1.4)
+    assert steps.take(likely) == 5 and steps.take(likely, exactly=2) == 2
     assert Prices([float(n) for n in range(9)]).take(likely, least=3) == 3
+    pairs = Prices([0.35 * n for n in range(9)])  # each probability stands for a node of each of two rows
+    assert pairs.take(likely, rows=2) == 2 and pairs.take([p for p in likely for _ in range(2)]) == 4
 
 
-def test_another_level_is_paid_by_all_rows_together() -> None:
-    prices = Prices((), level=0.5, node=0.25)
-    assert prices.pays([0.8]) and not prices.pays([0.7])
-    assert prices.pays([0.5, 0.5]) and not prices.pays([0.7, 0.2, 0.2, 0.2])  # a node that does not pay is not scored
+def chain_of(*likely: float) -> Candidates:
+    """A free draft whose tokens are accepted with these probabilities."""
+    scores = [math.log(p) for p in likely]
+    return Candidates(scores, list(range(len(likely))), list(range(len(likely))), [[1.0] * len(likely)])
+
+
+def levels(price: float, rate: float, *free: Candidates, first: float = 0.0, tried: bool = False) -> int:
+    rates, nodes = [[rate] * 8 for _ in free], [0.05 * n for n in range(33)]
+    return Prices(nodes, price, first, rates, try_levels=tried).levels(free)
 
 
 def test_a_learned_level_pays_where_it_is_right_and_the_free_draft_is_not() -> None:
-    prices = Prices([0.05 * n for n in range(33)], level=0.4)
-    assert prices.learned_pays([0.0] * 4, 0, 1)
-    assert prices.free == 0 and prices.added == pytest.approx(
-        LEARNED + LEARNED**2 + LEARNED**3
-    )  # a fourth does not pay
-    assert not replace(prices, trust=0.3).learned_pays([0.0] * 4, 0, 1)
-    assert not prices.learned_pays([0.9**level for level in range(1, 9)], 8, 1)
-    assert prices.learned_pays([0.9, 0.2, 0.1, 0.0], 3, 1)  # the free draft soon ends, the learned one goes on
-    dear = replace(prices, level=1.05)
-    assert not dear.learned_pays([0.0] * 4, 0, 1) and dear.learned_pays([0.0] * 4, 0, 4)  # a level serves all rows
+    none = Candidates.none()
+    assert levels(0.4, 0.6, none) == 1 and levels(0.4, 0.9, none) == 7  # an eighth adds 0.43 and costs 0.45
+    assert levels(0.4, 0.4, none) == 0 and levels(0.4, 0.6, none, first=0.2) == 0
+    assert levels(0.2, 0.6, chain_of(*(0.95**level for level in range(1, 9)))) == 0
+    assert levels(0.25, 0.6, chain_of(0.9)) == 3  # the free draft soon ends, the levelled one goes on
+    assert levels(1.05, 0.6, none) == 0 and levels(1.05, 0.6, *[none] * 4) > 0  # a level serves all rows
+    assert levels(1.05, 0.6, none, tried=True) == 1
 
 
-def test_a_learned_level_pays_less_where_no_other_node_is_scored() -> None:
+def test_a_level_pays_less_where_no_other_node_is_scored() -> None:
     """A pass over two tokens may cost much more than one over a single token, and one over three hardly more."""
-    prices = Prices([0.0, *(0.7 + 0.01 * n for n in range(32))], level=0.45)
-    assert not prices.learned_pays([0.0] * 4, 0, 1) and prices.learned_pays([0.2, 0.0, 0.0, 0.0], 1, 1)
+    prices = Prices([0.0, *(0.7 + 0.01 * n for n in range(32))], 0.45, rates=[[0.6] * 8])
+    assert not prices.levels([Candidates.none()]) and prices.levels([chain_of(0.2)])

@@ -45,7 +45,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from specdec import SpecDecoder  # noqa: E402
 from specdec.cli import app  # noqa: E402
-from specdec.engine.depth import measure  # noqa: E402
+from specdec.engine import measure  # noqa: E402
 from specdec.models import loading  # noqa: E402
 from specdec.runtimes import linear_maps  # noqa: E402
 from specdec.speculation.draft import DrafterWarning  # noqa: E402

@@ -31,6 +31,7 @@ from specdec.runtimes.native.library import (
     Table,
     TreeDraft,
 )
+from specdec.runtimes.tree_drafting import KNOTS
 
 LINE, BEHIND = 64, 1 << 16  # kernels may read what lies behind the last key
 SLOTS = "qkv", "out", "gate_up", "down", "rates"
@@ -269,7 +270,9 @@ class Recording:
         hidden = Table.from_address(each.embedding).columns
         tokens = (library.LONG * outputs).from_address(each.tokens) if each.tokens else range(outputs)
         roots = (library.INT * each.sequences).from_address(each.roots)
-        self.table(own + TreeDraft.embedding.offset, each.embedding, max(*tokens, *roots) + 1)
+        given = [*self.structs(own + TreeDraft.given.offset, each.given, library.Given, each.sequences)]
+        others = [token for _, tree in given for token in (library.INT * tree.count).from_address(tree.tokens)]
+        self.table(own + TreeDraft.embedding.offset, each.embedding, max(*tokens, *roots, *others) + 1)
         for i, head in enumerate(each.head):
             self.maps(own + TreeDraft.head.offset + 8 * i, head)
         self.read(own + TreeDraft.roots.offset, each.roots, 4 * each.sequences)
@@ -278,8 +281,13 @@ class Recording:
         self.read(own + TreeDraft.norm.offset, each.norm, 4 * hidden)
         self.read(own + TreeDraft.forbidden.offset, each.forbidden, each.sequences * each.outputs[1])
         self.read(own + TreeDraft.sampled.offset, each.sampled, each.sequences * ctypes.sizeof(library.Sampled))
-        for name in ("scores", "ids", "parents"):
-            size = 4 * each.levels * each.width * max(each.width, each.sequences)
+        self.read(own + TreeDraft.rates.offset, each.rates, 4 * each.levels)
+        self.read(own + TreeDraft.tables.offset, each.tables, 4 * 3 * len(KNOTS) * each.sequences)
+        for place, tree in given:
+            for name in ("tokens", "parents", "p"):
+                self.read(place + getattr(library.Given, name).offset, getattr(tree, name), 4 * tree.count)
+        for name in ("scores", "raw", "ids", "parents"):
+            size = 4 * (each.levels * each.width * max(each.width, each.sequences) + len(others))
             self.write(own + getattr(TreeDraft, name).offset, getattr(each, name), size, 4)
 
 

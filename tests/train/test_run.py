@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from specdec import SpecDecoder
 from specdec.base import files, machine
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
-from specdec.engine.depth.costs import Costs
+from specdec.engine.measure import Timings
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
@@ -259,13 +260,13 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     monkeypatch.setattr(trainer, "float32_is_faster", lambda: trained_in == torch.float32)
     monkeypatch.setattr(trainer, "training_target", lambda model: dtypes.append(model.dtype) or opened(model))
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    given, timed = evaluation.costs, list[str]()
+    given, timed = evaluation.measure, list[str]()
 
-    def noted(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
+    def noted(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> list[Timings]:
         timed.append(target.weight_format)
-        return given(target, drafter, verifier)
+        return given(target, drafters, verifier)
 
-    monkeypatch.setattr(evaluation, "costs", noted)
+    monkeypatch.setattr(evaluation, "measure", noted)
     files = {name: tmp_path / f"{name}.gguf" for name in ("packed", "plain", "other")}
     write_gguf(files["packed"], width=64, packed=gguf.GGMLQuantizationType.Q4_0)
     write_gguf(files["plain"], width=64)

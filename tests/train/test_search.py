@@ -13,7 +13,7 @@ from training import evaluations, recipe, searched
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
-from specdec.engine.depth.costs import Costs
+from specdec.engine.measure import Timings
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.target import Target
 from specdec.train import data, search, states
@@ -26,7 +26,7 @@ from specdec.train.trainer import train, training_target
 
 
 def test_the_predicted_speedup_weighs_acceptance_against_measured_costs() -> None:
-    costs = Costs({1: 10.0, 2: 11.0, 3: 12.0, 5: 14.0}, drafts=((1.0, 1.0),))
+    costs = Timings({1: 10.0, 2: 11.0, 3: 12.0, 5: 14.0}, drafts=((1.0, 1.0),))
     # One draft: 1.5 tokens in 1 + 11 of 10 units; a second adds 0.4 tokens for 2 more; a third too little.
     assert predict_speedup([0.5, 0.4, 0.05], costs) == (pytest.approx(1.9 * 10 / 14), 2)
     assert predict_speedup([0.5], costs, nodes=[4]) == (1.0, 0)  # its tree costs 14 to score
@@ -36,7 +36,7 @@ def test_the_predicted_speedup_weighs_acceptance_against_measured_costs() -> Non
 def priced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs of layers without timing."""
     score = {n: 1 + 0.02 * n for n in (1, 2, 4, 8)}
-    costs = [Costs(score, ((0.1 * n, 0.1 * n),)) for n in (1, 2)]
+    costs = [Timings(score, ((0.1 * n, 0.1 * n),)) for n in (1, 2)]
     monkeypatch.setattr(search, "draft_costs", lambda *args: costs)
 
 
@@ -83,7 +83,7 @@ def test_drafts_of_the_search_are_those_of_a_network_that_training_fits(answers:
 def test_a_path_whose_later_drafts_fail_is_worth_what_is_accepted_of_it() -> None:
     """Cheap layers that agree in the first draft alone, against dear ones that go on: no training is assumed."""
     score = {n: 10.0 for n in (1, 2, 4, 8)}
-    costs = [Costs(score, ((cost, cost),)) for cost in (0.1, 1.0)]
+    costs = [Timings(score, ((cost, cost),)) for cost in (0.1, 1.0)]
     chains = {(2, 3): [0.5, 0.1, 0.0, 0.0], (2, 4): [0.5, 0.4, 0.3, 0.2]}
     best, other = search.rank(chains, costs)
     assert best == search.SegmentCandidate((2, 4), 0.1, 2.4, pytest.approx(24 / 14, abs=1e-3), 4)
@@ -91,10 +91,10 @@ def test_a_path_whose_later_drafts_fail_is_worth_what_is_accepted_of_it() -> Non
 
 
 def test_the_search_measures_segments_of_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(target: Target, drafters: list[M2R2Drafter], verifier: Any) -> list[Costs]:
+    def measured(target: Target, drafters: list[M2R2Drafter], verifier: Any) -> list[Timings]:
         assert all(drafter.shape.siblings is None for drafter in drafters)  # as users run them
         lengths = [hi - lo for drafter in drafters for lo, hi in drafter.network.path.segments]
-        return [Costs({1: 10.0}, ((length + 1.0,) * 2,)) for length in lengths]
+        return [Timings({1: 10.0}, ((length + 1.0,) * 2,)) for length in lengths]
 
     monkeypatch.setattr(search, "measure", measured)
     costs = search.draft_costs(SpecDecoder(tiny_model("llama", num_hidden_layers=8), None, drafter="none"), None)

@@ -17,7 +17,7 @@ from tiny_gguf import write_family
 from specdec import SpecDecoder
 from specdec.base import machine, memory
 from specdec.base.errors import SpecDecError
-from specdec.engine.depth import measure as costs
+from specdec.engine import measure as costs
 from specdec.kvcache.rows import RowCache
 from specdec.models import loading
 from specdec.models.checkpoint import StoredExperts

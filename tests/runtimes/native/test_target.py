@@ -337,6 +337,10 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
         ours, theirs = by_path(whole), by_path(parts)
         common = ours.keys() & theirs.keys()
         assert max(abs(ours[path] - theirs[path]) for path in common) < 0.12
+        for found in (whole, parts):  # without tables, a path is as likely as the heads say
+            [said] = found.raw
+            before = [found.scores[parent - 1] if parent else 0.0 for parent in found.parents]
+            assert found.scores == pytest.approx([a + math.log(p) for a, p in zip(before, said, strict=True)], abs=1e-3)
         total, same = total + len(theirs), same + len(common)
     assert same > 0.75 * total  # near ties may fall either way, and take all behind them along
     # What was committed is as it was.
@@ -362,11 +366,15 @@ def test_nodes_get_children_if_these_may_be_worth_scoring() -> None:
     target = NativeTarget(model)
     cache, roots = seeded(target)
     route = random_route(target, heads=2)
-    limits = tree_drafting.TreeLimits(4, 4, node=0.05, exponent=1.5)
+    limits = tree_drafting.TreeLimits(4, 4, node=0.05, rates=[1.0, 0.9, 0.5])
     for grow in (target.draft_tree, partial(Target.draft_tree, target)):
         found, every = grow(cache, roots, route, limits), grow(cache, roots, route, tree_drafting.TreeLimits(4, 4))
         depths, with_children = found.depths(), {parent - 1 for parent in found.parents if parent}
-        worth = {node for node, score in enumerate(found.scores) if math.exp(1.5 * score) > 0.05}
+        worth = {
+            node
+            for node, (score, depth) in enumerate(zip(found.scores, depths, strict=True))
+            if limits.rate(depth) * math.exp(score) > 0.05
+        }
         levels = [[node for node, own in enumerate(depths) if own == depth] for depth in range(1, max(depths))]
         likeliest = {max(level, key=lambda node: found.scores[node]) for level in levels}
         assert likeliest <= with_children <= worth | likeliest
@@ -453,9 +461,9 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: s
         parents = [0 if level == 0 else 3 * level - 2 for level in range(levels) for _ in range(3)]
         assert all(found.parents == parents and len(set(found.tokens[:3])) == 3 for found in wide)
     if levels > 1:  # another level must pay for all rows together
-        gain = sum(max(math.exp(2 * chain.scores[0]) - 0.001, 0.0) for chain in found)
+        gain = sum(max(0.5 * math.exp(chain.scores[0]) - 0.001, 0.0) for chain in found)
         for level, deep in (1.01 * gain, 1), (0.99 * gain, 2):
-            limits = tree_drafting.TreeLimits(2, 1, level, node=0.001, exponent=2.0)
+            limits = tree_drafting.TreeLimits(2, 1, level, node=0.001, rates=[0.9, 0.5])
             ended = target.draft_rows(together, roots, route, limits)
             assert ended is not None and [chain.tokens for chain in ended] == [tokens[:deep] for tokens in alone]
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
