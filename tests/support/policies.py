@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Sequence
 
-from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
+from specdec.engine.depth import DepthChoice, FixedDepth, History
 from specdec.speculation.draft import Drafter
 from specdec.speculation.trees import Prices
 
@@ -19,8 +19,8 @@ def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth
     A source is an exit of the drafter, or none in particular. A drafter with probabilities gets prices in some turns,
     with cheap levels or dear ones. Each row drafts to a depth of its own, which changes in every step.
     """
-    prices = (None, CHEAP, DEAR) if drafter.has_probabilities else (None,)
-    sources = list(itertools.product((None, *range(drafter.num_exits)), prices))
+    levels = (None, CHEAP, DEAR) if drafter.has_probabilities else (None,)
+    sources = list(itertools.product((None, *range(drafter.num_exits)), levels))
     rng = random.Random(seed)
 
     def script(rows: int) -> DepthChoice:
@@ -33,7 +33,8 @@ def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth
         exit, level = turn
         depths[rng.randrange(rows)] = rng.randint(1, deepest)
         nodes = [0.02 * count for count in range(25)]
-        return DepthChoice(max(depths), exit, None if level is None else Prices(nodes, level, 0.01), depths)
+        prices = None if level is None else Prices(nodes, level, rates=[[0.8] * deepest] * rows)
+        return DepthChoice(max(depths), exit, prices, depths)
 
     turns = list[tuple[int | None, float | None] | None]()
     return _Scripted(script, deepest)
@@ -44,6 +45,6 @@ class _Scripted(FixedDepth):
         super().__init__(deepest)
         self.script = script
 
-    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
+    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
         choice: DepthChoice = self.script(len(rows))
         return choice
