@@ -10,9 +10,9 @@ int has_amx, amx_blocks;
 EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { return rows * tiles_bytes(kind, tiles); }
 
 /* The sizes of the structures that Python writes (library.py), in its order. */
-EXPORT void specdec_sizes(int32_t sizes[9]) {
-    const size_t own[] = {sizeof(Map), sizeof(Table), sizeof(LowRank), sizeof(Layer), sizeof(Model), sizeof(Sequence), sizeof(Call), sizeof(Stage), sizeof(TreeDraft)};
-    for (int i = 0; i < 9; i++) sizes[i] = (int32_t)own[i];
+EXPORT void specdec_sizes(int32_t sizes[11]) {
+    const size_t own[] = {sizeof(Part), sizeof(Map), sizeof(Table), sizeof(LowRank), sizeof(Layer), sizeof(Model), sizeof(Sequence), sizeof(Call), sizeof(Stage), sizeof(Sampled), sizeof(TreeDraft)};
+    for (int i = 0; i < 11; i++) sizes[i] = (int32_t)own[i];
 }
 
 /* Request large pages for memory that every pass reads. */

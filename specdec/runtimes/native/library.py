@@ -176,7 +176,7 @@ def load() -> Any:
                 "the native runtime needs an x86 CPU with AVX2, FMA and F16C, or an Arm CPU with dot products "
                 f"(asimddp); this one is {name}"
             )
-        written = Map, Table, LowRank, Layer, Model, SequenceArgs, Call, Stage, TreeDraft
+        written = Part, Map, Table, LowRank, Layer, Model, SequenceArgs, Call, Stage, Sampled, TreeDraft
         found.specdec_sizes(sizes := (INT * len(written))())
         if sizes[:] != [ctypes.sizeof(each) for each in written]:
             raise AttributeError  # as if it had no such kernels

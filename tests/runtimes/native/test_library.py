@@ -13,6 +13,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 from specdec.speculation import ngram
 
+STRUCTURES = [name for name, each in vars(library).items() if isinstance(each, type(library.Map)) and name[0] != "_"]
 FLAGS = "flags : fpu fma f16c avx2 avx512f\n"
 
 
@@ -28,13 +29,11 @@ def missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.skipif(not library.runs(), reason="the kernels do not run here")
-def test_a_library_of_other_structures_is_refused(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_library_of_other_structures_is_refused(name: str, missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "LIBRARY", Path(library.__file__).with_name("_native.so"))
-
-    class Longer(library.Layer):
-        _fields_ = (("more", library.INT),)
-
-    monkeypatch.setattr(library, "Layer", Longer)
+    longer = type("Longer", (getattr(library, name),), {"_fields_": (("more", library.LONG),)})
+    monkeypatch.setattr(library, name, longer)
     with pytest.raises(SpecDecError, match="built from older sources"):
         library.load()
     monkeypatch.undo()

@@ -73,6 +73,15 @@ def integer_products(blocks: Blocks, x: torch.Tensor) -> np.ndarray:
     return result
 
 
+@pytest.mark.parametrize("bits", [0x7E00, 0x7FFF, 0xFE00, 0xFFFF])
+def test_a_scale_that_is_no_number_stays_none(bits: int) -> None:
+    """Also one whose bits overflow when they are rounded as if they were a number's."""
+    data = np.zeros((1, 34), np.uint8)
+    data[:, :2], data[:, 2:] = np.array([bits], np.uint16).view(np.uint8), 1
+    rows = linear.RowTable(Blocks(torch.from_numpy(data), "Q8_0", 32))(torch.tensor([0]))
+    assert rows.isnan().all()
+
+
 SCALES = [(0.001, 0.02), (1e-7, 1e-6), (100.0, 4000.0), (0.0, 0.0)]
 
 

@@ -7,6 +7,7 @@ static inline float widen(bf16 v) {
 
 static inline bf16 narrow(float v) { /* round to nearest even, as torch does */
     union { float f; uint32_t u; } w = {v};
+    if (v != v) return 0x7fc0; /* rounding would make some NaN zeros */
     return (bf16)((w.u + 0x7fff + ((w.u >> 16) & 1)) >> 16);
 }
 
