@@ -12,7 +12,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Unpack, cast
 
@@ -39,7 +38,7 @@ from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, 
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
-from specdec.models import catalogue, loading
+from specdec.models import catalogue, identity, loading
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.runtimes.target import CHUNK
 from specdec.speculation import registry
@@ -375,11 +374,8 @@ class SpecDecoder:
         return engine.start()
 
     def _disk(self, folder: Path, limit: int) -> PrefixDisk:
-        target = self.target
-        formats = target.runtime, target.weight_format, target.activations, target.kv_cache, target.dtype
-        kernels = torch.__version__, torch.backends.cpu.get_cpu_capability(), metadata.version("specdec-m2r2")
-        identity = " ".join(map(str, (target.fingerprint, *formats, target.device, *kernels)))
-        return PrefixDisk(folder, limit, identity, bool(target.recurrent_layers))
+        rule = self.verifier.label if self.verifier.propagates else "exact"  # what keys and values are computed by
+        return PrefixDisk(folder, limit, identity.numbers(self.target, rule), bool(self.target.recurrent_layers))
 
     def manual_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""

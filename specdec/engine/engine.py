@@ -107,6 +107,8 @@ class Engine:
         self._stepping = threading.RLock()  # held during a step
         self._thread: threading.Thread | None = None
         self._closing = self._draining = self._closed = False
+        if disk is not None:
+            weakref.finalize(self, disk.close)  # also of an engine that nobody closes
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

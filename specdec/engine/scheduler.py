@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -82,6 +83,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.turns = dict[Party, int]()  # the number of the last admission from a party, the earliest first
         self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
+        self.awaited: tuple[Request, Request, int, int] | None = None  # as ``_should_wait`` found
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self.timed, self.saved_seconds = (0, 0.0), 0.0  # tokens of prompts that were timed, and their seconds
         self.token_bytes, self.state_bytes = (0, 0) if kv_memory is None else _sizes(batch.target)
@@ -94,21 +96,30 @@ class Scheduler:
 
     def used(self) -> int:
         """Bytes of the buffers of keys and values, of running rows and cached prefixes, and of recurrent states."""
+        return self._running_bytes() + self._prefix_bytes()
+
+    def _running_bytes(self) -> int:
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
-        states = sum(cache.num_states for cache in caches) + self.prefixes.states
-        return sum(cache.nbytes for cache in caches) + self.prefixes.nbytes + self.state_bytes * states
+        return sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
 
-    def _fits(self, tokens: int, new: Sequence[int] = ()) -> bool:
-        """Whether there is memory for so many more tokens of each row, and for new rows with so many slots.
+    def _prefix_bytes(self) -> int:
+        return self.prefixes.nbytes + self.state_bytes * self.prefixes.states
 
-        Drops cached prefixes to make it.
+    def _room(self, tokens: int, new: Sequence[int] = ()) -> float:
+        """Bytes left for cached prefixes beside so many more tokens of each row, and new rows with so many slots.
+
+        Below 0, there is no memory for these.
         """
         if self.kv_memory is None:
-            return True
-        while self.used() + self._growth(tokens, new) > self.kv_memory:
-            if not self.prefixes.drop():
-                return False
-        return True
+            return math.inf
+        return self.kv_memory - self._running_bytes() - self._growth(tokens, new)
+
+    def _fits(self, tokens: int, new: Sequence[int] = ()) -> bool:
+        """Drop cached prefixes until they have ``_room``; return whether there is any."""
+        room = self._room(tokens, new)
+        while self._prefix_bytes() > room and self.prefixes.drop():
+            pass
+        return room >= 0
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
         """Bytes that buffers and states grow by for these."""
@@ -141,14 +152,15 @@ class Scheduler:
         self._share_rows()
         fresh = list[Request]()
         while self.running + len(fresh) < self.max_rows and (row := self._next(fresh)) is not None:
-            others = self.running + len(fresh)
+            others, need = self.running + len(fresh), [*map(self._expected_slots, (*fresh, row))]
+            if (self._room(DRAFTED + HEADROOM, need) < 0 and others) or self._still_waits(row):
+                break
             # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
             ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
             source, found, shared = self._longest_prefix(ids, row.scope)
-            if not self._fits(DRAFTED + HEADROOM, [*map(self._expected_slots, (*fresh, row))]) and others:
-                break
             if self._should_wait(row, ids, found, fresh):
                 break
+            self._fits(DRAFTED + HEADROOM, need)
             if shared > found + SHARED:
                 self._fork(row, shared)
             if self.disk is not None:
@@ -261,8 +273,9 @@ class Scheduler:
             shared = max(shared, alike)
             if (count := self.batch.cache.resumable(b, alike)) > most:
                 most, source = count, partial(self.batch.cache.copy, b)
-        if (disk := self.disk) is not None and (count := disk.longest(ids, scope)) > most:
-            most = count
+        disk = self.disk
+        if disk is not None and len(ids) // disk.chunk * disk.chunk > most and (n := disk.longest(ids, scope)) > most:
+            most = n
             source = lambda count, slots: disk.load(self.batch.target.new_cache(), ids, scope, slots)  # noqa: E731
         return source, most, shared
 
@@ -272,20 +285,30 @@ class Scheduler:
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
         """Whether a request had better wait for a prompt that is being run, to begin with more of it than is cached."""
+        self.awaited = None
         if not self.reuse:
             return False
-        prefilling, wait = self.prefilling, False
+        prefilling = self.prefilling
         for b, other in enumerate((*prefilling.rows, *fresh)):
-            cache = prefilling.cache if b < len(prefilling.rows) else None
-            shared, run = common(other.ids, ids), 0 if cache is None else cache.rows[b]
-            if shared <= found + SHARED or other.scope != row.scope:
+            if other.scope != row.scope or (shared := common(other.ids, ids)) <= found + SHARED:
                 continue
-            if run < shared:
+            cache = prefilling.cache if b < len(prefilling.rows) else None
+            if self._worth(cache, b, shared, found):
                 self._fork(other, shared)
-                wait = True
-            elif cache is not None and cache.resumable(b, shared) > found + SHARED:
-                wait = True
-        return wait
+                self.awaited = row, other, shared, found
+        return self.awaited is not None
+
+    def _still_waits(self, row: Request) -> bool:
+        """Whether a request waits for the same prompt as before, so that nothing else need be looked up."""
+        prefilling = self.prefilling
+        if self.awaited is None or self.awaited[0] is not row or self.awaited[1] not in prefilling.rows:
+            return False
+        _, other, shared, found = self.awaited
+        return self._worth(prefilling.cache, prefilling.rows.index(other), shared, found)
+
+    def _worth(self, cache: KVCache | None, b: int, shared: int, found: int) -> bool:
+        """Whether row ``b`` of prompts that are run will have more than ``found`` of ``shared`` tokens for others."""
+        return cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED
 
     def _count_hits(self, row: Request, found: int) -> None:
         if self.reuse and not row.put_off:
@@ -339,9 +362,9 @@ class Scheduler:
         if keep and self.reuse:
             for b, row in enumerate(batch.rows):
                 if row in rows and row.error is None:
+                    text = self.prefixes.add(row.ids, batch.cache.take_compact(b), row.scope)
                     if self.disk is not None:
-                        self.disk.keep(row.ids, batch.cache, b, row.scope)
-                    self.prefixes.add(row.ids, batch.cache.take_compact(b), row.scope)
+                        self.disk.keep(text.ids, text.cache, text.scope)
         batch.keep([row for row in batch.rows if row not in rows])
         self.prefilling.remove(rows)
         self._fits(0)
@@ -349,7 +372,7 @@ class Scheduler:
     def clear(self) -> None:
         """Drop all rows and all cached prefixes."""
         self.batch.keep([])
-        self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
+        self.prefilling, self.prefixes, self.awaited = PrefillBatch(), PrefixStore(), None
 
 
 @torch.inference_mode()

@@ -7,8 +7,10 @@ is shorter than others has holes (position -1) that no query sees. Knows nothing
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -305,8 +307,12 @@ class KVCache:
         """The number of the first ``count`` committed tokens of ``row`` that another text can begin with."""
         if not self.recurrent or count == self.rows[row]:
             return count
-        checkpoints = set.intersection(*(set(state.checkpoints[row]) for state in self.recurrent.values()))
-        return max((n for n in checkpoints if n <= count), default=0)
+        return max((n for n in self.checkpoints(row) if n <= count), default=0)
+
+    def checkpoints(self, row: int) -> set[int]:
+        """The numbers of tokens after which recurrent states of ``row`` are stored."""
+        each = [set(state.checkpoints[row]) for state in self.recurrent.values()]
+        return set.intersection(*each) if each else set()
 
     def checkpoint(self, row: int) -> None:
         """Store a checkpoint of the recurrent states of ``row``; keys and values need none."""
@@ -345,6 +351,12 @@ class KVCache:
             whole = count == self.rows[row]
             for layer, state in self.recurrent.items():
                 made.recurrent[layer] = state.select([row]) if whole else state.restored(row, count)
+        return made
+
+    def reference(self) -> Self:
+        """This cache as it is now, for another thread to read: it shares the committed entries, which never change."""
+        made = copy.copy(self)
+        made.keys, made.values, made.recurrent = list(self.keys), list(self.values), dict(self.recurrent)
         return made
 
     def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:

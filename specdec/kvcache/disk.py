@@ -7,7 +7,9 @@ chunk are a file of their own.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import queue
 import re
@@ -16,8 +18,10 @@ import time
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
@@ -25,8 +29,8 @@ from typing import TypeVar
 import filelock
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError, SpecDecWarning
@@ -35,7 +39,8 @@ from specdec.kvcache.cache import KVCache
 
 CHUNK = 64  # tokens; a prompt computes up to so many that were known
 READERS = 4  # threads
-MAX_PENDING = 1 << 30  # bytes that wait to be written; what comes beyond them is not kept
+MAX_PENDING = 1 << 30  # bytes that wait to be written; of texts beyond them, one alone is kept
+BUSY = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors that pass
 SUFFIX = ".safetensors"
 _NAME, _LEFT = re.compile(rf"([0-9a-f]{{64}}){SUFFIX}"), re.compile(rf"\.[0-9a-f]{{64}}{SUFFIX}\..*")
 Cache = TypeVar("Cache", bound=KVCache)
@@ -45,29 +50,34 @@ Tensors = dict[str, Tensor]
 class PrefixDisk:
     """Chunks in a folder, of at most ``limit`` bytes; those that were not used for longest go first.
 
-    Chunks are written in a thread. After an error of the disk nothing is read or written any more, with one warning. A
-    file that is damaged is removed, with a warning.
+    A thread reads texts from their caches and writes them. After an error in writing, such as in a folder that may only
+    be read, nothing more is written, with one warning. A file that is damaged is removed, with a warning. One that
+    cannot be opened is left alone.
 
     recurrent: the model has recurrent states: a text can be begun with only up to a chunk that has them.
-    sizes: bytes of each file by its name, the least recently used first.
+    sizes: bytes of each file by its name, the least recently used first. held: their sum.
     queries, hits: tokens that were looked for, and found.
+    pending: bytes of the caches that are still to be written.
     """
 
     def __init__(self, folder: Path, limit: int, identity: str, recurrent: bool = False) -> None:
         self.folder, self.limit, self.identity, self.recurrent = folder, limit, identity, recurrent
         self.chunk = CHUNK
-        self.sizes, self.queries, self.hits = OrderedDict[str, int](), 0, 0
-        self.pending, self.off, self.lock = 0, False, threading.Lock()
-        self.jobs = queue.SimpleQueue[tuple[list[str], dict[str, Tensors]] | None]()
+        self.sizes, self.held, self.queries, self.hits = OrderedDict[str, int](), 0, 0, 0
+        self.pending, self.writable, self.lock = 0, True, threading.Lock()
+        self.jobs = queue.SimpleQueue[Callable[[], None] | None]()
         self.owner = filelock.FileLock(folder / ".lock", thread_local=False)
         try:
             folder.mkdir(0o700, parents=True, exist_ok=True)
             self.owner.acquire(timeout=0)
-            self._scan()
         except filelock.Timeout:
             raise SpecDecError(f"the prefix cache '{folder}' is in use by another process; give each its own") from None
         except OSError as error:
-            self._stop(error)
+            self._stop_writing(error)
+        try:
+            self._scan()
+        except OSError as error:
+            self._stop_writing(error)
         self.thread = threading.Thread(target=self._write_all, name="specdec prefix cache", daemon=True)
         self.thread.start()
 
@@ -76,21 +86,19 @@ class PrefixDisk:
         found = list[tuple[int, str, int]]()
         for entry in os.scandir(self.folder):
             if match := _NAME.fullmatch(entry.name):
-                state = entry.stat()
-                found.append((state.st_mtime_ns, match[1], state.st_size))
-            elif _LEFT.fullmatch(entry.name):  # of a process that was killed
+                with suppress(FileNotFoundError):
+                    state = entry.stat()
+                    found.append((state.st_mtime_ns, match[1], state.st_size))
+            elif _LEFT.fullmatch(entry.name) and self.writable:  # of a process that was killed
                 os.unlink(entry.path)
         self.sizes.update((name, size) for _, name, size in sorted(found))
-        self._make_room(0)
+        self.held = sum(self.sizes.values())
+        if self.writable:
+            self._make_room(0)
 
     def figures(self) -> dict[str, int]:
         """Its part of ``EngineStats``."""
-        with self.lock:
-            return {
-                "disk_queries": self.queries,
-                "disk_hits": self.hits,
-                "disk_bytes": sum(self.sizes.values()),
-            }
+        return {"disk_queries": self.queries, "disk_hits": self.hits, "disk_bytes": self.held}
 
     def longest(self, ids: Sequence[int], scope: str | None) -> int:
         """The number of the first ``ids`` that are there."""
@@ -99,46 +107,39 @@ class PrefixDisk:
     def load(self, cache: Cache, ids: Sequence[int], scope: str | None, capacity: int) -> Cache:
         """Fill ``cache``, which is empty and has one row, with what is there of ``ids``, and return it.
 
-        capacity: as in ``KVCache.copy``. A damaged chunk ends the text.
+        capacity: as in ``KVCache.copy``. A chunk that cannot be read ends the text.
         """
-        while names := self._there(ids, scope):
+        names, states = self._there(ids, scope), dict[str, Tensor]()
+        with ThreadPoolExecutor(READERS) as pool:
+            parts = [part for part in takewhile(bool, pool.map(self._read, names)) if part]
+        del names[len(parts) :]
+        while self.recurrent and names and not states:
+            name = _states(names[-1])
+            if not (states := (self._read(name) if name in self.sizes else None) or {}):
+                names.pop()
+        if names:
+            cache.restore(parts[: len(names)], CHUNK * len(names), states, capacity)
+            self.hits += CHUNK * len(names)
             files = [*names, _states(names[-1])] if self.recurrent else names
-            with ThreadPoolExecutor(READERS) as pool:
-                parts = [part for part in pool.map(self._read, files) if part is not None]
-            if len(parts) == len(files):  # none is damaged, which would be removed
-                states = parts.pop() if self.recurrent else {}
-                cache.restore(parts, CHUNK * len(names), states, capacity)
-                self.hits += CHUNK * len(names)
-                self.jobs.put((files, {}))
-                break
+            self.jobs.put(partial(self._note, files))
         return cache
 
-    def keep(self, ids: Sequence[int], cache: KVCache, row: int, scope: str | None) -> None:
-        """Write the chunks of a row of ``cache``, whose text is the beginning of ``ids``, that are not there yet."""
-        if self.off:
-            return
-        names, new = list[str](), dict[str, Tensors]()
-        for n, chunk in enumerate(self._names(ids[: cache.rows[row]], scope)):
-            for name in [chunk, _states(chunk)] if self.recurrent else [chunk]:
-                if name not in self.sizes:
-                    end = (n + 1) * CHUNK
-                    part = cache.read(row, end - CHUNK, end) if name is chunk else cache.read_states(row, end)
-                    size = sum(tensor.nbytes for tensor in part.values())
-                    if self.pending + size > MAX_PENDING:
-                        return self.jobs.put((names, new))
-                    if name is not chunk and not part:
-                        continue
-                    new[name] = part
-                    with self.lock:
-                        self.pending += size
-                names.append(name)
-        self.jobs.put((names, new))
+    def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
+        """Write, in the thread, the chunks of a text that are not there yet.
+
+        cache: of one row, with the text ``ids``. Its buffers are shared until they are written, so little waits.
+        """
+        size = cache.nbytes + cache.num_states * cache.state_bytes
+        if self.writable and len(ids) >= CHUNK and (not self.pending or self.pending + size <= MAX_PENDING):
+            with self.lock:
+                self.pending += size
+            self.jobs.put(partial(self._keep, ids, cache.reference(), scope, size))
 
     def close(self) -> None:
         """Write what is pending, and end."""
         self.jobs.put(None)
-        self.thread.join()
-        self.owner.release()
+        if self.thread is not threading.current_thread():
+            self.thread.join()
 
     def _names(self, ids: Sequence[int], scope: str | None) -> Iterator[str]:
         """The names of the whole chunks of a text."""
@@ -152,79 +153,113 @@ class PrefixDisk:
         names = list(takewhile(self.sizes.__contains__, self._names(ids, scope)))
         while self.recurrent and names and _states(names[-1]) not in self.sizes:
             names.pop()
-        return [] if self.off else names
+        return names
 
     def _path(self, name: str) -> Path:
         return self.folder / (name + SUFFIX)
 
     def _read(self, name: str) -> Tensors | None:
-        """A chunk; None if it is damaged, or has made room since it was found."""
+        """A chunk; None if it cannot be read, is damaged, or has made room since it was found."""
+        size, path = self.sizes.get(name), self._path(name)
+        if size is None:
+            return None
         try:
-            with safe_open(self._path(name), "pt") as file:
-                part, stored = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-            if stored == {"name": name, "crc": str(_crc(part))}:
+            with path.open("rb") as file:
+                data = file.read(size + 1)
+            part, length = load(data), int.from_bytes(data[:8], "little")
+            if json.loads(data[8 : 8 + length]).get("__metadata__") == {"name": name, "crc": str(_crc(part))}:
                 return part
             why = "its check sum is wrong"
-        except (OSError, SafetensorError, ValueError) as error:
-            with self.lock:
-                if name not in self.sizes:
-                    return None
+        except (FileNotFoundError, SafetensorError, ValueError) as error:
             why = str(error)
-        warnings.warn(f"'{self._path(name)}' is damaged and is removed: {why}", SpecDecWarning, stacklevel=2)
+        except OSError as error:  # such as too many open files
+            what = f"'{path}' cannot be read, and its text is run again: {error.strerror or error}"
+            warnings.warn(what, SpecDecWarning, stacklevel=2)
+            return None
+        with self.lock:
+            if name not in self.sizes:
+                return None
+            self.held -= self.sizes.pop(name)
+        what = f"'{path}' is damaged and is {'removed' if self.writable else 'not used'}: {why}"
+        warnings.warn(what, SpecDecWarning, stacklevel=2)
         try:
-            with self.lock:
-                self._remove(name)
+            if self.writable:
+                path.unlink(missing_ok=True)
         except OSError as error:
-            self._stop(error)
+            self._stop_writing(error)
         return None
 
     def _write_all(self) -> None:
         while (job := self.jobs.get()) is not None:
             try:
-                self._write(*job)
+                job()
             except OSError as error:
-                self._stop(error)
-            with self.lock:
-                self.pending -= sum(tensor.nbytes for part in job[1].values() for tensor in part.values())
+                if error.errno not in BUSY:
+                    self._stop_writing(error)
+            del job  # it shares buffers
+        self.owner.release()
 
-    def _write(self, names: list[str], new: dict[str, Tensors]) -> None:
-        """Write the chunks ``new`` of a text, and note that all its ``names`` are used, the last one first."""
-        self._note(names)
-        for name, part in new.items():
-            if self.off or name in self.sizes:
-                continue
-            data = save(part, {"name": name, "crc": str(_crc(part))})
-            if len(data) > self.limit:
-                break
+    def _keep(self, ids: Sequence[int], cache: KVCache, scope: str | None, size: int) -> None:
+        try:
+            self._write(ids, cache, scope)
+        finally:
             with self.lock:
-                self._make_room(len(data))
-            write_atomically(self._path(name), data)
-            with self.lock:
-                self.sizes[name] = len(data)
-        self._note(names)
+                self.pending -= size
+
+    def _write(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
+        """Write the chunks of a text that are not there, and note that all are used, the last one first.
+
+        Chunks for which the text's own earlier ones would have to go are not written.
+        """
+        chunks, used = [*self._names(ids, scope)], dict[str, None]()
+        self._note(chunks)
+        for n, chunk in enumerate(chunks):
+            end = (n + 1) * CHUNK
+            for name in [chunk, _states(chunk)] if self.recurrent else [chunk]:
+                if name not in self.sizes and self.writable:
+                    part = cache.read(0, end - CHUNK, end) if name is chunk else cache.read_states(0, end)
+                    if not part:
+                        continue
+                    data = save(part, {"name": name, "crc": str(_crc(part))})
+                    if not self._make_room(len(data), used):
+                        return self._note([*used])
+                    write_atomically(self._path(name), data)
+                    with self.lock:
+                        self.sizes[name] = len(data)
+                        self.held += len(data)
+                used[name] = None
+        self._note([*used])
 
     def _note(self, names: list[str]) -> None:
-        with self.lock:
-            for name in reversed(names):
-                if name in self.sizes and not self.off:
-                    self.sizes.move_to_end(name)
+        for name in reversed(names):
+            with self.lock:
+                if name not in self.sizes:
+                    continue
+                self.sizes.move_to_end(name)
+                if self.writable:
                     now = time.time_ns()
-                    os.utime(self._path(name), ns=(now, now))
+                    with suppress(FileNotFoundError):
+                        os.utime(self._path(name), ns=(now, now))
 
-    def _make_room(self, size: int) -> None:
-        held = sum(self.sizes.values())
-        while held + size > self.limit:
-            held -= self._remove(next(iter(self.sizes)))
+    def _make_room(self, size: int, used: Container[str] = ()) -> bool:
+        """Remove other chunks than ``used`` to make room for so many bytes; return whether there is room."""
+        with self.lock:
+            more, old = self.held + size - self.limit, list[str]()
+            for name, each in self.sizes.items():
+                if more <= 0:
+                    break
+                if name not in used:
+                    old.append(name)
+                    more -= each
+            for name in old if more <= 0 else ():
+                self._path(name).unlink(missing_ok=True)
+                self.held -= self.sizes.pop(name)
+            return more <= 0
 
-    def _remove(self, name: str) -> int:
-        """Remove a chunk; return its bytes."""
-        self._path(name).unlink(missing_ok=True)
-        return self.sizes.pop(name, 0)
-
-    def _stop(self, error: OSError) -> None:
-        if not self.off:
-            self.off = True
-            what = f"the prefix cache '{self.folder}' is not used any more: {error.strerror or error}"
+    def _stop_writing(self, error: OSError) -> None:
+        if self.writable:
+            self.writable = False
+            what = f"nothing more is written to the prefix cache '{self.folder}': {error.strerror or error}"
             warnings.warn(what, SpecDecWarning, stacklevel=2)
 
 

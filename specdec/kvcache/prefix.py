@@ -1,74 +1,123 @@
-"""Cached prefixes: texts whose keys and values stay cached after their requests, for prompts that begin alike."""
+"""Cached prefixes: texts whose keys and values stay cached after their requests, for prompts that begin alike.
+
+An index has the texts in sorted order, as bytes: the text that shares most with another one stands beside its place.
+So a search makes a few comparisons, whatever the number of texts. Where a text with recurrent states can be resumed in
+its middle, the part of it up to there is in the index, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 from specdec.kvcache.cache import KVCache
 
-MAX_PREFIXES = 1024  # each is compared with every new text
+MAX_PREFIXES = 1024  # bounds the memory of what is beside keys and values
+SCOPE, TOKEN = 32, array("I").itemsize  # bytes of a key: for its scope, and for each token
 
 
 class Prefix:
-    """A text, and a cache of one row with exactly its tokens. scope: of the requests that may begin with it."""
+    """A text, and a cache of one row with exactly its tokens.
+
+    scope: of the requests that may begin with it. points: the keys of its parts that can be resumed, its own included.
+    nbytes: of the buffers of keys and values. states: number of recurrent states of a layer.
+    """
 
     def __init__(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
         [count] = cache.rows
         if count > len(ids):
             raise ValueError(f"a cache of {count} tokens does not belong to a text of {len(ids)}")
         self.ids, self.cache, self.scope = list(ids[:count]), cache, scope
+        self.key, self.nbytes, self.states = _key(self.ids, scope), cache.nbytes, cache.num_states
+        self.points = [self.key[: SCOPE + TOKEN * n] for n in {count} | cache.checkpoints(0) if 0 < n <= count]
 
 
 class PrefixStore:
-    """Prefixes, the least recently used first."""
+    """Prefixes by key, the least recently used first.
+
+    nbytes, states: sums of those of its prefixes.
+    """
 
     def __init__(self) -> None:
-        self.entries: list[Prefix] = []
+        self.nbytes = self.states = 0
+        self._texts = OrderedDict[bytes, Prefix]()
+        self._points = list[bytes]()  # sorted
+        self._holders = dict[bytes, dict[Prefix, None]]()  # of each point
 
     @property
-    def states(self) -> int:
-        """Number of recurrent states of a layer."""
-        return sum(prefix.cache.num_states for prefix in self.entries)
+    def entries(self) -> list[Prefix]:
+        return [*self._texts.values()]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers of keys and values."""
-        return sum(prefix.cache.nbytes for prefix in self.entries)
-
-    def add(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> None:
-        """Add a text. Texts that it begins with are removed."""
+    def add(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> Prefix:
+        """Add a text, unless it is empty. Texts that it begins with are removed."""
         made = Prefix(ids, cache, scope)
         if made.ids:
-            self.entries = [p for p in self.entries if p.scope != scope or common(p.ids, made.ids) < len(p.ids)]
-            self.entries = [*self.entries[1 - MAX_PREFIXES :], made]
+            for point in list(self._beginnings(made.key)):
+                if point in self._texts:
+                    self._remove(self._texts[point])
+            while len(self._texts) >= MAX_PREFIXES:
+                self.drop()
+            self._texts[made.key] = made
+            self.nbytes += made.nbytes
+            self.states += made.states
+            for point in made.points:
+                if point not in self._holders:
+                    self._points.insert(bisect_left(self._points, point), point)
+                self._holders.setdefault(point, {})[made] = None
+        return made
 
     def longest(self, ids: Sequence[int], scope: str | None = None) -> tuple[Prefix | None, int, int]:
         """The text from which most of ``ids`` can be resumed, their number, and the most shared with any text."""
-        best, most, shared = None, 0, 0
-        for prefix in self.entries:
-            if prefix.scope != scope:
-                continue
-            alike = common(prefix.ids, ids)
-            shared = max(shared, alike)
-            if (count := prefix.cache.resumable(0, alike)) > most:
-                best, most = prefix, count
-        if best is not None:
-            self.entries.remove(best)
-            self.entries.append(best)
+        key = _key(ids, scope)
+        place = bisect_right(self._points, key)
+        near = self._points[max(place - 1, 0) : place + 1]
+        shared, point = max(((_tokens(common(each, key)), each) for each in near), default=(0, b""), key=lambda p: p[0])
+        if not shared:
+            return None, 0, 0
+        best = next(reversed(self._holders[point]))
+        if (most := best.cache.resumable(0, shared)) < shared:
+            point = next(self._beginnings(key), b"")
+            if not (most := _tokens(len(point))):
+                return None, 0, shared
+            best = next(reversed(self._holders[point]))
+        self._texts.move_to_end(best.key)
         return best, most, shared
 
     def take(self, prefix: Prefix) -> KVCache:
         """Remove a text and return its cache, for a row to go on with."""
-        if prefix in self.entries:
-            self.entries.remove(prefix)
+        if self._texts.get(prefix.key) is prefix:
+            self._remove(prefix)
         return prefix.cache
 
     def drop(self) -> bool:
         """Remove the least recently used text; return whether there was one."""
-        if not self.entries:
+        if not self._texts:
             return False
-        self.entries.pop(0)
+        self._remove(next(iter(self._texts.values())))
         return True
+
+    def _remove(self, prefix: Prefix) -> None:
+        del self._texts[prefix.key]
+        self.nbytes -= prefix.nbytes
+        self.states -= prefix.states
+        for point in prefix.points:
+            del self._holders[point][prefix]
+            if not self._holders[point]:
+                del self._holders[point], self._points[bisect_left(self._points, point)]
+
+    def _beginnings(self, key: bytes) -> Iterator[bytes]:
+        """The points that ``key`` begins with, the longest first."""
+        place = bisect_right(self._points, key)
+        while place:
+            place -= 1
+            point = self._points[place]
+            if (alike := common(point, key)) == len(point):
+                yield point
+            else:  # shorter ones do not stand behind what both begin with
+                place = bisect_right(self._points, key[:alike], hi=place)
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -86,3 +135,12 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
 def blocks(tokens: int, block: int) -> int:
     """The number of slots of the blocks that hold so many tokens."""
     return -(-tokens // block) * block
+
+
+def _key(ids: Sequence[int], scope: str | None) -> bytes:
+    return hashlib.sha256(repr(scope).encode()).digest() + array("I", ids).tobytes()
+
+
+def _tokens(count: int) -> int:
+    """The number of whole tokens in the first ``count`` bytes of a key."""
+    return max(count - SCOPE, 0) // TOKEN

@@ -6,7 +6,9 @@ is padded. For runtimes that take a pointer to each row.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -217,7 +219,10 @@ class RowCache(KVCache):
     def resumable(self, row: int, count: int) -> int:
         if not self.states or count == self.rows[row]:
             return count
-        return max((n for n in self.states[row].checkpoints if n <= count), default=0)
+        return max((n for n in self.checkpoints(row) if n <= count), default=0)
+
+    def checkpoints(self, row: int) -> set[int]:
+        return set(self.states[row].checkpoints) if self.states else set()
 
     def checkpoint(self, row: int) -> None:
         if self.states:
@@ -251,6 +256,11 @@ class RowCache(KVCache):
             held[:, :, :, :count] = data[:, :, :, :count]
             made._put(0, held)
             made._count([count])
+        return made
+
+    def reference(self) -> Self:
+        made = copy.copy(self)
+        made.data, made.states = list(self.data), list(self.states)
         return made
 
     def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:

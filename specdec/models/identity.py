@@ -1,4 +1,5 @@
-"""Whether a model is the one that a drafter was trained for, in the same or in another precision.
+"""Whether a model is the one that a drafter was trained for, in the same or in another precision, and whether keys and
+values are those that it would compute.
 
 Equal fingerprints mean equal weights. For unequal ones, sampled values decide whether one model is the other in another
 precision: quantised weights of a block lie on a grid, whose step a few values show, and quantisation moves a value by
@@ -8,8 +9,10 @@ at most half a step. Smaller changes of a model are not detected.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ VECTORS, MATRICES = 4, 12  # tensors that are sampled
 WINDOWS, WINDOW = 2, 16  # windows of a tensor, and consecutive values of one block in a window
 MAX_TENSORS, MAX_TEXT = 64, 4096  # of samples that are read; characters of a tensor's values
 FINE = 160  # rounding to 8 bits or bfloat16 moves a value by at most 1 / FINE of the largest value of its window
+NAMES = {"_name_or_path", "transformers_version"}  # fields of a config that change no number
 BEYOND, BEYOND_ONE = 0.05, 0.5  # share of all values, and of one tensor's, that may differ by more (clipped ones do)
 
 
@@ -50,6 +54,27 @@ def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = 
             seen.add(content)
             digest.update(f"{name} ".encode() + content)
     return digest.hexdigest()[:32]
+
+
+def numbers(target: Any, *more: object) -> str:
+    """64 hex digits that identify what the keys, values and logits of a target depend on: equal ones are equal bits.
+
+    SHA-256 of the fingerprint of the weights, the text config, what the model keeps beside its weights (the frequencies
+    of rotary embeddings), the formats, and the kernels with their versions. more: what else they depend on.
+    """
+    model = target.model
+    config = model.config.get_text_config()
+    fields = {key: value for key, value in config.to_dict().items() if key not in NAMES}
+    formats = target.runtime, target.weight_format, target.activations, target.kv_cache, target.dtype
+    modules = config._attn_implementation, getattr(config, "_experts_implementation", ""), target.experts is not None
+    torchs = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_float32_matmul_precision()
+    kernels = target.kernels, target.device.type, *map(metadata.version, ("transformers", "specdec-m2r2"))
+    every = target.fingerprint, fields, formats, modules, torchs, kernels, more
+    digest = hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode())
+    for name, buffer in sorted(model.named_buffers(), key=lambda pair: pair[0]):
+        values = checkpoint.sample(buffer).reshape(-1).cpu().contiguous().view(torch.uint8)
+        digest.update(f"\n{name} {buffer.dtype} {tuple(buffer.shape)} ".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def samples(model: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from specdec.base import cores
+from specdec.base import cores, machine
 from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Chunk, KVCache, Mask
@@ -127,6 +127,12 @@ class Target(ABC):
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self.windows = _windows(config)
         self.device, self.dtype = model.device, model.dtype
+
+    @property
+    def kernels(self) -> str:
+        """What computes: results of another one may differ in rounding."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
 
     def new_cache(self, batch: int = 1) -> KVCache:
         return KVCache(self.num_layers, batch, self.device)

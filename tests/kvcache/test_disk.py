@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import resource
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from at_once import BF16
 from tiny import model_of, tiny_model
 
@@ -19,6 +23,7 @@ from specdec.base.errors import SpecDecError, SpecDecWarning
 from specdec.engine.engine import Engine
 from specdec.kvcache import disk
 from specdec.kvcache.disk import PrefixDisk
+from specdec.kvcache.rows import RowCache
 
 RUNTIMES = ["reference", "fused", "native", "native int8"]
 PROMPT = [(7 * n * n + 3) % 90 + 3 for n in range(70)]
@@ -50,6 +55,20 @@ def answer(engine: Engine, made: SpecDecoder, prompt: list[int], **how: Any) -> 
     """The new tokens, and how many of the prompt were cached."""
     handle = engine.submit(made.request(prompt, **ASK | how))
     return [token for event in handle for token in event.tokens], handle.metrics.num_cached_tokens
+
+
+def forget(engine: Engine) -> None:
+    """Drop what is in memory, as a restart does."""
+    while engine.scheduler.prefixes.drop():
+        pass
+
+
+def finish(engine: Engine) -> None:
+    """Wait until everything is written."""
+    done, kept = threading.Event(), engine.scheduler.disk
+    assert kept is not None
+    kept.jobs.put(done.set)
+    assert done.wait(300)
 
 
 def files(folder: Path) -> list[Path]:
@@ -155,11 +174,11 @@ def test_a_chunk_that_made_room_since_it_was_found_is_no_damage(
         def late(ids: list[int], scope: str | None) -> list[str]:
             found.append(PrefixDisk._there(kept, ids, scope))
             if len(found) == 2:  # what is to be read
-                kept._remove(found[-1][-1])
+                kept.sizes.pop(found[-1][-1])
             return found[-1]
 
         monkeypatch.setattr(kept, "_there", late)
-        assert answer(engine, made, PROMPT) == (right, 48) and [*map(len, found)] == [4, 4, 3]
+        assert answer(engine, made, PROMPT) == (right, 48) and found == [4, 4]
 
 
 def test_chunks_of_another_size_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +190,7 @@ def test_chunks_of_another_size_are_others(tmp_path: Path, monkeypatch: pytest.M
         assert answer(engine, made, PROMPT, max_new_tokens=1) == (right[:1], 0)
 
 
-def test_a_damaged_file_that_cannot_be_removed_stops_the_cache_and_not_the_engine(
+def test_a_damaged_file_that_cannot_be_removed_ends_the_writing_and_not_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -184,7 +203,7 @@ def test_a_damaged_file_that_cannot_be_removed_stops_the_cache_and_not_the_engin
         path.write_bytes(b"")
     with engine_of(made, tmp_path) as engine:
         monkeypatch.setattr(Path, "unlink", refuse)
-        with pytest.warns(SpecDecWarning, match="is not used any more: Read-only"):
+        with pytest.warns(SpecDecWarning, match="nothing more is written to the prefix cache.*: Read-only"):
             assert answer(engine, made, PROMPT) == (right, 0)
         monkeypatch.undo()
 
@@ -201,7 +220,7 @@ def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
         for turn in range(12):
             other = [turn + 3, *PROMPT[:35]]
             answer(engine, made, other, max_new_tokens=1)
-            engine.scheduler.prefixes.entries.clear()  # as after a restart
+            forget(engine)
             assert answer(engine, made, PROMPT[:18], max_new_tokens=1)[1] == 16
             assert held(tmp_path) <= limit
     assert len(files(tmp_path)) == 6 and (tmp_path / "note.txt").exists()
@@ -210,7 +229,7 @@ def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_full_disk_stops_the_cache_and_not_the_engine(
+def test_a_full_disk_ends_the_writing_and_not_the_engine(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, data: bytes) -> None:
@@ -219,7 +238,7 @@ def test_a_full_disk_stops_the_cache_and_not_the_engine(
     monkeypatch.setattr(disk, "write_atomically", refuse)
     made = decoder()
     right = made.generate(PROMPT, **ASK).token_ids
-    with pytest.warns(SpecDecWarning, match="is not used any more") as said, engine_of(made, tmp_path) as engine:
+    with pytest.warns(SpecDecWarning, match="nothing more is written") as said, engine_of(made, tmp_path) as engine:
         for turn in range(3):
             assert answer(engine, made, [*PROMPT, turn + 3])[0] and answer(engine, made, PROMPT)[0] == right
     assert len(said) == 1 and not files(tmp_path)
@@ -228,8 +247,133 @@ def test_a_full_disk_stops_the_cache_and_not_the_engine(
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     made = decoder()
-    with pytest.warns(SpecDecWarning, match="is not used any more"), engine_of(made, tmp_path / "file/x") as engine:
+    with pytest.warns(SpecDecWarning, match="nothing more is written"), engine_of(made, tmp_path / "file/x") as engine:
         assert len(answer(engine, made, PROMPT)[0]) == 12
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Nothing more can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_cannot_be_opened_stays(tmp_path: Path) -> None:
+    """A process at its limit of open files says nothing about the files."""
+    made = decoder()
+    with engine_of(made, tmp_path) as engine:
+        right, _ = answer(engine, made, PROMPT)
+    before = files(tmp_path)
+    with engine_of(made, tmp_path) as engine:
+        with no_descriptors(), pytest.warns(SpecDecWarning, match="cannot be read.*: Too many open files"):
+            assert answer(engine, made, PROMPT) == (right, 0)
+        forget(engine)
+        assert answer(engine, made, PROMPT) == (right, 64)
+    with engine_of(made, tmp_path) as engine:
+        with no_descriptors():  # what cannot be written now is written later
+            assert answer(engine, made, [9, *PROMPT])[1] == 0
+            finish(engine)
+        assert files(tmp_path) == before
+        answer(engine, made, [9, *PROMPT])
+    assert len(files(tmp_path)) > len(before)
+
+
+def test_a_text_larger_than_the_limit_keeps_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found, and is not written again and again."""
+    written, write = list[Path](), disk.write_atomically
+
+    def spy(path: Path, data: bytes) -> None:
+        written.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(disk, "write_atomically", spy)
+    made = decoder()
+    with engine_of(made, tmp_path) as engine:
+        answer(engine, made, PROMPT[:18], max_new_tokens=2)
+    one = files(tmp_path)[0].stat().st_size
+    long, known = [*PROMPT, *PROMPT[:30]], list[int]()
+    for _ in range(3):
+        with engine_of(made, tmp_path, 4 * one + one // 2) as engine:
+            known.append(answer(engine, made, long, max_new_tokens=1)[1])
+    assert known == [16, 64, 64] and len(written) == len(set(written)) == 4
+
+
+def test_a_text_is_read_for_the_disk_in_the_writing_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the disk is slow, its row goes on with the same buffer, and what waits is bounded."""
+    go, readers, read = threading.Event(), set[str](), RowCache.read
+
+    def slow(cache: RowCache, *place: int) -> dict[str, torch.Tensor]:
+        readers.add(threading.current_thread().name)
+        assert go.wait(300)
+        return read(cache, *place)
+
+    monkeypatch.setattr(RowCache, "read", slow)
+    made = decoder("native")
+    with engine_of(made, tmp_path) as engine:
+        kept = engine.scheduler.disk
+        assert kept is not None
+        right, _ = answer(engine, made, PROMPT)
+        waits = kept.pending
+        longer = [*PROMPT, *right, 5]
+        more, cached = answer(engine, made, longer)  # it takes the buffer of the text that is still to be written
+        assert cached == len(PROMPT) + 11 and waits > 0
+        monkeypatch.setattr(disk, "MAX_PENDING", kept.pending)
+        before = kept.pending
+        answer(engine, made, [7, *PROMPT])
+        assert kept.pending == before
+        go.set()
+    assert readers == {"specdec prefix cache"}
+    with engine_of(made, tmp_path) as engine:
+        assert answer(engine, made, PROMPT) == (right, 64)
+        assert answer(engine, made, [*longer, *more, 4])[1] >= 80
+        assert answer(engine, made, longer)[0] == more
+        assert answer(engine, made, [7, *PROMPT])[1] == 0
+
+
+def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    made = decoder()
+    with engine_of(made, tmp_path) as engine:
+        right, _ = answer(engine, made, PROMPT)
+    before = [(path, path.stat().st_mtime_ns) for path in files(tmp_path)]
+    for place, name in ((disk.filelock.FileLock, "acquire"), (disk, "write_atomically"), (Path, "unlink")):
+        monkeypatch.setattr(place, name, refuse)
+    monkeypatch.setattr(disk.os, "utime", refuse)
+    with pytest.warns(SpecDecWarning, match="nothing more is written.*: Read-only") as said, engine_of(
+        made, tmp_path
+    ) as engine:
+        assert answer(engine, made, PROMPT) == (right, 64)
+        assert len(answer(engine, made, [9, *PROMPT])[0]) == 12
+    assert len(said) == 1 and before == [(path, path.stat().st_mtime_ns) for path in files(tmp_path)]
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path) -> None:
+    made = decoder()
+    kept = PrefixDisk(tmp_path, 1 << 20, "x")
+    writer = kept.thread
+    engine = made.manual_engine(reuse=True, disk=kept)
+    del kept
+    if started:
+        engine.start()
+    assert len(answer(engine, made, PROMPT)[0]) == 12
+    thread = engine._thread
+    del engine
+    for _ in range(300):
+        gc.collect()
+        if thread is None or not thread.is_alive():
+            break
+        thread.join(1)
+    gc.collect()
+    writer.join(300)
+    assert not writer.is_alive() and len(files(tmp_path)) == 5
+    PrefixDisk(tmp_path, 1 << 20, "x").close()
 
 
 def test_one_process_has_a_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -189,6 +190,11 @@ def load() -> Any:
     except AttributeError:  # an editable install whose sources went on without it
         raise SpecDecError("the native kernels were built from older sources; install specdec again") from None
     return found
+
+
+def version() -> str:
+    """The instruction set, and a digest of the compiled kernels: equal ones compute equal bits."""
+    return f"{load().level} {hashlib.sha256(LIBRARY.read_bytes()).hexdigest()}"
 
 
 def openmp() -> str | None:

@@ -211,6 +211,10 @@ class NativeTarget(ByParts):
         self._release(*_mapped(model))  # parts of large pages may be back with their neighbours
         memory.trim_heap()
 
+    @property
+    def kernels(self) -> str:
+        return library.version()
+
     def new_cache(self, batch: int = 1) -> RowCache:
         return RowCache(self.num_layers, batch, None, self.int8_cache, self._attention, self._states)
 

@@ -1,0 +1,167 @@
+"""Whatever changes a model's logits changes the identity under which its keys and values are kept on disk."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from at_once import BF16
+from tiny import SIZES, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from specdec import SpecDecoder
+from specdec.models import identity
+from specdec.runtimes.native import library
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Target, run_tokens
+
+IDS = [(7 * n * n + 3) % 90 + 3 for n in range(40)]
+OTHERS = {"silu": "gelu", "gelu_pytorch_tanh": "relu", "default": "linear", "eager": "sdpa", "sdpa": "eager"}
+# Fields of which another value makes no model with the same weights, beside the sizes of these.
+FAMILIES = ["llama", "mistral", "qwen2", "gemma2", "granite", "phi3", "smollm3", "mixtral", "olmo2", "gpt_oss"]
+
+
+def logits_of(target: Target) -> torch.Tensor:
+    """Of all tokens of a text that is run in two passes, so that cached keys and values count."""
+    cache, every = target.new_cache(), list[torch.Tensor]()
+    with torch.inference_mode():
+        for part in (IDS[:30], IDS[30:]):
+            run_tokens(target, cache, [part], every=every)
+        return target.readout(torch.cat(every)[None]).float()
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """Other values of a field, or of one inside it."""
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (value + 1, max(value // 2, 1))
+    elif isinstance(value, float):
+        yield value * 1.7 + 0.01
+    elif isinstance(value, str) and value in OTHERS:
+        yield OTHERS[value]
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (value | {key: other} for other in changed(inner))
+    elif isinstance(value, list):
+        yield from (value[::-1], value[:1] * len(value))
+    elif value is None:
+        yield from (5, 0.3)
+
+
+def variants(family: str) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The tiny model with its weights, and each change of one field of its config with which these fit."""
+    model = tiny_model(family)
+    fields = model.config.to_dict()
+    extra = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
+    changes = [(key, other) for key, value in fields.items() for other in changed(value)] + [*extra.items()]
+    for key, other in changes:
+        if key in ("model_type", "num_hidden_layers"):
+            continue
+        try:
+            config = AutoConfig.for_model(**{**fields, key: other})
+            made = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
+            made.load_state_dict(model.state_dict())
+        except Exception:  # any kind: it is no model, or one of other weights
+            continue
+        yield f"{key}={other}", made.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_of_a_config_that_changes_logits_changes_the_identity(family: str) -> None:
+    target = ReferenceTarget(tiny_model(family))
+    logits, own, moved = logits_of(target), identity.numbers(target), set[str]()
+    assert identity.numbers(ReferenceTarget(tiny_model(family))) == own
+    for what, model in variants(family):
+        try:
+            other = ReferenceTarget(model)
+            found = logits_of(other)
+        except Exception:  # any kind: it does not run
+            continue
+        if not torch.equal(found, logits):
+            assert identity.numbers(other) != own, what
+            moved.add(what.partition("=")[0])
+    assert {"rope_parameters", "rms_norm_eps"} <= moved
+
+
+def test_frequencies_that_a_file_brings_change_the_identity() -> None:
+    """Those of a GGUF file's rope_freqs are no weights and no fields."""
+    target, other = (ReferenceTarget(tiny_model()) for _ in range(2))
+    other.model.model.rotary_emb.inv_freq /= torch.tensor([1.0, 1.0, 2.0, 4.0])
+    assert not torch.equal(logits_of(target), logits_of(other))
+    assert identity.numbers(target) != identity.numbers(other)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"dtype": "float32"},
+    {"dtype": "float16", "runtime": "reference"},
+    {"attention": "eager", "runtime": "reference"},
+    {"runtime": "reference"},
+    {"runtime": "fused"},
+    {"runtime": "native"},
+    {"weights": "int8"},
+    {"weights": "int8", "activations": "bf16"},
+    {"weights": "int8", "kv_cache": "int8"},
+    {"weights": "int4"},
+    {"weights": "int4", "activations": "bf16"},
+    {"kv_cache": "int8"},
+]
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+def test_every_loading_option_that_changes_logits_changes_the_identity() -> None:
+    found = list[tuple[dict[str, Any], torch.Tensor, str]]()
+    for options in OPTIONS:
+        how = copy.copy(options)
+        model = tiny_model(attention=how.pop("attention", None), **SIZES)
+        model = model.to(getattr(torch, how.pop("dtype", "bfloat16")))
+        target, _ = make_target(model, **how)
+        found.append((options, logits_of(target), identity.numbers(target)))
+    different = 0
+    for (a, own, name), (b, others, other) in itertools.combinations(found, 2):
+        if not torch.equal(own, others):
+            assert name != other, (a, b)
+            different += 1
+    assert different > len(OPTIONS) * (len(OPTIONS) - 1) // 2 - 12
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+def test_the_kernels_are_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = make_target(tiny_model(**BF16).bfloat16(), "native")
+    own = identity.numbers(target)
+    (tmp_path / "_native.so").write_bytes(library.LIBRARY.read_bytes() + b"another")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
+    assert identity.numbers(target) != own
+
+
+def test_prefixes_on_disk_are_those_of_the_config(tmp_path: Path) -> None:
+    """Also if the weights are the same: a user may stretch the context with YaRN."""
+    known = list[tuple[int, list[int]]]()
+    for theta in (1e4, 1e6, 1e4):
+        model = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": theta})
+        made = SpecDecoder(model, None, "none", runtime="reference")
+        right = made.generate([*IDS, *IDS], max_new_tokens=8, ignore_eos=True).token_ids
+        with made.engine(prefix_cache=tmp_path) as engine:
+            handle = engine.submit(made.request([*IDS, *IDS], max_new_tokens=8, ignore_eos=True))
+            assert [token for event in handle for token in event.tokens] == right
+            known.append(handle.metrics.num_cached_tokens)
+    assert known == [0, 0, 64]
+
+
+def test_states_that_are_propagated_are_not_those_of_the_model(tmp_path: Path) -> None:
+    """A rule that fills keys and values from early layers leaves others than the model's."""
+    names = list[str]()
+    for how in ({}, {"exit_threshold": 0.5}, {"exit_threshold": 0.5, "fill": "propagate"}):
+        rule = {"verifier": "confident", "verifier_options": how} if how else {}
+        made = SpecDecoder(tiny_model(), None, "none", runtime="reference", **rule)  # type: ignore[arg-type]
+        with made.engine(prefix_cache=tmp_path) as engine:
+            assert engine.scheduler.disk is not None
+            names.append(engine.scheduler.disk.identity)
+    assert names[0] == names[1] != names[2]
