@@ -71,7 +71,9 @@ def numbers(target: Any, *more: object) -> str:
     kernels = target.kernels, target.device.type, *map(metadata.version, ("transformers", "specdec-m2r2"))
     every = target.fingerprint, fields, formats, modules, torchs, kernels, more
     digest = hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode())
-    for name, buffer in sorted(model.named_buffers(), key=lambda pair: pair[0]):
+    frequencies = getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
+    beside = dict(model.named_buffers()) | (frequencies if isinstance(frequencies, dict) else {})
+    for name, buffer in sorted(beside.items()):
         values = checkpoint.sample(buffer).reshape(-1).cpu().contiguous().view(torch.uint8)
         digest.update(f"\n{name} {buffer.dtype} {tuple(buffer.shape)} ".encode() + values.numpy().tobytes())
     return digest.hexdigest()

@@ -345,9 +345,10 @@ def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pyt
     for place, name in ((disk.filelock.FileLock, "acquire"), (disk, "write_atomically"), (Path, "unlink")):
         monkeypatch.setattr(place, name, refuse)
     monkeypatch.setattr(disk.os, "utime", refuse)
-    with pytest.warns(SpecDecWarning, match="nothing more is written.*: Read-only") as said, engine_of(
-        made, tmp_path
-    ) as engine:
+    with (
+        pytest.warns(SpecDecWarning, match="nothing more is written.*: Read-only") as said,
+        engine_of(made, tmp_path) as engine,
+    ):
         assert answer(engine, made, PROMPT) == (right, 64)
         assert len(answer(engine, made, [9, *PROMPT])[0]) == 12
     assert len(said) == 1 and before == [(path, path.stat().st_mtime_ns) for path in files(tmp_path)]
