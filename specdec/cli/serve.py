@@ -88,10 +88,8 @@ def serve(
         raise SpecDecError("--name must be printable characters; leave it out for the model's own name")
     if prefix_cache is not None and not prefix_cache.strip():
         raise SpecDecError("--prefix-cache takes a folder; give its name, or leave the option out")
-    depth, largest_body = (
-        shared.depth(num_speculative_tokens),
-        _bytes("--max-body", max_body, MIN_BODY, "no request fits"),
-    )
+    depth = shared.depth(num_speculative_tokens)
+    largest_body = _bytes("--max-body", max_body, MIN_BODY, "no request fits")
     disk_size = _bytes("--prefix-cache-size", prefix_cache_size, MIN_CACHE, "no text fits")
     memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory, MIN_CACHE, "no text fits")
     with terminal.status("starting"):

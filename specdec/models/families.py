@@ -67,6 +67,7 @@ class Family:
         multiplied with gates, which come with the queries.
     shared: beside the experts that a token takes, there is one for all tokens, with a gate.
     halved: transformers' tables have each cosine and sine once, not twice. wide: they are not rounded to its dtype.
+    partial: ``partial_rotary_factor`` may leave a part of each head as it is.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there. only: those of
         which one value is known.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
@@ -88,6 +89,7 @@ class Family:
     shared: bool = False
     halved: bool = False
     wide: bool = False
+    partial: bool = False
     fields: frozenset[str] = frozenset()
     only: dict[str, Any] = field(default_factory=dict)
     gguf: str = ""
@@ -101,6 +103,7 @@ KEYS = {
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
     "embedding_length": "hidden_size",
+    "rope.dimension_count": "rotated",  # this is no field of a config
     "rope.freq_base": "rope_theta",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
@@ -132,6 +135,7 @@ DELTA_RULE = Family(
     by_head=True,
     mixer="gated delta rule",
     gated=True,
+    partial=True,
     fields=frozenset({*LINEAR, *GRIDS, *PREDICTS, "full_attention_interval", "linear_conv_kernel_dim"}),
     only={"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"},
     gguf="qwen35",
@@ -145,7 +149,6 @@ DELTA_RULE = Family(
         "ssm.inner_size": "linear_values",  # these are no fields of a config
         "full_attention_interval": "full_attention_interval",
         "nextn_predict_layers": "nextn_layers",
-        "rope.dimension_count": "rotated",
     },
 )
 SHARED = replace(
@@ -164,11 +167,17 @@ SHARED = replace(
     | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "shared_expert_intermediate_size"},
 )
 FAMILIES = {
-    "llama": Family(mlp_bias=True, gguf="llama", interleaved=True, keys={"rope.dimension_count": "head_dim"}),
+    "llama": Family(mlp_bias=True, gguf="llama", interleaved=True, keys=HEAD),
     "mistral": Family(attention_bias=False),
     "qwen2": Family(qkv_bias=True, attention_bias=False, gguf="qwen2"),
     "qwen3": Family(by_head=True, gguf="qwen3", keys=HEAD),
-    "phi3": Family(attention_bias=False, joined=True, gguf="phi3"),
+    "phi3": Family(
+        attention_bias=False,
+        joined=True,
+        partial=True,
+        fields=frozenset({"partial_rotary_factor"}),
+        gguf="phi3",
+    ),
     "granite": Family(mlp_bias=True, fields=frozenset(SCALED.values()), gguf="granite", interleaved=True, keys=SCALED),
     "olmo2": Family(AFTER, once=True, across=True, wide=True, gguf="olmo2"),
     "smollm3": Family(
@@ -181,9 +190,7 @@ FAMILIES = {
         interleaved=True,
         keys=HEAD | {"attention.temperature_scale": "llama_4_scaling_beta"},
     ),
-    "mixtral": Family(
-        attention_bias=False, fields=EXPERTS, interleaved=True, keys=ROUTED | {"rope.dimension_count": "head_dim"}
-    ),
+    "mixtral": Family(attention_bias=False, fields=EXPERTS, interleaved=True, keys=HEAD | ROUTED),
     "olmoe": Family(across=True, fields=EXPERTS, gguf="olmoe", keys=ROUTED),
     "qwen3_moe": Family(
         by_head=True,

@@ -68,10 +68,12 @@ def numbers(target: Any, *more: object) -> str:
     formats = target.runtime, target.weight_format, target.activations, target.kv_cache, target.dtype
     modules = config._attn_implementation, getattr(config, "_experts_implementation", ""), target.experts is not None
     torchs = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_float32_matmul_precision()
-    kernels = target.kernels, target.device.type, metadata.version("transformers"), metadata.version("specdec-m2r2")
+    kernels = target.kernels, target.device.type, *map(metadata.version, ("transformers", "specdec-m2r2"))
     every = target.fingerprint, fields, formats, modules, torchs, kernels, more
     digest = hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode())
-    for name, buffer in sorted(model.named_buffers(), key=lambda pair: pair[0]):
+    frequencies = getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
+    beside = dict(model.named_buffers()) | (frequencies if isinstance(frequencies, dict) else {})
+    for name, buffer in sorted(beside.items()):
         values = checkpoint.sample(buffer).reshape(-1).cpu().contiguous().view(torch.uint8)
         digest.update(f"\n{name} {buffer.dtype} {tuple(buffer.shape)} ".encode() + values.numpy().tobytes())
     return digest.hexdigest()

@@ -38,6 +38,7 @@ from specdec.models.gguf.blocks import (
 from specdec.models.gguf.file import read_header
 from specdec.models.native_model import NativeModel
 from specdec.runtimes.select import make_target
+from specdec.runtimes.target import run_tokens
 
 SERVED = ("llama", "qwen2", "qwen3", "phi3")
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
@@ -134,6 +135,31 @@ def test_a_file_of_each_family_is_the_model_that_it_was_made_of(cache, tmp_path,
             model.named_parameters(), reference(path, torch.float32).parameters(), strict=True
         ):
             assert torch.equal(value, theirs), name
+
+
+@pytest.mark.parametrize("runtime", ["reference", "native"])
+def test_heads_of_which_a_part_rotates_are_those_of_the_file(cache, tmp_path, runtime):
+    """As in Phi-4-mini. The self-check of a runtime compares with the model, so the model has to be right."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    source = rough_model("phi3", **(sizes("phi3") | {"hidden_size": 256, "rope_parameters": rope}))
+    model, _ = loading.load(write_family(tmp_path / "it.gguf", source), dtype="bfloat16")
+    assert model.config.rope_parameters["partial_rotary_factor"] == 0.75
+    target, note = make_target(model, runtime)
+    ids = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        run_tokens(target, target.new_cache(), [ids[0].tolist()], every=(every := []))
+        right = source.bfloat16()(ids).logits
+        assert apart(target.readout(every[0][None]).float(), right.float()) < 0.05, note
+
+
+@pytest.mark.parametrize("count", [4, 6, 12, 16])
+def test_a_part_of_a_head_that_cannot_rotate_alone_is_refused(cache, tmp_path, count):
+    path = tmp_path / "it.gguf"
+    write_gguf(path)
+    old = b"llama.rope.dimension_count" + struct.pack("<II", 4, 8)
+    change(path, old, old[:-4] + struct.pack("<I", count))
+    with pytest.raises(SpecDecError, match=f"says that {count} of the 8 numbers of a head rotate"):
+        loading.load(path)
 
 
 @pytest.mark.parametrize("kind", QUANTS)
@@ -412,6 +438,21 @@ def test_a_vocabulary_is_decoded_at_first_use(tmp_path):
     header = read_header(path)
     with pytest.raises(SpecDecError, match=r"it.gguf.*truncated or broken \(a string in it is not UTF-8 text\)"):
         gguf_model.tokenizer_of("it", header)
+
+
+def test_arrays_of_a_header_are_bounded_together(tmp_path):
+    """One byte of a file may become eight in memory, so many arrays are as large as one."""
+    size, path = 1 << 20, tmp_path / "it.gguf"
+    for count, good in ((4, True), (6, False)):
+        entries = [
+            struct.pack("<Q", 1) + bytes([65 + n]) + struct.pack("<IIQ", 9, 0, size) + bytes(size) for n in range(count)
+        ]
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, count) + b"".join(entries))
+        if good:
+            assert len(read_header(path).metadata) == count
+        else:
+            with pytest.raises(SpecDecError, match="arrays in it have 5242880 elements together"):
+                read_header(path)
 
 
 def test_tensors_without_a_place_are_refused(cache, tmp_path):

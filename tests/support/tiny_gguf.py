@@ -43,8 +43,8 @@ def write_gguf(
     writer.add_rope_dimension_count(size)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
+    writer.add_key_length(size)
     if experts:
-        writer.add_key_length(size)
         writer.add_expert_count(experts)
         writer.add_expert_used_count(2)
     writer.add_tokenizer_model("gpt2")
@@ -245,6 +245,9 @@ def write_family(
         if (value := getattr(config, field)) is not None:
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"{name}.{key}", value)
+    if name == "phi3":
+        size = config.hidden_size // config.num_attention_heads
+        writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))
     if name in ("mistral3", "gpt-oss"):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         for key, field in YARN.items():

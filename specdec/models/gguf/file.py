@@ -22,7 +22,7 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 
 HEADER_BYTES = 1 << 28  # more than any header has
-MAX_ELEMENTS = 1 << 22  # of an array
+MAX_ELEMENTS = 1 << 22  # of all arrays together
 VERSIONS = 2, 3
 STRING, ARRAY = 8, 9  # types of metadata values; the other types are numbers
 NUMBERS = {kind: struct.Struct(f"<{code}") for kind, code in enumerate("BbHhIif?__Qqd") if code != "_"}
@@ -121,7 +121,7 @@ class _HeaderReader:
     """Reads a header from its bytes. Raises _Broken."""
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
-        self.data, self.size, self.at, self.name = data, len(data), 4, name
+        self.data, self.size, self.at, self.elements, self.name = data, len(data), 4, 0, name
 
     def header(self, file_size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         version = self.number(U32)
@@ -190,8 +190,9 @@ class _HeaderReader:
             raise _Broken(f"an array in it is of the unknown type {kind}")
         width = 8 if kind == STRING else NUMBERS[kind].size
         count = self.count(width)
-        if count > MAX_ELEMENTS:
-            raise _Broken(f"an array in it has {count} elements")
+        self.elements += count
+        if self.elements > MAX_ELEMENTS:
+            raise _Broken(f"arrays in it have {self.elements} elements together")
         if kind == STRING:
             return self.strings(count)
         values = struct.unpack_from(f"<{count}{NUMBERS[kind].format[1:]}", self.data, self.at)

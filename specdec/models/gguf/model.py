@@ -35,7 +35,7 @@ FLOATS = {
 }
 # Metadata of an architecture that says nothing that a config has not.
 BESIDE = {
-    *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length", "rope.dimension_count"),
+    *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length"),
     *("rope.dimension_sections", "tensor_data_layout"),
 }
 SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
@@ -123,6 +123,7 @@ def config_of(name: str, file: GGUFFile) -> Config:
         recurrent.complete(name, values)
     values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "pad_token_id": values.get("pad_token_id")}
     width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0) or 1
+    _rotate_part(name, kind, values)
     if kind in LARGE_GEMMA:
         size = width // heads if layers == LARGE_GEMMA[kind] else values.get("head_dim", 256)
         values["query_pre_attn_scalar"] = size
@@ -136,6 +137,22 @@ def config_of(name: str, file: GGUFFile) -> Config:
         values["rope_scaling"] = _scaled_rope(name, rope, scaling, values)
         values["rope_scaling"] |= {"truncate": False} if kind == "gpt_oss" else {}
     return Config(**transformers_config(values | {"model_type": kind}).to_dict())
+
+
+def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
+    """Set how much of each head rotates. Raises SpecDecError if a model of this kind has no such part."""
+    family = families.FAMILIES[kind]
+    if "rotated" in values and families.HEAD.items() <= family.keys.items() and not family.partial:
+        values.setdefault("head_dim", values["rotated"])  # older files do not say it twice
+    size = values.get("head_dim") or values.get("hidden_size", 0) // (values.get("num_attention_heads") or 1) or 1
+    rotated = values.pop("rotated", size)
+    if rotated != size and not (family.partial and rotated < size and rotated % 2 == 0):
+        raise SpecDecError(
+            f"cannot load model '{name}': its GGUF file says that {rotated} of the {size} numbers of a head rotate, "
+            f"which is not possible in a {kind} model"
+        )
+    if family.partial:
+        values["partial_rotary_factor"] = rotated / size
 
 
 def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,10 @@ from specdec.base.errors import SpecDecError
 
 def complete(name: str, values: dict[str, Any]) -> None:
     """Make fields of a config from numbers of the metadata that are none."""
-    heads, size = values.get("linear_num_value_heads") or 1, values.get("head_dim") or 1
+    heads = values.get("linear_num_value_heads") or 1
     values["linear_value_head_dim"] = values.pop("linear_values", 0) // heads
     if heads % (keys := values.get("linear_num_key_heads") or 1):
         raise SpecDecError(f"cannot load model '{name}': its GGUF file has {heads} value heads for {keys} key heads")
-    values["partial_rotary_factor"] = values.pop("rotated", size) / size
     values["num_hidden_layers"] -= values.pop("nextn_layers", 0)
     interval = values.pop("full_attention_interval", 4)
     if values["num_hidden_layers"] < 1 or not 0 < interval <= values["num_hidden_layers"]:

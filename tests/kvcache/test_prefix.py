@@ -1,0 +1,162 @@
+"""Cached prefixes: a search finds what comparing all texts would, and compares few."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+from zoo import PROMPTS
+
+from specdec import SpecDecoder
+from specdec.drafters.none import NoDrafter
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
+from specdec.kvcache import disk, prefix
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.disk import PrefixDisk
+from specdec.kvcache.prefix import PrefixStore, common
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.verifiers.exact import ExactVerifier
+
+
+class Counted(KVCache):
+    """A cache of one row, without entries, that can be resumed at ``stops`` (None: anywhere) and at its end."""
+
+    asked = 0
+
+    def __init__(self, count: int, stops: Sequence[int] | None = None) -> None:
+        super().__init__(1, 1)
+        self.rows, self.stops = [count], stops
+
+    def checkpoints(self, row: int) -> set[int]:
+        return set(self.stops or ())
+
+    def resumable(self, row: int, count: int) -> int:
+        Counted.asked += 1
+        if self.stops is None or count == self.rows[0]:
+            return count
+        return max((n for n in self.stops if n <= count), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        Counted.asked += 1
+        return 100 * self.rows[0]
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_search_finds_what_comparing_all_texts_would(recurrent: bool) -> None:
+    draw, store, held = random.Random(3), PrefixStore(), list[tuple[str | None, list[int]]]()
+    for turn in range(3000):
+        ids = [draw.choice((1, 2, 256, 70_000)) for _ in range(draw.randrange(9))]
+        scope = draw.choice((None, "", "a", "b"))
+        texts = [each for each in store.entries if each.scope == scope]
+        alike = [common(each.ids, ids) for each in texts]
+        counts = [each.cache.resumable(0, n) for each, n in zip(texts, alike, strict=True)]
+        best, most, shared = store.longest(ids, scope)
+        assert (most, shared) == (max(counts, default=0), max(alike, default=0))
+        assert (best is None) == (most == 0)
+        if best is not None:
+            assert best.cache.resumable(0, common(best.ids, ids)) == most and store.entries[-1] is best
+        if best is not None and turn % 7 == 0:
+            assert store.take(best) is best.cache and best not in store.entries
+        elif turn % 11 == 0:
+            store.drop()
+        else:
+            stops = [n for n in range(1, len(ids)) if draw.random() < 0.3] if recurrent else None
+            store.add(ids, Counted(len(ids), stops), scope)
+        held = [(each.scope, each.ids) for each in store.entries]
+        assert len({(scope, *ids) for scope, ids in held}) == len(held)
+        assert store.nbytes == sum(each.cache.nbytes for each in store.entries)
+        assert store.states == sum(each.cache.num_states for each in store.entries)
+    while store.drop():
+        pass
+    assert (store.nbytes, store.states, store.entries, store._points, store._holders) == (0, 0, [], [], {})
+
+
+@pytest.mark.parametrize("stops", [None, [300]])
+def test_a_search_compares_few_texts_and_totals_none(stops: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations with one system prompt, whose users say similar things."""
+    draw, store, compared = random.Random(0), PrefixStore(), list[int]()
+    texts = [[*range(1000, 1300), *(draw.randrange(9) for _ in range(300))] for _ in range(1024)]
+    for ids in texts:
+        store.add(ids, Counted(len(ids), stops))
+
+    def spy(a: Sequence[int], b: Sequence[int]) -> int:
+        compared.append(1)
+        return common(a, b)
+
+    monkeypatch.setattr(prefix, "common", spy)
+    Counted.asked = 0
+    for ids in ([*texts[7][:450], 3, 3], [*range(1000, 1300), 77], [5, 6], texts[9]):
+        compared.clear()
+        best, most, shared = store.longest(ids)
+        assert len(compared) <= 6 and (most == shared or stops)
+        assert (most, shared) == (0, 0) if ids[0] == 5 else shared >= most >= 300 and best is not None
+    assert store.nbytes == 100 * 600 * 1024 and store.states == 1024 and Counted.asked <= 4
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[int]:
+    """Its calls, by their number of tokens."""
+    found, real = list[int](), getattr(place, name)
+
+    def spy(self: Any, ids: Sequence[int], *more: Any) -> Any:
+        found.append(len(ids))
+        return real(self, ids, *more)
+
+    monkeypatch.setattr(place, name, spy)
+    return found
+
+
+def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
+    target = ReferenceTarget(tiny_model())
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 30, reuse=True)
+    engine.submit(Request(PROMPTS[0], 1))
+    engine.step()
+    engine.submit(Request([9, 8, 7, *range(3, 20)], 40))
+    engine.step()
+    stats = engine.stats()
+    engine.scheduler.kv_memory = stats.kv_bytes + 40 * engine.scheduler.token_bytes
+    looked = spied(monkeypatch, PrefixStore, "longest")
+    waiting = Request([*PROMPTS[0], *range(40, 80)], 2)
+    engine.submit(waiting)
+    steps = 0
+    while engine.scheduler.waiting and steps < 10:
+        engine.step()
+        steps += 1
+    assert steps == 10 and not looked and engine.stats().prefix_bytes == stats.prefix_bytes > 0
+    for _ in engine.steps():
+        pass
+    assert len(looked) == 1 and waiting.metrics.num_cached_tokens == len(PROMPTS[0])
+
+
+def test_a_request_that_waits_for_a_prompt_is_looked_up_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = ReferenceTarget(tiny_model())
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8, reuse=True)
+    prompt, looked = [3 + n * n % 90 for n in range(100)], spied(monkeypatch, PrefixStore, "longest")
+    engine.submit(Request(prompt, 2))
+    engine.step()
+    looked.clear()
+    second = Request([*prompt, 5], 2)
+    engine.submit(second)
+    for _ in engine.steps():
+        pass
+    assert len(looked) == 2 and second.metrics.num_cached_tokens == 100
+
+
+def test_the_disk_is_asked_for_more_than_there_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "CHUNK", 16)
+    made = SpecDecoder(tiny_model(), None, "none", runtime="reference")
+    prompt, looked = [3 + n * n % 90 for n in range(70)], spied(monkeypatch, PrefixDisk, "longest")
+    with made.engine(prefix_cache=tmp_path) as engine:
+        for text in (prompt, [*prompt, 5], [*prompt[:40], 7], [*prompt[:40], *range(9, 40)]):
+            for _ in engine.submit(made.request(text, max_new_tokens=2, ignore_eos=True)):
+                pass
+    assert looked == [69, 70]
