@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specdec.base import options
+from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder
 from specdec.runtimes import linear_maps
@@ -285,7 +286,7 @@ def read_network(folder: Path, config: Eagle3Config, target: Target, where: str)
             raise SpecDecError(f"'{where}' drafts from {config.vocab} tokens and does not say which ('d2t' is missing)")
         d2t = torch.empty(config.vocab, dtype=torch.long, device="meta") if "d2t" in header else None
         biased = [name.removesuffix(".bias") for name in header if name.endswith(".bias")]
-        with torch.device("meta"):
+        with without_memory():
             network = Eagle3(config, target, d2t, "embed_tokens.weight" in header, biased)
         own = network.state_dict()
         if config.width != target.hidden_size and "embed_tokens.weight" not in header:

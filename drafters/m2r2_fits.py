@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.ridge import RIDGE, Sums, Weighted, result
 from specdec.models.gguf.blocks import named_weights
@@ -198,7 +199,7 @@ class Fits:
         Without ``second``, it can only make rows for it.
         """
         target, tensors, maps = self.target, dict[str, Tensor](), list[UnitMap]()
-        with torch.device("meta"):
+        with without_memory():
             network = M2R2(self.path, target, self.vocabulary)
         if self.vocabulary is not None:
             tensors["draft_vocab"] = self.vocabulary

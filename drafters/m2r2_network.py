@@ -52,7 +52,7 @@ class Router(nn.Module):
     def __init__(self, count: int, size: int, width: int) -> None:
         super().__init__()
         self.width = width
-        self.latent = nn.Parameter(torch.randn(count, size, width) * size**-0.5)
+        self.latent = nn.Parameter(torch.randn(count, size, width).mul_(size**-0.5))
         self.place = nn.Parameter(torch.zeros(count, width))
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)

@@ -10,22 +10,25 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from specdec.base import options
 from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder
+from specdec.models.native_model import as_transformers
 from specdec.models.source import weight_files
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import GivenLinear, Pass, Target
 from specdec.speculation.draft import Draft, State
 
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, follow_rows, pair_chunks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TensorNames(NamedTuple):
@@ -191,9 +194,10 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
 
     Raises SpecDecError if there is none, or it does not fit the model's family.
     """
-    model, config = target.model, target.model.config.get_text_config()
-    name = source or config._name_or_path or model.config._name_or_path
-    files = weight_files(name, None if source else getattr(model.config, "_commit_hash", None))
+    whole = target.model.config
+    config = whole.get_text_config()
+    name = source or config._name_or_path or whole._name_or_path
+    files = weight_files(name, None if source else getattr(whole, "_commit_hash", None))
     for names in FORMATS:
         prefix = names.prefix.format(n=target.num_layers)
         if tensors := _read(files, prefix):
@@ -202,6 +206,7 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
         raise SpecDecError(
             f"the checkpoint '{name}' has no multi-token prediction layer; those of {FAMILIES} may have one"
         )
+    model = as_transformers(target.model)
     d, around = target.hidden_size, dict[str, Tensor]()
     for part in (names.token_norm, names.state_norm, names.projection, names.norm):
         tensor, shape = tensors.pop(f"{part}.weight", None), (d, 2 * d) if part == names.projection else (d,)

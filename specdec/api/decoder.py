@@ -19,7 +19,6 @@ from typing import Annotated, Any, Unpack, cast
 import torch
 from pydantic import Field, SkipValidation
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.api.generation import (
     DecoderOptions,
@@ -69,7 +68,9 @@ class SpecDecoder:
     Decoders in several threads may share a model and a target (``with_drafter``), but not a Drafter object: it serves
     one generation, and a second one raises an error.
 
-    model, tokenizer: loaded by transformers. The tokenizer may be None if all prompts are token ids.
+    model, tokenizer: loaded by transformers, or by ``from_pretrained``, which needs no transformers for GGUF files in
+    the native runtime: ``model`` is then a ``NativeModel``, and ``model.transformers()`` that of transformers with the
+    same weights. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
     object, or several names joined by "+". NAME=SOURCE loads a drafter from SOURCE, such as draft-model=MODEL. "auto"
     is ngram with the m2r2 shipped for the model, or with one that teaches itself; the attribute ``drafter`` is the one
@@ -97,7 +98,7 @@ class SpecDecoder:
     @checked
     def __init__(
         self,
-        model: SkipValidation[PreTrainedModel],
+        model: SkipValidation[Any],
         tokenizer: Any = None,
         drafter: str | Path | Drafter = "auto",
         *,
@@ -119,11 +120,12 @@ class SpecDecoder:
         self.tuned: Tuned | None = None  # settings of ``specdec tune drafter`` that are applied
         self._kept: Tuned | None = None  # such settings for this model, applied or not
         self.verifier = registry.verifier(verifier, verifier_options, exact)
-        self.model, self.tokenizer = model.eval(), tokenizer
+        model, self.tokenizer = model.eval(), tokenizer
         self.learning = LEARN if learn is None else learn
         self.target, self.runtime_note = make_target(
             model, runtime, weights, kv_cache, activations, expert_cache, expert_prefetch
         )
+        self.model: Any = self.target.model
         self.target.tokenizer = tokenizer
         self.drafter = self._drafter(drafter, dict(drafter_options or {}))
         self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements

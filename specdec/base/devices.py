@@ -1,4 +1,4 @@
-"""Transfers of small tensors between host and device.
+"""Transfers of small tensors between host and device, and tensors of neither.
 
 A GPU runs asynchronously. Reading from it waits for all of its work, and so does writing to it from memory that is not
 pinned. So a step reads once and writes from pinned memory.
@@ -7,12 +7,44 @@ pinned. So a step reads once and writes from pinned memory.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from specdec.base.machine import processor_name
+
+FILLED = {f"{name}_" for name in ("normal", "uniform", "kaiming_uniform", "zero", "zeros", "fill", "mul")}  # in place
+
+
+class _Unfilled(TorchFunctionMode):
+    """In this mode nothing draws or writes values of tensors without memory: PyTorch would import SymPy for it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.randn, torch.rand):
+            func = torch.empty
+        given = kwargs or {}
+        if getattr(func, "__name__", "") in FILLED:
+            values = args[0] if args else given["tensor"]
+            if values.is_meta:
+                return values
+        return func(*args, **given)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """In this context new tensors have no memory, so that modules are made for their names and shapes."""
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:

@@ -25,6 +25,7 @@ from specdec.bench.cell import Cell, check_external
 from specdec.engine.metrics import RequestMetrics
 from specdec.models import loading
 from specdec.models.gguf.blocks import densify, temporarily_dense
+from specdec.models.native_model import as_transformers
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the warm-up request
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -126,8 +127,9 @@ class HFMethod(Method):
         kind, source = check_external(cell.drafter, given)
         if kind != "hf":
             refuse_batches(cell)
-        self.model = assistant = copy.copy(base.model)
-        self.model.generation_config = copy.copy(base.model.generation_config)  # assisted generation changes it
+        model = as_transformers(base.model)
+        self.model = assistant = copy.copy(model)
+        self.model.generation_config = copy.copy(model.generation_config)  # assisted generation changes it
         self.eos = base.eos_ids()
         depth = cell.num_speculative_tokens
         self.settings: dict[str, Any] = {"do_sample": False}
@@ -140,7 +142,8 @@ class HFMethod(Method):
             exit_layer = given.get("exit_layer", max(layers // 3, 1))
             self.settings["assistant_early_exit"] = options.check_int("exit_layer", exit_layer, 1, layers - 1)
         elif kind == "hf-assistant":
-            assistant = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
+            loaded = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
+            assistant = as_transformers(loaded)
             densify(assistant)
             self.settings["assistant_model"] = assistant
         if kind in ("hf-early-exit", "hf-assistant") and depth != "auto":

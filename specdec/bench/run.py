@@ -56,7 +56,7 @@ class Decoders:
         if self._base is None or self._base[0] != cell.loading:
             self._base, self._loaded = None, {}  # free the model before
             if any(drafter != "none" for drafter in drafters):
-                config = loading.read_config(cell.model, cell.dtype)
+                config = loading.read_config(cell.model)
                 for drafter in drafters:
                     registry.refuse_early(drafter, config, cell.model)
             how = {name: value for name, value in cell.loading.items() if name != "model"}

@@ -15,7 +15,6 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, SkipValidation
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError
@@ -68,7 +67,7 @@ class Request:
     prompt: Ids
     max_new_tokens: Annotated[Whole, Field(ge=0)]
     params: SamplingParams = field(default_factory=SamplingParams)
-    processors: SkipValidation[Sequence[LogitsProcessor]] = ()
+    processors: SkipValidation[Sequence[Callable[..., Any]]] = ()
     stream: Annotated[Whole, Field(ge=0, le=2**64 - 1)] = 0
     eos: Annotated[frozenset[Whole], Field(title="a set of token ids")] = frozenset()
     stop: Callable[[int], str | None] | None = None

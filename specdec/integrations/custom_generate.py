@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from specdec.base.errors import SpecDecError, one_line, reported
 from specdec.models import drafter_folder
 from specdec.models.gguf.blocks import densify
+from specdec.models.native_model import as_transformers
 from specdec.models.prepare import quiet_transformers
 from specdec.speculation import registry
 
@@ -85,6 +86,7 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
         (where / "generate.py").write_text(GENERATE.format(**made), "utf-8")
         (where / "requirements.txt").write_text(REQUIREMENTS, "utf-8")
         if model is not None:
+            model = as_transformers(model[0]), model[1]
             _save(*model, output)
         if not (output / "README.md").exists():
             (output / "README.md").write_text(CARD.format(title=output.resolve().name, drafter=name), "utf-8")

@@ -289,7 +289,7 @@ def _samplers(
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     params = SamplingParams(temperature=1.0 if sample else 0.0, seed=seed)
-    warpers = list[LogitsProcessor]()
+    warpers = list[Any]()
     while not records and sample and processors and type(processors[-1]) in WARPERS:
         warpers.insert(0, processors.pop())
     rows, batch = [], len(prompts)

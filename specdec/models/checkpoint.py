@@ -14,16 +14,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError, reported
 from specdec.models.gguf.blocks import Blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FUSED = ("gate_up_proj", "down_proj")  # [E, 2 F, D] and [E, D, F]
 SAMPLES = 512  # elements of a parameter in a fingerprint
@@ -145,7 +147,11 @@ def sample(parameter: Tensor | Blocks) -> Tensor:
         values: Tensor = parameter.sample  # type: ignore[attr-defined]
         return values
     index = sample_positions(parameter.numel()).to(parameter.device)
-    return parameter.detach()[torch.unravel_index(index, parameter.shape)]
+    places = list[Tensor]()
+    for size in parameter.shape[::-1]:  # torch.unravel_index imports SymPy
+        places.append(index % size)
+        index = index // size
+    return parameter.detach()[tuple(places[::-1])]
 
 
 @dataclass

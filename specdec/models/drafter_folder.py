@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from specdec.base import files, inputs, options, terminal
+from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError, reported
 from specdec.models import identity
 
@@ -191,7 +192,7 @@ def load(
         names = {rename(name): name for name in stored.header}
         header = {name: stored.header[of] for name, of in names.items()}
         vocab = _vocabulary(folder, stored, vocab_size)
-        with torch.device("meta"):
+        with without_memory():
             module = make(vocab)
         own = module.state_dict()
         check_fit(folder, own, header)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from specdec.base.errors import SpecDecError
 
@@ -21,7 +20,9 @@ AFTER = "", "post_attention_layernorm", "", "post_feedforward_layernorm"
 AROUND = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 # Config fields that change no token, or that every family may have and the model's modules follow.
 IGNORED = {
-    *PreTrainedConfig().to_dict(),
+    *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder"),
+    *("label2id", "model_type", "output_attentions", "output_hidden_states", "problem_type", "return_dict"),
+    "transformers_version",
     *("attention_dropout", "attn_implementation", "auto_map", "cache_implementation", "embd_pdrop"),
     *("initializer_range", "is_llama_config", "output_router_logits", "pretraining_tp", "quantization_config"),
     *("resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers.js_config"),
@@ -58,11 +59,14 @@ class Family:
 
     norms: names of the norms of attention's input and result, and of the MLP's; "": there is none.
     once: whether norms round after their weights alone, not before them, too. around_zero: 1 + weight is the factor.
-    across: whether the norms of queries and keys are over all heads, not over each.
+    across: whether there are norms of queries and keys over all heads. by_head: over each.
+    qkv_bias: whether queries, keys and values have biases. attention_bias, mlp_bias: whether a config's field of that
+        name gives all maps of attention, or of MLPs, biases. joined: queries, keys and values are one map, gates and
+        ups, too.
     mixer: in the place of attention in layers that are recurrent; "": there are none. gated: attention's results are
         multiplied with gates, which come with the queries.
     shared: beside the experts that a token takes, there is one for all tokens, with a gate.
-    halved: transformers' tables have each cosine and sine once, not twice.
+    halved: transformers' tables have each cosine and sine once, not twice. wide: they are not rounded to its dtype.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there. only: those of
         which one value is known.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
@@ -74,10 +78,16 @@ class Family:
     once: bool = False
     around_zero: bool = False
     across: bool = False
+    by_head: bool = False
+    qkv_bias: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = False
+    joined: bool = False
     mixer: str = ""
     gated: bool = False
     shared: bool = False
     halved: bool = False
+    wide: bool = False
     fields: frozenset[str] = frozenset()
     only: dict[str, Any] = field(default_factory=dict)
     gguf: str = ""
@@ -119,6 +129,7 @@ PREDICTS = "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"  # of a layer
 DELTA_RULE = Family(
     once=True,
     around_zero=True,
+    by_head=True,
     mixer="gated delta rule",
     gated=True,
     fields=frozenset({*LINEAR, *GRIDS, *PREDICTS, "full_attention_interval", "linear_conv_kernel_dim"}),
@@ -153,23 +164,29 @@ SHARED = replace(
     | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "shared_expert_intermediate_size"},
 )
 FAMILIES = {
-    "llama": Family(gguf="llama", interleaved=True, keys={"rope.dimension_count": "head_dim"}),
-    "mistral": Family(),
-    "qwen2": Family(gguf="qwen2"),
-    "qwen3": Family(gguf="qwen3", keys=HEAD),
-    "phi3": Family(gguf="phi3"),
-    "granite": Family(fields=frozenset(SCALED.values()), gguf="granite", interleaved=True, keys=SCALED),
-    "olmo2": Family(AFTER, once=True, across=True, gguf="olmo2"),
-    "smollm3": Family(fields=frozenset({"no_rope_layers", "no_rope_layer_interval"}), gguf="smollm3", interleaved=True),
+    "llama": Family(mlp_bias=True, gguf="llama", interleaved=True, keys={"rope.dimension_count": "head_dim"}),
+    "mistral": Family(attention_bias=False),
+    "qwen2": Family(qkv_bias=True, attention_bias=False, gguf="qwen2"),
+    "qwen3": Family(by_head=True, gguf="qwen3", keys=HEAD),
+    "phi3": Family(attention_bias=False, joined=True, gguf="phi3"),
+    "granite": Family(mlp_bias=True, fields=frozenset(SCALED.values()), gguf="granite", interleaved=True, keys=SCALED),
+    "olmo2": Family(AFTER, once=True, across=True, wide=True, gguf="olmo2"),
+    "smollm3": Family(
+        mlp_bias=True, fields=frozenset({"no_rope_layers", "no_rope_layer_interval"}), gguf="smollm3", interleaved=True
+    ),
     "ministral3": Family(
+        attention_bias=False,
         fields=frozenset({"rope_parameters.llama_4_scaling_beta"}),
         gguf="mistral3",
         interleaved=True,
         keys=HEAD | {"attention.temperature_scale": "llama_4_scaling_beta"},
     ),
-    "mixtral": Family(fields=EXPERTS, interleaved=True, keys=ROUTED | {"rope.dimension_count": "head_dim"}),
+    "mixtral": Family(
+        attention_bias=False, fields=EXPERTS, interleaved=True, keys=ROUTED | {"rope.dimension_count": "head_dim"}
+    ),
     "olmoe": Family(across=True, fields=EXPERTS, gguf="olmoe", keys=ROUTED),
     "qwen3_moe": Family(
+        by_head=True,
         fields=EXPERTS | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"},
         gguf="qwen3moe",
         keys=HEAD | ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
@@ -184,7 +201,13 @@ FAMILIES = {
     "gemma": Family(once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
     "gemma2": Family(AROUND, True, True, fields=TWICE_CAPPED, gguf="gemma2", keys=WINDOWED),
     "gemma3_text": Family(
-        AROUND, True, True, fields=CAPPED, gguf="gemma3", keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"}
+        AROUND,
+        True,
+        True,
+        by_head=True,
+        fields=CAPPED,
+        gguf="gemma3",
+        keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"},
     ),
     "qwen3_5_text": DELTA_RULE,
     "qwen3_next": replace(SHARED, gguf="qwen3next", tiled=False),
@@ -331,7 +354,7 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
 
 def check_sizes(name: str, config: Any) -> None:
     """Raise SpecDecError for sizes in the config of the model ``name`` that are no sizes, or too large."""
-    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config  # or what is to become one
+    text = config.get_text_config()
     values = {key: getattr(text, key, None) for key in SIZES}
     if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
         values["sliding_window"] = None  # of no layer

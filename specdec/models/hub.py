@@ -8,14 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from typing import Any
 
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models.drafter_folder import CONFIG, WEIGHTS
@@ -43,12 +36,25 @@ def fetch_drafter(text: str) -> Path:
     return folder
 
 
+def snapshot_download(*args: Any, **more: Any) -> str:
+    from huggingface_hub import snapshot_download as download  # heavy
+
+    return str(download(*args, **more))
+
+
 def fetch(kind: str, repository: str, revision: str | None, files: list[str], hint: str = "") -> Path:
     """Download ``files`` (patterns); return their folder in Hugging Face's cache. Without a network, use the cache.
 
     kind: "model" or "drafter", for messages. hint: the end of messages. Raises SpecDecError if the repository or the
     revision does not exist or cannot be downloaded.
     """
+    from huggingface_hub.errors import (  # heavy
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT))
     except RevisionNotFoundError:

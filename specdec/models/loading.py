@@ -1,35 +1,29 @@
-"""Load a model, frozen, and its tokenizer; the names of dtypes and devices. Knows no runtimes and no decoding."""
+"""Load a model, frozen, and its tokenizer; the names of dtypes and devices. Knows no runtimes and no decoding.
+
+GGUF files of known architectures become a ``NativeModel`` without transformers; it loads all other models.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GgufConfig,
-    PreTrainedModel,
-)
 
-from specdec.base.errors import SpecDecError, did_you_mean, one_line
-from specdec.base.machine import check_memory
-from specdec.models import checkpoint, families
+from specdec.base import terminal
+from specdec.base.errors import SpecDecError, one_line
+from specdec.models import config, families
 from specdec.models.gguf import model as gguf_model
-from specdec.models.gguf.file import GGUFFile, read_header
-from specdec.models.prepare import quiet_transformers
+from specdec.models.gguf.file import GGUFFile
+from specdec.models.names import dtype_name
+from specdec.models.native_model import NativeModel
 from specdec.models.source import Source, explain_errors, find_source
+from specdec.models.tokenizer import Tokenizer
 
-TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_model\.(model\.)?": "model."}
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load(
@@ -41,7 +35,7 @@ def load(
     trust_remote_code: bool = False,
     experts: bool = True,
     check: Callable[[Any], None] | None = None,
-) -> tuple[PreTrainedModel, Any]:
+) -> tuple[NativeModel | PreTrainedModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
 
     Weights are read from safetensors or GGUF, never from pickles. Weights of a GGUF file stay in its blocks if the
@@ -60,191 +54,71 @@ def load(
     kind = as_dtype(dtype)
     place = find_device(device, kind)
     source = find_source(name, revision)
-    options = source.options | {"trust_remote_code": trust_remote_code}
-    with quiet_transformers(f"Loading {name}"):
-        config, tokenizer = _parts(source, options)
-        if check is not None:
-            check(config)
+    found, tokenizer = _config(source, trust_remote_code), _tokenizer(source, trust_remote_code)
+    if check is not None:
+        check(found)
+    model: Any
     if source.file is not None:
-        model = _of_file(source, source.file, config, kind, place)
+        model = _of_file(source, source.file, found, kind, place)
     else:
-        model = _of_checkpoint(source, options | _text_part(config), kind, place, experts)
+        from specdec.models import pretrained  # heavy
+
+        model = pretrained.load(source, found, kind, place, experts, trust_remote_code)
     model.config._name_or_path = name  # for messages, instead of the cache folder
     if source.remote:
         model.config._commit_hash = source.folder.name
     return model.eval().requires_grad_(False), tokenizer
 
 
-def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
+def read_config(name: str) -> Any:
     """The config of the model ``name``. Downloads the model if need be; reads no weights."""
-    source = find_source(name)
-    with explain_errors(name):
-        return AutoConfig.from_pretrained(source.folder, **source.options)
+    return _config(find_source(name))
 
 
 def read_tokenizer(name: str) -> Any:
     """The tokenizer of the model ``name``. Downloads the model if need be; reads no weights."""
-    source = find_source(name)
-    with quiet_transformers(f"Loading {name}"):
-        return _tokenizer(source, source.options)
+    return _tokenizer(find_source(name))
 
 
-def _text_part(config: Any) -> dict[str, Any]:
-    """Options that load the text model alone of a multimodal checkpoint, where transformers would load all of it and
-    the native runtime knows the text model; else ``config``."""
-    text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
-    if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
-        return {"config": config}
-    text.tie_word_embeddings = bool(text.tie_word_embeddings or config.tie_word_embeddings)
-    return {"config": text, "key_mapping": TEXT_NAMES}
-
-
-def _of_checkpoint(
-    source: Source, options: dict[str, Any], kind: str | torch.dtype, place: torch.device, experts: bool
-) -> PreTrainedModel:
-    """The model of safetensors files, or of a GGUF file that transformers dequantises."""
-    name, config = source.name, options["config"]
-    if source.packed:  # dequantised even if there are kernels for packed weights
-        kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
-        infos = read_header(source.folder / source.packed, name).tensors
-        numbers = {key: math.prod(info.shape) for key, info in infos.items()}
-        check_memory(name, sum(numbers.values()) * kind.itemsize)
-        options = {key: value for key, value in options.items() if key != "config"}
-        options |= {"quantization_config": GgufConfig(dequantize=True)}
+def _config(source: Source, trust_remote_code: bool = False) -> Any:
+    if source.file is not None:
+        with explain_errors(source.name):
+            found: Any = config.read_config(source.folder)
     else:
-        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
-        source.fetch_weights()
-        with explain_errors(name):
-            numbers = dict(pair for path in source.weight_files() for pair in checkpoint.numbers_in(path).items())
-    fused = 0
-    if numbers and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        fused = _check_size(name, config, numbers)
-    with quiet_transformers(f"Loading {name}"), explain_errors(name):
-        stored = None if experts or source.packed else _checkpoint(source, config)
-        if stored is None:
-            if fused and not source.packed and not getattr(config, "quantization_config", None):
-                dtype = kind if isinstance(kind, torch.dtype) else config.dtype or torch.bfloat16
-                check_memory(name, fused * dtype.itemsize, "leave a part of its experts on the disk (--expert-cache)")
-            load: Any = AutoModelForCausalLM.from_pretrained
-            loaded = load(source.folder, dtype=kind, output_loading_info=True, **options)
-        else:
-            loaded = _without_experts(source.folder, stored, kind, options)
-        model: PreTrainedModel = loaded[0].to(place)  # type: ignore[arg-type]
-    _check_fit(name, model, loaded[1])
-    return model
+        from specdec.models import pretrained  # heavy
+
+        found = pretrained.read_config(source, trust_remote_code)
+    families.check_sizes(source.name, found)
+    return found
+
+
+def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
+    if source.file is not None:
+        with explain_errors(source.name):
+            return Tokenizer(source.folder)
+    from specdec.models import pretrained  # heavy
+
+    return pretrained.read_tokenizer(source, trust_remote_code)
 
 
 def _of_file(
-    source: Source, file: GGUFFile, config: Any, kind: str | torch.dtype, place: torch.device
-) -> PreTrainedModel:
+    source: Source, file: GGUFFile, found: config.Config, kind: str | torch.dtype, place: torch.device
+) -> NativeModel:
     """The model of a GGUF file whose config is in the source's folder."""
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
     keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
-    with explain_errors(source.name):
-        model = gguf_model.build(source.name, file, config, dtype, keep_blocks)
-        model.to(place)  # type: ignore[arg-type]
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
+        model = gguf_model.build(source.name, file, found, dtype, keep_blocks)
+        model.to(place)
+        model.generation_config = config.read_generation(source.folder)
     return model
 
 
-def _parts(source: Source, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The config and the tokenizer. Raises SpecDecError unless the model is decoder-only."""
-    with explain_errors(source.name):
-        config = AutoConfig.from_pretrained(source.folder, **options)
-    families.check_sizes(source.name, config)
-    if config.is_encoder_decoder:
-        raise SpecDecError(f"'{source.name}' is an encoder-decoder model ({config.model_type}); use a decoder-only one")
-    return config, _tokenizer(source, options)
-
-
-def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
-    """Raise SpecDecError if ``config`` describes over twice the weights of files whose tensors have so many
-    ``numbers``: transformers would allocate those, too. ``_check_fit`` names what else is missing.
-
-    Returns how many weights transformers makes of several tensors: a layer's experts. Others stay mapped.
-    """
-    stored = sum(numbers.values())
-    fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
-    if fits:
-        with explain_errors(name), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-            model.tie_weights()
-        fits = sum(values.numel() for values in model.parameters()) <= 2 * stored
-    if not fits:
-        raise SpecDecError(
-            f"cannot load model '{name}': its config describes over twice the {stored} weights of its files"
-        )
-    whole = {key.partition("layers.")[2] for key in numbers}  # of a text model, prefixes differ
-    experts = (pair for pair in model.named_parameters() if ".experts." in pair[0])
-    return sum(values.numel() for key, values in experts if key.partition("layers.")[2] not in whole)
-
-
-def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise SpecDecError if weights are missing in the checkpoint: transformers would leave them random."""
-    names = {key for key, _ in model.named_parameters()}
-    unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if unfit:
-        raise SpecDecError(
-            f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
-            f"such as '{unfit[0]}'"
-        )
-
-
-def _checkpoint(source: Source, config: Any) -> checkpoint.Checkpoint | None:
-    """The checkpoint of a mixture if it can be loaded without its experts, else None."""
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type in families.FAMILIES
-    if not known or getattr(config, "quantization_config", None):
-        return None
-    files = source.weight_files()
-    return checkpoint.open_checkpoint(files) if files else None
-
-
-def _without_experts(
-    folder: Path, checkpoint: checkpoint.Checkpoint, dtype: str | torch.dtype, options: dict[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The result of ``from_pretrained`` for a model whose experts stay in ``checkpoint``."""
-    config = options["config"]
-    if not isinstance(dtype, torch.dtype):  # auto
-        dtype = config.dtype or next(iter(checkpoint.others.values())).dtype
-    given: dict[str, Any] = {"ignore_mismatched_sizes": True}
-    with contextlib.suppress(OSError):  # without a file, transformers makes it from the config
-        given["generation_config"] = GenerationConfig.from_pretrained(folder)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, info = kind.from_pretrained(
-        None, config=config, state_dict=checkpoint.state(dtype), dtype=dtype, output_loading_info=True, **given
-    )
-    checkpoint.leave(model)
-    return model, info
-
-
-def _tokenizer(source: Source, options: dict[str, Any]) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
-        if len(tokenizer) > len(tokenizer.all_special_tokens):  # without its files, a tokenizer class may be empty
-            if source.packed:
-                gguf_model.split_digits(
-                    read_header(source.folder / source.packed, source.name), tokenizer.backend_tokenizer
-                )
-            return tokenizer
-        reason = "its files are missing"
-    except Exception as error:  # untrusted files: any type
-        reason = one_line(error)
-    raise SpecDecError(f"model '{source.name}' has no usable tokenizer, such as a tokenizer.json: {reason}")
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
 def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """The dtype for transformers, or "auto". Raises SpecDecError for an unknown name."""
-    if dtype == "auto" or dtype in DTYPES.values():
-        return dtype
-    name = str(dtype).removeprefix("torch.")
-    if isinstance(dtype, str) and SHORT.get(name, name) in DTYPES:
-        return DTYPES[SHORT.get(name, name)]
-    known = ["auto", *DTYPES, *SHORT]
-    raise SpecDecError(f"unknown dtype '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
+    """The dtype, or "auto". Raises SpecDecError for an unknown name."""
+    name = dtype_name(str(dtype).removeprefix("torch."))
+    found: torch.dtype | str = name if name == "auto" else getattr(torch, name)
+    return found
 
 
 def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:

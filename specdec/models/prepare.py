@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from specdec.models.gguf.file import GGUFFile
 
 GGUF, MANIFEST = "model.gguf", "specdec.json"
+LAYOUT = 2  # of the files in a folder: folders of another one are made again
 WORK, MARKER = "specdec-work", "specdec.txt"
 VOCABULARY_BYTES = 64_000_000  # more than any tokenizer.json has
 
@@ -64,7 +65,7 @@ def prepare_embedded(name: str) -> Path:
 def prepare_gguf(name: str, file: GGUFFile) -> Path:
     """The folder with config and tokenizer of a GGUF file. name: of the model, for messages."""
     path, found = file.path.resolve(), file.path.stat()
-    key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+    key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "layout": LAYOUT}
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     folder = cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
     return _made(name, folder, key, lambda draft: _describe(name, path, draft))
@@ -177,13 +178,15 @@ def _finish(draft: Path, folder: Path, key: dict[str, Any]) -> None:
 
 
 def _key(name: str) -> dict[str, Any]:
-    return {"model": name, "gguf_sha256": EMBEDDED[name].sha256}
+    return {"model": name, "gguf_sha256": EMBEDDED[name].sha256, "layout": LAYOUT}
 
 
 def _defect(folder: Path, key: dict[str, Any]) -> str | None:
     """What is wrong with a folder, by the key and the file sizes in its manifest; None if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        if manifest.get("layout") != LAYOUT:
+            return "it is of another version"
         if key != {name: manifest[name] for name in key}:
             return "its GGUF file has changed"
         sizes = {str(name): int(size) for name, size in manifest["files"].items()}

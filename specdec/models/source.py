@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import get_checkpoint_shard_files
 
-from specdec.base.errors import SpecDecError, did_you_mean, one_line
+from specdec.base.errors import SpecDecError, one_line
 from specdec.models import hub
 from specdec.models.catalogue import EMBEDDED
 from specdec.models.gguf import model as gguf_model
-from specdec.models.gguf.file import GGUFFile, is_gguf, read_header
+from specdec.models.gguf.file import GGUFFile, read_header
+from specdec.models.names import HUB_FILE, KNOWN, check_model, guess_model
 from specdec.models.prepare import GGUF, prepare_embedded, prepare_gguf
 
 # Files of a repository: all but the weights are downloaded first, and safetensors when the weights are read.
 PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 WEIGHTS = ["model*.safetensors"]
-_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")  # ORG/REPO:file.gguf
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,12 @@ class Source:
         """The safetensors files in the folder; empty if the weights have another format."""
         if self.file is not None or self.packed is not None:
             return []
-        if (only := self.folder / SAFE_WEIGHTS_NAME).is_file():
+        if (only := self.folder / ONE_FILE).is_file():
             return [only]
-        if (index := self.folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        if (index := self.folder / INDEX).is_file():
             with explain_errors(self.name):
-                return [Path(path) for path in get_checkpoint_shard_files(str(self.folder), str(index))[0]]
+                places: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+                return [self.folder / name for name in sorted(set(places.values()))]
         return []
 
 
@@ -76,28 +75,19 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
     Raises SpecDecError if it is unknown, missing or broken.
     """
+    check_model(name, revision)
     path = Path(name).expanduser()
-    if revision is not None and (name in EMBEDDED or path.exists()):
-        raise SpecDecError(
-            f"a revision ('{revision}') needs a Hugging Face id, and '{name}' is not one; leave the revision out"
-        )
     if name in EMBEDDED:
         path = prepare_embedded(name)
         return Source(name, path, read_header(path / GGUF, name))
     if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            found = sorted(path.glob("*.gguf"))
-            hint = f"; to load the GGUF file in it, give '{found[0]}'" if found else ""
-            raise SpecDecError(f"'{name}' is no model folder: config.json is missing{hint}")
         return Source(name, path)
     if path.is_file():
-        if not is_gguf(path):
-            raise SpecDecError(f"'{name}' is not a GGUF file; give a .gguf file, a model folder or a model's name")
         file = read_header(path, name)
         if gguf_model.is_supported(file):
             return Source(name, prepare_gguf(name, file), file)
         return Source(name, path.parent, packed=path.name)
-    if file_in_repository := _HUB_FILE.fullmatch(name):
+    if file_in_repository := HUB_FILE.fullmatch(name):
         repository, member = file_in_repository.groups()
         place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
         by_hand = f"; get {place} by hand and give the path of the file instead"
@@ -109,13 +99,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
 
 def _repository(name: str, revision: str | None) -> Path:
-    known = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:FILE"
-    guess = did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
-        raise SpecDecError(f"there is no file or folder '{name}'")
-    if guess and "/" not in name:
-        raise SpecDecError(f"unknown model '{name}'{guess}; {known}")
-    folder = hub.fetch("model", name, revision, PARTS, f"{guess}; {known}")
+    folder = hub.fetch("model", name, revision, PARTS, f"{guess_model(name)}; {KNOWN}")
     if not (folder / "config.json").is_file():
         raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:FILE.gguf'")
     return folder

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SpecDecError
 from specdec.models.families import FAMILIES, mixture_of
 from specdec.models.gguf.blocks import Blocks, ExpertBlocks, dequantize, named_weights
+from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes.llama_like import has_experts, router
 from specdec.runtimes.target import Pass, Target
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def refuse_unsupported(model: PreTrainedModel) -> None:
+
+def refuse_unsupported(model: NativeModel | PreTrainedModel) -> None:
     """Raise SpecDecError, with the reason, for a model whose decoding state cannot be rolled back or tree-masked."""
     kind, text = model.config.model_type, model.config.get_text_config()
     if model.config.is_encoder_decoder:
@@ -36,7 +39,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         )
 
 
-def not_finite(model: PreTrainedModel) -> NotFiniteError:
+def not_finite(model: NativeModel | PreTrainedModel) -> NotFiniteError:
     """The error for NaN or infinite logits of ``model``: names the first broken weight, or blames the dtype."""
     name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
     for key, found in named_weights(model):
@@ -87,13 +90,14 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
 
 @torch.inference_mode()
 def check_logits(target: Target) -> float:
-    """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with its model's own forward,
-    in which tokens take the same experts.
+    """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with the forward of
+    transformers' model, in which tokens take the same experts.
 
     Returns the difference of the median position, relative to the largest logit, of the head or a router: in 16 bits,
     single positions of correct runtimes may differ much. Raises SpecDecError if it is too large.
     """
-    kind, (prompt, n), device, layers = target.model.config.model_type, (8, 11), target.device, target.num_layers
+    model, kind = as_transformers(target.model), target.model.config.model_type
+    (prompt, n), device, layers = (8, 11), target.device, target.num_layers
     # Spread over the vocabulary: the first tokens are often special ones, on which models are ill-conditioned.
     ids = (torch.arange(1, n + 1, device=device)[None] * 7919) % target.vocab_size
     positions = torch.arange(n, device=device)[None]
@@ -107,13 +111,13 @@ def check_logits(target: Target) -> float:
             x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
             for lo, hi in ((0, layers // 2), (layers // 2, layers)):
                 found = torch.zeros(b - a, hi, experts, device=device)
-                with routing(target.model, found, known=False):
+                with routing(model, found, known=False):
                     x = target.layers(x, lo, hi, Pass(part, mask, cache, routed=found))
                 routed[a:b, lo:hi] = found[:, lo:hi]
             ours.append(target.readout(x))
             cache.commit([list(range(b - a))])
-        with routing(target.model, routed, known=True) as differences:
-            own = target.model(input_ids=ids, use_cache=False).logits
+        with routing(model, routed, known=True) as differences:
+            own = model(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise SpecDecError(
             f"model type '{kind}' is not supported: its layers do not run one by one ({error})"

@@ -18,27 +18,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Mask
 from specdec.models import families
 from specdec.models.gguf.blocks import densify
+from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes import linear_maps, llama_like
+from specdec.runtimes.by_parts import ByParts
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.delta_rule import DeltaRule
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.llama_like import Adapters, Norm
 from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import linear
-from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAKERS = {"packed": linear_maps.packed, "dense": linear_maps.dense, "through": linear_maps.through}  # by layout
 DELTA_RULE = [kind for kind, family in families.FAMILIES.items() if family.mixer]
@@ -85,7 +88,8 @@ class FusedTarget(ByParts):
 
     runtime = "fused"
 
-    def __init__(self, model: PreTrainedModel, packs: bool = True) -> None:
+    def __init__(self, model: NativeModel | PreTrainedModel, packs: bool = True) -> None:
+        model = as_transformers(model)
         refuse_unsupported(model)
         kind, config = model.config.model_type, model.config
         if kind not in FAMILIES:

@@ -12,18 +12,21 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
+from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes import llama_like
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.target import Pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 64  # passes over more tokens are not captured
 STEPS = 64  # maximum number of captured passes; the least recently used ones are dropped
@@ -102,7 +105,8 @@ class GraphedTarget(FusedTarget):
 
     runtime = "graphs"
 
-    def __init__(self, model: PreTrainedModel, record: Recorder | None = None) -> None:
+    def __init__(self, model: NativeModel | PreTrainedModel, record: Recorder | None = None) -> None:
+        model = as_transformers(model)
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
         if any(llama_like.recurrent(layer) for layer in getattr(model.base_model, "layers", ())):

@@ -42,7 +42,7 @@ class Adapters(nn.Module):
         for layer, paths in shapes.items():
             for path, (n_in, n_out) in paths.items():
                 key = self._key(layer, path)
-                self.register_parameter(key + "/down", nn.Parameter(torch.randn(rank, n_in) * n_in**-0.5))
+                self.register_parameter(key + "/down", nn.Parameter(torch.randn(rank, n_in).mul_(n_in**-0.5)))
                 self.register_parameter(key + "/up", nn.Parameter(torch.zeros(n_out, rank)))
 
     @staticmethod

@@ -6,7 +6,6 @@ embeddings, rotary tables, final norms and logit caps are the model's own.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.kvcache.recurrent import Adapted, Advance, States
+from specdec.models.native_model import as_transformers
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import narrow_maps
@@ -210,6 +210,7 @@ class ReferenceTarget(Target):
     runtime = "reference"
 
     def __init__(self, model: PreTrainedModel) -> None:
+        model = as_transformers(model)
         refuse_unsupported(model)
         super().__init__(model)
         self.attention = model.config._attn_implementation
@@ -423,21 +424,3 @@ def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, own)
-
-
-class ByParts(Target):
-    """A runtime that runs parts of layers through the reference runtime."""
-
-    @functools.cached_property
-    def _reference(self) -> ReferenceTarget:
-        return ReferenceTarget(self.model)
-
-    def block(self, layer: int) -> nn.Module:
-        found: nn.Module = self.model.model.layers[layer]  # type: ignore[union-attr, index]
-        return found
-
-    def sublayer(self, x: Tensor, layer: int, part: Part, ctx: Pass) -> Tensor:
-        return self._reference.sublayer(x, layer, part, ctx)
-
-    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
-        self._reference.fill(x, lo, ctx)

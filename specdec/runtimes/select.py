@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
 from specdec.base.options import Activations, KVCacheFormat, Runtime, Weights
 from specdec.models.gguf.blocks import densify
+from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes.checks import refuse_unsupported
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target, lock_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCacheFormat, "activations": Activations}
-OTHERS: dict[str, Callable[[PreTrainedModel], Target]] = {
-    "fused": FusedTarget,
-    "graphs": GraphedTarget,
-    "reference": ReferenceTarget,
-}
 ROUNDED = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache", "activations": "8-bit activations"}
 
 
@@ -42,7 +38,7 @@ def check_names(
 
 
 def make_target(
-    model: PreTrainedModel,
+    model: NativeModel | PreTrainedModel,
     runtime: str = "auto",
     weights: str = "auto",
     kv_cache: str = "auto",
@@ -52,7 +48,8 @@ def make_target(
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
-    Raises SpecDecError if the model is unsupported, or does not fit the settings.
+    Raises SpecDecError if the model is unsupported, or does not fit the settings. Its ``model`` is the one given or, in
+    other runtimes than native, that of transformers.
 
     runtime: "auto" is native (CPUs) or graphs (CUDA) if it supports the model on this machine, else fused (not on mps),
         else the reference runtime; the note then says why.
@@ -85,9 +82,7 @@ def make_target(
             try:
                 if name == "native":
                     return NativeTarget(model, weights, kv_cache, activations), ""
-                if name == "reference":  # it computes with the model's modules
-                    densify(model)
-                return OTHERS[name](model), "; ".join(reasons)
+                return _other(name, as_transformers(model)), "; ".join(reasons)
             except (NotFiniteError, SettingError):
                 raise
             except SpecDecError as error:
@@ -98,7 +93,7 @@ def make_target(
     raise SpecDecError(f"{what} is not possible here ({'; '.join(reasons)}); use {rounded[0]} 'auto'")
 
 
-def _with_experts_on_disk(model: PreTrainedModel, runtime: str, how: tuple[Any, ...]) -> Target:
+def _with_experts_on_disk(model: NativeModel | PreTrainedModel, runtime: str, how: tuple[Any, ...]) -> Target:
     """The native target, which leaves experts on the disk. Raises SpecDecError if it does not serve the model."""
     if runtime not in ("auto", "native"):
         raise SpecDecError(f"the {runtime} runtime has no expert cache, the native one has; use runtime 'auto'")
@@ -109,3 +104,14 @@ def _with_experts_on_disk(model: PreTrainedModel, runtime: str, how: tuple[Any, 
             raise
         except SpecDecError as error:
             raise SpecDecError(f"only the native runtime has an expert cache: {error}") from None
+
+
+def _other(name: str, model: PreTrainedModel) -> Target:
+    """The target in a runtime that computes with the model of transformers."""
+    if name == "reference":
+        from specdec.runtimes.reference import ReferenceTarget  # heavy
+
+        densify(model)  # it computes with the model's modules
+        return ReferenceTarget(model)
+    kinds: dict[str, type[FusedTarget]] = {"fused": FusedTarget, "graphs": GraphedTarget}
+    return kinds[name](model)

@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from specdec.base import cores
 from specdec.base.devices import download
@@ -26,6 +25,9 @@ from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specdec.models.native_model import NativeModel
     from specdec.runtimes.native.experts import MappedExperts
 from collections.abc import Generator, Sequence
 
@@ -85,7 +87,7 @@ class Target(ABC):
 
     Several threads may use it, each with caches of its own. What is made once for all is made under the model's lock.
 
-    model: the unmodified Hugging Face model.
+    model: the unmodified model of transformers or, in the native runtime, that or a ``NativeModel``.
     num_layers, hidden_size, vocab_size: N, D, V.
     context: maximum number of positions.
     windows: attention window of each layer; None: full.
@@ -108,7 +110,7 @@ class Target(ABC):
     recurrent_layers: frozenset[int] = frozenset()
     experts: MappedExperts | None = None
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: NativeModel | PreTrainedModel) -> None:
         self.model, self.lock = model, lock_of(model)
         with self.lock:
             self.own_head: Any = model.get_output_embeddings()

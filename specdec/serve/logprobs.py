@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from specdec.engine.request import TokenLogprob
 
 MIN_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks
@@ -109,4 +107,6 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
     """The byte of each character of byte-level vocabularies."""
-    return {character: byte for byte, character in bytes_to_unicode().items()}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -8,6 +8,7 @@ constraint begins after the end of that block.
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from specdec.base.errors import ConstraintError, SpecDecError
 from specdec.kvcache.prefix import common
@@ -202,16 +202,19 @@ def _sentence(why: str) -> str:
 
 def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
     """The tokenizer as llguidance reads it. Made once per tokenizer: it takes a second."""
-    from llguidance import hf
+    from llguidance import LLTokenizer
 
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         raise SpecDecError("a constraint needs a fast tokenizer; give SpecDecoder one")
     if not ends:
         raise SpecDecError("a constraint needs a model with an end token; this one has none")
     tables, key = _tokenizers.setdefault(tokenizer, {}), (vocab_size, tuple(sorted(ends)))
     if key not in tables:
         try:
-            tables[key] = hf.from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=sorted(ends))
+            whole = copy.copy(backend)
+            whole.no_padding()
+            whole.no_truncation()
+            tables[key] = LLTokenizer(whole.to_str(), n_vocab=max(vocab_size, len(tokenizer)), eos_token=sorted(ends))
         except ValueError as error:
             raise SpecDecError(f"a constraint cannot be used with this tokenizer: {error}") from None
     return tables[key]
@@ -227,7 +230,7 @@ def _block(tokenizer: Any) -> tuple[int, int] | None:
     return (begin, end) if tuple(tokenizer.convert_ids_to_tokens([begin, end])) == REASONING else None
 
 
-class ConstraintState(LogitsProcessor):  # type: ignore[misc]
+class ConstraintState:
     """A row's constraint. The matcher has consumed the new tokens ``consumed``, and is moved to others as needed.
 
     start: number of prompt tokens.

@@ -4,8 +4,8 @@ A sampled token is the argmax of the processed logits plus Gumbel noise (the Gum
 from their softmax. The noise of a token depends on the request's seed and on the token's position alone, so what is
 sampled depends neither on the drafter nor on the depth of drafts nor on other rows: acceptance is the walk of greedy
 decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose (Daliri
-et al. 2024, arXiv 2408.07978). The transforms are Hugging Face's own logits processors, in ``generate``'s order, and
-the penalties and the bias of OpenAI's interface. Knows nothing about drafts.
+et al. 2024, arXiv 2408.07978). The transforms are those of ``generate``, in its order, and the penalties and the bias
+of OpenAI's interface. Knows nothing about drafts.
 
 A model's ``generation_config`` is applied as in ``model.generate(do_sample=False)``: end tokens, and all that changes
 logits (penalties, suppressed, forced and bad words, minimum lengths, biases). The caller sets sampling and length.
@@ -16,75 +16,29 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.options import SamplingParams
+from specdec.models.native_model import as_transformers
 from specdec.runtimes.tree_drafting import Sampled
 from specdec.speculation.constraints import ConstraintState
+from specdec.speculation.warpers import MinP, Penalties, Processor, RepetitionPenalty, Temperature, TopK, TopP
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specdec.models.native_model import NativeModel
 
 Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
 
 
-class Penalties(LogitsProcessor):  # type: ignore[misc]
-    """The frequency and the presence penalty of the tokens from index ``start`` on, and the logit bias."""
-
-    def __init__(self, params: SamplingParams, start: int) -> None:
-        self.frequency, self.presence, self.start = params.frequency_penalty, params.presence_penalty, start
-        bias = params.logit_bias or {}
-        self.biased, self.bias = torch.tensor(list(bias), dtype=torch.long), torch.tensor(list(bias.values()))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.index_add(-1, self.biased.to(scores.device), self.bias.to(scores).expand(len(scores), -1))
-        for row, new in zip(scores, input_ids[:, self.start :], strict=True):
-            tokens, counts = new.unique(return_counts=True)
-            row[tokens] -= self.frequency * counts + self.presence
-        return scores
-
-
-class TopP(TopPLogitsWarper):  # type: ignore[misc]
-    """Top-p. A CPU sorts a vocabulary in as much time as some models take for a pass, so ``FEW`` tokens come first.
-
-    Tokens as likely as the last one that is kept stay, too: the result depends on no order of equals.
-    """
-
-    FEW = 128
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if scores.device.type != "cpu":
-            kept: Tensor = super().__call__(input_ids, scores)
-            return kept
-        out, lowest = torch.empty_like(scores), scores.new_tensor(float("-inf"))
-        for row, own in enumerate(scores):
-            best, total = own.topk(min(self.FEW, len(own))).values, own.logsumexp(-1)
-            if (best - total).exp().sum() <= self.top_p:
-                best = own.sort(descending=True).values
-            p = (best - total).exp()
-            above = p.cumsum(0) - p
-            least = best[(above < self.top_p).sum().clamp_min(1) - 1]
-            out[row] = F.threshold(own, float(torch.nextafter(least, lowest)), float("-inf"))
-        return out
-
-
 class Transforms:
-    """Logits -> processed logits: ``params`` and extra HF ``processors``, as ``generate`` applies them.
+    """Logits -> processed logits: ``params`` and extra ``processors``, as ``generate`` applies them.
 
     start: number of prompt tokens, which the frequency and the presence penalty do not count.
     sharpness: factor by which gaps between logits grow: 1 / temperature, at least 1.
@@ -95,29 +49,29 @@ class Transforms:
     filters: whether top-k, top-p or min-p rules out tokens.
     """
 
-    def __init__(self, params: SamplingParams, processors: Sequence[LogitsProcessor] = (), start: int = 0) -> None:
+    def __init__(self, params: SamplingParams, processors: Sequence[Processor] = (), start: int = 0) -> None:
         self.greedy = params.temperature == 0
         self.sharpness = 1.0 if self.greedy else max(1.0 / params.temperature, 1.0)
-        self.processors: list[LogitsProcessor] = []
+        self.processors: list[Processor] = []
         if params.repetition_penalty not in (None, 1):
-            self.processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+            self.processors.append(RepetitionPenalty(params.repetition_penalty))
         self.processors += processors
         if params.frequency_penalty or params.presence_penalty or params.logit_bias:
             self.processors.append(Penalties(params, start))
         self.highest = max(params.logit_bias or (), default=-1)
         self.sampling = params.temperature, params.top_k or 0, params.top_p, params.min_p or 0.0
         self.group: Hashable = id(self) if self.processors else self.sampling
-        self.warpers: list[LogitsProcessor] = []
+        self.warpers: list[Processor] = []
         if not self.greedy:
             if params.temperature != 1:
-                self.warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+                self.warpers.append(Temperature(float(params.temperature)))
             if params.top_k:
-                self.warpers.append(TopKLogitsWarper(params.top_k))
+                self.warpers.append(TopK(params.top_k))
             if params.top_p < 1:
                 self.warpers.append(TopP(params.top_p))
             if params.min_p:
-                self.warpers.append(MinPLogitsWarper(params.min_p))
-        self.filters = any(not isinstance(warper, TemperatureLogitsWarper) for warper in self.warpers)
+                self.warpers.append(MinP(params.min_p))
+        self.filters = any(not isinstance(warper, Temperature) for warper in self.warpers)
 
     def __call__(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
         """Logits [B, T, V'] -> float32 [B, T, V']; ``prefixes`` is called only if a processor needs it.
@@ -181,7 +135,7 @@ class RowSampler:
     def __init__(
         self,
         params: SamplingParams,
-        processors: Sequence[LogitsProcessor] = (),
+        processors: Sequence[Processor] = (),
         stream: int = 0,
         transforms: Transforms | None = None,
         start: int = 0,
@@ -318,30 +272,56 @@ def streams(prompts: Sequence[Sequence[int]]) -> list[int]:
     return found
 
 
-STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+# Fields of a generation_config that change no logits, or that a request has of its own.
+PLAIN = {
+    *("_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "max_length", "max_new_tokens", "repetition_penalty"),
+    *("output_attentions", "output_hidden_states", "return_dict_in_generate", "cache_implementation"),
+}
+# Processors of transformers with a state.
+STATEFUL = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """Token ids that end a generation."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
+    eos: Any = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
 def logits_processors(
-    model: PreTrainedModel,
+    model: NativeModel | PreTrainedModel,
     prompt: Sequence[int],
     max_new_tokens: int,
     repetition_penalty: float | None = None,
     others: Sequence[Callable[..., Any]] = (),
-) -> list[LogitsProcessor]:
-    """The logits processors of a request, made by transformers; empty without any.
+) -> list[Processor]:
+    """The logits processors of a request; transformers makes them if the config asks for more than a penalty.
 
     repetition_penalty: replaces the config's.
     others: the caller's; one of the same class as one of the config replaces it.
     Raises SpecDecError for a config that cannot be used.
     """
+    config: Any = model.generation_config
+    given = {} if config is None else config.to_diff_dict()
+    penalty = given.get("repetition_penalty", 1.0) if repetition_penalty is None else repetition_penalty
+    if not others and given.keys() <= PLAIN and isinstance(penalty, int | float) and penalty > 0:
+        return [] if penalty == 1 else [RepetitionPenalty(float(penalty))]
+    found = _of_transformers(as_transformers(model), prompt, max_new_tokens, repetition_penalty, others)
+    refuse_stateful(found, "remove it from the model's generation_config or from logits_processor")
+    return found
+
+
+def _of_transformers(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    repetition_penalty: float | None,
+    others: Sequence[Callable[..., Any]],
+) -> list[Processor]:
+    from transformers import GenerationConfig
+
     config: Any = copy.copy(model.generation_config) or GenerationConfig()
     config.do_sample, config.max_length = False, len(prompt) + max_new_tokens
     if config.min_new_tokens is not None:
@@ -361,20 +341,18 @@ def logits_processors(
         )
     except Exception as error:  # the type depends on the setting
         raise SpecDecError(f"the model's generation_config cannot be used: {one_line(error)}") from None
-    refuse_stateful(found, "remove it from the model's generation_config or from logits_processor")
     return list(found)
 
 
-def refuse_stateful(processors: Sequence[LogitsProcessor], remedy: str) -> None:
+def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
     """Raise SpecDecError if one of ``processors`` remembers what it has seen."""
     for processor in processors:
-        if isinstance(processor, STATEFUL):
-            name = type(processor).__name__
+        if (name := type(processor).__name__) in STATEFUL:
             raise SpecDecError(f"{name} has a state that cannot be rolled back after a rejected draft; {remedy}")
 
 
 def apply_processors(
-    processors: Sequence[LogitsProcessor], prompt: Sequence[int], tokens: Sequence[int], logits: Tensor
+    processors: Sequence[Processor], prompt: Sequence[int], tokens: Sequence[int], logits: Tensor
 ) -> Tensor:
     """Apply ``processors`` to the logits [n, V] that predict the n ``tokens`` after ``prompt``."""
     if not processors:

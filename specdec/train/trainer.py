@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from filelock import FileLock
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from specdec.api.decoder import SpecDecoder
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr, tell
 from specdec.models import drafter_folder, loading
-from specdec.models.gguf import model as gguf_model
 from specdec.models.loading import as_dtype
+from specdec.models.native_model import empty_model
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
@@ -141,7 +140,7 @@ def _split(
     return train, held_out[: settings.eval_answers]
 
 
-def open_target(model: PreTrainedModel, settings: TrainSettings) -> Target:
+def open_target(model: Any, settings: TrainSettings) -> Target:
     """The runtime to train in: of ``model``, or of the same in float32 if a CPU multiplies that faster.
 
     The latter with the dtype "auto" alone, and if there is memory for it.
@@ -165,7 +164,7 @@ def float32_is_faster() -> bool:
     return seconds[torch.float32] < seconds[torch.bfloat16]
 
 
-def training_target(model: PreTrainedModel) -> Target:
+def training_target(model: Any) -> Target:
     """A runtime with gradients for blocks of many tokens. Raises SpecDecError for unsupported models."""
     try:
         return FusedTarget(model, packs=False)
@@ -200,7 +199,7 @@ def check_memory(name: str, config: Any, dtype: str, place: torch.device) -> Non
 def _weight_bytes(config: Any, kind: torch.dtype) -> int:
     """Bytes of the weights of a model of ``config``; 0 for an architecture with its own code."""
     try:
-        model = gguf_model.empty_model(config, kind)
+        model = empty_model(config, kind)
     except Exception:  # checked when it is loaded
         return 0
     return sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize

@@ -17,7 +17,7 @@ from passes import apart
 from tiny import ROPES, SMALL, greedy_reference, rough_model, sizes_of
 from tiny_gguf import ARCHITECTURES, write_family, write_gguf, write_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from specdec import SpecDecoder
 from specdec.base import files, machine
@@ -36,6 +36,7 @@ from specdec.models.gguf.blocks import (
     temporarily_dense,
 )
 from specdec.models.gguf.file import read_header
+from specdec.models.native_model import NativeModel
 from specdec.runtimes.select import make_target
 
 SERVED = ("llama", "qwen2", "qwen3", "phi3")
@@ -63,7 +64,7 @@ QUANTS = (
 def reference(path: Path, dtype: torch.dtype = torch.bfloat16):
     """What transformers makes of the file."""
     load = AutoModelForCausalLM.from_pretrained
-    return load(path.parent, gguf_file=path.name, dtype=dtype, quantization_config=loading.GgufConfig(dequantize=True))
+    return load(path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
 
 
 def sizes(family: str) -> dict:
@@ -98,7 +99,7 @@ def test_a_model_is_what_transformers_makes_of_the_file(cache, tmp_path, archite
     assert (model.lm_head.blocks is model.model.embed_tokens.blocks) == tied
     assert not any(p.requires_grad for p in model.parameters())
     assert identity.fingerprint(model) == identity.fingerprint(theirs)
-    ours, given = model.config.to_dict(), theirs.config.to_dict()
+    ours, given = model.transformers().config.to_dict(), theirs.config.to_dict()
     assert {k for k in given if ours.get(k) != given[k]} <= {"_name_or_path", "_model_name_or_path", "head_dim"}
     ids = torch.arange(5, 25)[None]
     with torch.inference_mode():
@@ -117,7 +118,7 @@ def test_a_file_of_each_family_is_the_model_that_it_was_made_of(cache, tmp_path,
     source = rough_model(family, **sizes(family))
     path = write_family(tmp_path / "it.gguf", source, older=older)
     model, _ = loading.load(path, dtype="float32")
-    given, ours = source.config.to_dict(), model.config.to_dict()
+    given, ours = source.config.to_dict(), model.transformers().config.to_dict()
     other = {key: (ours.get(key), given[key]) for key in given if ours.get(key) != given[key]}
     kept = {"eos_token_id", "bos_token_id", "pad_token_id", "initializer_range", "layer_types", "rope_parameters"}
     assert not {key for key, (a, b) in other.items() if a != pytest.approx(b)} - kept - UNSAID, other
@@ -221,7 +222,7 @@ def test_a_matrix_of_two_tensors_stays_in_blocks_if_one_type_has_both(cache, tmp
 def test_one_of_two_tensors_that_does_not_fit_is_named(cache, tmp_path, shape):
     path = write_family(tmp_path / "it.gguf", rough_model("qwen3_next", **sizes("qwen3_next")))
     file, name = read_header(path), "blk.2.attn_gate.weight"
-    model = gguf_model.empty_model(gguf_model.config_of("it", file), torch.bfloat16)
+    model = NativeModel(gguf_model.config_of("it", file), torch.bfloat16)
     gguf_model.check_tensors("it", file, model)
     info = file.tensors.pop(name)
     if shape:
@@ -314,7 +315,7 @@ def test_so_are_those_of_experts(cache, tmp_path):
 def test_where_a_turn_has_several_messages_the_end_of_one_does_not_end_it(cache, tmp_path, call, ends):
     path = write_family(tmp_path / "it.gguf", rough_model("gpt_oss", **sizes("gpt_oss")))
     file = read_header(path)
-    tokens, kinds = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.token_type"]
+    tokens, kinds = file.metadata["tokenizer.ggml.tokens"].texts, file.metadata["tokenizer.ggml.token_type"]
     for token, text in zip((1, 2, 5, 6), ("<s>", "<|return|>", "<|end|>", call), strict=True):
         tokens[token], kinds[token] = text, 3
     found = gguf_model._eos_token_ids(file)
@@ -324,8 +325,8 @@ def test_where_a_turn_has_several_messages_the_end_of_one_does_not_end_it(cache,
 def test_factors_of_the_rotary_frequencies_are_used(cache, tmp_path):
     factors = np.array([1, 2, 4, 8], np.float32)
     path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", more={"rope_freqs.weight": factors})
-    ours = loading.load(path)[0].model.rotary_emb.inv_freq
-    plain = loading.load(write_model(tmp_path / "plain.gguf", "llama", "Q8_0"))[0].model.rotary_emb.inv_freq
+    ours = loading.load(path)[0].model.rotary_emb.inv_freq[""]
+    plain = loading.load(write_model(tmp_path / "plain.gguf", "llama", "Q8_0"))[0].model.rotary_emb.inv_freq[""]
     assert torch.equal(ours, plain / torch.from_numpy(factors))
 
 
@@ -401,6 +402,18 @@ def test_a_tensor_of_an_unknown_type_is_named(tmp_path):
         read_header(tmp_path / "it.gguf")
 
 
+def test_a_vocabulary_is_decoded_at_first_use(tmp_path):
+    path = tmp_path / "it.gguf"
+    write_gguf(path)
+    tokens = read_header(path).metadata["tokenizer.ggml.tokens"]
+    assert "texts" not in vars(tokens) and len(tokens) == 260
+    assert tokens[:3] == ["<|endoftext|>", "<s>", "</s>"] and list(tokens) == [tokens[n] for n in range(260)]
+    path.write_bytes(path.read_bytes().replace(b"<|endoftext|>", b"<|endoftext|\xff", 1))
+    header = read_header(path)
+    with pytest.raises(SpecDecError, match=r"it.gguf.*truncated or broken \(a string in it is not UTF-8 text\)"):
+        gguf_model.tokenizer_of("it", header)
+
+
 def test_tensors_without_a_place_are_refused(cache, tmp_path):
     path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", more={"blk.0.attn_q.bias": np.ones(32, np.float32)})
     with pytest.raises(
@@ -457,7 +470,7 @@ def test_a_real_model_ends_turns_and_texts(name):
 def test_a_real_models_tokenizer_is_that_of_the_file(name):
     folder = prepare.prepare_embedded(name)
     _, tokenizer = loading.load(name)
-    theirs = loading.AutoTokenizer.from_pretrained(folder, gguf_file=prepare.GGUF)
+    theirs = AutoTokenizer.from_pretrained(folder, gguf_file=prepare.GGUF)
     chat = [{"role": "user", "content": "Sum 12345 and 6.78\n\n\t9"}]
     assert tokenizer.chat_template == read_header(folder / prepare.GGUF).metadata["tokenizer.chat_template"]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)

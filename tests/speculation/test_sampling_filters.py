@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
-from specdec.speculation.sampling import TopP
+from specdec.speculation.warpers import TopP
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import memory
+from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError
 from specdec.base.machine import check_memory
 
@@ -338,7 +339,7 @@ def densify(model: Any) -> None:
             if id(blocks) not in weights:
                 weights[id(blocks)] = nn.Parameter(module.weight, requires_grad=False)
             made: Any
-            with torch.device("meta"):
+            with without_memory():
                 if isinstance(module, BlockEmbedding):
                     made = ScaledEmbedding(blocks.shape[0], blocks.inputs)
                     made.embed_scale = module.embed_scale

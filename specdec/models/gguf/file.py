@@ -5,10 +5,12 @@ The file is untrusted: every count and offset is compared with the size of the f
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,44 @@ VERSIONS = 2, 3
 STRING, ARRAY = 8, 9  # types of metadata values; the other types are numbers
 NUMBERS = {kind: struct.Struct(f"<{code}") for kind, code in enumerate("BbHhIif?__Qqd") if code != "_"}
 U32, U64 = NUMBERS[4], NUMBERS[10]
+ENDS, NOT_TEXT = "it ends within its header", "a string in it is not UTF-8 text"
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class _Broken(Exception):
     """The header is broken. The message says how."""
+
+
+class Strings(Sequence[str]):
+    """An array of strings of a header, decoded at first use: a vocabulary has hundreds of thousands.
+
+    data: of each string its length and its bytes. name: of the model, for messages.
+    Reading one raises SpecDecError if one is not UTF-8 text.
+    """
+
+    def __init__(self, data: bytes, count: int, name: str) -> None:
+        self.data, self.size, self.name = data, count, name
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        found, at, data, length_at = list[str](), 0, self.data, U64.unpack_from
+        try:
+            for _ in range(self.size):
+                end = at + 8 + length_at(data, at)[0]
+                found.append(data[at + 8 : end].decode())
+                at = end
+        except UnicodeDecodeError:
+            raise _error(self.name, NOT_TEXT) from None
+        return found
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.texts[index]
 
 
 @dataclass(frozen=True)
@@ -57,12 +92,6 @@ class GGUFFile:
         return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the file has GGUF's magic number."""
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
-
-
 def read_header(path: Path, name: str = "") -> GGUFFile:
     """Read the header of a GGUF file. name: for messages. Raises SpecDecError if the file is broken."""
     name = name or str(path)
@@ -72,21 +101,23 @@ def read_header(path: Path, name: str = "") -> GGUFFile:
             if file.read(4) != b"GGUF":
                 raise SpecDecError(f"'{name}' is not a GGUF file")
             with mmap.mmap(file.fileno(), min(size, HEADER_BYTES), access=mmap.ACCESS_READ) as data:
-                metadata, tensors = _HeaderReader(data).header(size)
+                metadata, tensors = _HeaderReader(data, name).header(size)
     except _Broken as error:
-        raise SpecDecError(
-            f"cannot load model '{name}': the GGUF file is truncated or broken ({error}); get it again"
-        ) from None
+        raise _error(name, str(error)) from None
     except OSError as error:
         raise SpecDecError(f"cannot read '{name}': {error.strerror or error}") from None
     return GGUFFile(path, metadata, tensors)
 
 
+def _error(name: str, why: str) -> SpecDecError:
+    return SpecDecError(f"cannot load model '{name}': the GGUF file is truncated or broken ({why}); get it again")
+
+
 class _HeaderReader:
     """Reads a header from its bytes. Raises _Broken."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.size, self.at = data, len(data), 4
+    def __init__(self, data: mmap.mmap, name: str) -> None:
+        self.data, self.size, self.at, self.name = data, len(data), 4, name
 
     def header(self, file_size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         version = self.number(U32)
@@ -122,14 +153,14 @@ class _HeaderReader:
         at = self.at
         self.at = at + kind.size
         if self.at > self.size:
-            raise _Broken("it ends within its header")
+            raise _Broken(ENDS)
         return kind.unpack_from(self.data, at)[0]
 
     def count(self, least: int) -> int:
         """A count of items of at least ``least`` bytes each. Raises _Broken if the file is too small for them."""
         count: int = self.number(U64)
         if count * least > self.size - self.at:
-            raise _Broken("it ends within its header")
+            raise _Broken(ENDS)
         return count
 
     def string(self) -> str:
@@ -139,7 +170,7 @@ class _HeaderReader:
         try:
             return text.decode()
         except UnicodeDecodeError:
-            raise _Broken("a string in it is not UTF-8 text") from None
+            raise _Broken(NOT_TEXT) from None
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
@@ -150,7 +181,7 @@ class _HeaderReader:
             raise _Broken(f"a value in it is of the unknown type {kind}")
         return self.number(NUMBERS[kind])
 
-    def array(self, kind: int) -> list[Any]:
+    def array(self, kind: int) -> Sequence[Any]:
         if kind != STRING and kind not in NUMBERS:
             raise _Broken(f"an array in it is of the unknown type {kind}")
         width = 8 if kind == STRING else NUMBERS[kind].size
@@ -158,10 +189,22 @@ class _HeaderReader:
         if count > MAX_ELEMENTS:
             raise _Broken(f"an array in it has {count} elements")
         if kind == STRING:
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         values = struct.unpack_from(f"<{count}{NUMBERS[kind].format[1:]}", self.data, self.at)
         self.at += count * width
         return list(values)
+
+    def strings(self, count: int) -> Strings:
+        begin = at = self.at
+        data, last, length_at = self.data, self.size - 8, U64.unpack_from
+        for _ in range(count):  # a loop of few operations: there may be millions of strings
+            if at > last:
+                raise _Broken(ENDS)
+            at += 8 + length_at(data, at)[0]
+        if at > self.size:
+            raise _Broken(ENDS)
+        self.at = at
+        return Strings(data[begin:at], count, self.name)
 
     def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
         """Name, type, shape and offset in the data."""

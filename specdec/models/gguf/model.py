@@ -1,8 +1,8 @@
 """Models of GGUF files without conversion: matrices stay in the file's blocks.
 
-transformers maps the names of tensors and metadata and builds the tokenizer. ``write_parts`` writes config, generation
-config, tokenizer and chat template into a folder once. ``build`` makes the model of that config with the weights of the
-file. Supports the architectures of the native runtime.
+``write_parts`` writes config, generation config, tokenizer and chat template into a folder once; transformers converts
+the vocabulary and knows the defaults of configs. ``build`` makes the model of that config with the weights of the file.
+Supports the architectures of the native runtime.
 """
 
 from __future__ import annotations
@@ -10,31 +10,22 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import torch
-from accelerate import init_empty_weights
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TokenizersBackend,
-)
-from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
 from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.machine import check_memory
 from specdec.models import families
+from specdec.models.config import Config, write_config
 from specdec.models.gguf import blocks, recurrent
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
-from specdec.models.gguf.file import PLAIN, GGUFFile, TensorInfo
+from specdec.models.gguf.file import PLAIN, GGUFFile, Strings, TensorInfo
+from specdec.models.native_model import NativeModel, transformers_config
 
 ARCHITECTURES = {family.gguf: kind for kind, family in families.FAMILIES.items() if family.gguf}
 # Numbers in a config that are not whole.
@@ -84,21 +75,23 @@ def _kind(file: GGUFFile) -> str:
 
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template into ``folder``."""
+    from transformers import GenerationConfig
+
     tokenizer = tokenizer_of(name, file)
     try:
         config = config_of(name, file)
-        check_tensors(name, file, empty_model(config, torch.bfloat16))
-        ends = GenerationConfig.from_model_config(config)
+        check_tensors(name, file, NativeModel(config, torch.bfloat16))
+        ends = GenerationConfig.from_model_config(transformers_config(config.to_dict()))
         ends.eos_token_id = _eos_token_ids(file) or None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecDecError(f"cannot load model '{name}': its GGUF file describes no model ({reason})") from error
-    config.save_pretrained(folder)
+    write_config(folder, config)
     ends.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
+def config_of(name: str, file: GGUFFile) -> Config:
     """The config from the metadata."""
     kind, prefix = _kind(file), file.architecture + "."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
@@ -118,7 +111,7 @@ def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
         fits = _positive(value) if field in FLOATS else type(value) is int and 0 <= value < families.LONGEST
         if not fits:
             raise SpecDecError(f"cannot load model '{name}': its GGUF file says that {field} is {str(value)[:60]!r}")
-    families.check_sizes(name, SimpleNamespace(**values))
+    families.check_sizes(name, Config(**values))
     ends = ".attn_output.weight", ".ssm_out.weight"  # a layer has one of them
     layers = sum(key.startswith("blk.") and key.endswith(ends) for key in file.tensors)
     if values.get("num_hidden_layers") != layers:
@@ -142,7 +135,7 @@ def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
     if (rope := scaling.pop("type", "none")) != "none" or kind == "ministral3":
         values["rope_scaling"] = _scaled_rope(name, rope, scaling, values)
         values["rope_scaling"] |= {"truncate": False} if kind == "gpt_oss" else {}
-    return AutoConfig.for_model(kind, **values)
+    return Config(**transformers_config(values | {"model_type": kind}).to_dict())
 
 
 def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -165,8 +158,12 @@ def _positive(value: Any) -> bool:
 
 
 def tokenizer_of(name: str, file: GGUFFile) -> Any:
-    """The tokenizer, with chat template, from the metadata. Raises SpecDecError without one."""
+    """The tokenizer of transformers, with chat template, from the metadata. Raises SpecDecError without one."""
+    from transformers import TokenizersBackend
+    from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
     metadata = {key.removeprefix("tokenizer."): value for key, value in file.metadata.items()}
+    metadata |= {key: value.texts for key, value in metadata.items() if isinstance(value, Strings)}
     own, options = (
         {field: metadata[key] for key, field in GGUF_TOKENIZER_MAPPING[part].items() if key in metadata}
         for part in ("tokenizer", "tokenizer_config")
@@ -213,15 +210,7 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of ``config`` without memory for its parameters."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    return model
-
-
-def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
     """The tensors in ``file`` of each parameter of ``model``. Raises SpecDecError unless all fit."""
     found = _tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
@@ -260,7 +249,7 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
     return found
 
 
-def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+def _tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
     """The names of ``gguf`` for the parameters of ``model``; "" for unknown ones."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), dict[str, tuple[str, ...]]()
@@ -290,15 +279,13 @@ def _layer(tensor: str) -> int:
     return int(number) if tensor.startswith("blk.") and number.isdecimal() and len(number) < 9 else -1
 
 
-def build(
-    name: str, file: GGUFFile, config: PreTrainedConfig, dtype: torch.dtype, keep_blocks: bool
-) -> PreTrainedModel:
+def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_blocks: bool) -> NativeModel:
     """The model of ``config`` with the weights of ``file``, in ``dtype``.
 
     keep_blocks: matrices in blocks of ``blocks.KINDS`` stay in the mapped file; else all become parameters. Raises
         SpecDecError without memory for them.
     """
-    model, data = empty_model(config, dtype), file.map()
+    model, data = NativeModel(config, dtype), file.map()
     names, unpacked = check_tensors(name, file, model), set[str]()
     check_memory(name, _needed_memory(file, model, names, dtype, keep_blocks))
     family = families.FAMILIES[config.model_type]
@@ -351,7 +338,7 @@ def build(
 
 
 def _needed_memory(
-    file: GGUFFile, model: PreTrainedModel, names: dict[str, tuple[str, ...]], dtype: torch.dtype, keep_blocks: bool
+    file: GGUFFile, model: NativeModel, names: dict[str, tuple[str, ...]], dtype: torch.dtype, keep_blocks: bool
 ) -> int:
     """Bytes that the weights take. Experts in blocks count nothing: they may stay on the disk."""
     need = 0
@@ -444,12 +431,11 @@ def _tie(model: Any) -> None:
 
 def _scale_rotation(model: Any, file: GGUFFile, data: Tensor) -> None:
     """Divide the frequencies of the rotary embedding by the file's factors (Llama 3.1)."""
-    info, rotary = file.tensors[ROPE_FACTORS], model.model.rotary_emb
-    factors = data[info.offset : info.offset + info.nbytes].view(PLAIN[info.kind])
-    rotary.inv_freq = rotary.original_inv_freq = rotary.inv_freq / factors.to(rotary.inv_freq.dtype)
+    info = file.tensors[ROPE_FACTORS]
+    model.model.rotary_emb.divide(data[info.offset : info.offset + info.nbytes].view(PLAIN[info.kind]))
 
 
-def _rows(config: PreTrainedConfig, path: str, count: int) -> Tensor | None:
+def _rows(config: Config, path: str, count: int) -> Tensor | None:
     """The row of the file's tensor for each of the ``count`` rows of the model's; None: the same."""
     names = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if (heads := names.get(path.rpartition(".")[2])) is None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
@@ -38,6 +37,7 @@ from specdec.models.gguf.blocks import (
     quantize_experts,
 )
 from specdec.runtimes import llama_like
+from specdec.runtimes.by_parts import ByParts
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import narrow_maps
@@ -48,9 +48,13 @@ from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
-from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import TOKEN_RATIO, GrowingLinear, Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specdec.models.native_model import NativeModel
 
 FAMILIES = tuple(families.FAMILIES)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
@@ -81,7 +85,7 @@ class NativeTarget(ByParts):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: NativeModel | PreTrainedModel,
         weights: str = "auto",
         kv_cache: str = "auto",
         activations: str = "auto",

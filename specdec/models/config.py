@@ -1,0 +1,63 @@
+"""The config and the generation config of a model as plain values. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+
+class Config:
+    """The fields of a text model's config as attributes, with all defaults: what ``to_dict`` of transformers gives."""
+
+    is_encoder_decoder = False
+    architectures: list[str] | None = None
+    _attn_implementation = "sdpa"
+    _name_or_path = ""
+    _commit_hash: str | None = None
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: which fields there are depends on the family
+        raise AttributeError(f"this '{vars(self).get('model_type')}' config has no {name}")
+
+    def get_text_config(self) -> Config:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+class GenerationSettings:
+    """The fields of a ``generation_config.json`` that are given; others are None."""
+
+    eos_token_id: int | list[int] | None = None
+    repetition_penalty: float | None = None
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields that are given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def read_config(folder: Path) -> Config:
+    """The config that ``write_config`` wrote."""
+    return Config(**json.loads((folder / CONFIG).read_text("utf-8")))
+
+
+def write_config(folder: Path, config: Config) -> None:
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1) + "\n", "utf-8")
+
+
+def read_generation(folder: Path) -> GenerationSettings:
+    return GenerationSettings(**json.loads((folder / GENERATION).read_text("utf-8")))

@@ -1,0 +1,309 @@
+"""A model as its config, weights and generation config, without transformers' modelling classes.
+
+The modules have the names, parameters and shapes of transformers' own; runtimes read the weights there and compute.
+``transformers`` is the model of transformers over the same weights, made where it is asked for. A test compares both
+for every family.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specdec.base.devices import without_memory
+from specdec.models.config import Config, GenerationSettings
+from specdec.models.families import FAMILIES, Family, activation, mixture_of
+from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding
+from specdec.models.rotary import Rotary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_making = threading.Lock()
+
+
+class NativeModel(nn.Module):
+    """A decoder-only model of a known family. ``forward`` and ``generate`` are those of transformers.
+
+    config, generation_config: as plain values.
+    dtype: of the weights, or of the values of those in blocks.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype, generation_config: GenerationSettings | None = None) -> None:
+        super().__init__()
+        self.config, self.generation_config = config, generation_config or GenerationSettings()
+        self._made: list[PreTrainedModel] = []  # in a list: no part of this module
+        with without_memory():
+            self.model = Decoder(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            for module in self.modules():
+                for name, values in module.named_parameters(recurse=False):
+                    made = nn.Parameter(torch.empty(values.shape, dtype=dtype), requires_grad=False)
+                    module.register_parameter(name, made)
+        if FAMILIES[config.model_type].fields >= {"hidden_activation"}:  # Gemma's
+            self.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(self.model.embed_tokens, "dtype", None) or self.model.embed_tokens.weight.dtype
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def base_model(self) -> Decoder:
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        self.lm_head = head  # type: ignore[assignment]
+
+    def transformers(self) -> PreTrainedModel:
+        """The model of transformers, with the modules and parameters that this one has now."""
+        with _making:
+            if not self._made:
+                self._made.append(_of_transformers(self.config, self.dtype))
+            made = self._made[0]
+            _share(self, made)
+        return made
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.transformers()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.transformers().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        self.transformers().save_pretrained(*args, **kwargs)
+
+
+def as_transformers(model: Any) -> PreTrainedModel:
+    """The model of transformers that is ``model``, or that has its weights."""
+    made: PreTrainedModel = model.transformers() if isinstance(model, NativeModel) else model
+    return made
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm. rotary_emb: makes cosines and sines."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        family = FAMILIES[config.model_type]
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([_layer(config, family, index) for index in range(config.num_hidden_layers)])
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps, family)
+        with torch.device("cpu"):
+            self.rotary_emb = Rotary(config, family.halved, family.wide)
+
+
+class Norm(nn.Module):
+    """An RMS norm."""
+
+    def __init__(self, size: int, eps: float, family: Family) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = self.variance_epsilon = eps
+        self.once, self.around_zero = family.once, family.around_zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        if self.around_zero:
+            return (wide * (1 + self.weight.float())).to(x.dtype)
+        return (self.weight * wide).to(x.dtype) if self.once else self.weight * wide.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``; gate and up are one map or two."""
+
+    def __init__(self, config: Config, inner: int) -> None:
+        super().__init__()
+        family, width = FAMILIES[config.model_type], config.hidden_size
+        bias = family.mlp_bias and bool(config.mlp_bias)
+        if family.joined:
+            self.gate_up_proj = nn.Linear(width, 2 * inner, bias=False)
+        else:
+            self.gate_proj, self.up_proj = nn.Linear(width, inner, bias), nn.Linear(width, inner, bias)
+        self.down_proj = nn.Linear(inner, width, bias)
+        self.act = activation(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = hasattr(self, "gate_up_proj")
+        gate, up = self.gate_up_proj(x).chunk(2, -1) if joined else (self.gate_proj(x), self.up_proj(x))
+        acted = F.silu(gate) if self.act == "silu" else F.gelu(gate, approximate="tanh")
+        found: Tensor = self.down_proj(acted * up)
+        return found
+
+
+class Experts(nn.Module):
+    """The experts of a layer. is_transposed: inputs are rows, gates and ups come in turn, and there are biases."""
+
+    def __init__(self, experts: int, width: int, inner: int, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        shapes = {"gate_up_proj": (experts, 2 * inner, width), "down_proj": (experts, width, inner)}
+        if is_transposed:
+            shapes = {name: (count, columns, rows) for name, (count, rows, columns) in shapes.items()}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            if is_transposed:
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(experts, shape[2])))
+
+
+class Attention(nn.Module):
+    """head_dim, scaling: the size of a head, and the factor of scores."""
+
+    def __init__(self, config: Config, family: Family) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.head_dim = size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        heads, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+        bias = family.attention_bias and bool(getattr(config, "attention_bias", False))
+        if family.joined:
+            self.qkv_proj = nn.Linear(width, heads + 2 * keys, bias=False)
+        else:
+            parts = {"q": heads * (1 + family.gated), "k": keys, "v": keys}
+            for part, rows in parts.items():
+                setattr(self, f"{part}_proj", nn.Linear(width, rows, bias or family.qkv_bias))
+        self.o_proj = nn.Linear(heads, width, bias)
+        if family.across or family.by_head:
+            sizes = (heads, keys) if family.across else (size, size)
+            self.q_norm, self.k_norm = (Norm(count, config.rms_norm_eps, family) for count in sizes)
+        if config.model_type == "gpt_oss":
+            self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.scaling = size**-0.5
+        if "attention_multiplier" in family.fields:
+            self.scaling = config.attention_multiplier
+        elif "query_pre_attn_scalar" in family.fields:
+            self.scaling = config.query_pre_attn_scalar**-0.5
+
+
+class DeltaRule(nn.Module):
+    """The mixer of a recurrent layer."""
+
+    def __init__(self, config: Config, family: Family) -> None:
+        super().__init__()
+        self.num_k_heads, self.num_v_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        width, values = config.hidden_size, self.num_v_heads * self.head_v_dim
+        channels = 2 * self.num_k_heads * self.head_k_dim + values
+        self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
+        self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
+        if config.model_type == "qwen3_next":
+            sizes = {"qkvz": channels + values, "ba": 2 * self.num_v_heads}
+        else:
+            sizes = {"qkv": channels, "z": values, "b": self.num_v_heads, "a": self.num_v_heads}
+        for part, rows in sizes.items():
+            setattr(self, f"in_proj_{part}", nn.Linear(width, rows, bias=False))
+        self.norm = Norm(self.head_v_dim, config.rms_norm_eps, family)
+        self.out_proj = nn.Linear(values, width, bias=False)
+
+
+def _layer(config: Config, family: Family, index: int) -> nn.Module:
+    layer: Any = nn.Module()
+    if family.mixer and config.layer_types[index] == "linear_attention":
+        layer.linear_attn = DeltaRule(config, family)
+    else:
+        layer.self_attn = Attention(config, family)
+    layer.mlp = _mixture(config, family) if _routes(config, index) else MLP(config, config.intermediate_size)
+    for name in filter(None, family.norms):
+        setattr(layer, name, Norm(config.hidden_size, config.rms_norm_eps, family))
+    return layer  # type: ignore[no-any-return]
+
+
+def _routes(config: Config, index: int) -> bool:
+    """Whether a layer's MLP is a mixture of experts."""
+    if not mixture_of(config).experts:
+        return False
+    step = getattr(config, "decoder_sparse_step", 1)
+    return index not in (getattr(config, "mlp_only_layers", None) or ()) and (index + 1) % step == 0
+
+
+def _mixture(config: Config, family: Family) -> nn.Module:
+    mlp, router = nn.Module(), nn.Module()
+    count, width, turned = mixture_of(config).experts, config.hidden_size, config.model_type == "gpt_oss"
+    router.weight = nn.Parameter(torch.empty(count, width))
+    if turned:
+        router.bias = nn.Parameter(torch.empty(count))
+    setattr(mlp, "router" if turned else "gate", router)
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    mlp.experts = Experts(count, width, inner, turned)
+    if family.shared:
+        mlp.shared_expert = MLP(config, config.shared_expert_intermediate_size)
+        mlp.shared_expert_gate = nn.Linear(width, 1, bias=False)
+    return mlp
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def transformers_config(fields: Mapping[str, Any]) -> Any:
+    """The config of transformers with these fields."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of transformers for its ``config``, without memory for its parameters."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = transformers_config(config.to_dict()) if isinstance(config, Config) else config
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def _of_transformers(config: Config, dtype: torch.dtype) -> PreTrainedModel:
+    theirs = transformers_config(config.to_dict())
+    theirs._name_or_path, theirs._commit_hash = config._name_or_path, config._commit_hash
+    return empty_model(theirs, dtype).eval().requires_grad_(False)
+
+
+def _share(own: NativeModel, made: Any) -> None:
+    """Give ``made`` the modules with weights, the other parameters and the settings that ``own`` has now."""
+    from transformers import GenerationConfig
+
+    made.generation_config = GenerationConfig(**own.generation_config.to_diff_dict())
+    if "_attn_implementation" in vars(own.config):
+        made.config._attn_implementation = own.config._attn_implementation
+    for path, module in own.named_modules(remove_duplicate=False):
+        theirs = made.get_submodule(path)
+        if isinstance(theirs, BlockExperts) and not isinstance(module, BlockExperts):  # experts have become dense
+            theirs = theirs.own[0]
+            made.set_submodule(path, theirs)
+        if isinstance(module, BlockExperts):
+            if theirs is not module:
+                module.own[0] = theirs  # has the activation
+                made.set_submodule(path, module)
+        elif type(module) in (nn.Linear, BlockLinear) or isinstance(module, ScaledEmbedding):
+            if theirs is not module:
+                made.set_submodule(path, module)
+        elif theirs is not module:
+            for leaf, values in module.named_parameters(recurse=False):
+                theirs.register_parameter(leaf, values)
+    rotary, theirs = own.model.rotary_emb, made.model.rotary_emb
+    if "" in rotary.inv_freq:
+        theirs.inv_freq = theirs.original_inv_freq = rotary.inv_freq[""].to(own.device)
+    if any(buffer.device != own.device for buffer in made.buffers()):
+        made.to(own.device)

@@ -1,0 +1,172 @@
+"""Models and tokenizers that transformers loads: checkpoints of safetensors, and GGUF files of other architectures."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
+
+from specdec.base.errors import SpecDecError, one_line
+from specdec.base.machine import check_memory
+from specdec.models import checkpoint, families
+from specdec.models.gguf import model as gguf_model
+from specdec.models.gguf.file import read_header
+from specdec.models.prepare import quiet_transformers
+from specdec.models.source import Source, explain_errors
+
+TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_model\.(model\.)?": "model."}
+
+
+def read_config(source: Source, trust_remote_code: bool = False) -> Any:
+    """The config of transformers. Raises SpecDecError unless the model is decoder-only."""
+    with quiet_transformers(f"Loading {source.name}"), explain_errors(source.name):
+        config = AutoConfig.from_pretrained(source.folder, **_options(source, trust_remote_code))
+    if config.is_encoder_decoder:
+        raise SpecDecError(f"'{source.name}' is an encoder-decoder model ({config.model_type}); use a decoder-only one")
+    return config
+
+
+def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of transformers. Raises SpecDecError if there is none."""
+    try:
+        with quiet_transformers(f"Loading {source.name}"):
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, **_options(source, trust_remote_code))
+        if len(tokenizer) > len(tokenizer.all_special_tokens):  # without its files, a tokenizer class may be empty
+            if source.packed:
+                gguf_model.split_digits(
+                    read_header(source.folder / source.packed, source.name), tokenizer.backend_tokenizer
+                )
+            return tokenizer
+        reason = "its files are missing"
+    except Exception as error:  # untrusted files: any type
+        reason = one_line(error)
+    raise SpecDecError(f"model '{source.name}' has no usable tokenizer, such as a tokenizer.json: {reason}")
+
+
+def load(
+    source: Source,
+    config: Any,
+    kind: str | torch.dtype,
+    place: torch.device,
+    experts: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of safetensors files, or of a GGUF file that transformers dequantises. experts: as in ``loading``."""
+    options = _options(source, trust_remote_code) | _text_part(config)
+    name, config = source.name, options["config"]
+    if source.packed:  # dequantised even if there are kernels for packed weights
+        kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
+        infos = read_header(source.folder / source.packed, name).tensors
+        numbers = {key: math.prod(info.shape) for key, info in infos.items()}
+        check_memory(name, sum(numbers.values()) * kind.itemsize)
+        options = {key: value for key, value in options.items() if key != "config"}
+        options |= {"quantization_config": GgufConfig(dequantize=True)}
+    else:
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
+        source.fetch_weights()
+        with explain_errors(name):
+            numbers = dict(pair for path in source.weight_files() for pair in checkpoint.numbers_in(path).items())
+    fused = 0
+    if numbers and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        fused = _check_size(name, config, numbers)
+    with quiet_transformers(f"Loading {name}"), explain_errors(name):
+        stored = None if experts or source.packed else _checkpoint(source, config)
+        if stored is None:
+            if fused and not source.packed and not getattr(config, "quantization_config", None):
+                dtype = kind if isinstance(kind, torch.dtype) else config.dtype or torch.bfloat16
+                check_memory(name, fused * dtype.itemsize, "leave a part of its experts on the disk (--expert-cache)")
+            load: Any = AutoModelForCausalLM.from_pretrained
+            loaded = load(source.folder, dtype=kind, output_loading_info=True, **options)
+        else:
+            loaded = _without_experts(source.folder, stored, kind, options)
+        model: PreTrainedModel = loaded[0].to(place)  # type: ignore[arg-type]
+    _check_fit(name, model, loaded[1])
+    return model
+
+
+def _options(source: Source, trust_remote_code: bool) -> dict[str, Any]:
+    """Arguments for transformers' ``from_pretrained``."""
+    return source.options | {"trust_remote_code": trust_remote_code}
+
+
+def _text_part(config: Any) -> dict[str, Any]:
+    """Options that load the text model alone of a multimodal checkpoint, where transformers would load all of it and
+    the native runtime knows the text model; else ``config``."""
+    text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
+    if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
+        return {"config": config}
+    text.tie_word_embeddings = bool(text.tie_word_embeddings or config.tie_word_embeddings)
+    return {"config": text, "key_mapping": TEXT_NAMES}
+
+
+def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
+    """Raise SpecDecError if ``config`` describes over twice the weights of files whose tensors have so many
+    ``numbers``: transformers would allocate those, too. ``_check_fit`` names what else is missing.
+
+    Returns how many weights transformers makes of several tensors: a layer's experts. Others stay mapped.
+    """
+    stored = sum(numbers.values())
+    fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
+    if fits:
+        with explain_errors(name), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model.tie_weights()
+        fits = sum(values.numel() for values in model.parameters()) <= 2 * stored
+    if not fits:
+        raise SpecDecError(
+            f"cannot load model '{name}': its config describes over twice the {stored} weights of its files"
+        )
+    whole = {key.partition("layers.")[2] for key in numbers}  # of a text model, prefixes differ
+    experts = (pair for pair in model.named_parameters() if ".experts." in pair[0])
+    return sum(values.numel() for key, values in experts if key.partition("layers.")[2] not in whole)
+
+
+def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise SpecDecError if weights are missing in the checkpoint: transformers would leave them random."""
+    names = {key for key, _ in model.named_parameters()}
+    unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if unfit:
+        raise SpecDecError(
+            f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
+            f"such as '{unfit[0]}'"
+        )
+
+
+def _checkpoint(source: Source, config: Any) -> checkpoint.Checkpoint | None:
+    """The checkpoint of a mixture if it can be loaded without its experts, else None."""
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type in families.FAMILIES
+    if not known or getattr(config, "quantization_config", None):
+        return None
+    files = source.weight_files()
+    return checkpoint.open_checkpoint(files) if files else None
+
+
+def _without_experts(
+    folder: Path, checkpoint: checkpoint.Checkpoint, dtype: str | torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The result of ``from_pretrained`` for a model whose experts stay in ``checkpoint``."""
+    config = options["config"]
+    if not isinstance(dtype, torch.dtype):  # auto
+        dtype = config.dtype or next(iter(checkpoint.others.values())).dtype
+    given: dict[str, Any] = {"ignore_mismatched_sizes": True}
+    with contextlib.suppress(OSError):  # without a file, transformers makes it from the config
+        given["generation_config"] = GenerationConfig.from_pretrained(folder)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=checkpoint.state(dtype), dtype=dtype, output_loading_info=True, **given
+    )
+    checkpoint.leave(model)
+    return model, info

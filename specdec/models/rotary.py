@@ -1,0 +1,102 @@
+"""Rotary embeddings: cosines and sines by position, for all ways to scale them whose tables depend on nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+
+TYPES = "default", "linear", "llama3", "yarn"
+
+
+class Rotary:
+    """Cosines and sines of a model, equal to those of transformers' modules bit by bit.
+
+    inv_freq: by layer type, or by "" where all layers have the same. scaling: of the tables, likewise.
+    rope_type: the type, or those by layer type.
+    """
+
+    def __init__(self, config: Any, halved: bool = False, wide: bool = False) -> None:
+        parameters, self.halved, self.wide = config.rope_parameters, halved, wide
+        nested = bool(parameters) and all(isinstance(value, dict) for value in parameters.values())
+        parts: dict[str, Any] = parameters if nested else {"": parameters}
+        used = set(getattr(config, "layer_types", None) or parts) if nested else {""}
+        parts = {kind: part for kind, part in parts.items() if kind in used}
+        kinds = {kind: part.get("rope_type", "default") for kind, part in parts.items()}
+        self.rope_type: Any = kinds if nested else kinds[""]
+        self.inv_freq, self.scaling = dict[str, Tensor](), dict[str, float]()
+        for kind, part in parts.items():
+            if kinds[kind] in TYPES:  # a runtime refuses others
+                self.inv_freq[kind], self.scaling[kind] = _frequencies(config, part, kinds[kind])
+
+    def __call__(self, x: Tensor, positions: Tensor, layer_type: str = "") -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, T, rotated] for positions [B, T], in the dtype of ``x``.
+
+        halved: each once. wide: in float32.
+        """
+        if layer_type not in self.inv_freq:
+            raise SpecDecError(f"there are no tables here for rotary embeddings of type '{self.rope_type}'")
+        angles = positions[..., None].float() * self.inv_freq[layer_type]
+        angles = angles if self.halved else torch.cat((angles, angles), -1)
+        scaling = self.scaling[layer_type]
+        kind = torch.float32 if self.wide else x.dtype
+        return (angles.cos() * scaling).to(kind), (angles.sin() * scaling).to(kind)
+
+    def divide(self, factors: Tensor) -> None:
+        """Divide the frequencies of all layers by ``factors``."""
+        self.inv_freq[""] = self.inv_freq[""] / factors.to(self.inv_freq[""].dtype)
+
+
+def _frequencies(config: Any, rope: dict[str, Any], kind: str) -> tuple[Tensor, float]:
+    """The inverse frequencies, and the factor of the tables."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = int(head * (rope.get("partial_rotary_factor") or 1.0))
+    powers = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    if kind == "yarn":
+        return _yarn(config, rope, powers, dim)
+    found: Tensor = 1.0 / powers
+    if kind == "linear":
+        found = found / rope["factor"]
+    if kind == "llama3":
+        found = _llama3(rope, found)
+    return found, 1.0
+
+
+def _llama3(rope: dict[str, Any], frequencies: Tensor) -> Tensor:
+    """Long waves are stretched, short ones are not, and those between are in between."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    context, waves = rope["original_max_position_embeddings"], 2 * math.pi / frequencies
+    found = torch.where(waves > context / low, frequencies / factor, frequencies)
+    smooth = (context / waves - low) / (high - low)
+    between = ~(waves < context / high) * ~(waves > context / low)
+    return torch.where(between, (1 - smooth) * found / factor + smooth * found, found)
+
+
+def _yarn(config: Any, rope: dict[str, Any], powers: Tensor, dim: int) -> tuple[Tensor, float]:
+    factor, context, theta = rope["factor"], rope["original_max_position_embeddings"], rope["rope_theta"]
+    if factor is None:
+        factor = config.max_position_embeddings / context
+
+    def scale(by: float = 1) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scaling = rope.get("attention_factor")
+    if scaling is None:
+        both = rope.get("mscale") and rope.get("mscale_all_dim")
+        scaling = float(scale(rope["mscale"]) / scale(rope["mscale_all_dim"])) if both else scale()
+    ends = [
+        dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+    ]
+    if config.rope_parameters.get("truncate", True):
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], dim - 1)
+    if first == last:
+        last += 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    own, stretched, share = 1.0 / powers, 1.0 / (factor * powers), 1 - ramp
+    return stretched * (1 - share) + own * share, scaling

@@ -1,0 +1,193 @@
+"""The tokenizer of a folder with a tokenizer.json, through ``tokenizers`` alone.
+
+Token ids and chats are those of transformers' ``AutoTokenizer``, which a test compares. What else that one does, it
+does here, too: it is loaded when an attribute or an argument needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+CONFIG, FILE, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
+# Of ``__call__``: what is done here. ``verbose`` warns of long texts.
+ARGUMENTS = {"add_special_tokens", "split_special_tokens", "verbose"}
+NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
+
+
+@dataclass
+class Encoding:
+    """The token ids of a text, or of each of several."""
+
+    input_ids: list[Any]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in ("input_ids", "attention_mask"):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    @property
+    def attention_mask(self) -> list[Any]:
+        return [[1] * len(each) if isinstance(each, list) else 1 for each in self.input_ids]
+
+
+class Tokenizer:
+    """backend_tokenizer: of ``tokenizers``. chat_template: None if there is none. name_or_path: the folder.
+
+    bos_token, eos_token, unk_token, pad_token: named tokens, or None.
+    """
+
+    bos_token: str | None = None
+    eos_token: str | None = None
+    unk_token: str | None = None
+    sep_token: str | None = None
+    pad_token: str | None = None
+    cls_token: str | None = None
+    mask_token: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.name_or_path, given = str(folder), json.loads((folder / CONFIG).read_text("utf-8"))
+        self.backend_tokenizer = Backend.from_file(str(folder / FILE))
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        template = folder / TEMPLATE
+        self.chat_template: Any = template.read_text("utf-8") if template.is_file() else given.get("chat_template")
+        for name in NAMED:
+            token = given.get(name)
+            setattr(self, name, token["content"] if isinstance(token, dict) else token)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.transformers, name)
+
+    @functools.cached_property
+    def transformers(self) -> Any:
+        """The tokenizer of transformers."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.name_or_path, local_files_only=True)
+
+    def __len__(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __call__(self, text: Any = None, *args: Any, **how: Any) -> Any:
+        """Token ids of a text or of several. With other arguments than ``ARGUMENTS``: what transformers returns."""
+        several = isinstance(text, list | tuple)
+        plain = isinstance(text, str) or (several and all(isinstance(each, str) for each in text))
+        if args or not plain or how.keys() - ARGUMENTS:
+            return self.transformers(text, *args, **how)
+        backend, split = self.backend_tokenizer, bool(how.get("split_special_tokens", False))
+        if backend.encode_special_tokens != split:
+            backend.encode_special_tokens = split
+        texts, special = list(text) if several else [text], how.get("add_special_tokens", True)
+        found = backend.encode_batch(texts, add_special_tokens=special)
+        ids = [each.ids for each in found]
+        return Encoding(ids if several else ids[0])
+
+    def encode(self, text: str, *args: Any, **how: Any) -> list[int]:
+        if args or how.keys() - ARGUMENTS:
+            return list(self.transformers.encode(text, *args, **how))
+        return list(self(text, **how).input_ids)
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False, **how: Any) -> Any:
+        given = [ids] if isinstance(ids, Integral) else ids
+        if how or not isinstance(given, list | tuple) or not all(isinstance(each, Integral) for each in given):
+            return self.transformers.decode(ids, skip_special_tokens=skip_special_tokens, **how)
+        return self.backend_tokenizer.decode([int(each) for each in given], skip_special_tokens=skip_special_tokens)
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        one = self.backend_tokenizer.id_to_token
+        return one(int(ids)) if isinstance(ids, Integral) else [one(int(each)) for each in ids]
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        return self._id(tokens) if isinstance(tokens, str) else [self._id(each) for each in tokens]
+
+    def _id(self, token: str) -> int | None:
+        found: int | None = self.backend_tokenizer.token_to_id(token)
+        return self.unk_token_id if found is None else found
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.backend_tokenizer.get_vocab())
+
+    @functools.cached_property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """Tokens that are found before the text is split, by id."""
+        return dict(self.backend_tokenizer.get_added_tokens_decoder())
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The named tokens that there are."""
+        return {name: getattr(self, name) for name in NAMED if getattr(self, name) is not None}
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(dict.fromkeys(self.special_tokens_map.values()))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return [self._id(token) for token in self.all_special_tokens]  # type: ignore[misc]
+
+    def _named(self, token: str | None) -> int | None:
+        return None if token is None else self._id(token)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._named(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._named(self.eos_token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._named(self.pad_token)
+
+    @property
+    def unk_token_id(self) -> int | None:
+        return None if self.unk_token is None else self.backend_tokenizer.token_to_id(self.unk_token)
+
+    # -- chats --------------------------------------------------------------------------------------------------------
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
+        """The template as text. Raises ValueError without one."""
+        if chat_template is None and self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template")
+        return str(self.chat_template if chat_template is None else chat_template)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        **more: Any,
+    ) -> Any:
+        """The text of a chat; with ``tokenize`` what transformers makes of it. more: names that the template sees."""
+        given: dict[str, Any] = {
+            "tools": tools,
+            "documents": documents,
+            "continue_final_message": continue_final_message,
+        }
+        given |= {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
+        single = not conversation or isinstance(conversation[0], dict)
+        if tokenize or not single or any(callable(tool) for tool in tools or ()):
+            return self.transformers.apply_chat_template(conversation, tokenize=tokenize, **given, **more)
+        del given["chat_template"]
+        from specdec.models.chat_template import render  # imports jinja2
+
+        names = self.special_tokens_map | more
+        return render(self.get_chat_template(chat_template, tools), conversation, **given, **names)

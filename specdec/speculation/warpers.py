@@ -1,0 +1,100 @@
+"""Transforms of logits that need no transformers: temperature, top-k, top-p, min-p, and penalties.
+
+Each is called with the tokens before a position, int64 [n, T], and logits [n, V], and equals transformers' processor of
+that name, with one difference: top-p on a CPU keeps tokens as likely as the last one that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specdec.base.options import SamplingParams
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Temperature:
+    temperature: float
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores / self.temperature
+
+
+@dataclass(frozen=True)
+class TopK:
+    top_k: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        least = scores.topk(min(self.top_k, scores.shape[-1])).values[..., -1, None]
+        return scores.masked_fill(scores < least, NEVER)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """A CPU sorts a vocabulary in as much time as some models take for a pass, so ``FEW`` tokens come first."""
+
+    top_p: float
+    FEW = 128
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.device.type != "cpu":
+            ordered, order = scores.sort(descending=False)
+            out = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            out[..., -1:] = False
+            return scores.masked_fill(out.scatter(1, order, out), NEVER)
+        kept, lowest = torch.empty_like(scores), scores.new_tensor(NEVER)
+        for row, own in enumerate(scores):
+            best, total = own.topk(min(self.FEW, len(own))).values, own.logsumexp(-1)
+            if (best - total).exp().sum() <= self.top_p:
+                best = own.sort(descending=True).values
+            p = (best - total).exp()
+            above = p.cumsum(0) - p
+            least = best[(above < self.top_p).sum().clamp_min(1) - 1]
+            kept[row] = F.threshold(own, float(torch.nextafter(least, lowest)), NEVER)
+        return kept
+
+
+@dataclass(frozen=True)
+class MinP:
+    min_p: float
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = scores.softmax(-1)
+        out = probabilities < self.min_p * probabilities.amax(-1, keepdim=True)
+        out.scatter_(-1, probabilities.topk(1, dim=-1).indices, False)
+        return scores.masked_fill(out, NEVER)
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    penalty: float
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        size = scores.shape[-1]
+        ids, wider = input_ids.clamp(max=size), F.pad(scores, (0, 1))  # the output head may lack tokens
+        found = wider.gather(1, ids)
+        found = torch.where(found < 0, found * self.penalty, found / self.penalty)
+        return wider.scatter(1, ids, found)[..., :size]
+
+
+class Penalties:
+    """The frequency and the presence penalty of the tokens from index ``start`` on, and the logit bias."""
+
+    def __init__(self, params: SamplingParams, start: int) -> None:
+        self.frequency, self.presence, self.start = params.frequency_penalty, params.presence_penalty, start
+        bias = params.logit_bias or {}
+        self.biased, self.bias = torch.tensor(list(bias), dtype=torch.long), torch.tensor(list(bias.values()))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.index_add(-1, self.biased.to(scores.device), self.bias.to(scores).expand(len(scores), -1))
+        for row, new in zip(scores, input_ids[:, self.start :], strict=True):
+            tokens, counts = new.unique(return_counts=True)
+            row[tokens] -= self.frequency * counts + self.presence
+        return scores

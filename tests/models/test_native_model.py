@@ -1,0 +1,228 @@
+"""Models without modelling classes: modules, tables and configs are those of transformers, in every family."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from passes import apart
+from tiny import ROPES, SMALL, rough_model, sizes_of, tiny_model
+from tiny_gguf import write_family, write_gguf, write_model
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError
+from specdec.models import catalogue, families, loading
+from specdec.models.config import Config, GenerationSettings
+from specdec.models.gguf.blocks import BlockExperts, BlockLinear, densify, named_weights, temporarily_dense
+from specdec.models.identity import fingerprint
+from specdec.models.native_model import NativeModel, as_transformers, empty_model, transformers_config
+
+VARIANTS = {
+    "llama": [{"attention_bias": True}, {"mlp_bias": True, "tie_word_embeddings": True}, {"head_dim": None}],
+    "qwen2": [{"tie_word_embeddings": True}],
+    "qwen3": [{"attention_bias": True}],
+    "granite": [{"attention_bias": True, "mlp_bias": True}],
+    "smollm3": [{"attention_bias": True, "mlp_bias": True}],
+    "olmo2": [{"attention_bias": True}],
+    "olmoe": [{"attention_bias": True}],
+    "qwen3_moe": [{"mlp_only_layers": [1], "decoder_sparse_step": 2}, {"attention_bias": True}],
+    "gemma3_text": [{"attention_bias": True}],
+    "gpt_oss": [{"attention_bias": False}],
+    "qwen3_5_text": [{"attention_bias": True, "linear_num_value_heads": 8}],
+    "qwen3_next": [{"mlp_only_layers": [2]}],
+}
+CASES = [(kind, change) for kind in families.FAMILIES for change in ({}, *VARIANTS.get(kind, ()))]
+WAVES = {"rope_theta": 5000.0, "original_max_position_embeddings": 32}
+SCALED = {
+    "default": {"rope_theta": 5000.0},
+    "linear": {"rope_theta": 5000.0, "factor": 4.0},
+    "llama3": {**WAVES, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {**WAVES, "factor": 4.0},
+    "yarn, all": {
+        **WAVES,
+        **{"factor": 4.0, "attention_factor": 1.2, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    },
+    "yarn, mscale": {**WAVES, "factor": 4.0, "mscale": 1.2, "mscale_all_dim": 0.8},
+}
+
+
+def config_of(kind: str, **changes: object) -> Config:
+    theirs = AutoConfig.for_model(kind, **{**SMALL, **sizes_of(kind), **changes})
+    return Config(**theirs.to_dict())
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES, ids=[f"{kind} {change}" for kind, change in CASES])
+def test_modules_are_those_of_transformers(kind: str, changes: dict[str, object]) -> None:
+    config = config_of(kind, **changes)
+    own, theirs = NativeModel(config, torch.bfloat16), empty_model(config, torch.bfloat16)
+    names = [
+        {name: (tuple(value.shape), value.dtype) for name, value in model.named_parameters(remove_duplicate=False)}
+        for model in (own, theirs)
+    ]
+    assert names[0] == names[1]
+    assert own.dtype == torch.bfloat16
+    assert (own.lm_head.weight is own.model.embed_tokens.weight) == bool(config.tie_word_embeddings)
+    for layer, other in zip(own.model.layers, theirs.model.layers, strict=True):
+        attention = getattr(layer, "self_attn", None)
+        if attention is not None:
+            assert attention.scaling == other.self_attn.scaling
+            assert attention.head_dim == other.self_attn.head_dim
+        for path, module in layer.named_modules():
+            if path.endswith("norm"):
+                norm = other.get_submodule(path)
+                assert module.eps == (getattr(norm, "variance_epsilon", None) or norm.eps)
+
+
+@pytest.mark.parametrize("kind", families.FAMILIES)
+def test_tables_are_those_of_transformers(kind: str) -> None:
+    changes = {"rope_parameters": copy.deepcopy(ROPES[kind])} if kind in ROPES else {}
+    config = config_of(kind, **changes)
+    own, theirs = NativeModel(config, torch.bfloat16), empty_model(config, torch.bfloat16)
+    for pair in filter(None, families.rotations(config)):
+        for rotation in pair:
+            for dtype in (torch.bfloat16, torch.float32):
+                tables = [rotation.tables(model.model.rotary_emb, 100, dtype) for model in (own, theirs)]
+                assert torch.equal(*tables)
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_tables_are_those_of_transformers(kind: str) -> None:
+    rope = SCALED[kind] | {"rope_type": kind.partition(",")[0]}
+    config = config_of("llama", rope_parameters=rope, max_position_embeddings=128)
+    own, theirs = NativeModel(config, torch.float32), empty_model(config, torch.float32)
+    [rotation] = {each for pair in families.rotations(config) for each in pair or ()}
+    assert torch.equal(*(rotation.tables(model.model.rotary_emb, 128, torch.float32) for model in (own, theirs)))
+
+
+def test_tables_of_an_unknown_kind_are_refused() -> None:
+    config = config_of("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0})
+    with pytest.raises(SpecDecError, match="no tables here for rotary embeddings of type 'dynamic'"):
+        NativeModel(config, torch.float32).model.rotary_emb(torch.empty(0), torch.arange(4)[None])
+
+
+def test_the_fields_that_every_config_of_transformers_has_are_ignored() -> None:
+    assert set(PreTrainedConfig().to_dict()) <= families.IGNORED
+
+
+def of(model: PreTrainedModel) -> NativeModel:
+    """A native model with the weights of ``model``."""
+    own = NativeModel(Config(**model.config.to_dict()), model.dtype)
+    for name, value in model.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        setattr(own.get_submodule(path), leaf, value)
+    return own
+
+
+@pytest.mark.parametrize("kind", families.FAMILIES)
+def test_the_model_of_transformers_has_the_same_weights_and_logits(kind: str) -> None:
+    model = tiny_model(kind).requires_grad_(False)
+    own, ids = of(model), torch.arange(1, 9)[None]
+    made = own.transformers()
+    assert made is own.transformers() and isinstance(made, PreTrainedModel) and as_transformers(own) is made
+    assert all(value is own.get_parameter(name) for name, value in made.named_parameters())
+    assert torch.equal(own(ids).logits, model(ids).logits)
+    assert fingerprint(own) == fingerprint(model)
+    assert {name: value.shape for name, value in named_weights(own)} == {
+        name: value.shape for name, value in named_weights(model)
+    }
+
+
+def test_what_changes_in_a_native_model_changes_in_that_of_transformers() -> None:
+    own = of(tiny_model("llama").requires_grad_(False))
+    made = own.transformers()
+    assert made.generation_config.eos_token_id is None
+    own.generation_config = GenerationSettings(eos_token_id=[3, 4])
+    other = copy.copy(own.model.layers[1].mlp.up_proj)
+    other.weight = torch.nn.Parameter(other.weight * 2, requires_grad=False)
+    own.model.layers[1].mlp.up_proj = other
+    own.model.norm.weight = torch.nn.Parameter(own.model.norm.weight * 2, requires_grad=False)
+    again = own.transformers()
+    assert again is made and made.generation_config.eos_token_id == [3, 4]
+    assert made.model.layers[1].mlp.up_proj is other and made.model.norm.weight is own.model.norm.weight
+
+
+def test_other_runtimes_run_the_model_of_transformers(cache: Path, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", width=128)
+    answers = list[list[int]]()
+    for runtime in ("native", "fused", "reference"):
+        decoder = SpecDecoder.from_pretrained(path, "none", runtime=runtime)
+        assert isinstance(decoder.model, NativeModel if runtime == "native" else PreTrainedModel)
+        answers.append(decoder.generate([5, 6, 7], max_new_tokens=8).token_ids)
+    assert answers[1] == answers[2]
+
+
+def test_a_native_model_with_dense_weights_is_that_of_transformers(cache: Path, tmp_path: Path) -> None:
+    model, _ = loading.load(write_model(tmp_path / "it.gguf", "qwen2", "Q4_0"))
+    ids = torch.arange(1, 9)[None]
+    expected = model(ids).logits
+    assert isinstance(model.model.layers[0].mlp.up_proj, BlockLinear)
+    densify(model)
+    assert torch.equal(model(ids).logits, expected)
+    assert type(model.transformers().model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_experts_that_become_dense_are_those_of_transformers(cache: Path, tmp_path: Path) -> None:
+    source = rough_model("qwen3_moe", **sizes_of("qwen3_moe"))
+    model, _ = loading.load(write_family(tmp_path / "it.gguf", source, "Q8_0"))
+    ids = torch.arange(1, 9)[None]
+    expected = model(ids).logits
+    with temporarily_dense(model):
+        assert apart(model(ids).logits.float(), expected.float()) < 0.02
+        assert not any(isinstance(module, BlockExperts) for module in model.transformers().modules())
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_norms_and_mlps_run_by_themselves() -> None:
+    for kind in ("llama", "gemma", "olmo2", "phi3"):
+        model = tiny_model(kind).to(torch.bfloat16)
+        own, x = of(model), torch.randn(1, 3, model.config.hidden_size).bfloat16()
+        theirs = model.model.layers[1]
+        assert torch.equal(own.model.layers[1].mlp(x), theirs.mlp(x))
+        for name in filter(None, families.FAMILIES[kind].norms):
+            assert torch.equal(getattr(own.model.layers[1], name)(x), getattr(theirs, name)(x))
+
+
+def test_a_config_is_that_of_transformers_again() -> None:
+    config = config_of("gemma3_text")
+    theirs = transformers_config(config.to_dict())
+    assert theirs.to_dict() == AutoConfig.for_model("gemma3_text", **{**SMALL, **sizes_of("gemma3_text")}).to_dict()
+    with pytest.raises(AttributeError, match="this 'gemma3_text' config has no nonsense"):
+        _ = config.nonsense
+
+
+WITHOUT = """
+import sys
+sys.modules["transformers"] = None  # an import raises
+from specdec import SpecDecoder
+from specdec.runtimes.native import target
+target.check_logits = lambda own: 0.0
+decoder = SpecDecoder.from_pretrained(sys.argv[1], sys.argv[2], learn=False)
+chat = [{"role": "user", "content": "Hello"}]
+for how in ({}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}):
+    print(len(decoder.generate(chat, max_new_tokens=4, ignore_eos=True, **how).token_ids))
+print([name for name in ("sympy", "torch._dynamo", "huggingface_hub.hf_api") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("drafter", ["none", "auto"])
+def test_a_gguf_file_decodes_without_slow_imports(cache: Path, tmp_path: Path, drafter: str) -> None:
+    path = tmp_path / "it.gguf"
+    write_gguf(path, width=128, packed=gguf.GGMLQuantizationType.Q8_0)
+    decode_without_slow_imports(str(path), drafter)
+
+
+@pytest.mark.model
+def test_the_default_model_and_its_drafter_decode_without_slow_imports() -> None:
+    decode_without_slow_imports(catalogue.DEFAULT_MODEL, "auto")
+
+
+def decode_without_slow_imports(model: str, drafter: str) -> None:
+    loading.load(model)  # writes the config and the tokenizer, with transformers
+    run = subprocess.run([sys.executable, "-c", WITHOUT, model, drafter], capture_output=True, text=True)
+    assert run.stdout.split() == ["4", "4", "[]"], run.stderr
