@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from threading import Event, Thread
+from threading import Event, RLock, Thread, Timer
 from typing import IO, Any
 
 from rich import progress
@@ -25,6 +25,7 @@ from rich.text import Text
 from specdec.base.errors import SpecDecError, SpecDecWarning
 
 EVERY = 30.0  # seconds between two lines of progress in a pipe
+LATER = 1.0  # seconds of a terminal's silence before a line says what is running
 _python_warns = warnings.showwarning
 
 # C0 without tab and newline, DEL, C1, and characters that change the direction of text.
@@ -80,9 +81,9 @@ def warn_in_lines(verbose: bool = False) -> None:
     if not verbose:
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("default", category=SpecDecWarning)
-        from transformers.utils import logging  # heavy
-
-        logging.set_verbosity_error()
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+        if (logging := sys.modules.get("transformers.utils.logging")) is not None:
+            logging.set_verbosity_error()
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -185,32 +186,61 @@ class Progress(progress.Progress):
 
     A task with a ``unit``, a plural such as "tokens", is shown with its rate and remaining time. Of nested ``Progress``
     objects, the innermost is shown.
+
+    later: whether it is shown after ``LATER`` seconds only; what runs before it counts.
     """
 
-    def __init__(self, *columns: progress.ProgressColumn, console: Console | None = None, **more: Any) -> None:
+    def __init__(
+        self, *columns: progress.ProgressColumn, console: Console | None = None, later: bool = False, **more: Any
+    ) -> None:
         console = console or stderr()
         super().__init__(Description(), *columns, Pace(), console=console, disable=not console.is_terminal, **more)
-        self._ended, self._thread = Event(), Thread(target=self._lines, daemon=True)
+        self._ended, self._thread, self._later = Event(), Thread(target=self._lines, daemon=True), later
+        self._timer: Timer | None = None
 
     def start(self) -> None:
         if self in _open:
             return
-        for outer in _open[-1:]:
-            outer.live.stop()
-        _open.append(self)
-        super().start()
+        with _showing:
+            for outer in _open[-1:]:
+                outer._hide()
+            _open.append(self)
+            self._show()
         if self.disable and not self.console.quiet:
             self._thread.start()
 
     def stop(self) -> None:
-        super().stop()
-        if self in _open:
+        with _showing:
+            self._hide()
+            super().stop()
+            if self not in _open:
+                return
             _open.remove(self)
-            self._ended.set()
-            if self._thread.is_alive():
-                self._thread.join()
             for outer in _open[-1:]:
-                super(Progress, outer).start()
+                outer._show()
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _show(self) -> None:
+        """Show it, now or after a while, if it is still the innermost one then."""
+        wait = _begun + LATER - time.monotonic() if self._later and not self.disable else 0.0
+        if wait > 0:
+            self._timer = Timer(wait, self._appear)
+            self._timer.daemon = True
+            self._timer.start()
+        else:
+            super().start()
+
+    def _appear(self) -> None:
+        with _showing:
+            if _open[-1:] == [self]:
+                super().start()
+
+    def _hide(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.live.stop()
 
     def _lines(self) -> None:
         while not self._ended.wait(EVERY):
@@ -223,6 +253,14 @@ class Progress(progress.Progress):
 
 
 _open: list[Progress] = []  # started ones, the innermost last
+_showing = RLock()  # held while one appears or goes
+_begun = time.monotonic()  # when the process was silent for the first time
+
+
+def clear() -> None:
+    """Take away what is shown, before the process ends at once."""
+    for shown in _open[::-1]:
+        shown.live.stop()
 
 
 class StatusLine:
@@ -237,8 +275,8 @@ class StatusLine:
 
 @contextmanager
 def status(message: str, quiet: bool = False) -> Iterator[StatusLine]:
-    """Show on stderr what is running: a spinner on a terminal; in a pipe a line every half minute."""
-    shown = Progress(transient=True)
+    """Show on stderr what is running: a spinner on a terminal, after a second; in a pipe a line every half minute."""
+    shown = Progress(transient=True, later=True)
     shown.columns = (progress.SpinnerColumn(), *shown.columns)
     with nullcontext() if quiet else shown:
         yield StatusLine(message, shown)

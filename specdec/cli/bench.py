@@ -57,6 +57,7 @@ def bench(
     if not names:
         raise SpecDecError(f"--drafters names none; give some, such as {DRAFTERS}")
     own = _by_drafter(names, drafter_option or [])
+    loading.check()
     with terminal.status("loading"):
         from specdec.bench.cell import EXTERNAL_METHODS, Cell
         from specdec.bench.plan import Plan

@@ -46,11 +46,13 @@ def chat(
     quiet: Annotated[bool, _output("--quiet", "No figures after an answer, no colours.")] = False,
 ) -> None:
     """Chat with a model in the terminal. Colours show the depth in the draft, Ctrl-C stops an answer."""
+    loading.check()
+    drafting.check()
+    params = SamplingParams(**vars(sampling))
     with terminal.status("starting"):
         terminal.warn_in_lines()
         from specdec.api.decoder import SpecDecoder
 
-        params = SamplingParams(**vars(sampling))
         ask = _asker()
     with terminal.status(f"preparing {loading.model}"):
         decoder = SpecDecoder.from_pretrained(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from specdec.base.terminal import say
+from specdec.models.names import check_model
 
 app = typer.Typer(no_args_is_help=True, help="Write models and drafters for other libraries.")
 
@@ -24,6 +25,8 @@ def custom_generate(
     ] = None,
 ) -> None:
     """Write a repository for transformers, whose model.generate decodes with specdec."""
+    if model is not None:
+        check_model(model)
     from specdec.integrations.custom_generate import export
     from specdec.models import loading
 
@@ -38,6 +41,7 @@ def vllm(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for vLLM.")],
 ) -> None:
     """Write Medusa heads in vLLM's format."""
+    check_model(model)
     from specdec.integrations.vllm import export
     from specdec.models import loading
     from specdec.runtimes.select import make_target

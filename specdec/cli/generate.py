@@ -23,9 +23,7 @@ from specdec.speculation import registry
 if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
-    from specdec.speculation.constraints import Json
 
-LONG = 1024  # tokens of a prompt that gets a spinner
 WARM_UP = 8  # tokens that both sides of --compare decode before timing
 LEARNING = 5.0  # seconds after the text that a drafter may learn from it
 
@@ -80,37 +78,39 @@ def generate(
     text = _read(prompt)
     system = None if system is None else _utf8("--system", system)
     stop = [_utf8("--stop", one) for one in stop or []]
+    # Checks that need no model come first, because the model may have to be downloaded; and those that need no torch
+    # before it is imported.
+    loading.check()
+    drafting.check()
+    registry.check_name("verifiers", verifier)
+    params = options.SamplingParams(
+        **vars(sampling),
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias=_bias(logit_bias or []),
+    )
+    schema = None if json_schema is None else _schema(json_schema)
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, **vars(params), "stop": stop, "constraint": None}
+    settings: dict[str, Any] = {"num_speculative_tokens": shared.depth(num_speculative_tokens)}
+    rule_options = options.parse_assignments("--verifier-option", verifier_option or [])
+    if exit_threshold is not None:
+        if verifier != "confident":
+            raise SpecDecError(f"--exit-threshold belongs to --verifier confident; '{verifier}' has none")
+        rule_options["exit_threshold"] = exit_threshold
+    drafter_options = drafting.options
+    cache = None if expert_cache is None else options.parse_size("--expert-cache", expert_cache)
     with terminal.status("starting", silent):
         terminal.warn_in_lines(verbose)
         from specdec.api.decoder import SpecDecoder
         from specdec.api.text import encode
+        from specdec.speculation.constraints import Json
         from specdec.speculation.sampling import Sampler
 
-        # Checks that need no model come first, because the model may have to be downloaded.
-        params = options.SamplingParams(
-            **vars(sampling),
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            logit_bias=_bias(logit_bias or []),
-        )
-        asked: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            **vars(params),
-            "stop": stop,
-            "constraint": None if json_schema is None else _schema(json_schema),
-        }
-        settings = {"num_speculative_tokens": shared.depth(num_speculative_tokens), **asked}
-        registry.parse(drafter)
-        rule_options = options.parse_assignments("--verifier-option", verifier_option or [])
-        if exit_threshold is not None:
-            if verifier != "confident":
-                raise SpecDecError(f"--exit-threshold belongs to --verifier confident; '{verifier}' has none")
-            rule_options["exit_threshold"] = exit_threshold
+        asked["constraint"] = None if schema is None else Json(schema)
+        settings |= asked
         rule = registry.verifier(verifier, rule_options, exact)
-        drafter_options = drafting.options
-        cache = None if expert_cache is None else options.parse_size("--expert-cache", expert_cache)
     with terminal.status(f"preparing {model}", silent):
         decoder = SpecDecoder.from_pretrained(
             model,
@@ -210,11 +210,9 @@ def _read(prompt: str | None) -> str:
     return prompt
 
 
-def _schema(file: Path) -> Json:
-    from specdec.speculation.constraints import Json
-
+def _schema(file: Path) -> str:
     with reported(f"--json-schema: {file} cannot be read", ValueError):
-        return Json(inputs.read_text(file, 2**20))
+        return inputs.read_text(file, 2**20)
 
 
 def _bias(pairs: list[str]) -> dict[int, float] | None:
@@ -255,7 +253,7 @@ def _decode(
     with _interruptible() as interrupted, generation:
         try:
             pieces = iter(generation)
-            with terminal.status(f"reading the prompt of {len(ids)} tokens", silent or _short(ids)):
+            with terminal.status(f"reading the prompt of {len(ids)} tokens", silent):
                 first = next(pieces)
             for (piece,) in itertools.chain([first], pieces):
                 write(piece)
@@ -269,11 +267,6 @@ def _decode(
             raise failed
         write(output.text[sent:])  # text that could have begun a stop string or a character
     return output, failed
-
-
-def _short(ids: list[int]) -> bool:
-    """Whether the terminal shows no spinner during prefill: its thread takes time from the model."""
-    return len(ids) < LONG and terminal.stderr().is_terminal
 
 
 def _discard(text: str) -> None:

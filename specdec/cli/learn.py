@@ -55,6 +55,8 @@ def ahead(
     runtime: shared.Runtime = "auto",  # type: ignore[assignment]
 ) -> None:
     """Teach a model's drafter ahead of time, with conversations that the model makes up. The same as learn MODEL."""
+    for name in filter(None, (model, base)):
+        shared.check_model(name)
     with terminal.status(f"preparing {model}"):
         terminal.warn_in_lines()
         from specdec.api.decoder import SpecDecoder
@@ -140,6 +142,7 @@ def export(
     model: shared.Model = DEFAULT_MODEL,
 ) -> None:
     """Write what was learned as an ordinary drafter folder, for --drafter DIR."""
+    shared.check_model(model)
     with terminal.status(f"preparing {model}"):
         from specdec.api.decoder import SpecDecoder
         from specdec.drafters.m2r2 import M2R2Drafter

@@ -17,6 +17,8 @@ import typer
 from specdec.base import files, options
 from specdec.base.errors import SpecDecError, reported
 from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.models.names import check_model, dtype_name
+from specdec.speculation import registry
 
 INTERRUPTED = 130  # exit code of Ctrl-C
 
@@ -123,6 +125,11 @@ class LoadingFlags:
     kv_cache: KVCache = options.KVCacheFormat.auto
     activations: Activations = options.Activations.auto
 
+    def check(self) -> None:
+        """Raise SpecDecError for names and paths that are wrong, before anything heavy is imported."""
+        check_model(self.model, getattr(self, "revision", None))
+        dtype_name(self.dtype)
+
     @property
     def keywords(self) -> dict[str, Any]:
         """Everything but the model's name, as ``SpecDecoder.from_pretrained`` takes it."""
@@ -143,6 +150,10 @@ class DrafterFlags:
 
     drafter: Drafter = "auto"
     drafter_option: DrafterOption = None
+
+    def check(self) -> None:
+        """As in ``LoadingFlags``."""
+        registry.check_drafter(self.drafter)
 
     @property
     def options(self) -> dict[str, Any]:

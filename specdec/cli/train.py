@@ -9,6 +9,7 @@ import typer
 
 from specdec.base import options
 from specdec.base.terminal import stderr, write
+from specdec.models.names import check_model
 from specdec.train.method import METHODS
 
 app = typer.Typer(no_args_is_help=True, help="Train drafters for a model, from its own answers.")
@@ -42,6 +43,8 @@ def run(
     ] = None,
 ) -> None:
     """Train the drafter that the command is named after."""
+    if model is not None:
+        check_model(model)
     from specdec.train.evaluate import speedup_text
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings

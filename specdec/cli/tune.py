@@ -34,6 +34,7 @@ def drafter(
     weights: shared.Weights = options.Weights.auto,
 ) -> None:
     """Find and store the fastest drafter and draft length; generate uses them from then on."""
+    shared.check_model(model)
     with terminal.status("loading"):
         from specdec.bench.cell import Cell
         from specdec.bench.run import Decoders

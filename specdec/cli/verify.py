@@ -59,6 +59,9 @@ def verify(
         raise SpecDecError(
             f"--temperature is for sampling and must be >= {options.GREEDY_BELOW:g}; greedy decoding is always checked"
         )
+    loading.check()
+    drafting.check()
+    registry.check_name("verifiers", verifier)
     with terminal.status("loading"):
         from specdec.api.decoder import SpecDecoder
         from specdec.bench.prompts import evenly_spaced, load_prompts

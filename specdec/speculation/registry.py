@@ -61,21 +61,36 @@ def having(trait: str) -> str:
     return ", ".join(name for name in DRAFTERS if getattr(lookup("drafters", name), trait))
 
 
-def lookup(kind: str, name: str) -> Any:
-    """Import and return the class registered as ``name``. Raises SpecDecError for an unknown name."""
+def check_name(kind: str, name: str) -> str:
+    """ "module:Class" of ``name``. Imports nothing. Raises SpecDecError for an unknown name."""
+    if (own := {"drafters": DRAFTERS, "verifiers": VERIFIERS}[kind].get(name)) is not None:
+        return own
     known = names(kind)
     if name not in known:
         raise SpecDecError(
             f"unknown {kind[:-1]} '{name}'{did_you_mean(name, known)}; known: {', '.join(sorted(known))}"
         )
+    return known[name]
+
+
+def check_drafter(text: str) -> None:
+    """Raise SpecDecError for names that ``parse`` refuses, as far as that is known without imports and downloads."""
+    for part in _names(text):
+        if not ("/" in part or Path(part).is_dir()):
+            check_name("drafters", part)
+
+
+def lookup(kind: str, name: str) -> Any:
+    """Import and return the class registered as ``name``. Raises SpecDecError for an unknown name."""
+    place = check_name(kind, name)
     from specdec.speculation.draft import Drafter, Verifier  # heavy
 
-    module, _, attribute = known[name].partition(":")
+    module, _, attribute = place.partition(":")
     found = getattr(importlib.import_module(module), attribute)
     base = Drafter if kind == "drafters" else Verifier
     if not (isinstance(found, type) and issubclass(found, base)):
         raise SpecDecError(
-            f"{kind[:-1]} '{name}' ({known[name]}) is not a subclass of specdec.speculation.draft.{base.__name__}"
+            f"{kind[:-1]} '{name}' ({place}) is not a subclass of specdec.speculation.draft.{base.__name__}"
         )
     return found
 
@@ -109,15 +124,18 @@ def parse(text: str) -> list[tuple[str, str | None]]:
     The source is then the folder, whose config.json has the name. The last may name its source: "NAME=SOURCE". Raises
     SpecDecError for an unknown name, and for a folder that holds no drafter.
     """
-    joined, _, source = text.partition("=")
-    if not all(part.strip() for part in joined.split("+")):
-        raise SpecDecError(f"no drafter is named in '{text}'; 'specdec drafters' lists them, and + joins several")
-    if text in names("drafters") or Path(text).is_dir():
-        return [_part(text)]
-    parts = [_part(part) for part in joined.split("+")]
-    if source:
+    parts, source = [_part(part) for part in _names(text)], text.partition("=")[2]
+    if source and not Path(text).is_dir():
         parts[-1] = parts[-1][0], source
     return parts
+
+
+def _names(text: str) -> list[str]:
+    """The names or folders that ``text`` joins. Raises SpecDecError if one is empty."""
+    joined = text.partition("=")[0]
+    if not all(part.strip() for part in joined.split("+")):
+        raise SpecDecError(f"no drafter is named in '{text}'; 'specdec drafters' lists them, and + joins several")
+    return [text] if text in DRAFTERS or Path(text).is_dir() or text in names("drafters") else joined.split("+")
 
 
 def refuse_early(drafter: str, config: Any, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 from pathlib import Path
 from threading import Event
 
@@ -74,6 +75,27 @@ def test_names_are_escaped_and_are_no_markup_wherever_a_terminal_shows_them(monk
         bars.add_task(name)
     shown = err.getvalue()
     assert "\x1b]0;" not in shown and "\x07" not in shown and shown.count("x\\x1b]0;[bold]y\\x07") >= 4
+
+
+def test_a_status_appears_after_a_while_without_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Event()
+
+    class Watched(Tty):
+        def write(self, text: str) -> int:
+            shown.set()
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", stream := Watched())
+    monkeypatch.setattr(terminal, "_begun", time.monotonic())
+    monkeypatch.setattr(terminal, "LATER", 1000.0)
+    with terminal.status("outer"), terminal.status("inner"):
+        pass
+    assert stream.getvalue().strip() == ""
+    shown.clear()
+    monkeypatch.setattr(terminal, "LATER", 0.01)
+    with terminal.status("outer"):
+        assert shown.wait(300)
+    assert "outer" in stream.getvalue()
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -473,6 +473,52 @@ print([module for module in ("torch", "transformers", "numpy") if module in sys.
 # --- the other commands ----------------------------------------------------------------------------------------------
 
 
+HEAVY_LATER = """
+import sys
+for name in ("torch", "numpy", "transformers"):
+    sys.modules[name] = None  # an import raises
+from specdec.cli import app
+for line in sys.stdin.read().splitlines():
+    try:
+        app(line.split())
+    except SystemExit as end:
+        print(end.code)
+"""
+MISTAKES = {
+    "generate Hi --model ./none.gguf": "there is no file or folder './none.gguf'",
+    "generate Hi --model smollm2-135m-instrukt": "unknown model 'smollm2-135m-instrukt' (did you mean",
+    "generate Hi --model .": "'.' is no model folder: config.json is missing",
+    "generate Hi --revision main": "a revision ('main') needs a Hugging Face id",
+    "generate Hi --drafter m2r3": "unknown drafter 'm2r3' (did you mean 'm2r2'?)",
+    "generate Hi --drafter ngram+": "no drafter is named in 'ngram+'",
+    "generate Hi --verifier exakt": "unknown verifier 'exakt' (did you mean 'exact'?)",
+    "generate Hi --dtype float23": "unknown dtype 'float23' (did you mean 'float32'?)",
+    "generate Hi --temperature -1": "temperature must be",
+    "generate Hi --num-speculative-tokens none": "--num-speculative-tokens must be 'auto' or a number",
+    "generate Hi --json-schema none.json": "--json-schema: none.json cannot be read",
+    "chat --model ./none": "there is no file or folder './none'",
+    "serve --model ./none": "there is no file or folder './none'",
+    "serve --cors a.example": "--cors takes an origin",
+    "verify --model ./none": "there is no file or folder './none'",
+    "bench --model ./none": "there is no file or folder './none'",
+    "learn ./none": "there is no file or folder './none'",
+    "learn export out --model ./none": "there is no file or folder './none'",
+    "tune drafter --model ./none": "there is no file or folder './none'",
+    "train medusa --model ./none --prompts a --output b": "there is no file or folder './none'",
+    "export custom-generate --output out --model ./none": "there is no file or folder './none'",
+}
+
+
+def test_mistakes_in_names_and_paths_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", HEAVY_LATER], input="\n".join(MISTAKES), capture_output=True, text=True, cwd=tmp_path
+    )
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == len(MISTAKES) and run.stdout.split() == ["2"] * len(MISTAKES), run.stderr
+    for (command, expected), line in zip(MISTAKES.items(), lines, strict=True):
+        assert line.startswith(f"error: {expected}"), command
+
+
 def test_version_and_bare_call() -> None:
     assert CliRunner().invoke(cli.app, ["--version"]).stdout == f"specdec {specdec.__version__}\n"
     bare = CliRunner().invoke(cli.app, [])
