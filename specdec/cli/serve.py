@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError
@@ -73,32 +74,33 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, Prometheus metrics (extra 'serve')."""
     model = loading.model
+    loading.check()
+    drafting.check()
+    for origin in cors or []:
+        if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+            raise SpecDecError(f"--cors takes an origin, such as https://a.example, or '*'; got '{origin}'")
+    hosts = [part.strip() for text in allowed_hosts or [] for part in text.split(",")]
+    for allowed in hosts:
+        if not re.fullmatch(r"\*|[A-Za-z0-9._-]+", allowed):
+            raise SpecDecError(f"--allowed-hosts takes names, such as a.example, or '*'; got '{allowed}'")
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise SpecDecError("--name must be printable characters; leave it out for the model's own name")
+    if prefix_cache is not None and not prefix_cache.strip():
+        raise SpecDecError("--prefix-cache takes a folder; give its name, or leave the option out")
+    depth = shared.depth(num_speculative_tokens)
+    largest_body = _bytes("--max-body", max_body, MIN_BODY, "no request fits")
+    disk_size = _bytes("--prefix-cache-size", prefix_cache_size, MIN_CACHE, "no text fits")
+    memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory, MIN_CACHE, "no text fits")
     with terminal.status("starting"):
         terminal.warn_in_lines()
         try:
-            from specdec.serve.app import make_app
             from specdec.serve.clients import KEY, read_keys
             from specdec.serve.run import address, bind, serve
             from specdec.serve.settings import ServerSettings
         except ModuleNotFoundError as error:
-            raise SpecDecError(
-                f"'{error.name}' is not installed; install the server: pip install 'specdec-m2r2[serve]'"
-            ) from None
-        from specdec.api.decoder import SpecDecoder
-
+            raise _not_installed(error) from None
         if api_key is not None and not KEY.fullmatch(api_key):
             raise SpecDecError("--api-key must be printable ASCII characters without spaces")
-        for origin in cors or []:
-            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
-                raise SpecDecError(f"--cors takes an origin, such as https://a.example, or '*'; got '{origin}'")
-        hosts = [part.strip() for text in allowed_hosts or [] for part in text.split(",")]
-        for allowed in hosts:
-            if not re.fullmatch(r"\*|[A-Za-z0-9._-]+", allowed):
-                raise SpecDecError(f"--allowed-hosts takes names, such as a.example, or '*'; got '{allowed}'")
-        if name is not None and not (name.strip() and name.isprintable()):
-            raise SpecDecError("--name must be printable characters; leave it out for the model's own name")
-        if "*" in (cors or []) and api_key is None and api_keys is None and host != "127.0.0.1":
-            say("note: any web page can use this server; set --api-key, or name origins in --cors")
         settings = ServerSettings(
             name=name or (Path(model).resolve().name if os.path.exists(model) else model),
             api_key=api_key,
@@ -106,34 +108,48 @@ def serve(
             log_requests=log_requests,
             cors=tuple(cors or ()),
             allowed_hosts=(host, *hosts),
-            max_body=_bytes("--max-body", max_body, MIN_BODY, "no request fits"),
+            max_body=largest_body,
             max_prompt_tokens=max_prompt_tokens,
             max_tokens=max_tokens,
             max_choices=max_choices,
             max_connections=max_connections,
         )
-        depth = shared.depth(num_speculative_tokens)
-        if prefix_cache is not None and not prefix_cache.strip():
-            raise SpecDecError("--prefix-cache takes a folder; give its name, or leave the option out")
-        disk_size = _bytes("--prefix-cache-size", prefix_cache_size, MIN_CACHE, "no text fits")
-        memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory, MIN_CACHE, "no text fits")
+        if "*" in (cors or []) and api_key is None and api_keys is None and host != "127.0.0.1":
+            say("note: any web page can use this server; set --api-key, or name origins in --cors")
         listener = bind(host, port)
-    with terminal.status(f"preparing {model}"):
-        decoder = SpecDecoder.from_pretrained(
-            model, drafting.drafter, **loading.keywords, drafter_options=drafting.options, learn=learn
-        )
-        engine = decoder.engine(
-            max_rows=max_rows,
-            max_waiting=max_waiting,
-            kv_memory=memory,
-            num_speculative_tokens=depth,
-            prefix_cache=None if prefix_cache is None else Path(prefix_cache),
-            prefix_cache_size=disk_size,
-        )
-    with engine:
-        app = make_app(decoder, engine, settings, (lambda line: None) if quiet else say)
-        label = f"{settings.name} with {decoder.drafter.label}"
-        serve(app, settings, listener, lambda: say(f"{label} is served at {address(listener)}"))
+    engines = ExitStack()
+
+    def load() -> tuple[Any, str]:
+        """The application with its model, made while the server says that it is loading, and where it is served."""
+        with terminal.status(f"preparing {model}"):
+            from specdec.api.decoder import SpecDecoder
+
+            try:
+                from specdec.serve.app import make_app
+            except ModuleNotFoundError as error:
+                raise _not_installed(error) from None
+
+            decoder = SpecDecoder.from_pretrained(
+                model, drafting.drafter, **loading.keywords, drafter_options=drafting.options, learn=learn
+            )
+            engine = decoder.engine(
+                max_rows=max_rows,
+                max_waiting=max_waiting,
+                kv_memory=memory,
+                num_speculative_tokens=depth,
+                prefix_cache=None if prefix_cache is None else Path(prefix_cache),
+                prefix_cache_size=disk_size,
+            )
+            engines.enter_context(engine)
+            app = make_app(decoder, engine, settings, (lambda line: None) if quiet else say)
+        return app, f"{settings.name} with {decoder.drafter.label} is served at {address(listener)}"
+
+    with engines:
+        serve(load, settings, listener)
+
+
+def _not_installed(error: ModuleNotFoundError) -> SpecDecError:
+    return SpecDecError(f"'{error.name}' is not installed; install the server: pip install 'specdec-m2r2[serve]'")
 
 
 def _bytes(flag: str, text: str, least: int, otherwise: str) -> int:

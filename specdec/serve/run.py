@@ -6,19 +6,22 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.serve.settings import ServerSettings
+from specdec.serve.starting import Starting
 
 REUSE = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # the latter lets two servers share one on Windows
 MAX_HEADERS = 64 * 2**10  # bytes
@@ -47,11 +50,11 @@ def address(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def uvicorn_config(app: FastAPI, settings: ServerSettings, write: Callable[[str], object] = say) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, settings: ServerSettings, write: Callable[[str], object] = say) -> uvicorn.Config:
     """The configuration of uvicorn for ``app``. write: prints warnings about connections."""
     connections = Connections(settings.max_connections, settings.client_timeout, write)
     return uvicorn.Config(
-        app,
+        app,  # type: ignore[arg-type]
         http=connections.protocol,  # type: ignore[arg-type]
         loop="asyncio",
         ws="none",
@@ -63,33 +66,49 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings, write: Callable[[str]
     )
 
 
-def serve(app: FastAPI, settings: ServerSettings, listener: socket.socket, ready: Callable[[], object]) -> None:
-    """Serve ``app`` until SIGTERM or Ctrl-C, then finish the running requests and return.
+def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, listener: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish the running requests and return.
 
-    A second signal ends the process. ready: called once when the server accepts requests.
+    A second signal, or one while the model loads, ends the process. make: loads the model, in a thread, and returns the
+    application and a line for the log; until then the server says that it is loading. What it raises is raised.
     """
     ignore: Any = lambda number, frame: None  # noqa: E731
     handlers = {number: signal.signal(number, ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    server = _Server(make, settings)
     try:  # uvicorn raises the signals that it has caught once more, for the handlers that it found
-        asyncio.run(_Server(uvicorn_config(app, settings), ready).serve(sockets=[listener]))
+        asyncio.run(server.serve(sockets=[listener]))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if server.error is not None:
+        raise server.error
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], object]) -> None:
-        super().__init__(config)
-        self.ready = ready
+    """error: what ended it before it was ready."""
+
+    error: BaseException | None = None
+
+    def __init__(self, make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings) -> None:
+        self.starting, self.make = Starting(), make
+        super().__init__(uvicorn_config(self.starting, settings))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.ready()
+        threading.Thread(target=self._load, daemon=True, name="specdec loading").start()
+
+    def _load(self) -> None:
+        try:
+            self.starting.app, line = self.make()
+            say(line)
+        except BaseException as error:
+            self.error, self.should_exit = error, True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        if self.should_exit or self.starting.app is None:
+            terminal.clear()
             say("ended")
-            os._exit(128 + sig)  # without waiting for the engine
+            os._exit(128 + sig)  # without waiting for the engine, or for the thread that loads
         super().handle_exit(sig, frame)  # first: the next signal may come as soon as the line is read
         say("finishing the running requests; a second signal ends them")
 

@@ -1,0 +1,32 @@
+"""What a server answers while its model loads: ``/health`` says so, and everything else must come again."""
+
+from __future__ import annotations
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from specdec.serve.errors import RETRY_AFTER, ApiError
+
+
+class Starting:
+    """An application that hands requests on to ``app``, once that is there."""
+
+    app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # one call, which lasts as long as the server
+            for _ in range(2):
+                message = await receive()
+                await send({"type": f"{message['type']}.complete"})
+        elif self.app is not None:
+            await self.app(scope, receive, send)
+        else:
+            await _loading(scope["path"])(scope, receive, send)
+
+
+def _loading(path: str) -> JSONResponse:
+    again = {"Retry-After": str(RETRY_AFTER)}
+    if path == "/health":
+        return JSONResponse({"status": "loading"}, 503, again)
+    error = ApiError(503, "the model is loading; try again in a few seconds", code="loading")
+    return JSONResponse(error.body(), 503, again)
