@@ -104,7 +104,7 @@ class StoredTensors:
                     f"matrix '{name}' in '{path}' is stored twice or in 8-bit codes without scales that fit them; "
                     "train or get it again"
                 )
-            parts[name] = torch.empty_like(codes, dtype=scales.dtype)
+            parts[name] = torch.empty(codes.shape, dtype=scales.dtype, device="meta")  # empty_like imports SymPy
         self.header = parts
 
     def _part(self, name: str) -> Tensor:
