@@ -93,7 +93,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Automatic depth rests on the formula instead of tiny models' seconds; nothing is kept for later processes."""
+    """Automatic depth rests on the formula, not on the seconds of tiny models. Nothing is kept for later processes."""
 
     def by_formula(policy: AutoDepth, step: StepReport) -> None:
         count, levels = len(step.rows), max(step.drafted, default=0) if step.found is None else step.found.levels

@@ -1,4 +1,4 @@
-"""Passes of runtimes for tests: a play of all kinds, adapters, models in blocks, and a stand-in for recorded passes."""
+"""Passes of runtimes for tests: a play of all kinds, adapters, models in blocks, drafts, and a recorder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from specdec.kvcache.cache import KVCache
 from specdec.kvcache.rows import RowCache
 from specdec.models.families import mixture_of
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
+from specdec.runtimes import draft_maps
 from specdec.runtimes.checks import routing
 from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots
 
 
 def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tensor]:
@@ -214,3 +218,32 @@ def random_blocks(
     if kind == "MXFP4":
         data[:, :, 0] = 128 + np.log2(np.maximum(random.uniform(*scales, data.shape[:2]), 2.0**-80))
     return Blocks(torch.from_numpy(data.reshape(out, -1)), kind, inputs)
+
+
+def seeded(target: Target) -> tuple[KVCache, DraftRoots]:
+    """What a tree grows from after three tokens."""
+    ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
+    taps = {1: torch.empty(0), 3: torch.empty(0)}
+    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
+    cache.commit([[0, 1, 2]])
+    return cache, DraftRoots([5], [3], final, list(taps.values()), place=2)
+
+
+def by_path(found: Candidates) -> dict[tuple[int, ...], float]:
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(found.tokens, found.parents, strict=True):
+        paths.append((*paths[parent], token))
+    return dict(zip(paths[1:], found.scores, strict=True))
+
+
+def random_route(target: Target, heads: int) -> DraftPath:
+    """Two projections to segments and one to the end, over a reduced vocabulary of so many heads."""
+    with torch.inference_mode(False):
+        adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
+    adapters.draft_only, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
+    projections = [
+        draft_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
+        for n in (3, 3, 2)
+    ]
+    parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
+    return DraftPath(projections, ((1, 2), (3, 4)), adapters, parts, tokens)

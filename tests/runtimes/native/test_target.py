@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import adapted_pass, apart, in_blocks, play, random_adapters, random_blocks
+from passes import adapted_pass, apart, by_path, in_blocks, play, random_adapters, random_blocks, random_route, seeded
 from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
 
 from specdec.base import cores
@@ -20,7 +20,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
 from specdec.models.gguf.blocks import BlockLinear
-from specdec.runtimes import draft_maps, tree_drafting
+from specdec.runtimes import tree_drafting
 from specdec.runtimes.llama_like import recurrent
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native import target as native_target
@@ -474,15 +474,6 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: s
     assert len({tuple(chain) for chain in alone}) > 1
 
 
-def seeded(target: Target) -> tuple[KVCache, tree_drafting.DraftRoots]:
-    """What a tree grows from after three tokens."""
-    ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
-    taps = {1: torch.empty(0), 3: torch.empty(0)}
-    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
-    cache.commit([[0, 1, 2]])
-    return cache, tree_drafting.DraftRoots([5], [3], final, list(taps.values()), place=2)
-
-
 def raising(error: BaseException) -> tree_drafting.Masks:
     def masks(text: Sequence[int]) -> torch.Tensor | None:
         raise error
@@ -578,26 +569,6 @@ def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: 
         openmp.omp_set_max_active_levels(most)
     assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
     assert found.scores == pytest.approx(expected.scores, abs=1e-5)
-
-
-def by_path(found: tree_drafting.Candidates) -> dict[tuple[int, ...], float]:
-    paths: list[tuple[int, ...]] = [()]
-    for token, parent in zip(found.tokens, found.parents, strict=True):
-        paths.append((*paths[parent], token))
-    return dict(zip(paths[1:], found.scores, strict=True))
-
-
-def random_route(target: Target, heads: int) -> tree_drafting.DraftPath:
-    """Two projections to segments and one to the end, over a reduced vocabulary of so many heads."""
-    with torch.inference_mode(False):
-        adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
-    adapters.draft_only, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
-    projections = [
-        draft_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
-        for n in (3, 3, 2)
-    ]
-    parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
-    return tree_drafting.DraftPath(projections, ((1, 2), (3, 4)), adapters, parts, tokens)
 
 
 def test_rows_are_read_by_integers_of_any_width() -> None:

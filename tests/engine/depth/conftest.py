@@ -1,0 +1,14 @@
+"""Times of steps count as they are reported."""
+
+from __future__ import annotations
+
+import pytest
+
+from specdec.engine.depth import AutoDepth
+
+OBSERVE = AutoDepth.observe
+
+
+@pytest.fixture(autouse=True)
+def by_the_clock(scripted_costs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoDepth, "observe", OBSERVE)
