@@ -54,12 +54,10 @@ def route_of(target: Target, seed: int = 0) -> tuple[DraftPath, list[int]]:
 
 def by_loop(roots: DraftRoots, limits: TreeLimits, vocab: Tensor | None, step: runtime.Step) -> Candidates:
     """What the kernel does, written plainly. step: as of ``by_levels``."""
-    heads, _, beside = roots.tables[0] if roots.tables else (None, None, None)
+    heads, alone, beside = roots.tables[0] if roots.tables else (None, None, None)
     tree = roots.given[0] if roots.given else Candidates.none()
     found = Candidates.none()
-    level = [
-        (0, 0, 0.0, 0)
-    ]  # of each node: its place here, in the other tree, its score, its parent in the level before
+    level = [(0, 0, 0.0, 0)]  # of each node: its place here, in the other tree, its score, its parent a level before
     tokens, paths = torch.tensor([roots.tokens]), torch.ones(1, 1, dtype=torch.bool)
     for number in range(limits.levels):
         p = step(tokens, torch.tensor([parent for *_, parent in level]), paths).float().softmax(-1)
@@ -74,7 +72,7 @@ def by_loop(roots: DraftRoots, limits: TreeLimits, vocab: Tensor | None, step: r
             }
             for n, (token, parent, said) in enumerate(zip(tree.tokens, tree.parents, tree.raw[0], strict=True)):
                 if parent == place >= 0:
-                    other = float(calibrated(torch.tensor([said]), beside))
+                    other = float(calibrated(torch.tensor([said]), alone if token in own else beside))
                     entry = own.setdefault(token, [0.0, 0.0, -1])
                     entry[1:] = [max(entry[1], other), n + 1]
             total, most = sum(entry[1] for entry in own.values()), max(own, key=lambda token: own[token][1])
