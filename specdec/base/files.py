@@ -18,11 +18,10 @@ from specdec.base.errors import SpecDecError, SpecDecWarning, did_you_mean, one_
 
 # What the two folders hold: every file or folder directly in them.
 CACHE = {
-    "models": "embedded models, and descriptions and conversions of GGUF files",
+    "models": "embedded models, and descriptions and packed weights of GGUF files",
     "downloads": "files that you put there by hand",
-    "experts": "packed experts",
     "prompts": "downloaded prompt sets",
-    "costs": "measured costs of a step, by machine, model and drafter",
+    "costs": "what is known about the costs and the acceptance of drafts, by machine, model and drafter",
     "ngram": "the corpus of the package in the tokens of each model",
     "specdec-work": "work in progress",
 }

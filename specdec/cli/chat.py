@@ -147,8 +147,11 @@ class ChatSession:
             raise SpecDecError(
                 f"the conversation has {len(ids)} tokens, the model's context {context}; /new starts again"
             )
-        settings = {"max_new_tokens": self.max_new_tokens, "draft": self.draft, **vars(self.params)}
-        handle = self.engine.submit(self.decoder.request(ids, **settings))
+        most = None if self.draft else 0
+        request = self.decoder.request(
+            ids, num_speculative_tokens=most, max_new_tokens=self.max_new_tokens, **vars(self.params)
+        )
+        handle = self.engine.submit(request)
         answer, write = AnswerText(self.decoder.tokenizer), _writer(self.quiet)
         failed: BaseException | None = None
         with _stoppable(handle):

@@ -75,8 +75,6 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, Prometheus metrics (extra 'serve')."""
     model = loading.model
-    loading.check()
-    drafting.check()
     for origin in cors or []:
         if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
             raise SpecDecError(f"--cors takes an origin, such as https://a.example, or '*'; got '{origin}'")
@@ -92,6 +90,8 @@ def serve(
     largest_body = _bytes("--max-body", max_body, MIN_BODY, "no request fits")
     disk_size = _bytes("--prefix-cache-size", prefix_cache_size, MIN_CACHE, "no text fits")
     memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory, MIN_CACHE, "no text fits")
+    loading.check()
+    drafting.check()
     with terminal.status("starting"):
         terminal.warn_in_lines()
         terminal.log_in_lines()

@@ -453,7 +453,7 @@ def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
         ("eos", {"a"}),
         ("stop", "word"),
         ("logprobs", -1),
-        ("draft", None),
+        ("num_speculative_tokens", -1),
         ("scope", 3),
     ]:
         given: dict[str, Any] = {"prompt": [5], "max_new_tokens": 3, name: value}

@@ -245,7 +245,7 @@ def test_unknown_options_are_refused_by_name() -> None:
         ({"runtime": "nativ"}, "unknown runtime 'nativ'"),
         ({"kv_cache": "int4"}, "unknown kv_cache 'int4'"),
         ({"verifier": "nope"}, "unknown verifier 'nope'"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens must be"),
     ],
 )
 def test_bad_settings_are_refused_when_it_is_made(given: dict[str, Any], text: str) -> None:
