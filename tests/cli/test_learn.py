@@ -135,7 +135,7 @@ def test_models_with_the_same_last_part_of_a_path_are_kept_apart(folder: Path, t
     weights["model.norm.weight"] *= 1.5
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     gone = tmp_path / "gone/final"
-    assert f"nothing was learned for '{gone}'" in run(str(other), "--base", str(gone), code=2)[1]
+    assert f"there is no file or folder '{gone}'" in run(str(other), "--base", str(gone), code=2)[1]
     assert f"nothing was learned for '{other}'" in run("reset", str(other), code=2)[1]
     assert "1 model" in run("reset", str(a))[1]
     assert [each["model"] for each in json.loads(run("status", "--json")[0])] == [str(b)]

@@ -416,8 +416,6 @@ def test_a_drafter_that_knows_nothing_drafts_nothing(llama: PreTrainedModel) -> 
     for depth in ("auto", 3):
         out = decoder.generate([5, 6, 7], max_new_tokens=40, num_speculative_tokens=depth)
         assert out.metrics.num_draft_tokens == 0
-    policy = decoder._auto
-    assert policy is not None and policy.model.table.drafts[-1][0] > 0  # what drafting will cost is measured
 
 
 @pytest.mark.parametrize("what", ["nan", "out of memory"])

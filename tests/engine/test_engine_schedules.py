@@ -263,7 +263,7 @@ class Schedules(RuleBasedStateMachine):
                 limit,
                 eos=frozenset(eos),
                 sampler=STYLES[style].sampler(prompt, stream),
-                draft=draft,
+                num_speculative_tokens=None if draft else 0,
                 logprobs=None if logprobs is None else TOP,
                 prompt_logprobs=logprobs == "prompt",
                 scope=scope,
