@@ -179,7 +179,7 @@ def test_tables_decide_which_source_leads() -> None:
 def test_ngrams_follow_a_learned_path_and_a_learned_drafter_goes_on_behind_their_nodes() -> None:
     """Nodes of probability 0 are those that n-grams had given the learned drafter, which drafted behind one."""
     learned = tree((7, 0, 0.3), (3, 0, 0.0), (30, 2, 0.95), (31, 3, 0.9))
-    found = Grower()(COPY, [(texts(COPY, ends=False), 1.0)], 3, learned)
+    found = Grower(least=1e-5)(COPY, [(texts(COPY, ends=False), 1.0)], 3, learned)
     paths: list[tuple[int, ...]] = [()]
     for token, parent in zip(found.tokens, found.parents, strict=True):
         paths.append((*paths[parent], token))
