@@ -25,7 +25,7 @@ from specdec.speculation.draft import Drafter, Found
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
-TRIED = 0.01  # share of the time in which each choice that is not made is tried: of two, 2 % in all
+TRIED = 0.02  # share of the time in which each choice that is not made is tried
 FADE = 0.9  # weight of the past per step in the present speed
 PLAIN, DRAFT, LEVELS = "plain", "draft", "levels"
 
