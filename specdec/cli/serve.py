@@ -90,8 +90,6 @@ def serve(
     largest_body = _bytes("--max-body", max_body, MIN_BODY, "no request fits")
     disk_size = _bytes("--prefix-cache-size", prefix_cache_size, MIN_CACHE, "no text fits")
     memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory, MIN_CACHE, "no text fits")
-    loading.check()
-    drafting.check()
     with terminal.status("starting"):
         terminal.warn_in_lines()
         terminal.log_in_lines()
@@ -103,6 +101,8 @@ def serve(
             raise _not_installed(error) from None
         if api_key is not None and not KEY.fullmatch(api_key):
             raise SpecDecError("--api-key must be printable ASCII characters without spaces")
+        loading.check()
+        drafting.check()
         from specdec.speculation.draft import DrafterWarning
 
         warnings.simplefilter("ignore", DrafterWarning)  # the log has a line for each failure
