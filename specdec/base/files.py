@@ -27,7 +27,7 @@ CACHE = {
 }
 DATA = {
     "learned": "what drafters learned from your texts",
-    "ngram": "your own texts in tokens (`specdec tune prior`)",
+    "ngram": "texts of earlier versions",
     "tuned": "results of `specdec tune drafter`",
     "chat_history": "what you typed in `specdec chat`",
 }
