@@ -246,7 +246,10 @@ class AutoDepth:
         model, choice, count, found = self.model, self.choice, len(step.rows), step.found
         seconds, accepted, nodes = step.drafting + step.other, sum(step.accepted), step.scored - count
         exit, levels = choice.exit or 0, max(step.drafted, default=0) if found is None else found.levels
+        known = model.known
         model.add_pass(step.scored, step.other)
+        if not known:  # what a pass costs was not known when the step was chosen
+            self.passes = model.passing(count, len(self.passes) - 1)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
         for what in (PLAIN, DRAFT, LEVELS, *range(len(self.shares))):
