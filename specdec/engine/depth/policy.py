@@ -144,7 +144,8 @@ class AutoDepth:
         self.common, self.rows = History(*self.size, memory=1000.0), weakref.WeakSet[History]()
         if self.earlier is not None:
             for tally, hits, trials in zip(self.common.tallies(), self.earlier.hits, self.earlier.trials, strict=False):
-                tally.hits[: len(hits)], tally.trials[: len(trials)] = hits, trials
+                count = min(len(hits), len(trials), len(tally.hits))
+                tally.hits[:count], tally.trials[:count] = hits[:count], trials[:count]
 
     @classmethod
     def of(cls, drafter: Drafter, ratio: float, earlier: Costs | None = None) -> AutoDepth:
