@@ -14,6 +14,7 @@ from typing import NamedTuple
 from specdec.runtimes.tree_drafting import Candidates, TreeLimits
 
 MOST_NODES = 24  # maximum nodes of a tree that is sized by prices
+USUAL = 2, 6  # nodes of a row between which the mean price of one counts for another level
 
 
 @dataclass
@@ -45,7 +46,9 @@ class Prices:
     def limits(self, levels: int, width: int) -> TreeLimits:
         """How far levels are drafted (``TreeLimits``)."""
         rates = [sum(level) / len(level) for level in zip(*self.rates, strict=True)]
-        return TreeLimits(levels, width, self.level, self.nodes[1] - self.nodes[0], rates)
+        some, more = (min(count * max(len(self.rates), 1), len(self.nodes) - 1) for count in USUAL)
+        node = (self.nodes[more] - self.nodes[some]) / max(more - some, 1)
+        return TreeLimits(levels, width, self.level, node, rates)
 
     def levels(self, free: Sequence[Candidates]) -> int:
         """The number of levels that are expected to add most beyond their price; 0: they do not pay.
