@@ -125,6 +125,7 @@ def rates(row: History, common: History, exit: int) -> list[float]:
     """How likely each level has the right token where nothing else has it, for ``row``."""
     own, others, rate, found = row.by_position[exit], common.by_position[exit], FIRST, list[float]()
     for level in range(len(own.hits)):
-        rate = own.mean(level, others.mean(level, rate, WEIGHT), ROW_WEIGHT)  # a level is assumed to be like the last
+        assumed = others.mean(level, rate, ROW_WEIGHT if level else WEIGHT)  # a level is much like the last
+        rate = own.mean(level, assumed, ROW_WEIGHT)
         found.append(rate)
     return found
