@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.engine.depth.calibration import ROW_WEIGHT, WEIGHT, History, Seen, rates, table
+from specdec.engine.depth.calibration import MEMORY, ROW_WEIGHT, WEIGHT, History, Seen, rates, table
 from specdec.engine.depth.costs import CostModel, Costs
 from specdec.speculation.draft import Drafter, Found
 from specdec.speculation.trees import MOST_NODES, Prices
@@ -141,7 +141,7 @@ class AutoDepth:
         self.max_depth = MAX_PRICED_DEPTH if self.has_probabilities else MAX_DEPTH
         self.model = CostModel(self.ratio, self.shares, self.earlier)
         self.size = self.tables if self.has_probabilities else 0, len(self.shares), self.max_depth
-        self.common, self.rows = History(*self.size, memory=1000.0), weakref.WeakSet[History]()
+        self.common, self.rows = History(*self.size, memory=MEMORY), weakref.WeakSet[History]()
         if self.earlier is not None:
             for tally, hits, trials in zip(self.common.tallies(), self.earlier.hits, self.earlier.trials, strict=False):
                 count = min(len(hits), len(trials), len(tally.hits))
