@@ -25,7 +25,7 @@ from specdec.speculation.draft import Drafter, Found
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
-TRIED = 0.02  # share of the time in which each choice that is not made is tried
+TRIED = 0.01  # share of the time in which each choice that is not made is tried
 FADE = 0.9  # weight of the past per step in the present speed
 PLAIN, DRAFT, LEVELS = "plain", "draft", "levels"
 
@@ -192,7 +192,7 @@ class AutoDepth:
         choice = choose(rows, prices, speed, count)
         gain = worth / speed - drafting  # in seconds
         if gain > 0:
-            taken = not self._due(PLAIN, gain)
+            taken = not self._due(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
         else:
             taken = self._due(DRAFT, -gain) or bool(choice.prices and choice.prices.try_levels)
         if choice.depth and taken:
@@ -215,7 +215,7 @@ class AutoDepth:
             first=speed * first,
             rates=[rates(row, self.common, 0) for row in rows],
             tables=[[table(row, self.common, source) for source in range(self.tables)] for row in rows],
-            try_levels=self.shares[0] > 0 and self._due(LEVELS, first + 2 * level),
+            try_levels=self.shares[0] > 0 and self._due(LEVELS, first + level),
         )
         return DepthChoice(self.max_depth, None, prices, [self.max_depth] * len(rows))
 
