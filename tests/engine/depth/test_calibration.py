@@ -54,6 +54,16 @@ def test_tables_find_out_how_likely_a_source_is_right(power: float) -> None:
     assert read(0.5, row, common, source=1) == pytest.approx(0.5, abs=0.01)  # each source has a table of its own
 
 
+def test_a_row_is_judged_by_all_rows_first_and_by_itself_later() -> None:
+    row, common = histories()
+    teach(lambda p: 0.9, 4000, common)
+    assert read(0.5, row, common) > 0.85
+    teach(lambda p: 0.1, 20, row, common)
+    assert 0.5 < read(0.5, row, common) < 0.88
+    teach(lambda p: 0.1, 1500, row)
+    assert read(0.5, row, common) < 0.4 and read(0.5, History(2, 1, 4), common) > 0.8
+
+
 def test_what_was_seen_long_ago_counts_little_and_so_does_what_is_forgotten() -> None:
     old = Tally(1, 50.0)
     for hit in [1.0] * 500 + [0.0] * 50:
@@ -102,5 +112,5 @@ def test_positions_never_reached_are_taken_to_be_like_the_one_before() -> None:
     for _ in range(400):
         common.add(Seen.of_chain(2, 1), 0, 0.0)
     first, second, *rest = rates(row, common, 0)
-    assert first > 0.95 and second < 0.05 and rest == [pytest.approx(second)] * 2
+    assert first > 0.95 and second < 0.1 and rest == [pytest.approx(second)] * 2
     assert len(KNOTS) == len(SAID)

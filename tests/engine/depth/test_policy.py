@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from specdec.engine.depth import AutoDepth, DepthChoice, FixedDepth, StepReport
+from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, FixedDepth, StepReport
 from specdec.engine.depth.policy import allocate
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Found
@@ -97,6 +97,29 @@ def test_tokens_go_where_they_bring_most_and_levels_serve_all_rows() -> None:
     assert allocate([good], nodes, 0.8) == ([0], 0.0) and allocate([good] * 4, nodes, 0.8)[0] == [3] * 4
 
 
+@pytest.mark.parametrize("level", [0.05, 3.0, 8.0, 15.0])
+@pytest.mark.parametrize("acceptance", [0.0, 0.2, 0.5, 0.7, 0.95])
+def test_a_drafter_without_probabilities_is_drafted_with_as_deep_as_is_best(acceptance: float, level: float) -> None:
+    rng = random.Random(int(100 * acceptance + 7 * level))
+    policy, tokens = policy_of(), 1500
+    total, _ = simulate(policy, [(acceptance, level)], tokens, rng)
+    best = min(fixed(acceptance, level, k) for k in range(MAX_DEPTH + 1))
+    assert total / tokens <= best * 1.08 and total / tokens <= PLAIN / 0.96
+    assert simulate(policy, [(acceptance, level)], tokens, rng)[0] / tokens <= best / 0.96
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("level", [0.1, 2.0, 8.0, 30.0])
+def test_a_useless_drafter_costs_two_percent_once_it_is_known(level: float, share: float) -> None:
+    """Whatever its levels were assumed to cost. The first request has to find out."""
+    policy = policy_of(share)
+    total, _ = simulate(policy, [(0.0, level)], 128, random.Random(1), noise=0.0)
+    assert 128 * PLAIN / total >= 0.85
+    again, choices = simulate(policy, [(0.0, level)], 3000, random.Random(2), noise=0.0)
+    assert 3000 * PLAIN / again >= 0.975
+    assert any(choice.depth for choice in choices)  # it is tried still
+
+
 def test_requests_that_come_later_lose_no_time_to_a_useless_drafter() -> None:
     policy = policy_of()
     simulate(policy, [(0.02, 3.0)], 500, random.Random(0))
@@ -104,6 +127,65 @@ def test_requests_that_come_later_lose_no_time_to_a_useless_drafter() -> None:
         policy.start()
         total, _ = simulate(policy, [(0.0, 3.0)], 128, random.Random(seed), noise=0.0)
         assert 128 * PLAIN / total >= 0.97
+
+
+def test_a_useless_drafter_that_becomes_good_is_noticed_and_the_reverse() -> None:
+    rng, policy = random.Random(3), policy_of()
+    _, bad = simulate(policy, [(0.0, 2.0)], 600, rng)
+    assert sum(choice.depth > 0 for choice in bad[-100:]) <= 12
+    _, good = simulate(policy, [(0.9, 2.0)], 3000, rng)
+    assert sorted(choice.depth for choice in good[-50:])[3] >= 4  # some are plain steps, tried
+    _, worse = simulate(policy, [(0.0, 2.0)], 600, rng)
+    assert sum(choice.depth > 0 for choice in worse[-100:]) <= 12
+
+
+def test_every_token_of_a_tree_counts_not_only_its_depth() -> None:
+    """One token of 30 % is worth a chain's step (21 s for 1.3 tokens), not that of a tree of nine (28 s)."""
+    chain, tree = policy_of(), policy_of()
+    _, choices = simulate(chain, [(0.3, 0.0)], 400, random.Random(5), noise=0.0)
+    assert sum(choice.depth == 0 for choice in choices[-50:]) <= 4
+    _, choices = simulate(tree, [(0.3, 0.0)], 400, random.Random(5), noise=0.0, width=9)
+    assert sum(choice.depth == 0 for choice in choices[-50:]) > 40
+
+
+def test_a_single_slow_step_does_not_end_speculation() -> None:
+    policy = policy_of()
+    simulate(policy, [(0.8, 1.0)], 300, random.Random(1))
+    policy.next()
+    policy.took(4, 4, 5, 100.0, 5000.0)
+    _, choices = simulate(policy, [(0.8, 1.0)], 60, random.Random(2))
+    assert sum(choice.depth == 0 for choice in choices) <= 2
+
+
+def test_a_drafter_that_begins_to_draft_differently_is_judged_anew() -> None:
+    """What is known of another version counts little, and it is tried at once."""
+    waits = []
+    for changes in (False, True):
+        policy = policy_of()
+        policy.follow(1)
+        simulate(policy, [(0.02, 6.0)], 1500, random.Random(1))
+        policy.follow(2 if changes else 1)
+        _, choices = simulate(policy, [(0.9, 6.0)], 1000, random.Random(2))
+        waits.append(next((n for n, choice in enumerate(choices) if choice.depth >= 4), len(choices)))
+    assert waits[1] < 0.7 * waits[0], waits
+
+
+@pytest.mark.parametrize(
+    "exits",
+    [
+        [(0.2, 1.0), (0.8, 3.0), (0.85, 9.0)],  # the middle one is worth its time
+        [(0.7, 1.0), (0.75, 6.0), (0.8, 12.0)],  # the first
+        [(0.05, 2.0), (0.1, 4.0), (0.95, 6.0)],  # the last
+        [(0.05, 4.0), (0.1, 8.0), (0.2, 12.0)],  # none
+        [(0.0, 0.5), (0.0, 0.5), (0.0, 0.5)],
+    ],
+)
+def test_the_exit_that_pays_is_found_and_little_is_lost_on_the_way(exits: list[tuple[float, float]]) -> None:
+    policy = policy_of(*(level / 20 for _, level in exits))
+    simulate(policy, exits, 500, random.Random(1))
+    total, _ = simulate(policy, exits, 2000, random.Random(2))
+    best = min(fixed(a, level, k) for a, level in exits for k in range(MAX_DEPTH + 1))
+    assert total / 2000 <= 1.06 * best
 
 
 def rows_of(policy: AutoDepth, acceptance: Sequence[float], steps: int, rng: random.Random) -> tuple[float, list[int]]:
@@ -128,11 +210,24 @@ def flat(tokens: int) -> float:
     return 20 + 0.4 * tokens
 
 
+def test_rows_draft_together_where_a_level_pays_for_all_of_them_alone() -> None:
+    policy = policy_of()
+    rows_of(policy, [0.6] * 8, 200, random.Random(1))
+    speed, drafted = rows_of(policy, [0.6] * 8, 200, random.Random(2))
+    assert speed > 0.965 * 1.277 and min(drafted) > 150  # of two tokens a row in each step
+
+
 @pytest.mark.parametrize("rows", [2, 8, 16])
 def test_rows_whose_drafts_fail_lose_little_together(rows: int) -> None:
     policy = policy_of()
     rows_of(policy, [0.02] * rows, 100, random.Random(1))
     assert rows_of(policy, [0.02] * rows, 400, random.Random(2))[0] > 0.975
+
+
+def test_a_row_whose_drafts_fail_drafts_less_than_its_neighbours() -> None:
+    policy = policy_of()
+    _, drafted = rows_of(policy, [0.9, 0.9, 0.02, 0.9], 300, random.Random(3))
+    assert drafted[2] < 0.2 * min(drafted[:2])
 
 
 def test_rows_that_never_draft_wait_for_the_pass_as_well() -> None:
@@ -149,7 +244,7 @@ def by_source(policy: OneRow, said: float, right: float, level: float, free: flo
     """
     rng, done, total = random.Random(seed), 0, 0.0
     while done < tokens:
-        choice, drafting, nodes, levels, found, accepted = policy.next(), 0.0, 0, 0, None, 0
+        choice, drafting, nodes, levels, found, accepted, lucky = policy.next(), 0.0, 0, 0, None, 0, 0
         if choice.depth and choice.prices is not None:
             prices, drafting = choice.prices, free
             levels = prices.levels([Candidates.none()]) if level else 0
@@ -158,10 +253,11 @@ def by_source(policy: OneRow, said: float, right: float, level: float, free: flo
             scores = [(n + 1) * log(sure) for n in range(depth)]
             rows = [Candidates(scores, [1] * depth, list(range(depth)), [[said] * depth])]
             nodes = len(worth_scoring(rows, 8, None, prices)[0].tokens)
-            accepted = next((n for n in range(nodes) if rng.random() >= right), nodes)
+            lucky = next((n for n in range(9) if rng.random() >= right), 9)
+            accepted = min(lucky, nodes)
             drafting += levels * level
             found = Found(rows, levels)
-        tokens_of = [1] * accepted + [2]
+        tokens_of = [1] * accepted + [1 if lucky > accepted else 2]
         report = StepReport(
             [policy.row], [nodes], [accepted], 1 + nodes, drafting, seconds(1 + nodes), [tokens_of], found
         )
@@ -192,3 +288,20 @@ def test_a_drafter_that_is_sure_and_wrong_costs_two_percent_once_it_is_known(lev
     for seed in range(2, 5):
         policy.start()
         assert 1000 * PLAIN / by_source(policy, 0.9, 0.02, level, free, 1000, seed) >= 0.975
+
+
+@pytest.mark.parametrize("said", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize(("level", "right"), [(0.0, 0.8), (0.6, 0.8), (4.0, 0.9)])
+def test_whatever_a_drafter_says_it_is_used_as_far_as_it_is_right(said: float, level: float, right: float) -> None:
+    policy = sourced(0.1 if level else 0.0)
+    by_source(policy, said, right, level, 0.2, 1000, 1)
+    best = min((0.2 + level * k + seconds(1 + k)) / sum(right**i for i in range(k + 1)) for k in range(9))
+    assert by_source(policy, said, right, level, 0.2, 3000, 2) / 3000 <= best / 0.96
+
+
+def test_levels_that_become_good_are_noticed() -> None:
+    policy = sourced(0.1)
+    by_source(policy, 0.6, 0.02, 2.0, 0.2, 1000, 1)
+    by_source(policy, 0.6, 0.9, 2.0, 0.2, 3000, 2)
+    best = min((0.2 + 2 * k + seconds(1 + k)) / sum(0.9**i for i in range(k + 1)) for k in range(9))
+    assert by_source(policy, 0.6, 0.9, 2.0, 0.2, 1000, 3) / 1000 <= best / 0.96

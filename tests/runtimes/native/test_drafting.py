@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from passes import by_path, random_route, seeded
 from tiny import model_of
+from torch import Tensor
 
 from specdec.base.errors import SpecDecError
+from specdec.runtimes import target as runtime
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import KNOTS, Candidates, DraftPath, DraftRoots, TreeLimits
+from specdec.runtimes.tree_drafting import KNOTS, Candidates, DraftPath, DraftRoots, Step, TreeLimits, calibrated
 
 try:
     library.load()
@@ -47,6 +50,91 @@ def route_of(target: Target, seed: int = 0) -> tuple[DraftPath, list[int]]:
     route = random_route(target, heads=2)
     assert route.tokens is not None
     return route, sorted(set(range(97)) - set(route.tokens.tolist()))
+
+
+def by_loop(roots: DraftRoots, limits: TreeLimits, vocab: Tensor | None, step: Step) -> Candidates:
+    """What the kernel does, written plainly. step: as of ``by_levels``."""
+    heads, alone, beside = roots.tables[0] if roots.tables else (None, None, None)
+    tree = roots.given[0] if roots.given else Candidates.none()
+    found = Candidates.none()
+    level = [
+        (0, 0, 0.0, 0)
+    ]  # of each node: its place here, in the other tree, its score, its parent in the level before
+    tokens, paths = torch.tensor([roots.tokens]), torch.ones(1, 1, dtype=torch.bool)
+    for number in range(limits.levels):
+        p = step(tokens, torch.tensor([parent for *_, parent in level]), paths).float().softmax(-1)
+        begun = len(found.tokens)
+        origins, places = list[int](), list[int]()
+        for row, (node, place, score, _) in enumerate(level):
+            best = p[row].topk(limits.width)
+            ids = best.indices if vocab is None else vocab[best.indices]
+            own = {
+                token: [raw, float(calibrated(torch.tensor([raw]), heads)), -1]
+                for token, raw in zip(ids.tolist(), best.values.tolist(), strict=True)
+            }
+            for n, (token, parent, said) in enumerate(zip(tree.tokens, tree.parents, tree.raw[0], strict=True)):
+                if parent == place >= 0:
+                    other = float(calibrated(torch.tensor([said]), alone if token in own else beside))
+                    entry = own.setdefault(token, [0.0, 0.0, -1])
+                    entry[1:] = [max(entry[1], other), n + 1]
+            total, most = sum(entry[1] for entry in own.values()), max(own, key=lambda token: own[token][1])
+            for token, entry in own.items():
+                if total > 1 and token != most:
+                    entry[1] *= (1 - own[most][1]) / (total - own[most][1])
+            for token, (raw, sure, at) in sorted(own.items(), key=lambda item: -item[1][1]):
+                found.scores.append(score + math.log(max(sure, 1e-9)))
+                found.tokens.append(token)
+                found.parents.append(node)
+                found.raw[0].append(raw)
+                origins.append(row)
+                places.append(int(at))
+        chosen = sorted(range(begun, len(found.tokens)), key=lambda i: -found.scores[i])[: limits.width]
+        worth = [limits.rate(number + 1) * math.exp(found.scores[i]) - limits.node for i in chosen]
+        if sum(max(each, 0.0) for each in worth) < limits.level:
+            break
+        chosen = [i for at, i in enumerate(chosen) if at == 0 or worth[at] > 0]
+        level = [(i + 1, places[i - begun], found.scores[i], origins[i - begun]) for i in chosen]
+        tokens = torch.tensor([[found.tokens[i] for i in chosen]])
+        paths = torch.cat((paths[[parent for *_, parent in level]], torch.eye(len(level), dtype=torch.bool)), 1)
+    return found
+
+
+def tables_of(rng: random.Random) -> Tables:
+    return [sorted(rng.random() for _ in KNOTS) for _ in range(3)]
+
+
+@torch.inference_mode()
+def test_drafts_with_another_tree_and_tables_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = sharp_target()
+    cache, roots = seeded(target)
+    total = same = 0
+    for seed in range(9):
+        rng, (route, others) = random.Random(seed), route_of(target, seed)
+        first = target.draft_tree(cache, roots, route, TreeLimits(1, 4)).tokens
+        tree = given(
+            (rng.choice(first), 0, rng.random()),
+            (rng.choice(others), 0, rng.random()),
+            (rng.choice(others), 1, rng.random()),
+            (rng.randrange(97), 2, rng.random()),
+            (rng.randrange(97), 4, rng.random()),
+        )
+        own = replace(roots, given=[tree], tables=[tables_of(rng)] if seed % 3 else None)
+        limits = TreeLimits(4, 4, rng.choice([0.0, 0.3]), rng.choice([0.0, 0.05]), [0.9, 0.8, 0.6, 0.5])
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                runtime,
+                "by_levels",
+                lambda root, vocab, limits, device, step, *_, own=own: by_loop(own, limits, vocab, step),
+            )
+            expected = Target.draft_tree(target, cache, own, route, limits)
+        found = target.draft_tree(cache, own, route, limits)
+        assert len(set(by_path(found))) == len(found.tokens)  # a token of both sources is one node
+        ours, theirs = by_path(found), by_path(expected)
+        assert all(abs(math.exp(ours[path]) - math.exp(theirs[path])) < 0.03 for path in ours.keys() & theirs.keys())
+        raw = [by_path(each._replace(scores=each.raw[0])) for each in (found, expected)]
+        assert all(abs(raw[0][path] - raw[1][path]) < 0.05 for path in raw[0].keys() & raw[1].keys())
+        total, same = total + len(theirs), same + len(ours.keys() & theirs.keys())
+    assert same > 0.85 * total  # near ties may fall either way
 
 
 @torch.inference_mode()
