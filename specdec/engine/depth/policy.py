@@ -165,7 +165,7 @@ class AutoDepth:
             for row in (self.common, *self.rows):
                 for tally in [*row.by_source[-1:], *row.by_position, row.worth]:
                     tally.forget()
-            self.idle[LEVELS] = self.idle[DRAFT] = float("inf")
+            self.idle |= dict.fromkeys((DRAFT, LEVELS, *range(len(self.shares))), float("inf"))
         self.version = version
 
     @property
