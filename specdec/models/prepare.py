@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from specdec.models.gguf.file import GGUFFile
 
 GGUF, MANIFEST = "model.gguf", "specdec.json"
-LAYOUT = 3  # of the files in a folder: folders of another one are made again
+LAYOUT = 4  # of the files in a folder: folders of another one are made again
 WORK, MARKER = "specdec-work", "specdec.txt"
 VOCABULARY_BYTES = 64_000_000  # more than any tokenizer.json has
 

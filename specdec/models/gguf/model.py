@@ -75,7 +75,7 @@ def _kind(file: GGUFFile) -> str:
 
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template into ``folder``."""
-    from transformers import GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = tokenizer_of(name, file)
     try:
@@ -89,6 +89,8 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     write_config(folder, config)
     ends.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    whole = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # a model type may have normalisers of its own
+    whole.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
 
 
 def config_of(name: str, file: GGUFFile) -> Config:
