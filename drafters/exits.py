@@ -60,8 +60,10 @@ class PartialPass:
             self.groups.append((goal, x, positions))
         return self.groups[-1][1][:, -1:]
 
-    def finish(self) -> tuple[Tensor, int]:
+    def finish(self) -> tuple[Tensor | None, int]:
         """All tokens' states [B, n, D] at the deepest layer that any of them has reached, and that layer."""
+        if not self.groups:
+            return None, 0
         deepest = self.groups[0][0]
         self.to(deepest)
         return self.groups[0][1], deepest
@@ -369,8 +371,10 @@ class RoutedPass:
                 self.layers_run += 1
         self.last = x
 
-    def finish(self) -> tuple[Tensor, int]:
+    def finish(self) -> tuple[Tensor | None, int]:
         """All tokens' states [B, n, D] behind the first layers, and their number; drops provisional entries above."""
+        if not self.states:
+            return None, 0
         for layer, waiting in self.skipped.items():
             self.cache.trim(len(self.states) - len(waiting), layer, layer + 1)
         return torch.cat(self.states, 1), self.routers.first

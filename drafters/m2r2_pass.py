@@ -93,7 +93,7 @@ class PathPass:
         path, cache = self.network.path, self.cache
         for segment, (lo, hi) in enumerate(path.segments, start=len(path.shared)):
             cache.trim(sum(token.stages_run > segment for token in self.tokens), lo, hi)
-        if not path.shared:
+        if not path.shared or not self.tokens:
             return None, 0
         deepest = min(self.tokens[0].stages_run, len(path.shared))
         self._run(deepest, drafting=False)
