@@ -8,9 +8,11 @@ Needs no training; serves every tokenizer, as the corpus is text. Changes what i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, ClassVar
 
-from specdec.base import options
+from specdec.base import background, options
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
@@ -24,6 +26,14 @@ STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
 # How much an occurrence counts: in the corpus, in an earlier request, in the request's own text.
 CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
 SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
+
+
+def count(tokenizer: Any, vocab_size: int) -> tuple[Texts, Prior]:
+    """The corpus in a tokenizer's tokens, as texts that are matched, and its prior."""
+    ids = corpus(tokenizer, vocab_size)
+    texts = Texts(len(ids))
+    texts.add(ids)
+    return texts, Prior.count(ids, vocab_size)
 
 
 class NgramRow:
@@ -58,12 +68,12 @@ class NgramDrafter(Drafter):
         self.stores = Scoped(lambda: Texts(self.size))
 
     def bind(self, target: Target) -> None:
-        self.corpus, counted = None, None
-        if self.prior and target.tokenizer is not None:
-            ids = corpus(target.tokenizer, target.vocab_size)
-            self.corpus, counted = Texts(len(ids)), Prior.count(ids, target.vocab_size)
-            self.corpus.add(ids)
-        self.grower = Grower(counted)
+        self.reading: Future[tuple[Texts, Prior]] | None = None
+        self.corpus: Texts | None = None
+        self.grower = Grower()
+        if self.prior and target.tokenizer is not None:  # while other parts load and the prompt runs
+            work = partial(count, target.tokenizer, target.vocab_size)
+            self.reading = background.begin(work, "specdec corpus")
 
     def begin(self) -> NgramRow:
         return NgramRow()
@@ -77,6 +87,9 @@ class NgramDrafter(Drafter):
         return draft_best(found, limit, self.nodes, state, 0, found)
 
     def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
+        if self.reading is not None:
+            self.corpus, counted = self.reading.result()
+            self.reading, self.grower = None, Grower(counted)
         return [self._grown(state, row, limit, None if given is None else given[row]) for row in range(len(state.ids))]
 
     def _grown(self, state: State, row: int, limit: int, learned: Candidates | None) -> Candidates:

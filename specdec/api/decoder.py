@@ -38,7 +38,7 @@ from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, 
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
-from specdec.models import catalogue, identity, loading
+from specdec.models import catalogue, identity, loading, packed, prepare
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.runtimes.target import CHUNK
 from specdec.speculation import registry
@@ -169,18 +169,22 @@ class SpecDecoder:
             device = "cpu"
         if isinstance(drafter, str):
             registry.parse(drafter)  # before the model, which may have to be downloaded
-        model, tokenizer = loading.load(
-            name,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            experts=not paging,
-            check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
-        )
-        kept = load_tuned(tuned_path(name, str(dtype).removeprefix("torch."), str(model.device), **way))
-        drafter, tuned = _resolve_auto(drafter, kept)
-        decoder = cls(model, tokenizer, drafter, **more)
+        native = way["runtime"] in ("auto", "native") and way["weights"] == "auto" and more.get("packed", True)
+        with packed.reading():
+            if native and str(loading.find_device(device)) == "cpu":
+                prepare.read_ahead(name)
+            model, tokenizer = loading.load(
+                name,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                experts=not paging,
+                check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
+            )
+            kept = load_tuned(tuned_path(name, str(dtype).removeprefix("torch."), str(model.device), **way))
+            drafter, tuned = _resolve_auto(drafter, kept)
+            decoder = cls(model, tokenizer, drafter, **more)
         decoder.tuned, decoder._kept = tuned, kept
         return decoder
 

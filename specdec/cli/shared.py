@@ -18,9 +18,11 @@ from specdec.base import files, options
 from specdec.base.errors import SpecDecError, reported
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.models.names import check_model, dtype_name
+from specdec.models.prepare import read_ahead
 from specdec.speculation import registry
 
 INTERRUPTED = 130  # exit code of Ctrl-C
+NVIDIA = Path("/proc/driver/nvidia")  # there is a CUDA device, which is not known yet
 
 
 def panel(title: str) -> Callable[..., Any]:
@@ -147,6 +149,14 @@ class HubFlags(LoadingFlags):
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     packed: Packed = True
+
+    def check(self) -> None:
+        """As in ``LoadingFlags``; then weights begin to be read, while PyTorch is imported."""
+        super().check()
+        cpu = self.device == "cpu" or (self.device == "auto" and not NVIDIA.exists())
+        native = self.runtime in ("auto", "native") and self.weights == "auto" and self.dtype in ("auto", "bfloat16")
+        if self.packed and native and cpu:
+            read_ahead(self.model)
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,12 @@ class StoredTensors:
     def read(self, name: str) -> Tensor:
         """One tensor. Raises SpecDecError if it holds NaN or infinite values."""
         if name in self.coded:
-            tensor = dequantize(self.file.get_tensor(name + CODES), self.file.get_tensor(name + SCALES))
+            codes, scales = self.file.get_tensor(name + CODES), self.file.get_tensor(name + SCALES)
+            tensor, finite = dequantize(codes, scales), (128 * scales.float()).isfinite()  # codes are not above 128
         else:
             tensor = self.file.get_tensor(name)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            finite = tensor.isfinite() if tensor.is_floating_point() else None
+        if finite is not None and not bool(finite.all()):
             raise SpecDecError(f"tensor '{name}' in '{self.path}' holds NaN or infinite values; train or get it again")
         return tensor
 
@@ -157,8 +159,9 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """The matrix of codes and scales, in bf16."""
-    groups = codes.unflatten(-1, (scales.shape[-1], -1))
-    return (groups.float() * scales.float()[..., None]).bfloat16().flatten(-2)
+    values = codes.unflatten(-1, (scales.shape[-1], -1)).bfloat16()  # exact
+    values *= scales[..., None]
+    return values.flatten(-2)
 
 
 @contextmanager

@@ -1,18 +1,28 @@
 """Where a model's packed weights are kept: files in the folder of its cache entry, written once and read ever after.
 
-Knows which file of the user they are made from, not what is in them. Imports nothing heavy.
+Knows which file of the user they are made from, not what is in them. Imports nothing heavy: reading begins before
+PyTorch is imported.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from specdec.base import background
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".packed"
+WEIGHTS = f"weights{SUFFIX}"
+PIECE, PAGE, READERS = 16 << 20, 2 << 20, 2  # bytes that a thread reads at a time; of a large page; threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,3 +58,85 @@ def stamp(path: Path) -> tuple[int, ...]:
 def packed_bytes(folder: Path) -> int:
     """Bytes of the packed weights in a folder."""
     return sum(file.stat().st_size for file in folder.glob(f"*{SUFFIX}"))
+
+
+class Reading:
+    """A file that threads read into large pages.
+
+    A mapped file has small pages, from which a pass takes some per cent longer; reading a gigabyte takes a quarter of a
+    second.
+
+    state: of the file as it is read.
+    offset: of its first byte in ``pages``, at the beginning of a large page.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb")
+        self.state = _state(self.file)
+        self.size, self.truncated = os.fstat(self.file.fileno()).st_size, False
+        self.pages = mmap.mmap(-1, self.size + PAGE)
+        with suppress(AttributeError, OSError):  # a system without large pages
+            self.pages.madvise(mmap.MADV_HUGEPAGE)
+        self.offset = -ctypes.addressof(ctypes.c_char.from_buffer(self.pages)) % PAGE
+        self.pieces = iter(range(0, self.size, PIECE))
+        self.threads = [background.begin(self._read, "specdec reading") for _ in range(READERS)]
+
+    def _read(self) -> None:
+        view = memoryview(self.pages)[self.offset : self.offset + self.size]
+        for start in self.pieces:
+            stop = min(start + PIECE, self.size)
+            while start < stop:
+                if not (count := os.preadv(self.file.fileno(), [view[start:stop]], start)):
+                    self.truncated = True
+                    return
+                start += count
+
+    def wait(self) -> None:
+        """Return when all is read. Raises OSError."""
+        with self.file:
+            for thread in self.threads:
+                thread.result()
+        if self.truncated:
+            raise OSError("it is truncated")
+
+    def stop(self) -> None:
+        """Read no more."""
+        self.pieces = iter(())
+        with suppress(OSError):
+            self.wait()
+
+
+_begun: dict[Path, Reading] = {}
+
+
+def begin(folder: Path) -> None:
+    """Begin to read the packed weights in a folder, if there are any."""
+    path = folder / WEIGHTS
+    with suppress(OSError):
+        if path not in _begun:
+            _begun[path] = Reading(path)
+
+
+def take(path: Path, file: BinaryIO) -> Reading:
+    """What reads the file at ``path``, which is open: begun earlier, or now."""
+    reading = _begun.pop(path, None)
+    if reading is not None and reading.state != _state(file):
+        reading.stop()
+        reading = None
+    return reading or Reading(path)
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Forget, at the end, what was begun and not taken."""
+    try:
+        yield
+    finally:
+        while _begun:
+            with suppress(KeyError):
+                _begun.popitem()[1].stop()
+
+
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

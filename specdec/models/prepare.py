@@ -26,7 +26,7 @@ from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.files import cache_dir
 from specdec.base.machine import check_memory
-from specdec.models import wheels
+from specdec.models import packed, wheels
 from specdec.models.catalogue import EMBEDDED
 
 if TYPE_CHECKING:
@@ -66,9 +66,21 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
     """The folder with config and tokenizer of a GGUF file. name: of the model, for messages."""
     path, found = file.path.resolve(), file.path.stat()
     key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "layout": LAYOUT}
+    return _made(name, _folder(path), key, lambda draft: _describe(name, path, draft))
+
+
+def _folder(path: Path) -> Path:
+    """The folder of the GGUF file at an absolute path."""
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    folder = cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
-    return _made(name, folder, key, lambda draft: _describe(name, path, draft))
+    return cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
+
+
+def read_ahead(name: str) -> None:
+    """Begin to read the packed weights of an embedded model or a GGUF file, if an earlier load has kept them."""
+    if name in EMBEDDED:
+        packed.begin(cache_dir() / "models" / name)
+    elif (path := Path(name).expanduser()).is_file():
+        packed.begin(_folder(path.resolve()))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Packed weights in a file: the first load of a model writes them as the kernels read them, later ones read them.
 
-They are read into large pages: a mapped file has small ones, from which a pass takes some per cent longer, and reading
-takes a quarter of a second for a gigabyte. The file has entries, each at a multiple of ``PART`` bytes, an index in
+The file has entries, each at a multiple of ``PART`` bytes, an index in
 JSON, and an end of fixed size with the index's size and checksum. The index has the key (the state of the model's file,
 and the kernels that packed), notes, the size and checksum of all entries, and of each its kind of tiles, place and
 size. All of it is untrusted: checksums are compared at every start, and sizes with those of the file and with what the
@@ -19,7 +18,6 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -38,7 +36,6 @@ F = TypeVar("F", bound="PackedFile")
 MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # and size and checksum of the index
 MOST_INDEX = 64 << 20  # more than any model's entries take
 PART = 4096  # bytes of a part of the checksum; entries begin at a multiple of it
-PIECE, PAGE = 16 << 20, 2 << 20  # bytes that a thread reads at a time; of a large page
 OTHER, NUMBERS = -1, 1 << 64  # the kind of what is not tiles; checksums are below it
 DRAFTS, MOST_DRAFTS = "drafts-", 4  # files of drafters that a model keeps, the latest ones
 
@@ -185,7 +182,9 @@ class PackedFile:
         if key != json.loads(json.dumps(self.key)):
             same = isinstance(key, dict) and key.get("file") == list(self.key["file"])
             raise Damaged("other kernels made them" if same else "the model's file has changed")
-        self.memory = _data(file, used)
+        reading = packed.take(self.path, file)
+        reading.wait()
+        self.memory = torch.frombuffer(reading.pages, dtype=torch.uint8, count=used, offset=reading.offset)
         if _checksum(self.memory) != data_sum:
             raise Damaged("it is damaged")
 
@@ -195,7 +194,7 @@ class ModelFile(PackedFile):
 
     def __init__(self, origin: Origin) -> None:
         key = {"file": origin.stamp, "kernels": _kernels()}
-        super().__init__(origin.folder / f"weights{SUFFIX}", key, len(origin.data) * 5 // 4)  # tiles are a bit larger
+        super().__init__(origin.folder / packed.WEIGHTS, key, len(origin.data) * 5 // 4)  # tiles are a bit larger
         self.origin = origin
 
     def finish(self) -> None:
@@ -271,25 +270,6 @@ def _checksum(data: Tensor, offset: int = 0) -> int:
     """The checksum of data whose first part is at an offset."""
     found: int = library.load().specdec_checksum(data.data_ptr(), data.numel(), offset // PART, cores.threads())
     return found
-
-
-def _data(file: BinaryIO, size: int) -> Tensor:
-    """The first bytes of a file, in large pages."""
-    memory = torch.empty(size + PAGE, dtype=torch.uint8)
-    library.load().specdec_large_pages(memory.data_ptr(), memory.numel())
-    memory = memory[-memory.data_ptr() % PAGE :][:size]
-    view = memoryview(memory.numpy())  # type: ignore[arg-type]
-
-    def read(start: int) -> None:
-        stop = min(start + PIECE, size)
-        while start < stop:
-            if not (count := os.preadv(file.fileno(), [view[start:stop]], start)):
-                raise Damaged("it is truncated")
-            start += count
-
-    with ThreadPoolExecutor(cores.threads()) as threads:
-        list(threads.map(read, range(0, size, PIECE)))
-    return memory
 
 
 def _write(file: BinaryIO, data: Tensor, offset: int) -> None:

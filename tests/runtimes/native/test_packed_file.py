@@ -21,7 +21,7 @@ from zoo import m2r2
 
 from specdec import SpecDecoder, cli
 from specdec.base.errors import SpecDecError
-from specdec.models import identity, loading
+from specdec.models import identity, loading, packed, prepare
 from specdec.runtimes.native import library, linear, packed_file
 from specdec.runtimes.native import target as native
 from specdec.runtimes.native.packed_file import END, Damaged, PackedFile
@@ -425,11 +425,50 @@ def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
     assert not file.parent.exists() and path.exists()
 
 
+# --- reading ahead ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_read_ahead_are_those_that_a_load_takes(path, monkeypatch):
+    expected = logits(load(path))
+    with packed.reading():
+        prepare.read_ahead(str(path))
+        assert len(packed._begun) == 1
+        with monkeypatch.context() as patch:
+            forbid(patch, (packed, "Reading"))
+            found = load(path)
+        assert not packed._begun
+    assert torch.equal(logits(found), expected)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_read_anew(path, monkeypatch):
+    expected = logits(load(path))
+    forbid(monkeypatch, *PACKING[:3])
+    with packed.reading():
+        [file] = kept(path)
+        whole = file.read_bytes()
+        file.write_bytes(bytes(len(whole)))
+        prepare.read_ahead(str(path))
+        for thread in packed._begun[file].threads:
+            thread.result()
+        file.unlink()
+        file.write_bytes(whole)
+        assert torch.equal(logits(load(path)), expected)
+
+
+def test_what_is_read_ahead_for_another_runtime_is_forgotten(path):
+    load(path)
+    SpecDecoder.from_pretrained(path, "none", runtime="reference")
+    assert not packed._begun
+    with pytest.raises(SpecDecError):
+        SpecDecoder.from_pretrained(path, "m2r2=/nowhere")
+    assert not packed._begun
+
+
 # --- the format ------------------------------------------------------------------------------------------------------
 
 
 def test_entries_of_any_size_come_back(tmp_path, kernels, monkeypatch):
-    monkeypatch.setattr(packed_file, "PIECE", 10_000)
+    monkeypatch.setattr(packed, "PIECE", 10_000)
     given = {str(size): torch.randint(256, (size,), dtype=torch.uint8) for size in (0, 1, 63, 64, 5000, 9000, 70_001)}
     file = PackedFile(tmp_path / "it.packed", {"file": [1]}, 0)
     file.open()
