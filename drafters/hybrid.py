@@ -124,6 +124,7 @@ class HybridDrafter(Drafter):
             for own in state.row_states:
                 self.withdraw(own)
             draft = merge([used[b].paths(b) for b in range(len(state.ids))], state.cache.device)[0]
+        draft.found = None  # members' probabilities are not those of one source
         if draft.exit_layer > min(self.taps, default=draft.exit_layer):
             _drop_states(draft, state.cache)  # another member observes layers that scoring would not run
         return draft

@@ -102,8 +102,9 @@ class Store:
         if self.writes or self.why_not:
             return self.writes
         try:
-            files.make_data_folder(self.path.parent.name)
-            with _changing():
+            self.path.parent.parent.mkdir(0o700, parents=True, exist_ok=True)  # others cannot enter the data folder
+            self.path.parent.mkdir(exist_ok=True)
+            with _changing(self.path.parent):
                 self.lock.acquire(timeout=0)
                 self.writes = True
                 _reset_mark(self.path).unlink(missing_ok=True)
@@ -150,7 +151,7 @@ class Store:
             save_file(tensors, temporary, {"progress": said, "checksums": json.dumps(sums)})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            with _changing():
+            with _changing(self.path.parent):
                 if since is not None and since != self.stamp():
                     return False
                 os.replace(temporary, self.path)
@@ -257,7 +258,7 @@ def forget(stems: set[str] | None = None) -> bool:
     if not os.path.exists(folder()):
         return False
     try:
-        with _changing():
+        with _changing(folder()):
             for path in [*_files(), *folder().glob("[!.]*.lock")]:
                 if stems is None or path.name.partition(".")[0] in stems:
                     if path.suffix != ".lock":
@@ -293,13 +294,13 @@ def _reset_mark(path: Path) -> Path:
 
 
 @contextmanager
-def _changing() -> Iterator[None]:
-    """One process at a time takes or deletes a file. Raises an OSError if another one does not end."""
+def _changing(place: Path) -> Iterator[None]:
+    """One process at a time takes or deletes a file there. Raises an OSError if another one does not end."""
     try:
-        with FileLock(folder() / ".lock", timeout=PATIENCE):
+        with FileLock(place / ".lock", timeout=PATIENCE):
             yield
     except Timeout as error:
-        if error.lock_file != str(folder() / ".lock"):
+        if error.lock_file != str(place / ".lock"):
             raise
         raise OSError(f"another process holds '{error.lock_file}'") from None
 

@@ -20,7 +20,7 @@ from tiny import tiny_model
 from tiny_tokenizers import letters
 from zoo import CHAINS, EOS, EVERY, new_tokens
 
-from specdec import Regex
+from specdec import Regex, SpecDecoder
 from specdec.api.text import Detokenizer
 from specdec.drafters.auto import AutoDrafter
 from specdec.drafters.m2r2_learning import Learner
@@ -292,3 +292,16 @@ def test_the_complete_product(name: str, rows: str, default_of: Callable[[str], 
         drafter = drafter_of(name)
     for number, case in enumerate(cases):
         check(target_of("reference"), drafter, case | {"rows": rows}, number)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_each_drafter_under_the_draft_policy(name: str) -> None:
+    """The policy that people run chooses what is drafted, and learns from it."""
+    target = target_of("reference")
+    decoder = SpecDecoder(target.model, drafter=EVERY[name](target), runtime="reference")
+    plain = decoder.with_drafter("none")
+    expected = plain.generate_batch(PROMPTS[:4], max_new_tokens=40)
+    alone = [decoder.generate(prompt, max_new_tokens=40) for prompt in PROMPTS[:4]]
+    together = decoder.generate_batch(PROMPTS[:4], max_new_tokens=40)
+    assert [out.token_ids for out in alone] == [out.token_ids for out in expected]
+    assert [out.token_ids for out in together] == [out.token_ids for out in expected]

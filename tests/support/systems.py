@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,6 +122,8 @@ def serve(model: Path) -> None:
     def ask() -> None:
         transport = httpx.HTTPTransport(retries=8)  # until it listens
         with httpx.Client(transport=transport, base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+            while client.get("/health").status_code != 200:  # the model loads
+                time.sleep(0.1)
             found.append(client.post("/v1/completions", json={"model": "model", "prompt": "hello", "max_tokens": 4}))
         signal.raise_signal(signal.SIGTERM)
 

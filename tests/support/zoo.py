@@ -251,6 +251,7 @@ TREES: dict[str, Callable[[Target], Drafter]] = {
         [NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]
     ),
     "ngram+medusa": lambda target: HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
+    "ngram+early-exit": lambda target: HybridDrafter([NgramDrafter(), EarlyExitDrafter(3)]),
     "m2r2": lambda target: m2r2(target, 2, (), False, True, (3, 0, 2)),
     "m2r2: after a projection": lambda target: m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
     "m2r2: grown level by level": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
