@@ -18,6 +18,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -68,7 +69,7 @@ class PackedFile:
         self.entries, self.notes = dict[str, Entry](), dict[str, Any]()
         self.writes = self.complete = False
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self.used = self.sum = 0  # bytes that are written, and their checksum
+        self.used, self.sums = 0, list[Future[int]]()  # bytes that are written, and the checksums of entries
 
     def open(self) -> None:
         """Read the file, or begin to write it. Where that cannot be, it stays empty."""
@@ -87,6 +88,8 @@ class PackedFile:
             self.part.unlink(missing_ok=True)  # of a process that was killed
             self.file: BinaryIO = self._closing.enter_context(self.part.open("xb"))
             self._closing.callback(self.part.unlink, missing_ok=True)
+            self.writer = ThreadPoolExecutor(1, "specdec packed weights")
+            self._closing.callback(self.writer.shutdown, cancel_futures=True)
             self.writes = True
         except (OSError, NotImplementedError) as error:  # the latter: the file system has no locks
             self._fail(error)
@@ -108,19 +111,25 @@ class PackedFile:
         if self.writes:
             raw = data.flatten().view(torch.uint8)
             offset = -(-self.used // PART) * PART
-            try:
-                _write(self.file, raw, offset)
-                self.entries[name], self.used = Entry(kind, offset, len(raw)), offset + len(raw)
-                self.sum = (self.sum + _checksum(raw, offset)) % NUMBERS
-            except OSError as error:
-                self._fail(error)
+            self.entries[name], self.used = Entry(kind, offset, len(raw)), offset + len(raw)
+            self.sums.append(self.writer.submit(self._put, raw, offset))  # while the next ones are packed
         return kind, data
+
+    def _put(self, raw: Tensor, offset: int) -> int:
+        """Write an entry; return its checksum."""
+        _write(self.file, raw, offset)
+        return _checksum(raw, offset, 1)
 
     def finish(self) -> None:
         """All is written: give the file its name."""
         if not self.writes:
             return
-        found = {"key": self.key, "notes": self.notes, "data": [self.used, self.sum], "entries": self.entries}
+        try:
+            data_sum = sum(found.result() for found in self.sums) % NUMBERS
+        except OSError as error:
+            self._fail(error)
+            return
+        found = {"key": self.key, "notes": self.notes, "data": [self.used, data_sum], "entries": self.entries}
         index = torch.frombuffer(bytearray(json.dumps(found).encode()), dtype=torch.uint8)
         end = torch.frombuffer(bytearray(END.pack(MAGIC, len(index), _checksum(index))), dtype=torch.uint8)
         try:
@@ -266,9 +275,10 @@ def _kernels() -> str:
     return hashlib.sha256(library.LIBRARY.read_bytes()).hexdigest()[:32]
 
 
-def _checksum(data: Tensor, offset: int = 0) -> int:
-    """The checksum of data whose first part is at an offset."""
-    found: int = library.load().specdec_checksum(data.data_ptr(), data.numel(), offset // PART, cores.threads())
+def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
+    """The checksum of data whose first part is at an offset. threads: 0: all."""
+    threads = threads or cores.threads()
+    found: int = library.load().specdec_checksum(data.data_ptr(), data.numel(), offset // PART, threads)
     return found
 
 
