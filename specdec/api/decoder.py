@@ -27,7 +27,7 @@ from specdec.api.generation import (
     Options,
     RequestOptions,
 )
-from specdec.api.text import Detokenizer, Prompt, encode
+from specdec.api.text import Detokenizer, Prompt, SharedTokenizer, encode
 from specdec.api.tuned import DEFAULTS, Tuned, load_tuned, tuned_path
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
@@ -45,6 +45,7 @@ from specdec.speculation import registry
 from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
 from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import RowSampler, eos_token_ids, logits_processors, streams
+from specdec.speculation.warpers import MinNewTokens, NoBadWords, Processor
 
 SAMPLING = frozenset(SamplingOptions.__annotations__)
 MAX_NEW_TOKENS = 128  # default of a request
@@ -242,8 +243,7 @@ class SpecDecoder:
         ids = encode(self.tokenizer, prompt, given.get("chat"), given.get("system"), context=context)
         check_prompt(ids, self.target)
         max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), context - len(ids))
-        if (stops := _stops(given)) and self.tokenizer is None:
-            raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
+        text = self.text(given)
         if given.get("prompt_logprobs") and logprobs is None:
             raise SpecDecError("prompt_logprobs needs logprobs, the number of likeliest tokens, such as 1; set it")
         if logprobs is not None:
@@ -252,6 +252,7 @@ class SpecDecoder:
             sampling: dict[str, Any] = {name: value for name, value in given.items() if name in SAMPLING}
             params, others = SamplingParams(**sampling), given.get("logits_processor", ())
             processors = logits_processors(self.model, ids, max_new_tokens, params.repetition_penalty, others)
+            processors += self._token_rules(given, len(ids))
             if (rule := given.get("constraint")) is not None:
                 processors.append(self.compile_constraint(rule, ignore_eos).state(ids))
             own = replace(params, repetition_penalty=None)  # among the processors
@@ -260,13 +261,41 @@ class SpecDecoder:
             ids,
             max_new_tokens,
             eos=frozenset() if ignore_eos else self.eos_ids(),
-            stop=Detokenizer(self.tokenizer, stops).push if stops else None,
+            stop_token_ids=text.hidden,
+            stop=text.push if text.stop else None,
             num_speculative_tokens=num_speculative_tokens,
             sampler=sampler,
             logprobs=logprobs,
             prompt_logprobs=given.get("prompt_logprobs", False),
             scope=scope,
         )
+
+    def text(self, given: RequestOptions, shown: Sequence[str] = ()) -> Detokenizer:
+        """The text of a request with these options. shown: as in ``Detokenizer``. Raises SpecDecError."""
+        stop = given.get("stop", ())
+        if stop and self.tokenizer is None:
+            raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
+        stops, hidden = [stop] if isinstance(stop, str) else stop, given.get("stop_token_ids", ())
+        return Detokenizer(self.tokenizer, stops, shown, hidden, given.get("min_new_tokens", 0))
+
+    def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
+        """Which tokens may come after a prompt of ``start`` tokens. Raises SpecDecError."""
+        found = list[Processor]()
+        if least := given.get("min_new_tokens", 0):
+            if least > (most := given.get("max_new_tokens", MAX_NEW_TOKENS)):
+                raise SpecDecError(f"min_new_tokens is {least}, more than max_new_tokens, {most}; lower it")
+            if given.get("constraint") is not None:
+                what = "min_new_tokens cannot be combined with a constraint, which ends the text"
+                raise SpecDecError(f"{what}; leave one out")
+            ends = frozenset() if given.get("ignore_eos") else self.eos_ids()
+            found.append(MinNewTokens(least, tuple(ends.union(given.get("stop_token_ids", ()))), start))
+        if words := given.get("bad_words", ()):
+            if self.tokenizer is None:
+                raise SpecDecError("bad_words need a tokenizer; give SpecDecoder one")
+            encode = SharedTokenizer(self.tokenizer).encode
+            ways = {tuple(encode(space + word.lstrip(), add_special=False)) for word in words for space in ("", " ")}
+            found.append(NoBadWords(tuple(sorted(ways - {()})), start))
+        return found
 
     @checked
     def open(
@@ -302,7 +331,7 @@ class SpecDecoder:
         requests = [self.request(row, stream=n, scope=scope, **given) for row, n in zip(ids, streams(ids), strict=True)]
         engine = self.manual_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
         try:
-            return Generation(engine, requests, self.tokenizer, _stops(given))
+            return Generation(engine, requests, [self.text(given) for _ in requests])
         except BaseException:
             engine.close()
             raise
@@ -488,11 +517,6 @@ def _keep_what_was_learned() -> None:
     with _learning:
         for drafter in _learners:
             drafter.save()
-
-
-def _stops(given: RequestOptions) -> list[str]:
-    stop = given.get("stop", ())
-    return [stop] if isinstance(stop, str) else list(stop)
 
 
 def _resolve_auto(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:

@@ -11,7 +11,17 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from specdec.api.text import Detokenizer
-from specdec.base.options import Count, Depth, MaxNewTokens, SamplingOptions, Stop, System
+from specdec.base.options import (
+    BadWords,
+    Count,
+    Depth,
+    MaxNewTokens,
+    MinNewTokens,
+    SamplingOptions,
+    Stop,
+    StopTokenIds,
+    System,
+)
 from specdec.base.settings import Whole
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
@@ -44,8 +54,12 @@ class RequestOptions(SamplingOptions, total=False):
     """The options of a request.
 
     max_new_tokens: most new tokens, 128 by default; the model's context bounds them, too.
+    min_new_tokens: before so many, no end token, no token of ``stop_token_ids`` and no stop string ends the text.
     temperature to logit_bias: as in ``SamplingParams``.
     stop: strings that end the text; they may contain special tokens.
+    stop_token_ids: tokens that end the text, and are not in it; they are the last of ``token_ids``.
+    bad_words: texts that must not come, as in vLLM: the last token of each, as it is tokenised with and without a space
+    before it, is ruled out after its others.
     chat: wrap text in the chat template; None does so if the tokenizer has one.
     system: a system message before the prompt.
     logits_processor: processors of transformers, applied at every position.
@@ -58,7 +72,10 @@ class RequestOptions(SamplingOptions, total=False):
     """
 
     max_new_tokens: MaxNewTokens
+    min_new_tokens: MinNewTokens
     stop: Stop
+    stop_token_ids: StopTokenIds
+    bad_words: BadWords
     chat: bool | None
     system: System
     logits_processor: Annotated[Sequence[Callable[..., Any]], Field(title="a list of logits processors")]
@@ -114,9 +131,8 @@ class Generation:
     ``steps`` runs the same steps without decoding text; ``outputs`` returns the text at the end.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], tokenizer: Any, stops: list[str]) -> None:
-        self.engine, self.requests = engine, list(requests)
-        self.texts = [Detokenizer(tokenizer, stops) for _ in requests]
+    def __init__(self, engine: Engine, requests: Sequence[Request], texts: Sequence[Detokenizer]) -> None:
+        self.engine, self.requests, self.texts = engine, list(requests), list(texts)
         self.row = {request: row for row, request in enumerate(requests)}
         for request, text in zip(requests, self.texts, strict=True):
             request.stop = text.push

@@ -8,7 +8,7 @@ import itertools
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -27,6 +27,10 @@ Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 CONTEXT = 16  # earlier tokens that are decoded with new ones, since a token's text depends on its context
 LONG_TOKEN = 16  # characters; a text of at most so many per token of the context is tokenised without a check
 PLACEHOLDERS = range(0xF0000, 0xFFFFE)  # private code points that replace the text of special tokens in a template
+
+
+class TokenIds(list[int]):
+    """Token ids that ``encode`` has returned: it returns them as they are if it gets them again."""
 
 
 class SharedTokenizer:
@@ -91,8 +95,10 @@ def encode(
     continue_last: the answer goes on with the last message instead of a new one.
     Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
     """
+    if isinstance(prompt, TokenIds):
+        return prompt
     if (ids := _given_ids(prompt, name)) is not None:
-        return ids
+        return TokenIds(ids)
     if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise SpecDecError(f"the {name} is empty; give some text")
     if tokenizer is None:
@@ -102,13 +108,13 @@ def encode(
         if system is not None:
             raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
         _check_length(tokenizer, len(prompt), context)
-        return SharedTokenizer(tokenizer).encode(prompt)
+        return TokenIds(SharedTokenizer(tokenizer).encode(prompt))
     if not has_template:
         raise SpecDecError("this tokenizer has no chat template; use plain text (chat=False, --raw)")
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return _encode_chat(tokenizer, messages, context, tools, template or {}, continue_last)
+    return TokenIds(_encode_chat(tokenizer, messages, context, tools, template or {}, continue_last))
 
 
 def _given_ids(prompt: Any, name: str) -> list[int] | None:
@@ -282,12 +288,21 @@ class Detokenizer:
     string. ``finish`` returns the rest.
 
     stop: strings that end the text; they may contain special tokens.
-    shown: special tokens to keep in the text.
+    shown: special tokens to keep in the text. hidden: tokens that have no text.
+    min_new_tokens: before so many tokens, no stop string ends the text.
     stopped: the stop string that has come, or None.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        shown: Sequence[str] = (),
+        hidden: Iterable[int] = (),
+        min_new_tokens: int = 0,
+    ) -> None:
         self.tokenizer, self.stop, self.shown = tokenizer, [s for s in stop if s], list(shown)
+        self.hidden, self.min_new_tokens = frozenset(hidden), min_new_tokens
         self.special = {i: str(token) for i, token in special_tokens(tokenizer).items()}
         self.matched = {i for i, t in self.special.items() if any(t in s for s in [*self.stop, *shown])}
         self.ids: list[int] = []
@@ -302,6 +317,8 @@ class Detokenizer:
     def push(self, token: int) -> str | None:
         """Add a token; return "stop" if the text ends with it. This is the ``stop`` of a ``Request``."""
         self.ids.append(token)
+        if token in self.hidden:
+            return None
         if token not in self.special:
             self.window.append(token)
         elif token in self.matched and self.stopped is None:
@@ -358,7 +375,8 @@ class Detokenizer:
             self.text += piece
         else:
             self.unseen.append((old, len(piece)))
-        found = [(at, s) for s in self.stop if (at := self.whole.find(s, max(0, old - len(s) + 1))) >= 0]
+        stops = self.stop if len(self.ids) >= self.min_new_tokens else ()
+        found = [(at, s) for s in stops if (at := self.whole.find(s, max(0, old - len(s) + 1))) >= 0]
         if found:
             at, self.stopped = min(found)
             self.text = self.text[: self._place(at)]
@@ -392,8 +410,8 @@ class Piece:
 class AnswerText:
     """The text of one request so far. finish: OpenAI's finish reason, once the request has ended."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
-        self.detokenizer = Detokenizer(tokenizer, stops, shown)
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self.detokenizer = detokenizer
         self.finish: str | None = None
 
     @property

@@ -53,6 +53,17 @@ LogitBias = Annotated[
 # What the text is, and where it ends
 MaxNewTokens = Annotated[Count, Field(description="Most new tokens; the model's context bounds them, too.")]
 Stop = Annotated[str | Sequence[str], Field(description="End before this text; repeatable.")]
+MinNewTokens = Annotated[
+    Whole, Field(ge=0, description="Least new tokens: no end token and no stop string ends the text before.")
+]
+StopTokenIds = Annotated[
+    Sequence[Annotated[Whole, Field(ge=0)]],
+    Field(title="a list of token ids", description="Tokens that end the text, and are not in it; repeatable."),
+]
+BadWords = Annotated[
+    Sequence[Annotated[str, Field(min_length=1)]],
+    Field(title="a list of texts", description="Text that must not come in new tokens; repeatable."),
+]
 System = Annotated[str | None, Field(description="System message before the prompt.")]
 Depth = Annotated[
     Literal["auto"] | Annotated[Whole, Field(ge=0)],

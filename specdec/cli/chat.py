@@ -138,7 +138,7 @@ class ChatSession:
 
     def answer(self, text: str) -> None:
         """Answer a message. After Ctrl-C the partial answer stays in the conversation."""
-        from specdec.api.text import AnswerText, encode
+        from specdec.api.text import AnswerText, Detokenizer, encode
 
         messages = [*self.messages, {"role": "user", "content": text}]
         context = self.decoder.target.context
@@ -152,7 +152,7 @@ class ChatSession:
             ids, num_speculative_tokens=most, max_new_tokens=self.max_new_tokens, **vars(self.params)
         )
         handle = self.engine.submit(request)
-        answer, write = AnswerText(self.decoder.tokenizer), _writer(self.quiet)
+        answer, write = AnswerText(Detokenizer(self.decoder.tokenizer)), _writer(self.quiet)
         failed: BaseException | None = None
         with _stoppable(handle):
             for event in handle:

@@ -50,7 +50,7 @@ class Request:
     """A row of the engine's batch. Raises SpecDecError for a value of the wrong type.
 
     params, processors, stream: how tokens are chosen; requests with one seed draw alike unless their streams differ.
-    eos: tokens that end it.
+    eos: tokens that end it. stop_token_ids: others that do; the finish reason is then "stop".
     stop: the engine calls it with each new token in order; it returns a finish reason, or None.
     num_speculative_tokens: most drafted tokens in depth; 0: none; None: as many as pay. Where all rows have a number,
         they are drafted as deep.
@@ -70,6 +70,7 @@ class Request:
     processors: SkipValidation[Sequence[Callable[..., Any]]] = ()
     stream: Annotated[Whole, Field(ge=0, le=2**64 - 1)] = 0
     eos: Annotated[frozenset[Whole], Field(title="a set of token ids")] = frozenset()
+    stop_token_ids: Annotated[frozenset[Whole], Field(title="a set of token ids")] = frozenset()
     stop: Callable[[int], str | None] | None = None
     num_speculative_tokens: Annotated[Whole, Field(ge=0)] | None = None
     sampler: RowSampler = None  # type: ignore[assignment]  # set below
@@ -166,6 +167,8 @@ class Request:
         reason = None if self.stop is None else self.stop(token)
         if token in self.eos:
             return "eos"
+        if token in self.stop_token_ids:
+            return "stop"
         return reason or (None if self.remaining > 0 else "length")
 
 

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from specdec.api.text import REASONS, AnswerText, Piece
+from specdec.api.text import REASONS, AnswerText, Detokenizer, Piece
 from specdec.base.errors import ConstraintError
 from specdec.engine.request import Handle, TokenLogprob
 from specdec.serve.errors import ApiError
@@ -37,7 +37,7 @@ class ResponseChoice:
         shown: Sequence[str] = (),
     ) -> None:
         self.index, self.handle, self.prompt, self.metrics = index, handle, prompt, metrics
-        self.tokenizer, self.answer = tokenizer, AnswerText(tokenizer, stops, shown)
+        self.tokenizer, self.answer = tokenizer, AnswerText(Detokenizer(tokenizer, stops, shown))
         self.logprobs_sent = self.text_offset = 0
         self.started = time.perf_counter()
         self.first_token_at = self.last_token_at = 0.0

@@ -1,12 +1,13 @@
-"""Transforms of logits that need no transformers: temperature, top-k, top-p, min-p, and penalties.
+"""Transforms of logits that need no transformers: temperature, top-k, top-p, min-p, penalties, and rules about tokens.
 
 Each is called with the tokens before a position, int64 [n, T], and logits [n, V], and equals transformers' processor of
-that name, with one difference: top-p on a CPU keeps tokens as likely as the last one that is kept.
+that name, with two differences: top-p on a CPU keeps tokens as likely as the last one that is kept, and bad words are
+those of new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,45 @@ class RepetitionPenalty:
         found = wider.gather(1, ids)
         found = torch.where(found < 0, found * self.penalty, found / self.penalty)
         return wider.scatter(1, ids, found)[..., :size]
+
+
+@dataclass(frozen=True)
+class MinNewTokens:
+    """Rules out the tokens ``ends`` for the first ``least`` tokens from index ``start`` on."""
+
+    least: int
+    ends: tuple[int, ...]
+    start: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[-1] - self.start >= self.least:
+            return scores
+        return _without(scores, self.ends)
+
+
+@dataclass(frozen=True)
+class NoBadWords:
+    """Rules out the last token of each of ``words`` where the new tokens, from index ``start`` on, end with its others.
+
+    words: token ids of each.
+    """
+
+    words: tuple[tuple[int, ...], ...]
+    start: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, new in enumerate(input_ids[:, self.start :].tolist()):
+            begun = [
+                last for *head, last in self.words if len(head) <= len(new) and new[len(new) - len(head) :] == head
+            ]
+            scores[row : row + 1] = _without(scores[row : row + 1], begun)
+        return scores
+
+
+def _without(scores: Tensor, tokens: Sequence[int]) -> Tensor:
+    """``scores`` [n, V] with -inf for ``tokens``; the output head may lack some."""
+    there = torch.tensor([token for token in tokens if token < scores.shape[-1]], dtype=torch.long)
+    return scores.index_fill(-1, there.to(scores.device), NEVER)
 
 
 class Penalties:

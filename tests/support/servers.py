@@ -242,6 +242,7 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
         verifier=SimpleNamespace(threshold=None),
         eos_ids=lambda: frozenset({0}),
     )
+    made.text = lambda *given: SpecDecoder.text(made, *given)
     made.request = lambda prompt, **given: SpecDecoder.request(
         made, prompt, sampler=RowSampler(SamplingParams()), **given
     )
