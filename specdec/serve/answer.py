@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic_core import to_json
@@ -14,7 +14,7 @@ from specdec.serve.choice import ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.logprobs import TokenFinder
 from specdec.serve.parts import AnswerParser, Block, Format, Part, Schemas
-from specdec.serve.schema import GenerationBody
+from specdec.serve.request import GenerationRequest
 from specdec.speculation.constraints import CompiledConstraint
 
 Events = Iterator[dict[str, Any]]
@@ -24,19 +24,21 @@ LARGE = 10_000  # log-probabilities of a choice; writing more of them takes tens
 
 @dataclass(frozen=True)
 class Prepared:
-    """A chat that is ready to run: its prompt, the constraint on its answers, and how they are read.
+    """A request that is ready to run: token ids of its prompts, the constraint on its answers, and how these are read.
 
-    The other fields are as in ``AnswerParser``.
+    echoes: the texts of its prompts, if they come before the answers. The fields after it are as in ``AnswerParser``.
     """
 
-    prompt: list[int]
+    asked: GenerationRequest
+    prompts: list[list[int]]
     constraint: CompiledConstraint | None
-    form: Format
-    tools: Schemas
-    single: bool
-    reasoning: tuple[str, str] | None
-    inside: bool
-    forced: bool
+    echoes: Sequence[str] = ()
+    form: Format = field(default_factory=Format)
+    tools: Schemas = field(default_factory=dict)
+    single: bool = False
+    reasoning: tuple[str, str] | None = None
+    inside: bool = False
+    forced: bool = False
 
     @property
     def shown(self) -> list[str]:
@@ -46,11 +48,11 @@ class Prepared:
     def parser(self) -> AnswerParser:
         return AnswerParser(self.form, self.tools, self.single, self.reasoning, self.inside, self.forced)
 
-    def stop(self, tokenizer: Any, stops: Sequence[str]) -> Callable[[int], str | None] | None:
-        """The ``stop`` of a request of which several calls are forced; None for others."""
+    def stop(self, text: Detokenizer) -> Callable[[int], str | None] | None:
+        """The ``stop`` of a request of which several calls are forced; None for others. text: of the answer."""
         if self.single or not self.forced:
             return None
-        text, parser = Detokenizer(tokenizer, stops, self.shown), self.parser()
+        parser = self.parser()
 
         def stop(token: int) -> str | None:
             reason = text.push(token)
@@ -63,8 +65,8 @@ class Prepared:
 class Answer(ABC):
     """The answer to a request."""
 
-    def __init__(self, model: str, choices: Sequence[ResponseChoice], body: GenerationBody) -> None:
-        self.model, self.choices, self.body = model, list(choices), body
+    def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str) -> None:
+        self.prepared, self.asked, self.choices, self.model = prepared, prepared.asked, choices, model
 
     @abstractmethod
     async def json(self, in_thread: InThread) -> bytes:
@@ -81,6 +83,11 @@ class Answer(ABC):
     async def _finished(self) -> None:
         async for _ in merge_pieces(self.choices, per_token=False):
             pass
+
+    def is_large(self, choice: ResponseChoice) -> bool:
+        """Whether writing a choice takes long."""
+        most = self.asked.num_logprobs
+        return most is not None and (1 + most) * choice.answer.num_tokens > LARGE
 
     def counts(self) -> tuple[int, int, int]:
         """Prompt tokens, those of them that were cached, and new tokens. A prompt counts once for its choices."""
@@ -102,9 +109,9 @@ class Answer(ABC):
 
     def metrics(self) -> dict[str, Any]:
         """The member ``metrics``, unless the client wants none."""
-        if not self.body.include_metrics:
+        if not self.asked.include_metrics:
             return {}
-        return {"metrics": _response_metrics(self.choices, self.body.per_step_metrics)}
+        return {"metrics": _response_metrics(self.choices, self.asked.per_step_metrics)}
 
 
 def _response_metrics(choices: Sequence[ResponseChoice], per_step: bool) -> dict[str, Any]:
@@ -141,18 +148,18 @@ class BlockAnswer(Answer):
     A subclass returns the events of each; their ``type`` is their name. blocks: so far.
     """
 
-    def __init__(self, prepared: Prepared, model: str, choices: Sequence[ResponseChoice], body: GenerationBody) -> None:
-        super().__init__(model, choices, body)
+    def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str) -> None:
+        super().__init__(prepared, choices, model)
         [self.choice] = self.choices
-        self.parser, self.blocks, self.tokens = prepared.parser(), list[Block](), TokenFinder(self.choice.tokenizer)
+        self.tokens = TokenFinder(self.choice.tokenizer)
+        self.parser, self.blocks = prepared.parser(), list[Block]()
 
     def parts(self) -> list[Part]:
         return self.parser.parts
 
     async def json(self, in_thread: InThread) -> bytes:
         await self._finished()
-        scored = 0 if self.body.num_logprobs is None else (1 + self.body.num_logprobs) * self.choice.answer.num_tokens
-        return await in_thread(scored > LARGE, self._whole)  # type: ignore[no-any-return]
+        return await in_thread(self.is_large(self.choice), self._whole)  # type: ignore[no-any-return]
 
     def _whole(self) -> bytes:
         for _ in self._read(self.choice.answer.text, last=True):
@@ -174,7 +181,7 @@ class BlockAnswer(Answer):
     def _read(self, text: str, last: bool) -> Events:
         """The events of more text."""
         choice = self.choice
-        if self.body.num_logprobs is not None:
+        if self.asked.num_logprobs is not None:
             self.tokens.extend(choice.logprobs(choice.logprobs_sent))
             choice.logprobs_sent = choice.answer.num_tokens
         for part in self.parser.push(text, last):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,13 +22,14 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
 from specdec.serve.answer import Answer, Prepared
-from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, BodyRoute
-from specdec.serve.chat import Chat, Completion, OpenAIAnswer
+from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, post
+from specdec.serve.chat import OpenAIAnswer
 from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
 from specdec.serve.clients import Client, Clients
 from specdec.serve.errors import ErrorBody, add_handlers, sent_as
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
+from specdec.serve.request import GenerationRequest
 from specdec.serve.responses import InputBody, ResponsesAnswer, ResponsesBody, Store, page_of
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
@@ -36,6 +38,7 @@ from specdec.serve.settings import ServerSettings
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 DRAFTER = "X-Specdec-Drafter"
+MakeAnswer = Callable[[Prepared, list[ResponseChoice], str], Answer]
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is refused."},
     "5XX": {"model": ErrorBody, "description": "The server cannot answer."},
@@ -48,11 +51,12 @@ def make_app(
     """The application that serves ``decoder`` through ``engine``. write: prints the log line of a request."""
     service = Service(decoder, engine, settings)
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
-    app.router.route_class, app.state.reader = BodyRoute, BodyReader(settings)
+    app.state.reader = BodyReader(settings)
     add_handlers(app)
     _add_generation(app, service, write)
     _add_tokens(app, service)
     _add_state(app, service)
+    _describe(app)
     app.add_middleware(ApiKey, clients=Clients(settings.all_keys))
     if settings.cors:
         app.add_middleware(
@@ -70,45 +74,35 @@ def make_app(
 def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
     run, name, store = app.state.reader.run, service.settings.name, Store()
 
-    async def ready(request: Request, body: ChatBody) -> tuple[Prepared, list[ResponseChoice]]:
-        """A chat that has been submitted."""
-        service.check_limits(body)
-        made: Prepared = await run(request, service.prepare_chat, body)
-        client = _client(request)
-        return made, await run(request, service.submit, [made.prompt], body, client, made.constraint, made)
+    async def answered(
+        request: Request, names: Mapping[str, str], translate: Callable[[], GenerationRequest], make: MakeAnswer
+    ) -> HTTPResponse:
+        with sent_as(names):
+            prepared, choices = await run(request, service.start, translate, _client(request))
+        return await _answer(service, request, make(prepared, choices, name), write)
 
-    @app.post("/v1/chat/completions")
+    @post(app, "/v1/chat/completions", ChatBody)
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
-        made, choices = await ready(request, body)
-        return await _answer(service, request, OpenAIAnswer(Chat(made), name, choices, body), write)
+        return await answered(request, body.names, body.request, OpenAIAnswer)
 
-    @app.post("/v1/completions")
+    @post(app, "/v1/completions", CompletionBody)
     async def completions(body: CompletionBody, request: Request) -> HTTPResponse:
-        service.check_limits(body, len(body.prompts))
-        prompts, texts, constraint = await run(request, service.prepare_completion, body)
-        shape = Completion([text for text in texts for _ in range(body.n or 1)])
-        choices = await run(request, service.submit, prompts, body, _client(request), constraint)
-        return await _answer(service, request, OpenAIAnswer(shape, name, choices, body), write)
+        return await answered(request, body.names, body.request, OpenAIAnswer)
 
-    @app.post("/v1/messages")
+    @post(app, "/v1/messages", MessagesBody)
     async def messages(body: MessagesBody, request: Request) -> HTTPResponse:
-        with sent_as(body.names):
-            chat = await run(request, body.chat)
-            made, choices = await ready(request, chat)
-        return await _answer(service, request, MessagesAnswer(made, name, choices, chat), write)
+        return await answered(request, body.names, body.request, MessagesAnswer)
 
-    @app.post("/v1/responses")
+    @post(app, "/v1/responses", ResponsesBody)
     async def responses(body: ResponsesBody, request: Request) -> HTTPResponse:
         scope = _client(request).scope
         before = store.before(scope, body.previous_response_id)
-        with sent_as(body.names):
-            chat = await run(request, body.chat, before)
-            made, choices = await ready(request, chat)
 
         def keep(id: str, written: bytes) -> None:
             store.put(scope, id, written, [*before, *body.listed()])
 
-        return await _answer(service, request, ResponsesAnswer(made, name, choices, chat, body, keep), write)
+        make = partial(ResponsesAnswer, body=body, keep=keep)
+        return await answered(request, body.names, lambda: body.request(before), make)
 
     @app.get("/v1/responses/{id}")
     async def retrieve_response(id: str, request: Request) -> HTTPResponse:
@@ -125,7 +119,7 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
         _, items = store.get(_client(request).scope, id)
         return page_of(from_json(items), after, limit, order == "asc")
 
-    @app.post("/v1/responses/input_tokens")
+    @post(app, "/v1/responses/input_tokens", InputBody)
     async def count_input_tokens(body: InputBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         before = store.before(_client(request).scope, body.previous_response_id)
@@ -138,12 +132,24 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
         store.get(_client(request).scope, id, remove=True)
         return {"id": id, "object": "response", "deleted": True}
 
-    @app.post("/v1/messages/count_tokens")
+    @post(app, "/v1/messages/count_tokens", CountBody)
     async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         with sent_as(body.names):
             ids = await run(request, lambda: service.encode_chat(body.chat()))
         return JSONResponse({"input_tokens": len(ids)})
+
+
+def _describe(app: FastAPI) -> None:
+    """Put into the OpenAPI document what the schemas of bodies refer to."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = make()
+        found["components"]["schemas"] |= app.state.reader.definitions
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _client(request: Request) -> Client:
@@ -154,21 +160,22 @@ def _client(request: Request) -> Client:
 
 async def _answer(service: Service, request: Request, response: Answer, write: Callable[[str], None]) -> HTTPResponse:
     """Run ``response`` until it ends or the client disconnects."""
-    headers = {DRAFTER: service.drafter_label(response.body)}
+    asked, client = response.asked, _client(request)
+    headers = {DRAFTER: service.drafter_label(asked)}
 
     def end() -> None:
-        first, body, client = response.choices[0], response.body, _client(request)
+        first = response.choices[0]
         request.state.summary.append(response.summary())
         service.finish(response.choices, client)
-        if isinstance(body, ChatBody) and body.prepare_next_turn and first.answer.finish == "stop":
-            told = body, response.parts(), first.handle.request.ids, client
+        if asked.prepare_next_turn and first.answer.finish == "stop":
+            told = asked, response.parts(), first.handle.request.ids, client
             asyncio.get_running_loop().run_in_executor(None, service.prepare_next_turn, *told)
         if service.settings.log_requests:
             for choice in response.choices:
                 text = {"prompt": service.decode(choice.prompt, special=True), "answer": choice.answer.text}
                 write(json.dumps({"id": request.state.request_id} | text, ensure_ascii=True))
 
-    if response.body.stream:
+    if asked.stream:
         return EventStream(response.events(), end, headers)
     try:
         found = await until_disconnect(request.receive, response.json(request.app.state.reader.in_thread))
@@ -181,13 +188,13 @@ async def _answer(service: Service, request: Request, response: Answer, write: C
 def _add_tokens(app: FastAPI, service: Service) -> None:
     run = app.state.reader.run
 
-    @app.post("/tokenize")
+    @post(app, "/tokenize", TokenizeBody)
     async def tokenize(body: TokenizeBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         ids = await run(request, service.tokenize, body)
         return JSONResponse({"count": len(ids), "max_model_len": service.context, "tokens": ids})
 
-    @app.post("/detokenize")
+    @post(app, "/detokenize", DetokenizeBody)
     async def detokenize(body: DetokenizeBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         service.check_length("tokens", len(body.tokens), service.context)

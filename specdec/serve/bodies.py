@@ -1,15 +1,14 @@
-"""Request bodies: read within limits, and validated in a thread before an endpoint gets them."""
+"""Request bodies: read within limits and validated in a thread, before an endpoint gets them."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
-from fastapi import Request
-from fastapi.routing import APIRoute
+from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
@@ -24,15 +23,18 @@ CLIENT_CLOSED_REQUEST = 499  # status in the log when the client has disconnecte
 MAX_CONTAINERS = 100_000  # lists and objects in a body; with millions of them, garbage collection takes seconds
 NOT_JSON = "the body must be a JSON object, with Content-Type: application/json"
 T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
+Endpoint = Callable[[B, Request], Awaitable[Response]]
 
 
 class BodyReader:
-    """Reads and validates bodies. held: bytes of bodies in memory."""
+    """Reads and validates bodies. held: bytes of bodies in memory. definitions: schemas that theirs refer to."""
 
     def __init__(self, settings: ServerSettings) -> None:
+        self.definitions = dict[str, Any]()
         self.settings, self.held, self.large_lock = settings, 0, asyncio.Semaphore()
 
-    async def read(self, request: Request, model: type[BaseModel]) -> BaseModel:
+    async def read(self, request: Request, model: type[B]) -> B:
         """The body of ``request`` as a ``model``. Stores its size in the request's state."""
         body = bytearray()
         try:
@@ -83,37 +85,27 @@ class BodyReader:
             raise ApiError(408, f"the body did not arrive within {timeout:g} seconds") from None
 
 
-class BodyRoute(APIRoute):
-    """A route whose body is read by the application's ``state.reader`` instead of FastAPI."""
+def post(app: FastAPI, path: str, model: type[B]) -> Callable[[Endpoint[B]], None]:
+    """Register an endpoint that gets its body as a ``model``."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        if self.body_field is None:
-            return handle
-        model = self.body_field.field_info.annotation
-
+    def register(endpoint: Endpoint[B]) -> None:
         async def read(request: Request) -> Response:
-            parsed = _ParsedRequest(request.scope, request.receive)
             try:
-                parsed.model = await request.app.state.reader.read(parsed, model)
+                body = await app.state.reader.read(request, model)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            parsed._body = b"{}"  # FastAPI checks that there is one
-            return await handle(parsed)
+            return await endpoint(body, request)
 
-        return read
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        app.state.reader.definitions |= schema.pop("$defs", {})
+        content = {"application/json": {"schema": schema}}
+        document = {"requestBody": {"required": True, "content": content}}
+        app.post(path, name=endpoint.__name__, openapi_extra=document)(read)
 
-
-class _ParsedRequest(Request):
-    """A request whose body has been read and validated."""
-
-    model: Any
-
-    async def json(self) -> Any:
-        return self.model
+    return register
 
 
-def _validated(body: bytearray, model: type[BaseModel]) -> BaseModel:
+def _validated(body: bytearray, model: type[B]) -> B:
     """The body as a ``model``. Raises ApiError."""
     if _containers(body) > MAX_CONTAINERS and _containers(_without_strings(body)) > MAX_CONTAINERS:
         raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects", code="too_large")

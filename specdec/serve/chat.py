@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from pydantic_core import to_json
 
 from specdec import __version__
 from specdec.api.text import Piece
-from specdec.serve.answer import LARGE, Answer, InThread, Prepared
+from specdec.serve.answer import Answer, InThread, Prepared
 from specdec.serve.choice import DONE, ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.logprobs import chat_logprobs, completion_logprobs
 from specdec.serve.parts import AnswerParser, Part, merged
-from specdec.serve.schema import GenerationBody, StreamOptions
 
 
 class Chat:
@@ -87,13 +86,13 @@ def message(parts: Iterable[Part]) -> dict[str, Any]:
 
 
 class Completion:
-    """The shape of ``/v1/completions``. echoes: a prompt text for each choice, put before its answer; () for none."""
+    """The shape of ``/v1/completions``. echoes: the text before the answer of each choice; none without ``echo``."""
 
     id_prefix = "cmpl"
     object = chunk_object = "text_completion"
 
-    def __init__(self, echoes: Sequence[str]) -> None:
-        self.echoes = echoes
+    def __init__(self, prepared: Prepared) -> None:
+        self.echoes = [text for text in prepared.echoes for _ in range(prepared.asked.n)]
 
     def first_delta(self, choice: ResponseChoice) -> dict[str, Any] | None:
         return {"text": self.echoes[choice.index]} if self.echoes else None
@@ -122,11 +121,9 @@ class Completion:
 class OpenAIAnswer(Answer):
     """An answer in one of the two shapes."""
 
-    def __init__(
-        self, shape: Chat | Completion, model: str, choices: Sequence[ResponseChoice], body: GenerationBody
-    ) -> None:
-        super().__init__(model, choices, body)
-        self.shape = shape
+    def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str) -> None:
+        super().__init__(prepared, choices, model)
+        shape = self.shape = (Completion if self.asked.chat is None else Chat)(prepared)
         self.head = {
             "id": f"{shape.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -139,8 +136,7 @@ class OpenAIAnswer(Answer):
 
     async def json(self, in_thread: InThread) -> bytes:
         await self._finished()
-        per_token = 0 if self.body.num_logprobs is None else 1 + self.body.num_logprobs
-        choices = [await in_thread(per_token * c.answer.num_tokens > LARGE, self._written, c) for c in self.choices]
+        choices = [await in_thread(self.is_large(choice), self._written, choice) for choice in self.choices]
         head, rest = {"object": self.shape.object}, {"usage": self.usage()} | self.metrics()
         return to_json(self.head | head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + to_json(rest)[1:]
 
@@ -149,23 +145,22 @@ class OpenAIAnswer(Answer):
 
     async def events(self) -> AsyncIterator[bytes]:
         """The stream: a first chunk per choice, the text, the usage if requested, and ``[DONE]``."""
-        options = self.body.stream_options or StreamOptions()
-        more: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        more: dict[str, Any] = {"usage": None} if self.asked.include_usage else {}
         running = len(self.choices)
         try:
             for choice in self.choices:
                 if (first := self.shape.first_delta(choice)) is not None:
                     yield self._chunk(choice, first, None, more)
-            async for choice, piece in merge_pieces(self.choices, options.include_draft_depth):
-                depth = {"draft_depth": piece.depth} if options.include_draft_depth else {}
+            async for choice, piece in merge_pieces(self.choices, self.asked.include_draft_depth):
+                depth = {"draft_depth": piece.depth} if self.asked.include_draft_depth else {}
                 for delta in self.shape.deltas(choice, piece):
                     yield self._chunk(choice, delta | depth, None, more)
                 if piece.finish is None:
                     continue
                 running -= 1
-                end = self.metrics() if not running and not options.include_usage else {}
+                end = self.metrics() if not running and not self.asked.include_usage else {}
                 yield self._chunk(choice, self.shape.last_delta(), self.shape.finish_reason(choice), more | end)
-            if options.include_usage:
+            if self.asked.include_usage:
                 yield sse(self._chunk_head() | {"choices": [], "usage": self.usage()} | self.metrics())
         except ApiError as error:
             yield sse(error.body())
@@ -194,7 +189,7 @@ class OpenAIAnswer(Answer):
     def _logprobs(self, choice: ResponseChoice) -> dict[str, Any] | None:
         """Log-probabilities of the tokens since the last call."""
         start, end = choice.logprobs_sent, choice.answer.num_tokens
-        if self.body.num_logprobs is None or (start == end and (start or choice.answer.finish is None)):
+        if self.asked.num_logprobs is None or (start == end and (start or choice.answer.finish is None)):
             return None
         choice.logprobs_sent = end
         return self.shape.logprobs(choice, start)

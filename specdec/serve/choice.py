@@ -21,7 +21,6 @@ from specdec.serve.metrics import Metrics
 class ResponseChoice:
     """The choice with number ``index``.
 
-    stops, shown: as in ``Detokenizer``.
     started, first_token_at, last_token_at: times of ``time.perf_counter``; 0.0 before there are tokens.
     logprobs_sent, text_offset: tokens whose log-probabilities have been sent, and the length of their text.
     """
@@ -31,13 +30,11 @@ class ResponseChoice:
         index: int,
         handle: Handle,
         prompt: list[int],
-        tokenizer: Any,
-        stops: Sequence[str],
+        text: Detokenizer,
         metrics: Metrics,
-        shown: Sequence[str] = (),
     ) -> None:
         self.index, self.handle, self.prompt, self.metrics = index, handle, prompt, metrics
-        self.tokenizer, self.answer = tokenizer, AnswerText(Detokenizer(tokenizer, stops, shown))
+        self.tokenizer, self.answer = text.tokenizer, AnswerText(text)
         self.logprobs_sent = self.text_offset = 0
         self.started = time.perf_counter()
         self.first_token_at = self.last_token_at = 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,24 +12,25 @@ from specdec.base import options
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
 from specdec.serve.parts import Block, begun_object
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
 from specdec.serve.schema import (
     MAX_CALLS,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
-    ChatBody,
-    Extensions,
+    ChatExtensions,
     Stop,
     Strict,
     ToolName,
-    chat_body,
     check_kinds,
 )
+from specdec.speculation.constraints import Json
 
 MAX_SEQUENCES = 64
 IGNORED = ("cache_control", "citations", "caller")  # members of blocks and tools without effect
 IGNORED_OF_TOOLS = (*IGNORED, "strict", "eager_input_streaming", "defer_loading", "input_examples", "allowed_callers")
 EFFORTS = {"enabled": "medium", "disabled": "none"}
+CHOICES = {"any": "required", "none": "none"}
 
 
 class _Block(Strict):
@@ -105,7 +105,7 @@ class Turn(Strict):
         return self
 
     def messages(self) -> list[dict[str, Any]]:
-        """The messages of a chat that it stands for: tool results come before the text beside them."""
+        """The messages for a template that it stands for: tool results come before the text beside them."""
         text = _text(self.of(TextBlock))
         if self.role != "assistant":
             found: list[dict[str, Any]] = [
@@ -114,12 +114,9 @@ class Turn(Strict):
             ]
             return found + ([{"role": self.role, "content": text}] if text or not found else [])
         made: dict[str, Any] = {"role": "assistant", "content": text}
-        if thought := "\n".join(block.thinking for block in self.of(ThinkingBlock)):
-            made["reasoning_content"] = thought
-        calls = [
-            {"id": call.id, "function": {"name": call.name, "arguments": json.dumps(call.input)}}
-            for call in self.of(ToolUse)
-        ]
+        if thoughts := "\n".join(block.thinking for block in self.of(ThinkingBlock)):
+            made |= thought(thoughts)
+        calls = [called(call.id, call.name, call.input) for call in self.of(ToolUse)]
         return [made | ({"tool_calls": calls} if calls else {})]
 
 
@@ -130,6 +127,11 @@ class MessageTool(Strict):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        found = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        return {key: value for key, value in found.items() if value is not None}
 
 
 class ToolChoice(Strict):
@@ -142,11 +144,6 @@ class ToolChoice(Strict):
         if (self.name is None) == (self.type == "tool"):
             raise ValueError("the type tool and a name need each other")
         return self
-
-    @property
-    def for_chat(self) -> Any:
-        named = {"type": "function", "function": {"name": self.name}}
-        return {"auto": "auto", "any": "required", "none": "none", "tool": named}[self.type]
 
 
 class Thinking(Strict):
@@ -165,10 +162,10 @@ class OutputConfig(Strict):
     format: OutputFormat | None = None
 
 
-class CountBody(Strict):
+class CountBody(ChatExtensions):
     """What the two endpoints have in common."""
 
-    names: ClassVar = {  # of parameters of chats
+    names: ClassVar = {  # as in ``GenerationBody``
         "response_format": "output_config.format",
         "reasoning_effort": "output_config.effort",
     }
@@ -207,39 +204,26 @@ class CountBody(Strict):
             asked = {call.id for call in turn.of(ToolUse)}
         return self
 
-    def chat(self) -> ChatBody:
-        """The request as one of chat completions. Raises ApiError."""
+    def chat(self) -> ChatPrompt:
+        """The chat in this body. Raises ApiError."""
         head = [{"role": "system", "content": _text(self.system)}] if self.system else []
-        given = {
-            "model": self.model,
-            "messages": [*head, *(message for turn in self.messages for message in turn.messages())],
-            "continue_final_message": self.messages[-1].role == "assistant",
-            "reasoning_effort": EFFORTS.get(self.thinking.type) if self.thinking else None,
-            **self._options(),
-        }
-        if self.tools:
-            functions = [(tool.name, tool.description, tool.input_schema) for tool in self.tools]
-            given["tools"] = [
-                {"type": "function", "function": {"name": name, "description": text, "parameters": schema}}
-                for name, text, schema in functions
-            ]
-        if self.tool_choice is not None:
-            given |= {
-                "tool_choice": self.tool_choice.for_chat,
-                "parallel_tool_calls": not self.tool_choice.disable_parallel_tool_use,
-            }
-        if (config := self.output_config) is not None:
-            given |= {"reasoning_effort": config.effort or given["reasoning_effort"]}
-            if config.format is not None:
-                schema = {"name": "answer", "schema": config.format.schema_}
-                given["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return chat_body(given)
-
-    def _options(self) -> dict[str, Any]:
-        return {}
+        effort = EFFORTS.get(self.thinking.type) if self.thinking else None
+        if self.output_config is not None:
+            effort = self.output_config.effort or effort
+        choice = self.tool_choice or ToolChoice(type="auto")
+        return ChatPrompt(
+            messages=[*head, *(message for turn in self.messages for message in turn.messages())],
+            functions=[tool.for_template for tool in self.tools or ()],
+            choice=CHOICES.get(choice.type, "auto"),
+            named=choice.name,
+            parallel=not choice.disable_parallel_tool_use,
+            template=self.chat_template_kwargs or {},
+            effort=effort,
+            continue_last=self.messages[-1].role == "assistant",
+        )
 
 
-class MessagesBody(CountBody, Extensions):
+class MessagesBody(CountBody):
     max_tokens: Annotated[int, Field(ge=0)]
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
     stream: bool | None = None
@@ -250,12 +234,18 @@ class MessagesBody(CountBody, Extensions):
     service_tier: Any = None
     inference_geo: Any = None
 
-    def _options(self) -> dict[str, Any]:
-        names = {"max_tokens", "stream", "temperature", "top_k", "top_p", *Extensions.model_fields}
-        return self.model_dump(include=names)
-
-    def chat(self) -> ChatBody:
-        return super().chat().model_copy(update={"stop": self.stop_sequences})  # chats take fewer
+    def request(self) -> GenerationRequest:
+        """The request in this body. Raises ApiError."""
+        form = self.output_config.format if self.output_config else None
+        return GenerationRequest(
+            model=self.model,
+            options=self.request_options(max_new_tokens=self.max_tokens, stop=self.stop_sequences),
+            chat=self.chat(),
+            constraint=Json(form.schema_) if form else None,
+            stream=bool(self.stream),
+            include_metrics=self.include_metrics,
+            prepare_next_turn=self.prepare_next_turn,
+        )
 
 
 class MessagesAnswer(BlockAnswer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import uuid
@@ -10,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 from pydantic_core import from_json, to_json
 
 from specdec.api.text import SharedTokenizer
@@ -19,21 +18,22 @@ from specdec.serve.answer import BlockAnswer, Events, Prepared
 from specdec.serve.choice import ResponseChoice
 from specdec.serve.errors import ApiError
 from specdec.serve.parts import Block, begun_object
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
 from specdec.serve.schema import (
     MAX_MEMBERS,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
-    ChatBody,
+    ChatExtensions,
     Effort,
-    Extensions,
     Function,
     JsonSchema,
     Strict,
     Top,
-    chat_body,
+    check_arguments,
     check_kinds,
     check_size,
+    json_of,
 )
 
 MAX_STORED = 1000  # responses of a key
@@ -80,14 +80,20 @@ class CallItem(_Part):
 
     type: Literal["function_call"]
     call_id: Annotated[str, Field(max_length=256)]
-    name: str
+    name: Annotated[str, Field(max_length=128)]
     arguments: str
     status: str | None = None
 
+    @model_validator(mode="after")
+    def _check_arguments(self) -> CallItem:
+        if self.status != "incomplete":
+            check_arguments(self.arguments)
+        return self
+
     @property
-    def given(self) -> str:
+    def given(self) -> dict[str, Any]:
         """The arguments; of a call that was cut, those that are there."""
-        return json.dumps(begun_object(self.arguments)) if self.status == "incomplete" else self.arguments
+        return begun_object(self.arguments)
 
 
 class OutputItem(_Part):
@@ -120,7 +126,7 @@ LOGPROBS = "message.output_text.logprobs"  # included if a client asks for it
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages of a chat that items stand for: reasoning, text and calls in a row are one message."""
+    """The messages for a template that items stand for: reasoning, text and calls in a row are one message."""
     found = list[dict[str, Any]]()
     for item in items:
         last = found[-1] if found and found[-1]["role"] == "assistant" else {}
@@ -128,7 +134,8 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
         if isinstance(item, OutputItem):
             found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
         elif isinstance(item, MessageItem) and not (item.role == "assistant" and bare):
-            found.append({"role": item.role, "content": _text(item.content)})
+            role = "system" if item.role == "developer" else item.role
+            found.append({"role": role, "content": _text(item.content)})
         elif isinstance(item, MessageItem):
             last["content"] = _text(item.content)
         else:
@@ -136,10 +143,9 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
                 last = {"role": "assistant", "content": ""}
                 found.append(last)
             if isinstance(item, ReasoningItem):
-                last["reasoning_content"] = _text(item.content or item.summary)
+                last |= thought(_text(item.content or item.summary))
             else:
-                function = {"name": item.name, "arguments": item.given}
-                last.setdefault("tool_calls", []).append({"id": item.call_id, "function": function})
+                last.setdefault("tool_calls", []).append(called(item.call_id, item.name, item.given))
     return found
 
 
@@ -162,12 +168,6 @@ class Format(JsonSchema):
     name: Annotated[str, Field(max_length=64)] = "answer"
 
     @property
-    def for_chat(self) -> dict[str, Any]:
-        if self.type != "json_schema":
-            return {"type": self.type}
-        return {"type": self.type, "json_schema": {"name": self.name, "schema": self.schema_}}
-
-    @property
     def echoed(self) -> dict[str, Any]:
         """The form in a response."""
         whole = self.type == "json_schema"
@@ -187,11 +187,11 @@ class Reasoning(Strict):
     mode: Any = None
 
 
-class InputBody(Extensions):
+class InputBody(ChatExtensions):
     """What the model reads."""
 
     unused = UNUSED
-    names: ClassVar = {  # of parameters of chats
+    names: ClassVar = {  # as in ``GenerationBody``
         "messages": "input",
         "max_tokens": "max_output_tokens",
         "response_format": "text.format",
@@ -230,11 +230,8 @@ class InputBody(Extensions):
             found.append(made)
         return found
 
-    def chat(self, before: Sequence[dict[str, Any]]) -> ChatBody:
-        """The request as one of chat completions. before: the items up to the end of the previous response.
-
-        Raises ApiError.
-        """
+    def chat(self, before: Sequence[dict[str, Any]]) -> ChatPrompt:
+        """The chat in this body. before: the items up to the end of the previous response. Raises ApiError."""
         messages, asked = messages_of([*ITEMS.validate_python(before), *self.items]), set[str]()
         for message in messages:
             asked.update(call["id"] for call in message.get("tool_calls", ()))
@@ -243,23 +240,15 @@ class InputBody(Extensions):
                 raise ApiError(400, what, "input", "invalid_value")
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        given = {"model": self.model or "", "messages": messages, **self._options()}
-        given |= {"reasoning_effort": self.reasoning.effort if self.reasoning else None}
-        if self.text is not None and self.text.format is not None:
-            given["response_format"] = self.text.format.for_chat
-        if self.tools:
-            functions = [tool.model_dump(exclude={"type", "defer_loading"}, exclude_none=True) for tool in self.tools]
-            given["tools"] = [{"type": "function", "function": function} for function in functions]
-        choice = self.tool_choice
-        if isinstance(choice, NamedFunction):
-            given["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
-        elif choice != "auto" or self.tools:  # the default of clients without tools
-            given["tool_choice"] = choice
-        given["parallel_tool_calls"] = self.parallel_tool_calls
-        return chat_body(given)
-
-    def _options(self) -> dict[str, Any]:
-        return self.model_dump(include={*Extensions.model_fields})
+        return ChatPrompt(
+            messages=messages,
+            functions=[tool.for_template for tool in self.tools or ()],
+            choice=self.tool_choice if isinstance(self.tool_choice, str) else "auto",
+            named=self.tool_choice.name if isinstance(self.tool_choice, NamedFunction) else None,
+            parallel=self.parallel_tool_calls is not False,
+            template=self.chat_template_kwargs or {},
+            effort=self.reasoning.effort if self.reasoning else None,
+        )
 
 
 class ResponsesBody(InputBody):
@@ -282,10 +271,21 @@ class ResponsesBody(InputBody):
     service_tier: Any = None
     stream_options: Any = None
 
-    def _options(self) -> dict[str, Any]:
-        given = super()._options() | self.model_dump(include={"stream", "temperature", "top_p", "top_logprobs"})
+    def request(self, before: Sequence[dict[str, Any]]) -> GenerationRequest:
+        """The request in this body. before: as in ``chat``. Raises ApiError."""
         scored = bool(self.top_logprobs) or LOGPROBS in (self.include or ())
-        return given | {"max_tokens": self.max_output_tokens, "logprobs": scored}
+        form = self.text.format if self.text else None
+        return GenerationRequest(
+            model=self.model,
+            options=self.request_options(
+                max_new_tokens=self.max_output_tokens, logprobs=(self.top_logprobs or 0) if scored else None
+            ),
+            chat=self.chat(before),
+            constraint=json_of(form.type, form) if form else None,
+            stream=bool(self.stream),
+            include_metrics=self.include_metrics,
+            prepare_next_turn=self.prepare_next_turn,
+        )
 
 
 class Store:
@@ -355,29 +355,28 @@ class ResponsesAnswer(BlockAnswer):
     def __init__(
         self,
         prepared: Prepared,
+        choices: list[ResponseChoice],
         model: str,
-        choices: Sequence[ResponseChoice],
-        chat: ChatBody,
-        asked: ResponsesBody,
+        body: ResponsesBody,
         keep: Callable[[str, bytes], None],
     ) -> None:
-        super().__init__(prepared, model, choices, chat)
-        self.asked, self.keep, self.number, self.key = asked, keep, 0, uuid.uuid4().hex
+        super().__init__(prepared, choices, model)
+        self.body, self.keep, self.number, self.key = body, keep, 0, uuid.uuid4().hex
         self.created = int(time.time())
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        asked = {name: getattr(self.asked, name) for name in ECHOED}
-        form = self.asked.text.format if self.asked.text else None
+        asked = {name: getattr(self.body, name) for name in ECHOED}
+        form = self.body.text.format if self.body.text else None
         found: dict[str, Any] = {"id": f"resp_{self.key}", "object": "response", "created_at": self.created}
         found |= {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": []}
         return found | asked | {
-            "parallel_tool_calls": self.asked.parallel_tool_calls is not False,
-            "tool_choice": self.asked.model_dump()["tool_choice"] or "auto",
-            "top_logprobs": self.asked.top_logprobs or 0,
-            "tools": [tool.model_dump(exclude={"defer_loading"}) for tool in self.asked.tools or ()],
+            "parallel_tool_calls": self.body.parallel_tool_calls is not False,
+            "tool_choice": self.body.model_dump()["tool_choice"] or "auto",
+            "top_logprobs": self.body.top_logprobs or 0,
+            "tools": [tool.model_dump(exclude={"defer_loading"}) for tool in self.body.tools or ()],
             "text": {"format": form.echoed if form else {"type": "text"}},
-            "reasoning": {"effort": self.body.reasoning_effort, "summary": None},  # type: ignore[attr-defined]
-            "store": self.asked.store is not False,
+            "reasoning": {"effort": self.body.reasoning.effort if self.body.reasoning else None, "summary": None},
+            "store": self.body.store is not False,
             "truncation": "disabled",
             "background": False,
             "usage": None,
@@ -404,7 +403,7 @@ class ResponsesAnswer(BlockAnswer):
             incomplete_details=details,
             completed_at=None if cut else int(time.time()),
         )
-        if self.asked.store is not False:
+        if self.body.store is not False:
             self.keep(found["id"], to_json(found))
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -11,14 +11,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import from_json
 
+from specdec.api.generation import GenerationOptions
 from specdec.base import options
-from specdec.serve.errors import invalid
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
 from specdec.speculation.constraints import Json
 
 
@@ -28,6 +28,7 @@ def _token_id(given: str) -> str:
     return given
 
 
+OPTIONS = {*GenerationOptions.__annotations__} - {"num_speculative_tokens"}
 MAX_STOPS = 4
 MAX_BIASES = 1024
 MAX_MEMBERS = 64  # of an object with declared members
@@ -73,6 +74,17 @@ def check_size(given: Any, most: int) -> Any:
     return given
 
 
+def check_arguments(given: str) -> str:
+    """Refuse arguments of a call that are no JSON object."""
+    try:
+        known = isinstance(from_json(given or "{}"), dict)
+    except ValueError:  # also where it is nested without end
+        known = False
+    if not known:
+        raise ValueError("the arguments of a call must be a JSON object, as text")
+    return given
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -94,17 +106,32 @@ class Strict(BaseModel):
         }
 
 
-class Extensions(Strict):
-    """Parameters of specdec in all chats.
+class Drafting(Strict):
+    """Parameters of specdec in all protocols.
 
-    speculative_decoding, num_speculative_tokens, include_metrics: as in ``GenerationBody``.
-    chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
-    prepare_next_turn: what is known of the next turn's prompt is run in the background when the answer has ended.
+    speculative_decoding: false decodes without a drafter; the text is the same.
+    num_speculative_tokens: most tokens that are drafted in a step; 0: none.
+    include_metrics: add metrics of the request to the response.
     """
 
     speculative_decoding: bool = True
     num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
     include_metrics: bool = False
+
+    def request_options(self, **own: Any) -> GenerationOptions:
+        """The options of ``SpecDecoder.request``: the parameters of their names, and ``own``. None is not given."""
+        own["num_speculative_tokens"] = self.num_speculative_tokens if self.speculative_decoding else 0
+        given = self.model_dump(include=OPTIONS) | own
+        return cast(GenerationOptions, {name: value for name, value in given.items() if value is not None})
+
+
+class ChatExtensions(Drafting):
+    """Those of chats.
+
+    chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
+    prepare_next_turn: what is known of the next turn's prompt is run in the background when the answer has ended.
+    """
+
     chat_template_kwargs: dict[str, Any] | None = None
     prepare_next_turn: bool = False
 
@@ -141,19 +168,24 @@ class ResponseFormat(Strict):
 
     @property
     def constraint(self) -> Json | None:
-        if self.type == "text":
-            return None
-        return Json({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
+        return json_of(self.type, self.json_schema)
 
 
-class GenerationBody(Strict):
+def json_of(kind: str, schema: JsonSchema | None) -> Json | None:
+    """The constraint of a format of the type ``kind``."""
+    if kind == "text":
+        return None
+    return Json({"type": "object"} if kind == "json_object" or schema is None else schema.schema_)
+
+
+class GenerationBody(Drafting):
     """What both endpoints accept.
 
     max_tokens: 0 runs the prompt alone, in the background, for later requests to begin with.
-    speculative_decoding: false decodes without a drafter; the text is the same.
-    num_speculative_tokens: most tokens that are drafted in a step; 0: none.
-    include_metrics, per_step_metrics: add metrics of the request and of each step to the response.
+    per_step_metrics: add metrics of each step to the response.
     """
+
+    names: ClassVar[Mapping[str, str]] = {}  # those of this protocol for parameters of chats, if they differ
 
     unused = UNUSED
 
@@ -180,8 +212,6 @@ class GenerationBody(Strict):
     store: Any = None
     user: Any = None
     ignore_eos: bool = False
-    speculative_decoding: bool = True
-    num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
     include_metrics: bool = True
     per_step_metrics: bool = False
 
@@ -191,28 +221,27 @@ class GenerationBody(Strict):
             raise ValueError("stream_options needs stream: true")
         return self
 
-    @property
-    def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+    def request(self) -> GenerationRequest:
+        """The request in this body. Raises ApiError."""
+        return GenerationRequest(model=self.model, **self._parts())
 
-    @property
-    def bias_by_token(self) -> dict[int, float]:
-        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+    def _parts(self) -> dict[str, Any]:
+        biases = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+        streamed = self.stream_options or StreamOptions()
+        return {
+            "options": self.request_options(logit_bias=biases, **self._limits()),
+            "n": self.n or 1,
+            "constraint": self.response_format.constraint if self.response_format else None,
+            "stream": bool(self.stream),
+            "include_usage": streamed.include_usage,
+            "include_draft_depth": streamed.include_draft_depth,
+            "include_metrics": self.include_metrics,
+            "per_step_metrics": self.per_step_metrics,
+        }
 
-    @property
-    def sampling_options(self) -> dict[str, Any]:
-        """The given fields of ``SamplingParams``."""
-        given = self.model_dump(include={*options.SamplingOptions.__annotations__}, exclude_none=True)
-        return given | {"logit_bias": self.bias_by_token}
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Likeliest tokens to return with each log-probability; None without log-probabilities."""
-        return None
+    def _limits(self) -> dict[str, int | None]:
+        """The options ``max_new_tokens`` and ``logprobs``."""
+        raise NotImplementedError
 
 
 class TextPart(Strict):
@@ -232,16 +261,7 @@ class CalledFunction(Strict):
         """The arguments."""
         return dict(from_json(self.arguments or "{}"))
 
-    @field_validator("arguments")
-    @classmethod
-    def _check_arguments(cls, given: str) -> str:
-        try:
-            known = isinstance(from_json(given or "{}"), dict)
-        except ValueError:  # also where it is nested without end
-            known = False
-        if not known:
-            raise ValueError("the arguments of a call must be a JSON object, as text")
-        return given
+    _check_arguments = field_validator("arguments")(lambda given: check_arguments(given))
 
 
 class ToolCall(Strict):
@@ -276,13 +296,11 @@ class Message(Strict):
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         found |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key))}
-        if self.reasoning_content is not None:  # the second name is gpt-oss's
-            found |= dict.fromkeys(("reasoning_content", "thinking"), self.reasoning_content)
+        if self.reasoning_content is not None:
+            found |= thought(self.reasoning_content)
         if self.tool_calls:
-            found["tool_calls"] = [
-                {"id": c.id, "type": c.type, "function": {"name": c.function.name, "arguments": c.function.parsed()}}
-                for c in self.tool_calls
-            ]
+            made = [(call.id, call.function.name, call.function.parsed()) for call in self.tool_calls]
+            found["tool_calls"] = [called(*call) for call in made]
         return found
 
 
@@ -293,6 +311,11 @@ class Function(Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        """The function as chat templates expect it."""
+        return self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
 
 
 class Tool(Strict):
@@ -309,7 +332,7 @@ class NamedTool(Strict):
     function: FunctionName
 
 
-class ChatBody(GenerationBody, Extensions):
+class ChatBody(GenerationBody, ChatExtensions):
     """continue_final_message: the answer goes on with the last message, which is the assistant's."""
 
     messages: Messages
@@ -323,64 +346,28 @@ class ChatBody(GenerationBody, Extensions):
     continue_final_message: bool = False
 
     @model_validator(mode="after")
-    def _check_tool_choice(self) -> ChatBody:
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise ValueError("two tools have the same name")
-        if self.tool_choice not in (None, "none") and not names:
-            raise ValueError("tool_choice needs tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names '{self.tool_choice.function.name[:64]}', which is not in tools")
-        if self.forced_tools and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("a tool_choice that forces a call cannot be combined with a format of text; leave one out")
-        if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise ValueError("continue_final_message needs a last message of the role assistant")
-        return self
-
-    @property
-    def callable_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model may call, as chat templates expect them."""
-        if self.tool_choice == "none":
-            return []
-        return [
-            {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
-            for tool in self.tools or ()
-        ]
-
-    @property
-    def forced_tools(self) -> dict[str, dict[str, Any] | None]:
-        """The tools of which the model must call one: name -> schema of the arguments. Empty if no call is forced."""
-        if self.tool_choice in (None, "none", "auto"):
-            return {}
-        name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-        schemas = {tool.function.name: tool.function.parameters for tool in self.tools or ()}
-        return schemas if name is None else {name: schemas[name]}
-
-    @property
-    def allows_several_calls(self) -> bool:
-        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
-
-    @model_validator(mode="after")
     def _check_top_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def _parts(self) -> dict[str, Any]:
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        chat = ChatPrompt(
+            messages=[message.for_template() for message in self.messages],
+            functions=[tool.function.for_template for tool in self.tools or ()],
+            choice=self.tool_choice if isinstance(self.tool_choice, str) else "auto",
+            named=named,
+            parallel=self.parallel_tool_calls is not False,
+            template=self.chat_template_kwargs or {},
+            effort=self.reasoning_effort,
+            continue_last=self.continue_final_message,
+        )
+        return super()._parts() | {"chat": chat, "prepare_next_turn": self.prepare_next_turn}
 
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-def chat_body(given: dict[str, Any]) -> ChatBody:
-    """A request of another protocol as one of chat completions. Raises ApiError."""
-    try:
-        return ChatBody.model_validate(given)
-    except ValidationError as error:
-        raise invalid(error, given) from None
+    def _limits(self) -> dict[str, int | None]:
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return {"max_new_tokens": most, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 
 class CompletionBody(GenerationBody):
@@ -395,19 +382,13 @@ class CompletionBody(GenerationBody):
         unused = isinstance(given, dict) and given.get("logprobs") is False
         return given | {"logprobs": None} if unused else given
 
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
+    def _parts(self) -> dict[str, Any]:
+        alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return super()._parts() | {"prompts": [self.prompt] if alone else self.prompt, "echo": self.echo}
 
-    @property
-    def max_new_tokens(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+    def _limits(self) -> dict[str, int | None]:
+        most = 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
+        return {"max_new_tokens": most, "logprobs": self.logprobs}
 
 
 class TokenizeBody(Strict):

@@ -1,4 +1,4 @@
-"""From request bodies to requests of the engine. Knows no HTTP."""
+"""From clients' requests to those of the engine. Knows no HTTP and no protocol."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import inspect
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -25,9 +27,10 @@ from specdec.serve.clients import Client
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 from specdec.serve.parts import Part
-from specdec.serve.schema import ChatBody, CompletionBody, GenerationBody, Message, TokenizeBody
+from specdec.serve.request import ChatPrompt, GenerationRequest
+from specdec.serve.schema import Message, TokenizeBody
 from specdec.serve.settings import ServerSettings
-from specdec.serve.tools import HARMONY, PLAIN, CallFormat, find_format, find_thoughts, tool_grammar
+from specdec.serve.tools import HARMONY, PLAIN, CallFormat, ChatTemplate, find_format, find_thoughts, tool_grammar
 from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.sampling import streams
 
@@ -48,6 +51,7 @@ class Service:
         self.tokenizer, self.context = decoder.tokenizer, decoder.target.context
         self.metrics = Metrics(settings.name, engine.stats)
         self.started = int(time.time())
+        self.templates = dict[str, ChatTemplate]()  # by their text
         self.next_turns = dict[str | None, Request]()  # of each key the last that was prepared
 
     def check_engine(self) -> None:
@@ -59,98 +63,111 @@ class Service:
             message = f"there is no model '{name[:100]}'; this server has '{self.settings.name}'"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def check_limits(self, body: GenerationBody, prompts: int = 1) -> None:
+    def start(
+        self, translate: Callable[[], GenerationRequest], client: Client
+    ) -> tuple[Prepared, list[ResponseChoice]]:
+        """Translate a body to a request, and run that. Raises ApiError."""
+        asked = translate()
+        self.check_limits(asked)
+        prepared = self.prepare(asked) if asked.chat is None else self.prepare_chat(asked, asked.chat)
+        return prepared, self.submit(prepared, client)
+
+    def check_limits(self, asked: GenerationRequest) -> None:
         """Raise ApiError if a count exceeds this server's limits, before anything of that size is made."""
-        self.check_model(body.model)
+        self.check_model(asked.model)
         self.check_engine()
-        choices, wanted, most = (body.n or 1) * prompts, body.max_new_tokens, self.settings.max_tokens
+        choices, wanted, most = asked.n * max(len(asked.prompts), 1), asked.max_new_tokens, self.settings.max_tokens
         if choices > self.settings.max_choices:
             message = f"{choices} choices exceed the limit, {self.settings.max_choices}; lower n or send fewer prompts"
             raise ApiError(400, message, "n", "invalid_value")
         if most is not None and wanted is not None and wanted > most:
             message = f"{wanted} new tokens exceed this server's limit of {most}; ask for fewer"
             raise ApiError(400, message, "max_tokens", "invalid_value")
-        self._check_logprobs(body, choices, choices * self._max_new_tokens(body))
-        self.check_token_ids("logit_bias", list(body.bias_by_token))
+        self._check_logprobs(asked, choices, choices * self._max_new_tokens(asked))
+        self.check_token_ids("logit_bias", list(asked.options.get("logit_bias") or ()))
 
-    def _check_logprobs(self, body: GenerationBody, choices: int, tokens: int) -> None:
+    def _check_logprobs(self, asked: GenerationRequest, choices: int, tokens: int) -> None:
         """Raise ApiError if ``tokens``, of all choices, would have too many log-probabilities."""
-        if body.num_logprobs is not None and choices > 1 and tokens * (1 + body.num_logprobs) > MAX_LOGPROBS:
+        if asked.num_logprobs is not None and choices > 1 and tokens * (1 + asked.num_logprobs) > MAX_LOGPROBS:
             message = f"up to {tokens} tokens in {choices} choices have more than {MAX_LOGPROBS} log-probabilities"
             raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
 
-    def _max_new_tokens(self, body: GenerationBody) -> int:
+    def _max_new_tokens(self, asked: GenerationRequest) -> int:
         """The smallest limit on new tokens: the client's, the server's and the model's."""
-        limits = body.max_new_tokens, self.settings.max_tokens, self.context
+        limits = asked.max_new_tokens, self.settings.max_tokens, self.context
         return min(limit for limit in limits if limit is not None)
 
-    def prepare_chat(self, body: ChatBody) -> Prepared:
-        """Encode a chat, and compile what its answer must be."""
-        tools, template = body.callable_tools, self.template(body.callable_tools)
-        form, thoughts = find_format(template), find_thoughts(template)
-        if tools:
-            form = self.call_format(template)
-        elif form is not HARMONY:  # marks of calls stay special without tools
+    def prepare(self, asked: GenerationRequest) -> Prepared:
+        """Encode the prompts, and compile what the answers must be."""
+        prompts = [self.encode_text(prompt) for prompt in asked.prompts]
+        if asked.echo:
+            new = self._max_new_tokens(asked)
+            self._check_logprobs(asked, asked.n * len(prompts), asked.n * sum(len(ids) + new for ids in prompts))
+        texts = [p if isinstance(p, str) else self.decode(p) for p in asked.prompts if asked.echo]
+        return Prepared(asked, prompts, self.compile(asked, lambda: asked.constraint, "response_format"), texts)
+
+    def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> Prepared:
+        """The same for a chat."""
+        template, tools, forced = self.template(chat), chat.schemas, chat.forced
+        form, thoughts, name = template.form, template.thoughts, "response_format"
+        rule: Callable[[], Constraint | None] = lambda: asked.constraint  # noqa: E731
+        if tools and not isinstance(form, CallFormat):
+            message = "this model's chat template has no tools or an unknown format of calls; leave 'tools' out"
+            raise ApiError(400, message, "tools", "unsupported_parameter")
+        if not tools and form is not HARMONY:  # marks of calls stay special without tools
             form = PLAIN
-        prompt, constraint = self.encode_chat(body), self.constraint(body)
-        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        if forced and isinstance(form, CallFormat):
+            if not form.forceable:
+                message = "calls in this model's format cannot be forced; set tool_choice to 'auto'"
+                raise ApiError(400, message, "tool_choice", "unsupported_parameter")
+            rule, name = partial(tool_grammar, form, forced, not chat.single, self.tokenizer), "tools"
+        prompt, constraint = self.encode_chat(chat, template), self.compile(asked, rule, name)
         if constraint is not None:
             state = constraint.state(prompt)
             inside, thoughts = state.inside, thoughts if state.inside or state.may_reason else None
         else:
             end = self.decode(prompt[-PROMPT_END:], special=True).rstrip()
             inside = thoughts is not None and end.endswith(thoughts[0].rstrip())
-        single, forced = not body.allows_several_calls, body.forced_tools
-        return Prepared(prompt, constraint, form, forced or schemas, single, thoughts, inside, bool(forced))
-
-    def prepare_completion(self, body: CompletionBody) -> tuple[list[list[int]], list[str], CompiledConstraint | None]:
-        """The prompts, their texts if they are echoed, and the constraint on the answers."""
-        prompts = [self.encode_text(prompt) for prompt in body.prompts]
-        if body.echo:
-            n, new = body.n or 1, self._max_new_tokens(body)
-            self._check_logprobs(body, n * len(prompts), n * sum(len(ids) + new for ids in prompts))
-        texts = [p if isinstance(p, str) else self.decode(p) for p in body.prompts if body.echo]
-        return prompts, texts, self.constraint(body)
+        return Prepared(
+            asked, [prompt], constraint, (), form, forced or tools, chat.single, thoughts, inside, bool(forced)
+        )
 
     def tokenize(self, body: TokenizeBody) -> list[int]:
         if body.messages is None:
             return self.encode_text(body.prompt or "")
         return self._encode("messages", [message.for_template() for message in body.messages])
 
-    def encode_chat(self, body: ChatBody) -> list[int]:
-        messages, tools = [message.for_template() for message in body.messages], body.callable_tools
-        how = {"template": self.template_arguments(body), "continue_last": body.continue_final_message}
-        return self._encode("messages", messages, tools=tools, **how)
+    def encode_chat(self, chat: ChatPrompt, template: ChatTemplate | None = None) -> list[int]:
+        """Token ids of a chat. template: its own, if it has been looked up."""
+        arguments = self.template_arguments(chat, template or self.template(chat))
+        how = {"tools": chat.tools, "template": arguments, "continue_last": chat.continue_last}
+        return self._encode("messages", chat.messages, **how)
 
-    def template(self, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """The chat template for a request with ``tools``; "" if there is none."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return ""
-        return str(self.tokenizer.get_chat_template(tools=list(tools) or None))
+    def template(self, chat: ChatPrompt) -> ChatTemplate:
+        """The chat template for ``chat``: there may be one of its own for tools."""
+        text = ""
+        if getattr(self.tokenizer, "chat_template", None):
+            text = str(self.tokenizer.get_chat_template(tools=chat.tools or None))
+        if text not in self.templates:
+            others = {"messages", *self.tokenizer.special_tokens_map}
+            others.update(inspect.signature(self.tokenizer.apply_chat_template).parameters)
+            arguments = frozenset(re.findall(r"\w+", text)) - others
+            self.templates[text] = ChatTemplate(find_format(text), find_thoughts(text), arguments)
+        return self.templates[text]
 
-    def template_arguments(self, body: ChatBody) -> dict[str, Any]:
+    def template_arguments(self, chat: ChatPrompt, template: ChatTemplate) -> dict[str, Any]:
         """The client's arguments for the chat template. Raises ApiError for one that it does not have."""
-        given = dict(body.chat_template_kwargs or {})
-        known = set(re.findall(r"\w+", self.template(body.callable_tools)))
-        known -= {"messages", *self.tokenizer.special_tokens_map}
-        known -= set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
+        given, known, effort = dict(chat.template), template.arguments, chat.effort
         for name in given:
             if name not in known:
                 message = f"this model's chat template has no argument '{name[:64]}'; leave it out"
                 raise ApiError(400, message, "chat_template_kwargs", "invalid_value")
-        if (effort := body.reasoning_effort) is None:
+        if effort is None:
             return given
         if "reasoning_effort" in known:
             return {"reasoning_effort": EFFORTS.get(effort, effort)} | given
         switch = next((name for name in SWITCHES if name in known), None)
         return ({switch: effort != "none"} if switch else {}) | given
-
-    def call_format(self, template: str) -> CallFormat:
-        """How the model writes tool calls. Raises ApiError if that is unknown."""
-        if isinstance(found := find_format(template), CallFormat):
-            return found
-        message = "this model's chat template has no tools or an unknown format of calls; leave 'tools' out"
-        raise ApiError(400, message, "tools", "unsupported_parameter")
 
     def encode_text(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -185,47 +202,30 @@ class Service:
         """The text of ``ids``. special: keep special tokens."""
         return SharedTokenizer(self.tokenizer).decode(ids, special)
 
-    def constraint(self, body: GenerationBody) -> CompiledConstraint | None:
-        """The compiled constraint on the answers; compiling may take a second."""
-        rule: Constraint | None = None if body.response_format is None else body.response_format.constraint
-        name = "response_format"
+    def compile(
+        self, asked: GenerationRequest, make: Callable[[], Constraint | None], name: str
+    ) -> CompiledConstraint | None:
+        """The compiled constraint on the answers; compiling may take a second. name: the parameter it comes from."""
         try:
-            if isinstance(body, ChatBody) and body.forced_tools:
-                form, name = self.call_format(self.template(body.callable_tools)), "tools"
-                if not form.forceable:
-                    message = "calls in this model's format cannot be forced; set tool_choice to 'auto'"
-                    raise ApiError(400, message, "tool_choice", "unsupported_parameter")
-                rule = tool_grammar(form, body.forced_tools, body.allows_several_calls, self.tokenizer)
-            return None if rule is None else self.decoder.compile_constraint(rule, body.ignore_eos)
+            rule, ignore_eos = make(), asked.options.get("ignore_eos", False)
+            return None if rule is None else self.decoder.compile_constraint(rule, ignore_eos)
         except SpecDecError as error:
             raise ApiError(400, str(error), name, "invalid_value") from None
 
-    def submit(
-        self,
-        prompts: Sequence[list[int]],
-        body: GenerationBody,
-        client: Client,
-        constraint: CompiledConstraint | None = None,
-        made: Prepared | None = None,
-    ) -> list[ResponseChoice]:
-        """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted.
-
-        made: the chat, if it is one.
-        """
-        shown = () if made is None else made.shown
-        seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
-        rows = [prompt for prompt in prompts for _ in range(body.n or 1)]
+    def submit(self, prepared: Prepared, client: Client) -> list[ResponseChoice]:
+        """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted."""
+        asked, constraint = prepared.asked, prepared.constraint
+        text = partial(self.decoder.text, asked.options, prepared.shown)
+        seed = asked.options.get("seed", secrets.randbelow(SEEDS))
+        rows = [prompt for prompt in prepared.prompts for _ in range(asked.n)]
         choices: list[ResponseChoice] = []
         client.begin(len(rows))
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                request = self._request(prompt, body, client, constraint, seed=seed, stream=stream)
-                if made is not None and (stop := made.stop(self.tokenizer, body.stop_strings)) is not None:
-                    request.stop = stop
+                request = self._request(prompt, asked, client, constraint, seed=seed, stream=stream)
+                request.stop = prepared.stop(text()) or request.stop
                 handle = self.engine.submit(request)
-                choices.append(
-                    ResponseChoice(index, handle, prompt, self.tokenizer, body.stop_strings, self.metrics, shown)
-                )
+                choices.append(ResponseChoice(index, handle, prompt, text(), self.metrics))
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
         finally:
@@ -235,33 +235,36 @@ class Service:
                     choice.close()
         return choices
 
-    def prepare_next_turn(self, body: ChatBody, answer: Sequence[Part], ids: Sequence[int], client: Client) -> None:
+    def prepare_next_turn(
+        self, asked: GenerationRequest, answer: Sequence[Part], ids: Sequence[int], client: Client
+    ) -> None:
         """Run in the background what is known of the prompt after an ``answer``, where it differs from ``ids``.
 
         ids: the tokens of prompt and answer.
         """
+        if (chat := asked.chat) is None:
+            return
         said, head = message(answer), {"role": "user"}
         if calls := said.get("tool_calls"):
             head = {"role": "tool", "tool_call_id": calls[0]["id"]}
         with contextlib.suppress(ApiError, SpecDecError, ValueError):  # nobody waits for it
-            last = Message.model_validate({"role": "assistant"} | said)
+            last = Message.model_validate({"role": "assistant"} | said).for_template()
             both = []
             for text in "ab":  # what the two prompts share is known
-                messages = [*body.messages, last, Message.model_validate(head | {"content": text})]
-                both.append(self.encode_chat(body.model_copy(update={"messages": messages})))
+                messages = [*chat.messages, last, head | {"content": text}]
+                both.append(self.encode_chat(replace(chat, messages=messages, continue_last=False)))
             known = both[0][: common(*both)]
             if len(known) > common(known, ids) + SHARED:
-                warm = body.model_copy(update={"max_tokens": 0, "max_completion_tokens": None, "logprobs": None})
+                warm = replace(asked, options={"max_new_tokens": 0})
                 request = self._request(known, warm, client, None, seed=0, stream=0)
                 before, self.next_turns[client.scope] = self.next_turns.get(client.scope), request
                 if before is not None:
                     before.cancelled = True  # if it still waits
                 self.engine.enqueue(request)
 
-    def drafter_label(self, body: GenerationBody) -> str:
+    def drafter_label(self, asked: GenerationRequest) -> str:
         """The drafter of a request, for a header; "none" while the drafter is off."""
-        wanted = body.speculative_decoding and body.num_speculative_tokens != 0
-        on = wanted and self.engine.drafting == "on"
+        on = asked.options.get("num_speculative_tokens") != 0 and self.engine.drafting == "on"
         return quote(self.decoder.drafter.label if on else "none", safe="+=-. /")
 
     def finish(self, choices: Sequence[ResponseChoice], client: Client) -> None:
@@ -278,26 +281,19 @@ class Service:
     def _request(
         self,
         prompt: list[int],
-        body: GenerationBody,
+        asked: GenerationRequest,
         client: Client,
         constraint: CompiledConstraint | None,
         **options: Any,
     ) -> Request:
-        max_new_tokens = self._max_new_tokens(body)
+        max_new_tokens = self._max_new_tokens(asked)
+        options = {"temperature": TEMPERATURE, **asked.options, **options, "max_new_tokens": max(max_new_tokens, 1)}
+        scored = asked.echo and asked.num_logprobs is not None
         request = self.decoder.request(
-            prompt,
-            max_new_tokens=max(max_new_tokens, 1),
-            **{"temperature": TEMPERATURE, **body.sampling_options, **options},
-            stop=body.stop_strings,
-            ignore_eos=body.ignore_eos,
-            num_speculative_tokens=body.num_speculative_tokens if body.speculative_decoding else 0,
-            constraint=constraint,
-            logprobs=body.num_logprobs,
-            scope=client.scope,
-            prompt_logprobs=body.num_logprobs is not None and isinstance(body, CompletionBody) and body.echo,
+            prompt, **options, constraint=constraint, scope=client.scope, prompt_logprobs=scored
         )
         request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 scores the prompt alone
-        request.background = not max_new_tokens and body.num_logprobs is None
+        request.background = not max_new_tokens and asked.num_logprobs is None
         request.sender = client.sender
         if client.key is not None:
             request.priority, request.scope_rows = client.key.priority, client.key.max_rows

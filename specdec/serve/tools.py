@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -245,6 +246,15 @@ PLAIN, HERMES, MISTRAL, MISTRAL_NAMED, LLAMA = Format(), Hermes(), Mistral(), Mi
 QWEN_XML, HARMONY = QwenXml(), Harmony()
 GEMMA = Gemma("<|tool_call>", "<tool_call|>", '<|"|>')
 FUNCTION_GEMMA = Gemma("<start_function_call>", "<end_function_call>", "<escape>")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What is read from a chat template. arguments: words in it by which a client may set variables."""
+
+    form: Format
+    thoughts: tuple[str, str] | None
+    arguments: frozenset[str]
 
 
 def find_format(template: str) -> Format:

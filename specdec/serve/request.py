@@ -1,0 +1,125 @@
+"""A client's request, the same for every protocol: each body is translated to one, once, and the service runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from specdec.api.generation import GenerationOptions
+from specdec.serve.errors import ApiError
+from specdec.serve.parts import Schemas
+from specdec.speculation.constraints import Constraint
+
+
+def thought(text: str) -> dict[str, Any]:
+    """The reasoning of a message as chat templates expect it; the second name is gpt-oss's."""
+    return dict.fromkeys(("reasoning_content", "thinking"), text)
+
+
+def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call of a message as chat templates expect it."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatPrompt:
+    """A chat to be answered. Raises ApiError if its parts do not fit together.
+
+    messages, functions: as chat templates expect them.
+    choice: whether functions may be called ("auto"), must be ("required") or must not be ("none").
+    named: the function that must be called. parallel: whether there may be several calls.
+    template: the client's arguments of the chat template. effort: how much to reason.
+    continue_last: the answer goes on with the last message.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    functions: Sequence[dict[str, Any]] = ()
+    choice: str = "auto"
+    named: str | None = None
+    parallel: bool = True
+    template: Mapping[str, Any] = field(default_factory=dict)
+    effort: str | None = None
+    continue_last: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise _wrong("messages", "'messages' needs at least one message")
+        names = [function["name"] for function in self.functions]
+        if len(set(names)) < len(names):
+            raise _wrong("tools", "two tools have the same name")
+        if self.choice == "required" and not names:
+            raise _wrong("tool_choice", "tool_choice needs tools")
+        if self.named is not None and self.named not in names:
+            raise _wrong("tool_choice", f"tool_choice names '{self.named[:64]}', which is not in tools")
+        if self.continue_last and self.messages[-1]["role"] != "assistant":
+            raise _wrong("continue_final_message", "continue_final_message needs a last message of the role assistant")
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """The tools that may be called, as chat templates expect them."""
+        return [] if self.choice == "none" else [{"type": "function", "function": each} for each in self.functions]
+
+    @property
+    def schemas(self) -> Schemas:
+        """The schemas of the arguments of ``tools``, by name."""
+        return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
+
+    @property
+    def forced(self) -> Schemas:
+        """Those of the tools of which one must be called. Empty if no call is forced."""
+        if self.named is not None:
+            return {self.named: self.schemas[self.named]}
+        return self.schemas if self.choice == "required" else {}
+
+    @property
+    def single(self) -> bool:
+        """Whether there is at most one call."""
+        return not self.parallel or self.named is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What a client wants. Raises ApiError if its parts do not fit together.
+
+    chat, prompts: one of them; prompts are texts or token ids.
+    options: of ``SpecDecoder.request``, those that are given. max_new_tokens: 0 runs the prompt alone.
+    n: choices for each prompt. echo: put the prompt before the answer.
+    include_usage, include_draft_depth: what a stream has beside the text.
+    include_metrics, per_step_metrics: figures of the request and of each step in the answer.
+    prepare_next_turn: run what is known of the next turn's prompt when the answer has ended.
+    """
+
+    model: str
+    options: GenerationOptions
+    chat: ChatPrompt | None = None
+    prompts: Sequence[str | list[int]] = ()
+    n: int = 1
+    constraint: Constraint | None = None
+    echo: bool = False
+    stream: bool = False
+    include_usage: bool = False
+    include_draft_depth: bool = False
+    include_metrics: bool = False
+    per_step_metrics: bool = False
+    prepare_next_turn: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chat is not None and self.chat.forced and self.constraint is not None:
+            raise _wrong(
+                "tool_choice",
+                "a tool_choice that forces a call cannot be combined with a format of text; leave one out",
+            )
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.options.get("max_new_tokens")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to return with each log-probability; None without log-probabilities."""
+        return self.options.get("logprobs")
+
+
+def _wrong(name: str, what: str) -> ApiError:
+    return ApiError(400, what, name, "invalid_value")
