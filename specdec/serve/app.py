@@ -28,7 +28,7 @@ from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
 from specdec.serve.clients import Client, Clients
 from specdec.serve.errors import ErrorBody, add_handlers, sent_as
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
-from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
+from specdec.serve.middleware import IGNORED, AccessLog, AllowedHosts, ApiKey
 from specdec.serve.request import GenerationRequest
 from specdec.serve.responses import InputBody, ResponsesAnswer, ResponsesBody, Store, page_of
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -51,7 +51,7 @@ def make_app(
     """The application that serves ``decoder`` through ``engine``. write: prints the log line of a request."""
     service = Service(decoder, engine, settings)
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
-    app.state.reader = BodyReader(settings)
+    app.state.reader = BodyReader(settings, write)
     add_handlers(app)
     _add_generation(app, service, write)
     _add_tokens(app, service)
@@ -64,7 +64,7 @@ def make_app(
             allow_origins=list(settings.cors),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[DRAFTER, "request-id", "x-request-id"],
+            expose_headers=[DRAFTER, IGNORED, "request-id", "x-request-id"],
         )
     app.add_middleware(AllowedHosts, settings=settings)
     app.add_middleware(AccessLog, write=write)  # the outermost

@@ -20,6 +20,7 @@ from specdec.serve.settings import ServerSettings
 SMALL = 64 * 2**10  # bytes; a larger body is a large one
 MAX_LARGE = 16  # large bodies of the largest size that may be in memory at once
 CLIENT_CLOSED_REQUEST = 499  # status in the log when the client has disconnected
+MAX_REPORTED = 1000  # names of ignored parameters in the log
 MAX_CONTAINERS = 100_000  # lists and objects in a body; with millions of them, garbage collection takes seconds
 NOT_JSON = "the body must be a JSON object, with Content-Type: application/json"
 T = TypeVar("T")
@@ -28,10 +29,14 @@ Endpoint = Callable[[B, Request], Awaitable[Response]]
 
 
 class BodyReader:
-    """Reads and validates bodies. held: bytes of bodies in memory. definitions: schemas that theirs refer to."""
+    """Reads and validates bodies.
 
-    def __init__(self, settings: ServerSettings) -> None:
-        self.definitions = dict[str, Any]()
+    write: prints a line for each parameter that is ignored, once. reported: their names.
+    held: bytes of bodies in memory. definitions: schemas that theirs refer to.
+    """
+
+    def __init__(self, settings: ServerSettings, write: Callable[[str], None]) -> None:
+        self.write, self.reported, self.definitions = write, set[str](), dict[str, Any]()
         self.settings, self.held, self.large_lock = settings, 0, asyncio.Semaphore()
 
     async def read(self, request: Request, model: type[B]) -> B:
@@ -44,7 +49,12 @@ class BodyReader:
             if not _is_json(request.headers.get("content-type", "")):
                 raise ApiError(400, NOT_JSON, code="invalid_json")
             request.state.size = len(body)
-            return await self.run(request, _validated, body, model)
+            ignored = request.state.ignored = set[str]()
+            found = await self.run(request, _validated, body, model, ignored)
+            for name in sorted(ignored - self.reported)[: MAX_REPORTED - len(self.reported)]:
+                self.reported.add(name)
+                self.write(f"the parameter {name[:64]!a} is unknown and is ignored")
+            return found
         finally:
             self.held -= len(body)
 
@@ -105,8 +115,8 @@ def post(app: FastAPI, path: str, model: type[B]) -> Callable[[Endpoint[B]], Non
     return register
 
 
-def _validated(body: bytearray, model: type[B]) -> B:
-    """The body as a ``model``. Raises ApiError."""
+def _validated(body: bytearray, model: type[B], ignored: set[str]) -> B:
+    """The body as a ``model``. ignored: gets the names of parameters that are unknown. Raises ApiError."""
     if _containers(body) > MAX_CONTAINERS and _containers(_without_strings(body)) > MAX_CONTAINERS:
         raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects", code="too_large")
     try:
@@ -117,7 +127,7 @@ def _validated(body: bytearray, model: type[B]) -> B:
     if not isinstance(given, dict):
         raise ApiError(400, NOT_JSON, code="invalid_json")
     try:
-        return model.model_validate(given)
+        return model.model_validate(given, context=ignored)
     except ValidationError as error:
         raise invalid(error, given) from None
 

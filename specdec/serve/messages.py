@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from specdec.base import options
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
 from specdec.serve.parts import Block, begun_object
@@ -18,7 +17,9 @@ from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
-    ChatExtensions,
+    NO_EFFECT,
+    UNUSED,
+    Options,
     Stop,
     Strict,
     ToolName,
@@ -162,8 +163,14 @@ class OutputConfig(Strict):
     format: OutputFormat | None = None
 
 
-class CountBody(ChatExtensions):
+class CountBody(Options):
     """What the two endpoints have in common."""
+
+    unused = UNUSED | {"container": (), "mcp_servers": ([],)}
+    no_effect = (
+        *(*NO_EFFECT, "cache_control", "context_management", "speed", "user_profile_id", "workspace_id"),
+        *("diagnostics", "inference_geo"),
+    )
 
     names: ClassVar = {  # as in ``GenerationBody``
         "response_format": "output_config.format",
@@ -177,12 +184,6 @@ class CountBody(ChatExtensions):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    cache_control: Any = None  # without effect, like those down to ``diagnostics``
-    context_management: Any = None
-    speed: Any = None
-    user_profile_id: Any = None
-    workspace_id: Any = None
-    diagnostics: Any = None
 
     @model_validator(mode="after")
     def _check_results(self) -> CountBody:
@@ -226,26 +227,12 @@ class CountBody(ChatExtensions):
 class MessagesBody(CountBody):
     max_tokens: Annotated[int, Field(ge=0)]
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
-    stream: bool | None = None
-    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
-    top_k: Annotated[options.TopK, Field(le=2**31 - 1)] | None = None
-    top_p: options.TopP | None = None
-    metadata: Any = None  # without effect, like the parameters below
-    service_tier: Any = None
-    inference_geo: Any = None
 
     def request(self) -> GenerationRequest:
         """The request in this body. Raises ApiError."""
         form = self.output_config.format if self.output_config else None
-        return GenerationRequest(
-            model=self.model,
-            options=self.request_options(max_new_tokens=self.max_tokens, stop=self.stop_sequences),
-            chat=self.chat(),
-            constraint=Json(form.schema_) if form else None,
-            stream=bool(self.stream),
-            include_metrics=self.include_metrics,
-            prepare_next_turn=self.prepare_next_turn,
-        )
+        limits = {"max_new_tokens": self.max_tokens, "stop": self.stop_sequences}
+        return self.generation(Json(form.schema_) if form else None, limits, model=self.model, chat=self.chat())
 
 
 class MessagesAnswer(BlockAnswer):

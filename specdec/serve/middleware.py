@@ -19,13 +19,15 @@ from specdec.serve.errors import ANTHROPIC, ApiError
 from specdec.serve.settings import ServerSettings
 
 PUBLIC = ("/", "/health")  # paths without the key
+IGNORED = "x-specdec-ignored"  # header that names parameters that are ignored
+MAX_NAMED = 32  # names in it
 UNLOGGED = ("/health", "/metrics")  # paths without a log line
 
 
 class AccessLog:
     """Writes a line for each request: method, path, status, seconds, id, and what its endpoint put into ``summary``.
 
-    The id is in a header of the answer, too, under its protocol's name.
+    The id is in a header of the answer, too, under its protocol's name. Another header names ignored parameters.
     """
 
     def __init__(self, app: ASGIApp, write: Callable[[str], None]) -> None:
@@ -43,6 +45,9 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[header] = request_id
+                if ignored := scope["state"].get("ignored"):  # parameters of the body
+                    names = [quote(name[:64]) for name in sorted(ignored)[:MAX_NAMED]]
+                    MutableHeaders(scope=message)[IGNORED] = ", ".join(names)
             await send(message)
 
         summary: list[str] = []

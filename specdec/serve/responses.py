@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, fi
 from pydantic_core import from_json, to_json
 
 from specdec.api.text import SharedTokenizer
-from specdec.base import options
 from specdec.serve.answer import BlockAnswer, Events, Prepared
 from specdec.serve.choice import ResponseChoice
 from specdec.serve.errors import ApiError
@@ -24,10 +23,12 @@ from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
-    ChatExtensions,
+    NO_EFFECT,
+    UNUSED,
     Effort,
     Function,
     JsonSchema,
+    Options,
     Strict,
     Top,
     check_arguments,
@@ -38,20 +39,11 @@ from specdec.serve.schema import (
 
 MAX_STORED = 1000  # responses of a key
 MAX_STORED_BYTES = 32 * 2**20  # of a key
-NO_EFFECT = ("id", "status", "phase", "annotations", "logprobs", "namespace", "encrypted_content", "caller", "async")
-UNUSED: dict[str, tuple[Any, ...]] = {
-    "background": (False,),
-    "context_management": ([],),
-    "conversation": (),
-    "max_tool_calls": (),
-    "moderation": (),
-    "prompt": (),
-    "truncation": ("disabled",),
-}
+IGNORED = ("id", "status", "phase", "annotations", "logprobs", "namespace", "encrypted_content", "caller", "async")
 
 
 class _Part(Strict):
-    no_effect: ClassVar[Sequence[str]] = NO_EFFECT
+    no_effect: ClassVar[Sequence[str]] = IGNORED
 
 
 class TextItem(_Part):
@@ -76,7 +68,7 @@ class MessageItem(_Part):
 
 class CallItem(_Part):
     prefix: ClassVar = "fc"
-    no_effect = tuple(name for name in NO_EFFECT if name != "status")
+    no_effect = tuple(name for name in IGNORED if name != "status")
 
     type: Literal["function_call"]
     call_id: Annotated[str, Field(max_length=256)]
@@ -152,8 +144,9 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
 class FunctionTool(Function):
     kinds = "tools", "function"
 
+    no_effect = ("defer_loading",)
+
     type: Literal["function"]
-    defer_loading: Any = None  # without effect
 
 
 class NamedFunction(Strict):
@@ -175,22 +168,32 @@ class Format(JsonSchema):
 
 
 class TextConfig(Strict):
+    no_effect = ("verbosity",)
+
     format: Format | None = None
-    verbosity: Any = None  # without effect
 
 
 class Reasoning(Strict):
+    no_effect = "summary", "generate_summary", "context", "mode"
+
     effort: Effort | None = None
-    summary: Any = None  # without effect, like those below
-    generate_summary: Any = None
-    context: Any = None
-    mode: Any = None
 
 
-class InputBody(ChatExtensions):
+class InputBody(Options):
     """What the model reads."""
 
-    unused = UNUSED
+    unused = UNUSED | {
+        "background": (False,),
+        "context_management": ([],),
+        "conversation": (),
+        "max_tool_calls": (),
+        "prompt": (),
+        "truncation": ("disabled",),
+    }
+    no_effect = (
+        *(*NO_EFFECT, "moderation", "personality", "prompt_cache_options", "prompt_cache_retention"),
+        "stream_options",
+    )
     names: ClassVar = {  # as in ``GenerationBody``
         "messages": "input",
         "max_tokens": "max_output_tokens",
@@ -207,7 +210,6 @@ class InputBody(ChatExtensions):
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
-    personality: Any = None  # without effect
 
     _check_kinds = field_validator("input", mode="before")(lambda given: check_kinds(given, "items", *KINDS))
 
@@ -255,37 +257,19 @@ class ResponsesBody(InputBody):
     model: str
     input: Input
     store: bool | None = None
-    stream: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
-    top_p: options.TopP | None = None
     metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
     user: str | None = None
     top_logprobs: Top | None = None
     include: Annotated[list[str], Field(max_length=MAX_MEMBERS, fail_fast=True)] | None = None
-    # Those from here on have no effect.
-    prompt_cache_key: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    stream_options: Any = None
 
     def request(self, before: Sequence[dict[str, Any]]) -> GenerationRequest:
         """The request in this body. before: as in ``chat``. Raises ApiError."""
         scored = bool(self.top_logprobs) or LOGPROBS in (self.include or ())
         form = self.text.format if self.text else None
-        return GenerationRequest(
-            model=self.model,
-            options=self.request_options(
-                max_new_tokens=self.max_output_tokens, logprobs=(self.top_logprobs or 0) if scored else None
-            ),
-            chat=self.chat(before),
-            constraint=json_of(form.type, form) if form else None,
-            stream=bool(self.stream),
-            include_metrics=self.include_metrics,
-            prepare_next_turn=self.prepare_next_turn,
-        )
+        limits = {"max_new_tokens": self.max_output_tokens, "logprobs": (self.top_logprobs or 0) if scored else None}
+        rule = json_of(form.type, form) if form else None
+        return self.generation(rule, limits, model=self.model, chat=self.chat(before))
 
 
 class Store:
@@ -373,7 +357,7 @@ class ResponsesAnswer(BlockAnswer):
             "parallel_tool_calls": self.body.parallel_tool_calls is not False,
             "tool_choice": self.body.model_dump()["tool_choice"] or "auto",
             "top_logprobs": self.body.top_logprobs or 0,
-            "tools": [tool.model_dump(exclude={"defer_loading"}) for tool in self.body.tools or ()],
+            "tools": [tool.model_dump() for tool in self.body.tools or ()],
             "text": {"format": form.echoed if form else {"type": "text"}},
             "reasoning": {"effort": self.body.reasoning.effort if self.body.reasoning else None, "summary": None},
             "store": self.body.store is not False,

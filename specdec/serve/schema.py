@@ -1,9 +1,9 @@
-"""Request bodies. A parameter that is not declared here is an error, unless its value means that it is not used."""
+"""Request bodies. A parameter that is not declared here is ignored, unless it would change the text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -18,8 +19,9 @@ from pydantic_core import from_json
 
 from specdec.api.generation import GenerationOptions
 from specdec.base import options
+from specdec.serve.errors import ApiError
 from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
-from specdec.speculation.constraints import Json
+from specdec.speculation.constraints import Choice, Constraint, Grammar, Json, Regex
 
 
 def _token_id(given: str) -> str:
@@ -39,6 +41,8 @@ Text = Annotated[str, Field(min_length=1)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+StopIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_BIASES, fail_fast=True)]
+Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_BIASES, fail_fast=True)]
 Top = Annotated[int, Field(ge=0, le=20)]
 TokenId = Annotated[str, AfterValidator(_token_id)]
 Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: check_size(given, MAX_BIASES))]
@@ -46,16 +50,36 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
-# Parameters that are not supported, with the values that mean "not used".
+# Parameters that would change the text and are not supported, with the values that mean "not used".
 UNUSED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
     "audio": (),
-    "best_of": (1,),
-    "function_call": ("none",),
+    "chat_template": ("",),
+    "documents": ([],),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "function_call": ("none", "auto"),
     "functions": ([],),
+    "grammar": ("",),
+    "guided_whitespace_pattern": ("",),
+    "include_stop_str_in_output": (False,),
+    "logits_processors": ([],),
+    "mirostat": (0,),
     "modalities": (["text"],),
-    "prediction": (),
+    "no_repeat_ngram_size": (0,),
+    "skip_special_tokens": (True,),
     "suffix": ("",),
+    "tfs_z": (1,),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+    "xtc_probability": (0,),
 }
+NO_EFFECT: tuple[str, ...] = (
+    *("metadata", "prompt_cache_key", "cache_prompt", "safety_identifier", "service_tier", "store", "user"),
+    *("priority", "request_id", "guided_decoding_backend", "verbosity"),
+)
 
 
 def check_kinds(given: Any, what: str, *known: str) -> Any:
@@ -86,60 +110,114 @@ def check_arguments(given: str) -> str:
 
 
 class Strict(BaseModel):
+    """An object. The context of its validation is a set, to which the names of members that are ignored are added."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     no_effect: ClassVar[Sequence[str]] = ()  # members that are left out, like all that are null
-    unused: ClassVar[Mapping[str, Sequence[Any]]] = {}  # members that are left out where they are these values
+    unused: ClassVar[Mapping[str, Sequence[Any]]] = {}  # members that are refused unless they have one of these values
     kinds: ClassVar[Sequence[str]] = ()  # what it is called, and its types
 
     @model_validator(mode="before")
     @classmethod
-    def _check_members(cls, given: Any) -> Any:
+    def _check_members(cls, given: Any, info: ValidationInfo) -> Any:
         check_size(given, MAX_MEMBERS)
         if cls.kinds:
             check_kinds([given], *cls.kinds)
         if not isinstance(given, dict):
             return given
-        unused = [key for key, values in cls.unused.items() if given.get(key) in values]
-        return {
-            key: value for key, value in given.items() if value is not None and key not in (*cls.no_effect, *unused)
-        }
+        used = {key: value for key, value in given.items() if value not in (None, *cls.unused.get(key, ()))}
+        known = {*cls.unused, *(field.alias or name for name, field in cls.model_fields.items())}
+        if info.context is not None:
+            info.context.update(used.keys() - known - {*cls.no_effect})
+        return {key: value for key, value in used.items() if key in known}
 
 
-class Drafting(Strict):
-    """Parameters of specdec in all protocols.
+class StructuredOutputs(Strict):
+    """vLLM's ways to constrain the text. Exactly one is given."""
+
+    unused = {"structural_tag": (), "whitespace_pattern": ("",), "disable_additional_properties": (False,)}
+    no_effect = "disable_fallback", "disable_any_whitespace"
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    @property
+    def rules(self) -> list[Constraint]:
+        """The constraints that are given."""
+        given = self.json_, self.regex, self.choice, self.grammar, {"type": "object"} if self.json_object else None
+        makes: tuple[Callable[[Any], Constraint], ...] = (Json, Regex, Choice, Grammar, Json)
+        return [make(value) for make, value in zip(makes, given, strict=True) if value is not None]
+
+
+class Options(Strict):
+    """Parameters of all protocols beside those that each calls by a name of its own.
 
     speculative_decoding: false decodes without a drafter; the text is the same.
     num_speculative_tokens: most tokens that are drafted in a step; 0: none.
     include_metrics: add metrics of the request to the response.
-    """
-
-    speculative_decoding: bool = True
-    num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
-    include_metrics: bool = False
-
-    def request_options(self, **own: Any) -> GenerationOptions:
-        """The options of ``SpecDecoder.request``: the parameters of their names, and ``own``. None is not given."""
-        own["num_speculative_tokens"] = self.num_speculative_tokens if self.speculative_decoding else 0
-        given = self.model_dump(include=OPTIONS) | own
-        return cast(GenerationOptions, {name: value for name, value in given.items() if value is not None})
-
-
-class ChatExtensions(Drafting):
-    """Those of chats.
-
     chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
     prepare_next_turn: what is known of the next turn's prompt is run in the background when the answer has ended.
     """
 
+    names: ClassVar[Mapping[str, str]] = {}  # what the protocol calls parameters of chats, if it is something else
+
+    stream: bool | None = None
+    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
+    top_p: options.TopP | None = None
+    top_k: Annotated[options.TopK, Field(le=2**31 - 1), BeforeValidator(lambda k: 0 if k == -1 else k)] | None = None
+    min_p: options.MinP | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    frequency_penalty: options.FrequencyPenalty | None = None
+    presence_penalty: options.PresencePenalty | None = None
+    logit_bias: Biases | None = None
+    seed: options.Seed | None = None
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: StopIds | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=MAX_BIASES, fail_fast=True)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None  # these are vLLM's earlier names
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    speculative_decoding: bool = True
+    num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
+    include_metrics: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     prepare_next_turn: bool = False
+
+    def generation(self, form: Constraint | None, limits: Mapping[str, Any], **more: Any) -> GenerationRequest:
+        """The request. form: the constraint of the protocol. limits: options beside those here. Raises ApiError."""
+        guided = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
+        guided["grammar"] = self.guided_grammar
+        given = self.structured_outputs or StructuredOutputs(), StructuredOutputs.model_validate(guided)
+        rules = [*given[0].rules, *given[1].rules, *([] if form is None else [form])]
+        if len(rules) > 1:
+            what = "the text can have one format only; leave the others out"
+            raise ApiError(400, what, "response_format", "invalid_value")
+        chosen = self.model_dump(include=OPTIONS) | {
+            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            "min_new_tokens": self.min_tokens,
+            "num_speculative_tokens": self.num_speculative_tokens if self.speculative_decoding else 0,
+        }
+        return GenerationRequest(
+            options=cast(GenerationOptions, {k: v for k, v in (chosen | dict(limits)).items() if v is not None}),
+            constraint=rules[0] if rules else None,
+            stream=bool(self.stream),
+            include_metrics=self.include_metrics,
+            prepare_next_turn=self.prepare_next_turn,
+            **more,
+        )
 
 
 class StreamOptions(Strict):
     """include_draft_depth: send a chunk per token, with its depth in the draft (0: the model chose it)."""
 
-    unused = {"include_obfuscation": (False,)}
+    no_effect = "include_obfuscation", "continuous_usage_stats"
 
     include_usage: bool = False
     include_draft_depth: bool = False
@@ -178,70 +256,47 @@ def json_of(kind: str, schema: JsonSchema | None) -> Json | None:
     return Json({"type": "object"} if kind == "json_object" or schema is None else schema.schema_)
 
 
-class GenerationBody(Drafting):
-    """What both endpoints accept.
+class GenerationBody(Options):
+    """What OpenAI's first two endpoints have in common.
 
     max_tokens: 0 runs the prompt alone, in the background, for later requests to begin with.
     per_step_metrics: add metrics of each step to the response.
     """
 
-    names: ClassVar[Mapping[str, str]] = {}  # those of this protocol for parameters of chats, if they differ
-
     unused = UNUSED
+    no_effect = NO_EFFECT
 
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
-    top_p: options.TopP | None = None
-    top_k: Annotated[options.TopK, Field(le=2**31 - 1)] | None = None
-    min_p: options.MinP | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    seed: options.Seed | None = None
     n: Annotated[int, Field(ge=1)] | None = None
+    best_of: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    frequency_penalty: options.FrequencyPenalty | None = None
-    presence_penalty: options.PresencePenalty | None = None
-    logit_bias: Biases | None = None
-    metadata: Any = None  # accepted without effect, like the parameters down to ``user``
-    prompt_cache_key: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    store: Any = None
-    user: Any = None
-    ignore_eos: bool = False
     include_metrics: bool = True
     per_step_metrics: bool = False
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> GenerationBody:
+    def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of must be n: all choices are returned")
         return self
 
-    def request(self) -> GenerationRequest:
-        """The request in this body. Raises ApiError."""
-        return GenerationRequest(model=self.model, **self._parts())
-
-    def _parts(self) -> dict[str, Any]:
-        biases = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+    def asked(self, most: int | None, logprobs: int | None, **more: Any) -> GenerationRequest:
+        """The request. most: new tokens. Raises ApiError."""
         streamed = self.stream_options or StreamOptions()
-        return {
-            "options": self.request_options(logit_bias=biases, **self._limits()),
-            "n": self.n or 1,
-            "constraint": self.response_format.constraint if self.response_format else None,
-            "stream": bool(self.stream),
-            "include_usage": streamed.include_usage,
-            "include_draft_depth": streamed.include_draft_depth,
-            "include_metrics": self.include_metrics,
-            "per_step_metrics": self.per_step_metrics,
-        }
-
-    def _limits(self) -> dict[str, int | None]:
-        """The options ``max_new_tokens`` and ``logprobs``."""
-        raise NotImplementedError
+        return self.generation(
+            self.response_format.constraint if self.response_format else None,
+            {"max_new_tokens": most, "logprobs": logprobs, "stop": self.stop},
+            model=self.model,
+            n=self.n or 1,
+            include_usage=streamed.include_usage,
+            include_draft_depth=streamed.include_draft_depth,
+            per_step_metrics=self.per_step_metrics,
+            **more,
+        )
 
 
 class TextPart(Strict):
@@ -332,7 +387,7 @@ class NamedTool(Strict):
     function: FunctionName
 
 
-class ChatBody(GenerationBody, ChatExtensions):
+class ChatBody(GenerationBody):
     """continue_final_message: the answer goes on with the last message, which is the assistant's."""
 
     messages: Messages
@@ -344,14 +399,18 @@ class ChatBody(GenerationBody, ChatExtensions):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.add_generation_prompt is self.continue_final_message:
+            raise ValueError("add_generation_prompt must be true, or false with continue_final_message: true")
         return self
 
-    def _parts(self) -> dict[str, Any]:
+    def request(self) -> GenerationRequest:
+        """The request in this body. Raises ApiError."""
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         chat = ChatPrompt(
             messages=[message.for_template() for message in self.messages],
@@ -363,11 +422,8 @@ class ChatBody(GenerationBody, ChatExtensions):
             effort=self.reasoning_effort,
             continue_last=self.continue_final_message,
         )
-        return super()._parts() | {"chat": chat, "prepare_next_turn": self.prepare_next_turn}
-
-    def _limits(self) -> dict[str, int | None]:
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return {"max_new_tokens": most, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        return self.asked(most, (self.top_logprobs or 0) if self.logprobs else None, chat=chat)
 
 
 class CompletionBody(GenerationBody):
@@ -382,13 +438,11 @@ class CompletionBody(GenerationBody):
         unused = isinstance(given, dict) and given.get("logprobs") is False
         return given | {"logprobs": None} if unused else given
 
-    def _parts(self) -> dict[str, Any]:
+    def request(self) -> GenerationRequest:
+        """The request in this body. Raises ApiError."""
         alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return super()._parts() | {"prompts": [self.prompt] if alone else self.prompt, "echo": self.echo}
-
-    def _limits(self) -> dict[str, int | None]:
         most = 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
-        return {"max_new_tokens": most, "logprobs": self.logprobs}
+        return self.asked(most, self.logprobs, prompts=[self.prompt] if alone else self.prompt, echo=self.echo)
 
 
 class TokenizeBody(Strict):

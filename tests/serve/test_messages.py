@@ -248,7 +248,7 @@ for _ in range(60):
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens given": ({"max_tokens": None}, "max_tokens"),
     "tokens below zero": ({"max_tokens": -1}, "max_tokens"),
-    "an unknown member": ({"n": 2}, "parameter 'n' is not supported"),
+    "an unsupported member": ({"mcp_servers": [{}]}, "parameter 'mcp_servers' is not supported"),
     "no messages": ({"messages": []}, "messages"),
     "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
     "a call of the system": ({"messages": [{"role": "system", "content": [CALL]}]}, "the role system"),
@@ -302,7 +302,6 @@ def test_what_is_wrong_is_refused_in_the_protocols_form(server: Server, case: st
 
 PLACES: dict[str, list[Any]] = {
     "messages.0.content.0.text": [{"type": "text", "text": 5}],
-    "messages.0.content.0.bogus": [{"type": "text", "text": "a", "bogus": 1}],
     "messages.0.content.1.content.0.type": [CALL, RESULT | {"content": [{"type": 5, "text": "a"}]}],
     "messages.0.content.0.input": [CALL | {"input": "x"}],
     "messages.0.content.0.id": [{"type": "tool_use", "name": "a", "input": {}}],

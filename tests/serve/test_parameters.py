@@ -1,0 +1,191 @@
+"""Parameters by the names people know: what each does to the text, and what is ignored, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from servers import NAME, USER, Server, events, serving
+from tiny import tiny_model
+from tiny_tokenizers import letters
+
+from specdec import SpecDecoder
+from specdec.api import text as api_text
+from specdec.serve.schema import UNUSED
+
+PROMPT, COUNT = "Name three colours", 24
+GREEDY, SAMPLED = {"temperature": 0}, {"temperature": 0.9, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def decoder() -> SpecDecoder:
+    """With the default drafter."""
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return SpecDecoder(tiny_model(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def server(decoder: SpecDecoder) -> Iterator[Server]:
+    with serving(decoder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain(decoder: SpecDecoder) -> SpecDecoder:
+    return decoder.with_drafter("none")
+
+
+def text(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def test_each_parameter_does_to_the_text_what_it_does_in_python(server: Server, plain: SpecDecoder) -> None:
+    """Requests with different ones share steps. Greedy text changes by all that can change it."""
+    base = plain.generate(PROMPT, chat=False, max_new_tokens=COUNT, ignore_eos=True)
+    ends = [base.token_ids[5], base.token_ids[2]]
+    stops = [base.text[2:4], base.text[15:18]]
+    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"ignore_eos": True}, {"ignore_eos": True}),
+        ({"stop_token_ids": ends}, {"stop_token_ids": ends}),
+        ({"stop_token_ids": ends, "min_tokens": 9}, {"stop_token_ids": ends, "min_new_tokens": 9}),
+        ({"stop": stops, "min_tokens": 9}, {"stop": stops, "min_new_tokens": 9}),
+        ({"bad_words": [base.text[3:5], base.text[8]]}, {"bad_words": [base.text[3:5], base.text[8]]}),
+        ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.8}),
+        ({"top_k": 3}, {"top_k": 3}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"min_p": 0.6}, {"min_p": 0.6}),
+    ]
+    rows = [(given | how, same | how) for how in (GREEDY, SAMPLED) for given, same in asked]
+    with ThreadPoolExecutor(len(rows)) as pool:
+        found = list(pool.map(lambda row: text(server.complete(prompt=PROMPT, max_tokens=COUNT, **row[0])), rows))
+    right = [plain.generate(PROMPT, chat=False, max_new_tokens=COUNT, **same).text for _, same in rows]
+    assert found == right
+    greedy, sampled = right[: len(asked)], right[len(asked) :]
+    assert len(set(greedy[2:7])) == 5 and base.text not in greedy[2:7]
+    assert sampled[8] == sampled[0] and len({sampled[0], sampled[7], sampled[9]}) == 3
+
+
+def test_all_protocols_take_them(server: Server, plain: SpecDecoder) -> None:
+    asked = [{"role": "user", "content": PROMPT}]
+    end = plain.generate(asked, max_new_tokens=COUNT).token_ids[2]
+    right = plain.generate(asked, max_new_tokens=COUNT, stop_token_ids=[end], min_new_tokens=2).text
+    more = {"model": NAME, "stop_token_ids": [end], "min_tokens": 2, **GREEDY}
+    chat = server.chat(messages=asked, **more).json()["choices"][0]["message"]["content"]
+    message = server.post("/v1/messages", more | {"messages": asked, "max_tokens": COUNT}).json()
+    response = server.post("/v1/responses", more | {"input": PROMPT, "max_output_tokens": COUNT}).json()
+    assert chat == message["content"][0]["text"] == response["output"][0]["content"][0]["text"] == right
+    assert message["stop_reason"] == "end_turn" and response["status"] == "completed"
+
+
+def test_a_prompt_is_encoded_once_for_all_its_choices(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, given_ids = list[Any](), api_text._given_ids
+    monkeypatch.setattr(api_text, "_given_ids", lambda prompt, name: read.append(prompt) or given_ids(prompt, name))
+    assert server.complete(n=3, max_tokens=2).status_code == server.chat(n=2, max_tokens=2).status_code == 200
+    assert len(read) == 2
+
+
+def test_best_of_is_the_number_of_choices(server: Server) -> None:
+    two = server.complete(n=2, best_of=2, **SAMPLED).json()["choices"]
+    assert [choice["index"] for choice in two] == [0, 1] and two == server.complete(n=2, **SAMPLED).json()["choices"]
+    refused = server.complete(n=2, best_of=3)
+    assert refused.status_code == 400 and "best_of must be n" in refused.json()["error"]["message"]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+FORMS: list[tuple[dict[str, Any], str]] = [
+    ({"guided_json": SCHEMA}, r'\{"a": [12]\}'),
+    ({"guided_json": json.dumps(SCHEMA)}, r'\{"a": [12]\}'),
+    ({"guided_regex": "[ab]{3}c"}, "[ab]{3}c"),
+    ({"guided_choice": ["red", "blue"]}, "red|blue"),
+    ({"guided_grammar": 'start: "x" "y"'}, "xy"),
+    ({"structured_outputs": {"json": SCHEMA}}, r'\{"a": [12]\}'),
+    ({"structured_outputs": {"regex": "[ab]{3}c", "disable_fallback": True}}, "[ab]{3}c"),
+    ({"structured_outputs": {"choice": ["red", "blue"]}}, "red|blue"),
+]
+
+
+def test_vllms_names_of_formats_constrain_the_text(server: Server) -> None:
+    def ask(form: dict[str, Any]) -> list[str]:
+        found = server.complete(n=2, max_tokens=40, **SAMPLED, **form)
+        assert found.status_code == 200, found.text
+        return [choice["text"] for choice in found.json()["choices"]]
+
+    with ThreadPoolExecutor(len(FORMS)) as pool:
+        for (form, pattern), texts in zip(FORMS, pool.map(ask, [form for form, _ in FORMS]), strict=True):
+            assert all(re.fullmatch(pattern, each) for each in texts), (form, texts)
+    same = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}
+    assert ask(same) == ask(FORMS[0][0])
+    both = server.complete(guided_regex="a", **same)
+    assert both.status_code == 400 and "one format only" in both.json()["error"]["message"]
+
+
+# --- what is ignored, and what is refused ----------------------------------------------------------------------------
+
+
+def test_an_unknown_parameter_is_ignored_and_named_in_a_header_and_once_in_the_log(server: Server) -> None:
+    base = server.chat(**GREEDY)
+    odd = {"colour": "red", "caf\u00e9, \n": 1, "messages": [USER[0] | {"mood": 3}]}
+    found = [server.chat(**GREEDY, **odd), server.chat(**GREEDY, **odd)]
+    for response in found:
+        assert response.json()["choices"] == base.json()["choices"]
+        assert response.headers["x-specdec-ignored"] == "caf%C3%A9%2C%20%0A, colour, mood"
+    assert "x-specdec-ignored" not in base.headers
+    lines = [line for line in server.lines if "is ignored" in line]
+    assert sum("'colour'" in line for line in lines) == sum("'mood'" in line for line in lines) == 1
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    stream = server.chat(stream=True, **GREEDY, colour="red")
+    assert stream.headers["x-specdec-ignored"] == "colour" and events(stream)
+    wrong = server.chat(temperature=-1, colour="red")
+    assert wrong.status_code == 400 and wrong.headers["x-specdec-ignored"] == "colour"
+    for path, body in (
+        ("/v1/messages", {"messages": USER, "max_tokens": 2}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 2}),
+        ("/tokenize", {"prompt": "a"}),
+    ):
+        response = server.post(path, {"model": NAME, "colour": 1} | body)
+        assert response.status_code == 200 and response.headers["x-specdec-ignored"] == "colour"
+
+
+def test_hints_and_what_has_no_effect_are_taken_in_silence(server: Server) -> None:
+    hints = {"prompt_cache_key": "k", "cache_prompt": True, "verbosity": "low", "user": "x", "store": True}
+    found = server.chat(**GREEDY, **hints)
+    assert found.json()["choices"] == server.chat(**GREEDY).json()["choices"]
+    assert "x-specdec-ignored" not in found.headers
+
+
+def test_what_would_change_the_text_and_cannot_be_served_is_refused_by_name(server: Server) -> None:
+    for name, values in UNUSED.items():
+        for response in (server.chat(**{name: "used"}), server.complete(**{name: 7})):
+            error = response.json()["error"]
+            assert response.status_code == 400 and error["param"] == name and error["code"] == "unsupported_parameter"
+        for value in (None, *values):
+            assert server.complete(**{name: value, "max_tokens": 1}).status_code == 200, name
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"stop_token_ids": "eos"}, "stop_token_ids"),
+        ({"bad_words": [""]}, "bad_words.0"),
+        ({"bad_words": ["x"] * 2000}, "bad_words"),
+        ({"top_k": -2}, "top_k"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": "["}, "response_format"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"min_tokens": 30}, None),
+        ({"min_tokens": 3, "guided_regex": "a"}, None),
+    ],
+)
+def test_wrong_values_are_refused(server: Server, body: dict[str, Any], param: str | None) -> None:
+    response = server.complete(**body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
