@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ from specdec.cli.shared import panel
 
 MIN_BODY = 1024  # bytes
 MIN_CACHE = 1 << 20  # bytes: the keys and values of a few tokens
+CONFIG = '{"method": "ngram", "num_speculative_tokens": 5}'
 _server, _limits = map(panel, ("Server", "Limits"))
 
 
@@ -29,7 +32,10 @@ def serve(
         str, _server("--host", "Address to listen at; 0.0.0.0 is every network of the machine.", "HOST")
     ] = "127.0.0.1",
     port: Annotated[int, _server("--port", "Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
-    name: Annotated[str | None, _server("--name", "Model name for clients; default: its own name.", "NAME")] = None,
+    name: Annotated[
+        str | None,
+        _server("--name", "Model name for clients; default: its own name.", "NAME", also="--served-model-name"),
+    ] = None,
     api_key: Annotated[
         str | None,
         _server("--api-key", "Key that clients must send; prefer the variable.", "KEY", envvar="SPECDEC_API_KEY"),
@@ -38,16 +44,30 @@ def serve(
         Path | None, _server("--api-keys", "YAML file of keys with names and limits; see docs/agents.md.", "FILE")
     ] = None,
     cors: Annotated[
-        list[str] | None, _server("--cors", "Allow pages of this origin to call the server; repeatable.", "ORIGIN")
+        list[str] | None,
+        _server(
+            "--cors",
+            "Allow pages of this origin to call the server; repeatable, or a JSON list.",
+            "ORIGIN",
+            also="--allowed-origins",
+        ),
     ] = None,
     allowed_hosts: Annotated[
         list[str] | None,
         _server("--allowed-hosts", "Further host name of the server; '*': any; repeatable.", "HOST"),
     ] = None,
     quiet: Annotated[bool, _server("--quiet", "No line for each request.")] = False,
-    log_requests: Annotated[bool, _server("--log-requests", "Write prompts and answers into the log.")] = False,
+    log_requests: Annotated[
+        bool, _server("--log-requests", "Write prompts and answers into the log.", also="--enable-log-requests")
+    ] = False,
     num_speculative_tokens: shared.Depth = "auto",
-    max_rows: Annotated[int, _limits("--max-rows", "Requests decoded at once.", "N", min=1)] = 16,
+    speculative_config: Annotated[
+        str | None,
+        _server("--speculative-config", f"vLLM's way to name a drafter and a draft length, such as {CONFIG}.", "JSON"),
+    ] = None,
+    max_rows: Annotated[
+        int, _limits("--max-rows", "Requests decoded at once.", "N", also="--max-num-seqs", min=1)
+    ] = 16,
     max_waiting: Annotated[int, _limits("--max-waiting", "Requests that may wait; more get 429.", "N", min=1)] = 256,
     kv_memory: Annotated[
         str | None,
@@ -75,7 +95,11 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, Prometheus metrics (extra 'serve')."""
     model = loading.model
-    for origin in cors or []:
+    if speculative_config is not None:
+        drafter, num_speculative_tokens = _speculative(speculative_config, drafting.drafter, num_speculative_tokens)
+        drafting = replace(drafting, drafter=drafter)
+    cors = [origin for text in cors or [] for origin in _listed("--cors", text)]
+    for origin in cors:
         if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
             raise SpecDecError(f"--cors takes an origin, such as https://a.example, or '*'; got '{origin}'")
     hosts = [part.strip() for text in allowed_hosts or [] for part in text.split(",")]
@@ -111,7 +135,7 @@ def serve(
             api_key=api_key,
             keys=() if api_keys is None else read_keys(api_keys),
             log_requests=log_requests,
-            cors=tuple(cors or ()),
+            cors=tuple(cors),
             allowed_hosts=(host, *hosts),
             max_body=largest_body,
             max_prompt_tokens=max_prompt_tokens,
@@ -119,7 +143,7 @@ def serve(
             max_choices=max_choices,
             max_connections=max_connections,
         )
-        if "*" in (cors or []) and api_key is None and api_keys is None and host != "127.0.0.1":
+        if "*" in cors and api_key is None and api_keys is None and host != "127.0.0.1":
             say("note: any web page can use this server; set --api-key, or name origins in --cors")
         listener = bind(host, port)
     engines = ExitStack()
@@ -155,6 +179,39 @@ def serve(
 
 def _not_installed(error: ModuleNotFoundError) -> SpecDecError:
     return SpecDecError(f"'{error.name}' is not installed; install the server: pip install 'specdec-m2r2[serve]'")
+
+
+def _listed(flag: str, text: str) -> list[str]:
+    """The parts of a JSON list of texts; other text is the only part."""
+    if not text.startswith("["):
+        return [text]
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
+        raise SpecDecError(f"{flag} takes texts or a JSON list of texts; got '{text}'")
+    return found
+
+
+def _speculative(config: str, drafter: str, depth: str) -> tuple[str, str]:
+    """The drafter and the draft length that vLLM's ``--speculative-config`` names. Raises SpecDecError."""
+    if drafter != "auto" or depth != "auto":
+        what = "takes the place of --drafter and --num-speculative-tokens"
+        raise SpecDecError(f"--speculative-config {what}; give one or the other")
+    try:
+        given = json.loads(config)
+    except ValueError:
+        given = None
+    method, source = (given.get(key) for key in ("method", "model")) if isinstance(given, dict) else (None, None)
+    method = "draft-model" if method is None and source is not None else method
+    if not isinstance(method, str) or not isinstance(source, str | None):
+        raise SpecDecError(f"--speculative-config takes a JSON object, such as {CONFIG}; got '{config}'")
+    for name in given.keys() - {"method", "model", "num_speculative_tokens"}:
+        say(f"note: '{name}' of --speculative-config has no effect")
+    method = method.replace("_", "-")  # draft_model is vLLM's name
+    named = method if source is None else f"{method}={source}"
+    return named, str(given.get("num_speculative_tokens", "auto"))
 
 
 def _bytes(flag: str, text: str, least: int, otherwise: str) -> int:

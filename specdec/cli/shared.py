@@ -26,11 +26,14 @@ NVIDIA = Path("/proc/driver/nvidia")  # there is a CUDA device, which is not kno
 
 
 def panel(title: str) -> Callable[..., Any]:
-    """A function that makes options of the help panel ``title``. help: text, or a type of ``base.options``."""
+    """A function that makes options of the help panel ``title``.
 
-    def option(name: str, help: Any, metavar: str | None = None, **more: Any) -> Any:
+    help: text, or a type of ``base.options``. also: another name, by which users of vLLM know the option.
+    """
+
+    def option(name: str, help: Any, metavar: str | None = None, also: str | None = None, **more: Any) -> Any:
         text = help if isinstance(help, str) else options.description(help)
-        return typer.Option(name, help=text, metavar=metavar, rich_help_panel=title, **more)
+        return typer.Option(name, *filter(None, [also]), help=text, metavar=metavar, rich_help_panel=title, **more)
 
     return option
 

@@ -431,6 +431,35 @@ def test_the_command_takes_a_draft_length(tmp_path: Path, monkeypatch: pytest.Mo
         assert found.exit_code == 2 and says in found.stderr
 
 
+def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = dict[str, Any]()
+
+    def engine(self: SpecDecoder, **how: Any) -> None:
+        made.update(how, drafter=self.drafter.label)
+        raise SpecDecError("ended")
+
+    monkeypatch.setattr(SpecDecoder, "engine", engine)
+    monkeypatch.setattr(
+        "specdec.serve.settings.ServerSettings", lambda **how: made.update(how) or ServerSettings(**how)
+    )
+    command = ["serve", "--model", str(save_tiny(tmp_path / "tiny")), "--port", "0"]
+    command += ["--max-num-seqs", "7", "--served-model-name", "mine", "--allowed-origins", '["https://a.example", "*"]']
+    command += ["--enable-log-requests"]
+    config = '{"method": "prompt_lookup", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
+    found = CliRunner().invoke(app, [*command, "--speculative-config", config])
+    assert "ended" in found.stderr and "'prompt_lookup_max' of --speculative-config has no effect" in found.stderr
+    assert made["max_rows"] == 7 and made["name"] == "mine" and made["cors"] == ("https://a.example", "*")
+    assert made["drafter"] == "prompt-lookup" and made["num_speculative_tokens"] == 3 and made["log_requests"]
+    model = ["--speculative-config", '{"model": "/nowhere"}']
+    assert "/nowhere" in CliRunner().invoke(app, [*command, *model]).stderr  # a draft model
+    for wrong in ("{", "[]", "{}", '{"method": 3}', '{"method": "m2r2", "model": 3}', '{"num_speculative_tokens": 3}'):
+        assert "takes a JSON object" in CliRunner().invoke(app, [*command, "--speculative-config", wrong]).stderr
+    both = CliRunner().invoke(app, [*command, "--drafter", "none", "--speculative-config", config])
+    assert "give one or the other" in both.stderr
+    for wrong, says in (("[3]", "JSON list of texts"), ("[", "JSON list of texts"), ('["evil"]', "takes an origin")):
+        assert says in CliRunner().invoke(app, [*command, "--allowed-origins", wrong]).stderr
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x"]
 )
