@@ -34,6 +34,7 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": f"the {name}"} | ({"parameters": s} if s else {})}
     for name, s in SCHEMAS.items()
 ]
+GIVEN_SUM = TOOLS[1]
 CALLS = [("weather", {"city": "Rome", "days": 3}), ("sum", {"a": 1, "b": 4})]
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}"
