@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_json
@@ -13,7 +13,7 @@ from specdec.api.text import Detokenizer
 from specdec.serve.choice import ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.logprobs import TokenFinder
-from specdec.serve.parts import AnswerParser, Block, Format, Part, Schemas
+from specdec.serve.parts import AnswerParser, Block, Part
 from specdec.serve.request import GenerationRequest
 from specdec.speculation.constraints import CompiledConstraint
 
@@ -26,33 +26,22 @@ LARGE = 10_000  # log-probabilities of a choice; writing more of them takes tens
 class Prepared:
     """A request that is ready to run: token ids of its prompts, the constraint on its answers, and how these are read.
 
-    echoes: the texts of its prompts, if they come before the answers. The fields after it are as in ``AnswerParser``.
+    parser: makes the reader of an answer. shown: special tokens that have to be in its text.
+    echoes: the texts of the prompts, if they come before the answers.
     """
 
     asked: GenerationRequest
     prompts: list[list[int]]
     constraint: CompiledConstraint | None
+    parser: Callable[[], AnswerParser]
+    shown: Sequence[str] = ()
     echoes: Sequence[str] = ()
-    form: Format = field(default_factory=Format)
-    tools: Schemas = field(default_factory=dict)
-    single: bool = False
-    reasoning: tuple[str, str] | None = None
-    inside: bool = False
-    forced: bool = False
 
-    @property
-    def shown(self) -> list[str]:
-        """The special tokens that have to be in the text."""
-        return [*self.form.special, *(self.reasoning or ())]
-
-    def parser(self) -> AnswerParser:
-        return AnswerParser(self.form, self.tools, self.single, self.reasoning, self.inside, self.forced)
-
-    def stop(self, text: Detokenizer) -> Callable[[int], str | None] | None:
-        """The ``stop`` of a request of which several calls are forced; None for others. text: of the answer."""
-        if self.single or not self.forced:
+    def stop(self, make: Callable[[], Detokenizer]) -> Callable[[int], str | None] | None:
+        """The ``stop`` of a request of which several calls are forced; None for others. make: the text of an answer."""
+        if (chat := self.asked.chat) is None or chat.single or not chat.forced:
             return None
-        parser = self.parser()
+        text, parser = make(), self.parser()
 
         def stop(token: int) -> str | None:
             reason = text.push(token)

@@ -26,7 +26,7 @@ from specdec.serve.choice import ResponseChoice
 from specdec.serve.clients import Client
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
-from specdec.serve.parts import Part
+from specdec.serve.parts import AnswerParser, Part
 from specdec.serve.request import ChatPrompt, GenerationRequest
 from specdec.serve.schema import Message, TokenizeBody
 from specdec.serve.settings import ServerSettings
@@ -104,7 +104,8 @@ class Service:
             new = self._max_new_tokens(asked)
             self._check_logprobs(asked, asked.n * len(prompts), asked.n * sum(len(ids) + new for ids in prompts))
         texts = [p if isinstance(p, str) else self.decode(p) for p in asked.prompts if asked.echo]
-        return Prepared(asked, prompts, self.compile(asked, lambda: asked.constraint, "response_format"), texts)
+        constraint = self.compile(asked, lambda: asked.constraint, "response_format")
+        return Prepared(asked, prompts, constraint, partial(AnswerParser, PLAIN), echoes=texts)
 
     def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> Prepared:
         """The same for a chat."""
@@ -128,9 +129,8 @@ class Service:
         else:
             end = self.decode(prompt[-PROMPT_END:], special=True).rstrip()
             inside = thoughts is not None and end.endswith(thoughts[0].rstrip())
-        return Prepared(
-            asked, [prompt], constraint, (), form, forced or tools, chat.single, thoughts, inside, bool(forced)
-        )
+        parser = partial(AnswerParser, form, forced or tools, chat.single, thoughts, inside, bool(forced))
+        return Prepared(asked, [prompt], constraint, parser, [*form.special, *(thoughts or ())])
 
     def tokenize(self, body: TokenizeBody) -> list[int]:
         if body.messages is None:
@@ -223,7 +223,7 @@ class Service:
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
                 request = self._request(prompt, asked, client, constraint, seed=seed, stream=stream)
-                request.stop = prepared.stop(text()) or request.stop
+                request.stop = prepared.stop(text) or request.stop
                 handle = self.engine.submit(request)
                 choices.append(ResponseChoice(index, handle, prompt, text(), self.metrics))
         except QueueFullError as error:

@@ -16,6 +16,7 @@ from tiny_tokenizers import letters
 
 from specdec import SpecDecoder
 from specdec.api import text as api_text
+from specdec.serve import bodies
 from specdec.serve.schema import UNUSED
 
 PROMPT, COUNT = "Name three colours", 24
@@ -152,6 +153,15 @@ def test_an_unknown_parameter_is_ignored_and_named_in_a_header_and_once_in_the_l
     ):
         response = server.post(path, {"model": NAME, "colour": 1} | body)
         assert response.status_code == 200 and response.headers["x-specdec-ignored"] == "colour"
+
+
+def test_the_log_has_a_bounded_number_of_names(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = server.app.state.reader
+    monkeypatch.setattr(bodies, "MAX_REPORTED", len(reader.reported) + 2)
+    for n in range(4):
+        assert server.complete(max_tokens=1, **{f"odd{n}": 1, "x" * 5000: 1}).status_code == 200
+    assert len(reader.reported) == bodies.MAX_REPORTED and max(map(len, server.lines)) < 500
+    assert sum("'odd" in line for line in server.lines) <= 2
 
 
 def test_hints_and_what_has_no_effect_are_taken_in_silence(server: Server) -> None:
