@@ -13,6 +13,7 @@ FIRST = 0.6  # acceptance at the first position of a drafter that is unknown
 WEIGHT, ROW_WEIGHT = 4.0, 20.0  # observations that count as much as what is assumed, and as all rows
 MEMORY, ROW_MEMORY = 300.0, 60.0  # observations that are remembered of all rows, and of one
 KEPT = 20.0  # observations that are remembered when a drafter has changed
+SIZES = 8  # numbers of rows that are told apart: 1, 2 or 3, 4 to 7, ...
 
 
 class Tally:
@@ -42,25 +43,25 @@ class History:
 
     by_source: for each source, trials and hits at the knots of what it said. A trial between two knots counts for both.
     by_position: for each exit, whether a level had the right token where nothing else had it.
-    worth: mean of the tokens that drafts were expected to add beyond their price.
+    worth: by the number of rows in a step, the tokens that a draft added beyond its price.
     """
 
     def __init__(self, sources: int, exits: int, levels: int, memory: float = ROW_MEMORY) -> None:
         self.by_source = [Tally(len(KNOTS), memory) for _ in range(sources)]
         self.by_position = [Tally(levels, memory) for _ in range(exits)]
-        self.worth = Tally(1, memory)
+        self.worth = Tally(SIZES, memory)
 
     def tallies(self) -> list[Tally]:
         """All of them, in one order."""
         return [*self.by_source, *self.by_position, self.worth]
 
-    def add(self, seen: Seen, exit: int, worth: float) -> None:
-        """Add a step's draft of a row. worth: the tokens that it added beyond their price."""
+    def add(self, seen: Seen, exit: int, rows: int, worth: float) -> None:
+        """Add a row's draft in a step of ``rows``. worth: the tokens that it added beyond their price."""
         for source, knot, weight, hit in seen.candidates:
             self.by_source[source].add(knot, hit, weight)
         for level, hit in seen.levels:
             self.by_position[exit].add(level, hit)
-        self.worth.add(0, worth)
+        self.worth.add(_size(rows), worth)
 
 
 class Seen(NamedTuple):
@@ -113,6 +114,16 @@ def _near(said: float) -> list[tuple[int, float]]:
         return [(0 if at <= 0 else len(KNOTS) - 1, 1.0)]
     below = int(at)
     return [(below, 1 + below - at), (below + 1, at - below)] if at > below else [(below, 1.0)]
+
+
+def _size(rows: int) -> int:
+    return min(rows.bit_length(), SIZES) - 1
+
+
+def worth(row: History, common: History, rows: int) -> float:
+    """The tokens that a draft of ``row`` adds beyond its price, in a step of so many rows."""
+    size = _size(rows)
+    return row.worth.mean(size, common.worth.mean(size, 1.0, WEIGHT), ROW_WEIGHT)
 
 
 def table(row: History, common: History, source: int) -> list[float]:

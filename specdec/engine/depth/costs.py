@@ -62,12 +62,14 @@ class CostModel:
         self.state, self.known = np.zeros(size), False
         self.covariance: Floats = SPREAD**2 * np.minimum.outer(steps, steps)
         self.covariance[0, 0] = 1.0
-        self.others: dict[str, list[float]] = {}  # errors, and their variances
-        self.seen = set[str]()
+        self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
+        self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
             self.state, self.known = np.resize(np.array(earlier.passes), size), True
             self.covariance[0, 0] = OTHER_SPREAD**2
-            self.others = {name: [error, OTHER_SPREAD**2 / 4] for name, error in earlier.others.items()}
+            for name, error in earlier.others.items():
+                kind, exit, rows = name.split(" ")
+                self.others.setdefault((kind, int(exit)), {})[int(rows)] = [error, OTHER_SPREAD**2 / 4]
 
     @property
     def speed(self) -> float:
@@ -85,15 +87,15 @@ class CostModel:
 
     def level(self, exit: int, rows: int) -> float:
         """Seconds of drafting a level for ``rows``."""
-        return self._other(LEVEL, exit, rows, self.shares[exit])
+        return self._other(LEVEL, exit, rows)
 
     def first(self, exit: int, rows: int) -> float:
         """Seconds that the first level takes beyond that."""
-        return self._other(FIRST, exit, rows, FIXED)
+        return self._other(FIRST, exit, rows)
 
     def drafting(self, rows: int) -> float:
         """Seconds of a draft beside its levels."""
-        return self._other(DRAFT, 0, rows, FIXED)
+        return self._other(DRAFT, 0, rows)
 
     def add_pass(self, tokens: int, seconds: float) -> None:
         """Add the time of a pass over ``tokens``, roots included."""
@@ -114,28 +116,36 @@ class CostModel:
 
     def add_draft(self, exit: int, rows: int, levels: int, seconds: float) -> None:
         """Add the time of drafting ``levels``."""
-        kind, share = (LEVEL, self.shares[exit]) if levels > 1 else (FIRST if levels else DRAFT, FIXED)
+        kind = LEVEL if levels > 1 else FIRST if levels else DRAFT
         exit = exit if levels else 0
         rest = seconds - (self.drafting(rows) if levels else 0.0)
         if levels > 1:
             rest = (rest - self.first(exit, rows)) / levels
         elif levels:
             rest -= self.level(exit, rows)
-        expected = self._other(kind, exit, rows, share)
-        own = self.others[name := f"{kind} {exit} {rows}"]
-        if name not in self.seen:  # what the first one makes is there afterwards
-            self.seen.add(name)
+        if (kind, exit) not in self.seen:  # what the first one makes is there afterwards
+            self.seen.add((kind, exit))
             return
+        expected, own = self._other(kind, exit, rows), self._error(kind, exit, rows)
         error = math.log(max(rest, 0.1 * expected) / expected)
         gain = own[1] / (own[1] + NOISE**2 * max(abs(error) / OUTLIER, 1.0))
-        own[0], own[1] = own[0] + gain * error, max((1 - gain) * own[1], DRIFT**2)
+        self.others.setdefault((kind, exit), {})[rows] = [own[0] + gain * error, max((1 - gain) * own[1], DRIFT**2)]
 
-    def _other(self, kind: str, exit: int, rows: int, share: float) -> float:
-        """Seconds that cost about ``share`` of a pass over one token."""
-        [error, _] = self.others.setdefault(f"{kind} {exit} {rows}", [0.0, OTHER_SPREAD**2])
-        return share * math.exp(self.speed + error)
+    def _other(self, kind: str, exit: int, rows: int) -> float:
+        """Seconds of such a part of a draft: a share of a pass over one token, as far as is known."""
+        share = self.shares[exit] if kind == LEVEL else FIXED
+        return share * math.exp(self.speed + self._error(kind, exit, rows)[0])
+
+    def _error(self, kind: str, exit: int, rows: int) -> list[float]:
+        """The error of that share, as a logarithm, and its variance: those of the nearest number of rows."""
+        known = self.others.get((kind, exit), {})
+        if rows in known:
+            return known[rows]
+        nearest = min(known, key=lambda other: abs(math.log(other / rows)), default=rows)
+        return [known.get(nearest, [0.0])[0], OTHER_SPREAD**2]
 
     def kept(self) -> Costs:
         """What later processes begin with, without ``hits`` and ``trials``."""
-        others = {name: round(error, 4) for name, (error, _) in self.others.items()}
+        each = ((*key, rows, error) for key, known in self.others.items() for rows, (error, _) in known.items())
+        others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
         return Costs(self.state.round(4).tolist() if self.known else [], others)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.engine.depth.calibration import MEMORY, ROW_WEIGHT, WEIGHT, History, Seen, rates, table
+from specdec.engine.depth.calibration import MEMORY, History, Seen, rates, table, worth
 from specdec.engine.depth.costs import CostModel, Costs
 from specdec.speculation.draft import Drafter, Found
 from specdec.speculation.trees import MOST_NODES, Prices
@@ -187,24 +187,24 @@ class AutoDepth:
             return self.choice
         speed = self.speedup * count / passes[0]
         prices = Prices([speed * (seconds - passes[0]) for seconds in passes])
-        drafting, worth = self.model.drafting(count), sum(self._worth(row) for row in rows)
-        choose = self._by_source if self.has_probabilities else self._by_position
-        choice = choose(rows, prices, speed, count)
-        gain = worth / speed - drafting  # in seconds
+        added = sum(worth(row, self.common, count) for row in rows)
+        gain = added / speed - self.model.drafting(count)  # in seconds
         if gain > 0:
             taken = not self._due(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
         else:
-            taken = self._due(DRAFT, -gain) or bool(choice.prices and choice.prices.try_levels)
-        if choice.depth and taken:
-            self.choice = choice
+            taken = self._due(DRAFT, -gain) or (self.has_probabilities and self._try_levels(count))
+        if taken:
+            choose = self._by_source if self.has_probabilities else self._by_position
+            choice = choose(rows, prices, speed, count)
+            self.choice = choice if choice.depth else self.choice
         return self.choice
-
-    def _worth(self, row: History) -> float:
-        return row.worth.mean(0, self.common.worth.mean(0, 1.0, WEIGHT), ROW_WEIGHT)
 
     def _due(self, what: str | int, loss: float) -> bool:
         """Whether ``what`` has not been tried for so long that it may lose ``loss`` seconds."""
         return TRIED * self.idle[what] >= loss
+
+    def _try_levels(self, count: int) -> bool:
+        return self.shares[0] > 0 and self._due(LEVELS, self.model.first(0, count) + self.model.level(0, count))
 
     def _by_source(self, rows: Sequence[History], prices: Prices, speed: float, count: int) -> DepthChoice:
         """Prices, by which the drafter chooses."""
@@ -215,7 +215,7 @@ class AutoDepth:
             first=speed * first,
             rates=[rates(row, self.common, 0) for row in rows],
             tables=[[table(row, self.common, source) for source in range(self.tables)] for row in rows],
-            try_levels=self.shares[0] > 0 and self._due(LEVELS, first + level),
+            try_levels=self._try_levels(count),
         )
         return DepthChoice(self.max_depth, None, prices, [self.max_depth] * len(rows))
 
@@ -273,7 +273,7 @@ class AutoDepth:
                 first = 0 if found.free is None else len(found.free[b].path(step.tokens[b]))
                 seen = Seen.of_candidates(found.rows[b], step.tokens[b], first, levels)
             for history in (row, self.common):
-                history.add(seen, exit, right - price)
+                history.add(seen, exit, count, right - price)
         if found is None and levels:
             self.width = 0.8 * self.width + 0.2 * nodes / sum(step.drafted)
 

@@ -32,7 +32,7 @@ def teach(right: Callable[[float], float], count: int, *into: History, source: i
         hit = rng.random() < right(p)
         found = Candidates([0.0], [7], [0], [[p if n == source else 0.0] for n in range(2)])
         for history in into:
-            history.add(Seen.of_candidates(found, [7 if hit else 8], 0, 0), 0, 0.0)
+            history.add(Seen.of_candidates(found, [7 if hit else 8], 0, 0), 0, 1, 0.0)
 
 
 def read(p: float, row: History, common: History, source: int = 0) -> float:
@@ -110,7 +110,7 @@ def test_positions_never_reached_are_taken_to_be_like_the_one_before() -> None:
     row, common = histories()
     assert rates(row, common, 0) == [FIRST] * 4
     for _ in range(400):
-        common.add(Seen.of_chain(2, 1), 0, 0.0)
+        common.add(Seen.of_chain(2, 1), 0, 1, 0.0)
     first, second, *rest = rates(row, common, 0)
     assert first > 0.95 and second < 0.1 and rest == [pytest.approx(second)] * 2
     assert len(KNOTS) == len(SAID)

@@ -222,3 +222,14 @@ def test_no_request_waits_for_a_measurement(
     decoder = SpecDecoder(llama, None, drafter=drafter, runtime="reference", learn=False)
     out = decoder.generate([5, 6, 5, 6, 5], max_new_tokens=12)
     assert passes[0] == 1 + out.metrics.num_spec_steps
+
+
+def test_a_draft_of_other_rows_costs_what_the_nearest_known_number_of_rows_says() -> None:
+    model = CostModel(0.1, [0.1])
+    for _ in range(4):
+        model.add_pass(1, 0.01)
+    for rows, seconds in ((1, 0.001), (16, 0.008)) * 20:
+        model.add_draft(0, rows, 0, seconds)
+    assert model.drafting(15) == pytest.approx(0.008, rel=0.1) and model.drafting(2) == pytest.approx(0.001, rel=0.1)
+    again = CostModel(0.1, [0.1], model.kept())
+    assert again.drafting(15) == pytest.approx(model.drafting(15), rel=0.01)
