@@ -1,4 +1,7 @@
-"""Draw a command's run in a terminal as an SVG: python .ci/picture.py docs/generate.svg specdec generate ..."""
+"""Draw a command's run in a terminal as an SVG: python .ci/picture.py docs/generate.svg specdec generate ...
+
+The command is that of README and docs/index.md (a test compares). Take the picture when other programs are idle.
+"""
 
 from __future__ import annotations
 

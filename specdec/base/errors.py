@@ -47,6 +47,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def how_to_install(extra: str) -> str:
+    """The command that adds an extra. The package is on no index, so its name alone installs nothing of ours."""
+    return f"run pip install -e '.[{extra}]' in the clone of specdec, or pip install 'WHEEL[{extra}]'"
+
+
 def one_line(error: BaseException) -> str:
     """The error's message as one line of at most 240 characters."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, how_to_install
 from specdec.bench.methods import Method, Reply
 from specdec.bench.prompts import Conversation
 from specdec.engine.metrics import RequestMetrics
@@ -274,7 +274,7 @@ class Quality:
 def require_rouge_score() -> None:
     """Raise SpecDecError if rouge-score is not installed."""
     if importlib.util.find_spec("rouge_score") is None:
-        raise SpecDecError("quality figures of a lossy rule need rouge-score; pip install 'specdec-m2r2[bench]'")
+        raise SpecDecError(f"quality figures of a lossy rule need rouge-score; {how_to_install('bench')}")
 
 
 def quality(target: Target, tokenizer: Any, prompt: list[int], tokens: list[int], plain: list[int]) -> Quality:

@@ -17,7 +17,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from specdec.base.errors import SpecDecError, one_line
+from specdec.base.errors import SpecDecError, how_to_install, one_line
 from specdec.base.terminal import OnProgress
 from specdec.bench.cell import Cell
 from specdec.bench.plan import Resources
@@ -104,7 +104,7 @@ def _connect(address: str | None) -> Any:
     try:
         import ray
     except ImportError:
-        raise SpecDecError("--launcher ray needs Ray; pip install 'specdec-m2r2[ray]'") from None
+        raise SpecDecError(f"--launcher ray needs Ray, which is not installed; {how_to_install('ray')}") from None
     where = address or os.environ.get("RAY_ADDRESS")
     try:
         host, _, port = (where or "").removeprefix("ray://").rpartition(":")

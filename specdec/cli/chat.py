@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError, did_you_mean, reported
+from specdec.base.errors import SpecDecError, did_you_mean, how_to_install, reported
 from specdec.base.options import SamplingParams
 from specdec.base.terminal import as_text, note, say
 from specdec.cli import shared
@@ -180,7 +180,9 @@ def _asker() -> Callable[[], str]:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
     except ModuleNotFoundError:
-        raise SpecDecError("'prompt_toolkit' is not installed; install it: pip install 'specdec-m2r2[serve]'") from None
+        raise SpecDecError(
+            f"specdec chat needs 'prompt_toolkit', which is not installed; {how_to_install('serve')}"
+        ) from None
     session: PromptSession[str] = PromptSession(
         history=_history(), completer=WordCompleter(list(COMMANDS), sentence=True), complete_while_typing=False
     )

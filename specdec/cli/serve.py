@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from specdec.base import options, terminal
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, how_to_install
 from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.cli.shared import panel
@@ -178,7 +178,7 @@ def serve(
 
 
 def _not_installed(error: ModuleNotFoundError) -> SpecDecError:
-    return SpecDecError(f"'{error.name}' is not installed; install the server: pip install 'specdec-m2r2[serve]'")
+    return SpecDecError(f"the server needs '{error.name}', which is not installed; {how_to_install('serve')}")
 
 
 def _listed(flag: str, text: str) -> list[str]:

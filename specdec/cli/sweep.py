@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, how_to_install
 from specdec.base.files import find_config
 from specdec.base.terminal import duration, say, tell
 from specdec.cli import shared
@@ -144,7 +144,7 @@ def report(
             from specdec.bench.report import write_page  # heavy
         except ImportError:
             raise SpecDecError(
-                "the page needs matplotlib; pip install 'specdec-m2r2[plot]', or use --format csv, markdown or json"
+                f"the page needs matplotlib; {how_to_install('plot')}, or use --format csv, markdown or json"
             ) from None
         page = write_page(results, folder)
     table = results.table()

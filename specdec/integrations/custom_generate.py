@@ -20,13 +20,19 @@ from specdec.speculation import registry
 
 FOLDER, DRAFTER = "custom_generate", "drafter"
 COMPARED = 16  # tokens that are decoded in both ways
-REQUIREMENTS = "specdec-m2r2\n"
 GENERATE = '''"""Speculative decoding with specdec: model.generate(...) as usual."""
 
 from pathlib import Path
 
-from specdec.integrations.transformers import SpecGenerate
 from transformers.utils import cached_file
+
+try:
+    from specdec.integrations.transformers import SpecGenerate
+except ImportError:
+    raise ImportError(
+        "this repository decodes with specdec (the distribution specdec-m2r2), which is not installed and is on no "
+        "package index; run pip install . in a clone of it, or pip install its wheel"
+    ) from None
 
 DRAFTER, FILES = {drafter!r}, {files!r}  # files of the drafter in this repository
 _made = {{}}
@@ -51,8 +57,10 @@ tags:
 
 # {title}
 
-`generate` decodes speculatively with [specdec](https://pypi.org/project/specdec-m2r2), drafter `{drafter}`. Greedy
-output is that of plain decoding; samples have the model's distribution. Beams are refused.
+`generate` decodes speculatively with specdec, drafter `{drafter}`. Greedy output is that of plain decoding, and
+samples have the model's distribution. Beams are refused.
+
+specdec is not on PyPI. Install it with `pip install .` in a clone of its repository, or from a wheel.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,7 +92,6 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
         place = "first" if source is not None and Path(source).is_file() else "first.parent"
         made = {"drafter": name if files else drafter, "files": tuple(path.name for path in files), "place": place}
         (where / "generate.py").write_text(GENERATE.format(**made), "utf-8")
-        (where / "requirements.txt").write_text(REQUIREMENTS, "utf-8")
         if model is not None:
             model = as_transformers(model[0]), model[1]
             _save(*model, output)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.base.errors import ConstraintError, SpecDecError
+from specdec.base.errors import ConstraintError, SpecDecError, how_to_install
 from specdec.kvcache.prefix import common
 
 LONGEST = 2**16  # maximum characters of a schema, an expression or a grammar
@@ -160,7 +160,7 @@ def compile_constraint(
         from llguidance import LLMatcher, LLParserLimits
     except ImportError:
         raise SpecDecError(
-            "a constraint needs the package llguidance; install it: pip install 'specdec-m2r2[structured]'"
+            f"a constraint needs the package llguidance, which is not installed; {how_to_install('structured')}"
         ) from None
     if not isinstance(constraint, Constraint):
         raise SpecDecError(f"a constraint is a Json, Regex, Grammar or Choice; got {type(constraint).__name__}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from specdec.base import files, inputs
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, how_to_install
 from specdec.base.terminal import tell
 from specdec.models import drafter_folder, source
 from specdec.train.settings import TrainSettings, current, from_mapping
@@ -107,7 +107,7 @@ def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        tell(console, f"no {picture.name}: matplotlib is not installed (pip install 'specdec-m2r2[plot]')")
+        tell(console, f"no {picture.name}: matplotlib is not installed; {how_to_install('plot')}")
         return
     lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.strip()]
     updates = [line for line in lines if "loss" in line]

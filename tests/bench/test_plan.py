@@ -414,7 +414,7 @@ def test_a_broken_line_is_told_with_its_number(sweep, counted: Counter, tmp_path
 
 @pytest.mark.slow
 def test_a_real_local_ray_with_two_workers_measures_the_same_cells(sweep, grid: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="ray is not installed")
     more = "resources: {cpus: 1, workers: 2}\n"
     grid.write_text(grid.read_text() + more)
     changes = ["drafter=prompt-lookup,medusa", "repetitions=3"]
@@ -437,11 +437,11 @@ def test_a_real_local_ray_with_two_workers_measures_the_same_cells(sweep, grid: 
 
 
 def test_no_ray_is_one_line(sweep, grid: Path, monkeypatch) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="ray is not installed")
     start = time.perf_counter()
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
         error = one_line_error(sweep("--launcher", "ray", "--ray-address", address))
         assert f"no Ray cluster at '{address}'" in error and "--ray-address" in error
     assert time.perf_counter() - start < 30
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "pip install 'specdec-m2r2[ray]'" in one_line_error(sweep("--launcher", "ray"))
+    assert "pip install -e '.[ray]'" in one_line_error(sweep("--launcher", "ray"))

@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,10 @@ from specdec import cli
 from specdec.base.files import shipped_configs
 from specdec.bench.cell import Cell
 from specdec.bench.plan import Plan, Resources, load_plan
-from specdec.bench.report import PAGE
 from specdec.bench.store import Store
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+PAGE = import_module("specdec.bench.report").PAGE
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
@@ -196,7 +197,7 @@ def test_bad_folders_are_one_line(tmp_path: Path, make, words: str) -> None:
 def test_a_page_without_matplotlib_is_one_line(folder: Path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "specdec.bench.report", None)
     outcome = report(folder)
-    assert outcome.exit_code == 2 and "pip install 'specdec-m2r2[plot]'" in outcome.stderr
+    assert outcome.exit_code == 2 and "pip install -e '.[plot]'" in outcome.stderr
     assert report(folder, "--format", "markdown").exit_code == 0
 
 

@@ -264,7 +264,7 @@ LOSSY = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.0}}
 
 
 def test_a_lossy_rule_is_compared_with_the_full_model(cell, folder: Path) -> None:
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     made: list[BenchRequest] = []
     run = BenchRun([cell(drafter="early-exit", **LOSSY)], Decoders(), record=made.append)
     run.execute()
@@ -290,12 +290,12 @@ def test_a_lossy_rule_is_compared_with_the_full_model(cell, folder: Path) -> Non
 
 
 def test_a_lossy_rule_is_named_in_the_table(bench, monkeypatch) -> None:
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     rule = ["--verifier", "confident", "--verifier-option", "exit_threshold=0.0", "--limit", "1"]
     result = bench(*rule, drafters="none,early-exit")
     assert result.exit_code == 0 and "(lossy)" in result.stdout and "ROUGE-L" in result.stdout
     monkeypatch.setattr("specdec.bench.figures.importlib.util.find_spec", lambda name: None)
-    assert "rouge-score; pip install" in one_line_error(bench(*rule, drafters="none,early-exit"))
+    assert "rouge-score; run pip install" in one_line_error(bench(*rule, drafters="none,early-exit"))
 
 
 def test_what_does_not_fit_the_context_is_told_and_left_out(file: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ have says so in its title (``NEEDS``); its commands are parsed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -124,7 +125,7 @@ def here(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def install(words: list[str]) -> None:
     """What pip is told to install: this clone with extras that there are, and packages that are published."""
-    for word in words:
+    for word in itertools.takewhile(lambda word: not set(word) <= set("|;&"), words):
         own = re.fullmatch(r"\.(?:\[(.+)\])?", word)
         wheel = f"dist/specdec_m2r2-{__version__}-py3-none-any.whl"
         assert own or word in ("-e", wheel, "llama-cpp-python"), f"pip install {word}"

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
 from servers import Server, serving, tiny_decoder
 
 from specdec.serve.app import PAGE
 
+browser = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect, sync_playwright = browser.expect, browser.sync_playwright
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT = 600_000  # milliseconds
 GONE = "The server does not answer, or the connection was lost; check that the server runs."

@@ -375,4 +375,4 @@ def test_without_matplotlib_the_package_is_named_with_its_extra(tmp_path: Path, 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = io.StringIO()
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "training.png", Console(file=out, width=200))
-    assert "pip install 'specdec-m2r2[plot]'" in out.getvalue()
+    assert "pip install -e '.[plot]'" in out.getvalue()
