@@ -154,6 +154,7 @@ def serve(
             from specdec.api.decoder import SpecDecoder
 
             try:
+                from specdec.serve.abilities import abilities
                 from specdec.serve.app import make_app
             except ModuleNotFoundError as error:
                 raise _not_installed(error) from None
@@ -171,6 +172,7 @@ def serve(
             )
             engines.enter_context(engine)
             app = make_app(decoder, engine, settings, (lambda line: None) if quiet else say)
+        say(abilities(decoder.tokenizer))
         return app, f"{settings.name} with {decoder.drafter.label} is served at {address(listener)}"
 
     with engines:

@@ -18,6 +18,7 @@ from tiny import tiny_model
 import specdec
 from specdec import SpecDecoder
 from specdec.models import catalogue
+from specdec.runtimes import fused
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 
@@ -95,6 +96,27 @@ def test_the_page_on_configuration_lists_every_variable() -> None:
     read = {name for path in sources for name in re.findall(r'"(SPECDEC_[A-Z_]+)"', path.read_text("utf-8"))}
     page = (ROOT / "docs/configuration.md").read_text("utf-8")
     assert read == set(re.findall(r"^\| `(SPECDEC_[A-Z_]+)`", page, re.MULTILINE))
+
+
+def test_the_page_on_configuration_lists_every_instruction_set() -> None:
+    """Those of both processors, whichever runs the test."""
+    source = (ROOT / "specdec/runtimes/native/library.py").read_text("utf-8")
+    [line] = re.findall(r"^LEVELS = (.+)$", source, re.M)
+    [told] = re.findall(r"^\| `SPECDEC_NATIVE` \| (.+) \|$", (ROOT / "docs/configuration.md").read_text("utf-8"), re.M)
+    assert set(re.findall(r'"(\w+)"', line)) - {"aarch64", "arm64"} == set(re.findall(r"`(\w+)`", told))
+
+
+def test_the_pages_name_the_families_of_the_fused_runtime() -> None:
+    [row] = re.findall(r"^\| `fused` \| (.+?) and (.+?);", (ROOT / "docs/runtimes.md").read_text("utf-8"), re.M)
+    named = [name.lower() for name in [*row[0].split(", "), row[1].removesuffix(" 1")]]
+    assert sorted(named) == sorted(fused.FAMILIES)
+
+
+def test_the_page_on_installation_lists_every_embedded_model() -> None:
+    listed = re.findall(
+        r"^\| `([\w.-]+)` \| [^|]+ \| [\d.]+ [MG]B \|$", (ROOT / "docs/install.md").read_text("utf-8"), re.M
+    )
+    assert listed == list(catalogue.EMBEDDED)
 
 
 def test_the_page_on_extending_names_what_a_runtime_must_have() -> None:
