@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -29,14 +28,13 @@ from specdec.serve.clients import Client, Clients
 from specdec.serve.errors import ErrorBody, add_handlers, sent_as
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import IGNORED, AccessLog, AllowedHosts, ApiKey
+from specdec.serve.page import build
 from specdec.serve.request import GenerationRequest
 from specdec.serve.responses import InputBody, ResponsesAnswer, ResponsesBody, Store, page_of
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
 from specdec.serve.settings import ServerSettings
 
-PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 DRAFTER = "X-Specdec-Drafter"
 MakeAnswer = Callable[[Prepared, list[ResponseChoice], str], Answer]
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -203,7 +201,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    page = PAGE.read_text("utf-8")
+    page, policy = build()
     model = {
         "id": service.settings.name,
         "object": "model",
@@ -217,7 +215,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

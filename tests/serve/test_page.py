@@ -1,51 +1,41 @@
-"""The page: it needs no other host, says what it is to screen readers, and works in a browser, also a narrow one."""
+"""The page in a browser: a chat, also on a narrow screen and with the keyboard alone."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import Server, serving, tiny_decoder
+from servers import Replay, Server, byte_tokenizer, serving, stand_in, tiny_decoder
 
-from specdec.serve.app import PAGE
+from specdec.engine.request import Event, Request
 
 browser = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect, sync_playwright = browser.expect, browser.sync_playwright
+expect = browser.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT = 600_000  # milliseconds
 GONE = "The server does not answer, or the connection was lost; check that the server runs."
 POLICY = "Content Security Policy"  # what the console's errors about it have in them
-no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+MARKDOWN = """A *list*:
 
+1. **one** `two`
+2. <img src="http://elsewhere/x" onerror="alert(1)"> [link](javascript:alert(1)) ![picture](http://elsewhere/y)
 
-class Elements(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str]]] = []
+```python
+if a < b:
+    print("a & b")
+```
 
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.found.append((tag, {key: value or "" for key, value in attrs}))
-
-
-def test_the_page_names_what_it_has_and_fetches_nothing_from_elsewhere() -> None:
-    text = PAGE.read_text("utf-8")
-    page = Elements()
-    page.feed(text)
-    assert "http://" not in text and "https://" not in text and "innerHTML" not in text
-    assert all(a.get("src") is None and a.get("href", "data:,") == "data:," for _, a in page.found)
-    labels = {a["for"] for tag, a in page.found if tag == "label" and "for" in a}
-    fields = {a["id"] for tag, a in page.found if tag in ("input", "textarea") and a.get("type") != "checkbox"}
-    assert fields == labels
-    ids = {a["id"] for _, a in page.found if "id" in a}
-    for _, a in page.found:
-        assert all(name in ids for key in ("aria-labelledby", "aria-describedby") for name in a.get(key, "").split())
-    assert ("html", {"lang": "en"}) in page.found and {"status", "alert"} <= {a.get("role") for _, a in page.found}
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +47,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @contextmanager
 def opened(url: str) -> Iterator[Any]:
     """The page at ``url``, of which the browser must have nothing to complain."""
-    with sync_playwright() as p:
-        browser, problems = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT), []
-        page = browser.new_page(viewport={"width": 400, "height": 800})
+    with browser.sync_playwright() as p:
+        chromium, problems = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT), []
+        page = chromium.new_page(viewport={"width": 400, "height": 800})
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: POLICY in message.text and problems.append(message.text))
         page.on("request", lambda r: r.url.startswith((url, "data:")) or problems.append(r.url))
@@ -67,7 +57,7 @@ def opened(url: str) -> Iterator[Any]:
         page.goto(url)
         yield page
         assert problems == []
-        browser.close()
+        chromium.close()
 
 
 @pytest.fixture
@@ -76,51 +66,170 @@ def page(server: Server) -> Iterator[Any]:
         yield found
 
 
-@no_browser
-@pytest.mark.slow
-def test_the_page_streams_text_with_its_drafts_and_compares(server: Server, page: Any) -> None:
-    page.get_by_label("Prompt", exact=True).fill("ab ab ab ab ab ab")
-    page.get_by_label("Most new tokens").fill("60")
-    page.get_by_label("Decode plainly").check()
-    page.keyboard.press("Control+Enter")
+@pytest.fixture
+def scripted() -> Iterator[Callable[[Callable[[Request], str]], Any]]:
+    """Opens the page of a server that answers with the given text, every second byte drafted."""
+    with ExitStack() as stack:
+
+        def made(text: Callable[[str], str]) -> Any:
+            tokenizer = byte_tokenizer()
+
+            def events(request: Request) -> list[Event]:
+                ids = tokenizer(text(tokenizer.decode(request.prompt))).input_ids
+                return [Event(ids, "eos", depths=[number % 2 for number in range(len(ids))])]
+
+            served = stack.enter_context(serving(stand_in(tokenizer), Replay(events)))
+            return stack.enter_context(opened(served.url))
+
+        yield made
+
+
+def say(page: Any, text: str) -> None:
+    """Send a message with the keyboard, and wait for the answer."""
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+    done(page)
+
+
+def done(page: Any) -> None:
     expect(page.get_by_role("status")).to_have_text(re.compile("^Done"), timeout=TIMEOUT)
-    assert len(page.inner_text("#text").replace("\n", "")) > 30
-    assert page.text_content("#text") == page.text_content("#plain-text")
-    assert page.inner_text("#same") == "yes" and page.inner_text("#drafter") == "prompt-lookup"
-    assert float(page.inner_text("#length")) >= 1 and page.inner_text("#count") == "60"
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def set_up(page: Any, **fields: str) -> None:
+    """Fill in fields of the settings by a part of their label."""
+    page.get_by_text("Settings").click()
+    for label, text in fields.items():
+        page.get_by_label(label.replace("_", " ")).fill(text)
+
+
+def turns(page: Any) -> list[str]:
+    return [text.strip() for text in page.locator("article .text").all_text_contents()]
+
+
+def test_the_page_streams_text_with_its_drafts_and_compares(page: Any) -> None:
+    set_up(page, Most_new_tokens="60")
+    page.get_by_label("Decode each answer plainly").check()
+    say(page, "ab ab ab ab ab ab")
+    drafted, plain = page.locator("article .drafted"), page.locator("article .plain")
+    assert len(drafted.locator(".text").inner_text().replace("\n", "")) > 30
+    assert drafted.locator(".text").text_content() == plain.locator(".text").text_content()
+    assert "Same text yes" in plain.inner_text() and "Drafter: prompt-lookup" in drafted.inner_text()
+    assert float(re.findall(r"Mean acceptance length ([\d.]+)", drafted.inner_text())[0]) >= 1
+    assert "Tokens 60" in drafted.inner_text()
+    assert drafted.locator(".text span[class^=d]").count() > 0 == plain.locator(".text span[class^=d]").count()
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    assert page.locator("#plain-text span[class^=d]").count() == 0
 
 
-@no_browser
-@pytest.mark.slow
-def test_the_page_stops_and_says_what_is_wrong(server: Server, page: Any) -> None:
-    page.get_by_label("Prompt", exact=True).fill("Go on.")
-    page.get_by_label("Most new tokens").fill("3900")
-    page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#text")).to_have_text(re.compile(r"\S{3}"), timeout=TIMEOUT)
+def test_markdown_is_shown_and_what_could_run_is_not(scripted: Any) -> None:
+    page = scripted(lambda prompt: MARKDOWN)
+    say(page, "<b>Go on.</b>")
+    assert turns(page)[0] == "<b>Go on.</b>"
+    text = page.locator("article .markdown")
+    assert text.locator("ol > li").count() == 2 and text.locator("strong").inner_text() == "one"
+    assert text.locator("td").all_text_contents() == ["1", "2"]  # no colour stands between cells
+    assert text.locator("img, script").count() == 0 and 'onerror="alert(1)"' in text.inner_text()
+    assert "javascript" not in (text.locator("a").first.get_attribute("href") or "")
+    assert text.locator("pre").inner_text().strip() == 'if a < b:\n    print("a & b")'
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    text.get_by_role("button", name="Copy code").click()
+    expect(text.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == 'if a < b:\n    print("a & b")\n'
+
+
+def test_letters_have_the_colour_of_their_tokens(scripted: Any) -> None:
+    """Every second byte is drafted, also where marks between them are not shown."""
+    page = scripted(lambda prompt: MARKDOWN[:25])
+    say(page, "Go on.")
+    coloured = "".join(page.locator("article .markdown span.d1").all_text_contents())
+    expected = [letter for number, letter in enumerate(MARKDOWN[:25]) if number % 2]
+    assert set("AlstoneB") & set(expected) <= set(coloured) | set("B")
+    shown = page.locator("article .markdown").inner_text()
+    assert [c for c in coloured if c.isalpha()] == [c for c in expected if c.isalpha() and c in shown]
+    page.get_by_text("Settings").click()
+    page.get_by_label("Colour drafted tokens").uncheck()
+    assert page.locator("#legend").is_hidden()
+    look = page.locator("article .markdown span.d1").first.evaluate("found => getComputedStyle(found).backgroundColor")
+    assert look == "rgba(0, 0, 0, 0)"
+
+
+def test_a_conversation_has_turns_a_system_prompt_and_stays_in_the_browser(scripted: Any) -> None:
+    prompts: list[str] = []
+    page = scripted(lambda prompt: prompts.append(prompt) or f"answer {len(prompts)}")
+    set_up(page, System_prompt="Be brief.")
+    say(page, "first")
+    say(page, "second")
+    assert prompts == ["Be brief.first", "Be brief.firstanswer 1second"]
+    assert turns(page) == ["first", "answer 1", "second", "answer 2"]
+    page.reload()
+    assert turns(page) == ["first", "answer 1", "second", "answer 2"]
+    page.get_by_role("button", name="Retry").last.click()
+    done(page)
+    assert prompts[2] == prompts[1] and turns(page)[3] == "answer 3"
+    page.get_by_role("button", name="Edit").first.click()
+    page.get_by_label("Edit message").fill("other")
+    page.keyboard.press("Enter")
+    done(page)
+    assert turns(page) == ["other", "answer 4"] and prompts[3] == "Be brief.other"
+    page.get_by_role("button", name="New chat").click()
+    assert turns(page) == []
+    page.reload()
+    assert turns(page) == []
+
+
+def test_the_page_is_used_with_the_keyboard(scripted: Any) -> None:
+    page = scripted(lambda prompt: "yes")
+    page.keyboard.type("one")  # the field has the focus
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    page.keyboard.press("Enter")
+    done(page)
+    assert turns(page) == ["one\ntwo", "yes"]
+    page.keyboard.press("Shift+Tab")  # from the field back: Retry, Copy, Edit
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Shift+Tab")
+    expect(page.get_by_role("button", name="Edit")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Edit message")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Edit")).to_be_focused()
+    assert turns(page) == ["one\ntwo", "yes"]
+
+
+def test_the_page_stops_and_says_what_is_wrong(page: Any) -> None:
+    set_up(page, Most_new_tokens="3900")
+    page.get_by_label("Message", exact=True).fill("Go on.")
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator("article .markdown")).to_have_text(re.compile(r"\S{3}"), timeout=TIMEOUT)
     page.keyboard.press("Escape")
     expect(page.get_by_role("status")).to_have_text("Stopped.", timeout=TIMEOUT)
-    page.get_by_label("Prompt", exact=True).fill("x" * 5000)
-    page.get_by_role("button", name="Generate").click()
+    assert "stopped" in page.locator("article .figures").inner_text()
+    page.get_by_label("Message", exact=True).fill("x" * 5000)
+    page.get_by_role("button", name="Send", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("tokens", timeout=TIMEOUT)
+    assert page.get_by_role("button", name="Retry").last.is_visible()
 
 
-@no_browser
-@pytest.mark.slow
 def test_the_pages_own_policy_allows_its_icon(page: Any) -> None:
     """The icon itself may be fetched out of a page's sight."""
     shown = "link => new Promise(end => Object.assign(new Image(), {onload: end, onerror: end, src: link.href}))"
     page.locator("link[rel=icon]").evaluate(shown)  # what the policy forbids is a problem in the console
 
 
-@no_browser
-@pytest.mark.slow
+def test_what_the_browser_keeps_may_be_of_any_kind(server: Server, page: Any) -> None:
+    turn = {"role": "assistant", "text": "It is."}
+    for stored in ("{", "null", json.dumps({"turns": 3}), json.dumps({"turns": [turn], "fields": {}})):
+        page.evaluate("text => localStorage.setItem('specdec.chat', text)", stored)
+        page.reload()
+        expect(page.locator("#model")).to_have_text("tiny", timeout=TIMEOUT)
+        assert turns(page) == []
+
+
 def test_a_server_that_is_gone_is_said_so_in_one_sentence(tmp_path: Path) -> None:
-    with ExitStack() as browser:
+    with ExitStack() as stack:
         with serving(tiny_decoder(tmp_path)) as server:
-            page = browser.enter_context(opened(server.url))
+            page = stack.enter_context(opened(server.url))
             expect(page.locator("#model")).to_have_text("tiny", timeout=TIMEOUT)
-        page.get_by_label("Prompt", exact=True).fill("Go on.")
-        page.get_by_role("button", name="Generate").click()
+        page.get_by_label("Message", exact=True).fill("Go on.")
+        page.get_by_role("button", name="Send", exact=True).click()
         expect(page.get_by_role("alert")).to_have_text(GONE, timeout=TIMEOUT)
