@@ -40,8 +40,10 @@ RepetitionPenalty = Annotated[
     Field(description="Above 1 discourages repetition, 1 is off; if not given, the model's own."),
 ]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED, description="Same seed, same text.")]
-FrequencyPenalty = Annotated[Penalty, Field(description="Taken from a token's logit for each time it has come.")]
-PresencePenalty = Annotated[Penalty, Field(description="Taken from the logit of each token that has come.")]
+FrequencyPenalty = Annotated[
+    Penalty, Field(description="Subtracted from a token's logit for each time that it has occurred.")
+]
+PresencePenalty = Annotated[Penalty, Field(description="Subtracted from the logit of each token that has occurred.")]
 LogitBias = Annotated[
     Mapping[Annotated[Whole, Field(ge=0)], Bias] | None,
     Field(
@@ -51,7 +53,7 @@ LogitBias = Annotated[
 ]
 
 # What the text is, and where it ends
-MaxNewTokens = Annotated[Count, Field(description="Most new tokens; the model's context bounds them, too.")]
+MaxNewTokens = Annotated[Count, Field(description="Largest number of new tokens; the model's context limits it, too.")]
 Stop = Annotated[str | Sequence[str], Field(description="End before this text; repeatable.")]
 MinNewTokens = Annotated[
     Whole, Field(ge=0, description="Least new tokens: no end token and no stop string ends the text before.")

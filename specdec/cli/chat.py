@@ -42,8 +42,10 @@ def chat(
     learn: shared.Learn = None,
     sampling: shared.SamplingFlags = shared.SamplingFlags(),
     system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
-    max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens of an answer.", "N", min=1)] = 1024,
-    quiet: Annotated[bool, _output("--quiet", "No figures after an answer, no colours.")] = False,
+    max_new_tokens: Annotated[
+        int, _text("--max-new-tokens", "Largest number of new tokens of an answer.", "N", min=1)
+    ] = 1024,
+    quiet: Annotated[bool, _output("--quiet", "Print no figures after an answer and no colours.")] = False,
 ) -> None:
     """Chat with a model in the terminal. Colours show the depth in the draft, Ctrl-C stops an answer."""
     loading.check()

@@ -48,7 +48,8 @@ def generate(
         _model("--expert-cache", "Keep this share (0.25) or size (300MB) of a mixture's experts in memory.", "SIZE"),
     ] = None,
     expert_prefetch: Annotated[
-        bool, _model("--expert-prefetch", "Read experts ahead, by forecasts that teach themselves.")
+        bool,
+        _model("--expert-prefetch", "Read experts ahead of their use; forecasts are learned while the model runs."),
     ] = False,
     system: Annotated[str | None, _text("--system", options.System, "TEXT")] = None,
     raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
@@ -67,10 +68,10 @@ def generate(
     presence_penalty: Annotated[float, _sampling("--presence-penalty", options.PresencePenalty, "P")] = 0.0,
     logit_bias: Annotated[list[str] | None, _sampling("--logit-bias", options.LogitBias, "TOKEN=BIAS")] = None,
     compare: Annotated[
-        bool, _output("--compare", "Also decode plainly: speedup, and is the output identical?")
+        bool, _output("--compare", "Also decode plainly; print the speedup and whether the output is identical.")
     ] = False,
     as_json: Annotated[bool, _output("--json", "Print one JSON object instead of streaming.")] = False,
-    quiet: Annotated[bool, _output("--quiet", "No statistics.")] = False,
+    quiet: Annotated[bool, _output("--quiet", "Print no statistics.")] = False,
     verbose: Annotated[bool, _output("--verbose", "More statistics, warnings, tracebacks.")] = False,
 ) -> None:
     """Generate text. Text streams to stdout; statistics go to stderr."""

@@ -35,7 +35,7 @@ class _ModelFirst(TyperGroup):
 app = typer.Typer(
     cls=_ModelFirst,
     no_args_is_help=True,
-    help="Drafters that teach themselves: what they know, and teaching them ahead of time ('specdec learn MODEL').",
+    help="Drafters that learn from texts: what they have learned, and learning ahead of time ('specdec learn MODEL').",
 )
 
 

@@ -38,7 +38,12 @@ def serve(
     ] = None,
     api_key: Annotated[
         str | None,
-        _server("--api-key", "Key that clients must send; prefer the variable.", "KEY", envvar="SPECDEC_API_KEY"),
+        _server(
+            "--api-key",
+            "Key that clients must send; the variable hides it from other users.",
+            "KEY",
+            envvar="SPECDEC_API_KEY",
+        ),
     ] = None,
     api_keys: Annotated[
         Path | None, _server("--api-keys", "YAML file of keys with names and limits; see docs/agents.md.", "FILE")
@@ -56,7 +61,7 @@ def serve(
         list[str] | None,
         _server("--allowed-hosts", "Further host name of the server; '*': any; repeatable.", "HOST"),
     ] = None,
-    quiet: Annotated[bool, _server("--quiet", "No line for each request.")] = False,
+    quiet: Annotated[bool, _server("--quiet", "Print no line for each request.")] = False,
     log_requests: Annotated[
         bool, _server("--log-requests", "Write prompts and answers into the log.", also="--enable-log-requests")
     ] = False,
@@ -83,7 +88,8 @@ def serve(
         int | None, _limits("--max-prompt-tokens", "Longest prompt; default: the model's context.", "N", min=1)
     ] = None,
     max_tokens: Annotated[
-        int | None, _limits("--max-tokens", "Most new tokens of a choice; default: the model's context.", "N", min=1)
+        int | None,
+        _limits("--max-tokens", "Largest number of new tokens of a choice; default: the model's context.", "N", min=1),
     ] = None,
     max_choices: Annotated[
         int, _limits("--max-choices", "Most choices of a request: its prompts times n.", "N", min=1)
@@ -93,7 +99,7 @@ def serve(
     ] = 1024,
     max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
 ) -> None:
-    """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, Prometheus metrics (extra 'serve')."""
+    """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, metrics. Needs the extra 'serve'."""
     model = loading.model
     if speculative_config is not None:
         drafter, num_speculative_tokens = _speculative(speculative_config, drafting.drafter, num_speculative_tokens)

@@ -53,9 +53,7 @@ Revision = Annotated[str | None, _model("--revision", "Branch, tag or commit of 
 TrustRemoteCode = Annotated[bool, _model("--trust-remote-code", "Run Python code that comes with the model.")]
 Weights = Annotated[
     options.Weights,
-    _model(
-        "--weights", "auto, dense, or layers rounded to int8 or int4 (native runtime), which then are the base.", "KIND"
-    ),
+    _model("--weights", "auto, dense, or int8 or int4: the model with its layers rounded (native runtime).", "KIND"),
 ]
 KVCache = Annotated[
     options.KVCacheFormat,
@@ -74,7 +72,7 @@ Drafter = Annotated[
     _model(
         "--drafter",
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or several "
-        "joined by +; auto: what 'specdec tune drafter' found for the model, else ngram+m2r2, shipped or self-taught.",
+        "joined by +; auto: what 'specdec tune drafter' found for the model, else ngram+m2r2.",
         "NAME",
     ),
 ]
@@ -86,7 +84,7 @@ Learn = Annotated[
     bool | None,
     _model(
         "--learn/--no-learn",
-        "Let a drafter that teaches itself learn from the texts, when there is time; by default serve and chat do.",
+        "Let m2r2 learn from the texts while the machine is idle; serve and chat do so by default.",
     ),
 ]
 Verifier = Annotated[str, _model("--verifier", "exact, or a lossy acceptance rule: typical, confident.", "NAME")]
@@ -113,7 +111,7 @@ DataDir = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Number of conversations, evenly spaced over the set; default: all.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Largest number of new tokens of an answer.")]
 Depth = Annotated[str, typer.Option("--num-speculative-tokens", metavar="K", help=options.description(options.Depth))]
 Temperature = Annotated[float, _sampling("--temperature", options.Temperature, "T")]
 TopP = Annotated[float, _sampling("--top-p", options.TopP, "P")]

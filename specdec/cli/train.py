@@ -19,10 +19,11 @@ def run(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the drafter and the state of the run.")],
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of prompts or token-id answers, or plain lines; .gz too.")
+        list[Path] | None, typer.Option(help="JSONL of prompts or token-id answers, or plain lines; may end in .gz.")
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Files of plain text to train on, with or without prompts; .gz too.")
+        list[Path] | None,
+        typer.Option(help="Files of plain text to train on, with or without prompts; may end in .gz."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a name, a folder or a Hugging Face id.")] = None,
     preset: Annotated[

@@ -26,7 +26,7 @@ def drafter(
         str | None, typer.Option(metavar="NAMES", help="Comma-separated drafters to try; default: all that fit.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of prompts, evenly spaced over the file.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most new tokens of an answer.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Largest number of new tokens of an answer.")] = 96,
     model: shared.Model = DEFAULT_MODEL,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",

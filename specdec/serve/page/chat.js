@@ -36,7 +36,7 @@ function recall() {
 
 const plainHtml = (text) => text.replace(/[&<>]/g, (c) => ({"&": "&amp;", "<": "&lt;", ">": "&gt;"}[c]));
 marked.use({gfm: true, breaks: true, renderer: {
-  html: ({text}) => plainHtml(text), // a model's HTML is text
+  html: ({text, block}) => block ? `<p>${plainHtml(text)}</p>` : plainHtml(text), // a model's HTML is text
   image: ({text}) => plainHtml(text), // nothing is fetched
 }});
 
@@ -60,8 +60,9 @@ function colour(shown, runs) {
   const source = runs.map(([, text]) => text).join(""), depths = runs.flatMap(([depth, text]) => Array(text.length).fill(depth));
   const walker = document.createTreeWalker(shown, NodeFilter.SHOW_TEXT), nodes = [];
   while (walker.nextNode()) {
-    const around = walker.currentNode.parentElement; // none: at the top
-    if (!around?.matches("table, thead, tbody, tr, ul, ol") && !around?.closest(".code > .row")) nodes.push(walker.currentNode);
+    const around = walker.currentNode.parentElement;
+    const between = around === shown || around.matches("table, thead, tbody, tr, ul, ol"); // blocks: white space only
+    if (!between && !around.closest(".code > .row")) nodes.push(walker.currentNode);
   }
   let place = 0, depth = 0;
   for (const node of nodes) {
