@@ -7,7 +7,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /specdec
 FROM python:3.11-slim-bookworm
 RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
 COPY --from=build /wheels /wheels
-RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[serve,structured]"
+RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[serve]"
 RUN useradd --create-home specdec && install -d -o specdec -g specdec /cache
 ENV SPECDEC_CACHE=/cache HF_HOME=/cache/huggingface
 USER specdec
