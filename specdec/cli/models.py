@@ -41,7 +41,7 @@ def models(
 
 @app.command(epilog="Example: specdec models pull qwen2.5-coder-0.5b-instruct")
 def pull(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, GGUF file, ORG/REPO:file.gguf or ORG/REPO.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, GGUF file, ORG/REPO:NAME or ORG/REPO.")],
     revision: shared.Revision = None,
 ) -> None:
     """Get a model ahead of time: download it, check it, and write its tokenizer into the cache."""

@@ -6,6 +6,7 @@ file of the user's own does not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -35,12 +36,13 @@ def cached_models() -> list[CachedModel]:
     found = [CachedModel(name, paths) for name in EMBEDDED if (paths := _embedded(name))]
     for manifest in sorted(cache_dir().glob(f"models/*/{MANIFEST}")):
         try:
-            file = json.loads(manifest.read_text("utf-8")).get("gguf")
-        except (OSError, ValueError, AttributeError):  # made again at its next use
+            made_of = json.loads(manifest.read_text("utf-8"))
+            files = [made_of.get("gguf"), *(path for path, *_ in made_of.get("parts", ()))]
+        except (OSError, ValueError, TypeError, AttributeError):  # made again at its next use
             continue
-        if isinstance(file, str):
-            name, parts = _in_hub(Path(file))
-            found.append(CachedModel(name, (manifest.parent, *parts)))
+        if all(isinstance(file, str) for file in files):
+            names, parts = zip(*(_in_hub(Path(file)) for file in files), strict=True)
+            found.append(CachedModel(names[0], (manifest.parent, *itertools.chain(*parts))))
     return found
 
 

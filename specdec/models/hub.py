@@ -42,6 +42,21 @@ def snapshot_download(*args: Any, **more: Any) -> str:
     return str(download(*args, **more))
 
 
+def list_files(kind: str, repository: str, revision: str | None) -> list[str]:
+    """The files of a repository; without a network those of it in Hugging Face's cache. Arguments: as of ``fetch``."""
+    from huggingface_hub import HfApi  # heavy
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return list(HfApi().list_repo_files(repository, revision=revision))
+    except (HFValidationError, HfHubHTTPError):  # also an unknown repository, which ``fetch`` explains
+        fetch(kind, repository, revision, [CONFIG])
+        raise SpecDecError(f"cannot list the files of {kind} '{repository}' on Hugging Face; try again") from None
+    except Exception:  # no network; the type depends on the HTTP library
+        folder = fetch(kind, repository, revision, [CONFIG])
+        return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
+
+
 def fetch(kind: str, repository: str, revision: str | None, files: list[str], hint: str = "") -> Path:
     """Download ``files`` (patterns); return their folder in Hugging Face's cache. Without a network, use the cache.
 

@@ -108,10 +108,10 @@ def _of_file(
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
     keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
-        state = packed.stamp(file.path)
+        state = packed.stamp(file.paths)
         model = gguf_model.build(source.name, file, found, dtype, keep_blocks)
         if keep_blocks:
-            model.origin = packed.Origin(source.folder, file.path, state, file.map())
+            model.origin = packed.Origin(source.folder, file.paths, state, file.maps)
         model.to(place)
         model.generation_config = config.read_generation(source.folder)
     return model

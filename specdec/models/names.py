@@ -8,8 +8,9 @@ from pathlib import Path
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.models.catalogue import EMBEDDED
 
-HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")  # ORG/REPO:file.gguf
-KNOWN = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:FILE"
+HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")  # ORG/REPO:NAME
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # a part of a split file, as llama.cpp names it
+KNOWN = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:NAME"
 DTYPES = "float32", "bfloat16", "float16"
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -28,9 +29,7 @@ def check_model(name: str, revision: str | None = None) -> None:
         return
     if name and path.is_dir():
         if not (path / "config.json").is_file():
-            found = sorted(path.glob("*.gguf"))
-            hint = f"; to load the GGUF file in it, give '{found[0]}'" if found else ""
-            raise SpecDecError(f"'{name}' is no model folder: config.json is missing{hint}")
+            gguf_in(path)
     elif path.is_file():
         if not is_gguf(path):
             raise SpecDecError(f"'{name}' is not a GGUF file; give a .gguf file, a model folder or a model's name")
@@ -43,6 +42,35 @@ def check_model(name: str, revision: str | None = None) -> None:
 def guess_model(name: str) -> str:
     """What the end of a message suggests for an unknown name."""
     return did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
+
+
+def gguf_in(folder: Path) -> Path:
+    """The only GGUF file in a folder, or the first part that is there of the only split one.
+
+    Raises SpecDecError if there is none, and names them if there are several.
+    """
+    found = dict[str, Path]()
+    for path in sorted(folder.glob("*.gguf")):
+        found.setdefault(whole_name(path.name), path)
+    if not found:
+        raise SpecDecError(f"'{folder}' is no model folder: config.json is missing, and there is no GGUF file")
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found.values())
+        raise SpecDecError(f"'{folder}' holds {len(found)} GGUF models; give one of them: {names}")
+    return next(iter(found.values()))
+
+
+def whole_name(name: str) -> str:
+    """A GGUF file's name without the number of its part."""
+    part = PART.fullmatch(name)
+    return f"{part[1]}.gguf" if part else name
+
+
+def part_paths(path: Path) -> list[Path]:
+    """All parts of the split file that ``path`` is a part of, by its name; else the path alone."""
+    if (part := PART.fullmatch(path.name)) is None:
+        return [path]
+    return [path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf") for number in range(1, int(part[3]) + 1)]
 
 
 def is_gguf(path: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,29 +30,39 @@ class Origin:
     """The GGUF file that a model's matrices are mapped from.
 
     folder: of the model's cache entry.
+    paths: of its parts.
     stamp: differs after any change of the file, and in another file that takes its place.
-    data: its mapped bytes.
+    maps: the mapped bytes of each part.
     """
 
     folder: Path
-    path: Path
+    paths: tuple[Path, ...]
     stamp: tuple[int, ...]
-    data: Tensor
+    maps: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return sum(map(len, self.maps))
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
 
     def place(self, matrix: Tensor) -> int | None:
-        """The first byte of a matrix in the file; None: the matrix is not, or not as a whole, in the mapping."""
-        if matrix.untyped_storage().data_ptr() != self.data.data_ptr() or not matrix.is_contiguous():
-            return None
-        return matrix.data_ptr() - self.data.data_ptr()
+        """The first byte of a matrix in the file, whose parts lie one behind the other; None: the matrix is not, or not
+        as a whole, in the mapping."""
+        begin = 0
+        for part in self.maps:
+            if matrix.untyped_storage().data_ptr() == part.data_ptr():
+                return begin + matrix.data_ptr() - part.data_ptr() if matrix.is_contiguous() else None
+            begin += len(part)
+        return None
 
 
-def stamp(path: Path) -> tuple[int, ...]:
-    """Size, times of change and number of a file. Its owner cannot set the last time, that of any change."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+def stamp(paths: Iterable[Path]) -> tuple[int, ...]:
+    """Size, times of change and number of files. Their owner cannot set the last time, that of any change."""
+    found = [path.stat() for path in paths]
+    return tuple(n for each in found for n in (each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino))
 
 
 def packed_bytes(folder: Path) -> int:

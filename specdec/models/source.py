@@ -20,7 +20,7 @@ from specdec.models import hub
 from specdec.models.catalogue import EMBEDDED
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, read_header
-from specdec.models.names import HUB_FILE, KNOWN, check_model, guess_model
+from specdec.models.names import HUB_FILE, KNOWN, check_model, gguf_in, guess_model, part_paths, whole_name
 from specdec.models.prepare import GGUF, prepare_embedded, prepare_gguf
 
 # Files of a repository: all but the weights are downloaded first, and safetensors when the weights are read.
@@ -81,27 +81,61 @@ def find_source(name: str, revision: str | None = None) -> Source:
         path = prepare_embedded(name)
         return Source(name, path, read_header(path / GGUF, name))
     if name and path.is_dir():
-        return Source(name, path)
+        if (path / "config.json").is_file():
+            return Source(name, path)
+        path = gguf_in(path)
     if path.is_file():
         file = read_header(path, name)
         if gguf_model.is_supported(file):
             return Source(name, prepare_gguf(name, file), file)
+        if len(file.paths) > 1:
+            raise SpecDecError(
+                f"cannot load model '{name}': split GGUF files of the architecture '{file.architecture}' are not "
+                "supported; join the parts with 'llama-gguf-split --merge'"
+            )
         return Source(name, path.parent, packed=path.name)
     if file_in_repository := HUB_FILE.fullmatch(name):
-        repository, member = file_in_repository.groups()
-        place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
-        by_hand = f"; get {place} by hand and give the path of the file instead"
-        path = hub.fetch("model", repository, revision, [member], by_hand) / member
-        if not path.is_file():
-            raise SpecDecError(f"'{repository}' has no file '{member}' on Hugging Face")
-        return find_source(str(path))
+        return find_source(str(_file_in_repository(*file_in_repository.groups(), revision)))
     return Source(name, _repository(name, revision), remote=True)
+
+
+def _file_in_repository(repository: str, member: str, revision: str | None) -> Path:
+    """A GGUF file of a repository, downloaded with all its parts. member: its path, or how ``_named`` finds it."""
+    if not member.endswith(".gguf"):
+        member = _named(repository, member, hub.list_files("model", repository, revision))
+    place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
+    by_hand = f"; get {place} by hand and give the path of the file instead"
+    parts = [str(path) for path in part_paths(Path(member))]
+    path = hub.fetch("model", repository, revision, parts, by_hand) / member
+    if not path.is_file():
+        raise SpecDecError(f"'{repository}' has no file '{member}' on Hugging Face")
+    return path
+
+
+def _named(repository: str, wanted: str, files: list[str]) -> str:
+    """The GGUF file that is called, or whose name ends with, ``wanted``, in any case; the first part of a split one.
+
+    wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M". Raises SpecDecError unless there is exactly one.
+    """
+    every = dict[str, str]()
+    for file in sorted(file for file in files if file.endswith(".gguf")):
+        every.setdefault(whole_name(file).removesuffix(".gguf").lower(), file)
+    name = wanted.lower()
+    found = [file for whole, file in every.items() if name in (whole, whole.rpartition("/")[2])]
+    if not found:
+        found = [file for whole, file in every.items() if whole.endswith((f"-{name}", f".{name}", f"_{name}"))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SpecDecError(f"'{repository}' has several GGUF files '{wanted}'; give one of them: {', '.join(found)}")
+    has = f"it has {', '.join(every.values())}" if every else "it has no GGUF files at all"
+    raise SpecDecError(f"'{repository}' has no GGUF file '{wanted}' on Hugging Face; {has}")
 
 
 def _repository(name: str, revision: str | None) -> Path:
     folder = hub.fetch("model", name, revision, PARTS, f"{guess_model(name)}; {KNOWN}")
     if not (folder / "config.json").is_file():
-        raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:FILE.gguf'")
+        raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:NAME'")
     return folder
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_hub import FakeHub
 from huggingface_hub import constants
 from safetensors.torch import save
 from tiny import save_tiny, tiny_model
@@ -29,70 +25,7 @@ from specdec.models import hub, identity
 from specdec.models.identity import fingerprint
 from specdec.speculation import registry
 
-REPOSITORY, COMMIT = "org/my-drafter", "a" * 40
-
-
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as loading needs: one commit of each repository."""
-
-    repositories: dict[str, dict[str, bytes]]
-    fetched: list[str]
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def answer(self, body: Any, status: int = 200, **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            name, revision = found.groups()
-            if name not in self.repositories:
-                return self.answer({"error": "none"}, 404, X_Error_Code="RepoNotFound")
-            if revision not in (None, "main", COMMIT, "v1"):
-                return self.answer({"error": "none"}, 404, X_Error_Code="RevisionNotFound")
-            files = [{"rfilename": n, "size": len(data)} for n, data in self.repositories[name].items()]
-            return self.answer({"id": name, "sha": COMMIT, "siblings": files})
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/.+", path):
-            held = self.repositories[found[1]]
-            return self.answer([{"type": "file", "path": n, "size": len(held[n]), "oid": "0" * 40} for n in held])
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            data = self.repositories[found[1]][found[2]]
-            self.fetched.append(found[2])
-            return self.answer(data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=COMMIT)
-        return self.answer({"error": "none"}, 404)
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
-    class Handler(FakeHub):
-        pass
-
-    Handler.repositories, Handler.fetched = {}, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    hub.fetch_drafter.cache_clear()
-    yield Handler
-    server.shutdown()
-    server.server_close()
-    hub.fetch_drafter.cache_clear()
+REPOSITORY = "org/my-drafter"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,41 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return tensors
+
+
+def split_gguf(path: Path, counts: list[int]) -> list[Path]:
+    """The file in parts of so many tensors each, as llama.cpp's ``gguf-split`` writes them: the first has all metadata,
+    others have only that of the split."""
+    reader, done = gguf.GGUFReader(path), 0
+    own = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    metadata = [b"".join(part.tobytes() for part in field.parts) for field in own.values()]
+    paths = [path.with_name(f"{path.stem}-{n:05}-of-{len(counts):05}.gguf") for n in range(1, len(counts) + 1)]
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    def padded(data: bytes) -> bytes:
+        return data + bytes(-len(data) % 32)
+
+    for number, (part, count) in enumerate(zip(paths, counts, strict=True)):
+        tensors, infos, data = reader.tensors[done : done + count], b"", b""
+        for each in tensors:
+            shape = [int(n) for n in each.shape]
+            infos += text(each.name) + struct.pack(
+                f"<I{len(shape)}QIQ", len(shape), *shape, each.tensor_type, len(data)
+            )
+            data += padded(each.data.tobytes())
+        split = [
+            text("split.no") + struct.pack("<IH", 2, number),
+            text("split.count") + struct.pack("<IH", 2, len(counts)),
+        ]
+        split.append(text("split.tensors.count") + struct.pack("<Ii", 5, len(reader.tensors)))
+        pairs = (metadata if number == 0 else []) + split
+        header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs)) + b"".join(pairs) + infos
+        part.write_bytes(padded(header) + data)
+        done += count
+    assert done == len(reader.tensors)
+    return paths
 
 
 def random_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator, most: float = 1e-2) -> np.ndarray:

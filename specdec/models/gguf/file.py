@@ -1,6 +1,7 @@
 """The header of a GGUF file: its metadata, and the type, shape and offset of each tensor. Reads no tensor.
 
-The file is untrusted: every count and offset is compared with the size of the file before it is used.
+A split file has several parts: the first has the metadata, and each has a part of the tensors. Files are
+untrusted: every count and offset is compared with the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
+from specdec.models.names import part_paths
 
 HEADER_BYTES = 1 << 28  # more than any header has
 MAX_ELEMENTS = 1 << 22  # of all arrays together
@@ -27,6 +29,7 @@ VERSIONS = 2, 3
 STRING, ARRAY = 8, 9  # types of metadata values; the other types are numbers
 NUMBERS = {kind: struct.Struct(f"<{code}") for kind, code in enumerate("BbHhIif?__Qqd") if code != "_"}
 U32, U64 = NUMBERS[4], NUMBERS[10]
+NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"  # of a part, of parts, in all of them
 ENDS, NOT_TEXT = "it ends within its header", "a string in it is not UTF-8 text"
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -69,17 +72,23 @@ class Strings(Sequence[str]):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of the file. kind: its ``gguf.GGMLQuantizationType``. shape: in PyTorch's order. offset: in the file."""
+    """A tensor of the file. kind: its ``gguf.GGMLQuantizationType``. shape: in PyTorch's order. offset: in its part.
+
+    part: the number of the part that has it, from 0 on.
+    """
 
     kind: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    path: Path
+    """paths: of the parts of the file, or its own alone. metadata: that of the first part."""
+
+    paths: tuple[Path, ...]
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
@@ -87,30 +96,63 @@ class GGUFFile:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
 
-    def map(self) -> Tensor:
-        """The file's bytes, uint8, mapped into memory, once."""
-        return self._data
-
     @functools.cached_property
-    def _data(self) -> Tensor:
-        return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
+    def maps(self) -> tuple[Tensor, ...]:
+        """The bytes of each part, uint8, mapped into memory."""
+        sizes = [path.stat().st_size for path in self.paths]
+        pairs = zip(self.paths, sizes, strict=True)
+        return tuple(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) for path, size in pairs)
+
+    def data(self, info: TensorInfo) -> Tensor:
+        """The bytes of a tensor."""
+        return self.maps[info.part][info.offset : info.offset + info.nbytes]
 
 
 def read_header(path: Path, name: str = "") -> GGUFFile:
-    """Read the header of a GGUF file. name: for messages. Raises SpecDecError if the file is broken."""
-    name = name or str(path)
+    """Read the header of a GGUF file, or those of all parts of a split one, of which ``path`` is any. name: for
+    messages. Raises SpecDecError if the file is broken or a part is missing."""
+    name, paths = name or str(path), part_paths(path)
+    if len(paths) == 1:
+        metadata, tensors = _read(path, name)
+        if (count := metadata.get(COUNT, 1)) != 1:
+            raise SpecDecError(
+                f"cannot load model '{name}': it is one of the {_short(count)} parts of a split GGUF file, and its "
+                "name does not say which; give all parts their names back, such as NAME-00001-of-00003.gguf"
+            )
+        return GGUFFile((path,), metadata, tensors)
+    for number, part in enumerate(paths, 1):
+        if not part.is_file():
+            raise SpecDecError(
+                f"cannot load model '{name}': part {number} of {len(paths)} is missing ('{part}'); get it, too"
+            )
+    metadata, tensors = {}, {}
+    for number, part in enumerate(paths):
+        own, found = _read(part, str(part))
+        if (place := (own.get(NUMBER), own.get(COUNT))) != (number, len(paths)):
+            says = "part {} of {}, counted from 0".format(*map(_short, place))
+            raise _error(name, f"'{part.name}' says that it is {says}")
+        if double := tensors.keys() & found.keys():
+            raise _error(name, f"tensor '{_short(min(double))}' is in two parts")
+        metadata = metadata or own
+        tensors |= {key: replace(info, part=number) for key, info in found.items()}
+    if (wanted := metadata.get(TENSORS)) != len(tensors):
+        raise _error(name, f"its parts have {len(tensors)} tensors, and it says {_short(wanted)}")
+    return GGUFFile(tuple(paths), metadata, tensors)
+
+
+def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Metadata and tensors of one file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if file.read(4) != b"GGUF":
                 raise SpecDecError(f"'{name}' is not a GGUF file")
             with mmap.mmap(file.fileno(), min(size, HEADER_BYTES), access=mmap.ACCESS_READ) as data:
-                metadata, tensors = _HeaderReader(data, name).header(size)
+                return _HeaderReader(data, name).header(size)
     except _Broken as error:
         raise _error(name, str(error)) from None
     except OSError as error:
         raise SpecDecError(f"cannot read '{name}': {error.strerror or error}") from None
-    return GGUFFile(path, metadata, tensors)
 
 
 def _error(name: str, why: str) -> SpecDecError:

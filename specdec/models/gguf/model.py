@@ -304,7 +304,7 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_bl
     keep_blocks: matrices in blocks of ``blocks.KINDS`` stay in the mapped file; else all become parameters. Raises
         SpecDecError without memory for them.
     """
-    model, data = NativeModel(config, dtype), file.map()
+    model = NativeModel(config, dtype)
     names, unpacked = check_tensors(name, file, model), set[str]()
     check_memory(name, _needed_memory(file, model, names, dtype, keep_blocks))
     family = families.FAMILIES[config.model_type]
@@ -313,7 +313,7 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_bl
         if leaf.removesuffix("_bias") in EXPERTS:
             continue
         infos, module = [file.tensors[tensor] for tensor in tensors], model.get_submodule(path)
-        stored = _joined([_stored(info, data) for info in infos], dtype)
+        stored = _joined([_stored(file, info) for info in infos], dtype)
         rows = _rows(config, path, stored.shape[0]) if family.interleaved else None
         columns = None
         if family.tiled and config.linear_num_key_heads != config.linear_num_value_heads:
@@ -339,17 +339,17 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_bl
     for path, module in [*model.named_modules()]:
         if hasattr(module, "gate_up_proj") and names.get(f"{path}.gate_up_proj", ()):
             for leaf in blocks.BIASES if module.is_transposed else ():
-                each = [_values(_stored(file.tensors[tensor], data), dtype) for tensor in names[f"{path}.{leaf}"]]
+                each = [_values(_stored(file, file.tensors[tensor]), dtype) for tensor in names[f"{path}.{leaf}"]]
                 parts = torch.cat(each, 1).chunk(len(EXPERTS[leaf.removesuffix("_bias")]), 1)
                 values = torch.stack(parts, -1).flatten(1)  # in turn
                 setattr(module, leaf, nn.Parameter(values, requires_grad=False))
             infos = _of_experts(file, names, path)
             unpacked |= {info.kind for info in infos} - {*PLAIN, *blocks.KINDS}
-            model.set_submodule(path, _experts(module, infos, data, dtype, keep_blocks))
+            model.set_submodule(path, _experts(module, file, infos, dtype, keep_blocks))
     if config.tie_word_embeddings:
         _tie(model)
     if ROPE_FACTORS in file.tensors:
-        _scale_rotation(model, file, data)
+        _scale_rotation(model, file)
     if keep_blocks and unpacked:
         kinds = ", ".join(sorted(unpacked))
         terminal.say(f"note: weights of type {kinds} in '{name}' run in {str(dtype).removeprefix('torch.')}")
@@ -383,11 +383,11 @@ def _stays(module: nn.Module, infos: list[TensorInfo]) -> bool:
     return kinds <= {*blocks.KINDS} and bool(joined or hasattr(module, "gate_up_proj"))
 
 
-def _experts(module: Any, infos: list[TensorInfo], data: Tensor, dtype: torch.dtype, keep_blocks: bool) -> nn.Module:
+def _experts(module: Any, file: GGUFFile, infos: list[TensorInfo], dtype: torch.dtype, keep_blocks: bool) -> nn.Module:
     """The experts of a layer from its tensors gate and up, [E, F, D] each or one [E, 2 F, D], and down [E, D, F]."""
     matrices = list[list[Tensor | Blocks]]()
     for info in infos:
-        part, count = data[info.offset : info.offset + info.nbytes], info.shape[0]
+        part, count = file.data(info), info.shape[0]
         if info.kind in PLAIN:
             matrices.append([*part.view(PLAIN[info.kind]).view(info.shape)])
         else:
@@ -405,9 +405,9 @@ def _experts(module: Any, infos: list[TensorInfo], data: Tensor, dtype: torch.dt
     return module  # type: ignore[no-any-return]
 
 
-def _stored(info: TensorInfo, data: Tensor) -> Tensor | Blocks:
+def _stored(file: GGUFFile, info: TensorInfo) -> Tensor | Blocks:
     """A matrix of the file."""
-    part = data[info.offset : info.offset + info.nbytes]
+    part = file.data(info)
     if info.kind in PLAIN:
         return part.view(PLAIN[info.kind]).view(info.shape)
     return Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1])
@@ -448,10 +448,10 @@ def _tie(model: Any) -> None:
         model.get_output_embeddings().weight = embedding.weight
 
 
-def _scale_rotation(model: Any, file: GGUFFile, data: Tensor) -> None:
+def _scale_rotation(model: Any, file: GGUFFile) -> None:
     """Divide the frequencies of the rotary embedding by the file's factors (Llama 3.1)."""
     info = file.tensors[ROPE_FACTORS]
-    model.model.rotary_emb.divide(data[info.offset : info.offset + info.nbytes].view(PLAIN[info.kind]))
+    model.model.rotary_emb.divide(file.data(info).view(PLAIN[info.kind]))
 
 
 def _rows(config: Config, path: str, count: int) -> Tensor | None:

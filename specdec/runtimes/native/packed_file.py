@@ -203,11 +203,11 @@ class ModelFile(PackedFile):
 
     def __init__(self, origin: Origin) -> None:
         key = {"file": origin.stamp, "kernels": _kernels()}
-        super().__init__(origin.folder / packed.WEIGHTS, key, len(origin.data) * 5 // 4)  # tiles are a bit larger
+        super().__init__(origin.folder / packed.WEIGHTS, key, origin.size * 5 // 4)  # tiles are a bit larger
         self.origin = origin
 
     def finish(self) -> None:
-        if self.writes and packed.stamp(self.origin.path) != self.origin.stamp:
+        if self.writes and packed.stamp(self.origin.paths) != self.origin.stamp:
             self._fail("the model's file has changed meanwhile")
         super().finish()
 
