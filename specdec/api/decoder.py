@@ -140,6 +140,12 @@ class SpecDecoder:
         """The device of the model."""
         return self.target.device
 
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that is merged into the model; of a local one, that of its folder or file."""
+        merged = identity.merged_adapter(self.model)
+        return None if merged is None else Path(merged.name).name if Path(merged.name).exists() else merged.name
+
     @classmethod
     @checked
     def from_pretrained(
@@ -151,12 +157,15 @@ class SpecDecoder:
         device: str | torch.device = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        adapter: str | os.PathLike[str] | None = None,
         **more: Unpack[DecoderOptions],
     ) -> SpecDecoder:
         """Load an embedded model, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
 
         drafter: as in the constructor, but "auto" first looks for settings of ``specdec tune drafter`` (``tuned``).
         dtype, revision, trust_remote_code: as in ``loading.load``.
+        adapter: a LoRA adapter that is merged into the weights: a folder of PEFT, a GGUF adapter for a GGUF model, or a
+        Hugging Face id. The model with it is then the base.
         device: "auto" is the first CUDA device that can compute, else the CPU. For options that need the CPU (the
         native runtime, int8 or int4 weights, an 8-bit KV cache, activations) it is the CPU.
         more: as in the constructor. With ``expert_cache``, experts are never all in memory.
@@ -171,6 +180,7 @@ class SpecDecoder:
         if isinstance(drafter, str):
             registry.parse(drafter)  # before the model, which may have to be downloaded
         native = way["runtime"] in ("auto", "native") and way["weights"] == "auto" and more.get("packed", True)
+        native = native and adapter is None  # with it, other weights are packed
         with packed.reading():
             if native and str(loading.find_device(device)) == "cpu":
                 prepare.read_ahead(name)
@@ -181,6 +191,7 @@ class SpecDecoder:
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 experts=not paging,
+                adapter=adapter,
                 check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
             )
             kept = load_tuned(tuned_path(name, str(dtype).removeprefix("torch."), str(model.device), **way))

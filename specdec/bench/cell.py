@@ -157,6 +157,7 @@ class Cell(Settings):
     weights: Weights = Field(Weights.auto, strict=False)
     kv_cache: KVCacheFormat = Field(KVCacheFormat.auto, strict=False)
     activations: Activations = Field(Activations.auto, strict=False)
+    adapter: Text | None = None
     drafter: Text = "auto"
     drafter_options: dict[str, Any] = Field({})
     verifier: Text = "exact"
@@ -180,7 +181,8 @@ class Cell(Settings):
     def loading(self) -> dict[str, Any]:
         """The settings that decide which model is loaded, and how."""
         names = "model", "dtype", "device", "runtime", "weights", "kv_cache", "activations"
-        return {name: str(getattr(self, name)) for name in names}
+        found = {name: str(getattr(self, name)) for name in names}
+        return found if self.adapter is None else found | {"adapter": self.adapter}
 
     @property
     def is_external(self) -> bool:

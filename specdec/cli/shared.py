@@ -17,7 +17,7 @@ import typer
 from specdec.base import files, options
 from specdec.base.errors import SpecDecError, reported
 from specdec.models.catalogue import DEFAULT_MODEL
-from specdec.models.names import check_model, dtype_name
+from specdec.models.names import adapter_place, check_model, dtype_name
 from specdec.models.prepare import read_ahead
 from specdec.speculation import registry
 
@@ -39,11 +39,16 @@ def panel(title: str) -> Callable[..., Any]:
 
 
 _model, _sampling, _output = map(panel, ("Model", "Sampling", "Output"))
-
 Model = Annotated[str, _model("--model", "Name (see 'specdec models'), Hugging Face id, folder or GGUF file.", "NAME")]
 Dtype = Annotated[str, _model("--dtype", "auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")]
 Device = Annotated[
     str, _model("--device", "auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")
+]
+Adapter = Annotated[
+    str | None,
+    _model(
+        "--adapter", "LoRA adapter to merge into the weights: folder of PEFT, GGUF file or Hugging Face id.", "NAME"
+    ),
 ]
 Runtime = Annotated[
     options.Runtime,
@@ -131,11 +136,14 @@ class LoadingFlags:
     weights: Weights = options.Weights.auto
     kv_cache: KVCache = options.KVCacheFormat.auto
     activations: Activations = options.Activations.auto
+    adapter: Adapter = None
 
     def check(self) -> None:
         """Raise SpecDecError for names and paths that are wrong, before anything heavy is imported."""
         check_model(self.model, getattr(self, "revision", None))
         dtype_name(self.dtype)
+        if self.adapter is not None:
+            adapter_place(self.adapter)
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -156,7 +164,7 @@ class HubFlags(LoadingFlags):
         super().check()
         cpu = self.device == "cpu" or (self.device == "auto" and not NVIDIA.exists())
         native = self.runtime in ("auto", "native") and self.weights == "auto" and self.dtype in ("auto", "bfloat16")
-        if self.packed and native and cpu:
+        if self.packed and native and cpu and self.adapter is None:
             read_ahead(self.model)
 
 

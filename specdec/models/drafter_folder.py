@@ -283,7 +283,7 @@ def describe_base(base: Identified, name: str) -> dict[str, Any]:
 def find_shipped(drafter: str, base: Identified) -> Path | None:
     """The folder of the drafter in the package for the model, else for another precision of it, else None."""
     found = list(_shipped(drafter))
-    own = (folder for folder, trained in found if trained.get("fingerprint") == base.fingerprint)
+    own = (folder for folder, trained in found if _is_of(trained, base))
     near = (folder for folder, trained in found if _difference(trained, base, str(folder)) is None)
     return next(own, None) or next(near, None)
 
@@ -306,6 +306,12 @@ def _of_size(trained: Mapping[str, Any], config: Any) -> bool:
     return all(trained.get(key, value) == value for key, value in size.items())
 
 
+def _is_of(trained: Mapping[str, Any], base: Identified) -> bool:
+    """Whether the ``base`` in a drafter's config is this model, or this one without its merged adapter."""
+    merged = identity.merged_adapter(base.model)
+    return trained.get("fingerprint") in (base.fingerprint, None if merged is None else merged.base)
+
+
 def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str | None:
     """How the model differs, by more than rounding, from the base in a drafter's config; None if it does not.
 
@@ -322,7 +328,7 @@ def check_base(config: dict[str, Any], base: Identified, where: str) -> None:
     Another precision of the same model is accepted, with a line on stderr.
     """
     trained = config.get("base", {})
-    if trained.get("fingerprint") == base.fingerprint:
+    if _is_of(trained, base):
         return
     why = _difference(trained, base, where)
     if why is None:

@@ -42,9 +42,11 @@ def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = 
     """32 hex digits that identify a model's weights, whatever their dtype and device. sample: has the same result.
 
     SHA-256 of every parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names. Of
-    parameters with equal content, such as tied ones, only the first counts.
+    parameters with equal content, such as tied ones, only the first counts. Of a merged adapter, every number counts.
     """
     digest, seen = hashlib.sha256(), set()
+    if (merged := merged_adapter(model)) is not None:
+        digest.update(f"{merged.fingerprint} ".encode())
     for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):
         values = sample(parameter).to(torch.bfloat16)
         # Values below 2^-16 become zero: float16 cannot represent them all, and zero then has one sign.
@@ -54,6 +56,11 @@ def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = 
             seen.add(content)
             digest.update(f"{name} ".encode() + content)
     return digest.hexdigest()[:32]
+
+
+def merged_adapter(model: nn.Module) -> Any:
+    """What a model knows of the adapter that is merged into it (``adapter.Merged``); None: there is none."""
+    return getattr(model, "merged_adapter", None)
 
 
 def numbers(target: Any, *more: object) -> str:
@@ -85,22 +92,42 @@ def samples(model: nn.Module) -> dict[str, Any]:
     for dimensions, most in ((1, VECTORS), (2, MATRICES)):
         names = sorted(name for name, weight in weights.items() if len(weight.shape) == dimensions)
         for name in names[:: max(1, len(names) // most)][:most]:  # the first matrix is the output head
-            found[name] = {"shape": list(weights[name].shape), "values": _text(_values(weights[name]))}
+            found |= samples_of({name: weights[name]})
     return found
+
+
+def samples_of(weights: Mapping[str, Tensor | Blocks]) -> dict[str, Any]:
+    """Samples of tensors by name."""
+    return {n: {"shape": list(weight.shape), "values": _text(_values(weight))} for n, weight in weights.items()}
 
 
 def difference(given: Any, model: nn.Module, where: str) -> str | None:
     """How the model differs by more than rounding from the one of the ``samples`` in ``given``; None if it does not.
 
-    Raises SpecDecError for broken samples. where: their file, for messages.
+    A model with a merged adapter may also be, without the adapter, the one of the samples. Raises SpecDecError for
+    broken samples. where: their file, for messages.
     """
-    own, beyond, count = dict(named_weights(model)), 0, 0
-    for name, (shape, values) in _read(given, where).items():
+    wanted, own = _read(given, where), dict(named_weights(model))
+    found = _difference(wanted, own, {}, where)
+    if found is None or (merged := merged_adapter(model)) is None:
+        return found
+    return _difference(wanted, own, _read(merged.samples, merged.name), where)
+
+
+def _difference(
+    wanted: Mapping[str, tuple[list[int], Tensor]],
+    own: Mapping[str, Tensor | Blocks],
+    before: Mapping[str, tuple[list[int], Tensor]],
+    where: str,
+) -> str | None:
+    """As ``difference``. before: samples that stand for those of the weights with these names."""
+    beyond, count = 0, 0
+    for name, (shape, values) in wanted.items():
         if name not in own:
             return f"the model has no '{name}'"
         if list(own[name].shape) != shape:
             return f"'{name}' is {tuple(own[name].shape)} in the model and {tuple(shape)} in the other"
-        found = _values(own[name])
+        found = before[name][1] if name in before else _values(own[name])
         if len(found) != len(values):
             raise SpecDecError(f"'{where}' has broken samples of the base model; train or get the drafter again")
         far = _beyond(found, values)

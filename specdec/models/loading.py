@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, one_line
+from specdec.models import adapter as adapters
 from specdec.models import config, families, packed
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile
@@ -34,6 +36,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     experts: bool = True,
+    adapter: str | os.PathLike[str] | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> tuple[NativeModel | PreTrainedModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
@@ -47,24 +50,28 @@ def load(
     device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device.
     revision: of a Hugging Face id.
     experts: False leaves the experts of a mixture in the safetensors files (``checkpoint.StoredExperts``).
+    adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id.
     check: called with the model's config before the weights are read; may raise.
     Raises SpecDecError, in one line, for what is unknown, missing, broken or too large for this machine.
     """
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
     place = find_device(device, kind)
+    lora = None if adapter is None else (os.fspath(adapter), adapters.find(os.fspath(adapter)))
     source = find_source(name, revision)
     found, tokenizer = _config(source, trust_remote_code), _tokenizer(source, trust_remote_code)
     if check is not None:
         check(found)
     model: Any
     if source.file is not None:
-        model = _of_file(source, source.file, found, kind, place)
+        model = _of_file(source, source.file, found, kind, place, lora)
     else:
         from specdec.models import pretrained  # heavy
 
         model = pretrained.load(source, found, kind, place, experts, trust_remote_code)
     model.config._name_or_path = name  # for messages, instead of the cache folder
+    if lora is not None and source.file is None:
+        adapters.merge(model, adapters.read(*lora, model, None))
     if source.remote:
         model.config._commit_hash = source.folder.name
     return model.eval().requires_grad_(False), tokenizer
@@ -102,7 +109,12 @@ def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def _of_file(
-    source: Source, file: GGUFFile, found: config.Config, kind: str | torch.dtype, place: torch.device
+    source: Source,
+    file: GGUFFile,
+    found: config.Config,
+    kind: str | torch.dtype,
+    place: torch.device,
+    lora: tuple[str, Path] | None,
 ) -> NativeModel:
     """The model of a GGUF file whose config is in the source's folder."""
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
@@ -110,8 +122,11 @@ def _of_file(
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
         state = packed.stamp(file.paths)
         model = gguf_model.build(source.name, file, found, dtype, keep_blocks)
+        model.config._name_or_path = source.name
+        merged = [] if lora is None else adapters.merge(model, adapters.read(*lora, model, file))
         if keep_blocks:
-            model.origin = packed.Origin(source.folder, file.paths, state, file.maps)
+            changed = model.merged_adapter.fingerprint if merged else ""
+            model.origin = packed.Origin(source.folder, file.paths, state, file.maps, changed, tuple(merged))
         model.to(place)
         model.generation_config = config.read_generation(source.folder)
     return model

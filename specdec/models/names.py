@@ -39,6 +39,33 @@ def check_model(name: str, revision: str | None = None) -> None:
         raise SpecDecError(f"unknown model '{name}'{guess}; {KNOWN}")
 
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?(?::([\w./-]+\.gguf))?", re.ASCII)
+
+
+def adapter_place(name: str) -> Path | tuple[str, str | None, str | None]:
+    """Where an adapter is: a folder of PEFT, a GGUF file, or repository, revision and file (None: of PEFT) on the Hub.
+
+    Raises SpecDecError for what is none of them.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for part in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (path / part).is_file():
+                hint = "; weights are read from safetensors only" if (path / "adapter_model.bin").is_file() else ""
+                raise SpecDecError(f"'{name}' is no adapter folder: {part} is missing{hint}")
+        return path
+    if path.is_file():
+        if not is_gguf(path):
+            raise SpecDecError(f"adapter '{name}' is not a GGUF file; give a folder of PEFT or a .gguf file")
+        return path
+    found = None if name.startswith((".", "/", "~")) else ADAPTER_ID.fullmatch(name)
+    if found is None:
+        raise SpecDecError(f"there is no adapter '{name}'; give a folder of PEFT, a .gguf file or ORG/NAME")
+    repository, revision, member = found.groups()
+    return repository, revision, member
+
+
 def guess_model(name: str) -> str:
     """What the end of a message suggests for an unknown name."""
     return did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)

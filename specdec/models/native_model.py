@@ -33,6 +33,7 @@ class NativeModel(nn.Module):
 
     config, generation_config: as plain values.
     origin: the file that the matrices are mapped from.
+    merged_adapter: the adapter that is merged into the weights (``adapter.Merged``).
     dtype: of the weights, or of the values of those in blocks.
     """
 
@@ -40,6 +41,7 @@ class NativeModel(nn.Module):
         super().__init__()
         self.config, self.generation_config = config, generation_config or GenerationSettings()
         self.origin: Origin | None = None
+        self.merged_adapter: Any = None
         self._made: list[PreTrainedModel] = []  # in a list: no part of this module
         with without_memory():
             self.model = Decoder(config)
@@ -287,6 +289,7 @@ def _share(own: NativeModel, made: Any) -> None:
     """Give ``made`` the modules with weights, the other parameters and the settings that ``own`` has now."""
     from transformers import GenerationConfig
 
+    made.merged_adapter = own.merged_adapter
     made.generation_config = GenerationConfig(**own.generation_config.to_diff_dict())
     if "_attn_implementation" in vars(own.config):
         made.config._attn_implementation = own.config._attn_implementation

@@ -33,29 +33,32 @@ class Origin:
     paths: of its parts.
     stamp: differs after any change of the file, and in another file that takes its place.
     maps: the mapped bytes of each part.
+    adapter, merged: fingerprint of an adapter that is merged into the model, and the matrices that it has changed.
     """
 
     folder: Path
     paths: tuple[Path, ...]
     stamp: tuple[int, ...]
     maps: tuple[Tensor, ...]
+    adapter: str = ""
+    merged: tuple[Tensor, ...] = ()
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
-        return sum(map(len, self.maps))
+        """Bytes of the file, and of the changed matrices."""
+        return sum(part.nbytes for part in (*self.maps, *self.merged))
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
 
     def place(self, matrix: Tensor) -> int | None:
-        """The first byte of a matrix in the file, whose parts lie one behind the other; None: the matrix is not, or not
-        as a whole, in the mapping."""
+        """The first byte of a matrix in the file, whose parts lie one behind the other, and behind them the changed
+        matrices; None: the matrix is not, or not as a whole, there."""
         begin = 0
-        for part in self.maps:
+        for part in (*self.maps, *self.merged):
             if matrix.untyped_storage().data_ptr() == part.data_ptr():
                 return begin + matrix.data_ptr() - part.data_ptr() if matrix.is_contiguous() else None
-            begin += len(part)
+            begin += part.nbytes
         return None
 
 

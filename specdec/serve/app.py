@@ -212,6 +212,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
         "created_at": datetime.fromtimestamp(service.started, UTC).isoformat(),
         "max_model_len": service.context,
     }
+    if (adapter := service.decoder.adapter) is not None:
+        model["adapter"] = adapter
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:

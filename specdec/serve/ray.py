@@ -31,6 +31,7 @@ class Options(ServerSettings):
     max_waiting: PositiveInt = 256
     kv_memory: PositiveInt | None = None
     learn: bool | None = None
+    adapter: str | None = None
     replicas: PositiveInt = 1
     cpus: float = 1
     gpus: float = 0
@@ -58,6 +59,7 @@ class Replica:
             runtime=options.runtime,
             weights=options.weights,
             learn=options.learn,
+            adapter=options.adapter,
         )
         self.engine = self.decoder.engine(
             max_rows=options.max_rows, max_waiting=options.max_waiting, kv_memory=options.kv_memory

@@ -231,7 +231,7 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
 
 def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
     """The tensors in ``file`` of each parameter of ``model``. Raises SpecDecError unless all fit."""
-    found = _tensor_names(file, model)
+    found = tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
     unfit = list[str]()
     for parameter, values in model.named_parameters():
@@ -268,7 +268,7 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
     return found
 
 
-def _tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
+def tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
     """The names of ``gguf`` for the parameters of ``model``; "" for unknown ones."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), dict[str, tuple[str, ...]]()
@@ -314,7 +314,7 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_bl
             continue
         infos, module = [file.tensors[tensor] for tensor in tensors], model.get_submodule(path)
         stored = _joined([_stored(file, info) for info in infos], dtype)
-        rows = _rows(config, path, stored.shape[0]) if family.interleaved else None
+        rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
         columns = None
         if family.tiled and config.linear_num_key_heads != config.linear_num_value_heads:
             rows, columns = recurrent.rows_of(config, path, leaf), recurrent.columns_of(config, path)
@@ -454,7 +454,7 @@ def _scale_rotation(model: Any, file: GGUFFile) -> None:
     model.model.rotary_emb.divide(file.data(info).view(PLAIN[info.kind]))
 
 
-def _rows(config: Config, path: str, count: int) -> Tensor | None:
+def rows_of(config: Config, path: str, count: int) -> Tensor | None:
     """The row of the file's tensor for each of the ``count`` rows of the model's; None: the same."""
     names = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if (heads := names.get(path.rpartition(".")[2])) is None:

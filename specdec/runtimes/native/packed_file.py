@@ -39,6 +39,7 @@ MOST_INDEX = 64 << 20  # more than any model's entries take
 PART = 4096  # bytes of a part of the checksum; entries begin at a multiple of it
 OTHER, NUMBERS = -1, 1 << 64  # the kind of what is not tiles; checksums are below it
 DRAFTS, MOST_DRAFTS = "drafts-", 4  # files of drafters that a model keeps, the latest ones
+ADAPTED, MOST_ADAPTED = "weights-", 2  # of the model with adapters
 
 
 class Damaged(Exception):
@@ -202,14 +203,18 @@ class ModelFile(PackedFile):
     """The packed weights of a model whose matrices are mapped from a GGUF file."""
 
     def __init__(self, origin: Origin) -> None:
-        key = {"file": origin.stamp, "kernels": _kernels()}
-        super().__init__(origin.folder / packed.WEIGHTS, key, origin.size * 5 // 4)  # tiles are a bit larger
+        key: dict[str, Any] = {"file": origin.stamp, "kernels": _kernels()}
+        path = origin.folder / packed.WEIGHTS
+        if origin.adapter:
+            key["adapter"], path = origin.adapter, origin.folder / f"{ADAPTED}{origin.adapter[:16]}{SUFFIX}"
+        super().__init__(path, key, origin.size * 5 // 4)  # tiles are a bit larger
         self.origin = origin
 
     def finish(self) -> None:
         if self.writes and packed.stamp(self.origin.paths) != self.origin.stamp:
             self._fail("the model's file has changed meanwhile")
         super().finish()
+        drop_old(self.origin.folder, ADAPTED, MOST_ADAPTED)
 
     def name(self, weight: Tensor | Blocks) -> str | None:
         """The name of the entry of a matrix: where it is in the model's file, and how it is read there. None: it is
@@ -232,6 +237,8 @@ class ModelFile(PackedFile):
 
     def of_drafts(self, digest: str, need: int) -> PackedFile:
         """A file beside this one for what a drafter makes of the model's weights. digest: of what it depends on."""
+        if self.origin.adapter:
+            digest = hashlib.sha256(f"{digest} {self.origin.adapter}".encode()).hexdigest()
         return PackedFile(self.path.with_name(f"{DRAFTS}{digest[:32]}{SUFFIX}"), self.key | {"drafts": digest}, need)
 
 
@@ -254,11 +261,11 @@ def using(file: F | None, make: Callable[[F | None], T]) -> T:
     return make(None)
 
 
-def drop_old_drafts(folder: Path) -> None:
-    """Delete all but the latest files of drafters in a folder."""
+def drop_old(folder: Path, begin: str, most: int) -> None:
+    """Delete all but the ``most`` latest files in a folder whose names begin so."""
     with contextlib.suppress(OSError):
-        found = sorted(folder.glob(f"{DRAFTS}*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
-        for path in found[:-MOST_DRAFTS]:
+        found = sorted(folder.glob(f"{begin}*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+        for path in found[:-most]:
             path.unlink(missing_ok=True)
             path.with_suffix(".lock").unlink(missing_ok=True)
 

@@ -52,7 +52,7 @@ from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
-from specdec.runtimes.native.packed_file import ModelFile, PackedFile, drop_old_drafts, using
+from specdec.runtimes.native.packed_file import DRAFTS, MOST_DRAFTS, ModelFile, PackedFile, drop_old, using
 from specdec.runtimes.target import TOKEN_RATIO, GrowingLinear, Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
@@ -433,7 +433,7 @@ class NativeTarget(ByParts):
             return pack(None)
         digest = hashlib.sha256(f"{metadata.version('specdec-m2r2')} {name}".encode()).hexdigest()
         made = using(self.kept.of_drafts(digest, 2 * weights), pack)
-        drop_old_drafts(self.kept.path.parent)
+        drop_old(self.kept.path.parent, DRAFTS, MOST_DRAFTS)
         return made
 
     def _pack_layer(self, index: int, layer: Any, rounding: str | None) -> None:

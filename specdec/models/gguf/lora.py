@@ -1,0 +1,65 @@
+"""LoRA adapters in GGUF files, as llama.cpp's converter writes them: two tensors for a matrix of the model's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+from specdec.models import families
+from specdec.models.gguf.file import PLAIN, GGUFFile, read_header
+from specdec.models.gguf.model import rows_of, tensor_names
+from specdec.models.native_model import NativeModel
+
+ENDS = {".lora_a": 0, ".lora_b": 1}
+
+
+def read(name: str, path: Path, model: Any, file: GGUFFile) -> tuple[dict[str, tuple[Tensor, Tensor, float]], str]:
+    """The matrices [r, in] and [out, r] and the scale for each map of ``model``, and the name of the base model.
+
+    file: that of the model. Raises SpecDecError if the adapter is broken or made for another architecture.
+    """
+    adapter = read_header(path, name)
+    kind = tuple(adapter.metadata.get(key) for key in ("general.type", "adapter.type"))
+    if kind != ("adapter", "lora"):
+        raise SpecDecError(f"'{name}' is no LoRA adapter: its GGUF file is of the type {kind[0]!r}, {kind[1]!r}")
+    if adapter.architecture != file.architecture:
+        raise SpecDecError(
+            f"adapter '{name}' is for models of the architecture '{adapter.architecture}', and this one is "
+            f"'{file.architecture}'; load the model it was made for"
+        )
+    if "adapter.alora.invocation_tokens" in adapter.metadata:
+        raise SpecDecError(f"adapter '{name}' acts after invocation tokens only, which is not supported")
+    alpha = adapter.metadata.get("adapter.lora.alpha")
+    if not isinstance(alpha, int | float):
+        raise SpecDecError(f"adapter '{name}' is broken: it has no adapter.lora.alpha; get it again")
+    parts: dict[str, dict[int, Tensor]] = {}
+    for tensor, info in adapter.tensors.items():
+        end = next((end for end in ENDS if tensor.endswith(end)), None)
+        if end is None or info.kind not in PLAIN or len(info.shape) != 2:
+            raise SpecDecError(f"adapter '{name}' has the tensor '{tensor[:60]}', and only LoRA is supported")
+        values = adapter.data(info).view(PLAIN[info.kind]).view(info.shape)
+        parts.setdefault(tensor.removesuffix(end), {})[ENDS[end]] = values
+    whole = NativeModel(model.config, torch.bfloat16)  # in ``model``, matrices in blocks are no parameters
+    places = {names[0]: parameter for parameter, names in tensor_names(file, whole).items() if len(names) == 1}
+    found = dict[str, tuple[Tensor, Tensor, float]]()
+    for tensor, pair in parts.items():
+        path_of = places.get(tensor, "").removesuffix(".weight")
+        if not path_of or "linear_attn" in path_of or ".experts" in path_of or path_of.endswith("embed_tokens"):
+            raise SpecDecError(
+                f"adapter '{name}' changes '{tensor[:60]}', and only changes of linear maps that the model has are "
+                "supported"
+            )
+        if pair.keys() != {0, 1}:
+            raise SpecDecError(f"adapter '{name}' is broken: '{tensor}' has only one of its two matrices; get it again")
+        down, up = pair[0].float(), pair[1].float()
+        family = families.FAMILIES[model.config.model_type]
+        if family.interleaved and (rows := rows_of(model.config, path_of, len(up))) is not None:
+            up = up[rows.long()]  # the file has rows of queries and keys in pairs
+        scale = float(alpha) / down.shape[0] if alpha else 1.0  # as llama.cpp does
+        found[path_of] = down, up, scale
+    base = adapter.metadata.get("general.base_model.0.name", "")
+    return found, str(base)[:80]

@@ -1,0 +1,349 @@
+"""LoRA adapters that are merged into a model when it is loaded: of PEFT and of GGUF files, all made by the tests."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from fake_hub import FakeHub
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+from tiny_gguf import write_gguf, write_model
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from specdec import SpecDecError, SpecDecoder
+from specdec.cli import app
+from specdec.models import adapter as adapters
+from specdec.models import identity, loading
+from specdec.models.drafter_folder import check_base, describe_base
+from specdec.models.gguf.blocks import BlockLinear
+from specdec.models.names import adapter_place
+from specdec.runtimes.native import library
+
+PARTS = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"
+CONFIG = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "some/base", "r": 4, "lora_alpha": 8,
+    "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj", "down_proj"], "bias": "none", "inference_mode": True,
+    "fan_in_fan_out": False, "modules_to_save": None, "use_dora": False, "use_rslora": False, "init_lora_weights": True,
+    "rank_pattern": {}, "alpha_pattern": {}, "loftq_config": {}, "megatron_core": "megatron.core",
+    "qalora_group_size": 16, "layers_to_transform": None, "trainable_token_indices": None,
+}  # fmt: skip
+
+
+def save_lora(folder: Path, model: Any, seed: int = 0, size: float = 0.3, **config: Any) -> dict[str, Tensor]:
+    """A folder of PEFT with random changes of the maps ``PARTS`` of every layer; its tensors."""
+    random, tensors = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    rank = (CONFIG | config)["r"]
+    for path, module in model.named_modules():
+        if path.endswith(PARTS):
+            name = f"base_model.model.{path}.lora_"
+            tensors[f"{name}A.weight"] = torch.randn(rank, module.in_features, generator=random) * size
+            tensors[f"{name}B.weight"] = torch.randn(module.out_features, rank, generator=random) * size
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    return tensors
+
+
+def merged(weight: Tensor, tensors: dict[str, Tensor], path: str, scale: float) -> Tensor:
+    down, up = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+    return (weight.float() + (up @ down) * scale).to(weight.dtype)
+
+
+@pytest.fixture
+def base(cache: SimpleNamespace, tmp_path: Path) -> Path:
+    """A GGUF model in blocks."""
+    return write_model(tmp_path / "base.gguf", "llama", "Q4_0", 128)
+
+
+@pytest.fixture
+def lora(base: Path, tmp_path: Path) -> Path:
+    save_lora(tmp_path / "lora", loading.load(base)[0])
+    return tmp_path / "lora"
+
+
+def text(model: Path | str, adapter: Path | None = None, drafter: str = "none", **how: Any) -> list[list[int]]:
+    decoder = SpecDecoder.from_pretrained(model, drafter, device="cpu", adapter=adapter, **how)
+    prompts = [[3, 5, 7, 3, 5, 7], [9, 4, 9, 4], [11]]
+    return [row.token_ids for row in decoder.generate_batch(prompts, max_new_tokens=16, ignore_eos=True)]
+
+
+def test_it_is_merged_in_16_bits_and_changes_the_text(base: Path, lora: Path) -> None:
+    plain, model = (loading.load(base, adapter=given)[0] for given in (None, lora))
+    tensors = load_file(lora / "adapter_model.safetensors")
+    assert isinstance(plain.model.layers[0].self_attn.q_proj, BlockLinear)
+    for path, module in model.named_modules():
+        if path.endswith(PARTS):
+            assert type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+            blocks = plain.get_submodule(path).blocks
+            wanted = blocks.numbers() + tensors[f"base_model.model.{path}.lora_B.weight"] @ (
+                tensors[f"base_model.model.{path}.lora_A.weight"] * 2.0
+            )
+            assert torch.allclose(module.weight.float(), wanted, rtol=2**-7, atol=1e-3)
+    assert isinstance(model.model.layers[0].self_attn.k_proj, BlockLinear)
+    assert text(base, lora) != text(base)
+
+
+def test_it_equals_pefts_merged_model(cache: SimpleNamespace, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    own = tiny_model("llama").to(torch.bfloat16)
+    given = {"r": 6, "use_rslora": True, "alpha_pattern": {r"layers\.1\..*q_proj": 32}, "lora_alpha": 5}
+    tensors = save_lora(tmp_path / "lora", own, **given)
+    copy = tiny_model("llama").to(torch.bfloat16)
+    theirs = peft.PeftModel.from_pretrained(copy, tmp_path / "lora").merge_and_unload()
+    adapters.merge(own, adapters.read("it", tmp_path / "lora", own, None))
+    state = theirs.state_dict()
+    assert all(torch.equal(values, state[name]) for name, values in own.state_dict().items())
+    assert len(own.merged_adapter.samples) == len(tensors) / 2
+
+
+def test_drafted_text_is_that_of_plain_decoding_with_it(base: Path, lora: Path) -> None:
+    wanted = text(base, lora)
+    assert text(base, lora, "auto", learn=True) == wanted
+    assert text(base, lora, "ngram") == wanted and text(base, lora, "prompt-lookup") == wanted
+
+
+def test_prefixes_learned_drafters_and_packed_weights_are_its_own(base: Path, lora: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_lora(other, loading.load(base)[0], seed=1)
+    slight = tmp_path / "slight"  # no sampled weight shows it
+    save_lora(slight, loading.load(base)[0], size=1e-6)
+    decoders = [SpecDecoder.from_pretrained(base, "none", device="cpu", adapter=a) for a in (None, lora, other, slight)]
+    assert len({each.target.fingerprint for each in decoders}) == 4
+    assert len({identity.numbers(each.target) for each in decoders}) == 4
+    merged = decoders[1].model.merged_adapter
+    assert merged.base == decoders[0].target.fingerprint and merged.name == str(lora)
+
+
+def test_packed_weights_are_kept_for_each_adapter(
+    cache: SimpleNamespace, base: Path, lora: Path, tmp_path: Path
+) -> None:
+    if not library.runs():
+        pytest.skip("no native kernels here")
+    plain, wanted = text(base), text(base, lora)
+    (folder,) = (cache.root / "models").iterdir()
+    files = sorted(folder.glob("weights*.packed"))
+    assert len(files) == 2
+    before = [file.stat().st_mtime_ns for file in files]
+    assert text(base, lora) == wanted and text(base) == plain
+    assert [file.stat().st_mtime_ns for file in files] == before
+    for seed in (1, 2, 3):
+        save_lora(tmp_path / f"lora{seed}", loading.load(base)[0], seed)
+        assert text(base, tmp_path / f"lora{seed}") != wanted
+    assert len(list(folder.glob("weights*.packed"))) == 3 and text(base) == plain
+
+
+def test_a_drafter_of_the_base_is_offered(base: Path, lora: Path) -> None:
+    plain, adapted = (SpecDecoder.from_pretrained(base, "none", device="cpu", adapter=a).target for a in (None, lora))
+    of_base, own = describe_base(plain, "it"), describe_base(adapted, "it")  # type: ignore[arg-type]
+    check_base({"base": of_base}, adapted, "drafter")  # type: ignore[arg-type]
+    check_base({"base": own}, adapted, "drafter")  # type: ignore[arg-type]
+    check_base({"base": of_base | {"fingerprint": "other precision"}}, adapted, "drafter")  # type: ignore[arg-type]
+    with pytest.raises(SpecDecError, match="was trained for base weights"):
+        check_base({"base": own}, plain, "drafter")  # type: ignore[arg-type]
+
+
+# --- GGUF adapters ---------------------------------------------------------------------------------------------------
+
+
+def write_adapter(path: Path, tensors: dict[str, np.ndarray], architecture: str = "llama", **more: Any) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string("general.type", more.get("kind", "adapter"))
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def paired(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys as a GGUF file has them."""
+    return rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path, dtype: Any) -> None:
+    tensors, found = load_file(lora / "adapter_model.safetensors"), dict[str, np.ndarray]()
+    names = {"self_attn.q_proj": "attn_q", "self_attn.v_proj": "attn_v", "mlp.down_proj": "ffn_down"}
+    for key, values in tensors.items():
+        layer, part = int(key.split(".")[4]), next(part for part in names if part in key)
+        array = values.numpy()
+        if "q_proj.lora_B" in key:
+            array = paired(array, 4)
+        end = "lora_a" if ".lora_A." in key else "lora_b"
+        found[f"blk.{layer}.{names[part]}.weight.{end}"] = np.ascontiguousarray(array.astype(dtype))
+    model = loading.load(base, adapter=write_adapter(tmp_path / "lora.gguf", found))[0]
+    wanted = loading.load(base, adapter=lora)[0]
+    for path, module in wanted.named_modules():
+        if path.endswith(PARTS):
+            own = model.get_submodule(path).weight
+            if dtype == np.float32:
+                assert torch.equal(own, module.weight)
+            else:
+                assert torch.allclose(own.float(), module.weight.float(), rtol=2**-7, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"architecture": "qwen2"}, "is for models of the architecture 'qwen2', and this one is 'llama'"),
+        ({"kind": "model"}, "is no LoRA adapter: its GGUF file is of the type 'model'"),
+        ({"name": "token_embd.weight"}, "changes 'token_embd.weight', and only changes of linear maps"),
+        ({"name": "blk.7.attn_q.weight"}, "changes 'blk.7.attn_q.weight'"),
+        ({"ends": ("lora_a",)}, "'blk.0.attn_q.weight' has only one of its two matrices"),
+        ({"ends": ("lora_a", "lora_magnitude")}, "has the tensor 'blk.0.attn_q.weight.lora_magnitude'"),
+        ({"width": 64}, "'model.layers.0.self_attn.q_proj' is 128 x 128 in the model and 128 x 64 in it"),
+    ],
+)
+def test_a_gguf_adapter_of_another_kind_is_refused(
+    base: Path, tmp_path: Path, how: dict[str, Any], reason: str
+) -> None:
+    name, shapes = how.get("name", "blk.0.attn_q.weight"), {"lora_a": (4, how.get("width", 128))}
+    tensors = {
+        f"{name}.{end}": np.ones(shapes.get(end, (128, 4)), np.float32) for end in how.get("ends", ("lora_a", "lora_b"))
+    }
+    path = write_adapter(
+        tmp_path / "it.gguf", tensors, how.get("architecture", "llama"), kind=how.get("kind", "adapter")
+    )
+    with pytest.raises(SpecDecError, match=reason) as error:
+        loading.load(base, adapter=path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gguf_adapter_needs_a_gguf_model(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "it.gguf", {"blk.0.attn_q.weight.lora_a": np.ones((4, 32), np.float32)})
+    with pytest.raises(SpecDecError, match="is a GGUF file, and the model is not"):
+        adapters.read("it", path, tiny_model("llama"), None)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"use_dora": True}, r"has use_dora=true, which is not supported; merge it"),
+        ({"modules_to_save": ["lm_head"]}, r'has modules_to_save=\["lm_head"\]'),
+        ({"bias": "lora_only"}, 'has bias="lora_only"'),
+        ({"fan_in_fan_out": True}, "has fan_in_fan_out=true"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "has layer_replication"),
+        ({"trainable_token_indices": [1]}, "has trainable_token_indices"),
+        ({"alora_invocation_tokens": [1]}, "has alora_invocation_tokens"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "has target_parameters"),
+        ({"something_new": {"a": 1}}, "has something_new"),
+        ({"init_lora_weights": "pissa"}, 'has init_lora_weights="pissa"'),
+        ({"peft_type": "IA3"}, "is of the kind IA3"),
+        ({"task_type": "SEQ_CLS"}, "for the task SEQ_CLS"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+    ],
+)
+def test_what_merging_would_ignore_is_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
+    model = tiny_model("llama")
+    save_lora(tmp_path / "lora", model, **config)
+    with pytest.raises(SpecDecError, match=reason) as error:
+        adapters.read("it", tmp_path / "lora", model, None)
+    assert "\n" not in str(error.value)
+
+
+def test_rank_patterns_are_in_the_tensors(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    save_lora(tmp_path / "lora", model, rank_pattern={"q_proj": 4}, r=4)
+    found = adapters.read("it", tmp_path / "lora", model, None)
+    assert {change.scale for change in found.maps.values()} == {2.0}
+    save_lora(tmp_path / "lora", model, r=16, use_rslora=True)
+    found = adapters.read("it", tmp_path / "lora", model, None)
+    assert {change.scale for change in found.maps.values()} == {8 / math.sqrt(16)}
+
+
+@pytest.mark.parametrize(
+    ("rename", "reason"),
+    [
+        (lambda key: key.replace("layers.1", "layers.9"), r"changes 'model.layers.9.*', which the model does not"),
+        (lambda key: key.replace("q_proj", "w_proj"), r"w_proj'.*; load the model it was made for .some/base."),
+        (lambda key: key.replace("v_proj", "o_proj"), "'.*o_proj' is 32 x 32 in the model and 16 x 32 in it"),
+        (lambda key: key.replace("lora_A", "lora_magnitude_vector"), "has the tensor '.*lora_magnitude_vector.weight'"),
+        (lambda key: key.replace("lora_A.weight", "lora_embedding_A"), "has the tensor '.*lora_embedding_A'"),
+        (lambda key: key.replace("self_attn.q_proj", "input_layernorm"), "only changes of linear maps are supported"),
+        (lambda key: key.replace(".lora_B", ".lora_B" if "q_proj" in key else ".lora_A"), "has only one of its two"),
+    ],
+)  # fmt: skip
+def test_a_wrong_base_is_refused(tmp_path: Path, rename: Any, reason: str) -> None:
+    model = tiny_model("llama")
+    tensors = save_lora(tmp_path / "lora", model)
+    save_file({rename(key): values for key, values in tensors.items()}, tmp_path / "lora/adapter_model.safetensors")
+    with pytest.raises(SpecDecError, match=reason) as error:
+        adapters.merge(model, adapters.read("it", tmp_path / "lora", model, None))
+    assert "\n" not in str(error.value) and "merged_adapter" not in vars(model)
+
+
+def test_a_shared_output_head_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    size = {"A": (4, 32), "B": (97, 4)}
+    save_lora(tmp_path / "lora", model)
+    tensors = {f"base_model.model.lm_head.lora_{part}.weight": torch.ones(size[part]) for part in "AB"}
+    save_file(tensors, tmp_path / "lora/adapter_model.safetensors")
+    with pytest.raises(SpecDecError, match="the output head, which shares its weights with the embedding"):
+        adapters.merge(model, adapters.read("it", tmp_path / "lora", model, None))
+
+
+def test_a_missing_adapter_is_known_before_anything_is_loaded(tmp_path: Path, lora: Path) -> None:
+    os.truncate(lora / "adapter_model.safetensors", 100)
+    with pytest.raises(SpecDecError, match="cannot read adapter"):
+        adapters.read("it", lora, tiny_model("llama"), None)
+    (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+    with pytest.raises(SpecDecError, match=r"adapter_model.safetensors is missing; weights are read from safetensors"):
+        adapter_place(str(lora))
+    (tmp_path / "it.txt").write_text("text")
+    for name, reason in {
+        "./none": "there is no adapter",
+        "a b": "there is no adapter",
+        str(tmp_path / "it.txt"): "not a GGUF",
+    }.items():
+        result = CliRunner().invoke(app, ["generate", "Hi", "--adapter", name])
+        assert result.exit_code == 2 and reason in result.stderr
+
+
+def test_an_adapter_of_the_hub_is_downloaded(fake: type[FakeHub], base: Path, lora: Path) -> None:
+    fake.repositories["org/lora"] = {path.name: path.read_bytes() for path in lora.iterdir()} | {
+        "model.safetensors": b""
+    }
+    assert text(base, "org/lora") == text(base, lora)  # type: ignore[arg-type]
+    assert {*fake.fetched} == {"adapter_config.json", "adapter_model.safetensors"}
+    with pytest.raises(SpecDecError, match="unknown adapter 'org/none'"):
+        loading.load(base, adapter="org/none")
+
+
+def test_a_model_of_transformers_gets_it_too(tmp_path: Path, lora: Path, base: Path) -> None:
+    """In every runtime, also with weights in fewer bits."""
+    wanted = text(base, lora, runtime="reference")
+    assert wanted != text(base, runtime="reference")
+    assert text(base, lora, runtime="fused", dtype="float32") == text(base, lora, runtime="reference", dtype="float32")
+    write_gguf(tmp_path / "other.gguf")
+    if library.runs():
+        assert text(base, lora, weights="int8") == text(base, lora, "ngram", weights="int8")
+
+
+def test_a_server_names_it(base: Path, lora: Path) -> None:
+    fastapi = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
+    from specdec.serve.app import make_app
+    from specdec.serve.settings import ServerSettings
+
+    for adapter, wanted in ((None, None), (lora, "lora")):
+        decoder = SpecDecoder.from_pretrained(base, "none", device="cpu", adapter=adapter)
+        with decoder.engine(max_rows=1) as engine:
+            client = fastapi.TestClient(make_app(decoder, engine, ServerSettings(name="it")), "http://127.0.0.1")
+            (model,) = client.get("/v1/models").json()["data"]
+            assert model.get("adapter") == wanted and model["id"] == "it"
