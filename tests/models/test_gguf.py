@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import struct
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from specdec import SpecDecoder
 from specdec.base import files, machine
 from specdec.base.errors import SpecDecError
+from specdec.base.terminal import megabytes
 from specdec.models import catalogue, identity, loading, prepare
 from specdec.models.gguf import blocks
 from specdec.models.gguf import model as gguf_model
@@ -177,6 +179,25 @@ def test_every_type_has_the_values_of_the_gguf_package(cache, tmp_path, kind, ca
         values = ours.numbers().bfloat16() if not isinstance(ours, torch.Tensor) else ours
         assert torch.equal(values, expected), name
     assert identity.fingerprint(model) == identity.fingerprint(theirs)
+
+
+@pytest.mark.parametrize("kind", ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ2_XXS", "Q3_K"])
+def test_types_without_kernels_are_unpacked_and_a_line_says_what_that_costs(cache, tmp_path, kind, capsys):
+    path = write_model(tmp_path / "it.gguf", "llama", kind, width=256)
+    model = loading.load(path)[0]
+    file, up = read_header(path), model.model.layers[1].mlp.up_proj
+    info = file.tensors["blk.1.ffn_up.weight"]
+    stored = file.data(info).view(info.shape[0], -1).numpy()
+    assert torch.equal(up.weight, torch.from_numpy(gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])).bfloat16())
+    matrices = [each for each in file.tensors.values() if each.kind == kind]
+    sizes = sum(each.nbytes for each in matrices), 2 * sum(math.prod(each.shape) for each in matrices)
+    said = f"no kernels for weights of type {kind} in '{path}': unpacked to bfloat16, they take "
+    assert f"{said}{megabytes(sizes[1])} instead of {megabytes(sizes[0])}, which each token" in capsys.readouterr().err
+    plain, drafted = (
+        SpecDecoder.from_pretrained(path, drafter, device="cpu").generate([5, 6, 7] * 3, max_new_tokens=12).token_ids
+        for drafter in ("none", "prompt-lookup")
+    )
+    assert drafted == plain
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next"])

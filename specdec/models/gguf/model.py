@@ -305,7 +305,7 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_bl
         SpecDecError without memory for them.
     """
     model = NativeModel(config, dtype)
-    names, unpacked = check_tensors(name, file, model), set[str]()
+    names, unpacked = check_tensors(name, file, model), list[list[TensorInfo]]()
     check_memory(name, _needed_memory(file, model, names, dtype, keep_blocks))
     family = families.FAMILIES[config.model_type]
     for parameter, tensors in names.items():
@@ -334,7 +334,7 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_bl
                 continue
             values = blocks.dequantize(packed, None, dtype)
             memory.release(packed.data)
-        unpacked |= {" with ".join(dict.fromkeys(info.kind for info in infos))} - {*PLAIN, *blocks.KINDS}
+        unpacked.append(infos)
         setattr(module, leaf, nn.Parameter(values, requires_grad=False))
     for path, module in [*model.named_modules()]:
         if hasattr(module, "gate_up_proj") and names.get(f"{path}.gate_up_proj", ()):
@@ -344,16 +344,32 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_bl
                 values = torch.stack(parts, -1).flatten(1)  # in turn
                 setattr(module, leaf, nn.Parameter(values, requires_grad=False))
             infos = _of_experts(file, names, path)
-            unpacked |= {info.kind for info in infos} - {*PLAIN, *blocks.KINDS}
+            unpacked += [[info] for info in infos]
             model.set_submodule(path, _experts(module, file, infos, dtype, keep_blocks))
     if config.tie_word_embeddings:
         _tie(model)
     if ROPE_FACTORS in file.tensors:
         _scale_rotation(model, file)
-    if keep_blocks and unpacked:
-        kinds = ", ".join(sorted(unpacked))
-        terminal.say(f"note: weights of type {kinds} in '{name}' run in {str(dtype).removeprefix('torch.')}")
+    if keep_blocks:
+        _say_unpacked(name, unpacked, dtype)
     return model
+
+
+def _say_unpacked(name: str, unpacked: list[list[TensorInfo]], dtype: torch.dtype) -> None:
+    """Say what it costs that there are no kernels for some of the matrices, which have one or several tensors each."""
+    kinds, stored, numbers = set[str](), 0, 0
+    for infos in unpacked:
+        kind = " with ".join(dict.fromkeys(info.kind for info in infos))
+        if kind not in (*PLAIN, *blocks.KINDS):
+            kinds.add(kind)
+            stored += sum(info.nbytes for info in infos)
+            numbers += sum(math.prod(info.shape) for info in infos)
+    if kinds:
+        sizes = [terminal.megabytes(size) for size in (numbers * dtype.itemsize, stored)]
+        terminal.say(
+            f"note: there are no kernels for weights of type {', '.join(sorted(kinds))} in '{name}': unpacked to "
+            f"{str(dtype).removeprefix('torch.')}, they take {sizes[0]} instead of {sizes[1]}, which each token reads"
+        )
 
 
 def _needed_memory(
