@@ -26,14 +26,14 @@ class AutoDrafter(Drafter):
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
         """The drafter for ``target``, with its options. Warns if no trained one is shipped."""
         options.check_names(cls.name, (), source=source)
-        name, source = "ngram" if built() else "prompt-lookup", None
+        name = "ngram" if built() else "prompt-lookup"
         if drafter_folder.find_shipped("m2r2", target) is not None or (why := why_not(target)) is None:
-            name, source = ("hybrid", "ngram+m2r2") if built() else ("m2r2", None)
+            names = ("ngram", "m2r2") if built() else ("m2r2",)
         else:
+            names = (name,)
             command = registry.lookup("drafters", "m2r2").training_command(target.model.config._name_or_path)
             message = (
                 f"no trained drafter is shipped for this model, and none can teach itself ({why}), so {name} drafts"
             )
             warnings.warn(f"{message}; to train one: {command}", SpecDecWarning, stacklevel=2)
-        drafter: Drafter = registry.lookup("drafters", name).load(target, source, **kwargs)
-        return drafter
+        return registry.Choice("+".join(names), [(each, None) for each in names]).load(target, kwargs)

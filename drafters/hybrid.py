@@ -49,7 +49,11 @@ class HybridDrafter(Drafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> HybridDrafter:
         """Load the drafters that ``source`` joins; ``kwargs`` holds the options of each, by its name."""
-        parts = registry.parse(source) if source else []
+        return cls.join(target, registry.parse(source) if source else [], kwargs)
+
+    @classmethod
+    def join(cls, target: Target, parts: Sequence[tuple[str, str | None]], kwargs: Mapping[str, Any]) -> HybridDrafter:
+        """The same for drafters by name and source."""
         if len(parts) < 2:
             raise SpecDecError("drafter 'hybrid' needs at least two drafters; join them: ngram+m2r2")
         options.check_names(cls.name, kwargs, [name for name, _ in parts])

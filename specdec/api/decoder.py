@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Unpack, cast
+from typing import Annotated, Any, Unpack
 
 import torch
 from pydantic import Field, SkipValidation
@@ -47,6 +47,7 @@ from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import RowSampler, eos_token_ids, logits_processors, streams
 from specdec.speculation.warpers import MinNewTokens, NoBadWords, Processor
 
+Named = Annotated[str | Path | Drafter | registry.Choice, Field(title="text or a path or a Drafter")]
 SAMPLING = frozenset(SamplingOptions.__annotations__)
 MAX_NEW_TOKENS = 128  # default of a request
 LOSSY_DEPTH = 4  # "auto" depth of drafts under a lossy rule that scores them
@@ -101,7 +102,7 @@ class SpecDecoder:
         self,
         model: SkipValidation[Any],
         tokenizer: Any = None,
-        drafter: str | Path | Drafter = "auto",
+        drafter: Named = "auto",
         *,
         drafter_options: Options = None,
         runtime: str = "auto",
@@ -177,8 +178,7 @@ class SpecDecoder:
         paging = more.get("expert_cache") is not None
         if device == "auto" and (paging or needs_cpu(way["runtime"], way["weights"], *rounded)):
             device = "cpu"
-        if isinstance(drafter, str):
-            registry.parse(drafter)  # before the model, which may have to be downloaded
+        choice = registry.Choice.of(drafter) if isinstance(drafter, str) else None  # before a model is downloaded
         native = way["runtime"] in ("auto", "native") and way["weights"] == "auto" and more.get("packed", True)
         native = native and adapter is None  # with it, other weights are packed
         with packed.reading():
@@ -192,11 +192,12 @@ class SpecDecoder:
                 trust_remote_code=trust_remote_code,
                 experts=not paging,
                 adapter=adapter,
-                check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
+                check=lambda config: None if choice is None else registry.refuse_early(choice, config, name),
             )
             kept = load_tuned(tuned_path(name, str(dtype).removeprefix("torch."), str(model.device), **way))
             drafter, tuned = _resolve_auto(drafter, kept)
-            decoder = cls(model, tokenizer, drafter, **more)
+            chosen = drafter if choice is None or tuned is not None else choice
+            decoder = cls(model, tokenizer, chosen, **more)
         decoder.tuned, decoder._kept = tuned, kept
         return decoder
 
@@ -209,13 +210,12 @@ class SpecDecoder:
         other._auto, other._kept_at = None, -KEEP_EVERY
         return other
 
-    def _drafter(self, drafter: str | Path | Drafter, given: dict[str, Any]) -> Drafter:
+    def _drafter(self, drafter: str | Path | Drafter | registry.Choice, given: dict[str, Any]) -> Drafter:
         """Load a named drafter, and bind it to the target."""
-        if isinstance(drafter, str | Path):
-            text = drafter if isinstance(drafter, str) else str(drafter.absolute())  # a folder may be called "medusa"
-            parts = registry.parse(text)
-            name, source = parts[0] if len(parts) == 1 else ("hybrid", text)
-            drafter = cast(Drafter, registry.lookup("drafters", name).load(self.target, source, **given))
+        if isinstance(drafter, str | Path):  # of a path, all: a folder may be called "medusa"
+            drafter = registry.Choice.of(drafter if isinstance(drafter, str) else str(drafter.absolute()))
+        if isinstance(drafter, registry.Choice):
+            drafter = drafter.load(self.target, given)
         unscored = self.verifier.threshold is not None
         if unscored and drafter.drafts and not drafter.leaves_early:
             raise SpecDecError(

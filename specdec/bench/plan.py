@@ -296,10 +296,10 @@ def check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
         check_external(name, options)
     else:
         check_method(name)
-        parts = registry.parse(name)
-        checks = [(*parts[0], options)]
-        if len(parts) > 1:
-            checks = [("hybrid", name, options), *((part, source, options.get(part, {})) for part, source in parts)]
-        for part, source, own in checks:
+        whole = registry.Choice.of(name)
+        checks = [(whole, options)]
+        if len(whole.parts) > 1:
+            checks += [(registry.Choice(part[0], [part]), options.get(part[0], {})) for part in whole.parts]
+        for choice, own in checks:
             with contextlib.suppress(_Unloaded.Accessed):
-                registry.lookup("drafters", part).load(_Unloaded(), source, **own)
+                choice.load(_Unloaded(), own)

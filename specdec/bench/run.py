@@ -58,7 +58,7 @@ class Decoders:
             if any(drafter != "none" for drafter in drafters):
                 config = loading.read_config(cell.model)
                 for drafter in drafters:
-                    registry.refuse_early(drafter, config, cell.model)
+                    registry.refuse_early(registry.Choice.of(drafter), config, cell.model)
             how = {name: value for name, value in cell.loading.items() if name != "model"}
             self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", learn=False, **how)
         return self._base[1]

@@ -71,7 +71,6 @@ def verify(
         terminal.warn_in_lines()
         params = options.SamplingParams(**vars(sampling))
         rule = registry.verifier(verifier, options.parse_assignments("--verifier-option", verifier_option or []))
-        registry.parse(drafter)
         found = load_prompts(prompts, data_dir)
         if found.licence:
             terminal.say(f"prompts: {prompts} ({found.licence})")

@@ -75,11 +75,10 @@ class SpecGenerate:
     ) -> None:
         if stop_strings and tokenizer is None:
             raise SpecDecError("stop_strings need a tokenizer; give SpecGenerate(tokenizer=...) one")
-        if isinstance(drafter, str):
-            registry.parse(drafter)
         check_names(**{name: str(value) for name, value in more.items() if name in CHOICES})
         registry.verifier(more.get("verifier", "exact"), more.get("verifier_options"), more.get("exact", False))
-        self.drafter, self.tokenizer, self.streamer, self.more = drafter, tokenizer, streamer, more
+        self.drafter = registry.Choice.of(drafter) if isinstance(drafter, str) else drafter
+        self.tokenizer, self.streamer, self.more = tokenizer, streamer, more
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         self.num_speculative_tokens = num_speculative_tokens
         self.metrics: list[RequestMetrics] = []
@@ -91,8 +90,9 @@ class SpecGenerate:
         if self._decoder is None or self._model() is not model:
             if getattr(model.config, "is_encoder_decoder", False):
                 raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
-            named = f"drafter '{self.drafter if isinstance(self.drafter, str | Path) else self.drafter.label}'"
-            terminal.say(f"preparing the {model.config.model_type} model for {named}; later calls start at once")
+            label = getattr(self.drafter, "text", None) or getattr(self.drafter, "label", self.drafter)
+            kind = model.config.model_type
+            terminal.say(f"preparing the {kind} model for drafter '{label}'; later calls start at once")
             self._decoder = SpecDecoder(model, self.tokenizer, self.drafter, **self.more)
             self._model = weakref.ref(model)
         return self._decoder

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import keywords
 
 if TYPE_CHECKING:
-    from specdec.speculation.draft import Verifier
+    from specdec.speculation.draft import Drafter, Verifier
 
 DRAFTERS: dict[str, str] = {
     "none": "specdec.drafters.none:NoDrafter",
@@ -76,8 +77,13 @@ def check_name(kind: str, name: str) -> str:
 def check_drafter(text: str) -> None:
     """Raise SpecDecError for names that ``parse`` refuses, as far as that is known without imports and downloads."""
     for part in _names(text):
-        if not ("/" in part or Path(part).is_dir()):
+        if part in names("drafters") or not ("/" in part or Path(part).is_dir()):
             check_name("drafters", part)
+        elif not Path(part).is_dir():
+            if part.startswith((".", "/", "~")):
+                raise SpecDecError(f"drafter folder '{part}' does not exist")
+        elif not (Path(part) / "config.json").is_file():
+            raise SpecDecError(f"'{part}' is no drafter folder: config.json is missing")
 
 
 def lookup(kind: str, name: str) -> Any:
@@ -117,6 +123,28 @@ def _made(name: str, options: Mapping[str, Any]) -> Verifier:
     return made
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Drafters as ``parse`` has read them from a text: the name and the source of each."""
+
+    text: str
+    parts: Sequence[tuple[str, str | None]]
+
+    @classmethod
+    def of(cls, text: str) -> Choice:
+        """Raises SpecDecError as ``parse`` does."""
+        return cls(text, parse(text))
+
+    def load(self, target: Any, options: Mapping[str, Any]) -> Drafter:
+        """The drafter for ``target``, or one that joins several. options: of it, or of each by its name."""
+        if len(self.parts) > 1:
+            joined: Drafter = lookup("drafters", "hybrid").join(target, self.parts, options)
+            return joined
+        name, source = self.parts[0]
+        found: Drafter = lookup("drafters", name).load(target, source, **options)
+        return found
+
+
 def parse(text: str) -> list[tuple[str, str | None]]:
     """The (name, source) of each drafter that ``text`` joins with "+".
 
@@ -138,14 +166,14 @@ def _names(text: str) -> list[str]:
     return [text] if text in DRAFTERS or Path(text).is_dir() or text in names("drafters") else joined.split("+")
 
 
-def refuse_early(drafter: str, config: Any, name: str) -> None:
+def refuse_early(choice: Choice, config: Any, name: str) -> None:
     """Raise SpecDecError for a trained drafter without a source, if none is shipped for models of that size.
 
     config: of the model ``name``, before its weights are loaded.
     """
     from specdec.models import drafter_folder  # heavy
 
-    for part, source in parse(drafter):
+    for part, source in choice.parts:
         found = lookup("drafters", part)
         if source is None and found.needs_training and not drafter_folder.may_be_shipped(part, config):
             raise found.not_shipped(name)
