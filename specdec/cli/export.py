@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from specdec.base.terminal import say
+from specdec.cli import shared
 from specdec.models.names import check_model
 
 app = typer.Typer(no_args_is_help=True, help="Write models and drafters for other libraries.")
@@ -19,13 +20,15 @@ app = typer.Typer(no_args_is_help=True, help="Write models and drafters for othe
 )
 def custom_generate(
     output: Annotated[Path, typer.Option(metavar="REPO", help="Folder of the repository.")],
+    argument: shared.ModelArgument = None,
     drafter: Annotated[str, typer.Option(metavar="DRAFTER", help="A drafter folder, or a name.")] = "auto",
     model: Annotated[
         str | None, typer.Option(help="Also write this model there; else add the files to its repository yourself.")
     ] = None,
 ) -> None:
     """Write a repository for transformers, whose model.generate decodes with specdec."""
-    if model is not None:
+    if argument is not None or model is not None:
+        model = shared.one_model(argument, model)
         check_model(model)
     from specdec.integrations.custom_generate import export
     from specdec.models import loading
@@ -36,11 +39,13 @@ def custom_generate(
 
 @app.command("vllm", epilog="Example: specdec export vllm --model my-model --drafter my-medusa --output DIR")
 def vllm(
-    model: Annotated[str, typer.Option(help="The model that the heads are for.")],
     drafter: Annotated[str, typer.Option(metavar="DIR", help="A folder of Medusa heads, or a Hugging Face id.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for vLLM.")],
+    argument: shared.ModelArgument = None,
+    named: Annotated[str | None, typer.Option("--model", help="The model that the heads are for.")] = None,
 ) -> None:
     """Write Medusa heads in vLLM's format."""
+    model = shared.one_model(argument, named)
     check_model(model)
     from specdec.integrations.vllm import export
     from specdec.models import loading

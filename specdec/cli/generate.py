@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from specdec.base import inputs, options, terminal
 from specdec.base.errors import SpecDecError, reported
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED, panel, print_json
+from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.speculation import registry
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ _model, _text, _sampling, _output = map(panel, ("Model", "Text", "Sampling", "Ou
 
 @shared.grouped
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]",
+            help="The prompt; '-', or nothing in a pipe, reads it from stdin. Before it, the same as --model.",
+        ),
+    ] = None,
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
     learn: shared.Learn = None,
     verifier: shared.Verifier = "exact",
@@ -75,6 +82,10 @@ def generate(
     verbose: Annotated[bool, _output("--verbose", "More statistics, warnings, tracebacks.")] = False,
 ) -> None:
     """Generate text. Text streams to stdout; statistics go to stderr."""
+    *named, prompt = [None, *(words or [None])]
+    if len(named) > 2:
+        raise SpecDecError("there are several prompts; give one, in quotes, with at most the model before it")
+    loading = replace(loading, model=shared.one_model(named[-1], loading.model, DEFAULT_MODEL))
     model, drafter, silent = loading.model, drafting.drafter, quiet or as_json
     text = _read(prompt)
     system = None if system is None else _utf8("--system", system)
@@ -127,8 +138,6 @@ def generate(
     if drafter == "auto":
         drafter = decoder.drafter.name if tuned is None else tuned.drafter
     source = "" if drafter == decoder.drafter.label else drafter  # a folder or NAME=SOURCE
-    if tuned is not None and num_speculative_tokens == "auto":
-        settings["num_speculative_tokens"] = tuned.num_speculative_tokens
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
     if compare:
@@ -155,6 +164,8 @@ def generate(
     if as_json:
         chat = not raw and bool(getattr(decoder.tokenizer, "chat_template", None))
         del settings["constraint"]
+        if tuned is not None and num_speculative_tokens == "auto":
+            settings["num_speculative_tokens"] = tuned.num_speculative_tokens  # the decoder's own
         result: dict[str, Any] = {
             **output.as_dict(),
             "model": model,

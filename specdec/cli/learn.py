@@ -16,6 +16,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
+from specdec.models.names import adapter_place
 from specdec.models.prepare import embedded_folder
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ app = typer.Typer(
 
 @app.command("ahead", epilog="Example: specdec learn my-model --prompts prompts.jsonl --minutes 10")
 def ahead(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, Hugging Face id, folder or GGUF file.")],
+    argument: shared.ModelArgument = None,
+    named: shared.ModelOption = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE|NAME", help="Prompts to answer first, as in bench; default: none.")
     ] = None,
@@ -53,20 +55,25 @@ def ahead(
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
     runtime: shared.Runtime = "auto",  # type: ignore[assignment]
+    adapter: shared.Adapter = None,
 ) -> None:
     """Teach a model's drafter ahead of time, with conversations that the model makes up. The same as learn MODEL."""
+    model = shared.one_model(argument, named)
     for name in filter(None, (model, base)):
         shared.check_model(name)
+    if adapter is not None:
+        adapter_place(adapter)
+    from specdec.bench.prompts import load_prompts
+
+    given = [] if prompts is None else [each.turns[0] for each in load_prompts(prompts).conversations]
     with terminal.status(f"preparing {model}"):
         terminal.warn_in_lines()
         from specdec.api.decoder import SpecDecoder
         from specdec.api.priming import prime
-        from specdec.bench.prompts import load_prompts
         from specdec.drafters.auto import AutoDrafter
         from specdec.models import drafter_folder
 
-        given = [] if prompts is None else [each.turns[0] for each in load_prompts(prompts).conversations]
-        how = {"dtype": dtype, "device": device, "runtime": runtime}
+        how = {"dtype": dtype, "device": device, "runtime": runtime, "adapter": adapter}
         decoder = SpecDecoder.from_pretrained(model, "none", learn=False, **how)  # type: ignore[arg-type]
         if base is not None:
             _begin_from(decoder.target, base)
@@ -121,11 +128,16 @@ def status(as_json: shared.JsonLine = False) -> None:
 
 @app.command("reset", epilog="Example: specdec learn reset my-model")
 def reset(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Only this model; default: all.")] = None,
+    argument: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Only this model; default: all.", autocompletion=shared.complete_model),
+    ] = None,
+    named: shared.ModelOption = None,
 ) -> None:
     """Forget what was learned."""
     from specdec.drafters import learned
 
+    model = None if argument is None and named is None else shared.one_model(argument, named)
     if model is None:
         count, stems = len(learned.all_progress()), None
     else:
@@ -139,16 +151,19 @@ def reset(
 @app.command("export", epilog="Example: specdec learn export my-drafter --model my-model")
 def export(
     output: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the drafter.")],
+    argument: shared.ModelArgument = None,
     model: shared.Model = DEFAULT_MODEL,
+    adapter: shared.Adapter = None,
 ) -> None:
     """Write what was learned as an ordinary drafter folder, for --drafter DIR."""
+    model = shared.one_model(argument, model, DEFAULT_MODEL)
     shared.check_model(model)
     with terminal.status(f"preparing {model}"):
         from specdec.api.decoder import SpecDecoder
         from specdec.drafters.m2r2 import M2R2Drafter
         from specdec.models import drafter_folder, source
 
-        decoder = SpecDecoder.from_pretrained(model, "none", learn=False)
+        decoder = SpecDecoder.from_pretrained(model, "none", learn=False, adapter=adapter)
         drafter = M2R2Drafter.load(decoder.target)
         if not drafter.version:
             raise SpecDecError(f"nothing that drafts was learned for '{model}' yet; specdec learn {model} does so now")

@@ -41,10 +41,16 @@ def models(
 
 @app.command(epilog="Example: specdec models pull qwen2.5-coder-0.5b-instruct")
 def pull(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, GGUF file, ORG/REPO:NAME or ORG/REPO.")],
+    argument: shared.ModelArgument = None,
+    named: shared.ModelOption = None,
     revision: shared.Revision = None,
 ) -> None:
-    """Get a model ahead of time: download it, check it, and write its tokenizer into the cache."""
+    """Get a model ahead of time: download it, check it, and write its tokenizer into the cache.
+
+    MODEL is a name, a GGUF file, ORG/REPO, or ORG/REPO:NAME for a GGUF file of a repository.
+    """
+    model = shared.one_model(argument, named)
+    shared.check_model(model, revision)
     from specdec.models.source import find_source
 
     source = find_source(model, revision)
@@ -54,9 +60,11 @@ def pull(
 
 @app.command(epilog="Example: specdec models rm qwen2.5-coder-0.5b-instruct")
 def rm(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As 'specdec models' names it.")],
+    argument: shared.ModelArgument = None,
+    named: shared.ModelOption = None,
 ) -> None:
-    """Delete a model from the cache. A GGUF file of your own stays where it is."""
+    """Delete a model, as 'specdec models' names it, from the cache. A GGUF file of your own stays where it is."""
+    model = shared.one_model(argument, named)
     terminal.say(f"deleted {model} ({terminal.megabytes(remove(model))})")
 
 

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from specdec.base import files, options
 from specdec.base.errors import SpecDecError, reported
-from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
 from specdec.models.names import adapter_place, check_model, dtype_name
 from specdec.models.prepare import read_ahead
 from specdec.speculation import registry
@@ -39,7 +39,29 @@ def panel(title: str) -> Callable[..., Any]:
 
 
 _model, _sampling, _output = map(panel, ("Model", "Sampling", "Output"))
-Model = Annotated[str, _model("--model", "Name (see 'specdec models'), Hugging Face id, folder or GGUF file.", "NAME")]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """The embedded models and those in the cache whose names begin so."""
+    from specdec.models.cached import cached_models
+
+    known = [*EMBEDDED, *(model.name for model in cached_models())]
+    return [name for name in dict.fromkeys(known) if name.startswith(incomplete)]
+
+
+def complete_drafter(incomplete: str) -> list[str]:
+    """The drafters whose names begin so; after a "+", those that are joined with the ones before it."""
+    before, plus, last = incomplete.rpartition("+")
+    return [f"{before}{plus}{name}" for name in sorted(registry.names("drafters")) if name.startswith(last)]
+
+
+MODEL = "Name (see 'specdec models'), Hugging Face id, folder or GGUF file."
+Model = Annotated[str, _model("--model", MODEL, "NAME", autocompletion=complete_model)]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="The same as --model.", autocompletion=complete_model, show_default=False),
+]
+ModelOption = Annotated[str | None, _model("--model", "The same as MODEL.", "NAME", autocompletion=complete_model)]
 Dtype = Annotated[str, _model("--dtype", "auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")]
 Device = Annotated[
     str, _model("--device", "auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")
@@ -79,6 +101,7 @@ Drafter = Annotated[
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or several "
         "joined by +; auto: what 'specdec tune drafter' found for the model, else ngram+m2r2.",
         "NAME",
+        autocompletion=complete_drafter,
     ),
 ]
 DrafterOption = Annotated[
@@ -194,8 +217,28 @@ class SamplingFlags:
     seed: Seed = 0
 
 
+def one_model(argument: str | None, option: str | None, usual: str | None = None) -> str:
+    """The model that is named as an argument or as --model; without one, the ``usual`` one.
+
+    Raises SpecDecError for none, and for two.
+    """
+    if argument is not None and option not in (None, usual, argument):
+        raise SpecDecError(f"the model is named twice, as '{argument}' and as --model '{option}'; leave one out")
+    if (found := argument or option or usual) is None:
+        raise SpecDecError("no model is named; give one, such as --model " + DEFAULT_MODEL)
+    return found
+
+
+def _is_argument(parameter: inspect.Parameter) -> bool:
+    marks = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else ()
+    return any(isinstance(mark, typer.models.ArgumentInfo) for mark in marks)
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` for typer: the fields of each parameter whose default is a dataclass become options."""
+    """``command`` for typer: the fields of each parameter whose default is a dataclass become options.
+
+    A command with ``LoadingFlags`` and without arguments of its own takes the model as an argument, too.
+    """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {n: p.default for n, p in signature.parameters.items() if is_dataclass(p.default)}
     parameters = list[inspect.Parameter]()
@@ -207,8 +250,17 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             default = getattr(groups[name], field)
             parameters.append(inspect.Parameter(field, parameter.kind, default=default, annotation=kind))
 
+    if loads := [name for name, group in groups.items() if isinstance(group, LoadingFlags)]:
+        positional = not any(map(_is_argument, parameters))
+        if positional:
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            parameters.insert(0, inspect.Parameter("model_argument", kind, default=None, annotation=ModelArgument))
+        usual = groups[loads[0]].model
+
     @functools.wraps(command)
     def run(**given: Any) -> None:
+        if loads and positional:
+            given["model"] = one_model(given.pop("model_argument"), given["model"], usual)
         for name, group in groups.items():
             given[name] = replace(group, **{field: given.pop(field) for field in vars(group)})
         command(**given)

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec.base import options
+from specdec.base import inputs, options
+from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr, write
+from specdec.cli import shared
 from specdec.models.names import check_model
 from specdec.train.method import METHODS
 
@@ -25,7 +27,11 @@ def run(
         list[Path] | None,
         typer.Option(help="Files of plain text to train on, with or without prompts; may end in .gz."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: a name, a folder or a Hugging Face id.")] = None,
+    argument: shared.ModelArgument = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model: a name, a folder or a Hugging Face id.", autocompletion=shared.complete_model),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Settings: a preset's name or a YAML file; default: the method's preset.")
     ] = None,
@@ -44,8 +50,10 @@ def run(
     ] = None,
 ) -> None:
     """Train the drafter that the command is named after."""
-    if model is not None:
+    if argument is not None or model is not None:
+        model = shared.one_model(argument, model)
         check_model(model)
+    _check_files(prompts or [], [*(text or []), *(holdout or [])])
     from specdec.train.evaluate import speedup_text
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
@@ -66,6 +74,15 @@ def run(
     figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
     if is_first_process():
         write(f"{output}: {kind.describe(figures)}{speedup_text(figures)}\n")
+
+
+def _check_files(prompts: list[Path], others: list[Path]) -> None:
+    """Raise SpecDecError for files that are missing, and for prompts without any, before anything heavy is imported."""
+    for path in (*prompts, *others):
+        if not path.is_file():
+            raise SpecDecError(f"there is no file '{path}'; give one that exists")
+    if prompts and next((each for path in prompts for each in inputs.prompts(path)), None) is None:
+        raise SpecDecError(f"no prompts in {', '.join(map(str, prompts))}; write some, or give another file")
 
 
 for _name in METHODS:

@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Choose settings for your model, ma
     epilog='Example: specdec tune drafter --prompts prompts.jsonl; then: specdec generate "Why is the sky blue?"',
 )
 def drafter(
+    argument: shared.ModelArgument = None,
     prompts: shared.FirstTurns = "own",
     drafters: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Comma-separated drafters to try; default: all that fit.")
@@ -34,6 +35,7 @@ def drafter(
     weights: shared.Weights = options.Weights.auto,
 ) -> None:
     """Find and store the fastest drafter and draft length; generate uses them from then on."""
+    model = shared.one_model(argument, model, DEFAULT_MODEL)
     shared.check_model(model)
     with terminal.status("loading"):
         from specdec.bench.cell import Cell

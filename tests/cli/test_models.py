@@ -15,7 +15,8 @@ from tiny_gguf import NAME, write_gguf
 from typer.testing import CliRunner
 
 from specdec import cli
-from specdec.models import hub, loading
+from specdec.models import hub, loading, prepare
+from specdec.models.gguf.file import read_header
 
 
 def models(*args: str, code: int = 0) -> str:
@@ -93,6 +94,26 @@ def test_an_unknown_model_is_one_line_with_a_suggestion(cache: SimpleNamespace, 
     models("pull", NAME)
     error = models(command, f"{NAME}x", code=2)
     assert error.startswith("error: ") and f"did you mean '{NAME}'" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("specdec chat --model tiny", {NAME}),
+        ("specdec chat tiny", {NAME}),
+        ("specdec models rm tiny", {NAME}),
+        ("specdec generate --drafter ngram+m2", {"ngram+m2r2", "ngram+m2r2-paper"}),
+        ("specdec chat --model /", None),
+    ],
+)
+def test_names_of_models_and_drafters_are_completed(
+    cache: SimpleNamespace, tmp_path: Path, words: str, expected: set[str] | None
+) -> None:
+    write_gguf(tmp_path / "own.gguf")
+    prepare.prepare_gguf("it", read_header(tmp_path / "own.gguf"))
+    env = {"_SPECDEC_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    result = CliRunner().invoke(cli.app, [], env=env, prog_name="specdec")
+    assert set(result.output.split()) == ({str(tmp_path / "own.gguf")} if expected is None else expected)
 
 
 def test_a_shell_completes_commands(monkeypatch: pytest.MonkeyPatch) -> None:
