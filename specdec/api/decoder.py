@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import copy
 import functools
@@ -10,15 +11,17 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, Unpack, overload
 
 import torch
 from pydantic import Field, SkipValidation
 from torch import Tensor
 
+from specdec.api.asynchronous import SharedEngine, output, pieces, submitted
 from specdec.api.generation import (
     DecoderOptions,
     Generation,
@@ -31,12 +34,12 @@ from specdec.api.text import Detokenizer, Prompt, SharedTokenizer, encode
 from specdec.api.tuned import DEFAULTS, Tuned, load_tuned, tuned_path
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
-from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams
+from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
 from specdec.base.settings import Whole, checked, short_repr
 from specdec.drafters.learned import first_use
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, kept
 from specdec.engine.engine import Engine
-from specdec.engine.request import Request, check_prompt
+from specdec.engine.request import Handle, Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
 from specdec.models import catalogue, identity, loading, packed, prepare
 from specdec.runtimes.select import make_target, needs_cpu
@@ -44,7 +47,7 @@ from specdec.runtimes.target import CHUNK
 from specdec.speculation import registry
 from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import RowSampler, eos_token_ids, logits_processors, streams
+from specdec.speculation.sampling import RowSampler, eos_token_ids, logits_processors, own_sampling, streams
 from specdec.speculation.warpers import MinNewTokens, NoBadWords, Processor
 
 Named = Annotated[str | Path | Drafter | registry.Choice, Field(title="text or a path or a Drafter")]
@@ -55,6 +58,7 @@ PREFILL_CHUNK = {"cpu": 96}  # tokens of new prompts in a step of an engine, by 
 KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
 _claiming = threading.Lock()
+_shared = weakref.WeakKeyDictionary["SpecDecoder", SharedEngine]()  # engines of calls on event loops
 _busy: set[int] = set()  # ids of the drafters in use
 _learning = threading.Lock()  # held during a piece of a drafter's work outside of engines
 _learners = weakref.WeakSet[Drafter]()  # drafters that such work is done for
@@ -251,7 +255,7 @@ class SpecDecoder:
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
         context, ignore_eos, logprobs = self.target.context, given.get("ignore_eos", False), given.get("logprobs")
-        ids = encode(self.tokenizer, prompt, given.get("chat"), given.get("system"), context=context)
+        ids = encode(self.tokenizer, prompt, _templated(given), given.get("system"), context=context)
         check_prompt(ids, self.target)
         max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), context - len(ids))
         text = self.text(given)
@@ -260,7 +264,8 @@ class SpecDecoder:
         if logprobs is not None:
             self._check_scores("there are no log-probabilities")
         if sampler is None:
-            sampling: dict[str, Any] = {name: value for name, value in given.items() if name in SAMPLING}
+            sampling = own_sampling(self.model) if given.get("use_model_defaults") else {}
+            sampling |= {name: value for name, value in given.items() if name in SAMPLING}
             params, others = SamplingParams(**sampling), given.get("logits_processor", ())
             processors = logits_processors(self.model, ids, max_new_tokens, params.repetition_penalty, others)
             processors += self._token_rules(given, len(ids))
@@ -315,13 +320,15 @@ class SpecDecoder:
         *,
         num_speculative_tokens: Depth = "auto",
         max_rows: Count | None = None,
+        n: Count = 1,
         scope: str | None = None,
         **given: Unpack[RequestOptions],
     ) -> Generation:
         """Start a generation, whose text and metrics can be read after each step. ``generate`` and ``stream`` use it.
 
-        The options are those of ``GenerationOptions``. scope: as in ``Request``. Raises SpecDecError for wrong types,
-        values out of range, and prompts that do not fit the context.
+        The options are those of ``GenerationOptions``. n: rows for each prompt, which draw different texts. scope: as
+        in ``Request``. Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the
+        context.
         """
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
             prompts = list(prompts)
@@ -332,11 +339,14 @@ class SpecDecoder:
         if not prompts:
             raise SpecDecError("the list of prompts is empty; give at least one")
         names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
-        how = given.get("chat"), given.get("system")
+        how = _templated(given), given.get("system")
         ids = [
-            encode(self.tokenizer, prompt, *how, name, self.target.context)
+            row
             for name, prompt in zip(names, prompts, strict=True)
+            for row in [encode(self.tokenizer, prompt, *how, name, self.target.context)] * n
         ]
+        if given.get("seed") is None:
+            given["seed"] = new_seed()  # of all rows
         if (rule := given.get("constraint")) is not None:
             given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
         requests = [self.request(row, stream=n, scope=scope, **given) for row, n in zip(ids, streams(ids), strict=True)]
@@ -347,20 +357,82 @@ class SpecDecoder:
             engine.close()
             raise
 
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        n: None = None,
+        num_return_sequences: None = None,
+        **given: Unpack[GenerationOptions],
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        n: int | None = None,
+        num_return_sequences: int | None = None,
+        **given: Unpack[GenerationOptions],
+    ) -> list[GenerationOutput]: ...
+
     @checked
-    def generate(self, prompt: SkipValidation[Prompt], **given: Unpack[GenerationOptions]) -> GenerationOutput:
-        """Generate from one prompt: text, token ids, a tensor, or chat messages."""
-        return self.generate_batch([prompt], **given)[0]
+    def generate(
+        self,
+        prompt: SkipValidation[Prompt],
+        *,
+        n: Count | None = None,
+        num_return_sequences: Count | None = None,
+        **given: Unpack[GenerationOptions],
+    ) -> GenerationOutput | list[GenerationOutput]:
+        """Generate from one prompt: text, token ids, a tensor, or chat messages.
+
+        n (or num_return_sequences): number of answers; if it is given, the result is a list of them.
+        """
+        count = _number_of_answers(n, num_return_sequences)
+        found = self.generate_batch([prompt], n=count, **given)
+        return found[0] if count is None else found
+
+    @overload
+    def chat(self, messages: Sequence[dict[str, str]], **given: Unpack[GenerationOptions]) -> GenerationOutput: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[dict[str, str]], *, n: int, **given: Unpack[GenerationOptions]
+    ) -> list[GenerationOutput]: ...
+
+    @checked
+    def chat(
+        self,
+        messages: SkipValidation[Sequence[dict[str, str]]],
+        *,
+        n: Count | None = None,
+        **given: Unpack[GenerationOptions],
+    ) -> GenerationOutput | list[GenerationOutput]:
+        """Answer chat messages (``[{"role", "content"}, ...]``), as ``generate`` does with them."""
+        if isinstance(messages, str) or not all(isinstance(each, Mapping) for each in messages):
+            raise SpecDecError(
+                f"messages must be a list of mappings with 'role' and 'content'; got {short_repr(messages)}"
+            )
+        found = self.generate_batch([messages], n=n, **given)
+        return found[0] if n is None else found
 
     @checked
     def generate_batch(
-        self, prompts: SkipValidation[Sequence[Prompt]], **given: Unpack[GenerationOptions]
+        self,
+        prompts: SkipValidation[Sequence[Prompt]],
+        *,
+        n: Count | None = None,
+        num_return_sequences: Count | None = None,
+        **given: Unpack[GenerationOptions],
     ) -> list[GenerationOutput]:
         """Generate from several prompts at once.
 
+        n (or num_return_sequences): number of answers to each prompt, which follow one another in the result.
         A SpecDecError during decoding has the outputs until then as ``outputs``.
         """
-        with self.open(prompts, **given) as generation:
+        with self.open(prompts, n=_number_of_answers(n, num_return_sequences) or 1, **given) as generation:
             try:
                 for _ in generation.steps():
                     pass
@@ -376,6 +448,41 @@ class SpecDecoder:
             for pieces in generation:
                 if pieces[0]:
                     yield pieces[0]
+
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        *,
+        num_speculative_tokens: int | None = None,
+        **given: Unpack[RequestOptions],
+    ) -> GenerationOutput:
+        """``generate`` for an event loop. Calls that overlap are decoded together; see ``Request`` for the depth."""
+        async with self._submit(prompt, num_speculative_tokens, given) as (handle, text):
+            return await output(handle, text)
+
+    async def astream(
+        self,
+        prompt: Prompt,
+        *,
+        num_speculative_tokens: int | None = None,
+        **given: Unpack[RequestOptions],
+    ) -> AsyncIterator[str]:
+        """``stream`` for an event loop: ``async for piece in decoder.astream(prompt)``."""
+        async with self._submit(prompt, num_speculative_tokens, given) as (handle, text):
+            async for piece in pieces(handle, text):
+                yield piece
+
+    @asynccontextmanager
+    async def _submit(
+        self, prompt: Prompt, depth: int | None, given: RequestOptions
+    ) -> AsyncIterator[tuple[Handle, Detokenizer]]:
+        """A request in the engine that calls on event loops share, and what reads its text."""
+        request = await asyncio.to_thread(
+            functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
+        )
+        shared = _shared.setdefault(self, SharedEngine())
+        async with shared.use(self.engine) as engine, submitted(engine, [request]) as (handle,):
+            yield handle, self.text(given)
 
     @checked
     def engine(
@@ -528,6 +635,20 @@ def _keep_what_was_learned() -> None:
     with _learning:
         for drafter in _learners:
             drafter.save()
+
+
+def _number_of_answers(n: int | None, num_return_sequences: int | None) -> int | None:
+    if None not in (n, num_return_sequences) and n != num_return_sequences:
+        raise SpecDecError("n and num_return_sequences are the same option; leave one out")
+    return num_return_sequences if n is None else n
+
+
+def _templated(given: RequestOptions) -> bool | None:
+    """Whether plain text is wrapped in the chat template; None: if there is one."""
+    chat, same = given.get("chat"), given.get("apply_chat_template")
+    if None not in (chat, same) and chat != same:
+        raise SpecDecError("chat and apply_chat_template are the same option; leave one out")
+    return same if chat is None else chat
 
 
 def _resolve_auto(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:

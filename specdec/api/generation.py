@@ -55,12 +55,15 @@ class RequestOptions(SamplingOptions, total=False):
 
     max_new_tokens: most new tokens, 128 by default; the model's context bounds them, too.
     min_new_tokens: before so many, no end token, no token of ``stop_token_ids`` and no stop string ends the text.
-    temperature to logit_bias: as in ``SamplingParams``.
+    temperature to logit_bias: as in ``SamplingParams``. Without a seed, each call draws a new one.
+    use_model_defaults: sampling options that are not given are those of the model's ``generation_config``, as in
+    ``model.generate``; else they are those of ``SamplingParams``.
     stop: strings that end the text; they may contain special tokens.
     stop_token_ids: tokens that end the text, and are not in it; they are the last of ``token_ids``.
     bad_words: texts that must not come, as in vLLM: the last token of each, as it is tokenised with and without a space
     before it, is ruled out after its others.
-    chat: wrap text in the chat template; None does so if the tokenizer has one.
+    apply_chat_template: wrap text in the chat template, as one message of the user; None does so if the tokenizer has
+    one. Chat messages are always wrapped, token ids never. chat: the same.
     system: a system message before the prompt.
     logits_processor: processors of transformers, applied at every position.
     ignore_eos: continue after end tokens.
@@ -76,7 +79,9 @@ class RequestOptions(SamplingOptions, total=False):
     stop: Stop
     stop_token_ids: StopTokenIds
     bad_words: BadWords
+    apply_chat_template: bool | None
     chat: bool | None
+    use_model_defaults: bool
     system: System
     logits_processor: Annotated[Sequence[Callable[..., Any]], Field(title="a list of logits processors")]
     ignore_eos: bool
@@ -115,6 +120,16 @@ class GenerationOutput:
     metrics: RequestMetrics
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+
+    @classmethod
+    def of(cls, request: Request, text: Detokenizer) -> GenerationOutput:
+        """The output of a request so far, with its text."""
+        text.finish()
+        reason = request.finish_reason if request.error is None else None
+        reason = "interrupted" if reason in (None, "cancelled") else reason
+        own = None if request.logprobs is None else list(request.token_logprobs)
+        before = list(request.prompt_token_logprobs) if request.prompt_logprobs else None
+        return cls(text.text, list(text.ids), reason, request.metrics, own, before)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -176,19 +191,12 @@ class Generation:
 
     def outputs(self) -> list[GenerationOutput]:
         """The output of every row so far."""
-        out = []
         if self.loads is not None and (experts := self.engine.target.experts) is not None:
             decoded = sum(len(text.ids) - 1 for text in self.texts)  # the prefill decodes the first token of each row
             for request in self.requests:
                 request.metrics.experts = experts.figures(self.loads, decoded)
-        for request, text in zip(self.requests, self.texts, strict=True):
-            text.finish()
-            reason = request.finish_reason if request.error is None else None
-            reason = "interrupted" if reason in (None, "cancelled") else reason
-            own = None if request.logprobs is None else list(request.token_logprobs)
-            before = list(request.prompt_token_logprobs) if request.prompt_logprobs else None
-            out.append(GenerationOutput(text.text, list(text.ids), reason, request.metrics, own, before))
-        return out
+        pairs = zip(self.requests, self.texts, strict=True)
+        return [GenerationOutput.of(request, text) for request, text in pairs]
 
     def close(self) -> None:
         """End the generation and free its cache; ``outputs`` stays available."""

@@ -2,6 +2,7 @@
 Also checks of the options of drafters and of the command line. Imports nothing heavy.
 """
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,7 +40,11 @@ RepetitionPenalty = Annotated[
     Annotated[Number, Field(gt=0)] | None,
     Field(description="Above 1 discourages repetition, 1 is off; if not given, the model's own."),
 ]
-Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED, description="Same seed, same text.")]
+GivenSeed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
+Seed = Annotated[
+    GivenSeed | None,
+    Field(title=f"a whole number in 0 .. {MAX_SEED}", description="Same seed, same text; a new one if not given."),
+]
 FrequencyPenalty = Annotated[
     Penalty, Field(description="Subtracted from a token's logit for each time that it has occurred.")
 ]
@@ -73,6 +78,11 @@ Depth = Annotated[
 ]
 
 
+def new_seed() -> int:
+    """A random seed."""
+    return secrets.randbelow(MAX_SEED + 1)
+
+
 @checked_class
 @dataclass(frozen=True)
 class SamplingParams:
@@ -83,7 +93,7 @@ class SamplingParams:
     top_p: keep the likeliest tokens up to this total probability; 1 is off.
     min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
     repetition_penalty: 1 is off; None is the model's own.
-    seed: of the random numbers.
+    seed: of the random numbers; None draws a new one.
     frequency_penalty: subtracted from a token's logit for each time that it is among the new tokens.
     presence_penalty: subtracted once if the token is among the new tokens.
     logit_bias: added to logits, by token id.
@@ -94,7 +104,7 @@ class SamplingParams:
     top_p: TopP = 1.0
     min_p: MinP = 0.0
     repetition_penalty: RepetitionPenalty = None
-    seed: Seed = 0
+    seed: Seed = None
     frequency_penalty: FrequencyPenalty = 0.0
     presence_penalty: PresencePenalty = 0.0
     logit_bias: LogitBias = None
@@ -102,6 +112,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.temperature < GREEDY_BELOW:
             object.__setattr__(self, "temperature", 0.0)
+        if self.seed is None:
+            object.__setattr__(self, "seed", new_seed() if self.temperature else 0)  # the latter has no effect
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -66,9 +66,9 @@ from specdec.base.options import (
     Activations,
     Count,
     Depth,
+    GivenSeed,
     KVCacheFormat,
     Runtime,
-    Seed,
     Temperature,
     TopK,
     TopP,
@@ -166,7 +166,7 @@ class Cell(Settings):
     temperature: Annotated[Temperature, AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else value)] = 0.0
     top_p: TopP = 1.0
     top_k: TopK = 0
-    seed: Seed = 0
+    seed: GivenSeed = 0
     prompts: Text = "own"
     limit: Annotated[Count | None, Field(title="a whole number >= 1, or null for all")] = None
     turns: Annotated[Count | None, Field(title="a whole number >= 1, or null for all")] = None

@@ -40,7 +40,7 @@ def chat(
     loading: shared.HubFlags = shared.HubFlags(),
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
     learn: shared.Learn = None,
-    sampling: shared.SamplingFlags = shared.SamplingFlags(),
+    sampling: shared.SamplingFlags = shared.SamplingFlags(seed=None),
     system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
     max_new_tokens: Annotated[
         int, _text("--max-new-tokens", "Largest number of new tokens of an answer.", "N", min=1)

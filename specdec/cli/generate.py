@@ -66,7 +66,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", options.MaxNewTokens, "N", min=1)] = 128,
     num_speculative_tokens: shared.Depth = "auto",
-    sampling: shared.SamplingFlags = shared.SamplingFlags(),
+    sampling: shared.SamplingFlags = shared.SamplingFlags(seed=None),
     min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0,
     repetition_penalty: Annotated[
         float | None, _sampling("--repetition-penalty", options.RepetitionPenalty, "R")

@@ -144,7 +144,7 @@ Depth = Annotated[str, typer.Option("--num-speculative-tokens", metavar="K", hel
 Temperature = Annotated[float, _sampling("--temperature", options.Temperature, "T")]
 TopP = Annotated[float, _sampling("--top-p", options.TopP, "P")]
 TopK = Annotated[int, _sampling("--top-k", options.TopK, "N")]
-Seed = Annotated[int, _sampling("--seed", options.Seed, "N")]
+Seed = Annotated[int | None, _sampling("--seed", options.Seed, "N", show_default=False)]
 JsonLine = Annotated[bool, _output("--json", "Print all results as one line of JSON at the end.")]
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, one_line
-from specdec.models import adapter as adapters
 from specdec.models import config, families, packed
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile
@@ -26,6 +24,9 @@ from specdec.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Merge = Callable[[Any, GGUFFile | None], list[torch.Tensor]]
 
 
 def load(
@@ -57,21 +58,21 @@ def load(
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
     place = find_device(device, kind)
-    lora = None if adapter is None else (os.fspath(adapter), adapters.find(os.fspath(adapter)))
+    merge = _merging(adapter)
     source = find_source(name, revision)
     found, tokenizer = _config(source, trust_remote_code), _tokenizer(source, trust_remote_code)
     if check is not None:
         check(found)
     model: Any
     if source.file is not None:
-        model = _of_file(source, source.file, found, kind, place, lora)
+        model = _of_file(source, source.file, found, kind, place, merge)
     else:
         from specdec.models import pretrained  # heavy
 
         model = pretrained.load(source, found, kind, place, experts, trust_remote_code)
     model.config._name_or_path = name  # for messages, instead of the cache folder
-    if lora is not None and source.file is None:
-        adapters.merge(model, adapters.read(*lora, model, None))
+    if source.file is None:
+        merge(model, None)
     if source.remote:
         model.config._commit_hash = source.folder.name
     return model.eval().requires_grad_(False), tokenizer
@@ -108,13 +109,25 @@ def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     return pretrained.read_tokenizer(source, trust_remote_code)
 
 
+def _merging(adapter: str | os.PathLike[str] | None) -> Merge:
+    """Merges an adapter into a model, and returns the matrices that it has changed. Raises SpecDecError for a missing
+    adapter."""
+    if adapter is None:
+        return lambda model, file: []
+    from specdec.models import adapter as adapters
+
+    name = os.fspath(adapter)
+    place = adapters.find(name)
+    return lambda model, file: adapters.merge(model, adapters.read(name, place, model, file))
+
+
 def _of_file(
     source: Source,
     file: GGUFFile,
     found: config.Config,
     kind: str | torch.dtype,
     place: torch.device,
-    lora: tuple[str, Path] | None,
+    merge: Merge,
 ) -> NativeModel:
     """The model of a GGUF file whose config is in the source's folder."""
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
@@ -123,7 +136,7 @@ def _of_file(
         state = packed.stamp(file.paths)
         model = gguf_model.build(source.name, file, found, dtype, keep_blocks)
         model.config._name_or_path = source.name
-        merged = [] if lora is None else adapters.merge(model, adapters.read(*lora, model, file))
+        merged = merge(model, file)
         if keep_blocks:
             changed = model.merged_adapter.fingerprint if merged else ""
             model.origin = packed.Origin(source.folder, file.paths, state, file.maps, changed, tuple(merged))

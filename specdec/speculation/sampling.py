@@ -290,6 +290,16 @@ def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> froze
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
+def own_sampling(model: NativeModel | PreTrainedModel) -> dict[str, Any]:
+    """The sampling options of a model's ``generation_config``, as ``model.generate`` uses them."""
+    config: Any = model.generation_config
+    given = {} if config is None else config.to_diff_dict()
+    if not given.get("do_sample"):
+        return {}
+    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # as transformers has them
+    return {name: value if given.get(name) is None else given[name] for name, value in usual.items()}
+
+
 def logits_processors(
     model: NativeModel | PreTrainedModel,
     prompt: Sequence[int],

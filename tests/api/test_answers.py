@@ -1,0 +1,121 @@
+"""Several answers, seeds, chats and plain prompts, the model's own sampling, and calls on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_tiny
+from transformers import GenerationConfig
+
+from specdec import SamplingParams, SpecDecError, SpecDecoder
+from specdec.api.decoder import _shared
+
+HOT: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 12}
+CHAT = [{"role": "user", "content": "Name three colours."}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def decoder(folder: Path) -> SpecDecoder:
+    return SpecDecoder.from_pretrained(folder, "prompt-lookup", device="cpu", dtype="float32")
+
+
+def test_several_answers_differ_and_each_is_that_of_its_place(decoder: SpecDecoder) -> None:
+    found = decoder.generate("Name three", n=3, seed=5, **HOT)
+    assert len({each.text for each in found}) == 3
+    assert [each.text for each in decoder.generate("Name three", num_return_sequences=2, seed=5, **HOT)] == [
+        each.text for each in found[:2]
+    ]
+    assert decoder.generate("Name three", seed=5, **HOT).text == found[0].text
+    batch = decoder.generate_batch(["Name three", "Why?"], n=2, seed=5, **HOT)
+    assert [each.text for each in batch[:2]] == [each.text for each in found[:2]] and len(batch) == 4
+    plain = decoder.with_drafter("none").generate("Name three", n=3, seed=5, **HOT)
+    assert [each.token_ids for each in plain] == [each.token_ids for each in found]
+    with pytest.raises(SpecDecError, match="n must be a whole number >= 1 or None; got 0"):
+        decoder.generate("Name three", n=0)
+    with pytest.raises(SpecDecError, match="n and num_return_sequences are the same option"):
+        decoder.generate("Name three", n=1, num_return_sequences=2)
+
+
+def test_without_a_seed_each_call_draws_another_text(decoder: SpecDecoder) -> None:
+    assert len({decoder.generate("Name three", **HOT).text for _ in range(3)}) == 3
+    assert len({decoder.generate("Name three", seed=None, **HOT).text for _ in range(3)}) == 3
+    assert len({decoder.generate("Name three", seed=0, **HOT).text for _ in range(3)}) == 1
+    assert len({decoder.generate("Name three", max_new_tokens=12).text for _ in range(2)}) == 1
+    seeds = {SamplingParams(temperature=1.0).seed for _ in range(3)}
+    assert len(seeds) == 3 and SamplingParams() == SamplingParams()
+
+
+def test_chats_get_the_template_and_plain_prompts_unless_told(decoder: SpecDecoder) -> None:
+    chat = decoder.chat(CHAT, max_new_tokens=12).token_ids
+    assert decoder.generate(CHAT, max_new_tokens=12).token_ids == chat
+    assert decoder.generate(CHAT[0]["content"], max_new_tokens=12).token_ids == chat
+    plain = decoder.generate(CHAT[0]["content"], apply_chat_template=False, max_new_tokens=12).token_ids
+    assert plain != chat and plain == decoder.generate(CHAT[0]["content"], chat=False, max_new_tokens=12).token_ids
+    assert len(decoder.chat(CHAT, n=2, **HOT)) == 2
+    with pytest.raises(SpecDecError, match="messages must be a list of mappings"):
+        decoder.chat("Name three colours.")  # type: ignore[arg-type]
+    with pytest.raises(SpecDecError, match="chat and apply_chat_template are the same option"):
+        decoder.generate("Why?", chat=True, apply_chat_template=False)
+
+
+def test_the_models_own_sampling_is_used_where_asked_for(decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = GenerationConfig(do_sample=True, temperature=1.5, top_p=0.9)
+    monkeypatch.setattr(decoder.model, "generation_config", own)
+    how: dict[str, Any] = {"max_new_tokens": 12, "seed": 3}
+    greedy = decoder.generate("Name three", **how).token_ids
+    drawn = decoder.generate("Name three", use_model_defaults=True, **how).token_ids
+    wanted = decoder.generate("Name three", temperature=1.5, top_p=0.9, top_k=50, **how).token_ids
+    assert drawn == wanted != greedy
+    assert decoder.generate("Name three", use_model_defaults=True, temperature=0.0, **how).token_ids == greedy
+    own.do_sample = False
+    assert decoder.generate("Name three", use_model_defaults=True, **how).token_ids == greedy
+
+
+def test_calls_on_an_event_loop_are_decoded_together(decoder: SpecDecoder) -> None:
+    prompts = ["Name three", "Why is", "One, two,"]
+    how: dict[str, Any] = {"max_new_tokens": 12, "seed": 7, "temperature": 0.8}
+    wanted = [decoder.generate(prompt, **how) for prompt in prompts]
+
+    async def stream(prompt: str) -> str:
+        return "".join([piece async for piece in decoder.astream(prompt, **how)])
+
+    async def both() -> tuple[list[Any], list[str], Any]:
+        found = await asyncio.gather(*(decoder.agenerate(prompt, **how) for prompt in prompts))
+        texts = await asyncio.gather(*map(stream, prompts))
+        return found, texts, await decoder.agenerate(CHAT, stop=["e"], logprobs=1, num_speculative_tokens=0)
+
+    found, texts, last = asyncio.run(both())
+    assert [each.token_ids for each in found] == [each.token_ids for each in wanted]
+    assert texts == [each.text for each in wanted] and "e" not in last.text and last.logprobs
+    assert _shared[decoder].engine is None  # so that others may use the drafter
+    assert decoder.generate("Why is", **how).token_ids == wanted[1].token_ids
+
+
+def test_a_stream_that_is_left_ends_its_request(decoder: SpecDecoder) -> None:
+    async def first() -> str:
+        pieces = decoder.astream("Name three", max_new_tokens=2000)
+        async for piece in pieces:
+            await pieces.aclose()  # type: ignore[attr-defined]
+            return piece
+        return ""
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(decoder.agenerate("Name three", max_new_tokens=2000))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    assert asyncio.run(first())
+    asyncio.run(cancelled())
+    assert _shared[decoder].engine is None
+    with pytest.raises(SpecDecError, match="temperature must be a number >= 0; got -1"):
+        asyncio.run(decoder.agenerate("Why is", temperature=-1))
