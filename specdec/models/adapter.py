@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from specdec.base import memory
+from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError, reported
 from specdec.models import identity
 from specdec.models.drafter_folder import read_json
@@ -135,7 +135,18 @@ def merge(model: Any, adapter: Adapter) -> list[Tensor]:
         module.weight = nn.Parameter(values, requires_grad=False)
         made.append(values)
     model.merged_adapter = kept
+    loaded = model.config._name_or_path
+    if adapter.base and not _same_name(adapter.base, loaded):
+        terminal.say(f"note: adapter '{adapter.name}' was made for '{adapter.base}'; its shapes fit '{loaded}'")
     return made
+
+
+def _same_name(one: str, other: str) -> bool:
+    """Whether two names may be those of one model: files and copies add to the name of a repository."""
+    short, long = sorted(
+        (re.sub(r"[\W_]", "", name.rstrip("/").rpartition("/")[2]).lower() for name in (one, other)), key=len
+    )
+    return short in long
 
 
 def _dense(module: nn.Module) -> bool:

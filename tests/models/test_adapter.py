@@ -106,6 +106,25 @@ def test_it_equals_pefts_merged_model(cache: SimpleNamespace, tmp_path: Path) ->
     assert len(own.merged_adapter.samples) == len(tensors) / 2
 
 
+@pytest.mark.parametrize(
+    ("recorded", "loaded", "same"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", "/models/qwen2.5-0.5b-instruct-q4_k_m.gguf", True),
+        ("unsloth/Qwen2.5-0.5B-bnb-4bit", "Qwen/Qwen2.5-0.5B", True),
+        ("SmolLM2 135M Instruct", "smollm2-135m-instruct", True),
+        ("meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-0.5B", False),
+    ],
+)
+def test_another_base_by_name_is_noted(
+    tmp_path: Path, recorded: str, loaded: str, same: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("llama")
+    save_lora(tmp_path / "lora", model, base_model_name_or_path=recorded)
+    model.config._name_or_path = loaded
+    adapters.merge(model, adapters.read("it", tmp_path / "lora", model, None))
+    assert (f"was made for '{recorded}'; its shapes fit '{loaded}'" in capsys.readouterr().err) != same
+
+
 def test_drafted_text_is_that_of_plain_decoding_with_it(base: Path, lora: Path) -> None:
     wanted = text(base, lora)
     assert text(base, lora, "auto", learn=True) == wanted
