@@ -266,6 +266,8 @@ class SpecDecoder:
         if sampler is None:
             sampling = own_sampling(self.model) if given.get("use_model_defaults") else {}
             sampling |= {name: value for name, value in given.items() if name in SAMPLING}
+            if sampling.get("seed") is None:
+                sampling["seed"] = new_seed()
             params, others = SamplingParams(**sampling), given.get("logits_processor", ())
             processors = logits_processors(self.model, ids, max_new_tokens, params.repetition_penalty, others)
             processors += self._token_rules(given, len(ids))

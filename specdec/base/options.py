@@ -93,7 +93,7 @@ class SamplingParams:
     top_p: keep the likeliest tokens up to this total probability; 1 is off.
     min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
     repetition_penalty: 1 is off; None is the model's own.
-    seed: of the random numbers; None draws a new one.
+    seed: of the random numbers.
     frequency_penalty: subtracted from a token's logit for each time that it is among the new tokens.
     presence_penalty: subtracted once if the token is among the new tokens.
     logit_bias: added to logits, by token id.
@@ -104,7 +104,7 @@ class SamplingParams:
     top_p: TopP = 1.0
     min_p: MinP = 0.0
     repetition_penalty: RepetitionPenalty = None
-    seed: Seed = None
+    seed: GivenSeed = 0
     frequency_penalty: FrequencyPenalty = 0.0
     presence_penalty: PresencePenalty = 0.0
     logit_bias: LogitBias = None
@@ -112,12 +112,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.temperature < GREEDY_BELOW:
             object.__setattr__(self, "temperature", 0.0)
-        if self.seed is None:
-            object.__setattr__(self, "seed", new_seed() if self.temperature else 0)  # the latter has no effect
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of ``SamplingParams`` as keywords."""
+    """The fields of ``SamplingParams`` as keywords. A seed that is None, or not given, is drawn."""
 
     temperature: Temperature
     top_k: TopK

@@ -50,7 +50,7 @@ def chat(
     """Chat with a model in the terminal. Colours show the depth in the draft, Ctrl-C stops an answer."""
     loading.check()
     drafting.check()
-    params = SamplingParams(**vars(sampling))
+    params = SamplingParams(**sampling.keywords)
     with terminal.status("starting"):
         terminal.warn_in_lines()
         from specdec.api.decoder import SpecDecoder

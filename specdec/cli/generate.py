@@ -82,10 +82,11 @@ def generate(
     verbose: Annotated[bool, _output("--verbose", "More statistics, warnings, tracebacks.")] = False,
 ) -> None:
     """Generate text. Text streams to stdout; statistics go to stderr."""
-    *named, prompt = [None, *(words or [None])]
-    if len(named) > 2:
+    given = words or []
+    if len(given) > 2:
         raise SpecDecError("there are several prompts; give one, in quotes, with at most the model before it")
-    loading = replace(loading, model=shared.one_model(named[-1], loading.model, DEFAULT_MODEL))
+    named, prompt = given[0] if len(given) > 1 else None, given[-1] if given else None
+    loading = replace(loading, model=shared.one_model(named, loading.model, DEFAULT_MODEL))
     model, drafter, silent = loading.model, drafting.drafter, quiet or as_json
     text = _read(prompt)
     system = None if system is None else _utf8("--system", system)
@@ -96,7 +97,7 @@ def generate(
     drafting.check()
     registry.check_name("verifiers", verifier)
     params = options.SamplingParams(
-        **vars(sampling),
+        **sampling.keywords,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,

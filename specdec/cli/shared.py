@@ -216,6 +216,12 @@ class SamplingFlags:
     top_k: TopK = 0
     seed: Seed = 0
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As ``SamplingParams`` takes them: a seed is drawn if there is none and it has an effect."""
+        drawn = options.new_seed() if self.temperature else 0
+        return vars(self) | {"seed": drawn if self.seed is None else self.seed}
+
 
 def one_model(argument: str | None, option: str | None, usual: str | None = None) -> str:
     """The model that is named as an argument or as --model; without one, the ``usual`` one.

@@ -95,7 +95,8 @@ def find_source(name: str, revision: str | None = None) -> Source:
             )
         return Source(name, path.parent, packed=path.name)
     if file_in_repository := HUB_FILE.fullmatch(name):
-        return find_source(str(_file_in_repository(*file_in_repository.groups(), revision)))
+        repository, member = file_in_repository.groups()
+        return find_source(str(_file_in_repository(repository, member, revision)))
     return Source(name, _repository(name, revision), remote=True)
 
 
