@@ -45,7 +45,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SKIPS = (  # what a machine may lack: patterns of the reasons
-    "(llama-cpp-python|openvino-genai) is not installed",
+    "(llama-cpp-python|openvino-genai|peft) is not installed",
     "there is (no|one) CUDA device",
     "there is a real device",
     "stands on the inside of PyTorch",
