@@ -194,7 +194,8 @@ class PackedFile:
             raise Damaged("other kernels made them" if same else "the model's file has changed")
         reading = packed.take(self.path, file)
         reading.wait()
-        self.memory = torch.frombuffer(reading.pages, dtype=torch.uint8, count=used, offset=reading.offset)
+        if used:  # else no matrix of the model has kernels
+            self.memory = torch.frombuffer(reading.pages, dtype=torch.uint8, count=used, offset=reading.offset)
         if _checksum(self.memory) != data_sum:
             raise Damaged("it is damaged")
 
