@@ -240,6 +240,7 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
         target=target,
         drafter=drafter,
         verifier=SimpleNamespace(threshold=None),
+        adapter=None,
         eos_ids=lambda: frozenset({0}),
     )
     made.text = lambda *given: SpecDecoder.text(made, *given)
