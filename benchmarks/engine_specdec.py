@@ -10,7 +10,7 @@ from peers import Put
 
 from specdec import SpecDecoder
 from specdec.engine import measure as costs
-from specdec.engine.replay import replay
+from specdec.verify.certificate import replay
 
 
 class Specdec:

@@ -19,8 +19,8 @@ from specdec.base.errors import SpecDecError, how_to_install
 from specdec.bench.methods import Method, Reply
 from specdec.bench.prompts import Conversation
 from specdec.engine.metrics import RequestMetrics
-from specdec.engine.replay import replay
 from specdec.runtimes.target import Target
+from specdec.verify.certificate import replay
 
 RESAMPLES = 1000
 TAIL = 2.5  # percent on each side

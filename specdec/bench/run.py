@@ -28,10 +28,10 @@ from specdec.bench.figures import BenchRequest, summarize
 from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory
 from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_prompts
 from specdec.engine import measure as costs
-from specdec.engine.replay import first_difference
 from specdec.models import loading
 from specdec.speculation import registry
 from specdec.speculation.sampling import Sampler, streams
+from specdec.verify.certificate import first_difference
 
 # Settings of a method; cells that run side by side must agree in all others.
 OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")

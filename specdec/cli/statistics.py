@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
     from specdec.api.tuned import Tuned
-    from specdec.engine.replay import Difference
     from specdec.speculation.sampling import Sampler
+    from specdec.verify.certificate import Difference
 
 Facts = list[tuple[str, str]]
 ENOUGH = 8  # drafted tokens before a note says that none was accepted
@@ -139,7 +139,7 @@ def compare(
     decoder: SpecDecoder, prompt: list[int], sampler: Sampler, ours: GenerationOutput, plain: GenerationOutput
 ) -> Comparison:
     """Compare the outputs for ``prompt``. sampler: a copy of the one that chose their tokens."""
-    from specdec.engine.replay import first_difference, margins  # heavy
+    from specdec.verify.certificate import first_difference, margins  # heavy
 
     if not decoder.verifier.lossless:
         chosen = margins(decoder.target, prompt, ours.token_ids, sampler) <= 0

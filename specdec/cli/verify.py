@@ -20,7 +20,7 @@ from specdec.speculation import registry
 
 @shared.grouped
 def verify(
-    loading: shared.LoadingFlags = shared.LoadingFlags(dtype="float32"),
+    loading: shared.LoadingFlags = shared.LoadingFlags(),
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
     sampling: shared.SamplingFlags = shared.SamplingFlags(temperature=1.0),
     verifier: shared.Verifier = "exact",
@@ -29,32 +29,20 @@ def verify(
     data_dir: shared.DataDir = None,
     limit: shared.Limit = None,
     max_new_tokens: shared.MaxNewTokens = 128,
-    depths: Annotated[str, typer.Option(metavar="K,K,..", help="Draft lengths to check; numbers or auto.")] = "1,3,7",
-    draws: Annotated[int, typer.Option(min=0, help="Sampled continuations at each position; 0: none.")] = 128,
-    positions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,N,..", help="Token positions of the first answer at which sampling is tested; default: 0 and 16."
-        ),
-    ] = None,
+    num_speculative_tokens: shared.Depth = "auto",
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.", min=1)] = 4,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for certificate.txt and certificate.json.")
     ] = None,
     as_json: shared.JsonLine = False,
 ) -> None:
-    """Check that a drafter changes nothing: greedy tokens against the model, sampled ones against its distribution.
+    """Check that a drafter changes nothing: tokens beside those of plain decoding, greedy and under the same noise.
 
-    The exit code is 1 if a check fails.
-
-    In float32 greedy tokens must be equal; in bfloat16 and float16 every token is replayed through the model.
+    The model runs as in generate. Each difference is a proven near-tie of the logits, or a fault; the exit code is
+    then 1. With --dtype float32 greedy tokens are also compared with those of model.generate.
     """
     model, drafter, weights = loading.model, drafting.drafter, loading.weights
-    chosen = [shared.depth(part, "--depths") for part in shared.commas(depths)]
-    places = None if positions is None else [_position(part) for part in shared.commas(positions)]
-    if places and draws and max(places) >= max_new_tokens:
-        raise SpecDecError(
-            f"position {max(places)} lies behind answers of {max_new_tokens} tokens; see --max-new-tokens"
-        )
+    depth = shared.depth(num_speculative_tokens)
     if sampling.temperature < options.GREEDY_BELOW:
         raise SpecDecError(
             f"--temperature is for sampling and must be >= {options.GREEDY_BELOW:g}; greedy decoding is always checked"
@@ -64,9 +52,10 @@ def verify(
     registry.check_name("verifiers", verifier)
     with terminal.status("loading"):
         from specdec.api.decoder import SpecDecoder
+        from specdec.api.text import encode
+        from specdec.bench.environment import environment
         from specdec.bench.prompts import evenly_spaced, load_prompts
-        from specdec.models.gguf.blocks import temporarily_dense
-        from specdec.verify.certificate import Certificate, CheckPlan
+        from specdec.verify.certificate import Certificate
 
         terminal.warn_in_lines()
         params = options.SamplingParams(**vars(sampling))
@@ -80,14 +69,18 @@ def verify(
             model, drafter, **loading.keywords, drafter_options=drafting.options, verifier=rule, learn=False
         )
         drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.name if drafter == "auto" else drafter
-    plan = CheckPlan(chosen, evenly_spaced(found.conversations, limit), max_new_tokens, draws, places, params)
-    certificate = Certificate(decoder, plan)
+        if decoder.tuned and depth == "auto":
+            depth = decoder.tuned.num_speculative_tokens
+        chosen = evenly_spaced(found.conversations, limit)
+        encoded = [(c.id, encode(decoder.tokenizer, c.turns[0], context=decoder.target.context)) for c in chosen]
+    certificate = Certificate(decoder, encoded, params, max_new_tokens, depth, batch_size)
     try:
-        with terminal.Bar("verify") as bar, temporarily_dense(decoder.model):
+        with terminal.Bar("verify") as bar:
             certificate.run(bar)
     except KeyboardInterrupt:
-        if not certificate.greedy[0].answers:
+        if not certificate.checks["greedy"].answers:
             raise
+    machine = environment()
     about: dict[str, Any] = {
         "command": shared.command_line(),
         "model": model,
@@ -95,18 +88,26 @@ def verify(
         "runtime_note": decoder.runtime_note,
         "weights": weights,
         "drafter": drafter,
+        "num_speculative_tokens": depth,
         "verifier": rule.label,
-        "prompts": f"{len(plan.conversations)} of {found.name}",
+        "prompts": f"{len(encoded)} of {found.name}",
         "prompts_sha256": found.sha256,
         "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "sampling": vars(sampling),
+        "environment": machine,
     }
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("specdec", "torch", "transformers"))
     title = [
         f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}"
         + (f", activations in {about['activations']}" if about["activations"] != "as computed" else "")
         + (f", KV cache {loading.kv_cache}" if loading.kv_cache != "auto" else ""),
-        f"drafter    {drafter}; acceptance rule {about['verifier']}",
-        f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens",
+        f"drafter    {drafter}, draft length {depth}; acceptance rule {about['verifier']}",
+        f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens, in batches of {batch_size}",
+        f"sampling   temperature {params.temperature:g}, top-p {params.top_p:g}, top-k {params.top_k}",
         f"command    {about['command']}",
+        f"machine    {machine['cpu']}, {machine['threads']} threads",
+        f"versions   {versions}, commit {machine['commit'] or 'unknown'}",
     ]
     page, data = certificate.page(title), about | certificate.as_dict()
     terminal.write(f"{page}\n")
@@ -119,9 +120,3 @@ def verify(
         raise typer.Exit(1)
     if not certificate.complete:
         raise typer.Exit(INTERRUPTED)
-
-
-def _position(text: str) -> int:
-    if not text.isdecimal():
-        raise SpecDecError(f"--positions takes comma-separated numbers >= 0; got '{text}'")
-    return int(text)

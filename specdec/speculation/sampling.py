@@ -359,18 +359,3 @@ def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
     for processor in processors:
         if (name := type(processor).__name__) in STATEFUL:
             raise SpecDecError(f"{name} has a state that cannot be rolled back after a rejected draft; {remedy}")
-
-
-def apply_processors(
-    processors: Sequence[Processor], prompt: Sequence[int], tokens: Sequence[int], logits: Tensor
-) -> Tensor:
-    """Apply ``processors`` to the logits [n, V] that predict the n ``tokens`` after ``prompt``."""
-    if not processors:
-        return logits
-    rows = []
-    for count, row in enumerate(logits.float()):
-        ids, scores = torch.tensor([[*prompt, *tokens[:count]]], device=logits.device), row[None]
-        for processor in processors:
-            scores = processor(ids, scores)
-        rows.append(scores)
-    return torch.cat(rows)

@@ -14,7 +14,7 @@ import torch
 
 from specdec import SpecDecoder
 from specdec.api.text import encode
-from specdec.engine.replay import NEAR_TIE, margins
+from specdec.verify.certificate import NEAR_TIE, margins
 
 pytestmark = pytest.mark.model
 

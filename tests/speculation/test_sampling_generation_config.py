@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from scripted import Scripted
 from tiny import greedy_reference, tiny_model
 from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor, WatermarkingConfig
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.engine.replay import first_difference, margins
 from specdec.speculation.sampling import Sampler
-from specdec.verify.certificate import expected, model_logits
+from specdec.verify.certificate import expected, first_difference, margins
 
 PROMPT, COUNT = [5, 6, 7, 8], 24
 PLAIN = greedy_reference(tiny_model(), PROMPT, COUNT)
@@ -93,8 +91,6 @@ def test_replay_sees_what_was_decided_by() -> None:
     tokens = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
     made = Sampler.of([decoder.request(PROMPT, max_new_tokens=COUNT).sampler])
     assert margins(decoder.target, PROMPT, tokens, made).max() == 0 < margins(decoder.target, PROMPT, tokens).max()
-    logits = model_logits(model, PROMPT, tokens, COUNT)
-    assert torch.equal(logits.argmax(-1), torch.tensor(tokens))
     other = [*tokens[:5], (tokens[5] + 1) % 97]
     difference = first_difference(decoder.target, PROMPT, other, tokens, made)
     assert difference is not None and (difference.index, difference.near_tie) == (5, False)
