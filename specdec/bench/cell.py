@@ -3,7 +3,7 @@
 A cell is one method on one prompt set, interleaved with its baselines. A method is a drafter with its options, or one
 of ``EXTERNAL_METHODS``: ``model.generate`` in one of its modes (``hf``, ``hf-lookup``, ``hf-early-exit``,
 ``hf-assistant=MODEL``), or an engine that ``benchmarks/other_engines.py`` adds.
-``specdec.bench.run.run_cell`` returns one mapping of JSON values:
+``specdec.bench.run.measure`` yields one mapping of JSON values for each cell:
 
     key          ``cell.key()``
     cell         ``cell.as_dict()``

@@ -1,100 +1,106 @@
-"""Runs cells, one after the other in this process or in parallel on a Ray cluster (the ``ray`` extra).
+"""Runs groups of cells, one after the other in this process or in parallel on a Ray cluster (the ``ray`` extra).
 
-Both ways yield one record per cell when it ends. A failure is recorded and the other cells continue. An interrupt
-loses only the running cells.
+Both ways yield the records of a group when it ends. A failure is recorded and the other cells continue. An interrupt
+loses only the running groups.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import platform
 import socket
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 from specdec.base.errors import SpecDecError, how_to_install, one_line
-from specdec.base.terminal import OnProgress
 from specdec.bench.cell import Cell
+from specdec.bench.figures import BenchRequest
 from specdec.bench.plan import Resources
-from specdec.bench.run import Decoders, run_cell
+from specdec.bench.run import Decoders, Record, failure_record, measure
+
+Groups = Sequence[list[Cell]]
 
 
-def run_locally(cells: Sequence[Cell], data_dir: Path | None, progress: OnProgress) -> Generator[dict[str, Any]]:
-    """Measure ``cells`` in this process, in order. A model stays loaded until a cell needs another."""
-    decoders = Decoders(data_dir)
-    for cell in cells:
-        yield measure(cell, decoders, progress)
+def run_locally(
+    groups: Groups,
+    decoders: Decoders,
+    progress: Callable[[float], Any],
+    record: Callable[[BenchRequest], Any] | None = None,
+) -> Generator[Record]:
+    """Measure the groups in this process, in order. A model stays loaded until a group needs another.
+
+    progress: called with the number of cells that are done.
+    """
+    for number, group in enumerate(groups):
+        before = sum(map(len, groups[:number]))
+
+        def report(part: int, of: int, tokens: int, before: int = before, cells: list[Cell] = group) -> None:
+            progress(before + len(cells) * part / of)
+
+        yield from measure(group, decoders, report, record)
 
 
-def measure(cell: Cell, decoders: Decoders, progress: OnProgress | None = None) -> dict[str, Any]:
-    """The result of a cell, or the record of its failure. Only an interrupt raises."""
-    start = time.perf_counter()
-    try:
-        result = run_cell(cell, decoders, progress)
-        json.dumps(result, allow_nan=False)  # NaN fails this cell only
-        return result
-    except Exception as error:
-        return failure_record(cell, error, time.perf_counter() - start)
-
-
-def failure_record(cell: Cell, error: BaseException, seconds: float) -> dict[str, Any]:
-    """The record of a cell that failed: its error in one line."""
-    kind, text = type(error).__name__, one_line(error)
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
-        text = "out of memory"
-    elif not isinstance(error, SpecDecError):
-        text = f"unexpected {kind}: {text}"
-    return {"key": cell.key(), "cell": cell.as_dict(), "error": text, "seconds": seconds}
+def split(groups: Groups, count: int) -> list[list[Cell]]:
+    """The same cells in at least ``count`` groups, if there are as many cells: the largest group is halved."""
+    parts = list(groups)
+    while len(parts) < count and len(largest := max(parts, key=len)) > 1:
+        at, half = parts.index(largest), len(largest) // 2
+        parts[at : at + 1] = [largest[:half], largest[half:]]
+    return parts
 
 
 # --- on Ray ----------------------------------------------------------------------------------------------------------
 
 
-def run_on_ray(
-    cells: Sequence[Cell], data_dir: Path | None, resources: Resources, address: str | None
-) -> Generator[dict[str, Any]]:
-    """Measure ``cells`` on the cluster at ``address`` (None: $RAY_ADDRESS, else a new local cluster).
+def run_on_ray(groups: Groups, data_dir: Path | None, resources: Resources, address: str | None) -> Generator[Record]:
+    """Measure the groups on the cluster at ``address`` (None: $RAY_ADDRESS, else a new local cluster).
 
-    A cell is a Ray task, placed by its resources. All machines need the package, the models and the prompt files at
-    the same paths. Raises SpecDecError if Ray is not installed or not reachable, or if a cell needs more resources than
-    any machine has.
+    A group is a Ray task, placed by its resources; groups are split until all of the cluster is busy. The cells of a
+    lost group are tried again one by one. All machines need the package, the models and the prompt files at the same
+    paths. Raises SpecDecError if Ray is not installed or not reachable, or if a task needs more resources than any
+    machine has.
     """
     ray = _connect(address)
     try:
         memory = int(resources.memory_gb * 1e9) or None
         how = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "memory": memory}
-        # Processes are reused for further cells; a cell that ends its process is not tried again.
+        # Processes are reused for further cells; a group that ends its process is not repeated.
         task = ray.remote(**how, max_calls=0, max_retries=0)(_in_task)
         folder = None if data_dir is None else data_dir.resolve()
-        waiting, most = list(cells), _capacity(ray, resources)
-        running: dict[Any, tuple[Cell, float]] = {}
+        most = _capacity(ray, resources)
+        waiting = split(groups, most)
+        running: dict[Any, tuple[list[Cell], float]] = {}
         while waiting or running:
             while waiting and len(running) < most:
-                cell = waiting.pop(0)
-                running[task.remote(cell.as_dict(), folder)] = cell, time.perf_counter()
+                group = waiting.pop(0)
+                values = [cell.as_dict() for cell in group]
+                running[task.remote(values, folder)] = group, time.perf_counter()
             for reference in ray.wait(list(running))[0]:
-                cell, since = running.pop(reference)
+                group, since = running.pop(reference)
                 try:
-                    yield ray.get(reference)
+                    yield from ray.get(reference)
                 except ray.exceptions.RayError as error:  # the process died, usually out of memory, or did not start
+                    if len(group) > 1:
+                        waiting = [*([cell] for cell in group), *waiting]
+                        continue
                     lost = SpecDecError(f"its worker was lost: {one_line(error)}")
-                    yield failure_record(cell, lost, time.perf_counter() - since)
+                    yield failure_record(group[0], lost, time.perf_counter() - since)
     finally:
         ray.shutdown()
 
 
-def _in_task(values: dict[str, Any], data_dir: Path | None) -> dict[str, Any]:
-    return measure(Cell(**values), _decoders(data_dir)) | {"worker": f"{platform.node()}:{os.getpid()}"}
+def _in_task(values: list[dict[str, Any]], data_dir: Path | None) -> list[Record]:
+    worker = {"worker": f"{platform.node()}:{os.getpid()}"}
+    return [record | worker for record in measure([Cell(**cell) for cell in values], _decoders(data_dir))]
 
 
 @functools.lru_cache(maxsize=1)
 def _decoders(data_dir: Path | None) -> Decoders:
-    """The decoders of this process, whose model the next cell may reuse."""
+    """The decoders of this process, whose model the next task may reuse."""
     return Decoders(data_dir)
 
 
@@ -120,7 +126,7 @@ def _connect(address: str | None) -> Any:
 
 
 def _capacity(ray: Any, resources: Resources) -> int:
-    """How many cells the cluster can run at once. Raises SpecDecError if no machine can run one."""
+    """How many tasks the cluster can run at once. Raises SpecDecError if no machine can run one."""
     needed = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
     needed = {name: amount for name, amount in needed.items() if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -128,5 +134,5 @@ def _capacity(ray: Any, resources: Resources) -> int:
     if capacity < 1:
         largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needed}
         asked = ", ".join(f"{name} {needed[name]:g} of at most {largest[name]:g}" for name in needed)
-        raise SpecDecError(f"no machine of the cluster can run a cell: it needs {asked}; change 'resources'")
+        raise SpecDecError(f"no machine of the cluster can run a task: it needs {asked}; change 'resources'")
     return min(capacity, resources.workers or capacity)

@@ -6,7 +6,7 @@ product of all axes. ``drafter`` and ``verifier`` may be mappings, ``{NAME: {opt
     name, description    of the sweep
     zip: [[A, B], ...]   axes that step together
     exclude: [{A: value or list, ...}, ...]   drops the cells that match all conditions of an entry
-    resources: {cpus, gpus, memory_gb, workers}   of one cell on a Ray cluster
+    resources: {cpus, gpus, memory_gb, workers}   of one task on a Ray cluster
 
 The axis of an option is called ``drafter.NAME.OPTION`` in ``zip``, ``exclude`` and overrides.
 """
@@ -14,8 +14,9 @@ The axis of an option is called ``drafter.NAME.OPTION`` in ``zip``, ``exclude`` 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -32,12 +33,14 @@ from specdec.speculation import registry
 MAX_CELLS = 10_000
 GROUPS = ("drafter", "verifier")  # settings whose values have options
 WHOLE = "against"  # a setting whose value is a list
+# Settings of a method. Cells that agree in all others are a group, which is measured side by side.
+METHOD = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
 SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)] + [*GROUPS]
 KEYS = ("name", "description", "zip", "exclude", "resources", *SETTINGS)
 
 
 class Resources(Settings):
-    """What one cell needs on a cluster. workers: maximum of cells at once; None: as many as fit."""
+    """What one task needs on a cluster. workers: maximum of tasks at once; None: as many as fit."""
 
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
@@ -47,12 +50,22 @@ class Resources(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells that are ready to run. In a sweep: each once, those of one model in a row."""
+    """Cells that are ready to run, each once."""
 
     name: str
     description: str
     cells: tuple[Cell, ...]
     resources: Resources = field(default_factory=Resources)
+
+
+def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """The cells that are measured side by side; groups of one model in a row."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        shared = {name: value for name, value in cell.as_dict().items() if name not in METHOD}
+        found.setdefault(json.dumps(shared, sort_keys=True), []).append(cell)
+    loads = [group[0].loading for group in found.values()]
+    return sorted(found.values(), key=lambda group: loads.index(group[0].loading))
 
 
 @dataclass(frozen=True)
@@ -234,10 +247,8 @@ class Sweep:
         cells = {cell.key(): cell for cell in map(self._cell, self._points())}
         if not cells:
             self.document.fail((), "this sweep has no cell: exclude drops them all")
-        loads = [cell.loading for cell in cells.values()]
-        ordered = sorted(cells.values(), key=lambda cell: loads.index(cell.loading))
         name, description = (" ".join(text.split()) for text in (self.name, self.description))
-        return Plan(name, description, tuple(ordered), Resources(**self.resources))
+        return Plan(name, description, tuple(cells.values()), Resources(**self.resources))
 
     def _cell(self, point: dict[str, Any]) -> Cell:
         values: dict[str, Any] = {f"{group}_options": {} for group in GROUPS}

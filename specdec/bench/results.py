@@ -1,4 +1,4 @@
-"""The results of ``specdec sweep`` and ``specdec bench``, as tables and as text.
+"""The results of ``specdec bench``, as tables and as text.
 
 A record is a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}.
 """
@@ -90,7 +90,7 @@ class ResultTable:
 
 @dataclass(frozen=True)
 class Results:
-    """A folder's records in the order of the plan. missing: cells that have not run."""
+    """Records in the order of the plan. missing: cells that have not run."""
 
     name: str
     description: str
@@ -121,6 +121,89 @@ class Results:
         used = [name for name in names if any(row.get(name) for row in rows)]
         return ResultTable(used, [[row.get(name, "") for name in used] for row in rows])
 
+    def tables(self) -> list[ResultTable]:
+        """The main table; for the cells that did not fail also speedups by category, phases and percentiles."""
+        methods = [record["method"] for record in self.done]
+        names = labels([record["cell"] for record in self.done])
+        if not methods:
+            return [self.table()]
+        kinds = list(dict.fromkeys(kind for method in methods for kind in method["categories"] if kind))
+        phases = list(dict.fromkeys(phase for method in methods for phase in method["ledger_ms_per_step"]))
+        headers = [
+            ["x plain (the worst prompt)", *kinds, "all"],
+            ["method", "prefill ms", "decode ms/token", *(f"{phase} ms/step" for phase in phases), "MB"],
+            ["method", "P50, P99: ms/token", "ms to the first", "ms/step", "accepted at 1, 2 ..", "if all before were"],
+        ]
+        makers = (
+            lambda method: [_over_plain(method["categories"].get(kind)) for kind in kinds] + [_over_plain(method)],
+            lambda method: _phases(method, phases),
+            _percentiles,
+        )
+        return [
+            self.table(),
+            *(
+                ResultTable(header, [[name, *make(method)] for name, method in zip(names, methods, strict=True)])
+                for header, make in zip(headers, makers, strict=True)
+            ),
+        ]
+
+    def notes(self) -> list[str]:
+        """What was measured, how, with which costs of passes and engines; and the prompts that were left out."""
+        lines = list[str]()
+        for record in self.done:
+            lines += _settings(record)
+        for record in self.done[:1]:
+            for engine, costs in record["pass_ms"].items():
+                one = costs.get("1") or 1.0
+                shown = ", ".join(f"{ms:.1f} ({ms / one:.2f} x)" for ms in costs.values())
+                lines.append(f"{engine}: a pass over {', '.join(costs)} tokens takes {shown} ms")
+        for method in (method for record in self.done for method in (record["method"], *record["baselines"].values())):
+            if method["engine"]:
+                about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in method["engine"].items())
+                lines.append(f"{method['name']}: {about.removeprefix('version ')}")
+        lines += [f"skipped {what}" for record in self.done for what in record["prompts"]["skipped"]]
+        return list(dict.fromkeys(lines))
+
+
+def _settings(record: Record) -> list[str]:
+    """The model and the machine; the prompts and how they were answered."""
+    cell, about, prompts = (record[key] for key in ("cell", "environment", "prompts"))
+    skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
+    names = {"activations": "activations", "kv_cache": "KV cache"}
+    held = "".join(f", {name} in {about[key]}" for key, name in names.items() if about[key] != "as computed")
+    times = f"{cell['repetitions']} repetition{'s' * (cell['repetitions'] > 1)}"
+    how = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
+    return [
+        f"{cell['model']}, {about['dtype']}, {about['runtime']} runtime on {about['device']}{held}, "
+        f"{about['threads']} threads, {about['cpu']}",
+        f"{prompts['conversations']} conversations of {prompts['name']}{skipped}, {how}, at most "
+        f"{cell['max_new_tokens']} tokens, batch of {cell['batch_size']}, {times}, "
+        f"{record['seconds']:.0f} s{' (interrupted)' if record['interrupted'] else ''}",
+    ]
+
+
+def _over_plain(figures: Mapping[str, Any] | None) -> str:
+    """The speedup over plain decoding, and that of the worst prompt."""
+    speedup, worst = (figures[name].get("none") if figures else None for name in ("speedup", "worst"))
+    return f"{speedup['value']:.2f} ({worst:.2f})" if speedup else ""
+
+
+def _phases(method: Mapping[str, Any], phases: Sequence[str]) -> list[str]:
+    ledger, memory = method["ledger_ms_per_step"], method["peak_memory_mb"]
+    prefill, decode = method["prefill_ms"], method["decode_ms_per_token"]
+    row = [f"{prefill['value']:.0f}" if prefill else "", f"{decode['value']:.1f}" if decode else ""]
+    row += [f"{ledger[phase]:.1f}" if phase in ledger else "" for phase in phases]
+    return [*row, "" if memory is None else f"{memory:.0f}"]
+
+
+def _percentiles(method: Mapping[str, Any]) -> list[str]:
+    found = [method["latency_ms"][what] for what in ("token", "first_token", "step")]
+    shares = (method["acceptance_per_position"], method["conditional_acceptance"])
+    return [
+        *(f"{one['p50']:.1f}, {one['p99']:.1f}" if one else "" for one in found),
+        *(" ".join(f"{share:.2f}".removeprefix("0") for share in one) for one in shares),
+    ]
+
 
 def _columns(method: Mapping[str, Any], over: Sequence[str]) -> dict[str, str]:
     rate, first, quality = method["acceptance_rate"], method["first_token_ms"], method["quality"] or {}
@@ -139,10 +222,10 @@ def _columns(method: Mapping[str, Any], over: Sequence[str]) -> dict[str, str]:
 
 
 def load_results(folder: Path) -> Results:
-    """Read the folder of a sweep or a benchmark. Raises SpecDecError if it is neither or holds no result yet."""
+    """Read a results folder. Raises SpecDecError if it is none or holds no result yet."""
     store = Store(folder)
     if not store.manifest.is_file():
-        raise SpecDecError(f"there are no results in '{folder}'; give the output folder of a sweep or a benchmark")
+        raise SpecDecError(f"there are no results in '{folder}'; give the output folder of a benchmark")
     manifest, found = store.read_manifest(), store.records()
     ordered = [found[key] for key in manifest["cells"] if key in found]
     if not ordered:
@@ -213,11 +296,13 @@ def command(cell: Mapping[str, Any]) -> str:
 
 
 def render(results: Results, form: str) -> str:
-    """The results as "csv" (every setting and figure), "markdown" (the table) or "json" (everything)."""
+    """The results as "csv" (every setting and figure), "markdown" (notes and tables) or "json" (everything)."""
     if form == "json":
         return json.dumps(dataclasses.asdict(results), ensure_ascii=False, indent=1) + "\n"
     if form == "markdown":
-        return _markdown(results.table())
+        parts = [f"# {results.name}\n", f"{results.description}\n" if results.description else ""]
+        parts += ["".join(f"- {line}\n" for line in results.notes()), *map(_markdown, results.tables())]
+        return "\n".join(filter(None, parts))
     return _csv(results.records)
 
 

@@ -1,7 +1,8 @@
-"""Runs the methods of one or several cells side by side; ``specdec.bench.cell`` describes the result.
+"""Measures the cells of one group side by side; ``specdec.bench.cell`` describes the result.
 
-Every method answers the same prompts: a conversation continues with the answer of plain decoding (else of
-model.generate, else of the first method). Methods take turns prompt by prompt, in a rotating order.
+The cells of a group differ only in their methods. Every method answers the same prompts: a conversation continues with
+the answer of plain decoding (else of model.generate, else of the first method). Methods take turns prompt by prompt, in
+a rotating order, so a group measures each baseline once. A method that fails is left out, and the others continue.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from itertools import product
@@ -19,13 +20,13 @@ from typing import Any
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
 from specdec.base import options
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, one_line
 from specdec.base.terminal import OnProgress
 from specdec.bench import figures
 from specdec.bench.cell import EXTERNAL_METHODS, Cell, check_external, check_method
 from specdec.bench.environment import environment
 from specdec.bench.figures import BenchRequest, summarize
-from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory
+from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory, Reply
 from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_prompts
 from specdec.engine import measure as costs
 from specdec.models import loading
@@ -33,9 +34,7 @@ from specdec.speculation import registry
 from specdec.speculation.sampling import Sampler, streams
 from specdec.verify.certificate import first_difference
 
-# Settings of a method; cells that run side by side must agree in all others.
-OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
-
+Record = dict[str, Any]  # a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}
 Chat = tuple[Conversation, list[str]]  # with its turns and plain decoding's answers so far
 
 
@@ -51,14 +50,19 @@ class Decoders:
         self._loaded: dict[str, SpecDecoder] = {}
         self._prompts: dict[str, PromptSet] = {}
 
-    def base(self, cell: Cell, drafters: Sequence[str] = ()) -> SpecDecoder:
-        """A plain decoder of the cell's model. Refuses ``drafters`` that cannot fit before it loads the weights."""
+    def check(self, cell: Cell) -> None:
+        """Raise SpecDecError for methods that cannot fit, before the weights are loaded."""
+        for method in _methods(cell):
+            check_method(method.drafter)
+            if method.is_external:
+                check_external(method.drafter, method.drafter_options)
+            elif method.drafter != "none":
+                registry.refuse_early(registry.Choice.of(method.drafter), loading.read_config(cell.model), cell.model)
+
+    def base(self, cell: Cell) -> SpecDecoder:
+        """A plain decoder of the cell's model."""
         if self._base is None or self._base[0] != cell.loading:
             self._base, self._loaded = None, {}  # free the model before
-            if any(drafter != "none" for drafter in drafters):
-                config = loading.read_config(cell.model)
-                for drafter in drafters:
-                    registry.refuse_early(registry.Choice.of(drafter), config, cell.model)
             how = {name: value for name, value in cell.loading.items() if name != "model"}
             self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", learn=False, **how)
         return self._base[1]
@@ -86,11 +90,11 @@ class Decoders:
 
 
 class BenchRun:
-    """Cells that differ only in their methods, measured side by side.
+    """One group of cells, measured side by side.
 
     progress, record: called after each request.
     ``execute`` may be interrupted; ``results`` then covers the finished requests. The constructor loads everything and
-    raises SpecDecError if something is missing.
+    raises SpecDecError if the model or the prompts are missing.
     """
 
     def __init__(
@@ -103,35 +107,27 @@ class BenchRun:
         self.cells, self.decoders = list(cells), decoders
         self.progress, self.record = progress, record
         first = self.first = self.cells[0]
-        for cell in cells:
-            theirs = first.as_dict()
-            differing = [name for name, value in cell.as_dict().items() if name not in OWN and value != theirs[name]]
-            if differing:
-                raise SpecDecError(f"cells side by side must agree in {', '.join(differing)}")
-        for cell in cells:
-            check_method(cell.drafter)
-            if cell.is_external:
-                check_external(cell.drafter, cell.drafter_options)
-        self.prompt_set = decoders.prompts(first)
-        self.base = decoders.base(first, [cell.drafter for cell in cells if not cell.is_external])
+        self.started, self.seconds, self.interrupted = time.perf_counter(), 0.0, True
         self.methods: dict[str, Method] = {}
-        self.names: dict[str, str] = {}  # a cell's key -> the name of its method
-        for cell in cells:
-            for one in (*(_alone(cell, name) for name in cell.against), _alone(cell)):
-                self._add(one)
-        self.plain = next(name for name in ("none", "hf", *self.methods) if name in self.methods)
+        self.names: dict[str, str] = {}  # a method's key -> its name
+        self.errors: dict[str, Exception] = {}  # of methods that failed, by key
+        self.prompt_set = decoders.prompts(first)
+        self.base = decoders.base(first)
+        for key, method in {m.key(): m for cell in cells for m in reversed(_methods(cell))}.items():
+            try:
+                self._load(method)
+            except Exception as error:
+                self.errors[key] = error
+        self.plain = next((name for name in ("none", "hf", *self.methods) if name in self.methods), "")
         self.lossy = any(not method.lossless for method in self.methods.values())
-        if self.lossy:
-            figures.require_rouge_score()
-            if not self.methods[self.plain].lossless:
-                raise SpecDecError("a lossy rule is compared with plain decoding; add the baseline none")
+        if self.lossy and not self.methods[self.plain].lossless:
+            raise SpecDecError("a lossy rule is compared with plain decoding; add the baseline none")
         count = first.batch_size
         conversations = evenly_spaced(self.prompt_set.conversations, first.limit)
         self.groups = [conversations[i : i + count] for i in range(0, len(conversations), count)]
         self.passes: dict[str, dict[str, float]] = {}
         self.requests: list[BenchRequest] = []
         self.skipped: list[str] = []
-        self.seconds, self.interrupted = 0.0, True
         self.environment = environment() | {
             "device": str(self.base.target.device),
             "dtype": str(self.base.target.dtype).removeprefix("torch."),
@@ -142,22 +138,24 @@ class BenchRun:
             "context": self.base.target.context,
         }
 
-    def _add(self, cell: Cell) -> None:
+    def _load(self, cell: Cell) -> None:
         """Load the method of ``cell`` under a unique name."""
-        if cell.key() not in self.names:
-            depth = cell.num_speculative_tokens
-            usual = depth in ("auto", self.first.num_speculative_tokens)
-            name = label = cell.drafter if usual else f"{cell.drafter}@{depth}"
-            number = 1
-            while name in self.methods:
-                number += 1
-                name = f"{label} ({number})"
-            self.methods[name], self.names[cell.key()] = self.decoders.method(cell), name
+        depth = cell.num_speculative_tokens
+        usual = depth in ("auto", self.first.num_speculative_tokens)
+        name = label = cell.drafter if usual else f"{cell.drafter}@{depth}"
+        number = 1
+        while name in self.methods:
+            number += 1
+            name = f"{label} ({number})"
+        method = self.decoders.method(cell)
+        if not method.lossless:
+            figures.require_rouge_score()
+        self.methods[name], self.names[cell.key()] = method, name
 
     def execute(self) -> None:
-        start, done, tokens = time.perf_counter(), 0, 0
+        done = tokens = turns = 0
         longest = [max(len(c.turns) for c in group) for group in self.groups]
-        total = self.first.repetitions * len(self.methods) * sum(longest)
+        total = self.first.repetitions * sum(longest)
         try:
             self._time_passes()
             self._warm_up()
@@ -166,13 +164,14 @@ class BenchRun:
                 for turn in range(longest[number]):
                     chats, prompts = self._prompts(chats, turn)
                     if chats:
-                        tokens += self._turn((repetition, number, turn), chats, prompts)
-                    done += len(self.methods)
+                        tokens += self._turn((repetition, number, turn), chats, prompts, turns)
+                        turns += 1
+                    done += 1
                     if self.progress:
                         self.progress(done, total, tokens)
             self.interrupted = False
         finally:
-            self.seconds = time.perf_counter() - start
+            self.seconds = time.perf_counter() - self.started
 
     def _time_passes(self) -> None:
         """Measure what a pass over several tokens costs, in each engine that reports it."""
@@ -184,8 +183,25 @@ class BenchRun:
     def _warm_up(self) -> None:
         most = min(CONTEXT, self.base.target.context - WARM_UP)
         rows = [self._encode([c.turns[0]])[-most:] for c in self.groups[0]]
-        for method in self.methods.values():
-            method.reply(rows, WARM_UP, self.first.seed, "warm-up")
+        for name in list(self.methods):
+            self._reply(name, rows, WARM_UP, self.first.seed, "warm-up")
+
+    def _reply(self, name: str, prompts: list[list[int]], count: int, seed: int, scope: str) -> Reply | None:
+        """The reply of one method; None if it fails. The others then continue without it."""
+        try:
+            with PeakMemory(self.base.target.device) as memory:
+                reply = self.methods[name].reply(prompts, count, seed, scope)
+        except Exception as error:
+            if name == self.plain:
+                raise
+            key = next(key for key, known in self.names.items() if known == name)
+            self.errors[key] = error
+            del self.methods[name], self.names[key]
+            self.requests = [request for request in self.requests if request.method != name]
+            return None
+        if reply.peak_memory_mb is None:
+            reply.peak_memory_mb = memory.mb
+        return reply
 
     def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
         """The chats that have this turn and fit into the context with it, and their prompts."""
@@ -203,24 +219,20 @@ class BenchRun:
                     self.skipped.append(what)
         return continued, prompts
 
-    def _turn(self, place: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]]) -> int:
+    def _turn(self, place: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]], number: int) -> int:
         """Let every method answer one turn of a group of chats; return the number of new tokens."""
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
-        names, shift = list(self.methods), len(self.requests) // len(self.methods) % len(self.methods)
+        names, shift = list(self.methods), number % len(self.methods)
         made: dict[str, BenchRequest] = {}
-        seed = (self.first.seed + len(self.requests)) % (options.MAX_SEED + 1)
-        order = names[len(names) - shift :] + names[: len(names) - shift]
-        for name in order:
-            with PeakMemory(self.base.target.device) as memory:
-                reply = self.methods[name].reply(prompts, count, seed, f"{name}, repetition {place[0]}")
-            if reply.peak_memory_mb is None:
-                reply.peak_memory_mb = memory.mb
-            made[name] = BenchRequest(name, *place, [conversation for conversation, _ in chats], prompts, reply)
-        for name in order:
-            self._compare(made[name], made[self.plain], count, seed)
-            self.requests.append(made[name])
+        seed = (self.first.seed + number) % (options.MAX_SEED + 1)
+        for name in names[len(names) - shift :] + names[: len(names) - shift]:
+            if reply := self._reply(name, prompts, count, seed, f"{name}, repetition {place[0]}"):
+                made[name] = BenchRequest(name, *place, [conversation for conversation, _ in chats], prompts, reply)
+        for request in made.values():
+            self._compare(request, made[self.plain], count, seed)
+            self.requests.append(request)
             if self.record:
-                self.record(made[name])
+                self.record(request)
         for (_, texts), answer in zip(chats, made[self.plain].reply.tokens, strict=True):
             texts.append(self.base.tokenizer.decode(answer, skip_special_tokens=True))
         return sum(request.reply.count for request in made.values())
@@ -252,8 +264,18 @@ class BenchRun:
             if self.lossy:
                 request.qualities.append(figures.quality(target, self.base.tokenizer, prompt, ours, theirs))
 
-    def results(self) -> list[dict[str, Any]]:
-        """One result per cell. Raises SpecDecError if no request was finished."""
+    def failures(self) -> list[Record]:
+        """The records of cells of which a method has failed. From then on these are not among ``cells``."""
+        records = []
+        for cell in list(self.cells):
+            keys = [method.key() for method in _methods(cell)]
+            if found := next((self.errors[key] for key in keys if key in self.errors), None):
+                records.append(failure_record(cell, found, time.perf_counter() - self.started))
+                self.cells.remove(cell)
+        return records
+
+    def results(self) -> list[Record]:
+        """One record per cell. Raises SpecDecError if no request was finished."""
         if not self.requests:
             why = f": {self.skipped[0]}" if self.skipped else ""
             raise SpecDecError(f"nothing was measured{why}")
@@ -272,32 +294,73 @@ class BenchRun:
             "interrupted": self.interrupted,
         }
         made = {name: [request for request in self.requests if request.method == name] for name in self.methods}
-        out = []
-        for cell in self.cells:
-            name = self.names[_alone(cell).key()]
-            labels = {str(label): self.names[_alone(cell, label).key()] for label in cell.against}
-            baselines = {label: made[method] for label, method in labels.items()}
-            sums = {m: summarize(m, made[m], baselines, self.methods[m]) for m in {name, *labels.values()}}
-            compared = {label: sums[method] for label, method in labels.items()}
-            out.append(
-                {"key": cell.key(), "cell": cell.as_dict(), "method": sums[name], "baselines": compared, **shared}
-            )
-        return out
+        return [self._result(cell, made, shared) for cell in self.cells]
+
+    def _result(self, cell: Cell, made: dict[str, list[BenchRequest]], shared: Record) -> Record:
+        name, *others = (self.names[method.key()] for method in _methods(cell))
+        baselines = dict(zip(map(str, cell.against), others, strict=True))
+        requests = {label: made[method] for label, method in baselines.items()}
+        sums = {method: summarize(method, made[method], requests, self.methods[method]) for method in {name, *others}}
+        compared = {label: sums[method] for label, method in baselines.items()}
+        result = {"key": cell.key(), "cell": cell.as_dict(), "method": sums[name], "baselines": compared, **shared}
+        try:
+            json.dumps(result, allow_nan=False)
+            return result
+        except ValueError as error:  # NaN fails this cell only
+            return failure_record(cell, error, self.seconds)
 
 
-def run_cell(cell: Cell, decoders: Decoders, progress: OnProgress | None = None) -> dict[str, Any]:
-    """Measure ``cell``; ``specdec.bench.cell`` describes the result.
+def measure(
+    cells: Sequence[Cell],
+    decoders: Decoders,
+    progress: OnProgress | None = None,
+    record: Callable[[BenchRequest], Any] | None = None,
+) -> Iterator[Record]:
+    """The record of each cell of a group; those that cannot start come first.
 
-    decoders: keeps models from cell to cell.
-    progress: called after each request.
-    Raises SpecDecError if the model, the drafter or the prompts are missing or unfit.
+    Only an interrupt raises, after the records of what was finished.
     """
-    run = BenchRun([cell], decoders, progress)
-    run.execute()
-    return run.results()[0]
+    start, left, failed, interrupt = time.perf_counter(), list[Cell](), list[Record](), None
+    for cell in cells:
+        try:
+            decoders.check(cell)
+            left.append(cell)
+        except Exception as error:
+            yield failure_record(cell, error, time.perf_counter() - start)
+    if not left:
+        return
+    try:
+        run = BenchRun(left, decoders, progress, record)
+        left = run.cells
+        yield from run.failures()
+        if left:
+            try:
+                run.execute()
+            except KeyboardInterrupt as stopped:
+                if not run.requests:
+                    raise
+                interrupt = stopped
+            failed = run.failures()
+        if left:
+            yield from run.results()
+    except Exception as error:
+        yield from [failure_record(cell, error, time.perf_counter() - start) for cell in left]
+    yield from failed
+    if interrupt:
+        raise interrupt
 
 
-def _alone(cell: Cell, baseline: str | None = None) -> Cell:
-    """The cell of a baseline, or of the cell's own method, without baselines."""
-    method = {} if baseline is None else {"drafter": baseline, "drafter_options": {}}
-    return cell.with_settings(**method, against=[]).canonical()
+def failure_record(cell: Cell, error: BaseException, seconds: float) -> Record:
+    """The record of a cell that failed: its error in one line."""
+    kind, text = type(error).__name__, one_line(error)
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+        text = "out of memory"
+    elif not isinstance(error, SpecDecError):
+        text = f"unexpected {kind}: {text}"
+    return {"key": cell.key(), "cell": cell.as_dict(), "error": text, "seconds": seconds}
+
+
+def _methods(cell: Cell) -> list[Cell]:
+    """The cell's own method and those of its baselines, each as a cell without baselines."""
+    baselines: list[dict[str, Any]] = [{"drafter": name, "drafter_options": {}} for name in cell.against]
+    return [cell.with_settings(**changes, against=[]).canonical() for changes in ({}, *baselines)]

@@ -1,8 +1,8 @@
-"""The folder of a sweep or a benchmark: its plan, and one line per finished cell.
+"""The folder of a benchmark: its plan, and one line per finished cell.
 
     sweep.json    name, description, command, resources and the cells of the plan, by key
-    cells.jsonl   one record per line, append-only: the result of ``run_cell``, or {"key", "cell", "error", "seconds"}
-                  for a cell that failed; the last line of a key counts
+    cells.jsonl   one record per line, append-only: the result of a cell, or {"key", "cell", "error", "seconds"}
+                  for one that failed; the last line of a key counts
 
 A line is written in one piece and synced. A process that is killed at any moment leaves whole lines and at most one
 broken end, which the next writer cuts off.
@@ -21,9 +21,15 @@ from filelock import FileLock, Timeout
 
 from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
+from specdec.bench.cell import Cell
 from specdec.bench.plan import Plan
 
 MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
+
+
+def finished(record: dict[str, Any] | None) -> bool:
+    """Whether a record is a whole result."""
+    return record is not None and "error" not in record and not record["interrupted"]
 
 
 class Store:
@@ -33,10 +39,10 @@ class Store:
         self.folder, self.manifest, self.path = folder, folder / MANIFEST, folder / RECORDS
 
     @contextmanager
-    def opened(self, plan: Plan, command: str, resume: bool | None = None) -> Iterator[None]:
+    def opened(self, plan: Plan, command: str, resume: bool = False) -> Iterator[None]:
         """Lock the folder for ``plan``.
 
-        resume: whether finished cells of this plan may be there; None: they may not, and cannot be resumed.
+        resume: whether finished cells of this plan may be there.
         Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
         """
         self.check(plan, resume)
@@ -63,7 +69,7 @@ class Store:
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise SpecDecError(f"cannot write to '{self.folder}': {error.strerror}; give another --output") from None
 
-    def check(self, plan: Plan, resume: bool | None = None) -> None:
+    def check(self, plan: Plan, resume: bool = False) -> None:
         """Raise SpecDecError unless the folder is free for ``plan``, as in ``opened``."""
         keys = {cell.key() for cell in plan.cells}
         if self.manifest.is_file():
@@ -75,10 +81,9 @@ class Store:
                     f"{len(keys)}, of which {len(keys & planned)} are the same); give another --output"
                 )
             if (ended := len(self.records())) and not resume:
-                how = "" if resume is None else "go on with --resume, or "
                 raise SpecDecError(
-                    f"'{self.folder}' holds these results already ({ended} of {len(keys)} cells); {how}give another "
-                    "--output"
+                    f"'{self.folder}' holds these results already ({ended} of {len(keys)} cells); go on with "
+                    "--resume, or give another --output"
                 )
         elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise SpecDecError(f"'{self.folder}' is not empty and holds no results; give another --output")
@@ -108,6 +113,11 @@ class Store:
                     f"line {number} of '{self.path}' is broken; remove it and --resume repeats its cell"
                 ) from None
         return records
+
+    def waiting(self, plan: Plan) -> list[Cell]:
+        """The cells of the plan that have not run, were interrupted, or failed."""
+        records = self.records()
+        return [cell for cell in plan.cells if not finished(records.get(cell.key()))]
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record and sync it to the disk. Call it only within ``opened``."""

@@ -5,42 +5,17 @@ It measures side by side on the user's prompts, as ``specdec bench`` does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from specdec.base.errors import SpecDecError
 from specdec.base.options import Depth
 from specdec.base.terminal import OnProgress
 from specdec.bench.cell import Cell
-from specdec.bench.run import BenchRun, Decoders
+from specdec.bench.run import Decoders, Record, measure
 from specdec.speculation import registry
 
 DEPTHS = (2, 3, 4, 6)  # fixed draft lengths to try
 MIN_GAIN = 1.02  # over the automatic draft length, which adapts
 JOINED = ("m2r2", "early-exit", "deed")  # also tried in combination with n-grams
-
-
-@dataclass(frozen=True)
-class TunedCell:
-    """A measured setting. speedup: over plain decoding, whole calls, median over prompts."""
-
-    cell: Cell
-    speedup: float
-    acceptance_length: float
-    faults: int
-
-
-def candidates(decoders: Decoders, base: Cell, names: list[str]) -> tuple[list[Cell], list[str]]:
-    """The cells whose drafter fits the model, and why the others do not fit."""
-    cells, refused = [], []
-    for name in names:
-        cell = base.with_settings(drafter=name)
-        try:
-            decoders.method(cell)
-            cells.append(cell)
-        except SpecDecError as error:
-            refused.append(f"{name}: {error}")
-    return cells, refused
 
 
 def all_drafters() -> list[str]:
@@ -49,30 +24,26 @@ def all_drafters() -> list[str]:
     return [*alone, *(f"ngram+{name}" for name in JOINED)]
 
 
-def measure(decoders: Decoders, cells: list[Cell], progress: OnProgress | None) -> list[TunedCell]:
-    """Measure the cells side by side; fastest first."""
-    run = BenchRun(cells, decoders, progress)
-    run.execute()
-    if run.interrupted:
-        raise KeyboardInterrupt
-    rows = []
-    for cell, result in zip(cells, run.results(), strict=True):
-        method: dict[str, Any] = result["method"]
-        speedup, length = method["speedup"]["none"], method["mean_acceptance_length"]
-        faults = (method["equal_to_plain"] or {}).get("faults") or 0
-        rows.append(TunedCell(cell, speedup["value"] if speedup else 0.0, length["value"] if length else 1.0, faults))
-    return sorted(rows, key=lambda row: -row.speedup)
+def speedup(record: Record) -> float:
+    """The speedup over plain decoding; 0 for a cell that failed or drafted nothing that could be timed."""
+    found = record["method"]["speedup"]["none"] if "error" not in record else None
+    return float(found["value"]) if found else 0.0
 
 
-def search(decoders: Decoders, cells: list[Cell], progress: OnProgress | None = None) -> list[TunedCell]:
+def search(decoders: Decoders, cells: Sequence[Cell], progress: OnProgress | None = None) -> list[Record]:
     """Measure every cell at automatic draft length, then the best at fixed ones; the setting to keep comes first."""
-    rows = measure(decoders, cells, progress)
-    best = rows[0]
-    if best.speedup > 1:
+    records = _fastest_first(decoders, cells, progress)
+    best = records[0]
+    if speedup(best) > 1:
         # Only cells of one run are compared, so the automatic length runs again.
         depths: list[Depth] = ["auto", *DEPTHS]
-        again = measure(decoders, [best.cell.with_settings(num_speculative_tokens=k) for k in depths], progress)
-        auto = next(row for row in again if row.cell.num_speculative_tokens == "auto")
-        best = again[0] if again[0].speedup >= MIN_GAIN * auto.speedup else auto
-        rows = [best, *(row for row in again if row is not best), *(row for row in rows[1:])]
-    return rows
+        cell = Cell(**best["cell"])
+        again = _fastest_first(decoders, [cell.with_settings(num_speculative_tokens=k) for k in depths], progress)
+        auto = next(record for record in again if record["cell"]["num_speculative_tokens"] == "auto")
+        best = again[0] if speedup(again[0]) >= MIN_GAIN * speedup(auto) else auto
+        records = [best, *(record for record in again if record is not best), *records[1:]]
+    return records
+
+
+def _fastest_first(decoders: Decoders, cells: Sequence[Cell], progress: OnProgress | None) -> list[Record]:
+    return sorted(measure(cells, decoders, progress), key=speedup, reverse=True)

@@ -29,7 +29,6 @@ from specdec.cli import (
     learn,
     models,
     serve,
-    sweep,
     train,
     tune,
     verify,
@@ -121,8 +120,8 @@ app.command(epilog="Example: specdec bench --drafters hf,none,prompt-lookup,m2r2
 app.command(epilog="Example: specdec verify --model my-model --drafter my-drafter --prompts prompts.jsonl")(
     verify.verify
 )
-app.command(epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(sweep.sweep)
-app.command(epilog="Example: specdec report DIR --format markdown")(sweep.report)
+app.command("sweep", epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(bench.bench)
+app.command(epilog="Example: specdec report DIR --format markdown")(bench.report)
 app.add_typer(export.app, name="export")
 app.add_typer(tune.app, name="tune")
 app.add_typer(learn.app, name="learn", epilog="Example: specdec learn my-model --minutes 3; then: specdec learn status")

@@ -39,8 +39,9 @@ def drafter(
     shared.check_model(model)
     with terminal.status("loading"):
         from specdec.bench.cell import Cell
+        from specdec.bench.results import Results
         from specdec.bench.run import Decoders
-        from specdec.bench.tune import all_drafters, candidates, search
+        from specdec.bench.tune import all_drafters, search, speedup
 
         terminal.warn_in_lines()
         base = Cell(
@@ -49,26 +50,23 @@ def drafter(
         )  # fmt: skip
         decoders = Decoders()
         device = str(decoders.base(base).device)
-        cells, refused = candidates(decoders, base, shared.commas(drafters or "") or all_drafters())
-    for line in refused:
-        say(f"left out: {line}")
-    if not cells:
-        raise SpecDecError("no drafter fits the model; see 'specdec drafters'")
+        names = shared.commas(drafters or "") or all_drafters()
     with terminal.Bar("tune") as bar:
-        rows = search(decoders, cells, bar)
-    terminal.print_table(
-        ("drafter", "draft length", "acceptance length", "x plain"),
-        [
-            (r.cell.drafter, str(r.cell.num_speculative_tokens), f"{r.acceptance_length:.2f}", f"{r.speedup:.2f}")
-            for r in rows
-        ],
-    )
-    if faults := sum(row.faults for row in rows):
+        records = search(decoders, [base.with_settings(drafter=name) for name in names], bar)
+    results = Results("tune", "", shared.command_line(), records)
+    for record in results.failed:
+        say(f"left out: {record['cell']['drafter']}: {record['error']}")
+    if not results.done:
+        raise SpecDecError("no drafter fits the model; see 'specdec drafters'")
+    results = Results(results.name, "", results.command, results.done)
+    table = results.table()
+    terminal.print_table(table.header, table.rows)
+    if faults := sum((record["method"]["equal_to_plain"] or {}).get("faults") or 0 for record in results.done):
         raise SpecDecError(f"{faults} outputs differ from plain decoding; nothing is stored, please report this")
-    best, of = rows[0].cell, f"{limit} of {prompts}"
+    best, gain, of = Cell(**records[0]["cell"]), speedup(records[0]), f"{limit} of {prompts}"
     tuned = Tuned("none", "auto", 1.0, of)
-    if rows[0].speedup > 1:
-        tuned = Tuned(best.drafter, best.num_speculative_tokens, round(rows[0].speedup, 3), of)
+    if gain > 1:
+        tuned = Tuned(best.drafter, best.num_speculative_tokens, round(gain, 3), of)
     path = tuned_path(model, dtype, device, runtime, weights)
     save_tuned(path, tuned)
     depth = tuned.num_speculative_tokens

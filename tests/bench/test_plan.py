@@ -24,8 +24,8 @@ from specdec.base.errors import SpecDecError
 from specdec.base.files import shipped_configs
 from specdec.bench import launch
 from specdec.bench.cell import Cell
-from specdec.bench.launch import failure_record
-from specdec.bench.plan import load_plan
+from specdec.bench.plan import groups, load_plan
+from specdec.bench.run import failure_record
 from specdec.bench.store import RECORDS, Store
 
 GRID = """
@@ -37,6 +37,7 @@ num_speculative_tokens: [2, 4]
 max_new_tokens: 12
 """
 CELLS = 1 + 2 * (2 + 1)  # plain decoding has no draft to be 2 or 4 tokens long
+ALONE = "seed=1,2,3,4,5,6,7"  # cells of which each is a group
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +76,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Cells take no time; how often each was measured."""
     runs: Counter = Counter()
 
-    def run_cell(cell: Cell, decoders: object, progress: object = None) -> dict:
-        runs[cell.key()] += 1
-        return result(cell)
+    def measure(cells: list[Cell], *more: object):
+        for cell in cells:
+            runs[cell.key()] += 1
+            yield result(cell)
 
-    monkeypatch.setattr("specdec.bench.launch.run_cell", run_cell)
+    monkeypatch.setattr("specdec.bench.launch.measure", measure)
     return runs
 
 
@@ -116,8 +118,9 @@ def test_zipped_axes_step_together_and_conditions_drop_cells(write) -> None:
     plan = load_plan(write(text))
     assert Counter(points(plan, "model", "dtype")) == {("a", "float32"): 4, ("b", "bfloat16"): 3}
     assert ("b", "prompt-lookup", 0.7) not in points(plan, "model", "drafter", "temperature")
-    models = [cell.model for cell in plan.cells]
-    assert models == sorted(models)  # one load each
+    found = groups(plan.cells)
+    models = [group[0].model for group in found]
+    assert models == sorted(models) and len(found) == 4  # one load each, and plain decoding once per temperature
 
 
 def test_the_command_line_goes_over_the_file(write) -> None:
@@ -227,7 +230,8 @@ def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: P
     assert outcome.exit_code == 0, outcome.output
     records = [json.loads(line) for line in (tmp_path / "out" / RECORDS).read_text().splitlines()]
     assert len(records) == CELLS and outcome.stderr.count(" x plain (") == CELLS
-    assert outcome.stderr.count(" left)") == CELLS - 1
+    requests = [json.loads(line)["method"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert set(Counter(requests).values()) == {3} and len(requests) == 3 * CELLS  # plain decoding is measured once
     base = SpecDecoder.from_pretrained(str(folder), "none")
     prompts = [encode(base.tokenizer, line) for line in (tmp_path / "prompts.txt").read_text().splitlines()]
     for record in records:
@@ -301,27 +305,28 @@ def test_a_killed_process_resumes_to_the_same_cells(
 ) -> None:
     """Killed while it measures the cell after ``count`` records, or before a line that is written is on the disk."""
     ready, done = os.pipe()
-    measure, fsync = launch.run_cell, os.fsync
+    measure, fsync = launch.measure, os.fsync
 
     def stop() -> None:
         os.write(done, b"!")
         signal.pause()
 
-    def measured(cell: Cell, decoders: object, progress: object = None) -> dict:
+    def measured(*args: object):
         if where == "in a cell" and counted.total() == count:
             stop()
-        return measure(cell, decoders, progress)
+        yield from measure(*args)
 
     def synced(descriptor: int) -> None:
         if where == "as it writes" and counted.total() == count:
             stop()
         fsync(descriptor)
 
+    alone = ("drafter=prompt-lookup", "drafter.prompt-lookup.continuations=1", "num_speculative_tokens=2", ALONE)
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(launch, "run_cell", measured)
+        monkeypatch.setattr(launch, "measure", measured)
         monkeypatch.setattr(os, "fsync", synced)
-        sweep()
+        sweep(*alone)
         os._exit(1)
     os.close(done)
     stopped = os.read(ready, 1)
@@ -330,7 +335,7 @@ def test_a_killed_process_resumes_to_the_same_cells(
     os.close(ready)
     kept = set(Store(tmp_path / "out").records())
     assert stopped == b"!" and len(kept) == count
-    assert sweep("--resume").exit_code == 0
+    assert sweep(*alone, "--resume").exit_code == 0
     planned = set(Store(tmp_path / "out").read_manifest()["cells"])
     assert Store(tmp_path / "out").records().keys() == planned and len(planned) == CELLS
     assert set(counted) == planned - kept
@@ -347,10 +352,11 @@ def test_ctrl_c_ends_a_sweep_between_records(grid: Path, tmp_path: Path) -> None
         "--output",
         str(tmp_path / "out"),
         "repetitions=10",
+        "seed=1,2,3",
     ]
-    with subprocess.Popen([*command, "drafter=none,early-exit"], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "drafter=none"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert "[1/3] none: " in process.stderr.readline()
+        assert "[1/3] none seed=1: " in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert (
@@ -358,7 +364,8 @@ def test_ctrl_c_ends_a_sweep_between_records(grid: Path, tmp_path: Path) -> None
         and "interrupted; 1 of 3 cells are done; continue with: " in rest
         and "--resume" in rest
     )
-    assert "Traceback" not in rest and len(Store(tmp_path / "out").records()) == 1
+    whole = [record for record in Store(tmp_path / "out").records().values() if not record["interrupted"]]
+    assert "Traceback" not in rest and len(whole) == 1
 
 
 def test_a_full_disk_ends_a_sweep_that_can_go_on(sweep, counted: Counter, tmp_path: Path, monkeypatch) -> None:

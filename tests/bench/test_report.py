@@ -165,8 +165,11 @@ def test_a_report_is_also_csv_json_and_markdown(folder: Path) -> None:
     assert float(rows[0]["speedup.none_low"]) < 1.4 < float(rows[0]["speedup.none_high"])
     data = json.loads(report(folder, "--format", "json").stdout)
     assert len(data["records"]) == 13 and data["missing"] == 1 and data["command"] == "specdec sweep mine.yaml"
-    lines = report(folder, "--format", "markdown").stdout.splitlines()
+    text = report(folder, "--format", "markdown").stdout
+    assert text.startswith("# mine <&>\n\nWhat it is for.\n\n- smollm2-135m-instruct, float32, fused runtime on cpu")
+    lines = text[text.index("| cell") :].split("\n\n")[0].splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 13 and "1.40 [1.26–1.54]" in lines[2]
+    assert "| x plain (the worst prompt) | all |" in text and "| 1.40 (1.26) |" in text  # more tables follow
     assert not list(folder.glob("*.png"))  # only the page draws
 
 

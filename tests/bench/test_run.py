@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from measured import side_by_side
 from tiny import greedy_reference, save_tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -32,7 +33,7 @@ from specdec.bench import figures, methods, prompts
 from specdec.bench.cell import Cell
 from specdec.bench.figures import BenchRequest
 from specdec.bench.prompts import PROMPT_SETS, PromptSource, evenly_spaced, load_prompts
-from specdec.bench.run import BenchRun, Decoders
+from specdec.bench.run import BenchRun, Decoders, measure
 
 CONVERSATIONS = [
     {"id": "chat", "category": "talk", "turns": ["abcabcabc", "and then abcabc"]},
@@ -79,7 +80,7 @@ def cell(folder: Path, file: Path):
 
 def measured(result) -> dict:
     assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])
+    return side_by_side(result.stdout)
 
 
 def one_line_error(result) -> str:
@@ -185,10 +186,12 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
     assert summary["prompts"]["sha256"] == prints and summary["prompts"]["turns"] == 4
     assert summary["environment"]["threads"] and summary["environment"]["dtype"] == "float32"
     assert all(name in result.stdout for name in names) and "8 of 8" in result.stdout
-    table = [line.split("\t") for line in result.stdout.splitlines() if line.startswith(("talk\t", "lists\t", "all\t"))]
-    assert [row[0] for row in table] == ["talk", "lists", "all"]
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    at = next(i for i, line in enumerate(lines) if line[0] == "x plain (the worst prompt)")
+    assert lines[at][1:] == ["talk", "lists", "all"]
+    table = {line[0]: line[1:] for line in lines[at + 1 : at + 1 + len(names)]}
     shown = [f"{m['speedup']['none']['value']:.2f} ({m['worst']['none']:.2f})" for m in summary["methods"]]
-    assert table[-1][1:] == shown and [row[1 + names.index("none")] for row in table] == ["1.00 (1.00)"] * 3
+    assert [row[-1] for row in table.values()] == shown and table["none"] == ["1.00 (1.00)"] * 3
 
 
 def close(estimate: dict, value: float) -> None:
@@ -304,7 +307,7 @@ def test_what_does_not_fit_the_context_is_told_and_left_out(file: Path, tmp_path
     result = CliRunner().invoke(cli.app, [*fixed, "--prompts", str(file), "--max-new-tokens", "8", "--json"])
     summary = measured(result)
     assert summary["methods"][0]["requests"] == 3 and len(summary["prompts"]["skipped"]) == 1
-    assert "skipped chat, turn 2: " in result.stderr and "context of 64" in result.stderr
+    assert "skipped chat, turn 2: " in result.stdout and "context of 64" in result.stdout
     (tmp_path / "long.txt").write_text("x" * 80)
     line = one_line_error(CliRunner().invoke(cli.app, [*fixed, "--prompts", str(tmp_path / "long.txt")]))
     assert "nothing was measured" in line and "context of 64" in line
@@ -561,8 +564,8 @@ def test_by_default_m2r2_is_left_out_where_none_is_shipped(folder: Path, file: P
 
 def test_a_drafter_that_is_not_shipped_is_refused_before_the_weights(cell, monkeypatch) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    with pytest.raises(SpecDecError, match="no medusa drafter is shipped for this model"):
-        BenchRun([cell(drafter="none"), cell(drafter="medusa")], Decoders())
+    (record,) = measure([cell(drafter="medusa")], Decoders())
+    assert "no medusa drafter is shipped for this model" in record["error"]
 
 
 def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: Path) -> None:
@@ -611,6 +614,6 @@ def test_another_benchmark_is_not_written_over(bench, tmp_path: Path) -> None:
     report = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out"), "--format", "csv"])
     assert [row["drafter"] for row in csv.DictReader(io.StringIO(report.stdout))] == ["none", "prompt-lookup"]
     again = one_line_error(bench("--output", str(tmp_path / "out")))
-    assert "holds these results already (2 of 2 cells); give another --output" in again
+    assert "holds these results already (2 of 2 cells); go on with --resume, or give another --output" in again
     (tmp_path / "file").write_text("")
     assert "cannot write to" in one_line_error(bench("--output", str(tmp_path / "file/out")))

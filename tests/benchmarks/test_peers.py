@@ -11,6 +11,7 @@ from textwrap import dedent
 import other_engines
 import peers
 import pytest
+from measured import side_by_side
 from peers import PEERS, Peer, Process
 from tiny import save_tiny
 from typer.testing import CliRunner
@@ -92,7 +93,7 @@ def one_line_error(result) -> str:
 def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path, monkeypatch) -> None:
     result = bench("--drafters", "llama.cpp,prompt-lookup@3", "--json", "--output", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
-    summary = json.loads(result.stdout.splitlines()[-1])
+    summary = side_by_side(result.stdout)
     plain, other, lookup = summary["methods"]
     assert [plain["name"], other["name"], lookup["name"]] == ["none", "llama.cpp", "prompt-lookup@3"]
     assert other["engine"]["version"] == "scripted 1.0" and other["engine"]["depth"] is None
@@ -135,6 +136,12 @@ def test_an_engine_that_fails_is_one_line(bench, scripted: str, monkeypatch, var
     assert words in one_line_error(bench("--drafters", "none,llama.cpp"))
 
 
+@pytest.mark.usefixtures("scripted")
+def test_a_prompt_beyond_the_context_of_an_engine_fails_its_cell_only(bench) -> None:
+    result = bench("--drafters", "llama.cpp", "--drafter-option", "llama.cpp.context=12")
+    assert result.exit_code == 1 and "llama.cpp.context=" in result.stdout and "[1/2] none: " in result.stderr
+
+
 def test_an_engine_that_is_not_installed_is_refused_first(bench, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     other_engines.register()
@@ -148,7 +155,6 @@ def test_an_engine_that_is_not_installed_is_refused_first(bench, monkeypatch) ->
     [
         (["--drafters", "llama.cpp", "--temperature", "1"], "is measured greedily"),
         (["--drafters", "llama.cpp", "--batch-size", "2"], "one prompt at a time"),
-        (["--drafters", "llama.cpp", "--drafter-option", "llama.cpp.context=12"], "llama.cpp.context="),
         (["--drafters", "llama.cpp", "--drafter-option", "llama.cpp.context=0"], "context must be"),
         (["--drafters", "llama.cpp", "--drafter-option", "llama.cpp.lookup=2"], "lookup"),
         (["--drafters", "llama.cpp-draft-model"], "llama.cpp-draft-model=FILE"),
@@ -173,5 +179,5 @@ def test_real_engines_answer_where_they_are_installed(bench, name: str) -> None:
         pytest.skip(f"{PEERS[name].package} is not installed")
     result = bench("--model", "smollm2-135m-instruct", "--drafters", f"none,{name}", "--json")
     assert result.exit_code == 0, result.output
-    other = json.loads(result.stdout.splitlines()[-1])["methods"][1]
+    other = side_by_side(result.stdout)["methods"][1]
     assert other["engine"]["version"].startswith(PEERS[name].package) and other["tokens"] > 2

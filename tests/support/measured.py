@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from specdec.bench.cell import Cell
+
+
+def side_by_side(stdout: str) -> dict[str, Any]:
+    """What ``specdec bench --json`` has printed of one group: its methods, and what they share."""
+    records = json.loads(stdout.splitlines()[-1])["records"]
+    settings = ("drafter", "drafter_options", "num_speculative_tokens")
+    methods = [{key: record["cell"][key] for key in settings} | record["method"] for record in records]
+    shared = ("prompts", "environment", "pass_ms", "seconds", "interrupted")
+    return {"methods": methods} | {key: records[0][key] for key in shared}
 
 
 def estimate(value: float, spread: float = 0.1) -> dict[str, float]:
@@ -18,12 +28,19 @@ def method(name: str, speed: float, accepted: list[float], lossless: bool = True
         "requests": 4,
         "tokens": 128,
         "lossless": lossless,
+        "engine": None,
         "tokens_per_second": estimate(30 * speed),
         "first_token_ms": estimate(90),
+        "prefill_ms": estimate(80),
+        "decode_ms_per_token": estimate(33 / speed),
+        "latency_ms": {what: {"p50": 30.0, "p99": 40.0} for what in ("token", "first_token", "step")},
         "speedup": {"none": estimate(speed)},
+        "worst": {"none": 0.9 * speed},
         "mean_acceptance_length": estimate(1 + sum(accepted)),
         "acceptance_rate": sum(accepted) / len(accepted) if accepted else None,
         "acceptance_per_position": accepted,
+        "conditional_acceptance": accepted,
+        "ledger_ms_per_step": {"score": 25.0},
         "mean_layers_per_token": estimate(4),
         "peak_memory_mb": 400.0,
         "equal_to_plain": {
@@ -54,7 +71,18 @@ def result(cell: Cell, speed: float = 1.5, **more: Any) -> dict[str, Any]:
             "turns": 4,
             "skipped": [],
         },
-        "environment": {"cpu": "a CPU", "threads": 2, "dtype": "float32", "gpu": None, "commit": "abc"},
+        "environment": {
+            "cpu": "a CPU",
+            "threads": 2,
+            "dtype": "float32",
+            "gpu": None,
+            "commit": "abc",
+            "runtime": "fused",
+            "device": "cpu",
+            "activations": "as computed",
+            "kv_cache": "as computed",
+        },
+        "pass_ms": {"specdec": {"1": 30.0, "2": 31.0}},
         "seconds": 1.0,
         "interrupted": False,
     }
