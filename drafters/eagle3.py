@@ -21,7 +21,7 @@ from specdec.models import drafter_folder, hub
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Candidates, TreeLimits, by_levels
 from specdec.speculation.draft import Draft, State
-from specdec.speculation.trie import draft_best
+from specdec.speculation.tree_builder import draft_best
 
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, pair_chunks
 from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network

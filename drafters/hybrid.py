@@ -18,7 +18,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.trie import draft_best, merge, worth_scoring
+from specdec.speculation.tree_builder import draft_best, merge, worth_scoring
 
 ALONE, BESIDE, LEARNED = range(3)  # what n-grams say where nothing else has a candidate, where it has others; the other
 

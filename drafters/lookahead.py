@@ -19,7 +19,7 @@ from specdec.base.options import Count
 from specdec.base.settings import Whole, checked
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.trie import merge
+from specdec.speculation.tree_builder import merge
 
 
 class _Row:

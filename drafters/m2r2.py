@@ -27,7 +27,7 @@ from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Candidates, DraftPath, DraftRoots, TreeLimits
 from specdec.speculation.draft import Draft, State
-from specdec.speculation.trie import draft_best
+from specdec.speculation.tree_builder import draft_best
 
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_confident
 from .m2r2_learning import Learner, why_not

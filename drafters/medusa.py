@@ -31,8 +31,8 @@ from specdec.runtimes.linear_maps import Linear, rms_unit
 from specdec.runtimes.target import GivenLinear, Target
 from specdec.runtimes.tree_drafting import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import MOST_NODES, best_first, grow_best_first
-from specdec.speculation.trie import draft_best
 
 from .vocabulary import Context, DraftVocabulary
 

@@ -17,7 +17,7 @@ from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import Grower, Prior, Scoped, Texts
-from specdec.speculation.trie import draft_best
+from specdec.speculation.tree_builder import draft_best
 
 from .corpus import corpus
 

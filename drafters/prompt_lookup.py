@@ -15,7 +15,7 @@ from specdec.base.options import Count
 from specdec.base.settings import checked
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import Scoped
-from specdec.speculation.trie import merge
+from specdec.speculation.tree_builder import merge
 
 STORE = 100_000  # tokens of earlier requests that ``store: true`` stores: some 100 MB
 

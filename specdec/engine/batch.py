@@ -21,7 +21,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Target, run_tokens
 from specdec.speculation.draft import Acceptance, Draft, Drafter, State, Verifier, check_draft
 from specdec.speculation.sampling import Sampler
-from specdec.speculation.trie import merge
+from specdec.speculation.tree_builder import merge
 
 NOTHING = torch.empty(0)
 # Phases of a step (``Ledger``) whose seconds count as scoring, and as drafting.

@@ -13,8 +13,8 @@ import pytest
 
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft
+from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import Prices, best_first
-from specdec.speculation.trie import draft_best
 
 
 def paths(tree) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, FixedDepth, 
 from specdec.engine.depth.policy import allocate
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Found
-from specdec.speculation.trie import worth_scoring
+from specdec.speculation.tree_builder import worth_scoring
 
 SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}  # seconds of a pass
 PLAIN = SCORE[1]
