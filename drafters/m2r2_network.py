@@ -15,8 +15,8 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.models import drafter_folder
 from specdec.runtimes import draft_maps
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.linear_maps import rms_unit
-from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import GatedMLP, gated_mlp
 from specdec.runtimes.target import Pass, Target
 

@@ -14,7 +14,7 @@ from specdec.base.errors import NotFiniteError, SpecDecError
 from specdec.models.families import FAMILIES, mixture_of
 from specdec.models.gguf.blocks import Blocks, ExpertBlocks, dequantize, named_weights
 from specdec.models.native_model import NativeModel, as_transformers
-from specdec.runtimes.llama_like import has_experts, router
+from specdec.runtimes.decoder_layer import has_experts, router
 from specdec.runtimes.target import Pass, Target
 
 if TYPE_CHECKING:

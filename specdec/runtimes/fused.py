@@ -28,11 +28,11 @@ from specdec.kvcache.cache import Mask
 from specdec.models import families
 from specdec.models.gguf.blocks import densify
 from specdec.models.native_model import NativeModel, as_transformers
-from specdec.runtimes import linear_maps, llama_like
+from specdec.runtimes import decoder_layer, linear_maps
 from specdec.runtimes.by_parts import ByParts
 from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.decoder_layer import Adapters, Norm
 from specdec.runtimes.linear_maps import Linear
-from specdec.runtimes.llama_like import Adapters, Norm
 from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import linear
 from specdec.runtimes.target import Pass
@@ -92,7 +92,7 @@ class FusedTarget(ByParts):
         densify(model)
         super().__init__(model)
         decoder: Any = model.model
-        llama_like.check_rotary(decoder.rotary_emb)
+        decoder_layer.check_rotary(decoder.rotary_emb)
         attention = decoder.layers[0].self_attn
         self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
@@ -101,11 +101,11 @@ class FusedTarget(ByParts):
         mlp = decoder.layers[0].mlp
         act = mlp.activation_fn if kind == "phi3" else mlp.act_fn
         self.act: Callable[[Tensor], Tensor] = F.silu if "SiLU" in type(act).__name__ else act
-        maps = [llama_like.modules(layer) for layer in decoder.layers]
+        maps = [decoder_layer.modules(layer) for layer in decoder.layers]
         fused = ({slot: linear_maps.fuse([m for _, m in pairs]) for slot, pairs in each.items()} for each in maps)
-        self._weights: list[llama_like.Weights] = list(fused)
-        self._norms = [llama_like.layer_norms(layer, kind) for layer in decoder.layers]
-        self._parts = [llama_like.adapter_parts(each, {}) for each in maps]
+        self._weights: list[decoder_layer.Weights] = list(fused)
+        self._norms = [decoder_layer.layer_norms(layer, kind) for layer in decoder.layers]
+        self._parts = [decoder_layer.adapter_parts(each, {}) for each in maps]
         self.layout = "packed" if packs and linear_maps.packable(self.dtype, self.device) else "dense"
         self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layout, "dense")}
         self._stacks["through"] = list(self._stacks["dense"])  # replaced layer by layer: ``_pack_through``
@@ -113,7 +113,7 @@ class FusedTarget(ByParts):
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
         self._narrow: WeakKeyDictionary[Adapters, dict[tuple[int, str], Any]] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
-        self.final_norm = llama_like.norm(decoder.norm, families.FAMILIES[kind])
+        self.final_norm = decoder_layer.norm(decoder.norm, families.FAMILIES[kind])
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         scale = getattr(decoder.embed_tokens, "embed_scale", None)  # Gemma's
         self.embed_scale: Tensor | None = None if scale is None else scale.to(self.dtype)
@@ -396,7 +396,7 @@ class FusedTarget(ByParts):
 
     def _narrowed(
         self, layer: _Layer, index: int, adapters: Adapters, form: str
-    ) -> tuple[_Layer, llama_like.Weights, dict[str, tuple[str, int, int]]]:
+    ) -> tuple[_Layer, decoder_layer.Weights, dict[str, tuple[str, int, int]]]:
         """A layer with the neurons that ``adapters`` keep, its weights, and the rows of each module. Made once."""
         made = self._narrow.setdefault(adapters, {})
         if (index, form) not in made:

@@ -24,7 +24,7 @@ from specdec.kvcache.cache import KVCache, Mask
 from specdec.kvcache.recurrent import Adapted, Advance, States
 from specdec.models.native_model import as_transformers
 from specdec.runtimes.checks import check_logits, refuse_unsupported
-from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.target import GivenLinear, Part, Pass, Target
 

@@ -21,7 +21,7 @@ from specdec.kvcache.cache import Chunk, KVCache, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, weight_rows, weight_storage
 from specdec.runtimes import draft_maps
-from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
 
 if TYPE_CHECKING:

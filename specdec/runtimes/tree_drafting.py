@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.devices import download, is_asynchronous, upload
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_maps import UnitMap
-from specdec.runtimes.llama_like import Adapters
 
 WIDTH = 4  # nodes of a level that get children: together they cost about what one costs
 KNOTS = range(-4, 7)  # log-odds at which tables of calibrated probabilities have entries (calibrate.h)

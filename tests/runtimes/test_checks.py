@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.models.families import EXPERTS, FAMILIES
-from specdec.runtimes.llama_like import router
+from specdec.runtimes.decoder_layer import router
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget

@@ -15,8 +15,8 @@ from specdec import SpecDecError
 from specdec.drafters.m2r2_network import M2R2, load_network
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.models import drafter_folder
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.llama_like import Adapters
 from specdec.runtimes.narrow import GatedMLP, gated_mlp, strengths
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget

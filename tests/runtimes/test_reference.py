@@ -8,7 +8,7 @@ from tiny import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass

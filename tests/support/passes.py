@@ -21,7 +21,7 @@ from specdec.models.families import mixture_of
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
 from specdec.runtimes import draft_maps
 from specdec.runtimes.checks import routing
-from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from specdec.base import cores
 from specdec.kvcache.rows import RowCache
 from specdec.runtimes import linear_maps
-from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.native.library import (
     FLOAT,
     INT,

@@ -14,7 +14,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.row_states import StateShape
 from specdec.models.families import Mixer
 from specdec.models.gguf.blocks import Blocks
-from specdec.runtimes import llama_like
+from specdec.runtimes import decoder_layer
 
 MOST_TAPS = 8  # as in delta_rule.c
 RATES = "_b", "_a", "_ba"  # ends of the names of what gives strengths and rates
@@ -37,14 +37,14 @@ def state_shape(mixer: Mixer) -> StateShape | None:
 
 
 def slots(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """As ``llama_like.modules``, with an expert for all tokens as the MLP of a mixture; what gives the strengths and
+    """As ``decoder_layer.modules``, with an expert for all tokens as the MLP of a mixture; what gives the strengths and
     rates of a recurrent layer is a map of its own."""
-    found = llama_like.modules(layer)
+    found = decoder_layer.modules(layer)
     if hasattr(layer.mlp, "shared_expert"):
         paths = {"gate_up": ["gate_proj", "up_proj"], "down": ["down_proj"]}
         shared = lambda name: (f"mlp.shared_expert.{name}", getattr(layer.mlp.shared_expert, name))  # noqa: E731
         found |= {slot: [shared(name) for name in names] for slot, names in paths.items()}
-    if llama_like.recurrent(layer):
+    if decoder_layer.recurrent(layer):
         rates = [pair for pair in found["qkv"] if pair[0].endswith(RATES)]
         found |= {"qkv": [pair for pair in found["qkv"] if pair not in rates], "rates": rates}
     return found
@@ -52,7 +52,7 @@ def slots(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
 
 def row_orders(layer: Any) -> dict[str, Tensor]:
     """Maps whose rows are packed in another order, by path: which row of the map each packed row is; -1: zeros."""
-    if not llama_like.recurrent(layer):
+    if not decoder_layer.recurrent(layer):
         return {}
     tile: Callable[[Tensor], Tensor] = lambda rows: F.pad(rows.flatten(), (0, -rows.numel() % 16), value=-1)  # noqa: E731
     own, name = layer.linear_attn, "linear_attn.in_proj"

@@ -40,10 +40,10 @@ from specdec.models.gguf.blocks import (
     quantize,
     quantize_experts,
 )
-from specdec.runtimes import llama_like
+from specdec.runtimes import decoder_layer
 from specdec.runtimes.by_parts import ByParts
 from specdec.runtimes.checks import check_logits, refuse_unsupported
-from specdec.runtimes.llama_like import Adapters
+from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
@@ -111,14 +111,14 @@ class NativeTarget(ByParts):
         super().__init__(model, identity.sample if kept is None else kept.sample)
         self.kept = kept
         decoder: Any = model.model
-        recurrent = [llama_like.recurrent(layer) for layer in decoder.layers]
+        recurrent = [decoder_layer.recurrent(layer) for layer in decoder.layers]
         if all(recurrent):
             raise SpecDecError(
                 "the native runtime takes models that have attention; all layers of this one are recurrent"
             )
         attention = decoder.layers[recurrent.index(False)].self_attn
         linear.unpack_here(model)
-        llama_like.check_rotary(decoder.rotary_emb)
+        decoder_layer.check_rotary(decoder.rotary_emb)
         self.family, self.numbers = families.FAMILIES[kind], families.numbers_of(config)
         self.head_dim = int(attention.head_dim)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
@@ -139,7 +139,7 @@ class NativeTarget(ByParts):
         self.int8_cache, self.rounded = False, activations != "bf16"
         self._orders = [mixer.row_orders(layer) for layer in decoder.layers]
         maps = map(mixer.slots, decoder.layers)
-        self._parts = [llama_like.adapter_parts(*each) for each in zip(maps, self._orders, strict=True)]
+        self._parts = [decoder_layer.adapter_parts(*each) for each in zip(maps, self._orders, strict=True)]
         self.mixture = families.mixture_of(config)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
@@ -305,7 +305,7 @@ class NativeTarget(ByParts):
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:
-            modules = llama_like.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
+            modules = decoder_layer.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
         return {path: (module.in_features, module.out_features) for each in modules.values() for path, module in each}
 
     # -- calls ------------------------------------------------------------------------------------------------------
@@ -452,9 +452,9 @@ class NativeTarget(ByParts):
             self._release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
-        if llama_like.has_experts(layer):
+        if decoder_layer.has_experts(layer):
             self._pack_experts(index, layer.mlp, rounding)
-        if llama_like.recurrent(layer):
+        if decoder_layer.recurrent(layer):
             struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
             for name, values in mixer.parameters(layer.linear_attn, self.model.config.rms_norm_eps).items():
                 self._alive.append(values)
@@ -474,7 +474,7 @@ class NativeTarget(ByParts):
     def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
         """The router and the experts of a layer. rounding: as in ``expert``."""
         struct = self._layers[index]
-        module = llama_like.router(mlp)
+        module = decoder_layer.router(mlp)
         weight = module.weight.detach()
         if hasattr(mlp, "shared_expert_gate"):
             weight = torch.cat((weight, mlp.shared_expert_gate.weight.detach()))
@@ -507,7 +507,9 @@ class NativeTarget(ByParts):
     def _routers(self, layers: Any) -> dict[int, Tensor]:
         """The routers [E, D] of layers with experts, as they act on the residual at unit RMS."""
         norm = dict(zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True))["mlp"]
-        routers = {n: llama_like.router(layer.mlp) for n, layer in enumerate(layers) if llama_like.has_experts(layer)}
+        routers = {
+            n: decoder_layer.router(layer.mlp) for n, layer in enumerate(layers) if decoder_layer.has_experts(layer)
+        }
         return {n: each.weight.detach().float() * self._norm(getattr(layers[n], norm)) for n, each in routers.items()}
 
     def _norm(self, module: Any) -> Tensor:
@@ -659,7 +661,7 @@ def _round(layer: nn.Module, kind: str) -> None:
             made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
             layer.set_submodule(path, made)
     mlp: Any = layer.mlp
-    if llama_like.has_experts(layer) and not isinstance(mlp.experts, BlockExperts | StoredExperts):
+    if decoder_layer.has_experts(layer) and not isinstance(mlp.experts, BlockExperts | StoredExperts):
         mlp.experts = quantize_experts(mlp.experts, kind)
 
 

@@ -21,7 +21,7 @@ from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes import tree_drafting
-from specdec.runtimes.llama_like import recurrent
+from specdec.runtimes.decoder_layer import recurrent
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native import target as native_target
 from specdec.runtimes.native.target import FAMILIES, NativeTarget

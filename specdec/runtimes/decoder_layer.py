@@ -1,4 +1,4 @@
-"""The parts of a Llama-like decoder layer: linear maps by slot, norms, and low-rank adapters."""
+"""The parts of a decoder layer: linear maps by slot, norms, and low-rank adapters."""
 
 from __future__ import annotations
 
