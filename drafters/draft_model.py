@@ -90,7 +90,7 @@ class DraftModelDrafter(ChainDrafter):
             x, root = root, None
             if x is None:
                 x = own.embed(token, positions)
-                x = own.layers(x, 0, own.num_layers, Pass(positions, cache.mask(0, positions), cache))
+                x = own.layers(x, 0, own.num_layers, Pass(positions, cache.register(0, positions), cache))
             logits = own.readout(x)[:, 0]
             return Readout(logits if self.vocab is None else logits[:, : self.vocab.numel()])
 

@@ -53,7 +53,7 @@ class PartialPass:
             _, x, positions = self.groups.pop()
             above = self.groups[-1][0] if self.groups else layer
             goal = min(above, layer)
-            x = self.target.layers(x, level, goal, Pass(positions, self.cache.mask(level, positions), self.cache))
+            x = self.target.layers(x, level, goal, Pass(positions, self.cache.register(level, positions), self.cache))
             if self.groups and above == goal:
                 _, earlier, before = self.groups.pop()
                 x, positions = torch.cat((earlier, x), 1), torch.cat((before, positions), 1)
@@ -357,7 +357,7 @@ class RoutedPass:
     def push(self, token: Tensor, positions: Tensor) -> None:
         """Run a token, int64 [B, 1]."""
         target, cache, first = self.target, self.cache, self.routers.first
-        ctx = Pass(positions, cache.mask(0, positions), cache)
+        ctx = Pass(positions, cache.register(0, positions), cache)
         x = target.layers(target.embed(token, positions), 0, first, ctx)
         self.states.append(x)
         self.layers_run = first
@@ -366,7 +366,7 @@ class RoutedPass:
             if bool((self.routers.score(layer, x) > 0).any()):
                 block = torch.cat(waiting, 1)  # (B, n, D)
                 own = positions + torch.arange(1 - block.shape[1], 1, device=positions.device)
-                x = target.layers(block, layer, layer + 1, Pass(own, cache.mask(layer, own), cache))[:, -1:]
+                x = target.layers(block, layer, layer + 1, Pass(own, cache.register(layer, own), cache))[:, -1:]
                 waiting.clear()
                 self.layers_run += 1
         self.last = x

@@ -95,7 +95,7 @@ class LayerSkipDrafter(ChainDrafter):
         def step(token: Tensor, positions: Tensor) -> Readout:
             nonlocal run
             run += 1
-            x, mask = target.embed(token, positions), cache.mask(first, positions)
+            x, mask = target.embed(token, positions), cache.register(first, positions)
             for part in self.steps:
                 x = run_step(target, part, x, positions, mask, cache)
                 if part[2] == self.exit_layer:

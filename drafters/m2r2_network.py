@@ -169,7 +169,7 @@ class M2R2(nn.Module):
         chain = torch.ones(n, old + n, dtype=torch.bool).tril(old)
         tree = torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1).repeat(2, 1)
         both = torch.cat((positions, positions), 1)
-        mask = cache.mask(lo, both, tree)
+        mask = cache.register(lo, both, tree)
         taps = router_taps(lo + 1, hi) if watched else None
         ctx = Pass(both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
         y = target.layers(torch.cat((x, x), 1), lo, hi, ctx)

@@ -71,7 +71,7 @@ class PathPass:
                 if drafting and network.path.adapts_early:
                     h, p, passed = network.run_shared(target, x, lo, hi, positions, cache, watched)
                 else:
-                    h = p = target.layers(x, lo, hi, Pass(positions, cache.mask(lo, positions), cache))
+                    h = p = target.layers(x, lo, hi, Pass(positions, cache.register(lo, positions), cache))
                     passed = [h]
                 for place, token in enumerate(late):
                     token.h = h[:, place : place + 1]
@@ -79,7 +79,7 @@ class PathPass:
                 index = stage - len(shared)
                 for token in late:  # one after another: each depends on the projection of the token before
                     token.carry.inputs.append(network.project(index, token.p, token.previous_carry))
-                x, mask = torch.cat([token.carry.inputs[index] for token in late], 1), cache.mask(lo, positions)
+                x, mask = torch.cat([token.carry.inputs[index] for token in late], 1), cache.register(lo, positions)
                 p, passed = network.run_segment(target, index, x, positions, mask, cache, watched)
             for place, token in enumerate(late):
                 token.p, token.stages_run = p[:, place : place + 1], stage + 1

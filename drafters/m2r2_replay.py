@@ -119,10 +119,10 @@ class Replay:
             embedded = target.embed(upload([part], target.device), positions)  # (1, n, D)
             taps = dict.fromkeys((lo, last), embedded)
             if kept is None:
-                yield from self._layers(embedded, 0, last, Pass(positions, cache.mask(0, positions), cache, taps))
+                yield from self._layers(embedded, 0, last, Pass(positions, cache.register(0, positions), cache, taps))
                 states.append((taps[lo][0], taps[last][0]))
             else:
-                cache.mask(lo, positions)  # registers them
+                cache.register(lo, positions)  # registers them
                 for layer, (k, v) in enumerate(kept.keys, start=lo):
                     cache.append(layer, k[:, :, at : at + n], v[:, :, at : at + n])
                 taps = {lo: kept.segment[None, at : at + n], last: kept.final[None, at : at + n]}
@@ -135,7 +135,7 @@ class Replay:
                     # A token sees the exact keys of those before it, and its own.
                     own = torch.eye(n, dtype=torch.bool, device=target.device)[skip:, skip:]
                     seen = torch.ones(n, n, dtype=torch.bool, device=target.device).tril(-1)[skip:]
-                    mask = cache.mask(lo, positions[:, skip:], torch.cat((seen, own), 1))  # (n - skip, 2 n - skip)
+                    mask = cache.register(lo, positions[:, skip:], torch.cat((seen, own), 1))  # (n - skip, 2 n - skip)
                     x = network.project(0, embedded[:, skip:], Carry(final, [segment]))
                     given = Pass(positions[:, skip:], mask, cache, adapters=network.adapters)
                     end = (yield from self._layers(x, lo, hi, given))[0]

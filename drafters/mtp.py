@@ -186,7 +186,7 @@ class MTPDrafter(ChainDrafter):
     def _run(self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor) -> Tensor:
         """Run pairs of ``tokens`` and the ``states`` of the tokens before; return the layer's outputs [B, T, D]."""
         x = self.head.inputs(target.embed(tokens, positions), states)
-        return self.head.draft_target.layers(x, 0, 1, Pass(positions, self.cache.mask(0, positions), self.cache))
+        return self.head.draft_target.layers(x, 0, 1, Pass(positions, self.cache.register(0, positions), self.cache))
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:

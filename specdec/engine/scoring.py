@@ -76,7 +76,9 @@ class _Scorer:
         x, tree, exit_layer = self._resume(tokens, positions), draft.ancestors(), draft.exit_layer
         filled = self._fill(x, positions) if verifier.propagates else 0
         x, late = _after(filled, x), _after(filled, positions)
-        x = target.layers(x, exit_layer, target.num_layers, Pass(late, cache.mask(exit_layer, late, tree), cache, taps))
+        x = target.layers(
+            x, exit_layer, target.num_layers, Pass(late, cache.register(exit_layer, late, tree), cache, taps)
+        )
         # Choose, and read drafted tokens that the device alone has
         # A device had better choose after all tokens at once, unless masks come from the host.
         along = not (verifier.needs_probabilities or filled) and (
@@ -125,7 +127,7 @@ class _Scorer:
         late, tree = _after(done, positions), draft.ancestors()
         y = target.embed(_after(done, tokens), late)
         if exit_layer:
-            mask = cache.mask(0, late, None if tree is None else tree[done:])
+            mask = cache.register(0, late, None if tree is None else tree[done:])
             y = target.layers(y, 0, exit_layer, Pass(late, mask, cache))
         return y if draft.states is None else torch.cat((draft.states, y), 1)
 
@@ -138,7 +140,7 @@ class _Scorer:
         filled = int((draft.tokens >= 0).sum(1).min())
         if filled:
             early = positions[:, :filled]
-            ctx = Pass(early, cache.mask(draft.exit_layer, early), cache)
+            ctx = Pass(early, cache.register(draft.exit_layer, early), cache)
             self.state.target.fill(x[:, :filled], draft.exit_layer, ctx)
         return filled
 
@@ -153,7 +155,7 @@ class _Scorer:
         tokens = upload([[block[node] for block, own in zip(blocks, nodes, strict=True) for node in own]], cache.device)
         places = [n + depths[node] for n, own in zip(cache.rows, nodes, strict=True) for node in own]
         positions = upload([places], cache.device)  # (1, T)
-        mask = cache.mask(0, positions, counts=counts, trees=[_tree(draft.parents, own) for own in nodes])
+        mask = cache.register(0, positions, counts=counts, trees=[_tree(draft.parents, own) for own in nodes])
         x = target.layers(target.embed(tokens, positions), 0, target.num_layers, Pass(positions, mask, cache, taps))
         if target.num_layers + 1 in taps:
             taps[target.num_layers + 1] = target.readout(x)

@@ -34,7 +34,7 @@ class Mask:
     query, keys: positions [B, T] and [B, S] (-1: hole).
     visible: bool [B, T, S], or None (every key is visible to every query), or a function that makes it when it is read.
     causal: whether each query sees just the slots up to its own, the last T of S, and slots are positions (no holes).
-    ancestors: the ``tree`` of ``KVCache.mask``, [T, U] or [B, T, U].
+    ancestors: the ``tree`` of ``KVCache.register``, [T, U] or [B, T, U].
     memo: what runtimes derive from the mask; one mask serves many layers.
     """
 
@@ -209,7 +209,7 @@ class KVCache:
         most = max(end, filled + filled // 4, expected if self.device.type == "cpu" else 0)
         return -(-most // self.block) * self.block
 
-    def mask(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> Mask:
+    def register(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> Mask:
         """Register the next T slots of ``layer`` at ``positions`` [B, T] and return their mask.
 
         They see every committed token of their row, and of the U uncommitted slots (theirs included) those that

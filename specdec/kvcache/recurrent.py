@@ -50,7 +50,7 @@ class Recurrent:
     def run(self, x: Tensor, held: int, tree: Tensor | None, advance: Advance) -> Tensor:
         """The outputs for ``x`` [B, T, D], which follows the first ``held`` uncommitted tokens.
 
-        tree: bool [T, held + T], as in ``KVCache.mask``, one for all rows.
+        tree: bool [T, held + T], as in ``KVCache.register``, one for all rows.
         """
         if tree is not None and tree.dim() == 3:
             raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")

@@ -118,7 +118,7 @@ class RowCache(KVCache):
         held = [data for data in self.data if data is not None]
         return held[0].nbytes // held[0].shape[3] if held else 0
 
-    def mask(  # type: ignore[override]
+    def register(  # type: ignore[override]
         self,
         layer: int,
         positions: Tensor,

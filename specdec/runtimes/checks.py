@@ -108,7 +108,7 @@ def check_logits(target: Target) -> float:
         cache, ours = target.new_cache(), []
         for a, b in ((0, prompt), (prompt, prompt + 1), (prompt + 1, n)):
             part = positions[:, a:b]
-            x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
+            x, mask = target.embed(ids[:, a:b], part), cache.register(0, part)
             for lo, hi in ((0, layers // 2), (layers // 2, layers)):
                 found = torch.zeros(b - a, hi, experts, device=device)
                 with routing(model, found, known=False):

@@ -306,7 +306,7 @@ class ReferenceTarget(Target):
     def _probe(self, ids: Tensor, positions: Tensor) -> None:
         """Run the first layer on the model's own embeddings, to find what layers return."""
         cache = self.new_cache(ids.shape[0])
-        mask = cache.mask(0, positions)
+        mask = cache.register(0, positions)
         self._pass(_Call(hi=1, mask=mask), Pass(positions, mask, cache))
         self.probed = True
 

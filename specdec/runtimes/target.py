@@ -61,7 +61,7 @@ class Pass:
     """The context of a pass over tokens of each row.
 
     positions: int64 [B, T].
-    mask: from ``cache.mask(lo, positions, ...)``.
+    mask: from ``cache.register(lo, positions, ...)``.
     cache: where keys and values are appended.
     taps: each key l with lo <= l <= hi is filled with the input of layer l (l = hi: the result).
     adapters: applied to the last ``adapted`` tokens of each row (None: to all).
@@ -193,7 +193,7 @@ class Target(ABC):
             x, before, projected = self.embed(tokens, positions), final[:, parents], list[Tensor]()
             for projection, state, (lo, hi) in zip(path.projections, carried, path.segments, strict=False):
                 projected.append(projection([x, before, state[:, parents]]))
-                mask = cache.mask(lo, positions, paths)
+                mask = cache.register(lo, positions, paths)
                 x = self.layers(projected[-1], lo, hi, Pass(positions, mask, cache, adapters=path.adapters))
             final = path.projections[-1]([x, before]) if len(path.projections) > len(path.segments) else x
             carried, position = projected, position + 1
@@ -342,7 +342,7 @@ def run_tokens(
         tokens = upload([[token for row in rows for token in row]], device)  # (1, T)
         places = [range(n, n + count) for n, count in zip(cache.rows, counts, strict=True)]
         positions = upload([[place for row in places for place in row]], device)
-        mask, ends, end = cache.mask(0, positions, counts=counts), list[int](), 0
+        mask, ends, end = cache.register(0, positions, counts=counts), list[int](), 0
         for count in counts:
             end += count
             ends.append(max(end - 1, 0))
@@ -352,7 +352,7 @@ def run_tokens(
         tokens = upload([[*row, *[0] * (width - len(row))] for row in rows], device)  # (B, T), padded on the right
         positions = upload([[n] for n in cache.rows], device) + torch.arange(width, device=device)
         positions.clamp_(max=target.context - 1)  # padding may point past the end
-        mask = cache.mask(0, positions)
+        mask = cache.register(0, positions)
         index = list(range(len(rows))), [max(count - 1, 0) for count in counts]
     x = target.embed(tokens, positions)
     x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps))

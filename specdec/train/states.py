@@ -214,7 +214,7 @@ def _mixed(student: Target, layer: int, x: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # what the runtime keeps of this pass serves training, too
         own, cache = x.clone()[None].to(student.device, student.dtype), student.new_cache()
         positions = torch.arange(len(x), device=student.device)[None]
-        student.layers(own, layer, layer + 1, Pass(positions, cache.mask(layer, positions), cache))
+        student.layers(own, layer, layer + 1, Pass(positions, cache.register(layer, positions), cache))
     inputs = cache.recurrent[layer].inputs
     assert inputs is not None
     return inputs[0]
@@ -233,7 +233,7 @@ def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
 def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tensor]) -> Tensor:
     """The final states [B, L, D] of rows of text ``ids`` [B, L]."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-    given = Pass(positions, cache.mask(0, positions), cache, taps)
+    given = Pass(positions, cache.register(0, positions), cache, taps)
     return target.layers(target.embed(ids, positions), 0, target.num_layers, given)
 
 

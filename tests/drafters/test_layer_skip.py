@@ -27,7 +27,7 @@ def test_the_parts_of_a_layer_make_the_layer(family: str) -> None:
 
     def run(*parts: str) -> torch.Tensor:
         cache, y = target.new_cache(), x
-        mask = cache.mask(0, positions)
+        mask = cache.register(0, positions)
         for part in parts:
             if part == "layer":
                 y = target.layers(y, 1, 2, Pass(positions, mask, cache))

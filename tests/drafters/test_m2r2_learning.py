@@ -88,13 +88,13 @@ def rows_of_drafting(learner: Learner, text: Text) -> Iterator[tuple[torch.Tenso
         cache, positions = target.new_cache(), torch.arange(at)[None]
         embedded = target.embed(torch.tensor([text.ids[:at]]), positions)
         taps = {lo: embedded, target.num_layers: embedded}
-        target.layers(embedded, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache, taps))
+        target.layers(embedded, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache, taps))
         cache.commit([range(at)])
         before = Carry(taps[target.num_layers][:, -1:], [taps[lo][:, -1:]])
         place = torch.tensor([[at]])
         own = target.embed(torch.tensor([[text.ids[at]]]), place)
         x = network.project(0, own, before)
-        end, _ = network.run_segment(target, 0, x, place, cache.mask(lo, place), cache)
+        end, _ = network.run_segment(target, 0, x, place, cache.register(lo, place), cache)
         yield own[0, 0], before.final[0, 0], before.inputs[0][0, 0], end[0, 0]
 
 

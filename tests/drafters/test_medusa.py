@@ -434,7 +434,7 @@ def test_heads_learn_exactly_what_the_drafter_drafts(normed: bool) -> None:
         drafter.bind(target)
         drafter.has_probabilities = False  # its table shapes the tree
         cache, positions = target.new_cache(), torch.arange(length - 1)[None]
-        taps, mask = {4: torch.empty(0)}, cache.mask(0, positions)
+        taps, mask = {4: torch.empty(0)}, cache.register(0, positions)
         x = target.embed(torch.tensor([ids[: length - 1]]), positions)
         target.layers(x, 0, 4, Pass(positions, mask, cache, taps))
         cache.commit([list(range(length - 1))])

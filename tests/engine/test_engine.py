@@ -299,7 +299,7 @@ def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTraine
     class HalfWay(Scripted):
         def propose(self, state: State, limit: int) -> Draft:
             x = state.target.embed(state.roots, state.positions)
-            state.target.layers(x, 0, 2, Pass(state.positions, state.cache.mask(0, state.positions), state.cache))
+            state.target.layers(x, 0, 2, Pass(state.positions, state.cache.register(0, state.positions), state.cache))
             raise RuntimeError("half way")
 
     with pytest.warns(DrafterWarning, match="half way"):

@@ -16,7 +16,7 @@ def entries(tokens: list[list[int]]) -> torch.Tensor:
 
 def fill(cache: KVCache, tokens: list[list[int]], lo: int = 0, hi: int = 3) -> None:
     positions = torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0]))
-    cache.mask(lo, positions)
+    cache.register(lo, positions)
     for layer in range(lo, hi):
         cache.append(layer, entries(tokens), -entries(tokens))
 
@@ -58,7 +58,7 @@ def test_ragged_rows_are_left_packed_and_their_holes_are_hidden() -> None:
     fill(cache, [[7, 8], [9, 10]])
     cache.commit([[0], [0, 1]])
     assert contents(cache, 2, 0) == [1, 2, 3, 7] and contents(cache, 2, 1) == [4, 9, 10]
-    visible = cache.mask(0, torch.tensor([[4], [3]])).bool_mask()
+    visible = cache.register(0, torch.tensor([[4], [3]])).bool_mask()
     assert visible is not None
     assert visible[:, 0, 0].tolist() == [[True] * 5, [True, True, True, False, True]]
     cache.select([1])
@@ -70,7 +70,7 @@ def test_mask_follows_tree_and_window() -> None:
     fill(cache, [[1, 2, 3]], 0, 1)
     cache.commit([[0, 1, 2]])
     tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
-    mask = cache.mask(0, torch.tensor([[3, 4, 4]]), tree)
+    mask = cache.register(0, torch.tensor([[3, 4, 4]]), tree)
     full, near = mask.bool_mask(), mask.bool_mask(2)
     assert full is not None and near is not None
     assert full[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
@@ -81,7 +81,7 @@ def test_a_single_token_after_an_even_batch_needs_no_mask_until_the_window_bites
     cache = KVCache(1, 1)
     fill(cache, [[1, 2, 3]], 0, 1)
     cache.commit([[0, 1, 2]])
-    mask = cache.mask(0, torch.tensor([[3]]))
+    mask = cache.register(0, torch.tensor([[3]]))
     assert mask.bool_mask() is None and mask.bool_mask(4) is None and mask.bool_mask(3) is not None
 
 
@@ -97,7 +97,7 @@ def test_entries_with_gradients_are_seen_by_autograd() -> None:
 def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
     def write(cache: KVCache, tokens: list[list[int]]) -> None:
         """As a runtime that fills reserved slots itself."""
-        cache.mask(0, torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0])))
+        cache.register(0, torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0])))
         start, end = cache.reserve(0, 3, len(tokens[0]), 1, 2, torch.float), cache.lengths[0]
         for keys, values in zip(cache.keys, cache.values, strict=True):
             assert keys is not None and values is not None and keys[0].is_contiguous()
@@ -118,7 +118,7 @@ def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
     expected = [[1, 2, 3, 17], [10, 18], [13, 14, 19], [15, 20]]
     for layer in range(3):
         assert [contents(cache, layer, b) for b in range(4)] == expected
-    visible = cache.mask(0, torch.tensor([[4], [2], [3], [2]])).bool_mask()
+    visible = cache.register(0, torch.tensor([[4], [2], [3], [2]])).bool_mask()
     assert visible is not None and visible[:, 0, 0].sum(-1).tolist() == [5, 3, 4, 3]
     cache.select([2, 1, 0])  # rows that come from where others go
     cache.join(guests)  # too many for the room

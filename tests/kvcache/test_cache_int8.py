@@ -35,7 +35,7 @@ DENSE = [f for f in FAMILIES if not families.FAMILIES[f].fields >= families.EXPE
 def prefill(target: Target, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Logits of ``ids`` [B, T] as the next tokens of ``cache``, which are committed."""
     positions = torch.tensor(cache.rows)[:, None] + torch.arange(ids.shape[1])
-    given = Pass(positions, cache.mask(0, positions), cache)
+    given = Pass(positions, cache.register(0, positions), cache)
     logits = target.readout(target.layers(target.embed(ids, positions), 0, target.num_layers, given))
     cache.commit([list(range(ids.shape[1]))] * cache.batch)
     return logits
@@ -120,7 +120,7 @@ def test_scores_are_those_of_the_keys_that_are_held() -> None:
     )
     logits = []
     for target, cache in (wide, exact), (narrow, rounded):
-        given = Pass(positions, cache.mask(0, positions, nothing), cache)
+        given = Pass(positions, cache.register(0, positions, nothing), cache)
         out = target.readout(target.layers(target.embed(new, positions), 0, target.num_layers, given))
         logits.append(out.float().log_softmax(-1))
     assert torch.nn.functional.kl_div(*reversed(logits), reduction="none", log_target=True).sum(-1).mean() < 1e-4
@@ -131,7 +131,7 @@ def test_what_is_not_finite_stays_so() -> None:
     target = NativeTarget(model_of("llama"), kv_cache="int8")
     x, cache, positions = torch.ones(1, 3, 64).bfloat16(), target.new_cache(), torch.arange(3)[None]
     x[0, 1, 5] = float("inf")
-    out = target.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    out = target.layers(x, 0, 4, Pass(positions, cache.register(0, positions), cache))
     assert not out[0, 2].isfinite().any()  # it sees the broken key
 
 

@@ -60,7 +60,7 @@ def test_a_row_that_comes_goes_or_grows_copies_no_other_row() -> None:
 def test_a_row_is_copied_as_far_as_it_is_shared_and_joins_rows_without_entries(kind: type[KVCache]) -> None:
     cache = kind(3, 2, block=4)
     for tokens, paths in (([[1, 2, 3], [4, 5, 6]], [[0, 1, 2], [0]]), ([[7, 8], [9, 10]], [[0], [0, 1]])):
-        cache.mask(0, torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0])))
+        cache.register(0, torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0])))
         for layer in range(3):
             new = torch.stack([entries(row) for row in tokens])
             cache.append(layer, new, -new)
@@ -72,7 +72,7 @@ def test_a_row_is_copied_as_far_as_it_is_shared_and_joins_rows_without_entries(k
     joined.join(cache.take(0))
     assert joined.rows == [0, 2, 0, 4]
     step = torch.tensor(joined.rows)[:, None]
-    mask = joined.mask(0, step)
+    mask = joined.register(0, step)
     new = torch.tensor([11.0, 12.0, 13.0, 14.0])[:, None, None, None].expand(-1, 1, 1, 2)
     seen = [joined.append(layer, new, -new)[0] for layer in range(3)]
     visible = mask.bool_mask()
@@ -86,15 +86,15 @@ def test_masks_of_rows_with_trees_and_windows() -> None:
     cache = RowCache(1, 2)
     cache.rows, cache.committed, cache.lengths = [3, 1], 3, [3]
     tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
-    mask = cache.mask(0, torch.tensor([[3, 4, 4], [1, 2, 2]]), tree)
+    mask = cache.register(0, torch.tensor([[3, 4, 4], [1, 2, 2]]), tree)
     full, near = mask.bool_mask(), mask.bool_mask(2)
     assert full is not None and near is not None
     assert full[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
     assert full[1, 0].int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]]
     assert near[0, 0].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 1]]
     assert near[1, 0].int().tolist() == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0]]
-    chain = cache.mask(0, torch.tensor([[3, 4, 1, 2, 3]]), counts=[2, 3])
+    chain = cache.register(0, torch.tensor([[3, 4, 1, 2, 3]]), counts=[2, 3])
     assert chain.causal and chain.tree(1, None) is None
-    ragged = cache.mask(0, torch.tensor([[3, 1, 2, 2]]), counts=[1, 3], trees=[None, tree])
+    ragged = cache.register(0, torch.tensor([[3, 1, 2, 2]]), counts=[1, 3], trees=[None, tree])
     found = ragged.tree(1, 1)
     assert not ragged.causal and found is not None and found.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]

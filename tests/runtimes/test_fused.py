@@ -91,7 +91,7 @@ def test_a_long_causal_prompt_has_no_mask_of_its_own_size(make: type[Target]) ->
     target, ids, positions = make(model), torch.randint(3, 97, (1, t)), torch.arange(t)[None]
     cache, x = target.new_cache(), target.embed(ids, positions)
     with Largest() as largest:
-        target.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+        target.layers(x, 0, 4, Pass(positions, cache.register(0, positions), cache))
     assert 0 < largest.elements < t * t / 4
 
 
@@ -108,7 +108,7 @@ def test_long_causal_passes_equal_the_model(family: str, changes: dict[str, obje
     for length in lengths:
         part = positions[:, start : start + length]
         x = target.embed(ids[:, start : start + length], part)
-        outs.append(target.readout(target.layers(x, 0, 4, Pass(part, cache.mask(0, part), cache))))
+        outs.append(target.readout(target.layers(x, 0, 4, Pass(part, cache.register(0, part), cache))))
         cache.commit([list(range(length))] * 2)
         start += length
     assert torch.allclose(torch.cat(outs, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
@@ -121,7 +121,7 @@ def test_gradients_pass_through_a_long_causal_pass() -> None:
 
     def gradient(target: Target) -> torch.Tensor:
         cache, given = target.new_cache(), x.clone().requires_grad_()
-        target.layers(given, 0, 4, Pass(positions, cache.mask(0, positions), cache))[0, -1].sum().backward()
+        target.layers(given, 0, 4, Pass(positions, cache.register(0, positions), cache))[0, -1].sum().backward()
         assert given.grad is not None
         return given.grad
 

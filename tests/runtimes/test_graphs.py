@@ -64,7 +64,7 @@ def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_gr
         for a, b in blocks:
             positions = torch.arange(a, b)[None]
             x = target.layers(
-                target.embed(ids[:, a:b], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
+                target.embed(ids[:, a:b], positions), 0, 4, Pass(positions, cache.register(0, positions), cache)
             )
             out.append(target.readout(x))
             cache.commit([list(range(b - a))])
@@ -165,10 +165,10 @@ def test_a_second_cache_of_the_same_size_runs_beside_the_first() -> None:
     first, second = target.new_cache(), target.new_cache()
     ids, positions = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
     for x, cache in ((ids, first), (ids + 1, second)):
-        got = target.layers(target.embed(x, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
+        got = target.layers(target.embed(x, positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
         other = FusedTarget(target.model)
         alone = other.new_cache()
-        expected = other.layers(other.embed(x, positions), 0, 4, Pass(positions, alone.mask(0, positions), alone))
+        expected = other.layers(other.embed(x, positions), 0, 4, Pass(positions, alone.register(0, positions), alone))
         assert torch.allclose(got, expected, atol=2e-5)
     assert Replay.replayed > 0
 
@@ -181,7 +181,7 @@ def test_rows_that_come_and_go_meet_buffers_of_their_shape() -> None:
     def step(runtime: FusedTarget, cache: caches.KVCache, token: int) -> Tensor:
         ids, positions = torch.full((cache.batch, 1), token), torch.tensor(cache.rows)[:, None]
         x = runtime.embed(ids, positions)
-        x = runtime.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+        x = runtime.layers(x, 0, 4, Pass(positions, cache.register(0, positions), cache))
         cache.commit([[0]] * cache.batch)
         return x
 
@@ -300,7 +300,7 @@ def test_what_was_not_finite_in_one_request_reaches_no_later_one() -> None:
 
     def run(cache: caches.KVCache, ids: list[list[int]]) -> Tensor:
         positions = torch.tensor(cache.rows)[:, None] + torch.arange(len(ids[0]))
-        given = Pass(positions, cache.mask(0, positions), cache)
+        given = Pass(positions, cache.register(0, positions), cache)
         logits = target.readout(target.layers(target.embed(torch.tensor(ids), positions), 0, target.num_layers, given))
         cache.commit([list(range(len(ids[0])))] * cache.batch)
         return logits

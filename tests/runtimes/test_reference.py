@@ -27,8 +27,8 @@ def test_pieces_equal_the_whole(family: str) -> None:
     cache, outs = target.new_cache(2), []
     for a, b in PIECES:
         part = positions[:, a:b]
-        x = target.layers(target.embed(ids[:, a:b], part), 0, 3, Pass(part, cache.mask(0, part), cache))
-        x = target.layers(x, 3, 4, Pass(part, cache.mask(3, part), cache))
+        x = target.layers(target.embed(ids[:, a:b], part), 0, 3, Pass(part, cache.register(0, part), cache))
+        x = target.layers(x, 3, 4, Pass(part, cache.register(3, part), cache))
         outs.append(target.readout(x))
         cache.commit([list(range(b - a))] * 2)
     assert torch.allclose(torch.cat(outs, 1), model(ids).logits, atol=2e-5, rtol=1e-5)
@@ -45,12 +45,12 @@ def test_every_tree_branch_equals_its_own_sequence(family: str) -> None:
     cache = target.new_cache()
     positions = torch.arange(7)[None]
     target.layers(
-        target.embed(torch.tensor([prompt]), positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
+        target.embed(torch.tensor([prompt]), positions), 0, 4, Pass(positions, cache.register(0, positions), cache)
     )
     cache.commit([list(range(7))])
     positions = 7 + torch.tensor([draft.depths()])
     x = target.embed(torch.tensor([block]), positions)
-    x = target.layers(x, 0, 4, Pass(positions, cache.mask(0, positions, draft.ancestors()), cache))
+    x = target.layers(x, 0, 4, Pass(positions, cache.register(0, positions, draft.ancestors()), cache))
     logits = target.readout(x)[0]
     for node in range(len(block)):
         path = [node]
@@ -66,7 +66,7 @@ def test_taps_record_layer_inputs() -> None:
     target, ids, positions = ReferenceTarget(model), torch.tensor([[3, 4, 5]]), torch.arange(3)[None]
     states = model(ids, output_hidden_states=True).hidden_states
     cache, taps = target.new_cache(), {0: torch.empty(0), 2: torch.empty(0), 4: torch.empty(0)}
-    x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
+    x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.register(0, positions), cache, taps))
     assert torch.equal(taps[0], states[0]) and torch.equal(taps[2], states[2])
     assert torch.equal(taps[4], x)  # before the final norm, unlike the last of HF's states
     assert torch.allclose(target.readout(x, target.reduced_head(torch.tensor([7, 3]))), target.readout(x)[..., [7, 3]])
@@ -81,7 +81,7 @@ def test_adapters_act_on_the_last_tokens_only(family: str) -> None:
 
     def run(given: Adapters | None, adapted: int | None = None) -> torch.Tensor:
         cache = target.new_cache()
-        mask = cache.mask(0, positions)
+        mask = cache.register(0, positions)
         x = target.embed(ids, positions)
         return target.layers(x, 0, 2, Pass(positions, mask, cache, adapters=given, adapted=adapted))
 

@@ -150,7 +150,7 @@ def test_passes_of_the_reference_runtime_take_turns() -> None:
         with torch.inference_mode():
             cache, positions = reference.new_cache(), torch.arange(3)[None]
             x = torch.ones(1, 3, 32).cumsum(2) / 32
-            return reference.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+            return reference.layers(x, 0, 4, Pass(positions, cache.register(0, positions), cache))
 
     def meet(*_: object) -> None:
         if threading.current_thread() is threading.main_thread():

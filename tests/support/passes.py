@@ -52,8 +52,8 @@ def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tenso
         positions = rows + torch.tensor(offsets)
         taps = {cut: torch.empty(0), 4: torch.empty(0)}
         x = target.embed(ids.gather(1, positions), positions)
-        x = layers(x, 0, cut, Pass(positions, cache.mask(0, positions, tree), cache))
-        mask = cache.mask(cut, positions, tree)
+        x = layers(x, 0, cut, Pass(positions, cache.register(0, positions, tree), cache))
+        mask = cache.register(cut, positions, tree)
         x = layers(x, cut, 3, Pass(positions, mask, cache, taps))
         x = layers(x, 3, 4, Pass(positions, mask, cache, taps))
         logits = target.readout(x)
@@ -75,7 +75,7 @@ def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tenso
 def logits_of(target: Target, cache: RowCache, ids: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Logits of tokens [begin, end) of ``ids`` [1, n], behind those before in ``cache``, where they stay."""
     positions = torch.arange(begin, end)[None]
-    given = Pass(positions, cache.mask(0, positions), cache)
+    given = Pass(positions, cache.register(0, positions), cache)
     x = target.layers(target.embed(ids[:, begin:end], positions), 0, target.num_layers, given)
     cache.commit([list(range(end - begin))])
     return target.readout(x)
@@ -86,7 +86,9 @@ def adapted_pass(target: Target, adapters: Adapters | None, t: int, adapted: int
     positions = torch.arange(t)[None].expand(2, -1)
     cache = target.new_cache(2)
     x = target.embed(torch.randint(3, 97, (2, t)), positions)
-    return target.layers(x, 0, 3, Pass(positions, cache.mask(0, positions), cache, adapters=adapters, adapted=adapted))
+    return target.layers(
+        x, 0, 3, Pass(positions, cache.register(0, positions), cache, adapters=adapters, adapted=adapted)
+    )
 
 
 def random_adapters(target: Target, leave_out: str = "") -> Adapters:
@@ -224,7 +226,9 @@ def seeded(target: Target) -> tuple[KVCache, DraftRoots]:
     """What a tree grows from after three tokens."""
     ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
     taps = {1: torch.empty(0), 3: torch.empty(0)}
-    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
+    final = target.layers(
+        target.embed(ids, positions), 0, 4, Pass(positions, cache.register(0, positions), cache, taps)
+    )
     cache.commit([[0, 1, 2]])
     return cache, DraftRoots([5], [3], final, list(taps.values()), place=2)
 

@@ -50,7 +50,7 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
     cache, old = target.new_cache(), len(ids) - 1
     positions = torch.arange(old)[None]
     taps = {layer: torch.empty(0) for layer in drafter.taps}
-    mask = cache.mask(0, positions)
+    mask = cache.register(0, positions)
     target.layers(
         target.embed(torch.tensor([ids[:-1]]), positions), 0, target.num_layers, Pass(positions, mask, cache, taps)
     )

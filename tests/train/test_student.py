@@ -37,7 +37,7 @@ def test_training_has_the_reference_values_and_gradients(family: str) -> None:
             torch.arange(11).expand(2, 11),
         )
         cache = target.new_cache(2)
-        y = target.layers(x, 1, 4, Pass(positions, cache.mask(1, positions), cache, adapters=network.adapters))
+        y = target.layers(x, 1, 4, Pass(positions, cache.register(1, positions), cache, adapters=network.adapters))
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad for p in network.adapters.parameters())])
     assert isinstance(training_target(model), FusedTarget)

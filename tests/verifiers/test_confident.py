@@ -71,11 +71,11 @@ def test_a_layer_makes_the_same_keys_and_values_of_a_state_whether_it_runs_or_no
     target = ReferenceTarget(tiny_model(family))
     ids, positions = torch.arange(3, 9)[None], torch.arange(6)[None]
     x, filled = target.embed(ids, positions), target.new_cache()
-    target.fill(x, 2, Pass(positions, filled.mask(2, positions), filled))
+    target.fill(x, 2, Pass(positions, filled.register(2, positions), filled))
     assert filled.lengths == [0, 0, 6, 6]
     for layer in (2, 3):
         own = target.new_cache()
-        target.layers(x, layer, layer + 1, Pass(positions, own.mask(layer, positions), own))
+        target.layers(x, layer, layer + 1, Pass(positions, own.register(layer, positions), own))
         for a, b in ((filled.keys, own.keys), (filled.values, own.values)):
             torch.testing.assert_close(a[layer][:, :, :6], b[layer][:, :, :6])  # type: ignore[index]
 

@@ -56,7 +56,7 @@ def load(path: Path, **how: Any) -> NativeTarget:
 def logits(target: Target) -> Tensor:
     ids = torch.arange(9)[None] * 7 % target.vocab_size
     cache, positions = target.new_cache(), torch.arange(9)[None]
-    ctx = Pass(positions, cache.mask(0, positions), cache)
+    ctx = Pass(positions, cache.register(0, positions), cache)
     return target.readout(target.layers(target.embed(ids, positions), 0, target.num_layers, ctx))
 
 

@@ -64,8 +64,8 @@ def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
     for end in ends:
         positions = torch.arange(start, end)[None]
         x = target.embed(ids[:, start:end], positions)
-        x = target.layers(x, 0, 2, Pass(positions, cache.mask(0, positions), cache))
-        out.append(target.readout(target.layers(x, 2, 4, Pass(positions, cache.mask(2, positions), cache))))
+        x = target.layers(x, 0, 2, Pass(positions, cache.register(0, positions), cache))
+        out.append(target.readout(target.layers(x, 2, 4, Pass(positions, cache.register(2, positions), cache))))
         cache.commit([list(range(end - start))])
         start = end
     return torch.cat(out, 1)
@@ -86,7 +86,7 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache
     # Beside another row, shorter or longer; and as a branch of a tree, whose slots are not in the order of its path.
     batch = torch.cat((ids[:, :20], torch.randint(3, 97, (1, 20))))
     positions, cache = torch.arange(20).expand(2, -1), target.new_cache(2)
-    x = target.layers(target.embed(batch, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    x = target.layers(target.embed(batch, positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
     assert torch.equal(target.readout(x)[0], single[0, :20])
     cache.commit([list(range(20)), list(range(7))])
     tree = torch.zeros(6, 6, dtype=torch.bool)
@@ -96,12 +96,15 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache
     tokens[0, [0, 2, 4, 5]] = ids[0, 20:24]
     offsets = torch.tensor([0, 1, 1, 2, 2, 3])
     positions = torch.tensor([[20], [7]]) + offsets
-    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.mask(0, positions, tree), cache))
+    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.register(0, positions, tree), cache))
     assert torch.equal(target.readout(x)[0, [0, 2, 4, 5]], single[0, 20:24])
     cache.commit([[0, 2, 4, 5], [0]])
     positions = torch.tensor([[24], [8]])
     x = target.layers(
-        target.embed(tokens[:, :1] * 0 + ids[0, 24], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
+        target.embed(tokens[:, :1] * 0 + ids[0, 24], positions),
+        0,
+        4,
+        Pass(positions, cache.register(0, positions), cache),
     )
     assert torch.equal(target.readout(x)[0], single[0, 24:25])
 
@@ -113,7 +116,7 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
     ids = torch.randint(3, 97, (1, 27), generator=torch.Generator().manual_seed(4))
     single = passes(target, ids, [20, *range(21, 28)])
     cache, positions = target.new_cache(), torch.arange(20)[None]
-    target.layers(target.embed(ids[:, :20], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    target.layers(target.embed(ids[:, :20], positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
     cache.commit([list(range(20))])
     path, other = [0, 1, 3, 4, 6, 7, 8], [0, 2, 5]  # nodes of a branch, and of one beside it
     tree, tokens, offsets = torch.zeros(9, 9, dtype=torch.bool), torch.full((1, 9), 5), torch.zeros(9, dtype=torch.long)
@@ -122,7 +125,7 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
             tree[node, branch[: depth + 1]], offsets[node] = True, depth
     tokens[0, path] = ids[0, 20:]
     positions = 20 + offsets[None]
-    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.mask(0, positions, tree), cache))
+    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.register(0, positions, tree), cache))
     assert torch.equal(target.readout(x)[0, path], single[0, 20:])
 
 
@@ -144,7 +147,7 @@ def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> Non
         for end in ends:
             positions, taps = torch.arange(start, end)[None], {1: torch.empty(0)}
             adapted = max(0, end - max(start, 700))  # the tokens from 700 on have adapters
-            mask, routed = cache.mask(0, positions), torch.zeros(end - start, 4, target.mixture.experts)
+            mask, routed = cache.register(0, positions), torch.zeros(end - start, 4, target.mixture.experts)
             given = Pass(positions, mask, cache, taps, adapters if adapted else None, adapted or None, routed)
             x = target.layers(target.embed(ids[:, start:end], positions), 0, 4, given)
             out.append(torch.cat((taps[1], target.readout(x), routed.flatten(1)[None]), -1))
@@ -313,7 +316,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
     positions = torch.arange(21)[None]
     taps = {1: torch.empty(0), 3: torch.empty(0)}
-    mask = cache.mask(0, positions)
+    mask = cache.register(0, positions)
     final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
     cache.commit([list(range(21))])
     roots = tree_drafting.DraftRoots([5], [21], final, list(taps.values()), place=20)
@@ -345,7 +348,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     assert same > 0.75 * total  # near ties may fall either way, and take all behind them along
     # What was committed is as it was.
     again = target.new_cache()
-    target.layers(target.embed(ids, positions), 0, 4, Pass(positions, again.mask(0, positions), again))
+    target.layers(target.embed(ids, positions), 0, 4, Pass(positions, again.register(0, positions), again))
     again.commit([list(range(21))])
     assert torch.equal(cache.data[0][:, :, :, :21], again.data[0][:, :, :, :21])
     for each in (cache, again):  # what is pending joins the states
@@ -353,7 +356,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
             target.embed(ids[:, :1], positions[:, :1]),
             0,
             4,
-            Pass(positions[:, :1], each.mask(0, positions[:, :1]), each),
+            Pass(positions[:, :1], each.register(0, positions[:, :1]), each),
         )
     assert all(torch.equal(a.states, b.states) for a, b in zip(cache.states, again.states, strict=True))
 
@@ -428,7 +431,7 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: s
         count = 3 + 7 * row % 19
         ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(row))
         positions, taps, cache = torch.arange(count)[None], {1: torch.empty(0), 3: torch.empty(0)}, target.new_cache()
-        mask = cache.mask(0, positions)
+        mask = cache.register(0, positions)
         final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
         cache.commit([list(range(count))])
         roots = tree_drafting.DraftRoots([row], [count], final, list(taps.values()), place=count - 1)

@@ -42,7 +42,7 @@ def build(level: str) -> Iterator[bool]:
 def run(target: Target, cache: RowCache, ids: torch.Tensor, starts: list[int], keep: int | None = None) -> torch.Tensor:
     """Logits of ``ids`` [B, T] behind ``starts`` slots; ``keep`` of the new ones stay."""
     positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
-    x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
     cache.commit([list(range(ids.shape[1] if keep is None else keep))] * len(ids))
     return target.readout(x)
 
