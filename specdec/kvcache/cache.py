@@ -160,7 +160,7 @@ class KVCache:
         seen_k, seen_v = new_k[:, :, :end], new_v[:, :, :end]
         return (dequantize_rows(seen_k, dtype), dequantize_rows(seen_v, dtype)) if self.int8 else (seen_k, seen_v)
 
-    def reserve(self, lo: int, hi: int, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def claim(self, lo: int, hi: int, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Count the next ``count`` slots of layers [lo, hi) as filled, for a runtime to write them itself.
 
         Returns the first of them. All layers' keys and values are then parts of ``buffer``.

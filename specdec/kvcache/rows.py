@@ -142,7 +142,9 @@ class RowCache(KVCache):
         each = [tree] * batch if tree is None or tree.dim() == 2 else list(tree)
         return RowMask(positions, self.rows, [t] * batch, each, ahead, self.draft_positions[:, :end])
 
-    def provide(self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def claim_each(
+        self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
         """Count the next ``counts`` slots of the rows as filled in layers [lo, hi), for a runtime to write them."""
         ahead = self.lengths[lo] - self.committed
         for b, (n, count) in enumerate(zip(self.rows, counts, strict=True)):
@@ -167,7 +169,7 @@ class RowCache(KVCache):
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         ahead, t = self.lengths[layer] - self.committed, k.shape[2]
-        self.provide(layer, layer + 1, [t] * self.batch, k.shape[1], k.shape[3], k.dtype)
+        self.claim_each(layer, layer + 1, [t] * self.batch, k.shape[1], k.shape[3], k.dtype)
         end, dtype, place = self.committed + ahead + t, k.dtype, self.attention.index(layer)
         if self.int8:
             k, v = quantize_rows(k), quantize_rows(v)

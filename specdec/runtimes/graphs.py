@@ -144,7 +144,7 @@ class GraphedTarget(FusedTarget):
         (batch, t, _), mask, cache = x.shape, ctx.mask, ctx.cache
         taps = {} if ctx.taps is None else ctx.taps
         user, whole = self._buffers[batch]
-        start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, self.dtype)
+        start = cache.claim(lo, hi, t, self.kv_heads, self.head_dim, self.dtype)
         assert cache.buffer is not None
         if cache.buffer is not whole:  # it has grown
             whole = cache.buffer

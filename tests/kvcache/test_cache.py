@@ -98,7 +98,7 @@ def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
     def write(cache: KVCache, tokens: list[list[int]]) -> None:
         """As a runtime that fills reserved slots itself."""
         cache.register(0, torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0])))
-        start, end = cache.reserve(0, 3, len(tokens[0]), 1, 2, torch.float), cache.lengths[0]
+        start, end = cache.claim(0, 3, len(tokens[0]), 1, 2, torch.float), cache.lengths[0]
         for keys, values in zip(cache.keys, cache.values, strict=True):
             assert keys is not None and values is not None and keys[0].is_contiguous()
             keys[:, :, start:end], values[:, :, start:end] = entries(tokens), -entries(tokens)
@@ -127,7 +127,7 @@ def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
 
 def test_rows_join_from_a_cache_whose_entries_lie_in_separate_buffers() -> None:
     cache, guests = KVCache(3, 2, block=4), KVCache(3, 1, block=4)
-    cache.reserve(0, 3, 0, 1, 2, torch.float)  # one buffer for all layers
+    cache.claim(0, 3, 0, 1, 2, torch.float)  # one buffer for all layers
     fill(cache, [[1, 2], [3, 4]])
     cache.commit([[0, 1], [0]])
     fill(guests, [[5, 6, 7]])
@@ -146,7 +146,7 @@ def test_buffers_begin_with_the_room_that_is_expected(one_piece: bool) -> None:
 
     def add(count: int) -> int:
         if one_piece:
-            cache.reserve(0, 2, count, 1, 8, torch.float32)
+            cache.claim(0, 2, count, 1, 8, torch.float32)
         else:
             for layer in range(2):
                 cache.append(layer, torch.ones(1, 1, count, 8), torch.ones(1, 1, count, 8))
@@ -165,5 +165,5 @@ def test_no_more_is_taken_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cache_module, "MAX_EXPECTED", 2 * 2 * 3 * 64 * 8)  # eight slots of two layers and three rows
     cache = KVCache(num_layers=2, batch=3, block=4)
     cache.expected = [10_000_000] * 3
-    cache.reserve(0, 2, 3, 1, 16, torch.float32)
+    cache.claim(0, 2, 3, 1, 16, torch.float32)
     assert cache.keys[0] is not None and cache.keys[0].shape[2] == 8

@@ -17,7 +17,7 @@ def entries(tokens: list[int]) -> torch.Tensor:
 def write(cache: RowCache, rows: list[list[int]]) -> None:
     """As a runtime that fills the slots itself, with another number of tokens for each row."""
     starts = list(cache.rows)
-    cache.provide(0, 3, [len(row) for row in rows], 1, 2, torch.float)
+    cache.claim_each(0, 3, [len(row) for row in rows], 1, 2, torch.float)
     for data, start, row in zip(cache.data, starts, rows, strict=True):
         assert data is not None
         data[0, :, :, start : start + len(row)] = entries(row)

@@ -352,7 +352,7 @@ class NativeTarget(ByParts):
     ) -> tuple[Any, ...]:
         """As in ``Kernels``; the first object is the array of sequences. whole: as in ``RowMask``."""
         ahead, rows = cache.lengths[lo] - cache.committed, cache.rows
-        cache.provide(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
+        cache.claim_each(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
         each = zip(rows, counts, cache.places, strict=True)
         sequences = (SequenceArgs * len(rows))(
             *(SequenceArgs(count, n + ahead, n, *place, None) for n, count, place in each)
