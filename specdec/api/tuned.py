@@ -11,7 +11,7 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.base.files import data_dir, make_data_folder, write_atomically
 from specdec.base.options import Depth
 from specdec.base.settings import Number, checked_class
@@ -41,7 +41,7 @@ def tuned_path(model: str, dtype: str, device: str, runtime: str, weights: str) 
 
 def save_tuned(path: Path, tuned: Tuned) -> None:
     """Save ``tuned``. Raises SpecDecError if the data folder cannot be written."""
-    with reported(f"cannot write the setting to '{path}'"):
+    with errors_as(f"cannot write the setting to '{path}'"):
         make_data_folder(path.parent.name)
         write_atomically(path, (json.dumps(asdict(tuned)) + "\n").encode())
 

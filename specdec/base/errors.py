@@ -59,7 +59,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
+def errors_as(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Report an OSError, or one of ``kinds``, as a SpecDecError: ``what``, and the reason."""
     caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:

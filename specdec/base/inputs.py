@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 
 LINE = 64_000_000  # bytes of a line, and of a prompt on stdin
 DOCUMENT = 4_000_000  # bytes of a YAML file
@@ -65,7 +65,7 @@ def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     A line is a JSON object, or plain text, which becomes ``{"prompt": text}``. Raises SpecDecError for a file that
     cannot be read or has broken JSON.
     """
-    with reported(f"cannot read '{path}'", ValueError):
+    with errors_as(f"cannot read '{path}'", ValueError):
         for number, line in lines(path):
             where, text = f"line {number} of '{path}'", line.strip()
             if text.startswith("{"):
@@ -114,5 +114,5 @@ def read_text(path: Path, most: int | None = None) -> str:
 
 def read_yaml(path: Path, what: str = "") -> Any:
     """The value in a YAML file. Raises SpecDecError, which names ``what`` it is, if it cannot be read."""
-    with reported(f"cannot read {what}'{path}'", ValueError):
+    with errors_as(f"cannot read {what}'{path}'", ValueError):
         return parse_yaml(read_text(path))

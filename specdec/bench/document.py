@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from specdec.base import inputs
-from specdec.base.errors import SpecDecError, did_you_mean, reported
+from specdec.base.errors import SpecDecError, did_you_mean, errors_as
 
 MAX_VALUES = 50_000  # of a file; bounds what nested aliases expand to
 
@@ -63,7 +63,7 @@ def shortened(value: Any) -> str:
 
 def load(path: Path) -> Document:
     """Read a YAML file. Raises SpecDecError with the line of a syntax error or a repeated key."""
-    with reported(f"cannot read '{path}'", ValueError):
+    with errors_as(f"cannot read '{path}'", ValueError):
         text = inputs.read_text(path)
     return parse(text, lambda line: f"{path}:{line}")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError, did_you_mean, how_to_install, reported
+from specdec.base.errors import SpecDecError, did_you_mean, errors_as, how_to_install
 from specdec.base.options import SamplingParams
 from specdec.base.terminal import as_text, note, say
 from specdec.cli import shared
@@ -134,7 +134,7 @@ class ChatSession:
         path = Path(name).expanduser()
         if path.exists():
             raise SpecDecError(f"'{path}' exists already; choose another name")
-        with reported(f"cannot write '{path}'"):
+        with errors_as(f"cannot write '{path}'"):
             shared.write_json(path, {"drafter": self.decoder.drafter.label, "messages": self.messages})
         say(f"saved in '{path}'")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.base import inputs, options, terminal
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED, panel, print_json
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -224,7 +224,7 @@ def _read(prompt: str | None) -> str:
 
 
 def _schema(file: Path) -> str:
-    with reported(f"--json-schema: {file} cannot be read", ValueError):
+    with errors_as(f"--json-schema: {file} cannot be read", ValueError):
         return inputs.read_text(file, 2**20)
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from specdec.base import files, options
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
 from specdec.models.names import adapter_place, check_model, dtype_name
 from specdec.models.prepare import read_ahead
@@ -296,7 +296,7 @@ def command_line(*more: str) -> str:
 
 
 def make_folder(folder: Path) -> Path:
-    with reported(f"cannot write to '{folder}'"):
+    with errors_as(f"cannot write to '{folder}'"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 

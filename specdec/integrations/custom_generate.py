@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from specdec.base.errors import SpecDecError, one_line, reported
+from specdec.base.errors import SpecDecError, errors_as, one_line
 from specdec.models import drafter_folder
 from specdec.models.gguf.blocks import densify
 from specdec.models.native_model import as_transformers
@@ -83,7 +83,7 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
     if more:
         raise SpecDecError(f"a repository has one drafter; '{drafter}' joins several")
     where, files = output / FOLDER, [] if source is None else _files(Path(source))
-    with reported(f"cannot write the repository to '{output}'", SafetensorError):
+    with errors_as(f"cannot write the repository to '{output}'", SafetensorError):
         where.mkdir(parents=True, exist_ok=True)
         if files:
             (where / DRAFTER).mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from specdec.base import memory, terminal
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import identity
 from specdec.models.drafter_folder import read_json
 from specdec.models.gguf.blocks import BlockLinear, Blocks, dequantize
@@ -221,7 +221,7 @@ def _read_folder(name: str, folder: Path) -> tuple[dict[str, LowRank], str]:
         raise SpecDecError(f"adapter '{name}' is broken: {ADAPTER_CONFIG} is no mapping; get it again")
     _refuse(name, config)
     parts: dict[str, dict[str, Tensor]] = {}
-    with reported(f"cannot read adapter '{name}'", SafetensorError):
+    with errors_as(f"cannot read adapter '{name}'", SafetensorError):
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     for key, tensor in tensors.items():
         found = _TENSOR.fullmatch(key)

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdec.base.errors import SpecDecError, did_you_mean, reported
+from specdec.base.errors import SpecDecError, did_you_mean, errors_as
 from specdec.base.files import cache_dir
 from specdec.models.catalogue import EMBEDDED
 from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
@@ -55,7 +55,7 @@ def remove(name: str) -> int:
     freed = found.bytes
     with locked(work_folder(cache_dir()) / "lock"):
         for path in found.paths:
-            with reported(f"cannot delete '{path}'"):
+            with errors_as(f"cannot delete '{path}'"):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:

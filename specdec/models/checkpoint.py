@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.models.gguf.blocks import Blocks
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Span:
     def numbers(self, first: int, count: int) -> Tensor:
         """``count`` elements from number ``first`` on, [count]. Raises SpecDecError if the file cannot be read."""
         values = torch.empty(count, dtype=self.dtype)
-        with reported(f"cannot read weights in '{self.path}'"), self.path.open("rb") as file:
+        with errors_as(f"cannot read weights in '{self.path}'"), self.path.open("rb") as file:
             file.seek(self.offset + first * self.dtype.itemsize)
             got = file.readinto(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
         if got != values.nbytes:

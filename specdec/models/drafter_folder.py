@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from specdec.base import files, inputs, options, terminal
 from specdec.base.devices import without_memory
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import identity
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -83,7 +83,7 @@ def read_config(folder: Path, drafter: str | None = None, base: Identified | Non
 
 def read_json(path: Path) -> Any:
     """The value in a small JSON file. Raises SpecDecError if it cannot be read or is larger than any config.json."""
-    with reported(f"cannot read '{path}'", ValueError):
+    with errors_as(f"cannot read '{path}'", ValueError):
         return inputs.parse_json(inputs.read_text(path, CONFIG_BYTES))
 
 
@@ -261,7 +261,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
         else:
             kept[name] = tensor.float()
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
-    with reported(f"cannot write the drafter to '{folder}'"):
+    with errors_as(f"cannot write the drafter to '{folder}'"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in ((WEIGHTS, save(contiguous)), (CONFIG, text.encode())):
             files.write_atomically(folder / name, data)

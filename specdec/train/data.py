@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import inputs
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 
 TEXT_CONTEXT = 16  # first tokens of a piece of text, used only as context
 CHECKED = 32  # answers whose prompts are compared with the tokenizer and chat template
@@ -70,7 +70,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     """Each file's whole text; ``.gz`` is unpacked. Raises SpecDecError for unreadable files and empty ones."""
     texts = []
     for path in paths:
-        with reported(f"cannot read '{path}'", ValueError):
+        with errors_as(f"cannot read '{path}'", ValueError):
             texts.append("".join(line for _, line in inputs.lines(path)))
         if not texts[-1].strip():
             raise SpecDecError(f"text file '{path}' is empty; leave it out")

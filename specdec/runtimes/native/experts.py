@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import files
-from specdec.base.errors import SpecDecError, reported
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import FLOAT, INT
 
@@ -77,7 +77,7 @@ class _Layer:
         """``size`` bytes of the expert that is written, aligned to a cache line. Raises SpecDecError without space."""
         start, self.used = self.used, self.used + -(-size // 64) * 64
         if hasattr(os, "posix_fallocate"):
-            with reported(f"cannot write experts to '{files.cache_dir()}'"):
+            with errors_as(f"cannot write experts to '{files.cache_dir()}'"):
                 os.posix_fallocate(self.file.fileno(), self.begin + start, self.used - start)
         return self.memory[start : start + size]
 
@@ -128,7 +128,7 @@ class MappedExperts:
         self.forecasts: Forecasts | None = None
         self.unread = False
         folder = files.cache_dir()
-        with reported(f"cannot write experts to '{folder}'"):
+        with errors_as(f"cannot write experts to '{folder}'"):
             folder.mkdir(parents=True, exist_ok=True)
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as this)
 
