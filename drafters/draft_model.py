@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.prefix import common
+from specdec.base.sequences import common_prefix
 from specdec.models import loading
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target, prefill
@@ -102,7 +102,7 @@ class DraftModelDrafter(ChainDrafter):
         """Keep the accepted drafts and run the new tokens of ``ids``; return the roots' final states [B, 1, D]."""
         cache = self.cache
         texts = zip(self.fed_tokens, cache.rows, ids, strict=True)
-        accepted = [common(fed, row[n:-1]) for fed, n, row in texts]
+        accepted = [common_prefix(fed, row[n:-1]) for fed, n, row in texts]
         if any(accepted):
             cache.commit([list(range(n)) for n in accepted])
         else:

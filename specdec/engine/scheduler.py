@@ -10,11 +10,12 @@ from functools import partial
 
 import torch
 
+from specdec.base.sequences import common_prefix
 from specdec.engine.batch import Batch
 from specdec.engine.request import Request, Status
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.disk import PrefixDisk
-from specdec.kvcache.prefix import PrefixStore, blocks, common
+from specdec.kvcache.prefix import PrefixStore, blocks
 from specdec.runtimes.target import Target, run_tokens
 
 DRAFTED = 16  # slots that the nodes of a usual draft take
@@ -268,7 +269,7 @@ class Scheduler:
         for b, other in enumerate(self.batch.rows):
             if other.scope != scope:
                 continue
-            alike = min(common(other.ids, ids), self.batch.cache.rows[b])
+            alike = min(common_prefix(other.ids, ids), self.batch.cache.rows[b])
             shared = max(shared, alike)
             if (count := self.batch.cache.resumable(b, alike)) > most:
                 most, source = count, partial(self.batch.cache.copy, b)
@@ -289,7 +290,7 @@ class Scheduler:
             return False
         prefilling = self.prefilling
         for b, other in enumerate((*prefilling.rows, *fresh)):
-            if other.scope != row.scope or (shared := common(other.ids, ids)) <= found + SHARED:
+            if other.scope != row.scope or (shared := common_prefix(other.ids, ids)) <= found + SHARED:
                 continue
             cache = prefilling.cache if b < len(prefilling.rows) else None
             if self._worth(cache, b, shared, found):

@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+from specdec.base.sequences import common_prefix
 from specdec.kvcache.cache import KVCache
 
 MAX_PREFIXES = 1024  # bounds the memory of what is beside keys and values
@@ -74,7 +75,9 @@ class PrefixStore:
         key = _key(ids, scope)
         place = bisect_right(self._points, key)
         near = self._points[max(place - 1, 0) : place + 1]
-        shared, point = max(((_tokens(common(each, key)), each) for each in near), default=(0, b""), key=lambda p: p[0])
+        shared, point = max(
+            ((_tokens(common_prefix(each, key)), each) for each in near), default=(0, b""), key=lambda p: p[0]
+        )
         if not shared:
             return None, 0, 0
         best = next(reversed(self._holders[point]))
@@ -114,22 +117,10 @@ class PrefixStore:
         while place:
             place -= 1
             point = self._points[place]
-            if (alike := common(point, key)) == len(point):
+            if (alike := common_prefix(point, key)) == len(point):
                 yield point
             else:  # shorter ones do not stand behind what both begin with
                 place = bisect_right(self._points, key[:alike], hi=place)
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common prefix of two texts."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:  # slices are compared faster than tokens
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def blocks(tokens: int, block: int) -> int:

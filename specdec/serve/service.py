@@ -16,10 +16,10 @@ from urllib.parse import quote
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import SharedTokenizer, encode
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
+from specdec.base.sequences import common_prefix
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.engine.scheduler import SHARED
-from specdec.kvcache.prefix import common
 from specdec.serve.answer import Prepared
 from specdec.serve.chat import message
 from specdec.serve.choice import ResponseChoice
@@ -253,8 +253,8 @@ class Service:
             for text in "ab":  # what the two prompts share is known
                 messages = [*chat.messages, last, head | {"content": text}]
                 both.append(self.encode_chat(replace(chat, messages=messages, continue_last=False)))
-            known = both[0][: common(*both)]
-            if len(known) > common(known, ids) + SHARED:
+            known = both[0][: common_prefix(*both)]
+            if len(known) > common_prefix(known, ids) + SHARED:
                 warm = replace(asked, options={"max_new_tokens": 0})
                 request = self._request(known, warm, client, None, seed=0, stream=0)
                 before, self.next_turns[client.scope] = self.next_turns.get(client.scope), request

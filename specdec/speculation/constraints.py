@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.errors import ConstraintError, SpecDecError, how_to_install
-from specdec.kvcache.prefix import common
+from specdec.base.sequences import common_prefix
 
 LONGEST = 2**16  # maximum characters of a schema, an expression or a grammar
 MASKS = 64  # number of cached masks: drafting, scoring and the search for forced tokens need the same ones
@@ -336,7 +336,7 @@ class ConstraintState:
     def _go_to(self, new: Sequence[int]) -> bool:
         """Move the matcher behind ``new``; False if these tokens are not allowed."""
         new = list(new)
-        shared = common(self.consumed, new)
+        shared = common_prefix(self.consumed, new)
         if shared < len(self.consumed):
             self.matcher.rollback(len(self.consumed) - shared)
             del self.consumed[shared:]

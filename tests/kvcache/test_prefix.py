@@ -12,6 +12,7 @@ from tiny import tiny_model
 from zoo import PROMPTS
 
 from specdec import SpecDecoder
+from specdec.base.sequences import common_prefix
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
@@ -19,7 +20,7 @@ from specdec.engine.request import Request
 from specdec.kvcache import disk, prefix
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.disk import PrefixDisk
-from specdec.kvcache.prefix import PrefixStore, common
+from specdec.kvcache.prefix import PrefixStore
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.verifiers.exact import ExactVerifier
 
@@ -55,13 +56,13 @@ def test_a_search_finds_what_comparing_all_texts_would(recurrent: bool) -> None:
         ids = [draw.choice((1, 2, 256, 70_000)) for _ in range(draw.randrange(9))]
         scope = draw.choice((None, "", "a", "b"))
         texts = [each for each in store.entries if each.scope == scope]
-        alike = [common(each.ids, ids) for each in texts]
+        alike = [common_prefix(each.ids, ids) for each in texts]
         counts = [each.cache.resumable(0, n) for each, n in zip(texts, alike, strict=True)]
         best, most, shared = store.longest(ids, scope)
         assert (most, shared) == (max(counts, default=0), max(alike, default=0))
         assert (best is None) == (most == 0)
         if best is not None:
-            assert best.cache.resumable(0, common(best.ids, ids)) == most and store.entries[-1] is best
+            assert best.cache.resumable(0, common_prefix(best.ids, ids)) == most and store.entries[-1] is best
         if best is not None and turn % 7 == 0:
             assert store.take(best) is best.cache and best not in store.entries
         elif turn % 11 == 0:
@@ -88,9 +89,9 @@ def test_a_search_compares_few_texts_and_totals_none(stops: list[int] | None, mo
 
     def spy(a: Sequence[int], b: Sequence[int]) -> int:
         compared.append(1)
-        return common(a, b)
+        return common_prefix(a, b)
 
-    monkeypatch.setattr(prefix, "common", spy)
+    monkeypatch.setattr(prefix, "common_prefix", spy)
     Counted.asked = 0
     for ids in ([*texts[7][:450], 3, 3], [*range(1000, 1300), 77], [5, 6], texts[9]):
         compared.clear()
