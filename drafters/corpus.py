@@ -23,13 +23,13 @@ from specdec.base.errors import SpecDecWarning, one_line
 from specdec.speculation.ngram import Ints
 
 SHIPPED = "pretrained/ngram/corpus.txt.xz"  # texts, one behind the other, a NUL between them
-MOST = 1 << 20  # tokens of a corpus
+MAX_TOKENS = 1 << 20  # tokens of a corpus
 MOST_BYTES = 1 << 24  # of the package's texts, unpacked
 BATCH = 64  # texts that are tokenised at once
 
 
 def corpus(tokenizer: Any, vocab_size: int) -> Ints:
-    """The corpus for a model with that tokenizer, at most ``MOST`` tokens.
+    """The corpus for a model with that tokenizer, at most ``MAX_TOKENS`` tokens.
 
     Empty, but for one -1, if the tokenizer cannot read it: a vocabulary of words may lack an unknown token.
     """
@@ -40,7 +40,7 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
         path = path_for(tokenizer, packed)
         kept = _read(path)
         if kept is None:
-            kept = tokenised(_unpacked(packed), tokenizer, MOST)
+            kept = tokenised(_unpacked(packed), tokenizer, MAX_TOKENS)
             with suppress(OSError):
                 _write(path, kept)
         found = kept
@@ -67,7 +67,7 @@ def path_for(tokenizer: Any, packed: bytes) -> Path:
 def _read(path: Path) -> Ints | None:
     """What ``_write`` wrote; None if there is nothing, or something else."""
     try:
-        if path.stat().st_size > 4 * MOST:
+        if path.stat().st_size > 4 * MAX_TOKENS:
             return None
         ids = np.fromfile(path, "<i4").astype(np.int32)
     except OSError:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 
-MOST = 1024  # tokens of branches that run at once: bounds memory
+BRANCH_TOKENS = 1024  # tokens of branches that run at once: bounds memory
 States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
 # The tokens that adapters act on: True: those of the pass; False: none; for inputs in another order: the number of the
 # layer's uncommitted tokens behind each, int64 [B, T].
@@ -82,7 +82,7 @@ class Recurrent:
         longest = max(map(len, leaves))
         index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in leaves], device=self.inputs.device)
         parts = list[Tensor]()
-        for some in index.split(max(MOST // (batch * longest), 1)):
+        for some in index.split(max(BRANCH_TOKENS // (batch * longest), 1)):
             x = self.inputs[:, some].reshape(batch * len(some), longest, width)
             states = {key: state.repeat_interleave(len(some), 0) for key, state in self.states.items()}
             behind = (u - 1 - some).repeat(batch, 1)  # (B leaves, longest)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEW = 16  # so many tokens are cheaper to run again than states to write
-ROOM = 16  # the buffer of inputs has a multiple of so many slots
+RERUN_TOKENS = 16  # so many tokens are cheaper to run again than states to write
+SLOT_MULTIPLE = 16  # the buffer of inputs has a multiple of so many slots
 
 
 class StateShape(NamedTuple):
@@ -51,7 +51,7 @@ class RowStates:
 
         whole: whether they are committed together.
         """
-        if not (whole and count > FEW and not held):
+        if not (whole and count > RERUN_TOKENS and not held):
             self.ahead = None
             self._make_room(held + count)
         elif self.ahead is None or self.ahead[1] != count:  # else layers before these began with it
@@ -63,7 +63,9 @@ class RowStates:
     def _make_room(self, slots: int) -> None:
         have = self.inputs.shape[1]
         if slots > have:
-            grown = self.inputs.new_empty(self.shape.layers, -(-slots // ROOM) * ROOM, self.shape.width)
+            grown = self.inputs.new_empty(
+                self.shape.layers, -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.shape.width
+            )
             grown[:, :have] = self.inputs
             self.inputs = grown
 

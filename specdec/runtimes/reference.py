@@ -28,7 +28,7 @@ from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.target import GivenLinear, Part, Pass, Target
 
-FEW = 16  # so many tokens take less time one by one than a scan of a whole chunk
+STEPPED_TOKENS = 16  # so many tokens take less time one by one than a scan of a whole chunk
 PARTS: dict[str, tuple[str, ...]] = {  # their names in decoder layers
     "attention": ("self_attn", "attn", "attention"),
     "mlp": ("mlp", "block_sparse_moe", "feed_forward", "fc1", "fc2"),
@@ -178,7 +178,9 @@ class _Mixer(_Wrapper):
         arguments = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
         # Mamba (recognised by its map of time steps) scans several tokens from an empty state only; the scan of Mamba 2
         # pads them to a whole chunk.
-        most = math.inf if hasattr(inner, "dt_proj") else FEW if hasattr(inner, "A_log") and hasattr(inner, "D") else 1
+        most = math.inf if hasattr(inner, "dt_proj") else 1.0
+        if most == 1 and hasattr(inner, "A_log") and hasattr(inner, "D"):
+            most = STEPPED_TOKENS
         advance = bridge.advance(lambda x: inner(x, *args, **arguments), most)
         out: Tensor = bridge.kv.run_recurrent(index, hidden_states, tree, advance)
         return out

@@ -22,7 +22,7 @@ from specdec.runtimes.tree_drafting import KNOTS, Candidates
 from specdec.speculation.trees import MOST_NODES
 
 LIBRARY = Path(__file__).with_name("_ngram.so")  # setup.py builds it
-LONGEST, MOST = 16, 64  # as in ngram.c: tokens of a match, nodes of a tree
+MATCH_TOKENS, NODES = 16, 64  # as in ngram.c: tokens of a match, nodes of a tree
 FOLLOWERS = 8  # of a token that the prior keeps
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 Allowed = ctypes.CFUNCTYPE(POINTER, INT)
@@ -77,7 +77,7 @@ class Texts:
 
     def __init__(self, most: int, size: int = 1024) -> None:
         lib = load()
-        whole = 1 << max(most - 1, LONGEST).bit_length()
+        whole = 1 << max(most - 1, MATCH_TOKENS).bit_length()
         self.pointer = lib.specdec_texts_open(size, whole)
         if not self.pointer:
             raise MemoryError("can't allocate memory for the texts of the n-gram drafter")
@@ -124,8 +124,8 @@ class Grower:
 
     def __init__(self, prior: Prior | None = None, least: float = 0.01) -> None:
         self.lib, self.prior = load(), prior
-        self.text = (INT * LONGEST)()
-        self.out = (INT * MOST)(), (INT * MOST)(), (FLOAT * MOST)(), (FLOAT * MOST)(), (FLOAT * MOST)()
+        self.text = (INT * MATCH_TOKENS)()
+        self.out = (INT * NODES)(), (INT * NODES)(), (FLOAT * NODES)(), (FLOAT * NODES)(), (FLOAT * NODES)()
         self.tables = (FLOAT * len(KNOTS))(), (FLOAT * len(KNOTS))(), (FLOAT * len(KNOTS))()
         self.struct = _Growth(text=ctypes.addressof(self.text), least=least)
         self.struct.prior = None if prior is None else ctypes.addressof(prior.struct)
@@ -151,9 +151,9 @@ class Grower:
         end the tree there. tables: calibrated probabilities at ``KNOTS`` of n-grams, of n-grams where the learned
         drafter has other candidates, and of that drafter; none: what they say counts. ``raw`` has the same kinds.
         """
-        struct, tail = self.struct, ids[-LONGEST:]
+        struct, tail = self.struct, ids[-MATCH_TOKENS:]
         ctypes.memmove(self.text, (INT * len(tail))(*tail), 4 * len(tail))
-        struct.length, struct.nodes = len(tail), min(nodes, MOST)
+        struct.length, struct.nodes = len(tail), min(nodes, NODES)
         struct.limit = limit if noise is None else min(limit, len(noise))
         struct.sources = len(sources)
         alive: list[Any] = [

@@ -39,10 +39,10 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """A CPU sorts a vocabulary in as much time as some models take for a pass, so ``FEW`` tokens come first."""
+    """A CPU sorts a vocabulary in as much time as some models take for a pass, so ``SHORTLIST`` tokens come first."""
 
     top_p: float
-    FEW = 128
+    SHORTLIST = 128
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.device.type != "cpu":
@@ -52,7 +52,7 @@ class TopP:
             return scores.masked_fill(out.scatter(1, order, out), NEVER)
         kept, lowest = torch.empty_like(scores), scores.new_tensor(NEVER)
         for row, own in enumerate(scores):
-            best, total = own.topk(min(self.FEW, len(own))).values, own.logsumexp(-1)
+            best, total = own.topk(min(self.SHORTLIST, len(own))).values, own.logsumexp(-1)
             if (best - total).exp().sum() <= self.top_p:
                 best = own.sort(descending=True).values
             p = (best - total).exp()

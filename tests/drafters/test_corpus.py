@@ -66,7 +66,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
     "empty": lambda data: b"",
     "another file": lambda data: b"PK\3\4" * 9,
     "other numbers": lambda data: np.array([-1, -7, -1], "<i4").tobytes(),
-    "huge": lambda data: data + b"\xff" * (4 * corpus.MOST),
+    "huge": lambda data: data + b"\xff" * (4 * corpus.MAX_TOKENS),
 }
 
 
@@ -128,7 +128,7 @@ TOKENIZERS = {
 def test_any_tokenizer_gives_a_corpus_of_bounded_size_and_a_request_that_succeeds(
     kind: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "MOST", 20_000)
+    monkeypatch.setattr(corpus, "MAX_TOKENS", 20_000)
     tokenizer = fast(TOKENIZERS[kind])
     with warnings.catch_warnings():
         warnings.simplefilter("error", SpecDecWarning)

@@ -126,7 +126,7 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
     target = target_of(kind, runtime)
     learner = taught(target, 12)
     monkeypatch.setattr(m2r2_replay, "PIECE", seconds)
-    monkeypatch.setattr(recurrent, "MOST", 30)  # few branches run at once
+    monkeypatch.setattr(recurrent, "BRANCH_TOKENS", 30)  # few branches run at once
     text = texts(target, 1, length=30, seed=5)[0]
     with torch.inference_mode():
         found = [rows for rows in learner.replay.rows(text, learner.fits.network) if rows is not None]

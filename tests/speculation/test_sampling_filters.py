@@ -8,9 +8,9 @@ from specdec.speculation.warpers import TopP
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])  # from flat, so that more than FEW tokens are kept, to peaked
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])  # from flat, so that more than SHORTLIST tokens are kept, to peaked
 def test_top_p_keeps_what_transformers_keeps(top_p: float, scale: float) -> None:
-    scores = scale * torch.randn(3, 4 * TopP.FEW, generator=torch.Generator().manual_seed(0))
+    scores = scale * torch.randn(3, 4 * TopP.SHORTLIST, generator=torch.Generator().manual_seed(0))
     ours = TopP(top_p)(None, scores)  # type: ignore[arg-type]
     assert torch.equal(ours, TopPLogitsWarper(top_p)(None, scores))  # type: ignore[arg-type]
 

@@ -18,7 +18,7 @@ from specdec.base.ridge import RIDGE, Sums, result
 from specdec.runtimes.linear_maps import rms_unit
 
 AHEAD = 2  # layers that are forecast
-MOST = 16  # tokens of a pass that is forecast; more take most experts anyway
+FORECAST_TOKENS = 16  # tokens of a pass that is forecast; more take most experts anyway
 LIKELY = 0.4  # least probability of an expert that is read ahead
 ROWS = 64  # that are added to the sums at once
 FIRST, LAST = 256, 8192  # rows at the first fit, each further one at twice as many; then no more are learned from
@@ -106,7 +106,7 @@ class Forecasts:
             trail.clear()
             return []
         trail.append((own, unit, []))
-        return own.likely(unit) if len(unit) <= MOST else []
+        return own.likely(unit) if len(unit) <= FORECAST_TOKENS else []
 
     def work(self) -> None:
         """Between two passes: learn; at most one map is fitted."""

@@ -65,10 +65,10 @@ T = TypeVar("T")
 FAMILIES = tuple(families.FAMILIES)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
 SLOTS = "qkv", "out", "gate_up", "down", "rates"  # maps with low-rank terms
-ROOM = 0.8  # share of the free memory that a mixture's experts may take
+EXPERT_SHARE = 0.8  # share of the free memory that a mixture's experts may take
 # A head of more than this share of the layers' bytes is screened (``Packed.screen``), and of more than so many bytes: a
 # smaller one may be in a cache, from where all of it comes as fast.
-SCREENED, LEAST = 0.1, 64 << 20
+SCREENED_SHARE, SCREENED_BYTES = 0.1, 64 << 20
 BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6, MX
 
 
@@ -402,7 +402,7 @@ class NativeTarget(ByParts):
         """The model's own output head, packed."""
         weight, numbers = matrix(module), (self.numbers.logits, self.numbers.logits_cap)
         packed = Packed([weight], module.bias, self.rounded, False, *numbers, kept=self.kept)
-        if isinstance(weight, Blocks) and packed.nbytes > max(SCREENED * self.bytes_of_layers, LEAST):
+        if isinstance(weight, Blocks) and packed.nbytes > max(SCREENED_SHARE * self.bytes_of_layers, SCREENED_BYTES):
             packed.screen(weight, self.kept)
         self._release(weight)
         return packed
@@ -673,7 +673,7 @@ def _room_for_experts(model: nn.Module) -> int | None:
         size = sum(part.data.nbytes for part in parts)
         experts, others = experts + size * (".experts." in name), others + size * (".experts." not in name)
     room = memory.free_memory(torch.device("cpu")) - others
-    return max(int(ROOM * room), 2) if experts > ROOM * room and experts else None
+    return max(int(EXPERT_SHARE * room), 2) if experts > EXPERT_SHARE * room and experts else None
 
 
 def matrix(module: nn.Module) -> Tensor | Blocks:

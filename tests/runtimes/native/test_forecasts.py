@@ -84,7 +84,7 @@ def test_tokens_of_a_pass_are_forecast_together() -> None:
     for layer in (3, 4):
         assert len(set(together[layer])) == len(together[layer])
         assert set(together[layer]) >= set().union(*(each[layer] for each in alone))
-    assert layers.run(drawn(forecasts.MOST + 1, WIDTH))[0][0] == {}
+    assert layers.run(drawn(forecasts.FORECAST_TOKENS + 1, WIDTH))[0][0] == {}
 
 
 def test_rows_of_another_pass_are_not_mixed_in() -> None:

@@ -635,8 +635,8 @@ def test_a_large_head_in_8_bits_is_screened(monkeypatch: pytest.MonkeyPatch) -> 
     size = model.config.hidden_size
     model.lm_head = BlockLinear(random_blocks("Q8_0", 97, size), None, torch.bfloat16)
     small = NativeTarget(model)
-    monkeypatch.setattr(native_target, "LEAST", 1000)
-    monkeypatch.setattr(native_target, "SCREENED", 0.001)
+    monkeypatch.setattr(native_target, "SCREENED_BYTES", 1000)
+    monkeypatch.setattr(native_target, "SCREENED_SHARE", 0.001)
     large = NativeTarget(model)
     assert small.head(None).rough is None and large.head(None).rough is not None
     x = torch.randn(1, 5, size).bfloat16()
