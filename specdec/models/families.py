@@ -58,28 +58,28 @@ class Family:
     """What a layer of a model type computes.
 
     norms: names of the norms of attention's input and result, and of the MLP's; "": there is none.
-    once: whether norms round after their weights alone, not before them, too. around_zero: 1 + weight is the factor.
-    across: whether there are norms of queries and keys over all heads. by_head: over each.
+    rounds_once: whether norms round after their weights alone, not before them, too. around_zero: 1 + weight is the factor.
+    norm_over_heads: whether queries and keys have norms over all heads. norm_by_head: over each.
     qkv_bias: whether queries, keys and values have biases. attention_bias, mlp_bias: whether a config's field of that
         name gives all maps of attention, or of MLPs, biases. joined: queries, keys and values are one map, gates and
         ups, too.
     mixer: in the place of attention in layers that are recurrent; "": there are none. gated: attention's results are
         multiplied with gates, which come with the queries.
     shared: beside the experts that a token takes, there is one for all tokens, with a gate.
-    halved: transformers' tables have each cosine and sine once, not twice. wide: they are not rounded to its dtype.
+    half_tables: transformers' tables have each cosine and sine once, not twice. wide: they are not rounded to its dtype.
     partial: ``partial_rotary_factor`` may leave a part of each head as it is.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there. only: those of
         which one value is known.
     gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
-        tiled: the first value heads of all key heads come before the second ones there.
+        tiled_heads: the first value heads of all key heads come before the second ones there.
     keys: the config field of each metadata key of these files, beside ``KEYS``.
     """
 
     norms: tuple[str, str, str, str] = BEFORE
-    once: bool = False
+    rounds_once: bool = False
     around_zero: bool = False
-    across: bool = False
-    by_head: bool = False
+    norm_over_heads: bool = False
+    norm_by_head: bool = False
     qkv_bias: bool = False
     attention_bias: bool = True
     mlp_bias: bool = False
@@ -87,14 +87,14 @@ class Family:
     mixer: str = ""
     gated: bool = False
     shared: bool = False
-    halved: bool = False
+    half_tables: bool = False
     wide: bool = False
     partial: bool = False
     fields: frozenset[str] = frozenset()
     only: dict[str, Any] = field(default_factory=dict)
     gguf: str = ""
     interleaved: bool = False
-    tiled: bool = False
+    tiled_heads: bool = False
     keys: dict[str, str] = field(default_factory=dict)
 
 
@@ -130,16 +130,16 @@ LINEAR = {f"linear_{name}" for name in ("key_head_dim", "num_key_heads", "num_va
 GRIDS = "rope_parameters.mrope_interleaved", "rope_parameters.mrope_section"  # of images: text has one position
 PREDICTS = "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"  # of a layer that is no part of the model
 DELTA_RULE = Family(
-    once=True,
+    rounds_once=True,
     around_zero=True,
-    by_head=True,
+    norm_by_head=True,
     mixer="gated delta rule",
     gated=True,
     partial=True,
     fields=frozenset({*LINEAR, *GRIDS, *PREDICTS, "full_attention_interval", "linear_conv_kernel_dim"}),
     only={"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"},
     gguf="qwen35",
-    tiled=True,
+    tiled_heads=True,
     keys=HEAD
     | {
         "ssm.conv_kernel": "linear_conv_kernel_dim",
@@ -170,7 +170,7 @@ FAMILIES = {
     "llama": Family(mlp_bias=True, gguf="llama", interleaved=True, keys=HEAD),
     "mistral": Family(attention_bias=False),
     "qwen2": Family(qkv_bias=True, attention_bias=False, gguf="qwen2"),
-    "qwen3": Family(by_head=True, gguf="qwen3", keys=HEAD),
+    "qwen3": Family(norm_by_head=True, gguf="qwen3", keys=HEAD),
     "phi3": Family(
         attention_bias=False,
         joined=True,
@@ -179,7 +179,7 @@ FAMILIES = {
         gguf="phi3",
     ),
     "granite": Family(mlp_bias=True, fields=frozenset(SCALED.values()), gguf="granite", interleaved=True, keys=SCALED),
-    "olmo2": Family(AFTER, once=True, across=True, wide=True, gguf="olmo2"),
+    "olmo2": Family(AFTER, rounds_once=True, norm_over_heads=True, wide=True, gguf="olmo2"),
     "smollm3": Family(
         mlp_bias=True, fields=frozenset({"no_rope_layers", "no_rope_layer_interval"}), gguf="smollm3", interleaved=True
     ),
@@ -191,33 +191,33 @@ FAMILIES = {
         keys=HEAD | {"attention.temperature_scale": "llama_4_scaling_beta"},
     ),
     "mixtral": Family(attention_bias=False, fields=EXPERTS, interleaved=True, keys=HEAD | ROUTED),
-    "olmoe": Family(across=True, fields=EXPERTS, gguf="olmoe", keys=ROUTED),
+    "olmoe": Family(norm_over_heads=True, fields=EXPERTS, gguf="olmoe", keys=ROUTED),
     "qwen3_moe": Family(
-        by_head=True,
+        norm_by_head=True,
         fields=EXPERTS | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"},
         gguf="qwen3moe",
         keys=HEAD | ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
     ),
     "gpt_oss": Family(
-        once=True,
-        halved=True,
+        rounds_once=True,
+        half_tables=True,
         fields=EXPERTS | CLAMPED | {"experts_per_token", "initial_context_length"},  # two that others repeat
         gguf="gpt-oss",
         keys=HEAD | ROUTED | WINDOW | {"expert_feed_forward_length": "intermediate_size"},
     ),
-    "gemma": Family(once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
+    "gemma": Family(rounds_once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
     "gemma2": Family(AROUND, True, True, fields=TWICE_CAPPED, gguf="gemma2", keys=WINDOWED),
     "gemma3_text": Family(
         AROUND,
         True,
         True,
-        by_head=True,
+        norm_by_head=True,
         fields=CAPPED,
         gguf="gemma3",
         keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"},
     ),
     "qwen3_5_text": DELTA_RULE,
-    "qwen3_next": replace(SHARED, gguf="qwen3next", tiled=False),
+    "qwen3_next": replace(SHARED, gguf="qwen3next", tiled_heads=False),
     "qwen3_5_moe_text": SHARED,
 }
 
@@ -297,20 +297,20 @@ def mixer_of(config: Any) -> Mixer:
 class Rotation(NamedTuple):
     """Which cosines and sines: those of a layer type, or "": there are no others.
 
-    beta, span: they are times 1 + beta log(1 + position // span). halved: as in ``Family``.
+    beta, span: they are times 1 + beta log(1 + position // span). half_tables: as in ``Family``.
     """
 
     layer_type: str = ""
     beta: float = 0.0
     span: int = 1
-    halved: bool = False
+    half_tables: bool = False
 
     def tables(self, rotary: Any, count: int, dtype: torch.dtype) -> Tensor:
         """Cosines and sines [count, 2, rotated / 2] (float32) that the model's ``rotary`` makes in ``dtype``."""
         positions = torch.arange(count)
         with torch.no_grad():
             made = rotary(torch.empty(0, dtype=dtype), positions[None], *filter(None, [self.layer_type]))
-        found = torch.stack([table[0].chunk(1 if self.halved else 2, -1)[0].float() for table in made], 1)
+        found = torch.stack([table[0].chunk(1 if self.half_tables else 2, -1)[0].float() for table in made], 1)
         factor = 1 + self.beta * torch.log(1 + torch.floor(positions / self.span))
         return found * factor.to(dtype)[:, None, None].float() if self.beta else found
 
@@ -321,7 +321,9 @@ def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
     nested = all(isinstance(value, dict) for value in rope.values())
     found = list[tuple[Rotation, Rotation] | None]()
     for layer in range(count):
-        plain = Rotation(config.layer_types[layer] if nested else "", halved=FAMILIES[config.model_type].halved)
+        plain = Rotation(
+            config.layer_types[layer] if nested else "", half_tables=FAMILIES[config.model_type].half_tables
+        )
         beta = rope.get("llama_4_scaling_beta") or 0.0
         queries = plain._replace(beta=beta, span=rope["original_max_position_embeddings"]) if beta else plain
         rotates = (getattr(config, "no_rope_layers", None) or [1] * count)[layer]

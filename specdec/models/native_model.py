@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([_layer(config, family, index) for index in range(config.num_hidden_layers)])
         self.norm = Norm(config.hidden_size, config.rms_norm_eps, family)
         with torch.device("cpu"):
-            self.rotary_emb = Rotary(config, family.halved, family.wide)
+            self.rotary_emb = Rotary(config, family.half_tables, family.wide)
 
 
 class Norm(nn.Module):
@@ -126,7 +126,7 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = self.variance_epsilon = eps
-        self.once, self.around_zero = family.once, family.around_zero
+        self.once, self.around_zero = family.rounds_once, family.around_zero
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
@@ -188,8 +188,8 @@ class Attention(nn.Module):
             for part, rows in parts.items():
                 setattr(self, f"{part}_proj", nn.Linear(width, rows, bias or family.qkv_bias))
         self.o_proj = nn.Linear(heads, width, bias)
-        if family.across or family.by_head:
-            sizes = (heads, keys) if family.across else (size, size)
+        if family.norm_over_heads or family.norm_by_head:
+            sizes = (heads, keys) if family.norm_over_heads else (size, size)
             self.q_norm, self.k_norm = (Norm(count, config.rms_norm_eps, family) for count in sizes)
         if config.model_type == "gpt_oss":
             self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))

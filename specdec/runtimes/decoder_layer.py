@@ -89,7 +89,7 @@ def norm(module: Any, family: Family) -> Norm:
         one_more, eps = 1 + weight.float(), float(module.eps)
         return lambda x: torch.rms_norm(x.float(), shape, one_more, eps).to(x.dtype)
     eps = float(module.variance_epsilon)
-    if family.once:
+    if family.rounds_once:
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     return lambda x: torch.rms_norm(x, shape, None, eps) * weight
 

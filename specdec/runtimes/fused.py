@@ -97,7 +97,7 @@ class FusedTarget(ByParts):
         self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.groups = self.heads // self.kv_heads
-        self.per_head_norm = not families.FAMILIES[kind].across
+        self.per_head_norm = not families.FAMILIES[kind].norm_over_heads
         mlp = decoder.layers[0].mlp
         act = mlp.activation_fn if kind == "phi3" else mlp.act_fn
         self.act: Callable[[Tensor], Tensor] = F.silu if "SiLU" in type(act).__name__ else act

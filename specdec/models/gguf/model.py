@@ -316,7 +316,7 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_bl
         stored = _joined([_stored(file, info) for info in infos], dtype)
         rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
         columns = None
-        if family.tiled and config.linear_num_key_heads != config.linear_num_value_heads:
+        if family.tiled_heads and config.linear_num_key_heads != config.linear_num_value_heads:
             rows, columns = recurrent.rows_of(config, path, leaf), recurrent.columns_of(config, path)
         if len(tensors) > 1:
             rows = recurrent.rows_of_two(config)

@@ -179,7 +179,14 @@ class NativeTarget(ByParts):
             self.activations = "8 bits" if self.rounded else "16 bits"
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, rotated
         act = families.ACTIVATIONS.index(families.activation(config))
-        flags = self.rounded, *self.mixture, self.family.once, act, self.family.across, len(self.rotations)
+        flags = (
+            self.rounded,
+            *self.mixture,
+            self.family.rounds_once,
+            act,
+            self.family.norm_over_heads,
+            len(self.rotations),
+        )
         numbers = self.eps, scale, self.numbers.scores_cap, *self.numbers[-2:], demand
         self._sizes = (*sizes, *flags, self.family.gated, *sizes_of_mixer, *numbers)
         self._model = Model(*self._sizes, ctypes.addressof(self._layers))
@@ -268,7 +275,9 @@ class NativeTarget(ByParts):
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         packed = self.head(head)
-        return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps, self.family.once).view(*x.shape[:2], -1)
+        return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps, self.family.rounds_once).view(
+            *x.shape[:2], -1
+        )
 
     def preparing(self, head: nn.Linear) -> Generator[None]:
         if head in self._heads:
@@ -278,7 +287,7 @@ class NativeTarget(ByParts):
             self._heads.setdefault(head, packed)
 
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
-        (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps, self.family.once)
+        (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps, self.family.rounds_once)
         if not math.isfinite(float(x.sum())):  # reads one number if all are finite
             finite = x.isfinite().all(-1).flatten().tolist()
             found = [token if good else -1 for token, good in zip(found, finite, strict=True)]
