@@ -352,7 +352,7 @@ class SpecDecoder:
         if (rule := given.get("constraint")) is not None:
             given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
         requests = [self.request(row, stream=n, scope=scope, **given) for row, n in zip(ids, streams(ids), strict=True)]
-        engine = self.manual_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
+        engine = self.stepped_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
         try:
             return Generation(engine, requests, [self.text(given) for _ in requests])
         except BaseException:
@@ -510,7 +510,7 @@ class SpecDecoder:
         """
         disk = None if prefix_cache is None else self._disk(prefix_cache, prefix_cache_size)
         try:
-            engine = self.manual_engine(
+            engine = self.stepped_engine(
                 num_speculative_tokens,
                 max_rows=max_rows,
                 max_waiting=max_waiting,
@@ -530,7 +530,7 @@ class SpecDecoder:
         rule = self.verifier.label if self.verifier.propagates else "exact"  # what keys and values are computed by
         return PrefixDisk(folder, limit, identity.numbers(self.target, rule), bool(self.target.recurrent_layers))
 
-    def manual_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
+    def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""
         claim = self._claim_drafter()
         try:

@@ -81,7 +81,7 @@ def _generate(
         decoder.request(prompt, stream=n, num_speculative_tokens=0, max_new_tokens=limit, **how)  # type: ignore[arg-type]
         for n, prompt in enumerate(prompts)
     ]
-    engine = decoder.manual_engine(1, max_rows=len(requests))
+    engine = decoder.stepped_engine(1, max_rows=len(requests))
     try:
         for request in requests:
             request.learn = learn

@@ -133,7 +133,7 @@ class SpecGenerate:
         ]
         for request in requests:
             request.eos = call.ends
-        engine = decoder.manual_engine(self.num_speculative_tokens, max_rows=len(requests))
+        engine = decoder.stepped_engine(self.num_speculative_tokens, max_rows=len(requests))
         try:
             call.run(engine, requests, self.streamer)
         finally:

@@ -58,7 +58,8 @@ class Family:
     """What a layer of a model type computes.
 
     norms: names of the norms of attention's input and result, and of the MLP's; "": there is none.
-    rounds_once: whether norms round after their weights alone, not before them, too. around_zero: 1 + weight is the factor.
+    rounds_once: whether norms round after their weights only, not before them, too.
+    around_zero: whether 1 + weight is the factor of a norm.
     norm_over_heads: whether queries and keys have norms over all heads. norm_by_head: over each.
     qkv_bias: whether queries, keys and values have biases. attention_bias, mlp_bias: whether a config's field of that
         name gives all maps of attention, or of MLPs, biases. joined: queries, keys and values are one map, gates and
@@ -66,7 +67,8 @@ class Family:
     mixer: in the place of attention in layers that are recurrent; "": there are none. gated: attention's results are
         multiplied with gates, which come with the queries.
     shared: beside the experts that a token takes, there is one for all tokens, with a gate.
-    half_tables: transformers' tables have each cosine and sine once, not twice. wide: they are not rounded to its dtype.
+    half_tables: transformers' tables have each cosine and sine once, not twice.
+    wide: these tables are not rounded to the model's dtype.
     partial: ``partial_rotary_factor`` may leave a part of each head as it is.
     fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there. only: those of
         which one value is known.

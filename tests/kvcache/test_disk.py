@@ -359,7 +359,7 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
     made = decoder()
     kept = PrefixDisk(tmp_path, 1 << 20, "x")
     writer = kept.thread
-    engine = made.manual_engine(reuse=True, disk=kept)
+    engine = made.stepped_engine(reuse=True, disk=kept)
     del kept
     if started:
         engine.start()
