@@ -109,7 +109,7 @@ class Batch:
         """Append the token after the prefill to each row, from the final states of its last token [B, 1, D]."""
         sampler = Sampler.of([row.sampler for row in rows])
         if sampler.plain_greedy and all(row.logprobs is None for row in rows):
-            [chosen] = self.target.choose(last)
+            [chosen] = self.target.greedy_tokens(last)
         else:
             logits = self.target.readout(last)
             scores = sampler.scores(logits, lambda: [[row.ids] for row in rows])  # (B, 1, V)

@@ -106,7 +106,7 @@ def _pass(target: Target, cache: KVCache, start: int, count: int, first: int = 0
     """Run ``count`` tokens, ``first`` and so on, from position ``start`` on, and choose one after each."""
     positions = torch.arange(start, start + count, device=target.device)[None]
     x = target.embed((positions + first) % target.vocab_size, positions)
-    target.choose(target.layers(x, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache)))
+    target.greedy_tokens(target.layers(x, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache)))
 
 
 def _engine(target: Target, drafter: Drafter, verifier: Verifier, depth: FixedDepth) -> Engine:

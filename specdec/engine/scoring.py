@@ -87,7 +87,7 @@ class _Scorer:
         p, fault, unread = None, None, [draft.tokens] if draft.listed is None else []
         row_logits = dict[int, Tensor]()
         if sampler.plain_greedy and readout not in taps and not self.logit_rows:
-            *read, chosen = target.choose(x, *unread)
+            *read, chosen = target.greedy_tokens(x, *unread)
         else:
             logits = target.readout(x)  # (B, 1 + M - filled, V)
             row_logits = {b: logits[b] for b in self.logit_rows}
@@ -163,7 +163,7 @@ class _Scorer:
         width, p, row_logits, begin = 1 + len(draft.parents), list[Tensor](), dict[int, Tensor](), 0
         chosen = [[0] * width for _ in nodes]
         read = [b for b, row in enumerate(state.sampler.rows) if not row.plain_greedy or b in self.logit_rows]
-        plain = target.choose(x)[0][0] if len(read) < len(nodes) else []
+        plain = target.greedy_tokens(x)[0][0] if len(read) < len(nodes) else []
         logits = dict(zip(read, self._read_out(x, counts, read), strict=True))
         for b, (own, row) in enumerate(zip(nodes, state.sampler.rows, strict=True)):
             end = begin + len(own)

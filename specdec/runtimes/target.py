@@ -169,13 +169,13 @@ class Target(ABC):
         """About the seconds of multiplying a token by the weights over those of reading the weights from memory."""
         return TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize
 
-    def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
+    def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
         """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].
 
-        -1 where the logits are not finite. Before it come the lists of ``beside`` (int64 [B, n]): one read of the
+        -1 where the logits are not finite. Before it come the lists of ``also`` (int64 [B, n]): one read of the
         device.
         """
-        return download(*beside, largest(self.readout(x)))
+        return download(*also, largest(self.readout(x)))
 
     def draft_tree(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None

@@ -212,13 +212,13 @@ def test_no_request_waits_for_a_measurement(
     llama: PreTrainedModel, drafter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one runs a pass for its prompt, and one for each step."""
-    passes, choose = [0], ReferenceTarget.choose
+    passes, choose = [0], ReferenceTarget.greedy_tokens
 
     def counted(self: ReferenceTarget, x: torch.Tensor, *beside: torch.Tensor) -> list[list[list[int]]]:
         passes[0] += 1
         return choose(self, x, *beside)
 
-    monkeypatch.setattr(ReferenceTarget, "choose", counted)
+    monkeypatch.setattr(ReferenceTarget, "greedy_tokens", counted)
     decoder = SpecDecoder(llama, None, drafter=drafter, runtime="reference", learn=False)
     out = decoder.generate([5, 6, 5, 6, 5], max_new_tokens=12)
     assert passes[0] == 1 + out.metrics.num_spec_steps

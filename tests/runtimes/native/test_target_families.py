@@ -50,7 +50,7 @@ def test_greedy_tokens_are_those_of_the_model_in_float32(family: str) -> None:
         positions = torch.arange(ids.shape[1])[None]
         routed = torch.zeros(ids.shape[1], target.num_layers, target.mixture.experts)
         given = Pass(positions, cache.register(0, positions), cache, routed=routed)
-        [ours] = target.choose(target.layers(target.embed(ids, positions), 0, target.num_layers, given))[0]
+        [ours] = target.greedy_tokens(target.layers(target.embed(ids, positions), 0, target.num_layers, given))[0]
         with routing(wide, routed, known=True):
             logits = wide(ids).logits[0, len(prompt) - 1 : -1]
         first, second = logits.topk(2).values.unbind(-1)
