@@ -158,12 +158,12 @@ class Generation:
 
     def __iter__(self) -> Iterator[list[str]]:
         for events in self.steps():
-            ledger, pieces = self.engine.ledger, [""] * len(self.texts)
-            ledger.restart()
+            timer, pieces = self.engine.timer, [""] * len(self.texts)
+            timer.restart()
             for row, _ in events:
                 text = self.texts[row]
                 pieces[row] = text.take() if self.requests[row].finish_reason is None else text.finish()
-            ledger.mark("detokenise")
+            timer.mark("detokenise")
             yield pieces
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:

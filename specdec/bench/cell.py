@@ -34,7 +34,7 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
     conditional_acceptance    [the same, over the drafts whose earlier tokens were all accepted]
     acceptance_histogram      entry n: steps that accepted n drafted tokens
     mean_layers_per_token     EST, layers run per token, pooled
-    ledger_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}
+    phase_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}
     peak_memory_mb  of the process during the method's calls (CPU, Linux), or allocated on the CUDA device; else None
     equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs compared with plain decoding; near_ties and faults
                     are None for a lossy rule and an external engine; None for sampling beside hf methods
@@ -42,7 +42,7 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
     categories      {category: {"requests", "tokens", "tokens_per_second": EST, "speedup": {baseline: EST},
                     "worst": {baseline: number or None}, "mean_acceptance_length": EST or None}}
 
-From mean_acceptance_length to ledger_ms_per_step, external methods have None, an empty list or an empty mapping.
+From mean_acceptance_length to phase_ms_per_step, external methods have None, an empty list or an empty mapping.
 EST is {"value", "low", "high"}: a median (or a pooled ratio) and the 95 % interval of a bootstrap over conversations;
 low and high are None for a single conversation. EST is None where there is nothing to estimate.
 """

@@ -117,7 +117,7 @@ def summarize(
         "mean_layers_per_token": _pooled(
             mine, lambda m: m.mean_layers_per_token * m.num_new_tokens, lambda m: m.num_new_tokens
         ),
-        "ledger_ms_per_step": _ledger(replies),
+        "phase_ms_per_step": _phase_seconds(replies),
         "peak_memory_mb": max((r.peak_memory_mb for r in replies if r.peak_memory_mb is not None), default=None),
         "equal_to_plain": {
             "equal": equality.count("equal"),
@@ -196,12 +196,12 @@ def _pooled(
     return ratio([above(m) for m, _ in rows], [below(m) for m, _ in rows], [group for _, group in rows])
 
 
-def _ledger(replies: list[Reply]) -> dict[str, float]:
+def _phase_seconds(replies: list[Reply]) -> dict[str, float]:
     """Milliseconds per step by phase, from the longest row of each batch, which took part in all its steps."""
     longest = [max(r.metrics, key=lambda m: m.decode_seconds) for r in replies if r.metrics]
     steps = sum(m.num_spec_steps for m in longest)
-    phases = dict.fromkeys(phase for m in longest for phase in m.ledger if phase != "prefill")
-    return {p: 1e3 * sum(m.ledger.get(p, 0.0) for m in longest) / steps for p in phases} if steps else {}
+    phases = dict.fromkeys(phase for m in longest for phase in m.phases if phase != "prefill")
+    return {p: 1e3 * sum(m.phases.get(p, 0.0) for m in longest) / steps for p in phases} if steps else {}
 
 
 def _quality(requests: list[BenchRequest]) -> dict[str, Any] | None:

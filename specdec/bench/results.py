@@ -128,7 +128,7 @@ class Results:
         if not methods:
             return [self.table()]
         kinds = list(dict.fromkeys(kind for method in methods for kind in method["categories"] if kind))
-        phases = list(dict.fromkeys(phase for method in methods for phase in method["ledger_ms_per_step"]))
+        phases = list(dict.fromkeys(phase for method in methods for phase in method["phase_ms_per_step"]))
         headers = [
             ["x plain (the worst prompt)", *kinds, "all"],
             ["method", "prefill ms", "decode ms/token", *(f"{phase} ms/step" for phase in phases), "MB"],
@@ -189,10 +189,10 @@ def _over_plain(figures: Mapping[str, Any] | None) -> str:
 
 
 def _phases(method: Mapping[str, Any], phases: Sequence[str]) -> list[str]:
-    ledger, memory = method["ledger_ms_per_step"], method["peak_memory_mb"]
+    spent, memory = method["phase_ms_per_step"], method["peak_memory_mb"]
     prefill, decode = method["prefill_ms"], method["decode_ms_per_token"]
     row = [f"{prefill['value']:.0f}" if prefill else "", f"{decode['value']:.1f}" if decode else ""]
-    row += [f"{ledger[phase]:.1f}" if phase in ledger else "" for phase in phases]
+    row += [f"{spent[phase]:.1f}" if phase in spent else "" for phase in phases]
     return [*row, "" if memory is None else f"{memory:.0f}"]
 
 

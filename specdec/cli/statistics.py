@@ -74,7 +74,7 @@ def statistics(
     if hint := nothing_accepted(decoder, output) or slower(output):
         blocks.append([("note", hint)])
     if verbose:
-        blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.ledger.items()])
+        blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.phases.items()])
         blocks.append([("self-check difference", f"{decoder.target.logit_difference:.1e} of the largest logit")])
         if decoder.runtime_note:
             blocks.append([("runtime note", decoder.runtime_note)])

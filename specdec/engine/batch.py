@@ -14,7 +14,7 @@ from torch import Tensor
 from specdec.base.errors import NotFiniteError
 from specdec.engine.depth.policy import DepthChoice, DepthPolicy, StepReport
 from specdec.engine.guard import DrafterGuard
-from specdec.engine.metrics import Ledger
+from specdec.engine.metrics import PhaseTimer
 from specdec.engine.request import Request, prompt_logprobs, token_logprobs
 from specdec.engine.scoring import score
 from specdec.kvcache.cache import KVCache
@@ -24,7 +24,7 @@ from specdec.speculation.sampling import Sampler
 from specdec.speculation.tree_builder import merge
 
 NOTHING = torch.empty(0)
-# Phases of a step (``Ledger``) whose seconds count as scoring, and as drafting.
+# Phases of a step (``PhaseTimer``) whose seconds count as scoring, and as drafting.
 SCORING, DRAFTING = ("score", "accept", "commit"), ("overhead", "draft")
 FORCED = 16  # maximum number of tokens that are drafted where a constraint leaves no choice
 
@@ -42,7 +42,7 @@ class Batch:
         self.rows: list[Request] = []
         self.chosen = True
         self.cache = target.new_cache(0)
-        self.ledger = Ledger(target.device)
+        self.timer = PhaseTimer(target.device)
         self.state = State(target, self.cache, Sampler.of([]), [], threshold=verifier.threshold)
 
     # -- rows come and go ---------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Batch:
         joined = [rows[b] for b in complete]
         if joined:
             self._choose_first(joined, last[complete])
-        self.ledger.mark("prefill")
+        self.timer.mark("prefill")
         return joined
 
     def _add_prompt_logprobs(self, row: Request, start: int, states: Tensor) -> None:
@@ -114,12 +114,12 @@ class Batch:
             logits = self.target.readout(last)
             scores = sampler.scores(logits, lambda: [[row.ids] for row in rows])  # (B, 1, V)
             chosen = sampler.choose(scores, [[len(row.ids)] for row in rows]).tolist()
-        self.ledger.mark("prefill")
+        self.timer.mark("prefill")
         for b, (row, tokens) in enumerate(zip(rows, chosen, strict=True)):
             row.append(tokens, [0])
             if row.logprobs is not None:
                 row.token_logprobs += token_logprobs(logits[b, : len(row.new_tokens)], row.new_tokens, row.logprobs)
-        self.ledger.mark("detokenise")
+        self.timer.mark("detokenise")
 
     def join(self, rows: Sequence[Request], cache: KVCache) -> None:
         """Add rows whose prompts have been run, with their cache."""
@@ -164,30 +164,30 @@ class Batch:
         """
         # Draft
         depths = self._choose_depths()
-        self.ledger.begin()
+        self.timer.begin()
         forced = self._forced_tokens()
         draft = self._draft([0 if tokens else depth for tokens, depth in zip(forced, depths, strict=True)])
         if any(forced):
             draft = self._with_forced(forced, draft)
-        self.ledger.mark("draft")
+        self.timer.mark("draft")
         # Score
         on_score()
         wanted = [b for b, row in enumerate(self.rows) if row.logprobs is not None]
         scores = score(self.state, draft, self._taps(), self.verifier, wanted)
         if scores.fault is not None:
             self.guard.fail(f"proposed tokens that cannot be scored: {scores.fault}")
-        self.ledger.mark("score")
+        self.timer.mark("score")
         # Verify
         accepted = self.verifier.verify(draft, scores.chosen, scores.p)
-        self.ledger.mark("accept")
+        self.timer.mark("accept")
         paths = self._append(draft, accepted)
-        self.ledger.mark("detokenise")
+        self.timer.mark("detokenise")
         # Commit
         slots = scores.slots(paths)
         self.cache.commit(slots)
         self._observe(self.state.row_states, paths, scores.taps)
         self.drafter_behind = False
-        self.ledger.mark("commit")
+        self.timer.mark("commit")
         self._record(draft, accepted, scores.count, any(forced))
         for b, logits in scores.logits.items():
             row = self.rows[b]
@@ -210,7 +210,7 @@ class Batch:
         depths = [0] * len(rows)
         for b, depth in zip(drafting, choice.depths or [choice.depth] * len(drafting), strict=True):
             depths[b] = self._bounded(b, depth)
-        self.ledger.mark("overhead")
+        self.timer.mark("overhead")
         return depths
 
     def _bounded(self, b: int, depth: int) -> int:
@@ -274,7 +274,7 @@ class Batch:
     def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: bool) -> None:
         """Update each row's metrics and the depth policy, which learns nothing from a step with forced tokens."""
         tokens, depths, deepest = draft.lists(), draft.depths(), []
-        seconds = self.ledger.step
+        seconds = self.timer.step
         other, drafting = (sum(seconds[phase] for phase in phases) for phases in (SCORING, DRAFTING))
         off = None if self.guard.outage is None else f"drafter off: {self.guard.outage.error}"
         for b, (row, path) in enumerate(zip(self.rows, accepted.paths, strict=True)):
@@ -293,7 +293,7 @@ class Batch:
             histories, counts = [row.depth_history for row in self.rows], [len(path) - 1 for path in accepted.paths]
             new = [row.new_tokens for row in self.rows]
             self.policy.observe(StepReport(histories, deepest, counts, scored, drafting, other, new, draft.found))
-        self.ledger.mark("overhead")
+        self.timer.mark("overhead")
 
     def _sources(self, draft: Draft, b: int, tokens: list[int], forced: bool) -> list[str]:
         """What proposed each of the accepted ``tokens`` of row ``b``."""

@@ -101,7 +101,7 @@ class Engine:
         self.learns, self._saved = learn and drafter.learns, 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
         self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, reuse, disk)
-        self.ledger = self.batch.ledger
+        self.timer = self.batch.timer
         self.steps_done = self.drafted = self.accepted = 0
         self.positions: Counter[int] = Counter()
         self._unread: list[Handle] = []  # handles with tokens whose readers have not been notified
@@ -181,14 +181,14 @@ class Engine:
     def step(self) -> Events:
         """Admit, prefill, decode and deliver; return the new tokens of each row that got any."""
         with self._stepping:
-            self.ledger.restart()
+            self.timer.restart()
             self._drop_cancelled()
             self._recover()
             scheduler, batch = self.scheduler, self.batch
             preempted, decoding = scheduler.preempt(), bool(batch.rows)
             if scheduler.waiting and not preempted:
                 scheduler.admit()
-                self._start_ledgers(scheduler.prefilling.rows)
+                self._start_phases(scheduler.prefilling.rows)
             events: Events = []
             if scheduler.prefilling.rows:
                 events += self._deliver(scheduler.prefill())
@@ -204,14 +204,14 @@ class Engine:
     def _recover(self) -> None:
         """Start a drafter that has failed again if it is time."""
         if self.outage is not None:  # a preempted request may still be cancelled, which the drafter is told
-            self.batch.recover([row for row in self._all_requests() if row.ledger_at_start is not None])
+            self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
-    def _start_ledgers(self, rows: Sequence[Request]) -> None:
-        """Let new rows share the engine's ledger from now on."""
+    def _start_phases(self, rows: Sequence[Request]) -> None:
+        """Let new rows share the engine's phases from now on."""
         for row in rows:
-            if row.ledger_at_start is None:
-                row.ledger_at_start = dict(self.ledger.seconds)
-                row.metrics.ledger = self.ledger.seconds  # until the row ends
+            if row.phases_at_start is None:
+                row.phases_at_start = dict(self.timer.seconds)
+                row.metrics.phases = self.timer.seconds  # until the row ends
 
     def _deliver(self, rows: Sequence[Request]) -> Events:
         """Give each row's reader its new tokens, and remove the rows that have ended."""
@@ -225,10 +225,10 @@ class Engine:
                 row.metrics.first_token_seconds = now - row.submit_time
         if ended := [row for row in rows if row.finish_reason is not None]:
             self._end(ended)
-        self.ledger.mark("overhead")
+        self.timer.mark("overhead")
         for row in rows:
             if row.finish_reason is not None:
-                row.close_ledger(self.ledger.seconds)
+                row.close_phases(self.timer.seconds)
             self._put_event(row, row.new_tokens, row.new_depths)
         return [(row, row.new_tokens) for row in rows]
 
@@ -254,7 +254,7 @@ class Engine:
         """Remove rows that have ended."""
         self.scheduler.remove(rows)
         for row in rows:
-            if row.ledger_at_start is not None:
+            if row.phases_at_start is not None:
                 self.batch.end(row)
 
     def _drop_cancelled(self) -> None:
@@ -275,7 +275,7 @@ class Engine:
                 self.scheduler.waiting.remove(row)
             row.finish("cancelled")
         self._end([row])
-        row.close_ledger(self.ledger.seconds)
+        row.close_phases(self.timer.seconds)
         self._put_event(row, [], [])
         self._notify()
 
@@ -285,7 +285,7 @@ class Engine:
         self.scheduler.clear()
         for row in rows:
             row.finish("error", why)
-            row.close_ledger(self.ledger.seconds)
+            row.close_phases(self.timer.seconds)
             self._put_event(row, [], [])
         self._notify()
 

@@ -121,6 +121,6 @@ def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, depth: i
     request = Request(prompt, min(8 * depth, target.context - len(prompt)), learn=False)
     engine = _engine(target, drafter, verifier, FixedDepth(depth, exit))
     engine.submit(request)
-    spent = [engine.ledger.seconds.get("draft", 0.0) for _ in engine.steps()]  # after the prefill, and after each step
+    spent = [engine.timer.seconds.get("draft", 0.0) for _ in engine.steps()]  # after the prefill, and after each step
     steps = list(zip(pairwise(spent), request.metrics.per_step_drafted, strict=True))
     return min([(after - before) / n for (before, after), n in steps[1:] if n], default=0.0)  # the first warms up

@@ -1,4 +1,4 @@
-"""Figures of one request, in vLLM's names, and the time ledger of an engine. Knows nothing about models."""
+"""Figures of one request, in vLLM's names, and the time that an engine's phases take. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RequestMetrics:
     """The figures of one request. Seconds are wall time; the rows of a batch share their steps' time.
 
     per_step_drafted, per_step_accepted: draft depth and number of accepted drafted tokens, per step after the prefill.
-    ledger: seconds by phase: prefill, draft, score, accept, commit, detokenise (text and stop strings) and overhead
+    phases: seconds by phase: prefill, draft, score, accept, commit, detokenise (text and stop strings) and overhead
         (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between steps.
     num_layers: N of the model.
     exit_layers: number of layers run, for each token that was accepted without scoring.
@@ -41,7 +41,7 @@ class RequestMetrics:
     num_draft_tokens: int = 0
     num_layers: int = 0
     exit_layers: list[int] = field(default_factory=list)
-    ledger: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
     experts: dict[str, float] = field(default_factory=dict)
     queue_seconds: float = 0.0
     first_token_seconds: float = 0.0
@@ -72,11 +72,11 @@ class RequestMetrics:
 
     @property
     def prefill_seconds(self) -> float:
-        return self.ledger.get("prefill", 0.0)
+        return self.phases.get("prefill", 0.0)
 
     @property
     def decode_seconds(self) -> float:
-        return sum(self.ledger.values()) - self.prefill_seconds
+        return sum(self.phases.values()) - self.prefill_seconds
 
     @property
     def num_spec_steps(self) -> int:
@@ -156,13 +156,13 @@ class RequestMetrics:
         names = (
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "
-            "acceptance_per_position per_step_drafted per_step_accepted mean_layers_per_token exit_shares ledger "
+            "acceptance_per_position per_step_drafted per_step_accepted mean_layers_per_token exit_shares phases "
             "experts num_drafted_steps accepted_by_source draft_saved_seconds draft_note"
         )
         return {name: getattr(self, name) for name in names.split()}
 
 
-class Ledger:
+class PhaseTimer:
     """Wall seconds by phase: ``mark(phase)`` books the time since the previous mark.
 
     A device may run behind the host, which then only sees how long launching took. So drafting is also timed on the

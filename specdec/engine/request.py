@@ -95,7 +95,7 @@ class Request:
     preempted: bool = field(init=False, default=False)
     put_off: bool = field(init=False, default=False)  # from its prompt, as others came
     submit_time: float = field(init=False, default=0.0)
-    ledger_at_start: dict[str, float] | None = field(init=False, default=None)  # the engine's, at admission
+    phases_at_start: dict[str, float] | None = field(init=False, default=None)  # the engine's, at admission
     new_tokens: list[int] = field(init=False, default_factory=list)  # of the last step
     new_depths: list[int] = field(init=False, default_factory=list)  # their depths in the draft; 0: the model's own
     fork_positions: set[int] = field(init=False, default_factory=set)  # lengths at which other texts branch off
@@ -158,10 +158,10 @@ class Request:
         self.new_depths = list(depths[: len(self.new_tokens)])
         self.sampler.noise.forget(len(self.ids))
 
-    def close_ledger(self, ledger: dict[str, float]) -> None:
-        """Set the metrics' ledger to the seconds that the engine's ``ledger`` gained since admission."""
-        start = ledger if self.ledger_at_start is None else self.ledger_at_start
-        self.metrics.ledger = {phase: seconds - start.get(phase, 0.0) for phase, seconds in ledger.items()}
+    def close_phases(self, seconds_by_phase: dict[str, float]) -> None:
+        """Set the metrics' phases to the seconds that the engine's gained since admission."""
+        start = seconds_by_phase if self.phases_at_start is None else self.phases_at_start
+        self.metrics.phases = {phase: seconds - start.get(phase, 0.0) for phase, seconds in seconds_by_phase.items()}
 
     def _finish_reason(self, token: int) -> str | None:
         reason = None if self.stop is None else self.stop(token)

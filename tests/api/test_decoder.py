@@ -45,7 +45,7 @@ def test_generate_returns_tokens_text_reason_and_consistent_figures(llama, decod
     assert sum(n * c for n, c in enumerate(m.acceptance_histogram)) == m.num_accepted_draft_tokens
     assert m.prefill_seconds > 0 and m.decode_seconds > 0
     assert m.tokens_per_second == pytest.approx(29 / m.decode_seconds)
-    assert sum(m.ledger.values()) == pytest.approx(m.prefill_seconds + m.decode_seconds)
+    assert sum(m.phases.values()) == pytest.approx(m.prefill_seconds + m.decode_seconds)
 
 
 def test_token_ids_as_a_list_and_as_a_tensor_give_one_answer(decoder: SpecDecoder) -> None:

@@ -156,7 +156,7 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
         metrics = [r["rows"][0]["metrics"] for r in mine if "metrics" in r["rows"][0]]
         assert set(method["categories"]) == {"talk", "lists"} and method["categories"]["talk"]["requests"] == 6
         if method["name"].startswith("hf"):
-            assert not metrics and method["mean_acceptance_length"] is None and method["ledger_ms_per_step"] == {}
+            assert not metrics and method["mean_acceptance_length"] is None and method["phase_ms_per_step"] == {}
             continue
         drafted = [n for m in metrics for n in m["per_step_drafted"]]
         accepted = [n for m in metrics for n in m["per_step_accepted"]]
@@ -176,9 +176,9 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
             if (reached := [a for a, d in zip(accepted, drafted, strict=True) if d > i and a >= i])
         ]
         assert method["conditional_acceptance"] == pytest.approx([hits / of for hits, of in given])
-        for phase, ms in method["ledger_ms_per_step"].items():
-            assert ms == pytest.approx(1e3 * sum(m["ledger"][phase] for m in metrics) / len(accepted))
-        assert {"draft", "score", "accept", "commit"} <= set(method["ledger_ms_per_step"])
+        for phase, ms in method["phase_ms_per_step"].items():
+            assert ms == pytest.approx(1e3 * sum(m["phases"][phase] for m in metrics) / len(accepted))
+        assert {"draft", "score", "accept", "commit"} <= set(method["phase_ms_per_step"])
     lookup = summary["methods"][3]
     assert lookup["mean_acceptance_length"]["value"] > 1 and lookup["acceptance_rate"] > 0  # it does speculate
 

@@ -81,7 +81,7 @@ def test_quiet_leaves_only_the_text(run) -> None:
     assert result.stderr == "" and result.stdout == run("hello").stdout
 
 
-def test_verbose_adds_the_ledger(run) -> None:
+def test_verbose_adds_the_phases(run) -> None:
     assert re.search(r"draft time: [\d.]+ s; score time: [\d.]+ s", run("hello", "--verbose").stderr)
 
 
@@ -95,7 +95,7 @@ def test_json_is_one_object_with_everything_and_nothing_on_stderr(run, model: st
     assert len(out["token_ids"]) == out["metrics"]["num_new_tokens"] == 24
     expected = {"max_new_tokens": 24, "num_speculative_tokens": 4, "temperature": 0.0, "seed": 3, "stop": ["\x00"]}
     assert out["settings"].items() >= (expected | {"system": "be brief", "chat": True}).items()
-    assert out["metrics"]["mean_acceptance_length"] >= 1 and out["metrics"]["ledger"]["score"] > 0
+    assert out["metrics"]["mean_acceptance_length"] >= 1 and out["metrics"]["phases"]["score"] > 0
 
 
 def test_the_prompt_may_come_from_stdin(run) -> None:

@@ -1,4 +1,4 @@
-"""The ledger of a generation, on a clock that only the work itself moves: every second is in exactly one phase."""
+"""The phases of a generation, on a clock that only the work itself moves: every second is in exactly one phase."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.verifiers.exact import ExactVerifier
 
 
-def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedModel, monkeypatch) -> None:
+def test_the_timer_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedModel, monkeypatch) -> None:
     now = 0.0
 
     def clock() -> float:
@@ -51,7 +51,7 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
         now, away = now + 100.0, away + 100.0  # the caller's own time is nobody's
     m = request.metrics
     rounds = m.num_spec_steps
-    assert m.ledger == {
+    assert m.phases == {
         "prefill": 6.0,
         "draft": 3.0 * sum(depth > 0 for depth in m.per_step_drafted),
         "score": 5.0 * rounds,
@@ -60,7 +60,7 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
         "detokenise": 0.125 * m.num_new_tokens,
         "overhead": 0.75 * rounds,
     }
-    assert sum(m.ledger.values()) == pytest.approx(now - away) == m.prefill_seconds + m.decode_seconds
+    assert sum(m.phases.values()) == pytest.approx(now - away) == m.prefill_seconds + m.decode_seconds
 
 
 def test_what_a_device_drafts_behind_the_host_is_booked_as_drafting(monkeypatch) -> None:
@@ -76,16 +76,16 @@ def test_what_a_device_drafts_behind_the_host_is_booked_as_drafting(monkeypatch)
 
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: host)
     monkeypatch.setattr(metrics, "record_event", lambda device: Event())
-    ledger = metrics.Ledger(torch.device("cuda"))
+    timer = metrics.PhaseTimer(torch.device("cuda"))
     for _ in range(2):
         host = max(host, device)
-        ledger.restart()
-        ledger.begin()
+        timer.restart()
+        timer.begin()
         host, device = host + 1, host + 6
-        ledger.mark("draft")
+        timer.mark("draft")
         host, device = host + 1, device + 3
         host = max(host, device)
-        ledger.mark("score")
-        ledger.mark("commit")
-        assert ledger.step == {"draft": 6.0, "score": 3.0, "commit": 0.0}
-    assert ledger.seconds == {"draft": 12.0, "score": 6.0, "commit": 0.0}
+        timer.mark("score")
+        timer.mark("commit")
+        assert timer.step == {"draft": 6.0, "score": 3.0, "commit": 0.0}
+    assert timer.seconds == {"draft": 12.0, "score": 6.0, "commit": 0.0}

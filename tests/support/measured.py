@@ -40,7 +40,7 @@ def method(name: str, speed: float, accepted: list[float], lossless: bool = True
         "acceptance_rate": sum(accepted) / len(accepted) if accepted else None,
         "acceptance_per_position": accepted,
         "conditional_acceptance": accepted,
-        "ledger_ms_per_step": {"score": 25.0},
+        "phase_ms_per_step": {"score": 25.0},
         "mean_layers_per_token": estimate(4),
         "peak_memory_mb": 400.0,
         "equal_to_plain": {
