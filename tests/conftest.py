@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 os.environ.pop("SPECDEC_DATA", None)  # tests that keep data name a cache folder, which then holds them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -53,6 +54,9 @@ SKIPS = (  # what a machine may lack: patterns of the reasons
     "no native (kernels|runtime) here",
     "this CPU has no (amx|avx512|avxvnni|avx2|i8mm|neon)",
 )
+
+
+USUAL = {"llama", "qwen3_5_text"}  # families: attention alone, and layers with recurrent states
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -113,9 +117,21 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.train.evaluate.measure", lambda target, drafters, verifier: [timings])
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test comes first: at the end, one process alone would run it."""
+    """The longest test comes first: at the end, one process alone would run it. Of tests that run for all families,
+    those of ``USUAL`` are fast, and the others slow."""
     items.sort(key=lambda item: item.path.name != "test_kernels_arm.py")
+    by_test: dict[str, list[tuple[str, pytest.Item]]] = {}
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if isinstance(family := params.get("family", params.get("kind")), str):
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append((family, item))
+    for found in by_test.values():
+        if {family for family, _ in found} >= USUAL:
+            for family, item in found:
+                if family not in USUAL:
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +145,13 @@ def llama() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-@pytest.fixture(params=library.LEVELS[:0:-1])
+def _levels() -> list[Any]:
+    """All instruction sets; those that are neither the first one nor the best of this CPU are slow."""
+    usual = {library.LEVELS[1], library.load().level if library.runs() else ""}
+    return [pytest.param(level, marks=[] if level in usual else [pytest.mark.slow]) for level in library.LEVELS[:0:-1]]
+
+
+@pytest.fixture(params=_levels())
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """The native kernels of each instruction set in turn, where this CPU has it."""
     try:

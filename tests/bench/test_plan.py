@@ -341,6 +341,7 @@ def test_a_killed_process_resumes_to_the_same_cells(
     assert set(counted) == planned - kept
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_between_records(grid: Path, tmp_path: Path) -> None:
     """As a shell sees it, on the tiny model; what has ended stays."""
     command = [

@@ -377,6 +377,7 @@ def test_ctrl_c_keeps_the_text_so_far_and_marks_the_figures(model: str) -> None:
     assert "finish: interrupted" in line and f"tokens: {len(text) - 1};" in line
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(model: str) -> None:
     process = start(model)
     assert process.stdout is not None and process.stderr is not None

@@ -63,6 +63,7 @@ def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(folder: 
     assert not learned.all_progress()
 
 
+@pytest.mark.slow
 def test_a_fine_tune_begins_with_what_its_base_model_learned(folder: Path, tmp_path: Path) -> None:
     tuned, other = tmp_path / "tuned", save_tiny(tmp_path / "other", context=512, num_hidden_layers=9)
     shutil.copytree(folder, tuned)
@@ -114,6 +115,7 @@ def test_a_file_that_cannot_be_read_is_named_and_can_be_removed() -> None:
     assert not list(learned.folder().glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_models_with_the_same_last_part_of_a_path_are_kept_apart(folder: Path, tmp_path: Path) -> None:
     a, b, copy = tmp_path / "a/final", tmp_path / "b/final", tmp_path / "copy"
     for place, gain in (a, 1.0), (b, 1.25):

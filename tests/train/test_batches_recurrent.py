@@ -23,7 +23,7 @@ from specdec.train.run import TrainingRun
 from specdec.train.trainer import train, training_target
 
 
-@pytest.fixture(params=["qwen3_5_text", "lfm2"])
+@pytest.fixture(params=["qwen3_5_text", pytest.param("lfm2", marks=pytest.mark.slow)])
 def answers(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Answers of a small hybrid, which ``loading.load`` returns."""
     model, draw, lines = tiny_model(request.param, eos_token_id=None), random.Random(0), []
@@ -101,6 +101,7 @@ def drafts_well(answers: Path, trained: Path) -> None:
     assert accepted > 0.1 * drafted > 0  # one of 97 by chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["qwen3_5_text"], indirect=True)
 def test_the_search_compares_segments_of_recurrent_layers(answers: Path, tmp_path: Path) -> None:
     train(searched(answers, tmp_path / "out", steps=24))
