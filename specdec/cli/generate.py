@@ -137,7 +137,7 @@ def generate(
         )
     tuned = decoder.tuned
     if drafter == "auto":
-        drafter = decoder.drafter.name if tuned is None else tuned.drafter
+        drafter = decoder.drafter.label if tuned is None else tuned.drafter
     source = "" if drafter == decoder.drafter.label else drafter  # a folder or NAME=SOURCE
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
