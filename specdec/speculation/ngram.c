@@ -231,7 +231,8 @@ static void followers(const Growth *g, const Node *node, int32_t number, const i
             if (f->token[i] == g->learned_tokens[n]) f->learned[i] = n + 1;
     }
     for (int i = 0; i < f->count; i++) {
-        float own = calibrated(beside && !(f->said[i] > 0) ? g->beside : g->table, f->own[i]), said = calibrated(g->learned_table, f->said[i]);
+        float own = calibrated(beside && !(f->said[i] > 0) ? g->beside : g->table, f->own[i]),
+            said = calibrated(g->learned_table, f->said[i]);
         f->p[i] = own > said ? own : said;
         if (f->said[i] > 0) f->own[i] = 0;
         else if (beside) f->own[i] = -f->own[i];

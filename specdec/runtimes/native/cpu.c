@@ -11,14 +11,16 @@ EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { retu
 
 /* The sizes of the structures that Python writes (library.py), in its order. */
 EXPORT void specdec_sizes(int32_t sizes[12]) {
-    const size_t own[] = {sizeof(Part), sizeof(Map), sizeof(Table), sizeof(LowRank), sizeof(Layer), sizeof(Model), sizeof(Sequence), sizeof(Call), sizeof(Stage), sizeof(Sampled), sizeof(Given), sizeof(TreeDraft)};
+    const size_t own[] = {sizeof(Part), sizeof(Map), sizeof(Table), sizeof(LowRank), sizeof(Layer), sizeof(Model), sizeof(Sequence),
+        sizeof(Call), sizeof(Stage), sizeof(Sampled), sizeof(Given), sizeof(TreeDraft)};
     for (int i = 0; i < 12; i++) sizes[i] = (int32_t)own[i];
 }
 
 /* Request large pages for memory that every pass reads. */
 EXPORT void specdec_large_pages(void *memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)memory + page - 1) & -page, to = ((uintptr_t)memory + (uintptr_t)bytes) & -page;
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)memory + page - 1) & -page,
+        to = ((uintptr_t)memory + (uintptr_t)bytes) & -page;
     if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
 #endif
 }

@@ -26,8 +26,8 @@
  * work on Arm), simd.h what is made of them; avx512.c, amx.c and avx2.c products of bf16 tiles, i8mm.h products of bytes; and what
  * is written once for all of them: integer.c products of blocks; norm.c norms and rotary embeddings; linear.c linear maps;
  * attention.c; layers.c a pass through the layers; delta_rule.c their recurrent mixers; mixture.c their mixtures of experts; pack.c
- * weights to tiles; draft.c trees that grow level by level. Another instruction set is another simd_*.h, products and kernels_*.c. threads.c has the team's barrier,
- * cpu.c what this CPU has. Nothing here knows of Python, models' names, or acceptance. */
+ * weights to tiles; draft.c trees that grow level by level. Another instruction set is another simd_*.h, products and kernels_*.c.
+ * threads.c has the team's barrier, cpu.c what this CPU has. Nothing here knows of Python, models' names, or acceptance. */
 #ifndef SPECDEC_NATIVE_H
 #define SPECDEC_NATIVE_H
 
@@ -37,7 +37,8 @@
 
 #define EXPORT __attribute__((visibility("default"))) /* all else stays inside (-fvisibility=hidden) */
 
-#if defined(__GNUC__) && ((defined(__x86_64__) && defined(__linux__)) || (defined(__aarch64__) && (defined(__linux__) || defined(__APPLE__))))
+#if defined(__GNUC__) && ((defined(__x86_64__) && defined(__linux__)) \
+    || (defined(__aarch64__) && (defined(__linux__) || defined(__APPLE__))))
 #define SPECDEC_NATIVE
 
 #ifdef _OPENMP
@@ -76,7 +77,8 @@ typedef struct {
     int tiles, head, codes; /* of a group: how many tiles, bytes of its head, bytes of each tile's codes */
 } Group;
 
-static const Group GROUPS[KINDS] = {{1, 0, 1024}, {1, 32, 512}, {1, 64, 256}, {1, 64, 320}, {8, 320, 256}, {8, 320, 320}, {8, 320, 384}, {1, 16, 256}};
+static const Group GROUPS[KINDS] = {{1, 0, 1024}, {1, 32, 512}, {1, 64, 256}, {1, 64, 320}, {8, 320, 256}, {8, 320, 320}, {8, 320, 384},
+    {1, 16, 256}};
 
 /* Bytes of `tiles` tiles, in whole groups. */
 static inline int64_t tiles_bytes(int kind, int64_t tiles) {
@@ -92,7 +94,8 @@ typedef struct {       /* output rows of a map in one kind of tiles */
 } Part;
 
 typedef struct {       /* y = W x (+ bias), times `scale`, and then cap tanh(y / cap) unless `cap` is 0 */
-    int32_t rounded, out, in, count; /* rounded: activations are in 8 bits, and no part is bf16; out: multiple of 16; in: of 32; count: of parts */
+    /* rounded: activations are in 8 bits, and no part is bf16; out: multiple of 16; in: of 32; count: of parts */
+    int32_t rounded, out, in, count;
     float scale, cap;
     const Part *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
@@ -119,8 +122,8 @@ typedef struct {
     Map qkv, out, gate_up, down;
     Map router;              /* [experts, hidden]; the layer's MLP is then a mixture: gate_up and down are those of an
                               * expert for all tokens, whose gate is the output behind those of the others, or unused */
-    Map rates;               /* of a recurrent layer: each value head's strength of writing and, from a tile of their own, rate of decay. Its
-                              * `qkv` has the inputs of the convolution (queries, keys, values), and the gates of its result */
+    Map rates;               /* of a recurrent layer: each value head's strength of writing and, from a tile of their own, rate of
+                              * decay. Its `qkv` has the inputs of the convolution (queries, keys, values), and the gates of its result */
     const Map *gates, *sums; /* [experts]: gate_up and down of each, all with inputs of the same form; NULL: no mixture */
     const float *norm_in, *norm_mlp;         /* of the inputs of attention and the MLP; NULL: there is none, here and below */
     const float *norm_attended, *norm_out;   /* of their results, before these are added */
@@ -130,8 +133,9 @@ typedef struct {
     const float *decay, *decay_bias;         /* [value_heads] of it: minus the factor of the rate of decay, and what is added before */
     const float *norm_mixed;                 /* [value_dim] of it: of each head's result, before the gate */
     int32_t rotary_q, rotary_k;              /* which of a call's tables rotates them; -1: none */
-    int32_t place, tiled;                    /* its number among the layers with keys and values, or among the recurrent ones; `out` takes the
-                                              * results of the first value heads of all key heads, then of the second ones, and so on */
+    int32_t place, tiled;                    /* its number among the layers with keys and values, or among the recurrent ones;
+                                              * `out` takes the results of the first value heads of all key heads, then of the
+                                              * second ones, and so on */
 } Layer;
 
 typedef struct {
@@ -183,7 +187,8 @@ typedef struct {        /* a projection, and the layers after it */
     const Call *call;       /* for a token of each sequence at its first free slot, without trees */
 } Stage;
 
-typedef struct {        /* how a sequence's tokens are sampled: the largest of logits / temperature + Gumbel noise (speculation/sampling.py) */
+/* how a sequence's tokens are sampled: the largest of logits / temperature + Gumbel noise (speculation/sampling.py) */
+typedef struct {
     uint64_t seed, stream;
     int64_t place;          /* the text's length up to the root: the noise's position of the next token */
     float sharpness, top_p, min_p; /* 1 / temperature; 0: greedy */
@@ -210,10 +215,12 @@ typedef struct {        /* a tree that grows from one root, level by level, or a
     float level, node;      /* growing ends when the next level is expected to bring less than `level`: over the nodes that get children, */
                             /* the probability of the path times `rates`, as far as it exceeds `node` */
     const float *rates;     /* [levels]: how likely a level has the right token after a right path */
-    const float *tables;    /* [sequences][3][KNOTS], calibrated probabilities (calibrate.h), or NULL: as they are: of what the heads say, */
+    /* [sequences][3][KNOTS], calibrated probabilities (calibrate.h), or NULL: as they are: of what the heads say, */
+    const float *tables;
                             /* of what the other source says where they have no other candidates, and where they have */
     const Given *given;     /* [sequences], or NULL: no other source */
-    float *scores, *raw;    /* out: [levels * width * most of width and sequences, and all given nodes]: log-probabilities of the candidates' */
+    /* out: [levels * width * most of width and sequences, and all given nodes]: log-probabilities of the candidates' */
+    float *scores, *raw;
                             /* paths, and what the heads say of each after its parent (0: it is another source's alone) */
     int32_t *ids, *parents; /* out: their tokens; i + 1: candidate i, -r: the root of sequence r */
     int (*mask)(int rows, const int32_t *nodes); /* NULL: all tokens are allowed. Called before a level's pass, by one thread, to set */
@@ -230,7 +237,8 @@ static inline int in_tiles(int count) { return (count + 15) / 16 * 16; }
 static inline int channels_of(const Model *m) { return 2 * m->key_heads * m->key_dim + m->value_heads * m->value_dim; }
 static inline int input_width(const Model *m) { return channels_of(m) + 2 * in_tiles(m->value_heads); }
 static inline int64_t matrices_bytes(const Model *m) { return 4 * (int64_t)m->value_heads * m->value_dim * m->key_dim; }
-static inline int64_t state_bytes(const Model *m) { return matrices_bytes(m) + (2 * (int64_t)(m->taps - 1) * channels_of(m) + 63) / 64 * 64; }
+static inline int64_t state_bytes(const Model *m) { return matrices_bytes(m)
+    + (2 * (int64_t)(m->taps - 1) * channels_of(m) + 63) / 64 * 64; }
 
 /* threads.c */
 

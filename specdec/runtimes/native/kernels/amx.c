@@ -89,7 +89,8 @@ INLINE void amx_row_of_tiles(int kind, int tokens, const uint8_t *at, int count,
         for (int t = 0; then >= 0 && t < tokens; t++) {
             const Rounded *own = x + then * tokens + t;
             Codes sums[2];
-            for (int h = 0; h < 2; h++) sums[h] = _mm512_add_epi32(whole[then % RING][kind == K6 ? h : 0][t], _mm512_set1_epi32(start_of(kind, own, h)));
+            for (int h = 0; h < 2; h++)
+                sums[h] = _mm512_add_epi32(whole[then % RING][kind == K6 ? h : 0][t], _mm512_set1_epi32(start_of(kind, own, h)));
             sum[t] = scaled(kind, sums[0], sums[1], scales + then % RING, own, sum[t]);
         }
     }

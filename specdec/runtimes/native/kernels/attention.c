@@ -100,10 +100,12 @@ INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int 
 
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
- * all); cap: of scores, as in Map; sinks: of each column, or NULL. p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
+ * all); cap: of scores, as in Map; sinks: of each column, or NULL. p: scratch, [blocks of 16 keys][column][key]; out: [16][d].
+ * once: no other columns read these keys: they are sent
  * for ahead. equal: to the last bit, in every instruction set. Memory of whole blocks of keys is read. */
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                        const uint16_t *visible, int bit, float scale, float cap, const float *sinks, int once, int equal, float *p, float *out) {
+                        const uint16_t *visible, int bit, float scale, float cap, const float *sinks, int once, int equal, float *p,
+                            float *out) {
     const int64_t row = cache_row(kind, d);
     Rounded rounded_queries[16 * 256 / TOGETHER];
     float wide[16 * 256] __attribute__((aligned(64)));
@@ -156,7 +158,8 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
 }
 
 static void attend(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                   const uint16_t *visible, int bit, float scale, float cap, const float *sinks, int once, int equal, float *p, float *out) {
+                   const uint16_t *visible, int bit, float scale, float cap, const float *sinks, int once, int equal, float *p,
+                       float *out) {
     if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, cap, sinks, once, equal, p, out);
     else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, cap, sinks, once, equal, p, out);
 }

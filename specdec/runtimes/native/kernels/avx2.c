@@ -1,6 +1,7 @@
 /* Products of bf16 tiles in AVX2: as floats, multiplied with one token after another. */
 
-enum { ROWS = 3, CHUNK = 32 }; /* tokens multiplied at once: 12 sums, 3 tokens and a row fit the registers; tiles that are unpacked at once */
+/* tokens multiplied at once: 12 sums, 3 tokens and a row fit the registers; tiles that are unpacked at once */
+enum { ROWS = 3, CHUNK = 32 };
 
 static inline void enter_tiles(void) {}
 static inline void leave_tiles(void) {}
@@ -68,7 +69,8 @@ static void add_side(const Side *side, int quad, int tokens, float *sums) {
             const uint8_t *tile = side->tiles + 1024 * (int64_t)(from + k);
             for (int i = 64 * quad; i < 1024; i += 256) _mm_prefetch((const char *)tile + 1024 * (int64_t)side->count + i, _MM_HINT_T1);
             for (int o = 0; o < 4; o++)
-                for (int i = 0; i < 4; i++) _mm256_store_ps(wide + 128 * k + 32 * i + 8 * o, load_bf16_8((const bf16 *)tile + 32 * (4 * quad + o) + 8 * i));
+                for (int i = 0; i < 4; i++)
+                    _mm256_store_ps(wide + 128 * k + 32 * i + 8 * o, load_bf16_8((const bf16 *)tile + 32 * (4 * quad + o) + 8 * i));
         }
         for (int r = 0; r < tokens; r += r % 16 == 15 ? 1 : ROWS) { /* not across blocks */
             const float *x = (const float *)(side->x + side->block * (r / 16) + side->stride * (r % 16)) + 32 * from;
@@ -94,7 +96,8 @@ static void bf16_product(const Side *a, const Side *b, int tokens, float *sums) 
             add_side(b, quad, tokens, all);
             for (int r = 0; r < tokens; r++) {
                 const float *from = all + 32 * r;
-                put_sums(_mm256_load_ps(from), _mm256_load_ps(from + 8), _mm256_load_ps(from + 16), _mm256_load_ps(from + 24), to + 256 * (r / 16) + r % 16);
+                put_sums(_mm256_load_ps(from), _mm256_load_ps(from + 8), _mm256_load_ps(from + 16), _mm256_load_ps(from + 24),
+                    to + 256 * (r / 16) + r % 16);
             }
         }
     }
@@ -124,7 +127,8 @@ static inline int reads_vnni(const Map *map) { return 0; }
 static void put_pairs(uint32_t *block, int features, int pair, U pairs) {
     uint32_t lanes[16] __attribute__((aligned(64)));
     store_u(lanes, pairs);
-    for (int r = 0; r < 16; r++) block[r * features + 2 * pair] = lanes[r] << 16, block[r * features + 2 * pair + 1] = lanes[r] & 0xffff0000;
+    for (int r = 0; r < 16; r++)
+        block[r * features + 2 * pair] = lanes[r] << 16, block[r * features + 2 * pair + 1] = lanes[r] & 0xffff0000;
 }
 
 static inline int tiles_score(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to) { return 0; }

@@ -68,6 +68,7 @@ static void row_product(const Side *a, const Side *b, int tokens, float *sums) {
             Side from = *a, beside = *b;
             from.x += a->block * (r / 16) + a->stride * (r % 16), beside.x += b->block * (r / 16) + b->stride * (r % 16);
             few_tokens(left, &from, &beside, quad, r ? 0 : 1024 * (int64_t)a->count,
-                       tokens <= ROWS ? 0xffff : (__mmask16)((1 << (left < ROWS ? left : ROWS)) - 1), sums + 256 * (r / 16) + 64 * quad + r % 16);
+                       tokens <= ROWS ? 0xffff : (__mmask16)((1 << (left < ROWS ? left : ROWS)) - 1),
+                           sums + 256 * (r / 16) + 64 * quad + r % 16);
         }
 }

@@ -26,7 +26,8 @@ static void most_steps(const Model *m, const Sequence *sequence, int *steps, int
 
 /* Where the parts of `Steps` are in a thread's scratch; returns its bytes. */
 static size_t lay_out_steps(const Model *m, size_t steps, size_t states, uint8_t *at, Steps *s) {
-    const size_t sizes[] = {m->key_dim * steps, m->key_dim * steps, m->value_dim * steps, m->value_dim * steps, steps, steps, steps, 16 * COLUMNS * m->key_dim * states};
+    const size_t sizes[] = {m->key_dim * steps, m->key_dim * steps, m->value_dim * steps, m->value_dim * steps, steps, steps, steps,
+        16 * COLUMNS * m->key_dim * states};
     float **parts[] = {&s->q, &s->k, &s->v, &s->out, &s->decay, &s->beta, &s->qk, &s->states};
     size_t bytes = 0;
     for (int i = 0; i < 8; i++) {
@@ -68,7 +69,8 @@ static int find_branches(Pass *p) {
         b->from = b->parent + count, b->to = b->from + count, b->count = count;
         for (int u = 0; u < count; u++) b->parent[u] = tree ? SKIPPED : u - 1, last[u] = ROOT;
         for (int u = sequence->held; tree && u < count; u++, tree += count) {
-            int before = ROOT, at = ROOT; /* the last two tokens that it sees, the last one being itself, or one that it takes the place of */
+            /* the last two tokens that it sees, the last one being itself, or one that it takes the place of */
+            int before = ROOT, at = ROOT;
             for (int s = 0; s < count; s++) {
                 if (!tree[s]) continue;
                 if (s != u) b->parent[s] = at;
@@ -95,7 +97,8 @@ static const bf16 *inputs_at(const Pass *p, const Sequence *sequence, const Laye
     if (u >= sequence->held) return p->fresh + (int64_t)(p->first[number] + u - sequence->held) * input_width(m);
     if (u >= 0) return kept + (int64_t)u * input_width(m);
     if (u >= -pending) return kept + (int64_t)(pending + u) * input_width(m);
-    return (const bf16 *)(sequence->states + layer->place * state_bytes(m) + matrices_bytes(m)) + (int64_t)(m->taps - 1 + pending + u) * channels_of(m);
+    return (const bf16 *)(sequence->states + layer->place * state_bytes(m) + matrices_bytes(m))
+        + (int64_t)(m->taps - 1 + pending + u) * channels_of(m);
 }
 
 /* out = silu(the convolution) of `count` channels from `at` on. rows: the inputs of a token and of those before it, the last one first. */
@@ -103,7 +106,8 @@ static void convolve(const Model *m, const Layer *layer, const bf16 *const *rows
     const int channels = channels_of(m);
     for (int i = at; i < at + count; i += 16, out += 16) {
         F sum = zero16();
-        for (int tap = m->taps - 1; tap >= 0; tap--) sum = fma16(load_bf16(rows[tap] + i), load16(layer->convolution + (m->taps - 1 - tap) * channels + i), sum);
+        for (int tap = m->taps - 1; tap >= 0; tap--)
+            sum = fma16(load_bf16(rows[tap] + i), load16(layer->convolution + (m->taps - 1 - tap) * channels + i), sum);
         store16(out, mul16(sum, sigmoid16(sum)));
     }
 }
@@ -161,7 +165,8 @@ INLINE void step(int wide, int d, const Steps *s, int i, const float *from, floa
 
 /* The columns of `wide` vectors from number `column` on: `pending` tokens change `state`; then come `count` ones of `branches` or, if it is
  * NULL, of a chain, which writes the state after them to `ahead`. Results of tokens before number `quiet` are not needed. */
-INLINE void run_columns(int wide, const Model *m, const Steps *s, int column, float *state, float *ahead, int pending, const Branches *branches, int count, int quiet) {
+INLINE void run_columns(int wide, const Model *m, const Steps *s, int column, float *state, float *ahead, int pending,
+    const Branches *branches, int count, int quiet) {
     const int d = m->key_dim, size = 16 * COLUMNS * d;
     for (int i = 0; i < pending; i++) step(wide, d, s, i, state, state, s->v + (int64_t)i * m->value_dim + 16 * column, NULL);
     for (int u = 0; u < count; u++) {
@@ -208,7 +213,8 @@ static void run_head(const Pass *p, int index, int number, int head, uint8_t *sc
             int u = begin + i - again;
             const bf16 *rows[MOST_TAPS];
             if (branches && u >= 0 && branches->parent[u] == SKIPPED) continue;
-            for (int tap = 0, at = u; tap < m->taps; tap++, at = at >= 0 && branches ? branches->parent[at] : at - 1) rows[tap] = inputs_at(p, sequence, layer, number, pending, at);
+            for (int tap = 0, at = u; tap < m->taps; tap++, at = at >= 0 && branches ? branches->parent[at] : at - 1)
+                rows[tap] = inputs_at(p, sequence, layer, number, pending, at);
             prepare(m, layer, rows, head, &s, i);
         }
         float *from = begin ? ahead : state;
@@ -222,7 +228,8 @@ static void run_head(const Pass *p, int index, int number, int head, uint8_t *sc
             column += wide, left -= wide;
         }
         for (int u = begin; u < begin + count; u++)
-            if (u >= sequence->held) put_mixed(p, layer, head, p->first[number] + u - sequence->held, s.out + (int64_t)(again + u - begin) * m->value_dim);
+            if (u >= sequence->held)
+                put_mixed(p, layer, head, p->first[number] + u - sequence->held, s.out + (int64_t)(again + u - begin) * m->value_dim);
     }
 }
 
@@ -247,7 +254,8 @@ static void recur(Pass *p, int index, int me, int n) {
     split(mixed + layer->rates.out / 16, me, n, &from, &to);
     for (int t = from; t < to; t++) { /* the gates between the channels and the rates are read where they are */
         const float *fm = p->qkv + (t < mixed ? 256 * t : 16 * layer->qkv.out + 256 * (t - mixed));
-        for (int r = 0; r < p->rows; r++) store_h(p->fresh + (int64_t)r * width + 16 * t, narrow16(column16(fm + (int64_t)(r / 16) * total * 16 + r % 16)));
+        for (int r = 0; r < p->rows; r++)
+            store_h(p->fresh + (int64_t)r * width + 16 * t, narrow16(column16(fm + (int64_t)(r / 16) * total * 16 + r % 16)));
     }
     wait_for_team(&p->barrier, n);
     split(c->count * m->value_heads, me, n, &from, &to);
@@ -264,7 +272,8 @@ static void recur(Pass *p, int index, int me, int n) {
         if (!sequence->tokens) continue;
         move_tail(m, tail, kept, sequence->pending[layer->place], from, end, tail);
         if (sequence->ahead) move_tail(m, tail, fresh, sequence->tokens, from, end, (bf16 *)(sequence->ahead + offset));
-        for (int r = 0; !sequence->ahead && r < sequence->tokens; r++) memcpy(kept + (int64_t)(sequence->held + r) * width + from, fresh + (int64_t)r * width + from, 2 * (size_t)(to - from));
+        for (int r = 0; !sequence->ahead && r < sequence->tokens; r++)
+            memcpy(kept + (int64_t)(sequence->held + r) * width + from, fresh + (int64_t)r * width + from, 2 * (size_t)(to - from));
     }
 }
 

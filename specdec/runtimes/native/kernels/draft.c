@@ -206,7 +206,8 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
             if (!me) team = n;
             enter_tiles();
             for (int i = 0; i < g->stages; i++) {
-                project(passes + i, g->stage[i].projection, fm + final, g->stage[i].call ? fm + i * block : NULL, g->unit_eps, states + i * block, me, n);
+                project(passes + i, g->stage[i].projection, fm + final, g->stage[i].call ? fm + i * block : NULL, g->unit_eps,
+                    states + i * block, me, n);
                 if (g->stage[i].call) run_layers(passes + i, me, n);
             }
             split(p.rows, me, n, &from, &to);
@@ -224,8 +225,8 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
     return failed;
 }
 
-/* Grow a tree, or chains with siblings. Each sequence needs free slots for all tokens that get children. Returns the number of candidates, or
- * -1 without memory or masks. */
+/* Grow a tree, or chains with siblings. Each sequence needs free slots for all tokens that get children. Returns the number of
+ * candidates, or -1 without memory or masks. */
 EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     const Model *m = g->stage[0].model;
     const Call *like = g->stage[0].call;
@@ -243,7 +244,8 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     Best *best = allocate(sizeof(Best) * like->threads);
     uint8_t *paths = calloc(2 * MOST_WIDTH, most + 1); /* of this and the next level: which drafted tokens lie on a path */
     uint8_t *tree = allocate((size_t)width * (most + 1));
-    const uint8_t **trees = calloc((size_t)like->windows, sizeof *trees); /* by window kind: all equal, as no window is narrower than a draft */
+    /* by window kind: all equal, as no window is narrower than a draft */
+    const uint8_t **trees = calloc((size_t)like->windows, sizeof *trees);
     failed = !(x && before && now && fm && best && paths && tree && trees);
     for (int i = 0; !failed && i < g->stages; i++) {
         memset(before + i * block, 0, 2 * (size_t)count * hidden);
@@ -274,7 +276,8 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
             for (int l = 0; l < count; l++) {
                 Sequence *sequence = sequences[i] + l;
                 int committed = g->stage[i].call->sequences[l].start;
-                sequence->tokens = count == 1 ? rows : 1, sequence->held = count == 1 ? drafted : level, sequence->start = committed + sequence->held;
+                sequence->tokens = count == 1 ? rows : 1, sequence->held = count == 1 ? drafted : level,
+                    sequence->start = committed + sequence->held;
                 sequence->committed = count == 1 ? committed : sequence->start, sequence->trees = count == 1 ? trees : NULL;
             }
         }

@@ -10,7 +10,8 @@ static inline void pair_codes(Codes *codes) {
 }
 
 /* sums[2 tokens] = start + the products of paired codes [n] and the inputs x and y [4 n]. */
-static inline __attribute__((always_inline)) void sum_pairs(const Codes *codes, int n, const int8_t *x, const int8_t *y, int32_t x_start, int32_t y_start, Codes *sums) {
+static inline __attribute__((always_inline)) void sum_pairs(const Codes *codes, int n, const int8_t *x, const int8_t *y,
+    int32_t x_start, int32_t y_start, Codes *sums) {
     Codes low = {{x_start, y_start, x_start, y_start}, {x_start, y_start, x_start, y_start}}, high = low; /* [output][token] */
     for (int i = 0; i < n; i += 2) {
         const int8x16_t both = vcombine_s8(vld1_s8(x + 4 * i), vld1_s8(y + 4 * i));

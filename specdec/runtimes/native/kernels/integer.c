@@ -17,14 +17,16 @@ INLINE void round_token(U pairs, Rounded *out) {
     int32_t sums[16] __attribute__((aligned(64)));
     uint8_t codes[32] __attribute__((aligned(32)));
     const U even = shift_u(pairs, 16), odd = and_u(pairs, upper);
-    union { uint32_t bits; float value; } most = {largest_u(max_u(to_u(set16(1e-30f)), max_u(without_u(even, sign), without_u(odd, sign))))};
+    union { uint32_t bits; float value;
+        } most = {largest_u(max_u(to_u(set16(1e-30f)), max_u(without_u(even, sign), without_u(odd, sign))))};
     const F inverse = set16(127.0f / most.value);
     const U a = nearest_u(mul16(to_f(even), inverse)), b = nearest_u(mul16(to_f(odd), inverse));
     store_u(sums, add_u(a, b));
     store_h(codes, words_h(or_u(and_u(a, byte), shift_u(and_u(b, byte), 8))));
     uint32_t half_[2] = {0, 0}; /* unsigned: sums of inputs that are not finite wrap */
     for (int i = 0; i < 8; i++) half_[0] += (uint32_t)sums[i], half_[1] += (uint32_t)sums[8 + i];
-    *out = (Rounded){most.value * (1 / 127.0f), (float)(int32_t)(half_[0] + half_[1]), {(int32_t)(0 - 32 * half_[0]), (int32_t)(0 - 32 * half_[1])}, {0}};
+    const int32_t lows[] = {(int32_t)(0 - 32 * half_[0]), (int32_t)(0 - 32 * half_[1])};
+    *out = (Rounded){most.value * (1 / 127.0f), (float)(int32_t)(half_[0] + half_[1]), {lows[0], lows[1]}, {0}};
     memcpy(out->x, codes, 32);
 }
 
@@ -168,7 +170,8 @@ INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int c
 #endif
                 if (few) {
 #pragma GCC unroll 4
-                    for (int t = 0; t < few; t++) sum[p][t] = add_tile_of(kind, few == 3 || few == 4 ? 1 : 2, codes, s + p, x + t, sum[p][t]);
+                    for (int t = 0; t < few; t++)
+                        sum[p][t] = add_tile_of(kind, few == 3 || few == 4 ? 1 : 2, codes, s + p, x + t, sum[p][t]);
                 } else {
 #pragma GCC unroll 1
                     for (int t = 0; t < tokens; t++) sum[p][t] = add_tile_of(kind, 2, codes, s + p, x + t, sum[p][t]);
@@ -221,7 +224,8 @@ INLINE void unpack_kind(int kind, const uint8_t *at, int count, bf16 *to) {
                 for (int h = 0; h < 2; h++) { /* the product of two of these numbers is exact */
                     W own = kind == K6 && h ? s.second : s.scale, sign = set_w(kind == K4 || kind == K5 ? -1.0f : 1.0f);
                     store_w(scale[h] + WIDE * p, own);
-                    store_w(low[h] + WIDE * p, kind == Q8 || kind == K6 || kind == MX ? mul_w(own, set_w(kind == Q8 ? -128.0f : kind == K6 ? -32.0f : -12.0f)) : mul_w(s.low, sign));
+                    store_w(low[h] + WIDE * p, kind == Q8 || kind == K6 || kind == MX
+                        ? mul_w(own, set_w(kind == Q8 ? -128.0f : kind == K6 ? -32.0f : -12.0f)) : mul_w(s.low, sign));
                 }
             }
             for (int o = 0; o < 16; o++) {

@@ -20,7 +20,8 @@ typedef struct {                   /* tokens by expert; arrays by lane are [bloc
 
 typedef struct {                   /* how uncommitted tokens of a sequence follow one another, in recurrent layers */
     int count;                     /* number of the tokens; those of the call are the last */
-    int32_t *parent, *from, *to;   /* of each: the token before it (ROOT: a committed one, SKIPPED: it is not run); the state that it reads */
+    /* of each: the token before it (ROOT: a committed one, SKIPPED: it is not run); the state that it reads */
+    int32_t *parent, *from, *to;
 } Branches;                        /* (0: that of the committed tokens), and the one that it writes (0: none) */
 
 typedef struct {
@@ -30,7 +31,8 @@ typedef struct {
     int32_t *sequence_of, *first;                /* sequence of each token; first token of each sequence */
     Item *items;                             /* work items of attention */
     size_t scored, input, own;               /* scratch of a thread: offsets of its parts, and its size */
-    float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [table][block][rotated / 2][16]; qkv also has a product to be normed */
+    /* feature_major; cos and sin [table][block][rotated / 2][16]; qkv also has a product to be normed */
+    float *x, *qkv, *cos, *sin;
     bf16 *fresh;                             /* [rows][input_width], if there are recurrent layers: their inputs */
     Branches *branches;                      /* of each sequence */
     size_t mixer;                            /* scratch of a thread for them: its offset */
@@ -131,8 +133,8 @@ static void put_rows16(const float *fm, int d, uint8_t *const *rows, int count) 
     }
 }
 
-/* The input of `map` for vnni_bf16 `x`; NULL: for the hidden states after a norm (weight NULL: none). Each thread makes a single block itself, which
- * is cheaper than waiting; several blocks are shared, and then all threads wait. */
+/* The input of `map` for vnni_bf16 `x`; NULL: for the hidden states after a norm (weight NULL: none). Each thread makes a single
+ * block itself, which is cheaper than waiting; several blocks are shared, and then all threads wait. */
 static const uint32_t *inputs_of(Pass *p, const Map *map, const float *weight, const uint32_t *x, int me, int n) {
     const int hidden = p->m->hidden, shared = p->blocks > 1;
     uint8_t *mine = p->scratch + p->own * me;
@@ -201,7 +203,8 @@ static void project_heads(Pass *p, int index, const Map *map, const LowRank *low
             if (!b0 && !layer->convolution) prefetch_cache(p, index, t - from, to - from, me, n);
             product(map, low, t, from_block(map, input, b0), ranks_of(low, p->ranked[0], b0), tokens, sums);
             for (int b = 0; b < blocks; b++)
-                for (int o = 0; o < 16; o++) store16(p->qkv + ((int64_t)(b0 + b) * width + at + 16 * t + o) * 16, rounded(load16(sums + 256 * b + 16 * o)));
+                for (int o = 0; o < 16; o++)
+                    store16(p->qkv + ((int64_t)(b0 + b) * width + at + 16 * t + o) * 16, rounded(load16(sums + 256 * b + 16 * o)));
         }
     }
     wait_for_team(&p->barrier, n);
@@ -240,7 +243,8 @@ static void store_heads(Pass *p, int index, int me, int n) {
         for (int lane = 0; lane < count; lane++) {
             int row = b * 16 + lane, number = p->sequence_of[row];
             const Sequence *sequence = c->sequences + number;
-            int64_t slot = ((int64_t)layer->place * m->kv_heads + kv % m->kv_heads) * sequence->capacity + sequence->start + row - p->first[number];
+            int64_t slot = ((int64_t)layer->place * m->kv_heads + kv % m->kv_heads) * sequence->capacity + sequence->start
+                + row - p->first[number];
             rows[lane] = kv < 0 ? (uint8_t *)(p->queries + ((int64_t)row * m->heads + head) * d)
                                 : (kv < m->kv_heads ? sequence->keys : sequence->values) + slot * cached_row;
         }
@@ -277,7 +281,8 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
         int64_t cached = ((int64_t)m->layers[index].place * m->kv_heads + kv) * sequence->capacity * cached_row;
         const uint16_t *visible = p->visible[c->window[index] * c->count + item.sequence];
         if (visible) visible += (int64_t)block * slots;
-        attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, m->cap, own ? sinks : NULL, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
+        attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, m->cap,
+            own ? sinks : NULL, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
@@ -327,7 +332,8 @@ static void add_normed(Pass *p, const float *weight, int me, int n) {
         const float *result = p->qkv + (int64_t)b * hidden * 16;
         const F factor = inverse_rms(result, hidden, p->m->eps);
         for (int i = shared ? 0 : from; i < (shared ? hidden : to); i++)
-            store16(x + 16 * i, rounded(add16(load16(x + 16 * i), rounded(normed16(load16(result + 16 * i), factor, weight + i, p->m->once)))));
+            store16(x + 16 * i, rounded(add16(load16(x + 16 * i),
+                rounded(normed16(load16(result + 16 * i), factor, weight + i, p->m->once)))));
     }
     wait_for_team(&p->barrier, n);
 }
@@ -397,7 +403,8 @@ static uint16_t *columns_that_see(const Pass *p, int number, int kind) {
         int64_t last = sequence->trees ? p->c->positions[p->first[number] + token] + 1 : end, first = span && span < last ? last - span : 0;
         uint16_t *to = out + (int64_t)(col / 16) * slots, bit = (uint16_t)(1 << col % 16);
         for (int64_t s = first; s < end; s++) to[s] |= bit;
-        for (int s = 0; sequence->trees && s < behind; s++) to[sequence->committed + s] |= sequence->trees[kind][(int64_t)token * behind + s] ? bit : 0;
+        for (int s = 0; sequence->trees && s < behind; s++)
+            to[sequence->committed + s] |= sequence->trees[kind][(int64_t)token * behind + s] ? bit : 0;
     }
     return out;
 }
@@ -481,13 +488,16 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     p->inputs = allocate(shared * input_bytes(widest) + 1);
     Mixed *g = &p->mixed;
     if (m->experts) {
-        g->group = allocate(sizeof(Grouped) * (size_t)m->experts), g->count = allocate(4 * (size_t)m->experts), g->rest = allocate(4 * (size_t)m->experts);
+        g->group = allocate(sizeof(Grouped) * (size_t)m->experts), g->count = allocate(4 * (size_t)m->experts),
+            g->rest = allocate(4 * (size_t)m->experts);
         g->logits = allocate(64 * blocks * in_tiles(m->experts + 1)), g->experts = allocate(4 * taken), g->shares = allocate(4 * taken);
         g->row = allocate(64 * groups), g->share = allocate(64 * groups), g->tokens = allocate(4 * groups);
         g->normed = allocate(32 * groups * m->hidden), g->inputs = allocate(groups * input_bytes(widest));
-        if (!(g->group && g->count && g->rest && g->logits && g->experts && g->shares && g->row && g->share && g->tokens && g->normed && g->inputs)) return -1;
+        if (!(g->group && g->count && g->rest && g->logits && g->experts && g->shares && g->row && g->share && g->tokens && g->normed
+            && g->inputs)) return -1;
     }
-    if (!(p->x && p->qkv && p->cos && p->sin && p->factors && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch &&
+    if (!(p->x && p->qkv && p->cos && p->sin && p->factors && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries
+        && p->normed && p->inputs && p->scratch &&
           p->sequence_of && p->first && p->items))
         return -1;
     lay_out(p, c);
@@ -521,7 +531,8 @@ static int bind_cache(Pass *p, const Call *c) {
         for (int l = 0; l < c->count; l++) {
             const Sequence *sequence = c->sequences + l;
             int limited = c->spans[w] && c->spans[w] < sequence->start + sequence->tokens;
-            if ((sequence->trees || sequence->tokens > 1 || limited) && !(p->visible[w * c->count + l] = columns_that_see(p, l, w))) return -1;
+            if ((sequence->trees || sequence->tokens > 1 || limited) && !(p->visible[w * c->count + l] = columns_that_see(p, l, w)))
+                return -1;
         }
     return !p->visible || find_branches(p) ? -1 : 0;
 }
@@ -568,7 +579,8 @@ EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
         int plain = c->adapted > 0 ? c->tokens - c->adapted - first : 0; /* tokens of the slice before those with adapters */
         if (!taps) return -1;
         part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
-        part.sequences = &sequence, sequence.tokens = part.tokens, sequence.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
+        part.sequences = &sequence, sequence.tokens = part.tokens, sequence.start += first, part.x += (int64_t)first * m->hidden,
+            part.positions += first, part.taps = taps;
         if (c->routed) part.routed += (int64_t)first * c->hi * m->experts;
         for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
         if (!sequence.ahead) sequence.held += first;

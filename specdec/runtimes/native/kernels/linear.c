@@ -34,12 +34,14 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
     const uint8_t *tiles = part->tiles + tiles_bytes(part->kind, count) * (t - first), *inputs = (const uint8_t *)x;
     Side b = {NULL, NULL, 0, 0, 0}, none = b;
     if (low && low->first[t] >= 0) {
-        b = (Side){low->up + 1024 * (int64_t)low->ks * t, (const uint8_t *)down_x + tile_inputs() * (int64_t)low->first[t], INPUT_BYTES * (int64_t)low->down.out, 0, low->ks};
+        b = (Side){low->up + 1024 * (int64_t)low->ks * t, (const uint8_t *)down_x + tile_inputs() * (int64_t)low->first[t],
+            INPUT_BYTES * (int64_t)low->down.out, 0, low->ks};
         b.block = 16 * b.stride;
     }
     if (map->rounded) {
         for (int i = 0; i < blocks; i++)
-            integer_product(part->kind, tiles, count, (const Rounded *)(inputs + i * block_bytes(map)), tokens - 16 * i < 16 ? tokens - 16 * i : 16, sums + 256 * i);
+            integer_product(part->kind, tiles, count, (const Rounded *)(inputs + i * block_bytes(map)),
+                tokens - 16 * i < 16 ? tokens - 16 * i : 16, sums + 256 * i);
         if (b.count) {
             float more[MOST_BLOCKS * 256] __attribute__((aligned(64)));
             bf16_product(&b, &none, tokens, more);
@@ -82,7 +84,8 @@ static void keep_largest(const float *sums, int first, int left, float *tops, in
 
 /* The largest of a thread's outputs for up to SCREENED tokens, as keep_largest of all tiles. Outputs that the rough weights rule out are
  * not computed: the likeliest ones say how large the largest one is at least. most: scratch [out / 16][tokens]; seeds: [threads][16]. */
-static void screen(const Map *map, const uint32_t *x, int tokens, int width, float *most, float *seeds, Barrier *barrier, float *tops, int32_t *which, int me, int n) {
+static void screen(const Map *map, const uint32_t *x, int tokens, int width, float *most, float *seeds, Barrier *barrier, float *tops,
+    int32_t *which, int me, int n) {
     float outputs[16][16] __attribute__((aligned(64))), sums[256] __attribute__((aligned(64))), floors[16] __attribute__((aligned(64)));
     float length[SCREENED] = {0}, high[SCREENED];
     int32_t likeliest[SCREENED], unread[16] __attribute__((aligned(64))) = {0};
@@ -161,7 +164,8 @@ EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, int on
             if (!me) team = n;
             enter_tiles();
             split(map->out / 16, me, n, &from, &to);
-            if (screened) screen(map, input, rows, width, most, (float *)(which + 16 * blocks * threads), &barrier, tops + 16 * me, which + 16 * me, me, n);
+            if (screened) screen(map, input, rows, width, most, (float *)(which + 16 * blocks * threads), &barrier, tops + 16 * me,
+                which + 16 * me, me, n);
             for (int b0 = 0; !screened && b0 < blocks; b0 += MOST_BLOCKS) {
                 int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
                 for (int t = from; t < to; t++) {

@@ -35,7 +35,8 @@ static void group_tokens(Pass *p, int index, int features) {
     int blocks = 0;
     memset(g->count, 0, 4 * (size_t)m->experts);
     for (int r = 0; r < p->rows; r++) {
-        choose_experts(m, g->logits + (int64_t)(r / 16) * features * 16 + r % 16, g->rest, g->experts + r * m->taken, g->shares + r * m->taken);
+        choose_experts(m, g->logits + (int64_t)(r / 16) * features * 16 + r % 16, g->rest, g->experts + r * m->taken,
+            g->shares + r * m->taken);
         if (p->c->routed) memcpy(p->c->routed + ((int64_t)r * p->c->hi + index) * m->experts, g->rest, 4 * (size_t)m->experts);
         for (int i = 0; i < m->taken; i++) g->count[g->experts[r * m->taken + i]]++;
     }
@@ -60,7 +61,8 @@ static const uint32_t *group_inputs(Pass *p, const Map *map, const uint32_t *x, 
     Mixed *g = &p->mixed;
     int from, to;
     split(g->blocks, me, n, &from, &to);
-    for (int b = from; b < to && !reads_vnni(map); b++) input_of(map, x + (int64_t)b * map->in * 8, g->tokens[b], g->inputs + b * block_bytes(map));
+    for (int b = from; b < to && !reads_vnni(map); b++)
+        input_of(map, x + (int64_t)b * map->in * 8, g->tokens[b], g->inputs + b * block_bytes(map));
     wait_for_team(&p->barrier, n);
     return reads_vnni(map) ? x : (const uint32_t *)g->inputs;
 }
@@ -105,7 +107,8 @@ static void mix(Pass *p, int index, int me, int n) {
     for (int i = 0; i < g->groups; i++) {
         const Map *map = layer->gates + g->group[i].expert;
         for (int b0 = 0; 16 * b0 < g->group[i].tokens; b0 += MOST_BLOCKS) {
-            int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS, block = g->group[i].block + b0;
+            int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS,
+                block = g->group[i].block + b0;
             for (int t = from; t < to; t++) {
                 product(map, NULL, t, group_input(map, x, block), NULL, tokens, gate);
                 product(map, NULL, inner / 16 + t, group_input(map, x, block), NULL, tokens, up);
@@ -125,7 +128,8 @@ static void mix(Pass *p, int index, int me, int n) {
     for (int i = 0; i < g->groups; i++) {
         const Map *map = layer->sums + g->group[i].expert;
         for (int b0 = 0; 16 * b0 < g->group[i].tokens; b0 += MOST_BLOCKS) {
-            int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS, block = g->group[i].block + b0;
+            int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS,
+                block = g->group[i].block + b0;
             for (int t = from; t < to; t++) {
                 product(map, NULL, t, group_input(map, x, block), NULL, tokens, gate);
                 for (int lane = 0; lane < tokens; lane++) {

@@ -24,7 +24,8 @@ static void norm(const float *x, const float *weight, int features, float eps, i
     const F factor = inverse_rms(x, features, eps);
     for (int i = 0; i < features; i += 2) {
         const float *w = weight ? weight + i : NULL;
-        store_u(out + 8 * i, paired(normed16(load16(x + 16 * i), factor, w, once), normed16(load16(x + 16 * i + 16), factor, w ? w + 1 : w, once)));
+        store_u(out + 8 * i, paired(normed16(load16(x + 16 * i), factor, w, once),
+            normed16(load16(x + 16 * i + 16), factor, w ? w + 1 : w, once)));
     }
 }
 

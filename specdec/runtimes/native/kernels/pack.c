@@ -26,7 +26,9 @@ static int shape_of(int type, int *bytes, int *kind) {
     }
 }
 
-typedef struct { /* a block: weight i is scale[i / 32] code[i] + low[i / 32]; in Q6_K scale[i / 16] (code[i] - 32), in Q8_0 128 less, in MXFP4 scale[0] (E2M1[code] - 12) */
+/* A block: weight i is scale[i / 32] code[i] + low[i / 32]; in Q6_K scale[i / 16] (code[i] - 32), in Q8_0 128 less, in MXFP4
+ * scale[0] (E2M1[code] - 12). */
+typedef struct {
     uint8_t code[256];
     float scale[16], low[8];
     uint16_t d, m;          /* float16 factors of the scales and lows */
@@ -38,7 +40,8 @@ static void read_block(int type, const uint8_t *p, Block *b) {
     b->d = word_at(type == Q6_K ? p + 208 : p), b->m = type == Q4_1 || type == Q5_1 || k ? word_at(p + 2) : 0;
     float d = half(b->d), m = half(b->m);
     if (type == MXFP4) {
-        union { uint32_t bits; float value; } power = {p[0] < 2 ? 0x200000u << p[0] : (uint32_t)(p[0] - 1) << 23}; /* half of 2 to p[0] - 127 */
+        /* half of 2 to p[0] - 127 */
+        union { uint32_t bits; float value; } power = {p[0] < 2 ? 0x200000u << p[0] : (uint32_t)(p[0] - 1) << 23};
         for (int i = 0; i < 16; i++) b->code[i] = p[1 + i] & 15, b->code[16 + i] = p[1 + i] >> 4;
         b->scale[0] = power.value, b->low[0] = 0, b->sc[0] = p[0] ? p[0] - 1 : 0;
     } else if (type == Q8_0) {
@@ -124,7 +127,8 @@ EXPORT int KERNEL(pack_blocks)(const Table *table, int out, uint8_t *tiles, int 
                 if (kind == MX) head[row] = b.sc[0];
                 else memcpy(head + 2 * row, &b.d, 2);
                 if (kind != Q8 && kind != K6 && kind != MX) memcpy(head + 32 + 2 * row, &second, 2);
-                for (int i = 0; i < 8 && (kind == K4 || kind == K5); i++) head[64 + 16 * i + row] = b.sc[i], head[192 + 16 * i + row] = b.mn[i];
+                for (int i = 0; i < 8 && (kind == K4 || kind == K5); i++)
+                    head[64 + 16 * i + row] = b.sc[i], head[192 + 16 * i + row] = b.mn[i];
                 for (int i = 0; i < 16 && kind == K6; i++) head[64 + 16 * i + row] = b.sc[i];
                 memcpy(codes + 256 * row, b.code, (size_t)weights);
             }
@@ -145,7 +149,8 @@ static void read_row(const Table *table, int64_t index, bf16 *to) {
         for (int part = 0; part < weights / 16; part++) {
             float scale = b.scale[kind == K6 ? part : part / 2], low = kind == K6 ? 0 : b.low[part / 2];
             int less = kind == K6 ? 32 : kind == Q8 ? 128 : kind == MX ? 12 : 0;
-            for (int i = 16 * part; i < 16 * part + 16; i++) to[at + i] = narrow(((kind == MX ? E2M1[b.code[i]] : b.code[i]) - less) * scale + low);
+            for (int i = 16 * part; i < 16 * part + 16; i++)
+                to[at + i] = narrow(((kind == MX ? E2M1[b.code[i]] : b.code[i]) - less) * scale + low);
         }
     }
     for (int i = 0; table->scale != 1 && i < table->columns; i++) to[i] = narrow(widen(to[i]) * table->scale);
@@ -258,7 +263,8 @@ EXPORT int KERNEL(pack_rounded)(const Table *table, int out, int kind, uint8_t *
             put_codes(kind, codes, head + g.head);
         }
         /* A row was rounded to bf16 (at most 1 / 512 of each weight), and sums in float are, too. */
-        for (int row = 0; gaps && row < 16; row++) gaps[16 * t + row] = __builtin_sqrtf(lost[row]) * 1.001f + __builtin_sqrtf(total(squares[row])) * 0.0022f;
+        for (int row = 0; gaps && row < 16; row++) gaps[16 * t + row] = __builtin_sqrtf(lost[row])
+            * 1.001f + __builtin_sqrtf(total(squares[row])) * 0.0022f;
         if (!rows) __atomic_store_n(&failed, -1, __ATOMIC_RELAXED);
         free(rows);
     }

@@ -28,7 +28,8 @@ static inline __m256 abs8(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.
 static inline F abs16(F v) { TWICE(F, abs8); }
 static inline __m256 to_whole8(__m256 v) { return _mm256_round_ps(v, 8); }
 static inline F round16(F v) { TWICE(F, to_whole8); }
-static inline __m256 power8(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)); }
+static inline __m256 power8(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n),
+    _mm256_set1_epi32(127)), 23)); }
 static inline F scale16(F v, F n) { return (F){_mm256_mul_ps(v.a, power8(n.a)), _mm256_mul_ps(v.b, power8(n.b))}; } /* -127 < n < 128 */
 static inline float largest16(F v) {
     __m256 m = _mm256_max_ps(v.a, v.b);
@@ -187,7 +188,8 @@ static inline Codes and_codes(Codes a, Codes b) { return _mm256_and_si256(a, b);
 static inline Codes or_codes(Codes a, Codes b) { return _mm256_or_si256(a, b); }
 static inline Codes left_codes(Codes v, int n) { return _mm256_slli_epi16(v, n); }
 static inline Codes right_codes(Codes v, int n) { return _mm256_srli_epi16(v, n); }
-static inline Codes pick_codes(const uint8_t *table, Codes at) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), at); }
+static inline Codes pick_codes(const uint8_t *table,
+    Codes at) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), at); }
 static inline void transpose_codes(Codes *a) { transpose8(a); } /* WIDE rows of as many dwords to their columns */
 static inline W even_w(Codes pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 static inline W odd_w(Codes pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000))); }
@@ -210,7 +212,8 @@ static inline Codes four_inputs(const int8_t *x) {
 }
 
 #ifdef __AVXVNNI__
-static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x, int32_t start) {
+static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x,
+    int32_t start) {
     Codes a = _mm256_set1_epi32(start), b = _mm256_setzero_si256();
     for (int i = 0; i < n; i++)
         if (chains > 1 && i & 1) b = _mm256_dpbusd_avx_epi32(b, codes[i], four_inputs(x + 4 * i));
@@ -219,7 +222,8 @@ static inline __attribute__((always_inline)) Codes sum_codes(int most, int chain
 }
 #elif defined(__aarch64__)
 /* Codes of 8 bits are multiplied without their 128, and what `start` takes off is left out. */
-static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x, int32_t start) {
+static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x,
+    int32_t start) {
     Codes sum = _mm256_set1_epi32(most > 63 ? 0 : start);
     for (int i = 0; i < n; i++) {
         Codes own = most > 63 ? _mm256_xor_si256(codes[i], _mm256_set1_epi8(-128)) : codes[i], token = four_inputs(x + 4 * i);
@@ -230,7 +234,8 @@ static inline __attribute__((always_inline)) Codes sum_codes(int most, int chain
 #else
 /* Products are added two by two in 16 bits, which hold 2 x 4 most 127; then in 32. Two of codes of 8 bits exceed them:
  * those are multiplied without their 128, the sign on the inputs, and what `start` takes off is left out. */
-static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x, int32_t start) {
+static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x,
+    int32_t start) {
     const __m256i ones = _mm256_set1_epi16(1);
     const int together = most > 63 ? 1 : 32767 / (2 * 127 * most) < n ? 32767 / (2 * 127 * most) : n;
     Codes sum = _mm256_set1_epi32(most > 63 ? 0 : start);

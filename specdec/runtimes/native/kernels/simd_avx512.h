@@ -137,7 +137,9 @@ static inline Codes and_codes(Codes a, Codes b) { return _mm512_and_si512(a, b);
 static inline Codes or_codes(Codes a, Codes b) { return _mm512_or_si512(a, b); }
 static inline Codes left_codes(Codes v, int n) { return _mm512_slli_epi16(v, (unsigned)n); } /* in words: bits of a neighbour come in */
 static inline Codes right_codes(Codes v, int n) { return _mm512_srli_epi16(v, (unsigned)n); }
-static inline Codes pick_codes(const uint8_t *table, Codes at) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), at); } /* of 16 bytes */
+/* of 16 bytes */
+static inline Codes pick_codes(const uint8_t *table,
+    Codes at) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), at); }
 static inline void transpose_codes(Codes *a) { transpose(a); } /* WIDE rows of as many dwords to their columns */
 static inline W even_w(Codes pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); } /* of pairs of bf16 */
 static inline W odd_w(Codes pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
@@ -149,7 +151,8 @@ static inline W fma_w(W a, W b, W c) { return _mm512_fmadd_ps(a, b, c); }
 static inline W fnma_w(W a, W b, W c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline W whole_w(Codes v) { return _mm512_cvtepi32_ps(v); }
 static inline W halves_w(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
-static inline W powers_w(const void *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(p)), 23)); } /* 2 to e - 127; 0: 0 */
+/* 2 to e - 127; 0: 0 */
+static inline W powers_w(const void *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(p)), 23)); }
 static inline W bytes_w(const void *p) { return load_bytes(p); }
 static inline W signed_bytes_w(const void *p) { return load_int8(p); }
 
@@ -161,7 +164,8 @@ static inline Codes four_inputs(const int8_t *x) {
 
 /* start + the products of codes [n] and the inputs `x` [4 n], by output. most: the largest code. `chains` sums side by side:
  * a product waits for the one before it in its sum. */
-static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x, int32_t start) {
+static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x,
+    int32_t start) {
     Codes a = _mm512_set1_epi32(start), b = _mm512_setzero_si512();
     for (int i = 0; i < n; i++)
         if (chains > 1 && i & 1) b = _mm512_dpbusd_epi32(b, codes[i], four_inputs(x + 4 * i));
