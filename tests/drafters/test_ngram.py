@@ -27,7 +27,7 @@ from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.tree_drafting import KNOTS, Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.ngram import LONGEST, Grower, Prior, Texts
+from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, Texts
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices
 from specdec.verifiers.exact import ExactVerifier
@@ -47,7 +47,7 @@ def occurrences(window: list[int], text: list[int]) -> list[tuple[int, int]]:
     found = []
     for place in range(len(window) - 1, 0, -1):
         alike = 0
-        while alike < min(LONGEST, len(text), place) and window[place - 1 - alike] == text[-1 - alike] >= 0:
+        while alike < min(MATCH_TOKENS, len(text), place) and window[place - 1 - alike] == text[-1 - alike] >= 0:
             alike += 1
         if alike and window[place] >= 0:
             found.append((window[place], alike))
@@ -61,7 +61,7 @@ def followers(text: list[int], base: dict[int, float], sources: list[tuple[list[
     for window, trust in sources:
         found = occurrences(window, text)
         for level, least in enumerate(LENGTHS):
-            upper = [*LENGTHS, LONGEST + 1][level + 1]
+            upper = [*LENGTHS, MATCH_TOKENS + 1][level + 1]
             if not any(least <= length < upper for _, length in found):
                 continue
             weights = [(token, RECENCY**n) for n, (token, length) in enumerate(found) if length >= least]

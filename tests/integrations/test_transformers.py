@@ -35,6 +35,7 @@ from specdec.cli import app
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.integrations.transformers import SpecGenerate
 from specdec.models import loading
+from specdec.speculation import registry
 
 ROWS = [[5, 6, 7, 8, 5, 6], [9, 10, 11], [3, 4, 3, 4, 3, 4, 3]]
 
@@ -314,7 +315,7 @@ def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeyp
     inputs = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     ids, streamer = torch.tensor([[5, 6, 5, 6]]), Heard()
     assert torch.equal(model.generate(ids, streamer=streamer, **inputs), plain.generate(ids, **inputs))
-    assert len(seen) == 1 and seen[0].drafter == "prompt-lookup" and streamer.ended == 1
+    assert len(seen) == 1 and seen[0].drafter == registry.Choice.of("prompt-lookup") and streamer.ended == 1
 
 
 def test_an_exported_repository_holds_the_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

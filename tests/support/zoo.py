@@ -239,6 +239,7 @@ CHAINS: dict[str, Callable[[Target], Drafter]] = {
     "layer-skip": lambda target: LayerSkipDrafter(),
     "layer-skip: parts": lambda target: LayerSkipDrafter(attn=[1, 2], mlp=[2, 3]),
     "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
+    "ngram+early-exit": lambda target: HybridDrafter([NgramDrafter(), EarlyExitDrafter(3)]),
     "hybrid: an exit above a layer that m2r2 observes": lambda target: HybridDrafter(
         [PromptLookupDrafter(2, 2), EarlyExitDrafter(3), m2r2(target, 1, ((2, 3),), True, False)]
     ),
@@ -251,7 +252,6 @@ TREES: dict[str, Callable[[Target], Drafter]] = {
         [NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]
     ),
     "ngram+medusa": lambda target: HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
-    "ngram+early-exit": lambda target: HybridDrafter([NgramDrafter(), EarlyExitDrafter(3)]),
     "m2r2": lambda target: m2r2(target, 2, (), False, True, (3, 0, 2)),
     "m2r2: after a projection": lambda target: m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
     "m2r2: grown level by level": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
