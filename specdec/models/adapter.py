@@ -69,7 +69,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter as read. fingerprint: of its numbers. base: the name of its base model that it records; "": none."""
+    """A LoRA adapter that was read. fingerprint: a hash of its weights. base: the base model it names, or ""."""
 
     name: str
     fingerprint: str
@@ -81,7 +81,7 @@ class Adapter:
 class Merged:
     """What a model with a merged adapter, its ``merged_adapter``, knows of the adapter and of itself without it.
 
-    fingerprint: of the adapter. base: fingerprint of the model without it.
+    fingerprint: the adapter's. base: the fingerprint of the model without the adapter.
     samples: ``identity.samples`` of the changed weights before they were.
     """
 

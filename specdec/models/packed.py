@@ -30,7 +30,7 @@ class Origin:
     """The GGUF file that a model's matrices are mapped from.
 
     folder: of the model's cache entry.
-    paths: of its parts.
+    paths: the parts of a split file, or the file itself.
     stamp: differs after any change of the file, and in another file that takes its place.
     maps: the mapped bytes of each part.
     adapter, merged: fingerprint of an adapter that is merged into the model, and the matrices that it has changed.

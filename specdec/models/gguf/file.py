@@ -86,7 +86,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """paths: of the parts of the file, or its own alone. metadata: that of the first part."""
+    """paths: all parts of a split file, or the file itself. metadata: the first part's."""
 
     paths: tuple[Path, ...]
     metadata: dict[str, Any]
