@@ -159,7 +159,7 @@ class ChainDrafter(Drafter):
             vocab = self.vocabulary.tokens
         prices = state.prices
         weighs = self.has_probabilities and prices is not None and self.shape.nodes is None
-        if weighs and prices is not None and not prices.levels([Candidates.none() for _ in state.ids]):
+        if weighs and prices is not None and not prices.levels():
             return Draft.empty(len(state.ids), state.cache.device)
         limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.sizes(limit, prices, len(state.ids))
         token, positions = state.roots, state.positions  # (B, 1)

@@ -120,7 +120,7 @@ class Eagle3Drafter(ChainDrafter):
     def propose(self, state: State, limit: int) -> Draft:
         self._catch_up(state)
         if self._drafts_tree(state):
-            if self.has_probabilities and state.prices is not None and not state.prices.levels([Candidates.none()]):
+            if self.has_probabilities and state.prices is not None and not state.prices.levels():
                 return draft_best([Candidates.none()], limit, self.shape.nodes, state)
             found = self._tree(state, limit, self.width if self.shape.nodes or state.prices else 1)
             return draft_best([found], limit, self.shape.nodes, state, found.levels())

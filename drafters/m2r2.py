@@ -186,7 +186,7 @@ class M2R2Drafter(ChainDrafter):
         if self._knows_nothing(state):
             return Draft.empty(len(state.ids), state.cache.device)
         by_levels = self.has_probabilities and self._drafts_by_levels(state)
-        if by_levels and state.prices is not None and not state.prices.levels([Candidates.none() for _ in state.ids]):
+        if by_levels and state.prices is not None and not state.prices.levels():
             return draft_best([Candidates.none() for _ in state.ids], limit, self.shape.nodes, state)
         if (found := self.candidates(state, limit)) is not None:
             return draft_best(found, limit, self.shape.nodes, state, max(each.levels() for each in found))

@@ -6,6 +6,7 @@ the product of the draft's own probabilities along its path.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,12 @@ class Candidates(NamedTuple):
     def none(cls, sources: int = 1) -> Candidates:
         """No candidates of any of ``sources``."""
         return cls([], [], [], [[] for _ in range(sources)])
+
+    @classmethod
+    def chain(cls, rates: Sequence[float]) -> Candidates:
+        """A chain of unknown tokens, each of them right with its rate if those before it are."""
+        scores = itertools.accumulate(math.log(rate) for rate in rates)
+        return cls([*scores], [-1] * len(rates), [*range(len(rates))], [])
 
     def levels(self) -> int:
         """The number of levels that were drafted."""

@@ -50,24 +50,35 @@ class Prices:
         node = (self.nodes[more] - self.nodes[some]) / max(more - some, 1)
         return TreeLimits(levels, width, self.level, node, rates)
 
-    def levels(self, free: Sequence[Candidates]) -> int:
+    def levels(self, free: Sequence[Candidates] = ()) -> int:
         """The number of levels that are expected to add most beyond their price; 0: they do not pay.
 
-        free: of each row, the nodes of a draft without levels. A level adds one to each row, or takes the place of one.
+        free: of each row, the nodes of a draft without levels. A level adds one to each row where
+            that is worth it, or takes the place of one.
         """
-        rows, scored, most = len(self.rates), sum(len(own.tokens) for own in free), len(self.nodes) - 1
-        expected = [own.by_level() for own in free]
-        on, off = [1.0] * rows, [0.0] * rows  # probability that a row is right up to the level: by the free draft, else
-        added, best, count = 0.0, 0.0, 0
+        return self.best_levels(free)[1] or int(self.try_levels)
+
+    def best_levels(self, free: Sequence[Candidates] = ()) -> tuple[float, int]:
+        """The most that levels are expected to add beyond their price, in tokens, and their number."""
+        scored, most = sum(len(own.tokens) for own in free), len(self.nodes) - 1
+        expected = [own.by_level() for own in free] or [[] for _ in self.rates]
+        # Probability that a row is right up to the level: by the free draft, else
+        on, off = [1.0] * len(self.rates), [0.0] * len(self.rates)
+        added, taken, best, count = 0.0, 0, 0.0, 0
+
+        def price(nodes: int) -> float:
+            return self.nodes[min(max(scored, nodes), most)]
+
         for level, rates in enumerate(zip(*self.rates, strict=True)):
             for row, rate in enumerate(rates):
                 here = expected[row][level] if level < len(expected[row]) else 0.0
                 off[row], on[row] = (off[row] + on[row] - here) * rate, here
-            added += sum(off)
-            scoring = self.nodes[min(max(scored, (level + 1) * rows), most)] - self.nodes[min(scored, most)]
-            if (gain := added - self.first - (level + 1) * self.level - scoring) > best:
+            node = price(taken + 1) - price(taken)
+            worthy = [chance for chance in off if chance > node]
+            added, taken = added + sum(worthy), taken + len(worthy)
+            if (gain := added - self.first - (level + 1) * self.level - price(taken) + price(0)) > best:
                 best, count = gain, level + 1
-        return count or int(self.try_levels)
+        return best, count
 
     def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None, rows: int = 1) -> int:
         """The number of nodes to score: ``exactly`` as many as given, else ``least`` or more.

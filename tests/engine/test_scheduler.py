@@ -21,7 +21,6 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scheduler
 from specdec.engine.depth import AutoDepth, FixedDepth
-from specdec.engine.depth.policy import allocate
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request, Status
 from specdec.kvcache.cache import KVCache
@@ -257,24 +256,6 @@ def test_what_draws_too_much_memory_waits_and_nothing_fails(llama: PreTrainedMod
     engine = together(target, NoDrafter(), requests, FixedDepth(0), kv_memory=50 * bytes_)
     assert engine.stats().preemptions == 0  # none begins that would have to give way at once
     assert all(new_tokens(request) == alone(target, request)[0] for request in requests)
-
-
-# -- tokens go where they are likely ----------------------------------------------------------------------------------
-
-
-def test_tokens_of_a_step_go_to_the_rows_whose_drafts_are_accepted() -> None:
-    def depths(chances: list[list[float]], node: float, level: float = 0.05, least: int = 0) -> list[int]:
-        return allocate(chances, [node * n for n in range(200)], level, least)[0]
-
-    good, bad = ([p**i for i in range(1, 9)] for p in (0.9, 0.05))
-    both, alone = depths([good, bad], 0.2), depths([good], 0.2)
-    assert both[1] == 0 < both[0]
-    many = depths([good] * 16, 0.6)
-    assert alone[0] >= max(many) and sum(many) > 0
-    # Every token costs what it brings at most, so one is drafted only if one has to be.
-    assert [sum(depths([good] * 16, 1.0, 0.0, least)) for least in (0, 1)] == [0, 1]
-    # A level serves all rows, and has to be worth it to all of them together.
-    assert depths([good], 0.1, 1.0) == [0] and sum(depths([good] * 4, 0.1, 1.0)) > 4
 
 
 def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:

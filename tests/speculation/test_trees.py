@@ -126,4 +126,4 @@ def test_a_learned_level_pays_where_it_is_right_and_the_free_draft_is_not() -> N
 def test_a_level_pays_less_where_no_other_node_is_scored() -> None:
     """A pass over two tokens may cost much more than one over a single token, and one over three hardly more."""
     prices = Prices([0.0, *(0.7 + 0.01 * n for n in range(32))], 0.45, rates=[[0.6] * 8])
-    assert not prices.levels([Candidates.none()]) and prices.levels([chain_of(0.2)])
+    assert not prices.levels() and prices.levels([chain_of(0.2)])

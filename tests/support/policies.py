@@ -16,11 +16,10 @@ CHEAP, DEAR = 0.01, 2.0  # of a level: a learned drafter is worth it, or is not
 def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth:
     """A policy that takes turns: plain steps, and drafts from every source that the policy may choose.
 
-    A source is an exit of the drafter, or none in particular. A drafter with probabilities gets prices in some turns,
-    with cheap levels or dear ones. Each row drafts to a depth of its own, which changes in every step.
+    A source is an exit of the drafter, or none in particular. In some turns there are prices, with cheap levels or dear
+    ones. Each row drafts to a depth of its own, which changes in every step.
     """
-    levels = (None, CHEAP, DEAR) if drafter.has_probabilities else (None,)
-    sources = list(itertools.product((None, *range(drafter.num_exits)), levels))
+    sources = list(itertools.product((None, *range(drafter.num_exits)), (None, CHEAP, DEAR)))
     rng = random.Random(seed)
 
     def script(rows: int) -> DepthChoice:

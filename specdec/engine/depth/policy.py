@@ -5,13 +5,12 @@ tokens that it is expected to add exceed the seconds that it adds times the pres
 step cost and what it accepted corrects the costs and the calibration, and whatever was not chosen is tried in 2 % of
 the time.
 
-The policy sets the prices; drafters that have probabilities choose their nodes by them (``Prices``). For the others it
-chooses a depth, by what was accepted at each position.
+The policy sets the prices, by which drafters choose their nodes (``Prices``). Tokens of a drafter that has no
+probabilities have those of their positions.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,13 +20,15 @@ from typing import NamedTuple
 
 from specdec.engine.depth.calibration import MEMORY, History, Seen, rates, table, worth
 from specdec.engine.depth.costs import CostModel, Costs
+from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Drafter, Found
+from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
 TRIED = 0.01  # share of the time in which each choice that is not made is tried
 FADE = 0.9  # weight of the past per step in the present speed
-PLAIN, DRAFT, LEVELS = "plain", "draft", "levels"
+PLAIN, DRAFT = "plain", "draft"  # choices, beside the levels of each exit
 
 
 class DepthChoice(NamedTuple):
@@ -65,29 +66,6 @@ class StepReport:
     other: float
     tokens: Sequence[Sequence[int]] = ()
     found: Found | None = None
-
-
-def allocate(
-    chances: Sequence[Sequence[float]], nodes: Sequence[float], level: float, least: int = 0
-) -> tuple[list[int], float]:
-    """The depth of each row that brings most beyond its price, of those with ``least`` tokens or more; and how much.
-
-    The likeliest token comes first; as probabilities fall along a row, its tokens come in their order.
-
-    chances: [rows][positions], the probability that a row's draft is accepted up to each of its tokens.
-    nodes, level: as in ``Prices``.
-    """
-    likely = [(chance, b) for step in zip(*chances, strict=True) for b, chance in enumerate(step)]
-    likely.sort(key=itemgetter(0), reverse=True)  # of equal ones, earlier positions stay first
-    depths, added, best, taken = [0] * len(chances), 0.0, float("-inf") if least else 0.0, 0
-    for n, (chance, b) in enumerate(likely, start=1):
-        added, depths[b] = added + chance, depths[b] + 1
-        gain = added - nodes[min(n, len(nodes) - 1)] - max(depths) * level
-        if n >= least and gain > best:
-            best, taken = gain, n
-    for _, b in likely[taken:]:
-        depths[b] -= 1
-    return depths, best
 
 
 class FixedDepth:
@@ -139,6 +117,7 @@ class AutoDepth:
 
     def __post_init__(self) -> None:
         self.max_depth = MAX_PRICED_DEPTH if self.has_probabilities else MAX_DEPTH
+        self.exits = range(len(self.shares))
         self.model = CostModel(self.ratio, self.shares, self.earlier)
         self.size = self.tables if self.has_probabilities else 0, len(self.shares), self.max_depth
         self.common, self.rows = History(*self.size, memory=MEMORY), weakref.WeakSet[History]()
@@ -165,7 +144,7 @@ class AutoDepth:
             for row in (self.common, *self.rows):
                 for tally in [*row.by_source[-1:], *row.by_position, row.worth]:
                     tally.forget()
-            self.idle |= dict.fromkeys((DRAFT, LEVELS, *range(len(self.shares))), float("inf"))
+            self.idle |= dict.fromkeys((DRAFT, *self.exits), float("inf"))
         self.version = version
 
     @property
@@ -186,61 +165,55 @@ class AutoDepth:
         if not rows:
             return self.choice
         speed = self.speedup * count / passes[0]
-        prices = Prices([speed * (seconds - passes[0]) for seconds in passes])
         added = sum(worth(row, self.common, count) for row in rows)
         gain = added / speed - self.model.drafting(count)  # in seconds
         if gain > 0:
-            taken = not self._due(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
+            drafts = not self._due(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
         else:
-            taken = self._due(DRAFT, -gain) or (self.has_probabilities and self._try_levels(count))
-        if taken:
-            choose = self._by_source if self.has_probabilities else self._by_position
-            choice = choose(rows, prices, speed, count)
-            self.choice = choice if choice.depth else self.choice
+            drafts = self._due(DRAFT, -gain) or any(self._try_levels(exit, len(rows), count) for exit in self.exits)
+        if drafts:
+            self.choice = self._best(rows, speed, count)
         return self.choice
 
     def _due(self, what: str | int, loss: float) -> bool:
         """Whether ``what`` has not been tried for so long that it may lose ``loss`` seconds."""
         return TRIED * self.idle[what] >= loss
 
-    def _try_levels(self, count: int) -> bool:
-        return self.shares[0] > 0 and self._due(LEVELS, self.model.first(0, count) + self.model.level(0, count))
+    def _try_levels(self, exit: int, rows: int, count: int) -> bool:
+        """Whether a level is due."""
+        loss = self.model.first(exit, count) + self.model.level(exit, count)
+        if not self.has_probabilities:  # it is scored whatever it is, and costs a draft
+            loss += self.model.drafting(count) + self.passes[rows] - self.passes[0]
+        return (self.shares[exit] > 0 or not self.has_probabilities) and self._due(exit, loss)
 
-    def _by_source(self, rows: Sequence[History], prices: Prices, speed: float, count: int) -> DepthChoice:
-        """Prices, by which the drafter chooses."""
-        level, first = self.model.level(0, count), self.model.first(0, count)
-        prices = replace(
-            prices,
-            level=speed * level,
-            first=speed * first,
-            rates=[rates(row, self.common, 0) for row in rows],
-            tables=[[table(row, self.common, source) for source in range(self.tables)] for row in rows],
-            try_levels=self._try_levels(count),
-        )
-        return DepthChoice(self.max_depth, None, prices, [self.max_depth] * len(rows))
+    def _best(self, rows: Sequence[History], speed: float, count: int) -> DepthChoice:
+        """The prices at the exit whose levels bring most, or at one that is due; and the depths that they are worth."""
+        tables = [[table(row, self.common, source) for source in range(self.size[0])] for row in rows]
+        every = list[tuple[float, int, Prices]]()
+        for exit in self.exits:
+            prices = Prices(
+                [speed * (seconds - self.passes[0]) for seconds in self.passes],
+                level=speed * self.model.level(exit, count),
+                first=speed * self.model.first(exit, count),
+                rates=[rates(row, self.common, exit) for row in rows],
+                tables=tables if self.has_probabilities else (),
+                try_levels=self._try_levels(exit, len(rows), count),
+            )
+            every.append((prices.best_levels()[0] if len(self.exits) > 1 else 0.0, exit, prices))
+        best = max(every, key=itemgetter(0))
+        others = [own for own in every if own is not best and own[2].levels()]
+        due = [own for own in others if self._due(own[1], (best[0] - own[0]) / speed)]
+        _, exit, prices = due[0] if due else best
+        depths = [self.max_depth] * len(rows) if self.has_probabilities else self._depths(prices)
+        return DepthChoice(max(depths), exit if len(self.exits) > 1 else None, prices, depths)
 
-    def _by_position(self, rows: Sequence[History], prices: Prices, speed: float, count: int) -> DepthChoice:
-        """The exit and the depths that bring most; or those of an exit that is due."""
-        nodes, exits = prices.nodes[:: max(round(self.width), 1)], range(len(self.shares))
-        found = list[tuple[float, int, list[int], list[list[float]]]]()
-        for exit in exits:
-            each = [rates(row, self.common, exit) for row in rows]
-            chances = [[*itertools.accumulate(row, lambda a, b: a * b)] for row in each]
-            level = speed * self.model.level(exit, count)
-            depths, gain = allocate(chances, nodes, level)
-            tried, least = allocate(chances, nodes, level, least=1)
-            if not any(depths) and self._due(exit, max(-least, 0.0) / speed):
-                depths = tried
-            found.append((gain, exit, depths, each))
-        best = max(found, key=itemgetter(0))
-        due = [each for each in found if each is not best and self._due(each[1], (best[0] - each[0]) / speed)]
-        _, exit, depths, each = due[0] if due else best
-        several = (
-            replace(prices, level=speed * self.model.level(exit, count), rates=each)
-            if len(rows) == count == 1
-            else None
-        )
-        return DepthChoice(max(depths), exit if len(exits) > 1 else None, several, depths)
+    def _depths(self, prices: Prices) -> list[int]:
+        """How deep a drafter without probabilities drafts for each row: its tokens have those of their positions."""
+        prices = replace(prices, nodes=prices.nodes[:: max(round(self.width), 1)])
+        levels = prices.levels()
+        chains = [Candidates.chain(row[:levels]) for row in prices.rates]
+        depths = [len(found.tokens) for found in worth_scoring(chains, levels, None, prices)]
+        return depths if any(depths) else [min(levels, 1)] * len(depths)
 
     def observe(self, step: StepReport) -> None:
         """Learn from a step that drafted as the last choice says."""
@@ -253,16 +226,16 @@ class AutoDepth:
             self.passes = model.passing(count, len(self.passes) - 1)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
-        for what in (PLAIN, DRAFT, LEVELS, *range(len(self.shares))):
+        for what in (PLAIN, DRAFT, *self.exits):
             self.idle[what] += seconds
         if not nodes:
             self.idle[PLAIN] = 0.0
         if not choice.depth:
             return
         model.add_draft(exit, count, levels, step.drafting)
-        self.idle[DRAFT] = self.idle[exit] = 0.0
+        self.idle[DRAFT] = 0.0
         if levels:
-            self.idle[LEVELS] = 0.0
+            self.idle[exit] = 0.0
         scoring = self.passes[min(nodes, len(self.passes) - 1)] - self.passes[0]
         drafting = model.first(exit, count) * (levels > 0) + levels * model.level(exit, count)
         price = self.speedup * (scoring + drafting) / self.passes[0]
@@ -275,7 +248,7 @@ class AutoDepth:
             for history in (row, self.common):
                 history.add(seen, exit, count, right - price)
         if found is None and levels:
-            self.width = 0.8 * self.width + 0.2 * nodes / sum(step.drafted)
+            self.width = 0.8 * self.width + 0.2 * nodes / (count * levels)
 
     def costs(self) -> Costs:
         """What is known, for later processes."""
