@@ -84,7 +84,7 @@ class NgramDrafter(Drafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         found = self.candidates(state, limit)
-        return draft_best(found, limit, self.nodes, state, 0, found)
+        return draft_best(found, limit, self.nodes, state)
 
     def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
         if self.reading is not None:

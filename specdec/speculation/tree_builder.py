@@ -88,8 +88,11 @@ def draft_best(
     levels: int = 0,
     free: Sequence[Candidates] | None = None,
 ) -> Draft:
-    """The draft of each row's best candidates, as ``worth_scoring`` says. levels, free: as in ``Found``."""
-    best = worth_scoring(rows, limit, nodes, state.prices)
+    """The draft of each row's best candidates, as ``worth_scoring`` says. levels, free: as in ``Found``.
+
+    Without levels, ``free`` are the best ones.
+    """
+    best = worth_scoring(rows, limit, nodes, state.prices) if levels or free is None else free
     draft, _ = in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)
     draft.found = Found(rows, levels, free)
     return draft

@@ -11,7 +11,7 @@ from specdec.runtimes.tree_drafting import KNOTS, Candidates
 SAID = [1 / (1 + math.exp(-knot)) for knot in KNOTS]  # the probabilities at the knots
 FIRST = 0.6  # acceptance at the first position of a drafter that is unknown
 WEIGHT, ROW_WEIGHT = 4.0, 20.0  # observations that count as much as what is assumed, and as all rows
-MEMORY, ROW_MEMORY = 300.0, 60.0  # observations that are remembered of all rows, and of one
+MEMORY, ROW_MEMORY = 120.0, 60.0  # observations that are remembered of all rows, and of one
 KEPT = 20.0  # observations that are remembered when a drafter has changed
 SIZES = 8  # groups of batch sizes with figures of their own: 1, 2 or 3, 4 to 7, ... rows
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-Floats = npt.NDArray[np.float64]
 MOST_TOKENS = 1024  # of a pass whose cost is told apart
 # Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
 SPREAD, OTHER_SPREAD = 0.15, 0.5
@@ -48,25 +46,20 @@ class CostModel:
     """
 
     def __init__(self, ratio: float, shares: Sequence[float], earlier: Costs | None = None) -> None:
-        tokens = np.arange(MOST_TOKENS + 1, dtype=float)
-        self.formula: Floats = 0.5 * (
-            np.log1p((tokens * ratio) ** 2) - math.log1p(ratio**2)
-        )  # over a pass of one token
-        at = np.log2(np.maximum(tokens, 1))
-        self.below = at.astype(int)
-        self.beyond: Floats = at - self.below
         self.shares = [max(share, 1e-4) for share in shares]
-        size = int(self.below[-1]) + 2
-        steps = np.arange(size, dtype=float)
+        # Of each number of tokens: the formula, over a pass of one token; its place among 1, 2, 4, ..
+        self.formula = [0.5 * (math.log1p((n * ratio) ** 2) - math.log1p(ratio**2)) for n in range(MOST_TOKENS + 1)]
+        self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
         # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it.
-        self.state, self.known = np.zeros(size), False
-        self.covariance: Floats = SPREAD**2 * np.minimum.outer(steps, steps)
-        self.covariance[0, 0] = 1.0
+        numbers = range(int(math.log2(MOST_TOKENS)) + 2)
+        self.state, self.known = [0.0 for _ in numbers], False
+        self.covariance = [[SPREAD**2 * min(i, j) for j in numbers] for i in numbers]
+        self.covariance[0][0] = 1.0
         self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
-            self.state, self.known = np.resize(np.array(earlier.passes), size), True
-            self.covariance[0, 0] = OTHER_SPREAD**2
+            self.state, self.known = [*earlier.passes, *self.state][: len(self.state)], True
+            self.covariance[0][0] = OTHER_SPREAD**2
             for name, error in earlier.others.items():
                 kind, exit, rows = name.split(" ")
                 self.others.setdefault((kind, int(exit)), {})[int(rows)] = [error, OTHER_SPREAD**2 / 4]
@@ -74,16 +67,16 @@ class CostModel:
     @property
     def speed(self) -> float:
         """Seconds of a pass over one token, as a logarithm."""
-        return float(self.state[0])
+        return self.state[0]
 
     def passing(self, rows: int, most: int) -> list[float]:
         """Seconds of passes over ``rows`` roots and 0, 1, .. ``most`` drafted tokens."""
         to = slice(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1)
-        errors, below, share = self.state.copy(), self.below[to], self.beyond[to]
-        errors[0] = 0.0
-        found = np.exp(self.speed + self.formula[to] + (1 - share) * errors[below] + share * errors[below + 1])
-        seconds: list[float] = np.maximum.accumulate(found).tolist()  # more tokens take no less
-        return seconds
+        errors, seconds = [0.0, *self.state[1:]], list[float]()
+        for formula, (below, share) in zip(self.formula[to], self.place[to], strict=True):
+            error = (1 - share) * errors[int(below)] + share * errors[int(below) + 1]
+            seconds.append(math.exp(self.speed + formula + error))
+        return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def level(self, exit: int, rows: int) -> float:
         """Seconds of drafting a level for ``rows``."""
@@ -100,19 +93,18 @@ class CostModel:
     def add_pass(self, tokens: int, seconds: float) -> None:
         """Add the time of a pass over ``tokens``, roots included."""
         tokens = min(tokens, MOST_TOKENS)
-        below, share = int(self.below[tokens]), float(self.beyond[tokens])
-        weights = np.zeros(len(self.state))
-        weights[below], weights[below + 1] = 1 - share, share
-        weights[0] = 1.0
-        seen = math.log(max(seconds, 1e-7)) - float(self.formula[tokens])
+        seen = math.log(max(seconds, 1e-7)) - self.formula[tokens]
         if not self.known:
             self.state[0], self.known = seen, True
-        error, gains = seen - float(weights @ self.state), self.covariance @ weights
-        total = float(weights @ gains) + NOISE**2 * max(abs(error) / OUTLIER, 1.0)
-        self.state = self.state + gains * (error / total)
-        self.covariance = self.covariance - np.outer(gains, gains) / total
-        self.covariance[np.diag_indices_from(self.covariance)] += DRIFT**2 / 10
-        self.covariance[0, 0] += DRIFT**2
+        place, share = self.place[tokens]
+        weights = {int(place): 1 - share, int(place) + 1: share, 0: 1.0}
+        error = seen - sum(weight * self.state[n] for n, weight in weights.items())
+        gains = [sum(weight * row[n] for n, weight in weights.items()) for row in self.covariance]
+        total = sum(weight * gains[n] for n, weight in weights.items()) + NOISE**2 * max(abs(error) / OUTLIER, 1.0)
+        self.state = [own + gain * error / total for own, gain in zip(self.state, gains, strict=True)]
+        for n, (row, gain) in enumerate(zip(self.covariance, gains, strict=True)):
+            row[:] = [own - gain / total * other for own, other in zip(row, gains, strict=True)]
+            row[n] += DRIFT**2 / (10 if n else 1)
 
     def add_draft(self, exit: int, rows: int, levels: int, seconds: float) -> None:
         """Add the time of drafting ``levels``."""
@@ -148,4 +140,4 @@ class CostModel:
         """What later processes begin with, without ``hits`` and ``trials``."""
         each = ((*key, rows, error) for key, known in self.others.items() for rows, (error, _) in known.items())
         others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
-        return Costs(self.state.round(4).tolist() if self.known else [], others)
+        return Costs([round(error, 4) for error in self.state] if self.known else [], others)

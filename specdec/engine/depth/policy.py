@@ -160,10 +160,10 @@ class AutoDepth:
     def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
         """What to draft in the next step of ``rows``, beside ``plain`` others that never draft."""
         count = len(rows) + plain
-        passes = self.model.passing(count, len(rows) * MOST_NODES)
-        self.passes, self.choice = passes, DepthChoice()
+        self.choice = DepthChoice()
         if not rows:
             return self.choice
+        passes = self.passes = self.model.passing(count, len(rows) * MOST_NODES)
         speed = self.speedup * count / passes[0]
         added = sum(worth(row, self.common, count) for row in rows)
         gain = added / speed - self.model.drafting(count)  # in seconds

@@ -11,6 +11,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from statistics import geometric_mean
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,9 @@ WORLDS = {
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_no_fixed_choice_is_three_percent_faster_in_any_phase(name: str) -> None:
-    spent, best = run(WORLDS[name], 1), fixed(WORLDS[name], 1)
-    shares = [min(each.values()) / own for own, each in zip(spent, best, strict=True)]
-    assert min(shares) >= 0.97, (shares, [min(each, key=each.__getitem__) for each in best])
+    """In the geometric mean of three texts: a single one depends on when what becomes good is tried."""
+    shares = list[list[float]]()
+    for seed in (1, 2, 3):
+        spent, best = run(WORLDS[name], seed), fixed(WORLDS[name], seed)
+        shares.append([min(each.values()) / own for own, each in zip(spent, best, strict=True)])
+    assert min(map(geometric_mean, zip(*shares, strict=True))) >= 0.97, shares
