@@ -23,7 +23,7 @@ from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
 from specdec.models import checkpoint, families
 from specdec.models.gguf import model as gguf_model
-from specdec.models.gguf.file import read_header
+from specdec.models.gguf.file import PLAIN, read_header
 from specdec.models.prepare import quiet_transformers
 from specdec.models.source import Source, explain_errors
 
@@ -72,6 +72,9 @@ def load(
         infos = read_header(source.folder / source.packed, name).tensors
         numbers = {key: math.prod(info.shape) for key, info in infos.items()}
         check_memory(name, sum(numbers.values()) * kind.itemsize)
+        if not {info.kind for info in infos.values()} <= {*PLAIN}:
+            what = f"transformers loads '{name}', whose architecture has no kernels for packed weights here"
+            gguf_model.say_cost(what, kind, sum(numbers.values()), sum(info.nbytes for info in infos.values()))
         options = {key: value for key, value in options.items() if key != "config"}
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     else:

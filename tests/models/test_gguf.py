@@ -37,7 +37,7 @@ from specdec.models.gguf.blocks import (
     named_weights,
     temporarily_dense,
 )
-from specdec.models.gguf.file import read_header
+from specdec.models.gguf.file import PLAIN, read_header
 from specdec.models.native_model import NativeModel
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import run_tokens
@@ -181,7 +181,10 @@ def test_every_type_has_the_values_of_the_gguf_package(cache, tmp_path, kind, ca
     assert identity.fingerprint(model) == identity.fingerprint(theirs)
 
 
-@pytest.mark.parametrize("kind", ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ2_XXS", "Q3_K"])
+UNPACKED = sorted(kind.name for kind in gguf.quants._type_traits if kind.name not in (*KINDS, *PLAIN))
+
+
+@pytest.mark.parametrize("kind", UNPACKED)
 def test_types_without_kernels_are_unpacked_and_a_line_says_what_that_costs(cache, tmp_path, kind, capsys):
     path = write_model(tmp_path / "it.gguf", "llama", kind, width=256)
     model = loading.load(path)[0]
@@ -191,13 +194,41 @@ def test_types_without_kernels_are_unpacked_and_a_line_says_what_that_costs(cach
     assert torch.equal(up.weight, torch.from_numpy(gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])).bfloat16())
     matrices = [each for each in file.tensors.values() if each.kind == kind]
     sizes = sum(each.nbytes for each in matrices), 2 * sum(math.prod(each.shape) for each in matrices)
-    said = f"no kernels for weights of type {kind} in '{path}': unpacked to bfloat16, they take "
-    assert f"{said}{megabytes(sizes[1])} instead of {megabytes(sizes[0])}, which each token" in capsys.readouterr().err
+    said = f"no kernels for weights of type {kind} in '{path}'; unpacked to bfloat16, they take {megabytes(sizes[1])}"
+    assert f"{said} of memory instead of {megabytes(sizes[0])}, and each token reads all" in capsys.readouterr().err
     plain, drafted = (
         SpecDecoder.from_pretrained(path, drafter, device="cpu").generate([5, 6, 7] * 3, max_new_tokens=12).token_ids
         for drafter in ("none", "prompt-lookup")
     )
     assert drafted == plain
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "IQ4_NL", "F32"])
+def test_what_transformers_unpacks_of_another_architecture_is_said(cache, tmp_path, kind, capsys, monkeypatch):
+    monkeypatch.setattr(gguf_model, "is_supported", lambda file: False)
+    path = write_model(tmp_path / "it.gguf", "llama", kind, width=256)
+    loading.load(path)
+    said = f"transformers loads '{path}', whose architecture has no kernels for packed weights here; unpacked to"
+    assert (said in capsys.readouterr().err) == (kind != "F32")
+
+
+OTHERS = {kind.name for kind in gguf.GGMLQuantizationType} - {*UNPACKED, *KINDS, *PLAIN}
+
+
+@pytest.mark.parametrize("kind", sorted(OTHERS))
+def test_types_that_cannot_be_read_are_refused_in_one_sentence(cache, tmp_path, kind):
+    size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    path = write_model(tmp_path / "it.gguf", "llama", "F32", width=256)
+    reader = gguf.GGUFReader(path)
+    tensor = next(each for each in reader.tensors if each.name == "blk.0.ffn_up.weight")
+    data = path.read_bytes()
+    name = b"blk.0.ffn_up.weight" + struct.pack("<IQQ", 2, *map(int, tensor.shape))
+    assert data.count(name) == 1 and width // size <= 8
+    place = data.index(name) + len(name)
+    path.write_bytes(data[:place] + struct.pack("<I", gguf.GGMLQuantizationType[kind]) + data[place + 4 :])
+    with pytest.raises(SpecDecError, match=f"has tensors of type {kind}, which cannot be read; get a file of") as error:
+        loading.load(path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next"])

@@ -120,12 +120,14 @@ def random_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator
     size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = random.integers(0, 256, (shape[0], shape[1] // size, width), np.uint8)
     scales = {"Q6_K": [-2], "Q3_K": [-2], "Q2_K": [-4, -2], "Q4_1": [0, 2], "Q5_1": [0, 2]}
-    scales |= {"Q4_K": [0, 2], "Q5_K": [0, 2]}
+    scales |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "TQ1_0": [-2], "TQ2_0": [-2]}
     for at in scales.get(kind, [0]):
         factor = random.uniform(-most, most, data.shape[:2]).astype(np.float16)
         data[..., at % width : at % width + 2] = factor[..., None].view(np.uint8)
     if kind == "MXFP4":
         data[..., 0] = 128 + np.log2(most * random.uniform(0.1, 0.2, data.shape[:2]))
+    if kind == "IQ1_M":  # the first four bits of four numbers are a scale
+        data[..., 49::2] = data[..., 49::2] & 15 | np.array([0, 0, 0, 0x20], np.uint8)
     return data.reshape(shape[0], -1)
 
 

@@ -264,7 +264,9 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
         try:
             blocks.numbers(torch.zeros(1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]).byte(), kind)
         except NotImplementedError:
-            raise SpecDecError(f"'{name}' has tensors of type {kind}, which cannot be read") from None
+            raise SpecDecError(
+                f"'{name}' has tensors of type {kind}, which cannot be read; get a file of another type, such as Q4_K_M"
+            ) from None
     return found
 
 
@@ -365,11 +367,17 @@ def _say_unpacked(name: str, unpacked: list[list[TensorInfo]], dtype: torch.dtyp
             stored += sum(info.nbytes for info in infos)
             numbers += sum(math.prod(info.shape) for info in infos)
     if kinds:
-        sizes = [terminal.megabytes(size) for size in (numbers * dtype.itemsize, stored)]
-        terminal.say(
-            f"note: there are no kernels for weights of type {', '.join(sorted(kinds))} in '{name}': unpacked to "
-            f"{str(dtype).removeprefix('torch.')}, they take {sizes[0]} instead of {sizes[1]}, which each token reads"
-        )
+        what = f"there are no kernels for weights of type {', '.join(sorted(kinds))} in '{name}'"
+        say_cost(what, dtype, numbers, stored)
+
+
+def say_cost(what: str, dtype: torch.dtype, numbers: int, stored: int) -> None:
+    """Say that so many weights, which take ``stored`` bytes in a file, are unpacked to ``dtype``."""
+    sizes = [terminal.megabytes(size) for size in (numbers * dtype.itemsize, stored)]
+    terminal.say(
+        f"note: {what}; unpacked to {str(dtype).removeprefix('torch.')}, they take {sizes[0]} of memory instead of "
+        f"{sizes[1]}, and each token reads all of them"
+    )
 
 
 def _needed_memory(
