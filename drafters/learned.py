@@ -50,6 +50,7 @@ class Progress:
     fits: number of fits that have served.
     since: the first day.
     agreement: for each fit that served, the tokens learned from and the share of the model's tokens on held-out texts.
+    adapter: the name of the adapter that is merged into the model; "": there is none.
     """
 
     model: str = ""
@@ -62,6 +63,7 @@ class Progress:
     since: str = field(default_factory=lambda: datetime.date.today().isoformat())
     agreement: list[tuple[NonNegativeInt, Annotated[float, Field(ge=0, le=1)]]] = field(default_factory=list)
     version: int = VERSION
+    adapter: str = ""
 
 
 READ, SUMS = TypeAdapter(Progress), TypeAdapter(dict[str, int])
@@ -76,8 +78,8 @@ def first_use() -> None:
     """Say what is kept, unless something was kept before."""
     if not os.path.exists(folder()):
         say(
-            "a drafter learns from the texts written here, while the machine is idle; it keeps sums over states and "
-            f"counts of tokens, no text, in {folder()}; --no-learn (learn=False) turns this off"
+            "while the machine is idle, a drafter learns from the texts that the model reads and writes; it keeps sums "
+            f"over states and counts of tokens, but no text, in {folder()}; --no-learn (learn=False) turns this off"
         )
 
 
@@ -188,7 +190,7 @@ def read_progress(path: Path) -> Progress | None:
     with _reading(path) as (file, sums):
         said = (file.metadata() or {}).get("progress", "")
         if sums and sums.get("") != zlib.crc32(said.encode()):
-            raise ValueError("its description has another checksum")
+            raise ValueError("the checksum of its description is wrong")
         found = READ.validate_json(said)
     if found.version != VERSION:
         raise UnusableError(f"'{path}' was written by another version of specdec")
@@ -204,13 +206,20 @@ def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[
     with _reading(path) as (file, sums):
         for name in file.keys() if like is None else like:
             if like is not None and tuple(file.get_slice(name).get_shape()) != like[name].shape:
-                raise ValueError(f"'{name}' has another shape")
+                raise ValueError(f"the shape of '{name}' is wrong")
             tensor = file.get_tensor(name)
             if sums and sums.get(name) != _checksum(tensor):
-                raise ValueError(f"'{name}' has another checksum")
+                raise ValueError(f"the checksum of '{name}' is wrong")
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"'{name}' is not finite")
             yield name, tensor
+
+
+def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, float]:
+    """What a fine-tune starts with if its base model has learned that, and the factor of the sums."""
+    tokens = min(base.tokens, PRIOR)
+    own = Progress(model, base.path, tokens, fitted=tokens, based=tokens, fits=base.fits, adapter=adapter)
+    return own, tokens / max(base.tokens, 1)
 
 
 def begin_from(store: Store, other: Path, model: str) -> None:
@@ -221,12 +230,11 @@ def begin_from(store: Store, other: Path, model: str) -> None:
     """
     progress = read_progress(other)
     assert progress is not None
-    tokens = min(progress.tokens, PRIOR)
+    own, factor = as_start(progress, model)
     tensors = dict(read_tensors(other))
     for name, tensor in tensors.items():
         if name.startswith("sums."):
-            tensor *= tokens / max(progress.tokens, 1)
-    own = Progress(model, progress.path, tokens, fitted=tokens, based=tokens, fits=progress.fits)
+            tensor *= factor
     if not store.claim():
         raise SpecDecError(store.why_not or f"another process learns for '{model}'; end it and try again")
     try:

@@ -17,13 +17,14 @@ from torch import Tensor
 from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.ridge import RIDGE, Sums, Weighted, result
+from specdec.models import identity
 from specdec.models.gguf.blocks import named_weights
 from specdec.runtimes.draft_maps import UnitMap
 from specdec.runtimes.target import Target
 from specdec.speculation.ngram import built
 
 from .corpus import corpus
-from .learned import Progress, Stamp, Store, UnusableError, whole_name
+from .learned import Progress, Stamp, Store, UnusableError, as_start, whole_name
 from .m2r2_network import M2R2
 from .m2r2_path import M2R2Path
 
@@ -50,14 +51,18 @@ class Fits:
     progress: number of tokens, fits and more; without fits, ``network`` drafts nothing useful.
     sums: of each projection; none before ``opening``.
     kept, kept_at: number of texts when all was written, and when that was.
+    start: where a model with a merged adapter starts: what was learned for the model without it.
+    source: the one of both that was read at last. read_at: its stamp. factor: of its sums.
     """
 
     def __init__(self, target: Target) -> None:
         self.target, self.path = target, learned_path(target)
-        self.name = whole_name(str(target.model.config._name_or_path))
-        self.progress = Progress(self.name, str(self.path))
+        self.name, merged = whole_name(str(target.model.config._name_or_path)), identity.merged_adapter(target.model)
+        self.adapter = "" if merged is None else whole_name(merged.name)
+        self.progress = self._new_progress()
         self.sums: list[Sums] = []
         self.store, self.kept, self.kept_at = Store(target.fingerprint, str(self.path)), 0, -math.inf
+        self.start = None if merged is None else Store(merged.base, str(self.path))
         self._restore()
 
     @property
@@ -66,6 +71,19 @@ class Fits:
         return self.progress.fits
 
     # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def _new_progress(self, fits: int = 0) -> Progress:
+        return Progress(self.name, str(self.path), fits=fits, adapter=self.adapter)
+
+    def _read_progress(self) -> Progress | None:
+        """What the model has learned, else what it starts with; None for neither."""
+        self.source, self.read_at, self.factor = self.store, self.stamp, 1.0
+        found = self.store.progress()
+        if found is None and self.start is not None:
+            self.source, self.read_at = self.start, self.start.stamp()
+            if (of_base := self.start.progress()) is not None:
+                found, self.factor = as_start(of_base, self.name, self.adapter)
+        return found
 
     def _new_sums(self) -> list[Sums]:
         return [Sums(parts * self.target.hidden_size, self.target.hidden_size) for parts in (3, 2)]
@@ -82,11 +100,11 @@ class Fits:
         first, second = (torch.zeros(parts * d + 1, d) for parts in (3, 2))
         basis = first
         try:
-            if (progress := store.progress()) is not None:
-                found = dict(store.tensors(self._kept(first, second, basis)))
+            if (progress := self._read_progress()) is not None:
+                found = dict(self.source.tensors(self._kept(first, second, basis)))
                 tokens = found.get("vocabulary", torch.zeros(1))
                 if int(tokens.min()) < 0 or int(tokens.max()) >= size:
-                    raise UnusableError(f"'{store.path}' names tokens that the model does not have")
+                    raise UnusableError(f"'{self.source.path}' names tokens that the model does not have")
                 first, second, basis = (found[name].float() for name in ("fit.0", "fit.1", "basis"))
                 self.counts, self.vocabulary = found["counts"].long(), found.get("vocabulary")
                 progress.model = self.name
@@ -110,12 +128,13 @@ class Fits:
         """Set the file aside if its content cannot be used; one that cannot be read now is not written over."""
         place = None
         if isinstance(error, UnusableError):
-            place = self.store.set_aside()
+            place = self.source.set_aside()
         else:
-            self.store.leave(str(error))
+            self.source.leave(str(error))
         done = f"it is set aside as '{place.name}'" if place else "it stays there"
         warnings.warn(f"{error}; {done}, and learning starts anew", SpecDecWarning, stacklevel=3)
         self.stamp = self.store.stamp() if place else ()  # it is read again before this process writes
+        self.source, self.read_at = self.store, self.stamp
 
     def claim(self) -> None:
         """Become the process that keeps what is learned. Raises SpecDecError if that cannot be."""
@@ -130,7 +149,7 @@ class Fits:
 
     def begin_anew(self) -> None:
         """Forget all; the network that serves, too."""
-        self.sums, self.kept, self.progress = [], 0, Progress(self.name, str(self.path))
+        self.sums, self.kept, self.progress = [], 0, self._new_progress()
         self._restore()
 
     def opening(self) -> Generator[None]:
@@ -138,18 +157,18 @@ class Fits:
         if not self.store.claim():
             why = self.store.why_not or "another process learns for this model"
             warnings.warn(f"{why}: what this one learns is not kept", SpecDecWarning, stacklevel=2)
-        if self.store.stamp() != self.stamp:  # it has learned since
+        if (self.store.stamp(), self.source.stamp()) != (self.stamp, self.read_at):  # it has learned since
             self._restore()
         sums = self._new_sums()
         try:
-            for name, tensor in self.store.tensors(self._panels(sums)) if self.progress.tokens else ():
+            for name, tensor in self.source.tensors(self._panels(sums)) if self.progress.tokens else ():
                 n, number = map(int, name.split(".")[1:])
-                sums[n].panels[number] = tensor
+                sums[n].panels[number] = tensor.mul_(self.factor)
                 yield
         except SpecDecError as error:
             self._cannot_use(error)
             sums = self._new_sums()
-            self.progress, self.kept = Progress(self.name, str(self.path), fits=self.version), 0
+            self.progress, self.kept = self._new_progress(self.version), 0
         self.sums = sums
 
     def keep(self) -> None:

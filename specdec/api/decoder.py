@@ -167,7 +167,8 @@ class SpecDecoder:
     ) -> SpecDecoder:
         """Load an embedded model, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
 
-        drafter: as in the constructor, but "auto" first looks for settings of ``specdec tune drafter`` (``tuned``).
+        drafter: as in the constructor, but "auto" first looks for settings of ``specdec tune drafter`` (``tuned``); for
+        a model with an adapter, also for those of the model without it.
         dtype, revision, trust_remote_code: as in ``loading.load``.
         adapter: a LoRA adapter that is merged into the weights: a folder of PEFT, a GGUF adapter for a GGUF model, or a
         Hugging Face id. The model with it is then the base.
@@ -198,7 +199,9 @@ class SpecDecoder:
                 adapter=adapter,
                 check=lambda config: None if choice is None else registry.refuse_early(choice, config, name),
             )
-            kept = load_tuned(tuned_path(name, str(dtype).removeprefix("torch."), str(model.device), **way))
+            of = name, str(dtype).removeprefix("torch."), str(model.device)
+            kept = None if adapter is None else load_tuned(tuned_path(*of, **way, adapter=adapter))
+            kept = kept or load_tuned(tuned_path(*of, **way))
             drafter, tuned = _resolve_auto(drafter, kept)
             chosen = drafter if choice is None or tuned is not None else choice
             decoder = cls(model, tokenizer, chosen, **more)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,12 +32,17 @@ class Tuned:
 DEFAULTS = {"runtime": "auto", "weights": "auto"}
 
 
-def tuned_path(model: str, dtype: str, device: str, runtime: str, weights: str) -> Path:
+def tuned_path(
+    model: str, dtype: str, device: str, runtime: str, weights: str, adapter: str | os.PathLike[str] | None = None
+) -> Path:
     """The file of the setting for a model that is loaded with these options on this machine."""
-    local = Path(model)
-    name = str(local.resolve()) if local.exists() else model
-    what = json.dumps([name, dtype, device, runtime, weights, platform.node(), platform.machine()])
-    return data_dir() / "tuned" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
+    options = [_whole(model), dtype, device, runtime, weights, platform.node(), platform.machine()]
+    options += [] if adapter is None else [_whole(os.fspath(adapter))]
+    return data_dir() / "tuned" / f"{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]}.json"
+
+
+def _whole(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def save_tuned(path: Path, tuned: Tuned) -> None:

@@ -16,7 +16,6 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
-from specdec.models.names import adapter_place
 from specdec.models.prepare import embedded_folder
 
 if TYPE_CHECKING:
@@ -61,8 +60,7 @@ def ahead(
     model = shared.one_model(argument, named)
     for name in filter(None, (model, base)):
         shared.check_model(name)
-    if adapter is not None:
-        adapter_place(adapter)
+    shared.check_adapter(adapter)
     from specdec.bench.prompts import load_prompts
 
     given = [] if prompts is None else [each.turns[0] for each in load_prompts(prompts).conversations]
@@ -90,7 +88,7 @@ def ahead(
         f"learned from {found.tokens:,} tokens; tokens a step on held-out questions: {found.before:.2f} before, "
         f"{found.after:.2f} after"
     )
-    tuned = load_tuned(tuned_path(model, dtype, str(decoder.device), runtime, DEFAULTS["weights"]))
+    tuned = load_tuned(tuned_path(model, dtype, str(decoder.device), runtime, DEFAULTS["weights"], adapter))
     if tuned is not None and tuned.drafter != decoder.drafter.label:
         say(
             f"'specdec tune drafter' chose {tuned.drafter} for this model before: measure again with it, or give "
@@ -117,13 +115,12 @@ def status(as_json: shared.JsonLine = False) -> None:
         if each is None:
             rows.append((path.name, "cannot be used; 'specdec learn reset' removes it", "", "", "", size))
             continue
-        name = Path(each.model).name
+        name = Path(each.model).name if last[Path(each.model).name] == 1 else each.model
+        name += f" with {Path(each.adapter).name}" if each.adapter else ""
         shares = [share for _, share in each.agreement]
         latest = f"{100 * shares[-1]:.0f} %" if shares else "no fit yet"
-        rows.append(
-            (name if last[name] == 1 else each.model, f"{each.tokens:,}", each.since, latest, sparkline(shares), size)
-        )
-    terminal.print_table(("model", "tokens", "since", "first drafts right", "over time", "size"), rows)
+        rows.append((name, f"{each.tokens:,}", each.since, latest, sparkline(shares), size))
+    terminal.print_table(("model", "tokens", "since", "agreement", "over time", "size"), rows)
 
 
 @app.command("reset", epilog="Example: specdec learn reset my-model")
@@ -144,7 +141,7 @@ def reset(
         found = _learned_for(model)
         count, stems = len(found), {path.stem for path, _ in found}
     if learned.forget(stems):
-        say("a process that learns now begins anew")
+        say("a process that is learning now starts anew")
     say(f"forgot what was learned for {count} model{'' if count == 1 else 's'}")
 
 
@@ -158,6 +155,7 @@ def export(
     """Write what was learned as an ordinary drafter folder, for --drafter DIR."""
     model = shared.one_model(argument, model, DEFAULT_MODEL)
     shared.check_model(model)
+    shared.check_adapter(adapter)
     with terminal.status(f"preparing {model}"):
         from specdec.api.decoder import SpecDecoder
         from specdec.drafters.m2r2 import M2R2Drafter
@@ -167,7 +165,7 @@ def export(
         drafter = M2R2Drafter.load(decoder.target)
         if not drafter.version:
             raise SpecDecError(f"nothing that drafts was learned for '{model}' yet; specdec learn {model} does so now")
-        base = drafter_folder.describe_base(decoder.target, source.public_name(model))
+        base = drafter_folder.describe_base(decoder.target, source.public_name(model, adapter))
     config = {"drafter": "m2r2", "path": drafter.network.path.to_json(), "base": base}
     drafter_folder.write(output, config, dict(drafter.network.state_dict()), "int8")
     say(f"written to {output}; use it with --drafter {output}")

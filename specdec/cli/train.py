@@ -21,29 +21,31 @@ def run(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the drafter and the state of the run.")],
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of prompts or token-id answers, or plain lines; may end in .gz.")
+        list[Path] | None,
+        typer.Option(help="JSONL of prompts or of answers in token ids, or one prompt a line; may be gzipped (.gz)."),
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Files of plain text to train on, with or without prompts; may end in .gz."),
+        typer.Option(help="Files of plain text to train on, with or without prompts; may be gzipped (.gz)."),
     ] = None,
     argument: shared.ModelArgument = None,
     model: Annotated[
         str | None,
         typer.Option(help="Base model: a name, a folder or a Hugging Face id.", autocompletion=shared.complete_model),
     ] = None,
+    adapter: shared.Adapter = None,
     preset: Annotated[
         str | None, typer.Option(help="Settings: a preset's name or a YAML file; default: the method's preset.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Length of the gradient training, in all.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Its length in updates, instead of minutes.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes of gradient training, in total.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of updates, instead of --minutes.")] = None,
     holdout: Annotated[list[Path] | None, typer.Option(help="Files whose prompts must not be trained on.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling and of the first weights.")] = None,
     search: Annotated[
-        bool, typer.Option("--search", help="m2r2: choose the layers by closed-form acceptance and measured cost.")
+        bool, typer.Option("--search", help="m2r2 only: choose the layers by closed-form acceptance and measured cost.")
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of train.yaml.")
@@ -53,6 +55,7 @@ def run(
     if argument is not None or model is not None:
         model = shared.one_model(argument, model)
         check_model(model)
+    shared.check_adapter(adapter)
     _check_files(prompts or [], [*(text or []), *(holdout or [])])
     from specdec.train.evaluate import speedup_text
     from specdec.train.method import lookup  # heavy imports stay out of --help
@@ -61,8 +64,8 @@ def run(
     from specdec.train.world import is_first_process
 
     overrides: dict[str, Any] = {
-        "output": str(output),
-        "model": model, "minutes": minutes, "steps": steps, "dtype": dtype, "device": device, "seed": seed,
+        "output": str(output), "model": model, "adapter": adapter, "minutes": minutes, "steps": steps,
+        "dtype": dtype, "device": device, "seed": seed,
     }  # fmt: skip
     for name, paths in (("prompts", prompts), ("text", text), ("holdout", holdout)):
         overrides[name] = [str(path) for path in paths] if paths else None

@@ -24,7 +24,12 @@ def drafter(
     argument: shared.ModelArgument = None,
     prompts: shared.FirstTurns = "own",
     drafters: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Comma-separated drafters to try; default: all that fit.")
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Drafters to try, separated by commas; default: all that fit the model.",
+            autocompletion=shared.complete_drafters,
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of prompts, evenly spaced over the file.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Largest number of new tokens of an answer.")] = 96,
@@ -33,10 +38,12 @@ def drafter(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
+    adapter: shared.Adapter = None,
 ) -> None:
     """Find and store the fastest drafter and draft length; generate uses them from then on."""
     model = shared.one_model(argument, model, DEFAULT_MODEL)
     shared.check_model(model)
+    shared.check_adapter(adapter)
     with terminal.status("loading"):
         from specdec.bench.cell import Cell
         from specdec.bench.results import Results
@@ -45,7 +52,7 @@ def drafter(
 
         terminal.warn_in_lines()
         base = Cell(
-            model=model, dtype=dtype, device=device, runtime=runtime, weights=weights,
+            model=model, dtype=dtype, device=device, runtime=runtime, weights=weights, adapter=adapter,
             drafter="none", prompts=prompts, limit=limit, turns=1, max_new_tokens=max_new_tokens,
         )  # fmt: skip
         decoders = Decoders()
@@ -67,7 +74,7 @@ def drafter(
     tuned = Tuned("none", "auto", 1.0, of)
     if gain > 1:
         tuned = Tuned(best.drafter, best.num_speculative_tokens, round(gain, 3), of)
-    path = tuned_path(model, dtype, device, runtime, weights)
+    path = tuned_path(model, dtype, device, runtime, weights, adapter)
     save_tuned(path, tuned)
     depth = tuned.num_speculative_tokens
     length = "" if depth == "auto" else f" --num-speculative-tokens {depth}"

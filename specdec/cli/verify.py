@@ -87,6 +87,7 @@ def verify(
         **statistics.runtime(decoder),
         "runtime_note": decoder.runtime_note,
         "weights": weights,
+        "adapter": decoder.adapter,
         "drafter": drafter,
         "num_speculative_tokens": depth,
         "verifier": rule.label,
@@ -101,7 +102,8 @@ def verify(
     title = [
         f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}"
         + (f", activations in {about['activations']}" if about["activations"] != "as computed" else "")
-        + (f", KV cache {loading.kv_cache}" if loading.kv_cache != "auto" else ""),
+        + (f", KV cache {loading.kv_cache}" if loading.kv_cache != "auto" else "")
+        + (f", adapter {decoder.adapter}" if decoder.adapter else ""),
         f"drafter    {drafter}, draft length {depth}; acceptance rule {about['verifier']}",
         f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens, in batches of {batch_size}",
         f"sampling   temperature {params.temperature:g}, top-p {params.top_p:g}, top-k {params.top_k}",

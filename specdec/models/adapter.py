@@ -25,6 +25,7 @@ from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import identity
 from specdec.models.drafter_folder import read_json
 from specdec.models.gguf.blocks import BlockLinear, Blocks, dequantize
+from specdec.models.gguf.file import read_header
 from specdec.models.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_place
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ BESIDE = {
     *("qalora_group_size", "init_lora_weights"),
 }
 STARTS = True, False, "gaussian", "eva", "orthogonal"  # other values of init_lora_weights change the base model, too
+FAMILY_NAMES = (
+    *("llama", "qwen", "gemma", "mistral", "mixtral", "ministral", "phi", "smollm", "olmo", "granite", "falcon"),
+    *("deepseek", "glm", "nemotron", "gpt-oss"),
+)
+SIMILAR = 1.33  # sizes in names are rounded
+_FAMILY = re.compile(rf"(?<![a-z])({'|'.join(FAMILY_NAMES)})(?![a-z])(?:[-_ ]?v?(\d+(?:\.\d+)?)(?![\d.]*[a-z\d]))?")
+_SIZE = re.compile(r"(?<![\w.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -108,6 +116,24 @@ def find(name: str) -> Path:
     return path
 
 
+def check_base(name: str, place: Path, model: str) -> None:
+    """Raise SpecDecError if the adapter names a base model of another family, version or size than ``model`` names.
+
+    Reads no weights. Where the names do not tell, the shapes decide (``merge``).
+    """
+    if place.is_dir():
+        config = read_json(place / ADAPTER_CONFIG)
+        base = str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
+    else:
+        base = str(read_header(place, name).metadata.get("general.base_model.0.name", ""))
+    for what, one, other in zip(("family", "version", "size"), _parts(base), _parts(model), strict=True):
+        if one and other and not any(_agree(a, b, what) for a in one for b in other):
+            raise SpecDecError(
+                f"adapter '{name}' was made for '{base}', and '{model}' is the name of a model of another {what}; load "
+                "the model that the adapter was made for; if this is it, correct its name in the adapter or rename it"
+            )
+
+
 def merge(model: Any, adapter: Adapter) -> list[Tensor]:
     """Merge an adapter into a model, whose changed maps get weights in its dtype; return these in their order.
 
@@ -125,7 +151,7 @@ def merge(model: Any, adapter: Adapter) -> list[Tensor]:
         up, down = change.up.to(values.device).float(), change.down.to(values.device).float()
         values = values.add_(up @ down * change.scale).to(module.weight.dtype if _dense(module) else module.dtype)
         if not bool(values.isfinite().all()):
-            raise SpecDecError(f"adapter '{adapter.name}' makes '{path}' infinite or no number; get it again")
+            raise SpecDecError(f"adapter '{adapter.name}' gives '{path}' infinite values or NaN; get it again")
         if not _dense(module):
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.bias = module.bias
@@ -137,8 +163,25 @@ def merge(model: Any, adapter: Adapter) -> list[Tensor]:
     model.merged_adapter = kept
     loaded = model.config._name_or_path
     if adapter.base and not _same_name(adapter.base, loaded):
-        terminal.say(f"note: adapter '{adapter.name}' was made for '{adapter.base}'; its shapes fit '{loaded}'")
+        terminal.say(
+            f"note: adapter '{adapter.name}' names '{adapter.base}' as its base model; its shapes fit '{loaded}', too"
+        )
     return made
+
+
+def _parts(name: str) -> tuple[list[Any], list[Any], list[Any]]:
+    """The families that are in a model's name, the versions behind them, and the sizes in millions of parameters."""
+    last = name.rstrip("/").rpartition("/")[2].lower()
+    found, sizes = _FAMILY.findall(last), _SIZE.findall(last)
+    return (
+        [family for family, _ in found],
+        [float(version) for _, version in found if version],
+        [int(count or 1) * float(size) * {"b": 1000, "m": 1}[unit] for count, size, unit in sizes],
+    )
+
+
+def _agree(one: Any, other: Any, what: str) -> bool:
+    return one == other or (what == "size" and max(one, other) < SIMILAR * min(one, other))
 
 
 def _same_name(one: str, other: str) -> bool:

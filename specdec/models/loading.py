@@ -58,7 +58,7 @@ def load(
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
     place = find_device(device, kind)
-    merge = _merging(adapter)
+    merge = _merging(adapter, name)
     source = find_source(name, revision)
     found, tokenizer = _config(source, trust_remote_code), _tokenizer(source, trust_remote_code)
     if check is not None:
@@ -109,15 +109,18 @@ def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     return pretrained.read_tokenizer(source, trust_remote_code)
 
 
-def _merging(adapter: str | os.PathLike[str] | None) -> Merge:
-    """Merges an adapter into a model, and returns the matrices that it has changed. Raises SpecDecError for a missing
-    adapter."""
+def _merging(adapter: str | os.PathLike[str] | None, model: str) -> Merge:
+    """Merges an adapter into a model, and returns the matrices that it has changed.
+
+    Raises SpecDecError for a missing adapter, and for one of another model by its name.
+    """
     if adapter is None:
         return lambda model, file: []
     from specdec.models import adapter as adapters
 
     name = os.fspath(adapter)
     place = adapters.find(name)
+    adapters.check_base(name, place, model)
     return lambda model, file: adapters.merge(model, adapters.read(name, place, model, file))
 
 

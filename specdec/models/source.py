@@ -148,12 +148,14 @@ def weight_files(name: str, revision: str | None = None) -> list[Path]:
     return source.weight_files()
 
 
-def public_name(name: str) -> str:
-    """The name of a model for files that are published: never a path of this machine.
+def public_name(name: str, adapter: str | None = None) -> str:
+    """The name of a model, with that of its adapter, for files that are published: never a path of this machine.
 
     Embedded models and Hugging Face ids keep their name. A GGUF file has ``general.name``, and a folder's config has
     ``_name_or_path``; if that is missing or a path, the name of the file or folder is used.
     """
+    if adapter is not None:
+        return f"{public_name(name)} with {public_name(adapter)}"
     path = Path(name).expanduser()
     if name in EMBEDDED or not path.exists():
         return name

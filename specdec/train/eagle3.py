@@ -136,7 +136,7 @@ class Eagle3Method(TrainingMethod[Eagle3]):
         return f"mean acceptance length {figures['score']:.2f} with {len(figures['top1'])} drafts (agreement {chain})"
 
     def config(self, network: Eagle3) -> dict[str, Any]:
-        name = source.public_name(self.settings.model)
+        name = source.public_name(self.settings.model, self.settings.adapter)
         return {"drafter": KIND, **network.config.to_json(self.target, name, self.settings.draft_steps)}
 
     def tensors(self, masters: Eagle3) -> dict[str, Tensor]:

@@ -96,6 +96,8 @@ def recorded(settings: TrainSettings) -> TrainSettings:
     names: dict[str, Any] = {"model": source.public_name(settings.model), "output": ""}
     for key in ("prompts", "text", "holdout"):
         names[key] = tuple(Path(path).name for path in getattr(settings, key))
+    if settings.adapter:
+        names["adapter"] = source.public_name(settings.adapter)
     for key in ("init", "drafter"):
         if value := getattr(settings, key, ""):
             names[key] = Path(value).resolve().name

@@ -294,7 +294,7 @@ class TrainingRun:
 
     def _export(self, figures: dict[str, Any]) -> None:
         target = self.target
-        base = drafter_folder.describe_base(target, source.public_name(self.settings.model))
+        base = drafter_folder.describe_base(target, source.public_name(self.settings.model, self.settings.adapter))
         training = {
             "answers": len(self.records),
             "tokens_in_answers": count_positions(self.windows),

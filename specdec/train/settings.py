@@ -31,6 +31,7 @@ class TrainSettings(Settings):
 
     method: str = ""
     model: str = "smollm2-135m-instruct"
+    adapter: str | None = None  # a LoRA adapter to merge into the model
     prompts: Files = ()  # files of prompts or of token-id answers
     text: Files = ()  # files of plain text, which train every position without answers
     text_tokens: Positive = 512  # length of a piece of text

@@ -71,7 +71,9 @@ def _prepare(
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     fits = partial(check_memory, settings.model, dtype=dtype, place=torch.device(world.device))
-    model, tokenizer = loading.load(settings.model, dtype=dtype, device=world.device, check=fits)
+    model, tokenizer = loading.load(
+        settings.model, dtype=dtype, device=world.device, adapter=settings.adapter, check=fits
+    )
     decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it, so its states are theirs
     target = open_target(model, settings)
     if settings.init:
@@ -148,7 +150,7 @@ def open_target(model: Any, settings: TrainSettings) -> Target:
     if settings.dtype == "auto" and model.device.type == "cpu" and float32_is_faster():
         need, free = _weight_bytes(model.config, torch.float32), machine.available_memory()
         if free is None or free > 3 * need:  # it is loaded beside the first one, and its matrices are stacked
-            model, _ = loading.load(settings.model, dtype="float32", device="cpu")
+            model, _ = loading.load(settings.model, dtype="float32", device="cpu", adapter=settings.adapter)
     return training_target(model)
 
 

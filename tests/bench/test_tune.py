@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from lora import save_lora
 from measured import result
 from tiny import save_tiny
 from typer.testing import CliRunner
@@ -15,6 +16,7 @@ from specdec.api.tuned import Tuned, load_tuned, save_tuned, tuned_path
 from specdec.base.errors import SpecDecError
 from specdec.bench import tune as search
 from specdec.bench.run import failure_record
+from specdec.models import loading
 
 PROMPTS = [{"turns": ["one two three one two", "and again"]}, {"turns": ["two one two one two one"]}]
 
@@ -68,6 +70,19 @@ def test_the_fastest_is_kept_and_generate_uses_it(run, speeds) -> None:
     assert used["drafter"] == "lookahead" and used["settings"]["num_speculative_tokens"] == 3
     named = json.loads(run("generate", "one two", "--max-new-tokens", "4", "--json", "--drafter", "none").stdout)
     assert named["drafter"] == "none" and named["settings"]["num_speculative_tokens"] == "auto"
+
+
+def test_a_model_with_an_adapter_has_settings_of_its_own_else_those_of_the_model(run, folder, speeds, tmp_path) -> None:
+    speeds |= {"lookahead": 1.3, "prompt-lookup": 1.5}
+    save_lora(tmp_path / "lora", loading.load(folder)[0])
+    adapted = ("generate", "one two", "--max-new-tokens", "4", "--json", "--adapter", str(tmp_path / "lora"))
+    assert run("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "lookahead").exit_code == 0
+    assert json.loads(run(*adapted).stdout)["drafter"] == "lookahead"
+    tune = ("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "prompt-lookup", *adapted[-2:])
+    outcome = run(*tune)
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(run(*adapted).stdout)["drafter"] == "prompt-lookup"
+    assert json.loads(run(*adapted[:-2]).stdout)["drafter"] == "lookahead"
 
 
 def test_without_a_faster_drafter_plain_decoding_is_kept(run, folder: Path, speeds) -> None:

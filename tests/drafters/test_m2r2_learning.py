@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import json
@@ -32,6 +33,8 @@ from specdec.engine.depth.calibration import Tally
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.kvcache import recurrent
+from specdec.models import adapter as adapters
+from specdec.models.adapter import LowRank
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
@@ -431,7 +434,7 @@ def test_what_goes_wrong_ends_learning_not_requests(llama: PreTrainedModel, monk
         raise MemoryError("out of memory")
 
     why = "a state is not finite" if what == "nan" else what
-    with monkeypatch.context() as changed, pytest.warns(SpecDecWarning, match=f"learns no more: {why}") as warned:
+    with monkeypatch.context() as changed, pytest.warns(SpecDecWarning, match=f"stops learning: {why}") as warned:
         for number in range(2):
             decoder.generate([5, 6, 8 + number], max_new_tokens=20)
         changed.setattr(ReferenceTarget, "embed", broken)
@@ -446,7 +449,7 @@ def test_a_fit_that_fails_ends_learning_with_one_line(target: Target, monkeypatc
         yield
 
     monkeypatch.setattr(Sums, "solve", refuse)
-    with pytest.warns(SpecDecWarning, match="learns no more: no room") as warned:
+    with pytest.warns(SpecDecWarning, match="stops learning: no room") as warned:
         learner = Learner(target)
         for text in texts(target, 12):
             learner.add(text.ids, text.start)
@@ -480,7 +483,7 @@ def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target
         two.with_drafter("m2r2")
     with monkeypatch.context() as changed:
         changed.setattr(ReferenceTarget, "experts", object())
-        assert why_not(target) == "its layers cannot be run twice on a token"
+        assert why_not(target) == "some of its experts are on the disk"
     monkeypatch.setattr(m2r2_learning, "free_memory", lambda device: 1000)
     with pytest.raises(SpecDecError, match=r"cannot teach itself: it would need 0\.1 GB of memory"):
         SpecDecoder(target.model, drafter="m2r2")
@@ -625,6 +628,44 @@ def test_another_process_goes_on_where_this_one_ended(target: Target, monkeypatc
         )
 
 
+def with_adapter(model: PreTrainedModel) -> Target:
+    adapted, random = copy.deepcopy(model), torch.Generator().manual_seed(3)
+    down, up = (torch.randn(shape, generator=random) * 0.1 for shape in ((4, 32), (32, 4)))
+    maps = {"model.layers.2.self_attn.q_proj": LowRank(down, up, 1.0)}
+    adapters.merge(adapted, adapters.Adapter("org/adapter", adapters.fingerprint(maps), maps))
+    return ReferenceTarget(adapted)
+
+
+def test_a_model_with_an_adapter_starts_with_what_was_learned_without_it(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    adapted = with_adapter(target.model)
+    assert Learner(adapted).fits.version == 0
+    learner = taught(target)
+    learner.save()
+    learner.fits.store.release()
+    before, tokens = learner.fits.store.path.read_bytes(), learner.fits.progress.tokens
+    monkeypatch.setattr(learned, "PRIOR", tokens // 2)
+    monkeypatch.setattr(m2r2_learning, "EVERY", 10**6)  # a fit would scale the sums
+    started = Learner(adapted)
+    assert same(learner, started) and started.fits.version == learner.fits.version > 0
+    started.add(list(range(3, 40)), 4)
+    while started.work():
+        pass
+    progress = started.fits.progress
+    assert (progress.tokens, progress.adapter) == (tokens // 2 + 33, "org/adapter")
+    factor = (tokens // 2) / tokens
+    for own, of_base in zip(started.fits.sums, learner.fits.sums, strict=True):
+        assert own.rows == pytest.approx(factor * of_base.rows + 33, abs=1e-3)
+    started.save()
+    started.fits.store.release()
+    assert learner.fits.store.path.read_bytes() == before
+    assert Learner(adapted).fits.progress == progress and Learner(target).fits.progress == learner.fits.progress
+    learned.forget({started.fits.store.path.stem})
+    damage(learner.fits.store.path, "truncated")
+    with pytest.warns(SpecDecWarning, match="it is set aside as .*, and learning starts anew"):
+        assert Learner(adapted).fits.version == 0
+    assert learned.all_progress()[0][0].suffix == ".damaged"
+
+
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     if how == "truncated":
@@ -753,7 +794,7 @@ def test_a_process_that_learns_notices_that_all_was_deleted(target: Target, monk
     learner.fits.kept = 0
     learner.save()
     assert not learned.all_progress() and learner.fits.forgotten
-    with pytest.warns(SpecDecWarning, match="what was learned is deleted") as warned:
+    with pytest.warns(SpecDecWarning, match="deleted what was learned") as warned:
         learner.add(list(range(3, 40)), 4)
         while learner.work():
             pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fake_hub import FakeHub
+from lora import PARTS, save_lora
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_gguf import write_gguf, write_model
@@ -28,30 +28,6 @@ from specdec.models.drafter_folder import check_base, describe_base
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.models.names import adapter_place
 from specdec.runtimes.native import library
-
-PARTS = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"
-CONFIG = {
-    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "some/base", "r": 4, "lora_alpha": 8,
-    "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj", "down_proj"], "bias": "none", "inference_mode": True,
-    "fan_in_fan_out": False, "modules_to_save": None, "use_dora": False, "use_rslora": False, "init_lora_weights": True,
-    "rank_pattern": {}, "alpha_pattern": {}, "loftq_config": {}, "megatron_core": "megatron.core",
-    "qalora_group_size": 16, "layers_to_transform": None, "trainable_token_indices": None,
-}  # fmt: skip
-
-
-def save_lora(folder: Path, model: Any, seed: int = 0, size: float = 0.3, **config: Any) -> dict[str, Tensor]:
-    """A folder of PEFT with random changes of the maps ``PARTS`` of every layer; its tensors."""
-    random, tensors = torch.Generator().manual_seed(seed), dict[str, Tensor]()
-    rank = (CONFIG | config)["r"]
-    for path, module in model.named_modules():
-        if path.endswith(PARTS):
-            name = f"base_model.model.{path}.lora_"
-            tensors[f"{name}A.weight"] = torch.randn(rank, module.in_features, generator=random) * size
-            tensors[f"{name}B.weight"] = torch.randn(module.out_features, rank, generator=random) * size
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
-    return tensors
 
 
 def merged(weight: Tensor, tensors: dict[str, Tensor], path: str, scale: float) -> Tensor:
@@ -112,7 +88,7 @@ def test_it_equals_pefts_merged_model(cache: SimpleNamespace, tmp_path: Path) ->
         ("Qwen/Qwen2.5-0.5B-Instruct", "/models/qwen2.5-0.5b-instruct-q4_k_m.gguf", True),
         ("unsloth/Qwen2.5-0.5B-bnb-4bit", "Qwen/Qwen2.5-0.5B", True),
         ("SmolLM2 135M Instruct", "smollm2-135m-instruct", True),
-        ("meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-0.5B", False),
+        ("me/my-model", "Qwen/Qwen2.5-0.5B", False),
     ],
 )
 def test_another_base_by_name_is_noted(
@@ -122,7 +98,44 @@ def test_another_base_by_name_is_noted(
     save_lora(tmp_path / "lora", model, base_model_name_or_path=recorded)
     model.config._name_or_path = loaded
     adapters.merge(model, adapters.read("it", tmp_path / "lora", model, None))
-    assert (f"was made for '{recorded}'; its shapes fit '{loaded}'" in capsys.readouterr().err) != same
+    assert (f"names '{recorded}' as its base model; its shapes fit '{loaded}'" in capsys.readouterr().err) != same
+
+
+@pytest.mark.parametrize(
+    ("recorded", "loaded", "reason"),
+    [
+        ("meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-1.5B", "family"),
+        ("Llama 3.2 1B", "qwen2.5-1.5b-instruct-q4_k_m.gguf", "family"),
+        ("Qwen/Qwen2.5-0.5B", "/models/qwen3-0.6b", "version"),
+        ("meta-llama/Llama-3-8B", "bartowski/Llama-3.1-8B-GGUF:Q4_K_M", "version"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "ORG/qwen2.5-1.5b-gguf:q4_k_m", "size"),
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x22b", "size"),
+        ("mistralai/Mistral-7B-v0.1", "mistral-7b-instruct-v0.2.Q4_K_M.gguf", ""),
+        ("unsloth/Qwen2.5-0.5B-bnb-4bit", "/models/Qwen2.5-0.5B-Instruct", ""),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "r1-qwen-1.54b.gguf", ""),
+        ("google/gemma-2-2b-it", "gemma-2-2.6b", ""),
+        ("meta-llama/Meta-Llama-3-8B", "llama-3.0-8b", ""),
+        ("/root/models/snapshots/7b3a9b", "Qwen/Qwen2.5-0.5B", ""),
+        ("me/dolphin", "llama-3.2-1b", ""),
+        ("", "llama-3.2-1b", ""),
+    ],
+)
+def test_a_base_of_another_name_is_refused_before_anything_is_loaded(
+    tmp_path: Path, recorded: str, loaded: str, reason: str
+) -> None:
+    save_lora(tmp_path / "lora", tiny_model("llama"), base_model_name_or_path=recorded)
+    adapter = write_adapter(tmp_path / "lora.gguf", {}, base=recorded)
+    for place in (tmp_path / "lora", adapter):
+        if not reason:
+            adapters.check_base("it", place, loaded)
+            continue
+        why = f"made for '{recorded}', and '{loaded}' is .* of another {reason};"
+        with pytest.raises(SpecDecError, match=why) as error:
+            adapters.check_base("it", place, loaded)
+        assert "\n" not in str(error.value)
+    if reason == "family":
+        with pytest.raises(SpecDecError, match="of another family"):
+            loading.load("ORG/" + loaded.rpartition("/")[2].removesuffix(".gguf"), adapter=tmp_path / "lora")
 
 
 def test_drafted_text_is_that_of_plain_decoding_with_it(base: Path, lora: Path) -> None:
@@ -179,6 +192,8 @@ def write_adapter(path: Path, tensors: dict[str, np.ndarray], architecture: str 
     writer.add_string("general.type", more.get("kind", "adapter"))
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 8.0)
+    if more.get("base"):
+        writer.add_string("general.base_model.0.name", more["base"])
     for name, values in tensors.items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()

@@ -14,6 +14,7 @@ import gguf
 import pytest
 import torch
 import yaml
+from lora import save_lora
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model
@@ -366,6 +367,17 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
     decoder = SpecDecoder.from_pretrained(str(folder), drafter=str(output), dtype="float32")
     plain = SpecDecoder.from_pretrained(str(folder), drafter="none", dtype="float32")
     assert decoder.generate("hello", max_new_tokens=16).text == plain.generate("hello", max_new_tokens=16).text
+    adapted, adapter = tmp_path / "adapted", str(tmp_path / "lora")
+    save_lora(tmp_path / "lora", loading.load(folder)[0])
+    result = CliRunner().invoke(app, [*command, "--steps", "2", "--output", str(adapted), "--adapter", adapter])
+    assert result.exit_code == 0, result.output
+    kept = (adapted / "config.json").read_text() + (adapted / "train.yaml").read_text()
+    assert str(tmp_path) not in kept and ' with lora"' in kept
+    with pytest.raises(SpecDecError, match="was trained for base weights"):
+        SpecDecoder.from_pretrained(str(folder), drafter=str(adapted), dtype="float32")
+    each = [SpecDecoder.from_pretrained(folder, d, dtype="float32", adapter=adapter) for d in ("none", str(adapted))]
+    texts = [decoder.generate("hello", max_new_tokens=16).text for decoder in each]
+    assert texts[0] == texts[1] != plain.generate("hello", max_new_tokens=16).text
     again = CliRunner().invoke(app, [*command, "--steps", "4", "--resume"])
     assert again.exit_code == 0, again.output
     assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 4
