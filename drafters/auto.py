@@ -20,7 +20,9 @@ class AutoDrafter(Drafter):
     """Loads another drafter; it drafts nothing itself."""
 
     name: ClassVar[str] = "auto"
-    summary: ClassVar[str] = "what 'specdec tune drafter' found, else ngram with m2r2, shipped or taught by itself"
+    summary: ClassVar[str] = (
+        "what 'specdec tune drafter' found, else ngram with m2r2, which is shipped or teaches itself"
+    )
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:

@@ -117,5 +117,5 @@ def _difference(ours: Any, theirs: Any) -> str:
     a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
     for index in sorted(a.keys() | b.keys()):
         if a.get(index) != b.get(index):
-            return f"token {index} is {a.get(index)!r} in the model's and {b.get(index)!r} in the draft model's"
+            return f"token {index} is {a.get(index)!r} for the model and {b.get(index)!r} for the draft model"
     return ""

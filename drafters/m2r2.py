@@ -67,7 +67,7 @@ class M2R2Drafter(ChainDrafter):
     """
 
     name: ClassVar[str] = "m2r2"
-    summary: ClassVar[str] = "accelerated residual of the model itself; shipped, trained, or taught by itself"
+    summary: ClassVar[str] = "accelerated residual of the model itself; shipped, trained, or teaches itself"
     training: ClassVar[str] = "specdec train m2r2"
     needs_training: ClassVar[bool] = False
     teaches_itself: ClassVar[bool] = True
@@ -262,7 +262,9 @@ class PaperM2R2Drafter(M2R2Drafter):
     """The published form: early layers with adapters on shared keys and values, no projection; scoring resumes at E."""
 
     name: ClassVar[str] = "m2r2-paper"
-    summary: ClassVar[str] = "M2R2 as published: accelerated early layers, scoring resumes from them; shipped likewise"
+    summary: ClassVar[str] = (
+        "M2R2 as published: accelerated early layers, from which scoring resumes; shipped or trained"
+    )
     training: ClassVar[str] = "specdec train m2r2 --preset m2r2-paper"
     needs_training: ClassVar[bool] = True
     teaches_itself: ClassVar[bool] = False

@@ -43,7 +43,7 @@ def why_not(target: Target) -> str | None:
     if target.num_layers < 3:
         return "the model has too few layers"
     if target.experts is not None:
-        return "its layers cannot be run twice on a token"
+        return "some of its experts are on the disk"
     need = 120 * target.hidden_size**2 + STATES  # bytes; the sums, and the system that is solved
     if need > free_memory(torch.device("cpu")) // SHARE_OF_MEMORY:
         return f"it would need {need / 1e9:.1f} GB of memory"
@@ -116,7 +116,7 @@ class Learner:
         except Exception as error:  # memory, states that are not finite: requests go on
             self._work, self.on = None, False
             self.queue.clear()
-            warnings.warn(f"the drafter learns no more: {one_line(error)}", SpecDecWarning, stacklevel=2)
+            warnings.warn(f"the drafter stops learning: {one_line(error)}", SpecDecWarning, stacklevel=2)
         return True
 
     def _next(self) -> Iterator[None] | None:
@@ -151,7 +151,7 @@ class Learner:
 
     def _forget(self) -> Iterator[None]:
         """Begin anew: a person has deleted what was learned."""
-        warnings.warn("what was learned is deleted; the drafter begins anew", SpecDecWarning, stacklevel=2)
+        warnings.warn("another process deleted what was learned; the drafter starts anew", SpecDecWarning, stacklevel=2)
         self.queue.clear()
         self.latest.clear()
         self.fits.begin_anew()

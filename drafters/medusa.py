@@ -126,7 +126,7 @@ class MedusaDrafter(Drafter):
         self.network, self.output_heads, self.source = network, output_heads, source
         self.normed = normed or output_heads is not None
         if self.normed and network.rooted:
-            raise SpecDecError("Medusa heads that read the normalised state cannot be 'rooted', too")
+            raise SpecDecError("Medusa heads cannot be both 'normed' and 'rooted'; set one of them to false")
         self.accuracy = _check_accuracy(accuracy, network.heads)
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
 

@@ -33,7 +33,7 @@ class ConfidentVerifier(Verifier):
     def __init__(self, exit_threshold: float = 0.8, fill: str = "exact") -> None:
         self.threshold = options.check_probability("exit_threshold", exit_threshold)
         if fill not in FILLS:
-            raise SpecDecError(f"fill of confident acceptance is one of {', '.join(FILLS)}; got {fill!r}")
+            raise SpecDecError(f"option 'fill' of verifier 'confident' must be one of {', '.join(FILLS)}; got {fill!r}")
         self.propagates = fill == "propagate"
 
     @property

@@ -34,7 +34,12 @@ TopP = Annotated[
     Number, Field(gt=0, le=1, description="Keep the likeliest tokens up to this total probability; 1 is off.")
 ]
 MinP = Annotated[
-    Number, Field(ge=0, le=1, description="Keep tokens at least this likely, relative to the likeliest; 0 is off.")
+    Number,
+    Field(
+        ge=0,
+        le=1,
+        description="Keep tokens that have at least this share of the likeliest token's probability; 0 is off.",
+    ),
 ]
 RepetitionPenalty = Annotated[
     Annotated[Number, Field(gt=0)] | None,
@@ -43,7 +48,10 @@ RepetitionPenalty = Annotated[
 GivenSeed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 Seed = Annotated[
     GivenSeed | None,
-    Field(title=f"a whole number in 0 .. {MAX_SEED}", description="Same seed, same text; a new one if not given."),
+    Field(
+        title=f"a whole number in 0 .. {MAX_SEED}",
+        description="The same seed gives the same text; without one, each request draws its own.",
+    ),
 ]
 FrequencyPenalty = Annotated[
     Penalty, Field(description="Subtracted from a token's logit for each time that it has occurred.")
@@ -53,15 +61,16 @@ LogitBias = Annotated[
     Mapping[Annotated[Whole, Field(ge=0)], Bias] | None,
     Field(
         title="a mapping of token ids to numbers in [-100, 100] or None",
-        description="Added to a token's logit; repeatable.",
+        description="Number that is added to a token's logit; repeatable.",
     ),
 ]
 
 # What the text is, and where it ends
 MaxNewTokens = Annotated[Count, Field(description="Largest number of new tokens; the model's context limits it, too.")]
-Stop = Annotated[str | Sequence[str], Field(description="End before this text; repeatable.")]
+Stop = Annotated[str | Sequence[str], Field(description="End the answer before this text; repeatable.")]
 MinNewTokens = Annotated[
-    Whole, Field(ge=0, description="Least new tokens: no end token and no stop string ends the text before.")
+    Whole,
+    Field(ge=0, description="Smallest number of new tokens: no end token and no stop string ends the text before."),
 ]
 StopTokenIds = Annotated[
     Sequence[Annotated[Whole, Field(ge=0)]],
@@ -69,7 +78,7 @@ StopTokenIds = Annotated[
 ]
 BadWords = Annotated[
     Sequence[Annotated[str, Field(min_length=1)]],
-    Field(title="a list of texts", description="Text that must not come in new tokens; repeatable."),
+    Field(title="a list of texts", description="Text that the new tokens must not contain; repeatable."),
 ]
 System = Annotated[str | None, Field(description="System message before the prompt.")]
 Depth = Annotated[
@@ -140,7 +149,7 @@ def check_names(drafter: str, given: Iterable[str], known: Sequence[str] = (), s
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise SpecDecError(f"drafter '{drafter}' has no option '{name}'{did_you_mean(name, known)}; {has}")
     if source is not None:
-        raise SpecDecError(f"drafter '{drafter}' is not loaded from anything; leave '={source}' out")
+        raise SpecDecError(f"drafter '{drafter}' takes no source; leave '={source}' out")
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:

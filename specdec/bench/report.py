@@ -41,10 +41,13 @@ from specdec.bench.results import (
 
 PAGE = "report.html"  # also the name of the template
 SECTIONS = {  # name: title, and the text if there is no picture
-    "speedup": ("Speedup", "No cell was measured beside a baseline."),
+    "speedup": ("Speedup", "No cell was measured together with a baseline."),
     "acceptance": ("Acceptance by position", "Nothing was drafted."),
-    "quality": ("Quality against speed", "No lossy rule took part: there is no quality to trade."),
-    "heat": ("Two axes at once", "Fewer than two axes were swept: there is no map to draw."),
+    "quality": (
+        "Quality against speed",
+        "No lossy acceptance rule was measured, so no text differs from plain decoding.",
+    ),
+    "heat": ("Two axes at once", "Fewer than two settings were varied, so there is no map to draw."),
 }
 ENVIRONMENT = {
     "memory_gb": "memory (GB)",
@@ -64,8 +67,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", ">")
 LINES = ("-", "--", ":", "-.")
 MEASURES = {  # of quality
     "agreement": "agreement with the full model",
-    "rouge_l": "ROUGE-L against its output",
-    "nll": "NLL per token under it",
+    "rouge_l": "ROUGE-L against the full model's output",
+    "nll": "NLL per token under the full model",
 }
 STYLE: dict[Any, Any] = {
     "font.size": 9,

@@ -132,7 +132,14 @@ class Results:
         headers = [
             ["x plain (the worst prompt)", *kinds, "all"],
             ["method", "prefill ms", "decode ms/token", *(f"{phase} ms/step" for phase in phases), "MB"],
-            ["method", "P50, P99: ms/token", "ms to the first", "ms/step", "accepted at 1, 2 ..", "if all before were"],
+            [
+                "method",
+                "P50, P99: ms/token",
+                "ms to first token",
+                "ms/step",
+                "accepted at position 1, 2 ..",
+                "given all before",
+            ],
         ]
         makers = (
             lambda method: [_over_plain(method["categories"].get(kind)) for kind in kinds] + [_over_plain(method)],

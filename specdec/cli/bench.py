@@ -60,7 +60,9 @@ def bench(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE,...]...", help="Settings over those of FILE: limit=4 temperature=0,0.7."),
+        typer.Argument(
+            metavar="[KEY=VALUE,...]...", help="Settings that replace those of FILE: limit=4 temperature=0,0.7."
+        ),
     ] = None,
     loading: shared.LoadingFlags = shared.LoadingFlags(),
     sampling: shared.SamplingFlags = shared.SamplingFlags(),
@@ -71,6 +73,7 @@ def bench(
             help="Separated by commas: drafters (NAME@K drafts K tokens a step), and hf, hf-lookup, hf-early-exit, "
             "hf-assistant=MODEL (model.generate and its assisted modes). none (plain decoding) always runs. By "
             "default: hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
+            autocompletion=shared.complete_drafters,
         ),
     ] = None,
     drafter_option: Annotated[
@@ -79,7 +82,9 @@ def bench(
     prompts: shared.Prompts = "own",
     data_dir: shared.DataDir = None,
     limit: shared.Limit = None,
-    turns: Annotated[int | None, typer.Option(min=1, help="Most turns of a conversation; all if not given.")] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of turns of a conversation; default: all.")
+    ] = None,
     max_new_tokens: shared.MaxNewTokens = 128,
     repetitions: Annotated[int, typer.Option(help="How often everything is decoded.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.", min=1)] = 1,
@@ -94,7 +99,9 @@ def bench(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the cells.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells (combinations of settings) and measure nothing.")
+    ] = False,
     launcher: Annotated[
         Launcher, typer.Option(help="local: one group after the other in this process; ray: on a Ray cluster.")
     ] = Launcher.local,

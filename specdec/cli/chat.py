@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from specdec.engine.request import Handle
 
 COMMANDS = {
-    "/system": "TEXT: start again with this system message; without TEXT, with none",
+    "/system": "TEXT: start a new conversation with the system message TEXT, or without one",
     "/save": "FILE: write the conversation as JSON",
-    "/drafter": "on or off: off decodes plainly",
-    "/new": "start again",
+    "/drafter": "on or off: turn drafting on or off",
+    "/new": "start a new conversation",
     "/help": "print this",
     "/exit": "end the chat, like Ctrl-D",
 }

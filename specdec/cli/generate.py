@@ -37,7 +37,8 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] [PROMPT]",
-            help="The prompt; '-', or nothing in a pipe, reads it from stdin. Before it, the same as --model.",
+            help="The prompt; '-', or no prompt in a pipe, reads it from stdin. The model may stand before it, as for "
+            "--model.",
         ),
     ] = None,
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
@@ -46,7 +47,9 @@ def generate(
     verifier_option: shared.VerifierOption = None,
     exit_threshold: Annotated[
         float | None,
-        _model("--exit-threshold", "For confident: probability in [0, 1] at which a token leaves early.", "P"),
+        _model(
+            "--exit-threshold", "With --verifier confident: probability in [0, 1] at which a token leaves early.", "P"
+        ),
     ] = None,
     exact: Annotated[bool, _model("--exact", "Refuse a lossy acceptance rule.")] = False,
     loading: shared.HubFlags = shared.HubFlags(),
@@ -79,7 +82,7 @@ def generate(
     ] = False,
     as_json: Annotated[bool, _output("--json", "Print one JSON object instead of streaming.")] = False,
     quiet: Annotated[bool, _output("--quiet", "Print no statistics.")] = False,
-    verbose: Annotated[bool, _output("--verbose", "More statistics, warnings, tracebacks.")] = False,
+    verbose: Annotated[bool, _output("--verbose", "Print more statistics, warnings and tracebacks.")] = False,
 ) -> None:
     """Generate text. Text streams to stdout; statistics go to stderr."""
     given = words or []

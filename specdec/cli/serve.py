@@ -29,18 +29,23 @@ def serve(
     drafting: shared.DrafterFlags = shared.DrafterFlags(),
     learn: shared.Learn = None,
     host: Annotated[
-        str, _server("--host", "Address to listen at; 0.0.0.0 is every network of the machine.", "HOST")
+        str, _server("--host", "Address to listen on; 0.0.0.0 admits other machines.", "HOST")
     ] = "127.0.0.1",
     port: Annotated[int, _server("--port", "Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
     name: Annotated[
         str | None,
-        _server("--name", "Model name for clients; default: its own name.", "NAME", also="--served-model-name"),
+        _server(
+            "--name",
+            "Name of the model for clients; default: the name it was loaded by.",
+            "NAME",
+            also="--served-model-name",
+        ),
     ] = None,
     api_key: Annotated[
         str | None,
         _server(
             "--api-key",
-            "Key that clients must send; the variable hides it from other users.",
+            "Key that clients must send; as an environment variable it is hidden from other users.",
             "KEY",
             envvar="SPECDEC_API_KEY",
         ),
@@ -59,7 +64,7 @@ def serve(
     ] = None,
     allowed_hosts: Annotated[
         list[str] | None,
-        _server("--allowed-hosts", "Further host name of the server; '*': any; repeatable.", "HOST"),
+        _server("--allowed-hosts", "Another host name that requests may name; '*' is any; repeatable.", "HOST"),
     ] = None,
     quiet: Annotated[bool, _server("--quiet", "Print no line for each request.")] = False,
     log_requests: Annotated[
@@ -71,9 +76,14 @@ def serve(
         _server("--speculative-config", f"vLLM's way to name a drafter and a draft length, such as {CONFIG}.", "JSON"),
     ] = None,
     max_rows: Annotated[
-        int, _limits("--max-rows", "Requests decoded at once.", "N", also="--max-num-seqs", min=1)
+        int,
+        _limits(
+            "--max-rows", "Largest number of requests that are decoded at once.", "N", also="--max-num-seqs", min=1
+        ),
     ] = 16,
-    max_waiting: Annotated[int, _limits("--max-waiting", "Requests that may wait; more get 429.", "N", min=1)] = 256,
+    max_waiting: Annotated[
+        int, _limits("--max-waiting", "Largest number of requests that wait; others get status 429.", "N", min=1)
+    ] = 256,
     kv_memory: Annotated[
         str | None,
         _limits(
@@ -83,19 +93,28 @@ def serve(
     prefix_cache: Annotated[
         str | None, _limits("--prefix-cache", "Keep keys and values of texts in this folder, for later starts.", "DIR")
     ] = None,
-    prefix_cache_size: Annotated[str, _limits("--prefix-cache-size", "Largest size of that folder.", "SIZE")] = "10GiB",
+    prefix_cache_size: Annotated[
+        str, _limits("--prefix-cache-size", "Largest size of the folder of --prefix-cache.", "SIZE")
+    ] = "10GiB",
     max_prompt_tokens: Annotated[
-        int | None, _limits("--max-prompt-tokens", "Longest prompt; default: the model's context.", "N", min=1)
+        int | None,
+        _limits("--max-prompt-tokens", "Longest prompt, in tokens; default: the model's context.", "N", min=1),
     ] = None,
     max_tokens: Annotated[
         int | None,
         _limits("--max-tokens", "Largest number of new tokens of a choice; default: the model's context.", "N", min=1),
     ] = None,
     max_choices: Annotated[
-        int, _limits("--max-choices", "Most choices of a request: its prompts times n.", "N", min=1)
+        int, _limits("--max-choices", "Largest number of choices of a request: its prompts times n.", "N", min=1)
     ] = 64,
     max_connections: Annotated[
-        int, _limits("--max-connections", "Most connections; fewer if the system has too few descriptors.", "N", min=1)
+        int,
+        _limits(
+            "--max-connections",
+            "Largest number of connections; fewer if the system has too few descriptors.",
+            "N",
+            min=1,
+        ),
     ] = 1024,
     max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
 ) -> None:

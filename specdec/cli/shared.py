@@ -55,6 +55,12 @@ def complete_drafter(incomplete: str) -> list[str]:
     return [f"{before}{plus}{name}" for name in sorted(registry.names("drafters")) if name.startswith(last)]
 
 
+def complete_drafters(incomplete: str) -> list[str]:
+    """The same for the last of several drafters that commas separate."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in complete_drafter(last)]
+
+
 MODEL = "Name (see 'specdec models'), Hugging Face id, folder or GGUF file."
 Model = Annotated[str, _model("--model", MODEL, "NAME", autocompletion=complete_model)]
 ModelArgument = Annotated[
@@ -80,11 +86,15 @@ Revision = Annotated[str | None, _model("--revision", "Branch, tag or commit of 
 TrustRemoteCode = Annotated[bool, _model("--trust-remote-code", "Run Python code that comes with the model.")]
 Weights = Annotated[
     options.Weights,
-    _model("--weights", "auto, dense, or int8 or int4: the model with its layers rounded (native runtime).", "KIND"),
+    _model(
+        "--weights",
+        "auto or dense (as loaded), or int8 or int4 (layers rounded to 8 or 4 bits; native runtime).",
+        "KIND",
+    ),
 ]
 KVCache = Annotated[
     options.KVCacheFormat,
-    _model("--kv-cache", "auto (in the model's dtype), or int8: half the memory, lossy (native runtime).", "KIND"),
+    _model("--kv-cache", "auto (the model's dtype) or int8 (half the memory; lossy; native runtime).", "KIND"),
 ]
 Activations = Annotated[
     options.Activations,
@@ -92,7 +102,7 @@ Activations = Annotated[
 ]
 Packed = Annotated[
     bool,
-    _model("--packed/--no-packed", "Keep the packed weights of a GGUF file on disk, which later starts read."),
+    _model("--packed/--no-packed", "Keep the packed weights of a GGUF file on disk, so that later starts are faster."),
 ]
 Drafter = Annotated[
     str,
@@ -130,7 +140,11 @@ Prompts = Annotated[
     ),
 ]
 FirstTurns = Annotated[
-    str, typer.Option(metavar="FILE|NAME", help="As in bench; only the first turn of each conversation is used.")
+    str,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="A file or a name, as for 'specdec bench'; only the first turn of each conversation is used.",
+    ),
 ]
 DataDir = Annotated[
     Path | None,
@@ -139,8 +153,13 @@ DataDir = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Number of conversations, evenly spaced over the set; default: all.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Largest number of new tokens of an answer.")]
-Depth = Annotated[str, typer.Option("--num-speculative-tokens", metavar="K", help=options.description(options.Depth))]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Largest number of new tokens in an answer.")]
+Depth = Annotated[
+    str,
+    typer.Option(
+        "--num-speculative-tokens", metavar="K", help="Tokens that are drafted in a step; auto chooses the number."
+    ),
+]
 Temperature = Annotated[float, _sampling("--temperature", options.Temperature, "T")]
 TopP = Annotated[float, _sampling("--top-p", options.TopP, "P")]
 TopK = Annotated[int, _sampling("--top-k", options.TopK, "N")]
@@ -165,8 +184,7 @@ class LoadingFlags:
         """Raise SpecDecError for names and paths that are wrong, before anything heavy is imported."""
         check_model(self.model, getattr(self, "revision", None))
         dtype_name(self.dtype)
-        if self.adapter is not None:
-            adapter_place(self.adapter)
+        check_adapter(self.adapter)
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -223,13 +241,19 @@ class SamplingFlags:
         return vars(self) | {"seed": drawn if self.seed is None else self.seed}
 
 
+def check_adapter(name: str | None) -> None:
+    """Raise SpecDecError for a path at which there is no adapter, and for what names none."""
+    if name is not None:
+        adapter_place(name)
+
+
 def one_model(argument: str | None, option: str | None, usual: str | None = None) -> str:
     """The model that is named as an argument or as --model; without one, the ``usual`` one.
 
     Raises SpecDecError for none, and for two.
     """
     if argument is not None and option not in (None, usual, argument):
-        raise SpecDecError(f"the model is named twice, as '{argument}' and as --model '{option}'; leave one out")
+        raise SpecDecError(f"the model is named twice, as '{argument}' and with --model '{option}'; leave one out")
     if (found := argument or option or usual) is None:
         raise SpecDecError("no model is named; give one, such as --model " + DEFAULT_MODEL)
     return found

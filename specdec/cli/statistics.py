@@ -62,10 +62,10 @@ def statistics(
     if not decoder.verifier.lossless:
         blocks.append([("acceptance rule", rule(decoder))])
     if m.exit_layers:
-        shares = ", ".join(f"{share:.0%} after {layers}" for layers, share in m.exit_shares.items())
+        shares = ", ".join(f"{share:.0%} after {layers} layers" for layers, share in m.exit_shares.items())
         blocks[-1] += [
             ("layers per token", f"{m.mean_layers_per_token:.1f} of {m.num_layers}"),
-            ("tokens that left", shares),
+            ("tokens that left early", shares),
         ]
     if decoder.target.experts is not None:
         blocks.append(experts(decoder.target.experts.describe(), m.experts))

@@ -66,7 +66,7 @@ class RequestMetrics:
         if not steps or (2 * self.num_drafted_steps >= steps and self.draft_saved_seconds >= 0):
             return None
         if self.rows >= MANY_ROWS * steps:
-            return "batch too large to pay"
+            return "the batch is too large for drafts to pay"
         often = 2 * self.num_accepted_draft_tokens >= steps
         return "drafts cost what they saved" if often else "drafts were rarely right"
 

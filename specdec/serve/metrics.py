@@ -35,7 +35,7 @@ class Metrics:
         self.model = model
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests.")
         self.generation_tokens = counter("generation_tokens", "New tokens.")
-        self.drafts = counter("spec_decode_num_drafts", "Steps with a drafter.")
+        self.drafts = counter("spec_decode_num_drafts", "Steps of requests that a drafter serves.")
         self.drafted = counter("spec_decode_num_draft_tokens", "Drafted tokens.")
         self.accepted = counter("spec_decode_num_accepted_tokens", "Accepted drafted tokens.")
         self.accepted_per_position = counter(
@@ -44,11 +44,15 @@ class Metrics:
             "position",
         )
         self.drafted_steps = counter("spec_decode_num_drafted_steps", "Steps that scored drafted tokens.")
-        self.saved = counter("spec_decode_saved_seconds", "About what plain decoding would have taken longer.")
-        self.accepted_per_source = counter(
-            "spec_decode_num_accepted_tokens_per_source", "Accepted drafted tokens by what proposed them.", "source"
+        self.saved = counter(
+            "spec_decode_saved_seconds", "Estimated seconds that drafting saved against plain decoding."
         )
-        self.notes = counter("spec_decode_notes", "Requests for which little was drafted, by the reason.", "reason")
+        self.accepted_per_source = counter(
+            "spec_decode_num_accepted_tokens_per_source",
+            "Accepted drafted tokens by the drafter that proposed them.",
+            "source",
+        )
+        self.notes = counter("spec_decode_notes", "Requests for which little was drafted, by reason.", "reason")
         self.finished = counter("request_success", "Finished requests by reason.", "finished_reason")
         self.ttft = histogram("time_to_first_token_seconds", "Time to the first token.", TTFT_BUCKETS)
         self.itl = histogram("inter_token_latency_seconds", "Time between two steps with new tokens.", ITL_BUCKETS)
@@ -107,8 +111,8 @@ class _EngineCollector(Collector):
             (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
             (CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
             (GaugeMetricFamily, "prefix_cache_bytes", "Bytes of cached prefixes in memory.", stats.prefix_bytes),
-            (CounterMetricFamily, "prefix_cache_saved_seconds", "What cached tokens would take.", stats.saved_seconds),
-            (CounterMetricFamily, "external_prefix_cache_queries", "The same on disk.", stats.disk_queries),
+            (CounterMetricFamily, "prefix_cache_saved_seconds", "Estimated seconds saved.", stats.saved_seconds),
+            (CounterMetricFamily, "external_prefix_cache_queries", "Tokens looked up on disk.", stats.disk_queries),
             (CounterMetricFamily, "external_prefix_cache_hits", "Prompt tokens read from disk.", stats.disk_hits),
             (GaugeMetricFamily, "external_prefix_cache_bytes", "Bytes of prefixes on disk.", stats.disk_bytes),
             (CounterMetricFamily, "spec_decode_drafter_failures", "Failures of the drafter.", stats.drafter_failures),
@@ -120,12 +124,14 @@ class _EngineCollector(Collector):
         if (outage := stats.outage) is not None:
             why = GaugeMetricFamily(
                 "vllm:spec_decode_drafter_off_since_seconds",
-                "When the drafter failed (Unix time), while it is off; label error: why.",
+                "Unix time at which the drafter failed, while it is off; the label error says why.",
                 labels=[*labels, "error"],
             )
             why.add_metric([*self.label.values(), outage.error], outage.since)
             left = GaugeMetricFamily(
-                "vllm:spec_decode_drafter_retry_seconds", "Until it starts again, while it is off.", labels=labels
+                "vllm:spec_decode_drafter_retry_seconds",
+                "Seconds until the drafter starts again, while it is off.",
+                labels=labels,
             )
             left.add_metric(list(self.label.values()), outage.seconds_left)
             yield from (why, left)

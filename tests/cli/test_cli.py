@@ -280,7 +280,7 @@ BAD = {
     "system without template": (["x", "--raw", "--system", "y"], "needs a chat template"),
     "mistyped option": (["x", "--temprature", "1"], "--temperature); see 'specdec generate --help'"),
     "several prompts": (["x", "y", "z"], "there are several prompts; give one, in quotes"),
-    "two models": (["x", "y", "--model", "z"], "the model is named twice, as 'x' and as --model 'z'; leave one out"),
+    "two models": (["x", "y", "--model", "z"], "the model is named twice, as 'x' and with --model 'z'; leave one out"),
 }
 
 

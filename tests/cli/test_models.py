@@ -103,6 +103,7 @@ def test_an_unknown_model_is_one_line_with_a_suggestion(cache: SimpleNamespace, 
         ("specdec chat tiny", {NAME}),
         ("specdec models rm tiny", {NAME}),
         ("specdec generate --drafter ngram+m2", {"ngram+m2r2", "ngram+m2r2-paper"}),
+        ("specdec bench --drafters none,ngram+m2", {"none,ngram+m2r2", "none,ngram+m2r2-paper"}),
         ("specdec chat --model /", None),
     ],
 )

@@ -142,7 +142,7 @@ def test_a_draft_model_with_other_tokens_is_refused(llama: PreTrainedModel) -> N
     with pytest.raises(SpecDecError, match="vocabularies of 97 and 90 tokens"):
         DraftModelDrafter(other_model(90)).bind(target)
     target.tokenizer = Words("a", "b", "c")
-    with pytest.raises(SpecDecError, match=r"97 and 97 tokens.*token 1 is 'b' in the model's and 'x' in the draft"):
+    with pytest.raises(SpecDecError, match=r"97 and 97 tokens.*token 1 is 'b' for the model and 'x' for the draft"):
         DraftModelDrafter(other_model(), Words("a", "x", "c")).bind(target)
 
 
@@ -299,7 +299,7 @@ def test_joined_drafters_take_their_options_by_name(llama: PreTrainedModel) -> N
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("none", {"depth": 1}, "'none' has no option 'depth'; it has none"),
-    ("none=folder", {}, "'none' is not loaded from anything; leave '=folder' out"),
+    ("none=folder", {}, "'none' takes no source; leave '=folder' out"),
     ("prompt-lookup", {"continuation": 2}, "no option 'continuation' .did you mean 'continuations'"),
     ("prompt-lookup", {"continuations": 0}, "continuations must be a whole number >= 1; got 0"),
     ("prompt-lookup", {"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "got 4 and 3"),
@@ -314,14 +314,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("skip-decode", {"deepest": 4}, "deepest must be a whole number in 1 .. 3; got 4"),
     ("skip-decode", {"deepest": 1, "shallowest": 2}, "falls from deepest to shallowest; got 1 and 2"),
     ("skip-decode", {"horizon": 0}, "horizon must be a whole number >= 1"),
-    ("skip-decode=folder", {}, "'skip-decode' is not loaded from anything"),
+    ("skip-decode=folder", {}, "'skip-decode' takes no source"),
     ("early-exit=folder", {"exit_layer": 2}, "has its own exit layer"),
     ("layer-skip", {"skip": [0, 1, 2, 3]}, "parts of them, not everything"),
     ("layer-skip", {"skip": []}, r"some of the model's layers 0 .. 3"),
     ("layer-skip", {"skip": [4]}, r"layers 0 .. 3 or parts.* got attn \[4\]"),
     ("layer-skip", {"attn": [0, 1, 2, 3], "mlp": [0, 1, 2, 3]}, "parts of them, not everything"),
     ("layer-skip", {"mlp": [-1]}, "mlp must be a list of whole numbers >= 0"),
-    ("layer-skip=/no/such.yaml", {}, "'layer-skip' is not loaded from anything"),
+    ("layer-skip=/no/such.yaml", {}, "'layer-skip' takes no source"),
     ("layer-skip", {"skip": 1}, "skip must be a list of whole numbers >= 0; got 1"),
     ("lookahead", {"ngram": 1}, "ngram must be a whole number >= 2"),
     ("lookahead", {"window": 2.5}, "window must be a whole number >= 1; got 2.5"),

@@ -129,7 +129,7 @@ def test_the_command_says_lossy_and_how_deep_tokens_went(tmp_path: Path) -> None
     result = CliRunner().invoke(app, [*command, "--compare", "--max-new-tokens", "24"])
     assert result.exit_code == 0, result.output
     assert "acceptance rule: lossy (confident, threshold 0.02); layers per token: " in result.stderr
-    assert " of 4; tokens that left: " in result.stderr and "% after 2, " in result.stderr
+    assert " of 4; tokens that left early: " in result.stderr and "% after 2 layers, " in result.stderr
     assert "agreement with the full model" in result.stderr
     result = CliRunner().invoke(app, [*command, "--verifier-option", "fill=propagate", "--json"])
     assert '"verifier": "lossy (confident, threshold 0.02, states propagated)"' in result.stdout
@@ -139,7 +139,11 @@ def test_the_command_says_lossy_and_how_deep_tokens_went(tmp_path: Path) -> None
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("early-exit", {"exit_threshold": 1.5}, r"exit_threshold must be a probability in \[0, 1\]; got 1.5"),
     ("early-exit", {"exit_threshold": "high"}, r"exit_threshold must be a probability in \[0, 1\]; got 'high'"),
-    ("early-exit", {"fill": "never"}, "fill of confident acceptance is one of exact, propagate; got 'never'"),
+    (
+        "early-exit",
+        {"fill": "never"},
+        "option 'fill' of verifier 'confident' must be one of exact, propagate; got 'never'",
+    ),
     ("early-exit", {"epsilon": 0.1}, "verifier 'confident' has no option 'epsilon'; it belongs to 'typical'"),
     ("prompt-lookup", {}, "'confident' accepts drafts without scoring them, so it needs a drafter that leaves"),
     ("layer-skip", {}, "'layer-skip' does not"),
