@@ -233,8 +233,8 @@ class SpecDecoder:
         drafter.bind(self.target)
         if self.verifier.propagates and drafter.drafts and not drafter.leaves_state:
             raise SpecDecError(
-                f"states are propagated from the layer at which a token leaves ({registry.having('leaves_state')}); "
-                f"'{drafter.name}' leaves no state there; use fill=exact"
+                "fill=propagate needs a drafter that leaves a state of the model where a token leaves it "
+                f"({registry.having('leaves_state')}); '{drafter.name}' leaves no state there; use fill=exact"
             )
         return drafter
 

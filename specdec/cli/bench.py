@@ -122,6 +122,10 @@ def bench(
     if file and not _is_file(context, file):
         loading, file = replace(loading, model=shared.one_model(file, loading.model, DEFAULT_MODEL)), None
     loading.check()
+    if not file:
+        from specdec.bench.prompts import load_prompts
+
+        load_prompts(prompts, data_dir)  # a missing or empty file is known before anything heavy is imported
     with terminal.status("loading"):
         from specdec.bench import launch
         from specdec.bench.plan import load_plan

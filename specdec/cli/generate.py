@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -228,7 +229,10 @@ def _read(prompt: str | None) -> str:
 
 def _schema(file: Path) -> str:
     with errors_as(f"--json-schema: {file} cannot be read", ValueError):
-        return inputs.read_text(file, 2**20)
+        text = inputs.read_text(file, 2**20)
+    with errors_as(f"--json-schema: {file} is not JSON", ValueError):
+        json.loads(text)
+    return text
 
 
 def _bias(pairs: list[str]) -> dict[int, float] | None:

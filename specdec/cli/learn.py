@@ -85,8 +85,8 @@ def ahead(
     with terminal.Bar("learn", "") as bar:
         found = prime(decoder, given, 60 * minutes, bar)
     say(
-        f"learned from {found.tokens:,} tokens; tokens a step on held-out questions: {found.before:.2f} before, "
-        f"{found.after:.2f} after"
+        f"learned from {found.tokens:,} tokens; mean acceptance length on held-out questions: "
+        f"{found.before:.2f} before, {found.after:.2f} after"
     )
     tuned = load_tuned(tuned_path(model, dtype, str(decoder.device), runtime, DEFAULTS["weights"], adapter))
     if tuned is not None and tuned.drafter != decoder.drafter.label:

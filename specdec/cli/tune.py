@@ -12,6 +12,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.speculation import registry
 
 app = typer.Typer(no_args_is_help=True, help="Choose settings for your model, machine and prompts by measurement.")
 
@@ -44,6 +45,12 @@ def drafter(
     model = shared.one_model(argument, model, DEFAULT_MODEL)
     shared.check_model(model)
     shared.check_adapter(adapter)
+    names = shared.commas(drafters or "")
+    for name in names:
+        registry.check_drafter(name)
+    from specdec.bench.prompts import load_prompts
+
+    load_prompts(prompts)  # a missing or empty file is known before the model loads
     with terminal.status("loading"):
         from specdec.bench.cell import Cell
         from specdec.bench.results import Results
@@ -57,7 +64,7 @@ def drafter(
         )  # fmt: skip
         decoders = Decoders()
         device = str(decoders.base(base).device)
-        names = shared.commas(drafters or "") or all_drafters()
+        names = names or all_drafters()
     with terminal.Bar("tune") as bar:
         records = search(decoders, [base.with_settings(drafter=name) for name in names], bar)
     results = Results("tune", "", shared.command_line(), records)

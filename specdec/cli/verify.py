@@ -50,17 +50,18 @@ def verify(
     loading.check()
     drafting.check()
     registry.check_name("verifiers", verifier)
+    from specdec.bench.prompts import evenly_spaced, load_prompts
+
+    found = load_prompts(prompts, data_dir)
     with terminal.status("loading"):
         from specdec.api.decoder import SpecDecoder
         from specdec.api.text import encode
         from specdec.bench.environment import environment
-        from specdec.bench.prompts import evenly_spaced, load_prompts
         from specdec.verify.certificate import Certificate
 
         terminal.warn_in_lines()
         params = options.SamplingParams(**vars(sampling))
         rule = registry.verifier(verifier, options.parse_assignments("--verifier-option", verifier_option or []))
-        found = load_prompts(prompts, data_dir)
         if found.licence:
             terminal.say(f"prompts: {prompts} ({found.licence})")
         if output:

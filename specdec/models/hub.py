@@ -79,6 +79,6 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
         raise SpecDecError(f"unknown {kind} '{repository}': {what}{hint}") from None
     except LocalEntryNotFoundError as error:
         what = "is not in the Hugging Face cache, and the network is unavailable"
-        raise SpecDecError(f"{kind} '{repository}' {what} ({one_line(error)}){hint}") from None
+        raise SpecDecError(f"{kind} '{repository}' {what} ({one_line(error.__cause__ or error)}){hint}") from None
     except Exception as error:  # a full disk, ...; the type depends on the HTTP library
         raise SpecDecError(f"cannot download {kind} '{repository}' ({one_line(error)}){hint}") from None

@@ -39,7 +39,7 @@ class Rotary:
         halved: each once. wide: in float32.
         """
         if layer_type not in self.inv_freq:
-            raise SpecDecError(f"there are no tables here for rotary embeddings of type '{self.rope_type}'")
+            raise SpecDecError(f"rotary embeddings of type '{self.rope_type}' are not supported here")
         angles = positions[..., None].float() * self.inv_freq[layer_type]
         angles = angles if self.halved else torch.cat((angles, angles), -1)
         scaling = self.scaling[layer_type]

@@ -79,7 +79,7 @@ def check_rotary(rotary: Any) -> None:
     kinds = getattr(rotary, "rope_type", "default")
     for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
         if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
-            raise SpecDecError(f"there are no tables here for rotary embeddings of type '{kind}'")
+            raise SpecDecError(f"rotary embeddings of type '{kind}' are not supported here")
 
 
 def norm(module: Any, family: Family) -> Norm:

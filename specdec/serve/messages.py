@@ -143,7 +143,7 @@ class ToolChoice(Strict):
     @model_validator(mode="after")
     def _check_name(self) -> ToolChoice:
         if (self.name is None) == (self.type == "tool"):
-            raise ValueError("the type tool and a name need each other")
+            raise ValueError("tool_choice takes a name with the type tool, and only with it")
         return self
 
 

@@ -241,7 +241,7 @@ class ResponseFormat(Strict):
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("json_schema and type: json_schema need each other")
+            raise ValueError("json_schema goes with type: json_schema, and only with it")
         return self
 
     @property
@@ -340,7 +340,7 @@ class Message(Strict):
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("a message needs content; only an assistant's with tool_calls may have none")
         if (self.tool_call_id is None) == (self.role == "tool"):
-            raise ValueError("the role tool and tool_call_id need each other")
+            raise ValueError("a message of the role tool needs tool_call_id, and no other has it")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls need the role assistant")
         return self

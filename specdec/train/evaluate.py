@@ -118,4 +118,4 @@ def speedup_text(figures: dict[str, Any]) -> str:
         return ""
     if not figures["depth"]:
         return "; predicted slower than plain decoding here"
-    return f"; predicted {figures['speedup']:.2f}x here at {figures['depth']} drafts a step"
+    return f"; predicted {figures['speedup']:.2f}x plain decoding here with {figures['depth']} drafted tokens per step"

@@ -498,7 +498,17 @@ MISTAKES = {
     "generate Hi --temperature -1": "temperature must be",
     "generate Hi --num-speculative-tokens none": "--num-speculative-tokens must be 'auto' or a number",
     "generate Hi --json-schema none.json": "--json-schema: none.json cannot be read",
+    "generate Hi --json-schema no.json": "--json-schema: no.json is not JSON",
     "generate Hi --adapter ./none": "there is no adapter './none'",
+    "bench --adapter ./none": "there is no adapter './none'",
+    "bench --prompts empty.txt": "prompt file 'empty.txt' is empty",
+    "verify --adapter ./none": "there is no adapter './none'",
+    "verify --prompts none.jsonl": "there is no prompt file 'none.jsonl'",
+    "tune drafter --adapter ./none": "there is no adapter './none'",
+    "tune drafter --prompts empty.txt": "prompt file 'empty.txt' is empty",
+    "tune drafter --drafters none,m2r3": "unknown drafter 'm2r3' (did you mean 'm2r2'?)",
+    "train medusa --prompts a --output b --adapter ./none": "there is no adapter './none'",
+    "learn export out --adapter ./none": "there is no adapter './none'",
     "generate Hi --drafter ./none": "drafter folder './none' does not exist",
     "generate Hi --drafter .": "'.' is no drafter folder: config.json is missing",
     "generate ./none Hi": "there is no file or folder './none'",
@@ -510,7 +520,7 @@ MISTAKES = {
     "learn smollm2-135m-instruct --adapter ./none": "there is no adapter './none'",
     "models pull ./none": "there is no file or folder './none'",
     "models pull": "no model is named",
-    "models pull x --model y": "the model is named twice, as 'x' and as --model 'y'",
+    "models pull x --model y": "the model is named twice, as 'x' and with --model 'y'",
     "tune drafter ./none": "there is no file or folder './none'",
     "train medusa ./none --prompts a --output b": "there is no file or folder './none'",
     "train medusa --prompts none.jsonl --output b": "there is no file 'none.jsonl'",
@@ -530,6 +540,8 @@ MISTAKES = {
 
 
 def test_mistakes_in_names_and_paths_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "no.json").write_text("{")
     run = subprocess.run(
         [sys.executable, "-c", HEAVY_LATER], input="\n".join(MISTAKES), capture_output=True, text=True, cwd=tmp_path
     )

@@ -45,7 +45,7 @@ def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(folder: 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one two three\nfour five six\n")
     said = run(str(folder), "--minutes", "0.05", "--prompts", str(prompts), "--runtime", "reference")[1]
-    assert "tokens; tokens a step on held-out questions: " in said and "learned from 0 tokens" not in said
+    assert "tokens; mean acceptance length on held-out questions: " in said and "learned from 0 tokens" not in said
     [kept] = json.loads(run("status", "--json")[0])
     assert kept["tokens"] >= 60 and kept["fits"] >= 1 and kept["agreement"] and Path(kept["model"]) == folder
     row = run("status")[0].splitlines()[1].split("\t")

@@ -102,7 +102,7 @@ def test_scaled_tables_are_those_of_transformers(kind: str) -> None:
 
 def test_tables_of_an_unknown_kind_are_refused() -> None:
     config = config_of("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0})
-    with pytest.raises(SpecDecError, match="no tables here for rotary embeddings of type 'dynamic'"):
+    with pytest.raises(SpecDecError, match="rotary embeddings of type 'dynamic' are not supported"):
         NativeModel(config, torch.float32).model.rotary_emb(torch.empty(0), torch.arange(4)[None])
 
 

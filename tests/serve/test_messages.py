@@ -272,7 +272,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a choice without tools": ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
     "a choice of nobody": ({"tools": GIVEN, "tool_choice": {"type": "tool", "name": "x"}}, "which is not in tools"),
-    "a choice without a name": ({"tools": GIVEN, "tool_choice": {"type": "tool"}}, "need each other"),
+    "a choice without a name": ({"tools": GIVEN, "tool_choice": {"type": "tool"}}, "takes a name with the type tool"),
     "a temperature in words": ({"temperature": "warm"}, "temperature"),
     "a thought of no kind": ({"thinking": {"type": "deep"}}, "thinking"),
     "an empty stop": ({"stop_sequences": [""]}, "stop_sequences"),

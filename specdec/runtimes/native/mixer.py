@@ -82,7 +82,10 @@ def columns(matrix: Any) -> Any:
 def parameters(mixer: Any, eps: float) -> dict[str, Tensor]:
     """What a recurrent layer has beside its maps, float32, by field of ``Layer``. eps: of the model's norms."""
     if mixer.conv1d.bias is not None or mixer.norm.variance_epsilon != eps:
-        raise SpecDecError("the native runtime takes recurrent layers without a bias of convolutions and own epsilons")
+        raise SpecDecError(
+            "the native runtime takes no recurrent layers whose convolutions have a bias or whose norms have another "
+            "epsilon than the model's"
+        )
     found = {
         "convolution": mixer.conv1d.weight[:, 0].t(),
         "decay": -mixer.A_log.float().exp(),

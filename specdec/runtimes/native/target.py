@@ -165,7 +165,9 @@ class NativeTarget(ByParts):
         self.rotary, self._positions = decoder.rotary_emb, 0  # how many of them the tables have
         rotated = 2 * max((table.shape[2] for table in self._rotary_tables(8)[0]), default=0)
         if rotated < self.head_dim and any(each.beta for each in self.rotations):
-            raise SpecDecError("the native runtime scales queries by position where whole heads rotate; these do not")
+            raise SpecDecError(
+                "the native runtime scales queries by position only if whole heads rotate; here a part of each rotates"
+            )
         self.final_norm, self.eps = self._norm(decoder.norm), float(config.rms_norm_eps)
         scale = float(attention.scaling)
         packed = [*self._experts, *(item for item in self._alive if isinstance(item, Packed))]
