@@ -94,7 +94,7 @@ class Answer(ABC):
         accepted = sum(c.handle.metrics.num_accepted_draft_tokens for c in self.choices)
         length = 1 + accepted / steps if steps else 1.0
         reasons = "+".join(sorted({c.answer.finish or "cancelled" for c in self.choices}))
-        return f"{before} + {new} tokens, {length:.2f} a step, {reasons}"
+        return f"{before} prompt + {new} new tokens, {length:.2f} per step, {reasons}"
 
     def metrics(self) -> dict[str, Any]:
         """The member ``metrics``, unless the client wants none."""

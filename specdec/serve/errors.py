@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +40,10 @@ PLAIN_WORDS = {  # in place of what pydantic says, which names types of this pro
     "model_type": "it must be an object",
     "model_attributes_type": "it must be an object",
     "union_tag_not_found": "it must be an object with a 'type'",
+    MISSING: "it is missing",
 }
+# Of "Input should be ..." and "List should have ... after validation, not 5".
+SUBJECT, COUNTED = re.compile(r"^[A-Z]\w+ should "), re.compile(r" after validation, not (\w+)$")
 
 
 class ErrorObject(BaseModel):
@@ -146,7 +150,8 @@ def _from_pydantic(errors: Sequence[Mapping[str, Any]], given: Any) -> ApiError:
     param = ".".join(map(str, place))[:200] or None
     if found["type"] == UNKNOWN:
         return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")
-    what = PLAIN_WORDS.get(found["type"], str(found["msg"]).removeprefix("Value error, ")[:LONGEST])
+    said = COUNTED.sub(r" and has \1", SUBJECT.sub("it must ", str(found["msg"]).removeprefix("Value error, ")))
+    what = PLAIN_WORDS.get(found["type"], said[:LONGEST])
     field = ".".join(part for part in place if isinstance(part, str))
     if field in UNION_FIELDS and found["type"].endswith(MISMATCH):
         what = f"it must be {UNION_FIELDS[field]}"

@@ -281,7 +281,7 @@ class GenerationBody(Options):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of must be n: all choices are returned")
+            raise ValueError("best_of must be equal to n, because all choices are returned")
         return self
 
     def asked(self, most: int | None, logprobs: int | None, **more: Any) -> GenerationRequest:

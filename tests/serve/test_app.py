@@ -212,10 +212,10 @@ def test_prompts_that_are_none_are_refused(server: Server, prompt: Any) -> None:
 
 
 SAID: dict[str, tuple[str, dict[str, Any], str]] = {
-    "five stops": ("chat", {"stop": list("abcde")}, "'stop': List should have at most 4 items"),
+    "five stops": ("chat", {"stop": list("abcde")}, "'stop': it must have at most 4 items and has 5"),
     "a number of stops": ("chat", {"stop": 5}, "'stop': it must be text or a list of up to four texts"),
-    "a token below zero": ("complete", {"prompt": [-1]}, "'prompt.0': Input should be greater than or equal to 0"),
-    "no prompts": ("complete", {"prompt": []}, "'prompt': List should have at least 1 item"),
+    "a token below zero": ("complete", {"prompt": [-1]}, "'prompt.0': it must be greater than or equal to 0"),
+    "no prompts": ("complete", {"prompt": []}, "'prompt': it must have at least 1 item and has 0"),
     "an object": ("complete", {"prompt": {}}, "'prompt': it must be text, token ids, or a list"),
     "an image": (
         "chat",
@@ -317,7 +317,7 @@ def test_others_are_answered_while_bad_input_comes(server: Server, truth: str) -
 def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> None:
     server.chat(**GREEDY)
     until(lambda: server.lines and "POST /v1/chat/completions 200" in server.lines[-1])
-    assert "+ 24 tokens" in server.lines[-1] and "a step, length" in server.lines[-1]
+    assert " prompt + 24 new tokens, " in server.lines[-1] and " per step, length" in server.lines[-1]
 
 
 # --- limits, the key, other origins ----------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_best_of_is_the_number_of_choices(server: Server) -> None:
     two = server.complete(n=2, best_of=2, **SAMPLED).json()["choices"]
     assert [choice["index"] for choice in two] == [0, 1] and two == server.complete(n=2, **SAMPLED).json()["choices"]
     refused = server.complete(n=2, best_of=3)
-    assert refused.status_code == 400 and "best_of must be n" in refused.json()["error"]["message"]
+    assert refused.status_code == 400 and "best_of must be equal to n" in refused.json()["error"]["message"]
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
