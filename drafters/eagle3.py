@@ -68,7 +68,7 @@ class Eagle3Drafter(ChainDrafter):
     """
 
     name: ClassVar[str] = KIND
-    summary: ClassVar[str] = "EAGLE-3 head on the states of three layers; trained, reads public heads (speculators)"
+    summary: ClassVar[str] = "EAGLE-3 head on the states of three layers; trained, or public heads (speculators)"
     training: ClassVar[str] = "specdec train eagle3"
     needs_training: ClassVar[bool] = True
     whole_prompts = True

@@ -238,7 +238,7 @@ class DeedDrafter(ExitDrafter):
     """
 
     name: ClassVar[str] = "deed"
-    summary: ClassVar[str] = "several trained exits, each token leaves at the first that is sure of it"
+    summary: ClassVar[str] = "several trained exits; a token leaves at the first exit that is sure of it"
     training: ClassVar[str] = "specdec train deed"
     needs_training: ClassVar[bool] = True
 
@@ -276,7 +276,7 @@ class SkipDecodeDrafter(ExitDrafter):
     """
 
     name: ClassVar[str] = "skip-decode"
-    summary: ClassVar[str] = "the model's own first layers, fewer the later the token; no training"
+    summary: ClassVar[str] = "the model's own first layers, fewer for later tokens; no training"
 
     def __init__(
         self,

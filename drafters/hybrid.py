@@ -31,7 +31,7 @@ class HybridDrafter(Drafter):
 
     name: ClassVar[str] = "hybrid"
     summary: ClassVar[str] = (
-        "drafters joined by '+': ngram+m2r2 draft one tree; of prompt-lookup+m2r2 the first that finds"
+        "drafters joined by '+': ngram+m2r2 draft one tree; of others, the first that proposes drafts"
     )
 
     def __init__(self, members: Sequence[Drafter]) -> None:

@@ -110,7 +110,7 @@ class MedusaDrafter(Drafter):
     """
 
     name: ClassVar[str] = KIND
-    summary: ClassVar[str] = "further heads on the final state draft a tree; trained, reads public checkpoints"
+    summary: ClassVar[str] = "extra heads on the final state, which draft a tree; trained, or public checkpoints"
     training: ClassVar[str] = "specdec train medusa"
     needs_training: ClassVar[bool] = True
 

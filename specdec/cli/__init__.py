@@ -107,7 +107,7 @@ app.command(
     epilog='Example: specdec generate "Why is the sky blue?" --drafter m2r2 --compare\n\n'
     "Example: cat letter.txt | specdec generate --system 'Answer in French.' --temperature 0.7 > answer.txt"
 )(generate.generate)
-app.command(epilog="Example: specdec serve --drafter ngram+m2r2 --port 8000")(serve.serve)
+app.command(epilog="Example: specdec serve qwen2.5-coder-0.5b-instruct --port 8000")(serve.serve)
 app.command(epilog="Example: specdec chat --system 'Answer in one sentence.'")(chat.chat)
 app.add_typer(models.app, name="models", epilog="Example: specdec models --json; then: specdec models pull NAME")
 app.command(epilog="Example: specdec drafters --json")(doctor.drafters)

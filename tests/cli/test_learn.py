@@ -116,6 +116,16 @@ def test_a_file_that_cannot_be_read_is_named_and_can_be_removed() -> None:
 
 
 @pytest.mark.slow
+def test_an_adapter_is_named_beside_its_model() -> None:
+    for adapter in ("", "/adapters/mine"):
+        store = learned.Store(f"with {adapter}", "path")
+        assert store.claim()
+        store.save(learned.Progress("org/tiny", adapter=adapter), {"counts": torch.zeros(2)})
+        store.release()
+    names = {line.split("\t")[0] for line in run("status")[0].splitlines()[1:]}
+    assert names == {"tiny", "tiny with mine"}
+
+
 def test_models_with_the_same_last_part_of_a_path_are_kept_apart(folder: Path, tmp_path: Path) -> None:
     a, b, copy = tmp_path / "a/final", tmp_path / "b/final", tmp_path / "copy"
     for place, gain in (a, 1.0), (b, 1.25):
