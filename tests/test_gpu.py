@@ -12,7 +12,7 @@ import zoo
 from safetensors.torch import load_file
 from sampled import AcceptsAll, fit, small
 from tiny import save_tiny, tiny_model
-from training import launched
+from training import checkpoint_of, launched
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
@@ -131,6 +131,6 @@ def test_two_devices_train_the_weights_of_one(tmp_path: Path) -> None:
         command = training("m2r2", tmp_path, "--dtype", "float32", "--steps", "12")
         run = launched(processes, [*command, "--output", str(tmp_path / str(processes))])
         assert run.returncode == 0, run.stderr
-    one, two = (load_file(tmp_path / str(n) / "checkpoint.safetensors") for n in (1, 2))
+    one, two = (checkpoint_of(tmp_path / str(n)) for n in (1, 2))
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-2, atol=1e-4)

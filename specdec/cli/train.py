@@ -44,9 +44,6 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling and of the first weights.")] = None,
-    search: Annotated[
-        bool, typer.Option("--search", help="m2r2 only: choose the layers by closed-form acceptance and measured cost.")
-    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of train.yaml.")
     ] = None,
@@ -61,7 +58,6 @@ def run(
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
     from specdec.train.trainer import train
-    from specdec.train.world import is_first_process
 
     overrides: dict[str, Any] = {
         "output": str(output), "model": model, "adapter": adapter, "minutes": minutes, "steps": steps,
@@ -69,13 +65,12 @@ def run(
     }  # fmt: skip
     for name, paths in (("prompts", prompts), ("text", text), ("holdout", holdout)):
         overrides[name] = [str(path) for path in paths] if paths else None
-    overrides |= ({"search": True} if search else {}) | options.parse_assignments("--set", set_ or [])
+    overrides |= options.parse_assignments("--set", set_ or [])
     method = str(context.command.name)
     kind = lookup(method)
     console = stderr()
-    console.quiet = not is_first_process()
     figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
-    if is_first_process():
+    if not console.quiet:  # it is for all processes but the first
         write(f"{output}: {kind.describe(figures)}{speedup_text(figures)}\n")
 
 

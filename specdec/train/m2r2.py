@@ -43,7 +43,7 @@ class M2R2Method(TrainingMethod[M2R2]):
 
     def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
-        self.chooses = bool(settings.search or settings.begin) and not settings.init
+        self.chooses = bool(settings.begin) and not settings.init
         self.cuts = False  # whether it begins from a drafter of all neurons, and runs a part of them
         if settings.init:
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
@@ -61,7 +61,7 @@ class M2R2Method(TrainingMethod[M2R2]):
     def prepare(self, context: RunContext) -> None:
         if self.chooses:
             segment = choose_segment(self.settings, self.target, context)
-            found = {"segments": (segment,), "final_projection": True, "layers_of": None, "begin": 0, "search": False}
+            found = {"segments": (segment,), "final_projection": True, "layers_of": None, "begin": 0}
             self.path = path_of(self.settings.model_copy(update=found), self.target)
         if self.settings.init and not self.cuts:
             kept = self.read_parameters(Path(self.settings.init))

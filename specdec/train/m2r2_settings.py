@@ -17,15 +17,13 @@ class M2R2Settings(TrainSettings):
 
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **TrainSettings.replaces,
-        "search": {"begin": 0, "segments": [], "exit_layer": 0, "exits": []},
         "segments": {"begin": 0, "layers_of": None},  # given layers refer to this model
         "exit_layer": {"begin": 0, "layers_of": None},
     }
 
     # ``begin``: the segment begins at this layer, and its end is chosen by measured cost and closed-form acceptance.
-    # ``search``: its beginning is chosen, too. Otherwise the path is given:
+    # Otherwise the path is given:
     begin: int = Field(0, ge=0)
-    search: bool = False
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_projection: bool = False
@@ -42,11 +40,10 @@ class M2R2Settings(TrainSettings):
 
     @model_validator(mode="after")
     def _one_path(self) -> M2R2Settings:
-        if (self.search or self.begin) and (self.segments or self.exit_layer or self.exits):
-            one = "search" if self.search else "begin"
-            raise ValueError(f"'{one}' excludes 'segments', 'exit_layer' and 'exits'; leave it out to give a path")
-        if not (self.search or self.begin or self.segments or self.exit_layer or self.init):
-            raise ValueError("give 'begin', 'segments' or 'exit_layer', or set search=true")
+        if self.begin and (self.segments or self.exit_layer or self.exits):
+            raise ValueError("'begin' excludes 'segments', 'exit_layer' and 'exits'; leave it out to give a path")
+        if not (self.begin or self.segments or self.exit_layer or self.init):
+            raise ValueError("give 'begin', 'segments' or 'exit_layer'")
         return self
 
 

@@ -1,29 +1,27 @@
-"""The output folder of a run: checks before it is used, its files, the checkpoint, and the picture of its curves."""
+"""The output folder of a run: checks before it is used, its files, and the checkpoint."""
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from torch.optim import Optimizer
 
 from specdec.base import files, inputs
-from specdec.base.errors import SpecDecError, how_to_install
-from specdec.base.terminal import tell
+from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder, source
-from specdec.train.settings import TrainSettings, current, from_mapping
+from specdec.train.settings import TrainSettings, from_mapping
 
-RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
+RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.pt"
 ANSWERS, STATES, LOCK = "answers.jsonl", "states", ".lock"
 LENGTHS = ("minutes", "steps")  # the settings that say how long a run is
 # Files that a run writes, replaces and deletes. A folder that holds them without a recipe is refused.
@@ -78,7 +76,7 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
     kept = inputs.read_yaml(output / RECIPE)
     if kept["method"] != own.method:
         raise SpecDecError(f"'{output}' holds a run of 'specdec train {kept['method']}'; use another --output")
-    earlier = from_mapping(type(own), current(kept), f"'{output / RECIPE}'")
+    earlier = from_mapping(type(own), kept, f"'{output / RECIPE}'")
     if not resume:
         raise SpecDecError(
             f"'{output}' holds a training run; pass --resume to continue it, also with a longer --minutes or "
@@ -104,110 +102,24 @@ def recorded(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=names)
 
 
-def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
-    """Write loss and agreement over training tokens, with the evaluations, as a PNG file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        tell(console, f"no {picture.name}: matplotlib is not installed; {how_to_install('plot')}")
-        return
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.strip()]
-    updates = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "evaluation" in line]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss, agreement = figure.subplots(1, 2)
-    loss.plot(*_series(updates, "loss"), linewidth=0.8)
-    loss.set(xlabel="training tokens", ylabel="loss")
-    for number, key in enumerate(sorted({key for line in updates for key in line if key.startswith("agree")})):
-        points = _series([u for u in updates if key in u], key)
-        agreement.plot(*points, linewidth=0.7, alpha=0.6, color=f"C{number}", label=f"training, {key}")
-    for step in range(len(evaluations[0]["evaluation"].get("top1", ())) if evaluations else 0):
-        held = [(line["tokens"], line["evaluation"]["top1"][step]) for line in evaluations]
-        agreement.plot(*zip(*held, strict=True), marker="o", color=f"C{step}", label=f"held out, step {step + 1}")
-    agreement.set(xlabel="training tokens", ylabel="top-1 agreement with the model")
-    if agreement.get_legend_handles_labels()[0]:
-        agreement.legend(fontsize=8)
-    try:
-        figure.savefig(picture, dpi=110)
-    except OSError as error:
-        picture.unlink(missing_ok=True)
-        tell(console, f"no {picture.name}: {error.strerror or error}")
-
-
-def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    return [line["tokens"] for line in lines], [line[key] for line in lines]
-
-
-MASTERS, SLOTS = "masters/", "optimizer/"  # prefixes of tensor names
-
-
-def write_checkpoint(
-    output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer, state: dict[str, Any]
-) -> None:
-    """Replace the checkpoint. state: JSON values that are stored with the tensors."""
-    tensors = {f"{MASTERS}{name}": parameter.detach() for name, parameter in masters.items()}
-    for index, slot in optimizer.state_dict()["state"].items():
-        tensors |= {f"{SLOTS}{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
-    contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+def write_checkpoint(output: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint. state: tensors, and plain values."""
+    data = io.BytesIO()
+    torch.save(state, data)
     with writing("a checkpoint", output):
-        files.write_atomically(output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
+        files.write_atomically(output / CHECKPOINT, data.getvalue())
 
 
 @torch.no_grad()
-def restore_checkpoint(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
+def read_checkpoint(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
     """Restore tensors and return the state. Raises SpecDecError for a damaged file and another run's file."""
     path = output / CHECKPOINT
-    slots: dict[int, dict[str, Tensor]] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            state: dict[str, Any] = json.loads((file.metadata() or {})["state"])
-            for name, parameter in masters.items():
-                parameter.copy_(file.get_tensor(f"{MASTERS}{name}"))
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key.startswith(SLOTS):
-                    _, index, name = key.split("/")
-                    slots.setdefault(int(index), {})[name] = file.get_tensor(key)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise SpecDecError(f"'{path}' is not a checkpoint of this run ({error}); delete it to start anew") from None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        for name, parameter in masters.items():
+            parameter.copy_(state["masters"][name])
+        optimizer.load_state_dict(state["optimizer"])
+    except (OSError, UnpicklingError, EOFError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        why = one_line(error)
+        raise SpecDecError(f"'{path}' is not a checkpoint of this run ({why}); delete it to start anew") from None
     return state
-
-
-def rewind_metrics(output: Path, update: int) -> None:
-    """Remove metrics after ``update``, the update of the checkpoint, and an unfinished last line."""
-    path, kept = output / METRICS, ""
-    with writing("metrics", output):
-        for line in path.read_text("utf-8", "replace").splitlines(True) if path.exists() else ():
-            try:
-                if not line.endswith("\n") or json.loads(line)["update"] > update:
-                    break
-            except (ValueError, KeyError, TypeError):  # the run was killed as it wrote this line
-                break
-            kept += line
-        files.write_atomically(path, kept.encode())
-
-
-class BestParameters:
-    """A copy of the parameters with the lowest held-out loss so far.
-
-    start: held-out loss before the first update.
-    least, update: lowest held-out loss, and its update.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], start: float, update: int = 0) -> None:
-        self.parameters, self.start = parameters, start
-        self.keep(start, update)
-
-    def keep(self, loss: float, update: int) -> None:
-        """Keep the current parameters as the best."""
-        self.least, self.update = loss, update
-        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
-
-    def put_back(self) -> None:
-        copy_values(self.values, self.parameters)
-
-
-@torch.no_grad()
-def copy_values(source: Mapping[str, Any], onto: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in onto.items():
-        parameter.copy_(source[name])

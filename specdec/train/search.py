@@ -1,7 +1,7 @@
 """The choice of the segment of an M2R2 path, by closed-form acceptance and measured cost, without gradients.
 
 Candidates project from the embedding to one segment of later layers, and from its end to the final state. They begin
-at layer ``begin`` or, with ``--search``, anywhere in the upper half. Projections are fitted on a sample of teacher
+at layer ``begin``. Projections are fitted on a sample of teacher
 states. Each candidate drafts along held-out answers; its acceptance and the costs on this machine predict a speedup
 (``predict_speedup``). The largest speedup wins.
 """
@@ -76,12 +76,8 @@ def choose_segment(settings: M2R2Settings, target: Target, context: RunContext) 
         lo, hi = drafter_folder.read_json(file)["chosen"]
         return int(lo), int(hi)
     depth = target.num_layers
-    if settings.search:
-        starts = range(depth // 2, depth)
-    else:
-        start = min(round(settings.begin * depth / (settings.layers_of or depth)), depth - 1)
-        starts = range(start, start + 1)
-    later = range(starts[0], min(starts[-1] + LONGEST, depth))
+    start = min(round(settings.begin * depth / (settings.layers_of or depth)), depth - 1)
+    later = range(start, min(start + LONGEST, depth))
     teacher, records = context.decoder.target, list[list[AnswerStates]]()
     wanted = StateSelection((*later,), tuple(sorted({*later, later[-1] + 1, depth})))
     for name, answers, tokens in (
@@ -91,11 +87,7 @@ def choose_segment(settings: M2R2Settings, target: Target, context: RunContext) 
         part = _first(answers, tokens)
         given = part, wanted, context.progress, f"search, {name}", target
         records.append(compute_states(folder / name, teacher, *given))
-    task = context.progress.add_task("search", total=len(starts), unit="layers")
-    found: dict[Segment, list[float]] = {}
-    for lo in starts:
-        found |= acceptance_chains(target, context.vocab, lo, records[0], records[1], settings)
-        context.progress.advance(task)
+    found = acceptance_chains(target, context.vocab, start, records[0], records[1], settings)
     rows = rank(found, draft_costs(context.decoder, context.vocab))
     _show(rows, context.console)
     table = {"chosen": rows[0].segment, "table": [asdict(row) for row in rows]}

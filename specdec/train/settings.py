@@ -12,8 +12,6 @@ from specdec.base.errors import SpecDecError
 from specdec.base.files import find_config
 from specdec.base.settings import Settings
 
-DROPPED = ("compile", "learning_rate", "leap_rate", "search_gain")  # of earlier recipes; their rates were absolute
-RENAMED = {"final_leap": "final_projection"}
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -97,12 +95,7 @@ def load_settings(kind: type[S], method: str, preset: str | None, overrides: Map
     for key, others in kind.replaces.items():
         if given.get(key):
             values |= others
-    return from_mapping(kind, current(values) | given, f"preset '{preset}'")
-
-
-def current(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without obsolete settings, and with current names."""
-    return {RENAMED.get(key, key): value for key, value in recipe.items() if key not in DROPPED}
+    return from_mapping(kind, values | given, f"preset '{preset}'")
 
 
 def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:

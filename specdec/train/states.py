@@ -1,6 +1,6 @@
 """Teacher states on disk: states of the base model for each training answer, computed once for all epochs.
 
-A store is a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with their SHA-256, the base
+A store is a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with their names, the base
 model's fingerprint and a digest of the answers. It is written shard by shard, so a killed run can resume.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
-from specdec.base.terminal import Progress, duration, megabytes, tell
+from specdec.base.terminal import Progress
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes import draft_maps
 from specdec.runtimes.target import Pass, Target
@@ -94,9 +92,9 @@ def compute_states(
     """Complete the store in ``folder`` for these answers and read it.
 
     student: the runtime that trains; None: ``target``.
-    progress: shows the expected size and time, then the finished tokens of ``name``.
+    progress: shows the finished tokens of ``name``.
     Raises SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and
-    if the disk is too small.
+    for a full disk.
     """
     progress, student = progress or Progress(console=Console(quiet=True)), student or target
     name = f"teacher states ({name})" if name else "teacher states"
@@ -127,43 +125,13 @@ def compute_states(
     done = partial(progress.advance, task)
     with writing("teacher states", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if left:
-            size, seconds = estimate(target, left, kept, student)
-            tell(progress.console, f"{name}: {missing} tokens, about {megabytes(size)} and {duration(seconds)}")
-            if (free := shutil.disk_usage(folder).free) < size:
-                raise SpecDecError(
-                    f"{name} take about {megabytes(size)}, and '{folder}' has {megabytes(free)} free; free space and "
-                    "--resume, or train on fewer answers"
-                )
         for start in range(len(shards) * SHARD_ANSWERS, len(answers), SHARD_ANSWERS):
             chunk, file = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
             save_file(_teach(target, chunk, kept, student, done), folder / f"{file}.part")
             (folder / f"{file}.part").replace(folder / file)
-            shards.append({"file": file, "sha256": inputs.sha256(folder / file), "answers": len(chunk)})
+            shards.append({"file": file, "answers": len(chunk)})
             write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
     return [record for shard in shards for record in _records(_load(folder, shard), wanted)]
-
-
-def estimate(
-    target: Target, answers: Sequence[TrainingAnswer], wanted: StateSelection, student: Target
-) -> tuple[int, float]:
-    """Bytes on the disk and seconds for these answers, estimated from those of a few; a pass before warms up."""
-    few = answers[: 1 + PASS_TOKENS // len(answers[0])]
-    _teach(target, few[:1], wanted, student)
-    start = time.perf_counter()
-    shard = _teach(target, few, wanted, student)
-    seconds = time.perf_counter() - start
-    found = [0, 0]  # bytes for every token, and for kept ones
-    for key, tensor in shard.items():
-        if key not in ("lengths", "prompts"):
-            found[not key.startswith(EVERY)] += tensor.nbytes
-    (tokens, kept), (all_tokens, all_kept) = _counts(few), _counts(answers)
-    return found[0] * all_tokens // tokens + found[1] * all_kept // kept, seconds * all_tokens / tokens
-
-
-def _counts(answers: Sequence[TrainingAnswer]) -> tuple[int, int]:
-    """The number of tokens, and of those from ``first_kept`` on but the last."""
-    return sum(map(len, answers)), sum(len(a) - 1 - first_kept(len(a.prompt_ids)) for a in answers)
 
 
 @torch.inference_mode()
@@ -272,8 +240,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
 def _load(folder: Path, shard: dict[str, str]) -> dict[str, Tensor]:
     path = folder / str(shard["file"])
     try:
-        if inputs.sha256(path) == shard["sha256"]:
-            return load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError):
-        pass
-    raise SpecDecError(f"shard '{path}' is missing, truncated or changed; delete '{folder}'")
+        raise SpecDecError(f"shard '{path}' is missing or truncated; delete '{folder}'") from None

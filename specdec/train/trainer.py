@@ -10,11 +10,13 @@ import ctypes
 import random
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from filelock import FileLock
 from rich.console import Console
 
@@ -36,7 +38,8 @@ from specdec.train.method import RunContext, lookup
 from specdec.train.output import STATES, lock_of, open_output
 from specdec.train.run import TrainingRun, progress_bars
 from specdec.train.settings import TrainSettings
-from specdec.train.world import ProcessGroup, join
+
+PATIENCE = timedelta(days=2)  # the first process may answer prompts and compute states for long
 
 
 def train(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -47,33 +50,41 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     """
     if not settings.prompts and not settings.text:
         raise SpecDecError("nothing to train on; give --prompts FILE or --text FILE")
-    with join(str(loading.find_device(settings.device))) as world:
-        if settings.rows < world.size:
-            raise SpecDecError(f"{world.size} processes cannot share batches of {settings.rows} rows; raise 'rows'")
-        lock = lock_of(settings)
-        try:
-            with world.first_process_first():  # the others read what the first one computes
-                run = _prepare(settings, resume or not world.first, console or stderr(), world, lock)
-            return run.train(resume)
-        finally:
-            lock.release()
+    console, lock, place = console or stderr(), lock_of(settings), loading.find_device(settings.device)
+    processes = PartialState(cpu=place.type == "cpu", timeout=PATIENCE)
+    first, place = processes.is_main_process, place if processes.num_processes == 1 else processes.device
+    console.quiet |= not first
+    if settings.rows < processes.num_processes:
+        raise SpecDecError(
+            f"{processes.num_processes} processes cannot share batches of {settings.rows} rows; raise 'rows'"
+        )
+    try:
+        with processes.main_process_first():  # the others read what the first one computes
+            run = _prepare(settings, resume or not first, console, processes, place, lock if first else None)
+        return run.train(resume)
+    finally:
+        lock.release()
+        processes.destroy_process_group()
 
 
 def _prepare(
-    settings: TrainSettings, resume: bool, console: Console, world: ProcessGroup, lock: FileLock
+    settings: TrainSettings,
+    resume: bool,
+    console: Console,
+    processes: PartialState,
+    place: torch.device,
+    lock: FileLock | None,
 ) -> TrainingRun:
     """All stages before gradient training. Finished parts are read from the disk."""
     # Checks that need no model come first.
     items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
     texts = data.read_texts([Path(p) for p in settings.text])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
-    output = open_output(settings, resume, lock if world.first else None)
+    output = open_output(settings, resume, lock)
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
-    fits = partial(check_memory, settings.model, dtype=dtype, place=torch.device(world.device))
-    model, tokenizer = loading.load(
-        settings.model, dtype=dtype, device=world.device, adapter=settings.adapter, check=fits
-    )
+    fits = partial(check_memory, settings.model, dtype=dtype, place=place)
+    model, tokenizer = loading.load(settings.model, dtype=dtype, device=place, adapter=settings.adapter, check=fits)
     decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it, so its states are theirs
     target = open_target(model, settings)
     if settings.init:
@@ -103,7 +114,7 @@ def _prepare(
             states.compute_states(output / STATES / name, decoder.target, part, wanted, progress, name, target)
             for name, part in parts
         ]
-    return TrainingRun(method, vocab, records[1], records[0], output, decoder, console, world)
+    return TrainingRun(method, vocab, records[1], records[0], output, decoder, console, processes)
 
 
 def _note_other_base(init: str, target: Target, console: Console) -> None:

@@ -116,7 +116,8 @@ def recipe(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
 
 
 def searched(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
-    given = {"search": True, "segments": [], "final_projection": False, "search_tokens": 300, "steps": 2}
+    """A recipe whose segment begins in the middle of a model of 4 layers."""
+    given = {"begin": 20, "layers_of": 40, "segments": [], "final_projection": False, "search_tokens": 300, "steps": 2}
     return recipe(answers, output, **given | changes)
 
 
@@ -129,6 +130,13 @@ def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProces
 def evaluations(output: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["evaluation"] for line in lines if "evaluation" in line]
+
+
+def checkpoint_of(output: Path) -> dict[str, torch.Tensor]:
+    """The masters and the optimizer's tensors."""
+    saved = torch.load(output / "checkpoint.pt", weights_only=True)
+    slots = {f"{n}/{key}": value for n, slot in saved["optimizer"]["state"].items() for key, value in slot.items()}
+    return saved["masters"] | slots
 
 
 class Killed(BaseException):

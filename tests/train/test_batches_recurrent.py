@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tiny import HYBRIDS, model_of, tiny_model
-from training import Killed, Tokens, recipe, same_drafts, searched
+from training import Killed, Tokens, checkpoint_of, recipe, same_drafts, searched
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2Path
@@ -64,7 +63,7 @@ def test_m2r2_is_trained_drafts_and_resumes(answers: Path, tmp_path: Path, monke
         train(recipe(answers, tmp_path / "parts", **path))
     monkeypatch.setattr(TrainingRun, "_step", step)
     train(recipe(answers, tmp_path / "parts", **path), resume=True)
-    whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    whole, parts = (checkpoint_of(tmp_path / name) for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole | parts)
 
     drafts_well(answers, tmp_path / "whole")

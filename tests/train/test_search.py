@@ -46,7 +46,7 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     out = tmp_path / "out"
     train(searched(answers, out))
     kept = json.loads((out / "search.json").read_text())
-    assert {tuple(row["segment"]) for row in kept["table"]} == {(2, 3), (2, 4), (3, 4)}
+    assert {tuple(row["segment"]) for row in kept["table"]} == {(2, 3), (2, 4)}
     best = max(kept["table"], key=lambda row: row["speedup"])
     assert best["tokens"] == pytest.approx(evaluations(out)[0]["score"], abs=0.15)  # as the first evaluation finds it
     path = drafter_folder.read_config(out)["path"]
@@ -54,15 +54,6 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     assert not (out / "states" / "search").exists()
     monkeypatch.setattr(search, "acceptance_chains", None)  # nothing is searched again
     train(searched(answers, out), resume=True)
-
-
-def test_by_default_the_end_of_the_path_alone_is_chosen(answers: Path, tmp_path: Path, priced: None) -> None:
-    out = tmp_path / "out"
-    given = {"begin": 20, "layers_of": 40, "segments": [], "search_tokens": 300, "steps": 2}  # of 4 layers: 2
-    train(recipe(answers, out, **given))
-    kept = json.loads((out / "search.json").read_text())
-    assert {tuple(row["segment"]) for row in kept["table"]} == {(2, 3), (2, 4)}
-    assert drafter_folder.read_config(out)["path"]["segments"] == [kept["chosen"]]
 
 
 def test_drafts_of_the_search_are_those_of_a_network_that_training_fits(answers: Path, tmp_path: Path) -> None:

@@ -11,12 +11,7 @@ from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder
 from specdec.train.m2r2_settings import M2R2Settings
 from specdec.train.method import lookup
-from specdec.train.settings import current, from_mapping, load_settings
-
-
-def test_a_setting_of_earlier_versions_is_ignored_or_has_its_new_name() -> None:
-    assert current({"compile": True, "leap_rate": 1e-3, "rank": 3}) == {"rank": 3}
-    assert current({"final_leap": True}) == {"final_projection": True}
+from specdec.train.settings import from_mapping, load_settings
 
 
 def test_recipes_of_shipped_drafters_are_presets() -> None:
@@ -34,8 +29,6 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     given = load_settings(M2R2Settings, "m2r2", None, {"segments": [[1, 2]]})
     assert given.segments == ((1, 2),) and not given.begin and given.layers_of is None  # not scaled to the model
     assert load_settings(M2R2Settings, "m2r2", "m2r2-paper", {"exit_layer": 2}).layers_of is None
-    searching = load_settings(M2R2Settings, "m2r2", None, {"search": True})
-    assert searching.search and not searching.segments
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
     own = tmp_path / "own.yaml"
     own.write_text("relative_rate: 1e-5\nsegments: [[1, 2]]\nfinal_projection: true\n")

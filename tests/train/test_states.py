@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from tiny import model_of, tiny_model
 from training import Killed, recipe
 
-from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library
@@ -104,27 +100,6 @@ def test_the_tokens_reported_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(reported) == sum(map(len, answers)) and len(reported) > 1
 
 
-def test_size_and_time_are_said_before_and_the_size_holds(tmp_path: Path) -> None:
-    target, answers, stream = training_target(tiny_model("llama")), some_answers(3), io.StringIO()
-    with terminal.Progress(console=Console(file=stream, width=200)) as progress:
-        states.compute_states(tmp_path, target, answers, WANTED, progress, "train")
-        states.compute_states(tmp_path, target, answers, WANTED, progress, "train")  # nothing is left to do
-    tokens = sum(map(len, answers))
-    assert stream.getvalue() == f"teacher states (train): {tokens} tokens, about 0.2 MB and 1 s\n"
-    size, seconds = states.estimate(target, answers, WANTED, target)
-    assert seconds > 0
-    shard = (tmp_path / "states-00000.safetensors").stat().st_size
-    assert abs(shard - size) < 4096  # the header, and a few numbers of each answer
-
-
-def test_too_little_room_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, usage = training_target(tiny_model("llama")), shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(SpecDecError, match=r"take about 0\.2 MB, and '.*' has 0\.0 MB free; free space and --resume"):
-        states.compute_states(tmp_path, target, some_answers(3), WANTED)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(recipe(answers, out, steps=1))
@@ -147,7 +122,6 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
     some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.StateSelection((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
-    monkeypatch.setattr(states, "estimate", lambda *given: (0, 0.0))
     whole = states.compute_states(tmp_path / "whole", target, some, wanted)
     teach, calls = states._teach, []
 
