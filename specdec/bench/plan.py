@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -24,10 +23,10 @@ from typing import Any
 
 from pydantic import Field
 
+from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.base.settings import Settings
+from specdec.base.settings import Settings, short_repr
 from specdec.bench.cell import EXTERNAL_METHODS, Cell, check_external, check_method
-from specdec.bench.document import Keys, as_list, load, parse, shortened
 from specdec.speculation import registry
 
 MAX_CELLS = 10_000
@@ -72,7 +71,7 @@ def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
 class Axis:
     """A setting, or an option of a drafter or verifier: its keys in the file, and its values."""
 
-    keys: Keys
+    keys: tuple[str, ...]
     values: list[Any]
 
     def applies(self, point: Mapping[str, Any]) -> bool:
@@ -81,153 +80,121 @@ class Axis:
 
 
 def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """The plan of a file with ``overrides`` (``KEY=VALUE,VALUE``) on top. Raises SpecDecError with file and line."""
-    sweep = Sweep(path)
+    """The plan of a file with ``overrides`` (``KEY=VALUE,VALUE``) on top. Raises SpecDecError, which names either."""
+    given = inputs.read_yaml(path, "benchmark file ")
+    if given is None:
+        raise SpecDecError(f"'{path}' is empty; a sweep needs at least one setting, such as 'drafter: m2r2'")
+    with _told(f"'{path}'"):
+        sweep = Sweep(given, path.stem)
     for text in overrides:
-        sweep.override(text)
-    return sweep.plan()
+        with _told(f"override '{text}'"):
+            sweep.override(text)
+    with _told(f"'{path}'"):
+        return sweep.plan()
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Let an error say where its cause is."""
+    try:
+        yield
+    except (SpecDecError, ValueError) as error:
+        raise SpecDecError(f"{where}: {error}") from None
 
 
 class Sweep:
-    """The axes of a file, and the cells that they span. Raises SpecDecError with the line of a mistake."""
+    """The axes of a file, and the cells that they span. Raises SpecDecError for a mistake.
 
-    def __init__(self, path: Path) -> None:
-        self.document = document = load(path)
-        if document.value is None:
-            raise SpecDecError(
-                f"{path}: the file is empty; a sweep needs at least one setting, such as 'drafter: m2r2'"
-            )
-        items = document.mapping((), document.value, "a sweep", KEYS)
-        self.name, self.description = items.get("name", path.stem), items.get("description", "")
-        self.resources = document.mapping(("resources",), items.get("resources"), "resources")
+    name: of the sweep, if the file has none.
+    """
+
+    def __init__(self, given: Any, name: str) -> None:
+        items = _mapping(given, "a benchmark file", KEYS)
+        self.name, self.description = items.get("name", name), items.get("description", "")
+        self.resources = _mapping(items.get("resources"), "resources")
         self.axes = dict[str, Axis]()
-        for name in SETTINGS:
-            if name in items or name in GROUPS:
-                self._add((name,), items.get(name, getattr(Cell(), name)))
-        self.zips = [[str(name) for name in as_list(entry)] for entry in as_list(items.get("zip", []))]
+        for setting in SETTINGS:
+            if setting in items or setting in GROUPS:
+                self._add((setting,), items.get(setting, getattr(Cell(), setting)))
+        self.zips = [[str(axis) for axis in _as_list(entry)] for entry in _as_list(items.get("zip", []))]
+        for number, names in enumerate(self.zips):
+            lengths = {axis: len(self._axis("zip", axis).values) for axis in names}
+            others = {axis for before in self.zips[:number] for axis in before}
+            if len(names) < 2 or others & {*names} or len({*lengths.values()}) > 1:
+                counts = ", ".join(f"{axis} has {length}" for axis, length in lengths.items())
+                what = "an entry of zip lists axes with as many values each, and an axis is in one entry"
+                raise SpecDecError(f"{what}; {counts}")
         self.excludes = [
-            {
-                axis: as_list(value)
-                for axis, value in document.mapping(("exclude", number), entry, "an entry of exclude").items()
-            }
-            for number, entry in enumerate(as_list(items.get("exclude", [])))
+            {axis: _as_list(value) for axis, value in _mapping(entry, "an entry of exclude").items()}
+            for entry in _as_list(items.get("exclude", []))
         ]
-        self._check_values()
-        self._check_conditions()  # of the file alone: an override may remove what they name
+        points = list(self._points(excluded=True))
+        for conditions in self.excludes:  # of the file alone: an override may remove what they name
+            for axis in conditions:
+                self._axis("exclude", axis)
+            if not any(_matches(point, conditions) for point in points):
+                raise SpecDecError(f"an entry of exclude matches no cell: {conditions}")
 
-    def _add(self, keys: Keys, given: Any) -> None:
+    def _add(self, keys: tuple[str, ...], given: Any) -> None:
         """Add the axis of a setting or an option. The options of joined drafters are one level further down."""
         name = ".".join(keys)
         if keys[0] in GROUPS and (isinstance(given, dict) or len(keys) == 2):
-            options = self.document.mapping(keys, given, f"the options of '{name}'")
+            options = _mapping(given, f"the options of '{name}'")
             for key, value in options.items():
                 self._add((*keys, key), value)
             if len(keys) > 1:
                 return
             given = list(options)
-        self.axes[name] = Axis(keys, [as_list(given)] if name == WHOLE else as_list(given))
+        values = [_as_list(given)] if name == WHOLE else _as_list(given)
+        if not values:
+            raise SpecDecError(f"'{name}' is empty: the sweep would have no cell")
+        for one in ({name: value} for value in values if name in SETTINGS):
+            Cell().with_settings(**one)
+        self.axes[name] = Axis(keys, values)
+
+    def _axis(self, what: str, name: str) -> Axis:
+        if name not in self.axes:
+            raise SpecDecError(f"{what}: '{name}' is not an axis of this sweep{did_you_mean(name, self.axes)}")
+        return self.axes[name]
 
     def override(self, text: str) -> None:
         """Put ``KEY=VALUE,VALUE`` over the file."""
         key, equals, value = text.partition("=")
-        keys: Keys = tuple(key.split("."))
+        keys = tuple(key.split("."))
         if group := next((group for group in GROUPS if text.startswith(f"{group}.")), None):
             names, rest = self.axes[group].values, text.removeprefix(f"{group}.")
             name = max((name for name in names if rest.startswith(f"{name}.")), key=len, default=None)
             if name is None:
                 given = rest.partition(".")[0]
-                near = did_you_mean(given, names)
-                raise SpecDecError(f"'{text}': the sweep has no {group} '{given}'{near}; it has {', '.join(names)}")
+                raise SpecDecError(f"the sweep has no {group} '{given}'{did_you_mean(given, names)}")
             option, equals, value = rest.removeprefix(f"{name}.").partition("=")  # names may contain =
-            key, keys = f"{group}.{name}.{option}", (group, name, *option.split("."))
+            keys = (group, name, *option.split("."))
         elif key not in (known := (*SETTINGS, "name")) and not key.startswith("resources."):
-            near = did_you_mean(key, known)
-            what = "it is SETTING=VALUE,VALUE or drafter.NAME.OPTION=VALUE"
-            raise SpecDecError(f"cannot override with '{text}'{near}; {what}")
-        if not equals:
-            raise SpecDecError(f"override '{text}' gives no value; write {text}=VALUE,VALUE")
-        place = f"override '{text}'"
-        values = parse(f"[{value}]", lambda line: place).value
-        if not isinstance(values, list) or not values:
-            raise SpecDecError(f"{place} gives no value")
-        self.document.move(keys, place, deep=key not in GROUPS)  # names keep their options
+            what = "give SETTING=VALUE,VALUE or drafter.NAME.OPTION=VALUE"
+            raise SpecDecError(f"there is no such setting{did_you_mean(key, known)}; {what}")
+        values = inputs.parse_yaml(f"[{value}]") if equals else None
+        if not values:
+            raise SpecDecError("it gives no value; write KEY=VALUE,VALUE")
         if key == "name":
             self.name = values[0]
         elif keys[0] == "resources":
             self.resources = self.resources | {".".join(keys[1:]): values[0]}
         else:
-            self.axes[key] = Axis(keys, [values] if key == WHOLE else values)
-
-    # Checks.
-
-    def _check(self, settings: type[Settings], name: str, value: Any, keys: Keys) -> None:
-        try:
-            settings(**{name: value})
-        except SpecDecError as error:
-            self.document.fail(keys, str(error))
-
-    def _check_values(self) -> None:
-        fail = self.document.fail
-        for key, text in (("name", self.name), ("description", self.description)):
-            if not isinstance(text, str) or not (text.strip() or key == "description"):
-                fail((key,), f"this must be text; got {shortened(text)}")
-        for key, value in self.resources.items():
-            self._check(Resources, key, value, ("resources", key))
-        for name, axis in self.axes.items():
-            if not axis.values:
-                fail(axis.keys, f"'{axis.keys[-1]}' is empty: the sweep would have no cell")
-            for number, value in enumerate(axis.values):
-                if name in SETTINGS:
-                    self._check(Cell, name, value, (*axis.keys, number))
-                if value in axis.values[:number]:
-                    fail((*axis.keys, number), f"'{axis.keys[-1]}' has the value {shortened(value)} twice")
-        for number, zipped in enumerate(self.zips):
-            others = {name for names in self.zips[:number] for name in names}
-            lengths = {name: len(self.axes[name].values) for name in zipped if name in self.axes}
-            if len(zipped) < 2 or others & {*zipped} or len(set(lengths.values())) > 1:
-                counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-                what = f"an entry of zip lists axes with as many values each, and an axis is in one entry; {counts}"
-                fail(("zip", number), what)
-
-    def _check_conditions(self) -> None:
-        """Raise SpecDecError for axes and values in zip and exclude that the sweep does not have."""
-        for number, names in enumerate(self.zips):
-            for name in names:
-                self._known(
-                    ("zip", number), name, [n for n in self.axes if n not in GROUPS], "not an axis of this sweep"
-                )
-        points = list(self._points(excluded=True))
-        for number, conditions in enumerate(self.excludes):
-            for axis, values in conditions.items():
-                self._known(("exclude", number, axis), axis, self.axes, "not an axis of this sweep")
-                taken = [point[axis] for point in points if axis in point]
-                for value in values:
-                    self._known(("exclude", number, axis), value, taken, f"not a value of {axis} in this sweep")
-            if not any(_matches(point, conditions) for point in points):
-                what = f"this entry of exclude matches no cell: {shortened(conditions)}"
-                self.document.fail(("exclude", number), what)
-
-    def _known(self, keys: Keys, value: Any, known: Collection[Any], what: str) -> None:
-        if value not in known:
-            near = did_you_mean(str(value), map(str, known))
-            self.document.fail(keys, f"{keys[0]}: '{shortened(value)}' is {what}{near}")
+            self._add(keys, values)
 
     # Cells.
 
     def _points(self, excluded: bool = False) -> Iterator[dict[str, Any]]:
         """Every combination of the axes, as values by axis name; with those that exclude drops, if ``excluded``."""
-        names = product(*(self.axes[group].values for group in GROUPS))
-        spans = [(point, self._steps(point)) for point in (dict(zip(GROUPS, each, strict=True)) for each in names)]
-        total = sum(math.prod(map(len, steps)) for _, steps in spans)
-        if total > MAX_CELLS:
-            self.document.fail(
-                (), f"this sweep has {total:,} cells, more than the most of {MAX_CELLS:,}; shorten an axis"
-            )
-        for point, span in spans:
-            for steps in product(*span):
+        count = 0
+        for each in product(*(self.axes[group].values for group in GROUPS)):
+            point = dict(zip(GROUPS, each, strict=True))
+            for steps in product(*self._steps(point)):
                 for step in steps:
                     point = point | step
                 if excluded or not any(_matches(point, conditions) for conditions in self.excludes):
+                    if (count := count + 1) > MAX_CELLS:
+                        raise SpecDecError(f"the sweep has more than {MAX_CELLS:,} cells; shorten an axis")
                     yield point
 
     def _steps(self, point: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -242,12 +209,11 @@ class Sweep:
         return out
 
     def plan(self) -> Plan:
-        """The plan. Raises SpecDecError for combinations that cannot work and for a sweep without a cell."""
-        self._check_values()
-        cells = {cell.key(): cell for cell in map(self._cell, self._points())}
+        """The plan. Raises SpecDecError for options that a plug-in refuses, and for a sweep without a cell."""
+        cells = {cell.key(): cell for cell in map(self._cell, list(self._points()))}
         if not cells:
-            self.document.fail((), "this sweep has no cell: exclude drops them all")
-        name, description = (" ".join(text.split()) for text in (self.name, self.description))
+            raise SpecDecError("the sweep has no cell: exclude drops them all")
+        name, description = (" ".join(str(text).split()) for text in (self.name, self.description))
         return Plan(name, description, tuple(cells.values()), Resources(**self.resources))
 
     def _cell(self, point: dict[str, Any]) -> Cell:
@@ -261,28 +227,24 @@ class Sweep:
             for key in path[1:-1]:
                 holder = holder.setdefault(key, {})
             holder[path[-1]] = value
-        cell = Cell(**values)
-        native = cell.dtype in ("auto", "bfloat16") and cell.device in ("auto", "cpu")
-        native = native and cell.runtime in ("auto", "native")
-        given = f"cannot go with dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}"
-        for name in ("weights", "kv_cache", "activations"):
-            value = getattr(cell, name)
-            if value in ("int8", "int4") and not native:
-                need = "needs bfloat16, the CPU and the native runtime"
-                self.document.fail((name,), f"{name} {value} {need}; it {given}; exclude the combination")
         for group in GROUPS:
-            self._check_plugin(group, point[group], values[f"{group}_options"])
-        return cell.canonical()
+            check_plugin(group, point[group], values[f"{group}_options"])
+        return Cell(**values).canonical()
 
-    def _check_plugin(self, group: str, name: str, options: Mapping[str, Any]) -> None:
-        try:
-            check_plugin(group, name, options)
-        except SpecDecError as error:
-            listed = (group, self.axes[group].values.index(name))
-            named = (group, name) if (group, name) in self.document.places else listed
-            own = (axis.keys for axis in self.axes.values() if axis.keys[:2] == (group, name))
-            option = next((keys for keys in own if keys[-1] in str(error)), None)  # that the error is about
-            self.document.fail(option or named, str(error))
+
+def _mapping(value: Any, what: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    """``value`` as a mapping whose keys are all ``known``; None is an empty mapping."""
+    if not isinstance(value, dict | None):
+        raise SpecDecError(f"{what} must be a mapping of keys to values; got {short_repr(value)}")
+    found = {str(key): each for key, each in (value or {}).items()}
+    if known is not None and (odd := next((key for key in found if key not in known), None)) is not None:
+        raise SpecDecError(f"unknown key '{odd}' in {what}{did_you_mean(odd, known)}; known: {', '.join(known)}")
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    """The values of an axis: a list, or a single value."""
+    return value if isinstance(value, list) else [value]
 
 
 def _matches(point: dict[str, Any], conditions: dict[str, list[Any]]) -> bool:
