@@ -1,4 +1,4 @@
-"""The report of a results folder: one self-contained HTML file, and its pictures as PNG files.
+"""The report of a results folder: one self-contained HTML file.
 
 Pictures are narrow enough for a phone and distinguishable without colour: drafters differ by hatch, marker and line
 style, too. Needs matplotlib (the ``plot`` extra).
@@ -7,16 +7,13 @@ style, too. Needs matplotlib (the ``plot`` extra).
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -30,13 +27,9 @@ from specdec.bench.results import (
     Record,
     Results,
     ResultTable,
-    as_yaml,
-    axes,
     baselines,
     command,
-    short_name,
     speedup_of,
-    varying_axes,
 )
 
 PAGE = "report.html"  # also the name of the template
@@ -47,7 +40,6 @@ SECTIONS = {  # name: title, and the text if there is no picture
         "Quality against speed",
         "No lossy acceptance rule was measured, so no text differs from plain decoding.",
     ),
-    "heat": ("Two axes at once", "Fewer than two settings were varied, so there is no map to draw."),
 }
 ENVIRONMENT = {
     "memory_gb": "memory (GB)",
@@ -58,7 +50,6 @@ ENVIRONMENT = {
 }
 WIDTH = 4.5  # inches; 9-point text stays readable at the width of a phone
 MOST_BARS, MOST_LINES = 48, 8
-LONGEST_NAME = 60  # characters of a drafter's name in a file's
 INK, GREY, FAINT = "#1a1a1a", "#777777", "#d4d4d4"
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#8f8f8f", "#8c6d31")  # Okabe and Ito
 # 11 hatches or markers and 8 colours: 88 different pairs.
@@ -81,17 +72,14 @@ STYLE: dict[Any, Any] = {
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Write the page and its pictures into ``folder``; return the path."""
+    """Write the page into ``folder``; return its path."""
     labels = {record["key"]: label for record, label in zip(results.records, results.labels(), strict=True)}
-    drawn = draw_all(results.done, labels)
-    for picture in (picture for pictures in drawn.values() for picture in pictures):
-        write_atomically(folder / f"{picture.name}.png", picture.png)
     page = Environment(loader=PackageLoader("specdec.bench", "."), autoescape=True).get_template(PAGE)
     text = page.render(
         results=results,
         facts=_facts(results, labels),
         sections=SECTIONS,
-        pictures=drawn,
+        pictures=draw_all(results.done, labels),
         encoded=lambda png: base64.b64encode(png).decode(),
         failures=ResultTable(["cell", "error"], [[labels[r["key"]], r["error"]] for r in results.failed]),
         environment=_environment(results.done),
@@ -158,9 +146,8 @@ def _prompts(about: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG picture. name: of the file, without suffix. caption, alt: texts for the page."""
+    """A PNG picture. caption, alt: texts for the page."""
 
-    name: str
     title: str
     caption: str
     alt: str
@@ -175,7 +162,6 @@ def draw_all(records: Sequence[Record], labels: Mapping[str, str]) -> dict[str, 
             "speedup": [picture for name in over for picture in _speedup(records, name, labels)],
             "acceptance": list(_acceptance(records, labels)),
             "quality": [picture for name in over[:1] for picture in _quality(records, name)],
-            "heat": [picture for name in over[:1] for picture in _heat_maps(records, name)],
         }
 
 
@@ -216,7 +202,7 @@ def _speedup(records: Sequence[Record], baseline: str, labels: Mapping[str, str]
     )
     best = max(_gain(record, baseline)["value"] for record in chosen)
     alt = f"Bars of {len(chosen)} cells; the longest is {best:.2f} x"
-    yield _picture(figure, f"speedup-over-{_file(baseline)}", f"Over {_name(baseline)}", caption, alt)
+    yield _picture(figure, f"Over {_name(baseline)}", caption, alt)
 
 
 def _acceptance(records: Sequence[Record], labels: Mapping[str, str]) -> Iterator[Picture]:
@@ -243,7 +229,7 @@ def _acceptance(records: Sequence[Record], labels: Mapping[str, str]) -> Iterato
         f"At most {MOST_LINES} cells are drawn, each drafter's best first."
     )
     alt = "Accepted at the first position: " + ", ".join(f"{name}: {v[0]:.0%}" for name, v in shares.items())
-    yield _picture(figure, "acceptance", "", caption, alt)
+    yield _picture(figure, "", caption, alt)
 
 
 def _quality(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
@@ -272,69 +258,7 @@ def _quality(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
         "Quality of lossy rules against their speed: up is better, for NLL down; right is faster. A line joins the "
         "settings of one drafter and rule. Grey crosses are 95 % intervals."
     )
-    yield _picture(figure, "quality", "", caption, f"Quality against speed of {'; '.join(groups)}")
-
-
-def _heat_maps(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
-    """Speedups over two axes: drafter and the setting with most values, then two options of each drafter."""
-    measured = _measured(records, baseline)
-    widest = _by_width(measured)
-    settings = [name for name in widest if "." not in name and name != "drafter"]
-    if settings and "drafter" in widest:
-        yield from _heat(measured, baseline, ["drafter", settings[0]], "drafters", "")
-    for drafter in _drafters(measured):
-        own = [r for r in measured if r["cell"]["drafter"] == drafter]
-        if len(pair := _by_width(own)[:2]) == 2:
-            yield from _heat(own, baseline, pair, _file(drafter), drafter)
-
-
-def _by_width(records: Sequence[Record]) -> list[str]:
-    """The axes on which these records differ, most values first."""
-    found = varying_axes([r["cell"] for r in records])
-    return sorted(found, key=lambda name: -len(found[name]))
-
-
-def _heat(records: Sequence[Record], baseline: str, pair: list[str], name: str, title: str) -> Iterator[Picture]:
-    swept = varying_axes([r["cell"] for r in records])
-    rows, columns = (_numbers_in_order(swept[axis]) for axis in pair)
-    fields: dict[tuple[int, int], list[float]] = {}
-    for record in records:
-        point = axes(record["cell"])
-        if all(axis in point for axis in pair):
-            place = rows.index(point[pair[0]]), columns.index(point[pair[1]])
-            fields.setdefault(place, []).append(_gain(record, baseline)["value"])
-    if len(fields) < 3:
-        return
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for place, gains in fields.items():
-        grid[place] = np.median(gains)
-    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
-    span = high - low or 1.0
-    figure = Figure(figsize=(WIDTH, 1.0 + 0.34 * len(rows)), layout="constrained")
-    ax = figure.subplots()
-    # A light-to-dark map keeps its order in grey.
-    ax.imshow(grid, cmap="Blues", vmin=low - 0.1 * span, vmax=high + 0.15 * span, aspect="auto")
-    for y, x in fields:
-        value = grid[y, x]
-        ink, weight = "white" if value > low + 0.6 * span else INK, "bold" if value == high else "normal"
-        ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontweight=weight)
-    ax.set_xticks(range(len(columns)), [_short(as_yaml(value), 16) for value in columns])
-    ax.set_yticks(range(len(rows)), [_short(as_yaml(value)) for value in rows])
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    down, across = map(short_name, pair)
-    ax.set_xlabel(across)
-    ax.set_ylabel(down)
-    caption = (
-        f"Speed over {_name(baseline)}; darker is faster, the fastest in bold. "
-        "A field of several cells shows their median."
-    )
-    alt = f"{len(fields)} fields from {low:.2f} to {high:.2f} x"
-    yield _picture(figure, f"heat-{name}", title or f"{down} and {across}", caption, alt)
-
-
-def _numbers_in_order(values: list[Any]) -> list[Any]:
-    return sorted(values) if all(isinstance(value, int | float) for value in values) else values
+    yield _picture(figure, "", caption, f"Quality against speed of {'; '.join(groups)}")
 
 
 def _drafters(records: Sequence[Record]) -> list[str]:
@@ -371,18 +295,11 @@ def _name(baseline: str) -> str:
     return {"none": "plain decoding"}.get(baseline, NAMES.get(baseline, baseline))
 
 
-def _file(name: str) -> str:
-    """``name`` as part of a file name. A changed name gets a hash, so that different names stay different."""
-    safe = re.sub(r"[^A-Za-z0-9+-]", "-", name)[:LONGEST_NAME]
-    mark = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
-    return safe if safe == name else f"{safe}-{mark}"
-
-
 def _short(text: str, most: int = 34) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _picture(figure: Figure, name: str, title: str, caption: str, alt: str) -> Picture:
+def _picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=220, facecolor="white", metadata={"Software": None})
-    return Picture(name, title, caption, alt, data.getvalue())
+    return Picture(title, caption, alt, data.getvalue())

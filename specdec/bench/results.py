@@ -5,9 +5,7 @@ A record is a result of ``specdec.bench.cell``, or {"key", "cell", "error", "sec
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -303,14 +301,12 @@ def command(cell: Mapping[str, Any]) -> str:
 
 
 def render(results: Results, form: str) -> str:
-    """The results as "csv" (every setting and figure), "markdown" (notes and tables) or "json" (everything)."""
+    """The results as "markdown" (notes and tables) or "json" (everything)."""
     if form == "json":
         return json.dumps(dataclasses.asdict(results), ensure_ascii=False, indent=1) + "\n"
-    if form == "markdown":
-        parts = [f"# {results.name}\n", f"{results.description}\n" if results.description else ""]
-        parts += ["".join(f"- {line}\n" for line in results.notes()), *map(_markdown, results.tables())]
-        return "\n".join(filter(None, parts))
-    return _csv(results.records)
+    parts = [f"# {results.name}\n", f"{results.description}\n" if results.description else ""]
+    parts += ["".join(f"- {line}\n" for line in results.notes()), *map(_markdown, results.tables())]
+    return "\n".join(filter(None, parts))
 
 
 def _markdown(table: ResultTable) -> str:
@@ -318,39 +314,3 @@ def _markdown(table: ResultTable) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
     return line(table.header) + "|" + "---|" * len(table.header) + "\n" + "".join(map(line, table.rows))
-
-
-def _csv(records: Sequence[Record]) -> str:
-    rows = [
-        {
-            "key": record["key"],
-            **{name: as_yaml(value) for name, value in record["cell"].items()},
-            "error": record.get("error"),
-            **_figures(record.get("method", {})),
-            "seconds": record.get("seconds"),
-        }
-        for record in records
-    ]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _figures(method: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The figures of a method as flat columns; an estimate has three."""
-    out: dict[str, Any] = {}
-    for name, value in method.items():
-        if name in ("name", "drafter", "drafter_options", "categories"):
-            continue
-        if isinstance(value, Mapping) and set(value) == {"value", "low", "high"}:
-            bounds = {f"{prefix}{name}_{bound}": value[bound] for bound in ("low", "high")}
-            out |= {f"{prefix}{name}": value["value"], **bounds}
-        elif isinstance(value, Mapping):
-            out |= _figures(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            out[f"{prefix}{name}"] = " ".join(f"{item:.4g}" for item in value)
-        else:
-            out[f"{prefix}{name}"] = value
-    return out

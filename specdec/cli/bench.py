@@ -43,7 +43,6 @@ class Launcher(StrEnum):
 
 class Format(StrEnum):
     html = "html"
-    csv = "csv"
     markdown = "markdown"
     json = "json"
 
@@ -267,7 +266,7 @@ class Run:
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a benchmark.")],
     form: Annotated[
-        Format, typer.Option("--format", help="html: a page and its pictures in DIR; the others are printed.")
+        Format, typer.Option("--format", help="html: a page in DIR; the others are printed.")
     ] = Format.html,
 ) -> None:
     """Show the results of a benchmark: a table here, and a page with pictures in its folder."""
@@ -282,7 +281,7 @@ def report(
             from specdec.bench.report import write_page  # heavy
         except ImportError:
             raise SpecDecError(
-                f"the page needs matplotlib; {how_to_install('plot')}, or use --format csv, markdown or json"
+                f"the page needs matplotlib; {how_to_install('plot')}, or use --format markdown or json"
             ) from None
         page = write_page(results, folder)
     table = results.table()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import base64
 import html
-import io
 import json
 import re
 import shlex
@@ -106,37 +105,11 @@ def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:
     assert "a CPU" in shown and "sha256 0123456789ab" in shown
     assert "there is no folder 'no/such/folder'; train one" in shown
     assert "specdec sweep mine.yaml" in shown and shown.count("specdec bench --drafters") == 13
-    names = sorted(path.stem for path in folder.glob("*.png"))
-    heat = ["heat-drafters", "heat-m2r2", "heat-prompt-lookup"]
-    assert names == sorted(["acceptance", "quality", "speedup-over-none", "speedup-over-hf", *heat])
-    assert len(page.images) == len(names) and all(image["alt"] for image in page.images)
-    for path in folder.glob("*.png"):
-        width, _ = struct.unpack(">II", path.read_bytes()[16:24])
+    assert len(page.images) == 4 and all(image["alt"] for image in page.images)  # two baselines, acceptance, quality
+    for image in page.images:
+        width, _ = struct.unpack(">II", base64.b64decode(image["src"].partition(",")[2])[16:24])
         assert width >= 900  # two device pixels for each of a telephone's
     assert outcome.stdout.count("\n") == 1 + 13 and "error" in outcome.stdout.splitlines()[0]
-
-
-def test_names_in_a_results_folder_lead_out_of_no_folder(tmp_path: Path) -> None:
-    """Drafters and baselines are what records say they are: their pictures lie in the folder, each under its own."""
-    names = ["../../up", "/abs", "a/b", "a-b", "x" * 400, "\x1b[2J"]
-    records = []
-    for name in names:
-        for depth in (2, 4):
-            for threads in (1, 2):
-                cell = Cell(drafter=name, num_speculative_tokens=depth, max_new_tokens=threads)
-                records.append(result(cell, speedup={"../../over": estimate(1.0 + depth / 10)}))
-    folder = tmp_path / "a" / "b" / "sweep"
-    folder.parent.mkdir(parents=True)
-    fill(folder, records)
-    before = set(tmp_path.rglob("*"))
-    outcome = report(folder)
-    assert outcome.exit_code == 0, outcome.output
-    made = set(tmp_path.rglob("*")) - before
-    assert {path.parent for path in made} == {folder}
-    pictures = sorted(path.stem for path in folder.glob("heat-*.png"))
-    assert len(pictures) == 1 + len(names) and "heat-a-b" in pictures
-    assert all(re.fullmatch(r"[A-Za-z0-9+-]{1,90}", name) for name in pictures)
-    assert [path.stem for path in folder.glob("speedup-*")] and not list(tmp_path.glob("*.png"))
 
 
 def test_every_command_measures_its_cell_again(folder: Path) -> None:
@@ -158,11 +131,7 @@ def test_every_command_measures_its_cell_again(folder: Path) -> None:
             assert given["--verifier-option"] == f"exit_threshold={cell['verifier_options']['exit_threshold']}"
 
 
-def test_a_report_is_also_csv_json_and_markdown(folder: Path) -> None:
-    rows = list(csv.DictReader(io.StringIO(report(folder, "--format", "csv").stdout)))
-    assert len(rows) == 13 and rows[0]["drafter"] == "prompt-lookup" and rows[-1]["error"]
-    assert float(rows[0]["speedup.none"]) == pytest.approx(1.4)
-    assert float(rows[0]["speedup.none_low"]) < 1.4 < float(rows[0]["speedup.none_high"])
+def test_a_report_is_also_json_and_markdown(folder: Path) -> None:
     data = json.loads(report(folder, "--format", "json").stdout)
     assert len(data["records"]) == 13 and data["missing"] == 1 and data["command"] == "specdec sweep mine.yaml"
     text = report(folder, "--format", "markdown").stdout
@@ -170,7 +139,7 @@ def test_a_report_is_also_csv_json_and_markdown(folder: Path) -> None:
     lines = text[text.index("| cell") :].split("\n\n")[0].splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 13 and "1.40 [1.26–1.54]" in lines[2]
     assert "| x plain (the worst prompt) | all |" in text and "| 1.40 (1.26) |" in text  # more tables follow
-    assert not list(folder.glob("*.png"))  # only the page draws
+    assert not (folder / PAGE).exists()  # nothing is drawn
 
 
 def test_bars_of_drafters_differ_without_colour() -> None:
