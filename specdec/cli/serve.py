@@ -108,13 +108,7 @@ def serve(
         int, _limits("--max-choices", "Largest number of choices of a request: its prompts times n.", "N", min=1)
     ] = 64,
     max_connections: Annotated[
-        int,
-        _limits(
-            "--max-connections",
-            "Largest number of connections; fewer if the system has too few descriptors.",
-            "N",
-            min=1,
-        ),
+        int, _limits("--max-connections", "Largest number of connections; further requests get 503.", "N", min=1)
     ] = 1024,
     max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
 ) -> None:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anyio.to_thread import run_sync
 from pydantic_core import to_json
 
 from specdec.api.text import Detokenizer
 from specdec.serve.choice import ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.logprobs import TokenFinder
-from specdec.serve.parts import AnswerParser, Block, Part
+from specdec.serve.parts import AnswerParser, Block
 from specdec.serve.request import GenerationRequest
 from specdec.speculation.constraints import CompiledConstraint
 
 Events = Iterator[dict[str, Any]]
-InThread = Callable[..., Awaitable[Any]]  # ``BodyReader.in_thread``
-LARGE = 10_000  # log-probabilities of a choice; writing more of them takes tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -58,25 +57,16 @@ class Answer(ABC):
         self.prepared, self.asked, self.choices, self.model = prepared, prepared.asked, choices, model
 
     @abstractmethod
-    async def json(self, in_thread: InThread) -> bytes:
+    async def json(self) -> bytes:
         """The whole answer, once all choices have finished."""
 
     @abstractmethod
     def events(self) -> AsyncIterator[bytes]:
         """The answer as a stream."""
 
-    def parts(self) -> list[Part]:
-        """The parts of the answer of the first choice so far; none if it is not read in parts."""
-        return []
-
     async def _finished(self) -> None:
         async for _ in merge_pieces(self.choices, per_token=False):
             pass
-
-    def is_large(self, choice: ResponseChoice) -> bool:
-        """Whether writing a choice takes long."""
-        most = self.asked.num_logprobs
-        return most is not None and (1 + most) * choice.answer.num_tokens > LARGE
 
     def counts(self) -> tuple[int, int, int]:
         """Prompt tokens, those of them that were cached, and new tokens. A prompt counts once for its choices."""
@@ -143,12 +133,9 @@ class BlockAnswer(Answer):
         self.tokens = TokenFinder(self.choice.tokenizer)
         self.parser, self.blocks = prepared.parser(), list[Block]()
 
-    def parts(self) -> list[Part]:
-        return self.parser.parts
-
-    async def json(self, in_thread: InThread) -> bytes:
+    async def json(self) -> bytes:
         await self._finished()
-        return await in_thread(self.is_large(self.choice), self._whole)  # type: ignore[no-any-return]
+        return await run_sync(self._whole)
 
     def _whole(self) -> bytes:
         for _ in self._read(self.choice.answer.text, last=True):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -70,13 +70,13 @@ def make_app(
 
 
 def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
-    run, name, store = app.state.reader.run, service.settings.name, Store()
+    name, store = service.settings.name, Store()
 
     async def answered(
         request: Request, names: Mapping[str, str], translate: Callable[[], GenerationRequest], make: MakeAnswer
     ) -> HTTPResponse:
         with sent_as(names):
-            prepared, choices = await run(request, service.start, translate, _client(request))
+            prepared, choices = await run_sync(service.start, translate, _client(request))
         return await _answer(service, request, make(prepared, choices, name), write)
 
     @post(app, "/v1/chat/completions", ChatBody)
@@ -122,7 +122,7 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
         service.check_model(body.model)
         before = store.before(_client(request).scope, body.previous_response_id)
         with sent_as(body.names):
-            ids = await run(request, lambda: service.encode_chat(body.chat(before)))
+            ids = await run_sync(lambda: service.encode_chat(body.chat(before)))
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)})
 
     @app.delete("/v1/responses/{id}")
@@ -134,7 +134,7 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
     async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         with sent_as(body.names):
-            ids = await run(request, lambda: service.encode_chat(body.chat()))
+            ids = await run_sync(lambda: service.encode_chat(body.chat()))
         return JSONResponse({"input_tokens": len(ids)})
 
 
@@ -162,21 +162,17 @@ async def _answer(service: Service, request: Request, response: Answer, write: C
     headers = {DRAFTER: service.drafter_label(asked)}
 
     def end() -> None:
-        first = response.choices[0]
         request.state.summary.append(response.summary())
         service.finish(response.choices, client)
-        if asked.prepare_next_turn and first.answer.finish == "stop":
-            told = asked, response.parts(), first.handle.request.ids, client
-            asyncio.get_running_loop().run_in_executor(None, service.prepare_next_turn, *told)
         if service.settings.log_requests:
             for choice in response.choices:
                 text = {"prompt": service.decode(choice.prompt, special=True), "answer": choice.answer.text}
                 write(json.dumps({"id": request.state.request_id} | text, ensure_ascii=True))
 
     if asked.stream:
-        return EventStream(response.events(), end, headers)
+        return EventStream(response.events(), end, headers, service.settings.client_timeout)
     try:
-        found = await until_disconnect(request.receive, response.json(request.app.state.reader.in_thread))
+        found = await until_disconnect(request.receive, response.json())
         status = CLIENT_CLOSED_REQUEST if found is None else 200
         return HTTPResponse(found, status, headers, media_type="application/json")
     finally:
@@ -184,12 +180,10 @@ async def _answer(service: Service, request: Request, response: Answer, write: C
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    run = app.state.reader.run
-
     @post(app, "/tokenize", TokenizeBody)
     async def tokenize(body: TokenizeBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
-        ids = await run(request, service.tokenize, body)
+        ids = await run_sync(service.tokenize, body)
         return JSONResponse({"count": len(ids), "max_model_len": service.context, "tokens": ids})
 
     @post(app, "/detokenize", DetokenizeBody)
@@ -197,7 +191,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         service.check_length("tokens", len(body.tokens), service.context)
         service.check_token_ids("tokens", body.tokens)
-        return JSONResponse({"prompt": await run(request, service.decode, body.tokens, True)})
+        return JSONResponse({"prompt": await run_sync(service.decode, body.tokens, True)})
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -7,11 +7,12 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+from anyio.to_thread import run_sync
 from pydantic_core import to_json
 
 from specdec import __version__
 from specdec.api.text import Piece
-from specdec.serve.answer import Answer, InThread, Prepared
+from specdec.serve.answer import Answer, Prepared
 from specdec.serve.choice import DONE, ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.logprobs import chat_logprobs, completion_logprobs
@@ -131,12 +132,9 @@ class OpenAIAnswer(Answer):
             "system_fingerprint": f"specdec-{__version__}",
         }
 
-    def parts(self) -> list[Part]:
-        return self.shape.parser(self.choices[0]).parts if isinstance(self.shape, Chat) else []
-
-    async def json(self, in_thread: InThread) -> bytes:
+    async def json(self) -> bytes:
         await self._finished()
-        choices = [await in_thread(self.is_large(choice), self._written, choice) for choice in self.choices]
+        choices = [await run_sync(self._written, choice) for choice in self.choices]
         head, rest = {"object": self.shape.object}, {"usage": self.usage()} | self.metrics()
         return to_json(self.head | head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + to_json(rest)[1:]
 

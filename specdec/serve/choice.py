@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from specdec.api.text import REASONS, AnswerText, Detokenizer, Piece
 from specdec.base.errors import ConstraintError
@@ -121,17 +123,30 @@ def sse(value: dict[str, Any]) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. end: called after the last event, or when the client disconnects."""
+    """A response of server-sent events.
+
+    end: called after the last event, or when the client disconnects, or does not read for ``timeout`` seconds.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], object], headers: dict[str, str]) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], end: Callable[[], object], headers: dict[str, str], timeout: float
+    ) -> None:
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers)
-        self.end = end
+        self.end, self.timeout = end, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self.timeout):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(ClientDisconnect):
+                await super().__call__(scope, receive, send_in_time)
         finally:  # also if the client disconnects before the first event
             self.end()
 

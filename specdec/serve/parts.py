@@ -174,7 +174,7 @@ class AnswerParser:
     forced: the answer consists of calls and has no text. A call that is cut before its arguments counts if its name is
         certain. A call that repeats an earlier one ends the answer and is no part of it: a model that has said all it
         has to say, but must call, would repeat it without end.
-    parts: those so far. ended: whether a call was repeated.
+    ended: whether a call was repeated.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class AnswerParser:
         forced: bool = False,
     ) -> None:
         self.form, self.tools, self.single, self.forced = form, tools or {}, single, forced
-        self.source, self.parts = Source(), list[Part]()
+        self.source = Source()
         self.called = list[str]()  # ids of the calls
         self.calls, self.held, self.ended = list[Block](), list[Part](), False  # held: it may repeat an earlier call
         self.seen = ""  # the text so far, if calls are forced
@@ -211,7 +211,6 @@ class AnswerParser:
         if self.forced:
             self.seen += "" if self.called else text
             found += self._cut_call() if last and not self.called else []
-        self.parts += found
         return found
 
     def _unless_repeated(self, part: Part) -> list[Part]:

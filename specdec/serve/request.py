@@ -87,7 +87,6 @@ class GenerationRequest:
     n: choices for each prompt. echo: put the prompt before the answer.
     include_usage, include_draft_depth: what a stream has beside the text.
     include_metrics, per_step_metrics: figures of the request and of each step in the answer.
-    prepare_next_turn: run what is known of the next turn's prompt when the answer has ended.
     """
 
     model: str
@@ -102,7 +101,6 @@ class GenerationRequest:
     include_draft_depth: bool = False
     include_metrics: bool = False
     per_step_metrics: bool = False
-    prepare_next_turn: bool = False
 
     def __post_init__(self) -> None:
         if self.chat is not None and self.chat.forced and self.constraint is not None:

@@ -160,7 +160,6 @@ class Options(Strict):
     num_speculative_tokens: most tokens that are drafted in a step; 0: none.
     include_metrics: add metrics of the request to the response.
     chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
-    prepare_next_turn: what is known of the next turn's prompt is run in the background when the answer has ended.
     """
 
     names: ClassVar[Mapping[str, str]] = {}  # what the protocol calls parameters of chats, if it is something else
@@ -188,7 +187,6 @@ class Options(Strict):
     num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
     include_metrics: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    prepare_next_turn: bool = False
 
     def generation(self, form: Constraint | None, limits: Mapping[str, Any], **more: Any) -> GenerationRequest:
         """The request. form: the constraint of the protocol. limits: options beside those here. Raises ApiError."""
@@ -209,7 +207,6 @@ class Options(Strict):
             constraint=rules[0] if rules else None,
             stream=bool(self.stream),
             include_metrics=self.include_metrics,
-            prepare_next_turn=self.prepare_next_turn,
             **more,
         )
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -16,19 +14,16 @@ from urllib.parse import quote
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import SharedTokenizer, encode
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
-from specdec.base.sequences import common_prefix
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.engine.scheduler import SHARED
 from specdec.serve.answer import Prepared
-from specdec.serve.chat import message
 from specdec.serve.choice import ResponseChoice
 from specdec.serve.clients import Client
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
-from specdec.serve.parts import AnswerParser, Part
+from specdec.serve.parts import AnswerParser
 from specdec.serve.request import ChatPrompt, GenerationRequest
-from specdec.serve.schema import Message, TokenizeBody
+from specdec.serve.schema import TokenizeBody
 from specdec.serve.settings import ServerSettings
 from specdec.serve.tools import HARMONY, PLAIN, CallFormat, ChatTemplate, find_format, find_thoughts, tool_grammar
 from specdec.speculation.constraints import CompiledConstraint, Constraint
@@ -52,7 +47,6 @@ class Service:
         self.metrics = Metrics(settings.name, engine.stats)
         self.started = int(time.time())
         self.templates = dict[str, ChatTemplate]()  # by their text
-        self.next_turns = dict[str | None, Request]()  # of each key the last that was prepared
 
     def check_engine(self) -> None:
         if self.engine.closed:
@@ -234,33 +228,6 @@ class Service:
                 for choice in choices:
                     choice.close()
         return choices
-
-    def prepare_next_turn(
-        self, asked: GenerationRequest, answer: Sequence[Part], ids: Sequence[int], client: Client
-    ) -> None:
-        """Run in the background what is known of the prompt after an ``answer``, where it differs from ``ids``.
-
-        ids: the tokens of prompt and answer.
-        """
-        if (chat := asked.chat) is None:
-            return
-        said, head = message(answer), {"role": "user"}
-        if calls := said.get("tool_calls"):
-            head = {"role": "tool", "tool_call_id": calls[0]["id"]}
-        with contextlib.suppress(ApiError, SpecDecError, ValueError):  # nobody waits for it
-            last = Message.model_validate({"role": "assistant"} | said).for_template()
-            both = []
-            for text in "ab":  # what the two prompts share is known
-                messages = [*chat.messages, last, head | {"content": text}]
-                both.append(self.encode_chat(replace(chat, messages=messages, continue_last=False)))
-            known = both[0][: common_prefix(*both)]
-            if len(known) > common_prefix(known, ids) + SHARED:
-                warm = replace(asked, options={"max_new_tokens": 0})
-                request = self._request(known, warm, client, None, seed=0, stream=0)
-                before, self.next_turns[client.scope] = self.next_turns.get(client.scope), request
-                if before is not None:
-                    before.cancelled = True  # if it still waits
-                self.engine.enqueue(request)
 
     def drafter_label(self, asked: GenerationRequest) -> str:
         """The drafter of a request, for a header; "none" while the drafter is off."""

@@ -23,7 +23,7 @@ class ServerSettings(BaseModel):
     allowed_hosts: Host headers beside localhost, this machine's name and IP addresses; "*" allows all.
     max_prompt_tokens, max_tokens: of a prompt and of a choice; None is the model's context.
     max_choices: choices of a request, its prompts times ``n``.
-    client_timeout: seconds for a client to send a request, or to read what waits for it.
+    client_timeout: seconds for a client to send the body of a request, and to read what is streamed to it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

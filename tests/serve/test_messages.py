@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from calls import CALLS, THINKING, TOOLS, answering, thinking, written
-from servers import NAME, USER, Server, until
+from servers import NAME, USER, Server
 
 from specdec.serve.tools import HERMES
 
@@ -103,42 +103,6 @@ def test_no_tokens_run_the_prompt_alone(client: Any) -> None:
     after = client.messages.create(**BODY | {"messages": long})
     assert after.usage.cache_read_input_tokens > 100 and after.usage.input_tokens < 80
     assert after.usage.model_extra["time_saved_ms"] >= 0
-
-
-SAID = "There are red, green and blue, and some more."
-THOUGHTFUL = "<think>\n" + "So many thoughts. " * 5 + "\n</think>\n\n" + SAID
-TURNS = [
-    (THOUGHTFUL, f"{SAID}[user]"),
-    (THOUGHTFUL + written(HERMES, CALLS[:1]), f"{SAID}<tool_call>Rome</tool_call>[tool]"),
-]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", [PATH, "/v1/chat/completions", "/v1/responses"])
-def test_the_next_turn_is_prepared_if_a_client_asks_for_it(path: str, stream: bool) -> None:
-    """The template leaves thoughts out, so that the next prompt differs from this text early."""
-    tools: Any = GIVEN if path == PATH else TOOLS
-    body: dict[str, Any] = BODY | {"stream": stream, "tools": tools}
-    if path == "/v1/responses":
-        tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
-        body = {"model": NAME, "input": USER, "stream": stream, "tools": tools}
-    for text, known in TURNS:
-        with answering(text, template=THINKING) as other:
-            assert other.post(path, body).status_code == 200
-            assert other.post(path, body | {"prepare_next_turn": True}).status_code == 200
-            until(lambda other=other: other.engine.enqueued)
-            [request] = other.engine.enqueued
-            prompt = other.decoder.tokenizer.decode(request.prompt)
-            assert prompt.endswith(f"[user]{USER[0]['content']}[assistant]{known}")
-            assert request.background and request.max_new_tokens == 0
-
-
-def test_of_a_key_one_turn_is_prepared_at_a_time() -> None:
-    with answering(THOUGHTFUL, template=THINKING) as other:
-        for n in range(3):
-            other.post(PATH, BODY | {"prepare_next_turn": True})
-            until(lambda n=n: len(other.engine.enqueued) > n)
-    assert [request.cancelled for request in other.engine.enqueued] == [True, True, False]
 
 
 def test_calls_are_forced_streamed_and_answered(client: Any) -> None:

@@ -115,19 +115,6 @@ def answers(target: Target) -> str:
     return target.status(COMPLETION, LONG | {"n": 64, "max_tokens": 100})
 
 
-def idle(target: Target) -> str:
-    """Connections that ask for nothing."""
-    target.held.append(target.connect())
-    time.sleep(0.005)
-    return "open"
-
-
-def half_heads(target: Target) -> str:
-    idle(target)
-    target.held[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Half: ")
-    return "sent"
-
-
 def half_bodies(target: Target) -> str:
     """Twelve at once, each of three quarters of the largest size."""
     raw = target.connect()
@@ -173,8 +160,6 @@ def kills(target: Target) -> str:
 ATTACKS: tuple[Callable[[Target], str], ...] = (
     bodies,
     answers,
-    idle,
-    half_heads,
     half_bodies,
     slow_readers,
     cancels,

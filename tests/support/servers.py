@@ -109,7 +109,7 @@ class Server:
         self.app = make_app(decoder, engine, settings, self.lines.append)
         self.socket = bind("127.0.0.1", 0)
         self.url = address(self.socket)
-        self.server = uvicorn.Server(uvicorn_config(self.app, settings, self.lines.append))
+        self.server = uvicorn.Server(uvicorn_config(self.app, settings))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
