@@ -35,21 +35,3 @@ def custom_generate(
 
     export(drafter, output, None if model is None else loading.load(model, device="cpu"))
     say(f"written to {output}; load it with from_pretrained(..., trust_remote_code=True)")
-
-
-@app.command("vllm", epilog="Example: specdec export vllm --model my-model --drafter my-medusa --output DIR")
-def vllm(
-    drafter: Annotated[str, typer.Option(metavar="DIR", help="A folder of Medusa heads, or a Hugging Face id.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for vLLM.")],
-    argument: shared.ModelArgument = None,
-    named: Annotated[str | None, typer.Option("--model", help="The model that the heads are for.")] = None,
-) -> None:
-    """Write Medusa heads in vLLM's format."""
-    model = shared.one_model(argument, named)
-    check_model(model)
-    from specdec.integrations.vllm import export
-    from specdec.models import loading
-    from specdec.runtimes.select import make_target
-
-    export(drafter, make_target(loading.load(model, device="cpu")[0], "reference")[0], output)
-    say(f'written to {output}; give vLLM --speculative-config \'{{"method": "medusa", "model": "{output}", ...}}\'')

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
-from specdec.drafters.medusa import Medusa, final_norm, read_normed
+from specdec.drafters.medusa import Medusa
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.speculation.trees import best_first
@@ -27,12 +27,9 @@ RANKS = 10  # best choices of a head whose accuracy is measured
 class MedusaSettings(TrainSettings):
     """The number and the size of the heads, and their weights in the loss."""
 
-    replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {**TrainSettings.replaces, "normed": {"rooted": False}}
-
     heads: Positive = 4
     blocks: Positive = 1  # residual blocks of a head
     rooted: bool = True  # the first block also reads the root's embedding
-    normed: bool = False  # blocks read the normalised state and feed the output head, as in vLLM; excludes rooted
     fade: PositiveFloat = 0.8  # weight of a head's loss relative to the previous head (the paper's lambda)
     nodes: Positive = 15  # of the tree in evaluation
 
@@ -47,8 +44,6 @@ class MedusaMethod(TrainingMethod[Medusa]):
         super().__init__(settings, target)
         if settings.heads >= settings.window:
             raise SpecDecError(f"setting 'window' must exceed the {settings.heads} heads; got {settings.window}")
-        if settings.normed and settings.rooted:
-            raise SpecDecError("setting 'normed' excludes 'rooted'; add rooted=false")
         self.accuracy: list[list[float]] = []
 
     def teacher_states(self) -> StateSelection:
@@ -57,17 +52,13 @@ class MedusaMethod(TrainingMethod[Medusa]):
     def build(self, vocab: Tensor | None) -> Medusa:
         settings = self.settings
         self.teacher = Teacher(self.target, vocab, settings.sharpen)
-        if settings.normed:
-            self.norm = final_norm(self.target)
-            every = torch.arange(self.target.vocab_size)
-            self.whole_head = self.target.reduced_head(every) if vocab is None else None
         return Medusa(self.target.hidden_size, settings.heads, settings.blocks, settings.rooted, vocab)
 
     def loss(self, network: Medusa, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         for k, (final, valid) in enumerate(self._drafts(network, batch)):
-            away, figures[agreement_name(k)] = self.teacher.compare(self._logits(final), valid)
+            away, figures[agreement_name(k)] = self.teacher.compare(self.teacher.logits(final), valid)
             loss = loss + self.settings.fade**k * away
         return loss, figures
 
@@ -78,17 +69,10 @@ class MedusaMethod(TrainingMethod[Medusa]):
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
         final = batch.before[self.target.num_layers]
-        x = self.target.readout(final, self.norm) if self.settings.normed else rms_unit(final)
-        y = network(x, root)  # (B, T, K, D): with the root at t
+        y = network(rms_unit(final), root)  # (B, T, K, D): with the root at t
         for late in range(y.shape[2]):
             kept = y.shape[1] - late
             yield F.pad(y[:, :kept, late], (0, 0, late, 0)), batch.valid & F.pad(batch.valid[:, :kept], (late, 0))
-
-    def _logits(self, final: Tensor) -> Tensor:
-        """Logits over the teacher's vocabulary of a head's output [B, T, D]."""
-        if self.settings.normed:
-            return read_normed(final, self.teacher.head or self.whole_head)
-        return self.teacher.logits(final)
 
     def evaluate(self, network: Medusa, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         """accuracy[k][r]: share of positions where choice r of head k is the base's.
@@ -102,7 +86,7 @@ class MedusaMethod(TrainingMethod[Medusa]):
             teacher.begin(batch)
             known, ranks = teacher.known(batch), []
             for k, (final, _) in enumerate(self._drafts(network, batch)):
-                rank = teacher.ranks(self._logits(final)).masked_fill(~known, RANKS)
+                rank = teacher.ranks(self.teacher.logits(final)).masked_fill(~known, RANKS)
                 ranks.append(rank[:, k : k + rank.shape[1] - heads + 1])  # at the position of the root
             whole = batch.valid[:, heads - 1 :]  # positions whose drafts all lie in the window
             found.append(torch.stack(ranks, -1)[whole].clamp_max(RANKS).cpu())
@@ -135,4 +119,4 @@ class MedusaMethod(TrainingMethod[Medusa]):
     def config(self, network: Medusa) -> dict[str, Any]:
         settings = self.settings
         entries = {"drafter": "medusa", "heads": settings.heads, "layers": settings.blocks, "rooted": settings.rooted}
-        return entries | {"normed": settings.normed, "accuracy": self.accuracy}
+        return entries | {"accuracy": self.accuracy}

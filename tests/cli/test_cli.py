@@ -525,7 +525,6 @@ MISTAKES = {
     "train medusa ./none --prompts a --output b": "there is no file or folder './none'",
     "train medusa --prompts none.jsonl --output b": "there is no file 'none.jsonl'",
     "export custom-generate ./none --output out": "there is no file or folder './none'",
-    "export vllm ./none --drafter x --output out": "there is no file or folder './none'",
     "chat --model ./none": "there is no file or folder './none'",
     "serve --model ./none": "there is no file or folder './none'",
     "serve --cors a.example": "--cors takes an origin",
