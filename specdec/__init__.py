@@ -100,7 +100,6 @@ if _problem := _other_parts():
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `specdec --help` should not wait for them.
-    name = "Acceptance" if name == "Verdict" else name  # its former name
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"specdec.{module}"), name)
