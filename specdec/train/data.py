@@ -15,9 +15,6 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError, errors_as
 
 TEXT_CONTEXT = 16  # first tokens of a piece of text, used only as context
-CHECKED = 32  # answers whose prompts are compared with the tokenizer and chat template
-# Beginnings of turns in the chat templates of common models.
-TURNS = "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|assistant|>", "[INST]"
 
 
 @dataclass(frozen=True)
@@ -92,41 +89,6 @@ def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -
                 f"answer {number} to train on holds token {largest}, but the model's vocabulary ends at "
                 f"{vocab_size - 1}; give answers of this model, or prompts for it to answer"
             )
-
-
-def check_tokenizer(
-    items: Sequence[TrainingAnswer | Prompt],
-    decode: Callable[[Sequence[int]], str],
-    encode: Callable[[str], Sequence[int]],
-    turn: str,
-) -> None:
-    """Raise SpecDecError if the prompts of answers were encoded with another tokenizer or chat template.
-
-    turn: the model's template between a user's text and the answer; "": it has no template. Prompts without a template
-    are valid.
-    """
-    own = [(n, item.prompt_ids) for n, item in enumerate(items, start=1) if isinstance(item, TrainingAnswer)][:CHECKED]
-    texts = [(n, ids, decode(ids)) for n, ids in own]
-    again = [Counter(encode(text)) for _, _, text in texts]
-    kept = sum(sum((Counter(ids) & found).values()) for (_, ids, _), found in zip(texts, again, strict=True))
-    changed = [(n, text) for (n, ids, text), found in zip(texts, again, strict=True) if Counter(ids) != found]
-    if texts and len(changed) == len(texts) and kept < 0.9 * sum(len(ids) for _, ids in own):
-        n, text = changed[0]
-        raise SpecDecError(
-            f"the answers to train on are of another tokenizer: the prompt of answer {n} reads {_short(text)} to this "
-            "model's; give answers of this model, or prompts for it to answer"
-        )
-    foreign = [(n, text) for n, _, text in texts if turn and turn not in text and any(mark in text for mark in TURNS)]
-    if 2 * len(foreign) > len(texts):
-        n, text = foreign[0]
-        raise SpecDecError(
-            f"the answers to train on are in another chat template: the prompt of answer {n} is {_short(text)}, and "
-            f"this model's end in {turn!r}; give answers of this model, or prompts for it to answer"
-        )
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:40]} ... {text[-40:]}")
 
 
 def check_holdout(

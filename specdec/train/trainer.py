@@ -91,8 +91,6 @@ def _prepare(
         _note_other_base(settings.init, target, console)
     method = lookup(settings.method)(settings, target)
     data.check_token_ids(items, target.vocab_size)
-    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # noqa: E731
-    data.check_tokenizer(items, tokenizer.decode, encode, _turn(tokenizer))
     data.check_holdout(items, held, tokenizer.decode)
     data.check_holdout([Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
     with progress_bars(console) as progress:
@@ -125,16 +123,6 @@ def _note_other_base(init: str, target: Target, console: Console) -> None:
     except SpecDecError:
         other = config.get("base", {}).get("name", "another model")
         tell(console, f"'{init}' was trained for {other}, not for this model; it is only where training starts")
-
-
-def _turn(tokenizer: Any) -> str:
-    """The chat template between a user's text and the answer; empty without a template."""
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
-    mark = "specdec"
-    messages = [{"role": "user", "content": mark}]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.rpartition(mark)[2].strip()
 
 
 def _text_answers(settings: TrainSettings, texts: list[str], tokenizer: Any, context: int) -> list[TrainingAnswer]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import save_tiny
@@ -18,37 +17,6 @@ from specdec.models import drafter_folder
 from specdec.train import data
 from specdec.train.data import Prompt, TrainingAnswer
 from specdec.train.trainer import train
-
-
-def test_answers_of_another_tokenizer_or_template_are_refused_with_the_first_example() -> None:
-    """A tokenizer of words: the ids of another one read as words that it would put together otherwise."""
-    words = {1: "<|im_start|>", 2: "say", 3: "hello", 4: "[INST]", 5: "he", 6: "llo", 7: "<|turn|>"}
-
-    def decode(ids: Any) -> str:
-        return "".join(words[i] for i in ids)
-
-    def encode(text: str) -> list[int]:
-        ids = []
-        while text:
-            id = max((i for i, word in words.items() if text.startswith(word)), key=lambda i: len(words[i]))
-            ids.append(id)
-            text = text[len(words[id]) :]
-        return ids
-
-    def check(*prompts: tuple[int, ...], turn: str = "<|turn|>") -> None:
-        data.check_tokenizer([Prompt(("x",)), *(TrainingAnswer(p, (2,)) for p in prompts)], decode, encode, turn)
-
-    check()
-    check((1, 2, 3, 7), (2, 3), (4, 2, 7))
-    check((2, 3), (4, 2), (2,))  # in no template, most of them
-    check((4, 2), (4, 3), turn="")
-    check((5, 6), (2, 3))  # one is not as this tokenizer would have it: still of its vocabulary
-    with pytest.raises(SpecDecError, match=r"of another tokenizer: the prompt of answer 2 reads 'hellohello' to this"):
-        check((5, 6, 5, 6), (5, 6, 2))
-    with pytest.raises(
-        SpecDecError, match=r"another chat template: the prompt of answer 3 is '\[INST\]say', and this .*turn"
-    ):
-        check((2, 3, 7), (4, 2), (4, 3))
 
 
 def test_lines_of_every_kind_are_read_and_broken_ones_are_named(tmp_path: Path) -> None:
