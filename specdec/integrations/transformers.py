@@ -7,11 +7,10 @@ engine decodes, and rows may run ahead of each other. Tokens are then added posi
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -140,32 +139,6 @@ class SpecGenerate:
             engine.close()
             self.metrics = [request.metrics for request in requests]
         return call.output(config)
-
-    def generate(
-        self,
-        model: PreTrainedModel,
-        *args: Any,
-        streamer: Any = None,
-        tokenizer: Any = None,
-        stop_strings: str | Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
-        """``model.generate`` with this object, also with the arguments that ``generate`` does not pass on."""
-        self.decoder(model)  # shared with the copy below
-        call = copy.copy(self)
-        call.streamer = self.streamer if streamer is None else streamer
-        call.tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        if stop_strings is not None:
-            call.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        if call.stop_strings and call.tokenizer is None:
-            raise SpecDecError("stop_strings need a tokenizer; give generate(tokenizer=...) one")
-        kind: Any = type(model)  # a repository's own generate may hide it in the object
-        try:
-            return cast(
-                "Tensor | GenerateDecoderOnlyOutput", kind.generate(model, *args, custom_generate=call, **kwargs)
-            )
-        finally:
-            self.metrics = call.metrics
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------

@@ -524,7 +524,6 @@ MISTAKES = {
     "tune drafter ./none": "there is no file or folder './none'",
     "train medusa ./none --prompts a --output b": "there is no file or folder './none'",
     "train medusa --prompts none.jsonl --output b": "there is no file 'none.jsonl'",
-    "export custom-generate ./none --output out": "there is no file or folder './none'",
     "chat --model ./none": "there is no file or folder './none'",
     "serve --model ./none": "there is no file or folder './none'",
     "serve --cors a.example": "--cors takes an origin",
@@ -534,7 +533,6 @@ MISTAKES = {
     "learn export out --model ./none": "there is no file or folder './none'",
     "tune drafter --model ./none": "there is no file or folder './none'",
     "train medusa --model ./none --prompts a --output b": "there is no file or folder './none'",
-    "export custom-generate --output out --model ./none": "there is no file or folder './none'",
 }
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from tiny import FAMILIES, save_tiny, tiny_model
-from tiny_gguf import write_gguf, write_model
 from torch import Tensor
 from transformers import (
     AsyncTextIteratorStreamer,
@@ -27,15 +24,9 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
-from typer.testing import CliRunner
-from zoo import save_medusa
 
 from specdec.base.errors import SpecDecError
-from specdec.cli import app
-from specdec.drafters.medusa import MedusaDrafter
 from specdec.integrations.transformers import SpecGenerate
-from specdec.models import loading
-from specdec.speculation import registry
 
 ROWS = [[5, 6, 7, 8, 5, 6], [9, 10, 11], [3, 4, 3, 4, 3, 4, 3]]
 
@@ -291,79 +282,6 @@ def test_one_object_serves_one_model_after_another() -> None:
     for family in ("llama", "gpt2", "llama"):
         plain, ours = pair(tiny_model(family), ROWS[:1], spec)
         assert torch.equal(plain, ours)
-
-
-def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder, repository = save_tiny(tmp_path / "model"), tmp_path / "repo"
-    arguments = ["export", "custom-generate", "--model", str(folder), "--drafter", "prompt-lookup"]
-    result = CliRunner().invoke(app, [*arguments, "--output", str(repository)])
-    assert result.exit_code == 0, result.output
-    assert "- custom_generate\n" in (repository / "README.md").read_text()
-    names = "".join(path.read_text() for path in repository.rglob("*") if path.suffix in (".md", ".py", ".txt"))
-    assert "pip install specdec" not in names and "pypi.org" not in names  # the name is not ours there
-    seen: list[SpecGenerate] = []
-    call = SpecGenerate.__call__
-
-    def spied(self: SpecGenerate, *args: Any, **kwargs: Any) -> Any:
-        seen.append(self)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(SpecGenerate, "__call__", spied)
-    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
-    plain = AutoModelForCausalLM.from_pretrained(folder)
-    inputs = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
-    ids, streamer = torch.tensor([[5, 6, 5, 6]]), Heard()
-    assert torch.equal(model.generate(ids, streamer=streamer, **inputs), plain.generate(ids, **inputs))
-    assert len(seen) == 1 and seen[0].drafter == registry.Choice.of("prompt-lookup") and streamer.ended == 1
-
-
-def test_an_exported_repository_holds_the_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder, repository, base = tmp_path / "it", tmp_path / "repo", tiny_model()
-    save_medusa(folder, base)
-    base.save_pretrained(repository)
-    arguments = ["export", "custom-generate", "--drafter", str(folder), "--output", str(repository)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    shutil.rmtree(folder)
-    made: list[str] = []
-    load = MedusaDrafter.load
-    monkeypatch.setattr(
-        MedusaDrafter, "load", lambda target, source, **o: (made.append(source), load(target, source))[1]
-    )
-    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
-    ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(model.generate(ids, max_new_tokens=10), base.generate(ids, max_new_tokens=10))
-    assert made == [str(repository / "custom_generate/drafter")]
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "experts"])
-def test_an_exported_model_has_the_weights_of_its_file(cache: Path, tmp_path: Path, kind: str) -> None:
-    """Of a GGUF file, whose matrices the model holds in blocks (those of experts in bfloat16)."""
-    if kind == "experts":
-        write_gguf(tmp_path / "it.gguf", packed=gguf.GGMLQuantizationType.Q8_0, experts=4)
-    else:
-        write_model(tmp_path / "it.gguf", kind, "Q4_0", tied=kind == "llama")
-    arguments = ["export", "custom-generate", "--model", str(tmp_path / "it.gguf"), "--drafter", "none"]
-    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "repo")])
-    assert result.exit_code == 0, result.output
-    made, tokenizer = loading.load(tmp_path / "it.gguf")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "repo").eval()
-    assert AutoTokenizer.from_pretrained(tmp_path / "repo").get_vocab() == tokenizer.get_vocab()
-    ids = torch.tensor([[3, 7, 11, 19]])
-    assert found.dtype == made.dtype and torch.equal(found(ids).logits, made(ids).logits)
-
-
-def test_an_export_that_does_not_load_as_the_model_fails(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_model(tmp_path / "it.gguf", "llama", "Q4_0")
-    monkeypatch.setattr("specdec.integrations.custom_generate.densify", lambda model: None)
-    arguments = ["export", "custom-generate", "--model", str(tmp_path / "it.gguf"), "--drafter", "none"]
-    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "repo")])
-    assert result.exit_code == 2 and "load it with" not in result.output
-    assert "does not work as the model (its logits differ)" in " ".join(result.output.split())
 
 
 @pytest.fixture

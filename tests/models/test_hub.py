@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,10 @@ import torch
 from fake_hub import FakeHub
 from huggingface_hub import constants
 from safetensors.torch import save
-from tiny import save_tiny, tiny_model
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
+from tiny import tiny_model
 from zoo import save_medusa
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.cli import app
-from specdec.drafters.medusa import MedusaDrafter
-from specdec.integrations.transformers import SpecGenerate
 from specdec.models import hub, identity
 from specdec.models.identity import fingerprint
 from specdec.speculation import registry
@@ -103,61 +97,3 @@ def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, m
     assert registry.parse(REPOSITORY)[0][0] == "medusa"
     with pytest.raises(SpecDecError, match="is not in the Hugging Face cache"):
         registry.parse("org/another")
-
-
-def test_an_exported_repository_holds_the_drafter(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    repository, base = tmp_path / "repo", tiny_model()
-    base.save_pretrained(repository)
-    result = CliRunner().invoke(
-        app, ["export", "custom-generate", "--drafter", str(folder), "--output", str(repository)]
-    )
-    assert result.exit_code == 0, result.output
-    shutil.rmtree(folder)
-    made: list[str] = []
-    load = MedusaDrafter.load
-    monkeypatch.setattr(
-        MedusaDrafter, "load", lambda target, source, **o: (made.append(source), load(target, source))[1]
-    )
-    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
-    ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(model.generate(ids, max_new_tokens=10), base.generate(ids, max_new_tokens=10))
-    assert made == [str(repository / "custom_generate/drafter")]
-
-
-def exported(drafter: str, repository: Path, model: Path) -> Any:
-    """What the command prints for a drafter and the model in a folder."""
-    how = ["export", "custom-generate", "--model", str(model), "--drafter", drafter, "--output", str(repository)]
-    return CliRunner().invoke(app, how)
-
-
-@pytest.mark.parametrize("named", ["medusa=FOLDER", "FOLDER", "medusa=REPOSITORY", "draft-model=MODEL"])
-def test_what_is_exported_drafts_there(
-    fake: type[FakeHub], folder: Path, tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake.repositories[REPOSITORY] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    repository, model = tmp_path / "repo", save_tiny(tmp_path / "model")
-    if "MODEL" not in named:  # the drafter is for its weights
-        tiny_model().save_pretrained(model)
-    made = list[Any]()
-    decoder = SpecGenerate.decoder
-    monkeypatch.setattr(SpecGenerate, "decoder", lambda self, m: (made.append(decoder(self, m)), made[-1])[1])
-    drafter = named.replace("FOLDER", str(folder)).replace("REPOSITORY", REPOSITORY).replace("MODEL", str(model))
-    result = exported(drafter, repository, model)
-    assert result.exit_code == 0, result.output
-    assert made[-1].drafter.name == named.partition("=")[0].replace("FOLDER", "medusa")
-    if "REPOSITORY" not in named:
-        shutil.rmtree(folder)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    found = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
-    ids, how = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
-    before = len(made)
-    plain = AutoModelForCausalLM.from_pretrained(model).generate(ids, **how)
-    assert torch.equal(found.generate(ids, **how), plain) and len(made) > before
-
-
-def test_an_export_whose_drafter_does_not_fit_fails(folder: Path, tmp_path: Path) -> None:
-    result = exported(str(folder), tmp_path / "repo", save_tiny(tmp_path / "other", hidden_size=16))
-    assert result.exit_code == 2 and "does not work as the model" in " ".join(result.output.split())
