@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import copy
 import functools
 import math
 import os
-import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ import torch
 from pydantic import Field, SkipValidation
 from torch import Tensor
 
+from specdec.api import drafter_use
 from specdec.api.asynchronous import SharedEngine, output, pieces, submitted
 from specdec.api.generation import (
     DecoderOptions,
@@ -57,14 +56,8 @@ LOSSY_DEPTH = 4  # "auto" depth of drafts under a lossy rule that scores them
 PREFILL_CHUNK = {"cpu": 96}  # tokens of new prompts in a step of an engine, by device: a few blocks of the kernels
 KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
-_claiming = threading.Lock()
 _shared = weakref.WeakKeyDictionary["SpecDecoder", SharedEngine]()  # engines of calls on event loops
-_busy: set[int] = set()  # ids of the drafters in use
-_learning = threading.Lock()  # held during a piece of a drafter's work outside of engines
-_learners = weakref.WeakSet[Drafter]()  # drafters that such work is done for
 LEARN = True  # whether a drafter that teaches itself learns where nothing is said
-IDLE = 0.2  # seconds after a generation before such work begins
-_ending = threading.Event()  # set when the process ends
 
 
 class SpecDecoder:
@@ -535,28 +528,16 @@ class SpecDecoder:
 
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""
-        claim = self._claim_drafter()
+        claimed = drafter_use.claim(self.drafter)
         try:
             policy = self._policy(num_speculative_tokens)
             engine = Engine(self.target, self.drafter, self.verifier, policy, **how)
         except BaseException:
-            _busy.discard(claim)
+            drafter_use.release(claimed)
             raise
-        release = weakref.finalize(engine, _busy.discard, claim)
+        release = weakref.finalize(engine, drafter_use.release, claimed)
         engine.on_close = functools.partial(self._engine_closed, policy, release)
         return engine
-
-    def _claim_drafter(self) -> int:
-        """Reserve the drafter for an engine. Raises SpecDecError if another one uses it."""
-        with _claiming:
-            if id(self.drafter) in _busy:
-                raise SpecDecError(
-                    "a generation of this SpecDecoder is still open; finish or close it first, or make a second "
-                    "decoder with with_drafter"
-                )
-            _busy.add(id(self.drafter))
-        with _learning:  # wait for the end of a piece of work
-            return id(self.drafter)
 
     def compile_constraint(
         self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False
@@ -599,47 +580,18 @@ class SpecDecoder:
         finally:
             release()
         if self.learning and self.drafter.learns:
-            with _claiming:
-                begin = self.drafter not in _learners
-                _learners.add(self.drafter)
-            if begin:
-                threading.Thread(
-                    target=_learn_when_idle, args=(weakref.ref(self.drafter),), daemon=True, name="specdec learning"
-                ).start()
+            drafter_use.learn_when_idle(self.drafter)
 
     def learn(self, seconds: float = math.inf) -> bool:
         """Let the drafter learn from earlier texts now, for at most about ``seconds``, and keep what it has learned.
 
         Returns whether it has more to learn from.
         """
-        end, more = time.monotonic() + seconds, self.drafter.learns
-        while more and time.monotonic() < end:
-            with _learning:
-                more = self.drafter.learn()
-        with _learning:
-            self.drafter.save()
-        return more
+        return drafter_use.learn(self.drafter, seconds)
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as in ``model.generate``."""
         return eos_token_ids(self.model, self.tokenizer)
-
-
-def _learn_when_idle(reference: weakref.ref[Drafter]) -> None:
-    """Do a drafter's work, piece by piece, while no generation uses it, as long as a decoder has it."""
-    more = False
-    while not _ending.wait(0 if more else IDLE) and (drafter := reference()) is not None:
-        with _learning:
-            more = id(drafter) not in _busy and not _ending.is_set() and drafter.learn()
-        del drafter
-
-
-@atexit.register
-def _keep_what_was_learned() -> None:
-    _ending.set()
-    with _learning:
-        for drafter in _learners:
-            drafter.save()
 
 
 def _number_of_answers(n: int | None, num_return_sequences: int | None) -> int | None:

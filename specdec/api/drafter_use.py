@@ -1,0 +1,76 @@
+"""The drafters of a process in use: an engine has one for itself, and one that teaches itself learns while none has."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import threading
+import time
+import weakref
+
+from specdec.base.errors import SpecDecError
+from specdec.speculation.draft import Drafter
+
+IDLE = 0.2  # seconds after a generation before a drafter learns
+
+_claiming = threading.Lock()
+_busy: set[int] = set()  # ids of the drafters that engines have
+_learning = threading.Lock()  # held during a piece of a drafter's work outside of engines
+_learners = weakref.WeakSet[Drafter]()  # drafters that such work is done for
+_ending = threading.Event()  # set when the process ends
+
+
+def claim(drafter: Drafter) -> int:
+    """Reserve a drafter for an engine; return what ``release`` takes. Raises SpecDecError if another one has it."""
+    with _claiming:
+        if id(drafter) in _busy:
+            raise SpecDecError(
+                "a generation of this SpecDecoder is still open; finish or close it first, or make a second decoder "
+                "with with_drafter"
+            )
+        _busy.add(id(drafter))
+    with _learning:  # wait for the end of a piece of work
+        return id(drafter)
+
+
+def release(claimed: int) -> None:
+    _busy.discard(claimed)
+
+
+def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
+    """Let a drafter learn now, for at most about ``seconds``, and keep what it has learned.
+
+    Returns whether it has more to learn from.
+    """
+    end, more = time.monotonic() + seconds, drafter.learns
+    while more and time.monotonic() < end:
+        with _learning:
+            more = drafter.learn()
+    with _learning:
+        drafter.save()
+    return more
+
+
+def learn_when_idle(drafter: Drafter) -> None:
+    """From now on let a drafter learn, piece by piece, while no engine has it, as long as a decoder has it."""
+    with _claiming:
+        if drafter in _learners:
+            return
+        _learners.add(drafter)
+    threading.Thread(target=_work, args=(weakref.ref(drafter),), daemon=True, name="specdec learning").start()
+
+
+def _work(reference: weakref.ref[Drafter]) -> None:
+    more = False
+    while not _ending.wait(0 if more else IDLE) and (drafter := reference()) is not None:
+        with _learning:
+            more = id(drafter) not in _busy and not _ending.is_set() and drafter.learn()
+        del drafter
+
+
+@atexit.register
+def _keep_what_was_learned() -> None:
+    _ending.set()
+    with _learning:
+        for drafter in _learners:
+            drafter.save()
