@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.base import options
 from specdec.base.devices import is_asynchronous, upload
+from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder, hub
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Candidates, TreeLimits, by_levels
@@ -68,8 +69,7 @@ class Eagle3Drafter(ChainDrafter):
     """
 
     name: ClassVar[str] = KIND
-    summary: ClassVar[str] = "EAGLE-3 head on the states of three layers; trained, or public heads (speculators)"
-    training: ClassVar[str] = "specdec train eagle3"
+    summary: ClassVar[str] = "public EAGLE-3 head (speculators) on the states of three layers"
     needs_training: ClassVar[bool] = True
     whole_prompts = True
 
@@ -89,6 +89,10 @@ class Eagle3Drafter(ChainDrafter):
         if "base" in config:  # ours; others do not say which weights a head is for
             drafter_folder.check_base(config, target, where)
         return cls(read_network(folder, Eagle3Config.read(config, target, where), target, where), **kwargs)
+
+    @classmethod
+    def not_shipped(cls, model: str) -> SpecDecError:
+        return SpecDecError(f"no {cls.name} drafter is shipped; give a head with --drafter {cls.name}=DIR or =ORG/NAME")
 
     def bind(self, target: Target) -> None:
         network, config = self.network, self.network.config

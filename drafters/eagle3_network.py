@@ -107,39 +107,6 @@ class Eagle3Config:
             {key: layer[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if layer.get(key)},
         )
 
-    def to_json(self, target: Target, name: str, steps: int) -> dict[str, Any]:
-        """config.json in the speculators format, for a head of the model called ``name``."""
-        return {
-            "architectures": ["Eagle3Speculator"],
-            "speculators_model_type": KIND,
-            "speculators_version": "0.3.0",
-            "speculators_config": {
-                "algorithm": KIND,
-                "default_proposal_method": "greedy",
-                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": steps}],
-                "verifier": {"name_or_path": name, "architectures": list(target.model.config.architectures or [])},
-            },
-            "draft_vocab_size": self.vocab,
-            "target_hidden_size": target.hidden_size,
-            "norm_before_residual": self.norm_first,
-            "eagle_aux_hidden_state_layer_ids": list(self.layers),
-            "tie_word_embeddings": False,
-            "transformer_layer_config": {
-                "model_type": "llama",
-                "hidden_act": "silu",
-                "hidden_size": self.width,
-                "intermediate_size": self.intermediate_size,
-                "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads,
-                "head_dim": self.head_dim,
-                "num_hidden_layers": 1,
-                "rms_norm_eps": self.eps,
-                "vocab_size": target.vocab_size,
-                "max_position_embeddings": target.context,
-                **self.rope,
-            },
-        }
-
     def rotary(self) -> LlamaRotaryEmbedding:
         """Rotary positions. Raises SpecDecError for entries that transformers does not take."""
         sizes: dict[str, Any] = {

@@ -38,14 +38,13 @@ class TrainingBatch:
     best: Tensor  # int64 [B, T], the base's most likely next token
     log_z: Tensor  # float32 [B, T], log of the base's partition sum
     texts: list[Tensor]  # int32, each row's tokens up to the end of its window
-    context: dict[int, Tensor]  # layer -> its input at positions 0 .. S - 1 [B, S, D]
     mixed: dict[int, Tensor]  # recurrent layer -> the input of its mixer at positions 0 .. S - 1 [B, S, D]
     exact: dict[int, States] = field(default_factory=dict)  # recurrent states, computed on first use
 
     @property
     def slots(self) -> int:
         """S, the number of exact entries per row."""
-        inputs = [x.shape[1] for x in (*self.context.values(), *self.mixed.values())]
+        inputs = [x.shape[1] for x in self.mixed.values()]
         return max([k.shape[2] for k, _ in self.kv.values()] + inputs, default=0)
 
     def cache(self, num_layers: int) -> KVCache:
@@ -126,7 +125,6 @@ def assemble(
         best=pad([r.best[start - r.first : end - r.first].long() for r, start, end in picked]),
         log_z=pad([r.log_z[start - r.first : end - r.first] for r, start, end in picked]),
         texts=[r.ids[:end] for r, _, end in picked],
-        context={layer: cast(pad([r.context[layer][:end] for r, _, end in picked], slots)) for layer in first.context},
         mixed={layer: cast(pad([r.mixed[layer][:end] for r, _, end in picked], slots)) for layer in first.mixed},
     )
 

@@ -33,7 +33,7 @@ from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256
-EVERY = "ids", "k.", "v.", "m.", "context."  # what every token has begins so; the rest begins at ``first``
+EVERY = "ids", "k.", "v.", "m."  # what every token has begins so; the rest begins at ``first``
 PASS_TOKENS = 1024  # tokens of a pass, padding included: intermediate results fit into the CPU cache
 READOUT_ROWS, SUM_ROWS = 256, 8  # positions per readout, in the model's dtype and in float32
 
@@ -45,12 +45,10 @@ class StateSelection:
     kv: keys and values of every token; for a recurrent layer the input of its mixer, from which its states follow, in
         the form of the runtime that trains.
     hidden: layer inputs (layer N: final states), from two positions before the first answer token on.
-    context: layer inputs of every token.
     """
 
     kv: tuple[int, ...]
     hidden: tuple[int, ...]
-    context: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,6 @@ class AnswerStates:
     hidden: dict[int, Tensor]  # layer -> [L - 1 - first, D]
     best: Tensor  # int32 [L - 1 - first], the base's most likely next token
     log_z: Tensor  # float32 [L - 1 - first], log of the base's partition sum over the full vocabulary
-    context: dict[int, Tensor]  # layer -> [L, D]
     mixed: dict[int, Tensor]  # recurrent layer -> input of its mixer [L, D]
 
 
@@ -105,19 +102,18 @@ def compute_states(
         "dtype": str(target.dtype).removeprefix("torch."),
         "kv": wanted.kv,
         "hidden": wanted.hidden,
-        "context": wanted.context,
         "shards": [],
     }
     if (folder / INDEX).exists():
         found = _read_index(folder)
         differs = [key for key in ("fingerprint", "answers", "dtype") if found.get(key) != index[key]]
-        differs += [key for key in ("kv", "hidden", "context") if not set(index[key]) <= set(found.get(key, ()))]
+        differs += [key for key in ("kv", "hidden") if not set(index[key]) <= set(found.get(key, ()))]
         if differs:
             raise SpecDecError(
                 f"'{folder}' holds teacher states of other {', '.join(differs)}; use another --output or delete it"
             )
         index = found
-    kept = StateSelection(*(tuple(index.get(key, ())) for key in ("kv", "hidden", "context")))
+    kept = StateSelection(*(tuple(index.get(key, ())) for key in ("kv", "hidden")))
     shards = index["shards"]
     left = answers[len(shards) * SHARD_ANSWERS :]
     total, missing = (sum(map(len, some)) for some in (answers, left))
@@ -149,7 +145,7 @@ def _teach(
     for some in _grouped([len(text) for text in texts]):
         ids = pad_sequence([texts[i] for i in some], batch_first=True).to(target.device)
         cache = target.new_cache(len(some))
-        taps = {layer: ids for layer in (*wanted.hidden, *wanted.context, *recurrent)}
+        taps = {layer: ids for layer in (*wanted.hidden, *recurrent)}
         final = whole_pass(target, ids, cache, taps)
         kept = [slice(first_kept(len(answers[i].prompt_ids)), len(answers[i]) - 1) for i in some]
         read = _read_out(target, torch.cat([final[b, own] for b, own in enumerate(kept)]))
@@ -158,7 +154,6 @@ def _teach(
             length, own = len(texts[i]), found[i]
             own |= {"best": best, "log_z": log_z}
             own |= {f"hidden.{layer}": taps[layer][b, kept[b]].clone() for layer in wanted.hidden}
-            own |= {f"context.{layer}": taps[layer][b, :length].clone() for layer in wanted.context}
             for layer in wanted.kv:
                 own |= {f"{name}.{layer}": x[:length].clone() for name, x in cache.entries(layer, b).items()}
             own |= {f"m.{layer}": _mixed(student, layer, taps[layer][b, :length]) for layer in recurrent}
@@ -218,7 +213,6 @@ def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerS
             {layer: split[f"hidden.{layer}"][i] for layer in wanted.hidden},
             split["best"][i],
             split["log_z"][i],
-            {layer: split[f"context.{layer}"][i] for layer in wanted.context},
             {layer: split[f"m.{layer}"][i] for layer in wanted.kv if f"m.{layer}" in split},
         )
         for i, prompt in enumerate(prompts)

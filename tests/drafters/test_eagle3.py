@@ -16,24 +16,17 @@ from torch import Tensor
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.drafters.eagle3_network import Eagle3
+from specdec.drafters.eagle3_network import Eagle3, Eagle3Config
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.models import loading
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import run_tokens
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices
-from specdec.train import data, states
-from specdec.train.batches import assemble, windows
-from specdec.train.data import TrainingAnswer
-from specdec.train.eagle3 import Eagle3Method, Eagle3Settings, draft_steps
-from specdec.train.settings import from_mapping
-from specdec.train.trainer import train, training_target
 from specdec.verifiers.exact import ExactVerifier
 
 TEXT = [5, 6, 7, 8, 5, 6, 9, 3, 12]
@@ -52,9 +45,43 @@ def save(folder: Path, network: Eagle3, target: ReferenceTarget, **changes: Any)
     assert tokens is not None
     tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
     save_file(tensors, folder / "model.safetensors")
-    config = network.config.to_json(target, "org/base", 4) | changes
+    config = config_of(network.config, target) | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def config_of(head: Eagle3Config, target: ReferenceTarget) -> dict[str, Any]:
+    """config.json in the speculators format."""
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.3.0",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
+            "verifier": {"name_or_path": "org/base", "architectures": list(target.model.config.architectures or [])},
+        },
+        "draft_vocab_size": head.vocab,
+        "target_hidden_size": target.hidden_size,
+        "norm_before_residual": head.norm_first,
+        "eagle_aux_hidden_state_layer_ids": list(head.layers),
+        "tie_word_embeddings": False,
+        "transformer_layer_config": {
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": head.width,
+            "intermediate_size": head.intermediate_size,
+            "num_attention_heads": head.heads,
+            "num_key_value_heads": head.kv_heads,
+            "head_dim": head.head_dim,
+            "num_hidden_layers": 1,
+            "rms_norm_eps": head.eps,
+            "vocab_size": target.vocab_size,
+            "max_position_embeddings": target.context,
+            **head.rope,
+        },
+    }
 
 
 # -- a plain reimplementation: the whole text and the drafted path at once, without a cache ----------------------------
@@ -313,64 +340,3 @@ def test_broken_tensors_are_refused(
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SpecDecError, match=text):
         Eagle3Drafter.load(target, str(folder))
-
-
-# -- training ------------------------------------------------------------------------------------------------------
-
-
-def settings(**changes: Any) -> Eagle3Settings:
-    values = {"method": "eagle3", "dtype": "float32", "draft_vocab": 60, "minutes": None, "steps": 60}
-    values |= {"rows": 4, "window": 8, "eval_fraction": 0.15, "relative_rate": 0.1}
-    return from_mapping(Eagle3Settings, values | changes, "test")
-
-
-@torch.inference_mode()
-def test_a_head_learns_on_what_it_drafts() -> None:
-    target = training_target(tiny_model("llama"))
-    drafter = zoo.eagle3(ReferenceTarget(tiny_model("llama")))
-    network = drafter.network
-    method = Eagle3Method(settings(), target)
-    ids = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    wanted = method.teacher_states()
-    some = [
-        TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])),
-        TrainingAnswer(tuple(ids[:3]), tuple(ids[9:20])),
-    ]  # they begin alike
-    records = states._records(states._teach(target, some, wanted, target), wanted)
-    rows = windows(records[:1], 64)
-    batch = assemble(records, rows, 64, target.device)
-    steps = [network.logits(known)[0] for known, _ in draft_steps(network, target, batch, 3)]
-    for place in (9, 20, 31):  # of the last drafted token that has been run
-        for s, logits in enumerate(steps):
-            text = ids[: place + 1 - s]
-            says = expected(ReferenceTarget(tiny_model("llama")), network, text, ids[len(text) : place + 1])
-            torch.testing.assert_close(logits[place - rows[0][1]], says, atol=1e-4, rtol=1e-4)
-
-
-def test_training_makes_a_head_that_drafts_as_measured(answers: Path, tmp_path: Path) -> None:
-    model, output = loading.load("tiny")[0], tmp_path / "out"
-    figures = train(settings(prompts=[str(answers)], output=str(output)))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < 0.8 * losses[0]
-    config = json.loads((output / "config.json").read_text())
-    assert config["speculators_config"]["algorithm"] == "eagle3" and "fingerprint" in config["base"]
-    decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"siblings": [0]})
-    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, TrainingAnswer)]
-    outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=4)
-    assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
-    kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)
-    assert kept + 1 == pytest.approx(figures["score"], abs=0.3)
-    again = settings(prompts=[str(answers)], output=str(tmp_path / "more"), init=str(output), draft_vocab=40, steps=1)
-    train(again)
-    assert len(load_file(tmp_path / "more/model.safetensors")["d2t"]) == len(
-        load_file(output / "model.safetensors")["d2t"]
-    )
-
-
-def test_settings_that_do_not_fit_the_model_are_refused() -> None:
-    target = training_target(tiny_model("llama"))
-    with pytest.raises(SpecDecError, match="setting 'layers' names 9; the model has 4"):
-        Eagle3Method(settings(layers=[1, 9]), target)
-    with pytest.raises(SpecDecError, match="must be a multiple of 'kv_heads'"):
-        Eagle3Method(settings(heads=4, kv_heads=3), target)

@@ -272,7 +272,6 @@ def train() -> list[str]:
     own = {
         "m2r2": "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\n",
         "medusa": "",
-        "eagle3": "",
         "deed": "exits: [1, 2, 3]\n",
         "mixture-of-depths": "",
     }
@@ -284,7 +283,7 @@ def train() -> list[str]:
         model = str(save_tiny(folder / "model"))
         for method, settings in own.items():
             preset = folder / f"{method}.yaml"
-            small = "draft_vocab: 50\nrows: 4\nwindow: 8\ncompile: false\nmax_new_tokens: 8\neval_fraction: 0.25\n"
+            small = "draft_vocab: 50\nrows: 4\nwindow: 8\nmax_new_tokens: 8\neval_fraction: 0.25\n"
             preset.write_text(settings + small)
             command = ["train", method, "--model", model, "--prompts", str(prompts), "--output", str(folder / method)]
             command += ["--preset", str(preset), "--dtype", "float32", "--steps", "2", "--device", "cuda"]
