@@ -2,22 +2,17 @@
 
 A window is a run of consecutive answer positions. Short windows keep attention over drafted entries small and mix many
 answers in one batch.
-
-Drafts that begin at each position of a window need the states of recurrent layers there (``StatesAtPositions``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specdec.base.errors import SpecDecError
-from specdec.base.memory import free_memory
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.recurrent import Advance, Recurrent, States
 from specdec.train.states import AnswerStates
 
 BLOCK = 64
@@ -38,22 +33,17 @@ class TrainingBatch:
     best: Tensor  # int64 [B, T], the base's most likely next token
     log_z: Tensor  # float32 [B, T], log of the base's partition sum
     texts: list[Tensor]  # int32, each row's tokens up to the end of its window
-    mixed: dict[int, Tensor]  # recurrent layer -> the input of its mixer at positions 0 .. S - 1 [B, S, D]
-    exact: dict[int, States] = field(default_factory=dict)  # recurrent states, computed on first use
 
     @property
     def slots(self) -> int:
         """S, the number of exact entries per row."""
-        inputs = [x.shape[1] for x in self.mixed.values()]
-        return max([k.shape[2] for k, _ in self.kv.values()] + inputs, default=0)
+        return max((k.shape[2] for k, _ in self.kv.values()), default=0)
 
     def cache(self, num_layers: int) -> KVCache:
         """A cache with the exact entries."""
         cache = KVCache(num_layers, len(self.ids), self.ids.device)
         for layer, (k, v) in self.kv.items():
             cache.keys[layer], cache.values[layer] = k, v
-        for layer, x in self.mixed.items():
-            cache.recurrent[layer] = StatesAtPositions(layer, x, self.positions, self.exact)
         cache.lengths = [self.slots] * num_layers
         return cache
 
@@ -125,7 +115,6 @@ def assemble(
         best=pad([r.best[start - r.first : end - r.first].long() for r, start, end in picked]),
         log_z=pad([r.log_z[start - r.first : end - r.first] for r, start, end in picked]),
         texts=[r.ids[:end] for r, _, end in picked],
-        mixed={layer: cast(pad([r.mixed[layer][:end] for r, _, end in picked], slots)) for layer in first.mixed},
     )
 
 
@@ -146,50 +135,3 @@ def endless(found: Sequence[Window], rows: int, seed: int, skip: int) -> Iterato
         for batch in batches[max(0, skip - passed) :]:
             yield number, batch
         passed, number = passed + len(batches), number + 1
-
-
-HELD = 4  # states per position in memory: exact, before and after a step, and for gradients
-
-
-class StatesAtPositions(Recurrent):
-    """The state of a layer in a cache. Each call of ``run`` is the next draft step at all positions.
-
-    mixed: input of the layer's mixer for every token [B, S, D].
-    positions: int64 [B, T], consecutive.
-    exact: cache of the states before each position [B, T, ...], by layer.
-    """
-
-    def __init__(self, layer: int, mixed: Tensor, positions: Tensor, exact: dict[int, States]) -> None:
-        super().__init__(len(mixed))
-        self.layer, self.mixed, self.positions, self.exact = layer, mixed, positions, exact
-
-    def run(self, x: Tensor, held: int, tree: Tensor | None, advance: Advance) -> Tensor:
-        batch, t, width = x.shape
-        if self.layer not in self.exact:
-            with torch.no_grad():
-                self.exact[self.layer] = self._before(advance)
-        before = self.states or self.exact[self.layer]  # [B, T, ...]
-        rows = {key: state.flatten(0, 1) for key, state in before.items()}
-        out, after = advance(x.reshape(batch * t, 1, width), rows, True)
-        ends = {key: state.unflatten(0, (batch, t)) for key, state in after.items()}
-        self.states = {key: torch.cat((torch.zeros_like(s[:, :1]), s[:, :-1]), 1) for key, s in ends.items()}
-        return out.view(batch, t, -1)
-
-    def _before(self, advance: Advance) -> States:
-        """The exact states before each position [B, T, ...]. Raises SpecDecError if they do not fit into memory."""
-        rows, (batch, t) = list[States](), self.positions.shape
-        for x, start in zip(self.mixed, self.positions[:, 0].tolist(), strict=True):
-            rows.append(advance(x[None, :start], {}, False)[1])
-        states = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
-        need = HELD * t * sum(state.nbytes for state in states.values())
-        if (free := free_memory(self.mixed.device)) < need:
-            raise SpecDecError(
-                f"training through recurrent layer {self.layer} stores its state at {batch} x {t} positions, about "
-                f"{need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; use a smaller 'rows' or 'window'"
-            )
-        index = self.positions.clamp_max(self.mixed.shape[1] - 1)  # a window may be shorter than T
-        tokens = self.mixed.gather(1, index[..., None].expand(-1, -1, self.mixed.shape[2]))  # (B, T, D)
-        found = [states]
-        for token in tokens[:, :-1].split(1, 1):
-            found.append(advance(token, found[-1], False)[1])
-        return {key: torch.stack([each[key] for each in found], 1) for key in states}

@@ -85,7 +85,7 @@ def choose_segment(settings: M2R2Settings, target: Target, context: RunContext) 
         ("eval", context.held_out, EVAL_TOKENS),
     ):
         part = _first(answers, tokens)
-        given = part, wanted, context.progress, f"search, {name}", target
+        given = part, wanted, context.progress, f"search, {name}"
         records.append(compute_states(folder / name, teacher, *given))
     found = acceptance_chains(target, context.vocab, start, records[0], records[1], settings)
     rows = rank(found, draft_costs(context.decoder, context.vocab))
@@ -166,7 +166,6 @@ def _batches(
         replace(
             r,
             kv={n: both for n, both in r.kv.items() if n in wanted.kv},
-            mixed={n: x for n, x in r.mixed.items() if n in wanted.kv},
             hidden={n: r.hidden[n] for n in wanted.hidden},
         )
         for r in records

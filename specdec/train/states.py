@@ -33,7 +33,7 @@ from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256
-EVERY = "ids", "k.", "v.", "m."  # what every token has begins so; the rest begins at ``first``
+EVERY = "ids", "k.", "v."  # what every token has begins so; the rest begins at ``first``
 PASS_TOKENS = 1024  # tokens of a pass, padding included: intermediate results fit into the CPU cache
 READOUT_ROWS, SUM_ROWS = 256, 8  # positions per readout, in the model's dtype and in float32
 
@@ -42,8 +42,7 @@ READOUT_ROWS, SUM_ROWS = 256, 8  # positions per readout, in the model's dtype a
 class StateSelection:
     """The layers whose states are stored.
 
-    kv: keys and values of every token; for a recurrent layer the input of its mixer, from which its states follow, in
-        the form of the runtime that trains.
+    kv: keys and values of every token.
     hidden: layer inputs (layer N: final states), from two positions before the first answer token on.
     """
 
@@ -62,7 +61,6 @@ class AnswerStates:
     hidden: dict[int, Tensor]  # layer -> [L - 1 - first, D]
     best: Tensor  # int32 [L - 1 - first], the base's most likely next token
     log_z: Tensor  # float32 [L - 1 - first], log of the base's partition sum over the full vocabulary
-    mixed: dict[int, Tensor]  # recurrent layer -> input of its mixer [L, D]
 
 
 def first_kept(prompt: int) -> int:
@@ -84,16 +82,19 @@ def compute_states(
     wanted: StateSelection,
     progress: Progress | None = None,
     name: str = "",
-    student: Target | None = None,
 ) -> list[AnswerStates]:
     """Complete the store in ``folder`` for these answers and read it.
 
-    student: the runtime that trains; None: ``target``.
     progress: shows the finished tokens of ``name``.
     Raises SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and
-    for a full disk.
+    for a full disk and for recurrent layers, whose states are not stored.
     """
-    progress, student = progress or Progress(console=Console(quiet=True)), student or target
+    if through := sorted(target.recurrent_layers.intersection(wanted.kv)):
+        raise SpecDecError(
+            f"layer {through[0]} is recurrent, and training runs through layers with attention only; m2r2 learns from "
+            "texts of this model by itself (specdec learn MODEL), and medusa runs no layer"
+        )
+    progress = progress or Progress(console=Console(quiet=True))
     name = f"teacher states ({name})" if name else "teacher states"
     index: dict[str, Any] = {
         "version": VERSION,
@@ -123,7 +124,7 @@ def compute_states(
         folder.mkdir(parents=True, exist_ok=True)
         for start in range(len(shards) * SHARD_ANSWERS, len(answers), SHARD_ANSWERS):
             chunk, file = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
-            save_file(_teach(target, chunk, kept, student, done), folder / f"{file}.part")
+            save_file(_teach(target, chunk, kept, done), folder / f"{file}.part")
             (folder / f"{file}.part").replace(folder / file)
             shards.append({"file": file, "answers": len(chunk)})
             write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
@@ -135,17 +136,15 @@ def _teach(
     target: Target,
     answers: Sequence[TrainingAnswer],
     wanted: StateSelection,
-    student: Target,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
     """Run the base over the answers and return the tensors of a shard, answers in the given order."""
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     found: list[dict[str, Tensor]] = [{} for _ in texts]
-    recurrent = student.recurrent_layers.intersection(wanted.kv)
     for some in _grouped([len(text) for text in texts]):
         ids = pad_sequence([texts[i] for i in some], batch_first=True).to(target.device)
         cache = target.new_cache(len(some))
-        taps = {layer: ids for layer in (*wanted.hidden, *recurrent)}
+        taps = {layer: ids for layer in wanted.hidden}
         final = whole_pass(target, ids, cache, taps)
         kept = [slice(first_kept(len(answers[i].prompt_ids)), len(answers[i]) - 1) for i in some]
         read = _read_out(target, torch.cat([final[b, own] for b, own in enumerate(kept)]))
@@ -156,7 +155,6 @@ def _teach(
             own |= {f"hidden.{layer}": taps[layer][b, kept[b]].clone() for layer in wanted.hidden}
             for layer in wanted.kv:
                 own |= {f"{name}.{layer}": x[:length].clone() for name, x in cache.entries(layer, b).items()}
-            own |= {f"m.{layer}": _mixed(student, layer, taps[layer][b, :length]) for layer in recurrent}
         progress(sum(len(texts[i]) for i in some))
     shard = {"ids": torch.cat(texts).int(), "lengths": torch.tensor([len(text) for text in texts])}
     shard["prompts"] = torch.tensor([len(answer.prompt_ids) for answer in answers])
@@ -170,17 +168,6 @@ def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
         count = max(1, PASS_TOKENS // lengths[order[-1]])
         yield order[-count:]
         del order[-count:]
-
-
-def _mixed(student: Target, layer: int, x: Tensor) -> Tensor:
-    """The inputs of the mixer of a recurrent layer [L, ...] for the layer's inputs ``x`` [L, D]."""
-    with torch.inference_mode(False), torch.no_grad():  # what the runtime keeps of this pass serves training, too
-        own, cache = x.clone()[None].to(student.device, student.dtype), student.new_cache()
-        positions = torch.arange(len(x), device=student.device)[None]
-        student.layers(own, layer, layer + 1, Pass(positions, cache.register(layer, positions), cache))
-    inputs = cache.recurrent[layer].inputs
-    assert inputs is not None
-    return inputs[0]
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,11 +196,10 @@ def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerS
             split["ids"][i],
             prompt,
             first_kept(prompt),
-            {n: (split[f"k.{n}"][i], split[f"v.{n}"][i]) for n in wanted.kv if f"k.{n}" in split},
+            {n: (split[f"k.{n}"][i], split[f"v.{n}"][i]) for n in wanted.kv},
             {layer: split[f"hidden.{layer}"][i] for layer in wanted.hidden},
             split["best"][i],
             split["log_z"][i],
-            {layer: split[f"m.{layer}"][i] for layer in wanted.kv if f"m.{layer}" in split},
         )
         for i, prompt in enumerate(prompts)
     ]

@@ -109,7 +109,7 @@ def _prepare(
         method.prepare(RunContext(output, train, held_out, vocab, decoder, console, progress))
         wanted, parts = method.teacher_states(), (("eval", held_out), ("train", train))
         records = [
-            states.compute_states(output / STATES / name, decoder.target, part, wanted, progress, name, target)
+            states.compute_states(output / STATES / name, decoder.target, part, wanted, progress, name)
             for name, part in parts
         ]
     return TrainingRun(method, vocab, records[1], records[0], output, decoder, console, processes)

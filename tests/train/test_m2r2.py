@@ -69,7 +69,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
         aims = network.path.target_layers(4)
         assert aims == [2, 4]
         wanted = dataclasses.replace(path_states(network.path, 4), hidden=(2, 4))
-        records = states._records(states._teach(target, some, wanted, target), wanted)
+        records = states._records(states._teach(target, some, wanted), wanted)
         batch = assemble(records, windows(records, 8), 8, target.device)
         exits, _ = next(draft_steps(network, target, batch, 1, watched=True))
         pairs = zip(exits[-1][1], aims, strict=True)
