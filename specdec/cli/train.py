@@ -24,10 +24,6 @@ def run(
         list[Path] | None,
         typer.Option(help="JSONL of prompts or of answers in token ids, or one prompt a line; may be gzipped (.gz)."),
     ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="Files of plain text to train on, with or without prompts; may be gzipped (.gz)."),
-    ] = None,
     argument: shared.ModelArgument = None,
     model: Annotated[
         str | None,
@@ -53,7 +49,7 @@ def run(
         model = shared.one_model(argument, model)
         check_model(model)
     shared.check_adapter(adapter)
-    _check_files(prompts or [], [*(text or []), *(holdout or [])])
+    _check_files(prompts or [], holdout or [])
     from specdec.train.evaluate import speedup_text
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
@@ -63,7 +59,7 @@ def run(
         "output": str(output), "model": model, "adapter": adapter, "minutes": minutes, "steps": steps,
         "dtype": dtype, "device": device, "seed": seed,
     }  # fmt: skip
-    for name, paths in (("prompts", prompts), ("text", text), ("holdout", holdout)):
+    for name, paths in (("prompts", prompts), ("holdout", holdout)):
         overrides[name] = [str(path) for path in paths] if paths else None
     overrides |= options.parse_assignments("--set", set_ or [])
     method = str(context.command.name)

@@ -26,16 +26,9 @@ from specdec.train.output import ANSWERS, writing
 ROWS, REFILL = 48, 12  # rows of the batch; free rows before new prompts are added
 
 
-def encode_prompts(
-    tokenizer: Any, items: Sequence[TrainingAnswer | Prompt], model: str
-) -> list[TrainingAnswer | list[int]]:
-    """Encode text prompts in the model's chat template. Raises SpecDecError if it has none."""
-    if any(isinstance(item, Prompt) for item in items) and not getattr(tokenizer, "chat_template", None):
-        raise SpecDecError(
-            f"model '{model}' has no chat template for text prompts; give answers as token ids "
-            '({"prompt_ids": [...], "response_ids": [...]})'
-        )
-    return [item if isinstance(item, TrainingAnswer) else encode(tokenizer, item.turns[0], chat=True) for item in items]
+def encode_prompts(tokenizer: Any, items: Sequence[TrainingAnswer | Prompt]) -> list[TrainingAnswer | list[int]]:
+    """Encode text prompts: in the model's chat template, or as they are if it has none."""
+    return [item if isinstance(item, TrainingAnswer) else encode(tokenizer, item.turns[0]) for item in items]
 
 
 @dataclass(frozen=True)

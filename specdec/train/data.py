@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import inputs
-from specdec.base.errors import SpecDecError, errors_as
-
-TEXT_CONTEXT = 16  # first tokens of a piece of text, used only as context
+from specdec.base.errors import SpecDecError
 
 
 @dataclass(frozen=True)
@@ -63,23 +61,6 @@ def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
             )
 
 
-def read_texts(paths: Sequence[Path]) -> list[str]:
-    """Each file's whole text; ``.gz`` is unpacked. Raises SpecDecError for unreadable files and empty ones."""
-    texts = []
-    for path in paths:
-        with errors_as(f"cannot read '{path}'", ValueError):
-            texts.append("".join(line for _, line in inputs.lines(path)))
-        if not texts[-1].strip():
-            raise SpecDecError(f"text file '{path}' is empty; leave it out")
-    return texts
-
-
-def text_windows(ids: Sequence[int], length: int) -> list[TrainingAnswer]:
-    """Split the token ids of a text into answers of ``length`` tokens. The first tokens of each are its prompt."""
-    parts = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
-    return [TrainingAnswer(part[:TEXT_CONTEXT], part[TEXT_CONTEXT:]) for part in parts if len(part) > TEXT_CONTEXT + 1]
-
-
 def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
     """Raise SpecDecError for token ids outside a vocabulary of ``vocab_size`` tokens."""
     for number, item in enumerate(items, start=1):
@@ -95,7 +76,6 @@ def check_holdout(
     items: Sequence[TrainingAnswer | Prompt],
     held_out: Sequence[TrainingAnswer | Prompt],
     decode: Callable[[Sequence[int]], str],
-    what: str = "prompt",
 ) -> None:
     """Raise SpecDecError if a training prompt contains a held-out prompt. The comparison ignores case and spaces."""
     words = [" " + " ".join(_text(item, decode).lower().split()) + " " for item in items]
@@ -105,7 +85,7 @@ def check_holdout(
         for index, text in enumerate(words):
             if needle in text:
                 raise SpecDecError(
-                    f"{what} {index + 1} to train on contains the held-out prompt '{needle.strip()[:60]}'; "
+                    f"prompt {index + 1} to train on contains the held-out prompt '{needle.strip()[:60]}'; "
                     "remove it from the training file"
                 )
 

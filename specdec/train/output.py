@@ -92,7 +92,7 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
 def recorded(settings: TrainSettings) -> TrainSettings:
     """``settings`` without local paths, because drafter folders are published."""
     names: dict[str, Any] = {"model": source.public_name(settings.model), "output": ""}
-    for key in ("prompts", "text", "holdout"):
+    for key in ("prompts", "holdout"):
         names[key] = tuple(Path(path).name for path in getattr(settings, key))
     if settings.adapter:
         names["adapter"] = source.public_name(settings.adapter)

@@ -31,8 +31,6 @@ class TrainSettings(Settings):
     model: str = "smollm2-135m-instruct"
     adapter: str | None = None  # a LoRA adapter to merge into the model
     prompts: Files = ()  # files of prompts or of token-id answers
-    text: Files = ()  # files of plain text, which train every position without answers
-    text_tokens: Positive = 512  # length of a piece of text
     holdout: Files = ()  # files whose prompts must not be trained on
     output: str = ""
     dtype: str = "auto"  # of the base and the running copy (``trainer.open_target``); masters are float32

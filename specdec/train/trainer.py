@@ -33,7 +33,6 @@ from specdec.runtimes.target import Target
 from specdec.speculation.sampling import eos_token_ids
 from specdec.train import data, states
 from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
-from specdec.train.data import Prompt, TrainingAnswer
 from specdec.train.method import RunContext, lookup
 from specdec.train.output import STATES, lock_of, open_output
 from specdec.train.run import TrainingRun, progress_bars
@@ -48,8 +47,8 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that becomes
     NaN. Finished work stays on the disk, and ``resume`` continues from it.
     """
-    if not settings.prompts and not settings.text:
-        raise SpecDecError("nothing to train on; give --prompts FILE or --text FILE")
+    if not settings.prompts:
+        raise SpecDecError("nothing to train on; give --prompts FILE")
     console, lock, place = console or stderr(), lock_of(settings), loading.find_device(settings.device)
     processes = PartialState(cpu=place.type == "cpu", timeout=PATIENCE)
     first, place = processes.is_main_process, place if processes.num_processes == 1 else processes.device
@@ -77,8 +76,7 @@ def _prepare(
 ) -> TrainingRun:
     """All stages before gradient training. Finished parts are read from the disk."""
     # Checks that need no model come first.
-    items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
-    texts = data.read_texts([Path(p) for p in settings.text])
+    items = data.read([Path(p) for p in settings.prompts])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
     output = open_output(settings, resume, lock)
     keep_freed_memory()
@@ -92,13 +90,14 @@ def _prepare(
     method = lookup(settings.method)(settings, target)
     data.check_token_ids(items, target.vocab_size)
     data.check_holdout(items, held, tokenizer.decode)
-    data.check_holdout([Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
     with progress_bars(console) as progress:
-        prompts = encode_prompts(tokenizer, items, settings.model)
+        prompts = encode_prompts(tokenizer, items)
         sampling = AnswerSampling(settings.sampled, settings.temperature, settings.seed)
         answers = answer_prompts(output, decoder, prompts, settings.max_new_tokens, sampling, progress)
         usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
-        train, held_out = _split(settings, usable, _text_answers(settings, texts, tokenizer, target.context))
+        train, held_out = data.split(usable, settings.eval_fraction)
+        random.Random(settings.seed).shuffle(train)
+        held_out = held_out[: settings.eval_answers]
         vocab = None
         if settings.init:  # more answers stand behind its vocabulary
             vocab = drafter_folder.read_vocabulary(Path(settings.init), target.vocab_size)
@@ -123,22 +122,6 @@ def _note_other_base(init: str, target: Target, console: Console) -> None:
     except SpecDecError:
         other = config.get("base", {}).get("name", "another model")
         tell(console, f"'{init}' was trained for {other}, not for this model; it is only where training starts")
-
-
-def _text_answers(settings: TrainSettings, texts: list[str], tokenizer: Any, context: int) -> list[TrainingAnswer]:
-    """Plain texts, split into windows of tokens."""
-    ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
-    return [piece for part in ids for piece in data.text_windows(part, min(settings.text_tokens, context))]
-
-
-def _split(
-    settings: TrainSettings, answers: list[TrainingAnswer], texts: list[TrainingAnswer]
-) -> tuple[list[TrainingAnswer], list[TrainingAnswer]]:
-    """Shuffled training data, and held-out data: answers if there are any, else texts."""
-    train, held_out = data.split(answers or texts, settings.eval_fraction)
-    train += texts if answers else []
-    random.Random(settings.seed).shuffle(train)
-    return train, held_out[: settings.eval_answers]
 
 
 def open_target(model: Any, settings: TrainSettings) -> Target:

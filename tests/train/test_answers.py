@@ -13,8 +13,8 @@ from tiny import greedy_reference, tiny_model
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.train import answers
-from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
-from specdec.train.data import Prompt, TrainingAnswer
+from specdec.train.answers import AnswerSampling, answer_prompts
+from specdec.train.data import TrainingAnswer
 
 ENDS = [*range(3, 97, 12)]  # answers end early and late
 GREEDY = AnswerSampling(0.0, 0.8, 0)
@@ -100,15 +100,6 @@ def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch:
         with pytest.raises(SpecDecError, match=message):
             made(tmp_path / "parts", prompts)
         file.write_text(kept)
-
-
-def test_a_model_without_chat_template_takes_answers_as_token_ids_only() -> None:
-    class Tokens:
-        chat_template = None
-
-    with pytest.raises(SpecDecError, match="model 'plain' has no chat template for text prompts; give answers as"):
-        encode_prompts(Tokens(), [Prompt(("Hello",))], "plain")
-    assert encode_prompts(Tokens(), [TrainingAnswer((1,), (2, 3))], "plain") == [TrainingAnswer((1,), (2, 3))]
 
 
 def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny
 from training import recipe
-from typer.testing import CliRunner
 
 from specdec.base.errors import SpecDecError
-from specdec.cli import app
-from specdec.models import drafter_folder
 from specdec.train import data
 from specdec.train.data import Prompt, TrainingAnswer
 from specdec.train.trainer import train
@@ -37,27 +32,6 @@ def test_lines_of_every_kind_are_read_and_broken_ones_are_named(tmp_path: Path) 
         data.read([tmp_path / "missing"])
 
 
-def test_plain_text_becomes_pieces_that_are_trained_on_and_may_stand_alone(tmp_path: Path) -> None:
-    assert [len(p) for p in data.text_windows(range(1000), 300)] == [300, 300, 300, 100]
-    assert data.text_windows(range(317), 300)[1:] == []  # too short to learn from
-    assert sum((p.prompt_ids + p.response_ids for p in data.text_windows(range(600), 300)), ()) == tuple(range(600))
-    text = tmp_path / "book.txt"
-    text.write_text("".join(f"line {n} of a book that goes on\n" for n in range(60)))
-    folder, preset = save_tiny(tmp_path / "model"), tmp_path / "preset.yaml"
-    preset.write_text(
-        "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\n"
-        "text_tokens: 64\neval_fraction: 0.2\n"
-    )
-    command = ["train", "m2r2", "--model", str(folder), "--text", str(text), "--output", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*command, "--preset", str(preset), "--dtype", "float32", "--steps", "3"])
-    assert result.exit_code == 0, result.output
-    training = drafter_folder.read_config(tmp_path / "out")["training"]
-    assert training["tokens_in_answers"] > 1000
-    text.write_text(" \n")
-    with pytest.raises(SpecDecError, match=r"text file .* is empty"):
-        data.read_texts([text])
-
-
 def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
     held = [Prompt(("Why is the sky blue?", "second turn"))]
     data.check_holdout([Prompt(("second turn",)), Prompt(("Why is it?",))], held, str)
@@ -72,9 +46,6 @@ def test_a_run_on_held_out_prompts_does_not_begin(answers: Path, tmp_path: Path)
     with pytest.raises(SpecDecError, match=r"prompt 4 to train on contains the held-out prompt .* remove it"):
         train(recipe(answers, tmp_path / "out", holdout=[str(held)]))
     assert not (tmp_path / "out" / "states").exists()
-    (tmp_path / "text.txt").write_text("1 2 3 " + held_text(held) + " 4")
-    with pytest.raises(SpecDecError, match="text 1 to train on contains"):
-        train(recipe(answers, tmp_path / "other", prompts=[], text=[str(tmp_path / "text.txt")], holdout=[str(held)]))
 
 
 def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, tmp_path: Path) -> None:
@@ -84,10 +55,6 @@ def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, 
         SpecDecError, match="answer 41 to train on holds token 97, but the model's vocabulary ends at 96"
     ):
         train(recipe(answers, tmp_path / "out"))
-
-
-def held_text(path: Path) -> str:
-    return " ".join(map(str, json.loads(path.read_text())["prompt_ids"]))
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens_and_the_ends() -> None:
