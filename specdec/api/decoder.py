@@ -251,7 +251,7 @@ class SpecDecoder:
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
         context, ignore_eos, logprobs = self.target.context, given.get("ignore_eos", False), given.get("logprobs")
-        ids = encode(self.tokenizer, prompt, _templated(given), given.get("system"), context=context)
+        ids = encode(self.tokenizer, prompt, given.get("apply_chat_template"), given.get("system"), context=context)
         check_prompt(ids, self.target)
         max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), context - len(ids))
         text = self.text(given)
@@ -337,7 +337,7 @@ class SpecDecoder:
         if not prompts:
             raise SpecDecError("the list of prompts is empty; give at least one")
         names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
-        how = _templated(given), given.get("system")
+        how = given.get("apply_chat_template"), given.get("system")
         ids = [
             row
             for name, prompt in zip(names, prompts, strict=True)
@@ -361,7 +361,6 @@ class SpecDecoder:
         prompt: Prompt,
         *,
         n: None = None,
-        num_return_sequences: None = None,
         **given: Unpack[GenerationOptions],
     ) -> GenerationOutput: ...
 
@@ -371,7 +370,6 @@ class SpecDecoder:
         prompt: Prompt,
         *,
         n: int | None = None,
-        num_return_sequences: int | None = None,
         **given: Unpack[GenerationOptions],
     ) -> list[GenerationOutput]: ...
 
@@ -381,16 +379,14 @@ class SpecDecoder:
         prompt: SkipValidation[Prompt],
         *,
         n: Count | None = None,
-        num_return_sequences: Count | None = None,
         **given: Unpack[GenerationOptions],
     ) -> GenerationOutput | list[GenerationOutput]:
         """Generate from one prompt: text, token ids, a tensor, or chat messages.
 
-        n (or num_return_sequences): number of answers; if it is given, the result is a list of them.
+        n: number of answers; if it is given, the result is a list of them.
         """
-        count = _number_of_answers(n, num_return_sequences)
-        found = self.generate_batch([prompt], n=count, **given)
-        return found[0] if count is None else found
+        found = self.generate_batch([prompt], n=n, **given)
+        return found[0] if n is None else found
 
     @overload
     def chat(self, messages: Sequence[dict[str, str]], **given: Unpack[GenerationOptions]) -> GenerationOutput: ...
@@ -422,15 +418,14 @@ class SpecDecoder:
         prompts: SkipValidation[Sequence[Prompt]],
         *,
         n: Count | None = None,
-        num_return_sequences: Count | None = None,
         **given: Unpack[GenerationOptions],
     ) -> list[GenerationOutput]:
         """Generate from several prompts at once.
 
-        n (or num_return_sequences): number of answers to each prompt, which follow one another in the result.
+        n: number of answers to each prompt, which follow one another in the result.
         A SpecDecError during decoding has the outputs until then as ``outputs``.
         """
-        with self.open(prompts, n=_number_of_answers(n, num_return_sequences) or 1, **given) as generation:
+        with self.open(prompts, n=n or 1, **given) as generation:
             try:
                 for _ in generation.steps():
                     pass
@@ -592,20 +587,6 @@ class SpecDecoder:
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as in ``model.generate``."""
         return eos_token_ids(self.model, self.tokenizer)
-
-
-def _number_of_answers(n: int | None, num_return_sequences: int | None) -> int | None:
-    if None not in (n, num_return_sequences) and n != num_return_sequences:
-        raise SpecDecError("n and num_return_sequences are the same option; leave one out")
-    return num_return_sequences if n is None else n
-
-
-def _templated(given: RequestOptions) -> bool | None:
-    """Whether plain text is wrapped in the chat template; None: if there is one."""
-    chat, same = given.get("chat"), given.get("apply_chat_template")
-    if None not in (chat, same) and chat != same:
-        raise SpecDecError("chat and apply_chat_template are the same option; leave one out")
-    return same if chat is None else chat
 
 
 def _resolve_auto(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:

@@ -63,7 +63,7 @@ class RequestOptions(SamplingOptions, total=False):
     bad_words: texts that must not come, as in vLLM: the last token of each, as it is tokenised with and without a space
     before it, is ruled out after its others.
     apply_chat_template: wrap text in the chat template, as one message of the user; None does so if the tokenizer has
-    one. Chat messages are always wrapped, token ids never. chat: the same.
+    one. Chat messages are always wrapped, token ids never.
     system: a system message before the prompt.
     logits_processor: processors of transformers, applied at every position.
     ignore_eos: continue after end tokens.
@@ -80,7 +80,6 @@ class RequestOptions(SamplingOptions, total=False):
     stop_token_ids: StopTokenIds
     bad_words: BadWords
     apply_chat_template: bool | None
-    chat: bool | None
     use_model_defaults: bool
     system: System
     logits_processor: Annotated[Sequence[Callable[..., Any]], Field(title="a list of logits processors")]

@@ -110,7 +110,7 @@ def encode(
         _check_length(tokenizer, len(prompt), context)
         return TokenIds(SharedTokenizer(tokenizer).encode(prompt))
     if not has_template:
-        raise SpecDecError("this tokenizer has no chat template; use plain text (chat=False, --raw)")
+        raise SpecDecError("this tokenizer has no chat template; use plain text (apply_chat_template=False, --raw)")
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

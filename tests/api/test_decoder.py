@@ -150,7 +150,7 @@ WRONG: dict[str, list[object]] = {
     "logit_bias": [5, {"5": 1}, {5: 101}, {-1: 1}, {5: "x"}, [(5, 1)]],
     "seed": [2**63, 2**70, -1, 1.5, "x"],
     "stop": [5, ["a", 5], None, b"a"],
-    "chat": [1, "yes"],
+    "apply_chat_template": [1, "yes"],
     "system": [5, ["a"]],
     "logits_processor": [5, [5], None],
     "ignore_eos": [1, None],

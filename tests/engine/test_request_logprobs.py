@@ -177,7 +177,7 @@ def test_the_server_gives_them_to_the_official_client_whole_and_streamed(tmp_pat
     for one, other in zip(streamed, content, strict=True):  # the prompt's prefix is reused: passes of other shapes
         assert [top.token for top in one.top_logprobs] == [top.token for top in other.top_logprobs]
         assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
-    ids = decoder.generate("Name", chat=False, max_new_tokens=5, logprobs=3)
+    ids = decoder.generate("Name", apply_chat_template=False, max_new_tokens=5, logprobs=3)
     for choice in text.choices:
         assert choice.logprobs.token_logprobs == pytest.approx([each.logprob for each in ids.logprobs or ()], abs=1e-5)
         assert choice.logprobs.text_offset == [0, 1, 2, 3, 4] and len(choice.logprobs.top_logprobs[0]) == 3

@@ -49,7 +49,7 @@ def text(response: httpx.Response) -> str:
 
 def test_each_parameter_does_to_the_text_what_it_does_in_python(server: Server, plain: SpecDecoder) -> None:
     """Requests with different ones share steps. Greedy text changes by all that can change it."""
-    base = plain.generate(PROMPT, chat=False, max_new_tokens=COUNT, ignore_eos=True)
+    base = plain.generate(PROMPT, apply_chat_template=False, max_new_tokens=COUNT, ignore_eos=True)
     ends = [base.token_ids[5], base.token_ids[2]]
     stops = [base.text[2:4], base.text[15:18]]
     asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -67,7 +67,7 @@ def test_each_parameter_does_to_the_text_what_it_does_in_python(server: Server, 
     rows = [(given | how, same | how) for how in (GREEDY, SAMPLED) for given, same in asked]
     with ThreadPoolExecutor(len(rows)) as pool:
         found = list(pool.map(lambda row: text(server.complete(prompt=PROMPT, max_tokens=COUNT, **row[0])), rows))
-    right = [plain.generate(PROMPT, chat=False, max_new_tokens=COUNT, **same).text for _, same in rows]
+    right = [plain.generate(PROMPT, apply_chat_template=False, max_new_tokens=COUNT, **same).text for _, same in rows]
     assert found == right
     greedy, sampled = right[: len(asked)], right[len(asked) :]
     assert len(set(greedy[2:7])) == 5 and base.text not in greedy[2:7]
