@@ -69,7 +69,7 @@ def verify(
         decoder = SpecDecoder.from_pretrained(
             model, drafter, **loading.keywords, drafter_options=drafting.options, verifier=rule, learn=False
         )
-        drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.name if drafter == "auto" else drafter
+        drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.label if drafter == "auto" else drafter
         if decoder.tuned and depth == "auto":
             depth = decoder.tuned.num_speculative_tokens
         chosen = evenly_spaced(found.conversations, limit)
