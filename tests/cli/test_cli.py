@@ -451,6 +451,18 @@ def test_control_characters_of_a_model_are_escaped_on_a_terminal_alone(run, mode
     assert shown == raw.replace(b"\x0b", b"\\x0b").replace(b"\x0c", b"\\x0c")
 
 
+def test_modules_are_hardly_searched_for_garbage() -> None:
+    script = """
+import atexit, gc
+from specdec import cli
+atexit.register(lambda: print(gc.get_freeze_count() > 10_000))
+cli.app = lambda: print(gc.get_threshold() == cli.COLLECT)
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True\nTrue\n", done.stderr
+
+
 def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
     names = ["generate", "models", "drafters", "train", "bench", "verify", "sweep", "report"]
     commands = [[], *([name] for name in names), ["train", "m2r2"], ["tune", "drafter"]]
