@@ -37,6 +37,7 @@ F = TypeVar("F", bound="PackedFile")
 MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # and size and checksum of the index
 MOST_INDEX = 64 << 20  # more than any model's entries take
 PART = 4096  # bytes of a part of the checksum; entries begin at a multiple of it
+TOGETHER = 128  # entries that are written together
 OTHER, NUMBERS = -1, 1 << 64  # the kind of what is not tiles; checksums are below it
 DRAFTS, MOST_DRAFTS = "drafts-", 4  # files of drafters that a model keeps, the latest ones
 ADAPTED, MOST_ADAPTED = "weights-", 2  # of the model with adapters
@@ -70,7 +71,8 @@ class PackedFile:
         self.entries, self.notes = dict[str, Entry](), dict[str, Any]()
         self.writes = self.complete = False
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self.used, self.sums = 0, list[Future[int]]()  # bytes that are written, and the checksums of entries
+        self.used, self.sum = 0, 0  # bytes of all entries, and their checksum
+        self.added, self.writings = list[tuple[Tensor, int]](), list[Future[None]]()
 
     def open(self) -> None:
         """Read the file, or begin to write it. Where that cannot be, it stays empty."""
@@ -108,33 +110,33 @@ class PackedFile:
         return entry.kind, self.memory[entry.offset : entry.offset + entry.size]
 
     def add(self, name: str, kind: int, data: Tensor) -> tuple[int, Tensor]:
-        """Write an entry, if the file is being written. Returns kind and data."""
+        """Write an entry, if the file is being written, at the next ``write``. Returns kind and data."""
         if self.writes:
             raw = data.flatten().view(torch.uint8)
             offset = -(-self.used // PART) * PART
             self.entries[name], self.used = Entry(kind, offset, len(raw)), offset + len(raw)
-            self.sums.append(self.writer.submit(self._put, raw, offset))  # while the next ones are packed
+            self.sum = (self.sum + _checksum(raw, offset)) % NUMBERS
+            self.added.append((raw, offset))
         return kind, data
 
-    def _put(self, raw: Tensor, offset: int) -> int:
-        """Write an entry; return its checksum."""
-        _write(self.file, raw, offset)
-        return _checksum(raw, offset, 1)
+    def write(self) -> None:
+        """Begin to write what was added. Packing takes all cores, and what comes behind it often one."""
+        while self.added:
+            together, self.added = self.added[:TOGETHER], self.added[TOGETHER:]
+            self.writings.append(self.writer.submit(_write, self.file, together))
 
     def finish(self) -> None:
         """All is written: give the file its name."""
         if not self.writes:
             return
-        try:
-            data_sum = sum(found.result() for found in self.sums) % NUMBERS
-        except OSError as error:
-            self._fail(error)
-            return
-        found = {"key": self.key, "notes": self.notes, "data": [self.used, data_sum], "entries": self.entries}
+        found = {"key": self.key, "notes": self.notes, "data": [self.used, self.sum], "entries": self.entries}
         index = torch.frombuffer(bytearray(json.dumps(found).encode()), dtype=torch.uint8)
         end = torch.frombuffer(bytearray(END.pack(MAGIC, len(index), _checksum(index))), dtype=torch.uint8)
+        self.added.append((torch.cat((index, end)), self.used))
+        self.write()
         try:
-            _write(self.file, torch.cat((index, end)), self.used)
+            for writing in self.writings:
+                writing.result()
             os.chmod(self.part, 0o644)
             os.replace(self.part, self.path)
         except OSError as error:
@@ -290,11 +292,21 @@ def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
     return found
 
 
-def _write(file: BinaryIO, data: Tensor, offset: int) -> None:
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
-    while len(view):
-        count = os.pwrite(file.fileno(), view, offset)
-        view, offset = view[count:], offset + count
+def _write(file: BinaryIO, entries: list[tuple[Tensor, int]]) -> None:
+    """Write entries that lie one behind the other, with zeros between them: in one call, since a thread that is back
+    from a call waits for others."""
+    begin, views = entries[0][1], list[memoryview]()
+    end = begin
+    for data, offset in entries:
+        views += [memoryview(bytes(offset - end)), memoryview(data.numpy())]  # type: ignore[arg-type]
+        end = offset + data.nbytes
+    while begin < end:
+        count = os.pwritev(file.fileno(), views, begin)
+        begin += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if views:
+            views[0] = views[0][count:]
 
 
 def _whole(value: Any) -> int:

@@ -207,6 +207,8 @@ class NativeTarget(ByParts):
             self.weight_format += ", rounded"
         self.head(None)
         how = f"{self.lib.level}, {self.activations}"
+        if kept is not None:
+            kept.write()
         checked = kept.notes.get(how) if kept is not None and kept.complete and not self._experts else None
         if isinstance(checked, float) and checked >= 0:  # by the process that packed
             self.logit_difference = checked

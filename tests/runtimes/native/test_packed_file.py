@@ -259,15 +259,15 @@ def full(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 def fills_up(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    own, written = os.pwrite, [0]
+    own, written = os.pwritev, [0]
 
-    def write(file: int, data: memoryview, offset: int) -> int:
-        written[0] += len(data)
+    def write(file: int, data: list[memoryview], offset: int) -> int:
+        written[0] += sum(map(len, data))
         if written[0] > 100_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return own(file, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(os, "pwritev", write)
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
