@@ -1,7 +1,7 @@
 """The models in the cache: what each takes, and deleting one.
 
 A GGUF file that was downloaded as ``ORG/REPO:file.gguf`` is in Hugging Face's cache and counts as the model's, too; a
-file of the user's own does not.
+file or folder of the user's own and a whole repository, which other programs may use, do not.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ def cached_models() -> list[CachedModel]:
         try:
             made_of = json.loads(manifest.read_text("utf-8"))
             files = [made_of.get("gguf"), *(path for path, *_ in made_of.get("parts", ()))]
+            folder = made_of.get("folder")
         except (OSError, ValueError, TypeError, AttributeError):  # made again at its next use
             continue
-        if all(isinstance(file, str) for file in files):
+        if isinstance(folder, str):
+            found.append(CachedModel(_name_of(Path(folder)), (manifest.parent,)))
+        elif all(isinstance(file, str) for file in files):
             names, parts = zip(*(_in_hub(Path(file)) for file in files), strict=True)
             found.append(CachedModel(names[0], (manifest.parent, *itertools.chain(*parts))))
     return found
@@ -67,6 +70,13 @@ def _embedded(name: str) -> tuple[Path, ...]:
     root = cache_dir()
     folder, part = root / "models" / name, root / WORK / f"{name}-{EMBEDDED[name].sha256[:16]}.part"
     return tuple(path for path in (folder, part) if path.exists() and (path == part or (path / MANIFEST).is_file()))
+
+
+def _name_of(folder: Path) -> str:
+    """The Hugging Face id of a folder in its cache, or the folder's path."""
+    root = folder.parent.parent.name
+    in_hub = folder.parent.name == "snapshots" and root.startswith("models--")
+    return root.removeprefix("models--").replace("--", "/") if in_hub else str(folder)
 
 
 def _in_hub(file: Path) -> tuple[str, list[Path]]:

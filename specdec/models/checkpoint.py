@@ -23,13 +23,16 @@ from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError, errors_as
 from specdec.models.gguf.blocks import Blocks
+from specdec.models.tensor_file import PLAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FUSED = ("gate_up_proj", "down_proj")  # [E, 2 F, D] and [E, D, F]
 SAMPLES = 512  # elements of a parameter in a fingerprint
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+DTYPES = PLAIN | {"I64": torch.int64}
+# Names of the tensors of a multimodal checkpoint's text model, in the text model alone.
+TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_model\.(model\.)?": "model."}
 # A layer's experts in a checkpoint are fused, or have matrices of their own, of which gate and up are concatenated.
 _EXPERTS = r"(?:model\.)?layers\.(\d+)\.\w+\.experts"
 _TENSOR = re.compile(rf"({_EXPERTS})(?:\.(\d+)\.(\w+)\.weight|\.({'|'.join(FUSED)}))")
@@ -183,8 +186,8 @@ def open_checkpoint(files: Iterable[Path]) -> Checkpoint | None:
     """
     found, parts = Checkpoint(), defaultdict[str, dict[tuple[int, int], Span]](dict)
     for path in files:
-        begin, header = _header(path)
-        for name, entry in header.items():
+        begin, entries = header(path)
+        for name, entry in entries.items():
             if entry["dtype"] not in DTYPES:
                 return None
             span = Span(path, begin + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
@@ -207,15 +210,15 @@ def open_checkpoint(files: Iterable[Path]) -> Checkpoint | None:
     return found if parts and whole else None
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
+def header(path: Path) -> tuple[int, dict[str, Any]]:
     """The offset of the data in a safetensors file, and its header."""
     with safe_open(path, framework="numpy"):  # raises for a broken file; for torch it would map the whole file
         pass
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return 8 + size, header
+        entries: dict[str, Any] = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return 8 + size, entries
 
 
 def numbers_in(path: Path) -> dict[str, int]:
@@ -224,7 +227,7 @@ def numbers_in(path: Path) -> dict[str, int]:
     Raises SafetensorError for a broken file.
     """
     found = dict[str, int]()
-    for name, entry in _header(path)[1].items():
+    for name, entry in header(path)[1].items():
         begin, end = entry["data_offsets"]
         found[name] = math.prod(entry["shape"]) if entry["dtype"] in DTYPES else 8 * (end - begin)
     return found

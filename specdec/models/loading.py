@@ -1,6 +1,7 @@
 """Load a model, frozen, and its tokenizer; the names of dtypes and devices. Knows no runtimes and no decoding.
 
-GGUF files of known architectures become a ``NativeModel`` without transformers; it loads all other models.
+GGUF files of known architectures, and folders of dense models of known families in bfloat16 on the CPU, become a
+``NativeModel`` without transformers; it loads all other models.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, one_line
-from specdec.models import config, families, packed
+from specdec.models import config, families, packed, prepare, safetensors_model
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile
 from specdec.models.names import dtype_name
 from specdec.models.native_model import NativeModel
 from specdec.models.source import Source, explain_errors, find_source
+from specdec.models.tensor_file import TensorFile
 from specdec.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,18 +64,22 @@ def load(
     place = find_device(device, kind)
     merge = _merging(adapter, name)
     source = find_source(name, revision)
+    if source.entry is None and source.packed is None and place.type == "cpu" and not trust_remote_code:
+        source = _with_entry(source, kind)
     found, tokenizer = _config(source, trust_remote_code), _tokenizer(source, trust_remote_code)
     if check is not None:
         check(found)
-    model: Any
-    if source.file is not None:
-        model = _of_file(source, source.file, found, kind, place, merge)
-    else:
+    source.fetch_weights()
+    model: Any = None
+    if source.entry is not None:
+        model = _native(source, source.entry, found, kind, place, merge)
+    if model is None:
         from specdec.models import pretrained  # heavy
 
+        if source.entry is not None:
+            found = _config(replace(source, entry=None))
         model = pretrained.load(source, found, kind, place, experts, trust_remote_code)
-    model.config._name_or_path = name  # for messages, instead of the cache folder
-    if source.file is None:
+        model.config._name_or_path = name  # for messages
         merge(model, None)
     if source.remote:
         model.config._commit_hash = source.folder.name
@@ -88,10 +96,20 @@ def read_tokenizer(name: str) -> Any:
     return _tokenizer(find_source(name))
 
 
+def _with_entry(source: Source, kind: str | torch.dtype) -> Source:
+    """The source of a model folder with its entry in the cache, if it can have one."""
+    if not safetensors_model.is_supported(source.folder, kind):
+        return source
+    entry = prepare.prepare_folder(
+        source.name, source.folder, lambda draft: safetensors_model.write_parts(source, draft)
+    )
+    return replace(source, entry=entry)
+
+
 def _config(source: Source, trust_remote_code: bool = False) -> Any:
-    if source.file is not None:
+    if source.entry is not None:
         with explain_errors(source.name):
-            found: Any = config.read_config(source.folder)
+            found: Any = config.read_config(source.entry)
     else:
         from specdec.models import pretrained  # heavy
 
@@ -101,9 +119,9 @@ def _config(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    if source.file is not None:
+    if source.entry is not None:
         with explain_errors(source.name):
-            return Tokenizer(source.folder)
+            return Tokenizer(source.entry)
     from specdec.models import pretrained  # heavy
 
     return pretrained.read_tokenizer(source, trust_remote_code)
@@ -124,27 +142,33 @@ def _merging(adapter: str | os.PathLike[str] | None, model: str) -> Merge:
     return lambda model, file: adapters.merge(model, adapters.read(name, place, model, file))
 
 
-def _of_file(
+def _native(
     source: Source,
-    file: GGUFFile,
+    entry: Path,
     found: config.Config,
     kind: str | torch.dtype,
     place: torch.device,
     merge: Merge,
-) -> NativeModel:
-    """The model of a GGUF file whose config is in the source's folder."""
-    dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
-    keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
+) -> NativeModel | None:
+    """The model whose config is in ``entry``; None: its safetensors files do not fit it tensor by tensor."""
+    dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
-        state = packed.stamp(file.paths)
-        model = gguf_model.build(source.name, file, found, dtype, keep_blocks)
-        model.config._name_or_path = source.name
-        merged = merge(model, file)
-        if keep_blocks:
+        file: TensorFile
+        if source.file is not None:
+            file, keep, made = source.file, place.type == "cpu" and dtype == torch.bfloat16, list[torch.Tensor]()
+            model = gguf_model.build(source.name, source.file, found, dtype, keep)
+        else:
+            file, keep = safetensors_model.read_header(source.weight_files()), True
+            if (built := safetensors_model.build(source.name, file, found)) is None:
+                return None
+            model, made = built
+        model.config._name_or_path = source.name  # for messages, instead of the cache folder
+        merged = merge(model, source.file)
+        if keep:
             changed = model.merged_adapter.fingerprint if merged else ""
-            model.origin = packed.Origin(source.folder, file.paths, state, file.maps, changed, tuple(merged))
+            model.origin = packed.Origin(entry, file.paths, file.state, file.maps, changed, (*made, *merged))
         model.to(place)
-        model.generation_config = config.read_generation(source.folder)
+        model.generation_config = config.read_generation(entry)
     return model
 
 

@@ -27,13 +27,14 @@ PIECE, PAGE, READERS = 16 << 20, 2 << 20, 2  # bytes that a thread reads at a ti
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The GGUF file that a model's matrices are mapped from.
+    """The GGUF or safetensors file that a model's matrices are mapped from.
 
     folder: of the model's cache entry.
     paths: the parts of a split file, or the file itself.
     stamp: differs after any change of the file, and in another file that takes its place.
     maps: the mapped bytes of each part.
-    adapter, merged: fingerprint of an adapter that is merged into the model, and the matrices that it has changed.
+    adapter: fingerprint of an adapter that is merged into the model.
+    made: weights that were made of the file's, in another dtype or by the adapter, always in the same order.
     """
 
     folder: Path
@@ -41,21 +42,21 @@ class Origin:
     stamp: tuple[int, ...]
     maps: tuple[Tensor, ...]
     adapter: str = ""
-    merged: tuple[Tensor, ...] = ()
+    made: tuple[Tensor, ...] = ()
 
     @property
     def size(self) -> int:
-        """Bytes of the file, and of the changed matrices."""
-        return sum(part.nbytes for part in (*self.maps, *self.merged))
+        """Bytes of the file, and of what was made of it."""
+        return sum(part.nbytes for part in (*self.maps, *self.made))
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
 
     def place(self, matrix: Tensor) -> int | None:
-        """The first byte of a matrix in the file, whose parts lie one behind the other, and behind them the changed
-        matrices; None: the matrix is not, or not as a whole, there."""
+        """The first byte of a matrix in the file, whose parts lie one behind the other, and behind them what was made;
+        None: the matrix is not, or not as a whole, there."""
         begin = 0
-        for part in (*self.maps, *self.merged):
+        for part in (*self.maps, *self.made):
             if matrix.untyped_storage().data_ptr() == part.data_ptr():
                 return begin + matrix.data_ptr() - part.data_ptr() if matrix.is_contiguous() else None
             begin += part.nbytes

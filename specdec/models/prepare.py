@@ -1,9 +1,10 @@
-"""The folders of GGUF models in the user's cache.
+"""The folders of models in the user's cache.
 
-The folder of an embedded model has its GGUF file, config, tokenizer and chat template; that of a GGUF file given by
-path has the last three. torch and transformers are imported when a folder is made. Knows nothing about loading a model.
+The folder of an embedded model has its GGUF file, config, tokenizer and chat template; that of a GGUF file or a model
+folder given by path has the last three. torch and transformers are imported when a folder is made. Knows nothing about
+loading a model.
 
-The cache has ``models/<name>/`` for embedded models, ``models/<file>-<hash>/`` for GGUF files given by path,
+The cache has ``models/<name>/`` for embedded models, ``models/<name>-<hash>/`` for files and folders given by path,
 ``downloads/`` for files that the user puts there, and ``specdec-work/`` for work in progress. The cache may be a folder
 with other content: only what is in ``specdec-work/`` beside our marker, and models with our manifest, are deleted.
 """
@@ -37,6 +38,8 @@ GGUF, MANIFEST = "model.gguf", "specdec.json"
 LAYOUT = 4  # of the files in a folder: folders of another one are made again
 WORK, MARKER = "specdec-work", "specdec.txt"
 VOCABULARY_BYTES = 64_000_000  # more than any tokenizer.json has
+# Files of a model folder that are no weights.
+PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
 def embedded_folder(name: str) -> Path | None:
@@ -75,17 +78,41 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
     return _made(name, _folder(path), key, lambda draft: _describe(name, file, draft))
 
 
+def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Path | None:
+    """The folder with config and tokenizer of a model folder, which ``write`` writes into the one that it is given.
+
+    None: it raises an error that is none of the disk, or, with a note, there is no place for the folder.
+    """
+    place, refused = folder.resolve(), list[Exception]()
+    files = sorted({path for pattern in PARTS for path in place.glob(pattern)})
+    states = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+    def make(draft: Path) -> None:
+        try:
+            write(draft)
+        except Exception as error:
+            refused.extend([] if isinstance(error, OSError) else [error])
+            raise
+
+    try:
+        return _made(name, _folder(place), {"folder": str(place), "states": states, "layout": LAYOUT}, make)
+    except SpecDecError as error:
+        if not refused:
+            terminal.say(f"note: {error}; until then, transformers loads the model at each start")
+        return None
+
+
 def _folder(path: Path) -> Path:
-    """The folder of the GGUF file at an absolute path."""
+    """The folder of the GGUF file or model folder at an absolute path."""
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    return cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
+    return cache_dir() / "models" / f"{path.name.removesuffix('.gguf')[:48]}-{mark}"
 
 
 def read_ahead(name: str) -> None:
-    """Begin to read the packed weights of an embedded model or a GGUF file, if an earlier load has kept them."""
+    """Begin to read the packed weights of a model, if an earlier load has kept them."""
     if name in EMBEDDED:
         packed.begin(cache_dir() / "models" / name)
-    elif (path := part_paths(Path(name).expanduser())[0]).is_file():
+    elif (path := part_paths(Path(name).expanduser())[0]).exists():
         packed.begin(_folder(path.resolve()))
 
 
@@ -206,7 +233,7 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
         if manifest.get("layout") != LAYOUT:
             return "it is of another version"
         if key != {name: manifest[name] for name in key}:
-            return "its GGUF file has changed"
+            return "the files of the model have changed"
         sizes = {str(name): int(size) for name, size in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -23,11 +23,10 @@ from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
 from specdec.models import checkpoint, families
 from specdec.models.gguf import model as gguf_model
-from specdec.models.gguf.file import PLAIN, read_header
+from specdec.models.gguf.file import read_header
 from specdec.models.prepare import quiet_transformers
 from specdec.models.source import Source, explain_errors
-
-TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_model\.(model\.)?": "model."}
+from specdec.models.tensor_file import PLAIN
 
 
 def read_config(source: Source, trust_remote_code: bool = False) -> Any:
@@ -65,7 +64,7 @@ def load(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of safetensors files, or of a GGUF file that transformers dequantises. experts: as in ``loading``."""
-    options = _options(source, trust_remote_code) | _text_part(config)
+    options = _options(source, trust_remote_code) | text_part(config)
     name, config = source.name, options["config"]
     if source.packed:  # dequantised even if there are kernels for packed weights
         kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
@@ -79,7 +78,6 @@ def load(
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
-        source.fetch_weights()
         with explain_errors(name):
             numbers = dict(pair for path in source.weight_files() for pair in checkpoint.numbers_in(path).items())
     fused = 0
@@ -105,14 +103,14 @@ def _options(source: Source, trust_remote_code: bool) -> dict[str, Any]:
     return source.options | {"trust_remote_code": trust_remote_code}
 
 
-def _text_part(config: Any) -> dict[str, Any]:
+def text_part(config: Any) -> dict[str, Any]:
     """Options that load the text model alone of a multimodal checkpoint, where transformers would load all of it and
     the native runtime knows the text model; else ``config``."""
     text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
     if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
         return {"config": config}
     text.tie_word_embeddings = bool(text.tie_word_embeddings or config.tie_word_embeddings)
-    return {"config": text, "key_mapping": TEXT_NAMES}
+    return {"config": text, "key_mapping": checkpoint.TEXT_NAMES}
 
 
 def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:

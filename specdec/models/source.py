@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from specdec.models.catalogue import EMBEDDED
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, read_header
 from specdec.models.names import HUB_FILE, KNOWN, check_model, gguf_in, guess_model, part_paths, whole_name
-from specdec.models.prepare import GGUF, prepare_embedded, prepare_gguf
+from specdec.models.prepare import GGUF, PARTS, prepare_embedded, prepare_gguf
 
-# Files of a repository: all but the weights are downloaded first, and safetensors when the weights are read.
-PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-WEIGHTS = ["model*.safetensors"]
+WEIGHTS = ["model*.safetensors"]  # of a repository; they are downloaded when they are read, all others first
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -34,6 +32,8 @@ class Source:
     """Where the model ``name`` is.
 
     folder: with its config and tokenizer.
+    entry: the folder of the cache that has them as ``config`` and ``tokenizer`` read them; None: transformers reads
+    them.
     file: the GGUF file with its weights, if these stay in blocks.
     packed: the name of a GGUF file in the folder that transformers dequantises.
     remote: the folder is in Hugging Face's cache, named by the commit, and may lack the weights.
@@ -41,6 +41,7 @@ class Source:
 
     name: str
     folder: Path
+    entry: Path | None = None
     file: GGUFFile | None = None
     packed: str | None = None
     remote: bool = False
@@ -79,7 +80,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     path = Path(name).expanduser()
     if name in EMBEDDED:
         path = prepare_embedded(name)
-        return Source(name, path, read_header(path / GGUF, name))
+        return Source(name, path, path, read_header(path / GGUF, name))
     if name and path.is_dir():
         if (path / "config.json").is_file():
             return Source(name, path)
@@ -87,7 +88,8 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if path.is_file():
         file = read_header(path, name)
         if gguf_model.is_supported(file):
-            return Source(name, prepare_gguf(name, file), file)
+            entry = prepare_gguf(name, file)
+            return Source(name, entry, entry, file)
         if len(file.paths) > 1:
             raise SpecDecError(
                 f"cannot load model '{name}': split GGUF files of the architecture '{file.architecture}' are not "
@@ -96,7 +98,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
         return Source(name, path.parent, packed=path.name)
     if file_in_repository := HUB_FILE.fullmatch(name):
         repository, member = file_in_repository.groups()
-        return find_source(str(_file_in_repository(repository, member, revision)))
+        return replace(find_source(str(_file_in_repository(repository, member, revision))), name=name)
     return Source(name, _repository(name, revision), remote=True)
 
 

@@ -37,8 +37,9 @@ from specdec.models.gguf.blocks import (
     named_weights,
     temporarily_dense,
 )
-from specdec.models.gguf.file import PLAIN, read_header
+from specdec.models.gguf.file import read_header
 from specdec.models.native_model import NativeModel
+from specdec.models.tensor_file import PLAIN
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import run_tokens
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import save_native
 from tiny_gguf import write_gguf, write_model
 from tiny_tokenizers import letters, special_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -62,9 +63,9 @@ def folder_of_gguf(path: Path, **how: Any) -> Path:
     return prepare.prepare_gguf("it", read_header(path))
 
 
-def check(folder: Path) -> None:
-    """All texts and chats."""
-    own, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+def check(folder: Path, source: Path | None = None) -> None:
+    """All texts and chats. source: the folder that transformers reads, if it is another one."""
+    own, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(source or folder)
     assert len(own) == len(theirs) and own.get_vocab() == theirs.get_vocab()
     assert special_tokens(own).keys() == special_tokens(theirs).keys()
     assert own.special_tokens_map == {name: str(token) for name, token in theirs.special_tokens_map.items()}
@@ -117,6 +118,15 @@ def test_the_tokenizer_of_a_gguf_file_of_a_type_with_a_normaliser(cache: Any, tm
 @pytest.mark.parametrize("kind", ["joined", "marked", "greedy", "eager"])
 def test_a_tokenizer_with_special_tokens(tmp_path: Path, kind: str) -> None:
     check(folder_of(special_tokenizer(kind), tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["joined", "marked"])
+def test_the_tokenizer_of_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    folder = folder_of(special_tokenizer(kind), save_native(tmp_path / "it"))
+    found = loading.load(folder)[1]
+    assert isinstance(found, Tokenizer)
+    check(Path(found.name_or_path), folder)
 
 
 def test_a_tokenizer_of_letters(tmp_path: Path) -> None:

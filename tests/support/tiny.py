@@ -21,10 +21,15 @@ def save_tiny(folder: Path, context: int = 4096, **sizes: int) -> Path:
     return _save(folder, "llama", {"max_position_embeddings": context, **sizes})
 
 
+def save_native(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: object) -> Path:
+    """The same of a family and a size that the native runtime serves."""
+    return _save(folder, kind, sizes_of(kind) | more, dtype)
+
+
 def save_tiny_moe(folder: Path, kind: str = "mixtral", dtype: torch.dtype = torch.bfloat16) -> Path:
     """The same as a mixture of 6 experts, of which a token takes 2, that the native runtime serves."""
     count = "num_local_experts" if kind == "mixtral" else "num_experts"
-    return _save(folder, kind, sizes_of(kind) | {count: 6, "num_experts_per_tok": 2}, dtype)
+    return save_native(folder, kind, dtype, **{count: 6, "num_experts_per_tok": 2})
 
 
 def _save(folder: Path, kind: str, more: dict[str, object], dtype: torch.dtype = torch.float32) -> Path:

@@ -12,16 +12,16 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
-from torch import Tensor
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, errors_as
+from specdec.models import packed
 from specdec.models.names import part_paths
+from specdec.models.tensor_file import TensorFile, TensorInfo
 
 HEADER_BYTES = 1 << 28  # more than any header has
 MAX_ELEMENTS = 1 << 22  # of all arrays together
@@ -31,7 +31,6 @@ NUMBERS = {kind: struct.Struct(f"<{code}") for kind, code in enumerate("BbHhIif?
 U32, U64 = NUMBERS[4], NUMBERS[10]
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"  # of a part, of parts, in all of them
 ENDS, NOT_TEXT = "it ends within its header", "a string in it is not UTF-8 text"
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class _Broken(Exception):
@@ -71,41 +70,14 @@ class Strings(Sequence[str]):
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """A tensor of the file. kind: its ``gguf.GGMLQuantizationType``. shape: in PyTorch's order. offset: in its part.
+class GGUFFile(TensorFile):
+    """metadata: the first part's."""
 
-    part: the number of the part that has it, from 0 on.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    part: int = 0
-
-
-@dataclass(frozen=True)
-class GGUFFile:
-    """paths: all parts of a split file, or the file itself. metadata: the first part's."""
-
-    paths: tuple[Path, ...]
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
-
-    @functools.cached_property
-    def maps(self) -> tuple[Tensor, ...]:
-        """The bytes of each part, uint8, mapped into memory."""
-        sizes = [path.stat().st_size for path in self.paths]
-        pairs = zip(self.paths, sizes, strict=True)
-        return tuple(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) for path, size in pairs)
-
-    def data(self, info: TensorInfo) -> Tensor:
-        """The bytes of a tensor."""
-        return self.maps[info.part][info.offset : info.offset + info.nbytes]
 
 
 def read_header(path: Path, name: str = "") -> GGUFFile:
@@ -113,19 +85,20 @@ def read_header(path: Path, name: str = "") -> GGUFFile:
     messages. Raises SpecDecError if the file is broken or a part is missing."""
     name, paths = name or str(path), part_paths(path)
     if len(paths) == 1:
+        state = _state(name, paths)
         metadata, tensors = _read(path, name)
         if (count := metadata.get(COUNT, 1)) != 1:
             raise SpecDecError(
                 f"cannot load model '{name}': it is one of the {_short(count)} parts of a split GGUF file, and its "
                 "name does not say which; give all parts their names back, such as NAME-00001-of-00003.gguf"
             )
-        return GGUFFile((path,), metadata, tensors)
+        return GGUFFile((path,), state, tensors, metadata)
     for number, part in enumerate(paths, 1):
         if not part.is_file():
             raise SpecDecError(
                 f"cannot load model '{name}': part {number} of {len(paths)} is missing ('{part}'); get it, too"
             )
-    metadata, tensors = {}, {}
+    state, metadata, tensors = _state(name, paths), {}, {}
     for number, part in enumerate(paths):
         own, found = _read(part, str(part))
         if (place := (own.get(NUMBER), own.get(COUNT))) != (number, len(paths)):
@@ -137,7 +110,12 @@ def read_header(path: Path, name: str = "") -> GGUFFile:
         tensors |= {key: replace(info, part=number) for key, info in found.items()}
     if (wanted := metadata.get(TENSORS)) != len(tensors):
         raise _error(name, f"its parts have {len(tensors)} tensors, and it says {_short(wanted)}")
-    return GGUFFile(tuple(paths), metadata, tensors)
+    return GGUFFile(tuple(paths), state, tensors, metadata)
+
+
+def _state(name: str, paths: Sequence[Path]) -> tuple[int, ...]:
+    with errors_as(f"cannot read '{name}'"):
+        return packed.stamp(paths)
 
 
 def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:

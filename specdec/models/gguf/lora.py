@@ -10,9 +10,10 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.models import families
-from specdec.models.gguf.file import PLAIN, GGUFFile, read_header
+from specdec.models.gguf.file import GGUFFile, read_header
 from specdec.models.gguf.model import rows_of, tensor_names
 from specdec.models.native_model import NativeModel
+from specdec.models.tensor_file import PLAIN
 
 ENDS = {".lora_a": 0, ".lora_b": 1}
 

@@ -24,8 +24,9 @@ from specdec.models import families
 from specdec.models.config import Config, write_config
 from specdec.models.gguf import blocks, recurrent
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
-from specdec.models.gguf.file import PLAIN, GGUFFile, Strings, TensorInfo
+from specdec.models.gguf.file import GGUFFile, Strings
 from specdec.models.native_model import NativeModel, transformers_config
+from specdec.models.tensor_file import PLAIN, TensorInfo
 
 ARCHITECTURES = {family.gguf: kind for kind, family in families.FAMILIES.items() if family.gguf}
 # Numbers in a config that are not whole.

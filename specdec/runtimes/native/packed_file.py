@@ -27,6 +27,7 @@ from torch import Tensor
 
 from specdec.base import cores, terminal
 from specdec.models import checkpoint, identity, packed
+from specdec.models.config import CONFIG
 from specdec.models.gguf.blocks import Blocks
 from specdec.models.packed import SUFFIX, Origin
 from specdec.models.prepare import locked
@@ -203,10 +204,11 @@ class PackedFile:
 
 
 class ModelFile(PackedFile):
-    """The packed weights of a model whose matrices are mapped from a GGUF file."""
+    """The packed weights of a model whose matrices are mapped from a file."""
 
     def __init__(self, origin: Origin) -> None:
-        key: dict[str, Any] = {"file": origin.stamp, "kernels": _kernels()}
+        config = hashlib.sha256((origin.folder / CONFIG).read_bytes()).hexdigest()[:32]
+        key: dict[str, Any] = {"file": (*origin.stamp, config), "kernels": _kernels()}
         path = origin.folder / packed.WEIGHTS
         if origin.adapter:
             key["adapter"], path = origin.adapter, origin.folder / f"{ADAPTED}{origin.adapter[:16]}{SUFFIX}"
@@ -230,7 +232,7 @@ class ModelFile(PackedFile):
 
     def sample(self, parameter: Tensor | Blocks) -> Tensor:
         """``identity.sample``, in bf16; of matrices of the model's file, it is an entry, too."""
-        name = self.name(parameter) if isinstance(parameter, Blocks) else None
+        name = self.name(parameter) if len(parameter.shape) == 2 else None
         if name is None:
             return identity.sample(parameter).to(torch.bfloat16)
         size = 2 * len(checkpoint.sample_positions(parameter.shape.numel()))

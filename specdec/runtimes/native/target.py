@@ -40,6 +40,7 @@ from specdec.models.gguf.blocks import (
     quantize,
     quantize_experts,
 )
+from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.by_parts import ByParts
 from specdec.runtimes.checks import check_logits, refuse_unsupported
@@ -58,8 +59,6 @@ from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Ma
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from specdec.models.native_model import NativeModel
 
 T = TypeVar("T")
 FAMILIES = tuple(families.FAMILIES)
@@ -213,7 +212,8 @@ class NativeTarget(ByParts):
         if isinstance(checked, float) and checked >= 0:  # by the process that packed
             self.logit_difference = checked
         else:
-            with memory.releasing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
+            checked_by: Any = as_transformers(model).model
+            with memory.releasing((*checked_by.layers, checked_by.embed_tokens, self.own_head), _mapped):
                 self.logit_difference = check_logits(self)
             if kept is not None:
                 kept.notes[how] = self.logit_difference

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_native
 from tiny_gguf import write_model
 from torch import Tensor
 from typer.testing import CliRunner
@@ -40,10 +41,19 @@ def fresh_notes() -> Iterator[None]:
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model's file; its cache is empty."""
+def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model's file or, where the test wants it, folder; its cache is empty."""
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    if getattr(request, "param", "file") == "folder":
+        return save_native(tmp_path / "it", "qwen2")
     return write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", 128, tied=True)
+
+
+either = pytest.mark.parametrize("path", ["file", "folder"], indirect=True)
+
+
+def weights_of(path: Path) -> Path:
+    return path / "model.safetensors" if path.is_dir() else path
 
 
 def load(path: Path, **how: Any) -> NativeTarget:
@@ -120,6 +130,7 @@ def test_other_weights_in_a_model_are_packed_and_not_those_of_its_file(path):
     assert torch.equal(logits(changed), logits(make_target(model, packed=False)[0]))
 
 
+@either
 def test_other_settings_use_the_file_as_far_as_they_can(path):
     load(path)
     for how in {"weights": "int4"}, {"weights": "dense"}, {"activations": "bf16"}, {"kv_cache": "int8"}:
@@ -134,15 +145,17 @@ def other_weights(path: Path) -> None:
         file.write(bytes(range(64)))
 
 
+@either
 @pytest.mark.parametrize("how", ["in its place", "renamed"])
 def test_another_file_of_the_same_name_size_and_time_is_packed_again(path, tmp_path, how, capsys):
-    before, times = logits(load(path)), path.stat()
+    file = weights_of(path)
+    before, times = logits(load(path)), file.stat()
     if how == "renamed":
-        other_weights(Path(shutil.copy(path, tmp_path / "other")))
-        (tmp_path / "other").replace(path)
+        other_weights(Path(shutil.copy(file, tmp_path / "other")))
+        (tmp_path / "other").replace(file)
     else:
-        other_weights(path)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        other_weights(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     found = logits(load(path))
     assert torch.equal(found, logits(load(path, packed=False))) and not torch.equal(found, before)
     assert "made again: the model's file has changed" in capsys.readouterr().err
@@ -277,6 +290,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     monkeypatch.setattr(packed_file, "locked", refuse)
 
 
+@either
 @pytest.mark.parametrize("problem", [full, fills_up, read_only])
 def test_without_a_place_weights_are_packed_in_memory(path, monkeypatch, capsys, problem):
     loading.load(path)  # its config and tokenizer are there
@@ -301,11 +315,12 @@ def test_an_interrupted_write_leaves_nothing(path, monkeypatch):
     assert kept(path)
 
 
+@either
 def test_a_file_that_changes_while_it_is_packed_is_not_kept(path, monkeypatch, capsys):
     own = native.check_logits
 
     def check(target: Target) -> float:
-        path.touch()
+        weights_of(path).touch()
         return own(target)
 
     monkeypatch.setattr(native, "check_logits", check)
@@ -318,8 +333,9 @@ import sys
 from specdec.models import loading
 from specdec.runtimes.native import linear
 from specdec.runtimes.select import make_target
-packed, own = [], linear._block_tiles
-linear._block_tiles = lambda *given: packed.append(1) or own(*given)
+packed, own = [], (linear._block_tiles, linear._bf16_tiles)
+linear._block_tiles = lambda *given: packed.append(1) or own[0](*given)
+linear._bf16_tiles = lambda *given: packed.append(1) or own[1](*given)
 model = loading.load(sys.argv[1])[0]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -328,6 +344,7 @@ print(len(packed))
 """
 
 
+@pytest.mark.parametrize("path", ["file", pytest.param("folder", marks=pytest.mark.slow)], indirect=True)
 def test_of_two_processes_that_pack_at_once_one_writes_and_the_other_reads(path):
     loading.load(path)  # its config and tokenizer are there
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -408,6 +425,7 @@ def test_a_drafter_that_is_trained_further_is_not_kept(path):
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
+@either
 def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
     def command(*args: str) -> str:
         done = CliRunner().invoke(cli.app, args)
@@ -428,6 +446,7 @@ def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
 # --- reading ahead ---------------------------------------------------------------------------------------------------
 
 
+@either
 def test_weights_that_are_read_ahead_are_those_that_a_load_takes(path, monkeypatch):
     expected = logits(load(path))
     with packed.reading():

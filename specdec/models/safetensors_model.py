@@ -1,0 +1,141 @@
+"""Models of folders with safetensors files, without transformers' modelling classes.
+
+``write_parts`` writes config, generation config, tokenizer and chat template into a folder once, as transformers reads
+them. ``build`` makes the model of that config, whose weights are mapped from the files. What either does not support
+is loaded by transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.base import memory
+from specdec.base.errors import SpecDecError
+from specdec.base.machine import check_memory
+from specdec.models import checkpoint, families, packed
+from specdec.models.config import CONFIG, GENERATION, Config, write_config
+from specdec.models.native_model import NativeModel
+from specdec.models.source import Source
+from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
+from specdec.models.tokenizer import FILE, Tokenizer
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Texts for a comparison of tokenizers. Some remove spaces before signs when they decode.
+SAMPLES = "It's 1,234.5 naïve  tests:\n\tπ ≠ 3 🙂 </s> {x}", "Are n't they , or ?"
+
+
+def is_supported(folder: Path, dtype: str | torch.dtype) -> bool:
+    """Whether the native runtime may serve the model of a folder in this dtype, or "auto": that of its config."""
+    try:
+        whole = json.loads((folder / CONFIG).read_text("utf-8"))
+        text = whole.get("text_config") or whole
+        fields = whole | text
+        family = families.FAMILIES.get(fields.get("model_type"))
+        stored = fields.get("dtype") or fields.get("torch_dtype")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # transformers says what is wrong
+        return False
+    if family is None or family.fields >= families.EXPERTS or fields.get("quantization_config"):
+        return False
+    return str(stored if dtype == "auto" else dtype).removeprefix("torch.") == "bfloat16"
+
+
+def write_parts(source: Source, folder: Path) -> None:
+    """Write config, generation config, tokenizer and chat template into ``folder``.
+
+    Raises SpecDecError for what ``config.Config`` and ``tokenizer.Tokenizer`` do not support.
+    """
+    from transformers import GenerationConfig, TokenizersBackend
+
+    from specdec.models import pretrained  # heavy
+
+    theirs, tokenizer = pretrained.read_config(source), pretrained.read_tokenizer(source)
+    text = pretrained.text_part(theirs)["config"].get_text_config()
+    if text.model_type not in families.FAMILIES:
+        raise SpecDecError(f"'{source.name}' is of the unknown type '{text.model_type}'")
+    if not isinstance(tokenizer, TokenizersBackend) or not isinstance(tokenizer.chat_template, str | None):
+        raise SpecDecError(f"the tokenizer of '{source.name}' needs transformers")
+    write_config(folder, Config(**text.to_dict()))
+    try:
+        settings = GenerationConfig.from_pretrained(source.folder)
+    except OSError:  # there is no such file
+        settings = GenerationConfig.from_model_config(theirs)
+    (folder / GENERATION).write_text(json.dumps(settings.to_diff_dict(), indent=1) + "\n", "utf-8")
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.save(str(folder / FILE), pretty=False)
+    own = Tokenizer(folder)
+    for text in (*SAMPLES, SAMPLES[0].join(tokenizer.all_special_tokens)):
+        if _read_back(own, text) != _read_back(tokenizer, text):
+            raise SpecDecError(f"the tokenizer of '{source.name}' needs transformers")
+
+
+def _read_back(tokenizer: Any, text: str) -> Any:
+    """The token ids of a text, and their text; None if there are none."""
+    try:
+        ids = tokenizer(text).input_ids
+        return ids, tokenizer.decode(ids)
+    except Exception:  # a vocabulary may lack characters; the type is the tokenizer's
+        return None
+
+
+def read_header(paths: Iterable[Path]) -> TensorFile:
+    """The tensors of safetensors files. Raises SafetensorError for a broken file."""
+    every, tensors = tuple(paths), dict[str, TensorInfo]()
+    state = packed.stamp(every)
+    for part, path in enumerate(every):
+        begin, header = checkpoint.header(path)
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), begin + first, end - first, part)
+    return TensorFile(every, state, tensors)
+
+
+def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, list[Tensor]] | None:
+    """The model of ``config`` with the weights of ``file`` in bfloat16, and those that are not mapped from it.
+
+    None: they do not fit one by one. Raises SpecDecError without memory for them.
+    """
+    tensors = {_renamed(key): info for key, info in file.tensors.items()}
+    if config.num_hidden_layers > len(tensors):
+        return None
+    model = NativeModel(config, torch.bfloat16)
+    wanted = dict(model.named_parameters())
+    infos = {key: tensors[key] for key in wanted if key in tensors}
+    fits = all(info.kind in PLAIN and info.shape == tuple(wanted[key].shape) for key, info in infos.items())
+    if len(infos) < len(wanted) or not fits:
+        return None
+    if config.tie_word_embeddings and (head := tensors.get(HEAD)) is not None:
+        if not torch.equal(file.data(head), file.data(tensors[EMBEDDING])):
+            return None  # transformers does not tie them
+        memory.release(file.data(head), file.data(tensors[EMBEDDING]))
+    check_memory(name, sum(wanted[key].nbytes for key, info in infos.items() if not _is_mapped(info)))
+    made = list[Tensor]()
+    for key, info in infos.items():
+        path, _, leaf = key.rpartition(".")
+        data = file.data(info)
+        aligned = data if info.offset % PLAIN[info.kind].itemsize == 0 else data.clone()
+        weight = aligned.view(PLAIN[info.kind]).view(info.shape).to(torch.bfloat16)
+        if not _is_mapped(info):
+            made.append(weight)
+            memory.release(data)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model, made
+
+
+def _renamed(key: str) -> str:
+    for pattern, name in checkpoint.TEXT_NAMES.items():
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def _is_mapped(info: TensorInfo) -> bool:
+    """Whether a tensor can be used as it lies in its file."""
+    return info.kind == "BF16" and info.offset % 2 == 0
