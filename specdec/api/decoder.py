@@ -66,7 +66,7 @@ class SpecDecoder:
     Decoders in several threads may share a model and a target (``with_drafter``), but not a Drafter object: it serves
     one generation, and a second one raises an error.
 
-    model, tokenizer: loaded by transformers, or by ``from_pretrained``, which needs no transformers for GGUF files in
+    model, tokenizer: loaded by transformers, or by ``from_pretrained``, which needs no transformers for most models in
     the native runtime: ``model`` is then a ``NativeModel``, and ``model.transformers()`` that of transformers with the
     same weights. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
@@ -90,7 +90,7 @@ class SpecDecoder:
     expert_prefetch: read experts ahead, by forecasts that teach themselves.
     learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated;
     None: yes.
-    packed: keep the packed weights of a GGUF file in the cache folder, where later loads find them; native runtime.
+    packed: keep packed weights in the cache folder, where later loads find them; native runtime.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -177,11 +177,8 @@ class SpecDecoder:
         if device == "auto" and (paging or needs_cpu(way["runtime"], way["weights"], *rounded)):
             device = "cpu"
         choice = registry.Choice.of(drafter) if isinstance(drafter, str) else None  # before a model is downloaded
-        native = way["runtime"] in ("auto", "native") and way["weights"] == "auto" and more.get("packed", True)
-        native = native and adapter is None  # with it, other weights are packed
         with packed.reading():
-            if native and str(loading.find_device(device)) == "cpu":
-                prepare.read_ahead(name)
+            prepare.read_ahead(name, {"dtype": dtype, "device": device, "adapter": adapter, **more})
             model, tokenizer = loading.load(
                 name,
                 dtype=dtype,

@@ -22,7 +22,6 @@ from specdec.models.prepare import read_ahead
 from specdec.speculation import registry
 
 INTERRUPTED = 130  # exit code of Ctrl-C
-NVIDIA = Path("/proc/driver/nvidia")  # there is a CUDA device, which is not known yet
 
 
 def panel(title: str) -> Callable[..., Any]:
@@ -102,7 +101,7 @@ Activations = Annotated[
 ]
 Packed = Annotated[
     bool,
-    _model("--packed/--no-packed", "Keep the packed weights of a GGUF file on disk, so that later starts are faster."),
+    _model("--packed/--no-packed", "Keep packed weights on disk, so that later starts are faster."),
 ]
 Drafter = Annotated[
     str,
@@ -194,7 +193,7 @@ class LoadingFlags:
 
 @dataclass(frozen=True)
 class HubFlags(LoadingFlags):
-    """The same, with what a model of the Hugging Face Hub may need, and what is kept of a GGUF file."""
+    """The same, with what a model of the Hugging Face Hub may need, and what is kept of its weights."""
 
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
@@ -203,10 +202,7 @@ class HubFlags(LoadingFlags):
     def check(self) -> None:
         """As in ``LoadingFlags``; then weights begin to be read, while PyTorch is imported."""
         super().check()
-        cpu = self.device == "cpu" or (self.device == "auto" and not NVIDIA.exists())
-        native = self.runtime in ("auto", "native") and self.weights == "auto" and self.dtype in ("auto", "bfloat16")
-        if self.packed and native and cpu and self.adapter is None:
-            read_ahead(self.model)
+        read_ahead(self.model, self.keywords)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from specdec.base.files import cache_dir
 from specdec.base.machine import check_memory
 from specdec.models import packed, wheels
 from specdec.models.catalogue import EMBEDDED
-from specdec.models.names import part_paths
+from specdec.models.names import dtype_name, part_paths
 
 if TYPE_CHECKING:
     from specdec.models.gguf.file import GGUFFile
@@ -38,6 +38,9 @@ GGUF, MANIFEST = "model.gguf", "specdec.json"
 LAYOUT = 4  # of the files in a folder: folders of another one are made again
 WORK, MARKER = "specdec-work", "specdec.txt"
 VOCABULARY_BYTES = 64_000_000  # more than any tokenizer.json has
+NVIDIA = Path("/proc/driver/nvidia")  # there is a CUDA device, before PyTorch is asked
+# Settings with which packed weights are read: the usual one first.
+OF_PACKED = {"runtime": ("auto", "native"), "weights": ("auto",), "packed": (True,), "adapter": (None,)}
 # Files of a model folder that are no weights.
 PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
@@ -108,8 +111,15 @@ def _folder(path: Path) -> Path:
     return cache_dir() / "models" / f"{path.name.removesuffix('.gguf')[:48]}-{mark}"
 
 
-def read_ahead(name: str) -> None:
-    """Begin to read the packed weights of a model, if an earlier load has kept them."""
+def read_ahead(name: str, settings: Mapping[str, Any]) -> None:
+    """Begin to read the packed weights of a model, if an earlier load has kept them and one with these settings takes
+    them. settings: as of ``SpecDecoder.from_pretrained``.
+    """
+    device, dtype = (str(settings.get(key, "auto")).removeprefix("torch.") for key in ("device", "dtype"))
+    taken = device == "cpu" or (device == "auto" and not NVIDIA.exists())
+    taken = taken and dtype_name(dtype) in ("auto", "bfloat16")
+    if not taken or any(settings.get(key, values[0]) not in values for key, values in OF_PACKED.items()):
+        return
     if name in EMBEDDED:
         packed.begin(cache_dir() / "models" / name)
     elif (path := part_paths(Path(name).expanduser())[0]).exists():

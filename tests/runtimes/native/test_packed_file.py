@@ -450,7 +450,7 @@ def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
 def test_weights_that_are_read_ahead_are_those_that_a_load_takes(path, monkeypatch):
     expected = logits(load(path))
     with packed.reading():
-        prepare.read_ahead(str(path))
+        prepare.read_ahead(str(path), {"device": "cpu"})
         assert len(packed._begun) == 1
         with monkeypatch.context() as patch:
             forbid(patch, (packed, "Reading"))
@@ -466,12 +466,27 @@ def test_a_file_that_is_replaced_meanwhile_is_read_anew(path, monkeypatch):
         [file] = kept(path)
         whole = file.read_bytes()
         file.write_bytes(bytes(len(whole)))
-        prepare.read_ahead(str(path))
+        prepare.read_ahead(str(path), {"device": "cpu"})
         for thread in packed._begun[file].threads:
             thread.result()
         file.unlink()
         file.write_bytes(whole)
         assert torch.equal(logits(load(path)), expected)
+
+
+OTHERS: list[dict[str, Any]] = [
+    *({"dtype": "float32"}, {"dtype": torch.float16}, {"device": "cuda"}, {"runtime": "fused"}),
+    *({"weights": "int8"}, {"packed": False}, {"adapter": "lora"}),
+]
+
+
+def test_only_settings_that_take_packed_weights_read_ahead(path):
+    load(path)
+    taken = [{}, {"dtype": "bf16"}, {"dtype": torch.bfloat16}, {"runtime": "native", "kv_cache": "int8"}]
+    for settings in (*taken, *OTHERS):
+        with packed.reading():
+            prepare.read_ahead(str(path), {"device": "cpu"} | settings)
+            assert bool(packed._begun) == (settings in taken), settings
 
 
 def test_what_is_read_ahead_for_another_runtime_is_forgotten(path):
