@@ -91,11 +91,6 @@ def read_config(name: str) -> Any:
     return _config(find_source(name))
 
 
-def read_tokenizer(name: str) -> Any:
-    """The tokenizer of the model ``name``. Downloads the model if need be; reads no weights."""
-    return _tokenizer(find_source(name))
-
-
 def _with_entry(source: Source, kind: str | torch.dtype) -> Source:
     """The source of a model folder with its entry in the cache, if it can have one."""
     if not safetensors_model.is_supported(source.folder, kind):

@@ -20,6 +20,7 @@ from zoo import PROMPTS, run
 from specdec.base.errors import SpecDecError
 from specdec.drafters.none import NoDrafter
 from specdec.models import checkpoint, families, loading
+from specdec.models.native_model import NativeModel
 from specdec.runtimes import fused
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
@@ -92,7 +93,10 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 @NATIVE
 @pytest.mark.parametrize("kind", MULTIMODAL)
-def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path: Path, kind: str) -> None:
+def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     text, eyes = MULTIMODAL[kind]
     config = AutoConfig.for_model(kind, text_config=model_of(text).config, vision_config=eyes)
     torch.manual_seed(0)
@@ -104,8 +108,9 @@ def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path: Path,
     assert model.config.model_type == text and not any("vision" in name for name, _ in model.named_parameters())
     ids = torch.arange(5, 25)[None]
     assert torch.allclose(model(ids).logits, whole(input_ids=ids).logits, atol=1e-3)
-    target, note = make_target(loading.load(tmp_path, dtype="bfloat16")[0])
-    assert target.runtime == "native", note
+    native = loading.load(tmp_path, dtype="bfloat16")[0]
+    target, note = make_target(native)
+    assert isinstance(native, NativeModel) and target.runtime == "native", note
 
 
 def test_the_table_of_the_docs_says_what_runs_and_how_it_is_tested() -> None:

@@ -147,7 +147,8 @@ def test_a_model_with_penalties_and_the_default_drafter_get_theirs(folder: str, 
     assert "Losslessness: PASSED" in result.output
 
 
-def test_bfloat16_has_near_ties_at_most(run) -> None:
+def test_bfloat16_has_near_ties_at_most(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     result = run("--dtype", "bfloat16", "--json")
     data = json.loads(result.stdout.splitlines()[-1])
     assert result.exit_code == 0 and data["near_tie"] == 0.5 and len(data["checks"]) == 2
