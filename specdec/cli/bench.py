@@ -112,9 +112,10 @@ def bench(
 ) -> None:
     """Measure drafters against plain decoding and model.generate, side by side, prompt by prompt.
 
-    Settings come from options, or from FILE: its lists span a grid of cells. Cells that differ only in their methods
-    run side by side. Figures are medians with 95 % bootstrap intervals. A conversation continues with the answer of
-    plain decoding. A cell that fails is recorded with its error, the others continue, and the exit code is 1.
+    Settings come from options or from FILE. A list in FILE gives several values to a setting, and each combination of
+    values is a cell. Cells that differ only in their methods run side by side. Figures are medians with 95 % bootstrap
+    intervals. A conversation continues with the answer of plain decoding. A cell that fails is recorded with its error,
+    the others continue, and the exit code is 1.
     """
     if ray_address and launcher is not Launcher.ray:
         raise SpecDecError("--ray-address is for --launcher ray")

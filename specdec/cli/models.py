@@ -63,7 +63,7 @@ def rm(
     argument: shared.ModelArgument = None,
     named: shared.ModelOption = None,
 ) -> None:
-    """Delete a model, as 'specdec models' names it, from the cache. A GGUF file of your own stays where it is."""
+    """Delete a model from the cache, by its name in 'specdec models'. A GGUF file of your own stays where it is."""
     model = shared.one_model(argument, named)
     terminal.say(f"deleted {model} ({terminal.megabytes(remove(model))})")
 

@@ -36,10 +36,11 @@ def verify(
     ] = None,
     as_json: shared.JsonLine = False,
 ) -> None:
-    """Check that a drafter changes nothing: tokens beside those of plain decoding, greedy and under the same noise.
+    """Check that a drafter changes nothing: compare tokens with those of plain decoding, greedily and in sampling.
 
-    The model runs as in generate. Each difference is a proven near-tie of the logits, or a fault; the exit code is
-    then 1. With --dtype float32 greedy tokens are also compared with those of model.generate.
+    The model runs as in generate. Samples are drawn with the same random numbers. Each difference is a proven near-tie
+    of the logits, or a fault; the exit code is then 1. With --dtype float32 greedy tokens are also compared with those
+    of model.generate.
     """
     model, drafter, weights = loading.model, drafting.drafter, loading.weights
     depth = shared.depth(num_speculative_tokens)
