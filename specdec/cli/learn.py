@@ -78,9 +78,10 @@ def ahead(
         # Not what 'specdec tune drafter' chose, which may be one that learns nothing.
         decoder = decoder.with_drafter(AutoDrafter.load(decoder.target))
         if not decoder.drafter.learns and (shipped := drafter_folder.find_shipped("m2r2", decoder.target)):
+            own = model if adapter is None else f"{model} --adapter {adapter}"
             raise SpecDecError(
                 f"the m2r2 shipped for '{model}' is trained, and does not learn by itself; to train it on "
-                f"your prompts: specdec train m2r2 --model {model} --prompts FILE --output DIR --set init={shipped}"
+                f"your prompts: specdec train m2r2 --model {own} --prompts FILE --output DIR --set init={shipped}"
             )
     with terminal.Bar("learn", "") as bar:
         found = prime(decoder, given, 60 * minutes, bar)
