@@ -54,6 +54,8 @@ def statistics(
             ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", {_held(decoder)}"),
         ]
     ]
+    if decoder.adapter is not None:
+        blocks[-1].append(("adapter", decoder.adapter))
     if m.accepted_by_source:
         by_source = ", ".join(f"{count} {name}" for name, count in m.accepted_by_source.items())
         blocks[-1].append(("accepted drafts", by_source))
@@ -218,8 +220,9 @@ def _held(decoder: SpecDecoder) -> str:
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:
-    """The runtime, dtype and device, and the formats of weights, activations and KV cache."""
+    """The runtime, dtype and device, the formats of weights, activations and KV cache, and the adapter, if any."""
     target = decoder.target
     dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)
     held = {"storage": target.weight_format, "activations": target.activations, "kv_cache": target.kv_cache}
-    return {"runtime": target.runtime, "dtype": dtype, "device": device} | held
+    found = {"runtime": target.runtime, "dtype": dtype, "device": device} | held
+    return found if decoder.adapter is None else found | {"adapter": decoder.adapter}

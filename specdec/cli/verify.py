@@ -89,7 +89,6 @@ def verify(
         **statistics.runtime(decoder),
         "runtime_note": decoder.runtime_note,
         "weights": weights,
-        "adapter": decoder.adapter,
         "drafter": drafter,
         "num_speculative_tokens": depth,
         "verifier": rule.label,

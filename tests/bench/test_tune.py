@@ -77,7 +77,9 @@ def test_a_model_with_an_adapter_has_settings_of_its_own_else_those_of_the_model
     save_lora(tmp_path / "lora", loading.load(folder)[0])
     adapted = ("generate", "one two", "--max-new-tokens", "4", "--json", "--adapter", str(tmp_path / "lora"))
     assert run("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "lookahead").exit_code == 0
-    assert json.loads(run(*adapted).stdout)["drafter"] == "lookahead"
+    given = json.loads(run(*adapted).stdout)
+    assert given["drafter"] == "lookahead" and given["adapter"] == "lora"
+    assert "adapter: lora" in run(*(word for word in adapted if word != "--json")).stderr
     tune = ("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "prompt-lookup", *adapted[-2:])
     outcome = run(*tune)
     assert outcome.exit_code == 0, outcome.output
