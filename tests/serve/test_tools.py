@@ -457,7 +457,7 @@ def test_marks_of_calls_are_hidden_without_tools_and_channels_are_always_read() 
         ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern"),
         ({"messages": [{"role": "tool", "tool_call_id": "x"}]}, "needs content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "the role tool and tool_call_id"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "a message of the role tool needs tool_call_id"),
         (
             {
                 "messages": [
