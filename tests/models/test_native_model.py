@@ -22,6 +22,7 @@ from specdec.models.config import Config, GenerationSettings
 from specdec.models.gguf.blocks import BlockExperts, BlockLinear, densify, named_weights, temporarily_dense
 from specdec.models.identity import fingerprint
 from specdec.models.native_model import NativeModel, as_transformers, empty_model, transformers_config
+from specdec.runtimes.select import make_target
 
 VARIANTS = {
     "llama": [{"attention_bias": True}, {"mlp_bias": True, "tie_word_embeddings": True}, {"head_dim": None}],
@@ -200,8 +201,6 @@ WITHOUT = """
 import sys
 sys.modules["transformers"] = None  # an import raises
 from specdec import SpecDecoder
-from specdec.runtimes.native import target
-target.check_logits = lambda own: 0.0
 decoder = SpecDecoder.from_pretrained(sys.argv[1], sys.argv[2], learn=False)
 chat = [{"role": "user", "content": "Hello"}]
 for how in ({}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}):
@@ -223,6 +222,6 @@ def test_the_default_model_and_its_drafter_decode_without_slow_imports() -> None
 
 
 def decode_without_slow_imports(model: str, drafter: str) -> None:
-    loading.load(model)  # writes the config and the tokenizer, with transformers
+    make_target(loading.load(model)[0])  # writes config, tokenizer and packed weights, with transformers
     run = subprocess.run([sys.executable, "-c", WITHOUT, model, drafter], capture_output=True, text=True)
     assert run.stdout.split() == ["4", "4", "[]"], run.stderr
