@@ -9,13 +9,13 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import zipfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.pop("SPECDEC_DATA", None)  # tests that keep data name a cache folder, which then holds them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_worker_niceness", "0")  # its default is 15: beside other tests they would hardly start
@@ -29,9 +29,7 @@ import random
 import pytest
 import torch
 from fake_hub import FakeHub, running
-from tiny import (
-    tiny_model,
-)
+from tiny import save_tiny, tiny_model
 from tiny_gguf import NAME, write_gguf
 from training import Tokens
 from transformers import PreTrainedModel
@@ -45,6 +43,8 @@ from specdec.runtimes.native import library
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+USERS = {name: os.environ.get(name) for name in ("SPECDEC_CACHE", "XDG_CACHE_HOME")}  # the default model is there
+FOLDERS = tempfile.TemporaryDirectory(prefix="specdec-tests-")
 SKIPS = (  # what a machine may lack: patterns of the reasons
     "(llama-cpp-python|openvino-genai|peft) is not installed",
     "there is (no|one) CUDA device",
@@ -85,6 +85,18 @@ def pytest_make_collect_report(
     report = yield
     _strict(report, collector.config)
     return report
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures of modules
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """No test reads or writes what belongs to the user, but for the default model. Data are of each test alone; what
+    can be made again is shared."""
+    real, data = item.get_closest_marker("model") or item.get_closest_marker("real"), f"{FOLDERS.name}/{id(item)}"
+    own = USERS | {"SPECDEC_DATA": data} if real else {"XDG_CACHE_HOME": FOLDERS.name, "XDG_DATA_HOME": data}
+    for name in ("SPECDEC_CACHE", "SPECDEC_DATA", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        os.environ.pop(name, None)
+        if own.get(name) is not None:
+            os.environ[name] = own[name]
 
 
 @pytest.fixture
@@ -143,6 +155,12 @@ def no_learning(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a user has it. Nothing is written into it."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def _levels() -> list[Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import save_tiny
 from transformers import GenerationConfig
 
 from specdec import SpecDecError, SpecDecoder
@@ -15,11 +14,6 @@ from specdec.api.decoder import _shared
 
 HOT: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 12}
 CHAT = [{"role": "user", "content": "Name three colours."}]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

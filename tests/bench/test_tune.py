@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from lora import save_lora
 from measured import result
-from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import cli
@@ -19,11 +18,6 @@ from specdec.bench.run import failure_record
 from specdec.models import loading
 
 PROMPTS = [{"turns": ["one two three one two", "and again"]}, {"turns": ["two one two one two one"]}]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

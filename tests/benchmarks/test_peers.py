@@ -13,7 +13,6 @@ import peers
 import pytest
 from measured import side_by_side
 from peers import PEERS, Peer, Process
-from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import cli
@@ -22,11 +21,6 @@ from specdec.bench import cell, methods
 from specdec.models import loading
 
 NEW = 6
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)
