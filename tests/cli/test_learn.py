@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from learners import learn_soon
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from typer.testing import CliRunner
@@ -16,16 +17,13 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli
 from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.cli.learn import sparkline
-from specdec.drafters import learned, m2r2_fits, m2r2_learning
+from specdec.drafters import learned
 from specdec.models import drafter_folder
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(m2r2_fits, "RIDGE", 1.0)
-    for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50}.items():
-        monkeypatch.setattr(m2r2_learning, name, value)
+    learn_soon(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -115,7 +113,6 @@ def test_a_file_that_cannot_be_read_is_named_and_can_be_removed() -> None:
     assert not list(learned.folder().glob("*.safetensors"))
 
 
-@pytest.mark.slow
 def test_an_adapter_is_named_beside_its_model() -> None:
     for adapter in ("", "/adapters/mine"):
         store = learned.Store(f"with {adapter}", "path")
@@ -126,6 +123,7 @@ def test_an_adapter_is_named_beside_its_model() -> None:
     assert names == {"tiny", "tiny with mine"}
 
 
+@pytest.mark.slow
 def test_models_with_the_same_last_part_of_a_path_are_kept_apart(folder: Path, tmp_path: Path) -> None:
     a, b, copy = tmp_path / "a/final", tmp_path / "b/final", tmp_path / "copy"
     for place, gain in (a, 1.0), (b, 1.25):

@@ -1,0 +1,328 @@
+"""What drafters learned, on disk: where another process goes on, and what becomes of damaged and deleted files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from learners import NEW, ended, learn_soon, read, taught, texts
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from specdec.base.errors import SpecDecWarning
+from specdec.drafters import learned, m2r2_fits, m2r2_learning
+from specdec.drafters.m2r2_learning import Learner
+from specdec.models import adapter as adapters
+from specdec.models.adapter import LowRank
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+
+pytestmark = pytest.mark.filterwarnings("error::specdec.base.errors.SpecDecWarning")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    learn_soon(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def target(llama: PreTrainedModel) -> Target:
+    return ReferenceTarget(llama)
+
+
+def same(one: Learner, other: Learner) -> bool:
+    projections = zip(one.fits.network.projections, other.fits.network.projections, strict=True)
+    return all(torch.equal(a.weight.bfloat16(), b.weight.bfloat16()) for a, b in projections)
+
+
+def test_another_process_goes_on_where_this_one_ended(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    learner = ended(target)
+    monkeypatch.setattr(m2r2_learning, "EVERY", 10**6)  # a fit would scale the sums
+    other = Learner(target)
+    assert same(learner, other) and other.fits.progress == learner.fits.progress
+    read(other, [NEW])
+    assert other.fits.progress.tokens == learner.fits.progress.tokens + 33
+    for before, after in zip(learner.fits.sums, other.fits.sums, strict=True):
+        assert after.rows == pytest.approx(before.rows + 33, abs=1e-3)  # the rows of the new text
+        assert all(
+            a.shape == b.shape and not torch.equal(a, b) for a, b in zip(before.panels, after.panels, strict=True)
+        )
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+        return
+    with learned.safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    if how == "another version":
+        metadata["progress"] = json.dumps(json.loads(metadata["progress"]) | {"version": 99})
+    elif how == "another shape":
+        tensors["fit.1"] = tensors["fit.1"][:-1].contiguous()
+    else:
+        del tensors["sums.1.0"]
+    save_file(tensors, path, metadata)
+
+
+def with_adapter(model: PreTrainedModel) -> Target:
+    adapted, random = copy.deepcopy(model), torch.Generator().manual_seed(3)
+    down, up = (torch.randn(shape, generator=random) * 0.1 for shape in ((4, 32), (32, 4)))
+    maps = {"model.layers.2.self_attn.q_proj": LowRank(down, up, 1.0)}
+    adapters.merge(adapted, adapters.Adapter("org/adapter", adapters.fingerprint(maps), maps))
+    return ReferenceTarget(adapted)
+
+
+def test_a_model_with_an_adapter_starts_with_what_was_learned_without_it(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    adapted = with_adapter(target.model)
+    assert Learner(adapted).fits.version == 0
+    learner = ended(target)
+    before, tokens = learner.fits.store.path.read_bytes(), learner.fits.progress.tokens
+    monkeypatch.setattr(learned, "PRIOR", tokens // 2)
+    monkeypatch.setattr(m2r2_learning, "EVERY", 10**6)  # a fit would scale the sums
+    started = Learner(adapted)
+    assert same(learner, started) and started.fits.version == learner.fits.version > 0
+    read(started, [NEW])
+    progress = started.fits.progress
+    assert (progress.tokens, progress.adapter) == (tokens // 2 + 33, "org/adapter")
+    factor = (tokens // 2) / tokens
+    for own, of_base in zip(started.fits.sums, learner.fits.sums, strict=True):
+        assert own.rows == pytest.approx(factor * of_base.rows + 33, abs=1e-3)
+    started.save()
+    started.fits.store.release()
+    assert learner.fits.store.path.read_bytes() == before
+    assert Learner(adapted).fits.progress == progress and Learner(target).fits.progress == learner.fits.progress
+    learned.forget({started.fits.store.path.stem})
+    damage(learner.fits.store.path, "truncated")
+    with pytest.warns(SpecDecWarning, match="it is set aside as .*, and learning starts anew"):
+        assert Learner(adapted).fits.version == 0
+    assert learned.all_progress()[0][0].suffix == ".damaged"
+
+
+@pytest.mark.parametrize("how", ["truncated", "another version", "another shape", "missing sums"])
+def test_a_file_that_cannot_be_used_makes_learning_start_anew(target: Target, monkeypatch, how: str) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(m2r2_fits, "VOCABULARY", 64)
+    learner = ended(target)
+    damage(learner.fits.store.path, how)
+    with pytest.warns(SpecDecWarning, match="learning starts anew") as warned:
+        other = Learner(target)
+        read(other, [NEW, NEW])
+    assert len(warned) == 1 and other.fits.progress.tokens == 66 and other.fits.sums[0].rows == pytest.approx(66)
+    other.save()
+    assert other.fits.store.progress() == other.fits.progress
+
+
+def test_no_bit_of_a_file_can_change_unnoticed(target: Target) -> None:
+    learner = ended(target)
+    path = learner.fits.store.path
+    data, draw = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    places = [draw.randrange(8, header) for _ in range(40)] + [draw.randrange(header, len(data)) for _ in range(40)]
+    before, wholes = dict(learned.read_tensors(path)), 0
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        try:
+            progress, found = learned.read_progress(path), dict(learned.read_tensors(path))
+        except learned.UnusableError as error:
+            assert str(path) in str(error)
+            continue
+        wholes += 1  # what changed is not read
+        assert progress == learner.fits.progress and found.keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
+    assert wholes < 4
+
+
+def test_a_damaged_file_is_set_aside_with_one_line_and_none_is_lost(target: Target) -> None:
+    learner = ended(target)
+    path, aside = learner.fits.store.path, list[bytes]()
+    for number in range(2):
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 4
+        path.write_bytes(bytes(data))
+        aside.append(bytes(data))
+        with pytest.warns(
+            SpecDecWarning, match="is damaged .*; it is set aside as '.*', and learning starts"
+        ) as warned:
+            other = Learner(target)
+            read(other, [NEW])
+        assert len(warned) == 1 and other.fits.progress.tokens == 33
+        other.save()
+        assert [each.read_bytes() for each in sorted(path.parent.glob("*.damaged*"))] == aside, number
+        other.fits.store.release()
+    assert learned.forget() is False and not [*path.parent.glob("*.safetensors*")]
+
+
+def test_a_file_that_cannot_be_opened_now_is_neither_set_aside_nor_written_over(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    learner = ended(target)
+    path, kept, opened = learner.fits.store.path, learner.fits.store.path.read_bytes(), Path.open
+
+    def refuse(self: Path, *args: object, **how: object) -> object:
+        if self == path:
+            raise OSError(24, "Too many open files")
+        return opened(self, *args, **how)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.warns(SpecDecWarning, match="Too many open files"):
+            other = Learner(target)
+    with pytest.warns(SpecDecWarning, match="what this one learns is not kept"):
+        read(other, [NEW])
+    other.save()
+    assert path.read_bytes() == kept and not other.fits.store.writes
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_process_that_learns_notices_that_all_was_deleted(target: Target, monkeypatch, before: bool) -> None:  # type: ignore[no-untyped-def]
+    with monkeypatch.context() as patched:
+        if not before:  # it has kept nothing yet
+            patched.setattr(m2r2_fits.Fits, "keep", lambda self: setattr(self, "kept", self.progress.texts))
+        learner = taught(target, 24)
+    assert bool(learned.all_progress()) == before and learner.fits.version
+    assert learned.forget() is True
+    learner.fits.kept = 0
+    learner.save()
+    assert not learned.all_progress() and learner.fits.forgotten
+    with pytest.warns(SpecDecWarning, match="deleted what was learned") as warned:
+        read(learner, [NEW])
+    assert len(warned) == 1 and not learner.fits.progress.tokens and not learner.latest and not learner.fits.version
+    read(learner, [NEW])
+    learner.save()
+    [(_, progress)] = learned.all_progress()
+    assert progress is not None and progress.tokens == 33
+    learner.fits.store.release()
+    assert learned.forget() is False and [each.name for each in learned.folder().iterdir()] == [".lock"]
+
+
+def test_a_file_that_is_deleted_while_it_is_written_stays_deleted(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    learner = taught(target, 24)
+    learner.save()
+    learner.fits.kept, wrote = 0, learned.save_file
+
+    def deleted_meanwhile(*args: object) -> None:
+        wrote(*args)  # type: ignore[arg-type]
+        learned.forget()
+
+    monkeypatch.setattr(learned, "save_file", deleted_meanwhile)
+    learner.save()
+    assert not learned.all_progress()
+
+
+def test_the_file_of_an_earlier_version_without_checksums_is_read(target: Target) -> None:
+    learner = ended(target)
+    path = learner.fits.store.path
+    with learned.safe_open(path, framework="pt") as file:
+        said = {"progress": file.metadata()["progress"]}
+    save_file(load_file(path), path, said)
+    assert same(learner, Learner(target))
+
+
+def test_one_process_at_a_time_writes(target: Target) -> None:
+    first = taught(target, 12)
+    kept = first.fits.store.path.read_bytes()
+    assert first.fits.store.writes
+    with pytest.warns(SpecDecWarning, match="another process learns for this model") as warned:
+        second = taught(target, 12, seed=1)
+    assert not second.fits.store.writes and second.fits.progress.tokens and len(warned) == 1
+    second.save()
+    assert first.fits.store.path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("texts_before", [0, 12])
+def test_a_process_goes_on_from_what_another_one_has_learned_since_it_began(target: Target, texts_before: int) -> None:
+    first = taught(target, texts_before)
+    first.save()
+    second, before = Learner(target), first.fits.progress.based
+    read(first, texts(target, 14, seed=7))
+    first.save()
+    first.fits.store.release()
+    assert first.fits.progress.based > before
+    second.add(list(range(3, 40)), 4)
+    while not second.fits.sums:
+        second.work()
+    assert second.fits.progress == first.fits.progress and same(first, second) and second.judged is second.fits.network
+    for one, other in zip(first.fits.sums, second.fits.sums, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.panels, other.panels, strict=True))
+
+
+@pytest.mark.parametrize("how", ["no folder", "no locks"])
+def test_where_nothing_can_be_written_it_learns_for_itself(
+    target: Target, tmp_path: Path, monkeypatch, how: str
+) -> None:  # type: ignore[no-untyped-def]
+    if how == "no folder":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
+    else:
+
+        def refuse(*args: object, **how: object) -> None:
+            raise NotImplementedError("the file system has no locks")
+
+        monkeypatch.setattr(learned.FileLock, "acquire", refuse)
+    with pytest.warns(SpecDecWarning, match="learned' cannot be written") as warned:
+        learner = taught(target, 12)
+    learner.save()
+    assert len(warned) == 1 and learner.fits.progress.fits and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_a_killed_process_left_is_removed(target: Target) -> None:
+    store = Learner(target).fits.store
+    left, other = (store.path.with_name(f".{name}.x1") for name in (store.path.name, "another.safetensors"))
+    left.parent.mkdir(parents=True)
+    left.touch()
+    other.touch()
+    assert store.claim() and not left.exists() and other.exists()
+
+
+@pytest.mark.parametrize("step", ["tempfile.mkstemp", "save_file", "os.fsync", "os.replace"])
+def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch, step: str) -> None:  # type: ignore[no-untyped-def]
+    def full(*args: object, **more: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(f"specdec.drafters.learned.{step}", full)
+    with pytest.warns(SpecDecWarning, match="cannot be kept: No space left") as warned:
+        learner = taught(target, 24)
+        learner.save()
+    assert len(warned) == 1 and learner.fits.progress.fits
+    assert not [path for path in learner.fits.store.path.parent.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_sums_are_always_those_of_all_texts(target: Target) -> None:
+    """A process may end at any time, also while texts run again for a new first projection."""
+    learner, seen = Learner(target), set[str]()
+    for text in texts(target, 16):
+        learner.add(text.ids, text.start)
+        while learner.work():
+            fits, code = learner.fits, getattr(learner._work, "gi_code", None)
+            if fits.progress.based:
+                seen.add(code.co_name if code else "")
+                assert fits.sums[1].rows > fits.progress.tokens - 1
+    assert {"_read", "_rebase", "_fit"} <= seen
+
+
+def test_nothing_of_a_text_is_kept_but_counts(target: Target) -> None:
+    learner = taught(target, 24)
+    learner.save()
+    kept = load_file(learner.fits.store.path)
+    kinds = {name.split(".")[0] for name in kept}
+    assert (
+        kinds <= {"sums", "fit", "basis", "counts", "vocabulary"}
+        and int(kept["counts"].sum()) == learner.fits.progress.tokens
+    )
+    learner.fits.store.release()
+
+
+def test_old_files_make_room(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(learned, "MOST_BYTES", 3000)
+    for number in range(4):
+        store = learned.Store(f"weights {number}", "path")
+        assert store.claim()
+        store.save(learned.Progress(), {"counts": torch.zeros(200)})
+        store.release()
+        time.sleep(0.02)
+    left = {path for path, _ in learned.all_progress()}
+    assert left == {learned.Store(f"weights {n}", "path").path for n in (2, 3)}
