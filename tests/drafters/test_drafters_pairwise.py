@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
+from learners import learn_soon
 from policies import alternating
 from scripted import OnlyOddAfterEven, made
 from tiny import tiny_model
@@ -37,8 +38,8 @@ from specdec.speculation.draft import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
-DEFAULT = "auto"
-TREED = tuple(name for name in EVERY if name not in CHAINS)  # every drafter, as a tree; as a chain, they are slow tests
+CHAINED = tuple(name for name in CHAINS if name != "none")
+TREED = tuple(name for name in EVERY if name not in CHAINS)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5], [9, 10, 11, 12, 13, 14, 15], [3], [20, 21, 20, 21, 20], [40, 50, 60, 40, 50]]
 ARRIVALS, CANCELLED = (0, 0, 2, 3, 5), 2  # steps before which rows come; the row that is cancelled later
 COUNT, TOP = 12, 2  # new tokens; log-probabilities of others
@@ -59,7 +60,6 @@ SETTINGS: dict[str, Sequence[Any]] = {
     "stop": (False, True),
     "n": (1, 2),
 }
-ALONE = {"penalty": "none", "temperature": 0.0, "constraint": False, "reported": "tokens", "stop": False, "n": 1}
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -225,9 +225,7 @@ def default_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Draf
     def make(runtime: str) -> Drafter:
         target, folder = target_of(runtime), tmp_path_factory.mktemp(runtime)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setenv("SPECDEC_CACHE", str(folder / "cache"))
-            for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50, "HELD": 60}.items():
-                patched.setattr(f"specdec.drafters.m2r2_learning.{name}", value)
+            learn_soon(patched, folder)
             learner = Learner(target)
             for prompt, stream in itertools.product(PROMPTS, range(3)):
                 case = {"temperature": 0.9 * (stream > 0), "penalty": "none", "constraint": False}
@@ -269,29 +267,14 @@ def test_the_default_drafter(runtime: str, default_of: Callable[[str], Drafter])
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_each_other_drafter(part: int) -> None:
-    found = dict.fromkeys(TREED, 0)
-    for number, case in enumerate(pairwise({"drafter": TREED, **SETTINGS})):
+@pytest.mark.parametrize("names", [TREED, pytest.param(CHAINED, marks=pytest.mark.slow)], ids=["trees", "chains"])
+def test_each_other_drafter(names: Sequence[str], part: int) -> None:
+    found = dict.fromkeys(names, 0)
+    for number, case in enumerate(pairwise({"drafter": names, **SETTINGS})):
         if number % 2 == part:
             drafter = drafter_of(case["drafter"])
             found[case["drafter"]] += check(target_of("reference"), drafter, case, number)["drafted"]
     assert all(found.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", SETTINGS["rows"])
-@pytest.mark.parametrize("name", [DEFAULT, *EVERY])
-def test_the_complete_product(name: str, rows: str, default_of: Callable[[str], Drafter]) -> None:
-    """Each setting by itself; of the default drafter, all of them together."""
-    if name == DEFAULT:
-        names = [name for name in SETTINGS if name != "rows"]
-        cases = [dict(zip(names, values, strict=True)) for values in itertools.product(*map(SETTINGS.get, names))]
-        drafter = default_of("reference")
-    else:
-        cases = [ALONE | {name: value} for name, values in SETTINGS.items() if name != "rows" for value in values]
-        drafter = drafter_of(name)
-    for number, case in enumerate(cases):
-        check(target_of("reference"), drafter, case | {"rows": rows}, number)
 
 
 @pytest.mark.parametrize("name", EVERY)

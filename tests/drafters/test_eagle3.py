@@ -233,20 +233,6 @@ def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: Ref
         assert mine[:depth] == theirs[:depth]
 
 
-def test_a_beginning_that_is_kept_leaves_a_gap_and_the_text_as_it_is(target: ReferenceTarget) -> None:
-    plain = SpecDecoder(tiny_model(), drafter="none").generate(TEXT * 2, max_new_tokens=12, ignore_eos=True).token_ids
-    drafter = zoo.eagle3(target)
-    drafter.bind(target)
-    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3), reuse=True)
-    for _ in range(2):
-        request = Request(TEXT * 2, 12, SamplingParams())
-        engine.submit(request)
-        for _ in engine.steps():
-            pass
-        assert zoo.new_tokens(request) == plain
-    assert engine.stats().prefix_hits and request.metrics.num_draft_tokens
-
-
 def test_nodes_are_taken_while_they_pay(target: ReferenceTarget) -> None:
     drafter = zoo.eagle3(target)
     drafter.bind(target)

@@ -57,16 +57,6 @@ def drafts(target: ReferenceTarget, drafter: MedusaDrafter, count: int = 12) -> 
     return seen
 
 
-def test_heads_that_change_nothing_repeat_the_models_own_choices(llama: PreTrainedModel) -> None:
-    for ids, draft in drafts(ReferenceTarget(llama), MedusaDrafter(Medusa(D, 2), ACCURACY, 9)):
-        # The state before the root: what the model took for likely where the root stands now.
-        logits = llama(torch.tensor([ids[:-1]])).logits[0, -1]
-        for node, depth in enumerate(draft.depths()[1:]):
-            siblings = [i for i, p in enumerate(draft.parents) if p == draft.parents[node]]
-            best = logits.topk(len(siblings)).indices.tolist()
-            assert sorted(draft.tokens[0, siblings].tolist()) == sorted(best), depth
-
-
 def public(folder: Path, network: Medusa, heads: Tensor, **config: Any) -> Path:
     """Write ``network`` and output heads [K, V, D] as a public checkpoint."""
     folder.mkdir(exist_ok=True)
@@ -135,20 +125,6 @@ def test_an_accuracy_table_shapes_the_tree_where_nothing_is_read(llama: PreTrain
     assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
     assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2
     assert max(drafter.propose(state, 1).depths()) == 1
-
-
-def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) -> None:
-    target, vocab = ReferenceTarget(llama), torch.arange(0, 90, dtype=torch.int32)
-    drafter = MedusaDrafter(Medusa(D, 2, draft_vocab=vocab), ACCURACY, 6)
-    drafter.bind(target)
-    row_states = [drafter.begin(), drafter.begin()]
-    for row in row_states:  # the state whose readout has token 95 on top: the final norm's input along that head row
-        row.final = llama.get_output_embeddings().weight[95].view(1, 1, D)
-    state = State(
-        target, target.new_cache(2), Sampler(SamplingParams(), streams=(0, 1)), [[5, 95], [5, 6]], row_states=row_states
-    )
-    tokens = drafter.propose(state, 2).tokens
-    assert 95 in tokens[0] and 95 not in tokens[1]
 
 
 def test_a_folder_may_be_called_as_a_drafter_is(
