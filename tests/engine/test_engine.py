@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import pairwise, permutations
 
 import pytest
 import torch
-from scripted import OnlyOddAfterEven, Scripted
+from scripted import Scripted
 from tiny import greedy_reference, tiny_model
 from transformers import PreTrainedModel
 from zoo import PROMPTS, chains, m2r2, new_tokens, run, together, trees
 
 from specdec import SpecDecError
-from specdec.drafters.exits import EarlyExitDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
@@ -79,23 +77,6 @@ def test_oracles_change_nothing_and_the_perfect_one_gets_depth_plus_one(llama: P
     assert lengths["perfect"] == lengths["siblings"] == pytest.approx(best)
 
 
-def test_trees_differ_by_row_and_rows_end_apart(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
-    expected = [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
-    starts = {tuple(prompt): reference for prompt, reference in zip(PROMPTS, expected, strict=True)}
-
-    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
-        prompt = next(p for p in starts if tuple(ids[: len(p)]) == p)
-        ahead = starts[prompt][len(ids) - len(prompt) :][: limit if len(prompt) > 1 else 1]
-        return [(token, parent) for parent, token in enumerate(ahead)]
-
-    out, loop = run(target, Scripted(script), PROMPTS, 20)
-    assert out == expected
-    lengths = [m.mean_acceptance_length for m in loop.metrics]
-    assert lengths[2] <= 2 < lengths[0]
-    assert [m.num_spec_steps for m in loop.metrics][2] > loop.metrics[0].num_spec_steps
-
-
 @pytest.mark.parametrize("early", [False, True])
 def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrainedModel, early: bool) -> None:
     target = ReferenceTarget(llama)
@@ -122,51 +103,6 @@ def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrain
     assert [c[2] for c in below] == [per_token] * 4 + [1]  # four drafted from, the last drafted token once
 
 
-def test_processors_apply_alike_to_drafted_corrected_and_bonus_tokens(llama: PreTrainedModel) -> None:
-    target, prompt = ReferenceTarget(llama), PROMPTS[1]
-    out = llama.generate(
-        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, repetition_penalty=1.7, pad_token_id=0
-    )
-    expected = out[0, len(prompt) :].tolist()
-    assert expected != greedy_reference(llama, prompt, 24)  # the penalty matters here
-    for name, drafter in trees(target).items():
-        assert run(target, drafter, [prompt], 24, repetition_penalty=1.7)[0] == [expected], name
-
-
-def test_custom_processors_see_the_path_to_their_node(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
-    drafter = Scripted(lambda ids, limit: [(4, 0), (5, 0), (6, 1), (7, 2), (7, 1)] if limit > 1 else [(4, 0), (5, 0)])
-    drafter.bind(target)
-    drafted, plain = (Request(PROMPTS[0], 20, processors=[OnlyOddAfterEven()]) for _ in range(2))
-    together(target, drafter, [drafted], FixedDepth(4))
-    together(target, NoDrafter(), [plain], FixedDepth(1))
-    assert drafted.ids == plain.ids
-    assert all((a + b) % 2 for a, b in pairwise(drafted.ids))
-
-
-def test_output_ends_at_eos_inside_a_draft(llama: PreTrainedModel) -> None:
-    target, prompt = ReferenceTarget(llama), PROMPTS[0]
-    expected = greedy_reference(llama, prompt, 20)
-    end = expected[5]
-    cut = expected[: expected.index(end) + 1]
-    script = lambda ids, limit: [(t, i) for i, t in enumerate(expected[len(ids) - len(prompt) :][:limit])]  # noqa: E731
-    drafter = Scripted(script)
-    drafter.bind(target)
-    request = Request(prompt, 20, eos=frozenset([end]))
-    together(target, drafter, [request], FixedDepth(7))
-    assert new_tokens(request) == cut and request.finish_reason == "eos"
-    assert sum(request.metrics.per_step_accepted) <= len(cut)
-
-
-def test_generation_stops_at_the_context_limit() -> None:
-    model = tiny_model("gpt2", n_positions=32)
-    target = ReferenceTarget(model)
-    prompt = list(range(3, 23))
-    drafter = Scripted(lambda ids, limit: [(5, i) for i in range(limit)])
-    out, _ = run(target, drafter, [prompt], 32 - len(prompt), 7)
-    assert out == [greedy_reference(model, prompt, 12)]
-
-
 @pytest.mark.parametrize(("family", "shape"), [("gpt2", trees), ("opt", chains)])
 def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
     family: str, shape: Callable[[Target], dict[str, Drafter]]
@@ -179,17 +115,6 @@ def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
         drafter.bind(target)
         requests = [Request(prompt, 20 - len(prompt), eos=frozenset([2])) for prompt in prompts]
         together(target, drafter, requests, FixedDepth(7))
-        assert [new_tokens(request) for request in requests] == expected, name
-
-
-def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("mistral")
-    target, expected = ReferenceTarget(model), [greedy_reference(model, p, 12) for p in PROMPTS]
-    monkeypatch.setattr("specdec.runtimes.target.CHUNK", 3)
-    for name, drafter in trees(target).items():
-        drafter.bind(target)
-        requests = [Request(prompt, 12, eos=frozenset([2])) for prompt in PROMPTS]
-        together(target, drafter, requests, FixedDepth(4), prefill_chunk=3)
         assert [new_tokens(request) for request in requests] == expected, name
 
 
@@ -307,42 +232,3 @@ def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTraine
 
 
 # -- seeds ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("family", "depth", "shape"), [("llama", 1, chains), ("llama", 4, trees), ("mistral", 4, chains)]
-)
-def test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts_at_whatever_depth(
-    family: str, depth: int, shape: Callable[[Target], dict[str, Drafter]]
-) -> None:
-    target = ReferenceTarget(tiny_model(family))
-    plain, _ = run(target, NoDrafter(), PROMPTS, 16, temperature=1.5, top_p=0.9, seed=4)
-    assert plain != run(target, NoDrafter(), PROMPTS, 16, temperature=1.5, top_p=0.9, seed=5)[0]
-    for name, drafter in shape(target).items():
-        assert run(target, drafter, PROMPTS, 16, depth, temperature=1.5, top_p=0.9, seed=4)[0] == plain, name
-
-
-def test_a_row_depends_neither_on_its_neighbours_nor_on_its_place(llama: PreTrainedModel) -> None:
-    target, drafter = ReferenceTarget(llama), EarlyExitDrafter(3)
-    alone = {tuple(p): run(target, drafter, [p], 16, temperature=1.2, seed=4)[0][0] for p in PROMPTS}
-    for order in permutations(PROMPTS):
-        out, _ = run(target, drafter, list(order), 16, temperature=1.2, seed=4)
-        assert out == [alone[tuple(p)] for p in order]
-    twice, _ = run(target, drafter, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], 16, temperature=1.2, seed=4)
-    assert twice[0] == alone[tuple(PROMPTS[0])] != twice[2]
-
-
-def test_guests_keep_their_own_sampler(llama: PreTrainedModel) -> None:
-    """Rows that join are sampled by their own parameters to the end, and so are those that were there."""
-    target = ReferenceTarget(llama)
-    host, guest = SamplingParams(1.2, seed=3), SamplingParams(2.0, top_k=9, seed=8)
-    right = [run(target, NoDrafter(), [PROMPTS[i]], 12, eos=None, **vars(p))[0][0] for i, p in enumerate((host, guest))]
-    requests = [Request(PROMPTS[0], 12, host), Request(PROMPTS[1], 12, guest)]
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0))
-    engine.submit(requests[0])
-    rounds = engine.steps()
-    next(rounds), next(rounds)
-    engine.submit(requests[1])
-    for _ in rounds:
-        pass
-    assert [new_tokens(request) for request in requests] == right

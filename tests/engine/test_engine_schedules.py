@@ -47,11 +47,9 @@ from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle knows of behind the last one
-KINDS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")),
-    "recurrent",
-]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not library.runs(), reason="no native kernels here"))
+KINDS = ["reference", NATIVE, "recurrent"]
+USUAL = ["reference", NATIVE, pytest.param("recurrent", marks=pytest.mark.slow)]
 
 
 @functools.cache
@@ -190,9 +188,13 @@ class Case:
 
 
 class Schedules(RuleBasedStateMachine):
-    """kind: of the runtime. makers: of drafters; without any, there is an oracle. swapped: fits that began to serve."""
+    """kind: of the runtime. makers: of drafters; without any, there is an oracle. swapped: fits that began to serve.
+
+    checked: answers, and their drafted tokens that were accepted.
+    """
 
     swapped: ClassVar = Counter[str]()
+    checked: ClassVar = Counter[str]()
 
     def __init__(self, kind: str, makers: Sequence[Callable[[Target], Drafter]] = ()) -> None:
         super().__init__()
@@ -358,6 +360,8 @@ class Schedules(RuleBasedStateMachine):
         else:
             assert (found, request.finish_reason) == (tokens, reason)
         assert request.error is None or isinstance(request.error, SpecDecError)
+        self.checked["answers"] += 1
+        self.checked["accepted"] += request.metrics.num_accepted_draft_tokens
         if request.logprobs is not None:
             alike(request.token_logprobs, case.plain.scored[: len(found)])
         if request.prompt_logprobs and (found or request.finish_reason == "length"):
@@ -497,6 +501,7 @@ def run_schedules(
     chance: bool = False,
     machine: Callable[..., Schedules] = Schedules,
 ) -> None:
+    Schedules.checked.clear()
     run_state_machine_as_test(
         functools.partial(machine, kind, makers),  # type: ignore[arg-type]
         settings=settings(
@@ -509,6 +514,7 @@ def run_schedules(
             phases=(Phase.generate,) if chance else (Phase.generate, Phase.shrink),  # shrinking may take minutes
         ),
     )
+    assert min(Schedules.checked[name] for name in ("answers", "accepted")) > 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -516,7 +522,7 @@ def test_answers_do_not_depend_on_the_schedule(kind: str) -> None:
     run_schedules(kind, (), 6 if kind == "recurrent" else 12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", USUAL)
 def test_answers_do_not_depend_on_the_drafter_in_any_schedule(kind: str) -> None:
     run_schedules(kind, drafters(kind), 4 if kind == "recurrent" else 8)
 
@@ -558,7 +564,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.filterwarnings("ignore::specdec.DrafterWarning")
 @pytest.mark.usefixtures("every_fit_serves")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", USUAL)
 def test_answers_do_not_depend_on_when_the_drafter_fails_and_comes_back(kind: str, clock: Clock) -> None:
     FailingSchedules.outages.clear()
     taught = [] if kind == "recurrent" else [functools.partial(self_taught, kind=kind, **shape) for shape in SHAPES]

@@ -152,46 +152,6 @@ def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
     assert ["on again" in line for line in lines(caplog)] == [False, False, True]
 
 
-def test_rows_that_were_begun_without_the_drafter_end_with_it(
-    engine: Engine, drafter: Failing, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each state that ``end`` gets is one that ``begin`` has made since the start, also of a row that waits again."""
-    known, ended = set[int](), list[int]()
-    numbers = itertools.count()
-
-    def begin() -> int:
-        known.add(number := next(numbers))
-        return number
-
-    def end(state: int, *rest: object) -> None:
-        assert state in known
-        ended.append(state)
-
-    monkeypatch.setattr(drafter, "start", known.clear)
-    monkeypatch.setattr(drafter, "begin", begin)
-    monkeypatch.setattr(drafter, "end", end)
-    engine.scheduler.token_bytes = 1
-    rows = [Request(prompt, 50) for prompt in PROMPTS]
-    engine.submit(rows[0])
-    engine.step()
-    drafter.faulty = True
-    engine.step()
-    drafter.faulty = False
-    handles = [engine.submit(row) for row in rows[1:]]
-    engine.step()
-    engine.scheduler.kv_memory = 1
-    engine.scheduler.preempt()
-    clock.now += 1
-    engine._recover()
-    for handle in handles:
-        handle.cancel()
-    engine._drop_cancelled()
-    engine.scheduler.kv_memory = None
-    for _ in engine.steps():
-        pass
-    assert engine.stats().drafter_failures == 1 and engine.stats().preemptions == 2 and len(ended) == 3
-
-
 def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(
     llama: PreTrainedModel, drafter: Failing, clock: Clock
 ) -> None:

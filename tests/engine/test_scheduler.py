@@ -31,7 +31,6 @@ from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
-from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
@@ -41,27 +40,6 @@ def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
     own = Request(request.prompt, request.max_new_tokens, request.params, stream=request.stream, eos=request.eos)
     together(target, NoDrafter(), [own], FixedDepth(0))
     return new_tokens(own), own.finish_reason
-
-
-def test_a_text_that_ended_inside_a_draft_is_gone_on_with_from_its_end(llama: PreTrainedModel) -> None:
-    """As an agent does that stops a model at some words and writes what follows itself."""
-    target = ReferenceTarget(llama)
-    right = Request(PROMPTS[1], 30)
-    together(target, NoDrafter(), [right], FixedDepth(0))
-    drafter = Scripted(lambda ids, limit: [(token, i) for i, token in enumerate(right.ids[len(ids) :][:limit])])
-    for end in range(len(PROMPTS[1]), len(PROMPTS[1]) + 8):
-        engine = Engine(target, drafter, ExactVerifier(), FixedDepth(6), reuse=True)
-        first = Request(PROMPTS[1], 30, eos=frozenset([right.ids[end]]))
-        engine.submit(first)
-        for _ in engine.steps():
-            pass
-        again, changed = (Request([*first.ids, *words], 9, num_speculative_tokens=0) for words in ([], [50, 51]))
-        for request in (changed, again):
-            engine.submit(request)
-            for _ in engine.steps():
-                pass
-            assert (new_tokens(request), request.finish_reason) == alone(target, request)
-        assert changed.metrics.num_cached_tokens == len(first.ids) - 1
 
 
 def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedModel) -> None:
@@ -198,19 +176,6 @@ def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: Pr
     assert warm.finish_reason == "cancelled" and asked.finish_reason == "length" and not engine.scheduler.running
 
 
-def test_equal_prompts_that_come_at_once_are_run_once(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), reuse=True)
-    choices = [Request(list(range(3, 60)), 6, SamplingParams(1.5), stream=n) for n in range(3)]
-    for request in choices:
-        engine.submit(request)
-    for _ in engine.steps():
-        pass
-    assert [request.metrics.num_cached_tokens for request in choices] == [0, 56, 56]
-    assert len({tuple(new_tokens(request)) for request in choices}) == 3
-    assert all(new_tokens(request) == alone(target, request)[0] for request in choices)
-
-
 def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,27 +200,6 @@ def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
         engine.step()
         went_on += len(running.ids) == before + 1
     assert sum(parts) == 80 and max(parts) == 8 and went_on == len(parts)
-
-
-def test_rows_with_different_sampling_and_without_a_drafter_share_steps(llama: PreTrainedModel) -> None:
-    target, drafter = ReferenceTarget(llama), PromptLookupDrafter()
-    kinds = [SamplingParams(), SamplingParams(1.1, seed=3), SamplingParams(0.7, 9, seed=4)]
-    requests = [Request(PROMPTS[1] * 3, 16, kind) for kind in kinds]
-    requests.append(Request(PROMPTS[1] * 3, 16, num_speculative_tokens=0))
-    together(target, drafter, requests, FixedDepth(4))
-    for request in requests:
-        assert new_tokens(request) == alone(target, request)[0]
-    assert requests[0].metrics.num_draft_tokens > 0 == requests[3].metrics.num_draft_tokens
-
-
-def test_what_draws_too_much_memory_waits_and_nothing_fails(llama: PreTrainedModel) -> None:
-    """One that needs more than there is runs alone."""
-    target = ReferenceTarget(llama)
-    requests = [Request([5 + n, *range(3, 40)], 30) for n in range(4)]
-    bytes_ = 2 * 4 * 2 * 8 * 4
-    engine = together(target, NoDrafter(), requests, FixedDepth(0), kv_memory=50 * bytes_)
-    assert engine.stats().preemptions == 0  # none begins that would have to give way at once
-    assert all(new_tokens(request) == alone(target, request)[0] for request in requests)
 
 
 def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:
