@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import torch
 from click.testing import Result
@@ -24,7 +20,7 @@ from tiny import model_of, tiny_model
 from tiny_tokenizers import letters
 from transformers import LogitsProcessor, PreTrainedModel
 from typer.testing import CliRunner
-from zoo import EOS, EVERY, PROMPTS, chains, every, half, new_tokens, together, trees
+from zoo import EOS, EVERY, PROMPTS, every, half, new_tokens, together
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.base.errors import ConstraintError
@@ -70,6 +66,12 @@ def request(prompt: list[int], rule: CompiledConstraint | None, count: int = 60,
     return Request(prompt, count, processors=processors, eos=frozenset([EOS]), **more)  # type: ignore[arg-type]
 
 
+def bound(name: str, target: Target) -> Drafter:
+    drafter = EVERY[name](target)
+    drafter.bind(target)
+    return drafter
+
+
 def plainly(model: PreTrainedModel, prompt: list[int], rule: CompiledConstraint, count: int = 60) -> list[int]:
     """Greedy decoding one token at a time; the mask of each is that of a new matcher."""
     ids = list(prompt)
@@ -79,21 +81,16 @@ def plainly(model: PreTrainedModel, prompt: list[int], rule: CompiledConstraint,
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    ("constraint", "shape"),
-    [(Json(SCHEMA), chains), (Regex("[a-e]{3,9}(foo|fool)x?"), trees), (Choice(["left", "leftover"]), chains)],
-)
-def test_greedy_equals_plain_constrained_decoding_for_every_drafter(
-    constraint: Constraint, shape: Callable[[Target], dict[str, Drafter]]
-) -> None:
+@pytest.mark.parametrize("constraint", [Json(SCHEMA), Regex("[a-e]{3,9}(foo|fool)x?"), Choice(["left", "leftover"])])
+def test_greedy_equals_plain_constrained_decoding(constraint: Constraint) -> None:
+    """(With every drafter: test_drafters_pairwise.)"""
     model, rule = tiny_model(), made(constraint)
     expected = [plainly(model, prompt, rule) for prompt in PROMPTS]
     assert all(text[-1] == EOS and len(text) > 4 for text in expected)
     target = ReferenceTarget(model)
-    for name, drafter in shape(target).items():
-        drafter.bind(target)
+    for name in ("none", "prompt-lookup", "early-exit (tree)"):
         rows = [request(prompt, rule) for prompt in PROMPTS]
-        together(target, drafter, rows, FixedDepth(4))
+        together(target, bound(name, target), rows, FixedDepth(4))
         assert [new_tokens(row) for row in rows] == expected, name
         assert [row.finish_reason for row in rows] == ["eos"] * len(rows), name
 
@@ -242,23 +239,6 @@ def test_a_chain_ends_where_its_vocabulary_has_nothing_that_is_allowed(monkeypat
         rows = [request(prompt, rule) for prompt in PROMPTS]
         together(target, drafter, rows, FixedDepth(4))
         assert [new_tokens(row) for row in rows] == [[even, even, odd, even, EOS]] * 3, name
-
-
-def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "FORCED", 0)
-    model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
-    target, accepted, texts = ReferenceTarget(model), [], []
-    for blind in (False, True):
-        if blind:
-            monkeypatch.setattr(State, "constrained", False)
-        drafter = EVERY["medusa (tree)"](target)
-        drafter.bind(target)
-        drafter.has_probabilities = not blind
-        rows = [request(prompt, rule) for prompt in PROMPTS]
-        together(target, drafter, rows, FixedDepth(4))
-        accepted.append(sum(row.metrics.num_accepted_draft_tokens for row in rows))
-        texts.append([new_tokens(row) for row in rows])
-    assert accepted[0] > 2 * accepted[1] and texts[0] == texts[1]
 
 
 class Unchanged(LogitsProcessor):  # type: ignore[misc]
@@ -491,10 +471,9 @@ def test_a_text_that_is_forced_from_its_beginning_is_allowed(constraint: Constra
 
 @pytest.mark.parametrize("pattern", ["(a{1,1000}){1,1000}", "(.*a){60}.*", "[ab]*a[ab]{40}", "(((a*)*)*b*)*!"])
 def test_what_ruins_other_regular_expressions_is_bounded(pattern: str) -> None:
-    state, began = made(Regex(pattern)).state([3]), time.perf_counter()
+    state = made(Regex(pattern)).state([3])
     text = letters()("a" * 30, add_special_tokens=False).input_ids
     assert state.allows([3], text) == 30 or state.error_text
-    assert time.perf_counter() - began < 60
 
 
 def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,64 +569,3 @@ def test_the_server_streams_constrained_rows_beside_each_other_and_ends_them_at_
     texts = ["".join(chunk["choices"][0]["delta"].get("content", "") for chunk in stream) for stream in streams]
     assert texts == ['"ab"', '"cd"'] and all(s[-1]["choices"][0]["finish_reason"] == "stop" for s in streams)
     assert stopped["message"]["content"] == '"a' and stopped["finish_reason"] == "stop"
-
-
-STOPS = ["uth", "7"]
-
-
-def cut(text: str) -> bool:
-    """Whether a text of the schema has ended at a stop string; it is whole otherwise."""
-    if any(stop in text for stop in STOPS):
-        raise AssertionError(text)
-    if text.endswith("}"):
-        assert set(json.loads(text)) == {"kind", "n"}
-        return False
-    return True
-
-
-@pytest.fixture(scope="module")
-def stopping() -> tuple[SpecDecoder, dict[str, Any], list[list[int]], list[str]]:
-    """A plain decoder, how several rows of the schema are asked for, and its token ids and texts."""
-    tokenizer = letters()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    plain = SpecDecoder(tiny_model(), tokenizer, "none", runtime="reference")
-    how = {"constraint": Json(SCHEMA), "max_new_tokens": 60, "temperature": 1.0, "seed": 1}
-    how |= {"stop": STOPS, "num_speculative_tokens": 4}
-    expected = plain.generate_batch(["where?"] * 4, **how)
-    texts = [output.text for output in expected]
-    assert {cut(text) for text in texts} == {False, True} and len(set(texts)) > 2
-    return plain, how, [output.token_ids for output in expected], texts
-
-
-def test_streams_of_several_constrained_rows_end_at_stop_strings_with_every_drafter(stopping: Any) -> None:
-    plain, how, ids, texts = stopping
-    for name, drafter in every(plain.target).items():
-        decoder = plain.with_drafter(drafter)
-        with decoder.open(["where?"] * 4, **how) as generation:
-            pieces = list(generation)
-            assert [output.token_ids for output in generation.outputs()] == ids, name
-        assert ["".join(parts) for parts in zip(*pieces, strict=True)] == texts, name
-
-
-@pytest.mark.parametrize("name", ["prompt-lookup", "m2r2: grown level by level (tree)", "early-exit", "hybrid"])
-def test_the_official_client_gets_them_whole_and_streamed(stopping: Any, name: str) -> None:
-    plain, how, _, texts = stopping
-    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
-    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "where?"}], "max_tokens": 60, "seed": 1}
-    asked |= {"n": 4, "stop": STOPS, "response_format": form, "temperature": 1.0}
-    decoder = plain.with_drafter(EVERY[name](plain.target))
-    assert "".join(decoder.stream("where?", **how)) == texts[0]
-    with (
-        closing(decoder.engine(max_rows=16, num_speculative_tokens=4)) as engine,
-        serving(decoder, engine) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
-    ):
-        whole = client.chat.completions.create(**asked)
-        chunks = list(client.chat.completions.create(stream=True, **asked))
-    assert [choice.message.content for choice in whole.choices] == texts
-    assert {choice.finish_reason for choice in whole.choices} == {"stop"}
-    streamed, ends = Counter[int](), [""] * 4
-    for choice in (choice for chunk in chunks for choice in chunk.choices):
-        ends[choice.index] += choice.delta.content or ""
-        streamed[choice.index] += choice.finish_reason == "stop"
-    assert ends == texts and set(streamed.values()) == {1}

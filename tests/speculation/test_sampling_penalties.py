@@ -12,7 +12,7 @@ import torch
 from tiny import save_tiny, tiny_model
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
-from zoo import EVERY, PROMPTS, every, new_tokens, run, together
+from zoo import EVERY, PROMPTS, new_tokens, run, together
 
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
@@ -44,20 +44,15 @@ def plainly(model: PreTrainedModel, prompt: list[int], asked: dict[str, Any]) ->
 
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.inference_mode()
-def test_greedy_is_plain_decoding_under_the_formula_for_every_drafter(name: str) -> None:
-    """Every drafter under all of them together, and under one of the others."""
+def test_greedy_is_plain_decoding_under_the_formula(name: str) -> None:
+    """(With every drafter: test_drafters_pairwise.)"""
     model, asked = tiny_model(), SETTINGS[name]
     prompt = [token for _ in range(3) for token in plainly(model, PROMPTS[0], {})[:4]]  # of tokens that are penalised
     right, plain = plainly(model, prompt, asked), plainly(model, prompt, {})
     assert right != plain
     target = ReferenceTarget(model)
-    drafters = list(every(target).values())
-    accepted = 0
-    for drafter in drafters if name == "all" else drafters[list(SETTINGS).index(name) :: len(SETTINGS) - 1]:
-        [got], ran = run(target, drafter, [prompt], COUNT, eos=None, **asked)
-        assert got == right, drafter.name
-        accepted += ran.metrics[0].num_accepted_draft_tokens
-    assert accepted
+    for drafter in ("none", "prompt-lookup", "draft-model"):
+        assert run(target, EVERY[drafter](target), [prompt], COUNT, eos=None, **asked)[0] == [right], drafter
 
 
 @torch.inference_mode()
@@ -71,17 +66,6 @@ def test_rows_of_a_batch_have_their_own() -> None:
         drafting.bind(target)
         together(target, drafting, requests, FixedDepth(3), max_rows=5)  # rows come and go
         assert [new_tokens(request) for request in requests] == [plainly(model, *row) for row in rows]
-
-
-def test_sampling_is_that_of_plain_decoding() -> None:
-    target = ReferenceTarget(tiny_model())
-    drafters = every(target)
-    for asked in (SETTINGS["all"], SETTINGS["rewards"]):
-        sampling = {"temperature": 0.9, "top_p": 0.9, "seed": 3, **asked}
-        right, _ = run(target, drafters["none"], PROMPTS, COUNT, **sampling)
-        assert right != run(target, drafters["none"], PROMPTS, COUNT, temperature=0.9, top_p=0.9, seed=3)[0]
-        for drafter in ("m2r2: projection", "medusa (tree)", "lookahead (tree)"):
-            assert run(target, drafters[drafter], PROMPTS, COUNT, **sampling)[0] == right
 
 
 def test_a_bias_of_100_decides() -> None:
