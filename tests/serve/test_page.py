@@ -137,22 +137,6 @@ def test_markdown_is_shown_and_what_could_run_is_not(scripted: Any) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == 'if a < b:\n    print("a & b")\n'
 
 
-def test_letters_have_the_colour_of_their_tokens(scripted: Any) -> None:
-    """Every second byte is drafted, also where marks between them are not shown."""
-    page = scripted(lambda prompt: MARKDOWN[:25])
-    say(page, "Go on.")
-    coloured = "".join(page.locator("article .markdown span.d1").all_text_contents())
-    expected = [letter for number, letter in enumerate(MARKDOWN[:25]) if number % 2]
-    assert set("AlstoneB") & set(expected) <= set(coloured) | set("B")
-    shown = page.locator("article .markdown").inner_text()
-    assert [c for c in coloured if c.isalpha()] == [c for c in expected if c.isalpha() and c in shown]
-    page.get_by_text("Settings").click()
-    page.get_by_label("Colour drafted tokens").uncheck()
-    assert page.locator("#legend").is_hidden()
-    look = page.locator("article .markdown span.d1").first.evaluate("found => getComputedStyle(found).backgroundColor")
-    assert look == "rgba(0, 0, 0, 0)"
-
-
 def test_a_conversation_has_turns_a_system_prompt_and_stays_in_the_browser(scripted: Any) -> None:
     prompts: list[str] = []
     page = scripted(lambda prompt: prompts.append(prompt) or f"answer {len(prompts)}")
@@ -208,12 +192,6 @@ def test_the_page_stops_and_says_what_is_wrong(page: Any) -> None:
     page.get_by_role("button", name="Send", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("tokens", timeout=TIMEOUT)
     assert page.get_by_role("button", name="Retry").last.is_visible()
-
-
-def test_the_pages_own_policy_allows_its_icon(page: Any) -> None:
-    """The icon itself may be fetched out of a page's sight."""
-    shown = "link => new Promise(end => Object.assign(new Image(), {onload: end, onerror: end, src: link.href}))"
-    page.locator("link[rel=icon]").evaluate(shown)  # what the policy forbids is a problem in the console
 
 
 def test_what_the_browser_keeps_may_be_of_any_kind(server: Server, page: Any) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from calls import CALLS, SCHEMAS, THINKING, TOOLS, answering, thinking, written
@@ -286,49 +284,16 @@ def test_reasoning_text_and_parallel_calls_are_items() -> None:
     )
 
 
-def test_the_agents_package_calls_a_tool_and_answers() -> None:
-    agents = pytest.importorskip("agents", reason="openai-agents is not installed")
-    called = list[tuple[int, int]]()
-
-    @agents.function_tool
-    def add(a: int, b: int) -> int:
-        """Add two numbers."""
-        called.append((a, b))
-        return a + b
-
-    agents.set_tracing_disabled(True)
-    calls = written(HERMES, [("add", {"a": 2, "b": 5})])
-    for stream in (False, True):
-        with answering(calls, "It is seven.", template=THINKING) as server:
-
-            async def run(server: Server = server, stream: bool = stream) -> Any:
-                client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none")
-                model = agents.OpenAIResponsesModel(model=NAME, openai_client=client)
-                agent = agents.Agent(name="a", instructions="Add.", model=model, tools=[add])
-                async with client:
-                    if not stream:
-                        return (await agents.Runner.run(agent, "2 + 5?")).final_output
-                    found = agents.Runner.run_streamed(agent, "2 + 5?")
-                    async for _ in found.stream_events():
-                        pass
-                    return found.final_output
-
-            assert asyncio.run(run()) == "It is seven."
-    assert called == [(2, 5)] * 2
-
-
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 RESULT = {"type": "function_call_output", "call_id": "x", "output": "4"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no input": ({"input": None}, "input"),
-    "an empty input": ({"input": []}, "'input'"),
     "an image": (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         "input",
     ),
     "an item of another type": ({"input": [{"type": "web_search_call"}]}, "items of the type 'web_search_call'"),
-    "an item of no type": ({"input": [5]}, "input"),
     "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input"),
     "a result without a call": ({"input": [RESULT]}, "no such call is before it"),
     "a call that is no JSON": (
@@ -346,10 +311,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"tools": [{"type": "function", "name": "a", "parameters": {"enum": []}}], "tool_choice": "required"},
         "cannot be used",
     ),
-    "fewer tokens than none": ({"max_output_tokens": -1}, "max_output_tokens"),
     "an unsupported member": ({"max_tool_calls": 2}, "parameter 'max_tool_calls'"),
-    "an effort in a number": ({"reasoning": {"effort": 3}}, "reasoning"),
-    "a long prompt": ({"input": "x" * 5000}, "'input' has"),
     "a part of a number": ({"input": [{"role": "user", "content": [5]}]}, "'input.0.content.0': it must be an object"),
     "items in a number": ({"input": 5}, "'input': it must be text or a list of items"),
 }
@@ -389,10 +351,3 @@ def test_a_fault_in_a_stream_is_its_last_event() -> None:
         with pytest.raises(openai.InternalServerError, match="decoding failed"):
             client.responses.create(**BODY)
     assert events[-1].type == "response.failed" and "decoding failed" in events[-1].response.error.message
-
-
-def test_a_response_can_be_read_and_removed() -> None:
-    with answering("ab") as other:
-        url = f"{other.url}{PATH}/{other.post(PATH, BODY).json()['id']}"
-        assert httpx.get(url).json()["output"][0]["content"][0]["text"] == "ab"
-        assert httpx.delete(url).json()["deleted"] and httpx.get(url).status_code == 404

@@ -22,12 +22,12 @@ from servers import (
     USER,
     Gate,
     Oracle,
-    Replay,
     Server,
     byte_tokenizer,
+    content,
     events,
+    refusal,
     serving,
-    stand_in,
     tiny_decoder,
     until,
 )
@@ -35,7 +35,6 @@ from tiny import tiny_model
 
 from specdec import SpecDecoder
 from specdec.engine import batch
-from specdec.engine.request import Event
 
 GREEDY = {"temperature": 0}
 SAMPLED = {"temperature": 0.8, "seed": 5}
@@ -48,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["chain", "tree"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["chain", "tree"])
 def decoder(folder: Path, request: pytest.FixtureRequest) -> SpecDecoder:
     return tiny_decoder(folder, Oracle(slips=True, tree=request.param))
 
@@ -78,22 +77,8 @@ def known(decoder: SpecDecoder, how: dict[str, Any], prompt: list[dict[str, str]
     return texts if n > 1 else texts[0]
 
 
-def content(found: list[dict[str, Any]], index: int = 0) -> str:
-    return "".join(
-        c["delta"].get("content", "") for chunk in found for c in chunk["choices"] if c["index"] == index
-    )  # fmt: skip
-
-
 def spec(response: dict[str, Any]) -> dict[str, Any]:
     return response["metrics"]["speculative_decoding"]
-
-
-def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    [(key, error)] = response.json().items()
-    assert key == "error" and set(error) == {"message", "type", "param", "code"}
-    assert error["message"] and "\n" not in error["message"]
-    return error
 
 
 def at_once(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
@@ -163,19 +148,6 @@ def test_2_a_character_of_several_tokens_arrives_whole(tree: bool) -> None:
                 assert "".join(pieces) == text.removeprefix(before)
                 assert not any("\ufffd" in piece for piece in pieces)
                 assert spec(found[-1])["num_accepted_draft_tokens"] > 0
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_2_also_where_each_step_ends_within_one(size: int) -> None:
-    text, tokenizer = "né 😀, 語!", byte_tokenizer()
-    ids = tokenizer(text).input_ids
-    steps = [Event(part := ids[i : i + size], depths=[*range(1, len(part)), 0]) for i in range(0, len(ids), size)]
-    steps[-1].finish_reason = "eos"
-    with serving(stand_in(tokenizer), Replay(lambda request: steps)) as server:
-        for more in ({}, {"stream_options": {"include_draft_depth": True}}):
-            found = events(server.chat(stream=True, **more))
-            pieces = [c["delta"].get("content", "") for chunk in found for c in chunk["choices"]]
-            assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
 @KINDS

@@ -64,23 +64,6 @@ def test_litellm_calls_a_tool_and_streams(server: Server) -> None:
     assert after.choices[0].message.content == text != "" and after.usage.completion_tokens == 5
 
 
-def test_anthropics_client_sends_back_what_it_dumps(server: Server) -> None:
-    anthropic = pytest.importorskip("anthropic", reason="anthropic is not installed")
-    tool = GIVEN_SUM["function"]
-    tools = [{"name": tool["name"], "description": "adds", "input_schema": tool["parameters"]}]
-    turns: Any = [{"role": "user", "content": ASK}]
-    with anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0) as client:
-        how: Any = {"model": NAME, "max_tokens": 200, "tools": tools}
-        found = client.messages.create(**how, messages=turns, tool_choice={"type": "tool", "name": "sum"})
-        [call] = found.content
-        assert call.type == "tool_use" and is_sum(call.input)
-        result = {"type": "tool_result", "tool_use_id": call.id, "content": "5"}
-        dumped = found.model_dump()
-        turns += [{"role": dumped["role"], "content": dumped["content"]}, {"role": "user", "content": [result]}]
-        again = client.messages.create(**how | {"max_tokens": 5}, messages=turns, extra_body={"min_tokens": 5})
-    assert again.usage.output_tokens == 5
-
-
 @pytest.mark.parametrize("kind", ["OpenAIResponsesModel", "OpenAIChatCompletionsModel"])
 def test_openais_agents_call_a_tool(server: Server, kind: str) -> None:
     agents = pytest.importorskip("agents", reason="openai-agents is not installed")

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -129,6 +128,22 @@ class Server:
         raise KeyError(name)
 
 
+def content(found: list[dict[str, Any]], index: int = 0) -> str:
+    """The text of a streamed choice."""
+    return "".join(
+        c["delta"].get("content", "") for chunk in found for c in chunk["choices"] if c["index"] == index
+    )  # fmt: skip
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of a refused request."""
+    assert response.status_code == status, response.text
+    [(key, error)] = response.json().items()
+    assert key == "error" and set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    return error
+
+
 def events(response: httpx.Response) -> list[dict[str, Any]]:
     """The objects of a stream, which must end with [DONE]."""
     *parts, done, rest = response.text.split("\n\n")
@@ -154,16 +169,15 @@ def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterat
 
 
 class Process:
-    """``specdec serve`` with ``args``, ready. descriptors: how many it may open."""
+    """``specdec serve`` with ``args``, ready."""
 
-    def __init__(self, model: Path, *args: str, port: int = 0, descriptors: int | None = None) -> None:
+    def __init__(self, model: Path, *args: str, port: int = 0) -> None:
         command = [sys.executable, "-m", "specdec", "serve", "--model", str(model), "--drafter", "prompt-lookup"]
         self.child = subprocess.Popen(
             [*command, "--port", str(port), *args],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            preexec_fn=descriptors and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors,) * 2)),
         )
         self.before: list[str] = []
         for line in self.child.stderr:
