@@ -85,15 +85,6 @@ def test_a_single_token_after_an_even_batch_needs_no_mask_until_the_window_bites
     assert mask.bool_mask() is None and mask.bool_mask(4) is None and mask.bool_mask(3) is not None
 
 
-def test_entries_with_gradients_are_seen_by_autograd() -> None:
-    cache = KVCache(1, 1)
-    fill(cache, [[1, 2]], 0, 1)
-    k = entries([[3]]).clone().requires_grad_()
-    keys, _ = cache.append(0, k, k)
-    keys.sum().backward()
-    assert k.grad is not None and k.grad.abs().sum() > 0
-
-
 def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
     def write(cache: KVCache, tokens: list[list[int]]) -> None:
         """As a runtime that fills reserved slots itself."""

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from passes import apart, play
-from tiny import SIZES, model_of, save_tiny, tiny_model
-from typer.testing import CliRunner
-from zoo import EVERY, every, run
+from tiny import SIZES, model_of, tiny_model
+from zoo import EVERY, run
 
-from specdec import cli
 from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import statistics
@@ -159,16 +154,6 @@ def target() -> Target:
     return NativeTarget(tiny_model("llama", **SIZES | {"head_dim": 64}).bfloat16(), kv_cache="int8")
 
 
-@pytest.fixture(scope="module")
-def plain(target: Target) -> list[list[int]]:
-    return run(target, NoDrafter(), PROMPTS, 20)[0]
-
-
-def test_drafters_give_the_tokens_of_plain_decoding(target: Target, plain: list[list[int]]) -> None:
-    for name, drafter in every(target).items():
-        assert run(target, drafter, PROMPTS, 20)[0] == plain, name
-
-
 @pytest.mark.parametrize("name", ["m2r2: grown level by level (tree)", "layer-skip: parts", "prompt-lookup (tree)"])
 @pytest.mark.usefixtures("kernels")
 def test_drafters_give_them_with_every_instruction_set(name: str, target: Target) -> None:
@@ -185,18 +170,6 @@ def test_an_8_bit_cache_is_named_lossy_and_compared_with_itself() -> None:
     usual = SpecDecoder(decoder.model, drafter="none")
     assert statistics.runtime(usual)["kv_cache"] == "as computed"
     assert statistics._held(usual) == "weights in 16 bits"
-
-
-def test_the_command_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    folder = str(save_tiny(tmp_path / "model", **SIZES))
-    given = ["--model", folder, "--dtype", "bfloat16", "--kv-cache", "int8", "--drafter", "prompt-lookup"]
-    given += ["--max-new-tokens", "24", "--num-speculative-tokens", "4", "--compare"]
-    shown = CliRunner().invoke(cli.app, ["generate", "ab ab ab", *given])
-    assert "weights in 16 bits, KV cache in 8 bits (lossy)" in shown.stderr
-    assert "output identical to plain decoding: yes" in shown.stderr
-    result = json.loads(CliRunner().invoke(cli.app, ["generate", "ab ab ab", *given, "--json"]).stdout)
-    assert result["kv_cache"] == "8 bits (lossy)" and result["compare"]["identical"]
 
 
 @pytest.mark.parametrize("runtime", ["fused", "graphs", "reference"])

@@ -181,33 +181,6 @@ def test_a_chunk_that_made_room_since_it_was_found_is_no_damage(
         assert answer(engine, made, PROMPT) == (right, 48) and 4 in map(len, found)
 
 
-def test_chunks_of_another_size_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = decoder("native")
-    with engine_of(made, tmp_path) as engine:
-        right, _ = answer(engine, made, PROMPT)
-    monkeypatch.setattr(disk, "CHUNK", 32)
-    with engine_of(made, tmp_path) as engine:
-        assert answer(engine, made, PROMPT, max_new_tokens=1) == (right[:1], 0)
-
-
-def test_a_damaged_file_that_cannot_be_removed_ends_the_writing_and_not_the_engine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path, missing_ok: bool = False) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    made = decoder()
-    with engine_of(made, tmp_path) as engine:
-        right, _ = answer(engine, made, PROMPT)
-    for path in files(tmp_path):
-        path.write_bytes(b"")
-    with engine_of(made, tmp_path) as engine:
-        monkeypatch.setattr(Path, "unlink", refuse)
-        with pytest.warns(SpecDecWarning, match="nothing more is written to the prefix cache.*: Read-only"):
-            assert answer(engine, made, PROMPT) == (right, 0)
-        monkeypatch.undo()
-
-
 def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
     made = decoder()
     with engine_of(made, tmp_path) as engine:

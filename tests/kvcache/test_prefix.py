@@ -138,20 +138,6 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
     assert len(looked) == 1 and waiting.metrics.num_cached_tokens == len(PROMPTS[0])
 
 
-def test_a_request_that_waits_for_a_prompt_is_looked_up_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = ReferenceTarget(tiny_model())
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8, reuse=True)
-    prompt, looked = [3 + n * n % 90 for n in range(100)], spied(monkeypatch, PrefixStore, "longest")
-    engine.submit(Request(prompt, 2))
-    engine.step()
-    looked.clear()
-    second = Request([*prompt, 5], 2)
-    engine.submit(second)
-    for _ in engine.steps():
-        pass
-    assert len(looked) == 2 and second.metrics.num_cached_tokens == 100
-
-
 def test_the_disk_is_asked_for_more_than_there_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "CHUNK", 16)
     made = SpecDecoder(tiny_model(), None, "none", runtime="reference")

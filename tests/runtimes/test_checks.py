@@ -37,7 +37,7 @@ def mixture(family: str, seed: int = 0, apart: float = 1.0) -> Any:
 @native
 @pytest.mark.parametrize("family", MIXTURES)
 def test_near_ties_between_experts_are_no_fault(family: str) -> None:
-    for seed in range(10):
+    for seed in range(4):
         assert NativeTarget(mixture(family, seed, 0.02), "int8").logit_difference < 0.05
 
 
@@ -82,11 +82,11 @@ def replace(module: Any, function: Any) -> None:
 
 
 @native
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen3_next"])
 @pytest.mark.parametrize("other", [louder, scaled, unnormalised, reordered, chosen_otherwise])
 def test_another_mixture_is_refused(family: str, other: Any) -> None:
     """Modules that compute something else than their weights say: as if the kernels did."""
-    for seed in range(3):
+    for seed in range(2):
         model = mixture(family, seed)
         for layer in model.model.layers:
             other(layer)

@@ -160,20 +160,6 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
 
 
 @torch.inference_mode()
-def test_a_second_cache_of_the_same_size_runs_beside_the_first() -> None:
-    target = GraphedTarget(tiny_model("llama"), record=Replay)
-    first, second = target.new_cache(), target.new_cache()
-    ids, positions = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
-    for x, cache in ((ids, first), (ids + 1, second)):
-        got = target.layers(target.embed(x, positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
-        other = FusedTarget(target.model)
-        alone = other.new_cache()
-        expected = other.layers(other.embed(x, positions), 0, 4, Pass(positions, alone.register(0, positions), alone))
-        assert torch.allclose(got, expected, atol=2e-5)
-    assert Replay.replayed > 0
-
-
-@torch.inference_mode()
 def test_rows_that_come_and_go_meet_buffers_of_their_shape() -> None:
     """One row, two, and one again; and what begins in the buffer that these leave behind."""
     target, eager = GraphedTarget(tiny_model("llama"), record=Replay), FusedTarget(tiny_model("llama"))

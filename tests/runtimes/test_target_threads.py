@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from at_once import BF16, PROMPTS, at_once, grown, projecting
-from passes import Replay, random_blocks
+from passes import Replay
 from tiny import greedy_reference, tiny_model
 from zoo import run
 
@@ -197,14 +197,6 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
     assert begins[0][0] + begins[0][1] <= begins[1][0]
 
 
-@needs_native
-def test_memory_that_tiles_did_not_fit_is_used_again() -> None:
-    linear.Packed([torch.randn(32, 64).bfloat16()])
-    used = linear._arena.used
-    packed = linear.Packed([random_blocks("Q4_0", 32, 64, (60000.0, 65000.0))])
-    assert packed.kinds == {library.BF16} and linear._arena.used == used + packed.nbytes
-
-
 @pytest.mark.parametrize("runtime", [pytest.param("native", marks=needs_native), "fused", "reference"])
 def test_decoders_that_share_a_target_run_at_once(runtime: str) -> None:
     model = tiny_model("llama", **BF16).bfloat16() if runtime == "native" else tiny_model("llama")
@@ -215,25 +207,6 @@ def test_decoders_that_share_a_target_run_at_once(runtime: str) -> None:
             decoder.generate(prompt, max_new_tokens=12, num_speculative_tokens=3, ignore_eos=True).token_ids
         )
         for decoder, prompt in zip([base, *map(base.with_drafter, made)], [*PROMPTS, *PROMPTS], strict=False)
-    ]
-    expected = [each() for each in runs]
-    for found, alone in zip(at_once(*runs), expected, strict=True):
-        assert found == [alone] * 3
-
-
-@needs_native
-def test_decoders_on_two_models_and_runtimes_run_at_once() -> None:
-    """One pair has a model of its own each, the other two share one."""
-    models = tiny_model("llama", **BF16).bfloat16(), tiny_model("qwen3")
-    decoders = [
-        SpecDecoder(model, None, "prompt-lookup", runtime=runtime)
-        for model, runtime in ((models[0], "native"), (models[1], "reference"), (models[1], "fused"))
-    ]
-    runs = [
-        lambda decoder=decoder, prompt=prompt: (
-            decoder.generate(prompt, max_new_tokens=12, num_speculative_tokens=3, ignore_eos=True).token_ids
-        )
-        for decoder, prompt in zip(decoders, PROMPTS, strict=True)
     ]
     expected = [each() for each in runs]
     for found, alone in zip(at_once(*runs), expected, strict=True):

@@ -17,12 +17,13 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fPIC"]  # of setup.py
 ROOT = Path(__file__).parents[3]
 TESTS = ["test_linear.py", "test_target_builds.py", "test_target.py"]
-# A family's layers are in the calls of ``agrees``; adapters and trees need some of them.
-ADAPTERS, TREES = "adapters and (beside or llama or phi3 or qwen3_5)", "in_one_call and not (qwen2 or granite or olmo2)"
-KERNELS = f"(test_linear and not wide) or ({TREES}) or ({ADAPTERS}) or chains or agrees or largest"
+# The layers of families are in the calls of ``agrees``; adapters need some of them.
+ADAPTERS, TREES = "adapters and (beside or llama or phi3 or qwen3_5)", "in_one_call"
+KERNELS = f"(test_linear and not wide) or ({TREES}) or ({ADAPTERS}) or chains or largest"
 OTHERS = "granite or olmoe or olmo2 or smollm3 or qwen3- or phi3 or ministral3 or gemma- or qwen3_5_moe"
+ALIKE = "granite or olmoe or smollm3 or qwen3- or ministral3 or gemma- or qwen3_5_moe"  # kernels of the other families
 LOGITS = f"logits_are_equal and not ({OTHERS})"
-WHICH = f"not masks and ({LOGITS} or avx2 and ({KERNELS}))"
+WHICH = f"not masks and ({LOGITS} or avx2 and ({KERNELS} or agrees and not ({ALIKE})))"
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,7 +4,6 @@ bf16 tiles, and products with activations in 8 bits those of the algorithm, to t
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import gguf
 import numpy as np
@@ -245,14 +244,6 @@ def test_a_screened_map_does_not_read_what_cannot_be_largest() -> None:
     tiles[20] = tiles[4]  # those of outputs 64 to 79
     tiles[20, :, :32].view(torch.float16).mul_(2)
     assert packed(x).argmax() == 326 and packed.largest(x, None, 0.0) == [70]
-
-
-@pytest.mark.parametrize(("kind", "more"), [("Q8_0", {"cap": 30.0}), ("Q8_0", {"rounded": False}), ("Q6_K", {})])
-def test_other_maps_are_not_screened(kind: str, more: dict[str, Any]) -> None:
-    blocks = random_blocks(kind, 64, 256)
-    packed = linear.Packed([blocks], **more)
-    packed.screen(blocks)
-    assert packed.rough is None
 
 
 @pytest.mark.parametrize("rows", [1, 20])

@@ -344,7 +344,8 @@ print(len(packed))
 """
 
 
-@pytest.mark.parametrize("path", ["file", pytest.param("folder", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["file", "folder"], indirect=True)
 def test_of_two_processes_that_pack_at_once_one_writes_and_the_other_reads(path):
     loading.load(path)  # its config and tokenizer are there
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -294,9 +294,8 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
 @pytest.mark.parametrize(
     ("family", "window", "kv_cache"),
     [
-        *(("llama", None, "auto"), ("mistral", 12, "auto"), ("qwen2", None, "auto"), ("llama", None, "int8")),
-        *(("granite", None, "auto"), ("olmo2", None, "auto"), ("gemma3_text", 12, "auto")),
-        ("qwen3_5_text", None, "auto"),
+        *(("llama", None, "auto"), ("mistral", 12, "auto"), ("llama", None, "int8")),
+        *(("gemma3_text", 12, "auto"), ("qwen3_5_text", None, "auto")),
     ],
 )
 @pytest.mark.parametrize(
@@ -359,29 +358,6 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
             Pass(positions[:, :1], each.register(0, positions[:, :1]), each),
         )
     assert all(torch.equal(a.states, b.states) for a, b in zip(cache.states, again.states, strict=True))
-
-
-@torch.inference_mode()
-def test_nodes_get_children_if_these_may_be_worth_scoring() -> None:
-    model = model_of("llama")
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(6)
-    target = NativeTarget(model)
-    cache, roots = seeded(target)
-    route = random_route(target, heads=2)
-    limits = tree_drafting.TreeLimits(4, 4, node=0.05, rates=[1.0, 0.9, 0.5])
-    for grow in (target.draft_tree, partial(Target.draft_tree, target)):
-        found, every = grow(cache, roots, route, limits), grow(cache, roots, route, tree_drafting.TreeLimits(4, 4))
-        depths, with_children = found.depths(), {parent - 1 for parent in found.parents if parent}
-        worth = {
-            node
-            for node, (score, depth) in enumerate(zip(found.scores, depths, strict=True))
-            if limits.rate(depth) * math.exp(score) > 0.05
-        }
-        levels = [[node for node, own in enumerate(depths) if own == depth] for depth in range(1, max(depths))]
-        likeliest = {max(level, key=lambda node: found.scores[node]) for level in levels}
-        assert likeliest <= with_children <= worth | likeliest
-        assert len(found.tokens) < len(every.tokens) and worth & with_children
 
 
 @pytest.mark.parametrize("share", [0.04, 0.5])
