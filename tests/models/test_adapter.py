@@ -16,7 +16,7 @@ from fake_hub import FakeHub
 from lora import PARTS, save_lora
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
-from tiny_gguf import write_gguf, write_model
+from tiny_gguf import finish, write_gguf, write_model
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -196,10 +196,7 @@ def write_adapter(path: Path, tensors: dict[str, np.ndarray], architecture: str 
         writer.add_string("general.base_model.0.name", more["base"])
     for name, values in tensors.items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

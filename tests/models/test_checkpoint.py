@@ -161,6 +161,7 @@ print(json.dumps([peak(expert_cache=0.25), peak()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_experts_are_never_in_memory_all_at_once(mixtral, tmp_path):

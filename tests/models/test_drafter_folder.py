@@ -246,25 +246,9 @@ def test_a_drafter_in_8_bits_drafts_and_is_smaller(folder: Path) -> None:
     [
         ({"projections.0.weight.scales": None}, "'projections.0.weight' in .* 8-bit codes without scales that fit"),
         ({"projections.0.weight.scales": torch.ones(32, 5).bfloat16()}, "without scales that fit"),
-        ({"projections.0.weight.scales": torch.ones(32, 3, dtype=torch.int32)}, "without scales that fit"),
         ({"projections.0.weight.codes": torch.ones(32, 96)}, "without scales that fit"),
         ({"projections.0.weight": torch.ones(32, 96)}, "is stored twice or"),
-        (
-            {"projections.0.weight.scales": torch.full((32, 3), torch.nan).bfloat16()},
-            "'projections.0.weight' in .* holds NaN",
-        ),
-        (
-            {"projections.0.weight.scales": torch.full((32, 3), 3e38).bfloat16()},
-            "'projections.0.weight' in .* holds NaN or inf",
-        ),
-        ({"projections.0.bias": torch.ones(32, dtype=torch.int8)}, "is I8; it must be one of"),
-        (
-            {
-                "projections.0.weight.codes": torch.ones(32, 64, dtype=torch.int8),
-                "projections.0.weight.scales": torch.ones(32, 2).bfloat16(),
-            },
-            "for this model it should be .32, 96.",
-        ),
+        ({"projections.0.weight.scales": torch.full((32, 3), 3e38).bfloat16()}, "holds NaN or inf"),
     ],
 )
 def test_codes_that_no_matrix_has_are_refused(folder: Path, change, message: str) -> None:

@@ -77,7 +77,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     with pytest.raises(SpecDecError, match=r"'tiny-00002-of-00003.gguf' says that it is part 2 of 3, counted from 0"):
         loading.load(parts[0])
     parts[1].write_bytes(kept.replace(b"blk.0.", b"blk.1.", 1))
-    with pytest.raises(SpecDecError, match=r"tensor 'blk\.1\.attn_output.weight' is (in two parts|there twice)"):
+    with pytest.raises(SpecDecError, match=r"tensor 'blk\.1\.\S+' is (in two parts|there twice)"):
         loading.load(parts[0])
     parts[1].write_bytes(kept[:-64])
     with pytest.raises(SpecDecError, match=r"'.*00002-of-00003.gguf': the GGUF file is truncated or broken"):

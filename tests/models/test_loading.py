@@ -24,7 +24,6 @@ from transformers import AutoConfig
 
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, hub, identity, loading, prepare, source
-from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -37,30 +36,6 @@ def folder(cache, tmp_path) -> Path:
     for path in prepare.prepare_embedded(NAME).glob("*token*"):
         shutil.copy(path, tmp_path / "llama")
     return tmp_path / "llama"
-
-
-def test_a_gguf_file_becomes_plain_weights(cache, published):
-    model, tokenizer = loading.load(published.gguf, dtype="float32")
-    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    up = torch.from_numpy(published.tensors["blk.0.ffn_up.weight"])
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, up)
-    assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
-
-
-@pytest.mark.parametrize(("kind", "storage"), [("Q4_1", "4 bits"), ("Q8_0", "8 bits")])
-def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(cache, tmp_path, kind, storage):
-    packed = gguf.GGMLQuantizationType[kind]
-    tensors = write_gguf(tmp_path / "it.gguf", 64, 2, packed)
-    model, _ = loading.load(tmp_path / "it.gguf")
-    up = torch.from_numpy(gguf.dequantize(gguf.quants.quantize(tensors["blk.1.ffn_up.weight"], packed), packed))
-    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, up.bfloat16())
-    try:
-        library.load()
-    except SpecDecError:
-        assert make_target(model)[0].runtime == "fused"
-    else:
-        target = make_target(model)[0]
-        assert (target.runtime, target.weight_format) == ("native", storage)
 
 
 @pytest.mark.parametrize(

@@ -179,16 +179,6 @@ def test_experts_that_become_dense_are_those_of_transformers(cache: Path, tmp_pa
     assert torch.equal(model(ids).logits, expected)
 
 
-def test_norms_and_mlps_run_by_themselves() -> None:
-    for kind in ("llama", "gemma", "olmo2", "phi3"):
-        model = tiny_model(kind).to(torch.bfloat16)
-        own, x = of(model), torch.randn(1, 3, model.config.hidden_size).bfloat16()
-        theirs = model.model.layers[1]
-        assert torch.equal(own.model.layers[1].mlp(x), theirs.mlp(x))
-        for name in filter(None, families.FAMILIES[kind].norms):
-            assert torch.equal(getattr(own.model.layers[1], name)(x), getattr(theirs, name)(x))
-
-
 def test_a_config_is_that_of_transformers_again() -> None:
     config = config_of("gemma3_text")
     theirs = transformers_config(config.to_dict())

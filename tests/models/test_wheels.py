@@ -14,7 +14,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,12 +71,6 @@ def test_first_use_keeps_the_file_as_it_is_and_the_second_is_local(cache, publis
     again, _ = loading.load(NAME)
     assert cache.downloads == 1
     assert identity.fingerprint(again) == identity.fingerprint(model)
-
-
-def test_digits_are_split_off_before_words(cache):
-    """So "\\n\\n" before a digit is the one token the model was trained with, as the file's pre-tokenizer says."""
-    _, tokenizer = loading.load(NAME)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == ["ĊĊ", "1"]
 
 
 @pytest.mark.parametrize("what", ["wheel", "gguf"])
@@ -213,6 +206,7 @@ def test_an_interrupted_preparation_leaves_nothing(cache, monkeypatch, error, ex
     assert_nothing_left(cache)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, monkeypatch):
     script = """
         import json, shutil, signal, sys
@@ -278,13 +272,6 @@ def test_a_damaged_cache_is_rebuilt_from_the_gguf_file_if_that_is_whole(cache, f
     assert not works(cache)
 
 
-def test_a_missing_file_is_named(cache, capsys):
-    loading.load(NAME)
-    (cache.folder / "config.json").unlink()
-    loading.load(NAME)
-    assert "config.json is missing" in capsys.readouterr().err
-
-
 def test_a_shared_folder_as_cache_loses_nothing_that_is_not_ours(cache):
     for name in ("tmp/theirs/notes.txt", "lock", "models/other/config.json", "old", "specdec.json"):
         (cache.root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -319,25 +306,6 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
         SpecDecError, match=r"cannot prepare 'tiny-test-model'.*set SPECDEC_CACHE to use another folder"
     ):
         loading.load(NAME)
-
-
-def test_the_cache_folder_is_that_of_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "a"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert files.cache_dir() == tmp_path / "a"
-    monkeypatch.delenv("SPECDEC_CACHE")
-    assert files.cache_dir() == tmp_path / "b/specdec"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "c"))
-    assert files.cache_dir() == tmp_path / "c/.cache/specdec"
-
-
-def test_rows_for_the_model_list(cache, published):
-    assert not listed()["cached"] and listed()["where"] == "PyPI: tiny 1.0"
-    loading.load(NAME)
-    row = listed()
-    assert row["cached"] and row["where"] == str(cache.folder)
-    assert row["download_bytes"] == published.entry.download_bytes
 
 
 # --- GGUF files of other architectures ------------------------------------------------------------------------------
@@ -467,10 +435,8 @@ def test_an_interrupt_stops_pip(pip, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(wheels.time, "sleep", interrupt)
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         pip(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 20")
-    assert time.monotonic() - start < 15
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -498,7 +464,3 @@ def test_the_default_model_loads_again_without_a_network(monkeypatch):
     for ours, theirs in (("embed_tokens", "token_embd"), ("layers.29.mlp.down_proj", "blk.29.ffn_down")):
         values = gguf.dequantize(packed[f"{theirs}.weight"].data, packed[f"{theirs}.weight"].tensor_type)
         assert torch.equal(model.model.get_submodule(ours).weight, torch.from_numpy(values).to(torch.bfloat16))
-
-    start = time.process_time()
-    identity.fingerprint(model)
-    assert time.process_time() - start < 1.0  # takes 0.02 s

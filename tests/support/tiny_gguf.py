@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from tiny import rough_model
 
 from specdec.models.gguf.blocks import KINDS
 
 NAME = "tiny-test-model"
 TYPES = *KINDS, "BF16"  # of the blocks of files
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write the file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_gguf(
@@ -73,10 +83,7 @@ def write_gguf(
             writer.add_tensor(name, gguf.quants.quantize(tensor, packed), raw_dtype=packed)
         else:
             writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return tensors
 
 
@@ -129,70 +136,6 @@ def random_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator
     if kind == "IQ1_M":  # the first four bits of four numbers are a scale
         data[..., 49::2] = data[..., 49::2] & 15 | np.array([0, 0, 0, 0x20], np.uint8)
     return data.reshape(shape[0], -1)
-
-
-def write_model(
-    path: Path,
-    architecture: str,
-    kind: str,
-    width: int = 32,
-    tied: bool = False,
-    more: dict[str, np.ndarray] | None = None,
-) -> Path:
-    """A 2-layer random model of an architecture, its matrices in one type. more: further tensors."""
-    random, inner, vocab, heads = np.random.default_rng(0), 2 * width, 64, (4, 2)
-    size = 128 if architecture == "qwen3" else width // 4  # 128: what transformers assumes
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads[0])
-    writer.add_head_count_kv(heads[1])
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
-    if architecture == "llama":
-        writer.add_rope_dimension_count(size)
-    if architecture == "qwen3":
-        writer.add_key_length(size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(["<|endoftext|>", "<s>", "</s>", *(chr(33 + i) for i in range(vocab - 4)), "AB"])
-    writer.add_token_types([3, 3, 3, *[1] * (vocab - 3)])
-    writer.add_token_merges(["A B"])
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    every, shared = 4 * size, 2 * size
-    matrices = {"token_embd": (vocab, width)} | ({} if tied else {"output": (vocab, width)})
-    vectors = {"output_norm.weight": width}
-    for i in range(2):
-        vectors |= {f"blk.{i}.attn_norm.weight": width, f"blk.{i}.ffn_norm.weight": width}
-        matrices |= {f"blk.{i}.attn_output": (width, every), f"blk.{i}.ffn_down": (width, inner)}
-        if architecture == "phi3":
-            matrices |= {f"blk.{i}.attn_qkv": (2 * width, width), f"blk.{i}.ffn_up": (2 * inner, width)}
-            continue
-        matrices |= {f"blk.{i}.ffn_{name}": (inner, width) for name in ("gate", "up")}
-        matrices |= {f"blk.{i}.attn_{name}": (every if name == "q" else shared, width) for name in "qkv"}
-        if architecture == "qwen2":
-            vectors |= {f"blk.{i}.attn_{name}.bias": every if name == "q" else shared for name in "qkv"}
-        if architecture == "qwen3":
-            vectors |= {f"blk.{i}.attn_{name}_norm.weight": size for name in "qk"}
-    for name, count in vectors.items():
-        writer.add_tensor(name, random.normal(1, 0.1, count).astype(np.float32))
-    for name, shape in matrices.items():
-        packed = gguf.GGMLQuantizationType[kind]
-        if kind in ("F32", "F16", "BF16"):
-            data = gguf.quants.quantize(random.normal(0, 0.2, shape).astype(np.float32), packed)
-        else:
-            data = random_blocks(kind, shape, random)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=packed)
-    for name, values in (more or {}).items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 WHOLE = "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"  # types that ``gguf`` quantises to
@@ -261,11 +204,17 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
 
 
 def write_family(
-    path: Path, model: Any, kind: str = "F32", gates: str = "", older: bool = False, joined: bool = False
+    path: Path,
+    model: Any,
+    kind: str = "F32",
+    gates: str = "",
+    older: bool = False,
+    joined: bool = False,
+    tensors: Mapping[str, np.ndarray] = {},
 ) -> Path:
     """A model of transformers as llama.cpp's converter writes it, its matrices quantised to ``kind`` or in random
     blocks of it. gates: the type of those of recurrent layers. older: as older converters wrote Qwen3-Next. joined:
-    gates and ups of experts are one tensor."""
+    gates and ups of experts are one tensor. tensors: further ones."""
     config = model.config
     name, paired, more, metadata = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
@@ -286,6 +235,7 @@ def write_family(
     if name == "phi3":
         size = config.hidden_size // config.num_attention_heads
         writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))
+        writer.add_pad_token_id(0)  # transformers assumes one outside a small vocabulary
     if name in ("mistral3", "gpt-oss"):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         for key, field in YARN.items():
@@ -345,11 +295,19 @@ def write_family(
             most = 1e-5 if its == "Q6_K" else 5e-4  # weights are then as large as those of a trained model
             blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(its, rows.shape, random, most)
             writer.add_tensor(stored, blocks.reshape(*part.shape[:-1], -1), raw_dtype=packed)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for stored, values in tensors.items():
+        writer.add_tensor(stored, values)
+    finish(writer)
     return path
+
+
+def write_model(path: Path, architecture: str, kind: str, width: int = 32, tied: bool = False, **tensors: Any) -> Path:
+    """A 2-layer random model of an architecture, its matrices in one type. tensors: further ones, by name."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes |= {"max_position_embeddings": 64}
+    if architecture == "qwen3":
+        sizes["head_dim"] = 128  # what readers assume
+    return write_family(path, rough_model(architecture, **sizes, tie_word_embeddings=tied), kind, tensors=tensors)
 
 
 def recurrent_part(
