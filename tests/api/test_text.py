@@ -80,16 +80,6 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
     assert [piece(b) for b in b"yE"] == ["y", ""] and detokenizer.finish() == "E"
 
 
-def test_text_that_nobody_asks_for_is_read_in_one_piece_at_the_end() -> None:
-    tokenizer = Bytes()
-    tokenizer.decode = Mock(side_effect=tokenizer.decode)  # type: ignore[method-assign]
-    detokenizer = Detokenizer(tokenizer)
-    for byte in "naïve".encode():
-        detokenizer.push(byte)
-    assert not tokenizer.decode.called
-    assert detokenizer.finish() == "naïve" and tokenizer.decode.call_count == 1
-
-
 def test_prompts_of_every_kind_become_ids() -> None:
     assert encode(Bytes(), "ab") == [97, 98]
     assert encode(Chat(), "a") == list(b"<user>a<assistant>")

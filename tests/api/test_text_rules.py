@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model
-from tiny_tokenizers import Bytes
+from tiny_tokenizers import Letters
 from transformers import PreTrainedModel
 
 from specdec import SpecDecError, SpecDecoder
@@ -16,20 +16,7 @@ from specdec.api import text
 
 COUNT = 16
 PROMPTS = [(5, 6, 7, 8), (9, 9, 4), (20, 21, 20, 21, 20)]
-Ids = tuple[int, ...]
 DRAFTERS = ["none", "auto", "prompt-lookup"]
-
-
-class Letters(Bytes):
-    """Token t is one letter; token 2 is the end."""
-
-    eos_token_id = 2
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(chr(ord("!") + i) for i in ids if i != 2 or not skip_special_tokens)
-
-    def __call__(self, text: str, add_special_tokens: bool = True, **how: Any) -> Any:
-        return type("Encoded", (), {"input_ids": [ord(letter) - ord("!") for letter in text if letter != " "]})
 
 
 @pytest.fixture(scope="module")

@@ -167,6 +167,7 @@ print("the parent goes on as before")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_goes_on_generating() -> None:
     """By os.fork and by multiprocessing, in every runtime. It hangs where a child believes in its parent's threads."""

@@ -16,7 +16,6 @@ from specdec.base.errors import SpecDecError
 from specdec.bench.plan import load_plan
 from specdec.bench.prompts import load_prompts
 from specdec.bench.results import load_results
-from specdec.speculation import registry
 from specdec.train import data
 from specdec.train.settings import TrainSettings, load_settings
 
@@ -122,17 +121,3 @@ def test_an_argument_is_utf_8_whatever_the_locale() -> None:
     assert inputs.decode_argument("the prompt", os.fsdecode("Grüße".encode())) == "Grüße"
     with pytest.raises(ValueError, match="the prompt is not UTF-8 text"):
         inputs.decode_argument("the prompt", os.fsdecode(b"\xff"))
-
-
-@pytest.mark.parametrize("text", ["", " ", "+", "m2r2+", "=x"])
-def test_a_drafter_without_a_name_is_no_folder(text: str) -> None:
-    with pytest.raises(SpecDecError, match="no drafter is named"):
-        registry.parse(text)
-
-
-def test_an_override_without_a_value_says_so(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("limit: 2")
-    with pytest.raises(SpecDecError, match="override 'drafter': it gives no value; write KEY=VALUE,VALUE"):
-        load_plan(tmp_path / "x.yaml", ["drafter"])
-    with pytest.raises(SpecDecError, match=r"did you mean 'drafter'\?"):
-        load_plan(tmp_path / "x.yaml", ["draftre=m2r2"])

@@ -6,7 +6,6 @@ import io
 import logging
 import re
 import sys
-import time
 from pathlib import Path
 from threading import Event
 
@@ -78,27 +77,6 @@ def test_names_are_escaped_and_are_no_markup_wherever_a_terminal_shows_them(monk
     assert "\x1b]0;" not in shown and "\x07" not in shown and shown.count("x\\x1b]0;[bold]y\\x07") >= 4
 
 
-def test_a_status_appears_after_a_while_without_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = Event()
-
-    class Watched(Tty):
-        def write(self, text: str) -> int:
-            shown.set()
-            return super().write(text)
-
-    monkeypatch.setattr(sys, "stderr", stream := Watched())
-    monkeypatch.setattr(terminal, "_begun", time.monotonic())
-    monkeypatch.setattr(terminal, "LATER", 1000.0)
-    with terminal.status("outer"), terminal.status("inner"):
-        pass
-    assert stream.getvalue().strip() == ""
-    shown.clear()
-    monkeypatch.setattr(terminal, "LATER", 0.01)
-    with terminal.status("outer"):
-        assert shown.wait(300)
-    assert "outer" in stream.getvalue()
-
-
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
@@ -124,23 +102,6 @@ def test_a_pipe_gets_a_line_for_each_task_that_has_not_ended(heard: Heard) -> No
     assert re.search(r"^answers: 25 % \(\d+ s\)$", shown, re.M) and "done" not in shown and "hidden" not in shown
 
 
-def test_a_task_with_a_unit_has_a_rate_and_a_time_left(heard: Heard) -> None:
-    now = [0.0]
-    with terminal.Progress(get_time=lambda: now[0]) as bars:
-        task, plain = bars.add_task("states", total=300, unit="tokens"), bars.add_task("other", total=9)
-        assert terminal.pace(bars.tasks[0]) == ""  # nothing is known yet
-        for _ in range(3):
-            now[0] += 1
-            bars.advance(task, 50)
-            bars.advance(plain)
-        assert terminal.pace(bars.tasks[1]) == ""
-        heard.event.clear()
-        heard.event.wait(300)
-        heard.event.clear()
-        assert heard.event.wait(300)
-    assert "states: 50 % (3 s, 50 tokens/s, 3 s left)\nother: 33 % (3 s)\n" in heard.getvalue()
-
-
 def test_a_bar_shows_the_rate_and_the_time_left() -> None:
     stream, now = Tty(), [0.0]
     with terminal.Progress(console=Console(file=stream, width=100), get_time=lambda: now[0]) as bars:
@@ -149,21 +110,6 @@ def test_a_bar_shows_the_rate_and_the_time_left() -> None:
             now[0] += 1
             bars.advance(task, 50)
     assert "50 tokens/s, 3 s left" in stream.getvalue()
-
-
-def test_only_the_innermost_of_two_says_something(heard: Heard) -> None:
-    with terminal.status("outer"):
-        heard.event.wait(300)
-        with terminal.status("inner"):
-            heard.event.clear()
-            said = len(heard.getvalue())
-            for _ in range(3):
-                assert heard.event.wait(300)
-                heard.event.clear()
-            assert "outer" not in heard.getvalue()[said:].split("\n", 1)[1]  # one may have been on its way
-            quiet = terminal.status("unheard", quiet=True)
-            with quiet:
-                pass
 
 
 def test_progress_that_cannot_be_written_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,14 +124,6 @@ def test_progress_that_cannot_be_written_costs_nothing(monkeypatch: pytest.Monke
     monkeypatch.setattr(terminal, "EVERY", 0.005)
     with terminal.status("loading"):
         assert tried.wait(300)
-
-
-def test_a_quiet_console_gets_no_line(heard: Heard) -> None:
-    console = Console(file=heard, quiet=True)
-    with terminal.Progress(console=console) as bars:
-        bars.add_task("answers", total=4)
-        assert not bars._thread.is_alive()
-    assert heard.getvalue() == ""
 
 
 def test_progress_has_one_home() -> None:

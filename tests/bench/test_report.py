@@ -19,9 +19,8 @@ from measured import estimate, result
 from typer.testing import CliRunner
 
 from specdec import cli
-from specdec.base.files import shipped_configs
 from specdec.bench.cell import Cell
-from specdec.bench.plan import Plan, Resources, load_plan
+from specdec.bench.plan import Plan, Resources
 from specdec.bench.store import Store
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -142,14 +141,6 @@ def test_a_report_is_also_json_and_markdown(folder: Path) -> None:
     assert not (folder / PAGE).exists()  # nothing is drawn
 
 
-def test_bars_of_drafters_differ_without_colour() -> None:
-    from specdec.bench.report import HATCHES, LINES, MARKERS, bar_style, line_style
-
-    assert len({bar_style(number)["hatch"] for number in range(11)}) == 11
-    assert len({(s["marker"], s["linestyle"]) for s in map(line_style, range(8))}) == 8
-    assert len(set(MARKERS)) == len(set(HATCHES)) == 11 and len(set(LINES)) == 4
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -227,17 +218,3 @@ def look(page: Path, width: int, work: Path) -> None:
 def test_the_page_in_a_browser(folder: Path, tmp_path: Path, width: int) -> None:
     report(folder)
     look(folder / PAGE, width, tmp_path)
-
-
-@pytest.mark.model
-@pytest.mark.slow
-@no_browser
-def test_the_report_of_the_quick_sweep_in_a_browser(tmp_path: Path) -> None:
-    """The shipped quick.yaml on the default model, cut to the shortest that measures every one of its cells."""
-    short = ["limit=1", "max_new_tokens=8"]
-    outcome = CliRunner().invoke(cli.app, ["sweep", "quick", "--output", str(tmp_path / "quick"), *short])
-    assert outcome.exit_code == 0, outcome.output
-    assert len(Store(tmp_path / "quick").records()) == len(load_plan(shipped_configs("sweeps")["quick"]).cells) == 10
-    assert report(tmp_path / "quick").exit_code == 0
-    for width in (1280, 500):
-        look(tmp_path / "quick" / PAGE, width, tmp_path)

@@ -221,21 +221,6 @@ def test_compare_reports_a_wrong_output_as_a_fault(run, monkeypatch: pytest.Monk
     assert re.search(r"identical to plain decoding: no \(first difference at token \d+: FAULT", result.stderr)
 
 
-def test_vanishing_temperatures_are_greedy(run) -> None:
-    result = run("hello", "--compare", "--temperature", "1e-40")
-    assert result.exit_code == 0 and "output identical to plain decoding: yes" in result.stderr
-    assert result.stdout == run("hello").stdout
-
-
-def test_compare_replays_with_the_repetition_penalty(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_all(self, draft, chosen, p):
-        return specdec.Acceptance([list(range(len(chosen[0])))], [chosen[0][-1]])
-
-    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "verify", accept_all)
-    result = run("hello hello hello", "--compare", "--repetition-penalty", "1.2")
-    assert result.exit_code == 1 and "FAULT" in result.stderr
-
-
 def test_without_a_shipped_drafter_ngram_drafts_and_m2r2_teaches_itself(run) -> None:
     result = run("hello", "--drafter", "auto")
     assert result.exit_code == 0 and "note: " not in result.stderr
@@ -247,7 +232,6 @@ def test_without_a_shipped_drafter_ngram_drafts_and_m2r2_teaches_itself(run) -> 
 
 BAD = {
     "unknown drafter": (["x", "--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'?"),
-    "unknown drafter among several": (["x", "--drafter", "none+prompt-lokup"], "did you mean 'prompt-lookup'?"),
     "drafter option": (
         ["x", "--drafter-option", "continuations=0"],
         "continuations must be a whole number >= 1; got 0",
@@ -255,26 +239,12 @@ BAD = {
     "drafter option without value": (["x", "--drafter-option", "depth"], "takes KEY=VALUE"),
     "drafter option that is no YAML": (["x", "--drafter-option", "a=["], "takes KEY=VALUE"),
     "no draft model": (["x", "--drafter", "draft-model"], "name it: draft-model=NAME"),
-    "drafter folder without files": (["x", "--drafter", "."], "config.json is missing"),
     "no drafter shipped": (["x", "--drafter", "medusa"], "specdec train medusa"),
-    "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
-    "mistyped model": (["x", "--model", "smollm2-135m-instrukt"], "did you mean 'smollm2-135m-instruct'?"),
     "empty prompt": (["  "], "the prompt is empty"),
-    "no drafter": (["x", "--drafter", ""], "no drafter is named"),
     "prompt in another encoding": ([os.fsdecode(b"\xff")], "the prompt is not UTF-8 text"),
-    "stop in another encoding": (["x", "--stop", os.fsdecode(b"\xff")], "--stop is not UTF-8 text"),
-    "system in another encoding": (["x", "--system", os.fsdecode(b"\xff")], "--system is not UTF-8 text"),
     "deep nesting": (["x", "--drafter-option", "a=" + "[" * 100_000], "takes KEY=VALUE"),
-    "a date that is none": (["x", "--drafter-option", "a=2026-13-45"], "takes KEY=VALUE"),
-    "seed": (["x", "--seed", "-1"], "seed must be a whole number in 0 .. 9223372036854775807; got -1"),
-    "huge seed": (["x", "--seed", str(2**63)], "seed must be a whole number in 0 .. 9223372036854775807; got 92233"),
-    "temperature": (["x", "--temperature", "-1"], "temperature must be a number >= 0"),
-    "not a number": (["x", "--temperature", "nan"], "temperature must be a number >= 0"),
-    "top-p": (["x", "--top-p", "0"], "top_p must be a number in (0, 1]"),
     "K": (["x", "--num-speculative-tokens", "0"], "--num-speculative-tokens must be 'auto' or a number >= 1; got '0'"),
-    "K no number": (["x", "--num-speculative-tokens", "many"], "must be 'auto' or a number >= 1; got 'many'"),
     "max new tokens": (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
-    "dtype": (["x", "--dtype", "float17"], "unknown dtype 'float17' (did you mean 'float16'?)"),
     "device": (["x", "--device", "toaster"], "unknown device 'toaster'"),
     "prompt beyond the context": (["x" * 5000], "context of 4096"),
     "system without template": (["x", "--raw", "--system", "y"], "needs a chat template"),
@@ -393,7 +363,8 @@ def call(model: str, *args: str, **streams: Any) -> subprocess.CompletedProcess[
     return subprocess.run([*COMMAND, "generate", *fixed(model), *args], env=env, timeout=120, check=False, **pipes)
 
 
-@pytest.mark.parametrize("closed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [False, True])
 def test_statistics_that_cannot_be_written_do_not_cost_the_answer(run, model: str, closed: bool) -> None:
     with open("/dev/full", "wb") as full:
         how = {"stderr": None, "preexec_fn": lambda: os.close(2)} if closed else {"stderr": full}
@@ -401,6 +372,7 @@ def test_statistics_that_cannot_be_written_do_not_cost_the_answer(run, model: st
     assert (done.returncode, done.stdout) == (0, run("hello", "--quiet").stdout.encode())
 
 
+@pytest.mark.slow
 def test_an_answer_that_cannot_be_written_is_an_error(model: str) -> None:
     with open("/dev/full", "wb") as full:
         done = call(model, "hello", stdout=full)
@@ -501,7 +473,6 @@ for line in sys.stdin.read().splitlines():
 MISTAKES = {
     "generate Hi --model ./none.gguf": "there is no file or folder './none.gguf'",
     "generate Hi --model smollm2-135m-instrukt": "unknown model 'smollm2-135m-instrukt' (did you mean",
-    "generate Hi --model .": "'.' is no model folder: config.json is missing",
     "generate Hi --revision main": "a revision ('main') needs a Hugging Face id",
     "generate Hi --drafter m2r3": "unknown drafter 'm2r3' (did you mean 'm2r2'?)",
     "generate Hi --drafter ngram+": "no drafter is named in 'ngram+'",
@@ -523,7 +494,6 @@ MISTAKES = {
     "learn export out --adapter ./none": "there is no adapter './none'",
     "generate Hi --drafter ./none": "drafter folder './none' does not exist",
     "generate Hi --drafter .": "'.' is no drafter folder: config.json is missing",
-    "generate ./none Hi": "there is no file or folder './none'",
     "chat ./none": "there is no file or folder './none'",
     "serve ./none": "there is no file or folder './none'",
     "verify ./none": "there is no file or folder './none'",
@@ -536,15 +506,9 @@ MISTAKES = {
     "tune drafter ./none": "there is no file or folder './none'",
     "train medusa ./none --prompts a --output b": "there is no file or folder './none'",
     "train medusa --prompts none.jsonl --output b": "there is no file 'none.jsonl'",
-    "chat --model ./none": "there is no file or folder './none'",
-    "serve --model ./none": "there is no file or folder './none'",
     "serve --cors a.example": "--cors takes an origin",
-    "verify --model ./none": "there is no file or folder './none'",
     "bench --model ./none": "there is no file or folder './none'",
-    "learn ./none": "there is no file or folder './none'",
     "learn export out --model ./none": "there is no file or folder './none'",
-    "tune drafter --model ./none": "there is no file or folder './none'",
-    "train medusa --model ./none --prompts a --output b": "there is no file or folder './none'",
 }
 
 

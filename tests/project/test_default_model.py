@@ -5,10 +5,6 @@ The model is fetched once from the package registry into the cache folder. ``spe
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -86,15 +82,3 @@ def test_batch_of_unequal_chats_equals_single_ones_in_fp32(fp32: SpecDecoder) ->
     outs = decoder.generate_batch(PROMPTS[:3], max_new_tokens=16)
     assert [o.token_ids for o in outs] == [decoder.generate(p, max_new_tokens=16).token_ids for p in PROMPTS[:3]]
     assert all(o.text for o in outs)
-
-
-@pytest.mark.slow
-def test_the_main_job_as_a_user_runs_it() -> None:
-    command = [sys.executable, "-m", "specdec", "generate", PROMPTS[0], "--drafter", "m2r2", "--dtype", "float32"]
-    run = subprocess.run(
-        [*command, "--max-new-tokens", "32", "--compare", "--json"], capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout)
-    assert result["compare"]["identical"] is True and result["text"].strip()
-    assert result["metrics"]["mean_acceptance_length"] > 1.2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +28,18 @@ class Bytes:
 
     def __call__(self, text: str, add_special_tokens: bool = True):
         return type("Encoding", (), {"input_ids": list(text.encode())})
+
+
+class Letters(Bytes):
+    """A tokenizer whose every token is one letter; token 2 is the end. Ids stay below the tiny vocabulary."""
+
+    eos_token_id = 2
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("!") + i) for i in ids if i != 2 or not skip_special_tokens)
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **how: Any) -> Any:
+        return type("Encoded", (), {"input_ids": [ord(letter) - ord("!") for letter in text if letter != " "]})
 
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n{% endfor %}<|assistant|>\n"

@@ -74,6 +74,8 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     monkeypatch.setattr(TrainingRun, "_step", killed)
     with pytest.raises(Killed):
         train(recipe(answers, tmp_path / "parts"))
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"seconds": 1')  # as if it had been writing just then
     monkeypatch.setattr(TrainingRun, "_step", step)
     with pytest.raises(SpecDecError, match="--resume"):
         train(recipe(answers, tmp_path / "parts"))
