@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -536,8 +534,9 @@ def test_another_benchmark_is_not_written_over(bench, tmp_path: Path) -> None:
     assert "is not empty and holds no results" in one_line_error(bench("--output", str(tmp_path)))
     assert list(tmp_path.iterdir()) == before
     assert bench("--output", str(tmp_path / "out")).exit_code == 0
-    report = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out"), "--format", "csv"])
-    assert [row["drafter"] for row in csv.DictReader(io.StringIO(report.stdout))] == ["none", "prompt-lookup"]
+    report = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out"), "--format", "json"])
+    drafters = [record["cell"]["drafter"] for record in json.loads(report.stdout)["records"]]
+    assert drafters == ["none", "prompt-lookup"]
     again = one_line_error(bench("--output", str(tmp_path / "out")))
     assert "holds these results already (2 of 2 cells); go on with --resume, or give another --output" in again
     (tmp_path / "file").write_text("")
