@@ -15,7 +15,8 @@ from torch import Tensor
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.cache import KVCache, Mask
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Mask
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, State
 

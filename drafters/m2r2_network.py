@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.cache import KVCache, Mask
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Mask
 from specdec.models import drafter_folder
 from specdec.runtimes import draft_maps
 from specdec.runtimes.decoder_layer import Adapters

@@ -164,7 +164,7 @@ class Replay:
         """Keep the states of a text that has run."""
         keys = list[tuple[Tensor, Tensor]]()
         for layer in range(self.lo, self.hi):
-            found = cache.entries(layer, 0)  # (S, H, d); none in layers with states of other kinds
+            found = cache.of_layer(layer, 0)  # (S, H, d); none in layers with states of other kinds
             if layer in self.target.recurrent_layers or not found:
                 return
             keys.append((found["k"].transpose(0, 1)[None].clone(), found["v"].transpose(0, 1)[None].clone()))

@@ -130,7 +130,8 @@ class Scheduler:
             if cache is not None:
                 now += sum(cache.capacities([0] * cache.batch))
                 then += cache.capacities([end + tokens for end in ends])
-        slots = len(then) * max(then, default=0) if batch.padded else sum(then)
+        # Where a pass pads its rows, each may grow as much as the longest.
+        slots = sum(then) if self.batch.target.ragged else len(then) * max(then, default=0)
         return max(slots - now, 0) * self.token_bytes + len(new) * self.state_bytes
 
     def preempt(self) -> bool:
@@ -176,14 +177,14 @@ class Scheduler:
             self.batch.begin(row)
             row.set_status(Status.PREFILL)
             if cache is not None and found:
-                cache.expected = [self._expected_slots(row)]
+                cache.expect([self._expected_slots(row)])
                 cache.checkpoint(0)
                 self.prefilling.add([row], cache)
             else:
                 fresh.append(row)
         if fresh:
             cache = self.batch.target.new_cache(len(fresh))
-            cache.expected = [*map(self._expected_slots, fresh)]
+            cache.expect([*map(self._expected_slots, fresh)])
             self.prefilling.add(fresh, cache)
 
     def _share_rows(self) -> None:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.base.devices import download, is_asynchronous, upload
-from specdec.kvcache.rows import RowCache
 from specdec.runtimes.target import Pass, largest
 from specdec.speculation.draft import Draft, State, Verifier, ancestors, check_tokens
 from specdec.speculation.sampling import RowSampler, Sampler
@@ -148,7 +147,6 @@ class _Scorer:
         """Score each row's own tokens alone, one row behind the other."""
         state, draft, taps, verifier = self.state, self.draft, self.taps, self.verifier
         target, cache, lists, depths = state.target, state.cache, draft.lists(), draft.depths()
-        assert isinstance(cache, RowCache)
         # Run
         nodes = [_present(row, draft.parents) for row in lists]
         counts, blocks = list(map(len, nodes)), [[ids[-1], *row] for ids, row in zip(state.ids, lists, strict=True)]

@@ -1,14 +1,16 @@
-"""The state of a recurrent layer (linear attention, state space, convolution), with roll-back.
+"""The states of recurrent layers (linear attention, state space, convolution) of a row, with roll-back.
 
-A scan returns only its last state. So the state after the committed tokens is stored with the layer's inputs of the
-tokens behind it. Roll-back drops inputs; accepted inputs are run again, through this layer's mixer alone, before the
-next tokens.
+A scan returns only its last state. So the states after the committed tokens stay as they are, and the layers' inputs
+of later tokens lie beside them. Roll-back drops inputs; accepted ones ("pending") are run again, through the layer's
+mixer alone, before the next tokens.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 
 BRANCH_TOKENS = 1024  # tokens of branches that run at once: bounds memory
-States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
+RERUN_TOKENS = 16  # so many tokens are cheaper to run again than states to write
+SLOT_MULTIPLE = 16  # the buffer of inputs has a multiple of so many slots
+EVERY = "states"  # the name of the states of all layers in one piece
+States = dict[tuple[str, int], Tensor]  # of a layer, by kind and number, each [B, ...]; empty before the first token
 # The tokens that adapters act on: True: those of the pass; False: none; for inputs in another order: the number of the
 # layer's uncommitted tokens behind each, int64 [B, T].
 Adapted = bool | Tensor
@@ -24,138 +29,197 @@ Adapted = bool | Tensor
 Advance = Callable[[Tensor, States, Adapted], tuple[Tensor, States]]
 
 
-class Recurrent:
-    """A layer's state for a batch.
+class StateShape(NamedTuple):
+    """Number of recurrent layers, bytes of a state, and numbers (bf16) of a token's inputs in a layer."""
 
-    states: after the committed tokens of each row, without those that are ``pending``.
-    pending: inputs [n, D] of each row's committed tokens that ``states`` lack.
-    inputs: of the uncommitted tokens, [B, U, D].
-    ahead: the states after these; None: not known.
-    checkpoints: of each row, its states by number of tokens.
-    due: rows that get a checkpoint, by number of tokens, when nothing is pending.
+    layers: int
+    state_bytes: int
+    width: int
+
+
+class RowStates:
+    """States of one row.
+
+    layers: number of recurrent layers.
+    states: after the committed tokens that are not pending: by number of the layer, kind and number there, [1, ...],
+        or, for a runtime that takes pointers, those of all layers as uint8 [layers, bytes]. Tensors never change.
+    inputs: [layers, slots, width], of pending tokens, or of uncommitted ones in layers where nothing is pending.
+    pending: of each layer, how many accepted tokens its states lack. A pass sets it to 0.
+    ahead: by number of the layer, or of all: states after uncommitted tokens, and the number of these.
+    checkpoints: states by number of tokens. due: the number of the next one.
     """
 
-    def __init__(self, batch: int) -> None:
-        self.states: States = {}
-        self.pending: list[Tensor | None] = [None] * batch
-        self.inputs: Tensor | None = None
-        self.ahead: States | None = None
-        self.checkpoints: list[dict[int, States]] = [{} for _ in range(batch)]
-        self.due: dict[int, int] = {}
+    def __init__(self, layers: int, shape: StateShape | None = None) -> None:
+        self.layers, self.shape = layers, shape
+        self.states = dict[tuple[Hashable, ...], Tensor]()
+        self.inputs = torch.empty(layers, 0, 0)
+        if shape is not None:
+            self.states[EVERY,] = torch.zeros(layers, shape.state_bytes, dtype=torch.uint8)
+            self.inputs = torch.empty(layers, 0, shape.width, dtype=torch.bfloat16)
+        self.pending = (ctypes.c_int32 * layers)()
+        self.ahead = dict[Hashable, tuple[int, dict[tuple[Hashable, ...], Tensor]]]()
+        self.checkpoints = dict[int, dict[tuple[Hashable, ...], Tensor]]()
+        self.due: int | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
 
-    def run(self, x: Tensor, held: int, tree: Tensor | None, advance: Advance) -> Tensor:
-        """The outputs for ``x`` [B, T, D], which follows the first ``held`` uncommitted tokens.
+    def make_room(self, slots: int, like: Tensor | None = None) -> None:
+        """Let ``inputs`` have so many slots. like: inputs [..., width] of a layer."""
+        have, like = self.inputs.shape[1], self.inputs if like is None else like
+        if slots > have:
+            grown = like.new_zeros(self.layers, -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE, like.shape[-1])
+            if have:
+                grown[:, :have] = self.inputs
+            self.inputs = grown
 
-        tree: bool [T, held + T], as in ``KVCache.register``, one for all rows.
+    def place(self, held: int, count: int, whole: bool) -> tuple[int | None, ...]:
+        """What kernels need for the next ``count`` tokens behind ``held`` uncommitted ones: numbers and pointers.
+
+        whole: whether they are committed together. Then the states after them are written, and no inputs.
         """
-        if tree is not None and tree.dim() == 3:
-            raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
-        self._absorb(advance)
-        current = held == (0 if self.inputs is None else self.inputs.shape[1])
-        before = x[:, :0] if self.inputs is None else self.inputs[:, :held]
-        self.inputs = torch.cat((before, x), 1)
-        if tree is not None:
-            self.ahead = None
-            return self._branches(tree, advance)
-        states = self.ahead
-        if not held:
-            states = self.states
-        elif states is None or not current:
-            states = advance(before, self.states, False)[1]
-        out, self.ahead = advance(x, states, True)
-        return out
+        if not (whole and count > RERUN_TOKENS and not held):
+            self.ahead = {}
+            self.make_room(held + count)
+        elif EVERY not in self.ahead or self.ahead[EVERY][0] != count:  # else layers before these began with it
+            self.ahead = {EVERY: (count, {(EVERY,): torch.empty_like(self.states[EVERY,])})}
+        ahead = self.ahead[EVERY][1][EVERY,].data_ptr() if self.ahead else None
+        buffers = self.states[EVERY,].data_ptr(), ahead, self.inputs.data_ptr(), ctypes.addressof(self.pending)
+        return held, self.inputs.shape[1], *buffers
 
-    def _branches(self, tree: Tensor, advance: Advance) -> Tensor:
-        """The outputs for the last T inputs; each branch of their ``tree`` is run as a row of its own."""
-        assert self.inputs is not None
-        (batch, _, width), (t, u) = self.inputs.shape, tree.shape
-        paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
-        for node, path in enumerate(paths, start=u - t):
-            if node not in path:  # it is a second run of the last token that it sees
-                path[-1:] = [node]
-        inner = {node for path in paths for node in path[:-1]}
-        leaves = [path for path in paths if path[-1] not in inner]
-        longest = max(map(len, leaves))
-        index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in leaves], device=self.inputs.device)
-        parts = list[Tensor]()
-        for some in index.split(max(BRANCH_TOKENS // (batch * longest), 1)):
-            x = self.inputs[:, some].reshape(batch * len(some), longest, width)
-            states = {key: state.repeat_interleave(len(some), 0) for key, state in self.states.items()}
-            behind = (u - 1 - some).repeat(batch, 1)  # (B leaves, longest)
-            parts.append(advance(x, states, behind)[0].view(batch, len(some), longest, -1))
-        out = torch.cat(parts, 1)
-        place = {node: (leaf, at) for leaf, path in enumerate(leaves) for at, node in enumerate(path)}
-        leaf, at = zip(*(place[node] for node in range(u - t, u)), strict=True)
-        return out[:, leaf, at]
+    def commit(self, path: Sequence[int]) -> None:
+        """Accept the uncommitted tokens listed in ``path``, and drop the others."""
+        behind, count = any(self.pending), len(path)
+        if self.due is not None and not behind:
+            self.checkpoints[self.due], self.due = self._kept(), None
+        if count and (after := self._after(path)) is not None:
+            self.states |= after
+            if self.shape is None:  # the inputs of a long prompt are large
+                self.inputs = self.inputs.new_empty(self.layers, 0, 0)
+        elif count:
+            if behind:
+                raise ValueError("cannot commit tokens that did not run through all layers")
+            if path[-1] != count - 1:  # else they are in place
+                self.inputs[:, :count] = self.inputs[:, list(path)]
+            self.pending = type(self.pending)(*[count] * self.layers)
+        self.ahead = {}
 
-    def _absorb(self, advance: Advance) -> None:
-        """Run the pending inputs; rows with equally many tokens together."""
-        groups: dict[int, list[int]] = defaultdict(list)
-        for row, pending in enumerate(self.pending):
-            if pending is not None:
-                groups[pending.shape[0]].append(row)
-        for rows in groups.values():
-            x = torch.stack([pending for row in rows if (pending := self.pending[row]) is not None])
-            _, made = advance(x, {key: state[rows] for key, state in self.states.items()}, False)
-            for key, state in made.items():
-                if len(rows) == len(self.pending):
-                    self.states[key] = state
-                else:
-                    old = self.states.get(key)
-                    old = state.new_zeros(len(self.pending), *state.shape[1:]) if old is None else old.clone()
-                    old[rows] = state
-                    self.states[key] = old
-        self.pending = [None] * len(self.pending)
-        for row, count in self.due.items():
-            self.checkpoints[row][count] = {key: state[row : row + 1].clone() for key, state in self.states.items()}
-        self.due = {}
+    def _after(self, path: Sequence[int]) -> dict[tuple[Hashable, ...], Tensor] | None:
+        """The states after the tokens of ``path``, if a pass has made them."""
+        counts, whole = {count for count, _ in self.ahead.values()}, EVERY in self.ahead
+        if whole and counts != {len(path)}:
+            raise ValueError(f"cannot commit {len(path)} of {max(counts)} tokens: their pass was to be committed whole")
+        if not whole and (counts != {path[-1] + 1} or path[-1] >= len(path) or len(self.ahead) < self.layers):
+            return None
+        return {key: state for _, states in self.ahead.values() for key, state in states.items()}
 
-    def commit(self, paths: Sequence[Sequence[int]]) -> None:
-        """Accept, for each row, the uncommitted tokens listed in ``paths``, and drop the others."""
-        inputs, everything = self.inputs, list(range(0 if self.inputs is None else self.inputs.shape[1]))
-        if inputs is not None and self.ahead is not None and all(list(path) == everything for path in paths):
-            self.states = self.ahead
-        elif inputs is not None:
-            for row, path in enumerate(paths):
-                if path:
-                    self.pending[row] = inputs[row, list(path)]
-        self.inputs = self.ahead = None
+    def _kept(self) -> dict[tuple[Hashable, ...], Tensor]:
+        """A copy of the states that kernels change in place; others never change."""
+        return dict(self.states) if self.shape is None else {key: state.clone() for key, state in self.states.items()}
 
-    def roll_back(self) -> None:
-        """Drop everything that is not committed."""
-        self.inputs = self.ahead = None
+    def checkpoint(self, count: int) -> None:
+        """Store a checkpoint of the states after all ``count`` committed tokens, once none is pending."""
+        if count not in self.checkpoints:
+            self.due = count
 
-    def restored(self, row: int, count: int) -> Recurrent:
-        """The state of one row at the checkpoint after ``count`` tokens."""
-        made = Recurrent(1)
-        made.states = dict(self.checkpoints[row][count])
-        made.checkpoints = [{n: states for n, states in self.checkpoints[row].items() if n <= count}]
+    def begin(self, count: int, states: dict[tuple[Hashable, ...], Tensor]) -> None:
+        """Begin with ``states``, those after ``count`` tokens, which are a checkpoint."""
+        self.states = self.checkpoints[count] = states
+        self.states = self._kept()
+
+    def restored(self, count: int) -> RowStates:
+        """The states at the checkpoint after ``count`` tokens."""
+        made = RowStates(self.layers, self.shape)
+        made.begin(count, self.checkpoints[count])
+        made.checkpoints = {n: states for n, states in self.checkpoints.items() if n <= count}
         return made
 
-    def select(self, rows: Sequence[int]) -> Recurrent:
-        """Only ``rows``, in that order, as a new state."""
-        made = Recurrent(len(rows))
-        made.states = {key: state[list(rows)] for key, state in self.states.items()}
-        made.pending = [self.pending[row] for row in rows]
-        made.checkpoints = [dict(self.checkpoints[row]) for row in rows]
-        made.due = {to: self.due[row] for to, row in enumerate(rows) if row in self.due}
+    def copy(self) -> RowStates:
+        """A copy; nothing may be uncommitted."""
+        made, pending = RowStates(self.layers, self.shape), max(self.pending, default=0)
+        made.states = self._kept()
+        made.inputs, made.pending = self.inputs[:, :pending].clone(), type(self.pending)(*self.pending)
+        made.checkpoints, made.due = dict(self.checkpoints), self.due
         return made
 
-    def joined(self, other: Recurrent) -> Recurrent:
-        """The rows of ``other`` after those of this state, as a new state."""
-        made = Recurrent(0)
-        made.pending, made.checkpoints = self.pending + other.pending, self.checkpoints + other.checkpoints
-        made.due = self.due | {len(self.pending) + row: count for row, count in other.due.items()}
-        for key in self.states.keys() | other.states.keys():
-            a, b = self.states.get(key), other.states.get(key)
-            shape = (a if a is not None else b).shape[1:]  # type: ignore[union-attr]
-            parts = [
-                (a if a is not None else b).new_zeros(len(own.pending), *shape) if part is None else part  # type: ignore[union-attr]
-                for part, own in ((a, self), (b, other))
-            ]
-            made.states[key] = torch.cat(parts)
-        return made
+    def of_layer(self, layer: int) -> States:
+        """The states of a layer."""
+        return {key[1:]: state for key, state in self.states.items() if key[0] == layer}  # type: ignore[misc]
+
+
+def run_rows(
+    rows: Sequence[RowStates], layer: int, x: Tensor, held: int, tree: Tensor | None, advance: Advance
+) -> Tensor:
+    """The outputs of recurrent layer number ``layer`` for ``x`` [B, T, D], behind ``held`` uncommitted tokens.
+
+    tree: bool [T, held + T], as in ``KVCache.register``, one for all rows.
+    """
+    if tree is not None and tree.dim() == 3:
+        raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
+    _absorb(rows, layer, advance)
+    for row, own in zip(rows, x, strict=True):
+        row.make_room(held + len(own), own)
+        row.inputs[layer, held : held + len(own)] = own
+    states = _together([row.of_layer(layer) for row in rows])
+    if tree is not None:
+        for row in rows:
+            row.ahead.pop(layer, None)
+        return _branches(torch.stack([row.inputs[layer, : tree.shape[1]] for row in rows]), states, tree, advance)
+    known = [row.ahead.get(layer, (0, {})) for row in rows]
+    if held and all(count == held for count, _ in known):
+        states = _together([{key[1:]: state for key, state in found.items()} for _, found in known])  # type: ignore[misc]
+    elif held:
+        states = advance(torch.stack([row.inputs[layer, :held] for row in rows]), states, False)[1]
+    out, after = advance(x, states, True)
+    for b, row in enumerate(rows):
+        row.ahead[layer] = held + x.shape[1], {(layer, *key): state[b : b + 1] for key, state in after.items()}
+    return out
+
+
+def _together(rows: Sequence[States]) -> States:
+    """The states of several rows [B, ...]; zeros for one that has none yet."""
+    if len(rows) == 1:
+        return rows[0]
+    some = max(rows, key=len)
+    return {
+        key: torch.cat([row[key] if key in row else torch.zeros_like(state) for row in rows])
+        for key, state in some.items()
+    }
+
+
+def _absorb(rows: Sequence[RowStates], layer: int, advance: Advance) -> None:
+    """Run the pending inputs; rows with equally many tokens together."""
+    groups: dict[int, list[RowStates]] = defaultdict(list)
+    for row in rows:
+        if row.pending[layer]:
+            groups[row.pending[layer]].append(row)
+    for count, group in groups.items():
+        x = torch.stack([row.inputs[layer, :count] for row in group])
+        _, made = advance(x, _together([row.of_layer(layer) for row in group]), False)
+        for b, row in enumerate(group):
+            row.states |= {(layer, *key): state[b : b + 1] for key, state in made.items()}
+            row.pending[layer] = 0
+
+
+def _branches(inputs: Tensor, states: States, tree: Tensor, advance: Advance) -> Tensor:
+    """The outputs for the last T of ``inputs`` [B, U, D]; each branch of their ``tree`` is run as a row of its own."""
+    (batch, _, width), (t, u) = inputs.shape, tree.shape
+    paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
+    for node, path in enumerate(paths, start=u - t):
+        if node not in path:  # it is a second run of the last token that it sees
+            path[-1:] = [node]
+    inner = {node for path in paths for node in path[:-1]}
+    leaves = [path for path in paths if path[-1] not in inner]
+    longest = max(map(len, leaves))
+    index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in leaves], device=inputs.device)
+    parts = list[Tensor]()
+    for some in index.split(max(BRANCH_TOKENS // (batch * longest), 1)):
+        x = inputs[:, some].reshape(batch * len(some), longest, width)
+        own = {key: state.repeat_interleave(len(some), 0) for key, state in states.items()}
+        behind = (u - 1 - some).repeat(batch, 1)  # (B leaves, longest)
+        parts.append(advance(x, own, behind)[0].view(batch, len(some), longest, -1))
+    out = torch.cat(parts, 1)
+    place = {node: (leaf, at) for leaf, path in enumerate(leaves) for at, node in enumerate(path)}
+    leaf, at = zip(*(place[node] for node in range(u - t, u)), strict=True)
+    return out[:, leaf, at]

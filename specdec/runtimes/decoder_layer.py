@@ -94,23 +94,12 @@ def norm(module: Any, family: Family) -> Norm:
     return lambda x: torch.rms_norm(x, shape, None, eps) * weight
 
 
-def pair_norm(module: Any, family: Family) -> Norm:
-    """The RMS norm of y from the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
-    if family.around_zero:
-        single = norm(module, family)
-        return lambda pair: single(pair.select(1, 0))
-    weight, eps = module.weight.detach(), float(module.variance_epsilon)
-    shape, double, layer_norm = [2, weight.shape[0]], torch.stack((weight, weight)), torch.layer_norm
-    return lambda pair: layer_norm(pair, shape, double, None, eps).select(1, 0)
-
-
-def layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
-    """The norms of a decoder layer, in the order of the fused runtime's layers."""
-    attention, family = getattr(layer, "self_attn", None), FAMILIES[kind]
-    inner = [norm(getattr(attention, n), family) if hasattr(attention, n) else None for n in ("q_norm", "k_norm")]
-    makers = zip((pair_norm, norm, pair_norm, norm), family.norms, strict=True)
-    first, *others = [make(getattr(layer, name), family) if name else None for make, name in makers]
-    return first, *inner, *others
+def layer_norms(layer: Any, kind: str) -> tuple[Norm | None, ...]:
+    """The norms of a layer's input, queries, keys, attention's result, the MLP's input and its result; None: none."""
+    family, (first, *others) = FAMILIES[kind], FAMILIES[kind].norms
+    owners = (layer, first), *((layer.self_attn, name) for name in ("q_norm", "k_norm")), *((layer, n) for n in others)
+    found = (getattr(owner, name, None) if name else None for owner, name in owners)
+    return tuple(None if module is None else norm(module, family) for module in found)
 
 
 def recurrent(layer: Any) -> bool:

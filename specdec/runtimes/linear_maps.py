@@ -1,4 +1,4 @@
-"""Linear maps as plain callables ``rows [R, in] -> [R, out]``, in two layouts.
+"""Linear maps as plain callables ``x [..., in] -> [..., out]``, in two layouts.
 
 A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map has its weight in oneDNN's blocked layout:
 ``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. Packed maps
@@ -8,7 +8,6 @@ are used where oneDNN supports the dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 Linear = Callable[[Tensor], Tensor]
 
-LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout is fastest at all of 1..16 rows
-TRAINED_HINT = 1024  # rows of a training batch
+HINT = 16  # a row count whose blocked layout is fast at all of 1..16 rows
 UNIT_EPS = 1e-6  # of ``rms_unit``
 
 
@@ -38,60 +36,14 @@ def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return apply
 
 
-def packed(weight: Tensor, bias: Tensor | None = None, hint: int = LAYER_HINT) -> Linear:
-    """As ``dense``, from a blocked copy of ``weight``, without gradients. hint: the row count of the layout."""
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), hint)
+def packed(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """As ``dense``, from a blocked copy of ``weight``, without gradients."""
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), HINT)
     product = torch.ops.mkldnn._linear_pointwise.default
     bias = None if bias is None else bias.contiguous()  # oneDNN reads it without its strides
 
     def apply(x: Tensor) -> Tensor:
         return product(x, blocked, bias, "none", [], "")
-
-    return apply
-
-
-class _Through(torch.autograd.Function):
-    """``x @ weight.T + bias`` by packed products, in both directions: the gradient reaches ``x`` alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Linear, back: Linear) -> Tensor:
-        ctx.back = back
-        return there(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        return ctx.back(gradient[0]), None, None
-
-
-def through(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As ``dense`` with gradients to ``x``, for a constant weight: packed once for both directions."""
-    there, back = packed(weight, bias, TRAINED_HINT), packed(weight.detach().t(), None, TRAINED_HINT)
-
-    def apply(x: Tensor) -> Tensor:
-        return _Through.apply(x, there, back)  # type: ignore[no-any-return]
-
-    return apply
-
-
-class Gated:
-    """``act(gate) * up``, both from one map."""
-
-    def __init__(self, gate_up: Linear, act: Callable[[Tensor], Tensor]) -> None:
-        self.gate_up, self.act = gate_up, act
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.act(gate) * up
-
-
-def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """``silu(gate) * up`` with the activation and the product inside packed maps: two calls instead of six."""
-    gate, up = (torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), LAYER_HINT) for w in weight.detach().chunk(2))
-    gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
-    unary, binary = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
-
-    def apply(x: Tensor) -> Tensor:
-        return binary(x, unary(x, gate, gate_bias, "swish", [], ""), up, up_bias, "mul")
 
     return apply
 
@@ -128,7 +80,7 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
 
 
 class LowRank:
-    """The low-rank terms beside one (fused) linear map: ``y += up(down(x))``, in ``x``'s dtype.
+    """The low-rank terms beside one (fused) linear map, ``up(down(x))`` in ``x``'s dtype.
 
     parts: ``(down [r, in], up [out, r], first output row)`` of each adapter.
     outs: output width of the map.
@@ -141,24 +93,8 @@ class LowRank:
             r = down.shape[0]
             ups.append(F.pad(up, (before, rank - before - r, start, outs - start - up.shape[0])))
             before += r
-        self.down = torch.cat([down for down, _, _ in parts]).to(dtype).t()  # (in, R)
-        self.up = torch.stack(ups).sum(0).to(dtype).t()  # (R, out)
+        self.down = torch.cat([down for down, _, _ in parts]).to(dtype)  # (R, in)
+        self.up = torch.stack(ups).sum(0).to(dtype)  # (out, R)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """``weight`` [out, in] with the terms added, rounded once."""
-        return (weight.float() + self.up.t().float() @ self.down.t().float()).to(weight.dtype)
-
-    def add_to(self, linear: Linear, batch: int, adapted: int | None) -> Linear:
-        """``linear`` over rows [B * T, in], with the terms added on the last ``adapted`` tokens (None: all)."""
-        down, up = self.down, self.up
-
-        def all_tokens(x: Tensor) -> Tensor:
-            return torch.addmm(linear(x), x @ down, up)
-
-        def trailing(x: Tensor) -> Tensor:
-            assert adapted is not None
-            y = linear(x).view(batch, -1, up.shape[1])  # (B, T, out)
-            delta = (x.view(batch, -1, x.shape[1])[:, -adapted:] @ down) @ up  # (B, adapted, out)
-            return torch.cat((y[:, :-adapted], y[:, -adapted:] + delta), 1).view(-1, y.shape[2])
-
-        return all_tokens if adapted is None else trailing
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down), self.up)

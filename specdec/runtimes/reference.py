@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.cache import KVCache, Mask
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Mask
 from specdec.kvcache.recurrent import Adapted, Advance, States
 from specdec.models.native_model import as_transformers
 from specdec.runtimes.checks import check_logits, refuse_unsupported
@@ -365,7 +366,7 @@ class ReferenceTarget(Target):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put ``mask``, as ``layer`` needs it, among the arguments of that layer."""
         assert mask is not None
-        window, (batch, t), length = self.windows[layer], mask.query.shape, mask.keys.shape[1]
+        window, (batch, t), length = self.windows[layer], mask.query.shape, mask.length
         key = ("hf", window)
         if self.attention == "sdpa" and mask.causal and length == t > 1 and (window is None or window >= t):
             mask.memo[key] = None  # without a mask, attention is causal

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from specdec.base import cores, machine
 from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.cache import Chunk, KVCache, Mask
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Chunk, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, weight_rows, weight_storage
 from specdec.runtimes import draft_maps
@@ -34,7 +35,6 @@ from collections.abc import Callable, Generator, Sequence
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.devices import upload
-from specdec.kvcache.rows import RowCache
 
 Part = Literal["attention", "mlp"]
 LEAST_ROWS = 64  # of a matrix that grows, for which there is memory
@@ -135,7 +135,7 @@ class Target(ABC):
         return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        return KVCache(self.num_layers, batch, self.device)
+        return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
 
     @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ def run_tokens(
     """
     counts, device = list(map(len, rows)), cache.device
     mask: Mask
-    if target.ragged and isinstance(cache, RowCache):
+    if target.ragged:
         tokens = upload([[token for row in rows for token in row]], device)  # (1, T)
         places = [range(n, n + count) for n, count in zip(cache.rows, counts, strict=True)]
         positions = upload([[place for row in places for place in row]], device)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kvcache.cache import KVCache
@@ -41,11 +42,24 @@ class TrainingBatch:
 
     def cache(self, num_layers: int) -> KVCache:
         """A cache with the exact entries."""
-        cache = KVCache(num_layers, len(self.ids), self.ids.device)
-        for layer, (k, v) in self.kv.items():
-            cache.keys[layer], cache.values[layer] = k, v
-        cache.lengths = [self.slots] * num_layers
-        return cache
+        return TrainingCache(num_layers, self)
+
+
+class TrainingCache(KVCache):
+    """The exact entries of a batch, and those of draft steps behind them, which gradients pass."""
+
+    def __init__(self, num_layers: int, batch: TrainingBatch) -> None:
+        super().__init__(num_layers, len(batch.ids), batch.ids.device)
+        self.lengths, self.kv = [batch.slots] * num_layers, dict(batch.kv)
+
+    def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        self.lengths[layer] += k.shape[2]
+        if layer in self.kv:
+            keys, values = self.kv[layer]
+            k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+        self.kv[layer] = k, v
+        padding = 0, 0, 0, -k.shape[2] % multiple
+        return F.pad(k, padding), F.pad(v, padding)
 
 
 def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.base.errors import SpecDecError
 from specdec.base.ridge import Sums
 from specdec.drafters.exits import ExitHeads, Routers, check_exits
-from specdec.kvcache.cache import Mask
+from specdec.kvcache.mask import Mask
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Pass, Target
 from specdec.train.batches import TrainingBatch

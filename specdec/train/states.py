@@ -154,7 +154,7 @@ def _teach(
             own |= {"best": best, "log_z": log_z}
             own |= {f"hidden.{layer}": taps[layer][b, kept[b]].clone() for layer in wanted.hidden}
             for layer in wanted.kv:
-                own |= {f"{name}.{layer}": x[:length].clone() for name, x in cache.entries(layer, b).items()}
+                own |= {f"{name}.{layer}": x[:length].clone() for name, x in cache.of_layer(layer, b).items()}
         progress(sum(len(texts[i]) for i in some))
     shard = {"ids": torch.cat(texts).int(), "lengths": torch.tensor([len(text) for text in texts])}
     shard["prompts"] = torch.tensor([len(answer.prompt_ids) for answer in answers])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specdec.base.ridge import Sums
 from specdec.drafters.m2r2_network import M2R2, Carry, router_taps
-from specdec.kvcache.cache import Mask
+from specdec.kvcache.mask import Mask
 from specdec.runtimes.target import Pass, Target
 from specdec.train.batches import TrainingBatch
 

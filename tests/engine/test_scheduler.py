@@ -25,7 +25,6 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request, Status
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import MAX_PREFIXES, PrefixStore
-from specdec.kvcache.rows import RowCache
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -104,8 +103,7 @@ def test_running_rows_count_what_they_hold(native: bool, monkeypatch: pytest.Mon
 
 def buffers(cache: KVCache) -> int:
     """Bytes."""
-    held = cache.data if isinstance(cache, RowCache) else [*cache.keys, *cache.values]
-    return sum(data.nbytes for data in held if data is not None)
+    return sum(buffer.nbytes for row in cache.entries for buffer in row.buffers.values())
 
 
 def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel) -> None:
@@ -407,7 +405,7 @@ def test_events_say_which_tokens_were_drafted(llama: PreTrainedModel) -> None:
 def test_the_text_used_least_recently_goes_first() -> None:
     def one(count: int) -> KVCache:
         cache = KVCache(1, 1)
-        cache.rows = [count]
+        cache.entries[0].count = count
         return cache
 
     store = PrefixStore()

@@ -22,9 +22,9 @@ def fill(cache: KVCache, tokens: list[list[int]], lo: int = 0, hi: int = 3) -> N
 
 
 def contents(cache: KVCache, layer: int, row: int) -> list[int]:
-    keys, values = cache.keys[layer], cache.values[layer]
-    assert keys is not None and values is not None and torch.equal(keys, -values)
-    return keys[row, 0, : cache.rows[row], 0].int().tolist()
+    found = cache.of_layer(layer, row)
+    assert torch.equal(found["k"], -found["v"])
+    return found["k"][: cache.rows[row], 0, 0].int().tolist()
 
 
 def test_trim_touches_only_its_layers_and_never_committed_slots() -> None:
@@ -51,7 +51,7 @@ def test_keep_compacts_a_tree_path_and_growth_keeps_contents() -> None:
         assert contents(cache, layer, 0) == expected
 
 
-def test_ragged_rows_are_left_packed_and_their_holes_are_hidden() -> None:
+def test_ragged_rows_are_left_packed_and_what_is_behind_them_is_hidden() -> None:
     cache = KVCache(3, 2, block=4)
     fill(cache, [[1, 2, 3], [4, 5, 6]])
     cache.commit([[0, 1, 2], [0]])
@@ -60,7 +60,7 @@ def test_ragged_rows_are_left_packed_and_their_holes_are_hidden() -> None:
     assert contents(cache, 2, 0) == [1, 2, 3, 7] and contents(cache, 2, 1) == [4, 9, 10]
     visible = cache.register(0, torch.tensor([[4], [3]])).bool_mask()
     assert visible is not None
-    assert visible[:, 0, 0].tolist() == [[True] * 5, [True, True, True, False, True]]
+    assert visible[:, 0, 0].tolist() == [[True] * 5, [True] * 4 + [False]]
     cache.select([1])
     assert cache.committed == 3 and contents(cache, 0, 0) == [4, 9, 10]
 
@@ -85,76 +85,118 @@ def test_a_single_token_after_an_even_batch_needs_no_mask_until_the_window_bites
     assert mask.bool_mask() is None and mask.bool_mask(4) is None and mask.bool_mask(3) is not None
 
 
-def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
-    def write(cache: KVCache, tokens: list[list[int]]) -> None:
-        """As a runtime that fills reserved slots itself."""
-        cache.register(0, torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0])))
-        start, end = cache.claim(0, 3, len(tokens[0]), 1, 2, torch.float), cache.lengths[0]
-        for keys, values in zip(cache.keys, cache.values, strict=True):
-            assert keys is not None and values is not None and keys[0].is_contiguous()
-            keys[:, :, start:end], values[:, :, start:end] = entries(tokens), -entries(tokens)
-
-    cache, guests = KVCache(3, 4, block=4), KVCache(3, 2, block=4)
-    write(cache, [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]])
-    cache.commit([[0, 1, 2], [0], [0, 1], [0]])
-    room = cache.buffer
-    cache.select([0, 3])  # the last takes the place of one that ended
-    assert [contents(cache, 1, b) for b in range(2)] == [[1, 2, 3], [10]] and cache.buffer is room
-    write(guests, [[13, 14], [15, 16]])
-    guests.commit([[0, 1], [0]])
-    cache.join(guests)
-    assert cache.buffer is room and cache.rows == [3, 1, 2, 1]
-    write(cache, [[17], [18], [19], [20]])
-    cache.commit([[0]] * 4)
-    expected = [[1, 2, 3, 17], [10, 18], [13, 14, 19], [15, 20]]
-    for layer in range(3):
-        assert [contents(cache, layer, b) for b in range(4)] == expected
-    visible = cache.register(0, torch.tensor([[4], [2], [3], [2]])).bool_mask()
-    assert visible is not None and visible[:, 0, 0].sum(-1).tolist() == [5, 3, 4, 3]
-    cache.select([2, 1, 0])  # rows that come from where others go
-    cache.join(guests)  # too many for the room
-    assert [contents(cache, 2, b) for b in range(5)] == [expected[2], expected[1], expected[0], [13, 14], [15]]
+def test_entries_with_gradients_are_seen_by_autograd() -> None:
+    cache = KVCache(1, 1)
+    fill(cache, [[1, 2]], 0, 1)
+    k = entries([[3]]).clone().requires_grad_()
+    keys, _ = cache.append(0, k, k)
+    keys.sum().backward()
+    assert k.grad is not None and k.grad.abs().sum() > 0
 
 
-def test_rows_join_from_a_cache_whose_entries_lie_in_separate_buffers() -> None:
-    cache, guests = KVCache(3, 2, block=4), KVCache(3, 1, block=4)
-    cache.claim(0, 3, 0, 1, 2, torch.float)  # one buffer for all layers
-    fill(cache, [[1, 2], [3, 4]])
-    cache.commit([[0, 1], [0]])
-    fill(guests, [[5, 6, 7]])
-    guests.commit([[0, 1, 2]])
-    cache.join(guests)
-    fill(cache, [[8, 9]] * 3)
-    cache.commit([[1], [0], [0, 1]])
-    for layer in range(3):
-        assert [contents(cache, layer, b) for b in range(3)] == [[1, 2, 9], [3, 8], [5, 6, 7, 8, 9]]
+def write(cache: KVCache, rows: list[list[int]]) -> None:
+    """As a runtime that fills the slots itself, with another number of tokens for each row."""
+    starts = cache.rows
+    cache.claim(0, 3, [len(row) for row in rows], 1, 2, torch.float)
+    for data, start, row in zip(cache.data, starts, rows, strict=True):
+        data[0, :, :, start : start + len(row)] = entries([row])[0]
+        data[1, :, :, start : start + len(row)] = -entries([row])[0]
 
 
-@pytest.mark.parametrize("one_piece", [False, True])
-def test_buffers_begin_with_the_room_that_is_expected(one_piece: bool) -> None:
-    cache = KVCache(num_layers=2, batch=1, block=4)
-    cache.expected = [10]
+def rows_of(batch: int) -> KVCache:
+    """A cache whose rows have one buffer for all layers."""
+    return KVCache(3, batch, block=4, layers=range(3))
+
+
+def test_rows_have_as_many_tokens_as_they_have() -> None:
+    cache = rows_of(2)
+    write(cache, [[1, 2, 3], [4]])
+    cache.commit([[0, 1, 2], [0]])
+    write(cache, [[5], [6, 7, 8]])
+    assert cache.lengths == [6] * 3
+    cache.commit([[0], [0, 2]])
+    assert cache.rows == [4, 3] and contents(cache, 0, 0) == [1, 2, 3, 5] and contents(cache, 2, 1) == [4, 6, 8]
+
+
+def test_a_row_that_comes_goes_or_grows_copies_no_other_row() -> None:
+    cache, guest = rows_of(2), rows_of(1)
+    write(cache, [[1, 2, 3], [4]])
+    cache.commit([[0, 1, 2], [0]])
+    write(guest, [[9, 8]])
+    guest.commit([[0, 1]])
+    begins = [data.data_ptr() for data in (*cache.data, *guest.data)]
+    cache.join(guest)
+    cache.select([2, 0])
+    assert [data.data_ptr() for data in cache.data] == [begins[2], begins[0]]
+    write(cache, [[7], [5, 6]])
+    cache.commit([[0], [0, 1]])  # the second has outgrown its buffer
+    assert contents(cache, 1, 0) == [9, 8, 7] and contents(cache, 1, 1) == [1, 2, 3, 5, 6]
+    assert cache.data[0].data_ptr() == begins[2]
+
+
+@pytest.mark.parametrize("layers", [None, range(3)])
+def test_a_row_is_copied_as_far_as_it_is_shared_and_joins_rows_without_entries(layers: range | None) -> None:
+    cache = KVCache(3, 2, block=4, layers=layers)
+    fill(cache, [[1, 2, 3], [4, 5, 6]])
+    cache.commit([[0, 1, 2], [0]])
+    fill(cache, [[7, 8], [9, 10]])
+    cache.commit([[0], [0, 1]])
+    assert cache.token_bytes == 2 * 3 * 2 * 4
+    joined = KVCache(3, 1, block=4, layers=layers)
+    joined.join(cache.copy(1, 2))
+    joined.join(KVCache(3, 1, block=4, layers=layers))
+    joined.join(cache.take(0))
+    assert joined.rows == [0, 2, 0, 4]
+    mask, new = joined.register(0, torch.tensor(joined.rows)[:, None]), entries([[11], [12], [13], [14]])
+    seen, visible = [joined.append(layer, new, -new)[0] for layer in range(3)], mask.bool_mask()
+    assert visible is not None
+    for row, expected in enumerate(([11], [4, 9, 12], [13], [1, 2, 3, 7, 14])):
+        for keys in seen:
+            assert keys[row, 0, visible[row, 0, 0], 0].int().tolist() == expected
+
+
+def test_masks_of_rows_with_trees_and_windows() -> None:
+    cache = KVCache(1, 2)
+    fill(cache, [[1, 2, 3], [4, 5, 6]], 0, 1)
+    cache.commit([[0, 1, 2], [0]])
+    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    mask = cache.register(0, torch.tensor([[3, 4, 4], [1, 2, 2]]), tree)
+    full, near = mask.bool_mask(), mask.bool_mask(2)
+    assert full is not None and near is not None
+    assert full[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
+    assert full[1, 0].int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]]
+    assert near[0, 0].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 1]]
+    assert near[1, 0].int().tolist() == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0]]
+    chain = cache.register(0, torch.tensor([[3, 4, 1, 2, 3]]), counts=[2, 3])
+    assert chain.chains and chain.tree(1, None) is None
+    ragged = cache.register(0, torch.tensor([[3, 1, 2, 2]]), counts=[1, 3], trees=[None, tree])
+    found = ragged.tree(1, 1)
+    assert not ragged.chains and found is not None and found.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("layers", [None, range(2)])
+def test_buffers_begin_with_the_room_that_is_expected(layers: range | None) -> None:
+    cache = KVCache(2, 1, block=4, layers=layers)
+    cache.expect([10])
 
     def add(count: int) -> int:
-        if one_piece:
-            cache.claim(0, 2, count, 1, 8, torch.float32)
-        else:
-            for layer in range(2):
-                cache.append(layer, torch.ones(1, 1, count, 8), torch.ones(1, 1, count, 8))
-        keys = cache.keys[0]
-        assert keys is not None and keys.data_ptr() % 64 == 0
-        return keys.data_ptr()
+        for layer in range(2):
+            cache.append(layer, torch.ones(1, 1, count, 8), torch.ones(1, 1, count, 8))
+        first = next(iter(cache.entries[0].buffers.values()))
+        assert first.data_ptr() % 64 == 0
+        return first.data_ptr()
 
     first = add(3)
-    assert cache.keys[0].shape[2] == 12 and not cache.keys[0][:, :, 3:].any()  # type: ignore[union-attr]
+    assert cache.entries[0].slots == 12
+    assert not any(buffer[..., 3:, :].any() for buffer in cache.entries[0].buffers.values())
     assert add(9) == first  # not moved
     add(1)
-    assert cache.keys[0].shape[2] == 16  # type: ignore[union-attr]
+    assert cache.entries[0].slots == 16
 
 
 def test_no_more_is_taken_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "MAX_EXPECTED", 2 * 2 * 3 * 64 * 8)  # eight slots of two layers and three rows
-    cache = KVCache(num_layers=2, batch=3, block=4)
-    cache.expected = [10_000_000] * 3
-    cache.claim(0, 2, 3, 1, 16, torch.float32)
-    assert cache.keys[0] is not None and cache.keys[0].shape[2] == 8
+    cache = KVCache(2, 3, block=4, layers=range(2))
+    cache.expect([10_000_000] * 3)
+    cache.claim(0, 2, [3] * 3, 1, 16, torch.float32)
+    assert [row.slots for row in cache.entries] == [8] * 3

@@ -22,8 +22,8 @@ from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError, SpecDecWarning
 from specdec.engine.engine import Engine
 from specdec.kvcache import disk
+from specdec.kvcache.cache import KVCache
 from specdec.kvcache.disk import PrefixDisk
-from specdec.kvcache.rows import RowCache
 
 RUNTIMES = ["reference", "fused", "native", "native int8"]
 PROMPT = [(7 * n * n + 3) % 90 + 3 for n in range(70)]
@@ -277,14 +277,14 @@ def test_a_text_larger_than_the_limit_keeps_its_beginning(tmp_path: Path, monkey
 
 def test_a_text_is_read_for_the_disk_in_the_writing_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the disk is slow, its row goes on with the same buffer, and what waits is bounded."""
-    go, readers, read = threading.Event(), set[str](), RowCache.read
+    go, readers, read = threading.Event(), set[str](), KVCache.read
 
-    def slow(cache: RowCache, *place: int) -> dict[str, torch.Tensor]:
+    def slow(cache: KVCache, *place: int) -> dict[str, torch.Tensor]:
         readers.add(threading.current_thread().name)
         assert go.wait(300)
         return read(cache, *place)
 
-    monkeypatch.setattr(RowCache, "read", slow)
+    monkeypatch.setattr(KVCache, "read", slow)
     made = decoder("native")
     with engine_of(made, tmp_path) as engine:
         kept = engine.scheduler.disk

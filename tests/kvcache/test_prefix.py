@@ -32,7 +32,7 @@ class Counted(KVCache):
 
     def __init__(self, count: int, stops: Sequence[int] | None = None) -> None:
         super().__init__(1, 1)
-        self.rows, self.stops = [count], stops
+        self.entries[0].count, self.stops = count, stops
 
     def checkpoints(self, row: int) -> set[int]:
         return set(self.stops or ())

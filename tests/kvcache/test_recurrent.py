@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 from sampled import AcceptsAll, fit, small
 from scripted import Scripted
 from tiny import HYBRIDS, greedy_reference, model_of, tiny_model
@@ -24,8 +25,7 @@ from specdec.engine import scheduler
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.kvcache.recurrent import Recurrent
-from specdec.kvcache.row_states import RowStates
+from specdec.kvcache.recurrent import EVERY, RowStates
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -205,24 +205,17 @@ def test_checkpoints_of_prompts_take_memory_where_no_row_decodes(
 
 def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: what is rejected stays in the states."""
-    commit = Recurrent.commit
+    make_room, commit, counts = RowStates.make_room, RowStates.commit, dict[int, int]()
 
-    def everything(self: Recurrent, paths: Sequence[Sequence[int]]) -> None:
-        count = 0 if self.inputs is None else self.inputs.shape[1]
-        commit(self, [range(count) if path else path for path in paths])
+    def counted(self: RowStates, slots: int, like: torch.Tensor | None = None) -> None:
+        counts[id(self)] = slots
+        make_room(self, slots, like)
 
-    place, commit_row, counts = RowStates.place, RowStates.commit, dict[int, int]()
+    def everything(self: RowStates, path: Sequence[int]) -> None:
+        commit(self, range(counts[id(self)]) if path and EVERY not in self.ahead else path)
 
-    def counted(self: RowStates, held: int, count: int, whole: bool) -> tuple[int | None, ...]:
-        counts[id(self)] = held + count
-        return place(self, held, count, whole)
-
-    def everything_of_a_row(self: RowStates, path: Sequence[int]) -> None:
-        commit_row(self, range(counts[id(self)]) if path and self.ahead is None else path)
-
-    monkeypatch.setattr(Recurrent, "commit", everything)
-    monkeypatch.setattr(RowStates, "place", counted)
-    monkeypatch.setattr(RowStates, "commit", everything_of_a_row)
+    monkeypatch.setattr(RowStates, "make_room", counted)
+    monkeypatch.setattr(RowStates, "commit", everything)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from passes import Replay, _memory, adapted_pass, play, random_adapters
 from tiny import greedy_reference, rough_model, tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from zoo import EVERY, PROMPTS, run
@@ -24,8 +24,9 @@ from specdec.base import devices
 from specdec.base.errors import SpecDecError
 from specdec.drafters import chain, m2r2, medusa, vocabulary
 from specdec.engine.batch import Batch
-from specdec.kvcache import cache as caches
-from specdec.runtimes import tree_drafting
+from specdec.kvcache import mask
+from specdec.kvcache.cache import KVCache
+from specdec.runtimes import graphs, tree_drafting
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.select import make_target
@@ -111,7 +112,7 @@ def test_changed_adapters_are_recorded_anew() -> None:
 
 
 @torch.inference_mode()
-def test_heads_that_are_made_anew_share_what_was_recorded() -> None:
+def test_heads_that_are_made_anew_are_not_recorded() -> None:
     """As a draft vocabulary grows; another head may have the address of one that is gone."""
     target = GraphedTarget(tiny_model("llama"), record=Replay)
     eager, x, before = FusedTarget(target.model), torch.randn(1, 2, 32), Replay.recorded
@@ -122,14 +123,7 @@ def test_heads_that_are_made_anew_share_what_was_recorded() -> None:
     head, other = target.reduced_head(torch.arange(7)), target.reduced_head(torch.arange(7, 14))
     for each in (head, other, head):
         assert torch.allclose(target.readout(x, each), eager.readout(x, each), atol=2e-5)
-    with torch.inference_mode(False), torch.no_grad():
-        trained = nn.Linear(32, 7, bias=False)
-        with torch.inference_mode():
-            once = target.readout(x, trained)
-        trained.weight.mul_(2)
-        with torch.inference_mode():
-            assert torch.allclose(target.readout(x, trained), 2 * once, atol=2e-5)
-    assert Replay.recorded == before + 1
+    assert Replay.recorded == before
 
 
 @torch.inference_mode()
@@ -148,7 +142,7 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
     with torch.inference_mode(False):
         adapters = random_adapters(target)
     adapted_pass(target, adapters, 3, 1)
-    maps = [weakref.ref(layer.qkv) for layer in target._adapted[adapters].layers.values()]
+    maps = [weakref.ref(layer) for layer in target._adapted[adapters][1].values()]
     with torch.inference_mode(False), torch.no_grad():
         next(adapters.parameters()).mul_(2)  # they are made anew
     adapted_pass(target, adapters, 3, 1)
@@ -164,7 +158,7 @@ def test_rows_that_come_and_go_meet_buffers_of_their_shape() -> None:
     """One row, two, and one again; and what begins in the buffer that these leave behind."""
     target, eager = GraphedTarget(tiny_model("llama"), record=Replay), FusedTarget(tiny_model("llama"))
 
-    def step(runtime: FusedTarget, cache: caches.KVCache, token: int) -> Tensor:
+    def step(runtime: FusedTarget, cache: KVCache, token: int) -> Tensor:
         ids, positions = torch.full((cache.batch, 1), token), torch.tensor(cache.rows)[:, None]
         x = runtime.embed(ids, positions)
         x = runtime.layers(x, 0, 4, Pass(positions, cache.register(0, positions), cache))
@@ -229,7 +223,7 @@ class _Waits(TorchFunctionMode):
             self.uploading = False
             return out
 
-        for module in (draft, caches, tree_drafting, vocabulary):
+        for module in (draft, mask, graphs, tree_drafting, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
         for module in (chain, draft, m2r2, medusa, tree_drafting):
             monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
@@ -284,21 +278,20 @@ def test_what_was_not_finite_in_one_request_reaches_no_later_one() -> None:
     """Its keys and values stand in slots that are masked; a mask does not hide what is not a number."""
     target = GraphedTarget(tiny_model("llama"), record=Replay)
 
-    def run(cache: caches.KVCache, ids: list[list[int]]) -> Tensor:
+    def run(cache: KVCache, ids: list[list[int]]) -> Tensor:
         positions = torch.tensor(cache.rows)[:, None] + torch.arange(len(ids[0]))
         given = Pass(positions, cache.register(0, positions), cache)
         logits = target.readout(target.layers(target.embed(torch.tensor(ids), positions), 0, target.num_layers, given))
         cache.commit([list(range(len(ids[0])))] * cache.batch)
         return logits
 
-    def broken() -> caches.KVCache:
+    def broken() -> KVCache:
         cache = target.new_cache(2)
         run(cache, [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
-        assert cache.buffer is not None
-        cache.buffer[:, :, 1, :, : cache.committed + 2] = torch.nan  # and of a draft
+        cache.data[1][:, :, :, : cache.committed + 2] = torch.nan  # and of a draft
         return cache
 
-    def guest() -> caches.KVCache:
+    def guest() -> KVCache:
         cache = target.new_cache(1)
         run(cache, [[20, 21]])
         return cache

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.rows import RowCache
 from specdec.models.families import mixture_of
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
 from specdec.runtimes import draft_maps
@@ -72,7 +71,7 @@ def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tenso
     return out
 
 
-def logits_of(target: Target, cache: RowCache, ids: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+def logits_of(target: Target, cache: KVCache, ids: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Logits of tokens [begin, end) of ``ids`` [1, n], behind those before in ``cache``, where they stay."""
     positions = torch.arange(begin, end)[None]
     given = Pass(positions, cache.register(0, positions), cache)

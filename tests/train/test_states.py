@@ -40,7 +40,7 @@ def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
     kept = slice(states.first_kept(len(answer.prompt_ids)), len(answer) - 1)
     found = {"best": logits[kept].argmax(-1).int(), "log_z": logits[kept].float().logsumexp(-1)}
     for layer in WANTED.kv:
-        for name, part in cache.entries(layer, 0).items():
+        for name, part in cache.of_layer(layer, 0).items():
             found[f"{name}{layer}"] = part[: len(answer)]
     return found | {f"hidden{layer}": taps[layer][0, kept] for layer in WANTED.hidden}
 

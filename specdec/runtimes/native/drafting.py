@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from specdec.base import cores
-from specdec.kvcache.rows import RowCache
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes import linear_maps
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.native.library import (
@@ -52,7 +52,7 @@ class Kernels(Protocol):
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Layers [lo, hi) with ``adapters`` on a token of each row, for kernels that make masks and states."""
 
-    def place(self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
+    def place(self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
         """Let ``call`` write to the next ``counts`` slots of layers [lo, hi); return the objects that it points to."""
 
 
@@ -111,7 +111,7 @@ class TreeDrafter:
         return few and packed and not near
 
     def __call__(
-        self, target: Kernels, cache: RowCache, roots: DraftRoots, limits: TreeLimits, masks: Masks | None
+        self, target: Kernels, cache: KVCache, roots: DraftRoots, limits: TreeLimits, masks: Masks | None
     ) -> list[Candidates]:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (roots.final, *roots.carried))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.row_states import StateShape
+from specdec.kvcache.recurrent import StateShape
 from specdec.models.families import Mixer
 from specdec.models.gguf.blocks import Blocks
 from specdec.runtimes import decoder_layer

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.rows import RowCache, RowMask
+from specdec.kvcache.mask import RowMask
 from specdec.models import families, identity
 from specdec.models.checkpoint import StoredExperts
 from specdec.models.gguf.blocks import (
@@ -226,8 +226,9 @@ class NativeTarget(ByParts):
     def kernels(self) -> str:
         return library.version()
 
-    def new_cache(self, batch: int = 1) -> RowCache:
-        return RowCache(self.num_layers, batch, None, self.int8_cache, self._attention, self._states)
+    def new_cache(self, batch: int = 1) -> KVCache:
+        recurrent = sorted(self.recurrent_layers)
+        return KVCache(self.num_layers, batch, "cpu", None, self.int8_cache, self._attention, recurrent, self._states)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -260,7 +261,6 @@ class NativeTarget(ByParts):
     def draft_rows(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> list[Candidates] | None:
-        assert isinstance(cache, RowCache)
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.supports(self, path, *size) else None
@@ -326,7 +326,7 @@ class NativeTarget(ByParts):
     def _call(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> tuple[Model, Call, list[Any]]:
         """The kernels' arguments for layers [lo, hi) on ``x``, and the objects that they point to."""
         model, low, cache, mask = self._model, None, ctx.cache, ctx.mask
-        assert isinstance(cache, RowCache) and isinstance(mask, RowMask)
+        assert isinstance(mask, RowMask)
         adapters, taps = ctx.adapters, ctx.taps or {}
         if adapters is not None and adapters.draft_only and ctx.adapted is None:
             model = self._merged(adapters, lo, hi)
@@ -337,7 +337,7 @@ class NativeTarget(ByParts):
         alive += [sequences, positions, mask, low]
         call.adapted, call.x, call.positions = ctx.adapted or 0, x.data_ptr(), positions.data_ptr()
         call.routed = pointer(ctx.routed)
-        if not mask.causal:
+        if not mask.chains:
             for row, sequence in enumerate(sequences):
                 if mask.trees[row] is not None:
                     trees = (POINTER * len(self.window_sizes))(
@@ -361,18 +361,18 @@ class NativeTarget(ByParts):
         return self._merged(adapters, lo, hi), self._new_call(lo, hi)
 
     def place(
-        self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
+        self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
     ) -> tuple[Any, ...]:
         """As in ``Kernels``; the first object is the array of sequences. whole: as in ``RowMask``."""
-        ahead, rows = cache.lengths[lo] - cache.committed, cache.rows
-        cache.claim_each(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
-        each = zip(rows, counts, cache.places, strict=True)
-        sequences = (SequenceArgs * len(rows))(
-            *(SequenceArgs(count, n + ahead, n, *place, None) for n, count, place in each)
-        )
-        for states, sequence, count in zip(cache.states, sequences, counts, strict=bool(cache.states)):
-            held = states.place(ahead, count, whole)
-            sequence.held, sequence.slots, sequence.states, sequence.ahead, sequence.inputs, sequence.pending = held
+        ahead, rows = cache.lengths[lo] - cache.committed, cache.entries
+        cache.claim(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
+        sequences = (SequenceArgs * len(rows))()
+        for sequence, row, count in zip(sequences, rows, counts, strict=True):
+            sequence.tokens, sequence.start, sequence.committed = count, row.count + ahead, row.count
+            sequence.capacity, sequence.keys, sequence.values = row.place
+            if row.states is not None:
+                held = row.states.place(ahead, count, whole)
+                sequence.held, sequence.slots, sequence.states, sequence.ahead, sequence.inputs, sequence.pending = held
         rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
         call.count, call.tokens, call.cache = len(rows), sum(counts), cache.int8
         call.sequences, call.rotary = ctypes.addressof(sequences), ctypes.addressof(rotary[1])

@@ -14,7 +14,7 @@ from passes import IN_BLOCKS, in_blocks
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.rows import RowCache
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.select import make_target
@@ -39,7 +39,7 @@ def build(level: str) -> Iterator[bool]:
         library.load()
 
 
-def run(target: Target, cache: RowCache, ids: torch.Tensor, starts: list[int], keep: int | None = None) -> torch.Tensor:
+def run(target: Target, cache: KVCache, ids: torch.Tensor, starts: list[int], keep: int | None = None) -> torch.Tensor:
     """Logits of ``ids`` [B, T] behind ``starts`` slots; ``keep`` of the new ones stay."""
     positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
     x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
@@ -52,14 +52,12 @@ def everything(target: Target) -> list[torch.Tensor]:
     """Logits of a prompt, of passes of 1, 5 and 16 tokens, after a reused prefix, and of three rows at once."""
     ids = torch.randint(3, 97, (3, 60), generator=torch.Generator().manual_seed(3))
     cache, rows = target.new_cache(), target.new_cache(3)
-    assert isinstance(cache, RowCache) and isinstance(rows, RowCache)
     found, start = [], 0
     for count in (33, 1, 5, 16):
         found.append(run(target, cache, ids[:1, start : start + count], [start]))
         start += count
         cache.checkpoint(0)
     prefix = cache.copy(0, 34)
-    assert isinstance(prefix, RowCache)
     found.append(run(target, prefix, ids[1:2, 34:41], [34]))
     found += [run(target, rows, ids[:, :19], [0] * 3, 13), run(target, rows, ids[:, 13:18], [13] * 3)]
     return found

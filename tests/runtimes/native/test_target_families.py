@@ -12,7 +12,6 @@ from tiny import HYBRIDS, ROPES, greedy_reference, model_of, rough_model, sizes_
 from tiny_gguf import ARCHITECTURES, TYPES, write_family
 from zoo import EVERY, PROMPTS, run
 
-from specdec.kvcache.rows import RowCache
 from specdec.models import loading
 from specdec.runtimes.checks import routing
 from specdec.runtimes.native import library
@@ -90,7 +89,6 @@ def test_no_drafter_changes_a_token_of_a_hybrid() -> None:
 def test_a_copied_prefix_goes_on_as_the_text_itself(family: str) -> None:
     target = NativeTarget(made(family)[0])
     ids, cache = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(7)), target.new_cache()
-    assert isinstance(cache, RowCache)
     whole = [logits_of(target, cache, ids, 0, 17)]
     cache.checkpoint(0)
     whole = torch.cat((*whole, logits_of(target, cache, ids, 17, 30)), 1)
@@ -114,7 +112,6 @@ def test_files_of_every_type_run_natively(cache: object, tmp_path: Path, family:
         target, note = make_target(loading.load(path)[0])
         assert target.runtime == "native", note
         whole, parts = target.new_cache(), target.new_cache()
-        assert isinstance(whole, RowCache) and isinstance(parts, RowCache)
         pieces = [logits_of(target, parts, ids, *ends) for ends in ((0, 1), (1, 6), (6, 22))]
         assert torch.equal(logits_of(target, whole, ids, 0, 22), torch.cat(pieces, 1))
         assert (target.weight_format == "16 bits") == (kind == "BF16")
@@ -129,7 +126,6 @@ def test_gates_and_ups_of_experts_may_be_one_tensor_of_a_file(cache: object, tmp
         path = write_family(tmp_path / f"{joined}.gguf", model, "Q8_0", joined=joined)
         target = make_target(loading.load(path)[0], "native")[0]
         own = target.new_cache()
-        assert isinstance(own, RowCache)
         modules = loading.load(path, dtype="float32")[0]
         found += [logits_of(target, own, ids, 0, 20), modules(ids).logits]
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
