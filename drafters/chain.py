@@ -22,7 +22,6 @@ from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import CHUNK, Target
 from specdec.runtimes.tree_drafting import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, Found, State
-from specdec.speculation.trees import MOST_NODES, Prices, best_first
 
 from .vocabulary import Context, DraftVocabulary
 
@@ -31,20 +30,13 @@ SHAPE = ("siblings", "nodes")  # options of every drafter of chains
 
 
 class ChainShape:
-    """The number of siblings at each depth of a chain: as given, or as many as are measured to pay.
+    """The number of siblings at each depth of a chain: as given, or those of a tree of so many nodes.
 
-    Without options: the tree of the nodes that are worth their price (``Prices``); a chain if there are no prices.
     Raises SpecDecError for bad values.
 
     siblings: number of further candidates at each depth (none beyond its length).
-    nodes: maximum nodes of the tree, which is then the one with the most expected accepted tokens (``best_first``), by
-        how often the first, second, ... candidate at each depth has been right in this generation.
-    hits, trials: how often a candidate was right, and how often it was drafted, [depth][rank].
-    pending: parents of the draft that is being verified.
+    nodes: nodes of the tree. Those beside the chain are spread evenly, the first tokens get one more.
     """
-
-    DEPTHS, RANKS = 8, 5  # numbers of positions and ranks that are counted
-    FIRST, NEXT, WEIGHT = 0.6, 0.35, 4.0  # prior: acceptance of a first candidate, factor for each further one, weight
 
     @checked
     def __init__(
@@ -53,39 +45,14 @@ class ChainShape:
         if siblings is not None and nodes is not None:
             raise SpecDecError("give the siblings at each depth, or how many nodes the tree may have, not both")
         self.siblings, self.nodes = siblings, nodes
-        self.start()
 
-    def start(self) -> None:
-        """Forget all counts: a generation does not depend on earlier ones."""
-        prior = [self.WEIGHT * self.FIRST * self.NEXT**rank for rank in range(self.RANKS)]
-        self.hits = [list(prior) for _ in range(self.DEPTHS)]
-        self.trials = [[self.WEIGHT] * self.RANKS for _ in range(self.DEPTHS)]
-        self.pending: tuple[int, ...] = ()
-
-    def sizes(self, limit: int, prices: Prices | None, rows: int = 1) -> tuple[int, Sequence[int]]:
-        """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth, for ``rows`` rows of one shape."""
-        if self.siblings is not None or (self.nodes is None and prices is None):
+    def sizes(self, limit: int) -> tuple[int, Sequence[int]]:
+        """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth."""
+        if self.nodes is None:
             return limit, self.siblings or ()
-        pairs = zip(self.hits[:limit], self.trials[:limit], strict=True)
-        accuracy = [[r / n for r, n in zip(hits, trials, strict=True)] for hits, trials in pairs]
-        tree, values = best_first(accuracy, self.nodes or MOST_NODES, chain=True)
-        if prices is not None:
-            tree = tree.first(prices.take(values, least=1, exactly=self.nodes, rows=rows))
-        depths = tree.depths()
-        return max(depths) + 1, [depths.count(depth) - 1 for depth in range(max(depths) + 1)]
-
-    def observe(self, paths: Sequence[Sequence[int]]) -> None:
-        """Count which candidates of the ``pending`` draft were right. paths: accepted block indices of each row."""
-        parents, self.pending = self.pending, ()
-        for path in paths if parents else ():
-            accepted = set(path)
-            for depth in range(self.DEPTHS):
-                candidates = [node for node, parent in enumerate(parents, start=1) if parent == depth]
-                for rank, node in enumerate(candidates[: self.RANKS]):
-                    self.trials[depth][rank] += 1
-                    self.hits[depth][rank] += node in accepted
-                if depth + 1 not in accepted:  # the chain's nodes come first: node i + 1 is the one at depth i
-                    break
+        depth = min(limit, self.nodes)
+        each, more = divmod(self.nodes - depth, depth)
+        return depth, [each + (place < more) for place in range(depth)]
 
 
 class ShapeOptions(TypedDict, total=False):
@@ -130,15 +97,11 @@ class ChainDrafter(Drafter):
         self.shape = ChainShape(**shape)
 
     def start(self) -> None:
-        self.shape.start()
         if self.vocabulary is not None:
             self.vocabulary.start()
 
     def begin(self) -> Any:
         return ChainRow()
-
-    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        self.shape.observe(paths)
 
     def chain(
         self, state: State, limit: int, step: Callable[[Tensor, Tensor], Readout], vocab: Tensor | None = None
@@ -161,7 +124,7 @@ class ChainDrafter(Drafter):
         weighs = self.has_probabilities and prices is not None and self.shape.nodes is None
         if weighs and prices is not None and not prices.levels():
             return Draft.empty(len(state.ids), state.cache.device)
-        limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.sizes(limit, prices, len(state.ids))
+        limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.sizes(limit)
         token, positions = state.roots, state.positions  # (B, 1)
         chain, beside, layers = [token[:, :0]], list[Tensor](), list[Tensor]()
         parents: list[int] = []  # of the siblings: the chain's node i has block index i + 1, the root 0
@@ -223,7 +186,6 @@ class ChainDrafter(Drafter):
         draft = Draft(drafted, tuple(parents))
         draft.found = found
         draft.layers = torch.cat(layers, 1) if layers else None
-        self.shape.pending = draft.parents
         return draft
 
 

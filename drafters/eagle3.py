@@ -108,7 +108,6 @@ class Eagle3Drafter(ChainDrafter):
         return Eagle3Row()
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        super().observe(row_states, paths, taps)
         for b, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
                 states = [taps[layer][b] for layer in self.network.config.layers]

@@ -124,7 +124,6 @@ class ExitDrafter(ChainDrafter):
     """
 
     leaves_early = True
-    leaves_state = True
     network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
     vocabulary: DraftVocabulary
 
@@ -391,7 +390,6 @@ class MixtureOfDepthsDrafter(ExitDrafter):
     summary: ClassVar[str] = "the layers that a trained router chooses for each token"
     training: ClassVar[str] = "specdec train mixture-of-depths"
     needs_training: ClassVar[bool] = True
-    leaves_state = False
     network_class = Routers
 
     def bind(self, target: Target) -> None:

@@ -77,7 +77,6 @@ class HybridDrafter(Drafter):
         self.has_probabilities = self.blends_pair and last.has_probabilities
         self.level_share = last.level_share
         self.leaves_early = self.blends_pair and last.leaves_early
-        self.leaves_state = self.blends_pair and last.leaves_state
         self.learns = any(member.learns for member in self.members)
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 

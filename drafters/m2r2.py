@@ -89,7 +89,6 @@ class M2R2Drafter(ChainDrafter):
         self.served = None if learner is None else learner.fits
         path = network.path
         self.path, self.num_exits = str(path), len(path.stages_to_exit)
-        self.leaves_state = path.exit_layer > 0 and not path.segments
         if network.projections:  # else nothing reads a carry
             self.taps = (*(lo for lo, _ in path.segments), network.num_layers)
         self.width = options.check_int("width", width, 1)
@@ -123,8 +122,6 @@ class M2R2Drafter(ChainDrafter):
         self.start()
 
     def begin(self) -> M2R2Row:
-        if self.learner is not None:
-            self.learner.busy()
         return M2R2Row()
 
     @property
@@ -136,7 +133,7 @@ class M2R2Drafter(ChainDrafter):
             self.learner.add(ids, start)
 
     def claim(self) -> None:
-        if isinstance(self.learner, Learner):
+        if self.learner is not None:
             self.learner.fits.claim()
 
     def learn(self) -> bool:
@@ -249,9 +246,6 @@ class M2R2Drafter(ChainDrafter):
         return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        super().observe(row_states, paths, taps)
-        if self.learner is not None:
-            self.learner.busy()
         states = [taps[layer] for layer in self.taps]
         for number, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:

@@ -94,9 +94,6 @@ class Learner:
         self.queue, self.latest, self.read = deque[Text](maxlen=WAITING), Latest(), 0
         self._work: Iterator[None] | None = None
 
-    def busy(self) -> None:
-        """A request is decoded."""
-
     # -- what is called between steps ---------------------------------------------------------------------------------
 
     def add(self, ids: Sequence[int], start: int) -> None:

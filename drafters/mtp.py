@@ -144,7 +144,6 @@ class MTPDrafter(ChainDrafter):
         return MTPRow(self.head.draft_target)
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        super().observe(row_states, paths, taps)
         for row, path, states in zip(row_states, paths, taps[self.taps[0]], strict=True):
             if path:
                 row.states.append(states[path])

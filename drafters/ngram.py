@@ -16,13 +16,14 @@ from specdec.base import background, options
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.ngram import Grower, Prior, Scoped, Texts
+from specdec.speculation.ngram import Grower, Prior, Texts
 from specdec.speculation.tree_builder import draft_best
 
 from .corpus import corpus
 
 TEXT = 1 << 20  # most tokens of a request's own text that are matched
 STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
+MOST_SCOPES = 16  # maximum number of scopes; the oldest is dropped for a new one
 # How much an occurrence counts: in the corpus, in an earlier request, in the request's own text.
 CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
 SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
@@ -65,7 +66,7 @@ class NgramDrafter(Drafter):
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
         self.size = STORE * store if isinstance(store, bool) else options.check_int("store", store, 0)
         self.prior = bool(prior)
-        self.stores = Scoped(lambda: Texts(self.size))
+        self.stores = dict[str | None, Texts]()  # by scope
 
     def bind(self, target: Target) -> None:
         self.reading: Future[tuple[Texts, Prior]] | None = None
@@ -82,6 +83,14 @@ class NgramDrafter(Drafter):
         if row_state.store is not None and learn:
             row_state.store.add([*ids[-self.size // 2 :], -1])
 
+    def _store(self, scope: str | None) -> Texts:
+        """The texts of earlier requests of a scope."""
+        if scope not in self.stores:
+            if len(self.stores) == MOST_SCOPES:
+                del self.stores[next(iter(self.stores))]
+            self.stores[scope] = Texts(self.size)
+        return self.stores[scope]
+
     def propose(self, state: State, limit: int) -> Draft:
         found = self.candidates(state, limit)
         return draft_best(found, limit, self.nodes, state)
@@ -95,7 +104,7 @@ class NgramDrafter(Drafter):
     def _grown(self, state: State, row: int, limit: int, learned: Candidates | None) -> Candidates:
         row_state, ids, chooser = state.row_states[row], state.ids[row], state.sampler.rows[row]
         if self.size and row_state.store is None:
-            row_state.store = self.stores.of(state.scopes[row] if state.scopes else None)
+            row_state.store = self._store(state.scopes[row] if state.scopes else None)
         row_state.texts.add(ids[row_state.seen :])
         row_state.seen = len(ids)
         texts = (self.corpus, CORPUS_WEIGHT), (row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)

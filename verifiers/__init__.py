@@ -1,1 +1,1 @@
-"""Acceptance rules: one file each, registered in specdec.speculation.registry."""
+"""Verifiers: one file each, registered in specdec.speculation.registry."""

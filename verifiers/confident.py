@@ -3,8 +3,7 @@
 Lossy: the output is as good as the drafter's confidence. The drafter proposes a token only if its probability of being
 the full model's reaches the threshold (``State.threshold``). The scoring pass runs the layers that drafted tokens have
 skipped, all at once and exactly, and yields the next token, which is always the full model's (early exiting as in CALM,
-arXiv 2207.07061). CALM's own way is an option: the layers above a token's exit get keys and values from its state
-there, approximately, and only the last token is run through them.
+arXiv 2207.07061).
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from specdec.base import options
-from specdec.base.errors import SpecDecError
 from specdec.speculation.draft import Verifier
-
-FILLS = ("exact", "propagate")
 
 
 class ConfidentVerifier(Verifier):
@@ -24,22 +20,18 @@ class ConfidentVerifier(Verifier):
     Raises SpecDecError for values out of range.
 
     exit_threshold: minimum confidence, in [0, 1], with which a token may leave early.
-    fill: "exact", or "propagate" for drafters whose tokens leave with a state of the model.
     """
 
     name: ClassVar[str] = "confident"
     lossless: ClassVar[bool] = False
 
-    def __init__(self, exit_threshold: float = 0.8, fill: str = "exact") -> None:
+    def __init__(self, exit_threshold: float = 0.8) -> None:
         self.threshold = options.check_probability("exit_threshold", exit_threshold)
-        if fill not in FILLS:
-            raise SpecDecError(f"option 'fill' of verifier 'confident' must be one of {', '.join(FILLS)}; got {fill!r}")
-        self.propagates = fill == "propagate"
 
     @property
     def label(self) -> str:
         """The name in results."""
-        return f"{self.name}, threshold {self.threshold:g}{', states propagated' * self.propagates}"
+        return f"{self.name}, threshold {self.threshold:g}"
 
     def accepts(self, token: int, choice: int) -> bool:
         return token >= 0

@@ -58,9 +58,9 @@ class TypicalVerifier(Verifier):
             best = ends[0]
             for node, parent in enumerate(draft.parents):
                 path, log = ends[parent]
-                fits = passes[node] and path
-                ends.append(([*path, node + 1], log + logs[node]) if fits else ([], 0.0))
-                if fits and (len(ends[-1][0]), ends[-1][1]) > (len(best[0]), best[1]):
+                on = passes[node] and path
+                ends.append(([*path, node + 1], log + logs[node]) if on else ([], 0.0))
+                if on and (len(ends[-1][0]), ends[-1][1]) > (len(best[0]), best[1]):
                     best = ends[-1]
             paths.append(best[0])
         return Acceptance(paths, [row[path[-1]] for row, path in zip(chosen, paths, strict=True)])

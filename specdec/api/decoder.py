@@ -82,7 +82,7 @@ class SpecDecoder:
     lossy: the base is then plain decoding with that cache.
     activations: inputs of products with quantised weights in the native runtime: "int8" (a scale for 32 values),
     "bf16", or "auto" (int8). The base is plain decoding with the same activations.
-    verifier: the acceptance rule, an object or a name with ``verifier_options``: "exact", or a lossy one, such as
+    verifier: an object, or a name with ``verifier_options``: "exact", or a lossy one, such as
     "confident".
     exact: raise an error for lossy rules.
     expert_cache: the share (0.25) or the bytes (int) of a mixture's experts that stays in memory; the others are read
@@ -221,11 +221,6 @@ class SpecDecoder:
                 f"'{drafter.name}' does not"
             )
         drafter.bind(self.target)
-        if self.verifier.propagates and drafter.drafts and not drafter.leaves_state:
-            raise SpecDecError(
-                "fill=propagate needs a drafter that leaves a state of the model where a token leaves it "
-                f"({registry.having('leaves_state')}); '{drafter.name}' leaves no state there; use fill=exact"
-            )
         return drafter
 
     @checked
@@ -515,8 +510,7 @@ class SpecDecoder:
         return engine.start()
 
     def _disk(self, folder: Path, limit: int) -> PrefixDisk:
-        rule = self.verifier.label if self.verifier.propagates else "exact"  # what keys and values are computed by
-        return PrefixDisk(folder, limit, identity.numbers(self.target, rule), bool(self.target.recurrent_layers))
+        return PrefixDisk(folder, limit, identity.numbers(self.target), bool(self.target.recurrent_layers))
 
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""

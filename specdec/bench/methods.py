@@ -75,7 +75,7 @@ class Reply:
 class Method:
     """A way to answer prompts.
 
-    lossless: its acceptance rule keeps the model's distribution.
+    lossless: its verifier keeps the model's distribution.
     seeded: sampled tokens depend on the seed alone.
     same_arithmetic: greedy tokens equal those of plain decoding.
     engine: version and settings of an external engine.
@@ -94,7 +94,7 @@ class Method:
 
 
 class OwnMethod(Method):
-    """Our engine with one drafter and one acceptance rule."""
+    """Our engine with one drafter and one verifier."""
 
     seeded = True
 

@@ -52,7 +52,7 @@ def generate(
             "--exit-threshold", "With --verifier confident: probability in [0, 1] at which a token leaves early.", "P"
         ),
     ] = None,
-    exact: Annotated[bool, _model("--exact", "Refuse a lossy acceptance rule.")] = False,
+    exact: Annotated[bool, _model("--exact", "Refuse a lossy verifier.")] = False,
     loading: shared.HubFlags = shared.HubFlags(),
     expert_cache: Annotated[
         str | None,

@@ -124,10 +124,10 @@ Learn = Annotated[
         "Let m2r2 learn from the texts while the machine is idle; serve and chat do so by default.",
     ),
 ]
-Verifier = Annotated[str, _model("--verifier", "exact, or a lossy acceptance rule: typical, confident.", "NAME")]
+Verifier = Annotated[str, _model("--verifier", "exact, or a lossy verifier: typical, confident.", "NAME")]
 VerifierOption = Annotated[
     list[str] | None,
-    _model("--verifier-option", "An option of the acceptance rule, such as epsilon=0.1; repeatable.", "KEY=VALUE"),
+    _model("--verifier-option", "An option of the verifier, such as epsilon=0.1; repeatable.", "KEY=VALUE"),
 ]
 
 Prompts = Annotated[

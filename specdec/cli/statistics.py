@@ -62,7 +62,7 @@ def statistics(
     if tuned is not None:
         blocks[-1].append(("settings", f"tuned ({tuned.speedup:.2f}x plain on {tuned.prompts})"))
     if not decoder.verifier.lossless:
-        blocks.append([("acceptance rule", rule(decoder))])
+        blocks.append([("verifier", rule(decoder))])
     if m.exit_layers:
         shares = ", ".join(f"{share:.0%} after {layers} layers" for layers, share in m.exit_shares.items())
         blocks[-1] += [
@@ -121,7 +121,7 @@ class Comparison:
 
     @property
     def fault(self) -> bool:
-        """Whether there is a difference that neither rounding nor the acceptance rule explains."""
+        """Whether there is a difference that neither rounding nor the verifier explains."""
         return self.difference is not None and not self.difference.near_tie
 
     def as_dict(self) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def slower(output: GenerationOutput) -> str:
 
 
 def rule(decoder: SpecDecoder) -> str:
-    """The name of the acceptance rule; a lossy rule with its settings."""
+    """The name of the verifier; a lossy rule with its settings."""
     verifier = decoder.verifier
     return verifier.name if verifier.lossless else f"lossy ({verifier.label})"
 

@@ -105,7 +105,7 @@ def verify(
         + (f", activations in {about['activations']}" if about["activations"] != "as computed" else "")
         + (f", KV cache {loading.kv_cache}" if loading.kv_cache != "auto" else "")
         + (f", adapter {decoder.adapter}" if decoder.adapter else ""),
-        f"drafter    {drafter}, draft length {depth}; acceptance rule {about['verifier']}",
+        f"drafter    {drafter}, draft length {depth}; verifier {about['verifier']}",
         f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens, in batches of {batch_size}",
         f"sampling   temperature {params.temperature:g}, top-p {params.top_p:g}, top-k {params.top_k}",
         f"command    {about['command']}",

@@ -1,4 +1,4 @@
-"""The running rows, and one step of them: draft, score, verify, commit, for every drafter and every acceptance rule.
+"""The running rows, and one step of them: draft, score, verify, commit, for every drafter and every verifier.
 
 Knows no drafter, no text and no command line: tokens in, tokens out.
 """

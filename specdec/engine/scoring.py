@@ -73,22 +73,17 @@ class _Scorer:
         # Run
         tokens, positions = state.block(draft)  # (B, 1 + M)
         x, tree, exit_layer = self._resume(tokens, positions), draft.ancestors(), draft.exit_layer
-        filled = self._fill(x, positions) if verifier.propagates else 0
-        x, late = _after(filled, x), _after(filled, positions)
-        x = target.layers(
-            x, exit_layer, target.num_layers, Pass(late, cache.register(exit_layer, late, tree), cache, taps)
-        )
+        ctx = Pass(positions, cache.register(exit_layer, positions, tree), cache, taps)
+        x = target.layers(x, exit_layer, target.num_layers, ctx)
         # Choose, and read drafted tokens that the device alone has
         # A device had better choose after all tokens at once, unless masks come from the host.
-        along = not (verifier.needs_probabilities or filled) and (
-            sampler.best_allowed or not is_asynchronous(cache.device)
-        )
+        along = not verifier.needs_probabilities and (sampler.best_allowed or not is_asynchronous(cache.device))
         p, fault, unread = None, None, [draft.tokens] if draft.listed is None else []
         row_logits = dict[int, Tensor]()
         if sampler.plain_greedy and readout not in taps and not self.logit_rows:
             *read, chosen = target.greedy_tokens(x, *unread)
         else:
-            logits = target.readout(x)  # (B, 1 + M - filled, V)
+            logits = target.readout(x)  # (B, 1 + M, V)
             row_logits = {b: logits[b] for b in self.logit_rows}
             if readout in taps:
                 taps[readout] = logits
@@ -97,12 +92,12 @@ class _Scorer:
                 if is_asynchronous(cache.device):
                     self._make_masks()
             else:
-                every = range(filled, 1 + len(draft.parents))
+                every = range(1 + len(draft.parents))
                 scores = sampler.scores(logits, lambda: [self._prefixes(b, every) for b in range(len(state.ids))])
-                after = [[len(ids) + depth for depth in draft.depths()[filled:]] for ids in state.ids]
+                after = [[len(ids) + depth for depth in draft.depths()] for ids in state.ids]
                 tokens = sampler.choose(scores, after)
                 p = scores.softmax(-1) if verifier.needs_probabilities else None
-            *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M - filled]
+            *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M]
         if read:
             draft.listed = read[0]
             if fault := check_tokens(read[0], cache.batch, len(draft.parents), target.vocab_size):
@@ -111,10 +106,6 @@ class _Scorer:
             if along and not row.plain_greedy:
                 best = chosen[b] if row.masked_greedy else None
                 chosen[b] = self._choose_along(b, range(len(chosen[b])), logits[b], best)
-        if filled:  # tokens whose states were propagated have no scores
-            chosen = [[0] * filled + row for row in chosen]
-            p = None if p is None else F.pad(p, (0, 0, filled, 0))
-            taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
         return Scores(chosen, p, taps, len(chosen) * (1 + len(draft.parents)), None, row_logits, fault)
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -129,19 +120,6 @@ class _Scorer:
             mask = cache.register(0, late, None if tree is None else tree[done:])
             y = target.layers(y, 0, exit_layer, Pass(late, mask, cache))
         return y if draft.states is None else torch.cat((draft.states, y), 1)
-
-    def _fill(self, x: Tensor, positions: Tensor) -> int:
-        """Propagate the states x [B, 1 + M, D] at the exit of the tokens that are accepted without scoring.
-
-        Returns their number: all before the last token of every row.
-        """
-        draft, cache = self.draft, self.state.cache
-        filled = int((draft.tokens >= 0).sum(1).min())
-        if filled:
-            early = positions[:, :filled]
-            ctx = Pass(early, cache.register(draft.exit_layer, early), cache)
-            self.state.target.fill(x[:, :filled], draft.exit_layer, ctx)
-        return filled
 
     def rows(self) -> Scores:
         """Score each row's own tokens alone, one row behind the other."""

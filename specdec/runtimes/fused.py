@@ -23,13 +23,12 @@ from specdec.models import families
 from specdec.models.gguf.blocks import densify
 from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes import decoder_layer, linear_maps
-from specdec.runtimes.by_parts import ByParts
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters, Norm
 from specdec.runtimes.linear_maps import Linear, LowRank
 from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import linear
-from specdec.runtimes.target import Pass
+from specdec.runtimes.target import Pass, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +52,7 @@ class _Layer:
     low: dict[str, LowRank] = field(default_factory=dict)
 
 
-class FusedTarget(ByParts):
+class FusedTarget(Target):
     """The fused runtime. Base weights are frozen: gradients reach ``x`` and the adapters only.
 
     Raises SpecDecError for models that it does not know or does not reproduce; the reference runtime may support them.
@@ -120,12 +119,6 @@ class FusedTarget(ByParts):
 
         layers = self._select_layers(lo, hi, ctx.adapters)
         return self._run(x, lo, layers, self._rotary(ctx), attend, ctx.adapted, ctx.taps)
-
-    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
-        rotary = self._rotary(ctx)
-        for index in range(lo, self.num_layers):
-            _, k, v = self._project_qkv(self._layers[index], x, rotary, None)
-            ctx.cache.append(index, k, v)
 
     def _run(
         self,

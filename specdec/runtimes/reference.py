@@ -27,38 +27,26 @@ from specdec.models.native_model import as_transformers
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import narrow_maps
-from specdec.runtimes.target import GivenLinear, Part, Pass, Target
+from specdec.runtimes.target import GivenLinear, Pass, Target
 
 STEPPED_TOKENS = 16  # so many tokens take less time one by one than a scan of a whole chunk
-PARTS: dict[str, tuple[str, ...]] = {  # their names in decoder layers
-    "attention": ("self_attn", "attn", "attention"),
-    "mlp": ("mlp", "block_sparse_moe", "feed_forward", "fc1", "fc2"),
-}
-
-
-class _Filled(Exception):
-    """Ends a layer once its keys and values are stored, if only these are wanted."""
 
 
 class _Bridge(Cache):
     """Our cache for Hugging Face's attention layers and recurrent mixers.
 
-    only_fill: whether a layer ends (``_Filled``) once its keys and values are stored.
     states: of the recurrent layer that runs.
     adapted: the tokens that adapters act on.
     """
 
-    def __init__(self, cache: KVCache, only_fill: bool = False) -> None:
+    def __init__(self, cache: KVCache) -> None:
         super().__init__(layers=[])
-        self.kv, self.only_fill = cache, only_fill
+        self.kv = cache
         self.states: States = {}
         self.adapted: Adapted = True
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        views = self.kv.append(layer_idx, key_states, value_states)
-        if self.only_fill:
-            raise _Filled
-        return views
+        return self.kv.append(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.kv.lengths[layer_idx]
@@ -119,7 +107,6 @@ class _Call:
 
     x: the input of layer ``lo``; None: the model's own embeddings, which are the result.
     taps: as in ``Pass``.
-    only_fill: whether every layer gets ``x`` as its input.
     """
 
     x: Tensor | None = None
@@ -127,7 +114,6 @@ class _Call:
     hi: int = 0
     mask: Mask | None = None
     taps: dict[int, Tensor] = field(default_factory=dict)
-    only_fill: bool = False
     result: Tensor | None = None
 
 
@@ -157,12 +143,8 @@ class _Gate(_Wrapper):
             if index in call.taps:
                 call.taps[index] = hidden
             args, kwargs = owner.with_mask(index, args, kwargs, call.mask)
-            try:
-                out = inner(hidden, *args, **kwargs)
-            except _Filled:
-                out = owner.as_output(hidden)
-            after, *beside = out if isinstance(out, tuple) else (out,)
-            hidden = hidden if call.only_fill else after
+            out = inner(hidden, *args, **kwargs)
+            hidden, *beside = out if isinstance(out, tuple) else (out,)
             owner.extra_outputs = len(beside) if isinstance(out, tuple) else None
             if index == call.hi - 1:
                 call.result = hidden
@@ -187,18 +169,6 @@ class _Mixer(_Wrapper):
         return out
 
 
-class _ZeroSublayer(nn.Module):
-    """Replaces a sublayer by one that adds nothing. pair: whether it returns a pair, as attention does."""
-
-    def __init__(self, pair: bool) -> None:
-        super().__init__()
-        self.pair = pair
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self.pair else zeros
-
-
 class ReferenceTarget(Target):
     """The reference runtime: exact on any decoder-only Hugging Face model, checked on load.
 
@@ -207,7 +177,6 @@ class ReferenceTarget(Target):
 
     extra_outputs: number of results of a layer beside hidden states; None: these alone, not in a tuple.
     probed: whether that is known.
-    pairs: by type of MLP, whether it returns more than its result.
     """
 
     runtime = "reference"
@@ -221,7 +190,6 @@ class ReferenceTarget(Target):
         self.extra_outputs: int | None = None
         self.bridge: _Bridge | None = None
         self.probed = False
-        self.pairs: dict[type[nn.Module], bool] = {}
         self._narrow: WeakKeyDictionary[Adapters, dict[int, dict[str, nn.Module]]] = WeakKeyDictionary()
         with self.lock:
             is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
@@ -251,33 +219,6 @@ class ReferenceTarget(Target):
             return x
         with self.lock, self._adapt(ctx.adapters, lo, hi, ctx.adapted, x.shape[0]):
             return self._pass(_Call(x, lo, hi, ctx.mask, taps), ctx)
-
-    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
-        self._pass(_Call(x, lo, self.num_layers, ctx.mask, only_fill=True), ctx)
-
-    def sublayer(self, x: Tensor, layer: int, part: Part, ctx: Pass) -> Tensor:
-        if self.mixers[layer] is not None:
-            raise SpecDecError(f"layer {layer} is recurrent and has no parts to leave out; skip whole layers")
-        other, block = "mlp" if part == "attention" else "attention", self.blocks[layer]
-        filled = ctx.cache.lengths[layer]
-        with self.lock, ExitStack() as stack:
-            names, kind = [n for n, _ in block.named_children() if n in PARTS[other]], self.model.config.model_type
-            if not names:
-                raise SpecDecError(f"a layer of a '{kind}' model has no known {other} to leave out; skip whole layers")
-            for name in names:
-                pair = other == "attention" or self._returns_pair(getattr(block, name), x)
-                stack.enter_context(_replaced(block, name, _ZeroSublayer(pair)))
-            out = self.layers(x, layer, layer + 1, ctx)
-        if part == "mlp":
-            ctx.cache.lengths[layer] = filled
-        return out
-
-    def _returns_pair(self, mlp: nn.Module, x: Tensor) -> bool:
-        """Whether an MLP returns more than its result, as those with experts may. Found with one token."""
-        kind = type(mlp)
-        if kind not in self.pairs:
-            self.pairs[kind] = not isinstance(mlp, nn.Linear) and isinstance(mlp(x[:1, :1]), tuple)
-        return self.pairs[kind]
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -315,7 +256,7 @@ class ReferenceTarget(Target):
 
     def _pass(self, call: _Call, ctx: Pass) -> Tensor:
         """Run ``call``; keys and values go to our cache."""
-        ids, bridge = torch.zeros_like(ctx.positions), _Bridge(ctx.cache, call.only_fill)
+        ids, bridge = torch.zeros_like(ctx.positions), _Bridge(ctx.cache)
         start, self.bridge = ctx.cache.lengths[call.lo], bridge
         with ExitStack() as stack:
             stack.callback(setattr, self, "bridge", None)

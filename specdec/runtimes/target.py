@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +36,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.devices import upload
 
-Part = Literal["attention", "mlp"]
 LEAST_ROWS = 64  # of a matrix that grows, for which there is memory
 UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe", "experts")
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -146,17 +145,6 @@ class Target(ABC):
         """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to the cache; return [B, T, D]."""
 
     @abstractmethod
-    def sublayer(self, x: Tensor, layer: int, part: Part, ctx: Pass) -> Tensor:
-        """Run the attention or the MLP of one layer alone, residual included: [B, T, D] -> [B, T, D].
-
-        "mlp" leaves the cache as it is. Raises SpecDecError if the model's layers have no such part.
-        """
-
-    @abstractmethod
-    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
-        """State propagation: append to layers [lo, N) the keys and values of ``x`` [B, T, D] as the input of each."""
-
-    @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
 
@@ -220,9 +208,10 @@ class Target(ABC):
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         """``{module path: (in, out)}`` of the linear maps of a layer that adapters can sit beside."""
 
-    @abstractmethod
     def block(self, layer: int) -> nn.Module:
-        """A decoder layer of the model."""
+        """A decoder layer of the model, by default where Llama-like models have them."""
+        found: nn.Module = self.model.model.layers[layer]  # type: ignore[union-attr, index]
+        return found
 
     def reduced_head(self, token_ids: Tensor, lasting: bool = False) -> nn.Linear:
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V'].

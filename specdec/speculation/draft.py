@@ -234,7 +234,6 @@ class Drafter(ABC):
     has_probabilities: whether it knows probabilities of its tokens, and sizes drafts by ``State.prices``.
     level_share: about the share of a pass's bytes that drafting a level reads, by exit; 0: it has no levels.
     leaves_early: whether tokens may leave the model early, with a confidence (``State.threshold``).
-    leaves_state: whether they leave with an exact state of the model.
     learns: whether it has work to do between requests (``learn``).
     version: changes when it begins to draft differently; what was measured before says little then.
     path: a text that tells drafters with different costs apart, beside the name.
@@ -254,7 +253,6 @@ class Drafter(ABC):
     level_share: tuple[float, ...] = (0.1,)
     has_probabilities: bool = False
     leaves_early: bool = False
-    leaves_state: bool = False
     learns: bool = False
     version: int = 0
     path: str = ""
@@ -362,14 +360,12 @@ class Verifier(ABC):
     needs_probabilities: whether ``verify`` reads ``p`` where tokens are sampled.
     threshold: minimum confidence of the drafter in a token, for a rule that accepts without scoring
         (``State.threshold``).
-    propagates: whether deeper layers get the keys and values of accepted tokens from their states at the exit layer.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
     needs_probabilities: ClassVar[bool] = False
     threshold: float | None = None
-    propagates: bool = False
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -199,21 +199,3 @@ class Grower:
         if learned is not None:
             raw = [[max(p, 0.0) for p in own[:count]], [max(-p, 0.0) for p in own[:count]], said[:count]]
         return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count], raw)
-
-
-T = TypeVar("T")
-MOST_SCOPES = 16  # maximum number of scopes; the oldest is dropped for a new one
-
-
-class Scoped(Generic[T]):
-    """One store for each scope, made by ``make`` at first use."""
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self.make, self.made = make, dict[str | None, T]()
-
-    def of(self, scope: str | None) -> T:
-        if scope not in self.made:
-            if len(self.made) == MOST_SCOPES:
-                del self.made[next(iter(self.made))]
-            self.made[scope] = self.make()
-        return self.made[scope]

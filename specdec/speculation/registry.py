@@ -102,7 +102,7 @@ def lookup(kind: str, name: str) -> Any:
 
 
 def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None, exact: bool = False) -> Verifier:
-    """The acceptance rule named ``rule``, with its options. A rule that is an object is returned as it is.
+    """The verifier named ``rule``, with its options. A rule that is an object is returned as it is.
 
     exact: refuse a lossy one. Raises SpecDecError for an unknown name, and for an option that the rule does not have.
     """

@@ -123,20 +123,17 @@ class TreeShape(NamedTuple):
         return out
 
 
-def best_first(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = False) -> tuple[TreeShape, list[float]]:
+def best_first(accuracy: Sequence[Sequence[float]], budget: int) -> tuple[TreeShape, list[float]]:
     """The tree of at most ``budget`` >= 1 nodes with the most expected accepted tokens, and each node's probability.
 
     Positions err independently. Nodes come in order of their probability.
 
     accuracy[depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
-    chain: whether only first choices have children, so that the others are siblings beside a chain.
     """
-    return grow_best_first(lambda path: accuracy[len(path)] if len(path) < len(accuracy) else (), budget, chain)
+    return grow_best_first(lambda path: accuracy[len(path)] if len(path) < len(accuracy) else (), budget)
 
 
-def grow_best_first(
-    after: Callable[[tuple[int, ...]], Sequence[float]], budget: int, chain: bool = False
-) -> tuple[TreeShape, list[float]]:
+def grow_best_first(after: Callable[[tuple[int, ...]], Sequence[float]], budget: int) -> tuple[TreeShape, list[float]]:
     """``best_first`` for candidates that depend on the path before them.
 
     after: takes the ranks on the path to a node, () for the root; returns the probabilities of the candidates after it.
@@ -163,6 +160,6 @@ def grow_best_first(
         parents.append(parent)
         ranks.append(path[-1])
         values.append(-negative)
-        if len(parents) < budget and (path[-1] == 0 or not chain):
+        if len(parents) < budget:
             offer(len(parents), path, -negative)
     return TreeShape(tuple(parents), tuple(ranks)), values

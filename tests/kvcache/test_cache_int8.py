@@ -154,7 +154,7 @@ def target() -> Target:
     return NativeTarget(tiny_model("llama", **SIZES | {"head_dim": 64}).bfloat16(), kv_cache="int8")
 
 
-@pytest.mark.parametrize("name", ["m2r2: grown level by level (tree)", "layer-skip: parts", "prompt-lookup (tree)"])
+@pytest.mark.parametrize("name", ["m2r2: grown level by level (tree)", "layer-skip: two ranges", "lookahead (tree)"])
 @pytest.mark.usefixtures("kernels")
 def test_drafters_give_them_with_every_instruction_set(name: str, target: Target) -> None:
     own = NativeTarget(target.model, kv_cache="int8")

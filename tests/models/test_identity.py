@@ -153,15 +153,3 @@ def test_prefixes_on_disk_are_those_of_the_config(tmp_path: Path) -> None:
             assert [token for event in handle for token in event.tokens] == right
             known.append(handle.metrics.num_cached_tokens)
     assert known == [0, 0, 64]
-
-
-def test_states_that_are_propagated_are_not_those_of_the_model(tmp_path: Path) -> None:
-    """A rule that fills keys and values from early layers leaves others than the model's."""
-    names = list[str]()
-    for how in ({}, {"exit_threshold": 0.5}, {"exit_threshold": 0.5, "fill": "propagate"}):
-        rule = {"verifier": "confident", "verifier_options": how} if how else {}
-        made = SpecDecoder(tiny_model(), None, "none", runtime="reference", **rule)  # type: ignore[arg-type]
-        with made.engine(prefix_cache=tmp_path) as engine:
-            assert engine.scheduler.disk is not None
-            names.append(engine.scheduler.disk.identity)
-    assert names[0] == names[1] != names[2]

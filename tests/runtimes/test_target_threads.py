@@ -201,7 +201,7 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
 def test_decoders_that_share_a_target_run_at_once(runtime: str) -> None:
     model = tiny_model("llama", **BF16).bfloat16() if runtime == "native" else tiny_model("llama")
     base = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)
-    made = grown(base.target), projecting(base.target), LayerSkipDrafter(attn=[1], mlp=[2]), NoDrafter()
+    made = grown(base.target), projecting(base.target), LayerSkipDrafter([1]), NoDrafter()
     runs = [
         lambda decoder=decoder, prompt=prompt: (
             decoder.generate(prompt, max_new_tokens=12, num_speculative_tokens=3, ignore_eos=True).token_ids

@@ -237,7 +237,7 @@ CHAINS: dict[str, Callable[[Target], Drafter]] = {
     "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9),
     "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target)),
     "layer-skip": lambda target: LayerSkipDrafter(),
-    "layer-skip: parts": lambda target: LayerSkipDrafter(attn=[1, 2], mlp=[2, 3]),
+    "layer-skip: two ranges": lambda target: LayerSkipDrafter([1, 3]),
     "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
     "ngram+early-exit": lambda target: HybridDrafter([NgramDrafter(), EarlyExitDrafter(3)]),
     "hybrid: an exit above a layer that m2r2 observes": lambda target: HybridDrafter(

@@ -187,8 +187,8 @@ class PackedFile:
             key, self.notes, (used, data_sum) = found["key"], found["notes"], map(_whole, found["data"])
             self.entries = {name: Entry(*map(_whole, numbers)) for name, numbers in found["entries"].items()}
             each = self.entries.values()
-            fits = all(e.offset % PART == 0 <= e.offset and 0 <= e.size <= used - e.offset for e in each)
-            if not fits or used != begin or not isinstance(self.notes, dict):
+            inside = all(e.offset % PART == 0 <= e.offset and 0 <= e.size <= used - e.offset for e in each)
+            if not inside or used != begin or not isinstance(self.notes, dict):
                 raise ValueError
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise Damaged("it is damaged") from None

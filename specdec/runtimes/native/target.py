@@ -42,7 +42,6 @@ from specdec.models.gguf.blocks import (
 )
 from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes import decoder_layer
-from specdec.runtimes.by_parts import ByParts
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import gated_mlp
@@ -54,7 +53,7 @@ from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, 
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.native.packed_file import DRAFTS, MOST_DRAFTS, ModelFile, PackedFile, drop_old, using
-from specdec.runtimes.target import TOKEN_RATIO, GrowingLinear, Pass
+from specdec.runtimes.target import TOKEN_RATIO, GrowingLinear, Pass, Target
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ SCREENED_SHARE, SCREENED_BYTES = 0.1, 64 << 20
 BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6, MX
 
 
-class NativeTarget(ByParts):
+class NativeTarget(Target):
     """The native runtime, without gradients.
 
     A token's result is the same bits whatever else is in its pass; with activations in 8 bits, also in every
@@ -247,10 +246,6 @@ class NativeTarget(ByParts):
         if hi in taps and lo <= hi:
             taps[hi] = y
         return y
-
-    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
-        for layer in range(lo, self.num_layers):
-            self.layers(x, layer, layer + 1, ctx)
 
     def draft_tree(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
