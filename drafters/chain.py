@@ -6,20 +6,17 @@ from logits and which siblings pay, not where the logits come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from specdec.base.devices import is_asynchronous, upload
+from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.base.options import Count
 from specdec.base.settings import Whole, checked
-from specdec.kvcache.cache import KVCache
-from specdec.runtimes.target import CHUNK, Target
 from specdec.runtimes.tree_drafting import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, Found, State
 
@@ -244,40 +241,3 @@ def _probability(logits: Tensor, tokens: Tensor, vocab: Tensor | None) -> Tensor
     if vocab is None:
         return p.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0)
     return torch.stack([(p * (vocab == token)).sum(-1) for token in tokens[..., None].unbind(1)], 1)
-
-
-# --- drafters with a cache of their own ------------------------------------------------------------------------------
-
-
-def follow_rows(cache: KVCache, old: list[Any], rows: list[Any], target: Target) -> KVCache:
-    """``cache`` of ``target`` with ``rows`` instead of the rows ``old``: others leave, new ones begin empty."""
-    stay = [row for row in old if row in rows]
-    if not stay:
-        return target.new_cache(len(rows))
-    cache.roll_back()
-    cache.select([old.index(row) for row in stay])
-    order = stay + [row for row in rows if row not in stay]
-    if len(order) > len(stay):
-        cache.join(target.new_cache(len(order) - len(stay)))
-    if order != rows:
-        cache.select([order.index(row) for row in rows])
-    return cache
-
-
-def pair_chunks(
-    state: State, states: Sequence[Tensor], shift: int
-) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
-    """Chunks of pairs up to each row's root: a token of the text's end, and its state before it in ``states`` [n, D].
-
-    shift: distance from a pair's position to its token's. Yields the states [B, T, D], the number of each row's pairs,
-    their tokens and positions, int64 [B, T].
-    """
-    device, last = state.cache.device, state.target.context - 1
-    for start in range(0, max(map(len, states)), CHUNK):
-        parts = [each[start : start + CHUNK] for each in states]
-        counts = list(map(len, parts))
-        first = [len(ids) - len(each) + start for ids, each in zip(state.ids, states, strict=True)]
-        texts = [ids[at : at + n] for ids, at, n in zip(state.ids, first, counts, strict=True)]
-        tokens = upload([[*text, *[0] * (max(counts) - len(text))] for text in texts], device)
-        positions = upload([[min(at - shift + i, last) for i in range(max(counts))] for at in first], device)
-        yield pad_sequence(parts, batch_first=True), counts, tokens, positions

@@ -14,12 +14,21 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.base.sequences import common_prefix
+from specdec.kvcache.cache import KVCache
 from specdec.models import loading
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target, prefill
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions, follow_rows
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions
+
+
+class DraftModelRow(ChainRow):
+    """cache: the draft model's, of one row."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__()
+        self.cache = cache
 
 
 class DraftModelDrafter(ChainDrafter):
@@ -71,8 +80,11 @@ class DraftModelDrafter(ChainDrafter):
 
     def start(self) -> None:
         super().start()
-        self.cache, self.rows = self.draft_target.new_cache(0), list[Any]()
+        self.cache, self.rows = self.draft_target.new_cache(0), list[DraftModelRow]()
         self.fed_tokens: list[list[int]] = []
+
+    def begin(self) -> DraftModelRow:
+        return DraftModelRow(self.draft_target.new_cache())
 
     def propose(self, state: State, limit: int) -> Draft:
         own = self.draft_target
@@ -80,8 +92,8 @@ class DraftModelDrafter(ChainDrafter):
         if limit < 1:
             return Draft.empty(len(state.ids), own.device)
         if state.row_states != self.rows:
-            self.cache = follow_rows(self.cache, self.rows, state.row_states, own)
             self.rows, self.fed_tokens = list(state.row_states), [[] for _ in state.row_states]
+            self.cache = self.cache.of([entries for row in self.rows for entries in row.cache.entries])
         cache = self.cache
         root: Tensor | None = self._catch_up(state.ids)
 

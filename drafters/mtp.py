@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from specdec.base import options
 from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError, one_line
+from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
 from specdec.models.native_model import as_transformers
 from specdec.models.source import weight_files
@@ -25,7 +26,8 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import GivenLinear, Pass, Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, follow_rows, pair_chunks
+from .chain import SHAPE, Readout, ShapeOptions
+from .pairs import PairDrafter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,20 +100,7 @@ class MTPHead:
         return x
 
 
-class MTPRow(ChainRow):
-    """The state of a row.
-
-    states: final states of the tokens whose pairs have not been run, parts [n, D].
-    last: the layer's output for the root's pair, [1, 1, D].
-    """
-
-    def __init__(self, draft_target: Target) -> None:
-        super().__init__()
-        self.states: list[Tensor] = []
-        self.last = torch.zeros(1, 1, draft_target.hidden_size, dtype=draft_target.dtype, device=draft_target.device)
-
-
-class MTPDrafter(ChainDrafter):
+class MTPDrafter(PairDrafter):
     """Drafts a chain with the multi-token prediction layer of the model's own checkpoint.
 
     siblings, nodes: see ``ChainShape``.
@@ -120,7 +109,7 @@ class MTPDrafter(ChainDrafter):
 
     name: ClassVar[str] = "mtp"
     summary: ClassVar[str] = f"prediction layer inside the checkpoint of {FAMILIES}; no training"
-    whole_prompts = True
+    shift = 1
 
     def __init__(self, head: MTPHead, **shape: Unpack[ShapeOptions]) -> None:
         super().__init__(**shape)
@@ -140,52 +129,40 @@ class MTPDrafter(ChainDrafter):
         self.has_probabilities = self.shape.siblings is None and not is_asynchronous(target.device)
         self.start()
 
-    def begin(self) -> MTPRow:
-        return MTPRow(self.head.draft_target)
+    def new_cache(self) -> KVCache:
+        return self.head.draft_target.new_cache()
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        for row, path, states in zip(row_states, paths, taps[self.taps[0]], strict=True):
-            if path:
-                row.states.append(states[path])
-
-    def start(self) -> None:
-        super().start()
-        self.cache, self.rows = self.head.draft_target.new_cache(0), list[MTPRow]()  # rows: whose the cache's rows are
+        self.add_states(row_states, paths, taps[self.taps[0]])
 
     def propose(self, state: State, limit: int) -> Draft:
-        head, target, rows = self.head, state.target, state.row_states
-        self.cache.roll_back()
-        if rows != self.rows:
-            self.cache, self.rows = follow_rows(self.cache, self.rows, rows, head.draft_target), list(rows)
-        self._catch_up(state)
-        last, drafted = torch.cat([row.last for row in rows]), False  # (B, 1, D)
+        head, cache = self.head, self.catch_up(state)
+        last, drafted = torch.cat([row.last for row in state.row_states]), False  # (B, 1, D)
 
         def step(token: Tensor, positions: Tensor) -> Readout:
             nonlocal last, drafted
             if drafted:
-                last = self._run(target, token, head.norm(last) if head.feeds_norm else last, positions - 1)
+                last = self.run(state, cache, token, head.norm(last) if head.feeds_norm else last, positions - 1)
             drafted = True
             return Readout(head.draft_target.readout(last)[:, 0])
 
         return self.chain(state, limit, step)
 
-    def _catch_up(self, state: State) -> None:
-        """Run the pairs of the new tokens of all rows, up to their roots."""
-        rows: list[MTPRow] = state.row_states
-        new = [torch.cat(row.states) if row.states else row.last[0, :0] for row in rows]  # (n, D) each
-        for states, counts, tokens, positions in pair_chunks(state, new, shift=1):
-            out = self._run(state.target, tokens, self.head.final_norm(states), positions)  # (B, T, D)
-            self.cache.commit([range(count) for count in counts])
-            for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
-                if count:
-                    row.last = out[b : b + 1, count - 1 : count]
-        for row in rows:
-            row.states = []
+    def inputs(self, states: Tensor) -> Tensor:
+        made: Tensor = self.head.final_norm(states)
+        return made
 
-    def _run(self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor) -> Tensor:
-        """Run pairs of ``tokens`` and the ``states`` of the tokens before; return the layer's outputs [B, T, D]."""
-        x = self.head.inputs(target.embed(tokens, positions), states)
-        return self.head.draft_target.layers(x, 0, 1, Pass(positions, self.cache.register(0, positions), self.cache))
+    def run(
+        self,
+        state: State,
+        cache: KVCache,
+        tokens: Tensor,
+        states: Tensor,
+        positions: Tensor,
+        tree: Tensor | None = None,
+    ) -> Tensor:
+        x, mask = self.head.inputs(state.target.embed(tokens, positions), states), cache.register(0, positions, tree)
+        return self.head.draft_target.layers(x, 0, 1, Pass(positions, mask, cache))
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:

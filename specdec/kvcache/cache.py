@@ -287,7 +287,7 @@ class KVCache:
     def _place(self, entries: list[RowEntries]) -> None:
         self.entries = entries
         self.draft_positions = self.draft_positions.new_zeros(len(entries), self.draft_positions.shape[1])
-        self._settle()
+        self.roll_back()
 
     def resumable(self, row: int, count: int) -> int:
         """The number of the first ``count`` committed tokens of ``row`` that another text can begin with."""
@@ -305,10 +305,10 @@ class KVCache:
         if (states := self.entries[row].states) is not None:
             states.checkpoint(self.entries[row].count)
 
-    def _of(self, row: RowEntries) -> Self:
-        """A cache like this one, with that row."""
+    def of(self, entries: list[RowEntries]) -> Self:
+        """A cache like this one, with these rows, of which nothing is uncommitted."""
         made = copy.copy(self)
-        made._place([row])
+        made._place(entries)
         return made
 
     def copy(self, row: int, count: int, capacity: int = 0) -> Self:
@@ -325,7 +325,7 @@ class KVCache:
         for name, buffer in own.buffers.items() if count else ():
             self._fill(made, name, [buffer[..., :count, :]], capacity)
         made.count = count
-        return self._of(made)
+        return self.of([made])
 
     def _fill(self, row: RowEntries, name: str, parts: Sequence[Tensor], capacity: int) -> None:
         """Make a buffer with ``parts`` one behind the other, and room for ``capacity`` slots."""
@@ -339,7 +339,7 @@ class KVCache:
     def take(self, row: int) -> Self:
         """The row as a cache of its own, which shares its buffers."""
         own = self.entries[row]
-        return self.copy(row, own.count) if own.lent else self._of(own)
+        return self.copy(row, own.count) if own.lent else self.of([own])
 
     def take_compact(self, row: int) -> Self:
         """``take`` for a cached prefix: the buffers have little more capacity than the tokens need."""

@@ -1,0 +1,112 @@
+"""Drafters that run pairs: a token, and a state of the token before it, through layers with a KV cache of their own.
+
+A pair of a drafted token has the layers' own output in place of the state. Its entries are dropped with the next step,
+which runs the pairs of all new tokens of the text.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from specdec.base.devices import upload
+from specdec.kvcache.cache import KVCache
+from specdec.runtimes.target import CHUNK
+from specdec.speculation.draft import State
+
+from .chain import ChainDrafter, ChainRow
+
+
+class PairRow(ChainRow):
+    """The state of a row.
+
+    cache: keys and values of the pairs that have been run.
+    states: of the tokens whose pairs have not been run, parts [n, ...].
+    last: the layers' output at the root's pair, [1, 1, D'].
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__()
+        self.cache, self.states, self.last = cache, list[Tensor](), torch.empty(0)
+
+
+class PairDrafter(ChainDrafter):
+    """Drafts a chain by pairs.
+
+    shift: distance from a pair's position to its token's.
+    """
+
+    whole_prompts = True
+    shift: ClassVar[int]
+
+    @abstractmethod
+    def new_cache(self) -> KVCache:
+        """An empty cache of one row."""
+
+    @abstractmethod
+    def run(
+        self,
+        state: State,
+        cache: KVCache,
+        tokens: Tensor,
+        states: Tensor,
+        positions: Tensor,
+        tree: Tensor | None = None,
+    ) -> Tensor:
+        """Run pairs [B, T] of ``tokens`` and ``states`` behind those in ``cache``; return the outputs [B, T, D'].
+
+        tree: as in ``KVCache.register``.
+        """
+
+    def inputs(self, states: Tensor) -> Tensor:
+        """What ``run`` takes of the model's states of the text [B, T, ...]."""
+        return states
+
+    def begin(self) -> PairRow:
+        return PairRow(self.new_cache())
+
+    def add_states(self, row_states: list[Any], paths: list[list[int]], states: Tensor) -> None:
+        """Note the states [B, T, ...] of the tokens of a block that are accepted."""
+        for b, (row, path) in enumerate(zip(row_states, paths, strict=True)):
+            if path:
+                row.states.append(states[b, upload(path, states.device)])
+
+    def catch_up(self, state: State) -> KVCache:
+        """Run the pairs of the new tokens of all rows, up to their roots; return the rows' cache."""
+        rows: list[PairRow] = state.row_states
+        cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])
+        like = next((row.states[0][:0] for row in rows if row.states), None)
+        if like is None:
+            return cache
+        new = [torch.cat([like, *row.states]) for row in rows]  # (n, ...) each
+        for states, counts, tokens, positions in _chunks(state, new, self.shift):
+            out = self.run(state, cache, tokens, self.inputs(states), positions)  # (B, T, D')
+            cache.commit([range(count) for count in counts])
+            for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                if count:
+                    row.last = out[b : b + 1, count - 1 : count].clone()
+        for row in rows:
+            row.states = []
+        return cache
+
+
+def _chunks(state: State, states: Sequence[Tensor], shift: int) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
+    """Chunks of pairs up to each row's root: a token of the text's end, and its state before it in ``states`` [n, D].
+
+    shift: as in ``PairDrafter``. Yields the states [B, T, D], the number of each row's pairs, their tokens and
+    positions, int64 [B, T].
+    """
+    device, last = state.cache.device, state.target.context - 1
+    for start in range(0, max(map(len, states)), CHUNK):
+        parts = [each[start : start + CHUNK] for each in states]
+        counts = list(map(len, parts))
+        first = [len(ids) - len(each) + start for ids, each in zip(state.ids, states, strict=True)]
+        texts = [ids[at : at + n] for ids, at, n in zip(state.ids, first, counts, strict=True)]
+        tokens = upload([[*text, *[0] * (max(counts) - len(text))] for text in texts], device)
+        positions = upload([[min(at - shift + i, last) for i in range(max(counts))] for at in first], device)
+        yield pad_sequence(parts, batch_first=True), counts, tokens, positions
