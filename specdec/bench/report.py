@@ -38,7 +38,7 @@ SECTIONS = {  # name: title, and the text if there is no picture
     "acceptance": ("Acceptance by position", "Nothing was drafted."),
     "quality": (
         "Quality against speed",
-        "No lossy acceptance rule was measured, so no text differs from plain decoding.",
+        "No lossy verifier was measured, so no text differs from plain decoding.",
     ),
 }
 ENVIRONMENT = {

@@ -22,10 +22,10 @@ from specdec.runtimes.native import library, mixer
 from specdec.runtimes.native.library import (
     Call,
     Layer,
+    Linear,
+    LinearPart,
     LowRank,
-    Map,
     Model,
-    Part,
     SequenceArgs,
     Stage,
     Table,
@@ -128,19 +128,19 @@ class Recording:
 
     # -- structures -------------------------------------------------------------------------------------------------
 
-    def map_(self, at: int, each: Map) -> None:
+    def map_(self, at: int, each: Linear) -> None:
         first = 0
-        for place, part in self.structs(at + Map.parts.offset, each.parts, Part, each.count):
+        for place, part in self.structs(at + Linear.parts.offset, each.parts, LinearPart, each.count):
             size = self.kernels.specdec_tiles_bytes(part.kind, part.end - first, each.inp // 32)
-            self.read(place + Part.tiles.offset, part.tiles, size)
+            self.read(place + LinearPart.tiles.offset, part.tiles, size)
             first = part.end
-        self.read(at + Map.bias.offset, each.bias, 4 * each.out)
+        self.read(at + Linear.bias.offset, each.bias, 4 * each.out)
         size = self.kernels.specdec_tiles_bytes(library.Q4, each.out // 16, each.inp // 32)
-        self.read(at + Map.rough.offset, each.rough, size)
-        self.read(at + Map.gaps.offset, each.gaps, 4 * each.out)
+        self.read(at + Linear.rough.offset, each.rough, size)
+        self.read(at + Linear.gaps.offset, each.gaps, 4 * each.out)
 
     def maps(self, at: int, address: int | None, count: int = 1) -> None:
-        for place, each in self.structs(at, address, Map, count):
+        for place, each in self.structs(at, address, Linear, count):
             self.map_(place, each)
 
     def table(self, at: int, address: int, rows: int) -> None:

@@ -11,8 +11,8 @@ EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { retu
 
 /* The sizes of the structures that Python writes (library.py), in its order. */
 EXPORT void specdec_sizes(int32_t sizes[12]) {
-    const size_t own[] = {sizeof(Part), sizeof(Map), sizeof(Table), sizeof(LowRank), sizeof(Layer), sizeof(Model), sizeof(Sequence),
-        sizeof(Call), sizeof(Stage), sizeof(Sampled), sizeof(Given), sizeof(TreeDraft)};
+    const size_t own[] = {sizeof(LinearPart), sizeof(Linear), sizeof(Table), sizeof(LowRank), sizeof(Layer), sizeof(Model),
+        sizeof(Sequence), sizeof(Call), sizeof(Stage), sizeof(Sampled), sizeof(Given), sizeof(TreeDraft)};
     for (int i = 0; i < 12; i++) sizes[i] = (int32_t)own[i];
 }
 

@@ -40,11 +40,11 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction s
 }
 
 
-class Part(ctypes.Structure):
+class LinearPart(ctypes.Structure):
     _fields_ = (("kind", INT), ("end", INT), ("tiles", POINTER))
 
 
-class Map(ctypes.Structure):
+class Linear(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("rounded", "out", "inp", "count")),
         *((name, FLOAT) for name in ("scale", "cap")),
@@ -60,12 +60,12 @@ class Table(ctypes.Structure):
 
 
 class LowRank(ctypes.Structure):
-    _fields_ = (("down", Map), ("ks", INT), ("unused", INT), ("first", POINTER), ("up", POINTER))
+    _fields_ = (("down", Linear), ("ks", INT), ("unused", INT), ("first", POINTER), ("up", POINTER))
 
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        *((name, Map) for name in ("qkv", "out", "gate_up", "down", "router", "rates")),
+        *((name, Linear) for name in ("qkv", "out", "gate_up", "down", "router", "rates")),
         *(("gates", POINTER), ("sums", POINTER)),
         *((f"norm_{name}", POINTER) for name in ("in", "mlp", "attended", "out", "q", "k")),
         *((name, POINTER) for name in ("sinks", "convolution", "decay", "decay_bias", "norm_mixed")),
@@ -177,7 +177,7 @@ def load() -> Any:
                 "the native runtime needs an x86 CPU with AVX2, FMA and F16C, or an Arm CPU with dot products "
                 f"(asimddp); this one is {name}"
             )
-        written = Part, Map, Table, LowRank, Layer, Model, SequenceArgs, Call, Stage, Sampled, Given, TreeDraft
+        written = LinearPart, Linear, Table, LowRank, Layer, Model, SequenceArgs, Call, Stage, Sampled, Given, TreeDraft
         found.specdec_sizes(sizes := (INT * len(written))())
         if sizes[:] != [ctypes.sizeof(each) for each in written]:
             raise AttributeError  # as if it had no such kernels

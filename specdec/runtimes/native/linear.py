@@ -17,7 +17,7 @@ from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, dequantize
 from specdec.runtimes.native import library
-from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Map, Part, Table, done, pointer, runs
+from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Linear, LinearPart, Table, done, pointer, runs
 from specdec.runtimes.native.packed_file import OTHER, ModelFile, PackedFile
 
 LARGE = 2_000_000  # a matrix for drafts with more weights is limited by reading them: 4 bits are faster
@@ -98,7 +98,7 @@ class Packed:
                 f"{weights[0].shape[0]} and {self.inp}"
             )
         self.tiles, end, memory = list[Tensor](), 0, memory or _arena
-        self.parts = (Part * len(weights))()
+        self.parts = (LinearPart * len(weights))()
         for part, weight in zip(self.parts, weights, strict=True):
             if made is not None:
                 kind, tiles = made
@@ -114,7 +114,7 @@ class Packed:
         self.rounded = (rounded or draft_only) and BF16 not in self.kinds
         self.rough: Tensor | None = None  # tiles, for ``largest``
         pointers = ctypes.addressof(self.parts), pointer(self.bias), None, None
-        self.struct = Map(self.rounded, 16 * end, self.inp, len(weights), scale, cap, *pointers)
+        self.struct = Linear(self.rounded, 16 * end, self.inp, len(weights), scale, cap, *pointers)
 
     @property
     def kinds(self) -> set[int]:
@@ -320,7 +320,7 @@ def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
 def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, gaps: Tensor | None = None) -> Tensor:
     """``weight`` [out, in] in tiles of ``kind``: BF16 (a tensor), or quantised to Q8 or Q4.
 
-    gaps: float32 [out in whole tiles], filled as ``Map.gaps`` of native.h.
+    gaps: float32 [out in whole tiles], filled as ``Linear.gaps`` of native.h.
     """
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
     tiles = memory.allocate(_bytes(weight.shape, kind))

@@ -91,17 +91,17 @@ typedef uint16_t bf16;
 typedef struct {       /* output rows of a map in one kind of tiles */
     int32_t kind, end;    /* end: number of output tiles of this part and those before it */
     const uint8_t *tiles; /* [outputs / 16][in / 32] */
-} Part;
+} LinearPart;
 
 typedef struct {       /* y = W x (+ bias), times `scale`, and then cap tanh(y / cap) unless `cap` is 0 */
     /* rounded: activations are in 8 bits, and no part is bf16; out: multiple of 16; in: of 32; count: of parts */
     int32_t rounded, out, in, count;
     float scale, cap;
-    const Part *parts;    /* [count] */
+    const LinearPart *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
     const uint8_t *rough; /* the weights of a map in Q8 once more, as Q4 tiles; NULL: none */
     const float *gaps;    /* [out]: by how much the rough weights may change an output of an input of length 1, at most */
-} Map;
+} Linear;
 
 typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */
     int32_t type, columns; /* type: ggml's number, or -1: bf16 */
@@ -112,19 +112,19 @@ typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */
 } Table;
 
 typedef struct {       /* low-rank terms beside a map: y += up (down x) */
-    Map down;             /* bf16 [rank, in]; the ranks of its parts, each padded to a multiple of 32, one after the other */
+    Linear down;             /* bf16 [rank, in]; the ranks of its parts, each padded to a multiple of 32, one after the other */
     int32_t ks, unused;   /* rank / 32 of one part */
     const int32_t *first; /* [out / 16]: where an output tile's part begins in down's outputs, / 32; -1: no terms there */
     const uint8_t *up;    /* bf16 tiles [out / 16][ks] */
 } LowRank;
 
 typedef struct {
-    Map qkv, out, gate_up, down;
-    Map router;              /* [experts, hidden]; the layer's MLP is then a mixture: gate_up and down are those of an
+    Linear qkv, out, gate_up, down;
+    Linear router;              /* [experts, hidden]; the layer's MLP is then a mixture: gate_up and down are those of an
                               * expert for all tokens, whose gate is the output behind those of the others, or unused */
-    Map rates;               /* of a recurrent layer: each value head's strength of writing and, from a tile of their own, rate of
+    Linear rates;               /* of a recurrent layer: each value head's strength of writing and, from a tile of their own, rate of
                               * decay. Its `qkv` has the inputs of the convolution (queries, keys, values), and the gates of its result */
-    const Map *gates, *sums; /* [experts]: gate_up and down of each, all with inputs of the same form; NULL: no mixture */
+    const Linear *gates, *sums; /* [experts]: gate_up and down of each, all with inputs of the same form; NULL: no mixture */
     const float *norm_in, *norm_mlp;         /* of the inputs of attention and the MLP; NULL: there is none, here and below */
     const float *norm_attended, *norm_out;   /* of their results, before these are added */
     const float *norm_q, *norm_k;            /* of queries and keys */
@@ -145,7 +145,7 @@ typedef struct {
     int32_t once, activation, across, tables; /* norms round once, after their weights; queries and keys are normed across heads; number */
     int32_t gated;                            /* of rotary tables; behind each query head comes a gate of its result */
     int32_t recurrent, key_heads, value_heads, key_dim, value_dim, taps; /* number of recurrent layers; their heads; of the convolution */
-    float eps, scale, cap, limit, alpha;      /* scale of scores, and their cap as in Map; of CLAMPED */
+    float eps, scale, cap, limit, alpha;      /* scale of scores, and their cap as in Linear; of CLAMPED */
     /* Called before a layer's experts are read; not 0: they cannot be, and the pass goes on without them. NULL: they are in memory.
      * x, logits: the residual and the router's outputs, [block][hidden][16] and [block][features][16]. */
     int (*demand)(int layer, int count, const int32_t *grouped, int rows, const float *x, const float *logits);
@@ -181,7 +181,7 @@ typedef struct {
 } Call;
 
 typedef struct {        /* a projection, and the layers after it */
-    const Map *projection;        /* its inputs, each divided by its RMS: the residual, the previous final state (, `carried`) */
+    const Linear *projection;        /* its inputs, each divided by its RMS: the residual, the previous final state (, `carried`) */
     const bf16 *carried;    /* [sequences, hidden]: input states of the layers, of the token before each root */
     const Model *model;     /* the first stage has layers; the last may have none (NULL) */
     const Call *call;       /* for a token of each sequence at its first free slot, without trees */
@@ -207,7 +207,7 @@ typedef struct {        /* a tree that grows from one root, level by level, or a
     const Stage *stage;
     const Table *embedding; /* [vocabulary, hidden] */
     const bf16 *final;      /* [sequences, hidden]: final states of the token before each root */
-    const Map *head[2];     /* the heads, one behind the other; the second may be NULL */
+    const Linear *head[2];     /* the heads, one behind the other; the second may be NULL */
     int32_t outputs[2];     /* number of outputs of each head */
     const int64_t *tokens;  /* [outputs]: their tokens, or NULL: the outputs are the tokens */
     const float *norm;

@@ -49,7 +49,18 @@ from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.experts import MappedExperts
 from specdec.runtimes.native.forecasts import Forecasts
-from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Map, Model, SequenceArgs, done, pointer
+from specdec.runtimes.native.library import (
+    INT,
+    POINTER,
+    Call,
+    Layer,
+    Linear,
+    LowRank,
+    Model,
+    SequenceArgs,
+    done,
+    pointer,
+)
 from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.native.packed_file import DRAFTS, MOST_DRAFTS, ModelFile, PackedFile, drop_old, using
@@ -507,7 +518,7 @@ class NativeTarget(Target):
         for each in gates, sums:
             if len({item.rounded for item in each}) > 1:
                 raise SpecDecError("the native runtime takes a layer's experts all in 16 bits or none; these are mixed")
-        made = [(Map * len(each))(*(item.struct for item in each)) for each in (gates, sums)]
+        made = [(Linear * len(each))(*(item.struct for item in each)) for each in (gates, sums)]
         struct.gates, struct.sums = map(ctypes.addressof, made)
         self._experts += gates + sums
         self._alive.append(made)

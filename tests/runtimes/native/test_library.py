@@ -13,7 +13,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 from specdec.speculation import ngram
 
-STRUCTURES = [name for name, each in vars(library).items() if isinstance(each, type(library.Map)) and name[0] != "_"]
+STRUCTURES = [name for name, each in vars(library).items() if isinstance(each, type(library.Linear)) and name[0] != "_"]
 FLAGS = "flags : fpu fma f16c avx2 avx512f\n"
 
 

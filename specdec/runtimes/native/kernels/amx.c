@@ -27,7 +27,7 @@ static void leave_tiles(void) {
 }
 
 /* sums[block][16 outputs][16 lanes] of one output tile: bf16 tiles on vnni_bf16, and then side b's. */
-static void amx_product(const Side *a, const Side *b, int blocks, float *sums) {
+static void amx_product(const Operand *a, const Operand *b, int blocks, float *sums) {
     float odd[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     _tile_zero(0);
     _tile_zero(1);
@@ -43,7 +43,7 @@ static void amx_product(const Side *a, const Side *b, int blocks, float *sums) {
         if (blocks > 1) { _tile_loadd(7, lanes_ + (step), 64); _tile_dpbf16ps(two, 6, 7); }                          \
         if (blocks > 2) { _tile_loadd(7, lanes_ + 2 * (step), 64); _tile_dpbf16ps(three, 6, 7); }                    \
     } while (0)
-    for (const Side *side = a; side; side = side == a ? b : NULL)
+    for (const Operand *side = a; side; side = side == a ? b : NULL)
         for (int k = 0; k < side->count; k++) {
             const uint8_t *tile = side->tiles + 1024 * (int64_t)k, *x = side->x + 1024 * (int64_t)k;
             for (int i = 0; side == a && i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
@@ -143,12 +143,12 @@ static void row_of_blocks(int kind, int tokens, const uint8_t *tiles, int count,
 }
 
 /* sums[block][16 outputs][16 lanes] of one output tile in bf16, and then side b's. Lanes without a token are 0. */
-static void bf16_product(const Side *a, const Side *b, int tokens, float *sums) {
+static void bf16_product(const Operand *a, const Operand *b, int tokens, float *sums) {
     if (has_amx) amx_product(a, b, (tokens + 15) / 16, sums);
     else row_product(a, b, tokens, sums);
 }
 
-static inline int reads_vnni(const Map *map) { return has_amx && !map->rounded; }
+static inline int reads_vnni(const Linear *map) { return has_amx && !map->rounded; }
 
 /* Bytes between 32 inputs and the next, in a block of what bf16 tiles are multiplied with. */
 static int tile_inputs(void) { return has_amx ? 1024 : 64; }

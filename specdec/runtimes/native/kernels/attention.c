@@ -100,7 +100,7 @@ INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int 
 
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
- * all); cap: of scores, as in Map; sinks: of each column, or NULL. p: scratch, [blocks of 16 keys][column][key]; out: [16][d].
+ * all); cap: of scores, as in Linear; sinks: of each column, or NULL. p: scratch, [blocks of 16 keys][column][key]; out: [16][d].
  * once: no other columns read these keys: they are sent
  * for ahead. equal: to the last bit, in every instruction set. Memory of whole blocks of keys is read. */
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,

@@ -35,7 +35,7 @@ static inline void put_sums(__m256 a, __m256 b, __m256 c, __m256 d, float *sums)
 
 /* sums[4 outputs][16 lanes] of `tokens` <= ROWS tokens: all products are added one after the other in 8 places, and those
  * in the end, so a token's result is the same whatever is computed beside it. */
-INLINE void four_outputs(int tokens, const Side *a, const Side *b, int quad, float *sums) {
+INLINE void four_outputs(int tokens, const Operand *a, const Operand *b, int quad, float *sums) {
     const int64_t bytes = 1024 * (int64_t)a->count; /* to what will be read next */
     __m256 sum[4][ROWS];
     for (int o = 0; o < 4; o++)
@@ -61,7 +61,7 @@ INLINE void add_unpacked(int tokens, const float *tiles, int count, const float 
 }
 
 /* One side's products with more tokens, added to sums [token][4][8]: tiles are unpacked once for all of them. */
-static void add_side(const Side *side, int quad, int tokens, float *sums) {
+static void add_side(const Operand *side, int quad, int tokens, float *sums) {
     float wide[CHUNK * 128] __attribute__((aligned(64)));
     for (int from = 0; from < side->count; from += CHUNK) {
         int some = side->count - from < CHUNK ? side->count - from : CHUNK;
@@ -83,7 +83,7 @@ static void add_side(const Side *side, int quad, int tokens, float *sums) {
 }
 
 /* sums[block][16 outputs][16 lanes] of one output tile in bf16, and then side b's. Lanes without a token are 0. */
-static void bf16_product(const Side *a, const Side *b, int tokens, float *sums) {
+static void bf16_product(const Operand *a, const Operand *b, int tokens, float *sums) {
     memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
     for (int quad = 0; quad < 4; quad++) {
         float *to = sums + 64 * quad, all[16 * MOST_BLOCKS * 32] __attribute__((aligned(64)));
@@ -121,7 +121,7 @@ static void to_rows(const uint32_t *vnni, int features, int tokens, uint8_t *out
         }
 }
 
-static inline int reads_vnni(const Map *map) { return 0; }
+static inline int reads_vnni(const Linear *map) { return 0; }
 
 /* Put a pair of features where bf16 tiles' products read them: `pair` of a block of `features`. */
 static void put_pairs(uint32_t *block, int features, int pair, U pairs) {

@@ -26,11 +26,11 @@ static inline __m128 sums_of(F a, F b, F c, F d) {
 
 /* sums[4 outputs][16 lanes], in `lanes`, of `tokens` <= ROWS tokens: both sides' products are added one after the other
  * in 16 places, and those in the end, so a token's result is the same whatever is computed beside it. */
-INLINE void four_outputs(int tokens, const Side *a, const Side *b, int quad, int64_t ahead, __mmask16 lanes, float *sums) {
+INLINE void four_outputs(int tokens, const Operand *a, const Operand *b, int quad, int64_t ahead, __mmask16 lanes, float *sums) {
     F sum[4][ROWS];
     for (int o = 0; o < 4; o++)
         for (int r = 0; r < tokens; r++) sum[o][r] = _mm512_setzero_ps();
-    for (const Side *side = a; side; side = side == a ? b : NULL)
+    for (const Operand *side = a; side; side = side == a ? b : NULL)
         for (int k = 0; k < side->count; k++) {
             const uint8_t *rows = side->tiles + 1024 * (int64_t)k + 256 * quad, *x = side->x + 64 * k;
             if (ahead && side == a)
@@ -48,7 +48,7 @@ INLINE void four_outputs(int tokens, const Side *a, const Side *b, int quad, int
         _mm512_mask_storeu_ps(sums + 16 * o, lanes, _mm512_zextps256_ps512(_mm256_set_m128(four[4 + o], four[o])));
 }
 
-INLINE void few_tokens(int tokens, const Side *a, const Side *b, int quad, int64_t ahead, __mmask16 lanes, float *sums) {
+INLINE void few_tokens(int tokens, const Operand *a, const Operand *b, int quad, int64_t ahead, __mmask16 lanes, float *sums) {
     switch (tokens) {
     case 1: four_outputs(1, a, b, quad, ahead, lanes, sums); break;
     case 2: four_outputs(2, a, b, quad, ahead, lanes, sums); break;
@@ -60,12 +60,12 @@ INLINE void few_tokens(int tokens, const Side *a, const Side *b, int quad, int64
 }
 
 /* sums[block][16 outputs][16 lanes], as amx_product, from rows. Lanes without a token are 0. */
-static void row_product(const Side *a, const Side *b, int tokens, float *sums) {
+static void row_product(const Operand *a, const Operand *b, int tokens, float *sums) {
     if (tokens > ROWS) memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
     for (int quad = 0; quad < 4; quad++)
         for (int r = 0; r < tokens; r += r % 16 == 12 ? 4 : ROWS) {
             int left = tokens - r < 16 - r % 16 ? tokens - r : 16 - r % 16;
-            Side from = *a, beside = *b;
+            Operand from = *a, beside = *b;
             from.x += a->block * (r / 16) + a->stride * (r % 16), beside.x += b->block * (r / 16) + b->stride * (r % 16);
             few_tokens(left, &from, &beside, quad, r ? 0 : 1024 * (int64_t)a->count,
                        tokens <= ROWS ? 0xffff : (__mmask16)((1 << (left < ROWS ? left : ROWS)) - 1),

@@ -34,7 +34,7 @@ static void insert_candidate(Best *best, int lane, int count, float value, int32
 }
 
 /* before, carried: feature_major; projected: out, [rows, hidden]. */
-static void project(Pass *p, const Map *map, const float *before, const float *carried, float eps, bf16 *projected, int me, int n) {
+static void project(Pass *p, const Linear *map, const float *before, const float *carried, float eps, bf16 *projected, int me, int n) {
     uint8_t *mine = p->scratch + p->own * me;
     uint32_t *normed = (uint32_t *)mine;
     int hidden = p->m->hidden, from, to;

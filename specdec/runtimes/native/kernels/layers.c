@@ -135,7 +135,7 @@ static void put_rows16(const float *fm, int d, uint8_t *const *rows, int count) 
 
 /* The input of `map` for vnni_bf16 `x`; NULL: for the hidden states after a norm (weight NULL: none). Each thread makes a single
  * block itself, which is cheaper than waiting; several blocks are shared, and then all threads wait. */
-static const uint32_t *inputs_of(Pass *p, const Map *map, const float *weight, const uint32_t *x, int me, int n) {
+static const uint32_t *inputs_of(Pass *p, const Linear *map, const float *weight, const uint32_t *x, int me, int n) {
     const int hidden = p->m->hidden, shared = p->blocks > 1;
     uint8_t *mine = p->scratch + p->own * me;
     uint32_t *normed = shared ? p->normed : (uint32_t *)mine;
@@ -190,7 +190,7 @@ static const uint32_t *ranks_of(const LowRank *low, const uint32_t *ranked, int 
 
 /* p->qkv, features from `at` on of `width`, = map(norm_in(x)), feature_major and rounded. If the layer has attention, the thread's part of
  * the cache is prefetched meanwhile. */
-static void project_heads(Pass *p, int index, const Map *map, const LowRank *low, int at, int width, int me, int n) {
+static void project_heads(Pass *p, int index, const Linear *map, const LowRank *low, int at, int width, int me, int n) {
     const Layer *layer = p->m->layers + index;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to;
@@ -339,7 +339,7 @@ static void add_normed(Pass *p, const float *weight, int me, int n) {
 }
 
 /* x += map(vnni_bf16 in), after a norm unless `weight` is NULL; rounded as transformers does: the product once, the sum once. */
-static void add_product(Pass *p, const Map *map, const LowRank *low, const float *weight, const uint32_t *vnni, int me, int n) {
+static void add_product(Pass *p, const Linear *map, const LowRank *low, const float *weight, const uint32_t *vnni, int me, int n) {
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to;
     rank_down(p, low, NULL, vnni, p->ranked[1], me, n);

@@ -15,7 +15,7 @@ static void integer_product(int kind, const uint8_t *tiles, int count, const Rou
 }
 
 /* The input of `map` for vnni_bf16 `x`: `x` itself, or rounded tokens or rows of bf16 in `out`. */
-static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *out) {
+static const uint32_t *input_of(const Linear *map, const uint32_t *x, int tokens, uint8_t *out) {
     if (reads_vnni(map)) return x;
     for (int b = 0; 16 * b < tokens; b++, x += 8 * (int64_t)map->in) {
         int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
@@ -27,14 +27,14 @@ static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, u
 
 /* The outputs of tile `t` of `map` for `tokens` tokens from the beginning of `x`, which `input_of` made.
  * Adds the low-rank terms of `low`, whose activations are `down_x`. */
-static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens, float *sums) {
+static void product(const Linear *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens, float *sums) {
     int blocks = (tokens + 15) / 16, first = 0, count = map->in / 32;
-    const Part *part = map->parts;
+    const LinearPart *part = map->parts;
     for (; t >= part->end; part++) first = part->end;
     const uint8_t *tiles = part->tiles + tiles_bytes(part->kind, count) * (t - first), *inputs = (const uint8_t *)x;
-    Side b = {NULL, NULL, 0, 0, 0}, none = b;
+    Operand b = {NULL, NULL, 0, 0, 0}, none = b;
     if (low && low->first[t] >= 0) {
-        b = (Side){low->up + 1024 * (int64_t)low->ks * t, (const uint8_t *)down_x + tile_inputs() * (int64_t)low->first[t],
+        b = (Operand){low->up + 1024 * (int64_t)low->ks * t, (const uint8_t *)down_x + tile_inputs() * (int64_t)low->first[t],
             INPUT_BYTES * (int64_t)low->down.out, 0, low->ks};
         b.block = 16 * b.stride;
     }
@@ -54,7 +54,7 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
             return;
         }
         if (unpacked) unpack_tiles(part->kind, tiles, count, unpacked);
-        Side a = {unpacked ? (const uint8_t *)unpacked : tiles, inputs, INPUT_BYTES * (int64_t)map->in, block_bytes(map), count};
+        Operand a = {unpacked ? (const uint8_t *)unpacked : tiles, inputs, INPUT_BYTES * (int64_t)map->in, block_bytes(map), count};
         bf16_product(&a, &b, tokens, sums);
         free(unpacked);
     }
@@ -84,7 +84,7 @@ static void keep_largest(const float *sums, int first, int left, float *tops, in
 
 /* The largest of a thread's outputs for up to SCREENED tokens, as keep_largest of all tiles. Outputs that the rough weights rule out are
  * not computed: the likeliest ones say how large the largest one is at least. most: scratch [out / 16][tokens]; seeds: [threads][16]. */
-static void screen(const Map *map, const uint32_t *x, int tokens, int width, float *most, float *seeds, Barrier *barrier, float *tops,
+static void screen(const Linear *map, const uint32_t *x, int tokens, int width, float *most, float *seeds, Barrier *barrier, float *tops,
     int32_t *which, int me, int n) {
     float outputs[16][16] __attribute__((aligned(64))), sums[256] __attribute__((aligned(64))), floors[16] __attribute__((aligned(64)));
     float length[SCREENED] = {0}, high[SCREENED];
@@ -131,7 +131,7 @@ static void screen(const Map *map, const uint32_t *x, int tokens, int width, flo
 /* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
  * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones; once: as in Model). `best` [rows], if not NULL, is made
  * instead: the first of each row's largest outputs. Returns 0, or -1 without memory. */
-EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, int once, const bf16 *const *x, int parts, int rows,
+EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int once, const bf16 *const *x, int parts, int rows,
                    bf16 *out, int64_t *best, int width, int threads) {
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
     float *fm = allocate(64 * (size_t)blocks * piece);

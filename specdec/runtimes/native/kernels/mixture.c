@@ -54,10 +54,10 @@ static void group_tokens(Pass *p, int index, int features) {
 }
 
 /* The part of grouped inputs `x` for a group's blocks from b0 on. */
-static const uint32_t *group_input(const Map *map, const uint32_t *x, int block) { return x + block * block_bytes(map) / 4; }
+static const uint32_t *group_input(const Linear *map, const uint32_t *x, int block) { return x + block * block_bytes(map) / 4; }
 
 /* vnni_bf16 blocks `x` of grouped tokens as `map` reads them; all threads share the work, and wait. */
-static const uint32_t *group_inputs(Pass *p, const Map *map, const uint32_t *x, int me, int n) {
+static const uint32_t *group_inputs(Pass *p, const Linear *map, const uint32_t *x, int me, int n) {
     Mixed *g = &p->mixed;
     int from, to;
     split(g->blocks, me, n, &from, &to);
@@ -105,7 +105,7 @@ static void mix(Pass *p, int index, int me, int n) {
     x = group_inputs(p, layer->gates, g->normed, me, n); /* of the blocks that this thread has made itself */
     split(inner / 16, me, n, &from, &to);
     for (int i = 0; i < g->groups; i++) {
-        const Map *map = layer->gates + g->group[i].expert;
+        const Linear *map = layer->gates + g->group[i].expert;
         for (int b0 = 0; 16 * b0 < g->group[i].tokens; b0 += MOST_BLOCKS) {
             int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS,
                 block = g->group[i].block + b0;
@@ -126,7 +126,7 @@ static void mix(Pass *p, int index, int me, int n) {
     split(hidden / 16, me, n, &from, &to);
     for (int b = 0; b < p->blocks; b++) memset(p->qkv + ((int64_t)b * hidden + 16 * from) * 16, 0, 1024 * (size_t)(to - from));
     for (int i = 0; i < g->groups; i++) {
-        const Map *map = layer->sums + g->group[i].expert;
+        const Linear *map = layer->sums + g->group[i].expert;
         for (int b0 = 0; 16 * b0 < g->group[i].tokens; b0 += MOST_BLOCKS) {
             int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS,
                 block = g->group[i].block + b0;

@@ -80,7 +80,7 @@ static void read_block(int type, const uint8_t *p, Block *b) {
 }
 
 /* Whether a tile holds the numbers of a block of 32 weights: their low in float16; in MXFP4 a scale as a power of two. */
-static int fits(int kind, const Block *b) {
+static int representable(int kind, const Block *b) {
     int zero = 1;
     if (kind != MX) return half(half_of(b->low[0])) == b->low[0];
     for (int i = 0; i < 32; i++) zero &= !(b->code[i] & 7);
@@ -123,7 +123,7 @@ EXPORT int KERNEL(pack_blocks)(const Table *table, int out, uint8_t *tiles, int 
                 int64_t from = table->order ? table->order[16 * t + row] : 16 * t + row;
                 read_block(table->type, table->data + from * table->stride + (int64_t)at * bytes, &b);
                 uint16_t second = weights == 256 ? b.m : half_of(b.low[0]);
-                if (weights == 32 && !fits(kind, &b)) __atomic_store_n(&good, 0, __ATOMIC_RELAXED);
+                if (weights == 32 && !representable(kind, &b)) __atomic_store_n(&good, 0, __ATOMIC_RELAXED);
                 if (kind == MX) head[row] = b.sc[0];
                 else memcpy(head + 2 * row, &b.d, 2);
                 if (kind != Q8 && kind != K6 && kind != MX) memcpy(head + 32 + 2 * row, &second, 2);
@@ -238,7 +238,7 @@ static float fit(int kind, const bf16 *weights, uint8_t *codes, uint16_t *scale,
 }
 
 /* Round the rows [out, columns] of a table to tiles of `kind`, Q8 or Q4; rows up to the next multiple of 16 are zero. gaps, if not
- * NULL: as in Map. Returns 0, or -1 without memory. */
+ * NULL: as in Linear. Returns 0, or -1 without memory. */
 EXPORT int KERNEL(pack_rounded)(const Table *table, int out, int kind, uint8_t *tiles, float *gaps, int threads) {
     const Group g = GROUPS[kind];
     const int in = table->columns;

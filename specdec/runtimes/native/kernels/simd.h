@@ -75,7 +75,7 @@ typedef struct { /* factors of a product: `count` bf16 tiles; tokens are `stride
     const uint8_t *tiles, *x;
     int64_t stride, block;
     int count;
-} Side;
+} Operand;
 
 /* Bytes of a block of tokens, as bf16 tiles are multiplied with it. */
 static inline int64_t input_bytes(int features) { return 16 * INPUT_BYTES * (int64_t)features; }
@@ -87,8 +87,8 @@ typedef struct {      /* 32 inputs of a token, in 8 bits */
 } Rounded;
 
 /* Bytes of a block of tokens, as `input_of` makes it for `map`. */
-static inline int64_t block_bytes(const Map *map) {
+static inline int64_t block_bytes(const Linear *map) {
     return map->rounded ? map->in / 2 * (int64_t)sizeof(Rounded) : input_bytes(map->in);
 }
 
-static inline const uint32_t *from_block(const Map *map, const uint32_t *x, int b) { return x + b * block_bytes(map) / 4; }
+static inline const uint32_t *from_block(const Linear *map, const uint32_t *x, int b) { return x + b * block_bytes(map) / 4; }
