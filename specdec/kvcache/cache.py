@@ -49,6 +49,12 @@ class RowEntries:
         """Capacity of the buffers."""
         return max((buffer.shape[-2] for buffer in self.buffers.values()), default=0)
 
+    def shared(self) -> RowEntries:
+        """The row as it is now, with the same buffers: committed entries never change."""
+        made = copy.copy(self)
+        made.buffers = dict(self.buffers)
+        return made
+
     def put(self, name: str, buffer: Tensor, lent: bool = False) -> None:
         self.buffers[name], self.lent = buffer, lent
         if name == WHOLE:
@@ -339,7 +345,7 @@ class KVCache:
     def take(self, row: int) -> Self:
         """The row as a cache of its own, which shares its buffers."""
         own = self.entries[row]
-        return self.copy(row, own.count) if own.lent else self.of([own])
+        return self.copy(row, own.count) if own.lent else self.of([own.shared()])
 
     def take_compact(self, row: int) -> Self:
         """``take`` for a cached prefix: the buffers have little more capacity than the tokens need."""
@@ -350,9 +356,7 @@ class KVCache:
     def reference(self) -> Self:
         """This cache as it is now, for another thread to read: it shares the committed entries, which never change."""
         made = copy.copy(self)
-        made.entries = [copy.copy(row) for row in self.entries]
-        for row in made.entries:
-            row.buffers = dict(row.buffers)
+        made.entries = [row.shared() for row in self.entries]
         return made
 
     # -- entries as numbers -------------------------------------------------------------------------------------------
