@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from specdec.train.output import CHECKPOINT, METRICS, RECIPE, read_checkpoint, w
 from specdec.train.states import AnswerStates
 
 REPORT_UPDATES = 10  # updates per line of metrics.jsonl
-STATE = "update", "tokens", "seconds", "best"  # of a run, in its checkpoint
+STATE = "update", "tokens", "seconds", "best", "logged"  # of a run, in its checkpoint
 
 
 class TrainingRun:
@@ -69,6 +70,7 @@ class TrainingRun:
         self.costs: Timings | None = None  # measured at the first evaluation
         self.speedup: float | None = None  # of the last evaluation
         self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
+        self.logged = 0  # bytes of the metrics
 
     def train(self, resume: bool) -> dict[str, Any]:
         """Train to the end of the schedule and return the figures of the best drafter."""
@@ -276,6 +278,7 @@ class TrainingRun:
         if self.processes.is_main_process:
             with writing("metrics", self.output), (self.output / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"seconds": round(self.seconds, 1), **line}) + "\n")
+                self.logged = file.tell()
 
     def _save(self) -> None:
         if self.processes.is_main_process:
@@ -287,6 +290,9 @@ class TrainingRun:
         state = read_checkpoint(self.output, self.parameters, self.optimizer)
         for name in STATE:
             setattr(self, name, state[name])
+        if self.processes.is_main_process and (self.output / METRICS).exists():
+            with writing("metrics", self.output):
+                os.truncate(self.output / METRICS, self.logged)  # lines after the checkpoint are written again
         copy_values(self.parameters, self.running)
 
 
