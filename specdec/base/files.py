@@ -14,7 +14,7 @@ from specdec.base.errors import SpecDecError, did_you_mean
 
 # What the two folders hold: every file or folder directly in them.
 CACHE = {
-    "models": "embedded models, and descriptions and packed weights of GGUF files",
+    "models": "embedded models, and descriptions and packed weights of GGUF files and model folders",
     "downloads": "files that you put there by hand",
     "prompts": "downloaded prompt sets",
     "costs": "what is known about the costs and the acceptance of drafts, by machine, model and drafter",
