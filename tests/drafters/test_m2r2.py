@@ -165,5 +165,5 @@ def test_exits_scale_with_the_depth_of_the_model(llama: PreTrainedModel) -> None
     }
     path = path_of(from_mapping(M2R2Settings, given, "test"), ReferenceTarget(llama))
     assert path.segments == ((1, 2), (2, 4)) and path.exits == (2,)
-    with pytest.raises(SpecDecError, match="excludes 'segments', 'exit_layer' and 'exits'"):
-        from_mapping(M2R2Settings, {"method": "m2r2", "search": True, "exits": [3]}, "test")
+    with pytest.raises(SpecDecError, match="'begin' excludes 'segments', 'exit_layer' and 'exits'"):
+        from_mapping(M2R2Settings, {"method": "m2r2", "begin": 3, "exits": [3]}, "test")
