@@ -197,8 +197,8 @@ class KVCache:
         """Count the next ``counts`` slots of the rows as filled in layers [lo, hi), for a runtime to write them."""
         ahead, layers = self.lengths[lo] - self.committed, self.layers or ()
         for row, count in zip(self.entries, counts, strict=True):
-            if row.count + ahead + count > row.place[0]:
-                self._grow(row, WHOLE, (2, len(layers), heads), row.count + ahead + count, head_dim, dtype)
+            if (end := max(row.count + ahead + count, 1)) > row.place[0]:  # a row without tokens has a buffer, too
+                self._grow(row, WHOLE, (2, len(layers), heads), end, head_dim, dtype)
         self.lengths[lo:hi] = [self.committed + ahead + max(counts)] * (hi - lo)
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
