@@ -58,11 +58,14 @@ class CostModel:
         self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
-            self.state, self.known = [*earlier.passes, *self.state][: len(self.state)], True
+            # Errors count half: what a busy machine made look dear would not be tried, and so not be corrected.
+            speed, *errors = earlier.passes
+            halves = [speed, *(error / 2 for error in errors), *self.state]
+            self.state, self.known = halves[: len(self.state)], True
             self.covariance[0][0] = OTHER_SPREAD**2
             for name, error in earlier.others.items():
                 kind, exit, rows = name.split(" ")
-                self.others.setdefault((kind, int(exit)), {})[int(rows)] = [error, OTHER_SPREAD**2 / 4]
+                self.others.setdefault((kind, int(exit)), {})[int(rows)] = [error / 2, OTHER_SPREAD**2 / 4]
 
     @property
     def speed(self) -> float:

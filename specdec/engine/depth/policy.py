@@ -125,6 +125,7 @@ class AutoDepth:
             for tally, hits, trials in zip(self.common.tallies(), self.earlier.hits, self.earlier.trials, strict=False):
                 count = min(len(hits), len(trials), len(tally.hits))
                 tally.hits[:count], tally.trials[:count] = hits[:count], trials[:count]
+                tally.forget()  # of other texts, and perhaps of a busy machine
 
     @classmethod
     def of(cls, drafter: Drafter, ratio: float, earlier: Costs | None = None) -> AutoDepth:
