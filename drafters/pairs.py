@@ -26,7 +26,7 @@ class PairRow(ChainRow):
     """The state of a row.
 
     cache: keys and values of the pairs that have been run.
-    states: of the tokens whose pairs have not been run, parts [n, ...].
+    states: those of tokens whose pairs are still to run, in parts [n, ...].
     last: the layers' output at the root's pair, [1, 1, D'].
     """
 

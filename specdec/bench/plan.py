@@ -105,7 +105,7 @@ def _told(where: str) -> Iterator[None]:
 class Sweep:
     """The axes of a file, and the cells that they span. Raises SpecDecError for a mistake.
 
-    name: of the sweep, if the file has none.
+    name: the name of the sweep if the file gives none.
     """
 
     def __init__(self, given: Any, name: str) -> None:

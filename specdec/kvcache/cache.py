@@ -35,7 +35,7 @@ class RowEntries:
     expected: number of slots that it will need; on a CPU, buffers begin with them.
     buffers: by name, [..., slots, d]: "kv" of all layers, [2, N', H, slots, d], or "k3" and "v3" of a layer.
     place: slots of "kv", and pointers to its keys and values.
-    states: of recurrent layers, if there are any.
+    states: the states of recurrent layers; None: there are none.
     lent: whether "kv" is memory of the runtime, which others do not share.
     """
 
@@ -68,7 +68,7 @@ class KVCache:
     Runtimes append entries, or claim slots and write them themselves. The former get those of all rows in one tensor.
 
     layers: those with keys and values, N', if a row has one buffer for all of them; None: one for each.
-    recurrent: recurrent layers. shape: of their states, for a runtime that takes pointers to them.
+    recurrent: the recurrent layers. shape: the shape of their states, where a runtime takes pointers to them.
     int8: whether entries are rows of ``quantize_rows``.
     entries: of each row.
     lengths: number of filled slots of each layer, in the row with most committed tokens.

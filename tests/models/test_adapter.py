@@ -115,7 +115,7 @@ def test_another_base_by_name_is_noted(
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "r1-qwen-1.54b.gguf", ""),
         ("google/gemma-2-2b-it", "gemma-2-2.6b", ""),
         ("meta-llama/Meta-Llama-3-8B", "llama-3.0-8b", ""),
-        ("/root/models/snapshots/7b3a9b", "Qwen/Qwen2.5-0.5B", ""),
+        ("/models/snapshots/7b3a9b", "Qwen/Qwen2.5-0.5B", ""),
         ("me/dolphin", "llama-3.2-1b", ""),
         ("", "llama-3.2-1b", ""),
     ],
