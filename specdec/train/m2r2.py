@@ -88,7 +88,7 @@ class M2R2Method(TrainingMethod[M2R2]):
         return dataclasses.replace(wanted, hidden=tuple(sorted({*wanted.hidden, *aims})))
 
     def build(self, vocab: Tensor | None) -> M2R2:
-        self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
+        self.teacher = Teacher(self.target, vocab, self.settings.sharpen, self.settings.variation)
         network = M2R2(self.path, self.target, vocab)
         for layer, kept in self.neurons.items():
             network.adapters.get_buffer(f"{layer}/neurons").copy_(kept)

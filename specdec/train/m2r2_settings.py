@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from specdec.drafters.m2r2_path import M2R2Path
-from specdec.train.settings import Positive, TrainSettings
+from specdec.train.settings import Positive, Share, TrainSettings
 from specdec.train.states import StateSelection
 
 
@@ -34,6 +34,7 @@ class M2R2Settings(TrainSettings):
     adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all in the segments
     draft_steps: Positive = 2  # drafts per step that the drafter learns from
     focus: float = 1.0  # weight of a step after a wrong earlier step
+    variation: Share = 0.0  # of the loss that is the total variation, which is the rate of rejection; the rest is KL
     align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
     search_tokens: Positive = 12_000  # answer tokens for fitting projections in the search

@@ -115,10 +115,13 @@ class Teacher:
     The vocabulary of a batch is the drafter's own plus ``extra`` further tokens, first those that the base chooses in
     the batch. (When it drafts, the drafter adds the tokens of its context.)
     sharpen: share of probability that moves to the base's most likely token, if the vocabulary has it.
+    variation: share of the loss that is the total variation; the rest is KL.
     """
 
-    def __init__(self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, extra: int = 512) -> None:
-        self.target, self.sharpen = target, sharpen
+    def __init__(
+        self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, variation: float = 0.0, extra: int = 512
+    ) -> None:
+        self.target, self.sharpen, self.variation = target, sharpen, variation
         self.vocab = None if vocab is None else vocab.long()
         self.own = set() if vocab is None else set(vocab.tolist())
         self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))
@@ -158,9 +161,17 @@ class Teacher:
         return self.target.readout(final, self.head)
 
     def loss(self, logits: Tensor) -> Tensor:
-        """KL(target || draft) per position [B, T]."""
-        x = logits.float()
-        return torch.logsumexp(x, -1) - (self.p.float() * x).sum(-1) - self.entropy
+        """KL(target || draft) per position [B, T], and the share ``variation`` of 1 - sum(min(target, draft)).
+
+        The latter is the probability that speculative sampling rejects the draft.
+        """
+        x, p = logits.float(), self.p.float()
+        total = torch.logsumexp(x, -1)
+        away = total - (p * x).sum(-1) - self.entropy
+        if not self.variation:
+            return away
+        kept = torch.minimum(torch.exp(x - total[..., None]), p).sum(-1)
+        return (1 - self.variation) * away + self.variation * (1 - kept)
 
     def compare(self, logits: Tensor, valid: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, float]:
         """The weighted loss over ``valid`` [B, T] per valid position of the batch, and the agreement over ``valid``."""

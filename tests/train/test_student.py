@@ -14,6 +14,7 @@ from specdec.runtimes.fused import FAMILIES as FUSED
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
+from specdec.train.student import Teacher
 from specdec.train.trainer import training_target
 
 
@@ -43,3 +44,13 @@ def test_training_has_the_reference_values_and_gradients(family: str) -> None:
     assert isinstance(training_target(model), FusedTarget)
     for reference, direct in zip(*results, strict=True):
         torch.testing.assert_close(direct, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_loss_is_the_total_variation(share: float) -> None:
+    teacher = Teacher(ReferenceTarget(tiny_model("llama")), None, variation=share)
+    p, logits = torch.randn(2, 3, 97).softmax(-1), torch.randn(2, 3, 97)
+    teacher.p, teacher.entropy = p, -(p * p.log()).sum(-1)
+    q = logits.softmax(-1)
+    divergence, variation = (p * (p / q).log()).sum(-1), (p - q).abs().sum(-1) / 2
+    torch.testing.assert_close(teacher.loss(logits), (1 - share) * divergence + share * variation)
