@@ -55,7 +55,9 @@ class FakeHub(BaseHTTPRequestHandler):
             held = self.repositories[found[1]]
             return self.answer([{"type": "file", "path": n, "size": len(held[n]), "oid": "0" * 40} for n in held])
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            data = self.repositories[found[1]][found[2]]
+            data = self.repositories.get(found[1], {}).get(found[2])
+            if data is None:  # without an answer, the client would ask for half a minute
+                return self.answer({"error": "none"}, 404, X_Error_Code="EntryNotFound")
             self.fetched.append(found[2])
             return self.answer(data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=COMMIT)
         return self.answer({"error": "none"}, 404)
