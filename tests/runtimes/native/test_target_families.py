@@ -1,5 +1,5 @@
-"""Every family of the native runtime decodes what transformers does in float32, alone, with drafts, after a prefix, in
-every build of the kernels."""
+"""Every family of the native runtime: the same tokens alone, in batches, with drafts, after a prefix, from files.
+(Its numbers are those of transformers in every build of the kernels: test_target.)"""
 
 from __future__ import annotations
 
@@ -8,65 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 from passes import logits_of
-from tiny import HYBRIDS, ROPES, greedy_reference, model_of, rough_model, sizes_of, tamed
+from tiny import HYBRIDS, ROPES, model_of, rough_model, sizes_of, tamed
 from tiny_gguf import ARCHITECTURES, TYPES, write_family
 from zoo import EVERY, PROMPTS, run
 
 from specdec.models import loading
-from specdec.runtimes.checks import routing
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Pass
 
 if not library.runs():
     pytest.skip("no native kernels here", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("two_threads")
-EVERY_BUILD = pytest.mark.usefixtures("kernels")
 COUNT = 20
 DRAFTERS = "m2r2: projection", "m2r2: two projections, no early layer", "m2r2: grown level by level (tree)"
 
 
-def made(family: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A model in bf16, and the same numbers in float32."""
-    changes = {"rope_parameters": ROPES[family]} if family in ROPES else {}
-    model = model_of(family, **changes)
-    wide = rough_model(family, **sizes_of(family), **changes)
-    wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
-    return model, wide
+def target_of(family: str) -> NativeTarget:
+    return NativeTarget(model_of(family, **({"rope_parameters": ROPES[family]} if family in ROPES else {})))
 
 
-@EVERY_BUILD
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.inference_mode()
-def test_greedy_tokens_are_those_of_the_model_in_float32(family: str) -> None:
-    """After each token that ``model.generate`` chooses; but for near ties, which 16 bits may decide in another way.
-    Those of a router are where the model chooses another token itself with the experts that are taken here."""
-    model, wide = made(family)
-    target, compared = NativeTarget(model), 0
-    for prompt in [*PROMPTS, *torch.randint(3, 97, (5, 9), generator=torch.Generator().manual_seed(3)).tolist()]:
-        expected = greedy_reference(wide, prompt, COUNT)
-        ids, cache = torch.tensor([prompt + expected]), target.new_cache()
-        positions = torch.arange(ids.shape[1])[None]
-        routed = torch.zeros(ids.shape[1], target.num_layers, target.mixture.experts)
-        given = Pass(positions, cache.register(0, positions), cache, routed=routed)
-        [ours] = target.greedy_tokens(target.layers(target.embed(ids, positions), 0, target.num_layers, given))[0]
-        with routing(wide, routed, known=True):
-            logits = wide(ids).logits[0, len(prompt) - 1 : -1]
-        first, second = logits.topk(2).values.unbind(-1)
-        clear = (first - second > 0.06 * logits.abs().amax(-1)) & (logits.argmax(-1) == torch.tensor(expected))
-        pairs = zip(ours[len(prompt) - 1 : -1], expected, clear.tolist(), strict=True)
-        same = [one == other for one, other, sure in pairs if sure]
-        assert all(same)
-        compared += len(same)
-    assert compared >= 60
-
-
-@EVERY_BUILD
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drafts_and_batches_change_no_token(family: str) -> None:
-    target = NativeTarget(made(family)[0])
+    target = target_of(family)
     together = run(target, EVERY["none"](target), PROMPTS, COUNT, eos=None)[0]
     assert [run(target, EVERY["none"](target), [prompt], COUNT, eos=None)[0][0] for prompt in PROMPTS] == together
     for name in DRAFTERS:
@@ -77,17 +42,16 @@ def test_drafts_and_batches_change_no_token(family: str) -> None:
 @pytest.mark.slow
 def test_no_drafter_changes_a_token_of_a_hybrid() -> None:
     """Each may run recurrent layers in a way of its own."""
-    target = NativeTarget(made("qwen3_5_text")[0])
+    target = target_of("qwen3_5_text")
     expected = run(target, EVERY["none"](target), PROMPTS, COUNT, eos=None)[0]
     for name, make in EVERY.items():
         assert run(target, make(target), PROMPTS, COUNT, eos=None)[0] == expected, name
 
 
-@EVERY_BUILD
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_a_copied_prefix_goes_on_as_the_text_itself(family: str) -> None:
-    target = NativeTarget(made(family)[0])
+    target = target_of(family)
     ids, cache = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(7)), target.new_cache()
     whole = [logits_of(target, cache, ids, 0, 17)]
     cache.checkpoint(0)
@@ -95,7 +59,6 @@ def test_a_copied_prefix_goes_on_as_the_text_itself(family: str) -> None:
     assert torch.equal(logits_of(target, cache.copy(0, 17), ids, 17, 30), whole[:, 17:])
 
 
-@EVERY_BUILD
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @torch.inference_mode()
 def test_files_of_every_type_run_natively(cache: object, tmp_path: Path, family: str) -> None:
@@ -117,7 +80,6 @@ def test_files_of_every_type_run_natively(cache: object, tmp_path: Path, family:
         assert (target.weight_format == "16 bits") == (kind == "BF16")
 
 
-@EVERY_BUILD
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_5_moe_text"])
 @torch.inference_mode()
 def test_gates_and_ups_of_experts_may_be_one_tensor_of_a_file(cache: object, tmp_path: Path, family: str) -> None:
