@@ -38,11 +38,30 @@ def run(*args: str, code: int = 0) -> tuple[str, str]:
     return result.stdout, " ".join(result.stderr.split())
 
 
-def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(folder: Path, tmp_path: Path) -> None:
-    assert "nothing was learned yet" in run("status")[1]
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one two three\nfour five six\n")
-    said = run(str(folder), "--minutes", "0.05", "--prompts", str(prompts), "--runtime", "reference")[1]
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a model, ``tiny``, and what was learned for it; and what the command said."""
+    place = tmp_path_factory.mktemp("lesson")
+    (place / "prompts.txt").write_text("one two three\nfour five six\n")
+    model = str(save_tiny(place / "tiny", context=512))
+    with pytest.MonkeyPatch.context() as patched:
+        learn_soon(patched, place)
+        assert "nothing was learned yet" in run("status")[1]
+        how = "--minutes", "0.03", "--prompts", str(place / "prompts.txt"), "--runtime", "reference"
+        return place, run(model, *how)[1]
+
+
+@pytest.fixture
+def taught(lesson: tuple[Path, str], tmp_path: Path) -> Path:
+    """The model, for which a drafter was taught."""
+    shutil.copytree(lesson[0] / "cache", tmp_path / "cache")
+    return lesson[0] / "tiny"
+
+
+def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(
+    lesson: tuple[Path, str], taught: Path, tmp_path: Path
+) -> None:
+    folder, said = taught, lesson[1]
     assert "tokens; mean acceptance length on held-out questions: " in said and "learned from 0 tokens" not in said
     [kept] = json.loads(run("status", "--json")[0])
     assert kept["tokens"] >= 60 and kept["fits"] >= 1 and kept["agreement"] and Path(kept["model"]) == folder
@@ -62,15 +81,14 @@ def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(folder: 
 
 
 @pytest.mark.slow
-def test_a_fine_tune_begins_with_what_its_base_model_learned(folder: Path, tmp_path: Path) -> None:
-    tuned, other = tmp_path / "tuned", save_tiny(tmp_path / "other", context=512, num_hidden_layers=9)
+def test_a_fine_tune_begins_with_what_its_base_model_learned(taught: Path, tmp_path: Path) -> None:
+    folder, tuned, other = taught, tmp_path / "tuned", save_tiny(tmp_path / "other", context=512, num_hidden_layers=9)
     shutil.copytree(folder, tuned)
     weights = load_file(tuned / "model.safetensors")
     weights["model.norm.weight"] *= 1.25
     save_file(weights, tuned / "model.safetensors", {"format": "pt"})
     how = ["--minutes", "0.03", "--runtime", "reference"]
-    assert f"nothing was learned for '{folder}'" in run(str(tuned), "--base", str(folder), *how, code=2)[1]
-    run(str(folder), *how)
+    assert f"nothing was learned for '{other}'" in run(str(tuned), "--base", str(other), *how, code=2)[1]
     assert f"'{folder}' has another shape than '{other}'" in run(str(other), "--base", str(folder), *how, code=2)[1]
     [before] = json.loads(run("status", "--json")[0])
     run(str(tuned), "--base", str(folder), "--minutes", "0.01", "--runtime", "reference")
@@ -79,8 +97,8 @@ def test_a_fine_tune_begins_with_what_its_base_model_learned(folder: Path, tmp_p
     assert f"'{tuned}' has learned already" in run(str(tuned), "--base", str(folder), *how, code=2)[1]
 
 
-def test_the_sums_of_a_base_model_count_as_few_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(str(folder), "--minutes", "0.03", "--runtime", "reference")
+@pytest.mark.usefixtures("taught")
+def test_the_sums_of_a_base_model_count_as_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned, "PRIOR", 40)
     [(path, before)] = learned.all_progress()
     store = learned.Store("another model", "path")
@@ -94,10 +112,9 @@ def test_the_sums_of_a_base_model_count_as_few_tokens(folder: Path, monkeypatch:
 
 
 def test_a_trained_drafter_does_not_learn_and_how_to_train_it_is_said(
-    folder: Path, tmp_path: Path, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
-    out = tmp_path / "out"
-    run(str(folder), "--minutes", "0.03", "--runtime", "reference")
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = taught, tmp_path / "out"
     run("export", str(out), "--model", str(folder))
     base = drafter_folder.read_config(out)["base"]
     monkeypatch.setattr(drafter_folder, "_shipped", lambda drafter: iter([(out, base)]))
