@@ -148,67 +148,61 @@ def test_penalties_and_biases_are_those_of_plain_decoding(server: Server, decode
 
 
 DEEP = {"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}
-WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
-    "no messages": ({"messages": []}, "messages"),
-    "a message without a role": ({"messages": [{"content": "x"}]}, "messages.0.role"),
-    "a tool's message": ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
-    "a tool call": ({"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, None),
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the parameter, a part of the message
+    "no messages": ({"messages": []}, "messages", ""),
+    "a message without a role": ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
+    "a tool's message": ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", ""),
+    "an image": (
+        {"messages": [{"role": "user", "content": [IMAGE]}]},
+        "messages.0.content.0",
+        "'messages.0.content.0': parts of the type 'image_url' are not supported",
+    ),
+    "a number": ({"messages": [{"role": "user", "content": 5}]}, None, "it must be text or a list of text parts"),
+    "a tool call": ({"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, None, ""),
     "a call that is nested without end": (
         {"messages": [*USER, {"role": "assistant", "tool_calls": [{"id": "1", "function": DEEP}]}]},
         "messages.1.tool_calls.0.function.arguments",
+        "",
     ),
-    "no content": ({"messages": [{"role": "user", "content": None}]}, "messages.0"),
-    "a hot temperature": ({"temperature": 1e300}, "temperature"),
-    "no probability": ({"top_p": 0}, "top_p"),
-    "a penalty by which logits become infinite": ({"repetition_penalty": 5e-324}, "repetition_penalty"),
-    "a large penalty": ({"frequency_penalty": 2.5}, "frequency_penalty"),
-    "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias.x"),
-    "a bias of a token that the model lacks": ({"logit_bias": {"99999": 1}}, "logit_bias"),
-    "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages"),
-    "a million choices": ({"n": 1_000_000}, "n"),
-    "five stops": ({"stop": list("abcde")}, "stop"),
-    "a long stop": ({"stop": "x" * 10_000}, "stop"),
-    "an option of a stream": ({"stream_options": {"include_usage": True}}, None),
-    "a long prompt": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "messages.0", ""),
+    "a hot temperature": ({"temperature": 1e300}, "temperature", ""),
+    "no probability": ({"top_p": 0}, "top_p", ""),
+    "a penalty by which logits become infinite": ({"repetition_penalty": 5e-324}, "repetition_penalty", ""),
+    "a large penalty": ({"frequency_penalty": 2.5}, "frequency_penalty", ""),
+    "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias.x", "it maps token ids to numbers from -100 to 100"),
+    "a bias of a token that the model lacks": ({"logit_bias": {"99999": 1}}, "logit_bias", ""),
+    "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages", ""),
+    "a million choices": ({"n": 1_000_000}, "n", ""),
+    "five stops": ({"stop": list("abcde")}, "stop", "'stop': it must have at most 4 items and has 5"),
+    "a number of stops": ({"stop": 5}, "stop", "'stop': it must be text or a list of up to four texts"),
+    "a long stop": ({"stop": "x" * 10_000}, "stop", ""),
+    "an option of a stream": ({"stream_options": {"include_usage": True}}, None, ""),
+    "a long prompt": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages", ""),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_refused_with_one_sentence(server: Server, case: str) -> None:
-    body, param = WRONG[case]
+    body, param, says = WRONG[case]
     error = refusal(server.chat(**body), 400)
-    assert error["param"] == param or param is None, error
+    assert (error["param"] == param or param is None) and says in error["message"], error
     assert len(error["message"]) < 300
 
 
-@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", ""], ["a", 3], [-1], [10**30], [99], {"a": 1}, None, 3.5])
-def test_prompts_that_are_none_are_refused(server: Server, prompt: Any) -> None:
+NONE: list[tuple[Any, str]] = [  # prompts that are none, and what is said of some
+    *((prompt, "") for prompt in ("", [[]], ["a", ""], ["a", 3], [10**30], [99], None, 3.5)),
+    ([], "'prompt': it must have at least 1 item and has 0"),
+    ([-1], "'prompt.0': it must be greater than or equal to 0"),
+    ({"a": 1}, "'prompt': it must be text, token ids, or a list"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "says"), NONE)
+def test_prompts_that_are_none_are_refused(server: Server, prompt: Any, says: str) -> None:
     body, headers = json.dumps({"model": NAME, "prompt": prompt}), {"Content-Type": "application/json"}
-    response = httpx.post(server.url + "/v1/completions", content=body, headers=headers)
-    assert refusal(response, 400)["param"] in ("prompt", "prompt.0", "prompt.1")
-
-
-SAID: dict[str, tuple[str, dict[str, Any], str]] = {
-    "five stops": ("chat", {"stop": list("abcde")}, "'stop': it must have at most 4 items and has 5"),
-    "a number of stops": ("chat", {"stop": 5}, "'stop': it must be text or a list of up to four texts"),
-    "a token below zero": ("complete", {"prompt": [-1]}, "'prompt.0': it must be greater than or equal to 0"),
-    "no prompts": ("complete", {"prompt": []}, "'prompt': it must have at least 1 item and has 0"),
-    "an object": ("complete", {"prompt": {}}, "'prompt': it must be text, token ids, or a list"),
-    "an image": (
-        "chat",
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "'messages.0.content.0': parts of the type 'image_url' are not supported",
-    ),
-    "a number": ("chat", {"messages": [{"role": "user", "content": 5}]}, "it must be text or a list of text parts"),
-    "a name of a token": ("chat", {"logit_bias": {"yes": 1}}, "it maps token ids to numbers from -100 to 100"),
-}
-
-
-@pytest.mark.parametrize("case", SAID)
-def test_a_refusal_says_what_is_wrong(server: Server, case: str) -> None:
-    method, body, says = SAID[case]
-    assert says in refusal(getattr(server, method)(**body), 400)["message"]
+    error = refusal(httpx.post(server.url + "/v1/completions", content=body, headers=headers), 400)
+    assert error["param"] in ("prompt", "prompt.0", "prompt.1") and says in error["message"]
 
 
 def test_an_empty_body_is_called_so(server: Server) -> None:
@@ -385,6 +379,10 @@ def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.Monke
     assert "ended" in found.stderr and "'prompt_lookup_max' of --speculative-config has no effect" in found.stderr
     assert made["max_rows"] == 7 and made["name"] == "mine" and made["cors"] == ("https://a.example", "*")
     assert made["drafter"] == "prompt-lookup" and made["num_speculative_tokens"] == 3 and made["log_requests"]
+    own = ["--name", "other", "--max-rows", "1", "--max-waiting", "3", "--api-key", "secret", "--max-body", "2KB"]
+    CliRunner().invoke(app, [*command[:5], *own, "--cors", "https://b.example"])
+    assert (made["name"], made["max_rows"], made["max_waiting"], made["api_key"]) == ("other", 1, 3, "secret")
+    assert made["max_body"] == 2000 and made["cors"] == ("https://b.example",)
     model = ["--speculative-config", '{"model": "/nowhere"}']
     assert "/nowhere" in CliRunner().invoke(app, [*command, *model]).stderr  # a draft model
     for wrong in ("{", "[]", "{}", '{"method": 3}', '{"method": "m2r2", "model": 3}', '{"num_speculative_tokens": 3}'):

@@ -1,4 +1,7 @@
-"""The official clients against a real server: every endpoint, whole and as a stream, blocking and asynchronous."""
+"""The official client against a real server, whole and as a stream, blocking and asynchronous.
+
+(Parameters, refusals and their forms: test_serve_conformance.)
+"""
 
 from __future__ import annotations
 
@@ -45,33 +48,6 @@ def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens and not chunks[-1].choices
 
 
-def test_parameters_of_both_endpoints(client: openai.OpenAI) -> None:
-    chat = client.chat.completions.create(
-        model=NAME, messages=USER, n=2, stop=["\0", "\1"], max_completion_tokens=9, logprobs=True, top_logprobs=2,
-        seed=3, temperature=0.9, top_p=0.9, user="me",
-    )  # fmt: skip
-    assert [len(c.logprobs.content) for c in chat.choices] == [9, 9] and chat.usage.completion_tokens == 18
-    first = chat.choices[0].message.content
-    again = client.chat.completions.create(
-        model=NAME, messages=USER, stop=first[4], max_completion_tokens=9, seed=3, temperature=0.9, top_p=0.9
-    )
-    assert again.choices[0].message.content == first[: first.index(first[4])]
-    assert again.choices[0].finish_reason == "stop"
-    ids = client.completions.create(model=NAME, prompt=[[5, 6], [7]], n=2, logprobs=1, **SAMPLED)
-    assert [len(c.logprobs.tokens) for c in ids.choices] == [20] * 4 and ids.usage.prompt_tokens == 3
-
-
-def test_errors_are_those_of_the_client(server: Server, client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
-        client.chat.completions.create(model="other", messages=USER)
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=NAME, messages=USER, extra_body={"suffix": "x"})
-    assert refused.value.param == "suffix" and refused.value.code == "unsupported_parameter"
-    wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
-    with wrong, pytest.raises(openai.AuthenticationError):
-        wrong.models.list()
-
-
 def test_asynchronous_requests_run_at_once(server: Server, client: openai.OpenAI) -> None:
     def body(seed: int) -> dict[str, object]:
         return {"model": NAME, "messages": USER, **SAMPLED, "seed": seed}
@@ -93,11 +69,6 @@ def test_asynchronous_requests_run_at_once(server: Server, client: openai.OpenAI
             assert completion.choices[0].text == "".join([chunk.choices[0].text async for chunk in stream]) != ""
             with pytest.raises(openai.BadRequestError, match="suffix"):
                 await client.completions.create(model=NAME, prompt="Name", stream=True, extra_body={"suffix": "x"})
-            tokens = await client.post(f"{server.url}/tokenize", body={"prompt": "Name"}, cast_to=object)
-            text = await client.post(f"{server.url}/detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)
-            assert text == {"prompt": "Name"}
-            assert await client.get(f"{server.url}/health", cast_to=object) == {"status": "ok", "drafter": "on"}
-            assert "vllm:prompt_tokens_total" in await client.get(f"{server.url}/metrics", cast_to=str)
             return await asyncio.gather(*map(streamed, range(4)), *map(whole, range(4)))
 
     texts = asyncio.run(run())
