@@ -56,7 +56,7 @@ SKIPS = (  # what a machine may lack: patterns of the reasons
 )
 
 
-USUAL = {"llama", "qwen3_5_text"}  # families: attention alone, and layers with recurrent states
+USUAL = {"llama", "gpt2", "qwen3_5_text"}  # families: rotary and absolute positions, and layers with recurrent states
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -131,8 +131,8 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test comes first: at the end, one process alone would run it. Of tests that run for all families,
-    those of ``USUAL`` are fast, and the others slow."""
+    """The longest test comes first: at the end, one process alone would run it. Of tests that run for many families,
+    those of ``USUAL`` run by default, and the others are slow."""
     items.sort(key=lambda item: item.path.name != "test_kernels_arm.py")
     by_test: dict[str, list[tuple[str, pytest.Item]]] = {}
     for item in items:
@@ -140,7 +140,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(family := params.get("family", params.get("kind")), str):
             by_test.setdefault(item.nodeid.partition("[")[0], []).append((family, item))
     for found in by_test.values():
-        if {family for family, _ in found} >= USUAL:
+        families = {family for family, _ in found}
+        if "llama" in families and len(families) > 4:
             for family, item in found:
                 if family not in USUAL:
                     item.add_marker(pytest.mark.slow)

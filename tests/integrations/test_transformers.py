@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, save_tiny, tiny_model
+from tiny import save_tiny, tiny_model
 from torch import Tensor
 from transformers import (
     AsyncTextIteratorStreamer,
@@ -47,8 +47,9 @@ def pair(model: Any, rows: list[list[int]], spec: SpecGenerate | None = None, **
     return model.generate(**inputs, **given), model.generate(**inputs, **given, custom_generate=spec)
 
 
-@pytest.mark.parametrize(("family", "rows"), [("llama", 1), *((family, 3) for family in FAMILIES)])
+@pytest.mark.parametrize(("family", "rows"), [("llama", 1), ("llama", 3), ("gpt2", 3)])
 def test_greedy_tensors_are_equal(family: str, rows: int) -> None:
+    """(Of every family: test_drafters_matrix.)"""
     plain, ours = pair(tiny_model(family), ROWS[:rows])
     assert torch.equal(plain, ours)
 
@@ -154,7 +155,7 @@ def test_several_sequences_of_a_prompt_differ() -> None:
 
 
 def test_samples_have_the_models_distribution() -> None:
-    model, count = tiny_model(), 3000
+    model, count = tiny_model(), 1000
     with torch.no_grad():
         logits = model(torch.tensor(ROWS[:1])).logits[0, -1] / 0.5
     kept = logits >= logits.topk(4).values[-1]
