@@ -180,18 +180,6 @@ def test_a_drafter_for_other_weights_is_refused_with_both_fingerprints(folder: P
     assert fingerprint(tiny_model()) in str(caught.value) and fingerprint(other) in str(caught.value)
 
 
-def test_unshipped_models_get_the_training_command() -> None:
-    with pytest.raises(SpecDecError, match="specdec train medusa --model"):
-        SpecDecoder(tiny_model(), drafter="medusa")
-
-
-def test_unknown_names_and_missing_folders(tmp_path: Path) -> None:
-    with pytest.raises(SpecDecError, match="did you mean 'prompt-lookup'"):
-        SpecDecoder(tiny_model(), drafter="prompt-lookpu")
-    with pytest.raises(SpecDecError, match="does not exist"):
-        SpecDecoder(tiny_model(), drafter=tmp_path / "nothing")
-
-
 def test_a_full_disk_leaves_the_old_file_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "model.safetensors").read_bytes()
 
