@@ -24,7 +24,7 @@ from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import run_tokens
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices
 from specdec.verifiers.exact import ExactVerifier
@@ -132,24 +132,9 @@ def expected(target: ReferenceTarget, network: Eagle3, text: list[int], drafted:
 
 def proposed(target: ReferenceTarget, drafter: Eagle3Drafter, prompts: list[list[int]], count: int = 9) -> list[Any]:
     """The texts of all rows and the draft, of each step of a generation."""
-    seen, own = [], drafter.propose
-
-    def spy(state: State, limit: int) -> Draft:
-        draft = own(state, limit)
-        seen.append(([list(ids) for ids in state.ids], draft))
-        return draft
-
-    drafter.propose = spy  # type: ignore[method-assign]
+    seen = zoo.watched(drafter)
     zoo.run(target, drafter, prompts, count, eos=None)
     return seen
-
-
-def paths(draft: Draft, row: int) -> list[list[int]]:
-    """The drafted tokens on the way to each node."""
-    found: list[list[int]] = [[]]
-    for token, parent in zip(draft.lists()[row], draft.parents, strict=True):
-        found.append([*found[parent], token])
-    return found[1:]
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -161,7 +146,7 @@ def test_chains_of_ragged_rows_are_what_the_formula_says(target: ReferenceTarget
     assert tokens is not None
     for texts, draft in steps:
         for row, text in enumerate(texts):
-            for *before, token in paths(draft, row):
+            for *before, token in draft.paths(row):
                 assert token == tokens[expected(target, drafter.network, text, before).argmax()]
 
 
@@ -199,7 +184,7 @@ def test_a_grown_tree_has_the_likeliest_paths(target: ReferenceTarget, own: bool
                 total += float(logs[tokens.tolist().index(token)])
             return total
 
-        nodes = paths(draft, 0)
+        nodes = draft.paths(0)
         least = min(map(likely, nodes))
         first = expected(target, drafter.network, text, []).log_softmax(-1)
         best = first.topk(3)
@@ -210,23 +195,15 @@ def test_a_grown_tree_has_the_likeliest_paths(target: ReferenceTarget, own: bool
 def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: ReferenceTarget) -> None:
     whole = zoo.eagle3(target)
     alone = [draft.lists() for _, draft in proposed(target, whole, [TEXT])]
-    drafter, seen = zoo.eagle3(target), []
+    drafter = zoo.eagle3(target)
     drafter.bind(target)
-    own = drafter.propose
-
-    def spy(state: State, limit: int) -> Draft:
-        draft = own(state, limit)
-        seen.extend(draft.lists()[b] for b, ids in enumerate(state.ids) if ids[: len(TEXT)] == TEXT)
-        return draft
-
-    drafter.propose = spy  # type: ignore[method-assign]
+    steps = zoo.watched(drafter)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4), prefill_chunk=2)
     engine.submit(Request([9, 10], 30, SamplingParams()))
     for _ in range(3):
         engine.step()
-    engine.submit(Request(TEXT, 9, SamplingParams()))
-    for _ in engine.steps():
-        pass
+    zoo.finish(engine, Request(TEXT, 9, SamplingParams()))
+    seen = [draft.lists()[b] for texts, draft in steps for b, ids in enumerate(texts) if ids[: len(TEXT)] == TEXT]
     assert len(seen) >= len(alone) > 1
     for mine, [theirs] in zip(seen, alone, strict=False):  # the last drafts are as deep as the longest row's may be
         depth = min(len(mine), len(theirs))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import without
 from transformers import PreTrainedModel
-from zoo import PROMPTS, heads, routers, run
+from zoo import PROMPTS, heads, layers_run, routers, run
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.exits import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, Routers, SkipDecodeDrafter
@@ -19,21 +19,6 @@ from specdec.models import drafter_folder
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
-
-
-def calls_of(target: Target, drafter: Drafter, count: int = 6, exit: int | None = None) -> list[tuple[int, int, int]]:
-    """(first layer, end, tokens) of every pass after the prompt's."""
-    calls: list[tuple[int, int, int]] = []
-    layers = ReferenceTarget.layers
-
-    def spy(x: torch.Tensor, lo: int, hi: int, *args: Any, **more: Any) -> torch.Tensor:
-        if lo < hi:
-            calls.append((lo, hi, x.shape[1]))
-        return layers(target, x, lo, hi, *args, **more)  # type: ignore[arg-type]
-
-    target.layers = spy  # type: ignore[method-assign]
-    run(target, drafter, PROMPTS[:1], count, exit=exit)
-    return calls[1:]
 
 
 def test_a_token_that_goes_deeper_takes_the_earlier_ones_along_at_once(llama: PreTrainedModel) -> None:
@@ -47,7 +32,7 @@ def test_a_token_that_goes_deeper_takes_the_earlier_ones_along_at_once(llama: Pr
         return logits, torch.tensor([[next(certainties, 0.9)]]), layers
 
     drafter.read = unsure  # type: ignore[method-assign]
-    assert calls_of(target, drafter)[: 4 + 1 + 1 + 1 + 1] == [
+    assert layers_run(target, drafter)[: 4 + 1 + 1 + 1 + 1] == [
         *[(0, 1, 1)] * 3,
         (1, 2, 3),
         (0, 1, 1),
@@ -58,7 +43,7 @@ def test_a_token_that_goes_deeper_takes_the_earlier_ones_along_at_once(llama: Pr
 
 
 def test_the_exit_falls_with_position(llama: PreTrainedModel) -> None:
-    calls = calls_of(ReferenceTarget(llama), SkipDecodeDrafter(3, 1, horizon=5))
+    calls = layers_run(ReferenceTarget(llama), SkipDecodeDrafter(3, 1, horizon=5))
     # Exits 3, 2, 2, 1; then all catch up with the deepest, and the last drafted token is run for the first time.
     assert calls[:8] == [(0, 3, 1), *[(0, 2, 1)] * 2, (0, 1, 1), (1, 2, 1), (2, 3, 3), (0, 3, 1), (3, 4, 5)]
 
@@ -74,7 +59,7 @@ def test_no_token_goes_beyond_the_exit_that_the_controller_chose(llama: PreTrain
         target = ReferenceTarget(llama)
         drafter.bind(target)
         chosen = exit if drafter.num_exits > 1 else None  # as AutoDepth has it
-        calls = calls_of(target, drafter, exit=chosen)
+        calls = layers_run(target, drafter, exit=chosen)
         assert drafter.num_exits == len(set(layers))
         drafted = itertools.takewhile(lambda call: call[1] < 4, calls)
         assert max(end for _, end, _ in drafted) == (usual if chosen is None else layers[chosen])
@@ -88,7 +73,7 @@ def test_a_router_passes_by_the_layers_it_scores_below_zero(llama: PreTrainedMod
         network.bias[[layer - 1 for layer in useless]] = -1
     _, loop = run(target, MixtureOfDepthsDrafter(network), PROMPTS[:1], 21)
     assert set(loop.metrics[0].per_step_accepted) == {4}
-    ran = [lo for lo, hi, _ in calls_of(target, MixtureOfDepthsDrafter(network), 6) if hi == lo + 1]
+    ran = [lo for lo, hi, _ in layers_run(target, MixtureOfDepthsDrafter(network), 6) if hi == lo + 1]
     assert set(ran) | {0} == {0, 1, 2, 3} - set(useless) | {0}
 
 
@@ -97,7 +82,7 @@ def test_what_passed_a_layer_by_leaves_keys_there_for_a_later_token(llama: PreTr
     drafter = MixtureOfDepthsDrafter(Routers(3, target))
     scores = iter([-1.0, -1.0, 1.0, -1.0])
     drafter.network.score = lambda layer, x: torch.tensor([[[next(scores, -1.0)]]])  # type: ignore[method-assign]
-    assert calls_of(target, drafter)[:6] == [*[(0, 3, 1)] * 3, (3, 4, 3), (0, 3, 1), (0, 3, 1)]
+    assert layers_run(target, drafter)[:6] == [*[(0, 3, 1)] * 3, (3, 4, 3), (0, 3, 1), (0, 3, 1)]
 
 
 # --- files and options ---------------------------------------------------------------------------------------------

@@ -11,13 +11,12 @@ import pytest
 import torch
 from tiny import greedy_reference
 from transformers import PreTrainedModel
-from zoo import PROMPTS, m2r2, run
+from zoo import PROMPTS, layers_run, m2r2, run
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Target
 from specdec.train.arla import ArlaSettings
 from specdec.train.m2r2 import M2R2Settings, path_of
 from specdec.train.settings import from_mapping
@@ -34,24 +33,10 @@ def scripted(drafter: M2R2Drafter, *sure: float) -> M2R2Drafter:
     return drafter
 
 
-def calls_of(target: Target, drafter: M2R2Drafter) -> list[tuple[int, int, int]]:
-    """(first layer, end, tokens) of every pass of the first round."""
-    calls: list[tuple[int, int, int]] = []
-    layers = ReferenceTarget.layers
-
-    def spy(x: torch.Tensor, lo: int, hi: int, *args: Any, **more: Any) -> torch.Tensor:
-        calls.append((lo, hi, x.shape[1]))
-        return layers(target, x, lo, hi, *args, **more)  # type: ignore[arg-type]
-
-    target.layers = spy  # type: ignore[method-assign]
-    run(target, drafter, PROMPTS[:1], 6)
-    return calls[1:]
-
-
 def test_a_hard_token_goes_deeper_and_takes_the_earlier_ones_along(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
     early = scripted(m2r2(target, 3, (), False, True, exits=(1, 2), router=4), 0.9, 0.1, 0.9)
-    assert calls_of(target, early)[:8] == [
+    assert layers_run(target, early)[:8] == [
         (0, 1, 2),  # h and p of the first token, which leaves at layer 1
         (0, 1, 2),
         (1, 2, 4),  # the second goes on, h and p, with the first
@@ -62,7 +47,7 @@ def test_a_hard_token_goes_deeper_and_takes_the_earlier_ones_along(llama: PreTra
         (2, 4, 5),
     ]
     projecting = scripted(m2r2(target, 1, ((1, 2), (3, 4)), True, False, exits=(1, 2), router=4), 0.9, 0.1, 0.1, 0.9)
-    assert calls_of(target, projecting)[:4] == [(0, 1, 1), (0, 1, 1), (1, 2, 2), (3, 4, 2)]
+    assert layers_run(target, projecting)[:4] == [(0, 1, 1), (0, 1, 1), (1, 2, 2), (3, 4, 2)]
 
 
 def test_output_says_how_deep_tokens_went(llama: PreTrainedModel) -> None:

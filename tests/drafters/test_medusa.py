@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
-from zoo import PROMPTS, run
+from zoo import PROMPTS, run, watched
 
 from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.medusa import Medusa, MedusaDrafter
@@ -45,16 +45,9 @@ def random_network(heads: int = 2, layers: int = 1, rooted: bool = False, vocab:
 
 def drafts(target: ReferenceTarget, drafter: MedusaDrafter, count: int = 12) -> list[tuple[list[int], Draft]]:
     """The texts of a generation and what was drafted after each."""
-    seen, own = [], drafter.propose
-
-    def spy(state: State, limit: int) -> Draft:
-        draft = own(state, limit)
-        seen.append((list(state.ids[0]), draft))
-        return draft
-
-    drafter.propose = spy  # type: ignore[method-assign]
+    seen = watched(drafter)
     run(target, drafter, PROMPTS[:1], count)
-    return seen
+    return [(ids, draft) for [ids], draft in seen]
 
 
 def public(folder: Path, network: Medusa, heads: Tensor, **config: Any) -> Path:

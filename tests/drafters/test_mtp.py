@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import greedy_reference, sizes_of, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from zoo import PROMPTS, run
+from zoo import PROMPTS, run, watched
 
 from specdec import SpecDecError
 from specdec.drafters.mtp import FORMATS, MTPDrafter
@@ -19,7 +19,6 @@ from specdec.drafters.none import NoDrafter
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.speculation.draft import Draft, State
 
 QWEN, MIMO, DEEPSEEK = FORMATS
 FILE = "model.safetensors"
@@ -115,30 +114,18 @@ def plainly(family: str, given: Published, ids: list[int], depth: int) -> list[i
     return drafted
 
 
-class Watched(MTPDrafter):
-    """Keeps what it has proposed."""
-
-    def propose(self, state: State, limit: int) -> Draft:
-        draft = super().propose(state, limit)
-        self.seen += [(list(ids), tokens) for ids, tokens in zip(state.ids, draft.lists(), strict=True)]
-        return draft
-
-    def start(self) -> None:
-        super().start()
-        self.seen: list[tuple[list[int], list[int]]] = []
-
-
 def test_the_layer_drafts_what_a_plain_implementation_does(published: tuple[str, Published]) -> None:
     family, given = published
     target = ReferenceTarget(given.model)
-    drafter = Watched.load(target)
-    assert isinstance(drafter, Watched)
+    drafter = MTPDrafter.load(target)
+    steps = watched(drafter)
     out, _ = run(target, drafter, PROMPTS, 12, depth=3, eos=None)
     stop = given.model.generation_config
     stop.eos_token_id = None
     assert out == [greedy_reference(given.model, prompt, 12) for prompt in PROMPTS]
-    assert len(drafter.seen) > 12
-    for ids, tokens in drafter.seen:
+    seen = [row for texts, draft in steps for row in zip(texts, draft.lists(), strict=True)]
+    assert len(seen) > 12
+    for ids, tokens in seen:
         assert tokens == plainly(family, given, ids, len(tokens))
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
-from zoo import m2r2
+from zoo import finish, m2r2
 
 from specdec import SpecDecoder
 from specdec.drafters.hybrid import HybridDrafter
@@ -265,9 +265,7 @@ def test_texts_of_one_scope_are_not_drafted_from_in_another(llama: PreTrainedMod
     engine = Engine(target, made, ExactVerifier(), FixedDepth(8))
     for scope in ("a", "b", "a"):
         request = Request([5, 6, 7, 8], 24, scope=scope)
-        engine.submit(request)
-        for _ in engine.steps():
-            pass
+        finish(engine, request)
         steps.append(request.metrics.num_spec_steps)
     assert steps[2] < steps[0] == steps[1]
 
@@ -367,7 +365,5 @@ def test_sampled_tokens_are_drafted_by_the_learned_drafter(
     drafter.bind(target)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))
     request = Request([5, 6, 7, 5, 6, 7, 5, 6], 12, SamplingParams(temperature=1.0, seed=3))
-    engine.submit(request)
-    for _ in engine.steps():
-        pass
+    finish(engine, request)
     assert len(calls) == sum(drafted > 0 for drafted in request.metrics.per_step_drafted) > 0

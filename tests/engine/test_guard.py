@@ -11,7 +11,7 @@ import pytest
 from scripted import Clock, Scripted
 from tiny import greedy_reference
 from transformers import PreTrainedModel
-from zoo import PROMPTS, new_tokens
+from zoo import PROMPTS, finish, new_tokens
 
 from specdec.drafters.none import NoDrafter
 from specdec.engine import guard
@@ -92,8 +92,7 @@ def test_a_drafter_comes_back_in_the_middle_of_the_rows(
     engine.step()
     assert engine.drafting == "on" and engine.outage is None
     assert long[0].metrics.num_draft_tokens == drafted + 2
-    for _ in engine.steps():
-        pass
+    finish(engine)
     assert [[*row.prompt, *new_tokens(row)] for row in long] == [text[: len(text) - 10] for text in drafter.texts]
     why = "'scripted' failed (IndexError: as told); decoding goes on without it, and it starts again in 1 s"
     assert lines(caplog) == [
@@ -145,8 +144,7 @@ def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
     engine.step()
     assert engine.drafting == "off" and engine.stats().drafter_failures == 2
     clock.now += 2
-    for _ in engine.steps():
-        pass
+    finish(engine)
     assert engine.drafting == "on" and request.metrics.num_draft_tokens
     assert [*request.prompt, *new_tokens(request)] == drafter.texts[0][:54]
     assert ["on again" in line for line in lines(caplog)] == [False, False, True]

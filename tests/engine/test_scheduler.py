@@ -13,7 +13,7 @@ import torch
 from scripted import Scripted
 from tiny import tiny_model
 from transformers import PreTrainedModel
-from zoo import PROMPTS, new_tokens, run, together
+from zoo import PROMPTS, finish, new_tokens, run, together
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import QueueFullError
@@ -47,19 +47,14 @@ def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedMod
     prompt, known = list(range(3, 60)), []
     for scope in (None, "a", "b", "a", None):
         request = Request(prompt, 3, scope=scope)
-        engine.submit(request)
-        for _ in engine.steps():
-            pass
+        finish(engine, request)
         known.append(request.metrics.num_cached_tokens)
     assert known == [0, 0, 0, 56, 56]
     running = Request(prompt[:40], 30, scope="c")  # nor do running texts serve others, whose prompts wait for none
     engine.submit(running)
     engine.step()
     both = [Request(prompt[:41], 3, scope=scope) for scope in ("d", "c", "e")]
-    for request in both:
-        engine.submit(request)
-    for _ in engine.steps():
-        pass
+    finish(engine, *both)
     assert [request.metrics.num_cached_tokens for request in both] == [0, 40, 0]
     engine.close()
 
@@ -72,8 +67,7 @@ def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=600 * token_bytes, reuse=True)
     for first in range(5, 45):
         engine.submit(Request([first, *range(10, 30)], 4))  # room for many more tokens is made for each
-        for _ in engine.steps():
-            pass
+        finish(engine)
         kept = engine.scheduler.prefixes.entries
         held = [data.nbytes for prefix in kept for data in prefix.cache.data if data is not None]  # type: ignore[attr-defined]
         assert sum(held) == engine.stats().kv_bytes <= 600 * token_bytes
@@ -111,16 +105,12 @@ def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel)
     target, drafter = ReferenceTarget(llama), PromptLookupDrafter()
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3), reuse=True)
     first = Request(list(range(3, 40)), 12)
-    engine.submit(first)
-    for _ in engine.steps():
-        pass
+    finish(engine, first)
     second = Request([*first.ids, 50, 51, 52], 12)
     engine.submit(second)
     engine.step()
     beside = Request([*second.prompt[:30], 60], 12)
-    engine.submit(beside)
-    for _ in engine.steps():
-        pass
+    finish(engine, beside)
     assert second.metrics.num_cached_tokens == len(first.ids) - 1 and beside.metrics.num_cached_tokens == 30
     for request in (second, beside):
         assert new_tokens(request) == alone(target, request)[0]
@@ -145,15 +135,13 @@ def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
     while asked.status is not Status.FINISHED or other.status is not Status.FINISHED:
         engine.step()
         assert warm.status is Status.WAITING
-    for _ in engine.steps():
-        pass
+    finish(engine)
     assert warm.finish_reason == "length" and warm.metrics.num_cached_tokens == 0
     assert asked.metrics.num_cached_tokens == 30 * reuse
     assert (new_tokens(asked), asked.finish_reason) == alone(target, asked)
     last = Request([*prompt, 5], 3)
     engine.enqueue(last)
-    for _ in engine.steps():
-        pass
+    finish(engine)
     assert last.metrics.num_cached_tokens == 80 * reuse and new_tokens(last) == alone(target, last)[0]
     saved = [request.metrics.saved_seconds for request in (warm, asked, other, last)]
     assert [seconds > 0 for seconds in saved] == [False, reuse, False, reuse]
@@ -169,8 +157,7 @@ def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: Pr
     engine.enqueue(asked)
     engine.step()
     handle.cancel()
-    for _ in engine.steps():
-        pass
+    finish(engine)
     assert warm.finish_reason == "cancelled" and asked.finish_reason == "length" and not engine.scheduler.running
 
 
@@ -295,8 +282,7 @@ def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -
     engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0))
     request = Request(PROMPTS[0], 20)
     handle = engine.submit(request)
-    for _ in engine.steps():
-        pass
+    finish(engine)
     events = list(handle)
     assert [event.tokens for event in events] == [new_tokens(request)] and events[0].finish_reason == "length"
 
@@ -452,8 +438,7 @@ def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: Pr
     engine.step()
     assert [row.status for row in rows] == [status, "waiting"] and engine.stats().preemptions == 1
     engine.scheduler.kv_memory = 1 << 20
-    for _ in engine.steps():
-        pass
+    finish(engine)
     assert all((new_tokens(row), row.finish_reason) == alone(target, row) for row in rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tiny import tiny_model
+from zoo import finish
 
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine.depth import FixedDepth
@@ -29,10 +30,7 @@ def test_sampled_rows_process_logits_after_accepted_tokens_alone(monkeypatch: py
     monkeypatch.setattr(Transforms, "__call__", spy)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
     rows = [Request([5, 6, 7, 5, 6, 7, 5, 6], 24, SamplingParams(temperature=0.3, seed=seed)) for seed in (1, 2)]
-    for row in rows:
-        engine.submit(row)
-    for _ in engine.steps():
-        pass
+    finish(engine, *rows)
     drafted, accepted, new = (
         sum(getattr(row.metrics, name) for row in rows)
         for name in ("num_draft_tokens", "num_accepted_draft_tokens", "num_new_tokens")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tiny import tiny_model
-from zoo import PROMPTS
+from zoo import PROMPTS, finish
 
 from specdec import SpecDecoder
 from specdec.base.sequences import common_prefix
@@ -133,8 +133,7 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
         engine.step()
         steps += 1
     assert steps == 10 and not looked and engine.stats().prefix_bytes == stats.prefix_bytes > 0
-    for _ in engine.steps():
-        pass
+    finish(engine)
     assert len(looked) == 1 and waiting.metrics.num_cached_tokens == len(PROMPTS[0])
 
 

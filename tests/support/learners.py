@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from zoo import finish
 
 from specdec.drafters import m2r2_fits, m2r2_learning
 from specdec.drafters.m2r2_learning import Learner
@@ -34,10 +35,7 @@ def texts(target: Target, count: int, length: int = 24, seed: int = 0) -> list[T
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0))
     rng = random.Random(seed)
     rows = [Request([rng.randrange(3, target.vocab_size) for _ in range(4)], length) for _ in range(count)]
-    for row in rows:
-        engine.enqueue(row)
-    for _ in engine.steps():
-        pass
+    finish(engine, *rows)
     return [Text(row.ids, 4) for row in rows]
 
 

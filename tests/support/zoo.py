@@ -38,7 +38,7 @@ from specdec.engine.request import Request
 from specdec.models import drafter_folder
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter, Verifier
+from specdec.speculation.draft import Draft, Drafter, State, Verifier
 from specdec.speculation.sampling import SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
 
@@ -98,6 +98,43 @@ def together(
         if error := next((request.error for request in requests if request.error is not None), None):
             raise error
     return engine
+
+
+def finish(engine: Engine, *requests: Request) -> None:
+    """Submit requests, and run the engine until nothing is left to do."""
+    for request in requests:
+        engine.submit(request)
+    for _ in engine.steps():
+        pass
+
+
+def watched(drafter: Drafter) -> list[tuple[list[list[int]], Draft]]:
+    """What it will propose, each with the texts of the rows before it."""
+    seen, own = list[tuple[list[list[int]], Draft]](), drafter.propose
+
+    def spy(state: State, limit: int) -> Draft:
+        draft = own(state, limit)
+        rows = [list(row) for row in draft.lists()]  # what a row may not have goes later
+        seen.append(([list(ids) for ids in state.ids], Draft(rows, draft.parents)))
+        return draft
+
+    drafter.propose = spy  # type: ignore[method-assign]
+    return seen
+
+
+def layers_run(target: Target, drafter: Drafter, count: int = 6, exit: int | None = None) -> list[tuple[int, int, int]]:
+    """(first layer, end, tokens) of every pass after the prompt's."""
+    calls, layers = list[tuple[int, int, int]](), target.layers
+
+    def spy(x: torch.Tensor, lo: int, hi: int, *given: Any) -> torch.Tensor:
+        if lo < hi:
+            calls.append((lo, hi, x.shape[1]))
+        return layers(x, lo, hi, *given)
+
+    target.layers = spy  # type: ignore[method-assign]
+    run(target, drafter, PROMPTS[:1], count, exit=exit)
+    target.layers = layers  # type: ignore[method-assign]
+    return calls[1:]
 
 
 def half(target: Target) -> torch.Tensor:
