@@ -15,15 +15,16 @@ from pages import ROOT
 from scripted import Scripted
 from tiny import greedy_reference, without
 from transformers import PreTrainedModel
-from zoo import PROMPTS, m2r2, other_model, run
+from zoo import PROMPTS, layers_run, m2r2, other_model, run, watched
 
 from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.exits import EarlyExitDrafter
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.drafters.layer_skip import LayerSkipDrafter, ranges_without
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
@@ -33,19 +34,11 @@ from specdec.speculation.sampling import Sampler
 DOCS = ROOT / "docs"
 
 
-def proposals(target: Target, drafter: Drafter, watched: Drafter | None = None) -> dict[tuple[int, ...], list[int]]:
-    """What ``watched`` (None: ``drafter``) proposed after each text of a generation that ``drafter`` drafts."""
-    watched, seen = watched or drafter, {}
-    own: Callable[[State, int], Draft] = watched.propose
-
-    def spy(state: State, limit: int) -> Draft:
-        draft = own(state, limit)
-        seen.update((tuple(ids), row) for ids, row in zip(state.ids, draft.tokens.tolist(), strict=True))
-        return draft
-
-    watched.propose = spy  # type: ignore[method-assign]
+def proposals(target: Target, drafter: Drafter, member: Drafter | None = None) -> dict[tuple[int, ...], list[int]]:
+    """What ``member`` (None: ``drafter``) proposed after each text of a generation that ``drafter`` drafts."""
+    seen = watched(member or drafter)
     run(target, drafter, PROMPTS, 24)
-    return seen
+    return {tuple(ids): row for texts, draft in seen for ids, row in zip(texts, draft.lists(), strict=True)}
 
 
 # --- layers of the model itself ------------------------------------------------------------------------------------
@@ -58,14 +51,22 @@ def proposals(target: Target, drafter: Drafter, watched: Drafter | None = None) 
         (EarlyExitDrafter(), (1, 2, 3)),
         (LayerSkipDrafter(), (1,)),
         (LayerSkipDrafter([0, 2]), (0, 2)),
+        (LayerSkipDrafter([1, 2]), (1, 2)),
     ],
 )
+@pytest.mark.parametrize("runtime", [ReferenceTarget, FusedTarget])
 def test_leaving_out_layers_that_change_nothing_is_always_right(
-    llama: PreTrainedModel, drafter: Drafter, useless: tuple[int, ...]
+    llama: PreTrainedModel, runtime: type[ReferenceTarget], drafter: Drafter, useless: tuple[int, ...]
 ) -> None:
-    _, loop = run(ReferenceTarget(without(llama, *useless)), drafter, PROMPTS, 21)
+    _, loop = run(runtime(without(llama, *useless)), drafter, PROMPTS, 21)
     for metrics in loop.metrics:
         assert set(metrics.per_step_accepted[:-1]) == {4}  # the last round may be cut by the end of the text
+
+
+def test_layer_skip_runs_what_is_left_in_as_few_parts_as_there_are() -> None:
+    assert ranges_without({2}, 5) == [(0, 2), (3, 5)]
+    assert ranges_without({0, 1}, 4) == [(2, 4)] and ranges_without({1, 3}, 4) == [(0, 1), (2, 3)]
+    assert ranges_without({0, 1}, 2) == []
 
 
 @pytest.mark.parametrize(
@@ -86,16 +87,8 @@ def test_scoring_resumes_where_the_draft_left_the_exact_path(
     drafted: list[tuple[int, int, int]],
     scored: list[tuple[int, int, int]],
 ) -> None:
-    target, calls, layers = ReferenceTarget(llama), [], ReferenceTarget.layers
-
-    def spy(x: torch.Tensor, lo: int, hi: int, *args: Any) -> torch.Tensor:
-        calls.append((lo, hi, x.shape[1]))
-        return layers(target, x, lo, hi, *args)
-
-    target.layers = spy  # type: ignore[method-assign]
-    run(target, drafter, PROMPTS[:1], 6)
     first_round = 4 * drafted + scored
-    assert calls[1 : 1 + len(first_round)] == first_round
+    assert layers_run(ReferenceTarget(llama), drafter)[: len(first_round)] == first_round
 
 
 # --- a second model ------------------------------------------------------------------------------------------------
