@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from policies import alternating
 from scripted import Clock, OnlyOddAfterEven, made
-from tiny import tiny_model
+from tiny import model_of, tiny_model
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from zoo import EOS, every, new_tokens
@@ -47,16 +47,22 @@ from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle knows of behind the last one
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(not library.runs(), reason="no native kernels here"))
-KINDS = ["reference", NATIVE, "recurrent"]
-USUAL = ["reference", NATIVE, pytest.param("recurrent", marks=pytest.mark.slow)]
+NATIVE = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+KINDS = [  # the native runtime is ten times as fast; "recurrent": with recurrent layers
+    *(pytest.param(kind, marks=NATIVE) for kind in ("native", "native recurrent")),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("reference", "recurrent")),
+]
 
 
 @functools.cache
 def target_of(kind: str) -> Target:
-    if kind == "native":
-        return NativeTarget(tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16())
+    if kind.startswith("native"):
+        return NativeTarget(model_of("llama" if kind == "native" else "qwen3_5_text"))
     return ReferenceTarget(tiny_model("llama" if kind == "reference" else "qwen3_next"))
+
+
+def examples(kind: str, count: int) -> int:
+    return count if kind.startswith("native") else count // (3 if kind == "recurrent" else 2)
 
 
 class Style(NamedTuple):
@@ -396,7 +402,7 @@ class FailingSchedules(Schedules):
         memory=st.sampled_from([1000, 160]),
         depth=st.integers(1, 6),
         reuse=st.booleans(),
-        every=st.sampled_from([3, 8, 20]),
+        every=st.sampled_from([3, 6, 12]),
         seed=st.integers(0, 99),
         data=st.data(),
     )
@@ -514,17 +520,17 @@ def run_schedules(
             phases=(Phase.generate,) if chance else (Phase.generate, Phase.shrink),  # shrinking may take minutes
         ),
     )
-    assert min(Schedules.checked[name] for name in ("answers", "accepted")) > 5
+    assert all(Schedules.checked[name] for name in ("answers", "accepted"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_do_not_depend_on_the_schedule(kind: str) -> None:
-    run_schedules(kind, (), 6 if kind == "recurrent" else 12)
+    run_schedules(kind, (), examples(kind, 12))
 
 
-@pytest.mark.parametrize("kind", USUAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_answers_do_not_depend_on_the_drafter_in_any_schedule(kind: str) -> None:
-    run_schedules(kind, drafters(kind), 4 if kind == "recurrent" else 8)
+    run_schedules(kind, drafters(kind), examples(kind, 12))
 
 
 SHAPES: list[dict[str, Any]] = [{}, {"nodes": 9}, {"siblings": (2, 1)}, {"hybrid": True}]
@@ -546,12 +552,12 @@ def every_fit_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("every_fit_serves")
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", KINDS[:3])
 def test_answers_do_not_depend_on_the_fits_that_are_swapped_in(kind: str) -> None:
     Schedules.swapped.clear()
     makers = [functools.partial(self_taught, kind=kind, **shape) for shape in SHAPES]
-    run_schedules(kind, makers, 4 if kind == "reference" else 8)
-    assert Schedules.swapped[kind] > 10
+    run_schedules(kind, makers, examples(kind, 8))
+    assert Schedules.swapped[kind]
 
 
 @pytest.fixture
@@ -564,23 +570,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.filterwarnings("ignore::specdec.DrafterWarning")
 @pytest.mark.usefixtures("every_fit_serves")
-@pytest.mark.parametrize("kind", USUAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_answers_do_not_depend_on_when_the_drafter_fails_and_comes_back(kind: str, clock: Clock) -> None:
     FailingSchedules.outages.clear()
     taught = [] if kind == "recurrent" else [functools.partial(self_taught, kind=kind, **shape) for shape in SHAPES]
     makers = [*drafters(kind), *taught * 4]
-    run_schedules(
-        kind, makers, 8 if kind == "recurrent" else 12, machine=functools.partial(FailingSchedules, clock=clock)
-    )
-    assert min(FailingSchedules.outages[name] for name in ("failures", "returns", "returns among rows")) > 2
+    run_schedules(kind, makers, examples(kind, 12), machine=functools.partial(FailingSchedules, clock=clock))
+    assert all(FailingSchedules.outages[name] for name in ("failures", "returns", "returns among rows"))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::specdec.DrafterWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_do_not_depend_on_many_random_schedules(kind: str, clock: Clock) -> None:
-    few = kind == "recurrent"
-    run_schedules(kind, (), 4 if few else 10, chance=True)
-    run_schedules(kind, drafters(kind), 4 if few else 8, chance=True)
+    run_schedules(kind, (), examples(kind, 12), chance=True)
+    run_schedules(kind, drafters(kind), examples(kind, 12), chance=True)
     failing = functools.partial(FailingSchedules, clock=clock)
-    run_schedules(kind, drafters(kind), 4 if few else 8, chance=True, machine=failing)
+    run_schedules(kind, drafters(kind), examples(kind, 12), chance=True, machine=failing)
