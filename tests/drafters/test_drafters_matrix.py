@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from sampled import AcceptsAll, expected, fit, small
 from tiny import FAMILIES, HYBRIDS, greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import CHAINS, EVERY, PROMPTS, chains, run, trees
+from zoo import EVERY, PROMPTS, chains, run, trees
 
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.runtimes.fused import FusedTarget
@@ -18,7 +18,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, State
 
-WHOLE = ("llama", "mistral", "gpt2", "qwen3_moe", "qwen3_next")  # families for which all variants are run
+WHOLE = ("llama", "gpt2", "qwen3_next")  # families for which all variants are run
 DRAFTERS = set(registry.DRAFTERS) - {"auto"}  # that one loads another
 SHAPED = DRAFTERS - {"none"}
 
@@ -62,20 +62,12 @@ def test_greedy_equals_generate_in_a_ragged_batch(family: str, runtime: type[Tar
 SOME = ("none", "m2r2 (tree)", "medusa (tree)", "early-exit", "layer-skip (tree)", "lookahead (tree)", "hybrid")
 
 
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        pytest.param("llama", CHAINS, marks=pytest.mark.slow, id="llama-chains"),
-        pytest.param("llama", EVERY.keys() - CHAINS, marks=pytest.mark.slow, id="llama-trees"),
-        pytest.param("mistral", SOME, id="mistral"),
-    ],
-)
-def test_sampling_follows_the_model(family: str, names: Collection[str]) -> None:
+def test_sampling_follows_the_model() -> None:
     """The tokens of a seed are those of plain decoding whatever drafts (test_drafters_pairwise), so some will do."""
-    model = small(family)
+    model = small("mistral")
     assert sum(p > 1e-3 for p in expected(model, 0.8, 0.9).values()) > 8
     target = ReferenceTarget(model)
-    p = {name: fit(target, EVERY[name](target)) for name in sorted(names)}
+    p = {name: fit(target, EVERY[name](target)) for name in SOME}
     assert min(p.values()) > 1e-4, p
 
 

@@ -17,9 +17,9 @@ import pytest
 from learners import learn_soon
 from policies import alternating
 from scripted import OnlyOddAfterEven, made
-from tiny import tiny_model
+from tiny import model_of, tiny_model
 from tiny_tokenizers import letters
-from zoo import CHAINS, EOS, EVERY, new_tokens
+from zoo import CHAINS, EOS, EVERY, finish, new_tokens
 
 from specdec import Regex, SpecDecoder
 from specdec.api.text import Detokenizer
@@ -98,7 +98,7 @@ def test_any_two_values_meet() -> None:
 @functools.cache
 def target_of(runtime: str) -> Target:
     if runtime == "native":
-        return NativeTarget(tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16())
+        return NativeTarget(model_of("llama"))
     return ReferenceTarget(tiny_model("llama"))
 
 
@@ -132,9 +132,7 @@ def _plain(runtime: str, prompt: tuple[int, ...], stream: int, how: Any) -> Plai
     case = dict(how) | {"reported": "echo"}
     request = request_of(list(prompt), stream, case, None)
     engine = Engine(target_of(runtime), NoDrafter(), ExactVerifier(), FixedDepth(0))
-    engine.submit(request)
-    for _ in engine.steps():
-        pass
+    finish(engine, request)
     assert request.error is None or case["constraint"]
     return Plain(new_tokens(request), request.finish_reason, request.token_logprobs, request.prompt_token_logprobs)
 
@@ -246,19 +244,17 @@ def default_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Draf
 
 
 @functools.cache
-def drafter_of(name: str) -> Drafter:
-    made = EVERY[name](target_of("reference"))
-    made.bind(target_of("reference"))
+def drafter_of(name: str, runtime: str) -> Drafter:
+    made = EVERY[name](target_of(runtime))
+    made.bind(target_of(runtime))
     return made
 
 
-RUNTIMES = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")),
-]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not library.runs(), reason="there are no native kernels here"))
+RUNTIMES = [NATIVE, pytest.param("reference", marks=pytest.mark.slow)]  # the latter is ten times as slow
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", ["reference", NATIVE])
 def test_the_default_drafter(runtime: str, default_of: Callable[[str], Drafter]) -> None:
     drafter, found = default_of(runtime), Counter[str]()
     for number, case in enumerate(pairwise(SETTINGS)):
@@ -266,25 +262,22 @@ def test_the_default_drafter(runtime: str, default_of: Callable[[str], Drafter])
     assert found["drafted"] > found["accepted"] > 100
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("names", [TREED, pytest.param(CHAINED, marks=pytest.mark.slow)], ids=["trees", "chains"])
-def test_each_other_drafter(names: Sequence[str], part: int) -> None:
+def test_each_other_drafter(names: Sequence[str], runtime: str) -> None:
     found = dict.fromkeys(names, 0)
     for number, case in enumerate(pairwise({"drafter": names, **SETTINGS})):
-        if number % 2 == part:
-            drafter = drafter_of(case["drafter"])
-            found[case["drafter"]] += check(target_of("reference"), drafter, case, number)["drafted"]
+        drafter = drafter_of(case["drafter"], runtime)
+        found[case["drafter"]] += check(target_of(runtime), drafter, case | {"runtime": runtime}, number)["drafted"]
     assert all(found.values())
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_each_drafter_under_the_draft_policy(name: str) -> None:
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_each_drafter_under_the_draft_policy(runtime: str) -> None:
     """The policy that people run chooses what is drafted, and learns from it."""
-    target = target_of("reference")
-    decoder = SpecDecoder(target.model, drafter=EVERY[name](target), runtime="reference")
-    plain = decoder.with_drafter("none")
-    expected = plain.generate_batch(PROMPTS[:4], max_new_tokens=40)
-    alone = [decoder.generate(prompt, max_new_tokens=40) for prompt in PROMPTS[:4]]
-    together = decoder.generate_batch(PROMPTS[:4], max_new_tokens=40)
-    assert [out.token_ids for out in alone] == [out.token_ids for out in expected]
-    assert [out.token_ids for out in together] == [out.token_ids for out in expected]
+    plain = SpecDecoder(target_of(runtime).model, drafter="none", runtime=runtime)
+    expected = [out.token_ids for out in plain.generate_batch(PROMPTS[:4], max_new_tokens=40)]
+    for name, make in EVERY.items():
+        decoder = plain.with_drafter(make(plain.target))
+        assert decoder.generate(PROMPTS[0], max_new_tokens=40).token_ids == expected[0], name
+        assert [out.token_ids for out in decoder.generate_batch(PROMPTS[:4], max_new_tokens=40)] == expected, name
