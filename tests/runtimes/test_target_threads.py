@@ -94,8 +94,8 @@ def make(runtime: str) -> Target:
         pytest.param("native", (grown, grown), marks=needs_native),
         pytest.param("native", (projecting, PromptLookupDrafter), marks=needs_native),
         ("fused", (projecting, PromptLookupDrafter)),
-        ("graphs", (projecting, PromptLookupDrafter)),
-        ("reference", (projecting, PromptLookupDrafter)),
+        pytest.param("graphs", (projecting, PromptLookupDrafter), marks=pytest.mark.slow),
+        pytest.param("reference", (projecting, PromptLookupDrafter), marks=pytest.mark.slow),
     ],
     ids=["native grown", "native", "fused", "graphs", "reference"],
 )

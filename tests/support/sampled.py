@@ -17,7 +17,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.draft import Acceptance, Draft, Drafter, Verifier
 from specdec.speculation.sampling import Noise
 
-V, DEPTH, RUNS = 3, 3, 6000
+V, DEPTH, RUNS = 3, 3, 2500
 
 
 def p_value(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float], total: int) -> float:
