@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from measured import side_by_side
+from measured import one_line_error, side_by_side
 from tiny import greedy_reference, save_tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -72,12 +72,6 @@ def cell(folder: Path, file: Path):
 def measured(result) -> dict:
     assert result.exit_code == 0, result.output
     return side_by_side(result.stdout)
-
-
-def one_line_error(result) -> str:
-    (line,) = result.stderr.splitlines()
-    assert result.exit_code == 2 and line.startswith("error: "), result.output
-    return line
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------

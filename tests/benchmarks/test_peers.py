@@ -11,7 +11,7 @@ from textwrap import dedent
 import other_engines
 import peers
 import pytest
-from measured import side_by_side
+from measured import one_line_error, side_by_side
 from peers import PEERS, Peer, Process
 from typer.testing import CliRunner
 
@@ -75,12 +75,6 @@ def bench(folder: Path, tmp_path: Path):
         return CliRunner().invoke(cli.app, ["bench", *fixed, *args])
 
     return call
-
-
-def one_line_error(result) -> str:
-    (line,) = result.stderr.splitlines()
-    assert result.exit_code == 2 and line.startswith("error: "), result.output
-    return line
 
 
 @pytest.mark.usefixtures("scripted")

@@ -8,6 +8,13 @@ from typing import Any
 from specdec.bench.cell import Cell
 
 
+def one_line_error(result: Any) -> str:
+    """The line on stderr of a command that could not do what it was told."""
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith("error: "), result.output
+    return line
+
+
 def side_by_side(stdout: str) -> dict[str, Any]:
     """What ``specdec bench --json`` has printed of one group: its methods, and what they share."""
     records = json.loads(stdout.splitlines()[-1])["records"]

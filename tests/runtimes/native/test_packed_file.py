@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import logits_of
 from tiny import save_native
 from tiny_gguf import write_model
 from torch import Tensor
@@ -28,7 +29,7 @@ from specdec.runtimes.native import target as native
 from specdec.runtimes.native.packed_file import END, Damaged, PackedFile
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 
 if not library.runs():
     pytest.skip("no native kernels here", allow_module_level=True)
@@ -64,10 +65,7 @@ def load(path: Path, **how: Any) -> NativeTarget:
 
 @torch.inference_mode()
 def logits(target: Target) -> Tensor:
-    ids = torch.arange(9)[None] * 7 % target.vocab_size
-    cache, positions = target.new_cache(), torch.arange(9)[None]
-    ctx = Pass(positions, cache.register(0, positions), cache)
-    return target.readout(target.layers(target.embed(ids, positions), 0, target.num_layers, ctx))
+    return logits_of(target, target.new_cache(), torch.arange(9)[None] * 7 % target.vocab_size, 0, 9)
 
 
 def kept(path: Path) -> list[Path]:
