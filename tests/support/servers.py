@@ -44,25 +44,19 @@ class Oracle(Scripted):
     """Drafts what ``texts`` (token ids of prompts with their answers) go on with, four tokens deep.
 
     slips: it drafts another token at every sixth place, so that drafts are accepted whole, in part and not at all.
-    tree: each token comes after a wrong sibling.
     """
 
-    def __init__(self, slips: bool = False, tree: bool = False) -> None:
+    def __init__(self, slips: bool = False) -> None:
         super().__init__(self.go_on)
-        self.texts, self.slips, self.tree = list[list[int]](), slips, tree
+        self.texts, self.slips = list[list[int]](), slips
 
     def go_on(self, ids: Sequence[int], limit: int) -> list[tuple[int, int]]:
         text = next((text for text in self.texts if text[: len(ids)] == list(ids)), [])
         nodes = list[tuple[int, int]]()
         for depth, token in enumerate(text[len(ids) :][: min(limit, 4)]):
-            token = _other(token, 2) if self.slips and (len(ids) + depth) % 6 == 0 else token
-            parent = 2 * depth if self.tree else depth
-            nodes += [(_other(token, 1), parent)] * self.tree + [(token, parent)]
+            other = token - 2 if token >= 2 else token + 2
+            nodes.append((other if self.slips and (len(ids) + depth) % 6 == 0 else token, depth))
         return nodes
-
-
-def _other(token: int, by: int) -> int:
-    return token - by if token >= by else token + by
 
 
 class Gate:
