@@ -1,4 +1,4 @@
-"""Print pip constraints that hold the dependencies of pyproject.toml, but torch, at their lower bounds."""
+"""Print what pyproject.toml depends on for pip: at its lower bound, but for torch, whose older builds are gigabytes."""
 
 import re
 import tomllib
@@ -7,5 +7,4 @@ from pathlib import Path
 project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text("utf-8"))["project"]
 for requirement in project["dependencies"]:
     found = re.match(r"([\w.-]+)>=([\d.]+)", requirement)
-    if found and found[1] != "torch":
-        print(f"{found[1]}=={found[2]}")
+    print(f"{found[1]}=={found[2]}" if found and found[1] != "torch" else requirement)
