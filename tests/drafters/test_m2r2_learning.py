@@ -46,6 +46,12 @@ def target(llama: PreTrainedModel) -> Target:
     return ReferenceTarget(llama)
 
 
+@pytest.fixture(scope="module")
+def quick() -> Target:
+    """Of the native runtime, where there is one: it teaches itself several times as fast."""
+    return NativeTarget(model_of("llama")) if library.runs() else ReferenceTarget(tiny_model())
+
+
 # --- what it sees of a text ------------------------------------------------------------------------------------------
 
 
@@ -135,14 +141,14 @@ def test_a_text_whose_states_are_kept_runs_through_the_path_alone(monkeypatch, k
     assert (min(ran) >= lo) == (not any(lo <= layer < hi for layer in target.recurrent_layers))
 
 
-def test_the_oldest_states_make_room(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = taught(target, 8)
+def test_the_oldest_states_make_room(quick: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = taught(quick, 8)
     sizes = [text.states.nbytes for text in learner.latest if text.states]
     assert len(sizes) == len(learner.latest) == 8
     most = 12 * max(sizes)
     monkeypatch.setattr(m2r2_learning, "STATES", most)
     fits = learner.fits.progress.fits
-    read(learner, texts(target, 24, seed=9))
+    read(learner, texts(quick, 24, seed=9))
     kept = [text.states.nbytes if text.states else 0 for text in learner.latest]
     assert kept[-1] and not kept[0] and sum(kept) <= most and kept == sorted(kept, key=bool)
     assert learner.fits.progress.fits > fits
@@ -157,15 +163,15 @@ def test_only_the_end_of_a_long_prompt_is_run_again() -> None:
 # --- when a fit serves -----------------------------------------------------------------------------------------------
 
 
-def test_it_learns_to_draft_what_the_model_writes(target: Target) -> None:
-    learner = taught(target, 60)
+def test_it_learns_to_draft_what_the_model_writes(quick: Target) -> None:
+    learner = taught(quick, 60)
     assert learner.fits.progress.fits >= 2 and learner.fits.progress.agreement[-1][1] > 0.3
     tokens = [tokens for tokens, _ in learner.fits.progress.agreement]
     assert tokens == sorted(tokens)
 
 
-def test_a_fit_that_agrees_less_on_held_out_texts_does_not_serve(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    learner = taught(target, 30)
+def test_a_fit_that_agrees_less_on_held_out_texts_does_not_serve(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    learner = taught(quick, 30)
     network, fits = learner.fits.network, learner.fits.progress.fits
     solve = Sums.solve
 
@@ -173,7 +179,7 @@ def test_a_fit_that_agrees_less_on_held_out_texts_does_not_serve(target: Target,
         return torch.zeros_like((yield from solve(*args)))
 
     monkeypatch.setattr(Sums, "solve", zeros)
-    read(learner, texts(target, 12, seed=9))
+    read(learner, texts(quick, 12, seed=9))
     assert learner.fits.network is network and learner.fits.progress.fits == fits
 
 
@@ -192,10 +198,10 @@ class Systems:
         monkeypatch.setattr(Sums, "solve", watched)
 
 
-def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     systems = Systems(monkeypatch)
-    for number, text in enumerate(texts(target, 30)):
-        learner = Learner(target)  # as ``specdec generate`` does
+    for number, text in enumerate(texts(quick, 30)):
+        learner = Learner(quick)  # as ``specdec generate`` does
         learner.add(text.ids, text.start)
         while learner.work():
             pass
@@ -222,9 +228,9 @@ def test_a_fit_is_compared_on_what_is_kept_of_held_out_texts_as_if_they_ran_agai
         assert result(learner._hits(network, learner.fits.head)) == hits
 
 
-def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_ones(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    systems, learner = Systems(monkeypatch), Learner(target)
-    read = texts(target, 20)
+def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_ones(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    systems, learner = Systems(monkeypatch), Learner(quick)
+    read = texts(quick, 20)
     for number, text in enumerate(read, start=1):
         learner.add(text.ids, text.start)
         while learner.work():
@@ -257,9 +263,9 @@ def test_a_fit_that_is_better_on_one_text_alone_does_not_serve(target: Target, m
     assert learner.fits.progress.fitted > 336 and learner.fits.progress.fits == (1 if every == 3 else 2)
 
 
-def test_the_latest_texts_count_more_where_that_helps(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_latest_texts_count_more_where_that_helps(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     systems = Systems(monkeypatch)
-    taught(target, 30)
+    taught(quick, 30)
     assert {weight for more in systems.more for _, weight in more} == {-1.0, 4.0}
     assert any({weight for _, weight in more} == {4.0} for more in systems.more)  # the best one, with held-out texts
 
@@ -450,12 +456,10 @@ def test_a_decoder_that_is_gone_learns_no_more(llama: PreTrainedModel, monkeypat
     wait_for(lambda: (gc.collect(), seen())[1] is None)
 
 
-def test_all_is_kept_at_most_once_in_ten_minutes_and_at_the_end(
-    target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_kept_at_most_once_in_ten_minutes_and_at_the_end(quick: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     written, save = list[int](), learned.Store.save
     monkeypatch.setattr(learned.Store, "save", lambda self, *what: (written.append(what[0].texts), save(self, *what)))
-    learner = taught(target, 12)
+    learner = taught(quick, 12)
     assert written == [1]
     learner.fits.kept_at -= m2r2_learning.KEPT
     while learner.work():

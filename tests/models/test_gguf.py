@@ -197,11 +197,6 @@ def test_types_without_kernels_are_unpacked_and_a_line_says_what_that_costs(cach
     sizes = sum(each.nbytes for each in matrices), 2 * sum(math.prod(each.shape) for each in matrices)
     said = f"no kernels for weights of type {kind} in '{path}'; unpacked to bfloat16, they take {megabytes(sizes[1])}"
     assert f"{said} of memory instead of {megabytes(sizes[0])}, and each token reads all" in capsys.readouterr().err
-    plain, drafted = (
-        SpecDecoder.from_pretrained(path, drafter, device="cpu").generate([5, 6, 7] * 3, max_new_tokens=12).token_ids
-        for drafter in ("none", "prompt-lookup")
-    )
-    assert drafted == plain
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "IQ4_NL", "F32"])
