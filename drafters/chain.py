@@ -17,7 +17,7 @@ from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.base.options import Count
 from specdec.base.settings import Whole, checked
-from specdec.runtimes.tree_drafting import Candidates, calibrated
+from specdec.speculation.candidates import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, Found, State
 
 from .vocabulary import Context, DraftVocabulary

@@ -20,10 +20,12 @@ from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder, hub
+from specdec.runtimes.draft_path import WIDTH, TreeLimits
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import WIDTH, Candidates, TreeLimits, by_levels
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.tree_builder import draft_best
+from specdec.speculation.tree_drafting import by_levels
 
 from .chain import SHAPE, Readout, ShapeOptions
 from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network

@@ -24,8 +24,10 @@ from specdec.base import options
 from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder
+from specdec.runtimes.draft_path import WIDTH, DraftPath, DraftRoots, TreeLimits
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import WIDTH, Candidates, DraftPath, DraftRoots, TreeLimits
+from specdec.speculation import tree_drafting
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.tree_builder import draft_best
 
@@ -175,9 +177,7 @@ class M2R2Drafter(ChainDrafter):
             *inputs, final = self._states_before(rows)
         forbidden = self.vocabulary.forbidden
         roots = DraftRoots(tokens, cache.rows, final, inputs, place, forbidden, sampled, tables, given)
-        if len(rows) == 1 and sampled is None:
-            return [state.target.draft_tree(cache, roots, path, limits, masks)]
-        return state.target.draft_rows(cache, roots, path, limits, masks)
+        return tree_drafting.along(state.target, cache, roots, path, limits, masks)
 
     def propose(self, state: State, limit: int) -> Draft:
         if self._knows_nothing(state):

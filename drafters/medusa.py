@@ -29,7 +29,7 @@ from specdec.models import drafter_folder, hub
 from specdec.runtimes import draft_maps
 from specdec.runtimes.linear_maps import Linear, rms_unit
 from specdec.runtimes.target import GivenLinear, Target
-from specdec.runtimes.tree_drafting import Candidates, calibrated
+from specdec.speculation.candidates import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import MOST_NODES, best_first, grow_best_first

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from specdec.base import background, options
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import Grower, Prior, Texts
 from specdec.speculation.tree_builder import draft_best

@@ -23,7 +23,7 @@ from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, weight_rows, weight_storage
 from specdec.runtimes import draft_maps
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
+from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,37 +165,9 @@ class Target(ABC):
         """
         return download(*also, largest(self.readout(x)))
 
-    def draft_tree(
-        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
-    ) -> Candidates:
-        """Draft a tree along ``path`` for the one row of ``cache``, which is left as it was.
-
-        masks: the tokens that may be drafted; None: all.
-        """
-        [position] = roots.positions
-        final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
-
-        def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
-            nonlocal final, carried, position
-            positions = torch.full_like(tokens, position)
-            x, before, projected = self.embed(tokens, positions), final[:, parents], list[Tensor]()
-            for projection, state, (lo, hi) in zip(path.projections, carried, path.segments, strict=False):
-                projected.append(projection([x, before, state[:, parents]]))
-                mask = cache.register(lo, positions, paths)
-                x = self.layers(projected[-1], lo, hi, Pass(positions, mask, cache, adapters=path.adapters))
-            final = path.projections[-1]([x, before]) if len(path.projections) > len(path.segments) else x
-            carried, position = projected, position + 1
-            return torch.cat([self.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
-
-        table = None if roots.tables is None else roots.tables[0][0]
-        found = by_levels(roots.tokens[0], path.tokens, limits, cache.device, step, masks, table)
-        for lo, hi in path.segments:
-            cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
-        return found
-
     def draft_rows(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
-    ) -> list[Candidates] | None:
+    ) -> list[Nodes] | None:
         """Draft along ``path`` for each row of ``cache``, which is left as it was: a tree for a single row, chains with
         siblings for several. What a sampled row may draw is drafted by its noise.
 

@@ -26,7 +26,7 @@ from specdec.speculation.trees import Prices
 if TYPE_CHECKING:
     from specdec.kvcache.cache import KVCache
     from specdec.runtimes.target import Target
-    from specdec.runtimes.tree_drafting import Candidates
+    from specdec.speculation.candidates import Candidates
     from specdec.speculation.sampling import Sampler
 
 

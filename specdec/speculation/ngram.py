@@ -18,7 +18,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.tree_drafting import KNOTS, Candidates
+from specdec.speculation.candidates import KNOTS, Candidates
 from specdec.speculation.trees import MOST_NODES
 
 LIBRARY = Path(__file__).with_name("_ngram.so")  # setup.py builds it

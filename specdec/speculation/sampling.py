@@ -25,7 +25,7 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.options import SamplingParams
 from specdec.models.native_model import as_transformers
-from specdec.runtimes.tree_drafting import Sampled
+from specdec.runtimes.draft_path import Sampled
 from specdec.speculation.constraints import ConstraintState
 from specdec.speculation.warpers import MinP, Penalties, Processor, RepetitionPenalty, Temperature, TopK, TopP
 

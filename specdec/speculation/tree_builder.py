@@ -9,7 +9,7 @@ from operator import itemgetter
 
 import torch
 
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft, Found, State
 from specdec.speculation.trees import MOST_NODES, Prices
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from specdec.runtimes.tree_drafting import Candidates, TreeLimits
+from specdec.runtimes.draft_path import TreeLimits
+from specdec.speculation.candidates import Candidates
 
 MOST_NODES = 24  # maximum nodes of a tree that is sized by prices
 USUAL = 2, 6  # nodes of a row between which the mean price of one counts for another level

@@ -20,7 +20,7 @@ from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass
-from specdec.runtimes.tree_drafting import KNOTS
+from specdec.speculation.candidates import KNOTS
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler
 from specdec.speculation.trees import Prices

@@ -24,7 +24,7 @@ from specdec.engine.depth.calibration import SAID
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.tree_drafting import KNOTS, Candidates, calibrated
+from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, Texts
 from specdec.speculation.sampling import Sampler, SamplingParams

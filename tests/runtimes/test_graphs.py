@@ -26,12 +26,12 @@ from specdec.drafters import chain, m2r2, medusa, vocabulary
 from specdec.engine.batch import Batch
 from specdec.kvcache import mask
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes import graphs, tree_drafting
+from specdec.runtimes import graphs
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass
-from specdec.speculation import draft
+from specdec.speculation import draft, tree_drafting
 
 
 @pytest.fixture(autouse=True)

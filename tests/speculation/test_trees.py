@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import Prices, best_first

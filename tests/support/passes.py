@@ -21,9 +21,11 @@ from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear
 from specdec.runtimes import draft_maps
 from specdec.runtimes.checks import routing
 from specdec.runtimes.decoder_layer import Adapters
+from specdec.runtimes.draft_path import DraftPath, DraftRoots
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
-from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots
+from specdec.speculation.candidates import Candidates
+from specdec.speculation.tree_drafting import along
 
 
 def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tensor]:
@@ -230,6 +232,14 @@ def seeded(target: Target) -> tuple[KVCache, DraftRoots]:
     )
     cache.commit([[0, 1, 2]])
     return cache, DraftRoots([5], [3], final, list(taps.values()), place=2)
+
+
+def drafted(target: Target, *how: Any) -> Candidates:
+    """What ``along`` drafts for a single row."""
+    found = along(target, *how)
+    assert found is not None
+    [row] = found
+    return row
 
 
 def by_path(found: Candidates) -> dict[tuple[int, ...], float]:

@@ -31,7 +31,7 @@ from specdec.runtimes.native.library import (
     Table,
     TreeDraft,
 )
-from specdec.runtimes.tree_drafting import KNOTS
+from specdec.speculation.candidates import KNOTS
 
 LINE, BEHIND = 64, 1 << 16  # kernels may read what lies behind the last key
 SLOTS = "qkv", "out", "gate_up", "down", "rates"

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from specdec.runtimes.tree_drafting import KNOTS, WIDTH, Candidates, TreeLimits
+from specdec.runtimes.draft_path import WIDTH, TreeLimits
+from specdec.speculation.candidates import KNOTS, Candidates
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from specdec.runtimes.tree_drafting import KNOTS, Candidates
+from specdec.speculation.candidates import KNOTS, Candidates
 
 SAID = [1 / (1 + math.exp(-knot)) for knot in KNOTS]  # the probabilities at the knots
 FIRST = 0.6  # acceptance at the first position of a drafter that is unknown

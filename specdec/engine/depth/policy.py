@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from specdec.engine.depth.calibration import MEMORY, History, Seen, rates, table, worth
 from specdec.engine.depth.costs import CostModel, Costs
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Drafter, Found
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices

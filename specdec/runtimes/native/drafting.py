@@ -16,6 +16,7 @@ from specdec.base import cores
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes import linear_maps
 from specdec.runtimes.decoder_layer import Adapters
+from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.native.library import (
     FLOAT,
     INT,
@@ -31,8 +32,8 @@ from specdec.runtimes.native.library import (
     pointer,
 )
 from specdec.runtimes.native.linear import Packed, RowTable
-from specdec.runtimes.tree_drafting import KNOTS, Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
+KNOTS = 11  # numbers of a table of calibrated probabilities (calibrate.h)
 MOST_GIVEN = 64  # nodes of a tree of another source
 
 
@@ -69,7 +70,7 @@ class TreeDrafter:
         self.segments, self.drafted = path.segments, 1 + (levels - 1) * (width if rows == 1 else 1)
         self.rows, self.positions, self.roots = rows, (ctypes.c_int64 * rows)(), (INT * rows)()
         self.sampled = (Sampled * rows)()
-        self.given, self.tables = (Given * rows)(), (FLOAT * len(KNOTS) * 3 * rows)()
+        self.given, self.tables = (Given * rows)(), (FLOAT * KNOTS * 3 * rows)()
         count = levels * width * max(width, rows) + MOST_GIVEN * rows
         self.found = (FLOAT * count)(), (INT * count)(), (INT * count)(), (FLOAT * count)()
         self.rates = (FLOAT * levels)()
@@ -112,7 +113,7 @@ class TreeDrafter:
 
     def __call__(
         self, target: Kernels, cache: KVCache, roots: DraftRoots, limits: TreeLimits, masks: Masks | None
-    ) -> list[Candidates]:
+    ) -> list[Nodes]:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (roots.final, *roots.carried))
         before = roots.place * final.shape[2] * final.element_size()  # bytes
@@ -138,10 +139,9 @@ class TreeDrafter:
             for row, table in zip(into, tables, strict=False):
                 row[:] = table
         struct.tables = None if roots.tables is None else ctypes.addressof(self.tables)
-        for each, tree in zip(self.given, roots.given or (), strict=False):
-            each.count = len(tree.tokens)
-            parts = (INT * each.count)(*tree.tokens), (INT * each.count)(*tree.parents)
-            alive += [*parts, (FLOAT * each.count)(*tree.raw[0])]
+        for each, (_, tokens, parents, raw) in zip(self.given, roots.given or (), strict=False):
+            each.count = len(tokens)
+            alive += [(INT * each.count)(*tokens), (INT * each.count)(*parents), (FLOAT * each.count)(*raw[0])]
             each.tokens, each.parents, each.p = map(ctypes.addressof, alive[-3:])
         struct.given = None if roots.given is None else ctypes.addressof(self.given)
         self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
@@ -155,21 +155,22 @@ class TreeDrafter:
         done(count)
         return self._by_row(count)
 
-    def _by_row(self, count: int) -> list[Candidates]:
+    def _by_row(self, count: int) -> list[Nodes]:
         """The candidates of each row, with its own numbers for their parents."""
         found = self.found
         scores, tokens, parents, raw = found[0][:count], found[1][:count], found[2][:count], found[3][:count]
         if self.rows == 1:
-            return [Candidates(scores, tokens, parents, [raw])]
-        rows = [Candidates.none() for _ in range(self.rows)]
+            return [(scores, tokens, parents, [raw])]
+        rows: list[Nodes] = [([], [], [], [[]]) for _ in range(self.rows)]
         places = [(row, 0) for row in range(self.rows)]  # of each candidate behind the roots: its row and number there
         for score, token, parent, said in zip(scores, tokens, parents, raw, strict=True):
             row, own = places[-parent if parent <= 0 else self.rows - 1 + parent]
-            rows[row].scores.append(score)
-            rows[row].tokens.append(token)
-            rows[row].parents.append(own)
-            rows[row].raw[0].append(said)
-            places.append((row, len(rows[row].tokens)))
+            into = rows[row]
+            into[0].append(score)
+            into[1].append(token)
+            into[2].append(own)
+            into[3][0].append(said)
+            places.append((row, len(into[1])))
         return rows
 
     def _mask(self, rows: int, nodes: Any) -> int:

@@ -44,6 +44,7 @@ from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
+from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
@@ -65,7 +66,6 @@ from specdec.runtimes.native.linear import Memory, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.native.packed_file import DRAFTS, MOST_DRAFTS, ModelFile, PackedFile, drop_old, using
 from specdec.runtimes.target import TOKEN_RATIO, GrowingLinear, Pass, Target
-from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -258,15 +258,9 @@ class NativeTarget(Target):
             taps[hi] = y
         return y
 
-    def draft_tree(
-        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
-    ) -> Candidates:
-        found = self.draft_rows(cache, roots, path, limits, masks)
-        return super().draft_tree(cache, roots, path, limits, masks) if found is None else found[0]
-
     def draft_rows(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
-    ) -> list[Candidates] | None:
+    ) -> list[Nodes] | None:
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.supports(self, path, *size) else None

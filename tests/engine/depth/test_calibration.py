@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specdec.engine.depth.calibration import FIRST, KEPT, MEMORY, SAID, History, Seen, Tally, rates, table
-from specdec.runtimes.tree_drafting import KNOTS, Candidates, calibrated
+from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 
 
 def tree(*nodes: tuple[int, int, float]) -> Candidates:

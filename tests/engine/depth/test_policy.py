@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, FixedDepth, StepReport
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Found
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import Prices

@@ -20,7 +20,7 @@ from simulated import DEPTH, Free, Levels, Row, World, state_of
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.engine.depth import AutoDepth, StepReport
 from specdec.engine.depth.calibration import SAID
-from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.candidates import Candidates
 
 REQUEST = 200  # tokens of a request
 

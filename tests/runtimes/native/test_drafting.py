@@ -9,16 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from passes import by_path, random_route, seeded
+from passes import by_path, drafted, random_route, seeded
 from tiny import model_of
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes import target as runtime
+from specdec.runtimes.draft_path import DraftPath, DraftRoots, TreeLimits
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import KNOTS, Candidates, DraftPath, DraftRoots, Step, TreeLimits, calibrated
+from specdec.speculation import tree_drafting
+from specdec.speculation.candidates import KNOTS, Candidates, calibrated
+from specdec.speculation.tree_drafting import Step, along, tree_by_passes
 
 try:
     library.load()
@@ -110,7 +112,7 @@ def test_drafts_with_another_tree_and_tables_are_those_of_a_plain_loop(monkeypat
     total = same = 0
     for seed in range(9):
         rng, (route, others) = random.Random(seed), route_of(target, seed)
-        first = target.draft_tree(cache, roots, route, TreeLimits(1, 4)).tokens
+        first = drafted(target, cache, roots, route, TreeLimits(1, 4)).tokens
         tree = given(
             (rng.choice(first), 0, rng.random()),
             (rng.choice(others), 0, rng.random()),
@@ -122,12 +124,12 @@ def test_drafts_with_another_tree_and_tables_are_those_of_a_plain_loop(monkeypat
         limits = TreeLimits(4, 4, rng.choice([0.0, 0.3]), rng.choice([0.0, 0.05]), [0.9, 0.8, 0.6, 0.5])
         with monkeypatch.context() as patched:
             patched.setattr(
-                runtime,
+                tree_drafting,
                 "by_levels",
                 lambda root, vocab, limits, device, step, *_, own=own: by_loop(own, limits, vocab, step),
             )
-            expected = Target.draft_tree(target, cache, own, route, limits)
-        found = target.draft_tree(cache, own, route, limits)
+            expected = tree_by_passes(target, cache, own, route, limits)
+        found = drafted(target, cache, own, route, limits)
         assert len(set(by_path(found))) == len(found.tokens)  # a token of both sources is one node
         ours, theirs = by_path(found), by_path(expected)
         assert all(abs(math.exp(ours[path]) - math.exp(theirs[path])) < 0.03 for path in ours.keys() & theirs.keys())
@@ -142,17 +144,17 @@ def test_a_token_of_both_sources_is_one_node_and_levels_go_on_behind_one_of_the_
     target = sharp_target()
     cache, roots = seeded(target)
     route, (other, behind, *_) = route_of(target)
-    alone = target.draft_tree(cache, roots, route, TreeLimits(2, 4))
+    alone = drafted(target, cache, roots, route, TreeLimits(2, 4))
     likeliest = alone.tokens[0]
     said = by_path(alone._replace(scores=alone.raw[0]))
     tree = given((likeliest, 0, 0.01), (other, 0, 0.95), (behind, 2, 0.5))
-    found = target.draft_tree(cache, replace(roots, given=[tree]), route, TreeLimits(2, 4))
+    found = drafted(target, cache, replace(roots, given=[tree]), route, TreeLimits(2, 4))
     paths, raw = by_path(found), by_path(found._replace(scores=found.raw[0]))
     assert found.tokens[0] == other and math.exp(paths[other,]) == pytest.approx(0.95, rel=1e-3)
     assert raw[other,] == 0 and raw[likeliest,] == pytest.approx(said[likeliest,], rel=1e-3)
     assert raw[other, behind] == 0 < math.exp(paths[other, behind])
-    drafted = [path for path in paths if path[:1] == (other,) and len(path) == 2 and raw[path] > 0]
-    assert len(drafted) == 4  # the heads' own, behind a node that they do not have
+    behind_other = [path for path in paths if path[:1] == (other,) and len(path) == 2 and raw[path] > 0]
+    assert len(behind_other) == 4  # the heads' own, behind a node that they do not have
     assert sum(math.exp(paths[path]) for path in paths if len(path) == 1) <= 1.001
 
 
@@ -163,12 +165,12 @@ def test_tables_decide_the_order_and_how_many_levels_there_are() -> None:
     route, (other, *_) = route_of(target)
     limits, tree = TreeLimits(4, 4, level=0.3), given((other, 0, 0.5))
     sure, unsure = (
-        target.draft_tree(cache, replace(roots, given=[tree], tables=[[table, LOW, LOW]]), route, limits)
+        drafted(target, cache, replace(roots, given=[tree], tables=[[table, LOW, LOW]]), route, limits)
         for table in (HIGH, LOW)
     )
     assert max(sure.depths()) == 4 and max(unsure.depths()) == 1
     assert sure.tokens[0] != other and math.exp(sure.scores[0]) == pytest.approx(0.9, rel=1e-3)
-    first = target.draft_tree(cache, replace(roots, given=[tree], tables=[[LOW, LOW, HIGH]]), route, limits)
+    first = drafted(target, cache, replace(roots, given=[tree], tables=[[LOW, LOW, HIGH]]), route, limits)
     assert first.tokens[0] == other and first.raw[0][0] == 0
 
 
@@ -181,17 +183,17 @@ def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> No
     final, *carried = (x[:, roots.place :][:, :1].repeat(2, 1, 1) for x in (roots.final, *roots.carried))
     rows = DraftRoots(list(roots.tokens) * 2, list(roots.positions) * 2, final, carried)
     limits = TreeLimits(3, 1)
-    plain = target.draft_rows(cache, rows, route, limits)
+    plain = along(target, cache, rows, route, limits)
     assert plain is not None and plain[0] == plain[1]
     trees = [given((other, 0, 0.99), (behind, 1, 0.99)), given((plain[1].tokens[0], 0, 0.01))]
-    found = target.draft_rows(cache, replace(rows, given=trees), route, limits)
+    found = along(target, cache, replace(rows, given=trees), route, limits)
     assert found is not None
     assert found[1].tokens == plain[1].tokens and found[1].raw == plain[1].raw
     assert {(other,), (other, behind)} <= by_path(found[0]).keys()
     chain = max(by_path(found[0]), key=len)
     assert chain[:2] == (other, behind) and len(chain) == 3
     low = [[LOW] * 3, [HIGH, LOW, LOW]]
-    ended = target.draft_rows(cache, replace(rows, tables=low), route, replace(limits, level=0.5))
+    ended = along(target, cache, replace(rows, tables=low), route, replace(limits, level=0.5))
     assert ended is not None and [max(each.depths()) for each in ended] == [3, 3]  # the second row pays for both
     scores = [math.exp(each.scores[0]) for each in ended]
     assert scores == pytest.approx([0.05, 0.9], rel=1e-3)

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from passes import adapted_pass, apart, by_path, in_blocks, play, random_adapters, random_blocks, random_route, seeded
+from passes import (
+    adapted_pass,
+    apart,
+    by_path,
+    drafted,
+    in_blocks,
+    play,
+    random_adapters,
+    random_blocks,
+    random_route,
+    seeded,
+)
 from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
 
 from specdec.base import cores
@@ -21,8 +32,8 @@ from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import EVERY
 from specdec.models.gguf.blocks import BlockLinear
-from specdec.runtimes import tree_drafting
 from specdec.runtimes.decoder_layer import recurrent
+from specdec.runtimes.draft_path import DraftRoots, Masks, TreeLimits
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native import target as native_target
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
@@ -30,6 +41,7 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.sampling import RowSampler, Sampler
+from specdec.speculation.tree_drafting import along, tree_by_passes
 
 try:
     library.load()
@@ -299,12 +311,10 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
         *(("gemma3_text", 12, "auto"), ("qwen3_5_text", None, "auto")),
     ],
 )
-@pytest.mark.parametrize(
-    "limits", [tree_drafting.TreeLimits(5, 1), tree_drafting.TreeLimits(4, 3), tree_drafting.TreeLimits(6, 4, 0.02)]
-)
+@pytest.mark.parametrize("limits", [TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 0.02)])
 @torch.inference_mode()
 def test_trees_grow_in_one_call_as_they_do_in_parts(
-    family: str, window: int | None, kv_cache: str, limits: tree_drafting.TreeLimits
+    family: str, window: int | None, kv_cache: str, limits: TreeLimits
 ) -> None:
     model = model_of(family, **({} if window is None else {"sliding_window": window}))
     with torch.no_grad():
@@ -319,21 +329,19 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     mask = cache.register(0, positions)
     final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
     cache.commit([list(range(21))])
-    roots = tree_drafting.DraftRoots([5], [21], final, list(taps.values()), place=20)
+    roots = DraftRoots([5], [21], final, list(taps.values()), place=20)
     total = same = 0
     for number in range(4):
         torch.manual_seed(number)
         route = random_route(target, heads=2)
         whole, parts = (
-            target.draft_tree(cache, roots, route, limits),
-            Target.draft_tree(target, cache, roots, route, limits),
+            drafted(target, cache, roots, route, limits),
+            tree_by_passes(target, cache, roots, route, limits),
         )
         assert cache.lengths == [21] * 4
         # Built for the route the first time, and used again.
-        states = tree_drafting.DraftRoots(
-            [5], [21], final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()]
-        )
-        assert target.draft_tree(cache, states, route, limits) == whole
+        states = DraftRoots([5], [21], final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
+        assert drafted(target, cache, states, route, limits) == whole
         assert len(parts.scores) > limits.width
         assert whole.parents[: limits.width] == [0] * limits.width
         assert abs(max(whole.depths()) - max(parts.depths())) <= 1  # both end where no path is likely enough
@@ -366,12 +374,12 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
 @pytest.mark.parametrize("share", [0.04, 0.5])
 @torch.inference_mode()
 def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) -> None:
-    model, limits = model_of("llama"), tree_drafting.TreeLimits(4, 3)
+    model, limits = model_of("llama"), TreeLimits(4, 3)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(6)  # few near ties
     target = NativeTarget(model)
     cache, roots = seeded(target)
-    free = tree_drafting.TreeLimits(1, 16)
+    free = TreeLimits(1, 16)
 
     def masks(text: Sequence[int]) -> torch.Tensor | None:
         random = torch.Generator().manual_seed(hash(tuple(text)) % 2**31)
@@ -383,18 +391,18 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
         route = random_route(target, heads=2)
         ours, theirs = (
             by_path(grow(cache, roots, route, limits, masks))
-            for grow in (target.draft_tree, partial(Target.draft_tree, target))
+            for grow in (partial(drafted, target), partial(tree_by_passes, target))
         )
         assert all(bool(masks(path[:-1])[path[-1]]) for path in ours)  # type: ignore[index]
         assert cache.lengths == [3] * 4 and max(map(len, ours), default=0) <= 3
         assert all(abs(ours[path] - theirs[path]) < 0.3 for path in ours.keys() & theirs.keys())
         total, same = total + len(theirs), same + len(ours.keys() & theirs.keys())
     assert same > 0.75 * total > 0
-    assert len(target.draft_tree(cache, roots, route, free, lambda text: None).tokens) == 0
-    assert len(target.draft_tree(cache, roots, route, free).tokens) == 16
+    assert len(drafted(target, cache, roots, route, free, lambda text: None).tokens) == 0
+    assert len(drafted(target, cache, roots, route, free).tokens) == 16
     for error in (ValueError("no mask"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            target.draft_tree(cache, roots, route, limits, raising(error))
+            drafted(target, cache, roots, route, limits, raising(error))
         assert cache.lengths == [3] * 4
 
 
@@ -413,8 +421,8 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: s
         mask = cache.register(0, positions)
         final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
         cache.commit([list(range(count))])
-        roots = tree_drafting.DraftRoots([row], [count], final, list(taps.values()), place=count - 1)
-        alone.append(target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(levels, 1)).tokens)
+        roots = DraftRoots([row], [count], final, list(taps.values()), place=count - 1)
+        alone.append(drafted(target, cache, roots, route, TreeLimits(levels, 1)).tokens)
         caches.append(cache)
         finals.append(final[:, -1:])
         carried.append([tap[:, -1:] for tap in taps.values()])
@@ -423,30 +431,30 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: s
         together.join(cache)
     lengths, held = list(together.rows), [data.clone() for data in together.data]
     states = [torch.cat(parts) for parts in zip(*carried, strict=True)]
-    roots = tree_drafting.DraftRoots(list(range(rows)), lengths, torch.cat(finals), states)
+    roots = DraftRoots(list(range(rows)), lengths, torch.cat(finals), states)
     added, outputs = route.heads[1], set[int]()
     assert added is not None and route.tokens is not None
     outputs.update(route.tokens[-added.out_features :].tolist())
     hidden = torch.zeros(rows, added.out_features, dtype=torch.bool)
     hidden[1] = True
     assert any(outputs & set(chain) for chain in alone)
-    limits = tree_drafting.TreeLimits(levels, 1)
-    own = target.draft_rows(together, replace(roots, forbidden=hidden), route, limits)
+    limits = TreeLimits(levels, 1)
+    own = along(target, together, replace(roots, forbidden=hidden), route, limits)
     assert own is not None and not outputs & set(own[1].tokens)
     assert [chain.tokens for b, chain in enumerate(own) if b != 1] == alone[:1] + alone[2:]
     for _ in range(2):  # built the first time, and used again
-        found = target.draft_rows(together, roots, route, limits)
+        found = along(target, together, roots, route, limits)
         assert found is not None and [chain.tokens for chain in found] == alone
         assert all(chain.parents == list(range(levels)) and chain.scores[-1] < 0 for chain in found)
-        wide = target.draft_rows(together, roots, route, tree_drafting.TreeLimits(levels, 3))
+        wide = along(target, together, roots, route, TreeLimits(levels, 3))
         assert wide is not None and [found.tokens[::3] for found in wide] == alone
         parents = [0 if level == 0 else 3 * level - 2 for level in range(levels) for _ in range(3)]
         assert all(found.parents == parents and len(set(found.tokens[:3])) == 3 for found in wide)
     if levels > 1:  # another level must pay for all rows together
         gain = sum(max(0.5 * math.exp(chain.scores[0]) - 0.001, 0.0) for chain in found)
         for level, deep in (1.01 * gain, 1), (0.99 * gain, 2):
-            limits = tree_drafting.TreeLimits(2, 1, level, node=0.001, rates=[0.9, 0.5])
-            ended = target.draft_rows(together, roots, route, limits)
+            limits = TreeLimits(2, 1, level, node=0.001, rates=[0.9, 0.5])
+            ended = along(target, together, roots, route, limits)
             assert ended is not None and [chain.tokens for chain in ended] == [tokens[:deep] for tokens in alone]
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
     assert all(
@@ -456,7 +464,7 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: s
     assert len({tuple(chain) for chain in alone}) > 1
 
 
-def raising(error: BaseException) -> tree_drafting.Masks:
+def raising(error: BaseException) -> Masks:
     def masks(text: Sequence[int]) -> torch.Tensor | None:
         raise error
 
@@ -484,7 +492,7 @@ def test_probabilities_of_all_tokens_sum_to_one(size: float) -> None:
     cache, roots = seeded(target)
     torch.manual_seed(2)
     route = replace(random_route(target, heads=2), heads=[target.reduced_head(tokens)], tokens=tokens, made={})
-    scores = torch.tensor(target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(1, 16)).scores)
+    scores = torch.tensor(drafted(target, cache, roots, route, TreeLimits(1, 16)).scores)
     assert scores.shape == (16,) and abs(float(scores.double().exp().sum()) - 1) < 1e-5
 
 
@@ -508,8 +516,8 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
     cache, roots = seeded(target)
     cache.select([0] * rows)
     final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
-    roots = tree_drafting.DraftRoots(list(roots.tokens) * rows, list(roots.positions) * rows, final, carried)
-    greedy = target.draft_rows(cache, roots, route, tree_drafting.TreeLimits(1, 16))
+    roots = DraftRoots(list(roots.tokens) * rows, list(roots.positions) * rows, final, carried)
+    greedy = along(target, cache, roots, route, TreeLimits(1, 16))
     assert greedy is not None and all(sorted(found.tokens) == tokens.tolist() for found in greedy)
     order = [greedy[0].tokens.index(token) for token in tokens.tolist()]
     logits = torch.tensor(greedy[0].scores)[order]
@@ -520,7 +528,7 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
         sampler = Sampler.of([RowSampler(each, stream=row) for row, each in enumerate(params)])
         ids = [[1] * (7 + seed)] * rows
         own = replace(roots, sampled=sampler.sampled(ids))
-        found = target.draft_rows(cache, own, route, tree_drafting.TreeLimits(1, 4))
+        found = along(target, cache, own, route, TreeLimits(1, 4))
         assert found is not None
         scores = sampler.scores(logits.repeat(rows, 1)[:, None], lambda: [], tokens)
         noisy = sampler.perturb(scores, [[len(text)] for text in ids], target.vocab_size, tokens)[:, 0]
@@ -544,9 +552,9 @@ def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: 
     monkeypatch.setattr(cores, "threads", lambda: 3)
     most = openmp.omp_get_max_active_levels()
     try:
-        expected = target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(3, 3))
+        expected = drafted(target, cache, roots, route, TreeLimits(3, 3))
         openmp.omp_set_max_active_levels(0)  # teams of one thread
-        found = target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(3, 3))
+        found = drafted(target, cache, roots, route, TreeLimits(3, 3))
     finally:
         openmp.omp_set_max_active_levels(most)
     assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
