@@ -6,57 +6,20 @@ from logits and which siblings pay, not where the logits come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple, TypedDict, Unpack
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from specdec.base import options
 from specdec.base.devices import is_asynchronous
-from specdec.base.errors import SpecDecError
-from specdec.base.options import Count
-from specdec.base.settings import Whole, checked
 from specdec.speculation.candidates import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, Found, State
 
 from .vocabulary import Context, DraftVocabulary
 
 RANKS = 4  # number of candidates at a depth, if drafts are sized by the drafter's own probabilities
-SHAPE = ("siblings", "nodes")  # options of every drafter of chains
-
-
-class ChainShape:
-    """The number of siblings at each depth of a chain: as given, or those of a tree of so many nodes.
-
-    Raises SpecDecError for bad values.
-
-    siblings: number of further candidates at each depth (none beyond its length).
-    nodes: nodes of the tree. Those beside the chain are spread evenly, the first tokens get one more.
-    """
-
-    @checked
-    def __init__(
-        self, siblings: Sequence[Annotated[Whole, Field(ge=0)]] | None = None, nodes: Count | None = None
-    ) -> None:
-        if siblings is not None and nodes is not None:
-            raise SpecDecError("give the siblings at each depth, or how many nodes the tree may have, not both")
-        self.siblings, self.nodes = siblings, nodes
-
-    def sizes(self, limit: int) -> tuple[int, Sequence[int]]:
-        """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth."""
-        if self.nodes is None:
-            return limit, self.siblings or ()
-        depth = min(limit, self.nodes)
-        each, more = divmod(self.nodes - depth, depth)
-        return depth, [each + (place < more) for place in range(depth)]
-
-
-class ShapeOptions(TypedDict, total=False):
-    """The arguments of ``ChainShape``, among the options of drafters of chains."""
-
-    siblings: Sequence[int] | None
-    nodes: int | None
 
 
 class Readout(NamedTuple):
@@ -82,16 +45,17 @@ class ChainRow:
 class ChainDrafter(Drafter):
     """Drafts token by token; siblings beside the chain cost no drafting.
 
-    A drafter that ``has_probabilities`` sizes its draft by them, siblings included, if no shape is given.
+    A drafter that ``has_probabilities`` sizes its draft by them, siblings included, unless ``nodes`` are given.
 
-    siblings, nodes: see ``ChainShape``.
+    nodes: number of nodes of the tree. Those beside the chain are spread evenly, the first tokens get one more. None:
+        no siblings, or those that are worth their price.
     vocabulary: the tokens that subclasses draft from; None: all of them.
     """
 
     vocabulary: DraftVocabulary | None = None
 
-    def __init__(self, **shape: Unpack[ShapeOptions]) -> None:
-        self.shape = ChainShape(**shape)
+    def __init__(self, nodes: int | None = None) -> None:
+        self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
 
     def start(self) -> None:
         if self.vocabulary is not None:
@@ -99,6 +63,14 @@ class ChainDrafter(Drafter):
 
     def begin(self) -> Any:
         return ChainRow()
+
+    def _sizes(self, limit: int) -> tuple[int, list[int]]:
+        """The chain's depth, at most ``limit`` >= 1, and the number of siblings at each depth."""
+        if self.nodes is None:
+            return limit, [0] * limit
+        depth = min(limit, self.nodes)
+        each, more = divmod(self.nodes - depth, depth)
+        return depth, [each + (place < more) for place in range(depth)]
 
     def chain(
         self, state: State, limit: int, step: Callable[[Tensor, Tensor], Readout], vocab: Tensor | None = None
@@ -118,10 +90,10 @@ class ChainDrafter(Drafter):
             self.vocabulary.follow(state, [row.context for row in state.row_states])
             vocab = self.vocabulary.tokens
         prices = state.prices
-        weighs = self.has_probabilities and prices is not None and self.shape.nodes is None
+        weighs = self.has_probabilities and prices is not None and self.nodes is None
         if weighs and prices is not None and not prices.levels():
             return Draft.empty(len(state.ids), state.cache.device)
-        limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.sizes(limit)
+        limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self._sizes(limit)
         token, positions = state.roots, state.positions  # (B, 1)
         chain, beside, layers = [token[:, :0]], list[Tensor](), list[Tensor]()
         parents: list[int] = []  # of the siblings: the chain's node i has block index i + 1, the root 0
@@ -133,7 +105,7 @@ class ChainDrafter(Drafter):
         for depth in range(limit):
             # Run the last token, and pick the next one with its siblings
             logits, certainty, run = step(token, positions)
-            width = 1 + (siblings[depth] if depth < len(siblings) else 0)
+            width = 1 + siblings[depth]
             if state.threshold is not None:
                 width, sure = 1, best_probability(logits) if certainty is None else certainty
                 alive &= sure >= state.threshold

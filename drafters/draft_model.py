@@ -6,7 +6,7 @@ stay in the cache, the others are replaced. So other drafters may draft in betwe
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target, prefill
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions
+from .chain import ChainDrafter, ChainRow, Readout
 
 
 class DraftModelRow(ChainRow):
@@ -39,7 +39,7 @@ class DraftModelDrafter(ChainDrafter):
 
     own: the draft model as a target of its own.
     tokenizer: the draft model's, to be compared with the target's.
-    siblings, nodes: see ``ChainShape``.
+    nodes: as in ``ChainDrafter``.
     rows: whose the cache's rows are.
     fed: drafted tokens of each row that are in the cache, uncommitted.
     """
@@ -47,8 +47,8 @@ class DraftModelDrafter(ChainDrafter):
     name: ClassVar[str] = "draft-model"
     summary: ClassVar[str] = "a second, smaller model with the same vocabulary (draft-model=NAME); no training"
 
-    def __init__(self, own: Target, tokenizer: Any = None, **shape: Unpack[ShapeOptions]) -> None:
-        super().__init__(**shape)
+    def __init__(self, own: Target, tokenizer: Any = None, nodes: int | None = None) -> None:
+        super().__init__(nodes)
         self.draft_target, self.tokenizer, self.path = own, tokenizer, own.fingerprint
         self.vocab: Tensor | None = None  # the tokens that both models have, int64 [V']; None: all
         self.start()
@@ -56,7 +56,7 @@ class DraftModelDrafter(ChainDrafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> DraftModelDrafter:
         """Load the draft model: ``source``, or the option ``model``, is whatever ``loading.load`` takes."""
-        options.check_names(cls.name, kwargs, ("model", *SHAPE))
+        options.check_names(cls.name, kwargs, ("model", "nodes"))
         model = kwargs.pop("model", source)
         if not isinstance(model, str) or not model:
             raise SpecDecError(

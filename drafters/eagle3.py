@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +27,18 @@ from specdec.speculation.draft import Draft, State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.tree_drafting import by_levels
 
-from .chain import SHAPE, Readout, ShapeOptions
+from .chain import Readout
 from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network
 from .pairs import PairDrafter
 
 
 class Eagle3Drafter(PairDrafter):
-    """Drafts with an EAGLE-3 head: a chain with siblings that cost no drafting, or a tree grown level by level.
+    """Drafts with an EAGLE-3 head: a chain, or a tree grown level by level.
 
     A tree is grown for one greedy row. It has ``nodes`` nodes, else those that are worth their price (``Prices``; a
     chain if there are no prices). Raises SpecDecError if the head does not fit the target.
 
-    siblings, nodes: see ``ChainShape``; with siblings, the draft is a chain.
+    nodes: as in ``ChainDrafter``.
     width: number of nodes of a level that get children.
     """
 
@@ -47,15 +47,15 @@ class Eagle3Drafter(PairDrafter):
     needs_training: ClassVar[bool] = True
     shift = 0
 
-    def __init__(self, network: Eagle3, width: int = WIDTH, **shape: Unpack[ShapeOptions]) -> None:
-        super().__init__(**shape)
+    def __init__(self, network: Eagle3, width: int = WIDTH, nodes: int | None = None) -> None:
+        super().__init__(nodes)
         self.network, self.width = network, options.check_int("width", width, 1)
         self.path = str(network.config)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Eagle3Drafter:
         """From a folder, or a Hugging Face repository, in the speculators format."""
-        options.check_names(cls.name, kwargs, (*SHAPE, "width"))
+        options.check_names(cls.name, kwargs, ("nodes", "width"))
         if source is None:
             raise cls.not_shipped(target.model.config._name_or_path)
         folder = Path(source) if Path(source).is_dir() else hub.fetch_drafter(source)
@@ -76,7 +76,7 @@ class Eagle3Drafter(PairDrafter):
         few = config.vocab < target.vocab_size
         first = torch.arange(config.vocab, device=target.device) if few else None
         self.tokens = network.tokens if network.d2t is not None else first
-        self.has_probabilities = self.shape.siblings is None and not is_asynchronous(target.device)
+        self.has_probabilities = not is_asynchronous(target.device)
         self.start()
 
     def new_cache(self) -> KVCache:
@@ -95,9 +95,9 @@ class Eagle3Drafter(PairDrafter):
         cache = self.catch_up(state)
         if self._drafts_tree(state):
             if self.has_probabilities and state.prices is not None and not state.prices.levels():
-                return draft_best([Candidates.none()], limit, self.shape.nodes, state)
-            found = self._tree(state, cache, limit, self.width if self.shape.nodes or state.prices else 1)
-            return draft_best([found], limit, self.shape.nodes, state, found.levels())
+                return draft_best([Candidates.none()], limit, self.nodes, state)
+            found = self._tree(state, cache, limit, self.width if self.nodes or state.prices else 1)
+            return draft_best([found], limit, self.nodes, state, found.levels())
         features, drafted = torch.cat([row.last for row in state.row_states]), False  # (B, 1, D')
 
         def step(token: Tensor, positions: Tensor) -> Readout:
@@ -112,8 +112,8 @@ class Eagle3Drafter(PairDrafter):
     def _drafts_tree(self, state: State) -> bool:
         """Whether to grow a tree, for one greedy row. It is read before it is scored."""
         verified = state.threshold is None and state.sampler.best_allowed and len(state.ids) == 1
-        worth = bool(self.shape.nodes) or not is_asynchronous(state.cache.device)
-        return verified and worth and self.shape.siblings is None
+        worth = bool(self.nodes) or not is_asynchronous(state.cache.device)
+        return verified and worth
 
     def _tree(self, state: State, cache: KVCache, limit: int, width: int) -> Candidates:
         [row] = state.row_states

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_confident
+from .chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
 from .vocabulary import DraftVocabulary
 
 
@@ -120,15 +120,15 @@ class ExitDrafter(ChainDrafter):
     """Drafts a chain of tokens that leave the model early; subclasses choose each token's exit.
 
     network: trained modules; None: the model's own norm and head read out.
-    siblings, nodes: see ``ChainShape``.
+    nodes: as in ``ChainDrafter``.
     """
 
     leaves_early = True
     network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
     vocabulary: DraftVocabulary
 
-    def __init__(self, network: Any = None, **shape: Unpack[ShapeOptions]) -> None:
-        super().__init__(**shape)
+    def __init__(self, network: Any = None, nodes: int | None = None) -> None:
+        super().__init__(nodes)
         self.network = network
 
     @classmethod
@@ -138,7 +138,7 @@ class ExitDrafter(ChainDrafter):
         Raises SpecDecError if there is none and one is needed, and for a folder of another drafter or model.
         """
         known = [name for name in keywords(cls) if name != "network"]
-        options.check_names(cls.name, kwargs, (*known, *SHAPE), source if cls.training is None else None)
+        options.check_names(cls.name, kwargs, known, source if cls.training is None else None)
         if cls.needs_training:
             folder = cls.find(target, source)
         elif source is not None and "exit_layer" in kwargs:
@@ -206,9 +206,9 @@ class EarlyExitDrafter(ExitDrafter):
     training: ClassVar[str] = "specdec train early-exit"
 
     def __init__(
-        self, exit_layer: int | None = None, network: ExitHeads | None = None, **shape: Unpack[ShapeOptions]
+        self, exit_layer: int | None = None, network: ExitHeads | None = None, nodes: int | None = None
     ) -> None:
-        super().__init__(network, **shape)
+        super().__init__(network, nodes)
         self.requested = exit_layer if network is None else network.exits[0]
 
     def bind(self, target: Target) -> None:
@@ -241,8 +241,8 @@ class DeedDrafter(ExitDrafter):
     training: ClassVar[str] = "specdec train deed"
     needs_training: ClassVar[bool] = True
 
-    def __init__(self, network: ExitHeads, exit_confidence: float = 0.5, **shape: Unpack[ShapeOptions]) -> None:
-        super().__init__(network, **shape)
+    def __init__(self, network: ExitHeads, exit_confidence: float = 0.5, nodes: int | None = None) -> None:
+        super().__init__(network, nodes)
         self.exits, self.exit_confidence = network.exits, options.check_probability("exit_confidence", exit_confidence)
         self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
 
@@ -282,9 +282,9 @@ class SkipDecodeDrafter(ExitDrafter):
         deepest: int | None = None,
         shallowest: int | None = None,
         horizon: int = 128,
-        **shape: Unpack[ShapeOptions],
+        nodes: int | None = None,
     ) -> None:
-        super().__init__(**shape)
+        super().__init__(nodes=nodes)
         self.bounds, self.horizon = (shallowest, deepest), options.check_int("horizon", horizon, 1)
 
     def bind(self, target: Target) -> None:

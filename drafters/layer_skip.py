@@ -8,7 +8,7 @@ provisional.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import ClassVar, Unpack
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from specdec.base.errors import SpecDecError
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import ChainDrafter, Readout, ShapeOptions
+from .chain import ChainDrafter, Readout
 
 
 def ranges_without(skipped: Collection[int], num_layers: int) -> list[tuple[int, int]]:
@@ -41,14 +41,14 @@ class LayerSkipDrafter(ChainDrafter):
     bound, if everything, nothing, or a layer outside the model is skipped.
 
     skip: layers to skip.
-    siblings, nodes: see ``ChainShape``.
+    nodes: as in ``ChainDrafter``.
     """
 
     name: ClassVar[str] = "layer-skip"
     summary: ClassVar[str] = "the model itself without some layers; no training"
 
-    def __init__(self, skip: Sequence[int] | None = None, **shape: Unpack[ShapeOptions]) -> None:
-        super().__init__(**shape)
+    def __init__(self, skip: Sequence[int] | None = None, nodes: int | None = None) -> None:
+        super().__init__(nodes)
         self.requested = None if skip is None else set(options.check_ints("skip", skip, 0))
 
     def bind(self, target: Target) -> None:

@@ -15,7 +15,7 @@ projections). The projections, the carry and the fit by ridge regression are our
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.tree_builder import draft_best
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_confident
+from .chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
 from .m2r2_learning import Learner, why_not
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
@@ -55,14 +55,14 @@ class M2R2Row(ChainRow):
 
 
 class M2R2Drafter(ChainDrafter):
-    """Drafts with an M2R2: a chain with siblings that cost no drafting, or a tree that is grown level by level.
+    """Drafts with an M2R2: a chain, or a tree that is grown level by level.
 
     Where none is trained for the model, it teaches itself (``Learner``), and drafts nothing until its first fit serves.
     A tree is grown for one greedy row if the path has one exit and shares no layer with scoring. It has ``nodes``
     nodes, else those that are worth their price (``Prices``; a chain if there are no prices). Raises SpecDecError if no
     trained drafter fits the target and none can teach itself.
 
-    siblings, nodes: see ``ChainShape``; with siblings, the draft is a chain.
+    nodes: as in ``ChainDrafter``.
     width: number of nodes of a level that get children.
     exit_confidence: minimum probability, in [0, 1], with which a token leaves before the last exit (``State.exit``);
         where drafts are not verified, the verifier's threshold takes its place.
@@ -83,9 +83,9 @@ class M2R2Drafter(ChainDrafter):
         width: int = WIDTH,
         exit_confidence: float = 0.5,
         learner: Learner | None = None,
-        **shape: Unpack[ShapeOptions],
+        nodes: int | None = None,
     ) -> None:
-        super().__init__(**shape)
+        super().__init__(nodes)
         self.network, self.learner = network, learner
         self.learns = learner is not None
         self.served = None if learner is None else learner.fits
@@ -99,7 +99,7 @@ class M2R2Drafter(ChainDrafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights, or none yet."""
-        options.check_names(cls.name, kwargs, (*SHAPE, "width", "exit_confidence"))
+        options.check_names(cls.name, kwargs, ("nodes", "width", "exit_confidence"))
         if source is None and cls.teaches_itself and drafter_folder.find_shipped(cls.name, target) is None:
             if (why := why_not(target)) is not None:
                 raise SpecDecError(
@@ -119,8 +119,7 @@ class M2R2Drafter(ChainDrafter):
         layers, narrow = target.num_layers, 0.4 if self.network.path.neurons else 1.0
         runs = [self.network.path.num_layers_run(exit) for exit in range(self.num_exits)]
         self.level_share = tuple((1 + narrow * run) / (1 + layers) for run in runs)
-        one = self.num_exits == 1 and self.shape.siblings is None
-        self.has_probabilities = one and not is_asynchronous(target.device)
+        self.has_probabilities = self.num_exits == 1 and not is_asynchronous(target.device)
         self.start()
 
     def begin(self) -> M2R2Row:
@@ -162,10 +161,10 @@ class M2R2Drafter(ChainDrafter):
             return [Candidates.none() for _ in state.ids]
         if not self._drafts_by_levels(state):
             return None
-        width = self.width if self.shape.nodes or state.prices or given is not None else 1
+        width = self.width if self.nodes or state.prices or given is not None else 1
         path, cache, rows, place = self._draft_path(state), state.cache, state.row_states, 0
         tokens, sampled = [ids[-1] for ids in state.ids], state.sampler.sampled(state.ids)
-        if len(rows) > 1 and not self.shape.nodes:
+        if len(rows) > 1 and not self.nodes:
             width = 1  # siblings of several rows do not pay
         prices, masks = state.prices, None
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
@@ -184,9 +183,9 @@ class M2R2Drafter(ChainDrafter):
             return Draft.empty(len(state.ids), state.cache.device)
         by_levels = self.has_probabilities and self._drafts_by_levels(state)
         if by_levels and state.prices is not None and not state.prices.levels():
-            return draft_best([Candidates.none() for _ in state.ids], limit, self.shape.nodes, state)
+            return draft_best([Candidates.none() for _ in state.ids], limit, self.nodes, state)
         if (found := self.candidates(state, limit)) is not None:
-            return draft_best(found, limit, self.shape.nodes, state, max(each.levels() for each in found))
+            return draft_best(found, limit, self.nodes, state, max(each.levels() for each in found))
         *inputs, final = self._states_before(state.row_states) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
 
@@ -221,8 +220,8 @@ class M2R2Drafter(ChainDrafter):
         """Whether to draft a tree for a single row, or chains with siblings for several: if drafting runs no layer that
         scoring needs, and logits are changed by constraints of a single row alone."""
         path, one = self.network.path, len(state.ids) == 1
-        verified = state.threshold is None and self.shape.siblings is None
-        worth = bool(self.shape.nodes) or not is_asynchronous(state.cache.device)  # it is read before it is scored
+        verified = state.threshold is None
+        worth = bool(self.nodes) or not is_asynchronous(state.cache.device)  # it is read before it is scored
         plain = not state.sampler.needs_prefixes and (one or not state.constrained)
         return verified and worth and plain and not path.exit_layer and not path.exits and bool(self.taps)
 

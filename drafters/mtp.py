@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import GivenLinear, Pass, Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, Readout, ShapeOptions
+from .chain import Readout
 from .pairs import PairDrafter
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class MTPHead:
 class MTPDrafter(PairDrafter):
     """Drafts a chain with the multi-token prediction layer of the model's own checkpoint.
 
-    siblings, nodes: see ``ChainShape``.
+    nodes: as in ``ChainDrafter``.
     Raises SpecDecError if the checkpoint has no such layer.
     """
 
@@ -111,14 +111,14 @@ class MTPDrafter(PairDrafter):
     summary: ClassVar[str] = f"prediction layer inside the checkpoint of {FAMILIES}; no training"
     shift = 1
 
-    def __init__(self, head: MTPHead, **shape: Unpack[ShapeOptions]) -> None:
-        super().__init__(**shape)
+    def __init__(self, head: MTPHead, nodes: int | None = None) -> None:
+        super().__init__(nodes)
         self.head, self.path = head, head.draft_target.fingerprint
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
         """From the model's own checkpoint, or that of the name or folder ``source``."""
-        options.check_names(cls.name, kwargs, SHAPE)
+        options.check_names(cls.name, kwargs, ("nodes",))
         return cls(read_head(target, source), **kwargs)
 
     def bind(self, target: Target) -> None:
@@ -126,7 +126,7 @@ class MTPDrafter(PairDrafter):
         if (own.hidden_size, own.vocab_size) != (target.hidden_size, target.vocab_size):
             raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
         self.taps = (target.num_layers,)
-        self.has_probabilities = self.shape.siblings is None and not is_asynchronous(target.device)
+        self.has_probabilities = not is_asynchronous(target.device)
         self.start()
 
     def new_cache(self) -> KVCache:

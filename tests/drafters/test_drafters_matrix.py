@@ -99,5 +99,5 @@ def test_a_rule_that_accepts_everything_fails() -> None:
 def test_a_tree_scored_as_a_chain_fails(family: str) -> None:
     model = tiny_model(family)
     target, references = ReferenceTarget(model), [greedy_reference(model, prompt, 24) for prompt in PROMPTS]
-    assert run(target, LayerSkipDrafter([1], siblings=(2, 2)), PROMPTS, 24)[0] == references
-    assert run(target, Mixed([1], siblings=(2, 2)), PROMPTS, 24)[0] != references
+    assert run(target, LayerSkipDrafter([1], nodes=7), PROMPTS, 24)[0] == references
+    assert run(target, Mixed([1], nodes=7), PROMPTS, 24)[0] != references

@@ -159,7 +159,7 @@ def test_chains_and_trees_are_alike_in_every_runtime(runtime: str) -> None:
     except SpecDecError as error:
         pytest.skip(f"no native runtime here: {error}" if runtime == "native" else f"there is no CUDA device: {error}")
     plain = zoo.run(target, NoDrafter(), zoo.PROMPTS, 12)[0]
-    for options in ({}, {"siblings": (2, 0, 1)}, {"nodes": 9, "width": 3}):
+    for options in ({}, {"nodes": 9, "width": 3}):
         made = zoo.run(target, zoo.eagle3(target, **options), zoo.PROMPTS, 12)
         assert made[0] == plain and sum(m.num_draft_tokens for m in made[1].metrics) > 0
         if runtime != "native":  # float32: the drafts themselves

@@ -76,9 +76,8 @@ def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
             rounds = loop.metrics[0]
             assert max(rounds.per_step_drafted) <= 4 and rounds.num_draft_tokens <= nodes * rounds.num_spec_steps
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"nodes": 0}, "nodes must be a whole number >= 1 or None; got 0"),
+        ({"nodes": 0}, "nodes must be a whole number >= 1; got 0"),
         ({"width": 0}, "width must be a whole number >= 1; got 0"),
-        ({"nodes": 3, "siblings": [1]}, "not both"),
         ({"exit_confidence": 2}, r"exit_confidence must be a probability in \[0, 1\]; got 2"),
     ]
     for options, message in bad:
@@ -93,7 +92,7 @@ def test_files_of_one_exit_from_before_there_were_several_are_read(llama: PreTra
     tensors = {key.replace("routers.0.", "router."): tensor for key, tensor in network.state_dict().items()}
     assert any(key.startswith("router.") for key in tensors)
     base = {"fingerprint": target.fingerprint}
-    config = {"drafter": "m2r2", "base": base, "path": path, "router": 4, "siblings": [3, 2]}
+    config = {"drafter": "m2r2", "base": base, "path": path, "router": 4}
     drafter_folder.write(tmp_path, config, tensors)
     read = load_network(target, tmp_path)
     assert read.path == network.path

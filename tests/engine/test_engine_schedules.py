@@ -533,7 +533,7 @@ def test_answers_do_not_depend_on_the_drafter_in_any_schedule(kind: str) -> None
     run_schedules(kind, drafters(kind), examples(kind, 12))
 
 
-SHAPES: list[dict[str, Any]] = [{}, {"nodes": 9}, {"siblings": (2, 1)}, {"hybrid": True}]
+SHAPES: list[dict[str, Any]] = [{}, {"nodes": 9}, {"hybrid": True}]
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def m2r2(
     segments: tuple[tuple[int, int], ...],
     projection: bool,
     early: bool,
-    siblings: Sequence[int] | None = None,
+    nodes: int | None = None,
     *,
     exits: tuple[int, ...] = (),
     router: int = 0,
@@ -165,7 +165,7 @@ def m2r2(
     for each in network.routers or ():
         assert isinstance(each, Router)
         torch.nn.init.normal_(each.out.weight, std=2.0)  # unsure of some, sure of others
-    return kind(network, siblings=siblings, **options)
+    return kind(network, nodes=nodes, **options)
 
 
 def heads(target: Target, *exits: int, whole: bool = False) -> ExitHeads:
@@ -224,14 +224,14 @@ def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle
     return Eagle3Drafter(network, **options)
 
 
-def mtp(target: Target, **shape: Sequence[int]) -> MTPDrafter:
+def mtp(target: Target, nodes: int | None = None) -> MTPDrafter:
     """A random layer of another model in the place of the one that a checkpoint has."""
     torch.manual_seed(4)
     d, place = target.hidden_size, (target.device, target.dtype)
     own = ReferenceTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(*place))
     norms = [torch.nn.LayerNorm(d, elementwise_affine=False) for _ in range(4)]
     join = torch.nn.Linear(2 * d, d).requires_grad_(False).to(*place)
-    return MTPDrafter(MTPHead(own, join, *norms), **shape)  # type: ignore[arg-type]
+    return MTPDrafter(MTPHead(own, join, *norms), nodes)
 
 
 @functools.cache
@@ -289,22 +289,22 @@ TREES: dict[str, Callable[[Target], Drafter]] = {
         [NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]
     ),
     "ngram+medusa": lambda target: HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
-    "m2r2": lambda target: m2r2(target, 2, (), False, True, (3, 0, 2)),
-    "m2r2: after a projection": lambda target: m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
+    "m2r2": lambda target: m2r2(target, 2, (), False, True, 8),
+    "m2r2: after a projection": lambda target: m2r2(target, 1, ((2, 4),), False, False, 8),
     "m2r2: grown level by level": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
-    "m2r2: several exits": lambda target: m2r2(target, 2, ((3, 4),), True, False, (2, 1), exits=(1, 2), router=4),
+    "m2r2: several exits": lambda target: m2r2(target, 2, ((3, 4),), True, False, 7, exits=(1, 2), router=4),
     "m2r2-paper": lambda target: m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),
     "medusa": lambda target: medusa(target, 9),
-    "eagle3": lambda target: eagle3(target, siblings=(2, 0, 1)),
+    "eagle3": lambda target: eagle3(target, nodes=7),
     "eagle3: grown level by level": lambda target: eagle3(target, True, nodes=9, width=3),
-    "mtp": lambda target: mtp(target, siblings=(2, 1)),
-    "draft-model": lambda target: DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
-    "early-exit": lambda target: EarlyExitDrafter(3, siblings=(2, 1)),
+    "mtp": lambda target: mtp(target, nodes=7),
+    "draft-model": lambda target: DraftModelDrafter(second(target, max_position_embeddings=16), nodes=7),
+    "early-exit": lambda target: EarlyExitDrafter(3, nodes=7),
     "early-exit: trained": lambda target: EarlyExitDrafter(nodes=8, network=heads(target, 2)),
-    "deed": lambda target: DeedDrafter(heads(target, 1, 3, whole=True), 1.0, siblings=(2, 0, 1)),
-    "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9, siblings=(1, 1)),
-    "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target, 2, whole=True), siblings=(1, 2)),
-    "layer-skip": lambda target: LayerSkipDrafter([0, 2], siblings=(1, 1, 1)),
+    "deed": lambda target: DeedDrafter(heads(target, 1, 3, whole=True), 1.0, nodes=7),
+    "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9, nodes=7),
+    "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target, 2, whole=True), nodes=7),
+    "layer-skip": lambda target: LayerSkipDrafter([0, 2], nodes=7),
     "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
 }
 EVERY = CHAINS | {f"{name} (tree)": make for name, make in TREES.items()}

@@ -83,7 +83,7 @@ def test_a_path_whose_later_drafts_fail_is_worth_what_is_accepted_of_it() -> Non
 
 def test_the_search_measures_segments_of_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(target: Target, drafters: list[M2R2Drafter], verifier: Any) -> list[Timings]:
-        assert all(drafter.shape.siblings is None for drafter in drafters)  # as users run them
+        assert all(drafter.nodes is None for drafter in drafters)  # as users run them
         lengths = [hi - lo for drafter in drafters for lo, hi in drafter.network.path.segments]
         return [Timings({1: 10.0}, ((length + 1.0,) * 2,)) for length in lengths]
 
