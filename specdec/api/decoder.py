@@ -49,7 +49,7 @@ from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import RowSampler, eos_token_ids, logits_processors, own_sampling, streams
 from specdec.speculation.warpers import MinNewTokens, NoBadWords, Processor
 
-Named = Annotated[str | Path | Drafter | registry.Choice, Field(title="text or a path or a Drafter")]
+Named = str | Path | Drafter | registry.Choice
 SAMPLING = frozenset(SamplingOptions.__annotations__)
 MAX_NEW_TOKENS = 128  # default of a request
 LOSSY_DEPTH = 4  # "auto" depth of drafts under a lossy rule that scores them

@@ -82,11 +82,9 @@ class RequestOptions(SamplingOptions, total=False):
     apply_chat_template: bool | None
     use_model_defaults: bool
     system: System
-    logits_processor: Annotated[Sequence[Callable[..., Any]], Field(title="a list of logits processors")]
+    logits_processor: Sequence[Callable[..., Any]]
     ignore_eos: bool
-    constraint: Annotated[
-        Constraint | CompiledConstraint | None, Field(title="a Json, Regex, Grammar or Choice or None")
-    ]
+    constraint: Constraint | CompiledConstraint | None
     logprobs: Annotated[Whole, Field(ge=0)] | None
     prompt_logprobs: bool
 

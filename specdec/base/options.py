@@ -49,7 +49,6 @@ GivenSeed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 Seed = Annotated[
     GivenSeed | None,
     Field(
-        title=f"a whole number in 0 .. {MAX_SEED}",
         description="The same seed gives the same text; without one, each request draws its own.",
     ),
 ]
@@ -60,7 +59,6 @@ PresencePenalty = Annotated[Penalty, Field(description="Subtracted from the logi
 LogitBias = Annotated[
     Mapping[Annotated[Whole, Field(ge=0)], Bias] | None,
     Field(
-        title="a mapping of token ids to numbers in [-100, 100] or None",
         description="Number that is added to a token's logit; repeatable.",
     ),
 ]
@@ -74,11 +72,11 @@ MinNewTokens = Annotated[
 ]
 StopTokenIds = Annotated[
     Sequence[Annotated[Whole, Field(ge=0)]],
-    Field(title="a list of token ids", description="Tokens that end the text, and are not in it; repeatable."),
+    Field(description="Tokens that end the text, and are not in it; repeatable."),
 ]
 BadWords = Annotated[
     Sequence[Annotated[str, Field(min_length=1)]],
-    Field(title="a list of texts", description="Text that the new tokens must not contain; repeatable."),
+    Field(description="Text that the new tokens must not contain; repeatable."),
 ]
 System = Annotated[str | None, Field(description="System message before the prompt.")]
 Depth = Annotated[
@@ -164,7 +162,7 @@ def check_ints(name: str, values: Any, low: int) -> tuple[int, ...]:
 
 def check_probability(name: str, value: Any) -> float:
     """``value``, if it is a number in [0, 1]. Raises SpecDecError otherwise."""
-    return validate(name, value, Annotated[Number, Field(ge=0, le=1, title="a probability in [0, 1]")])
+    return validate(name, value, Annotated[Number, Field(ge=0, le=1)])
 
 
 def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Validation by annotations, with pydantic. An error is ``NAME must be WHAT; got VALUE``.
+"""Validation by annotations, with pydantic. An error is ``NAME must be WHAT; got VALUE``, with what pydantic says.
 
-WHAT comes from the annotation, or from the title of its ``Field``. Knows no particular setting.
+Knows no particular setting.
 """
 
 from __future__ import annotations
@@ -9,18 +9,27 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from numbers import Integral, Real
-from types import UnionType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, Unpack, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, validate_call
-from pydantic.fields import FieldInfo
 
 from specdec.base.errors import SpecDecError, did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
+UNKNOWN, MISSING = "extra_forbidden", "missing"  # types of pydantic's errors
+PLAIN_WORDS = {  # in place of what pydantic says, which names types of this program
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "union_tag_not_found": "must be an object with a 'type'",
+    "sequence_str": "must be a list",
+    MISSING: "is missing",
+}
+A_LIST = "an instance of Sequence", "a list"
+# Of "Input should be ..." and "List should have ... after validation, not 5".
+SUBJECT, COUNTED = re.compile(r"^[A-Z]\w+ should "), re.compile(r" after validation, not (\w+)$")
+Place = tuple[str | int, ...]  # of a value in what is validated
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
@@ -33,46 +42,58 @@ def _number(value: Any) -> Any:
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
     except OverflowError:
-        raise ValueError("too large") from None
+        raise ValueError("must be a smaller number") from None
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 
 
-def expected(kind: Any) -> str:
-    """What a value of this type must be, such as "a whole number >= 1"."""
-    bounds = dict[str, float]()
-    if isinstance(kind, FieldInfo) or get_origin(kind) is Annotated:
-        kind, *marks = (kind.annotation, kind) if isinstance(kind, FieldInfo) else get_args(kind)
-        for mark in marks:
-            if isinstance(mark, FieldInfo):
-                if mark.title:
-                    return mark.title
-                for bound in mark.metadata:
-                    bounds |= {name: getattr(bound, name) for name in ("ge", "gt", "le") if hasattr(bound, name)}
-    if kind is int or kind is float:
-        low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le")
-        span = "" if low is None else f" {'>=' if 'ge' in bounds else '>'} {low}"
-        if high is not None:
-            span = f" in {low} .. {high}" if kind is int else f" in {'[' if 'ge' in bounds else '('}{low}, {high}]"
-        return ("a whole number" if kind is int else "a number") + span
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(map(expected, args))
-    if origin is Literal:
-        return " or ".join(filter(None, (", ".join(map(repr, args[:-1])), repr(args[-1]))))
-    if origin is not None and issubclass(origin, Mapping):
-        return "a mapping by name" if args[0] is str else "a mapping"
-    if origin is not None and issubclass(origin, Sequence | set | frozenset):
-        each = expected(args[0])
-        return "a list of " + ("texts" if each == "text" else re.sub(r"^an? (\w+ number|number)", r"\1s", each))
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return f"one of {', '.join(kind)}"
-    words = {bool: "True or False", str: "text", type(None): "None", Callable: "callable"}
-    name = getattr(kind, "__name__", str(kind))
-    name = "path" if name in ("Path", "PathLike") else f"torch.{name}" if kind.__module__ == "torch" else name
-    return words.get(origin or kind) or f"a{'n' if name[0] in 'AEIOU' else ''} {name}"
+def explain(errors: Sequence[Any], given: Any) -> tuple[Any, Place, str]:
+    """The first of pydantic's errors in ``given``, its place there, and what it says, such as "must be a valid string".
+
+    Of a union's errors it is the first one that is no mismatch of types, else the innermost one, if it is of one type.
+    """
+    steps = [_steps(given, each["loc"], each["type"]) for each in errors]
+    union = next((n for n, step in enumerate(steps[0]) if n != step), len(steps[0]))  # where a type follows a place
+    same = [n for n, each in enumerate(errors) if each["loc"][:union] == errors[0]["loc"][:union]]
+    found = next((n for n in same if not errors[n]["type"].endswith("_type")), None)
+    if found is None:
+        most = max(len(steps[n]) for n in same)
+        inner = [n for n in same if len(steps[n]) == most]
+        found = inner[0] if len({errors[n]["loc"][: union + 1] for n in inner}) == 1 else 0
+    places = [tuple(each["loc"][step] for step in own) for each, own in zip(errors, steps, strict=True)]
+    words = dict.fromkeys(_wording(each) for each, at in zip(errors, places, strict=True) if at == places[found])
+    others = [each.removeprefix("must be ") for each in words if each.startswith("must be ")]
+    first = _wording(errors[found])
+    return errors[found], places[found], "must be " + " or ".join(others) if first.startswith("must be ") else first
+
+
+def _wording(error: Any) -> str:
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return PLAIN_WORDS.get(error["type"]) or COUNTED.sub(r" and has \1", SUBJECT.sub("must ", said)).replace(*A_LIST)
+
+
+def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
+    """The numbers of the parts of a location that lead into ``given``; pydantic names types of unions between them.
+
+    Of several ways the one with most parts, and of these one that reaches the end.
+    """
+    if begin == len(location):
+        return ()
+    part, ways = location[begin], [_steps(given, location, kind, begin + 1)]
+    last = begin == len(location) - 1
+    if isinstance(given, Mapping) and (part in given or (last and kind == MISSING)):
+        ways.append((begin, *_steps(given.get(part), location, kind, begin + 1)))
+    elif isinstance(given, list | tuple) and isinstance(part, int) and part < len(given):
+        ways.append((begin, *_steps(given[part], location, kind, begin + 1)))
+    return max(ways, key=lambda way: (len(way), way[-1:]))
+
+
+def _refusal(place: Place, said: str, value: Any, near: str = "") -> SpecDecError:
+    """The error for a value: where it is wrong, and why."""
+    name = ".".join(map(str, place))
+    return SpecDecError(f"{name}{' ' if said.startswith('must ') else ': '}{said}{near}; got {short_repr(value)}")
 
 
 def short_repr(value: Any) -> str:
@@ -88,8 +109,9 @@ def validate(name: str, value: Any, kind: Any) -> Any:
     """``value``, validated. Raises SpecDecError if it is not of this ``kind``, an annotated type."""
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)
-    except ValidationError:
-        raise SpecDecError(f"{name} must be {expected(kind)}; got {short_repr(value)}") from None
+    except ValidationError as error:
+        _, place, said = explain(error.errors(), value)
+        raise _refusal((name, *place), said, value) from None
 
 
 @functools.cache
@@ -126,18 +148,14 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
             if keyword not in known and not free:
                 hint = did_you_mean(keyword, known)
                 raise SpecDecError(f"{name} takes no '{keyword}'{hint}; it takes {', '.join(known)}")
-        bound = signature.bind(*args, **given).arguments
+        signature.bind(*args, **given)
         try:
             args, given = taken(*args, **given)
         except ValidationError as error:
-            place = error.errors()[0]["loc"][0]
-            wrong = list(bound)[place] if isinstance(place, int) else str(place)
-            kinds = _hints(method)
-            for kind in list(kinds.values()):
-                if get_origin(kind) is Unpack:
-                    kinds = kinds | get_type_hints(get_args(kind)[0], include_extras=True)
-            value = bound[wrong] if wrong in bound else given[wrong]
-            raise SpecDecError(f"{wrong} must be {expected(kinds[wrong])}; got {short_repr(value)}") from None
+            every: dict[Any, Any] = dict(enumerate(args)) | dict(given)
+            _, (wrong, *rest), said = explain(error.errors(), every)
+            name_of_it = list(signature.parameters)[wrong] if isinstance(wrong, int) else wrong
+            raise _refusal((name_of_it, *rest), said, every[wrong]) from None
         return method(*args, **given)
 
     return call
@@ -161,16 +179,13 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise SpecDecError(self._sentence(error.errors()[0], values)) from None
-
-    @classmethod
-    def _sentence(cls, error: Any, values: dict[str, Any]) -> str:
-        if not error["loc"]:
-            return str(error["msg"]).removeprefix("Value error, ")
-        name = str(error["loc"][0])
-        if name not in cls.model_fields:
-            known = list(cls.model_fields)
-            return f"unknown setting '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}"
-        choices = error.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
-        near = did_you_mean(str(error["input"]), filter(None, choices))
-        return f"{name} must be {expected(cls.model_fields[name])}{near}; got {short_repr(values[name])}"
+            found, place, said = explain(error.errors(), values)
+            if not place:
+                raise SpecDecError(said) from None
+            if found["type"] == UNKNOWN:
+                known = list(type(self).model_fields)
+                hint = did_you_mean(str(place[0]), known)
+                raise SpecDecError(f"unknown setting '{place[0]}'{hint}; known: {', '.join(known)}") from None
+            choices = found.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
+            near = did_you_mean(str(found["input"]), filter(None, choices))
+            raise _refusal(place, said, values[str(place[0])], near) from None

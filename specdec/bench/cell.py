@@ -112,7 +112,7 @@ def _baselines() -> tuple[str, ...]:
 
 def _baseline(name: str) -> str:
     if name not in (known := _baselines()):
-        raise PydanticCustomError("choice", "unknown", {"expected": ", ".join(known)})
+        raise PydanticCustomError("choice", "must be one of {expected}", {"expected": ", ".join(known)})
     return name
 
 
@@ -168,14 +168,12 @@ class Cell(Settings):
     top_k: TopK = 0
     seed: GivenSeed = 0
     prompts: Text = "own"
-    limit: Annotated[Count | None, Field(title="a whole number >= 1, or null for all")] = None
-    turns: Annotated[Count | None, Field(title="a whole number >= 1, or null for all")] = None
+    limit: Count | None = None
+    turns: Count | None = None
     max_new_tokens: Count = 128
     batch_size: Count = 1
     repetitions: Count = 1
-    against: tuple[Annotated[str, AfterValidator(_baseline)], ...] = Field(
-        ("none",), strict=False, title=f"a list of {', '.join(_baselines())}"
-    )
+    against: tuple[Annotated[str, AfterValidator(_baseline)], ...] = Field(("none",), strict=False)
 
     @property
     def loading(self) -> dict[str, Any]:

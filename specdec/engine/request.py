@@ -24,7 +24,7 @@ from specdec.engine.metrics import RequestMetrics
 from specdec.runtimes.target import Target
 from specdec.speculation.sampling import RowSampler
 
-Ids = Annotated[Sequence[Whole], Field(title="a list of token ids (whole numbers)")]
+Ids = Sequence[Whole]
 
 
 class Status(StrEnum):
@@ -69,8 +69,8 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     processors: SkipValidation[Sequence[Callable[..., Any]]] = ()
     stream: Annotated[Whole, Field(ge=0, le=2**64 - 1)] = 0
-    eos: Annotated[frozenset[Whole], Field(title="a set of token ids")] = frozenset()
-    stop_token_ids: Annotated[frozenset[Whole], Field(title="a set of token ids")] = frozenset()
+    eos: frozenset[Whole] = frozenset()
+    stop_token_ids: frozenset[Whole] = frozenset()
     stop: Callable[[int], str | None] | None = None
     num_speculative_tokens: Annotated[Whole, Field(ge=0)] | None = None
     sampler: RowSampler = None  # type: ignore[assignment]  # set below

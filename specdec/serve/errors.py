@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Scope
 
 from specdec.base.errors import SpecDecError
+from specdec.base.settings import UNKNOWN, explain
 
 ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors begin with it
 ANTHROPIC_TYPES = {
@@ -28,22 +28,6 @@ ANTHROPIC_TYPES = {
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER = 1  # seconds
 LONGEST = 300  # characters of what pydantic says, which may quote the client
-UNKNOWN, MISSING, MISMATCH = "extra_forbidden", "missing", "_type"  # types of pydantic's errors; the last is a suffix
-Place = tuple[str | int, ...]  # of a value in a body
-UNION_FIELDS = {  # what fields of several types may be
-    "prompt": "text, token ids, or a list of texts or of lists of token ids",
-    "stop": "text or a list of up to four texts",
-    "messages.content": "text or a list of text parts",
-    "input": "text or a list of items",
-}
-PLAIN_WORDS = {  # in place of what pydantic says, which names types of this program
-    "model_type": "it must be an object",
-    "model_attributes_type": "it must be an object",
-    "union_tag_not_found": "it must be an object with a 'type'",
-    MISSING: "it is missing",
-}
-# Of "Input should be ..." and "List should have ... after validation, not 5".
-SUBJECT, COUNTED = re.compile(r"^[A-Z]\w+ should "), re.compile(r" after validation, not (\w+)$")
 
 
 class ErrorObject(BaseModel):
@@ -146,45 +130,9 @@ def invalid(error: ValidationError, given: Any) -> ApiError:
 
 
 def _from_pydantic(errors: Sequence[Mapping[str, Any]], given: Any) -> ApiError:
-    found, place = _most_specific(errors, given)
+    found, place, said = explain(errors, given)
     param = ".".join(map(str, place))[:200] or None
     if found["type"] == UNKNOWN:
         return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")
-    said = COUNTED.sub(r" and has \1", SUBJECT.sub("it must ", str(found["msg"]).removeprefix("Value error, ")))
-    what = PLAIN_WORDS.get(found["type"], said[:LONGEST])
-    field = ".".join(part for part in place if isinstance(part, str))
-    if field in UNION_FIELDS and found["type"].endswith(MISMATCH):
-        what = f"it must be {UNION_FIELDS[field]}"
+    what = f"it {said}"[:LONGEST] if said.startswith(("must ", "is ")) else said[:LONGEST]
     return ApiError(400, f"'{param}': {what}" if param else f"the body: {what}", param, "invalid_value")
-
-
-def _most_specific(errors: Sequence[Mapping[str, Any]], given: Any) -> tuple[Mapping[str, Any], Place]:
-    """The first error, and its place in ``given``.
-
-    Of a union's errors it is the first one that is no mismatch of types, else the innermost one, if it is of one type.
-    """
-    steps = [_steps(given, each["loc"], each["type"]) for each in errors]
-    union = next((n for n, step in enumerate(steps[0]) if n != step), len(steps[0]))  # where a type follows a place
-    same = [n for n, each in enumerate(errors) if each["loc"][:union] == errors[0]["loc"][:union]]
-    found = next((n for n in same if not errors[n]["type"].endswith(MISMATCH)), None)
-    if found is None:
-        most = max(len(steps[n]) for n in same)
-        inner = [n for n in same if len(steps[n]) == most]
-        found = inner[0] if len({errors[n]["loc"][: union + 1] for n in inner}) == 1 else 0
-    return errors[found], tuple(errors[found]["loc"][step] for step in steps[found])
-
-
-def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
-    """The numbers of the parts of a location that lead into ``given``; pydantic names types of unions between them.
-
-    Of several ways the one with most parts, and of these one that reaches the end.
-    """
-    if begin == len(location):
-        return ()
-    part, ways = location[begin], [_steps(given, location, kind, begin + 1)]
-    last = begin == len(location) - 1
-    if isinstance(given, dict) and (part in given or (last and kind == MISSING)):
-        ways.append((begin, *_steps(given.get(part), location, kind, begin + 1)))
-    elif isinstance(given, list | tuple) and isinstance(part, int) and part < len(given):
-        ways.append((begin, *_steps(given[part], location, kind, begin + 1)))
-    return max(ways, key=lambda way: (len(way), way[-1:]))

@@ -130,11 +130,11 @@ def test_a_prompt_is_encoded_once(model: PreTrainedModel, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"min_new_tokens": -1}, "min_new_tokens"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9, more than max_new_tokens, 8; lower it"),
-        ({"bad_words": "word"}, "bad_words must be a list of texts"),
+        ({"bad_words": "word"}, "bad_words must be a list"),
         ({"bad_words": [""]}, "bad_words"),
     ],
 )

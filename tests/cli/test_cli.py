@@ -234,7 +234,7 @@ BAD = {
     "unknown drafter": (["x", "--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'?"),
     "drafter option": (
         ["x", "--drafter-option", "continuations=0"],
-        "continuations must be a whole number >= 1; got 0",
+        "continuations must be greater than or equal to 1; got 0",
     ),
     "drafter option without value": (["x", "--drafter-option", "depth"], "takes KEY=VALUE"),
     "drafter option that is no YAML": (["x", "--drafter-option", "a=["], "takes KEY=VALUE"),

@@ -76,9 +76,9 @@ def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
             rounds = loop.metrics[0]
             assert max(rounds.per_step_drafted) <= 4 and rounds.num_draft_tokens <= nodes * rounds.num_spec_steps
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"nodes": 0}, "nodes must be a whole number >= 1; got 0"),
-        ({"width": 0}, "width must be a whole number >= 1; got 0"),
-        ({"exit_confidence": 2}, r"exit_confidence must be a probability in \[0, 1\]; got 2"),
+        ({"nodes": 0}, "nodes must be greater than or equal to 1; got 0"),
+        ({"width": 0}, "width must be greater than or equal to 1; got 0"),
+        ({"exit_confidence": 2}, r"exit_confidence must be less than or equal to 1; got 2"),
     ]
     for options, message in bad:
         with pytest.raises(SpecDecError, match=message):

@@ -222,7 +222,7 @@ def test_unknown_options_are_refused_by_name() -> None:
     ("given", "text"),
     [
         ({"drafter": "nope"}, "unknown drafter 'nope'"),
-        ({"drafter": 3}, "drafter must be text or a path or a Drafter"),
+        ({"drafter": 3}, "drafter must be a valid string"),
         ({"runtme": "native"}, "SpecGenerate takes no 'runtme' .did you mean 'runtime'"),
         ({"runtime": "nativ"}, "unknown runtime 'nativ'"),
         ({"kv_cache": "int4"}, "unknown kv_cache 'int4'"),

@@ -178,5 +178,5 @@ def test_what_it_cannot_go_with() -> None:
         make_target(tiny_model("llama"), kv_cache="int8")
     with pytest.raises(SpecDecError, match=r"unknown kv_cache 'int7' \(did you mean 'int8'\?\)"):
         make_target(model_of("llama"), kv_cache="int7")
-    with pytest.raises(SpecDecError, match="kv_cache must be text"):
+    with pytest.raises(SpecDecError, match="kv_cache must be a valid string"):
         SpecDecoder(model_of("llama"), kv_cache=8)  # type: ignore[arg-type]

@@ -159,7 +159,7 @@ def test_every_learned_drafter_is_bounded_and_finite(tmp_path: Path, name: str) 
     SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
     key = {"deed": "width", "mixture-of-depths": "first", "medusa": "heads", "public": "medusa_num_heads"}[name]
     change(tmp_path, **{key: 10**9})
-    with pytest.raises(SpecDecError, match=r"must be a whole number in 1 .. .*; got 1000000000"):
+    with pytest.raises(SpecDecError, match=r"must be less than or equal to .*; got 1000000000"):
         SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
     change(tmp_path, **config)
     file = next(tmp_path.glob("*.safetensors"))

@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the para
         "messages.0.content.0",
         "'messages.0.content.0': parts of the type 'image_url' are not supported",
     ),
-    "a number": ({"messages": [{"role": "user", "content": 5}]}, None, "it must be text or a list of text parts"),
+    "a number": ({"messages": [{"role": "user", "content": 5}]}, None, "it must be a valid string or a valid list"),
     "a tool call": ({"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, None, ""),
     "a call that is nested without end": (
         {"messages": [*USER, {"role": "assistant", "tool_calls": [{"id": "1", "function": DEEP}]}]},
@@ -175,7 +175,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the para
     "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages", ""),
     "a million choices": ({"n": 1_000_000}, "n", ""),
     "five stops": ({"stop": list("abcde")}, "stop", "'stop': it must have at most 4 items and has 5"),
-    "a number of stops": ({"stop": 5}, "stop", "'stop': it must be text or a list of up to four texts"),
+    "a number of stops": ({"stop": 5}, "stop", "'stop': it must be a valid string or a valid list"),
     "a long stop": ({"stop": "x" * 10_000}, "stop", ""),
     "an option of a stream": ({"stream_options": {"include_usage": True}}, None, ""),
     "a long prompt": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages", ""),
@@ -194,7 +194,7 @@ NONE: list[tuple[Any, str]] = [  # prompts that are none, and what is said of so
     *((prompt, "") for prompt in ("", [[]], ["a", ""], ["a", 3], [10**30], [99], None, 3.5)),
     ([], "'prompt': it must have at least 1 item and has 0"),
     ([-1], "'prompt.0': it must be greater than or equal to 0"),
-    ({"a": 1}, "'prompt': it must be text, token ids, or a list"),
+    ({"a": 1}, "'prompt': it must be a valid string or a valid list"),
 ]
 
 

@@ -313,7 +313,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unsupported member": ({"max_tool_calls": 2}, "parameter 'max_tool_calls'"),
     "a part of a number": ({"input": [{"role": "user", "content": [5]}]}, "'input.0.content.0': it must be an object"),
-    "items in a number": ({"input": 5}, "'input': it must be text or a list of items"),
+    "items in a number": ({"input": 5}, "'input': it must be a valid string or a valid list"),
 }
 
 

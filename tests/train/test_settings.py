@@ -36,13 +36,13 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     assert (settings.relative_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
     for values, message in (
         ({"relativ_rate": 1.0}, "did you mean 'relative_rate'"),
-        ({"rank": "many"}, "rank must be a whole number > 0; got 'many'"),
-        ({"rows": 0}, "rows must be a whole number > 0; got 0"),
-        ({"warmup": 0}, "warmup must be a whole number > 0; got 0"),
-        ({"draft_vocab": -1}, "draft_vocab must be a whole number >= 0; got -1"),
-        ({"clip": float("nan")}, "clip must be a number > 0; got nan"),
-        ({"rows": True}, "rows must be a whole number > 0; got True"),
-        ({"segments": [[1, "a"]]}, "segments must be a list"),
+        ({"rank": "many"}, "rank must be a valid integer"),
+        ({"rows": 0}, "rows must be greater than 0; got 0"),
+        ({"warmup": 0}, "warmup must be greater than 0; got 0"),
+        ({"draft_vocab": -1}, "draft_vocab must be greater than or equal to 0; got -1"),
+        ({"clip": float("nan")}, "clip must be a finite number; got nan"),
+        ({"rows": True}, "rows: it does not take true or false; got True"),
+        ({"segments": [[1, "a"]]}, "segments"),
         ({"steps": 3}, "either minutes or steps"),
     ):
         with pytest.raises(SpecDecError, match=message):

@@ -169,7 +169,7 @@ def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPat
         (["--verifier", "exakt"], "did you mean 'exact'"),
         (["--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'"),
         (["--prompts", "nowhere.jsonl"], "no prompt file 'nowhere.jsonl'"),
-        (["--seed", "-1"], "seed must be a whole number"),
+        (["--seed", "-1"], "seed must be greater than or equal to 0"),
     ],
 )
 def test_bad_input_is_one_line(run, args: list[str], words: str) -> None:
