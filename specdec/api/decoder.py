@@ -84,7 +84,6 @@ class SpecDecoder:
     "bf16", or "auto" (int8). The base is plain decoding with the same activations.
     verifier: an object, or a name with ``verifier_options``: "exact", or a lossy one, such as
     "confident".
-    exact: raise an error for lossy rules.
     expert_cache: the share (0.25) or the bytes (int) of a mixture's experts that stays in memory; the others are read
     from the disk on demand (bfloat16 on a CPU). None: all, or those for which there is room.
     expert_prefetch: read experts ahead, by forecasts that teach themselves.
@@ -108,7 +107,6 @@ class SpecDecoder:
         activations: str = "auto",
         verifier: str | Verifier = "exact",
         verifier_options: Options = None,
-        exact: bool = False,
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
         learn: bool | None = None,
@@ -119,7 +117,7 @@ class SpecDecoder:
             raise SpecDecError(f"model must be {wanted}; got {short_repr(model)}")
         self.tuned: Tuned | None = None  # settings of ``specdec tune drafter`` that are applied
         self._kept: Tuned | None = None  # such settings for this model, applied or not
-        self.verifier = registry.verifier(verifier, verifier_options, exact)
+        self.verifier = registry.verifier(verifier, verifier_options)
         model, self.tokenizer = model.eval(), tokenizer
         self.learning = LEARN if learn is None else learn
         self.target, self.runtime_note = make_target(

@@ -43,7 +43,6 @@ class DecoderOptions(TypedDict, total=False):
     activations: str
     verifier: str | Verifier
     verifier_options: Options
-    exact: bool
     expert_cache: float | None
     expert_prefetch: bool
     learn: bool | None

@@ -52,7 +52,6 @@ def generate(
             "--exit-threshold", "With --verifier confident: probability in [0, 1] at which a token leaves early.", "P"
         ),
     ] = None,
-    exact: Annotated[bool, _model("--exact", "Refuse a lossy verifier.")] = False,
     loading: shared.HubFlags = shared.HubFlags(),
     expert_cache: Annotated[
         str | None,
@@ -127,7 +126,7 @@ def generate(
 
         asked["constraint"] = None if schema is None else Json(schema)
         settings |= asked
-        rule = registry.verifier(verifier, rule_options, exact)
+        rule = registry.verifier(verifier, rule_options)
     with terminal.status(f"preparing {model}", silent):
         decoder = SpecDecoder.from_pretrained(
             model,

@@ -75,7 +75,7 @@ class SpecGenerate:
         if stop_strings and tokenizer is None:
             raise SpecDecError("stop_strings need a tokenizer; give SpecGenerate(tokenizer=...) one")
         check_names(**{name: str(value) for name, value in more.items() if name in CHOICES})
-        registry.verifier(more.get("verifier", "exact"), more.get("verifier_options"), more.get("exact", False))
+        registry.verifier(more.get("verifier", "exact"), more.get("verifier_options"))
         self.drafter = registry.Choice.of(drafter) if isinstance(drafter, str) else drafter
         self.tokenizer, self.streamer, self.more = tokenizer, streamer, more
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)

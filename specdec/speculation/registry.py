@@ -101,15 +101,12 @@ def lookup(kind: str, name: str) -> Any:
     return found
 
 
-def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None, exact: bool = False) -> Verifier:
+def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None) -> Verifier:
     """The verifier named ``rule``, with its options. A rule that is an object is returned as it is.
 
-    exact: refuse a lossy one. Raises SpecDecError for an unknown name, and for an option that the rule does not have.
+    Raises SpecDecError for an unknown name, and for an option that the rule does not have.
     """
-    found = rule if not isinstance(rule, str) else _made(rule, options or {})
-    if exact and not found.lossless:
-        raise SpecDecError(f"verifier '{found.name}' is lossy, but exact output is asked for; use the verifier 'exact'")
-    return found
+    return rule if not isinstance(rule, str) else _made(rule, options or {})
 
 
 def _made(name: str, options: Mapping[str, Any]) -> Verifier:

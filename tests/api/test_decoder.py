@@ -175,7 +175,6 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         ({"runtime": 5}, "runtime must be a valid string"),
         ({"weights": None}, "weights must be a valid string"),
         ({"verifier": 5}, "verifier must be a valid string or an instance of Verifier"),
-        ({"exact": 1}, "exact must be a valid boolean"),
         ({"expert_cache": "much"}, "expert_cache must be a valid number"),
     ],
 )

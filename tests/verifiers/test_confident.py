@@ -93,12 +93,3 @@ def test_bad_rules_are_refused_in_one_line(
     with pytest.raises(SpecDecError, match=message) as caught:
         SpecDecoder(llama, drafter=drafter, verifier="confident", verifier_options=options, runtime="reference")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("rule", ["confident", "typical"])
-def test_a_lossy_rule_is_refused_where_exact_output_is_asked_for(llama: PreTrainedModel, rule: str) -> None:
-    with pytest.raises(SpecDecError, match=f"'{rule}' is lossy, but exact output is asked for"):
-        SpecDecoder(llama, drafter="early-exit", verifier=rule, exact=True)
-    command = ["generate", "x", "--drafter", "early-exit", "--verifier", rule, "--exact"]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
