@@ -21,11 +21,9 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
     name, requests, tokens, lossless
     engine          version and settings of an external engine; else None
     tokens_per_second         EST, over whole calls, prefill included
-    decode_tokens_per_second  EST, tokens after the first, per second after the first
     prefill_ms, first_token_ms, decode_ms_per_token     EST; the prefill yields the first token
     speedup         {baseline: EST}  seconds per token of the baseline over ours, whole calls, request by request
     worst           {baseline: of the prompt with the least speedup, the median over its repetitions; or None}
-    decode_speedup  {baseline: EST}  the same after the first token
     latency_ms      {"token" (whole call per token), "first_token", "step" (between deliveries of tokens):
                     {"p50", "p99"} over requests or steps, or None}
     mean_acceptance_length    EST, tokens per step, pooled over all steps; includes the bonus token

@@ -100,7 +100,6 @@ def summarize(
         "lossless": method.lossless,
         "engine": method.engine,
         **_summary(mine, by_place),
-        "decode_tokens_per_second": _median(mine, lambda reply: _rate(reply.seconds_per_token(after_first=True))),
         "prefill_ms": _median(mine, lambda reply: reply.metrics[0].prefill_seconds if reply.metrics else None, 1e3),
         "first_token_ms": _median(mine, lambda reply: reply.first_seconds, 1e3),
         "decode_ms_per_token": _median(mine, lambda reply: reply.seconds_per_token(after_first=True), 1e3),
@@ -109,7 +108,6 @@ def summarize(
             "first_token": _milliseconds([reply.first_seconds for reply in replies]),
             "step": _milliseconds([gap for reply in replies for gap in reply.intervals]),
         },
-        "decode_speedup": {label: _speedup(mine, base, after_first=True) for label, base in by_place.items()},
         "acceptance_rate": steps.draft_acceptance_rate if steps.num_draft_tokens else None,
         "acceptance_per_position": steps.acceptance_per_position,
         "conditional_acceptance": steps.conditional_acceptance,
@@ -162,21 +160,19 @@ def _rate(pace: float | None) -> float | None:
     return 1 / pace if pace else None
 
 
-def _ratios(
-    mine: list[BenchRequest], base: dict[Any, BenchRequest], after_first: bool = False
-) -> list[tuple[float, BenchRequest]]:
+def _ratios(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> list[tuple[float, BenchRequest]]:
     """Seconds per token of the baseline over ours, for each request that both finished."""
     found = []
     for request in mine:
         other = base.get(request.place)
-        theirs = other.reply.seconds_per_token(after_first) if other else None
-        if theirs and (ours := request.reply.seconds_per_token(after_first)):
+        theirs = other.reply.seconds_per_token() if other else None
+        if theirs and (ours := request.reply.seconds_per_token()):
             found.append((theirs / ours, request))
     return found
 
 
-def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest], after_first: bool = False) -> Estimate | None:
-    found = _ratios(mine, base, after_first)
+def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> Estimate | None:
+    found = _ratios(mine, base)
     return median([speedup for speedup, _ in found], [request.group for _, request in found])
 
 

@@ -4,11 +4,10 @@ The keys of a file are the settings of a cell (``specdec.bench.cell.Cell``). A l
 product of all axes. ``drafter`` and ``verifier`` may be mappings, ``{NAME: {option: value or list}}``. Further keys:
 
     name, description    of the sweep
-    zip: [[A, B], ...]   axes that step together
     exclude: [{A: value or list, ...}, ...]   drops the cells that match all conditions of an entry
     resources: {cpus, gpus, memory_gb, workers}   of one task on a Ray cluster
 
-The axis of an option is called ``drafter.NAME.OPTION`` in ``zip``, ``exclude`` and overrides.
+The axis of an option is called ``drafter.NAME.OPTION`` in ``exclude`` and overrides.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ WHOLE = "against"  # a setting whose value is a list
 # Settings of a method. Cells that agree in all others are a group, which is measured side by side.
 METHOD = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
 SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)] + [*GROUPS]
-KEYS = ("name", "description", "zip", "exclude", "resources", *SETTINGS)
+KEYS = ("name", "description", "exclude", "resources", *SETTINGS)
 
 
 class Resources(Settings):
@@ -116,14 +115,6 @@ class Sweep:
         for setting in SETTINGS:
             if setting in items or setting in GROUPS:
                 self._add((setting,), items.get(setting, getattr(Cell(), setting)))
-        self.zips = [[str(axis) for axis in _as_list(entry)] for entry in _as_list(items.get("zip", []))]
-        for number, names in enumerate(self.zips):
-            lengths = {axis: len(self._axis("zip", axis).values) for axis in names}
-            others = {axis for before in self.zips[:number] for axis in before}
-            if len(names) < 2 or others & {*names} or len({*lengths.values()}) > 1:
-                counts = ", ".join(f"{axis} has {length}" for axis, length in lengths.items())
-                what = "an entry of zip lists axes with as many values each, and an axis is in one entry"
-                raise SpecDecError(f"{what}; {counts}")
         self.excludes = [
             {axis: _as_list(value) for axis, value in _mapping(entry, "an entry of exclude").items()}
             for entry in _as_list(items.get("exclude", []))
@@ -131,7 +122,8 @@ class Sweep:
         points = list(self._points(excluded=True))
         for conditions in self.excludes:  # of the file alone: an override may remove what they name
             for axis in conditions:
-                self._axis("exclude", axis)
+                if axis not in self.axes:
+                    raise SpecDecError(f"exclude: '{axis}' is not an axis of this sweep{did_you_mean(axis, self.axes)}")
             if not any(_matches(point, conditions) for point in points):
                 raise SpecDecError(f"an entry of exclude matches no cell: {conditions}")
 
@@ -151,11 +143,6 @@ class Sweep:
         for one in ({name: value} for value in values if name in SETTINGS):
             Cell().with_settings(**one)
         self.axes[name] = Axis(keys, values)
-
-    def _axis(self, what: str, name: str) -> Axis:
-        if name not in self.axes:
-            raise SpecDecError(f"{what}: '{name}' is not an axis of this sweep{did_you_mean(name, self.axes)}")
-        return self.axes[name]
 
     def override(self, text: str) -> None:
         """Put ``KEY=VALUE,VALUE`` over the file."""
@@ -189,24 +176,13 @@ class Sweep:
         count = 0
         for each in product(*(self.axes[group].values for group in GROUPS)):
             point = dict(zip(GROUPS, each, strict=True))
-            for steps in product(*self._steps(point)):
-                for step in steps:
-                    point = point | step
+            axes = {n: axis.values for n, axis in self.axes.items() if n not in GROUPS and axis.applies(point)}
+            for values in product(*axes.values()):
+                point = point | dict(zip(axes, values, strict=True))
                 if excluded or not any(_matches(point, conditions) for conditions in self.excludes):
                     if (count := count + 1) > MAX_CELLS:
                         raise SpecDecError(f"the sweep has more than {MAX_CELLS:,} cells; shorten an axis")
                     yield point
-
-    def _steps(self, point: dict[str, Any]) -> list[list[dict[str, Any]]]:
-        """The values of each axis that applies, by name; zipped axes step together."""
-        axes = {n: axis.values for n, axis in self.axes.items() if n not in GROUPS and axis.applies(point)}
-        out = []
-        while axes:
-            first = next(iter(axes))
-            zipped = next((names for names in self.zips if first in names), [first])
-            taken = {name: axes.pop(name) for name in [*axes] if name in zipped}
-            out.append([dict(zip(taken, row, strict=True)) for row in zip(*taken.values(), strict=True)])
-        return out
 
     def plan(self) -> Plan:
         """The plan. Raises SpecDecError for options that a plug-in refuses, and for a sweep without a cell."""

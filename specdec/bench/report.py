@@ -28,7 +28,6 @@ from specdec.bench.results import (
     Results,
     ResultTable,
     baselines,
-    command,
     speedup_of,
 )
 
@@ -83,7 +82,6 @@ def write_page(results: Results, folder: Path) -> Path:
         encoded=lambda png: base64.b64encode(png).decode(),
         failures=ResultTable(["cell", "error"], [[labels[r["key"]], r["error"]] for r in results.failed]),
         environment=_environment(results.done),
-        commands="\n".join(f"# {labels[r['key']]}\n{command(r['cell'])}" for r in results.records),
         version=__version__,
     )
     write_atomically(folder / PAGE, text.encode(errors="backslashreplace"))

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specdec.base.errors import SpecDecError
-from specdec.bench.cell import Cell
 from specdec.bench.plan import GROUPS
 from specdec.bench.store import Store
 
@@ -279,22 +277,6 @@ def equality(method: Mapping[str, Any]) -> str:
     notes = [f"{found[key]} {name}" for key, name in (("near_ties", "near-tie"), ("faults", "FAULT")) if found[key]]
     notes += [] if method["lossless"] else ["lossy"]
     return f"{found['equal']} of {found['of']}" + (f" ({', '.join(notes)})" if notes else "")
-
-
-def command(cell: Mapping[str, Any]) -> str:
-    """The ``specdec bench`` command that measures one cell, without default values."""
-    defaults = Cell().as_dict()
-    drafter = cell["drafter"]
-    names = [*(name for name in cell["against"] if name not in ("none", drafter)), drafter]
-    words = ["specdec", "bench", "--drafters", ",".join(names)]
-    for path, value in flattened(f"{drafter}.", cell["drafter_options"]).items():
-        words += ["--drafter-option", f"{path}={as_yaml(value)}"]
-    for path, value in flattened("", cell["verifier_options"]).items():
-        words += ["--verifier-option", f"{path}={as_yaml(value)}"]
-    for name, value in cell.items():
-        if name not in ("drafter", "drafter_options", "verifier_options", "against") and value != defaults[name]:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
 
 
 # Export.

@@ -114,14 +114,13 @@ def status(as_json: shared.JsonLine = False) -> None:
     for path, each in found:
         size = terminal.megabytes(path.stat().st_size)
         if each is None:
-            rows.append((path.name, "cannot be used; 'specdec learn reset' removes it", "", "", "", size))
+            rows.append((path.name, "cannot be used; 'specdec learn reset' removes it", "", "", size))
             continue
         name = Path(each.model).name if last[Path(each.model).name] == 1 else each.model
         name += f" with {Path(each.adapter).name}" if each.adapter else ""
-        shares = [share for _, share in each.agreement]
-        latest = f"{100 * shares[-1]:.0f} %" if shares else "no fit yet"
-        rows.append((name, f"{each.tokens:,}", each.since, latest, sparkline(shares), size))
-    terminal.print_table(("model", "tokens", "since", "agreement", "over time", "size"), rows)
+        latest = f"{100 * each.agreement[-1][1]:.0f} %" if each.agreement else "no fit yet"
+        rows.append((name, f"{each.tokens:,}", each.since, latest, size))
+    terminal.print_table(("model", "tokens", "since", "agreement", "size"), rows)
 
 
 @app.command("reset", epilog="Example: specdec learn reset my-model")
@@ -215,10 +214,3 @@ def _fingerprint(model: str) -> str:
 
     with terminal.status(f"reading {model}"):
         return identity.fingerprint(loading.load(model, device="cpu")[0])
-
-
-def sparkline(values: list[float]) -> str:
-    """``▁▃▅▇``: at most 16 of the values, from 0 to the largest."""
-    shown = values[:: max(-(-len(values) // 16), 1)]
-    most = max(shown, default=0) or 1
-    return "".join("▁▂▃▄▅▆▇█"[min(int(8 * value / most), 7)] for value in shown)

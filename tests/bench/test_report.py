@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import re
-import shlex
 import shutil
 import struct
 import subprocess
@@ -103,31 +101,12 @@ def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:
     assert "24 of 24 outputs" in shown  # of the lossless rule alone
     assert "a CPU" in shown and "sha256 0123456789ab" in shown
     assert "there is no folder 'no/such/folder'; train one" in shown
-    assert "specdec sweep mine.yaml" in shown and shown.count("specdec bench --drafters") == 13
+    assert "specdec sweep mine.yaml" in shown
     assert len(page.images) == 4 and all(image["alt"] for image in page.images)  # two baselines, acceptance, quality
     for image in page.images:
         width, _ = struct.unpack(">II", base64.b64decode(image["src"].partition(",")[2])[16:24])
         assert width >= 900  # two device pixels for each of a telephone's
     assert outcome.stdout.count("\n") == 1 + 13 and "error" in outcome.stdout.splitlines()[0]
-
-
-def test_every_command_measures_its_cell_again(folder: Path) -> None:
-    """What the page prints is what the command line takes for that very cell."""
-    report(folder)
-    (block,) = re.findall(r"<summary>One cell at a time</summary><pre>(.*?)</pre>", (folder / PAGE).read_text(), re.S)
-    lines = [line for line in html.unescape(block).splitlines() if line.startswith("specdec bench")]
-    wanted = [record["cell"] for record in Store(folder).records().values()]
-    for line, cell in zip(lines, wanted, strict=True):
-        words = shlex.split(line)
-        given = dict(zip(words[2::2], words[3::2], strict=True))
-        assert given.pop("--drafters").split(",")[-1] == cell["drafter"]
-        assert given.get("--num-speculative-tokens", "auto") == str(cell["num_speculative_tokens"])
-        if cell["drafter"] == "prompt-lookup":
-            assert (
-                given["--drafter-option"] == f"prompt-lookup.continuations={cell['drafter_options']['continuations']}"
-            )
-        if cell["verifier"] == "confident":
-            assert given["--verifier-option"] == f"exit_threshold={cell['verifier_options']['exit_threshold']}"
 
 
 def test_a_report_is_also_json_and_markdown(folder: Path) -> None:
@@ -204,7 +183,7 @@ def look(page: Path, width: int, work: Path) -> None:
 
     seen, shot = browse(page, width, work)
     assert seen["inner"] == width and seen["scroll"] <= width and not seen["outside"], seen
-    assert seen["smallest"] >= 12 and {"Speedup", "All cells", "Environment", "Commands"} <= set(seen["sections"])
+    assert seen["smallest"] >= 12 and {"Speedup", "All cells", "Environment", "Command"} <= set(seen["sections"])
     assert seen["images"] and all(natural > 800 and 250 < shown < width for natural, shown in seen["images"])
     grey = Image.open(shot).convert("L")
     counts = grey.histogram()

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
 from specdec.api.tuned import Tuned, save_tuned, tuned_path
-from specdec.cli.learn import sparkline
 from specdec.drafters import learned
 from specdec.models import drafter_folder
 
@@ -200,7 +199,3 @@ def test_generate_learns_after_the_text_where_told_to(folder: Path) -> None:
         assert runner.invoke(cli.app, [*ask, "--seed", str(number), "--learn"]).exit_code == 0
     [(_, progress)] = learned.all_progress()
     assert progress is not None and progress.texts >= 2 and progress.tokens > 0
-
-
-def test_a_sparkline_has_at_most_16_marks() -> None:
-    assert sparkline([]) == "" and sparkline([0.1, 0.9]) == "▁█" and len(sparkline([0.5] * 100)) <= 16
