@@ -218,7 +218,7 @@ class M2R2Drafter(ChainDrafter):
 
     def _drafts_by_levels(self, state: State) -> bool:
         """Whether to draft a tree for a single row, or chains with siblings for several: if drafting runs no layer that
-        scoring needs, and logits are changed by constraints of a single row alone."""
+        scoring needs, and logits are changed only by constraints of a single row."""
         path, one = self.network.path, len(state.ids) == 1
         verified = state.threshold is None
         worth = bool(self.nodes) or not is_asynchronous(state.cache.device)  # it is read before it is scored

@@ -101,7 +101,7 @@ class Replay:
     def rows(self, text: Text, network: M2R2 | None = None) -> Iterator[Rows | None]:
         """Run a text; yield the rows of each part of it when they are complete, else None, after pieces of work.
 
-        Its states are kept (``Text.states``); where they are already, it runs through the draft path alone.
+        Its states are kept (``Text.states``); where they are already, it runs only through the draft path.
 
         network: runs the draft path.
 

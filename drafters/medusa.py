@@ -105,7 +105,6 @@ class MedusaDrafter(Drafter):
     accuracy[k][r]: how often choice r of head k is the model's own.
     nodes: nodes of the tree; None: those that are worth their price (``Prices``), or as many as the draft may be deep.
     output_heads: output heads of a public checkpoint, [V, D] each; None: the model's.
-    source: where public heads come from: a folder, or a Hugging Face id with the commit that was read.
     normed: whether blocks read the normalised state, and output heads the blocks, as in public checkpoints.
     """
 
@@ -120,10 +119,9 @@ class MedusaDrafter(Drafter):
         accuracy: Sequence[Sequence[float]],
         nodes: int | None = None,
         output_heads: Sequence[Tensor] | None = None,
-        source: str = "",
         normed: bool = False,
     ) -> None:
-        self.network, self.output_heads, self.source = network, output_heads, source
+        self.network, self.output_heads = network, output_heads
         self.normed = normed or output_heads is not None
         if self.normed and network.rooted:
             raise SpecDecError("Medusa heads cannot be both 'normed' and 'rooted'; set one of them to false")
@@ -132,19 +130,15 @@ class MedusaDrafter(Drafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MedusaDrafter:
-        """From a folder, a Hugging Face id of public heads, or the folder shipped for the model.
+        """From a folder, public heads ORG/NAME[@revision] on Hugging Face, or the folder shipped for the model.
 
-        Options: ``nodes``, and ``revision`` (branch, tag or commit) of a Hugging Face id. Raises SpecDecError for
-        anything missing, broken or made for another model.
+        Raises SpecDecError for anything missing, broken or made for another model.
         """
-        options.check_names(cls.name, kwargs, ("nodes", "revision"))
-        revision, nodes = kwargs.get("revision"), kwargs.get("nodes")
-        if source is None and revision is not None:
-            raise SpecDecError("option 'revision' goes with Medusa heads by Hugging Face id: --drafter medusa=ID")
-        folder, named = (cls.find(target, None), "") if source is None else _folder(source, revision)
+        options.check_names(cls.name, kwargs, ("nodes",))
+        folder, nodes = cls.find(target, None) if source is None else _folder(source), kwargs.get("nodes")
         if (public := _public_config(folder)) is not None:
             network, own = _read_public(folder, public, target)
-            return cls(network, public.get("accuracy", ASSUMED[: network.heads]), nodes, own, named)
+            return cls(network, public.get("accuracy", ASSUMED[: network.heads]), nodes, own)
         config = drafter_folder.read_config(folder, cls.name, target)
         heads, layers = _check_sizes(config.get("heads"), config.get("layers"))
         make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
@@ -250,7 +244,7 @@ class MedusaDrafter(Drafter):
 
 
 def final_norm(target: Target) -> nn.Linear:
-    """The identity: a readout with this head is the model's final norm alone."""
+    """The identity: a readout with this head is only the model's final norm."""
     return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
 
 
@@ -280,17 +274,13 @@ def _check_accuracy(accuracy: Any, heads: int) -> list[list[float]]:
 # --- public checkpoints --------------------------------------------------------------------------------------------
 
 
-def _folder(source: str, revision: Any) -> tuple[Path, str]:
-    """The folder ``source``, or that of a Hugging Face id (no pickle is fetched), and its name."""
-    if revision is not None and not isinstance(revision, str):
-        raise SpecDecError(f"revision must be a branch, tag or commit in quotes; got {revision!r}")
-    if Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        if revision is not None:
-            raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{source}' is not one")
-        return Path(source), source
+def _folder(source: str) -> Path:
+    """The folder ``source``, or that of ORG/NAME[@revision] on Hugging Face (no pickle is fetched)."""
+    named = hub.parse_repo_id(source)
+    if named is None or Path(source).is_dir():
+        return Path(source)
     files = [drafter_folder.CONFIG, drafter_folder.WEIGHTS, PUBLIC]
-    found = hub.fetch("drafter", source, revision, files, "; name a folder or a Hugging Face id")
-    return found, f"{source}@{found.name}"  # a snapshot's folder has the name of its commit
+    return hub.fetch("drafter", *named, files, "; name a folder or a Hugging Face id")
 
 
 def _public_config(folder: Path) -> dict[str, Any] | None:

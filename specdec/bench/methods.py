@@ -76,7 +76,7 @@ class Method:
     """A way to answer prompts.
 
     lossless: its verifier keeps the model's distribution.
-    seeded: sampled tokens depend on the seed alone.
+    seeded: sampled tokens depend only on the seed.
     same_arithmetic: greedy tokens equal those of plain decoding.
     engine: version and settings of an external engine.
     pass_seconds: duration of an external engine's passes, by number of tokens.

@@ -120,7 +120,7 @@ class Sweep:
             for entry in _as_list(items.get("exclude", []))
         ]
         points = list(self._points(excluded=True))
-        for conditions in self.excludes:  # of the file alone: an override may remove what they name
+        for conditions in self.excludes:  # only of the file: an override may remove what they name
             for axis in conditions:
                 if axis not in self.axes:
                     raise SpecDecError(f"exclude: '{axis}' is not an axis of this sweep{did_you_mean(axis, self.axes)}")

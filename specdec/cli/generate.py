@@ -46,12 +46,6 @@ def generate(
     learn: shared.Learn = None,
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
-    exit_threshold: Annotated[
-        float | None,
-        _model(
-            "--exit-threshold", "With --verifier confident: probability in [0, 1] at which a token leaves early.", "P"
-        ),
-    ] = None,
     loading: shared.HubFlags = shared.HubFlags(),
     expert_cache: Annotated[
         str | None,
@@ -111,10 +105,6 @@ def generate(
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, **vars(params), "stop": stop, "constraint": None}
     settings: dict[str, Any] = {"num_speculative_tokens": shared.depth(num_speculative_tokens)}
     rule_options = options.parse_assignments("--verifier-option", verifier_option or [])
-    if exit_threshold is not None:
-        if verifier != "confident":
-            raise SpecDecError(f"--exit-threshold belongs to --verifier confident; '{verifier}' has none")
-        rule_options["exit_threshold"] = exit_threshold
     drafter_options = drafting.options
     cache = None if expert_cache is None else options.parse_size("--expert-cache", expert_cache)
     with terminal.status("starting", silent):

@@ -159,7 +159,7 @@ class Batch:
     def step(self, on_score: Callable[[], object] = lambda: None) -> None:
         """Draft, score, verify, append what is accepted to each row, and commit it.
 
-        A row may end inside its draft. Tokens behind its end are not committed: the cache holds the row's text alone.
+        A row may end inside its draft. Tokens behind its end are not committed: the cache holds only the row's text.
         on_score: called just before the model scores.
         """
         # Draft

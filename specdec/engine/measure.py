@@ -75,7 +75,7 @@ def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> 
         for exit in exits[number]:
             one, each = min(draft[number, exit, 1]), min(draft[number, exit, DRAFTED])
             further = (DRAFTED * each - one) / (DRAFTED - 1)
-            # A further token costs no more than the first. A drafter that drafts nothing alone (0) has one price.
+            # A further token costs no more than the first. A drafter that drafts nothing by itself (0) has one price.
             drafts.append((one, further) if 0 <= further <= one else (each, each))
         found.append(Timings(scoring, tuple(drafts)))
     return found

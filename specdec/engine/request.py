@@ -88,7 +88,7 @@ class Request:
     metrics: RequestMetrics = field(init=False)
     drafter_state: Any = field(init=False, default=None)  # ``Drafter.begin``
     depth_history: Any = field(init=False, default=None)  # ``DepthPolicy.begin``
-    status: Status = field(init=False, default=Status.WAITING)  # changed by ``set_status`` alone
+    status: Status = field(init=False, default=Status.WAITING)  # changed only by ``set_status``
     finish_reason: str | None = field(init=False, default=None)
     error: SpecDecError | None = field(init=False, default=None)
     cancelled: bool = field(init=False, default=False)

@@ -66,7 +66,7 @@ class Scheduler:
     token_bytes: size of a token's keys and values; state_bytes: of a row's recurrent states, or a checkpoint. 0 without
         a limit of memory.
 
-    A text with recurrent states can be resumed at checkpoints alone. A prompt gets one where another text branches off,
+    A text with recurrent states can be resumed only at checkpoints. A prompt gets one where another text branches off,
     and one every ``CHECKPOINT`` tokens.
     """
 

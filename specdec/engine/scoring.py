@@ -75,7 +75,7 @@ class _Scorer:
         x, tree, exit_layer = self._resume(tokens, positions), draft.ancestors(), draft.exit_layer
         ctx = Pass(positions, cache.register(exit_layer, positions, tree), cache, taps)
         x = target.layers(x, exit_layer, target.num_layers, ctx)
-        # Choose, and read drafted tokens that the device alone has
+        # Choose, and read drafted tokens that only the device has
         # A device had better choose after all tokens at once, unless masks come from the host.
         along = not verifier.needs_probabilities and (sampler.best_allowed or not is_asynchronous(cache.device))
         p, fault, unread = None, None, [draft.tokens] if draft.listed is None else []
@@ -122,7 +122,7 @@ class _Scorer:
         return y if draft.states is None else torch.cat((draft.states, y), 1)
 
     def rows(self) -> Scores:
-        """Score each row's own tokens alone, one row behind the other."""
+        """Score only each row's own tokens, one row behind the other."""
         state, draft, taps, verifier = self.state, self.draft, self.taps, self.verifier
         target, cache, lists, depths = state.target, state.cache, draft.lists(), draft.depths()
         # Run
@@ -187,7 +187,7 @@ class _Scorer:
         """The target's choices after the block tokens ``nodes`` of row ``b`` [T].
 
         logits: [T, V], raw. best: [T], the largest, of a row that takes the best one that its constraint allows. Logits
-        are processed along accepted tokens alone: choices after other tokens do not count.
+        are processed only along accepted tokens: choices after other tokens do not count.
         """
         row, chosen = self.state.sampler.rows[b], [0] * len(nodes)
         texts = {0: self.state.ids[b]}  # of the accepted tokens

@@ -162,11 +162,11 @@ def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dic
     refuse_stateful(processors, "leave out the option that adds it")
     for name, value in model_kwargs.items():
         if value is not None and name not in (*PREPARED, "attention_mask"):
-            raise SpecDecError(f"SpecGenerate cannot pass '{name}' to the model; give token ids alone")
+            raise SpecDecError(f"SpecGenerate cannot pass '{name}' to the model; give only token ids")
 
 
 def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """The rows without padding. Raises SpecDecError for padding on the right and for rows of padding alone."""
+    """The rows without padding. Raises SpecDecError for padding on the right and for rows of only padding."""
     if mask is None:
         mask = torch.ones_like(input_ids)
     prompts = []

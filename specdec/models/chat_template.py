@@ -1,6 +1,6 @@
 """Chat templates: rendered by jinja2 in a sandbox, with the names and filters that transformers gives templates.
 
-A template is code of a model's author and sees plain JSON values alone. A test compares the texts with transformers'.
+A template is code of a model's author and sees only plain JSON values. A test compares the texts with transformers'.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _until_mark(text: str, last: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` of exact JSON types alone: others have methods that a sandbox does not know."""
+    """``value`` of plain JSON types: others have methods that a sandbox does not know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):
@@ -112,7 +112,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """``dict`` of a template: a function alone, not the class with its attributes."""
+    """``dict`` of a template: only a function, not the class with its attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

@@ -94,7 +94,7 @@ def whole_name(name: str) -> str:
 
 
 def part_paths(path: Path) -> list[Path]:
-    """All parts of the split file that ``path`` is a part of, by its name; else the path alone."""
+    """All parts of the split file that ``path`` is a part of, by its name; else only the path."""
     if (part := PART.fullmatch(path.name)) is None:
         return [path]
     return [path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf") for number in range(1, int(part[3]) + 1)]

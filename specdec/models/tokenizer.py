@@ -1,4 +1,4 @@
-"""The tokenizer of a folder with a tokenizer.json, through ``tokenizers`` alone.
+"""The tokenizer of a folder with a tokenizer.json, only through ``tokenizers``.
 
 Token ids and chats are those of transformers' ``AutoTokenizer``, which a test compares. What else that one does, it
 does here, too: it is loaded when an attribute or an argument needs it.

@@ -263,7 +263,7 @@ class AnswerParser:
                 yield from self.form.calls(self, mark)
 
     def _bare(self) -> Parts[None]:
-        """Read an answer that is calls alone without marks: as they are, in backticks, or in doubled braces."""
+        """Read an answer that is only calls without marks: as they are, in backticks, or in doubled braces."""
         source = self.source
         while not source.last and self._may_be_bare(source.text.lstrip()):
             yield None
@@ -338,7 +338,7 @@ class AnswerParser:
 class _JsonCall:
     """A call as a JSON object with a name and arguments, read as it arrives.
 
-    named: the name, if it came before the object, which then holds the arguments alone.
+    named: the name, if it came before the object, which then holds only the arguments.
     raw: the text so far. sent: the end of the arguments that ``parts`` has returned. end: of the arguments, or 0.
     """
 

@@ -83,7 +83,7 @@ class GenerationRequest:
     """What a client wants. Raises ApiError if its parts do not fit together.
 
     chat, prompts: one of them; prompts are texts or token ids.
-    options: of ``SpecDecoder.request``, those that are given. max_new_tokens: 0 runs the prompt alone.
+    options: of ``SpecDecoder.request``, those that are given. max_new_tokens: 0 only runs the prompt.
     n: choices for each prompt. echo: put the prompt before the answer.
     include_usage, include_draft_depth: what a stream has beside the text.
     include_metrics, per_step_metrics: figures of the request and of each step in the answer.

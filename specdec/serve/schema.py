@@ -256,7 +256,7 @@ def json_of(kind: str, schema: JsonSchema | None) -> Json | None:
 class GenerationBody(Options):
     """What OpenAI's first two endpoints have in common.
 
-    max_tokens: 0 runs the prompt alone, in the background, for later requests to begin with.
+    max_tokens: 0 only runs the prompt, in the background, for later requests to begin with.
     per_step_metrics: add metrics of each step to the response.
     """
 
@@ -431,7 +431,7 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="before")
     @classmethod
     def _false_is_none(cls, given: Any) -> Any:
-        """``logprobs: false`` means null; 0 returns the log-probabilities of the chosen tokens alone."""
+        """``logprobs: false`` means null; 0 returns only those of the chosen tokens."""
         unused = isinstance(given, dict) and given.get("logprobs") is False
         return given | {"logprobs": None} if unused else given
 

@@ -259,7 +259,7 @@ class Service:
         request = self.decoder.request(
             prompt, **options, constraint=constraint, scope=client.scope, prompt_logprobs=scored
         )
-        request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 scores the prompt alone
+        request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 only scores the prompt
         request.background = not max_new_tokens and asked.num_logprobs is None
         request.sender = client.sender
         if client.key is not None:

@@ -326,7 +326,7 @@ class Drafter(ABC):
         """Receive the states [B, T, D] at the tapped layers of a block just run, and the paths that are accepted.
 
         row_states: of the block's rows.
-        paths: block indices; empty for a row that was not run. The block of a part of a prompt is its last token alone,
+        paths: block indices; empty for a row that was not run. The block of a part of a prompt is only its last token,
             unless the drafter reads ``whole_prompts``.
         taps: empty tensors for layers below the exit layer of a draft with states, which are not run again.
         """

@@ -1,7 +1,7 @@
 """From logits to tokens: logits processors, and Gumbel noise that is keyed by position.
 
 A sampled token is the argmax of the processed logits plus Gumbel noise (the Gumbel-max trick), which is an exact draw
-from their softmax. The noise of a token depends on the request's seed and on the token's position alone, so what is
+from their softmax. The noise of a token depends on the request's seed and only on the token's position, so what is
 sampled depends neither on the drafter nor on the depth of drafts nor on other rows: acceptance is the walk of greedy
 decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose (Daliri
 et al. 2024, arXiv 2408.07978). The transforms are those of ``generate``, in its order, and the penalties and the bias
@@ -76,7 +76,7 @@ class Transforms:
     def __call__(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
         """Logits [B, T, V'] -> float32 [B, T, V']; ``prefixes`` is called only if a processor needs it.
 
-        vocab: the tokens that logits are over, int64 [V']; None: all. For constraints and warpers alone.
+        vocab: the tokens that logits are over, int64 [V']; None: all. Only for constraints and warpers.
         """
         scores = logits.float().reshape(-1, logits.shape[-1])  # (B * T, V')
         if self.processors:

@@ -93,7 +93,7 @@ def first_difference(
 ) -> Difference | None:
     """Compare two outputs of one request, greedy or sampled by ``sampler``; None if they are equal.
 
-    A difference in length alone is a fault (infinite gap).
+    A difference only in length is a fault (infinite gap).
     """
     if ours == plain:
         return None

@@ -66,7 +66,8 @@ def test_rows_leave_apart_and_the_threshold_is_kept(llama: PreTrainedModel) -> N
 
 def test_the_command_says_lossy_and_how_deep_tokens_went(tmp_path: Path) -> None:
     command = ["generate", "hello there", "--model", str(save_tiny(tmp_path)), "--dtype", "float32", "--drafter"]
-    command += ["early-exit", "--drafter-option", "exit_layer=2", "--verifier", "confident", "--exit-threshold", "0.02"]
+    command += ["early-exit", "--drafter-option", "exit_layer=2", "--verifier", "confident"]
+    command += ["--verifier-option", "exit_threshold=0.02"]
     result = CliRunner().invoke(app, [*command, "--compare", "--max-new-tokens", "24"])
     assert result.exit_code == 0, result.output
     assert "verifier: lossy (confident, threshold 0.02); layers per token: " in result.stderr
