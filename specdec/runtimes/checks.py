@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from specdec.base.errors import NotFiniteError, SpecDecError
 from specdec.models.families import FAMILIES, mixture_of
 from specdec.models.gguf.blocks import Blocks, ExpertBlocks, dequantize, named_weights
-from specdec.models.native_model import NativeModel, as_transformers
+from specdec.models.native_model import NativeModel
+from specdec.runtimes import plain
 from specdec.runtimes.decoder_layer import has_experts, router
 from specdec.runtimes.target import Pass, Target
 
@@ -58,6 +59,18 @@ def _apart(found: Tensor, expected: Tensor) -> Tensor:
     return (found.float() - expected.float()).abs().amax(-1) / expected.float().abs().max().clamp_min(1e-6)
 
 
+def _of_router(expected: Tensor, found: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """The differences of a router's logits [T, E] from those that are known, and of the logits of the ``experts`` that
+    it chooses from the largest."""
+    largest = found.topk(experts.shape[1]).values
+    return _apart(expected, found), _apart(found.gather(1, experts), largest)
+
+
+def _largest(logits: Tensor, count: int) -> Tensor:
+    """The experts with the largest logits [T, E]; of equals the kernels, too, take the first."""
+    return logits.sort(stable=True, descending=True).indices[:, :count]
+
+
 @contextmanager
 def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
     """In this context tokens take the experts that have the largest ``logits``, float32 [T, layers, experts], in the
@@ -74,12 +87,10 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
     def route(layer: int, _router: nn.Module, _args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         found, shares, experts = output
         if known:
-            largest = found.topk(experts.shape[1]).values
-            differences.extend((_apart(logits[:, layer], found), _apart(found.gather(1, experts), largest)))
+            differences.extend(_of_router(logits[:, layer], found, experts))
         else:
             logits[:, layer] = found
-        order = logits[:, layer].sort(stable=True, descending=True).indices  # the kernels, too, take the first
-        return found, shares, order[:, : experts.shape[1]]
+        return found, shares, _largest(logits[:, layer], experts.shape[1])
 
     with ExitStack() as hooks:
         for n, layer in enumerate(model.model.layers) if logits.shape[2] else ():
@@ -90,19 +101,19 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
 
 @torch.inference_mode()
 def check_logits(target: Target) -> float:
-    """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with the forward of
-    transformers' model, in which tokens take the same experts.
+    """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with the forward of its model,
+    that of ``plain`` or transformers' own, in which tokens take the same experts.
 
     Returns the difference of the median position, relative to the largest logit, of the head or a router: in 16 bits,
     single positions of correct runtimes may differ much. Raises SpecDecError if it is too large.
     """
-    model, kind = as_transformers(target.model), target.model.config.model_type
+    model, kind = target.model, target.model.config.model_type
     (prompt, n), device, layers = (8, 11), target.device, target.num_layers
     # Spread over the vocabulary: the first tokens are often special ones, on which models are ill-conditioned.
     ids = (torch.arange(1, n + 1, device=device)[None] * 7919) % target.vocab_size
     positions = torch.arange(n, device=device)[None]
     # Other families' routers choose by more than their logits, and their modules run in all runtimes.
-    experts = mixture_of(target.model.config).experts if kind in FAMILIES else 0
+    experts, taken, _ = mixture_of(model.config) if kind in FAMILIES else (0, 0, False)
     routed = torch.zeros(n, layers, experts, device=device)
     try:
         cache, ours = target.new_cache(), []
@@ -116,8 +127,17 @@ def check_logits(target: Target) -> float:
                 routed[a:b, lo:hi] = found[:, lo:hi]
             ours.append(target.readout(x))
             cache.commit([list(range(b - a))])
-        with routing(model, routed, known=True) as differences:
-            own = model(input_ids=ids, use_cache=False).logits
+        if isinstance(model, NativeModel):
+            differences = list[Tensor]()
+
+            def choose(layer: int, found: Tensor) -> Tensor:
+                differences.extend(_of_router(routed[:, layer], found, found.topk(taken).indices))
+                return _largest(routed[:, layer], taken)
+
+            own = plain.logits_of(model, ids[0], target.windows, choose)[None]
+        else:
+            with routing(model, routed, known=True) as differences:
+                own = model(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise SpecDecError(
             f"model type '{kind}' is not supported: its layers do not run one by one ({error})"

@@ -245,6 +245,16 @@ def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:
     return ([gate_up.T[::2], gate_up.T[1::2]], down.T) if own.is_transposed else ([gate_up], down)
 
 
+def expert(experts: Any, number: int) -> tuple[Any, ...]:
+    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down; and their biases."""
+    whole = isinstance(experts, BlockExperts)
+    matrices = (experts.gate_up[number], experts.down[number]) if whole else matrices_of(experts, number)
+    if not hasattr(experts, BIASES[0]):
+        return *matrices, None, None
+    bias = experts.gate_up_proj_bias[number].detach()  # of gates and ups in turn
+    return *matrices, torch.cat((bias[::2], bias[1::2])), experts.down_proj_bias[number].detach()
+
+
 @dataclass(frozen=True)
 class ExpertBlocks(Blocks):
     """The matrices of all experts, one below the other. data, kind, inputs: those of the first matrix.

@@ -40,7 +40,7 @@ from specdec.models.gguf.blocks import (
     quantize,
     quantize_experts,
 )
-from specdec.models.native_model import NativeModel, as_transformers
+from specdec.models.native_model import NativeModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
@@ -222,8 +222,7 @@ class NativeTarget(Target):
         if isinstance(checked, float) and checked >= 0:  # by the process that packed
             self.logit_difference = checked
         else:
-            checked_by: Any = as_transformers(model).model
-            with memory.releasing((*checked_by.layers, checked_by.embed_tokens, self.own_head), _mapped):
+            with memory.releasing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
                 self.logit_difference = check_logits(self)
             if kept is not None:
                 kept.notes[how] = self.logit_difference

@@ -1,0 +1,138 @@
+"""The plain pass that kernels are checked against: transformers' logits in every family, and faults that it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ROPES, rough_model, sizes_of, tamed
+from tiny_gguf import write_family
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+from specdec.models import families, loading
+from specdec.models.config import Config
+from specdec.models.gguf.blocks import Blocks
+from specdec.models.native_model import NativeModel
+from specdec.runtimes import decoder_layer, plain
+from specdec.runtimes.native import library, linear
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.target import _windows
+
+IDS = torch.arange(1, 21) * 7919 % 97
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "llama": [{"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
+    "olmoe": [{"norm_topk_prob": True}],
+    "gemma2": [{"sliding_window": 3}],
+    "qwen3_moe": [{"mlp_only_layers": [1], "decoder_sparse_step": 2}],
+    "qwen3_5_text": [{"linear_num_value_heads": 8}],
+    "qwen3_next": [{"linear_num_value_heads": 8}],
+}
+CASES = [(kind, change) for kind in families.FAMILIES for change in ({}, *VARIANTS.get(kind, ()))]
+
+
+def native_model(model: Any) -> NativeModel:
+    """A native model with the weights of one of transformers."""
+    own = NativeModel(Config(**model.config.to_dict()), model.dtype)
+    for name, value in model.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        setattr(own.get_submodule(path), leaf, value)
+    return own
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES, ids=[f"{kind} {change}" for kind, change in CASES])
+def test_logits_are_those_of_transformers(kind: str, changes: dict[str, Any]) -> None:
+    rope = {"rope_parameters": ROPES[kind]} if kind in ROPES else {}
+    model = rough_model(kind, **sizes_of(kind), **rope, **changes)
+    expected = model(IDS[None]).logits[0]
+    found = plain.logits_of(native_model(model), IDS, _windows(model.config))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
+def test_tokens_take_the_experts_that_are_given(kind: str) -> None:
+    model, seen = native_model(rough_model(kind, **sizes_of(kind))), dict[int, Tensor]()
+
+    def choose(layer: int, logits: Tensor) -> Tensor:
+        seen[layer] = logits
+        return logits.topk(2).indices if least is None else logits.topk(2, largest=False).indices
+
+    windows, least = _windows(model.config), None
+    assert torch.equal(plain.logits_of(model, IDS, windows, choose), plain.logits_of(model, IDS, windows))
+    assert sorted(seen) == [0, 1, 2, 3] and seen[0].shape == (20, 4)
+    least = True
+    assert not torch.allclose(plain.logits_of(model, IDS, windows, choose), plain.logits_of(model, IDS, windows))
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates are taken for ups."""
+    own = decoder_layer.modules
+
+    def modules(layer: Any) -> dict[str, Any]:
+        found = own(layer)
+        return found | {"gate_up": found["gate_up"][::-1]}
+
+    monkeypatch.setattr(decoder_layer, "modules", modules)
+
+
+def unordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of queries and keys stay in the order of the file."""
+    own = linear._block_tiles
+    monkeypatch.setattr(linear, "_block_tiles", lambda blocks, memory: own(replace(blocks, rows=None), memory))
+
+
+def misread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks in the middle of a matrix have other numbers."""
+    own = linear._block_tiles
+
+    def tiles(blocks: Blocks, memory: Any) -> Any:
+        data = blocks.data.clone()
+        data[1:-1, ::34] += 8
+        return own(replace(blocks, data=data), memory)
+
+    monkeypatch.setattr(linear, "_block_tiles", tiles)
+
+
+def unrotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each position is that behind it."""
+    own = NativeTarget._rotary_tables
+
+    def tables(self: NativeTarget, count: int) -> Any:
+        found = own(self, count)
+        if not hasattr(self, "moved"):
+            self.moved = [table.copy_(table.roll(1, 0) * 0.5) for table in found[0]]  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(NativeTarget, "_rotary_tables", tables)
+
+
+def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms have no weights."""
+    monkeypatch.setattr(NativeTarget, "_norm", lambda self, module: torch.ones(module.weight.shape))
+
+
+FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [swapped, unordered, misread, unrotated, unscaled]
+
+
+@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_kernels_is_found(
+    cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    source: Any = tamed(rough_model("llama", **sizes_of("llama")))
+    for layer in source.model.layers:  # scores differ, and what layers add is as large as what they are added to
+        own, mlp = layer.self_attn, layer.mlp
+        for module, factor in ((own.q_proj, 4), (own.k_proj, 4), (own.o_proj, 8), (mlp.down_proj, 8)):
+            module.weight.mul_(factor)
+    model = loading.load(write_family(tmp_path / "it.gguf", source, "Q8_0"))[0]
+    assert isinstance(model, NativeModel) and NativeTarget(model).logit_difference < 0.02
+    fault(monkeypatch)
+    with pytest.raises(SpecDecError, match="the native runtime gives other logits than this 'llama' model"):
+        NativeTarget(model)
