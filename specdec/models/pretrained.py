@@ -23,6 +23,7 @@ from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
 from specdec.models import checkpoint, families
 from specdec.models.gguf import model as gguf_model
+from specdec.models.gguf import tokenizer as gguf_tokenizer
 from specdec.models.gguf.file import read_header
 from specdec.models.prepare import quiet_transformers
 from specdec.models.source import Source, explain_errors
@@ -45,7 +46,7 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **_options(source, trust_remote_code))
         if len(tokenizer) > len(tokenizer.all_special_tokens):  # without its files, a tokenizer class may be empty
             if source.packed:
-                gguf_model.split_digits(
+                gguf_tokenizer.split_digits(
                     read_header(source.folder / source.packed, source.name), tokenizer.backend_tokenizer
                 )
             return tokenizer

@@ -1,7 +1,7 @@
-"""A forward pass of a native model in plain PyTorch, which the kernels are checked against where a model is first packed.
+"""A forward pass of a native model in plain PyTorch, which the kernels are checked against.
 
-It computes what a layer's modules say, one layer at a time, without a cache, and lets pages of mapped weights go. A test
-compares it with transformers' model for every family.
+It computes what a layer's modules say, one layer at a time, without a cache, and releases the pages of mapped weights.
+A test compares it with transformers' model for every family.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def logits_of(model: NativeModel, ids: Tensor, windows: list[Any], choose: Choos
     family, numbers = families.FAMILIES[config.model_type], families.numbers_of(config)
     x = weight_rows(decoder.embed_tokens, ids) * numbers.embeddings
     rotations = families.rotations(config)
-    tables = {
-        each: each.tables(decoder.rotary_emb, len(ids), x.dtype) for pair in rotations if pair for each in pair
-    }
+    tables = {each: each.tables(decoder.rotary_emb, len(ids), x.dtype) for pair in rotations if pair for each in pair}
     for n, layer in enumerate(decoder.layers):
         places = zip(("in", "attended", "mlp", "out"), family.norms, strict=True)
         norms: dict[str, Any] = {place: getattr(layer, name) if name else nn.Identity() for place, name in places}

@@ -27,6 +27,7 @@ from specdec.base.terminal import megabytes
 from specdec.models import catalogue, identity, loading, prepare
 from specdec.models.gguf import blocks
 from specdec.models.gguf import model as gguf_model
+from specdec.models.gguf import tokenizer as gguf_tokenizer
 from specdec.models.gguf.blocks import (
     KINDS,
     BlockEmbedding,
@@ -473,7 +474,7 @@ def test_a_vocabulary_is_decoded_at_first_use(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"<|endoftext|>", b"<|endoftext|\xff", 1))
     header = read_header(path)
     with pytest.raises(SpecDecError, match=r"it.gguf.*truncated or broken \(a string in it is not UTF-8 text\)"):
-        gguf_model.tokenizer_of("it", header)
+        gguf_tokenizer.converted("it", header)
 
 
 def test_arrays_of_a_header_are_bounded_together(tmp_path):

@@ -10,22 +10,16 @@ from typing import Any
 import pytest
 from tiny import save_native
 from tiny_gguf import write_gguf, write_model
-from tiny_tokenizers import letters, special_tokenizer
+from tiny_tokenizers import TEXTS, letters, special_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from specdec.api.text import Detokenizer, encode, special_tokens
 from specdec.models import catalogue, loading, prepare
 from specdec.models.chat_template import render
+from specdec.models.gguf import tokenizer as gguf_tokenizer
 from specdec.models.gguf.file import read_header
-from specdec.models.gguf.model import tokenizer_of
 from specdec.models.tokenizer import Tokenizer
 
-TEXTS = [
-    *("", " ", "Hello, world!", "  two  spaces ", "\n\n\ttabs\n", "1234 5,678.90 20245", "it's they'll I'M"),
-    *("Ünïcode 🙂 日本語 \u200d\ufeff", "def f(a, b):\n    return a + b  # 2024\n", "\r\n\x00\x07", "x" * 300),
-    *("<|im_start|>user\nHi<|im_end|>\n", "a<|end|>  b<|en", "</s><s> <unk>", "ab|><|abend<|end|>x\n"),
-    *("e\u0301 é ﬁ ①", "مرحبا שלום नमस्ते"),
-]
 TOOLS = [
     {
         "type": "function",
@@ -107,7 +101,7 @@ def test_the_tokenizer_of_a_gguf_file_of_a_type_with_a_normaliser(cache: Any, tm
     path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0")
     file = read_header(path)
     folder = prepare.prepare_gguf("it", file)
-    tokenizer_of("it", file).save_pretrained(tmp_path)
+    gguf_tokenizer.converted("it", file).save_pretrained(tmp_path)
     shutil.copy(folder / "config.json", tmp_path)
     theirs, own = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(folder)
     assert theirs.backend_tokenizer.normalizer is not None

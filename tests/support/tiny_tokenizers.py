@@ -7,6 +7,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+TEXTS = [
+    *("", " ", "Hello, world!", "  two  spaces ", "\n\n\ttabs\n", "1234 5,678.90 20245", "it's they'll I'M"),
+    *("Ünïcode 🙂 日本語 \u200d\ufeff", "def f(a, b):\n    return a + b  # 2024\n", "\r\n\x00\x07", "x" * 300),
+    *("<|im_start|>user\nHi<|im_end|>\n", "a<|end|>  b<|en", "</s><s> <unk>", "ab|><|abend<|end|>x\n"),
+    *("e\u0301 é ﬁ ①", "مرحبا שלום नमस्ते"),
+]
+
 
 def letters(count: int = 94) -> PreTrainedTokenizerFast:
     """Three special tokens (2 ends a text), and a token for each printable character; a space in place of a tilde."""

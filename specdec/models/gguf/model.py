@@ -1,7 +1,7 @@
 """Models of GGUF files without conversion: matrices stay in the file's blocks.
 
-``write_parts`` writes config, generation config, tokenizer and chat template into a folder once; transformers converts
-the vocabulary and knows the defaults of configs. ``build`` makes the model of that config with the weights of the file.
+``write_parts`` writes config, generation config, tokenizer and chat template into a folder once; transformers knows the
+defaults of configs. ``build`` makes the model of that config with the weights of the file.
 Supports the architectures of the native runtime.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import gguf
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor, nn
 
 from specdec.base import memory, terminal
@@ -22,9 +21,9 @@ from specdec.base.errors import SpecDecError
 from specdec.base.machine import check_memory
 from specdec.models import families
 from specdec.models.config import Config, write_config
-from specdec.models.gguf import blocks, recurrent
+from specdec.models.gguf import blocks, recurrent, tokenizer
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
-from specdec.models.gguf.file import GGUFFile, Strings
+from specdec.models.gguf.file import GGUFFile
 from specdec.models.native_model import NativeModel, transformers_config
 from specdec.models.tensor_file import PLAIN, TensorInfo
 
@@ -48,16 +47,12 @@ SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
     "yarn_log_multiplier": "mscale_all_dim",
 }
 LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those that scale scores by hidden size and heads
-TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # by config field
 EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parts of a model's parameter in a file
 ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # the type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
 END_TOKENS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
 HARMONY = {"<|return|>", "<|call|>"}  # these, too; where there are both, "<|end|>" ends one of several messages
-# Values of tokenizer.ggml.pre that split off single digits before words. transformers splits words only, so a digit and
-# the line break or space before it would become one token.
-DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 
 
 def is_supported(file: GGUFFile) -> bool:
@@ -76,9 +71,8 @@ def _kind(file: GGUFFile) -> str:
 
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template into ``folder``."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    tokenizer = tokenizer_of(name, file)
     try:
         config = config_of(name, file)
         check_tensors(name, file, NativeModel(config, torch.bfloat16))
@@ -89,9 +83,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
         raise SpecDecError(f"cannot load model '{name}': its GGUF file describes no model ({reason})") from error
     write_config(folder, config)
     ends.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    whole = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # a model type may have normalisers of its own
-    whole.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    tokenizer.write(name, file, config.model_type, folder)
 
 
 def config_of(name: str, file: GGUFFile) -> Config:
@@ -99,7 +91,7 @@ def config_of(name: str, file: GGUFFile) -> Config:
     kind, prefix = _kind(file), file.architecture + "."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     keys, values = families.KEYS | families.FAMILIES[kind].keys, dict[str, Any]()
-    for part, key in TOKENS.items():
+    for part, key in tokenizer.TOKENS.items():
         if f"tokenizer.ggml.{key}_token_id" in file.metadata:
             values[f"{part}_token_id"] = file.metadata[f"tokenizer.ggml.{key}_token_id"]
     scaling = {key.removeprefix("rope.scaling."): own.pop(key) for key in list(own) if key.startswith("rope.scaling.")}
@@ -175,44 +167,6 @@ def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
-
-
-def tokenizer_of(name: str, file: GGUFFile) -> Any:
-    """The tokenizer of transformers, with chat template, from the metadata. Raises SpecDecError without one."""
-    from transformers import TokenizersBackend
-    from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
-
-    metadata = {key.removeprefix("tokenizer."): value for key, value in file.metadata.items()}
-    metadata |= {key: value.texts for key, value in metadata.items() if isinstance(value, Strings)}
-    own, options = (
-        {field: metadata[key] for key, field in GGUF_TOKENIZER_MAPPING[part].items() if key in metadata}
-        for part in ("tokenizer", "tokenizer_config")
-    )
-    if not isinstance(tokens := own.get("tokens"), list):
-        raise SpecDecError(f"model '{name}' has no usable tokenizer: the GGUF file has no vocabulary")
-    if own.get("tokenizer_type") == "llama":
-        options.setdefault("add_bos_token", True)  # as llama.cpp does
-    try:
-        for part, key in TOKENS.items():
-            token = metadata.get(f"ggml.{key}_token_id")
-            options[f"{part}_token"] = None if token is None else tokens[token]
-        backend, more = convert_gguf_tokenizer(file.architecture, own)
-        split_digits(file, backend)
-        return TokenizersBackend(tokenizer_object=backend, **options, **more)
-    except Exception as error:  # untrusted metadata: any type
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise SpecDecError(
-            f"model '{name}' has no usable tokenizer: that of its GGUF file is broken ({reason})"
-        ) from error
-
-
-def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
-    """Make ``tokenizer`` split off single digits if the file's vocabulary was trained that way."""
-    kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind == "gpt2" and pre in DIGITS_APART:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
 def _eos_token_ids(file: GGUFFile) -> int | list[int]:

@@ -1,0 +1,169 @@
+"""The tokenizer of a GGUF file, with its chat template.
+
+Byte-level vocabularies whose text is split in a known way are built from the header; transformers converts the others.
+A test compares both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from specdec.base.errors import SpecDecError
+from specdec.models.gguf.file import GGUFFile, Strings
+from specdec.models.tokenizer import CONFIG, FILE, TEMPLATE
+
+TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # by config field
+CONTROL, USER = 3, 4  # types of tokens that are not text, and of others that are found before a text is split
+# Values of tokenizer.ggml.pre that split off single digits before words. transformers splits words only, so a digit and
+# the line break or space before it would become one token.
+DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
+_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN, LLAMA = _REGEX.format(digits=""), _REGEX.format(digits="{1,3}")
+SPLITS = {"qwen2": QWEN, "deepseek-r1-qwen": QWEN, "llama-bpe": LLAMA, "llama3": LLAMA, "smaug-bpe": LLAMA}
+WORDS = {"default", "gpt-2", "olmo"}  # split as in GPT-2
+NORMALISED = {"qwen2"}  # model types whose tokenizers have the normaliser and the splits of Qwen, whatever a file says
+CONVERTED = {"qwen3_5_moe_text"}  # model types whose tokenizers have others, which transformers knows
+_OWN = (
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+)  # bytes that are spelled by the characters of these numbers
+SPELLING = {byte: chr(byte) for byte in _OWN}
+SPELLING |= {byte: chr(256 + number) for number, byte in enumerate(sorted({*range(256)} - {*_OWN}))}
+END = "<|endoftext|>"  # transformers' byte-level tokenizers always have it, if the vocabulary does
+
+
+def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
+    """Write the tokenizer of a file into ``folder``, which has the config of a model of this type.
+
+    Raises SpecDecError without one.
+    """
+    if (built := _read(name, file, kind)) is None:
+        from transformers import AutoTokenizer
+
+        converted(name, file).save_pretrained(folder)
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # a model type may have normalisers
+        theirs.backend_tokenizer.save(str(folder / FILE), pretty=False)
+        return
+    built.save(str(folder / FILE), pretty=False)
+    named = {f"{part}_token": token for part, token in _named(file)}
+    given = {"backend": "tokenizers", "model_max_length": int(1e30), "tokenizer_class": "TokenizersBackend"}
+    (folder / CONFIG).write_text(json.dumps(given | named, indent=2) + "\n", "utf-8")
+    if template := file.metadata.get("tokenizer.chat_template"):
+        (folder / TEMPLATE).write_text(template, "utf-8")
+
+
+def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
+    """The tokenizer of a file; None: it is of a kind that transformers converts."""
+    metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
+    template = file.metadata.get("tokenizer.chat_template", "")
+    pre = metadata.get("pre", "default")
+    known = pre in SPLITS or pre in DIGITS_APART or pre in WORDS or kind in NORMALISED
+    arrays = all(isinstance(metadata.get(key), Strings) for key in ("tokens", "merges"))
+    if metadata.get("model") != "gpt2" or not known or kind in CONVERTED or not arrays or not isinstance(template, str):
+        return None
+    with _explained(name):
+        return _build(file, metadata, pre, kind)
+
+
+def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tokenizer:
+    tokens, alphabet = metadata["tokens"].texts, frozenset(SPELLING.values())
+    vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in metadata["merges"].texts]
+    bpe = models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
+    made: Any = Tokenizer(bpe)
+    made.decoder = decoders.ByteLevel()
+    made.normalizer = normalizers.NFC() if kind in NORMALISED else None
+    split = QWEN if kind in NORMALISED else SPLITS.get(pre)
+    if split is None:
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        split_digits(file, made)
+    else:
+        words = pre_tokenizers.Split(Regex(split), "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    types = metadata.get("token_type", ())
+    control = [t for t, is_of in zip(tokens, types, strict=False) if is_of == CONTROL and alphabet.issuperset(t)]
+    named = dict(_named(file))
+    special = [*control, *(token for token in (END, *named.values()) if token in vocabulary)]
+    made.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    user = [t for t, is_of in zip(tokens, types, strict=False) if is_of == USER and t in vocabulary]
+    made.add_tokens([AddedToken(token, normalized=False) for token in user])
+    made.post_processor = _around(made, *(named[p] if metadata.get(f"add_{p}_token") else None for p in ("bos", "eos")))
+    return made
+
+
+def _spelled(token: str) -> str:
+    return "".join(SPELLING[byte] for byte in token.encode())
+
+
+def _named(file: GGUFFile) -> Iterator[tuple[str, str | None]]:
+    """Named tokens: that of the beginning, and so on; None: there is none."""
+    for part, key in TOKENS.items():
+        token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        yield part, None if token is None else file.metadata["tokenizer.ggml.tokens"][token]
+
+
+def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
+    """Puts tokens at the beginning and the end of a text."""
+    single, second = (
+        " ".join(f"{each}:{n}" for each in (first, text, last) if each is not None)
+        for n, text in enumerate(("$A", "$B"))
+    )
+    ids = [(token, tokenizer.token_to_id(token)) for token in (first, last) if token is not None]
+    return processors.TemplateProcessing(single=single, pair=f"{single} {second}", special_tokens=ids)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn any exception into a SpecDecError: metadata are untrusted."""
+    try:
+        yield
+    except SpecDecError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise SpecDecError(
+            f"model '{name}' has no usable tokenizer: that of its GGUF file is broken ({reason})"
+        ) from error
+
+
+def converted(name: str, file: GGUFFile) -> Any:
+    """The tokenizer of transformers, with chat template, from the metadata. Raises SpecDecError without one."""
+    from transformers import TokenizersBackend
+    from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
+    metadata = {key.removeprefix("tokenizer."): value for key, value in file.metadata.items()}
+    metadata |= {key: value.texts for key, value in metadata.items() if isinstance(value, Strings)}
+    own, options = (
+        {field: metadata[key] for key, field in GGUF_TOKENIZER_MAPPING[part].items() if key in metadata}
+        for part in ("tokenizer", "tokenizer_config")
+    )
+    if not isinstance(own.get("tokens"), list):
+        raise SpecDecError(f"model '{name}' has no usable tokenizer: the GGUF file has no vocabulary")
+    if own.get("tokenizer_type") == "llama":
+        options.setdefault("add_bos_token", True)  # as llama.cpp does
+    with _explained(name):
+        options |= {f"{part}_token": token for part, token in _named(file)}
+        backend, more = convert_gguf_tokenizer(file.architecture, own)
+        split_digits(file, backend)
+        return TokenizersBackend(tokenizer_object=backend, **options, **more)
+
+
+def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
+    """Make ``tokenizer`` split off single digits if the file's vocabulary was trained that way."""
+    kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind == "gpt2" and pre in DIGITS_APART:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
