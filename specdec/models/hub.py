@@ -14,6 +14,7 @@ from specdec.base.errors import SpecDecError, one_line
 from specdec.models.drafter_folder import CONFIG, WEIGHTS
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
 TIMEOUT = 10  # seconds for the Hub to answer
 
 
@@ -42,23 +43,28 @@ def snapshot_download(*args: Any, **more: Any) -> str:
     return str(download(*args, **more))
 
 
-def list_files(kind: str, repository: str, revision: str | None) -> list[str]:
-    """The files of a repository; without a network those of it in Hugging Face's cache. Arguments: as of ``fetch``."""
+def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[str], str]:
+    """The files of a repository, and the commit that has them; without a network those of it in Hugging Face's cache.
+
+    Arguments: as of ``fetch``.
+    """
     from huggingface_hub import HfApi  # heavy
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return list(HfApi().list_repo_files(repository, revision=revision))
+        found = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT)
+        return [file.rfilename for file in found.siblings or ()], str(found.sha)
     except (HFValidationError, HfHubHTTPError):  # also an unknown repository, which ``fetch`` explains
         fetch(kind, repository, revision, [CONFIG])
         raise SpecDecError(f"cannot list the files of {kind} '{repository}' on Hugging Face; try again") from None
     except Exception:  # no network; the type depends on the HTTP library
         folder = fetch(kind, repository, revision, [CONFIG])
-        return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
+        return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))], folder.name
 
 
 def fetch(kind: str, repository: str, revision: str | None, files: list[str], hint: str = "") -> Path:
     """Download ``files`` (patterns); return their folder in Hugging Face's cache. Without a network, use the cache.
+    Files of a commit that are in the cache need no network.
 
     kind: "model" or "drafter", for messages. hint: the end of messages. Raises SpecDecError if the repository or the
     revision does not exist or cannot be downloaded.
@@ -71,6 +77,8 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
     )
 
     try:
+        if revision is not None and _COMMIT.fullmatch(revision) and (folder := _cached(repository, revision, files)):
+            return folder
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT))
     except RevisionNotFoundError:
         raise SpecDecError(f"{kind} '{repository}' has no revision '{revision}' on Hugging Face") from None
@@ -82,3 +90,12 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
         raise SpecDecError(f"{kind} '{repository}' {what} ({one_line(error.__cause__ or error)}){hint}") from None
     except Exception as error:  # a full disk, ...; the type depends on the HTTP library
         raise SpecDecError(f"cannot download {kind} '{repository}' ({one_line(error)}){hint}") from None
+
+
+def _cached(repository: str, commit: str, files: list[str]) -> Path | None:
+    """The folder of a commit in Hugging Face's cache, if it has all ``files``."""
+    from huggingface_hub import try_to_load_from_cache  # heavy
+
+    found = [try_to_load_from_cache(repository, file, revision=commit) for file in files]
+    places = [Path(path) for path in found if isinstance(path, str)]
+    return places[0].parents[files[0].count("/")] if places and len(places) == len(files) else None

@@ -54,8 +54,9 @@ class Source:
         return {"local_files_only": True} | ({} if self.packed is None else {"gguf_file": self.packed})
 
     def fetch_weights(self) -> None:
-        """Download the weights of a Hugging Face id."""
-        if self.remote:
+        """Download the weights of a Hugging Face id, unless all are there."""
+        files = self.weight_files() if self.remote else []
+        if self.remote and not (files and all(file.is_file() for file in files)):
             hub.fetch("model", self.name, self.folder.name, WEIGHTS)
 
     def weight_files(self) -> list[Path]:
@@ -105,7 +106,8 @@ def find_source(name: str, revision: str | None = None) -> Source:
 def _file_in_repository(repository: str, member: str, revision: str | None) -> Path:
     """A GGUF file of a repository, downloaded with all its parts. member: its path, or how ``_named`` finds it."""
     if not member.endswith(".gguf"):
-        member = _named(repository, member, hub.list_files("model", repository, revision))
+        files, revision = hub.list_files("model", repository, revision)
+        member = _named(repository, member, files)
     place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
     by_hand = f"; get {place} by hand and give the path of the file instead"
     parts = [str(path) for path in part_paths(Path(member))]

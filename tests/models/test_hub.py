@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import constants
 from safetensors.torch import save
-from tiny import tiny_model
+from tiny import save_native, tiny_model
+from tiny_gguf import write_gguf
 from zoo import save_medusa
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.models import hub
+from specdec.models import hub, identity, loading
 from specdec.speculation import registry
 
 REPOSITORY = "org/my-drafter"
@@ -64,3 +66,15 @@ def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, m
     assert registry.parse(REPOSITORY)[0][0] == "medusa"
     with pytest.raises(SpecDecError, match="is not in the Hugging Face cache"):
         registry.parse("org/another")
+
+
+def test_a_model_that_is_there_asks_the_hub_once(fake: type[FakeHub], cache: Any, tmp_path: Path) -> None:
+    folder, file = save_native(tmp_path / "native"), tmp_path / "it-Q4_0.gguf"
+    write_gguf(file)
+    fake.repositories["some/one"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fake.repositories["some/files"] = {f"here/{file.name}": file.read_bytes()}
+    for name, path in (("some/one", folder), ("some/files:Q4_0", file), (f"some/files:here/{file.name}", file)):
+        loading.load(name)
+        fake.asked.clear()
+        assert identity.fingerprint(loading.load(name)[0]) == identity.fingerprint(loading.load(path)[0])
+        assert len(fake.asked) == 1, fake.asked

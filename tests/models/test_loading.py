@@ -172,7 +172,11 @@ def test_weights_of_a_repository_come_once_the_config_is_wanted(folder, monkeypa
         loading.load("some/one", revision="v1", check=unwanted)
     assert asked == [("some/one", "v1", False)]
     assert loading.load("some/one", revision="v1")[0].config._commit_hash == folder.name
-    assert asked[1:] == [("some/one", "v1", False), ("some/one", folder.name, True)]
+    assert asked[1:] == [("some/one", "v1", False)]  # the weights are there
+    (folder / "model.safetensors").rename(folder / "later")
+    with pytest.raises(SpecDecError):
+        loading.load("some/one", revision="v1")
+    assert asked[2:] == [("some/one", "v1", False), ("some/one", folder.name, True)]
 
 
 def test_a_gguf_file_of_a_repository(cache, published, monkeypatch):

@@ -25,6 +25,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
     repositories: dict[str, dict[str, bytes]]
     fetched: list[str]
+    asked: list[str]  # paths of all requests
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -43,6 +44,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        self.asked.append(path)
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             name, revision = found.groups()
             if name not in self.repositories:
@@ -70,7 +72,7 @@ def running(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeH
     class Handler(FakeHub):
         pass
 
-    Handler.repositories, Handler.fetched = {}, []
+    Handler.repositories, Handler.fetched, Handler.asked = {}, [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
