@@ -183,7 +183,6 @@ class SpecDecoder:
                 device=device,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                experts=not paging,
                 adapter=adapter,
                 check=lambda config: None if choice is None else registry.refuse_early(choice, config, name),
             )

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
-from specdec.models import checkpoint
 from specdec.models.gguf.blocks import Blocks, named_weights
 
+SAMPLES = 512  # elements of a parameter in a fingerprint
 VECTORS, MATRICES = 4, 12  # tensors that are sampled
 WINDOWS, WINDOW = 2, 16  # windows of a tensor, and consecutive values of one block in a window
 MAX_TENSORS, MAX_TEXT = 64, 4096  # of samples that are read; characters of a tensor's values
@@ -31,10 +31,25 @@ NAMES = {"_name_or_path", "transformers_version"}  # fields of a config that cha
 BEYOND, BEYOND_ONE = 0.05, 0.5  # share of all values, and of one tensor's, that may differ by more (clipped ones do)
 
 
+def sample_positions(size: int) -> Tensor:
+    """Evenly strided indices of up to ``SAMPLES`` of ``size`` elements."""
+    count = min(size, SAMPLES)
+    return torch.arange(count) * size // max(count, 1)
+
+
 def sample(parameter: Tensor | Blocks) -> Tensor:
-    """``checkpoint.sample``, which leaves no pages of a mapped file in memory."""
-    values = checkpoint.sample(parameter)
-    memory.release(parameter.data if isinstance(parameter, Blocks) else parameter.detach())
+    """Up to ``SAMPLES`` evenly strided elements of a parameter, [n]. Leaves no pages of a mapped file in memory."""
+    positions = sample_positions(parameter.shape.numel())
+    if isinstance(parameter, Blocks):
+        found = parameter.at(positions // parameter.shape[-1], positions % parameter.shape[-1])
+        memory.release(parameter.data)
+        return found
+    index, places = positions.to(parameter.device), list[Tensor]()
+    for size in parameter.shape[::-1]:  # torch.unravel_index imports SymPy
+        places.append(index % size)
+        index = index // size
+    values: Tensor = parameter.detach()[tuple(places[::-1])]
+    memory.release(parameter.detach())
     return values
 
 
@@ -81,7 +96,7 @@ def numbers(target: Any, *more: object) -> str:
     frequencies = getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
     beside = dict(model.named_buffers()) | (frequencies if isinstance(frequencies, dict) else {})
     for name, buffer in sorted(beside.items()):
-        values = checkpoint.sample(buffer).reshape(-1).cpu().contiguous().view(torch.uint8)
+        values = sample(buffer).reshape(-1).cpu().contiguous().view(torch.uint8)
         digest.update(f"\n{name} {buffer.dtype} {tuple(buffer.shape)} ".encode() + values.numpy().tobytes())
     return digest.hexdigest()
 

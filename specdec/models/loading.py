@@ -1,6 +1,6 @@
 """Load a model, frozen, and its tokenizer; the names of dtypes and devices. Knows no runtimes and no decoding.
 
-GGUF files of known architectures, and folders of dense models of known families in bfloat16 on the CPU, become a
+GGUF files of known architectures, and folders of models of known families in bfloat16 on the CPU, become a
 ``NativeModel`` without transformers; it loads all other models.
 """
 
@@ -40,7 +40,6 @@ def load(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    experts: bool = True,
     adapter: str | os.PathLike[str] | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> tuple[NativeModel | PreTrainedModel, Any]:
@@ -54,7 +53,6 @@ def load(
     dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device.
     revision: of a Hugging Face id.
-    experts: False leaves the experts of a mixture in the safetensors files (``checkpoint.StoredExperts``).
     adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id.
     check: called with the model's config before the weights are read; may raise.
     Raises SpecDecError, in one line, for what is unknown, missing, broken or too large for this machine.
@@ -78,7 +76,7 @@ def load(
 
         if source.entry is not None:
             found = _config(replace(source, entry=None))
-        model = pretrained.load(source, found, kind, place, experts, trust_remote_code)
+        model = pretrained.load(source, found, kind, place, trust_remote_code)
         model.config._name_or_path = name  # for messages
         merge(model, None)
     if source.remote:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +12,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
 )
 
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
-from specdec.models import checkpoint, families
+from specdec.models import families, safetensors_model
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf import tokenizer as gguf_tokenizer
 from specdec.models.gguf.file import read_header
@@ -61,10 +58,9 @@ def load(
     config: Any,
     kind: str | torch.dtype,
     place: torch.device,
-    experts: bool = True,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of safetensors files, or of a GGUF file that transformers dequantises. experts: as in ``loading``."""
+    """The model of safetensors files, or of a GGUF file that transformers dequantises."""
     options = _options(source, trust_remote_code) | text_part(config)
     name, config = source.name, options["config"]
     if source.packed:  # dequantised even if there are kernels for packed weights
@@ -80,20 +76,17 @@ def load(
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
         with explain_errors(name):
-            numbers = dict(pair for path in source.weight_files() for pair in checkpoint.numbers_in(path).items())
+            each = (safetensors_model.numbers_in(path) for path in source.weight_files())
+            numbers = dict(pair for found in each for pair in found.items())
     fused = 0
     if numbers and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         fused = _check_size(name, config, numbers)
     with quiet_transformers(f"Loading {name}"), explain_errors(name):
-        stored = None if experts or source.packed else _checkpoint(source, config)
-        if stored is None:
-            if fused and not source.packed and not getattr(config, "quantization_config", None):
-                dtype = kind if isinstance(kind, torch.dtype) else config.dtype or torch.bfloat16
-                check_memory(name, fused * dtype.itemsize, "leave a part of its experts on the disk (--expert-cache)")
-            load: Any = AutoModelForCausalLM.from_pretrained
-            loaded = load(source.folder, dtype=kind, output_loading_info=True, **options)
-        else:
-            loaded = _without_experts(source.folder, stored, kind, options)
+        if fused and not source.packed and not getattr(config, "quantization_config", None):
+            dtype = kind if isinstance(kind, torch.dtype) else config.dtype or torch.bfloat16
+            check_memory(name, fused * dtype.itemsize)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded = load(source.folder, dtype=kind, output_loading_info=True, **options)
         model: PreTrainedModel = loaded[0].to(place)  # type: ignore[arg-type]
     _check_fit(name, model, loaded[1])
     return model
@@ -111,7 +104,7 @@ def text_part(config: Any) -> dict[str, Any]:
     if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
         return {"config": config}
     text.tie_word_embeddings = bool(text.tie_word_embeddings or config.tie_word_embeddings)
-    return {"config": text, "key_mapping": checkpoint.TEXT_NAMES}
+    return {"config": text, "key_mapping": safetensors_model.TEXT_NAMES}
 
 
 def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
@@ -145,30 +138,3 @@ def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
             f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
             f"such as '{unfit[0]}'"
         )
-
-
-def _checkpoint(source: Source, config: Any) -> checkpoint.Checkpoint | None:
-    """The checkpoint of a mixture if it can be loaded without its experts, else None."""
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type in families.FAMILIES
-    if not known or getattr(config, "quantization_config", None):
-        return None
-    files = source.weight_files()
-    return checkpoint.open_checkpoint(files) if files else None
-
-
-def _without_experts(
-    folder: Path, checkpoint: checkpoint.Checkpoint, dtype: str | torch.dtype, options: dict[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The result of ``from_pretrained`` for a model whose experts stay in ``checkpoint``."""
-    config = options["config"]
-    if not isinstance(dtype, torch.dtype):  # auto
-        dtype = config.dtype or next(iter(checkpoint.others.values())).dtype
-    given: dict[str, Any] = {"ignore_mismatched_sizes": True}
-    with contextlib.suppress(OSError):  # without a file, transformers makes it from the config
-        given["generation_config"] = GenerationConfig.from_pretrained(folder)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, info = kind.from_pretrained(
-        None, config=config, state_dict=checkpoint.state(dtype), dtype=dtype, output_loading_info=True, **given
-    )
-    checkpoint.leave(model)
-    return model, info

@@ -8,24 +8,33 @@ is loaded by transformers.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
 from specdec.base.machine import check_memory
-from specdec.models import checkpoint, families, packed
+from specdec.models import families, packed
 from specdec.models.config import CONFIG, GENERATION, Config, write_config
-from specdec.models.native_model import NativeModel
+from specdec.models.gguf.blocks import BlockExperts, Blocks
+from specdec.models.native_model import Experts, NativeModel
 from specdec.models.source import Source
 from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
 from specdec.models.tokenizer import FILE, Tokenizer
 
+# Names of the tensors of a multimodal checkpoint's text model, in the text model alone.
+TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_model\.(model\.)?": "model."}
+MIXTRAL = {r"\.block_sparse_moe\.": ".mlp."}  # what that family's tensors are called here
+# Of an expert that has matrices of its own: the names of its gate, its up and its last one.
+APART = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+NUMBERS = "BF16", "F16", "F32"  # types of experts that stay in their files
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Texts for a comparison of tokenizers. Some remove spaces before signs when they decode.
 SAMPLES = "It's 1,234.5 naïve  tests:\n\tπ ≠ 3 🙂 </s> {x}", "Are n't they , or ?"
@@ -41,7 +50,7 @@ def is_supported(folder: Path, dtype: str | torch.dtype) -> bool:
         stored = fields.get("dtype") or fields.get("torch_dtype")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # transformers says what is wrong
         return False
-    if family is None or family.fields >= families.EXPERTS or fields.get("quantization_config"):
+    if family is None or fields.get("quantization_config"):
         return False
     return str(stored if dtype == "auto" else dtype).removeprefix("torch.") == "bfloat16"
 
@@ -84,13 +93,37 @@ def _read_back(tokenizer: Any, text: str) -> Any:
         return None
 
 
+def header(path: Path) -> tuple[int, dict[str, Any]]:
+    """The offset of the data in a safetensors file, and its header. Raises SafetensorError for a broken file."""
+    with safe_open(path, framework="numpy"):  # raises for a broken file; for torch it would map the whole file
+        pass
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries: dict[str, Any] = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return 8 + size, entries
+
+
+def numbers_in(path: Path) -> dict[str, int]:
+    """How many numbers each tensor of a safetensors file holds; of types that may be packed up to eight a byte.
+
+    Raises SafetensorError for a broken file.
+    """
+    found = dict[str, int]()
+    for name, entry in header(path)[1].items():
+        begin, end = entry["data_offsets"]
+        whole = entry["dtype"] in PLAIN or entry["dtype"] == "I64"
+        found[name] = math.prod(entry["shape"]) if whole else 8 * (end - begin)
+    return found
+
+
 def read_header(paths: Iterable[Path]) -> TensorFile:
     """The tensors of safetensors files. Raises SafetensorError for a broken file."""
     every, tensors = tuple(paths), dict[str, TensorInfo]()
     state = packed.stamp(every)
     for part, path in enumerate(every):
-        begin, header = checkpoint.header(path)
-        for name, entry in header.items():
+        begin, entries = header(path)
+        for name, entry in entries.items():
             first, end = entry["data_offsets"]
             tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), begin + first, end - first, part)
     return TensorFile(every, state, tensors)
@@ -99,12 +132,18 @@ def read_header(paths: Iterable[Path]) -> TensorFile:
 def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, list[Tensor]] | None:
     """The model of ``config`` with the weights of ``file`` in bfloat16, and those that are not mapped from it.
 
-    None: they do not fit one by one. Raises SpecDecError without memory for them.
+    Experts stay in the file, in its type. None: the tensors are not those of the model. Raises SpecDecError without
+    memory for what is not mapped.
     """
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
     if config.num_hidden_layers > len(tensors):
         return None
     model = NativeModel(config, torch.bfloat16)
+    for path, module in [*model.named_modules()]:
+        if isinstance(module, Experts) and not module.is_transposed:
+            if (experts := _experts(module, path, file, tensors)) is None:
+                return None
+            model.set_submodule(path, experts)
     wanted = dict(model.named_parameters())
     infos = {key: tensors[key] for key in wanted if key in tensors}
     fits = all(info.kind in PLAIN and info.shape == tuple(wanted[key].shape) for key, info in infos.items())
@@ -130,8 +169,37 @@ def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, lis
     return model, made
 
 
+def _experts(own: Experts, path: str, file: TensorFile, tensors: Mapping[str, TensorInfo]) -> BlockExperts | None:
+    """The experts of a layer in the place of the module ``own``: each has three matrices, or they are joined in two
+    tensors. None: these are not there, or of another shape or type."""
+    (count, inner, width), parts = own.gate_up_proj.shape, list[list[Blocks]]()
+    shapes = (inner // 2, width), (inner // 2, width), (width, inner // 2)
+    joined = [tensors.get(f"{path}.{leaf}") for leaf in ("gate_up_proj", "down_proj")]
+    if joined != [None, None]:
+        for info, shape in zip(joined, ((inner, width), shapes[2]), strict=True):
+            if info is None or not _is_readable(info, (count, *shape)):
+                return None
+            rows = file.data(info).view(*info.shape[:2], -1)
+            parts.append([Blocks(each, info.kind, info.shape[2]) for each in rows])
+    else:
+        names = next((names for names in APART if f"{path}.0.{names[0]}.weight" in tensors), APART[0])
+        for leaf, shape in zip(names, shapes, strict=True):
+            infos = (tensors.get(f"{path}.{number}.{leaf}.weight") for number in range(count))
+            parts.append([])
+            for info in infos:
+                if info is None or not _is_readable(info, shape):
+                    return None
+                parts[-1].append(Blocks(file.data(info).view(shape[0], -1), info.kind, shape[1]))
+    gate_up = [list(matrices) for matrices in zip(*parts[:-1], strict=True)]
+    return BlockExperts(own, gate_up, parts[-1], torch.bfloat16)
+
+
+def _is_readable(info: TensorInfo, shape: tuple[int, ...]) -> bool:
+    return info.shape == shape and info.kind in NUMBERS and info.offset % PLAIN[info.kind].itemsize == 0
+
+
 def _renamed(key: str) -> str:
-    for pattern, name in checkpoint.TEXT_NAMES.items():
+    for pattern, name in (TEXT_NAMES | MIXTRAL).items():
         key = re.sub(pattern, name, key)
     return key
 

@@ -1,7 +1,8 @@
 """Weights that stay in the blocks of a GGUF file, and the modules of a model that have such weights.
 
 A model loaded from such a file has ``BlockLinear`` and ``BlockEmbedding`` modules. Their ``weight`` is dequantised by
-``gguf`` on every access and not kept. Runtimes pack the blocks themselves. Knows nothing of files, models or kernels.
+``gguf`` on every access and not kept. Runtimes pack the blocks themselves. Experts may also be in single numbers
+(``PLAIN``), as in safetensors files. Knows nothing of files, models or kernels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from specdec.base import memory
 from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError
 from specdec.base.machine import check_memory
+from specdec.models.tensor_file import PLAIN
 
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")  # types of blocks that are kept
 CHUNK = 1 << 20  # elements that are dequantised at a time
@@ -32,7 +34,7 @@ class Blocks:
     """A matrix [out, in] in GGUF blocks along its inputs.
 
     data: uint8 [out, bytes of a row], usually mapped from a file.
-    kind: one of ``KINDS``.
+    kind: one of ``KINDS``; of experts also one of ``PLAIN``.
     inputs: columns of the matrix.
     rows: int32 [out], the row of ``data`` for each row of the matrix; None for all in the same order.
     columns: int64 [in], the column of the matrix that each column of ``data`` is; None for the same order.
@@ -207,7 +209,11 @@ class BlockExperts(_OfBlocks):
 
     def expert(self, number: int) -> tuple[Tensor, Tensor]:
         """gate_up [2 F, D] and down [D, F] of an expert; turned: [D, 2 F], gates and ups in turn, and [F, D]."""
-        *parts, down = [self.unpack(each, None, self.dtype) for each in (*self.gate_up[number], self.down[number])]
+        matrices, last, *_ = expert(self, number)
+        *parts, down = [
+            each.to(self.dtype) if isinstance(each, Tensor) else self.unpack(each, None, self.dtype)
+            for each in (*matrices, last)
+        ]
         return as_own(self.own[0], torch.cat(parts), down)
 
     def forward(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
@@ -246,13 +252,28 @@ def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:
 
 
 def expert(experts: Any, number: int) -> tuple[Any, ...]:
-    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down; and their biases."""
-    whole = isinstance(experts, BlockExperts)
-    matrices = (experts.gate_up[number], experts.down[number]) if whole else matrices_of(experts, number)
+    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down; and their biases. Those in
+    single numbers are tensors."""
+    if isinstance(experts, BlockExperts):
+        *gate_up, down = (_numbers(each, experts.dtype) for each in (*experts.gate_up[number], experts.down[number]))
+        matrices: Any = gate_up, down
+    else:
+        matrices = matrices_of(experts, number)
     if not hasattr(experts, BIASES[0]):
         return *matrices, None, None
     bias = experts.gate_up_proj_bias[number].detach()  # of gates and ups in turn
     return *matrices, torch.cat((bias[::2], bias[1::2])), experts.down_proj_bias[number].detach()
+
+
+def _numbers(matrix: Blocks, dtype: torch.dtype) -> Tensor | Blocks:
+    """A matrix in single numbers as a tensor, which is mapped if it has this dtype; others as they are."""
+    if matrix.kind not in PLAIN:
+        return matrix
+    values = matrix.data.view(PLAIN[matrix.kind])
+    if values.dtype != dtype:
+        values = values.to(dtype)
+        memory.release(matrix.data)
+    return values
 
 
 @dataclass(frozen=True)
@@ -295,14 +316,17 @@ def quantize(values: Tensor, kind: str) -> Blocks:
     return Blocks(torch.from_numpy(data), kind, values.shape[1])
 
 
-def quantize_experts(own: Any, kind: str) -> BlockExperts:
-    """The experts of a layer, quantised as ``quantize`` does."""
+def quantize_experts(experts: Any, kind: str) -> BlockExperts:
+    """The experts of a layer, which are in numbers, quantised as ``quantize`` does."""
     gate_up, down = list[list[Blocks]](), list[Blocks]()
-    for number in range(len(own.down_proj)):
-        parts, last = matrices_of(own, number)
+    whole = isinstance(experts, BlockExperts)
+    own, dtype = (experts.own[0], experts.dtype) if whole else (experts, experts.down_proj.dtype)
+    for number in range(len(experts.down if whole else experts.down_proj)):
+        parts, last, *_ = expert(experts, number)
         gate_up.append([quantize(values, kind) for values in parts])
         down.append(quantize(last, kind))
-    made = BlockExperts(own, gate_up, down, own.down_proj.dtype)
+        memory.release(*parts, last)
+    made = BlockExperts(own, gate_up, down, dtype)
     own.gate_up_proj, own.down_proj = (nn.Parameter(t.to("meta"), False) for t in (own.gate_up_proj, own.down_proj))
     return made
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import cores, terminal
-from specdec.models import checkpoint, identity, packed
+from specdec.models import identity, packed
 from specdec.models.config import CONFIG
 from specdec.models.gguf.blocks import Blocks
 from specdec.models.packed import SUFFIX, Origin
@@ -235,7 +235,7 @@ class ModelFile(PackedFile):
         name = self.name(parameter) if len(parameter.shape) == 2 else None
         if name is None:
             return identity.sample(parameter).to(torch.bfloat16)
-        size = 2 * len(checkpoint.sample_positions(parameter.shape.numel()))
+        size = 2 * len(identity.sample_positions(parameter.shape.numel()))
         if (found := self.find(f"sample {name}", {OTHER: size})) is not None:
             return found[1].view(torch.bfloat16)
         return self.add(f"sample {name}", OTHER, identity.sample(parameter).to(torch.bfloat16))[1]

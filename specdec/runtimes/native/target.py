@@ -25,9 +25,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import RowMask
 from specdec.models import families, identity
-from specdec.models.checkpoint import StoredExperts
 from specdec.models.gguf.blocks import (
-    BIASES,
     BlockEmbedding,
     BlockExperts,
     BlockLinear,
@@ -35,12 +33,13 @@ from specdec.models.gguf.blocks import (
     ExpertBlocks,
     bits,
     densify,
-    matrices_of,
+    expert,
     named_weights,
     quantize,
     quantize_experts,
 )
 from specdec.models.native_model import NativeModel
+from specdec.models.tensor_file import PLAIN
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
@@ -144,7 +143,7 @@ class NativeTarget(Target):
             densify(model)
         if weights in ROUNDED:
             for layer in decoder.layers:
-                _round(layer, ROUNDED[weights])
+                _round(layer, ROUNDED[weights], paged=expert_cache is not None)
         self.int8_cache, self.rounded = False, activations != "bf16"
         self._orders = [mixer.row_orders(layer) for layer in decoder.layers]
         maps = map(mixer.slots, decoder.layers)
@@ -484,7 +483,7 @@ class NativeTarget(Target):
             struct.sinks = self._alive[-1].data_ptr()
 
     def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
-        """The router and the experts of a layer. rounding: as in ``expert``."""
+        """The router and the experts of a layer. rounding: the format that those in numbers are quantised to."""
         struct = self._layers[index]
         module = decoder_layer.router(mlp)
         weight = module.weight.detach()
@@ -495,14 +494,20 @@ class NativeTarget(Target):
         self._alive.append(router)
         gates, sums = list[Packed](), list[Packed]()
 
+        def matrices(number: int) -> tuple[Any, ...]:
+            gate_up, down, *biases = expert(mlp.experts, number)
+            if rounding is not None and isinstance(down, Tensor):
+                gate_up, down = [quantize(each, rounding) for each in gate_up], quantize(down, rounding)
+            return gate_up, down, *biases
+
         def pack(number: int, place: Memory | None = None) -> None:
-            gate_up, down, *biases = expert(mlp.experts, number, rounding)
+            gate_up, down, *biases = matrices(number)
             gates.append(Packed(gate_up, biases[0], self.rounded, memory=place))
             sums.append(Packed([down], biases[1], self.rounded, scale=self.numbers.results, memory=place))
             release(*gate_up, down)
 
         if self.experts is not None:
-            gate_up, down, *_ = expert(mlp.experts, 0, rounding)
+            gate_up, down, *_ = matrices(0)
             weights = sum(math.prod(each.shape) for each in (*gate_up, down)) * self.mixture.experts
             self.experts.add(index, self.mixture.experts, weights, pack)
         else:
@@ -666,14 +671,20 @@ def native_target(
     return using(None if origin is None else ModelFile(origin), make)
 
 
-def _round(layer: nn.Module, kind: str) -> None:
-    """Quantise the linear maps of a decoder layer to ``kind``, except those in as few or fewer bits."""
+def _round(layer: nn.Module, kind: str, paged: bool) -> None:
+    """Quantise the linear maps of a decoder layer to ``kind``, except those in as few or fewer bits.
+
+    paged: whether experts stay on the disk: those in a file are then quantised one by one as they are packed.
+    """
     for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
             made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
             layer.set_submodule(path, made)
     mlp: Any = layer.mlp
-    if decoder_layer.has_experts(layer) and not isinstance(mlp.experts, BlockExperts | StoredExperts):
+    if not decoder_layer.has_experts(layer):
+        return
+    of_file = isinstance(mlp.experts, BlockExperts)
+    if not of_file or (mlp.experts.down[0].kind in PLAIN and not paged):
         mlp.experts = quantize_experts(mlp.experts, kind)
 
 
@@ -693,23 +704,6 @@ def matrix(module: nn.Module) -> Tensor | Blocks:
     if isinstance(module, BlockLinear | BlockEmbedding):
         return module.blocks
     return module.weight.detach()  # type: ignore[operator, union-attr, return-value]
-
-
-def expert(experts: Any, number: int, rounding: str | None) -> tuple[Any, ...]:
-    """The matrices of an expert: its gate's rows and then its up's, in one or two, and down; and their biases.
-
-    rounding: the format that those of a checkpoint are quantised to.
-    """
-    if isinstance(experts, StoredExperts):
-        found: list[Any] = [*experts.read(number)]
-        gate_up, down = found if rounding is None else (quantize(each, rounding) for each in found)
-        return [gate_up], down, None, None
-    whole = isinstance(experts, BlockExperts)
-    matrices = (experts.gate_up[number], experts.down[number]) if whole else matrices_of(experts, number)
-    if not hasattr(experts, BIASES[0]):
-        return *matrices, None, None
-    bias = experts.gate_up_proj_bias[number].detach()  # of gates and ups in turn
-    return *matrices, torch.cat((bias[::2], bias[1::2])), experts.down_proj_bias[number].detach()
 
 
 def release(*matrices: Tensor | Blocks) -> None:

@@ -19,7 +19,7 @@ from specdec.base import machine, memory
 from specdec.base.errors import SpecDecError
 from specdec.engine import measure as costs
 from specdec.models import loading
-from specdec.models.checkpoint import StoredExperts
+from specdec.models.gguf.blocks import BlockExperts, named_weights
 from specdec.runtimes.native import library
 from specdec.runtimes.native.experts import MappedExperts, _Layer
 from specdec.runtimes.native.target import NativeTarget
@@ -106,7 +106,7 @@ def test_experts_of_a_checkpoint_are_read_one_by_one(tmp_path: Path, family: str
     folder = save_tiny_moe(tmp_path, family)
     whole = SpecDecoder.from_pretrained(folder, "none", weights=weights)
     paged = SpecDecoder.from_pretrained(folder, "none", weights=weights, expert_cache=0.5)
-    assert isinstance(paged.model.model.layers[0].mlp.experts, StoredExperts)
+    assert isinstance(paged.model.model.layers[0].mlp.experts, BlockExperts)
     assert isinstance(paged.target.experts, MappedExperts) and whole.target.experts is None
     for ours, theirs in zip(play(paged.target), play(whole.target), strict=True):
         assert torch.equal(ours, theirs)
@@ -165,7 +165,7 @@ def test_experts_of_a_checkpoint_stay_on_the_disk_likewise(
     rough_model(family, **sizes).bfloat16().save_pretrained(folder)
     model, _ = loading.load(folder)
     whole = NativeTarget(model)
-    weights = {name: each.nbytes for name, each in model.named_parameters()}
+    weights = {name: 2 * each.shape.numel() for name, each in named_weights(model)}
     experts = sum(size for name, size in weights.items() if ".experts." in name)
     free = sum(weights.values()) - experts + int(0.8 * experts)
     monkeypatch.setattr(machine, "available_memory", lambda: free)
@@ -174,12 +174,7 @@ def test_experts_of_a_checkpoint_stay_on_the_disk_likewise(
     for ours, theirs in zip(play(target), play(whole), strict=True):
         assert torch.equal(ours, theirs)
     monkeypatch.setattr(machine, "available_memory", lambda: experts - 1)
-    if family == "gpt_oss":  # whose experts are mapped as they are; others are fused in memory
-        loading.load(folder)
-    else:
-        with pytest.raises(SpecDecError, match=r"not enough memory .* leave a part of its experts on the disk \(--exp"):
-            loading.load(folder)
-        loading.load(folder, experts=False)
+    loading.load(folder)  # experts are mapped
 
 
 def test_a_pass_costs_what_the_experts_of_other_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:
