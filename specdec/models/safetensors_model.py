@@ -172,7 +172,7 @@ def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, lis
 def _experts(own: Experts, path: str, file: TensorFile, tensors: Mapping[str, TensorInfo]) -> BlockExperts | None:
     """The experts of a layer in the place of the module ``own``: each has three matrices, or they are joined in two
     tensors. None: these are not there, or of another shape or type."""
-    (count, inner, width), parts = own.gate_up_proj.shape, list[list[Blocks]]()
+    (count, inner, width), parts = own.get_parameter("gate_up_proj").shape, list[list[Blocks]]()
     shapes = (inner // 2, width), (inner // 2, width), (width, inner // 2)
     joined = [tensors.get(f"{path}.{leaf}") for leaf in ("gate_up_proj", "down_proj")]
     if joined != [None, None]:

@@ -7,6 +7,7 @@ A test compares it with transformers' model for every family.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from specdec.base import memory
 from specdec.models import families
 from specdec.models.families import Family
 from specdec.models.gguf.blocks import Blocks, expert, named_weights, weight_rows
-from specdec.models.native_model import DeltaRule, NativeModel
+from specdec.models.native_model import NativeModel
 from specdec.runtimes.decoder_layer import has_experts, recurrent, router
 
 Choose = Callable[[int, Tensor], Tensor]
@@ -40,14 +41,14 @@ def logits_of(model: NativeModel, ids: Tensor, windows: list[Any], choose: Choos
         norms: dict[str, Any] = {place: getattr(layer, name) if name else nn.Identity() for place, name in places}
         h = norms["in"](x)
         if recurrent(layer):
-            h = _delta_rule(layer.linear_attn, h)  # type: ignore[arg-type]
+            h = _delta_rule(layer.linear_attn, h)
         else:
             rotation = None if (pair := rotations[n]) is None else (tables[pair[0]], tables[pair[1]])
             h = _attention(layer.self_attn, h, rotation, windows[n], family, numbers.scores_cap)
         x = x + norms["attended"](h) * numbers.results
         h = norms["mlp"](x)
         if has_experts(layer):
-            h = _mixture(layer.mlp, h, config, None if choose is None else lambda found, n=n: choose(n, found))
+            h = _mixture(layer.mlp, h, config, None if choose is None else partial(choose, n))
         else:
             h = layer.mlp(h)  # type: ignore[operator]
         x = x + norms["out"](h) * numbers.results
@@ -122,7 +123,7 @@ def _mixture(mlp: Any, x: Tensor, config: Any, choose: Callable[[Tensor], Tensor
     return out.to(x.dtype)
 
 
-def _delta_rule(own: DeltaRule, x: Tensor) -> Tensor:
+def _delta_rule(own: Any, x: Tensor) -> Tensor:
     """A recurrent layer, token by token."""
     count, keys, heads = len(x), own.num_k_heads * own.head_k_dim, (own.num_k_heads, own.num_v_heads)
     if hasattr(own, "in_proj_qkvz"):  # all parts of a key head come before the next head's

@@ -22,6 +22,7 @@ from specdec.models.config import Config, GenerationSettings
 from specdec.models.gguf.blocks import BlockExperts, BlockLinear, densify, named_weights, temporarily_dense
 from specdec.models.identity import fingerprint
 from specdec.models.native_model import NativeModel, as_transformers, empty_model, transformers_config
+from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
 VARIANTS = {
@@ -204,6 +205,25 @@ def test_a_gguf_file_decodes_without_slow_imports(cache: Path, tmp_path: Path, d
     path = tmp_path / "it.gguf"
     write_gguf(path, width=128, packed=gguf.GGMLQuantizationType.Q8_0)
     decode_without_slow_imports(str(path), drafter)
+
+
+FIRST = """
+import sys
+sys.modules["transformers.modeling_utils"] = None  # an import raises
+from specdec.models import loading
+from specdec.runtimes.select import make_target
+target, note = make_target(loading.load(sys.argv[1])[0])
+print(target.runtime, note)
+"""
+
+
+@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_first_load_imports_no_modelling_classes(cache: Path, tmp_path: Path, experts: int) -> None:
+    path = tmp_path / "it.gguf"
+    write_gguf(path, width=128, packed=gguf.GGMLQuantizationType.Q8_0, experts=experts)
+    run = subprocess.run([sys.executable, "-c", FIRST, str(path)], capture_output=True, text=True)
+    assert run.stdout.split() == ["native"], run.stderr
 
 
 @pytest.mark.model

@@ -300,7 +300,9 @@ print(len(decoder.generate([{"role": "user", "content": "Hello"}], max_new_token
 
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-def test_later_processes_import_no_transformers(folder: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_later_processes_import_no_transformers(tmp_path: Path, family: str) -> None:
+    folder = save_native(tmp_path / "it", family)
     SpecDecoder.from_pretrained(folder, "none")
     run = subprocess.run([sys.executable, "-c", WITHOUT, str(folder)], capture_output=True, text=True)
     assert run.stdout == "4\n", run.stderr
