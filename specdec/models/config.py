@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def read_config(folder: Path) -> Config:
 
 def write_config(folder: Path, config: Config) -> None:
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1) + "\n", "utf-8")
+
+
+def write_generation(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Write a generation config with these fields; those that are None are not given."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    (folder / GENERATION).write_text(json.dumps(given, indent=1) + "\n", "utf-8")
 
 
 def read_generation(folder: Path) -> GenerationSettings:

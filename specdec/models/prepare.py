@@ -1,8 +1,8 @@
 """The folders of models in the user's cache.
 
 The folder of an embedded model has its GGUF file, config, tokenizer and chat template; that of a GGUF file or a model
-folder given by path has the last three. torch and transformers are imported when a folder is made. Knows nothing about
-loading a model.
+folder given by path has the last three. torch is imported when a folder is made, transformers where it is needed.
+Knows nothing about loading a model.
 
 The cache has ``models/<name>/`` for embedded models, ``models/<name>-<hash>/`` for files and folders given by path,
 ``downloads/`` for files that the user puts there, and ``specdec-work/`` for work in progress. The cache may be a folder
@@ -148,7 +148,7 @@ def disk_space(need: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers(status: str = "") -> Iterator[None]:
-    """Hide progress bars and warnings of transformers, and show ``status`` if there is one."""
+    """Hide progress bars and warnings of transformers, which this imports, and show ``status`` if there is one."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -262,7 +262,7 @@ def _describe(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config and tokenizer of a GGUF file into ``folder``."""
     from specdec.models.gguf import model as gguf_model
 
-    with disk_space(VOCABULARY_BYTES), quiet_transformers(f"Reading {name}"):
+    with disk_space(VOCABULARY_BYTES), terminal.status(f"Reading {name}"):
         gguf_model.write_parts(name, file, folder)
 
 

@@ -22,7 +22,7 @@ from specdec.base import memory
 from specdec.base.errors import SpecDecError
 from specdec.base.machine import check_memory
 from specdec.models import families, packed
-from specdec.models.config import CONFIG, GENERATION, Config, write_config
+from specdec.models.config import CONFIG, Config, write_config, write_generation
 from specdec.models.gguf.blocks import BlockExperts, Blocks
 from specdec.models.native_model import Experts, NativeModel
 from specdec.models.source import Source
@@ -75,7 +75,7 @@ def write_parts(source: Source, folder: Path) -> None:
         settings = GenerationConfig.from_pretrained(source.folder)
     except OSError:  # there is no such file
         settings = GenerationConfig.from_model_config(theirs)
-    (folder / GENERATION).write_text(json.dumps(settings.to_diff_dict(), indent=1) + "\n", "utf-8")
+    write_generation(folder, settings.to_diff_dict())
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.save(str(folder / FILE), pretty=False)
     own = Tokenizer(folder)

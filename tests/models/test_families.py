@@ -156,7 +156,7 @@ MORE = r"describes over twice the \d+ weights of its files"
     [
         ("mixtral", {"hidden_size": 1 << 30}, "its config says that hidden_size is '1073741824'"),
         ("mixtral", {"num_attention_heads": 1 << 20}, "says that num_attention_heads is '1048576'"),
-        ("mixtral", {"num_local_experts": 1 << 20}, "says that num_experts is '1048576'"),
+        ("mixtral", {"num_local_experts": 1 << 20}, "says that num_local_experts is '1048576'"),
         ("mixtral", {"num_experts_per_tok": 7}, "a token takes more experts than the 6 of its config"),
         ("mixtral", {"sliding_window": 0}, "says that sliding_window is '0'"),
         ("mixtral", {"sliding_window": -1}, "says that sliding_window is '-1'"),

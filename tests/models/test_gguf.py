@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -25,7 +26,7 @@ from specdec.base import files, machine
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import megabytes
 from specdec.models import catalogue, identity, loading, prepare
-from specdec.models.gguf import blocks
+from specdec.models.gguf import blocks, defaults
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf import tokenizer as gguf_tokenizer
 from specdec.models.gguf.blocks import (
@@ -39,7 +40,7 @@ from specdec.models.gguf.blocks import (
     temporarily_dense,
 )
 from specdec.models.gguf.file import read_header
-from specdec.models.native_model import NativeModel
+from specdec.models.native_model import NativeModel, transformers_config
 from specdec.models.tensor_file import PLAIN
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import run_tokens
@@ -463,6 +464,24 @@ def test_a_tensor_of_an_unknown_type_is_named(tmp_path):
     (tmp_path / "it.gguf").write_bytes(data[:at] + struct.pack("<I", 77) + data[at + 4 :])
     with pytest.raises(SpecDecError, match=r"tensor 'output_norm.weight' is of the unknown type 77"):
         read_header(tmp_path / "it.gguf")
+
+
+GIVEN = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+GIVEN |= {"intermediate_size": 96, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "vocab_size": 97}
+MORE = {"rope_theta": 5000.0, "tie_word_embeddings": True, "bos_token_id": 7, "eos_token_id": 8, "unk_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", defaults.OWN)
+def test_configs_are_completed_as_transformers_does(kind):
+    for more in ({}, MORE, {"head_dim": 32}, {"pad_token_id": None}):
+        values = GIVEN | more | {"model_type": kind}
+        if kind == "qwen2" and "head_dim" in more:
+            continue  # it has no such field
+        expected = transformers_config(values).to_dict()
+        expected.pop("_name_or_path", None)
+        assert json.loads(json.dumps(defaults.complete(values).to_dict())) == json.loads(json.dumps(expected))
+    for more in ({"hidden_size": 66}, {"rope_scaling": {}}, {"model_type": "gemma"}):
+        assert defaults.complete(GIVEN | {"model_type": kind} | more) is None
 
 
 def test_a_vocabulary_is_decoded_at_first_use(tmp_path):

@@ -1,7 +1,7 @@
 """Models of GGUF files without conversion: matrices stay in the file's blocks.
 
-``write_parts`` writes config, generation config, tokenizer and chat template into a folder once; transformers knows the
-defaults of configs. ``build`` makes the model of that config with the weights of the file.
+``write_parts`` writes config, generation config, tokenizer and chat template into a folder once; transformers makes what
+is not known here. ``build`` makes the model of that config with the weights of the file.
 Supports the architectures of the native runtime.
 """
 
@@ -20,11 +20,12 @@ from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.machine import check_memory
 from specdec.models import families
-from specdec.models.config import Config, write_config
-from specdec.models.gguf import blocks, recurrent, tokenizer
+from specdec.models.config import Config, write_config, write_generation
+from specdec.models.gguf import blocks, defaults, recurrent, tokenizer
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
 from specdec.models.gguf.file import GGUFFile
 from specdec.models.native_model import NativeModel, transformers_config
+from specdec.models.prepare import quiet_transformers
 from specdec.models.tensor_file import PLAIN, TensorInfo
 
 ARCHITECTURES = {family.gguf: kind for kind, family in families.FAMILIES.items() if family.gguf}
@@ -71,18 +72,15 @@ def _kind(file: GGUFFile) -> str:
 
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template into ``folder``."""
-    from transformers import GenerationConfig
-
     try:
         config = config_of(name, file)
         check_tensors(name, file, NativeModel(config, torch.bfloat16))
-        ends = GenerationConfig.from_model_config(transformers_config(config.to_dict()))
-        ends.eos_token_id = _eos_token_ids(file) or None
+        ends = {"eos_token_id": _eos_token_ids(file) or None}
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecDecError(f"cannot load model '{name}': its GGUF file describes no model ({reason})") from error
     write_config(folder, config)
-    ends.save_pretrained(folder)
+    write_generation(folder, {key: getattr(config, key) for key in ("bos_token_id", "pad_token_id")} | ends)
     tokenizer.write(name, file, config.model_type, folder)
 
 
@@ -131,7 +129,11 @@ def config_of(name: str, file: GGUFFile) -> Config:
     if (rope := scaling.pop("type", "none")) != "none" or kind == "ministral3":
         values["rope_scaling"] = _scaled_rope(name, rope, scaling, values)
         values["rope_scaling"] |= {"truncate": False} if kind == "gpt_oss" else {}
-    return Config(**transformers_config(values | {"model_type": kind}).to_dict())
+    values["model_type"] = kind
+    if (known := defaults.complete(values)) is not None:
+        return known
+    with quiet_transformers():
+        return Config(**transformers_config(values).to_dict())
 
 
 def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:

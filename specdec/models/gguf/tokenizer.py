@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from specdec.base.errors import SpecDecError
 from specdec.models.gguf.file import GGUFFile, Strings
+from specdec.models.prepare import quiet_transformers
 from specdec.models.tokenizer import CONFIG, FILE, TEMPLATE
 
 TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # by config field
@@ -48,11 +49,12 @@ def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
     Raises SpecDecError without one.
     """
     if (built := _read(name, file, kind)) is None:
-        from transformers import AutoTokenizer
+        with quiet_transformers():
+            from transformers import AutoTokenizer
 
-        converted(name, file).save_pretrained(folder)
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # a model type may have normalisers
-        theirs.backend_tokenizer.save(str(folder / FILE), pretty=False)
+            converted(name, file).save_pretrained(folder)
+            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # a model type may have normalisers
+            theirs.backend_tokenizer.save(str(folder / FILE), pretty=False)
         return
     built.save(str(folder / FILE), pretty=False)
     named = {f"{part}_token": token for part, token in _named(file)}
