@@ -26,6 +26,7 @@ from specdec.models.tensor_file import PLAIN
 
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")  # types of blocks that are kept
 CHUNK = 1 << 20  # elements that are dequantised at a time
+UNPACKED = 1 << 23  # those of a weight that a product unpacks at a time
 BIASES = "gate_up_proj_bias", "down_proj_bias"  # of experts, if they have any
 
 
@@ -157,7 +158,7 @@ class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        step, parts = max(1, CHUNK // self.in_features), list[Tensor]()
+        step, parts = max(1, UNPACKED // self.in_features), list[Tensor]()
         for rows in torch.arange(self.out_features).split(step):  # the whole weight may be large
             bias = None if self.bias is None else self.bias[rows]
             parts.append(F.linear(x, self.unpack(self.blocks, rows, self.dtype), bias))

@@ -1,7 +1,7 @@
 """Models of GGUF files without conversion: matrices stay in the file's blocks.
 
-``write_parts`` writes config, generation config, tokenizer and chat template into a folder once; transformers makes what
-is not known here. ``build`` makes the model of that config with the weights of the file.
+``write_parts`` writes config, generation config, tokenizer and chat template into a folder once; transformers makes
+what is not known here. ``build`` makes the model of that config with the weights of the file.
 Supports the architectures of the native runtime.
 """
 
