@@ -4,9 +4,10 @@
     python benchmarks/start.py MODEL.gguf --llama-cpp llama-cli --json result.json
 
 Methods take turns, round by round. For each model: ``specdec generate "Hi" --max-new-tokens 1`` with the default
-drafter and without one, the server until ``/health`` answers 200, and llama.cpp's command line, where it is given. Once
-for all: the import of ``SpecDecoder``, ``--help`` and an error about a path. The first start of each comes before the
-rounds, is not counted, and may write caches. Memory is the largest resident size of the process; mapped pages count.
+drafter and without one, the server until ``/health`` answers 200, and llama.cpp's command line, where it is given; of a
+file also its first start, with an empty cache folder. Once for all: the import of ``SpecDecoder``, ``--help`` and an
+error about a path. A start of each comes before the rounds, is not counted, and may write caches. Memory is the largest
+resident size of the process; mapped pages count.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,16 +33,23 @@ GENERATE = (*SPECDEC, "generate", "Hi", "--max-new-tokens", "1", "--quiet", "--m
 LIMIT = 600.0  # seconds that a start may take
 
 
-def run(command: Sequence[str], code: int = 0) -> tuple[float, float]:
+def run(command: Sequence[str], code: int = 0, **environment: str) -> tuple[float, float]:
     """Seconds until the process has ended, and its peak memory in MB."""
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    null = subprocess.DEVNULL
+    child = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, env=os.environ | environment)
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - start
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != code:
         raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}, not {code}")
     return seconds, megabytes(usage)
+
+
+def first(model: str) -> tuple[float, float]:
+    """``run`` with an empty cache folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run((*GENERATE, model), SPECDEC_CACHE=folder)
 
 
 def megabytes(usage: resource.struct_rusage) -> float:
@@ -87,6 +96,8 @@ def methods(models: Sequence[str], llama: str | None) -> dict[str, Callable[[], 
             f"{name}, --drafter none": lambda model=model: run((*GENERATE, model, "--drafter", "none")),  # type: ignore[misc]
             f"{name}, serve": lambda model=model: serve(model),  # type: ignore[misc]
         }
+        if Path(model).is_file():
+            found[f"{name}, first time"] = lambda model=model: first(model)  # type: ignore[misc]
         if llama is not None and Path(model).is_file():
             command = (llama, "-m", model, "-p", "Hi", "-n", "1", "--no-display-prompt", "-no-cnv")
             found[f"{name}, llama.cpp"] = lambda command=command: run(command)  # type: ignore[misc]

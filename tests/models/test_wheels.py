@@ -331,12 +331,10 @@ def test_a_file_that_we_do_not_serve_is_dequantised_as_it_loads(cache, own, tmp_
     assert not (cache.root / "models").exists() and source.weight_files(str(own)) == []
 
 
-def test_a_mixture_in_a_gguf_file_is_loaded_whole(cache, tmp_path):
+def test_a_mixture_in_a_gguf_file_decodes(cache, tmp_path):
     own = tmp_path / "own.gguf"
     write_gguf(own, experts=4)
-    whole, _ = loading.load(own)
-    left, tokenizer = loading.load(own, experts=False)
-    assert identity.fingerprint(left) == identity.fingerprint(whole)
+    whole, tokenizer = loading.load(own)
     out = SpecDecoder(whole, tokenizer, "none").generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
     assert len(out.token_ids) == 8
 
