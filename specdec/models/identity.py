@@ -42,7 +42,7 @@ def sample(parameter: Tensor | Blocks) -> Tensor:
     positions = sample_positions(parameter.shape.numel())
     if isinstance(parameter, Blocks):
         found = parameter.at(positions // parameter.shape[-1], positions % parameter.shape[-1])
-        memory.release(parameter.data)
+        memory.release(*parameter.memory)
         return found
     index, places = positions.to(parameter.device), list[Tensor]()
     for size in parameter.shape[::-1]:  # torch.unravel_index imports SymPy

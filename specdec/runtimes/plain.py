@@ -109,15 +109,19 @@ def _mixture(mlp: Any, x: Tensor, config: Any, choose: Callable[[Tensor], Tensor
     for number in taken.unique().tolist():
         rows, places = (taken == number).nonzero(as_tuple=True)
         gate_up, down, *biases = expert(mlp.experts, number)
-        inner = F.linear(x[rows], torch.cat([_values(each, x.dtype) for each in gate_up]), _like(biases[0], x))
+        *first, last = (
+            mlp.experts.unpack(each, None, x.dtype) if isinstance(each, Blocks) else each for each in (*gate_up, down)
+        )
+        inner = F.linear(x[rows], torch.cat(first), _like(biases[0], x))
         gate, up = inner.chunk(2, -1)
         if numbers.limit:
             gate, up = gate.clamp(max=numbers.limit), up.clamp(-numbers.limit, numbers.limit)
             inner = gate * torch.sigmoid(gate * numbers.alpha) * (up + 1)
         else:
             inner = F.silu(gate) * up
-        found = F.linear(inner, _values(down, x.dtype), _like(biases[1], x))
+        found = F.linear(inner, last, _like(biases[1], x))
         out.index_add_(0, rows, found.float() * shares[rows, places, None])
+        memory.release(*(each.data for each in (*gate_up, down)))
     if hasattr(mlp, "shared_expert"):
         out += mlp.shared_expert_gate(x).sigmoid() * mlp.shared_expert(x)
     return out.to(x.dtype)
@@ -154,12 +158,6 @@ def _delta_rule(own: Any, x: Tensor) -> Tensor:
     gated = own.norm.weight.float() * normed * F.silu(z.float().view(out.shape))
     found: Tensor = own.out_proj(gated.flatten(1).to(x.dtype))
     return found
-
-
-def _values(matrix: Tensor | Blocks, dtype: torch.dtype) -> Tensor:
-    values = matrix.numbers().to(dtype) if isinstance(matrix, Blocks) else matrix
-    memory.release(matrix.data)
-    return values
 
 
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -51,6 +51,11 @@ class Blocks:
     def shape(self) -> torch.Size:
         return torch.Size((len(self.data if self.rows is None else self.rows), self.inputs))
 
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """Where its numbers are."""
+        return (self.data,)
+
     def in_order(self, values: Tensor) -> Tensor:
         """Rows as they lie in ``data`` [..., in], with the columns of the matrix."""
         return values if self.columns is None else values[..., self.columns.argsort()]
@@ -287,6 +292,10 @@ class ExpertBlocks(Blocks):
     matrices: tuple[Blocks, ...] = ()
     experts: int = 1
     turns: int = 0
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        return tuple(matrix.data for matrix in self.matrices)
 
     @property
     def shape(self) -> torch.Size:

@@ -713,4 +713,5 @@ def release(*matrices: Tensor | Blocks) -> None:
 
 def _mapped(module: nn.Module) -> list[Tensor]:
     """The memory of the weights of ``module``."""
-    return [each.data if isinstance(each, Blocks) else each for _, each in named_weights(module)]
+    weights = (weight for _, weight in named_weights(module))
+    return [part for each in weights for part in (each.memory if isinstance(each, Blocks) else (each,))]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch
 from passes import in_blocks, logits_of, play
 from tiny import rough_model, save_tiny, save_tiny_moe, sizes_of, tamed
 from tiny_gguf import write_family
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from specdec import SpecDecoder
 from specdec.base import machine, memory
@@ -215,3 +220,54 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(SpecDecError, match=r"cannot write experts to '.*': No space left on device"):
         NativeTarget(mixture(), expert_cache=0.5)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+PEAKS = """
+import json, sys
+from pathlib import Path
+from specdec import SpecDecoder
+from specdec.models import loading
+
+large, small = map(Path, sys.argv[1:])
+
+def answer(**given):
+    decoder = SpecDecoder.from_pretrained(large, "none", **given)
+    print(decoder.generate(list(range(3, 60)), max_new_tokens=8).token_ids)
+
+def peak(**given):
+    Path("/proc/self/clear_refs").write_text("5")
+    start = status("VmRSS")
+    answer(**given)
+    return status("VmHWM") - start
+
+def status(name):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return 1024 * int(line.split()[1])
+
+loading.load(small)  # what it needs is imported
+print(json.dumps([peak(expert_cache=0.25), peak()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_experts_are_never_in_memory_all_at_once(tmp_path: Path) -> None:
+    mixtral = save_tiny_moe(tmp_path / "mixtral")
+    large = shutil.copytree(mixtral, tmp_path / "large", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = MixtralConfig.from_pretrained(mixtral, hidden_size=512, intermediate_size=1024, num_local_experts=16)
+    config.update({"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 8, "dtype": torch.bfloat16})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    rest = sum(p.nbytes for p in model.parameters()) - experts
+    model.save_pretrained(large, max_shard_size="60MB")
+    command = [sys.executable, "-c", PEAKS, large, mixtral]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    ours, own, peaks = map(json.loads, run.stdout.splitlines())
+    paged, whole = (peak - rest for peak in peaks)
+    assert ours == own
+    assert whole > experts > 250e6  # the measure sees them
+    assert paged < 0.7 * experts  # a quarter of them, those of a layer for the prompt, and what computing takes
