@@ -17,7 +17,7 @@ import torch
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, one_line
-from specdec.models import config, families, packed, prepare, safetensors_model
+from specdec.models import config, families, packed, prepare, safetensors_file, safetensors_model
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile
 from specdec.models.names import dtype_name
@@ -151,7 +151,7 @@ def _native(
             file, keep, made = source.file, place.type == "cpu" and dtype == torch.bfloat16, list[torch.Tensor]()
             model = gguf_model.build(source.name, source.file, found, dtype, keep)
         else:
-            file, keep = safetensors_model.read_header(source.weight_files()), True
+            file, keep = safetensors_file.read_header(source.weight_files()), True
             if (built := safetensors_model.build(source.name, file, found)) is None:
                 return None
             model, made = built

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -144,20 +143,6 @@ def disk_space(need: int) -> Iterator[None]:
             f"not enough disk space in {root}: the model needs {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
             "delete something, or set SPECDEC_CACHE to a folder on another disk"
         ) from error
-
-
-@contextlib.contextmanager
-def quiet_transformers(status: str = "") -> Iterator[None]:
-    """Hide progress bars and warnings of transformers, which this imports, and show ``status`` if there is one."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    with terminal.status(status, quiet=not status), contextlib.redirect_stderr(io.StringIO()):
-        transformers_logging.set_verbosity_error()
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(verbosity)
 
 
 # --- preparing ----------------------------------------------------------------------------------------------------

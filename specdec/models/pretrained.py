@@ -18,11 +18,11 @@ from transformers import (
 
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
-from specdec.models import families, safetensors_model
+from specdec.models import families, safetensors_file
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf import tokenizer as gguf_tokenizer
 from specdec.models.gguf.file import read_header
-from specdec.models.prepare import quiet_transformers
+from specdec.models.quiet import quiet_transformers
 from specdec.models.source import Source, explain_errors
 from specdec.models.tensor_file import PLAIN
 
@@ -76,7 +76,7 @@ def load(
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
         with explain_errors(name):
-            each = (safetensors_model.numbers_in(path) for path in source.weight_files())
+            each = (safetensors_file.numbers_in(path) for path in source.weight_files())
             numbers = dict(pair for found in each for pair in found.items())
     fused = 0
     if numbers and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -104,7 +104,7 @@ def text_part(config: Any) -> dict[str, Any]:
     if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
         return {"config": config}
     text.tie_word_embeddings = bool(text.tie_word_embeddings or config.tie_word_embeddings)
-    return {"config": text, "key_mapping": safetensors_model.TEXT_NAMES}
+    return {"config": text, "key_mapping": safetensors_file.TEXT_NAMES}
 
 
 def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:

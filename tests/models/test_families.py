@@ -19,7 +19,7 @@ from zoo import PROMPTS, run
 
 from specdec.base.errors import SpecDecError
 from specdec.drafters.none import NoDrafter
-from specdec.models import families, loading, safetensors_model
+from specdec.models import families, loading, safetensors_file
 from specdec.models.native_model import NativeModel
 from specdec.runtimes import fused
 from specdec.runtimes.native import library
@@ -186,7 +186,7 @@ def test_sizes_are_bounded_before_anything_is_allocated(
 def test_packed_weights_may_hold_more_numbers_than_elements(tmp_path: Path) -> None:
     """Those of quantised checkpoints: a byte has up to eight."""
     save_file({"packed": torch.zeros(3, 5, dtype=torch.uint8), "scale": torch.ones(7)}, tmp_path / "it.safetensors")
-    assert safetensors_model.numbers_in(tmp_path / "it.safetensors") == {"packed": 8 * 15, "scale": 7}
+    assert safetensors_file.numbers_in(tmp_path / "it.safetensors") == {"packed": 8 * 15, "scale": 7}
 
 
 def test_each_layer_has_a_kind(tmp_path: Path) -> None:

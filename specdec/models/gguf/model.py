@@ -25,7 +25,7 @@ from specdec.models.gguf import blocks, defaults, recurrent, tokenizer
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
 from specdec.models.gguf.file import GGUFFile
 from specdec.models.native_model import NativeModel, transformers_config
-from specdec.models.prepare import quiet_transformers
+from specdec.models.quiet import quiet_transformers
 from specdec.models.tensor_file import PLAIN, TensorInfo
 
 ARCHITECTURES = {family.gguf: kind for kind, family in families.FAMILIES.items() if family.gguf}

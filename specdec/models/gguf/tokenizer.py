@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from specdec.base.errors import SpecDecError
 from specdec.models.gguf.file import GGUFFile, Strings
-from specdec.models.prepare import quiet_transformers
+from specdec.models.quiet import quiet_transformers
 from specdec.models.tokenizer import CONFIG, FILE, TEMPLATE
 
 TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # by config field
