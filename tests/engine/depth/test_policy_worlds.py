@@ -119,9 +119,14 @@ WORLDS = {
     "sixteen rows, steep passes": replace(STEEP, phases=(WEAK,), rows=16, tokens=200),
     "sixteen rows, copying after prose": World((PROSE, COPIED), rows=16, tokens=400),
 }
+USUAL = {
+    *("levels of 10 %", "both are good in turns", "n-grams alone", "nothing is good", "copying after prose"),
+    *("levels become bad", "steep passes, levels of 20 %", "both are too sure", "four rows, steep passes"),
+}
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in WORLDS if name not in USUAL]
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", [*sorted(USUAL), *OTHERS])
 def test_no_fixed_choice_is_three_percent_faster_in_any_phase(name: str) -> None:
     """In the geometric mean of three texts: a single one depends on when what becomes good is tried."""
     shares = list[list[float]]()
