@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ from specdec import SpecDecoder, cli
 from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.drafters import learned
 from specdec.models import drafter_folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """What is imported is not searched for decoders that nobody holds any more."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -254,7 +254,7 @@ NATIVE = pytest.param("native", marks=pytest.mark.skipif(not library.runs(), rea
 RUNTIMES = [NATIVE, pytest.param("reference", marks=pytest.mark.slow)]  # the latter is ten times as slow
 
 
-@pytest.mark.parametrize("runtime", ["reference", NATIVE])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_default_drafter(runtime: str, default_of: Callable[[str], Drafter]) -> None:
     drafter, found = default_of(runtime), Counter[str]()
     for number, case in enumerate(pairwise(SETTINGS)):
