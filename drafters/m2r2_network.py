@@ -43,7 +43,7 @@ class Router(nn.Module):
 
     Accelerated residual latent attention (arXiv 2502.02040): the residual p of each layer is projected to a small
     latent, and the exit attends over them. Only the paper's abstract was at hand. Our addition: the log-odds of the
-    draft's own softmax are added, and an untrained router returns them alone.
+    draft's own softmax are added, and an untrained router returns only them.
 
     count: number of residuals; the last is the exit's.
     size: D.
@@ -139,7 +139,6 @@ class M2R2(nn.Module):
         maps: these, where they are there already.
         """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.adapters.draft_only = True
         self.inference_maps = maps or [draft_maps.UnitMap(each.weight, each.bias) for each in self.projections]
 
     def run_segment(
@@ -165,17 +164,15 @@ class M2R2(nn.Module):
 
         Returns h[hi], p[hi] and, if ``watched``, the router's residuals. Only h stays in the cache.
         """
-        # h and p as two tokens at one position: both see h's keys (shared KV), no token sees p's.
         n, old = x.shape[1], cache.lengths[lo] - cache.committed
+        h = target.layers(x, lo, hi, Pass(positions, cache.register(lo, positions), cache))
+        # p sees h's keys (shared KV), also at its own position; no token sees p's.
         chain = torch.ones(n, old + n, dtype=torch.bool).tril(old)
-        tree = torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1).repeat(2, 1)
-        both = torch.cat((positions, positions), 1)
-        mask = cache.register(lo, both, tree)
+        mask = cache.register(lo, positions, torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1))
         taps = router_taps(lo + 1, hi) if watched else None
-        ctx = Pass(both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
-        y = target.layers(torch.cat((x, x), 1), lo, hi, ctx)
+        p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
         cache.trim(n, lo, hi)
-        return y[:, :n], y[:, n:], [p[:, n:] for p in (taps or {}).values()]
+        return h, p, list((taps or {}).values())
 
 
 def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:

@@ -1,7 +1,7 @@
 """Cached prefixes on disk: keys and values of texts in chunks, with which later requests and processes begin.
 
 The file of a chunk is named by a hash of what its numbers depend on (``identity``), the scope of its text, and all
-tokens up to its end. So a chunk is found by the text alone, and only after those before it. Recurrent states after a
+tokens up to its end. So a chunk is found only by the text, and only after those before it. Recurrent states after a
 chunk are a file of their own.
 """
 
@@ -39,7 +39,7 @@ from specdec.kvcache.cache import KVCache
 
 CHUNK = 64  # tokens; a prompt computes up to so many that were known
 READERS = 4  # threads
-MAX_PENDING = 1 << 30  # bytes that wait to be written; of texts beyond them, one alone is kept
+MAX_PENDING = 1 << 30  # bytes that wait to be written; of texts beyond them, only one is kept
 BUSY = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors that pass
 SUFFIX = ".safetensors"
 _NAME, _LEFT = re.compile(rf"([0-9a-f]{{64}}){SUFFIX}"), re.compile(rf"\.[0-9a-f]{{64}}{SUFFIX}\..*")
@@ -52,7 +52,7 @@ class PrefixDisk:
 
     A thread reads texts from their caches and writes them. After an error in writing, such as in a folder that may only
     be read, nothing more is written, with one warning. A file that is damaged is removed, with a warning. One that
-    cannot be opened is left alone.
+    cannot be opened stays as it is.
 
     recurrent: the model has recurrent states: a text can be begun with only up to a chunk that has them.
     sizes: bytes of each file by its name, the least recently used first. held: their sum.

@@ -1,8 +1,8 @@
 """The states of recurrent layers (linear attention, state space, convolution) of a row, with roll-back.
 
 A scan returns only its last state. So the states after the committed tokens stay as they are, and the layers' inputs
-of later tokens lie beside them. Roll-back drops inputs; accepted ones ("pending") are run again, through the layer's
-mixer alone, before the next tokens.
+of later tokens lie beside them. Roll-back drops inputs; accepted ones ("pending") are run again, only through the
+layer's mixer, before the next tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ RERUN_TOKENS = 16  # so many tokens are cheaper to run again than states to writ
 SLOT_MULTIPLE = 16  # the buffer of inputs has a multiple of so many slots
 EVERY = "states"  # the name of the states of all layers in one piece
 States = dict[tuple[str, int], Tensor]  # of a layer, by kind and number, each [B, ...]; empty before the first token
-# The tokens that adapters act on: True: those of the pass; False: none; for inputs in another order: the number of the
-# layer's uncommitted tokens behind each, int64 [B, T].
-Adapted = bool | Tensor
-# Inputs [B, T, D], the states before them, where adapters act -> outputs, and the states after them.
-Advance = Callable[[Tensor, States, Adapted], tuple[Tensor, States]]
+# Inputs [B, T, D], the states before them, whether adapters act -> outputs, and the states after them.
+Advance = Callable[[Tensor, States, bool], tuple[Tensor, States]]
 
 
 class StateShape(NamedTuple):
@@ -217,8 +214,7 @@ def _branches(inputs: Tensor, states: States, tree: Tensor, advance: Advance) ->
     for some in index.split(max(BRANCH_TOKENS // (batch * longest), 1)):
         x = inputs[:, some].reshape(batch * len(some), longest, width)
         own = {key: state.repeat_interleave(len(some), 0) for key, state in states.items()}
-        behind = (u - 1 - some).repeat(batch, 1)  # (B leaves, longest)
-        parts.append(advance(x, own, behind)[0].view(batch, len(some), longest, -1))
+        parts.append(advance(x, own, True)[0].view(batch, len(some), longest, -1))
     out = torch.cat(parts, 1)
     place = {node: (leaf, at) for leaf, path in enumerate(leaves) for at, node in enumerate(path)}
     leaf, at = zip(*(place[node] for node in range(u - t, u)), strict=True)

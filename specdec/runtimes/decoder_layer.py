@@ -21,16 +21,15 @@ Weights = dict[str, tuple[Tensor, Tensor | None]]
 class Adapters(nn.Module):
     """What drafts change in layers: ``y += up(down(x))`` beside linear maps, and MLPs with some of their neurons.
 
-    The rank-r factors are keyed by layer and module path. ``up`` starts at zero, so untrained adapters change nothing.
+    Runtimes may round the result. The rank-r factors are keyed by layer and module path. ``up`` starts at zero, so
+    untrained adapters change nothing.
 
     shapes[layer][path]: (in_features, out_features).
-    neurons: by layer, how many neurons of its MLP a pass runs (``kept``); of other layers all. Such a pass runs with
-        the adapters on all of its tokens.
-    draft_only: whether passes with them only draft, so that a runtime may quantise weights.
+    neurons: by layer, how many neurons of its MLP a pass runs (``kept``); of other layers all.
     lasting: whether they are those of a trained drafter, so that a runtime may keep what it makes of them.
     """
 
-    draft_only = lasting = False
+    lasting = False
 
     def __init__(
         self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int, neurons: Mapping[int, int] | None = None
@@ -141,17 +140,12 @@ def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     return found
 
 
-def adapter_parts(
-    maps: Mapping[str, Sequence[tuple[str, nn.Linear]]], orders: Mapping[str, Tensor]
-) -> dict[str, tuple[str, int, int]]:
-    """``{module path: (slot, first row, end row)}``: the rows of each module in its fused map, from ``modules``.
-
-    orders: by path, which row of a module each of its rows there is; of others as they are.
-    """
+def adapter_parts(maps: Mapping[str, Sequence[tuple[str, nn.Linear]]]) -> dict[str, tuple[str, int, int]]:
+    """``{module path: (slot, first row, end row)}``: the rows of each module in its fused map, from ``modules``."""
     parts = {}
     for slot, pairs in maps.items():
         end = 0
         for path, module in pairs:
-            start, end = end, end + (len(orders[path]) if path in orders else module.out_features)
+            start, end = end, end + module.out_features
             parts[path] = (slot, start, end)
     return parts

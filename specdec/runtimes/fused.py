@@ -85,7 +85,7 @@ class FusedTarget(Target):
         maps = [decoder_layer.modules(layer) for layer in decoder.layers]
         fused = ({slot: linear_maps.fuse([m for _, m in pairs]) for slot, pairs in each.items()} for each in maps)
         self._weights: list[decoder_layer.Weights] = list(fused)
-        self._parts = [decoder_layer.adapter_parts(each, {}) for each in maps]
+        self._parts = [decoder_layer.adapter_parts(each) for each in maps]
         norms = (decoder_layer.layer_norms(layer, kind) for layer in decoder.layers)
         self._layers = [
             _Layer(own, {slot: self.make(*pair) for slot, pair in weights.items()})
@@ -118,7 +118,7 @@ class FusedTarget(Target):
             return F.scaled_dot_product_attention(q, keys, values, terms[windows[index]], scale=self.scale)
 
         layers = self._select_layers(lo, hi, ctx.adapters)
-        return self._run(x, lo, layers, self._rotary(ctx), attend, ctx.adapted, ctx.taps)
+        return self._run(x, lo, layers, self._rotary(ctx), attend, ctx.taps)
 
     def _run(
         self,
@@ -127,7 +127,6 @@ class FusedTarget(Target):
         layers: list[_Layer],
         rotary: tuple[Tensor, Tensor],
         attend: Attend,
-        adapted: int | None,
         taps: dict[int, Tensor] | None,
     ) -> Tensor:
         """``layers`` after all preparation: tensors in, tensors out, no values read."""
@@ -135,24 +134,22 @@ class FusedTarget(Target):
             if taps is not None and index in taps:
                 taps[index] = x
             _, _, _, norm_attention, norm_mlp_in, norm_mlp = layer.norms
-            q, k, v = self._project_qkv(layer, x, rotary, adapted)
-            out = _product(layer, "out", self._merge_heads(attend(index, q, k, v)), adapted)
+            q, k, v = self._project_qkv(layer, x, rotary)
+            out = _product(layer, "out", self._merge_heads(attend(index, q, k, v)))
             x = x + (out if norm_attention is None else norm_attention(out))
-            gate, up = _product(layer, "gate_up", x if norm_mlp_in is None else norm_mlp_in(x), adapted).chunk(2, -1)
-            out = _product(layer, "down", self.act(gate) * up, adapted)
+            gate, up = _product(layer, "gate_up", x if norm_mlp_in is None else norm_mlp_in(x)).chunk(2, -1)
+            out = _product(layer, "down", self.act(gate) * up)
             x = x + (out if norm_mlp is None else norm_mlp(out))
         if taps is not None and lo + len(layers) in taps:
             taps[lo + len(layers)] = x
         return x
 
-    def _project_qkv(
-        self, layer: _Layer, x: Tensor, rotary: tuple[Tensor, Tensor], adapted: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_qkv(self, layer: _Layer, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The queries (B, Hkv, T G, d) of a layer's attention, and its new keys and values (B, Hkv, T, d). Query heads
         that share a key head are rows of it."""
         norm_in, norm_q, norm_k, *_ = layer.norms
         (batch, t, _), d, heads, kv_heads = x.shape, self.head_dim, self.heads, self.kv_heads
-        h = _product(layer, "qkv", x if norm_in is None else norm_in(x), adapted).view(batch, t, -1, d)
+        h = _product(layer, "qkv", x if norm_in is None else norm_in(x)).view(batch, t, -1, d)
         q, k, v = h.split((heads, kv_heads, kv_heads), 2)
         if norm_q is not None and norm_k is not None:
             q, k = self._norm_heads(q, norm_q), self._norm_heads(k, norm_k)
@@ -250,14 +247,10 @@ class FusedTarget(Target):
         return made[index]
 
 
-def _product(layer: _Layer, slot: str, x: Tensor, adapted: int | None) -> Tensor:
-    """A linear map of x [B, T, in], with its low-rank terms on the last ``adapted`` tokens (None: all)."""
-    y = layer.maps[slot](x)
-    if (low := layer.low.get(slot)) is None:
-        return y
-    if adapted is None or adapted == x.shape[1]:
-        return y + low(x)
-    return torch.cat((y[:, :-adapted], y[:, -adapted:] + low(x[:, -adapted:])), 1)
+def _product(layer: _Layer, slot: str, x: Tensor) -> Tensor:
+    """A linear map of x [B, T, in], with its low-rank terms."""
+    y, low = layer.maps[slot](x), layer.low.get(slot)
+    return y if low is None else y + low(x)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

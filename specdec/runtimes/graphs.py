@@ -124,7 +124,7 @@ class GraphedTarget(FusedTarget):
 
     def _recorded(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
         """``layers`` on the buffer for as many rows."""
-        (batch, t, _), mask, cache, adapted = x.shape, ctx.mask, ctx.cache, ctx.adapted
+        (batch, t, _), mask, cache = x.shape, ctx.mask, ctx.cache
         taps, ahead = {} if ctx.taps is None else ctx.taps, cache.lengths[lo] - cache.committed
         cache.claim(lo, hi, [t] * batch, self.kv_heads, self.head_dim, self.dtype)
         keys, values = whole = self._lend(cache.entries)  # (N, B, Hkv, capacity, d)
@@ -140,7 +140,7 @@ class GraphedTarget(FusedTarget):
                 return F.scaled_dot_product_attention(q, k, v, masks[self.windows[index]], scale=self.scale)
 
             seen = {layer: x for layer in tapped}
-            y = self._run(x, lo, layers, (cos, sin), attend, adapted, seen)
+            y = self._run(x, lo, layers, (cos, sin), attend, seen)
             return [y, *(seen[layer] for layer in tapped)]
 
         shape, terms = (batch, 1, t * self.groups, whole.shape[4]), []
@@ -149,7 +149,7 @@ class GraphedTarget(FusedTarget):
             terms.append(x.new_zeros(shape) if term is None else term)  # None: every slot is filled
         slots = upload([[n + ahead] for n in cache.rows], self.device) + torch.arange(t, device=self.device)  # (B, T)
         # Changed adapters make new layers. As keys, they live as long as the recorded pass.
-        key = batch, t, lo, hi, adapted, *tapped, *layers
+        key = batch, t, lo, hi, *tapped, *layers
         y, *seen = self._step(key, function, [x, slots, *self._rotary(ctx), *terms])
         taps.update(zip(tapped, seen, strict=True))
         return y

@@ -1,6 +1,6 @@
 """Linear maps as plain callables ``x [..., in] -> [..., out]``, in two layouts.
 
-A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map has its weight in oneDNN's blocked layout:
+A *dense* map is ``F.linear``; only it carries gradients. A *packed* map has its weight in oneDNN's blocked layout:
 ``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. Packed maps
 are used where oneDNN supports the dtype.
 """

@@ -35,7 +35,7 @@ class GatedMLP(NamedTuple):
         return dict.fromkeys(self.ins, (d, 2 * count // len(self.ins))) | {self.out: (count, d)}
 
     def weight(self, path: str, kept: Tensor) -> Tensor:
-        """The weight of the map ``path`` with the neurons ``kept`` [I'] alone, in the model's dtype."""
+        """The weight of the map ``path`` with only the neurons ``kept`` [I'], in the model's dtype."""
         if path in self.ins:
             return weight_rows(self.ins[path], self.rows(kept))
         down: Any = self.down

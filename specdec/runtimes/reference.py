@@ -22,7 +22,7 @@ from transformers import Cache, PreTrainedModel
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
-from specdec.kvcache.recurrent import Adapted, Advance, States
+from specdec.kvcache.recurrent import Advance, States
 from specdec.models.native_model import as_transformers
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
@@ -36,14 +36,14 @@ class _Bridge(Cache):
     """Our cache for Hugging Face's attention layers and recurrent mixers.
 
     states: of the recurrent layer that runs.
-    adapted: the tokens that adapters act on.
+    adapted: whether adapters act.
     """
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__(layers=[])
         self.kv = cache
         self.states: States = {}
-        self.adapted: Adapted = True
+        self.adapted = True
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         return self.kv.append(layer_idx, key_states, value_states)
@@ -84,17 +84,12 @@ class _Bridge(Cache):
     def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
         """``mixer`` as a function of its states. most: maximum tokens that run one by one behind earlier ones."""
 
-        def run(x: Tensor, states: States, adapted: Adapted) -> tuple[Tensor, States]:
-            self.states, single = dict(states), bool(states) and x.shape[1] <= most
+        def run(x: Tensor, states: States, adapted: bool) -> tuple[Tensor, States]:
+            self.states, self.adapted, single = dict(states), adapted, bool(states) and x.shape[1] <= most
             try:
                 if not single:
-                    self.adapted = adapted
                     return mixer(x), self.states
-                outs = []
-                for at, token in enumerate(x.split(1, 1)):
-                    self.adapted = adapted[:, at : at + 1] if isinstance(adapted, Tensor) else adapted
-                    outs.append(mixer(token))
-                return torch.cat(outs, 1), self.states
+                return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
             finally:
                 self.adapted = True  # in what follows in the layer
 
@@ -175,7 +170,7 @@ class ReferenceTarget(Target):
     A call changes the model while it runs, under the model's lock: threads take turns. Raises SpecDecError for
     encoder-decoder or otherwise unsupported models, with the reason.
 
-    extra_outputs: number of results of a layer beside hidden states; None: these alone, not in a tuple.
+    extra_outputs: number of results of a layer beside hidden states; None: only these, not in a tuple.
     probed: whether that is known.
     """
 
@@ -217,7 +212,7 @@ class ReferenceTarget(Target):
             taps[lo] = x
         if lo >= hi:
             return x
-        with self.lock, self._adapt(ctx.adapters, lo, hi, ctx.adapted, x.shape[0]):
+        with self.lock, self._adapt(ctx.adapters, lo, hi):
             return self._pass(_Call(x, lo, hi, ctx.mask, taps), ctx)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
@@ -281,7 +276,7 @@ class ReferenceTarget(Target):
                 return module(input_ids=ids, position_ids=positions, attention_mask=mask, **arguments)
 
     @contextmanager
-    def _adapt(self, adapters: Adapters | None, lo: int, hi: int, adapted: int | None, batch: int) -> Iterator[None]:
+    def _adapt(self, adapters: Adapters | None, lo: int, hi: int) -> Iterator[None]:
         with ExitStack() as hooks:
             for layer in range(lo, hi) if adapters is not None else ():
                 assert adapters is not None
@@ -289,7 +284,7 @@ class ReferenceTarget(Target):
                     owner, _, name = path.rpartition(".")
                     hooks.enter_context(_replaced(self.blocks[layer].get_submodule(owner), name, module))
                 for path, (down, up) in adapters.factors(layer).items():
-                    hook = _adapter_hook(self, down, up, adapted, batch)
+                    hook = _adapter_hook(self, down, up)
                     handle = self.blocks[layer].get_submodule(path).register_forward_hook(hook)
                     hooks.callback(handle.remove)
             yield
@@ -324,20 +319,11 @@ class ReferenceTarget(Target):
         return args, kwargs | {"attention_mask": mask.memo[key]}
 
 
-def _adapter_hook(target: ReferenceTarget, down: Tensor, up: Tensor, adapted: int | None, batch: int) -> Any:
+def _adapter_hook(target: ReferenceTarget, down: Tensor, up: Tensor) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        which = True if target.bridge is None else target.bridge.adapted
-        if which is False:
+        if target.bridge is not None and not target.bridge.adapted:
             return output
-        rows = inputs[0].shape[0] if inputs[0].dim() == 3 else batch
-        # OPT flattens tokens to (B * T, D) before its MLP.
-        x, y = (t.view(rows, -1, t.shape[-1]) for t in (inputs[0], output))
-        count = y.shape[1] if adapted is None or isinstance(which, Tensor) else min(y.shape[1], adapted)
-        delta = (x[:, -count:] @ down.T.to(x.dtype)) @ up.T.to(x.dtype)  # (B, count, out)
-        if adapted is not None and isinstance(which, Tensor):
-            delta = delta * (which < adapted)[..., None]
-        y = torch.cat((y[:, :-count], y[:, -count:] + delta), 1)
-        return y.view(output.shape)
+        return output + (inputs[0] @ down.T.to(output.dtype)) @ up.T.to(output.dtype)
 
     return hook
 

@@ -24,7 +24,7 @@ ROUNDED = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache", "ac
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto", activations: str = "auto") -> bool:
-    """Whether these settings run on the CPU alone."""
+    """Whether these settings run only on the CPU."""
     return runtime == "native" or weights in ("int8", "int4") or "int8" in (kv_cache, activations)
 
 

@@ -63,7 +63,7 @@ class Pass:
     mask: from ``cache.register(lo, positions, ...)``.
     cache: where keys and values are appended.
     taps: each key l with lo <= l <= hi is filled with the input of layer l (l = hi: the result).
-    adapters: applied to the last ``adapted`` tokens of each row (None: to all).
+    adapters: applied to all tokens.
     routed: filled with the logits of the routers of layers [lo, hi) by a runtime that does not call the model's own;
         float32 [B T, hi, experts].
     """
@@ -73,7 +73,6 @@ class Pass:
     cache: KVCache
     taps: dict[int, Tensor] | None = None
     adapters: Adapters | None = None
-    adapted: int | None = None
     routed: Tensor | None = None
 
 
@@ -95,7 +94,7 @@ class Target(ABC):
     weight_format, kv_cache, activations: formats of the layers' weights, keys and values, and inputs of products.
     logit_difference: difference from the model's own logits in the self-check, relative to the largest logit.
     tokenizer: the model's, where known, for drafters with a model of their own.
-    recurrent_layers: with them, a text can be resumed at checkpoints alone.
+    recurrent_layers: with them, a text can be resumed only at checkpoints.
     experts: loads experts from slow memory, if there are any there.
     """
 
@@ -193,7 +192,7 @@ class Target(ABC):
         return GivenLinear(*self._head_rows(token_ids))
 
     def extended_head(self, head: GrowingLinear | None, token_ids: Tensor) -> GrowingLinear:
-        """``head`` (None: one without outputs) with those of further tokens behind its own; reads their rows alone."""
+        """``head`` (None: one without outputs) with those of further tokens behind its own; reads only their rows."""
         return GrowingLinear(head, *self._head_rows(token_ids))
 
     def _head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -102,13 +102,13 @@ def test_changed_adapters_are_recorded_anew() -> None:
     target = GraphedTarget(rough_model("llama"), record=Replay)
     with torch.inference_mode(False):
         adapters = random_adapters(target)
-    before = adapted_pass(target, adapters, 3, 1)
+    before = adapted_pass(target, adapters, 3)
     with torch.inference_mode(False), torch.no_grad():
         for parameter in adapters.parameters():
             parameter.mul_(2)
-    after = adapted_pass(target, adapters, 3, 1)
+    after = adapted_pass(target, adapters, 3)
     assert not torch.allclose(after, before)
-    assert torch.allclose(after, adapted_pass(FusedTarget(target.model), adapters, 3, 1), atol=2e-5)
+    assert torch.allclose(after, adapted_pass(FusedTarget(target.model), adapters, 3), atol=2e-5)
 
 
 @torch.inference_mode()
@@ -141,11 +141,11 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
     target.record = Recorded
     with torch.inference_mode(False):
         adapters = random_adapters(target)
-    adapted_pass(target, adapters, 3, 1)
+    adapted_pass(target, adapters, 3)
     maps = [weakref.ref(layer) for layer in target._adapted[adapters][1].values()]
     with torch.inference_mode(False), torch.no_grad():
         next(adapters.parameters()).mul_(2)  # they are made anew
-    adapted_pass(target, adapters, 3, 1)
+    adapted_pass(target, adapters, 3)
     gc.collect()
     assert maps and all(each() is not None for each in maps)
     target._steps.clear()

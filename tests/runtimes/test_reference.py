@@ -74,23 +74,22 @@ def test_taps_record_layer_inputs() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @torch.inference_mode()
-def test_adapters_act_on_the_last_tokens_only(family: str) -> None:
+def test_adapters_act_and_untrained_ones_change_nothing(family: str) -> None:
     target = ReferenceTarget(tiny_model(family))
     adapters = Adapters({1: target.linears(1)}, rank=2)
     ids, positions = torch.tensor([[3, 4, 5, 6]]), torch.arange(4)[None]
 
-    def run(given: Adapters | None, adapted: int | None = None) -> torch.Tensor:
+    def run(given: Adapters | None) -> torch.Tensor:
         cache = target.new_cache()
         mask = cache.register(0, positions)
         x = target.embed(ids, positions)
-        return target.layers(x, 0, 2, Pass(positions, mask, cache, adapters=given, adapted=adapted))
+        return target.layers(x, 0, 2, Pass(positions, mask, cache, adapters=given))
 
     plain = run(None)
-    assert torch.allclose(run(adapters), plain, atol=1e-6)  # untrained adapters change nothing
+    assert torch.allclose(run(adapters), plain, atol=1e-6)
     for parameter in adapters.parameters():
         parameter.normal_()
-    changed = (run(adapters, 1) - plain).abs().amax(-1)[0]
-    assert (changed[:3] < 1e-5).all() and changed[3] > 1e-3
+    assert ((run(adapters) - plain).abs().amax(-1) > 1e-3).all()
 
 
 def test_unsupported_models_are_refused_with_the_reason() -> None:

@@ -82,14 +82,12 @@ def logits_of(target: Target, cache: KVCache, ids: torch.Tensor, begin: int, end
     return target.readout(x)
 
 
-def adapted_pass(target: Target, adapters: Adapters | None, t: int, adapted: int | None) -> torch.Tensor:
+def adapted_pass(target: Target, adapters: Adapters | None, t: int) -> torch.Tensor:
     torch.manual_seed(2)
     positions = torch.arange(t)[None].expand(2, -1)
     cache = target.new_cache(2)
     x = target.embed(torch.randint(3, 97, (2, t)), positions)
-    return target.layers(
-        x, 0, 3, Pass(positions, cache.register(0, positions), cache, adapters=adapters, adapted=adapted)
-    )
+    return target.layers(x, 0, 3, Pass(positions, cache.register(0, positions), cache, adapters=adapters))
 
 
 def random_adapters(target: Target, leave_out: str = "") -> Adapters:
@@ -253,7 +251,7 @@ def random_route(target: Target, heads: int) -> DraftPath:
     """Two projections to segments and one to the end, over a reduced vocabulary of so many heads."""
     with torch.inference_mode(False):
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
-    adapters.draft_only, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
+    d, tokens = target.hidden_size, torch.randperm(97)[:70]
     projections = [
         draft_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
         for n in (3, 3, 2)

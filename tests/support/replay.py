@@ -24,7 +24,6 @@ from specdec.runtimes.native.library import (
     Layer,
     Linear,
     LinearPart,
-    LowRank,
     Model,
     SequenceArgs,
     Stage,
@@ -179,15 +178,6 @@ class Recording:
         for place, address in self.addresses(at + Call.taps.offset, call.taps, call.hi + 1):
             self.write(place, address, states, 2)
         self.write(at + Call.routed.offset, call.routed, 4 * call.tokens * call.hi * model.experts, 4)
-        beside = (Layer * call.hi).from_address(model.layers)
-        for (place, address), layer in zip(
-            self.addresses(at + Call.low.offset, call.low, call.hi), beside, strict=False
-        ):
-            for (own, low), slot in zip(self.structs(place, address, LowRank, len(SLOTS)), SLOTS, strict=False):
-                tiles = getattr(layer, slot).out // 16
-                self.map_(own + LowRank.down.offset, low.down)
-                self.read(own + LowRank.first.offset, low.first, 4 * tiles)
-                self.read(own + LowRank.up.offset, low.up, 1024 * low.ks * tiles)
         kept = sum(not layer.convolution for layer in (Layer * layers).from_address(model.layers))
         row = model.head_dim + model.head_dim // 16 if call.cache else 2 * model.head_dim
         for own, each in self.structs(at + Call.sequences.offset, call.sequences, SequenceArgs, call.count):

@@ -10,10 +10,10 @@ int has_amx, amx_blocks;
 EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { return rows * tiles_bytes(kind, tiles); }
 
 /* The sizes of the structures that Python writes (library.py), in its order. */
-EXPORT void specdec_sizes(int32_t sizes[12]) {
-    const size_t own[] = {sizeof(LinearPart), sizeof(Linear), sizeof(Table), sizeof(LowRank), sizeof(Layer), sizeof(Model),
+EXPORT void specdec_sizes(int32_t sizes[11]) {
+    const size_t own[] = {sizeof(LinearPart), sizeof(Linear), sizeof(Table), sizeof(Layer), sizeof(Model),
         sizeof(Sequence), sizeof(Call), sizeof(Stage), sizeof(Sampled), sizeof(Given), sizeof(TreeDraft)};
-    for (int i = 0; i < 12; i++) sizes[i] = (int32_t)own[i];
+    for (int i = 0; i < 11; i++) sizes[i] = (int32_t)own[i];
 }
 
 /* Request large pages for memory that every pass reads. */

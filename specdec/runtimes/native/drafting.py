@@ -108,7 +108,7 @@ class TreeDrafter:
         outputs = sum(target.vocab_size if head is None else head.out_features for head in path.heads)
         near = any(window is not None and window <= levels for window in target.windows)
         few = width <= min(16, outputs) and rows <= 16 and len(path.projections) <= 8 and len(path.heads) <= 2
-        packed = path.adapters.draft_only and bool(path.segments) and all(each.packed for each in path.projections)
+        packed = bool(path.segments) and all(each.packed for each in path.projections)
         return few and packed and not near
 
     def __call__(

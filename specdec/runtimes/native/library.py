@@ -59,10 +59,6 @@ class Table(ctypes.Structure):
     )
 
 
-class LowRank(ctypes.Structure):
-    _fields_ = (("down", Linear), ("ks", INT), ("unused", INT), ("first", POINTER), ("up", POINTER))
-
-
 class Layer(ctypes.Structure):
     _fields_ = (
         *((name, Linear) for name in ("qkv", "out", "gate_up", "down", "router", "rates")),
@@ -97,8 +93,8 @@ class SequenceArgs(ctypes.Structure):
 
 class Call(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "adapted", "windows", "cache")),
-        *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "rotary", "window", "taps", "low", "routed")),
+        *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "windows", "cache")),
+        *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "rotary", "window", "taps", "routed")),
     )
 
 
@@ -177,7 +173,7 @@ def load() -> Any:
                 "the native runtime needs an x86 CPU with AVX2, FMA and F16C, or an Arm CPU with dot products "
                 f"(asimddp); this one is {name}"
             )
-        written = LinearPart, Linear, Table, LowRank, Layer, Model, SequenceArgs, Call, Stage, Sampled, Given, TreeDraft
+        written = LinearPart, Linear, Table, Layer, Model, SequenceArgs, Call, Stage, Sampled, Given, TreeDraft
         found.specdec_sizes(sizes := (INT * len(written))())
         if sizes[:] != [ctypes.sizeof(each) for each in written]:
             raise AttributeError  # as if it had no such kernels

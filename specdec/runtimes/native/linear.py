@@ -176,7 +176,7 @@ class Packed:
 def packing(
     weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, cap: float = 0.0
 ) -> Generator[None, None, Packed]:
-    """Return ``Packed`` of a bf16 weight for drafts alone, after pieces of work."""
+    """Return ``Packed`` of a bf16 weight for drafts, after pieces of work."""
     source, kind, (out, inp) = weight.detach().contiguous(), _draft_kind(*weight.shape), weight.shape
     lib, step = library.load(), max(PACKED // inp // 16, 1) * 16  # rows
     size = lib.specdec_tiles_bytes(kind, 1, inp // 32)  # of 16 rows
@@ -190,7 +190,7 @@ def packing(
 
 
 class GrowingTiles:
-    """Tiles of a bf16 matrix for drafts alone, whose rows come one after the other; of ``capacity`` rows at most.
+    """Tiles of a bf16 matrix for drafts, whose rows come one after the other; of ``capacity`` rows at most.
 
     rows: number of rows that are there.
     """
@@ -249,7 +249,7 @@ def unpack_here(model: nn.Module) -> None:
 
 
 def _kept(weight: Tensor | Blocks, kept: ModelFile | None, memory: Memory) -> tuple[int, Tensor]:
-    """The format and the tiles of a matrix that is not for drafts alone, from the file ``kept`` or for it."""
+    """The format and the tiles of a matrix that is not only for drafts, from the file ``kept`` or for it."""
     make = _block_tiles if isinstance(weight, Blocks) else _bf16_tiles
     if kept is None or (name := kept.name(weight)) is None:
         return make(weight, memory)  # type: ignore[arg-type]
@@ -282,7 +282,7 @@ def _rough(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
 def draft_tiles(
     shape: Sequence[int], weight: Callable[[], Tensor | Blocks], name: str, kept: PackedFile
 ) -> tuple[int, Tensor]:
-    """Format and tiles of a weight [out, in] for drafts alone, from the file ``kept`` or for it."""
+    """Format and tiles of a weight [out, in] for drafts, from the file ``kept`` or for it."""
     kind = _draft_kind(*shape)
     found = kept.find(name, {kind: _bytes(shape, kind)})
     return found or kept.add(name, kind, _tiles(weight(), kind, _arena))

@@ -66,7 +66,7 @@ def row_orders(layer: Any) -> dict[str, Tensor]:
 
 
 def ordered(matrix: Any, rows: Tensor | None) -> Any:
-    """The rows of a tensor or of blocks in another order; -1: zeros, of a tensor alone. None: as they are."""
+    """The rows of a tensor or of blocks in another order; -1: zeros, only of a tensor. None: as they are."""
     if rows is None:
         return matrix
     if isinstance(matrix, Blocks):

@@ -111,13 +111,6 @@ typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */
     float scale;           /* of what is read, after it is rounded */
 } Table;
 
-typedef struct {       /* low-rank terms beside a map: y += up (down x) */
-    Linear down;             /* bf16 [rank, in]; the ranks of its parts, each padded to a multiple of 32, one after the other */
-    int32_t ks, unused;   /* rank / 32 of one part */
-    const int32_t *first; /* [out / 16]: where an output tile's part begins in down's outputs, / 32; -1: no terms there */
-    const uint8_t *up;    /* bf16 tiles [out / 16][ks] */
-} LowRank;
-
 typedef struct {
     Linear qkv, out, gate_up, down;
     Linear router;              /* [experts, hidden]; the layer's MLP is then a mixture: gate_up and down are those of an
@@ -167,8 +160,7 @@ typedef struct {                 /* a sequence of a call; the tokens of its sequ
 typedef struct {
     int32_t count, tokens;       /* number of sequences, and of all their tokens */
     int32_t lo, hi, threads;     /* layers [lo, hi); number of threads */
-    int32_t adapted, windows;    /* number of last tokens with adapters (0: all); number of window kinds */
-    int32_t cache;               /* CACHE16 or CACHE8 */
+    int32_t windows, cache;      /* number of window kinds; CACHE16 or CACHE8 */
     const Sequence *sequences;
     const int32_t *spans;        /* by window kind: how many of the last slots are seen; 0: all */
     bf16 *x;                     /* [tokens, hidden], in and out; unused when drafting */
@@ -176,7 +168,6 @@ typedef struct {
     const float *const *rotary;  /* [tables]: [position][cosines, sines][rotated / 2] */
     const int32_t *window;       /* by layer: its kind */
     bf16 **taps;                 /* by layer, hidden states before it (hi: after the last) or NULL */
-    const LowRank *const *low;   /* by layer: the low-rank terms of its MAPS maps, or NULL */
     float *routed;               /* [tokens, hi, experts]: logits of the routers, out, or NULL */
 } Call;
 
@@ -228,8 +219,6 @@ typedef struct {        /* a tree that grows from one root, level by level, or a
     const uint8_t *forbidden; /* [sequences, outputs of the second head]: those that a sequence may not draft, or NULL */
     const Sampled *sampled; /* [sequences], or NULL: all are greedy */
 } TreeDraft;
-
-enum { MAPS = 5 }; /* with low-rank terms: qkv, out, gate_up, down, rates */
 
 /* Inputs of the convolution of a recurrent layer; numbers of a token's inputs: those, strengths and rates; bytes of a state: matrices
  * [value_heads][value_dim / 16][key_dim][16] of float, and the convolution's last inputs, bf16 [taps - 1][channels]. */

@@ -59,7 +59,7 @@ class PackedFile:
 
     key: what the content depends on. need: bytes that must be free to write it.
     entries, notes: what is in it; ``find`` and ``add`` read and write entries.
-    writes: whether it is being written, under the name ``part``, by this process alone.
+    writes: whether it is being written, under the name ``part``, only by this process.
     complete: whether it had all that was looked for.
     """
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import cores, memory
@@ -55,7 +54,6 @@ from specdec.runtimes.native.library import (
     Call,
     Layer,
     Linear,
-    LowRank,
     Model,
     SequenceArgs,
     done,
@@ -72,7 +70,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FAMILIES = tuple(families.FAMILIES)
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
-SLOTS = "qkv", "out", "gate_up", "down", "rates"  # maps with low-rank terms
 EXPERT_SHARE = 0.8  # share of the free memory that a mixture's experts may take
 # A head of more than this share of the layers' bytes is screened (``Packed.screen``), and of more than so many bytes: a
 # smaller one may be in a cache, from where all of it comes as fast.
@@ -84,8 +81,8 @@ class NativeTarget(Target):
     """The native runtime, without gradients.
 
     A token's result is the same bits whatever else is in its pass; with activations in 8 bits, also in every
-    instruction set. Weights that drafts alone use (merged adapters marked ``draft_only``, reduced heads) are quantised
-    to 8 bits, large ones to 4. Raises SpecDecError for what it does not support.
+    instruction set. Weights that only drafts use (those with merged adapters, reduced heads) are quantised to 8 bits,
+    large ones to 4. Adapters must not change after their first pass. Raises SpecDecError for what it does not support.
 
     weights, kv_cache, activations: as in ``make_target``.
     expert_cache: the share (float) or bytes (int) of a mixture's experts that is in memory; None: all of them, if there
@@ -146,8 +143,6 @@ class NativeTarget(Target):
                 _round(layer, ROUNDED[weights], paged=expert_cache is not None)
         self.int8_cache, self.rounded = False, activations != "bf16"
         self._orders = [mixer.row_orders(layer) for layer in decoder.layers]
-        maps = map(mixer.slots, decoder.layers)
-        self._parts = [decoder_layer.adapter_parts(*each) for each in zip(maps, self._orders, strict=True)]
         self.mixture = families.mixture_of(config)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
@@ -207,7 +202,6 @@ class NativeTarget(Target):
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._readout: Packed | None = None  # the model's own
         self._no_taps = (POINTER * (self.num_layers + 1))()
-        self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._changed: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()  # layers with them merged
         self._merged_models: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         self.weight_format = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
@@ -323,17 +317,13 @@ class NativeTarget(Target):
 
     def _call(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> tuple[Model, Call, list[Any]]:
         """The kernels' arguments for layers [lo, hi) on ``x``, and the objects that they point to."""
-        model, low, cache, mask = self._model, None, ctx.cache, ctx.mask
+        cache, mask, taps = ctx.cache, ctx.mask, ctx.taps or {}
         assert isinstance(mask, RowMask)
-        adapters, taps = ctx.adapters, ctx.taps or {}
-        if adapters is not None and adapters.draft_only and ctx.adapted is None:
-            model = self._merged(adapters, lo, hi)
-        elif adapters is not None:
-            low = self._low_rank(adapters, lo, hi)
+        model = self._model if ctx.adapters is None else self._merged(ctx.adapters, lo, hi)
         call, positions = self._new_call(lo, hi), ctx.positions.contiguous()
         sequences, *alive = self.place(call, cache, lo, hi, mask.counts, mask.whole)
-        alive += [sequences, positions, mask, low]
-        call.adapted, call.x, call.positions = ctx.adapted or 0, x.data_ptr(), positions.data_ptr()
+        alive += [sequences, positions, mask]
+        call.x, call.positions = x.data_ptr(), positions.data_ptr()
         call.routed = pointer(ctx.routed)
         if not mask.chains:
             for row, sequence in enumerate(sequences):
@@ -350,8 +340,6 @@ class NativeTarget(Target):
                     tapped[layer] = taps[layer].data_ptr()
             alive.append(tapped)
             call.taps = ctypes.addressof(tapped)
-        if low is not None:
-            call.low = ctypes.addressof(low)
         return model, call, alive
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
@@ -378,7 +366,7 @@ class NativeTarget(Target):
 
     def _new_call(self, lo: int, hi: int) -> Call:
         """A call with the fields that depend neither on a cache nor on states."""
-        call = Call(0, 0, lo, hi, cores.threads(), 0, len(self.window_sizes))
+        call = Call(0, 0, lo, hi, cores.threads(), len(self.window_sizes))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._no_taps)
         return call
@@ -538,20 +526,8 @@ class NativeTarget(Target):
         """The factor of what the maps of a slot return."""
         return self.numbers.results if slot in ("out", "down") else 1.0
 
-    def _low_rank(self, adapters: Adapters, lo: int, hi: int) -> Any:
-        """Pointers to the low-rank terms of layers [lo, hi), packed at first use; they must not change after it."""
-        made = self._adapted.setdefault(adapters, {})
-        pointers = (POINTER * (self.num_layers + 1))()
-        for layer in range(lo, hi):
-            if layer in adapters.paths:
-                if layer not in made:
-                    with self.lock:
-                        made[layer] = made.get(layer) or self._adapt(layer, adapters)
-                pointers[layer] = ctypes.addressof(made[layer][0])
-        return pointers
-
     def _merged(self, adapters: Adapters, lo: int, hi: int) -> Model:
-        """The model with ``adapters`` merged into layers [lo, hi) and quantised, for drafts alone. Made once."""
+        """The model with ``adapters`` merged into layers [lo, hi) and quantised, for drafts. Made once."""
         if not any(adapters.changes(layer) for layer in range(lo, hi)):
             return self._model
         made = self._merged_models.setdefault(adapters, {})
@@ -624,28 +600,6 @@ class NativeTarget(Target):
     def _is_kept(self, module: nn.Module) -> bool:
         """Whether a map's weight is that of the model's file."""
         return self.kept is not None and self.kept.name(matrix(module)) is not None
-
-    def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
-        structs, alive = (LowRank * len(SLOTS))(), []
-        factors, orders = adapters.factors(layer), self._orders[layer]
-        for index, slot in enumerate(SLOTS):
-            parts = {path: factors[path] for path in factors if self._parts[layer][path][0] == slot}
-            if not parts:
-                continue
-            rank = -(-adapters.rank // 32) * 32
-            out = getattr(self._layers[layer], slot).out
-            downs, ups = [], torch.zeros(out, rank, dtype=torch.bfloat16)
-            first = torch.full((out // 16,), -1, dtype=torch.int32)
-            for number, (path, (down, up)) in enumerate(parts.items()):
-                _, start, stop = self._parts[layer][path]
-                down = down[:, mixer.columns(matrix(self.block(layer).get_submodule(path)))]
-                downs.append(F.pad(down.detach().bfloat16(), (0, 0, 0, rank - down.shape[0])))
-                ups[start:stop, : up.shape[1]] = ordered(up.detach(), orders.get(path))
-                first[start // 16 : stop // 16] = number * rank // 32
-            packed = Packed([torch.cat(downs)]), Packed([ups])
-            structs[index] = LowRank(packed[0].struct, rank // 32, 0, first.data_ptr(), packed[1].tiles[0].data_ptr())
-            alive += [packed, first]
-        return structs, alive
 
     def _rotary_tables(self, count: int) -> tuple[list[Tensor], Any]:
         """The tables of all ``rotations`` for at least ``count`` positions, and pointers to them."""

@@ -26,8 +26,8 @@ static void leave_tiles(void) {
     if (has_amx) _tile_release();
 }
 
-/* sums[block][16 outputs][16 lanes] of one output tile: bf16 tiles on vnni_bf16, and then side b's. */
-static void amx_product(const Operand *a, const Operand *b, int blocks, float *sums) {
+/* sums[block][16 outputs][16 lanes] of one output tile: bf16 tiles on vnni_bf16. */
+static void amx_product(const Operand *a, int blocks, float *sums) {
     float odd[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     _tile_zero(0);
     _tile_zero(1);
@@ -43,13 +43,12 @@ static void amx_product(const Operand *a, const Operand *b, int blocks, float *s
         if (blocks > 1) { _tile_loadd(7, lanes_ + (step), 64); _tile_dpbf16ps(two, 6, 7); }                          \
         if (blocks > 2) { _tile_loadd(7, lanes_ + 2 * (step), 64); _tile_dpbf16ps(three, 6, 7); }                    \
     } while (0)
-    for (const Operand *side = a; side; side = side == a ? b : NULL)
-        for (int k = 0; k < side->count; k++) {
-            const uint8_t *tile = side->tiles + 1024 * (int64_t)k, *x = side->x + 1024 * (int64_t)k;
-            for (int i = 0; side == a && i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
-            if (k & 1) ADD_TO(1, 3, 5, tile, x, side->block);
-            else ADD_TO(0, 2, 4, tile, x, side->block);
-        }
+    for (int k = 0; k < a->count; k++) {
+        const uint8_t *tile = a->tiles + 1024 * (int64_t)k, *x = a->x + 1024 * (int64_t)k;
+        for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
+        if (k & 1) ADD_TO(1, 3, 5, tile, x, a->block);
+        else ADD_TO(0, 2, 4, tile, x, a->block);
+    }
     _tile_stored(0, sums, 64);
     _tile_stored(1, odd, 64);
     if (blocks > 1) { _tile_stored(2, sums + 256, 64); _tile_stored(3, odd + 256, 64); }
@@ -142,23 +141,13 @@ static void row_of_blocks(int kind, int tokens, const uint8_t *tiles, int count,
     else few_rows(kind, tokens, tiles, count, x, to);
 }
 
-/* sums[block][16 outputs][16 lanes] of one output tile in bf16, and then side b's. Lanes without a token are 0. */
-static void bf16_product(const Operand *a, const Operand *b, int tokens, float *sums) {
-    if (has_amx) amx_product(a, b, (tokens + 15) / 16, sums);
-    else row_product(a, b, tokens, sums);
+/* sums[block][16 outputs][16 lanes] of one output tile in bf16. Lanes without a token are 0. */
+static void bf16_product(const Operand *a, int tokens, float *sums) {
+    if (has_amx) amx_product(a, (tokens + 15) / 16, sums);
+    else row_product(a, tokens, sums);
 }
 
 static inline int reads_vnni(const Linear *map) { return has_amx && !map->rounded; }
-
-/* Bytes between 32 inputs and the next, in a block of what bf16 tiles are multiplied with. */
-static int tile_inputs(void) { return has_amx ? 1024 : 64; }
-
-/* Put a pair of features where bf16 tiles' products read them: `pair` of a block of `features`. */
-static void put_pairs(uint32_t *block, int features, int pair, U pairs) {
-    const U lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    if (has_amx) store_u(block + 16 * pair, pairs);
-    else _mm512_i32scatter_epi32(block + pair, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(features / 2)), pairs, 4);
-}
 
 /* As score_rows16, in another order of sums. Returns 0 without AMX. */
 static int tiles_score(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to) {

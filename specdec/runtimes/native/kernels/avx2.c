@@ -5,7 +5,6 @@ enum { ROWS = 3, CHUNK = 32 };
 
 static inline void enter_tiles(void) {}
 static inline void leave_tiles(void) {}
-static inline int tile_inputs(void) { return 128; } /* bytes of 32 inputs */
 
 static void row_of_blocks(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
     few_rows(kind, tokens, tiles, count, x, to);
@@ -35,7 +34,7 @@ static inline void put_sums(__m256 a, __m256 b, __m256 c, __m256 d, float *sums)
 
 /* sums[4 outputs][16 lanes] of `tokens` <= ROWS tokens: all products are added one after the other in 8 places, and those
  * in the end, so a token's result is the same whatever is computed beside it. */
-INLINE void four_outputs(int tokens, const Operand *a, const Operand *b, int quad, float *sums) {
+INLINE void four_outputs(int tokens, const Operand *a, int quad, float *sums) {
     const int64_t bytes = 1024 * (int64_t)a->count; /* to what will be read next */
     __m256 sum[4][ROWS];
     for (int o = 0; o < 4; o++)
@@ -45,8 +44,6 @@ INLINE void four_outputs(int tokens, const Operand *a, const Operand *b, int qua
         for (int i = 64 * quad; i < 1024; i += 256) _mm_prefetch((const char *)tile + bytes + i, _MM_HINT_T1);
         add_tile(tokens, tile, NULL, quad, (const float *)a->x + 32 * k, a->stride / 4, sum);
     }
-    for (int k = 0; k < b->count; k++)
-        add_tile(tokens, b->tiles + 1024 * (int64_t)k, NULL, quad, (const float *)b->x + 32 * k, b->stride / 4, sum);
     for (int r = 0; r < tokens; r++) put_sums(sum[0][r], sum[1][r], sum[2][r], sum[3][r], sums + r);
 }
 
@@ -60,40 +57,39 @@ INLINE void add_unpacked(int tokens, const float *tiles, int count, const float 
         for (int r = 0; r < tokens; r++) _mm256_store_ps(sums + 32 * r + 8 * o, sum[o][r]);
 }
 
-/* One side's products with more tokens, added to sums [token][4][8]: tiles are unpacked once for all of them. */
-static void add_side(const Operand *side, int quad, int tokens, float *sums) {
+/* The products with more tokens, added to sums [token][4][8]: tiles are unpacked once for all of them. */
+static void add_products(const Operand *a, int quad, int tokens, float *sums) {
     float wide[CHUNK * 128] __attribute__((aligned(64)));
-    for (int from = 0; from < side->count; from += CHUNK) {
-        int some = side->count - from < CHUNK ? side->count - from : CHUNK;
+    for (int from = 0; from < a->count; from += CHUNK) {
+        int some = a->count - from < CHUNK ? a->count - from : CHUNK;
         for (int k = 0; k < some; k++) {
-            const uint8_t *tile = side->tiles + 1024 * (int64_t)(from + k);
-            for (int i = 64 * quad; i < 1024; i += 256) _mm_prefetch((const char *)tile + 1024 * (int64_t)side->count + i, _MM_HINT_T1);
+            const uint8_t *tile = a->tiles + 1024 * (int64_t)(from + k);
+            for (int i = 64 * quad; i < 1024; i += 256) _mm_prefetch((const char *)tile + 1024 * (int64_t)a->count + i, _MM_HINT_T1);
             for (int o = 0; o < 4; o++)
                 for (int i = 0; i < 4; i++)
                     _mm256_store_ps(wide + 128 * k + 32 * i + 8 * o, load_bf16_8((const bf16 *)tile + 32 * (4 * quad + o) + 8 * i));
         }
         for (int r = 0; r < tokens; r += r % 16 == 15 ? 1 : ROWS) { /* not across blocks */
-            const float *x = (const float *)(side->x + side->block * (r / 16) + side->stride * (r % 16)) + 32 * from;
+            const float *x = (const float *)(a->x + a->block * (r / 16) + a->stride * (r % 16)) + 32 * from;
             int left = tokens - r < 16 - r % 16 ? tokens - r : 16 - r % 16;
-            if (left >= 3) add_unpacked(3, wide, some, x, side->stride / 4, sums + 32 * r);
-            else if (left == 2) add_unpacked(2, wide, some, x, side->stride / 4, sums + 32 * r);
-            else add_unpacked(1, wide, some, x, side->stride / 4, sums + 32 * r);
+            if (left >= 3) add_unpacked(3, wide, some, x, a->stride / 4, sums + 32 * r);
+            else if (left == 2) add_unpacked(2, wide, some, x, a->stride / 4, sums + 32 * r);
+            else add_unpacked(1, wide, some, x, a->stride / 4, sums + 32 * r);
         }
     }
 }
 
-/* sums[block][16 outputs][16 lanes] of one output tile in bf16, and then side b's. Lanes without a token are 0. */
-static void bf16_product(const Operand *a, const Operand *b, int tokens, float *sums) {
+/* sums[block][16 outputs][16 lanes] of one output tile in bf16. Lanes without a token are 0. */
+static void bf16_product(const Operand *a, int tokens, float *sums) {
     memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
     for (int quad = 0; quad < 4; quad++) {
         float *to = sums + 64 * quad, all[16 * MOST_BLOCKS * 32] __attribute__((aligned(64)));
-        if (tokens == 1) four_outputs(1, a, b, quad, to);
-        else if (tokens == 2) four_outputs(2, a, b, quad, to);
-        else if (tokens == 3) four_outputs(3, a, b, quad, to);
+        if (tokens == 1) four_outputs(1, a, quad, to);
+        else if (tokens == 2) four_outputs(2, a, quad, to);
+        else if (tokens == 3) four_outputs(3, a, quad, to);
         else {
             memset(all, 0, 128 * (size_t)tokens);
-            add_side(a, quad, tokens, all);
-            add_side(b, quad, tokens, all);
+            add_products(a, quad, tokens, all);
             for (int r = 0; r < tokens; r++) {
                 const float *from = all + 32 * r;
                 put_sums(_mm256_load_ps(from), _mm256_load_ps(from + 8), _mm256_load_ps(from + 16), _mm256_load_ps(from + 24),
@@ -122,13 +118,5 @@ static void to_rows(const uint32_t *vnni, int features, int tokens, uint8_t *out
 }
 
 static inline int reads_vnni(const Linear *map) { return 0; }
-
-/* Put a pair of features where bf16 tiles' products read them: `pair` of a block of `features`. */
-static void put_pairs(uint32_t *block, int features, int pair, U pairs) {
-    uint32_t lanes[16] __attribute__((aligned(64)));
-    store_u(lanes, pairs);
-    for (int r = 0; r < 16; r++)
-        block[r * features + 2 * pair] = lanes[r] << 16, block[r * features + 2 * pair + 1] = lanes[r] & 0xffff0000;
-}
 
 static inline int tiles_score(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to) { return 0; }

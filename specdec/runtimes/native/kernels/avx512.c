@@ -24,22 +24,21 @@ static inline __m128 sums_of(F a, F b, F c, F d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* sums[4 outputs][16 lanes], in `lanes`, of `tokens` <= ROWS tokens: both sides' products are added one after the other
- * in 16 places, and those in the end, so a token's result is the same whatever is computed beside it. */
-INLINE void four_outputs(int tokens, const Operand *a, const Operand *b, int quad, int64_t ahead, __mmask16 lanes, float *sums) {
+/* sums[4 outputs][16 lanes], in `lanes`, of `tokens` <= ROWS tokens: products are added one after the other in 16 places, and
+ * those in the end, so a token's result is the same whatever is computed beside it. */
+INLINE void four_outputs(int tokens, const Operand *a, int quad, int64_t ahead, __mmask16 lanes, float *sums) {
     F sum[4][ROWS];
     for (int o = 0; o < 4; o++)
         for (int r = 0; r < tokens; r++) sum[o][r] = _mm512_setzero_ps();
-    for (const Operand *side = a; side; side = side == a ? b : NULL)
-        for (int k = 0; k < side->count; k++) {
-            const uint8_t *rows = side->tiles + 1024 * (int64_t)k + 256 * quad, *x = side->x + 64 * k;
-            if (ahead && side == a)
-                for (int i = 0; i < 256; i += 64) _mm_prefetch((const char *)rows + ahead + i, _MM_HINT_T1);
-            for (int r = 0; r < tokens; r++) {
-                __m512bh token = (__m512bh)_mm512_load_si512(x + side->stride * r);
-                for (int o = 0; o < 4; o++) sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)_mm512_load_si512(rows + 64 * o), token);
-            }
+    for (int k = 0; k < a->count; k++) {
+        const uint8_t *rows = a->tiles + 1024 * (int64_t)k + 256 * quad, *x = a->x + 64 * k;
+        if (ahead)
+            for (int i = 0; i < 256; i += 64) _mm_prefetch((const char *)rows + ahead + i, _MM_HINT_T1);
+        for (int r = 0; r < tokens; r++) {
+            __m512bh token = (__m512bh)_mm512_load_si512(x + a->stride * r);
+            for (int o = 0; o < 4; o++) sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)_mm512_load_si512(rows + 64 * o), token);
         }
+    }
     __m128 four[8]; /* of a token four outputs, and then of an output four tokens */
     for (int r = 0; r < 8; r++) four[r] = r < tokens ? sums_of(sum[0][r], sum[1][r], sum[2][r], sum[3][r]) : _mm_setzero_ps();
     _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
@@ -48,26 +47,26 @@ INLINE void four_outputs(int tokens, const Operand *a, const Operand *b, int qua
         _mm512_mask_storeu_ps(sums + 16 * o, lanes, _mm512_zextps256_ps512(_mm256_set_m128(four[4 + o], four[o])));
 }
 
-INLINE void few_tokens(int tokens, const Operand *a, const Operand *b, int quad, int64_t ahead, __mmask16 lanes, float *sums) {
+INLINE void few_tokens(int tokens, const Operand *a, int quad, int64_t ahead, __mmask16 lanes, float *sums) {
     switch (tokens) {
-    case 1: four_outputs(1, a, b, quad, ahead, lanes, sums); break;
-    case 2: four_outputs(2, a, b, quad, ahead, lanes, sums); break;
-    case 3: four_outputs(3, a, b, quad, ahead, lanes, sums); break;
-    case 4: four_outputs(4, a, b, quad, ahead, lanes, sums); break;
-    case 5: four_outputs(5, a, b, quad, ahead, lanes, sums); break;
-    default: four_outputs(6, a, b, quad, ahead, lanes, sums);
+    case 1: four_outputs(1, a, quad, ahead, lanes, sums); break;
+    case 2: four_outputs(2, a, quad, ahead, lanes, sums); break;
+    case 3: four_outputs(3, a, quad, ahead, lanes, sums); break;
+    case 4: four_outputs(4, a, quad, ahead, lanes, sums); break;
+    case 5: four_outputs(5, a, quad, ahead, lanes, sums); break;
+    default: four_outputs(6, a, quad, ahead, lanes, sums);
     }
 }
 
 /* sums[block][16 outputs][16 lanes], as amx_product, from rows. Lanes without a token are 0. */
-static void row_product(const Operand *a, const Operand *b, int tokens, float *sums) {
+static void row_product(const Operand *a, int tokens, float *sums) {
     if (tokens > ROWS) memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
     for (int quad = 0; quad < 4; quad++)
         for (int r = 0; r < tokens; r += r % 16 == 12 ? 4 : ROWS) {
             int left = tokens - r < 16 - r % 16 ? tokens - r : 16 - r % 16;
-            Operand from = *a, beside = *b;
-            from.x += a->block * (r / 16) + a->stride * (r % 16), beside.x += b->block * (r / 16) + b->stride * (r % 16);
-            few_tokens(left, &from, &beside, quad, r ? 0 : 1024 * (int64_t)a->count,
+            Operand from = *a;
+            from.x += a->block * (r / 16) + a->stride * (r % 16);
+            few_tokens(left, &from, quad, r ? 0 : 1024 * (int64_t)a->count,
                        tokens <= ROWS ? 0xffff : (__mmask16)((1 << (left < ROWS ? left : ROWS)) - 1),
                            sums + 256 * (r / 16) + 64 * quad + r % 16);
         }

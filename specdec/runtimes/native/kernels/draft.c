@@ -46,7 +46,7 @@ static void project(Pass *p, const Linear *map, const float *before, const float
     wait_for_team(&p->barrier, n);
     split(hidden / 16, me, n, &from, &to);
     for (int t = from; t < to; t++) {
-        product(map, NULL, t, input, NULL, p->rows, sums);
+        product(map, t, input, p->rows, sums);
         for (int o = 0; o < 16; o++) store16(p->x + 16 * (16 * t + o), rounded(load16(sums + 16 * o)));
     }
     wait_for_team(&p->barrier, n);
@@ -76,7 +76,7 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
         for (int t = from; t < to; t++) {
             int some = g->outputs[h] - 16 * t < 16 ? g->outputs[h] - 16 * t : 16;
             if (g->mask && !allowed_lanes(g, p->rows, first + 16 * t, some, lanes)) continue;
-            product(g->head[h], NULL, t, input, NULL, p->rows, sums);
+            product(g->head[h], t, input, p->rows, sums);
             if (g->mask)
                 for (int o = 0; o < some; o++)
                     for (int r = 0; r < p->rows; r++)

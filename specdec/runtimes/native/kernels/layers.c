@@ -27,7 +27,7 @@ typedef struct {                   /* how uncommitted tokens of a sequence follo
 typedef struct {
     const Model *m;
     const Call *c;
-    int rows, blocks, group, count, ranks;   /* count: number of items */
+    int rows, blocks, group, count;          /* count: number of items */
     int32_t *sequence_of, *first;                /* sequence of each token; first token of each sequence */
     Item *items;                             /* work items of attention */
     size_t scored, input, own;               /* scratch of a thread: offsets of its parts, and its size */
@@ -37,7 +37,7 @@ typedef struct {
     Branches *branches;                      /* of each sequence */
     size_t mixer;                            /* scratch of a thread for them: its offset */
     float *factors;                          /* [queries, keys][block][16]: 1 / RMS across heads */
-    uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
+    uint32_t *attended, *inner;              /* vnni_bf16 */
     bf16 *queries;                           /* [rows, heads, head_dim] */
     uint16_t **visible;                      /* by window kind and sequence: [column block][slots], or NULL */
     uint32_t *normed;                        /* if there are several blocks: all of them, in vnni_bf16, and (inputs) as maps read them */
@@ -153,55 +153,19 @@ static const uint32_t *inputs_of(Pass *p, const Linear *map, const float *weight
     return reads_vnni(map) ? normed : (const uint32_t *)(shared ? p->inputs : mine + p->input);
 }
 
-/* The low-rank activations down x of `low` for all blocks (vnni_bf16; without AMX rows_bf16), 0 for tokens without adapters;
- * then all threads wait. weight, vnni: as in inputs_of. */
-static void rank_down(Pass *p, const LowRank *low, const float *weight, const uint32_t *vnni, uint32_t *ranked, int me, int n) {
-    if (!low) return;
-    const uint32_t *x = inputs_of(p, &low->down, weight, vnni, me, n);
-    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    int from, to, most = p->c->adapted > 0 ? p->c->adapted : p->rows;
-    split(low->down.out / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
-        for (int t = from; t < to; t++) {
-            product(&low->down, NULL, t, from_block(&low->down, x, b0), NULL, tokens, sums);
-            for (int b = 0; b < blocks; b++) {
-                uint32_t adapted = 0;
-                for (int lane = 0; lane < 16; lane++) {
-                    int row = (b0 + b) * 16 + lane, sequence = p->sequence_of[row];
-                    if (p->first[sequence] + p->c->sequences[sequence].tokens - row <= most) adapted |= 1u << lane;
-                }
-                uint32_t *out = ranked + (b0 + b) * input_bytes(low->down.out) / 4;
-                for (int o = 0; o < 16; o += 2) {
-                    const float *row = sums + 256 * b + 16 * o;
-                    U pairs = keep_u(mask16(adapted), paired(load16(row), load16(row + 16)));
-                    put_pairs(out, low->down.out, 8 * t + o / 2, pairs);
-                }
-            }
-        }
-    }
-    wait_for_team(&p->barrier, n);
-}
-
-/* The low-rank activations of `low` for the blocks from b0 on. */
-static const uint32_t *ranks_of(const LowRank *low, const uint32_t *ranked, int b0) {
-    return low ? ranked + b0 * input_bytes(low->down.out) / 4 : NULL;
-}
-
 /* p->qkv, features from `at` on of `width`, = map(norm_in(x)), feature_major and rounded. If the layer has attention, the thread's part of
  * the cache is prefetched meanwhile. */
-static void project_heads(Pass *p, int index, const Linear *map, const LowRank *low, int at, int width, int me, int n) {
+static void project_heads(Pass *p, int index, const Linear *map, int at, int width, int me, int n) {
     const Layer *layer = p->m->layers + index;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to;
-    rank_down(p, low, layer->norm_in, NULL, p->ranked[0], me, n);
     const uint32_t *input = inputs_of(p, map, layer->norm_in, NULL, me, n);
     split(map->out / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             if (!b0 && !layer->convolution) prefetch_cache(p, index, t - from, to - from, me, n);
-            product(map, low, t, from_block(map, input, b0), ranks_of(low, p->ranked[0], b0), tokens, sums);
+            product(map, t, from_block(map, input, b0), tokens, sums);
             for (int b = 0; b < blocks; b++)
                 for (int o = 0; o < 16; o++)
                     store16(p->qkv + ((int64_t)(b0 + b) * width + at + 16 * t + o) * 16, rounded(load16(sums + 256 * b + 16 * o)));
@@ -298,20 +262,18 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
 }
 
 /* inner = act(gate(norm(x))) up(norm(x)). */
-static void gate_and_up(Pass *p, int index, const LowRank *low, int me, int n) {
+static void gate_and_up(Pass *p, int index, int me, int n) {
     const Layer *layer = p->m->layers + index;
     float gate[MOST_BLOCKS * 256] __attribute__((aligned(64))), up[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to, inner = layer->down.in;
-    rank_down(p, low, layer->norm_mlp, NULL, p->ranked[0], me, n);
     const uint32_t *input = inputs_of(p, &layer->gate_up, layer->norm_mlp, NULL, me, n);
     split(inner / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             const uint32_t *x = from_block(&layer->gate_up, input, b0);
-            const uint32_t *low_x = ranks_of(low, p->ranked[0], b0);
-            product(&layer->gate_up, low, t, x, low_x, tokens, gate);
-            product(&layer->gate_up, low, inner / 16 + t, x, low_x, tokens, up);
+            product(&layer->gate_up, t, x, tokens, gate);
+            product(&layer->gate_up, inner / 16 + t, x, tokens, up);
             for (int b = 0; b < blocks; b++) {
                 uint32_t *out = p->inner + ((int64_t)(b0 + b) * inner + 16 * t) * 8;
                 F act[16];
@@ -339,10 +301,9 @@ static void add_normed(Pass *p, const float *weight, int me, int n) {
 }
 
 /* x += map(vnni_bf16 in), after a norm unless `weight` is NULL; rounded as transformers does: the product once, the sum once. */
-static void add_product(Pass *p, const Linear *map, const LowRank *low, const float *weight, const uint32_t *vnni, int me, int n) {
+static void add_product(Pass *p, const Linear *map, const float *weight, const uint32_t *vnni, int me, int n) {
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to;
-    rank_down(p, low, NULL, vnni, p->ranked[1], me, n);
     const uint32_t *input = inputs_of(p, map, NULL, vnni, me, n);
     split(map->out / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
@@ -350,7 +311,7 @@ static void add_product(Pass *p, const Linear *map, const LowRank *low, const fl
         for (int t = from; t < to; t++) {
             for (int b = 0; !weight && b < blocks; b++)
                 for (int o = 0; o < 16; o++) __builtin_prefetch(p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16, 1);
-            product(map, low, t, from_block(map, input, b0), ranks_of(low, p->ranked[1], b0), tokens, sums);
+            product(map, t, from_block(map, input, b0), tokens, sums);
             for (int b = 0; b < blocks; b++)
                 for (int o = 0; o < 16; o++) {
                     int64_t at = ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
@@ -370,24 +331,22 @@ static void add_product(Pass *p, const Linear *map, const LowRank *low, const fl
 /* One decoder layer; threads wait for each other after each part. scores: scratch of the thread. */
 static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     const Layer *layer = p->m->layers + index;
-    const LowRank *all = p->c->low ? p->c->low[index] : NULL, *low[MAPS];
-    for (int i = 0; i < MAPS; i++) low[i] = all && all[i].ks ? all + i : NULL;
     int width = layer->qkv.out + layer->rates.out; /* rates: 0 with attention */
-    project_heads(p, index, &layer->qkv, low[0], 0, width, me, n);
+    project_heads(p, index, &layer->qkv, 0, width, me, n);
     if (layer->convolution) {
-        project_heads(p, index, &layer->rates, low[4], layer->qkv.out, width, me, n);
+        project_heads(p, index, &layer->rates, layer->qkv.out, width, me, n);
         recur(p, index, me, n);
     } else {
         store_heads(p, index, me, n);
         attend_all(p, index, scores, me, n);
     }
-    add_product(p, &layer->out, low[1], layer->norm_attended, p->attended, me, n);
+    add_product(p, &layer->out, layer->norm_attended, p->attended, me, n);
     if (layer->gates) {
         mix(p, index, me, n);
         return;
     }
-    gate_and_up(p, index, low[2], me, n);
-    add_product(p, &layer->down, low[3], layer->norm_out, p->inner, me, n);
+    gate_and_up(p, index, me, n);
+    add_product(p, &layer->down, layer->norm_out, p->inner, me, n);
 }
 
 /* Which of 16 columns see each key of a sequence, by its trees or causally, within windows of `kind`. */
@@ -458,9 +417,6 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
         if (!p->fresh) return -1;
     }
     size_t blocks = (size_t)p->blocks, rotated = blocks * half * m->tables;
-    for (int l = c->lo; c->low && l < c->hi; l++)
-        for (int i = 0; c->low[l] && i < MAPS; i++)
-            if (c->low[l][i].ks && c->low[l][i].down.out > p->ranks) p->ranks = c->low[l][i].down.out;
     p->x = allocate(64 * blocks * m->hidden);
     p->qkv = allocate(64 * blocks * (total > m->hidden ? total : m->hidden));
     p->cos = allocate(64 * rotated + 1);
@@ -469,8 +425,6 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     p->attended = allocate(32 * blocks * attended);
     const size_t groups = m->experts ? (size_t)most_groups(m, p->rows) : 0, taken = (size_t)p->rows * m->taken;
     p->inner = allocate(32 * (blocks > groups ? blocks : groups) * m->inner);
-    p->ranked[0] = allocate(blocks * input_bytes(p->ranks + 2));
-    p->ranked[1] = allocate(blocks * input_bytes(p->ranks + 2));
     p->queries = allocate(2 * (size_t)p->rows * m->heads * m->head_dim);
     p->sequence_of = allocate(64 * blocks);
     p->first = allocate(4 * (size_t)c->count);
@@ -496,7 +450,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
         if (!(g->group && g->count && g->rest && g->logits && g->experts && g->shares && g->row && g->share && g->tokens && g->normed
             && g->inputs)) return -1;
     }
-    if (!(p->x && p->qkv && p->cos && p->sin && p->factors && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries
+    if (!(p->x && p->qkv && p->cos && p->sin && p->factors && p->attended && p->inner && p->queries
         && p->normed && p->inputs && p->scratch &&
           p->sequence_of && p->first && p->items))
         return -1;
@@ -514,8 +468,8 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
 }
 
 static void end_pass(Pass *p) {
-    free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->factors), free(p->attended), free(p->inner), free(p->ranked[0]);
-    free(p->ranked[1]), free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
+    free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->factors), free(p->attended), free(p->inner);
+    free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
     free(p->sequence_of), free(p->first), free(p->items), free(p->fresh);
     Mixed *g = &p->mixed;
     free(g->group), free(g->count), free(g->rest), free(g->logits), free(g->experts), free(g->shares), free(g->row), free(g->share);
@@ -576,7 +530,6 @@ EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
         Call part = *c;
         Sequence sequence = *c->sequences;
         bf16 **taps = allocate(sizeof *taps * (size_t)(c->hi + 1));
-        int plain = c->adapted > 0 ? c->tokens - c->adapted - first : 0; /* tokens of the slice before those with adapters */
         if (!taps) return -1;
         part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
         part.sequences = &sequence, sequence.tokens = part.tokens, sequence.start += first, part.x += (int64_t)first * m->hidden,
@@ -585,8 +538,6 @@ EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
         for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
         if (!sequence.ahead) sequence.held += first;
         else if (first) sequence.states = sequence.ahead; /* nothing is pending any more */
-        part.adapted = plain > 0 ? part.tokens - plain : 0;
-        if (plain >= part.tokens) part.low = NULL;
         failed = run_call(m, &part);
         free(taps);
     }

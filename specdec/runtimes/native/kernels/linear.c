@@ -25,28 +25,16 @@ static const uint32_t *input_of(const Linear *map, const uint32_t *x, int tokens
     return (const uint32_t *)out;
 }
 
-/* The outputs of tile `t` of `map` for `tokens` tokens from the beginning of `x`, which `input_of` made.
- * Adds the low-rank terms of `low`, whose activations are `down_x`. */
-static void product(const Linear *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens, float *sums) {
+/* The outputs of tile `t` of `map` for `tokens` tokens from the beginning of `x`, which `input_of` made. */
+static void product(const Linear *map, int t, const uint32_t *x, int tokens, float *sums) {
     int blocks = (tokens + 15) / 16, first = 0, count = map->in / 32;
     const LinearPart *part = map->parts;
     for (; t >= part->end; part++) first = part->end;
     const uint8_t *tiles = part->tiles + tiles_bytes(part->kind, count) * (t - first), *inputs = (const uint8_t *)x;
-    Operand b = {NULL, NULL, 0, 0, 0}, none = b;
-    if (low && low->first[t] >= 0) {
-        b = (Operand){low->up + 1024 * (int64_t)low->ks * t, (const uint8_t *)down_x + tile_inputs() * (int64_t)low->first[t],
-            INPUT_BYTES * (int64_t)low->down.out, 0, low->ks};
-        b.block = 16 * b.stride;
-    }
     if (map->rounded) {
         for (int i = 0; i < blocks; i++)
             integer_product(part->kind, tiles, count, (const Rounded *)(inputs + i * block_bytes(map)),
                 tokens - 16 * i < 16 ? tokens - 16 * i : 16, sums + 256 * i);
-        if (b.count) {
-            float more[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-            bf16_product(&b, &none, tokens, more);
-            for (int i = 0; i < 256 * blocks; i += 16) store16(sums + i, add16(load16(sums + i), load16(more + i)));
-        }
     } else {
         bf16 *unpacked = part->kind == BF16 ? NULL : allocate(1024 * (size_t)count);
         if (part->kind != BF16 && !unpacked) { /* no memory: the sums are NaN */
@@ -55,7 +43,7 @@ static void product(const Linear *map, const LowRank *low, int t, const uint32_t
         }
         if (unpacked) unpack_tiles(part->kind, tiles, count, unpacked);
         Operand a = {unpacked ? (const uint8_t *)unpacked : tiles, inputs, INPUT_BYTES * (int64_t)map->in, block_bytes(map), count};
-        bf16_product(&a, &b, tokens, sums);
+        bf16_product(&a, tokens, sums);
         free(unpacked);
     }
     if (map->bias)
@@ -111,7 +99,7 @@ static void screen(const Linear *map, const uint32_t *x, int tokens, int width, 
     }
     store16(seeds + 16 * me, set16(-__builtin_inff()));
     for (int r = 0; from < to && r < tokens; r++) {
-        product(map, NULL, likeliest[r], x, NULL, tokens, sums);
+        product(map, likeliest[r], x, tokens, sums);
         keep_largest(sums, 0, width - 16 * likeliest[r], seeds + 16 * me, unread);
     }
     wait_for_team(barrier, n);
@@ -123,7 +111,7 @@ static void screen(const Linear *map, const uint32_t *x, int tokens, int width, 
         int may = 0; /* NaN may, too */
         for (int r = 0; r < tokens; r++) may |= !(most[tokens * t + r] < floors[r]);
         if (!may) continue;
-        product(map, NULL, t, x, NULL, tokens, sums);
+        product(map, t, x, tokens, sums);
         keep_largest(sums, 16 * t, width - 16 * t, tops, which);
     }
 }
@@ -169,7 +157,7 @@ EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int
             for (int b0 = 0; !screened && b0 < blocks; b0 += MOST_BLOCKS) {
                 int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
                 for (int t = from; t < to; t++) {
-                    product(map, NULL, t, from_block(map, input, b0), NULL, tokens < 16 * some ? tokens : 16 * some, sums);
+                    product(map, t, from_block(map, input, b0), tokens < 16 * some ? tokens : 16 * some, sums);
                     int left = width - 16 * t;
                     for (int b = 0; best && b < some; b++) {
                         int lanes = 16 * (blocks * me + b0 + b);

@@ -80,7 +80,7 @@ static void mix(Pass *p, int index, int me, int n) {
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0);
         for (int t = from; t < to; t++) {
-            product(&layer->router, NULL, t, from_block(&layer->router, x, b0), NULL, tokens, gate);
+            product(&layer->router, t, from_block(&layer->router, x, b0), tokens, gate);
             for (int b = 0; b < (tokens + 15) / 16; b++)
                 for (int o = 0; o < 16; o++)
                     store16(g->logits + ((int64_t)(b0 + b) * features + 16 * t + o) * 16, rounded(load16(gate + 256 * b + 16 * o)));
@@ -110,8 +110,8 @@ static void mix(Pass *p, int index, int me, int n) {
             int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS,
                 block = g->group[i].block + b0;
             for (int t = from; t < to; t++) {
-                product(map, NULL, t, group_input(map, x, block), NULL, tokens, gate);
-                product(map, NULL, inner / 16 + t, group_input(map, x, block), NULL, tokens, up);
+                product(map, t, group_input(map, x, block), tokens, gate);
+                product(map, inner / 16 + t, group_input(map, x, block), tokens, up);
                 for (int b = 0; b < (tokens + 15) / 16; b++) {
                     uint32_t *out = p->inner + ((int64_t)(block + b) * inner + 16 * t) * 8;
                     F act[16];
@@ -131,7 +131,7 @@ static void mix(Pass *p, int index, int me, int n) {
             int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS,
                 block = g->group[i].block + b0;
             for (int t = from; t < to; t++) {
-                product(map, NULL, t, group_input(map, x, block), NULL, tokens, gate);
+                product(map, t, group_input(map, x, block), tokens, gate);
                 for (int lane = 0; lane < tokens; lane++) {
                     int row = g->row[16 * block + lane];
                     float share = g->share[16 * block + lane], *sum = p->qkv + ((int64_t)(row / 16) * hidden + 16 * t) * 16 + row % 16;
@@ -143,13 +143,13 @@ static void mix(Pass *p, int index, int me, int n) {
     }
     if (layer->down.in) {
         wait_for_team(&p->barrier, n);
-        gate_and_up(p, index, NULL, me, n);
+        gate_and_up(p, index, me, n);
         x = inputs_of(p, &layer->down, NULL, p->inner, me, n);
     }
     for (int b0 = 0; layer->down.in && b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0);
         for (int t = from; t < to; t++) {
-            product(&layer->down, NULL, t, from_block(&layer->down, x, b0), NULL, tokens, gate);
+            product(&layer->down, t, from_block(&layer->down, x, b0), tokens, gate);
             for (int b = 0; b < (tokens + 15) / 16; b++) {
                 F share = rounded(sigmoid16(load16(g->logits + ((int64_t)(b0 + b) * features + m->experts) * 16)));
                 for (int o = 0; o < 16; o++) {

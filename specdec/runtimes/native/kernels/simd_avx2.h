@@ -84,7 +84,6 @@ static inline M equal16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_EQ_O
 static inline F pick16(M m, F a, F b) { return (F){_mm256_blendv_ps(b.a, a.a, m.a), _mm256_blendv_ps(b.b, a.b, m.b)}; }
 static inline U pick_u(M m, U a, U b) { return to_u(pick16(m, to_f(a), to_f(b))); }
 static inline F keep16(M m, F v) { return (F){_mm256_and_ps(m.a, v.a), _mm256_and_ps(m.b, v.b)}; }
-static inline U keep_u(M m, U v) { return to_u(keep16(m, to_f(v))); }
 
 static inline int any_h(const uint16_t *p) {
     __m256i v = _mm256_loadu_si256((const __m256i *)p);

@@ -59,7 +59,6 @@ static inline M equal16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
 static inline F pick16(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); } /* a where m, else b */
 static inline U pick_u(M m, U a, U b) { return _mm512_mask_mov_epi32(b, m, a); }
 static inline F keep16(M m, F v) { return _mm512_maskz_mov_ps(m, v); }
-static inline U keep_u(M m, U v) { return _mm512_maskz_mov_epi32(m, v); }
 
 static inline int any_h(const uint16_t *p) { /* is one of 16 words not 0? */
     __m256i v = _mm256_loadu_si256((const __m256i *)p);
