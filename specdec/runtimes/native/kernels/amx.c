@@ -1,6 +1,6 @@
 /* Products of tiles in AMX, 16 tokens at once. */
 
-enum { PREFETCH = 4096, RING = 8, AHEAD = 2, MANY = 8 }; /* MANY: fewest tokens for which AMX multiplies whole numbers */
+enum { RING = 8, AHEAD = 2, MANY = 8 }; /* MANY: fewest tokens for which AMX multiplies whole numbers */
 
 typedef struct {
     uint8_t palette, start, zero[14];

@@ -1,6 +1,6 @@
 /* Attention of a few queries to one key head's cached keys. */
 
-enum { SOON = 64 }; /* number of keys ahead that are prefetched */
+enum { KEYS_AHEAD = 64 }; /* number of keys ahead that are prefetched */
 
 /* Keys in blocks of 16, without the blocks that no column sees (holes of ragged rows, keys before a window). Memory behind
  * the last key may be read. */
@@ -119,7 +119,7 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
     EACH_BLOCK(s) {
         float *to = p + columns * s;
         for (int i = 0; once && i < 16 * row; i += 64) {
-            __builtin_prefetch((keys + (s + SOON) * row + i), 0, 3);
+            __builtin_prefetch((keys + (s + KEYS_AHEAD) * row + i), 0, 3);
             __builtin_prefetch((values + s * row + i), 0, 2);
         }
         M there = mask16(count - s < 16 ? (1u << (count - s)) - 1 : 0xffff);

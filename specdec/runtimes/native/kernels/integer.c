@@ -7,7 +7,7 @@
  *     v = v + (weights' low) times (sum of activations);    result = result + v times (activations' scale)
  * A result depends neither on the tokens beside it nor on the instruction set. */
 
-enum { BEYOND = 4096, FEW = 2 }; /* number of bytes ahead that are prefetched; up to so many tokens are rounded one by one */
+enum { PREFETCH = 4096, ONE_BY_ONE = 2 }; /* number of bytes ahead that are prefetched; up to so many tokens are rounded one by one */
 
 static const uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* 12 + twice the number of 4 bits: -6 to 6 */
 
@@ -35,7 +35,7 @@ INLINE void round_token(U pairs, Rounded *out) {
 static void round_inputs(const uint32_t *x, int features, int tokens, Rounded *out) {
     const U sign = set_u(0x80000000), upper = set_u(0xffff0000), byte = set_u(255);
     for (int k = 0; k < features / 32; k++, x += 256, out += tokens) {
-        if (tokens <= FEW) {
+        if (tokens <= ONE_BY_ONE) {
             for (int t = 0; t < tokens; t++) round_token(column_u(x + t), out + t);
             continue;
         }
@@ -153,10 +153,10 @@ INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int c
         const uint8_t *head = at;
         Scales s[PARTS];
         for (int p = 0; p < PARTS; p++) scales_of_group(kind, head, WIDE * p, s + p);
-        for (int i = 0; i < g.head; i += 64) _mm_prefetch((const char *)at + BEYOND + i, _MM_HINT_T0);
+        for (int i = 0; i < g.head; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T0);
         at += g.head;
         for (int tile = 0; tile < g.tiles; tile++, at += g.codes, x += tokens) {
-            for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)at + BEYOND + i, _MM_HINT_T0);
+            for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T0);
             for (int p = 0; p < PARTS; p++) {
                 Codes codes[8];
                 codes_of_tile(kind, at + 4 * WIDE * p, codes);
