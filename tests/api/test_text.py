@@ -145,7 +145,7 @@ def test_ids_come_in_many_forms(prompt) -> None:
 
 @pytest.mark.parametrize("options", [{"chat": 1}, {"chat": "yes"}, {"system": 5}, {"system": b"s"}])
 def test_options_of_prompts_are_checked(options) -> None:
-    with pytest.raises(SpecDecError, match=f"{next(iter(options))} must be .* or None; got "):
+    with pytest.raises(SpecDecError, match=f"{next(iter(options))} must be a valid .*; got "):
         encode(Chat(), "a", **options)
 
 
