@@ -110,8 +110,8 @@ def validate(name: str, value: Any, kind: Any) -> Any:
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)
     except ValidationError as error:
-        _, place, said = explain(error.errors(), value)
-        raise _refusal((name, *place), said, value) from None
+        found, place, said = explain(error.errors(), value)
+        raise _refusal((name, *place), said, found["input"]) from None
 
 
 @functools.cache
@@ -153,9 +153,9 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
             args, given = taken(*args, **given)
         except ValidationError as error:
             every: dict[Any, Any] = dict(enumerate(args)) | dict(given)
-            _, (wrong, *rest), said = explain(error.errors(), every)
+            found, (wrong, *rest), said = explain(error.errors(), every)
             name_of_it = list(signature.parameters)[wrong] if isinstance(wrong, int) else wrong
-            raise _refusal((name_of_it, *rest), said, every[wrong]) from None
+            raise _refusal((name_of_it, *rest), said, found["input"]) from None
         return method(*args, **given)
 
     return call
@@ -188,4 +188,4 @@ class Settings(BaseModel):
                 raise SpecDecError(f"unknown setting '{place[0]}'{hint}; known: {', '.join(known)}") from None
             choices = found.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
             near = did_you_mean(str(found["input"]), filter(None, choices))
-            raise _refusal(place, said, values[str(place[0])], near) from None
+            raise _refusal(place, said, found["input"], near) from None
