@@ -98,9 +98,9 @@ def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrain
     next(rounds)
     scoring = [c for c in calls if not c[3] and c[2] == 5]
     assert scoring == [(2, 4, 5, False)]  # all five block tokens enter at E
-    below = [c for c in calls if c[0] == 0]
-    per_token = 2 if early else 1  # h and p in one pass
-    assert [c[2] for c in below] == [per_token] * 4 + [1]  # four drafted from, the last drafted token once
+    slow, accelerated = ([c[2] for c in calls if c[0] == 0 and c[3] == adapted] for adapted in (False, True))
+    assert slow == [1] * 5  # four drafted from, the last drafted token once
+    assert accelerated == ([1] * 4 if early else [])
 
 
 @pytest.mark.parametrize(("family", "shape"), [("gpt2", trees), ("opt", chains)])
