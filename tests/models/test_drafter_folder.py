@@ -100,10 +100,10 @@ NAN, INF = torch.full((32, 96), torch.nan), torch.full((32,), torch.inf)
         (lambda f: (f / "config.json").write_text('{"drafter": "m2r2", "n": ' + "9" * 5000 + "}"), "cannot read"),
         (lambda f: (f / "config.json").write_text(" " * 5_000_000 + "{}"), "larger than 4 MB"),
         (lambda f: change(f, base=["x"]), "'base' is not a mapping"),
-        (lambda f: change(f, path=PATH.to_json() | {"rank": 10**9}), "rank in .* less than or equal to 512; got 1000000000"),
+        (lambda f: change(f, path=PATH.to_json() | {"rank": 10**9}), "rank in .* to 512; got 1000000000"),
         (lambda f: change(f, path=PATH.to_json() | {"rank": 4.5}), "no valid M2R2 path"),
         (lambda f: change(f, path=PATH.to_json() | {"exit_layer": float("inf")}), "no valid M2R2 path"),
-        (lambda f: change(f, router=10**9), "the router's width in .* less than or equal to 512; got 1000000000"),
+        (lambda f: change(f, router=10**9), "the router's width in .* to 512; got 1000000000"),
         (
             lambda f: tensors(f, **{"projections.0.weight": NAN}),
             "tensor 'projections.0.weight' in .* holds NaN or infinite",
