@@ -52,7 +52,7 @@ class Fits:
     sums: of each projection; none before ``opening``.
     kept, kept_at: number of texts when all was written, and when that was.
     start: where a model with a merged adapter starts: what was learned for the model without it.
-    source: the file of the two that was read last. read_at: its stamp. factor: of its sums.
+    source: which of the two files was read last. read_at: its stamp then. factor: what its sums are multiplied by.
     """
 
     def __init__(self, target: Target) -> None:

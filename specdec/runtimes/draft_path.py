@@ -87,9 +87,9 @@ class DraftRoots:
     place: index of the token before the root among these T; T is 1 for several rows.
     forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
     sampled: how each row is sampled; None: all are greedy.
-    tables: of each row, the calibrated probabilities (calibrate.h) of what the path's heads say, then of what the other
-        source says where they have no other candidates, and where they have. None: what they say counts.
-    given: of each row, the tree of another source. A runtime may draft behind its nodes, too. None: there is none.
+    tables: for each row, calibrated probabilities (calibrate.h) of three things: what the path's heads say, what the
+        other source says where they have no candidates, and what it says where they have some. None: not calibrated.
+    given: for each row, the tree of another source; a runtime may also draft behind its nodes. None: there is none.
     """
 
     tokens: Sequence[int]

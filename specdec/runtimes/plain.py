@@ -28,7 +28,7 @@ Choose = Callable[[int, Tensor], Tensor]
 def logits_of(model: NativeModel, ids: Tensor, windows: list[Any], choose: Choose | None = None) -> Tensor:
     """The token ids [T] of one text -> logits [T, V].
 
-    windows: of each layer's attention; None: full.
+    windows: the attention window of each layer; None: full attention.
     choose: the experts [T, k] that tokens take, by layer and its router's logits [T, E]; None: those with the largest.
     """
     config, decoder = model.config, model.model
@@ -61,7 +61,7 @@ def logits_of(model: NativeModel, ids: Tensor, windows: list[Any], choose: Choos
 def _attention(
     own: Any, x: Tensor, rotation: tuple[Tensor, Tensor] | None, window: int | None, family: Family, cap: float
 ) -> Tensor:
-    """rotation: tables [T, 2, rotated / 2] of queries and of keys. cap: of scores, or 0."""
+    """rotation: rotary tables [T, 2, rotated / 2] of queries and of keys. cap: soft cap of scores; 0: there is none."""
     count, size, gate = len(x), own.head_dim, None
     if family.joined:
         rows = own.o_proj.in_features

@@ -18,7 +18,7 @@ class Candidates(NamedTuple):
 
     scores: logarithm of the calibrated probability that the path to each node is accepted.
     parents: 0: the root, i + 1: node i.
-    raw: of each source, what it says: the probability of each node after its parent; 0: it does not have the node.
+    raw: for each source, the probability that it gives each node after its parent; 0: it does not have the node.
     """
 
     scores: list[float]
