@@ -128,7 +128,7 @@ def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]
     file = gguf_of(model)
     shape, loads, running = read_shape(file), dict[str, dict[str, float]](), dict[str, peers.Process]()
     missing, loading = list[str](), {"path": str(file), "threads": args.threads, "context": CONTEXT}
-    loading |= {"mode": args.activations or "", "source": "", "depth": None}
+    loading |= {"mode": args.weights or "", "source": "", "depth": None}
     about: dict[str, Any] = {}
     data = readable(shape.bytes_read)
     try:
@@ -208,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="GGUF files or names of embedded models")
     parser.add_argument("--builds", type=lambda text: text.split(","), help="some of the builds, with commas between")
-    parser.add_argument("--activations", help="of specdec, as its option of this name takes them")
+    parser.add_argument("--weights", help="of specdec, as its option of this name takes them")
     parser.add_argument("--alone", action="store_true", help="measure no other engine")
     parser.add_argument("--threads", type=int, default=cores.cpus())
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,15 +1,15 @@
 """How far quantised runs of a GGUF file are from its weights in float32: KL divergence and agreement of tokens.
 
     python benchmarks/quality_of_activations.py MODEL.gguf --answers answers.jsonl.gz --output DIR
-    python benchmarks/quality_of_activations.py MODEL.gguf --prompts mt-bench --output DIR --runs int8,bf16,llama.cpp
+    python benchmarks/quality_of_activations.py MODEL.gguf --prompts mt-bench --output DIR --runs auto,dense,llama.cpp
 
 The reference is the file's weights, dequantised, in float32 through PyTorch. Answers are lines of {"prompt_ids",
 "response_ids"}; with ``--prompts`` the model itself answers the first turns greedily, in the native runtime. Every run
 reads prompt and answer in one go, and its logits in place of each token of the answer are compared with the
-reference's: KL(reference || run) in nats, and whether the likeliest token is the same. Runs: values of
-``--activations``, "auto" (as ``specdec`` runs by default), and llama.cpp (``engine_llama_cpp``), each in a process of
-its own, one after the other. DIR keeps answers, reference logits (4 bytes for each position and entry of the
-vocabulary) and what is compared; a later call goes on. The last line is JSON.
+reference's: KL(reference || run) in nats, and whether the likeliest token is the same. Runs: "auto" (as ``specdec``
+runs by default: activations in 8 bits) and other values of ``--weights`` (dense: activations in 16 bits), and llama.cpp
+(``engine_llama_cpp``), each in a process of its own, one after the other. DIR keeps answers, reference logits (4 bytes
+for each position and entry of the vocabulary) and what is compared; a later call goes on. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -80,8 +80,6 @@ class SpecDecoder:
     of its plain decoding.
     kv_cache: "auto" (the model's dtype) or "int8" (8-bit keys and values, half the memory; native runtime). "int8" is
     lossy: the base is then plain decoding with that cache.
-    activations: inputs of products with quantised weights in the native runtime: "int8" (a scale for 32 values),
-    "bf16", or "auto" (int8). The base is plain decoding with the same activations.
     verifier: an object, or a name with ``verifier_options``: "exact", or a lossy one, such as
     "confident".
     expert_cache: the share (0.25) or the bytes (int) of a mixture's experts that stays in memory; the others are read
@@ -104,7 +102,6 @@ class SpecDecoder:
         runtime: str = "auto",
         weights: str = "auto",
         kv_cache: str = "auto",
-        activations: str = "auto",
         verifier: str | Verifier = "exact",
         verifier_options: Options = None,
         expert_cache: float | None = None,
@@ -121,7 +118,7 @@ class SpecDecoder:
         model, self.tokenizer = model.eval(), tokenizer
         self.learning = LEARN if learn is None else learn
         self.target, self.runtime_note = make_target(
-            model, runtime, weights, kv_cache, activations, expert_cache, expert_prefetch, packed
+            model, runtime, weights, kv_cache, expert_cache, expert_prefetch, packed
         )
         self.model: Any = self.target.model
         self.target.tokenizer = tokenizer
@@ -164,15 +161,14 @@ class SpecDecoder:
         adapter: a LoRA adapter that is merged into the weights: a folder of PEFT, a GGUF adapter for a GGUF model, or a
         Hugging Face id. The model with it is then the base.
         device: "auto" is the first CUDA device that can compute, else the CPU. For options that need the CPU (the
-        native runtime, int8 or int4 weights, an 8-bit KV cache, activations) it is the CPU.
+        native runtime, int8 or int4 weights, an 8-bit KV cache) it is the CPU.
         more: as in the constructor. With ``expert_cache``, experts are never all in memory.
         Raises SpecDecError if anything is missing or does not fit.
         """
         name = os.fspath(name)
         way = {key: str(more.get(key, usual)) for key, usual in DEFAULTS.items()}
-        rounded = more.get("kv_cache", "auto"), more.get("activations", "auto")
         paging = more.get("expert_cache") is not None
-        if device == "auto" and (paging or needs_cpu(way["runtime"], way["weights"], *rounded)):
+        if device == "auto" and (paging or needs_cpu(way["runtime"], way["weights"], more.get("kv_cache", "auto"))):
             device = "cpu"
         choice = registry.Choice.of(drafter) if isinstance(drafter, str) else None  # before a model is downloaded
         with packed.reading():

@@ -40,7 +40,6 @@ class DecoderOptions(TypedDict, total=False):
     runtime: str
     weights: str
     kv_cache: str
-    activations: str
     verifier: str | Verifier
     verifier_options: Options
     expert_cache: float | None

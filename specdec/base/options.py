@@ -18,7 +18,6 @@ from specdec.base.settings import Number, Whole, checked_class, validate
 Runtime = StrEnum("Runtime", ["auto", "native", "graphs", "fused", "reference"])
 Weights = StrEnum("Weights", ["auto", "dense", "int8", "int4"])
 KVCacheFormat = StrEnum("KVCacheFormat", ["auto", "int8"])
-Activations = StrEnum("Activations", ["auto", "int8", "bf16"])
 
 MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5  # temperatures below it: logits / T would overflow float32, and the softmax is one-hot anyway

@@ -61,7 +61,6 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.options import (
     GREEDY_BELOW,
-    Activations,
     Count,
     Depth,
     GivenSeed,
@@ -154,7 +153,6 @@ class Cell(Settings):
     runtime: Runtime = Field(Runtime.auto, strict=False)
     weights: Weights = Field(Weights.auto, strict=False)
     kv_cache: KVCacheFormat = Field(KVCacheFormat.auto, strict=False)
-    activations: Activations = Field(Activations.auto, strict=False)
     adapter: Text | None = None
     drafter: Text = "auto"
     drafter_options: dict[str, Any] = Field({})
@@ -176,7 +174,7 @@ class Cell(Settings):
     @property
     def loading(self) -> dict[str, Any]:
         """The settings that decide which model is loaded, and how."""
-        names = "model", "dtype", "device", "runtime", "weights", "kv_cache", "activations"
+        names = "model", "dtype", "device", "runtime", "weights", "kv_cache"
         found = {name: str(getattr(self, name)) for name in names}
         return found if self.adapter is None else found | {"adapter": self.adapter}
 

@@ -95,10 +95,6 @@ KVCache = Annotated[
     options.KVCacheFormat,
     _model("--kv-cache", "auto (the model's dtype) or int8 (half the memory; lossy; native runtime).", "KIND"),
 ]
-Activations = Annotated[
-    options.Activations,
-    _model("--activations", "auto (int8 for quantised weights in the native runtime), int8 or bf16.", "KIND"),
-]
 Packed = Annotated[
     bool,
     _model("--packed/--no-packed", "Keep packed weights on disk, so that later starts are faster."),
@@ -176,7 +172,6 @@ class LoadingFlags:
     runtime: Runtime = options.Runtime.auto
     weights: Weights = options.Weights.auto
     kv_cache: KVCache = options.KVCacheFormat.auto
-    activations: Activations = options.Activations.auto
     adapter: Adapter = None
 
     def check(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
-from specdec.base.options import Activations, KVCacheFormat, Runtime, Weights
+from specdec.base.options import KVCacheFormat, Runtime, Weights
 from specdec.models.gguf.blocks import densify
 from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes.checks import refuse_unsupported
@@ -19,20 +19,18 @@ from specdec.runtimes.target import Target, lock_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCacheFormat, "activations": Activations}
-ROUNDED = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache", "activations": "8-bit activations"}
+CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCacheFormat}
+ROUNDED = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache"}
 
 
-def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto", activations: str = "auto") -> bool:
+def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
     """Whether these settings run only on the CPU."""
-    return runtime == "native" or weights in ("int8", "int4") or "int8" in (kv_cache, activations)
+    return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
 
 
-def check_names(
-    runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto", activations: str = "auto"
-) -> None:
+def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto") -> None:
     """Raise SpecDecError for a name that ``make_target`` does not know."""
-    for (what, kind), value in zip(CHOICES.items(), (runtime, weights, kv_cache, activations), strict=True):
+    for (what, kind), value in zip(CHOICES.items(), (runtime, weights, kv_cache), strict=True):
         if value not in (known := tuple(kind)):
             raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
 
@@ -42,7 +40,6 @@ def make_target(
     runtime: str = "auto",
     weights: str = "auto",
     kv_cache: str = "auto",
-    activations: str = "auto",
     expert_cache: float | None = None,
     expert_prefetch: bool = False,
     packed: bool = True,
@@ -54,17 +51,17 @@ def make_target(
 
     runtime: "auto" is native (CPUs) or graphs (CUDA) if it supports the model on this machine, else fused (not on mps),
         else the reference runtime; the note then says why.
-    weights: "auto" (as loaded, GGUF blocks as they are), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
+    weights: "auto" (as loaded, GGUF blocks as they are; the native runtime multiplies them with
+        activations in 8 bits), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
         (layers are quantised, in the model too: the quantised model is the base; in the native runtime).
     kv_cache: "auto" (in the model's dtype) or "int8" (in the native runtime).
-    activations: "auto" (8 bits for quantised weights in the native runtime, else the model's dtype), "int8" or "bf16".
     expert_cache: the share (float) or bytes (int) of a mixture's experts that stays in memory (in the native runtime);
         None: all, or those for which there is room.
     expert_prefetch: read experts ahead, by forecasts.
     packed: whether the native runtime keeps packed weights beside a model's cache entry, and reads them where it did.
     """
-    check_names(runtime, weights, kv_cache, activations)
-    asked = {"weights": weights, "kv_cache": kv_cache, "activations": activations}
+    check_names(runtime, weights, kv_cache)
+    asked = {"weights": weights, "kv_cache": kv_cache}
     rounded = [name for name, value in asked.items() if value in ("int8", "int4")]
     if rounded and runtime not in ("auto", "native"):
         what = ROUNDED[rounded[0]]
@@ -73,7 +70,7 @@ def make_target(
     if expert_prefetch and expert_cache is None:
         raise SpecDecError("expert_prefetch goes with expert_cache; give its size, such as 0.25")
     if expert_cache is not None:
-        how = weights, kv_cache, activations, expert_cache, expert_prefetch
+        how = weights, kv_cache, expert_cache, expert_prefetch
         return _with_experts_on_disk(model, runtime, how), ""
     native = ["native"] if rounded or model.dtype == torch.bfloat16 else []
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
@@ -83,7 +80,7 @@ def make_target(
         for name in every:
             try:
                 if name == "native":
-                    return native_target(model, weights, kv_cache, activations, keep=packed), ""
+                    return native_target(model, weights, kv_cache, keep=packed), ""
                 return _other(name, as_transformers(model)), "; ".join(reasons)
             except (NotFiniteError, SettingError):
                 raise

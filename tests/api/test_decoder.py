@@ -282,13 +282,12 @@ def test_the_automatic_device_is_a_gpu_where_there_is_one(monkeypatch) -> None:
         {},
         {"weights": "int8"},
         {"kv_cache": "int8"},
-        {"activations": "int8"},
         {"runtime": "native"},
         {"weights": "int8", "device": "cuda"},
     ):
         with pytest.raises(SpecDecError, match="enough"):
             SpecDecoder.from_pretrained("model", **more)
-    assert asked == ["auto", "cpu", "cpu", "cpu", "cpu", "cuda"]
+    assert asked == ["auto", "cpu", "cpu", "cpu", "cuda"]
 
 
 def test_a_cuda_device_that_cannot_compute_is_passed_over(monkeypatch) -> None:

@@ -107,10 +107,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"runtime": "fused"},
     {"runtime": "native"},
     {"weights": "int8"},
-    {"weights": "int8", "activations": "bf16"},
     {"weights": "int8", "kv_cache": "int8"},
     {"weights": "int4"},
-    {"weights": "int4", "activations": "bf16"},
+    {"weights": "dense"},
     {"kv_cache": "int8"},
 ]
 

@@ -71,8 +71,8 @@ class Packed:
     Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
 
     weights: stacked: bf16 [out_i, in], or GGUF blocks, which keep codes, scales and the order of columns.
-    rounded: whether products of blocks take activations in 8 bits; else blocks are unpacked to bf16. A map with a bf16
-        weight takes bf16.
+    rounded: whether products take activations in 8 bits, as those of blocks do. Beside a bf16 weight, blocks are
+        unpacked to bf16.
     draft_only: whether bf16 weights are quantised to 8 bits, large ones to 4: drafts need not be exact.
     memory: where the tiles lie, if not with all others.
     made: the tiles of such a weight and their format, where they are there (``packing``, ``GrowingTiles``).
@@ -83,7 +83,6 @@ class Packed:
         self,
         weights: Sequence[Tensor | Blocks],
         bias: Tensor | None = None,
-        rounded: bool = True,
         draft_only: bool = False,
         scale: float = 1.0,
         cap: float = 0.0,
@@ -97,21 +96,22 @@ class Packed:
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
                 f"{weights[0].shape[0]} and {self.inp}"
             )
-        self.tiles, end, memory = list[Tensor](), 0, memory or _arena
+        end, memory = 0, memory or _arena
+        if made is not None:
+            packed = [made]
+        elif draft_only:
+            packed = [(kind := _draft_kind(*weight.shape), _tiles(weight, kind, memory)) for weight in weights]
+        else:
+            packed = [_kept(weight, kept, memory) for weight in weights]
+            if len({kind == BF16 for kind, _ in packed}) > 1:
+                packed = [_dense_tiles(weight, memory) for weight in weights]
+        self.tiles = [tiles for _, tiles in packed]
         self.parts = (LinearPart * len(weights))()
-        for part, weight in zip(self.parts, weights, strict=True):
-            if made is not None:
-                kind, tiles = made
-            elif draft_only:
-                kind = _draft_kind(*weight.shape)
-                tiles = _tiles(weight, kind, memory)
-            else:
-                kind, tiles = _kept(weight, kept, memory)
+        for part, weight, (kind, tiles) in zip(self.parts, weights, packed, strict=True):
             end += -(-weight.shape[0] // 16)
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
-            self.tiles.append(tiles)
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
-        self.rounded = (rounded or draft_only) and BF16 not in self.kinds
+        self.rounded = BF16 not in self.kinds
         self.rough: Tensor | None = None  # tiles, for ``largest``
         pointers = ctypes.addressof(self.parts), pointer(self.bias), None, None
         self.struct = Linear(self.rounded, 16 * end, self.inp, len(weights), scale, cap, *pointers)
@@ -250,7 +250,7 @@ def unpack_here(model: nn.Module) -> None:
 
 def _kept(weight: Tensor | Blocks, kept: ModelFile | None, memory: Memory) -> tuple[int, Tensor]:
     """The format and the tiles of a matrix that is not only for drafts, from the file ``kept`` or for it."""
-    make = _block_tiles if isinstance(weight, Blocks) else _bf16_tiles
+    make = _block_tiles if isinstance(weight, Blocks) else _dense_tiles
     if kept is None or (name := kept.name(weight)) is None:
         return make(weight, memory)  # type: ignore[arg-type]
     kind, sizes = INT(BF16), {BF16: _bytes(weight.shape, BF16)}
@@ -295,7 +295,9 @@ def _bytes(shape: Sequence[int], kind: int) -> int:
     return size
 
 
-def _bf16_tiles(weight: Tensor, memory: Memory) -> tuple[int, Tensor]:
+def _dense_tiles(weight: Tensor | Blocks, memory: Memory) -> tuple[int, Tensor]:
+    if isinstance(weight, Blocks):
+        weight = dequantize(replace(weight, columns=None), None, torch.bfloat16)
     return BF16, _tiles(weight, BF16, memory)
 
 
@@ -314,7 +316,7 @@ def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
     if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):
         return kind.value, tiles
     memory.free(tiles)
-    return BF16, _tiles(dequantize(replace(blocks, columns=None), None, torch.bfloat16), BF16, memory)
+    return _dense_tiles(blocks, memory)
 
 
 def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, gaps: Tensor | None = None) -> Tensor:

@@ -11,9 +11,8 @@
  * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or as the codes of blocks. Products of blocks (integer.c) are
  * whole numbers: codes of 16 outputs and 4 inputs fill a vector, which is multiplied with 4 inputs of a token, and a block's
  * sum is scaled in float. It takes a token's activations in 8 bits, with a scale for 32 of them. bf16 tiles are multiplied
- * with 16 tokens at once in AMX, with one token after another in AVX-512 and, as floats, in AVX2 and NEON. Where activations are
- * to stay bf16, blocks are unpacked to bf16 tiles first, which is slower. What only drafts read need not be exact: it is rounded
- * to blocks when it is packed.
+ * with 16 tokens at once in AMX, with one token after another in AVX-512 and, as floats, in AVX2 and NEON. What only
+ * drafts read need not be exact: it is rounded to blocks when it is packed.
  *
  * Layouts of activations, for blocks of 16 tokens ("lanes"):
  *   feature_major  float [features][16]

@@ -80,11 +80,12 @@ BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, 
 class NativeTarget(Target):
     """The native runtime, without gradients.
 
-    A token's result is the same bits whatever else is in its pass; with activations in 8 bits, also in every
-    instruction set. Weights that only drafts use (those with merged adapters, reduced heads) are quantised to 8 bits,
-    large ones to 4. Adapters must not change after their first pass. Raises SpecDecError for what it does not support.
+    A token's result is the same bits whatever else is in its pass; of quantised weights, which are multiplied with
+    activations in 8 bits, also in every instruction set. Weights that only drafts use (those with merged adapters,
+    reduced heads) are quantised to 8 bits, large ones to 4. Adapters must not change after their first pass. Raises
+    SpecDecError for what it does not support.
 
-    weights, kv_cache, activations: as in ``make_target``.
+    weights, kv_cache: as in ``make_target``.
     expert_cache: the share (float) or bytes (int) of a mixture's experts that is in memory; None: all of them, if there
     is room.
     expert_prefetch: whether experts are read ahead by forecasts.
@@ -100,7 +101,6 @@ class NativeTarget(Target):
         model: NativeModel | PreTrainedModel,
         weights: str = "auto",
         kv_cache: str = "auto",
-        activations: str = "auto",
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
         kept: ModelFile | None = None,
@@ -113,6 +113,8 @@ class NativeTarget(Target):
         if model.dtype != torch.bfloat16 or model.device.type != "cpu":
             raise SpecDecError(f"the native runtime computes in bfloat16 on a CPU, not {model.dtype} on {model.device}")
         families.check_fields(config)
+        if weights == "dense":
+            densify(model)
         super().__init__(model, identity.sample if kept is None else kept.sample)
         self.kept = kept
         decoder: Any = model.model
@@ -136,12 +138,10 @@ class NativeTarget(Target):
         self._states = mixer.state_shape(sizes_of_mixer)
         self._attention = [n for n, other in enumerate(recurrent) if not other]
         self.recurrent_layers = frozenset(range(self.num_layers)) - {*self._attention}
-        if weights == "dense":
-            densify(model)
         if weights in ROUNDED:
             for layer in decoder.layers:
                 _round(layer, ROUNDED[weights], paged=expert_cache is not None)
-        self.int8_cache, self.rounded = False, activations != "bf16"
+        self.int8_cache = False
         self._orders = [mixer.row_orders(layer) for layer in decoder.layers]
         self.mixture = families.mixture_of(config)
         self._layers = (Layer * self.num_layers)()
@@ -175,17 +175,13 @@ class NativeTarget(Target):
         scale = float(attention.scaling)
         packed = [*self._experts, *(item for item in self._alive if isinstance(item, Packed))]
         kinds = set().union(*(item.kinds for item in packed))
-        self.rounded = any(item.rounded for item in packed)
-        if activations == "int8" and not self.rounded:
-            raise SpecDecError(
-                "8-bit activations go with quantised weights, and these have 16 bits; use weights 'int8'"
-            )
-        if kinds != {library.BF16}:
-            self.activations = "8 bits" if self.rounded else "16 bits"
+        rounded = any(item.rounded for item in packed)
+        if rounded:
+            self.activations = "8 bits"
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, rotated
         act = families.ACTIVATIONS.index(families.activation(config))
         flags = (
-            self.rounded,
+            rounded,
             *self.mixture,
             self.family.rounds_once,
             act,
@@ -208,17 +204,16 @@ class NativeTarget(Target):
         if weights in ROUNDED:
             self.weight_format += ", rounded"
         self.head(None)
-        how = f"{self.lib.level}, {self.activations}"
         if kept is not None:
             kept.write()
-        checked = kept.notes.get(how) if kept is not None and kept.complete and not self._experts else None
+        checked = kept.notes.get(self.lib.level) if kept is not None and kept.complete and not self._experts else None
         if isinstance(checked, float) and checked >= 0:  # by the process that packed
             self.logit_difference = checked
         else:
             with memory.releasing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
                 self.logit_difference = check_logits(self)
             if kept is not None:
-                kept.notes[how] = self.logit_difference
+                kept.notes[self.lib.level] = self.logit_difference
         if kv_cache == "int8":  # after the self-check: it is lossy
             self.int8_cache, self.kv_cache = True, "8 bits (lossy)"
         self._release(*_mapped(model))  # parts of large pages may be back with their neighbours
@@ -400,7 +395,7 @@ class NativeTarget(Target):
     def _pack_head(self, module: Any) -> Packed:
         """The model's own output head, packed."""
         weight, numbers = matrix(module), (self.numbers.logits, self.numbers.logits_cap)
-        packed = Packed([weight], module.bias, self.rounded, False, *numbers, kept=self.kept)
+        packed = Packed([weight], module.bias, False, *numbers, kept=self.kept)
         if isinstance(weight, Blocks) and packed.nbytes > max(SCREENED_SHARE * self.bytes_of_layers, SCREENED_BYTES):
             packed.screen(weight, self.kept)
         self._release(weight)
@@ -447,7 +442,7 @@ class NativeTarget(Target):
                 raise SpecDecError(
                     f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
                 )
-            packed = Packed(weights, bias, self.rounded and not rates, scale=self._scale(slot), kept=self.kept)
+            packed = Packed(weights, bias, scale=self._scale(slot), kept=self.kept)
             self._release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
@@ -477,7 +472,7 @@ class NativeTarget(Target):
         weight = module.weight.detach()
         if hasattr(mlp, "shared_expert_gate"):
             weight = torch.cat((weight, mlp.shared_expert_gate.weight.detach()))
-        router = Packed([weight], getattr(module, "bias", None), rounded=False)
+        router = Packed([weight], getattr(module, "bias", None))
         struct.router = router.struct
         self._alive.append(router)
         gates, sums = list[Packed](), list[Packed]()
@@ -490,8 +485,8 @@ class NativeTarget(Target):
 
         def pack(number: int, place: Memory | None = None) -> None:
             gate_up, down, *biases = matrices(number)
-            gates.append(Packed(gate_up, biases[0], self.rounded, memory=place))
-            sums.append(Packed([down], biases[1], self.rounded, scale=self.numbers.results, memory=place))
+            gates.append(Packed(gate_up, biases[0], memory=place))
+            sums.append(Packed([down], biases[1], scale=self.numbers.results, memory=place))
             release(*gate_up, down)
 
         if self.experts is not None:
@@ -613,13 +608,11 @@ class NativeTarget(Target):
         return self._tables
 
 
-def native_target(
-    model: NativeModel | PreTrainedModel, weights: str, kv_cache: str, activations: str, keep: bool
-) -> NativeTarget:
+def native_target(model: NativeModel | PreTrainedModel, weights: str, kv_cache: str, keep: bool) -> NativeTarget:
     """The target of a model. keep: read its packed weights beside its cache entry, or write them, if it has one."""
 
     def make(file: ModelFile | None) -> NativeTarget:
-        return NativeTarget(model, weights, kv_cache, activations, kept=file)
+        return NativeTarget(model, weights, kv_cache, kept=file)
 
     origin = getattr(model, "origin", None) if keep and weights == "auto" and library.runs() else None
     return using(None if origin is None else ModelFile(origin), make)

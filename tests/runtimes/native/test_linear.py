@@ -1,5 +1,5 @@
-"""GGUF blocks in the kernels' tiles: their values are those of ``gguf``; products with activations in bf16 are those of
-bf16 tiles, and products with activations in 8 bits those of the algorithm, to the last bit in every build."""
+"""GGUF blocks in the kernels' tiles: products with activations in 8 bits are those of the algorithm, with the values
+that ``gguf`` reads, to the last bit in every build."""
 
 from __future__ import annotations
 
@@ -110,24 +110,21 @@ def test_integer_products_are_those_of_the_algorithm(kind: str, scales: tuple[fl
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 20, 70])
-@pytest.mark.parametrize("kind", KINDS)
-def test_products_in_bf16_equal_those_of_bf16_tiles(kind: str, tokens: int) -> None:
-    blocks = random_blocks(kind, 48, 512)
-    packed, dense = linear.Packed([blocks], rounded=False), linear.Packed([blocks.numbers().bfloat16()])
-    x = torch.randn(tokens, 512).bfloat16()
-    assert torch.equal(packed(x), dense(x))
+def test_products_in_bf16_do_not_depend_on_other_tokens(tokens: int) -> None:
+    packed, x = linear.Packed([torch.randn(48, 512).bfloat16()]), torch.randn(tokens, 512).bfloat16()
     assert torch.equal(packed(x)[-1:], packed(x[-1:]))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
 def test_wide_maps_fit_the_stack(kind: str) -> None:
     blocks, x = random_blocks(kind, 16, 1 << 17), torch.randn(40, 1 << 17).bfloat16()
-    expected, got = (x @ blocks.numbers().bfloat16().T).float(), list[torch.Tensor]()
+    dense, got = blocks.numbers().bfloat16(), list[torch.Tensor]()
+    expected = (x @ dense.T).float()
     before = threading.stack_size(2 << 20)
     try:
         thread = threading.Thread(
             target=lambda: got.extend(
-                linear.Packed([blocks], None, way)(x[:tokens]) for way in (True, False) for tokens in (2, 40)
+                linear.Packed([weight])(x[:tokens]) for weight in (blocks, dense) for tokens in (2, 40)
             )
         )
         thread.start()
@@ -143,14 +140,6 @@ def test_what_is_not_finite_stays_so(kind: str) -> None:
     x[0, 40], x[1, 3] = float("nan"), float("-inf")
     y = packed(x)
     assert not y[:2].isfinite().any() and y[2].isfinite().all()
-
-
-@pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_tiles_hold_the_very_values(kind: str, scales: tuple[float, float]) -> None:
-    blocks = random_blocks(kind, 32, 256, scales)
-    one_hot = torch.eye(256).bfloat16()
-    assert torch.equal(linear.Packed([blocks], rounded=False)(one_hot).T, blocks.numbers().bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0"])
@@ -169,12 +158,11 @@ def test_so_are_powers_of_two_that_floats_cannot_hold(power: int, code: int, hel
     """A block of zeros may have any scale that is not too large."""
     blocks = random_blocks("MXFP4", 32, 256)
     blocks.data.view(32, 8, 17)[3, 2] = torch.tensor([power] + 16 * [17 * code], dtype=torch.uint8)
-    packed = linear.Packed([blocks], rounded=False)
+    packed = linear.Packed([blocks])
     assert packed.kinds == {library.MX if held else library.BF16}
     values, expected = packed(torch.eye(256).bfloat16()).T, blocks.numbers().bfloat16()
-    assert torch.equal(values.isfinite(), expected.isfinite())
-    small = 2.0**-126  # smaller ones are zero in products
-    assert torch.equal(values * (values.abs() >= small), expected * (expected.abs() >= small))
+    inside = (expected.abs() < 2.0**120) & (expected.abs() >= 2.0**-126)  # other products are beyond floats
+    assert torch.equal(values[inside], expected[inside])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,7 +183,7 @@ def test_a_map_of_several_kinds_with_rows_in_another_order() -> None:
     assert torch.equal(permuted.numbers().bfloat16(), weight[:32])
     bias, x = torch.randn(68), torch.randn(5, 256).bfloat16()
     packed = linear.Packed([permuted, plain, q6], bias)
-    assert packed.kinds == {library.K4, library.BF16, library.K6} and not packed.rounded
+    assert packed.kinds == {library.BF16} and not packed.rounded
     assert torch.equal(packed(x), linear.Packed([weight], bias)(x))
     rounded, parts = linear.Packed([permuted, q6], bias[16:]), [linear.Packed([each]) for each in (permuted, q6)]
     separate = torch.cat([part(x).float() for part in parts], -1)

@@ -17,7 +17,6 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 
 if not library.runs():
@@ -122,16 +121,3 @@ def test_a_cpu_without_the_instructions_is_refused_by_its_name(monkeypatch: pyte
     ):
         library.load()
     library.load.cache_clear()
-
-
-def test_activations_are_checked_and_named() -> None:
-    model = in_blocks()
-    assert make_target(model)[0].activations == make_target(model, activations="int8")[0].activations == "8 bits"
-    assert make_target(model, activations="bf16")[0].activations == "16 bits"
-    assert make_target(model, runtime="reference")[0].activations == "as computed"
-    with pytest.raises(SpecDecError, match=r"unknown activations 'int4' .*there are: auto, int8, bf16"):
-        make_target(model, activations="int4")
-    with pytest.raises(SpecDecError, match="the fused runtime has no 8-bit activations"):
-        make_target(model, "fused", activations="int8")
-    with pytest.raises(SpecDecError, match="8-bit activations go with quantised weights"):
-        NativeTarget(in_blocks(), "dense", activations="int8")

@@ -36,15 +36,8 @@ static void product(const Linear *map, int t, const uint32_t *x, int tokens, flo
             integer_product(part->kind, tiles, count, (const Rounded *)(inputs + i * block_bytes(map)),
                 tokens - 16 * i < 16 ? tokens - 16 * i : 16, sums + 256 * i);
     } else {
-        bf16 *unpacked = part->kind == BF16 ? NULL : allocate(1024 * (size_t)count);
-        if (part->kind != BF16 && !unpacked) { /* no memory: the sums are NaN */
-            for (int i = 0; i < 256 * blocks; i += 16) store16(sums + i, set16(__builtin_nanf("")));
-            return;
-        }
-        if (unpacked) unpack_tiles(part->kind, tiles, count, unpacked);
-        Operand a = {unpacked ? (const uint8_t *)unpacked : tiles, inputs, INPUT_BYTES * (int64_t)map->in, block_bytes(map), count};
+        Operand a = {tiles, inputs, INPUT_BYTES * (int64_t)map->in, block_bytes(map), count};
         bf16_product(&a, tokens, sums);
-        free(unpacked);
     }
     if (map->bias)
         for (int b = 0; b < blocks; b++)

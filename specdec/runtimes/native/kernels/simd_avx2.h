@@ -101,7 +101,6 @@ static inline F load_bf16(const bf16 *p) { return (F){load_bf16_8(p), load_bf16_
 static inline __m256 load_int8_8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p))); }
 static inline F load_int8(const void *p) { return (F){load_int8_8(p), load_int8_8((const char *)p + 8)}; }
 static inline __m256 load_bytes8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p))); }
-static inline F load_bytes(const void *p) { return (F){load_bytes8(p), load_bytes8((const char *)p + 8)}; }
 static inline __m256i half_up8(__m256 v) { /* the upper 16 bits are v's bf16 */
     __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x800000), _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
@@ -181,7 +180,6 @@ typedef __m256i Codes;
 typedef __m256 W;
 
 static inline Codes load_codes(const void *p) { return _mm256_loadu_si256(p); }
-static inline void store_codes(void *p, Codes v) { _mm256_storeu_si256(p, v); }
 static inline Codes same_codes(int v) { return _mm256_set1_epi8((char)v); }
 static inline Codes and_codes(Codes a, Codes b) { return _mm256_and_si256(a, b); }
 static inline Codes or_codes(Codes a, Codes b) { return _mm256_or_si256(a, b); }

@@ -130,7 +130,6 @@ typedef __m512i Codes;
 typedef __m512 W;
 
 static inline Codes load_codes(const void *p) { return _mm512_loadu_si512(p); }
-static inline void store_codes(void *p, Codes v) { _mm512_storeu_si512(p, v); }
 static inline Codes same_codes(int v) { return _mm512_set1_epi8((char)v); }
 static inline Codes and_codes(Codes a, Codes b) { return _mm512_and_si512(a, b); }
 static inline Codes or_codes(Codes a, Codes b) { return _mm512_or_si512(a, b); }
