@@ -25,8 +25,7 @@ from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes import decoder_layer, linear_maps
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters, Norm
-from specdec.runtimes.linear_maps import Linear, LowRank
-from specdec.runtimes.narrow import gated_mlp
+from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.native import linear
 from specdec.runtimes.target import Pass, Target
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
+LowRank = tuple[int, int, Tensor, Tensor]  # the first and the end of its outputs, down [r, in], up [out, r]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, queries, new keys and values -> attention's result
 
 
@@ -44,12 +44,12 @@ class _Layer:
 
     norms: of the input, queries, keys, attention's result, the MLP's input and its result; None where there is none.
     maps: the linear maps "qkv", "out", "gate_up" and "down".
-    low: low-rank terms beside them.
+    low: low-rank terms beside them, with the outputs that they are added to.
     """
 
     norms: tuple[Norm | None, ...]
     maps: dict[str, Linear]
-    low: dict[str, LowRank] = field(default_factory=dict)
+    low: dict[str, list[LowRank]] = field(default_factory=dict)
 
 
 class FusedTarget(Target):
@@ -91,9 +91,7 @@ class FusedTarget(Target):
             _Layer(own, {slot: self.make(*pair) for slot, pair in weights.items()})
             for own, weights in zip(norms, self._weights, strict=True)
         ]
-        # By adapters: the version of their parameters, and layers with them; layers with the neurons that they keep.
-        self._adapted: WeakKeyDictionary[Adapters, tuple[int, dict[int, _Layer]]] = WeakKeyDictionary()
-        self._narrow: WeakKeyDictionary[Adapters, dict[int, _Layer]] = WeakKeyDictionary()
+        self._adapted: WeakKeyDictionary[Adapters, dict[int, _Layer]] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, Linear] = WeakKeyDictionary()
         self.final_norm = decoder_layer.norm(decoder.norm, families.FAMILIES[kind])
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
@@ -205,52 +203,38 @@ class FusedTarget(Target):
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def _select_layers(self, lo: int, hi: int, adapters: Adapters | None) -> list[_Layer]:
-        """The layers [lo, hi), with adapters applied: made anew for gradients, else once for their values."""
+        """The layers [lo, hi), with ``adapters`` if there are any. These are read in every pass, as they then are."""
         if adapters is None:
             return self._layers[lo:hi]
-        parameters = list(adapters.parameters())
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            return [self._adapt(index, adapters) for index in range(lo, hi)]
-        version = sum(0 if p.is_inference() else p._version for p in parameters)
-        if self._adapted.get(adapters, (None,))[0] != version:
-            self._adapted[adapters] = version, {}
-        made = self._adapted[adapters][1]
+        made = self._adapted.setdefault(adapters, {})
         for index in range(lo, hi):
             if index not in made:
                 made[index] = self._adapt(index, adapters)
         return [made[index] for index in range(lo, hi)]
 
     def _adapt(self, index: int, adapters: Adapters) -> _Layer:
-        layer, weights, parts = self._layers[index], self._weights[index], dict(self._parts[index])
-        sizes, terms = {slot: weight.shape[0] for slot, (weight, _) in weights.items()}, dict[str, list[Any]]()
+        """A layer with the neurons that ``adapters`` keep, and their low-rank terms."""
+        maps, parts, low = dict(self._layers[index].maps), dict(self._parts[index]), dict[str, list[LowRank]]()
         if (kept := adapters.kept(index)) is not None:
-            mlp = gated_mlp(self.block(index))
-            assert mlp is not None
-            layer, sizes["gate_up"], start = self._narrowed(index, adapters, kept), 2 * len(kept), 0
-            for path, (_, out) in mlp.shapes(len(kept)).items():
-                if path != mlp.out:
-                    parts[path], start = ("gate_up", start, start + out), start + out
-        for path, (down, up) in adapters.factors(index).items():
-            slot, start, _ = parts[path]
-            terms.setdefault(slot, []).append((down, up, start))
-        return replace(layer, low={slot: LowRank(own, sizes[slot], self.dtype) for slot, own in terms.items()})
-
-    def _narrowed(self, index: int, adapters: Adapters, kept: Tensor) -> _Layer:
-        """A layer with the neurons ``kept`` of its MLP. Made once."""
-        made = self._narrow.setdefault(adapters, {})
-        if index not in made:
             (weight, bias), (down, down_bias) = (self._weights[index][slot] for slot in ("gate_up", "down"))
-            rows = torch.cat((kept, kept + len(weight) // 2))  # of gate, of up
-            gate_up = self.make(weight[rows], None if bias is None else bias[rows])
-            own = {"gate_up": gate_up, "down": self.make(down[:, kept].contiguous(), down_bias)}
-            made[index] = replace(self._layers[index], maps=self._layers[index].maps | own)
-        return made[index]
+            rows, count = torch.cat((kept, kept + len(weight) // 2)), len(kept)  # of gate, of up
+            maps["gate_up"] = self.make(weight[rows], None if bias is None else bias[rows])
+            maps["down"] = self.make(down[:, kept].contiguous(), down_bias)
+            gate_up = [path for path, (slot, *_) in parts.items() if slot == "gate_up"]
+            size = 2 * count // len(gate_up)
+            parts |= {path: ("gate_up", size * n, size * (n + 1)) for n, path in enumerate(gate_up)}
+        for path, factors in adapters.factors(index).items():
+            slot, start, end = parts[path]
+            low.setdefault(slot, []).append((start, end, *factors))
+        return replace(self._layers[index], maps=maps, low=low)
 
 
 def _product(layer: _Layer, slot: str, x: Tensor) -> Tensor:
     """A linear map of x [B, T, in], with its low-rank terms."""
-    y, low = layer.maps[slot](x), layer.low.get(slot)
-    return y if low is None else y + low(x)
+    y = layer.maps[slot](x)
+    for start, end, down, up in layer.low.get(slot, ()):
+        y[..., start:end] += F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return y
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class GraphedTarget(FusedTarget):
             term = self._additive(mask, window, shape[3])
             terms.append(x.new_zeros(shape) if term is None else term)  # None: every slot is filled
         slots = upload([[n + ahead] for n in cache.rows], self.device) + torch.arange(t, device=self.device)  # (B, T)
-        # Changed adapters make new layers. As keys, they live as long as the recorded pass.
+        # As keys, layers live as long as the recorded pass, which reads their tensors.
         key = batch, t, lo, hi, *tapped, *layers
         y, *seen = self._step(key, function, [x, slots, *self._rotary(ctx), *terms])
         taps.update(zip(tapped, seen, strict=True))

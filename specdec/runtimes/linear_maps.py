@@ -77,24 +77,3 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     for p, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
         p.data = view
     return whole
-
-
-class LowRank:
-    """The low-rank terms beside one (fused) linear map, ``up(down(x))`` in ``x``'s dtype.
-
-    parts: ``(down [r, in], up [out, r], first output row)`` of each adapter.
-    outs: output width of the map.
-    """
-
-    def __init__(self, parts: Sequence[tuple[Tensor, Tensor, int]], outs: int, dtype: torch.dtype) -> None:
-        rank, before = sum(down.shape[0] for down, _, _ in parts), 0
-        ups = []
-        for down, up, start in parts:
-            r = down.shape[0]
-            ups.append(F.pad(up, (before, rank - before - r, start, outs - start - up.shape[0])))
-            before += r
-        self.down = torch.cat([down for down, _, _ in parts]).to(dtype)  # (R, in)
-        self.up = torch.stack(ups).sum(0).to(dtype)  # (out, R)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.down), self.up)

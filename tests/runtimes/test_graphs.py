@@ -98,7 +98,7 @@ def test_generations_are_the_models_own(drafter: str) -> None:
 
 
 @torch.inference_mode()
-def test_changed_adapters_are_recorded_anew() -> None:
+def test_changed_adapters_are_read_as_they_are() -> None:
     target = GraphedTarget(rough_model("llama"), record=Replay)
     with torch.inference_mode(False):
         adapters = random_adapters(target)
@@ -142,10 +142,8 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
     with torch.inference_mode(False):
         adapters = random_adapters(target)
     adapted_pass(target, adapters, 3)
-    maps = [weakref.ref(layer) for layer in target._adapted[adapters][1].values()]
-    with torch.inference_mode(False), torch.no_grad():
-        next(adapters.parameters()).mul_(2)  # they are made anew
-    adapted_pass(target, adapters, 3)
+    maps = [weakref.ref(layer) for layer in target._adapted[adapters].values()]
+    del adapters
     gc.collect()
     assert maps and all(each() is not None for each in maps)
     target._steps.clear()
