@@ -51,32 +51,6 @@ def test_keep_compacts_a_tree_path_and_growth_keeps_contents() -> None:
         assert contents(cache, layer, 0) == expected
 
 
-def test_ragged_rows_are_left_packed_and_what_is_behind_them_is_hidden() -> None:
-    cache = KVCache(3, 2, block=4)
-    fill(cache, [[1, 2, 3], [4, 5, 6]])
-    cache.commit([[0, 1, 2], [0]])
-    fill(cache, [[7, 8], [9, 10]])
-    cache.commit([[0], [0, 1]])
-    assert contents(cache, 2, 0) == [1, 2, 3, 7] and contents(cache, 2, 1) == [4, 9, 10]
-    visible = cache.register(0, torch.tensor([[4], [3]])).bool_mask()
-    assert visible is not None
-    assert visible[:, 0, 0].tolist() == [[True] * 5, [True] * 4 + [False]]
-    cache.select([1])
-    assert cache.committed == 3 and contents(cache, 0, 0) == [4, 9, 10]
-
-
-def test_mask_follows_tree_and_window() -> None:
-    cache = KVCache(1, 1, block=8)
-    fill(cache, [[1, 2, 3]], 0, 1)
-    cache.commit([[0, 1, 2]])
-    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
-    mask = cache.register(0, torch.tensor([[3, 4, 4]]), tree)
-    full, near = mask.bool_mask(), mask.bool_mask(2)
-    assert full is not None and near is not None
-    assert full[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
-    assert near[0, 0].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 1]]
-
-
 def test_a_single_token_after_an_even_batch_needs_no_mask_until_the_window_bites() -> None:
     cache = KVCache(1, 1)
     fill(cache, [[1, 2, 3]], 0, 1)

@@ -6,17 +6,14 @@ import pytest
 import torch
 from passes import apart, play
 from tiny import SIZES, model_of, tiny_model
-from zoo import EVERY, run
 
 from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import statistics
-from specdec.drafters.none import NoDrafter
 from specdec.kvcache.cache import KVCache, dequantize_rows, quantize_rows
 from specdec.models import families
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
-from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 
 pytestmark = [
@@ -130,33 +127,6 @@ def test_what_is_not_finite_stays_so() -> None:
     assert not out[0, 2].isfinite().any()  # it sees the broken key
 
 
-@pytest.mark.usefixtures("kernels")
-@torch.inference_mode()
-def test_rows_join_and_leave_a_batch() -> None:
-    target = NativeTarget(model_of("llama"), kv_cache="int8")
-    ids = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(4))
-    alone = [target.new_cache() for _ in ids]
-    for row, cache in zip(ids, alone, strict=True):
-        prefill(target, row[None], cache)
-    both = target.new_cache(2)
-    prefill(target, ids[:2], both)
-    third = target.new_cache()
-    prefill(target, ids[2:], third)
-    both.join(third)
-    both.select([2, 1])
-    step = torch.tensor([[7], [8]])
-    expected = torch.cat([prefill(target, step[:1], alone[2]), prefill(target, step[1:], alone[1])])
-    assert torch.equal(prefill(target, step, both), expected)
-
-
-@pytest.mark.parametrize("name", ["m2r2: grown level by level (tree)", "layer-skip: two ranges", "lookahead (tree)"])
-def test_drafters_give_the_tokens_of_plain_decoding(name: str) -> None:
-    """(That a token does not depend on what is scored with it, in every build: test_target.)"""
-    target = NativeTarget(tiny_model("llama", **SIZES | {"head_dim": 64}).bfloat16(), kv_cache="int8")
-    alone = [run(target, NoDrafter(), [prompt], 20)[0][0] for prompt in PROMPTS]
-    assert run(target, EVERY[name](target), PROMPTS, 20)[0] == alone
-
-
 def test_an_8_bit_cache_is_named_lossy_and_compared_with_itself() -> None:
     decoder = SpecDecoder(model_of("llama"), drafter="prompt-lookup", kv_cache="int8")
     assert statistics.runtime(decoder)["kv_cache"] == "8 bits (lossy)"
@@ -167,16 +137,6 @@ def test_an_8_bit_cache_is_named_lossy_and_compared_with_itself() -> None:
     assert statistics._held(usual) == "weights in 16 bits"
 
 
-@pytest.mark.parametrize("runtime", ["fused", "graphs", "reference"])
-def test_other_runtimes_refuse_it(runtime: str) -> None:
-    with pytest.raises(SpecDecError, match=f"the {runtime} runtime has no 8-bit KV cache"):
-        make_target(model_of("llama"), runtime, kv_cache="int8")
-
-
-def test_what_it_cannot_go_with() -> None:
-    with pytest.raises(SpecDecError, match=r"not possible here \(no native runtime: .* computes in bfloat16"):
-        make_target(tiny_model("llama"), kv_cache="int8")
-    with pytest.raises(SpecDecError, match=r"unknown kv_cache 'int7' \(did you mean 'int8'\?\)"):
-        make_target(model_of("llama"), kv_cache="int7")
+def test_a_format_that_is_no_name_is_refused() -> None:
     with pytest.raises(SpecDecError, match="kv_cache must be a valid string"):
         SpecDecoder(model_of("llama"), kv_cache=8)  # type: ignore[arg-type]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 import time
@@ -22,8 +21,6 @@ from zoo import run
 
 from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
-from specdec.drafters.layer_skip import LayerSkipDrafter
-from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.runtimes import target
 from specdec.runtimes.fused import FusedTarget
@@ -197,22 +194,6 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
     assert begins[0][0] + begins[0][1] <= begins[1][0]
 
 
-@pytest.mark.parametrize("runtime", [pytest.param("native", marks=needs_native), "fused", "reference"])
-def test_decoders_that_share_a_target_run_at_once(runtime: str) -> None:
-    model = tiny_model("llama", **BF16).bfloat16() if runtime == "native" else tiny_model("llama")
-    base = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)
-    made = grown(base.target), projecting(base.target), LayerSkipDrafter([1]), NoDrafter()
-    runs = [
-        lambda decoder=decoder, prompt=prompt: (
-            decoder.generate(prompt, max_new_tokens=12, num_speculative_tokens=3, ignore_eos=True).token_ids
-        )
-        for decoder, prompt in zip([base, *map(base.with_drafter, made)], [*PROMPTS, *PROMPTS], strict=False)
-    ]
-    expected = [each() for each in runs]
-    for found, alone in zip(at_once(*runs), expected, strict=True):
-        assert found == [alone] * 3
-
-
 def test_decoders_are_made_at_once_on_one_model() -> None:
     model = tiny_model("llama")
     expected = greedy_reference(model, PROMPTS[0], 8)
@@ -250,20 +231,6 @@ def test_a_second_request_is_refused_whenever_it_comes(monkeypatch: pytest.Monke
     assert len(refused) == 1 and "with_drafter" in refused[0]
     assert len(first.token_ids) == 4
     assert decoder.generate(PROMPTS[0], max_new_tokens=4).token_ids == first.token_ids
-
-
-def test_a_drafter_object_serves_one_request_at_a_time() -> None:
-    decoder = SpecDecoder(tiny_model("llama"), None, "prompt-lookup", runtime="reference")
-    other = decoder.with_drafter(decoder.drafter)
-    generation = decoder.open([PROMPTS[0]])
-    with pytest.raises(SpecDecError, match="still open"):
-        other.generate(PROMPTS[0])
-    generation.close()
-    assert other.generate(PROMPTS[0], max_new_tokens=2).token_ids
-    generation = other.open([PROMPTS[0]])
-    del generation  # dropped unfinished: it is part of a cycle
-    gc.collect()
-    assert decoder.generate(PROMPTS[0], max_new_tokens=2).token_ids
 
 
 def test_closing_waits_for_the_step_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:

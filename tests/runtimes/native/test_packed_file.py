@@ -404,15 +404,6 @@ def test_a_damaged_file_of_a_drafter_is_made_again(path, capsys, defect):
     assert drafted(path) == expected and not capsys.readouterr().err
 
 
-def test_on_a_full_disk_a_drafter_drafts_the_same(path, monkeypatch, capsys):
-    expected = drafted(path)
-    for file in drafts(path):
-        file.unlink()
-    full(monkeypatch, path)
-    assert drafted(path) == expected and not drafts(path)
-    assert capsys.readouterr().err.replace("\n", " ").count("cannot be kept in ") == 1
-
-
 def test_a_drafter_that_is_trained_further_is_not_kept(path):
     decoder = SpecDecoder.from_pretrained(str(path), "none")
     network = m2r2(decoder.target, 0, ((0, 2),), True, False).network
