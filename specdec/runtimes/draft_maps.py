@@ -1,4 +1,4 @@
-"""Linear maps of drafters, with constant weights, and the argmax of logits: by the native kernels where they serve."""
+"""Linear maps of drafters, with constant weights: by the native kernels where they serve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.runtimes.linear_maps import UNIT_EPS, Linear, dense, packable, packed, rms_unit
-from specdec.runtimes.native import library, linear
+from specdec.runtimes.native import linear
 
 
 def for_drafting(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -39,9 +39,3 @@ class UnitMap:
             assert self.packed is not None
             return self.packed.of_normalised(parts, UNIT_EPS)
         return self.linear(torch.cat([rms_unit(part) for part in parts], -1))
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """``logits.argmax(-1)``."""
-    fast = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and library.runs()
-    return linear.argmax(logits) if fast else logits.argmax(-1)

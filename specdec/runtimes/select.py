@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,14 +13,14 @@ from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes.checks import refuse_unsupported
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
-from specdec.runtimes.native.target import NativeTarget, native_target
+from specdec.runtimes.native.target import native_target
 from specdec.runtimes.target import Target, lock_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCacheFormat}
-ROUNDED = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache"}
+ONLY_NATIVE = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache", "expert_cache": "expert cache"}
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
@@ -61,26 +61,24 @@ def make_target(
     packed: whether the native runtime keeps packed weights beside a model's cache entry, and reads them where it did.
     """
     check_names(runtime, weights, kv_cache)
-    asked = {"weights": weights, "kv_cache": kv_cache}
-    rounded = [name for name, value in asked.items() if value in ("int8", "int4")]
-    if rounded and runtime not in ("auto", "native"):
-        what = ROUNDED[rounded[0]]
-        raise SpecDecError(f"the {runtime} runtime has no {what}, the native one has; use {rounded[0]} 'auto'")
+    asked = {"weights": weights, "kv_cache": kv_cache, "expert_cache": expert_cache}
+    special = [name for name, value in asked.items() if value not in ("auto", "dense", None)]
+    if special and runtime not in ("auto", "native"):
+        what = ONLY_NATIVE[special[0]]
+        raise SpecDecError(f"the {runtime} runtime has no {what}, the native one has; use runtime 'auto'")
     refuse_unsupported(model)
     if expert_prefetch and expert_cache is None:
         raise SpecDecError("expert_prefetch goes with expert_cache; give its size, such as 0.25")
-    if expert_cache is not None:
-        how = weights, kv_cache, expert_cache, expert_prefetch
-        return _with_experts_on_disk(model, runtime, how), ""
-    native = ["native"] if rounded or model.dtype == torch.bfloat16 else []
+    native = ["native"] if special or model.dtype == torch.bfloat16 else []
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
-    every = [runtime] if runtime != "auto" else native if rounded else [*first, "reference"]
+    every = [runtime] if runtime != "auto" else native if special else [*first, "reference"]
     reasons = list[str]()
     with lock_of(model):  # a runtime may put its own form of the weights into the model
         for name in every:
             try:
                 if name == "native":
-                    return native_target(model, weights, kv_cache, keep=packed), ""
+                    how = weights, kv_cache, expert_cache, expert_prefetch
+                    return native_target(model, *how, keep=packed), ""
                 return _other(name, as_transformers(model)), "; ".join(reasons)
             except (NotFiniteError, SettingError):
                 raise
@@ -88,21 +86,8 @@ def make_target(
                 if runtime != "auto" or name == "reference":  # it is about the model: that runtime serves all supported
                     raise
                 reasons.append(f"no {name} runtime: {error}")
-    what = f"{rounded[0]} '{asked[rounded[0]]}'"
-    raise SpecDecError(f"{what} is not possible here ({'; '.join(reasons)}); use {rounded[0]} 'auto'")
-
-
-def _with_experts_on_disk(model: NativeModel | PreTrainedModel, runtime: str, how: tuple[Any, ...]) -> Target:
-    """The native target, which leaves experts on the disk. Raises SpecDecError if it does not serve the model."""
-    if runtime not in ("auto", "native"):
-        raise SpecDecError(f"the {runtime} runtime has no expert cache, the native one has; use runtime 'auto'")
-    with lock_of(model):
-        try:
-            return NativeTarget(model, *how)
-        except (NotFiniteError, SettingError):
-            raise
-        except SpecDecError as error:
-            raise SpecDecError(f"only the native runtime has an expert cache: {error}") from None
+    what = f"{special[0]} '{asked[special[0]]}'"
+    raise SpecDecError(f"{what} is not possible here ({'; '.join(reasons)}); leave it out")
 
 
 def _other(name: str, model: PreTrainedModel) -> Target:

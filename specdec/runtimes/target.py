@@ -21,7 +21,6 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, weight_rows, weight_storage
-from specdec.runtimes import draft_maps
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 
@@ -50,7 +49,7 @@ def lock_of(model: nn.Module) -> Any:
 
 def largest(logits: Tensor) -> Tensor:
     """Logits [B, T, V] -> int64 [B, T]: the first of the largest, or -1 where they are not finite."""
-    best = draft_maps.argmax(logits)
+    best = logits.argmax(-1)
     finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
     return best.masked_fill(~finite, -1)
 

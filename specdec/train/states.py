@@ -26,7 +26,6 @@ from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
 from specdec.base.terminal import Progress
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes import draft_maps
 from specdec.runtimes.target import Pass, Target
 from specdec.train.data import TrainingAnswer
 from specdec.train.output import writing
@@ -175,7 +174,7 @@ def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
     best, log_z = list[Tensor](), list[Tensor]()
     for rows in x.split(READOUT_ROWS):
         logits = target.readout(rows[None])[0]
-        best.append(draft_maps.argmax(logits).int())
+        best.append(logits.argmax(-1).int())
         log_z += [few.float().logsumexp(-1) for few in logits.split(SUM_ROWS)]
     return torch.cat(best), torch.cat(log_z)
 

@@ -50,13 +50,6 @@ def test_a_packed_map_has_the_bias_whose_numbers_lie_apart() -> None:
     assert torch.allclose(linear_maps.packed(weight, column)(x), linear_maps.dense(weight, column)(x), atol=1e-4)
 
 
-@torch.inference_mode()
-def test_a_reduced_head_gives_the_logits_of_its_tokens() -> None:
-    target = FusedTarget(rough_model("llama"))
-    x, few = torch.randn(2, 3, 32), torch.tensor([7, 3, 90])
-    assert torch.allclose(target.readout(x, target.reduced_head(few)), target.readout(x)[..., few], atol=1e-5)
-
-
 def test_the_model_keeps_its_values_and_nothing_is_held_twice() -> None:
     model = rough_model("qwen2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -166,14 +159,27 @@ def test_gradients_reach_the_adapters() -> None:
         assert a is not None and b is not None and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
 
 
-def test_rounded_weights_without_the_native_runtime_are_refused() -> None:
-    with pytest.raises(SpecDecError, match=r"weights 'int4' is not possible here \(no native runtime: .*bfloat16"):
-        make_target(tiny_model("llama", intermediate_size=64), weights="int4")
-    for runtime in ("fused", "reference"):
-        with pytest.raises(SpecDecError, match=f"the {runtime} runtime has no weights in fewer bits"):
-            make_target(tiny_model("llama").bfloat16(), runtime, "int4")
-    with pytest.raises(SpecDecError, match="unknown weights 'int5'"):
-        make_target(tiny_model("llama"), weights="int5")
+ONLY_NATIVE: list[tuple[dict[str, Any], str]] = [
+    ({"weights": "int4"}, "weights in fewer bits"),
+    ({"kv_cache": "int8"}, "8-bit KV cache"),
+    ({"expert_cache": 0.5}, "expert cache"),
+]
+
+
+@pytest.mark.parametrize(("given", "what"), ONLY_NATIVE)
+def test_other_runtimes_refuse_what_only_the_native_one_has(given: dict[str, Any], what: str) -> None:
+    for runtime in ("fused", "graphs", "reference"):
+        with pytest.raises(SpecDecError, match=f"the {runtime} runtime has no {what}, the native one has"):
+            make_target(tiny_model("llama").bfloat16(), runtime, **given)
+    [(name, value)] = given.items()
+    with pytest.raises(SpecDecError, match=rf"{name} '{value}' is not possible here \(no native runtime: .*bfloat16"):
+        make_target(tiny_model("llama", intermediate_size=64), **given)
+
+
+@pytest.mark.parametrize("name", ["weights", "kv_cache"])
+def test_unknown_names_get_a_suggestion(name: str) -> None:
+    with pytest.raises(SpecDecError, match=rf"unknown {name} 'int7' \(did you mean 'int8'\?\)"):
+        make_target(tiny_model("llama"), **{name: "int7"})  # type: ignore[arg-type]
 
 
 def test_a_fallback_to_the_reference_runtime_says_why() -> None:

@@ -220,10 +220,6 @@ class Recording:
         self.write(at + 48, out, 2 * rows * width, 2)
         self.write(at + 56, best, 8 * rows, 8)
 
-    def call_argmax(self, at: int, x: int, rows: int, width: int, out: int, threads: int) -> None:
-        self.read(at, x, 2 * rows * width)
-        self.write(at + 24, out, 8 * rows, 8)
-
     def call_read_rows(self, at: int, table: Any, index: int | None, count: int, to: int, threads: int) -> None:
         numbers = (library.LONG * count).from_address(index) if index else range(count)
         self.table(at, ctypes.addressof(table._obj), max(numbers) + 1)

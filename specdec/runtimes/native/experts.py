@@ -81,10 +81,6 @@ class _Layer:
                 os.posix_fallocate(self.file.fileno(), self.begin + start, self.used - start)
         return self.memory[start : start + size]
 
-    def free(self, region: Tensor) -> None:
-        """Free what was allocated last."""
-        self.used = region.data_ptr() - self.memory.data_ptr()
-
     def written(self) -> None:
         """End of an expert: it is on the disk from now on."""
         start = sum(self.places[-1]) if self.places else 0

@@ -29,7 +29,6 @@ SUFFIXES = {"amx": "avx512"}  # of the kernels' names, where they are not the in
 KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction set: what it returns, what it takes
     "layers": (INT, POINTER, POINTER),
     "linear": (INT, POINTER, POINTER, FLOAT, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT),
-    "argmax": (None, POINTER, INT, INT, POINTER, INT),
     "draft_tree": (INT, POINTER),
     "block_tiles": (LONG, INT, INT, INT, POINTER),
     "pack_blocks": (INT, POINTER, INT, POINTER, INT),

@@ -1,4 +1,4 @@
-"""Linear maps in tiles for the compiled kernels, tables of rows, and argmax."""
+"""Linear maps in tiles for the compiled kernels, and tables of rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,9 @@ PACKED = 1 << 20  # weights that are quantised in a piece of work: some 20 ms on
 
 
 class Memory(Protocol):
-    """Allocates the memory of tiles, aligned to a cache line, and frees what it allocated last."""
+    """Allocates the memory of tiles, aligned to a cache line."""
 
     def allocate(self, size: int) -> Tensor: ...
-
-    def free(self, region: Tensor) -> None: ...
 
 
 class _Arena:
@@ -47,19 +45,8 @@ class _Arena:
                 memory = torch.empty(max(size, self.PIECE) + self.PAGE, dtype=torch.uint8)
                 library.load().specdec_large_pages(memory.data_ptr(), memory.numel())
                 self.piece, self.used = memory[-memory.data_ptr() % self.PAGE :], 0
-            begin, self.used = self.used, self.used + _lines(size)
+            begin, self.used = self.used, self.used + -(-size // 64) * 64
             return self.piece[begin : begin + size]
-
-    def free(self, region: Tensor) -> None:
-        """Free a region, if no other was allocated since; else it is lost."""
-        with self.lock:
-            if region.data_ptr() + _lines(region.numel()) == self.piece.data_ptr() + self.used:
-                self.used -= _lines(region.numel())
-
-
-def _lines(size: int) -> int:
-    """``size`` bytes in whole cache lines."""
-    return -(-size // 64) * 64
 
 
 _arena = _Arena()
@@ -177,16 +164,12 @@ def packing(
     weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, cap: float = 0.0
 ) -> Generator[None, None, Packed]:
     """Return ``Packed`` of a bf16 weight for drafts, after pieces of work."""
-    source, kind, (out, inp) = weight.detach().contiguous(), _draft_kind(*weight.shape), weight.shape
-    lib, step = library.load(), max(PACKED // inp // 16, 1) * 16  # rows
-    size = lib.specdec_tiles_bytes(kind, 1, inp // 32)  # of 16 rows
-    tiles = _arena.allocate(-(-out // 16) * size)
-    for row in range(0, out, step):
-        rows, place = source[row : row + step], tiles.data_ptr() + row // 16 * size
-        table = RowTable(rows)
-        done(lib.specdec_pack_rounded(ctypes.byref(table.struct), len(rows), kind, place, None, cores.threads()))
+    (out, inp), tiles = weight.shape, GrowingTiles(*weight.shape)
+    step = max(PACKED // inp // 16, 1) * 16  # rows
+    for end in range(step, out + step, step):
+        made = tiles.extend(weight[:end])
         yield
-    return Packed([weight], bias, draft_only=True, scale=scale, cap=cap, made=(kind, tiles))
+    return Packed([weight], bias, draft_only=True, scale=scale, cap=cap, made=made)
 
 
 class GrowingTiles:
@@ -315,7 +298,6 @@ def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
     tiles = memory.allocate(size)
     if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):
         return kind.value, tiles
-    memory.free(tiles)
     return _dense_tiles(blocks, memory)
 
 
@@ -341,11 +323,3 @@ def _draft_kind(out: int, inp: int) -> int:
 def serves(weight: Tensor) -> bool:
     """Whether a linear map with this weight [out, in] can be ``Packed`` here."""
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.shape[1] % 32 and runs()
-
-
-def argmax(x: Tensor) -> Tensor:
-    """``x.argmax(-1)`` of bf16 [..., V] where the kernels run; never NaN."""
-    x = x.contiguous()
-    out = torch.empty(x.shape[:-1], dtype=torch.long)
-    library.load().specdec_argmax(x.data_ptr(), out.numel(), x.shape[-1], out.data_ptr(), cores.threads())
-    return out

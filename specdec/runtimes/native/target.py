@@ -198,8 +198,8 @@ class NativeTarget(Target):
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._readout: Packed | None = None  # the model's own
         self._no_taps = (POINTER * (self.num_layers + 1))()
-        self._changed: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()  # layers with them merged
-        self._merged_models: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
+        # With adapters merged: the model, its layers, and the maps of those that differ.
+        self._changed: WeakKeyDictionary[Adapters, tuple[Model, Any, dict[int, Any]]] = WeakKeyDictionary()
         self.weight_format = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
         if weights in ROUNDED:
             self.weight_format += ", rounded"
@@ -522,32 +522,24 @@ class NativeTarget(Target):
         return self.numbers.results if slot in ("out", "down") else 1.0
 
     def _merged(self, adapters: Adapters, lo: int, hi: int) -> Model:
-        """The model with ``adapters`` merged into layers [lo, hi) and quantised, for drafts. Made once."""
+        """The model with ``adapters`` merged into layers [lo, hi) and quantised, for drafts. Each is made once."""
         if not any(adapters.changes(layer) for layer in range(lo, hi)):
             return self._model
-        made = self._merged_models.setdefault(adapters, {})
         with self.lock:
-            if (lo, hi) not in made:
-                made[lo, hi] = self._make_merged(adapters, lo, hi)
-        return made[lo, hi][0]
+            if adapters not in self._changed:
+                own = (Layer * self.num_layers)(*self._layers)
+                self._changed[adapters] = Model(*self._sizes, ctypes.addressof(own)), own, {}
+            model, layers, packed = self._changed[adapters]
+            if missing := [layer for layer in range(lo, hi) if layer not in packed]:
 
-    def _make_merged(self, adapters: Adapters, lo: int, hi: int) -> tuple[Model, Any, list[Any]]:
-        layers, alive = (Layer * self.num_layers)(*self._layers), list[Any]()
-        changed = self._changed.setdefault(adapters, {})
-        missing = [layer for layer in range(lo, hi) if layer not in changed]
+                def merge(file: PackedFile | None) -> dict[int, Any]:
+                    return {layer: self._merge(layer, adapters, file) for layer in missing}
 
-        def merge(file: PackedFile | None) -> dict[int, Any]:
-            return {layer: self._merge(layer, adapters, file) for layer in missing}
-
-        weights = sum(math.prod(shape) for layer in missing for shape in self.linears(layer).values())
-        name = f"{missing} {adapters.digest()}" if adapters.lasting else None
-        changed |= self._keeping(name, weights, merge)
-        for layer in range(lo, hi):
-            layers[layer], packed = changed[layer]
-            alive.append(packed)
-        model = Model(*self._sizes, ctypes.addressof(layers))
-        [model.inner] = {adapters.neurons.get(layer, self.inner) for layer in range(lo, hi)}  # one of all layers
-        return model, layers, alive
+                weights = sum(math.prod(shape) for layer in missing for shape in self.linears(layer).values())
+                name = f"{missing} {adapters.digest()}" if adapters.lasting else None
+                for layer, (struct, maps) in self._keeping(name, weights, merge).items():
+                    layers[layer], packed[layer] = struct, maps
+        return model
 
     def _merge(self, layer: int, adapters: Adapters, file: PackedFile | None) -> tuple[Layer, list[Packed]]:
         struct = Layer.from_buffer_copy(self._layers[layer])
@@ -608,13 +600,21 @@ class NativeTarget(Target):
         return self._tables
 
 
-def native_target(model: NativeModel | PreTrainedModel, weights: str, kv_cache: str, keep: bool) -> NativeTarget:
+def native_target(
+    model: NativeModel | PreTrainedModel,
+    weights: str,
+    kv_cache: str,
+    expert_cache: float | None,
+    expert_prefetch: bool,
+    keep: bool,
+) -> NativeTarget:
     """The target of a model. keep: read its packed weights beside its cache entry, or write them, if it has one."""
 
     def make(file: ModelFile | None) -> NativeTarget:
-        return NativeTarget(model, weights, kv_cache, kept=file)
+        return NativeTarget(model, weights, kv_cache, expert_cache, expert_prefetch, kept=file)
 
-    origin = getattr(model, "origin", None) if keep and weights == "auto" and library.runs() else None
+    keep = keep and weights == "auto" and expert_cache is None and library.runs()
+    origin = getattr(model, "origin", None) if keep else None
     return using(None if origin is None else ModelFile(origin), make)
 
 

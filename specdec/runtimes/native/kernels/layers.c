@@ -87,6 +87,26 @@ static void gated(const Model *m, const float *gate, const float *up, int tokens
         for (int o = 0; o < 16; o++) act[o] = activated_times(m, load16(gate + 16 * o), load16(up + 16 * o));
 }
 
+/* Tile `t` of act(gate(x)) up(x), to vnni_bf16 blocks of `inner` features; `map` has the gates and then the ups. */
+static void gated_product(const Model *m, const Linear *map, int t, const uint32_t *x, int tokens, int inner, uint32_t *out) {
+    float gate[MOST_BLOCKS * 256] __attribute__((aligned(64))), up[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    product(map, t, x, tokens, gate);
+    product(map, inner / 16 + t, x, tokens, up);
+    for (int b = 0; 16 * b < tokens; b++) {
+        F act[16];
+        gated(m, gate + 256 * b, up + 256 * b, tokens - 16 * b, act);
+        for (int o = 0; o < 16; o += 2) store_u(out + ((int64_t)b * inner + 16 * t + o) * 8, paired(act[o], act[o + 1]));
+    }
+}
+
+/* Tile `t` of map(x), rounded, to feature_major blocks of `width` features. */
+static void rounded_product(const Linear *map, int t, const uint32_t *x, int tokens, int width, float *out) {
+    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    product(map, t, x, tokens, sums);
+    for (int b = 0; 16 * b < tokens; b++)
+        for (int o = 0; o < 16; o++) store16(out + ((int64_t)b * width + 16 * t + o) * 16, rounded(load16(sums + 256 * b + 16 * o)));
+}
+
 /* Prefetch part `at` of `parts` of the cached keys and values that the thread will attend to. */
 static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, int n) {
     const Model *m = p->m;
@@ -157,20 +177,14 @@ static const uint32_t *inputs_of(Pass *p, const Linear *map, const float *weight
  * the cache is prefetched meanwhile. */
 static void project_heads(Pass *p, int index, const Linear *map, int at, int width, int me, int n) {
     const Layer *layer = p->m->layers + index;
-    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to;
     const uint32_t *input = inputs_of(p, map, layer->norm_in, NULL, me, n);
     split(map->out / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS)
         for (int t = from; t < to; t++) {
             if (!b0 && !layer->convolution) prefetch_cache(p, index, t - from, to - from, me, n);
-            product(map, t, from_block(map, input, b0), tokens, sums);
-            for (int b = 0; b < blocks; b++)
-                for (int o = 0; o < 16; o++)
-                    store16(p->qkv + ((int64_t)(b0 + b) * width + at + 16 * t + o) * 16, rounded(load16(sums + 256 * b + 16 * o)));
+            rounded_product(map, t, from_block(map, input, b0), tokens_from(p, b0), width, p->qkv + ((int64_t)b0 * width + at) * 16);
         }
-    }
     wait_for_team(&p->barrier, n);
 }
 
@@ -264,24 +278,13 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
 /* inner = act(gate(norm(x))) up(norm(x)). */
 static void gate_and_up(Pass *p, int index, int me, int n) {
     const Layer *layer = p->m->layers + index;
-    float gate[MOST_BLOCKS * 256] __attribute__((aligned(64))), up[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to, inner = layer->down.in;
     const uint32_t *input = inputs_of(p, &layer->gate_up, layer->norm_mlp, NULL, me, n);
     split(inner / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
-        for (int t = from; t < to; t++) {
-            const uint32_t *x = from_block(&layer->gate_up, input, b0);
-            product(&layer->gate_up, t, x, tokens, gate);
-            product(&layer->gate_up, inner / 16 + t, x, tokens, up);
-            for (int b = 0; b < blocks; b++) {
-                uint32_t *out = p->inner + ((int64_t)(b0 + b) * inner + 16 * t) * 8;
-                F act[16];
-                gated(p->m, gate + 256 * b, up + 256 * b, p->rows - 16 * (b0 + b), act);
-                for (int o = 0; o < 16; o += 2) store_u(out + 8 * o, paired(act[o], act[o + 1]));
-            }
-        }
-    }
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS)
+        for (int t = from; t < to; t++)
+            gated_product(p->m, &layer->gate_up, t, from_block(&layer->gate_up, input, b0), tokens_from(p, b0), inner,
+                p->inner + (int64_t)b0 * inner * 8);
     wait_for_team(&p->barrier, n);
 }
 

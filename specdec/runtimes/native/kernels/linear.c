@@ -175,25 +175,3 @@ EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int
     free(fm), free(vnni), free(scratch), free(tops), free(most);
     return failed ? -1 : 0;
 }
-
-/* The first of the largest values of each row of bf16 [rows, width]. */
-EXPORT void KERNEL(argmax)(const bf16 *x, int rows, int width, int64_t *out, int threads) {
-#pragma omp parallel for num_threads(rows < threads ? rows : threads)
-    for (int r = 0; r < rows; r++) {
-        const bf16 *row = x + (int64_t)r * width;
-        F most = set16(-__builtin_inff());
-        int i = 0;
-        for (; i + 16 <= width; i += 16) most = max16(most, load_bf16(row + i));
-        float largest = largest16(most);
-        for (; i < width; i++) largest = widen(row[i]) > largest ? widen(row[i]) : largest;
-        for (i = 0; i + 16 <= width; i += 16) {
-            uint32_t equal_ = bits16(equal16(load_bf16(row + i), set16(largest)));
-            if (equal_) {
-                i += __builtin_ctz(equal_);
-                break;
-            }
-        }
-        while (i < width && widen(row[i]) != largest) i++;
-        out[r] = i < width ? i : 0;
-    }
-}

@@ -53,9 +53,6 @@ static void group_tokens(Pass *p, int index, int features) {
     }
 }
 
-/* The part of grouped inputs `x` for a group's blocks from b0 on. */
-static const uint32_t *group_input(const Linear *map, const uint32_t *x, int block) { return x + block * block_bytes(map) / 4; }
-
 /* vnni_bf16 blocks `x` of grouped tokens as `map` reads them; all threads share the work, and wait. */
 static const uint32_t *group_inputs(Pass *p, const Linear *map, const uint32_t *x, int me, int n) {
     Mixed *g = &p->mixed;
@@ -72,20 +69,15 @@ static void mix(Pass *p, int index, int me, int n) {
     const Model *m = p->m;
     const Layer *layer = m->layers + index;
     Mixed *g = &p->mixed;
-    float gate[MOST_BLOCKS * 256] __attribute__((aligned(64))), up[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to, hidden = m->hidden, inner = layer->sums->in, features = layer->router.out;
     const uint32_t *x = inputs_of(p, &layer->router, layer->norm_mlp, NULL, me, n);
     const uint32_t *normed = p->blocks > 1 ? p->normed : (const uint32_t *)(p->scratch + p->own * me);
     split(features / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int tokens = tokens_from(p, b0);
-        for (int t = from; t < to; t++) {
-            product(&layer->router, t, from_block(&layer->router, x, b0), tokens, gate);
-            for (int b = 0; b < (tokens + 15) / 16; b++)
-                for (int o = 0; o < 16; o++)
-                    store16(g->logits + ((int64_t)(b0 + b) * features + 16 * t + o) * 16, rounded(load16(gate + 256 * b + 16 * o)));
-        }
-    }
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS)
+        for (int t = from; t < to; t++)
+            rounded_product(&layer->router, t, from_block(&layer->router, x, b0), tokens_from(p, b0), features,
+                g->logits + (int64_t)b0 * features * 16);
     wait_for_team(&p->barrier, n);
     if (!me) {
         group_tokens(p, index, features);
@@ -109,16 +101,8 @@ static void mix(Pass *p, int index, int me, int n) {
         for (int b0 = 0; 16 * b0 < g->group[i].tokens; b0 += MOST_BLOCKS) {
             int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS,
                 block = g->group[i].block + b0;
-            for (int t = from; t < to; t++) {
-                product(map, t, group_input(map, x, block), tokens, gate);
-                product(map, inner / 16 + t, group_input(map, x, block), tokens, up);
-                for (int b = 0; b < (tokens + 15) / 16; b++) {
-                    uint32_t *out = p->inner + ((int64_t)(block + b) * inner + 16 * t) * 8;
-                    F act[16];
-                    gated(m, gate + 256 * b, up + 256 * b, tokens - 16 * b, act);
-                    for (int o = 0; o < 16; o += 2) store_u(out + 8 * o, paired(act[o], act[o + 1]));
-                }
-            }
+            for (int t = from; t < to; t++)
+                gated_product(m, map, t, from_block(map, x, block), tokens, inner, p->inner + (int64_t)block * inner * 8);
         }
     }
     wait_for_team(&p->barrier, n);
@@ -131,11 +115,11 @@ static void mix(Pass *p, int index, int me, int n) {
             int left = g->group[i].tokens - 16 * b0, tokens = left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS,
                 block = g->group[i].block + b0;
             for (int t = from; t < to; t++) {
-                product(map, t, group_input(map, x, block), tokens, gate);
+                product(map, t, from_block(map, x, block), tokens, sums);
                 for (int lane = 0; lane < tokens; lane++) {
                     int row = g->row[16 * block + lane];
                     float share = g->share[16 * block + lane], *sum = p->qkv + ((int64_t)(row / 16) * hidden + 16 * t) * 16 + row % 16;
-                    const float *result = gate + 256 * (lane / 16) + lane % 16;
+                    const float *result = sums + 256 * (lane / 16) + lane % 16;
                     for (int o = 0; o < 16; o++) sum[16 * o] += share * widen(narrow(result[16 * o]));
                 }
             }
@@ -149,12 +133,12 @@ static void mix(Pass *p, int index, int me, int n) {
     for (int b0 = 0; layer->down.in && b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0);
         for (int t = from; t < to; t++) {
-            product(&layer->down, t, from_block(&layer->down, x, b0), tokens, gate);
+            product(&layer->down, t, from_block(&layer->down, x, b0), tokens, sums);
             for (int b = 0; b < (tokens + 15) / 16; b++) {
                 F share = rounded(sigmoid16(load16(g->logits + ((int64_t)(b0 + b) * features + m->experts) * 16)));
                 for (int o = 0; o < 16; o++) {
                     float *sum = p->qkv + ((int64_t)(b0 + b) * hidden + 16 * t + o) * 16;
-                    store16(sum, add16(rounded(load16(sum)), rounded(mul16(share, rounded(load16(gate + 256 * b + 16 * o))))));
+                    store16(sum, add16(rounded(load16(sum)), rounded(mul16(share, rounded(load16(sums + 256 * b + 16 * o))))));
                 }
             }
         }

@@ -6,7 +6,7 @@ typedef struct { int32x4_t a, b; } __m256i;
 typedef float32x4_t __m128;
 typedef int32x4_t __m128i;
 
-enum { _CMP_EQ_OQ, _CMP_GT_OQ, _CMP_NLE_UQ, _CMP_UNORD_Q };
+enum { _CMP_GT_OQ, _CMP_NLE_UQ, _CMP_UNORD_Q };
 #define _MM_HINT_T0 3
 #define _MM_HINT_T1 2
 #define _mm_prefetch(address, hint) __builtin_prefetch(address, 0, hint)
@@ -74,7 +74,7 @@ static inline __m256 _mm256_round_ps(__m256 v, int nearest) { return (__m256){vr
 static inline __m256 _mm256_blendv_ps(__m256 a, __m256 b,
     __m256 m) { return (__m256){vbslq_f32((uint32x4_t)m.a, b.a, a.a), vbslq_f32((uint32x4_t)m.b, b.b, a.b)}; }
 static inline int32x4_t neon_compare(float32x4_t a, float32x4_t b, int how) {
-    return (int32x4_t)(how == _CMP_EQ_OQ ? vceqq_f32(a, b) : how == _CMP_GT_OQ ? vcgtq_f32(a, b)
+    return (int32x4_t)(how == _CMP_GT_OQ ? vcgtq_f32(a, b)
         : vmvnq_u32(how == _CMP_NLE_UQ ? vcleq_f32(a, b) : vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b))));
 }
 static inline __m256 _mm256_cmp_ps(__m256 a, __m256 b,

@@ -80,7 +80,6 @@ static inline uint32_t bits16(M m) { return (uint32_t)(_mm256_movemask_ps(m.a) |
 static inline M both16(M a, M b) { PAIRWISE(M, _mm256_and_ps); }
 static inline M more16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ), _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ)}; }
 static inline M not_less16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_NLE_UQ), _mm256_cmp_ps(a.b, b.b, _CMP_NLE_UQ)}; }
-static inline M equal16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_EQ_OQ), _mm256_cmp_ps(a.b, b.b, _CMP_EQ_OQ)}; }
 static inline F pick16(M m, F a, F b) { return (F){_mm256_blendv_ps(b.a, a.a, m.a), _mm256_blendv_ps(b.b, a.b, m.b)}; }
 static inline U pick_u(M m, U a, U b) { return to_u(pick16(m, to_f(a), to_f(b))); }
 static inline F keep16(M m, F v) { return (F){_mm256_and_ps(m.a, v.a), _mm256_and_ps(m.b, v.b)}; }

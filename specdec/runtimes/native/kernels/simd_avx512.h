@@ -55,7 +55,6 @@ static inline uint32_t bits16(M m) { return m; }
 static inline M both16(M a, M b) { return a & b; }
 static inline M more16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 static inline M not_less16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); } /* not a <= b */
-static inline M equal16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline F pick16(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); } /* a where m, else b */
 static inline U pick_u(M m, U a, U b) { return _mm512_mask_mov_epi32(b, m, a); }
 static inline F keep16(M m, F v) { return _mm512_maskz_mov_ps(m, v); }
