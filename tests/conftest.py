@@ -34,10 +34,10 @@ from tiny_gguf import NAME, write_gguf
 from training import Tokens
 from transformers import PreTrainedModel
 
-from specdec.base import inputs
+from specdec.base import files, inputs
 from specdec.engine.depth import AutoDepth, StepReport, kept
 from specdec.engine.measure import Timings
-from specdec.models import catalogue, loading, wheels
+from specdec.models import catalogue, loading, prepare, wheels
 from specdec.runtimes.native import library
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
@@ -89,14 +89,27 @@ def pytest_make_collect_report(
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of modules
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """No test reads or writes what belongs to the user, but for the default model. Data are of each test alone; what
-    can be made again is shared."""
-    real, data = item.get_closest_marker("model") or item.get_closest_marker("real"), f"{FOLDERS.name}/{id(item)}"
-    own = USERS | {"SPECDEC_DATA": data} if real else {"XDG_CACHE_HOME": FOLDERS.name, "XDG_DATA_HOME": data}
+    """No test reads or writes what belongs to the user, but for the folders of the default model (``model``) or of all
+    models (``real``). Data are of each test alone; what can be made again is shared."""
+    data = f"{FOLDERS.name}/{id(item)}"
+    own, users = {"XDG_CACHE_HOME": FOLDERS.name, "XDG_DATA_HOME": data}, {**USERS, "SPECDEC_DATA": data}
+    if item.get_closest_marker("model"):
+        _set_folders(users)
+        folder = prepare.prepare_embedded(catalogue.DEFAULT_MODEL)
+        _set_folders(own)
+        link = files.cache_dir() / "models" / folder.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(folder)
+    else:
+        _set_folders(users if item.get_closest_marker("real") else own)
+
+
+def _set_folders(given: dict[str, str | None]) -> None:
     for name in ("SPECDEC_CACHE", "SPECDEC_DATA", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         os.environ.pop(name, None)
-        if own.get(name) is not None:
-            os.environ[name] = own[name]
+        if (folder := given.get(name)) is not None:
+            os.environ[name] = folder
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import torch
 
 from specdec import SpecDecoder
 from specdec.api.text import encode
+from specdec.base import files
+from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.verify.certificate import NEAR_TIE, margins
 
 pytestmark = pytest.mark.model
@@ -31,6 +33,11 @@ def fp32() -> SpecDecoder:
 @pytest.fixture(scope="module")
 def bf16() -> SpecDecoder:
     return SpecDecoder.from_pretrained(drafter="none", dtype="bfloat16")
+
+
+def test_of_the_users_cache_tests_have_this_model_alone() -> None:
+    folders = files.cache_dir() / "models"
+    assert [path for path in folders.iterdir() if path.is_symlink()] == [folders / DEFAULT_MODEL]
 
 
 @pytest.mark.parametrize(("number", "depth"), [(1, 7), (3, 4)])
