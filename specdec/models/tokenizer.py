@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 CONFIG, FILE, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
 # Of ``__call__``: what is done here. ``verbose`` warns of long texts.
 ARGUMENTS = {"add_special_tokens", "split_special_tokens", "verbose"}
-NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
+NAMED = "unk_token", "bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token"
 
 
 @dataclass
@@ -41,16 +41,8 @@ class Encoding:
 class Tokenizer:
     """backend_tokenizer: of ``tokenizers``. chat_template: None if there is none. name_or_path: the folder.
 
-    bos_token, eos_token, unk_token, pad_token: named tokens, or None.
+    bos_token, bos_token_id, and so on (``NAMED``): named tokens and their ids, or None.
     """
-
-    bos_token: str | None = None
-    eos_token: str | None = None
-    unk_token: str | None = None
-    sep_token: str | None = None
-    pad_token: str | None = None
-    cls_token: str | None = None
-    mask_token: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self.name_or_path, given = str(folder), json.loads((folder / CONFIG).read_text("utf-8"))
@@ -61,7 +53,9 @@ class Tokenizer:
         self.chat_template: Any = template.read_text("utf-8") if template.is_file() else given.get("chat_template")
         for name in NAMED:
             token = given.get(name)
-            setattr(self, name, token["content"] if isinstance(token, dict) else token)
+            token = token["content"] if isinstance(token, dict) else token
+            setattr(self, name, token)
+            setattr(self, f"{name}_id", None if token is None else self._id(token))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -77,9 +71,6 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return int(self.backend_tokenizer.get_vocab_size())
-
-    def __bool__(self) -> bool:
-        return True
 
     def __call__(self, text: Any = None, *args: Any, **how: Any) -> Any:
         """Token ids of a text or of several. With other arguments than ``ARGUMENTS``: what transformers returns."""
@@ -115,7 +106,7 @@ class Tokenizer:
 
     def _id(self, token: str) -> int | None:
         found: int | None = self.backend_tokenizer.token_to_id(token)
-        return self.unk_token_id if found is None else found
+        return vars(self).get("unk_token_id") if found is None else found
 
     def get_vocab(self) -> dict[str, int]:
         return dict(self.backend_tokenizer.get_vocab())
@@ -129,33 +120,6 @@ class Tokenizer:
     def special_tokens_map(self) -> dict[str, str]:
         """The named tokens that there are."""
         return {name: getattr(self, name) for name in NAMED if getattr(self, name) is not None}
-
-    @property
-    def all_special_tokens(self) -> list[str]:
-        return list(dict.fromkeys(self.special_tokens_map.values()))
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        return [self._id(token) for token in self.all_special_tokens]  # type: ignore[misc]
-
-    def _named(self, token: str | None) -> int | None:
-        return None if token is None else self._id(token)
-
-    @property
-    def bos_token_id(self) -> int | None:
-        return self._named(self.bos_token)
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._named(self.eos_token)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        return self._named(self.pad_token)
-
-    @property
-    def unk_token_id(self) -> int | None:
-        return None if self.unk_token is None else self.backend_tokenizer.token_to_id(self.unk_token)
 
     # -- chats --------------------------------------------------------------------------------------------------------
 
