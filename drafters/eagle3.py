@@ -20,6 +20,7 @@ from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder, hub
+from specdec.models.names import display_name
 from specdec.runtimes.draft_path import WIDTH, TreeLimits
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
@@ -59,7 +60,7 @@ class Eagle3Drafter(PairDrafter):
         if source is None:
             raise cls.not_shipped(target.model.config._name_or_path)
         folder = Path(source) if Path(source).is_dir() else hub.fetch_drafter(source)
-        where, config = drafter_folder.display_name(folder), drafter_folder.read_config(folder, KIND)
+        where, config = display_name(folder), drafter_folder.read_config(folder, KIND)
         if "base" in config:  # ours; others do not say which weights a head is for
             drafter_folder.check_base(config, target, where)
         return cls(read_network(folder, Eagle3Config.read(config, target, where), target, where), **kwargs)

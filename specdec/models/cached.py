@@ -15,6 +15,7 @@ from pathlib import Path
 from specdec.base.errors import SpecDecError, did_you_mean, errors_as
 from specdec.base.files import cache_dir
 from specdec.models.catalogue import EMBEDDED
+from specdec.models.names import display_name, hub_folder
 from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
 
 
@@ -42,7 +43,7 @@ def cached_models() -> list[CachedModel]:
         except (OSError, ValueError, TypeError, AttributeError):  # made again at its next use
             continue
         if isinstance(folder, str):
-            found.append(CachedModel(_name_of(Path(folder)), (manifest.parent,)))
+            found.append(CachedModel(display_name(Path(folder)), (manifest.parent,)))
         elif all(isinstance(file, str) for file in files):
             names, parts = zip(*(_in_hub(Path(file)) for file in files), strict=True)
             found.append(CachedModel(names[0], (manifest.parent, *itertools.chain(*parts))))
@@ -72,19 +73,11 @@ def _embedded(name: str) -> tuple[Path, ...]:
     return tuple(path for path in (folder, part) if path.exists() and (path == part or (path / MANIFEST).is_file()))
 
 
-def _name_of(folder: Path) -> str:
-    """The Hugging Face id of a folder in its cache, or the folder's path."""
-    root = folder.parent.parent.name
-    in_hub = folder.parent.name == "snapshots" and root.startswith("models--")
-    return root.removeprefix("models--").replace("--", "/") if in_hub else str(folder)
-
-
 def _in_hub(file: Path) -> tuple[str, list[Path]]:
     """The name of a GGUF file, and what of Hugging Face's cache is its alone; nothing for a file of the user's own."""
-    for root in file.parents:
-        if root.name.startswith("models--"):
-            links = [link for link in sorted(root.glob("snapshots/*/**/*.gguf")) if link.resolve() == file]
-            if links:
-                member = "/".join(links[0].relative_to(root).parts[2:])
-                return f"{root.name.removeprefix('models--').replace('--', '/')}:{member}", [*links, file]
-    return str(file), []
+    root = hub_folder(file)
+    files = [] if root is None else sorted(root.glob("snapshots/*/**/*.gguf"))
+    if root is None or not (links := [link for link in files if link.resolve() == file]):
+        return str(file), []
+    member = "/".join(links[0].relative_to(root).parts[2:])
+    return f"{display_name(root)}:{member}", [*links, file]

@@ -27,6 +27,7 @@ from specdec.base import files, inputs, options, terminal
 from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import identity
+from specdec.models.names import display_name
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CONFIG_BYTES = 4_000_000  # more than any config.json has
@@ -47,14 +48,6 @@ class Identified(Protocol):
     num_layers: int
     hidden_size: int
     vocab_size: int
-
-
-def display_name(folder: Path) -> str:
-    """A folder's name for messages: of a snapshot in Hugging Face's cache, its repository."""
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return str(folder)
 
 
 def read_config(folder: Path, drafter: str | None = None, base: Identified | None = None) -> dict[str, Any]:

@@ -100,6 +100,17 @@ def part_paths(path: Path) -> list[Path]:
     return [path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf") for number in range(1, int(part[3]) + 1)]
 
 
+def hub_folder(path: Path) -> Path | None:
+    """The folder of the repository in Hugging Face's cache that ``path`` is in."""
+    return next((each for each in (path, *path.parents) if each.name.startswith("models--")), None)
+
+
+def display_name(path: Path) -> str:
+    """A path for messages; of one in Hugging Face's cache, its repository."""
+    folder = hub_folder(path)
+    return str(path) if folder is None else folder.name.removeprefix("models--").replace("--", "/")
+
+
 def is_gguf(path: Path) -> bool:
     """Whether the file has GGUF's magic number."""
     with path.open("rb") as file:
