@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from specdec.base import memory
 from specdec.base.devices import upload
-from specdec.models.gguf.blocks import weight_storage
+from specdec.models.gguf.blocks import matrix
 from specdec.runtimes.target import GrowingLinear, Target
 from specdec.speculation.draft import State
 
@@ -46,7 +46,7 @@ class DraftVocabulary:
         if head is None and self.trained is not None:
             self.head = target.reduced_head(self.trained, lasting=True)
         self.trained_ids = frozenset() if self.trained is None else frozenset(self.trained.tolist())
-        memory.release(weight_storage(target.model.get_output_embeddings()))
+        memory.release(matrix(target.model.get_output_embeddings()).data)
         self.start()
 
     def start(self) -> None:

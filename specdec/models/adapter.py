@@ -24,8 +24,7 @@ from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import identity
 from specdec.models.drafter_folder import read_json
-from specdec.models.gguf.blocks import BlockLinear, Blocks, dequantize
-from specdec.models.gguf.file import read_header
+from specdec.models.gguf.blocks import BlockLinear, Blocks, dequantize, matrix
 from specdec.models.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_place
 
 if TYPE_CHECKING:
@@ -33,36 +32,12 @@ if TYPE_CHECKING:
 
 # Settings of PEFT that change no number of a merged model, or that the tensors say themselves.
 BESIDE = {
-    *(
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "inference_mode",
-    ),
-    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *(
-        "r",
-        "lora_alpha",
-        "alpha_pattern",
-        "use_rslora",
-        "eva_config",
-        "loftq_config",
-        "megatron_core",
-        "runtime_config",
-    ),
-    *("qalora_group_size", "init_lora_weights"),
+    *("auto_mapping", "base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type"),
+    *("inference_mode", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "r", "lora_alpha", "alpha_pattern", "use_rslora", "eva_config", "loftq_config", "megatron_core"),
+    *("runtime_config", "qalora_group_size", "init_lora_weights"),
 }
 STARTS = True, False, "gaussian", "eva", "orthogonal"  # other values of init_lora_weights change the base model, too
-FAMILY_NAMES = (
-    *("llama", "qwen", "gemma", "mistral", "mixtral", "ministral", "phi", "smollm", "olmo", "granite", "falcon"),
-    *("deepseek", "glm", "nemotron", "gpt-oss"),
-)
-SIMILAR = 1.33  # sizes in names are rounded
-_FAMILY = re.compile(rf"(?<![a-z])({'|'.join(FAMILY_NAMES)})(?![a-z])(?:[-_ ]?v?(\d+(?:\.\d+)?)(?![\d.]*[a-z\d]))?")
-_SIZE = re.compile(r"(?<![\w.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -116,24 +91,6 @@ def find(name: str) -> Path:
     return path
 
 
-def check_base(name: str, place: Path, model: str) -> None:
-    """Raise SpecDecError if the adapter names a base model of another family, version or size than ``model`` names.
-
-    Reads no weights. Where the names do not tell, the shapes decide (``merge``).
-    """
-    if place.is_dir():
-        config = read_json(place / ADAPTER_CONFIG)
-        base = str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
-    else:
-        base = str(read_header(place, name).metadata.get("general.base_model.0.name", ""))
-    for what, one, other in zip(("family", "version", "size"), _parts(base), _parts(model), strict=True):
-        if one and other and not any(_agree(a, b, what) for a in one for b in other):
-            raise SpecDecError(
-                f"adapter '{name}' was made for '{base}', and '{model}' is the name of a model of another {what}; load "
-                "the model that the adapter was made for; if this is it, correct its name in the adapter or rename it"
-            )
-
-
 def merge(model: Any, adapter: Adapter) -> list[Tensor]:
     """Merge an adapter into a model, whose changed maps get weights in its dtype; return these in their order.
 
@@ -142,22 +99,22 @@ def merge(model: Any, adapter: Adapter) -> list[Tensor]:
     own = dict(model.named_modules())
     for path, change in adapter.maps.items():
         _check(adapter, model, own, path, change)
-    changed = {f"{path}.weight": _weight(own[path]) for path in adapter.maps}
+    changed = {f"{path}.weight": matrix(own[path]) for path in adapter.maps}
     kept = Merged(adapter.name, adapter.fingerprint, identity.fingerprint(model), identity.samples_of(changed))
     made = list[Tensor]()
     for path, change in adapter.maps.items():
-        module = own[path]
-        values = _values(module)
+        module, weight = own[path], changed[f"{path}.weight"]
+        in_blocks, values = isinstance(weight, Blocks), _values(weight)
         up, down = change.up.to(values.device).float(), change.down.to(values.device).float()
-        values = values.add_(up @ down * change.scale).to(module.weight.dtype if _dense(module) else module.dtype)
+        values = values.add_(up @ down * change.scale).to(module.dtype if in_blocks else module.weight.dtype)
         if not bool(values.isfinite().all()):
             raise SpecDecError(f"adapter '{adapter.name}' gives '{path}' infinite values or NaN; get it again")
-        if not _dense(module):
+        if in_blocks:
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.bias = module.bias
             model.set_submodule(path, linear)
             module = linear
-        memory.release(changed[f"{path}.weight"].data)
+        memory.release(weight.data)
         module.weight = nn.Parameter(values, requires_grad=False)
         made.append(values)
     model.merged_adapter = kept
@@ -169,21 +126,6 @@ def merge(model: Any, adapter: Adapter) -> list[Tensor]:
     return made
 
 
-def _parts(name: str) -> tuple[list[Any], list[Any], list[Any]]:
-    """The families that are in a model's name, the versions behind them, and the sizes in millions of parameters."""
-    last = name.rstrip("/").rpartition("/")[2].lower()
-    found, sizes = _FAMILY.findall(last), _SIZE.findall(last)
-    return (
-        [family for family, _ in found],
-        [float(version) for _, version in found if version],
-        [int(count or 1) * float(size) * {"b": 1000, "m": 1}[unit] for count, size, unit in sizes],
-    )
-
-
-def _agree(one: Any, other: Any, what: str) -> bool:
-    return one == other or (what == "size" and max(one, other) < SIMILAR * min(one, other))
-
-
 def _same_name(one: str, other: str) -> bool:
     """Whether two names may be those of one model: files and copies add to the name of a repository."""
     short, long = sorted(
@@ -192,21 +134,11 @@ def _same_name(one: str, other: str) -> bool:
     return short in long
 
 
-def _dense(module: nn.Module) -> bool:
-    return not isinstance(module, BlockLinear)
-
-
-def _weight(module: Any) -> Tensor | Blocks:
-    found: Tensor | Blocks = module.weight.detach() if _dense(module) else module.blocks
-    return found
-
-
-def _values(module: Any) -> Tensor:
+def _values(weight: Tensor | Blocks) -> Tensor:
     """The weight of a map in float32, a copy."""
-    weight = _weight(module)
-    return (
-        dequantize(weight, None, torch.float32) if isinstance(weight, Blocks) else weight.to(torch.float32, copy=True)
-    )
+    if isinstance(weight, Blocks):
+        return dequantize(weight, None, torch.float32)
+    return weight.to(torch.float32, copy=True)
 
 
 def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, change: LowRank) -> None:
@@ -231,8 +163,8 @@ def fingerprint(maps: Mapping[str, LowRank]) -> str:
     digest = hashlib.sha256()
     for path, change in sorted(maps.items()):
         digest.update(f"{path} {change.scale!r} {tuple(change.up.shape)} {tuple(change.down.shape)}\n".encode())
-        for matrix in (change.down, change.up):
-            digest.update(matrix.float().contiguous().numpy().tobytes())
+        for values in (change.down, change.up):
+            digest.update(values.float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

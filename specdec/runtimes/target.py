@@ -20,7 +20,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, Mask
 from specdec.models import identity
-from specdec.models.gguf.blocks import Blocks, weight_rows, weight_storage
+from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 
@@ -120,7 +120,7 @@ class Target(ABC):
         config = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
         self.hidden_size = int(config.hidden_size)
-        self.vocab_size = int(weight_storage(self.own_head).shape[0])
+        self.vocab_size = int(matrix(self.own_head).shape[0])
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self.windows = _windows(config)
         self.device, self.dtype = model.device, model.dtype

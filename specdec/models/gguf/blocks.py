@@ -355,10 +355,10 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
                 yield f"{name}.{part}_proj", ExpertBlocks(*given, (*matrices,), *of)
 
 
-def weight_storage(module: Any) -> Tensor:
-    """The memory of the weight of ``module``: its parameter or the data of its blocks."""
-    data: Tensor = module.blocks.data if isinstance(module, _BlockModule) else module.weight.detach()
-    return data
+def matrix(module: Any) -> Tensor | Blocks:
+    """The weight of a linear map or an embedding. Its ``data`` is where its numbers are."""
+    found: Tensor | Blocks = module.blocks if isinstance(module, _BlockModule) else module.weight.detach()
+    return found
 
 
 def weight_rows(module: Any, index: Tensor) -> Tensor:

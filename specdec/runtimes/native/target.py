@@ -25,7 +25,6 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import RowMask
 from specdec.models import families, identity
 from specdec.models.gguf.blocks import (
-    BlockEmbedding,
     BlockExperts,
     BlockLinear,
     Blocks,
@@ -33,6 +32,7 @@ from specdec.models.gguf.blocks import (
     bits,
     densify,
     expert,
+    matrix,
     named_weights,
     quantize,
     quantize_experts,
@@ -644,13 +644,6 @@ def _room_for_experts(model: nn.Module) -> int | None:
         experts, others = experts + size * (".experts." in name), others + size * (".experts." not in name)
     room = memory.free_memory(torch.device("cpu")) - others
     return max(int(EXPERT_SHARE * room), 2) if experts > EXPERT_SHARE * room and experts else None
-
-
-def matrix(module: nn.Module) -> Tensor | Blocks:
-    """The weight of a linear map or an embedding: a tensor or blocks."""
-    if isinstance(module, BlockLinear | BlockEmbedding):
-        return module.blocks
-    return module.weight.detach()  # type: ignore[operator, union-attr, return-value]
 
 
 def release(*matrices: Tensor | Blocks) -> None:
