@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
-from specdec.base.machine import check_memory
-from specdec.models import families
+from specdec.models import families, weights
 from specdec.models.config import CONFIG, Config, write_config, write_generation
-from specdec.models.gguf.blocks import BlockExperts, Blocks
 from specdec.models.native_model import Experts, NativeModel
 from specdec.models.safetensors_file import TEXT_NAMES
 from specdec.models.source import Source
@@ -29,9 +27,8 @@ from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
 from specdec.models.tokenizer import FILE, Tokenizer
 
 MIXTRAL = {r"\.block_sparse_moe\.": ".mlp."}  # what that family's tensors are called here
-# Of an expert that has matrices of its own: the names of its gate, its up and its last one.
-APART = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
-NUMBERS = "BF16", "F16", "F32"  # types of experts that stay in their files
+MIXTRAL |= {rf"(\.experts\.\d+)\.w{n}\.": rf"\1.{name}_proj." for n, name in enumerate(("gate", "down", "up"), 1)}
+APART = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # matrices of one expert
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Texts for a comparison of tokenizers. Some remove spaces before signs when they decode.
 SAMPLES = "It's 1,234.5 naïve  tests:\n\tπ ≠ 3 🙂 </s> {x}", "Are n't they , or ?"
@@ -99,72 +96,44 @@ def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, lis
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
     if config.num_hidden_layers > len(tensors):
         return None
-    model = NativeModel(config, torch.bfloat16)
-    for path, module in [*model.named_modules()]:
-        if isinstance(module, Experts) and not module.is_transposed:
-            if (experts := _experts(module, path, file, tensors)) is None:
-                return None
-            model.set_submodule(path, experts)
-    wanted = dict(model.named_parameters())
-    infos = {key: tensors[key] for key in wanted if key in tensors}
-    fits = all(info.kind in PLAIN and info.shape == tuple(wanted[key].shape) for key, info in infos.items())
-    if len(infos) < len(wanted) or not fits:
-        return None
+    model, found = NativeModel(config, torch.bfloat16), dict[str, list[TensorInfo]]()
+    for parameter, values in model.named_parameters():
+        if (infos := _tensors_of(parameter, tuple(values.shape), model, tensors)) is None:
+            return None
+        found[parameter] = infos
     if config.tie_word_embeddings and (head := tensors.get(HEAD)) is not None:
         if not torch.equal(file.data(head), file.data(tensors[EMBEDDING])):
             return None  # transformers does not tie them
         memory.release(file.data(head), file.data(tensors[EMBEDDING]))
-    check_memory(name, sum(wanted[key].nbytes for key, info in infos.items() if not _is_mapped(info)))
-    made = list[Tensor]()
-    for key, info in infos.items():
-        path, _, leaf = key.rpartition(".")
-        data = file.data(info)
-        aligned = data if info.offset % PLAIN[info.kind].itemsize == 0 else data.clone()
-        weight = aligned.view(PLAIN[info.kind]).view(info.shape).to(torch.bfloat16)
-        if not _is_mapped(info):
-            made.append(weight)
-            memory.release(data)
-        setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model, made
+    return model, weights.fill(name, file, model, found, keep=True)
 
 
-def _experts(own: Experts, path: str, file: TensorFile, tensors: Mapping[str, TensorInfo]) -> BlockExperts | None:
-    """The experts of a layer in the place of the module ``own``: each has three matrices, or they are joined in two
-    tensors. None: these are not there, or of another shape or type."""
-    (count, inner, width), parts = own.get_parameter("gate_up_proj").shape, list[list[Blocks]]()
-    shapes = (inner // 2, width), (inner // 2, width), (width, inner // 2)
-    joined = [tensors.get(f"{path}.{leaf}") for leaf in ("gate_up_proj", "down_proj")]
-    if joined != [None, None]:
-        for info, shape in zip(joined, ((inner, width), shapes[2]), strict=True):
-            if info is None or not _is_readable(info, (count, *shape)):
-                return None
-            rows = file.data(info).view(*info.shape[:2], -1)
-            parts.append([Blocks(each, info.kind, info.shape[2]) for each in rows])
-    else:
-        names = next((names for names in APART if f"{path}.0.{names[0]}.weight" in tensors), APART[0])
-        for leaf, shape in zip(names, shapes, strict=True):
-            infos = (tensors.get(f"{path}.{number}.{leaf}.weight") for number in range(count))
-            parts.append([])
-            for info in infos:
-                if info is None or not _is_readable(info, shape):
-                    return None
-                parts[-1].append(Blocks(file.data(info).view(shape[0], -1), info.kind, shape[1]))
-    gate_up = [list(matrices) for matrices in zip(*parts[:-1], strict=True)]
-    return BlockExperts(own, gate_up, parts[-1], torch.bfloat16)
-
-
-def _is_readable(info: TensorInfo, shape: tuple[int, ...]) -> bool:
-    return info.shape == shape and info.kind in NUMBERS and info.offset % PLAIN[info.kind].itemsize == 0
+def _tensors_of(
+    parameter: str, shape: tuple[int, ...], model: NativeModel, tensors: Mapping[str, TensorInfo]
+) -> list[TensorInfo] | None:
+    """The tensor of a parameter; of experts, also their matrices apart. None: it is not there, or of another shape or
+    type."""
+    path, _, leaf = parameter.rpartition(".")
+    module, kinds = model.get_submodule(path), (*PLAIN,)
+    names: Iterable[str] = [parameter]
+    if isinstance(module, Experts) and not module.is_transposed:
+        kinds = weights.NUMBERS
+        if parameter not in tensors:
+            count, rows, width = shape
+            parts, shape = APART[leaf], (rows // len(APART[leaf]), width)
+            names = (f"{path}.{number}.{part}.weight" for part in parts for number in range(count))
+    found = list[TensorInfo]()
+    for name in names:
+        info = tensors.get(name)
+        if info is None or info.shape != shape or info.kind not in kinds:
+            return None
+        if kinds is weights.NUMBERS and not weights.is_aligned(info):
+            return None
+        found.append(info)
+    return found
 
 
 def _renamed(key: str) -> str:
     for pattern, name in (TEXT_NAMES | MIXTRAL).items():
         key = re.sub(pattern, name, key)
     return key
-
-
-def _is_mapped(info: TensorInfo) -> bool:
-    """Whether a tensor can be used as it lies in its file."""
-    return info.kind == "BF16" and info.offset % 2 == 0

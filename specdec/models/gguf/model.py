@@ -14,19 +14,19 @@ from typing import Any
 
 import gguf
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from specdec.base import memory, terminal
+from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.base.machine import check_memory
-from specdec.models import families
+from specdec.models import families, weights
 from specdec.models.config import Config, write_config, write_generation
 from specdec.models.gguf import blocks, defaults, recurrent, tokenizer
-from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
+from specdec.models.gguf.blocks import Blocks
 from specdec.models.gguf.file import GGUFFile
 from specdec.models.native_model import NativeModel, transformers_config
 from specdec.models.quiet import quiet_transformers
 from specdec.models.tensor_file import PLAIN, TensorInfo
+from specdec.models.weights import EXPERTS
 
 ARCHITECTURES = {family.gguf: kind for kind, family in families.FAMILIES.items() if family.gguf}
 # Numbers in a config that are not whole.
@@ -48,7 +48,6 @@ SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
     "yarn_log_multiplier": "mscale_all_dim",
 }
 LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those that scale scores by hidden size and heads
-EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parts of a model's parameter in a file
 ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # the type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
@@ -257,61 +256,41 @@ def _layer(tensor: str) -> int:
     return int(number) if tensor.startswith("blk.") and number.isdecimal() and len(number) < 9 else -1
 
 
-def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep_blocks: bool) -> NativeModel:
-    """The model of ``config`` with the weights of ``file``, in ``dtype``.
+def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep: bool) -> NativeModel:
+    """The model of ``config`` with the weights of ``file``, in ``dtype``. keep: as of ``weights.fill``.
 
-    keep_blocks: matrices in blocks of ``blocks.KINDS`` stay in the mapped file; else all become parameters. Raises
-        SpecDecError without memory for them.
+    Raises SpecDecError without memory for them.
     """
     model = NativeModel(config, dtype)
-    names, unpacked = check_tensors(name, file, model), list[list[TensorInfo]]()
-    check_memory(name, _needed_memory(file, model, names, dtype, keep_blocks))
-    family = families.FAMILIES[config.model_type]
-    for parameter, tensors in names.items():
-        path, _, leaf = parameter.rpartition(".")
-        if leaf.removesuffix("_bias") in EXPERTS:
-            continue
-        infos, module = [file.tensors[tensor] for tensor in tensors], model.get_submodule(path)
-        stored = _joined([_stored(file, info) for info in infos], dtype)
-        rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
-        columns = None
-        if family.tiled_heads and config.linear_num_key_heads != config.linear_num_value_heads:
-            rows, columns = recurrent.rows_of(config, path, leaf), recurrent.columns_of(config, path)
-        if len(tensors) > 1:
-            rows = recurrent.rows_of_two(config)
-        if isinstance(stored, Tensor):
-            values = stored if rows is None else stored[rows.long()]
-            values = values if columns is None else values[:, columns.argsort()]
-            values = recurrent.restored(path, leaf, values)
-            values = values[None] if path.endswith("shared_expert_gate") and values.dim() == 1 else values
-            around_zero = family.around_zero and path.endswith("norm") and not path.endswith("linear_attn.norm")
-            values = (values.float() - 1 if around_zero else values).to(dtype)
-        else:
-            packed = replace(stored, rows=None if rows is None else rows.int(), columns=columns)
-            if keep_blocks and _stays(module, infos):
-                model.set_submodule(path, _in_blocks(module, packed, dtype))
-                continue
-            values = blocks.dequantize(packed, None, dtype)
-            memory.release(packed.data)
-        unpacked.append(infos)
-        setattr(module, leaf, nn.Parameter(values, requires_grad=False))
-    for path, module in [*model.named_modules()]:
-        if hasattr(module, "gate_up_proj") and names.get(f"{path}.gate_up_proj", ()):
-            for leaf in blocks.BIASES if module.is_transposed else ():
-                each = [_values(_stored(file, file.tensors[tensor]), dtype) for tensor in names[f"{path}.{leaf}"]]
-                parts = torch.cat(each, 1).chunk(len(EXPERTS[leaf.removesuffix("_bias")]), 1)
-                values = torch.stack(parts, -1).flatten(1)  # in turn
-                setattr(module, leaf, nn.Parameter(values, requires_grad=False))
-            infos = _of_experts(file, names, path)
-            unpacked += [[info] for info in infos]
-            model.set_submodule(path, _experts(module, file, infos, dtype, keep_blocks))
-    if config.tie_word_embeddings:
-        _tie(model)
+    names = check_tensors(name, file, model)
+    found = {parameter: [file.tensors[tensor] for tensor in tensors] for parameter, tensors in names.items()}
+    places = {parameter: model.get_submodule(parameter.rpartition(".")[0]) for parameter in found}
+    unpacked = [infos for parameter, infos in found.items() if not weights.stays(places[parameter], infos)]
+    weights.fill(name, file, model, found, keep, lambda key, stored: _restored(config, key, stored, len(found[key])))
     if ROPE_FACTORS in file.tensors:
         _scale_rotation(model, file)
-    if keep_blocks:
+    if keep:
         _say_unpacked(name, unpacked, dtype)
     return model
+
+
+def _restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int) -> Tensor | Blocks:
+    """A parameter from what the converter made of it. tensors: how many."""
+    family, (path, _, leaf) = families.FAMILIES[config.model_type], parameter.rpartition(".")
+    rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
+    columns = None
+    if family.tiled_heads and config.linear_num_key_heads != config.linear_num_value_heads:
+        rows, columns = recurrent.rows_of(config, path, leaf), recurrent.columns_of(config, path)
+    if tensors > 1:
+        rows = recurrent.rows_of_two(config)
+    if isinstance(stored, Blocks):
+        return replace(stored, rows=None if rows is None else rows.int(), columns=columns)
+    values = stored if rows is None else stored[rows.long()]
+    values = values if columns is None else values[:, columns.argsort()]
+    values = recurrent.restored(path, leaf, values)
+    values = values[None] if path.endswith("shared_expert_gate") and values.dim() == 1 else values
+    around_zero = family.around_zero and path.endswith("norm") and not path.endswith("linear_attn.norm")
+    return values.float() - 1 if around_zero else values
 
 
 def _say_unpacked(name: str, unpacked: list[list[TensorInfo]], dtype: torch.dtype) -> None:
@@ -335,98 +314,6 @@ def say_cost(what: str, dtype: torch.dtype, numbers: int, stored: int) -> None:
         f"note: {what}; unpacked to {str(dtype).removeprefix('torch.')}, they take {sizes[0]} of memory instead of "
         f"{sizes[1]}, and each token reads all of them"
     )
-
-
-def _needed_memory(
-    file: GGUFFile, model: NativeModel, names: dict[str, tuple[str, ...]], dtype: torch.dtype, keep_blocks: bool
-) -> int:
-    """Bytes that the weights take. Experts in blocks count nothing: they may stay on the disk."""
-    need = 0
-    for parameter, values in model.named_parameters():
-        path, _, leaf = parameter.rpartition(".")
-        infos = _of_experts(file, names, path) if leaf in EXPERTS else [file.tensors[key] for key in names[parameter]]
-        if not (keep_blocks and _stays(model.get_submodule(path), infos)):
-            need += values.numel() * dtype.itemsize
-        elif leaf not in EXPERTS:
-            need += sum(info.nbytes for info in infos)
-    return need
-
-
-def _of_experts(file: GGUFFile, names: dict[str, tuple[str, ...]], path: str) -> list[TensorInfo]:
-    """The tensors of the experts at ``path``."""
-    return [file.tensors[tensor] for leaf in EXPERTS for tensor in names[f"{path}.{leaf}"]]
-
-
-def _stays(module: nn.Module, infos: list[TensorInfo]) -> bool:
-    """Whether the weights of a module, in these tensors, can stay in blocks. Those of a router cannot."""
-    kinds = {info.kind for info in infos}
-    joined = isinstance(module, nn.Linear | nn.Embedding) and blocks.common_kind(kinds)
-    return kinds <= {*blocks.KINDS} and bool(joined or hasattr(module, "gate_up_proj"))
-
-
-def _experts(module: Any, file: GGUFFile, infos: list[TensorInfo], dtype: torch.dtype, keep_blocks: bool) -> nn.Module:
-    """The experts of a layer from its tensors gate and up, [E, F, D] each or one [E, 2 F, D], and down [E, D, F]."""
-    matrices = list[list[Tensor | Blocks]]()
-    for info in infos:
-        part, count = file.data(info), info.shape[0]
-        if info.kind in PLAIN:
-            matrices.append([*part.view(PLAIN[info.kind]).view(info.shape)])
-        else:
-            rows = part.view(count, info.shape[1], -1)
-            matrices.append([Blocks(each, info.kind, info.shape[2]) for each in rows])
-    gate_up, down = [list(parts) for parts in zip(*matrices[:-1], strict=True)], matrices[-1]
-    if keep_blocks and _stays(module, infos):
-        return BlockExperts(module, gate_up, down, dtype)  # type: ignore[arg-type]
-    made = [
-        blocks.as_own(module, torch.cat([_values(part, dtype) for part in parts]), _values(last, dtype))
-        for parts, last in zip(gate_up, down, strict=True)
-    ]
-    for leaf, values in zip(EXPERTS, zip(*made, strict=True), strict=True):
-        setattr(module, leaf, nn.Parameter(torch.stack(values), requires_grad=False))
-    return module  # type: ignore[no-any-return]
-
-
-def _stored(file: GGUFFile, info: TensorInfo) -> Tensor | Blocks:
-    """A matrix of the file."""
-    part = file.data(info)
-    if info.kind in PLAIN:
-        return part.view(PLAIN[info.kind]).view(info.shape)
-    return Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1])
-
-
-def _joined(parts: list[Tensor | Blocks], dtype: torch.dtype) -> Tensor | Blocks:
-    """Matrices one below the other, if there are several: in blocks where one type has the numbers of all, else in
-    ``dtype``."""
-    if len(parts) == 1:
-        return parts[0]
-    packed = blocks.of_one_kind([part for part in parts if isinstance(part, Blocks)])
-    if len(packed) == len(parts):
-        found: Tensor | Blocks = replace(packed[0], data=torch.cat([part.data for part in packed]))
-    else:
-        found = torch.cat([_values(part, dtype) for part in parts])
-    memory.release(*(part.data for part in parts))
-    return found
-
-
-def _values(matrix: Tensor | Blocks, dtype: torch.dtype) -> Tensor:
-    return blocks.dequantize(matrix, None, dtype) if isinstance(matrix, Blocks) else matrix.to(dtype)
-
-
-def _in_blocks(module: nn.Module, packed: Blocks, dtype: torch.dtype) -> nn.Module:
-    if isinstance(module, nn.Embedding):
-        return BlockEmbedding(packed, dtype, getattr(module, "embed_scale", None))
-    made: Any = BlockLinear(packed, None, dtype)
-    made.bias = module.bias  # the file's, or still to be set
-    return made  # type: ignore[no-any-return]
-
-
-def _tie(model: Any) -> None:
-    """Make the output head share the embedding's weights."""
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, BlockEmbedding):
-        model.set_output_embeddings(BlockLinear(embedding.blocks, None, embedding.dtype))
-    else:
-        model.get_output_embeddings().weight = embedding.weight
 
 
 def _scale_rotation(model: Any, file: GGUFFile) -> None:

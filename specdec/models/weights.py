@@ -1,0 +1,161 @@
+"""The weights of a model from tensors in mapped files, in the same way for GGUF and safetensors files.
+
+A file's own module finds the tensors of each parameter and compares their shapes. Matrices in blocks, and experts, stay
+in the file; other weights of the model's dtype are mapped from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.base import memory
+from specdec.base.machine import check_memory
+from specdec.models.gguf import blocks
+from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks
+from specdec.models.native_model import Experts, NativeModel
+from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
+
+EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parts of a parameter of experts
+NUMBERS = "BF16", "F16", "F32"  # single numbers in which experts may stay in a file
+Found = Mapping[str, Sequence[TensorInfo]]  # the tensors of each parameter
+Matrix = Tensor | Blocks
+Restore = Callable[[str, Matrix], Matrix]
+
+
+def fill(
+    name: str, file: TensorFile, model: NativeModel, found: Found, keep: bool, restore: Restore | None = None
+) -> list[Tensor]:
+    """Give ``model`` its weights; return those that are not mapped, in the order of its parameters.
+
+    found: several tensors of a matrix are below each other. Those of experts are gates, ups (or both in one) and downs,
+        [E, out, in] or a matrix for each expert; without ``restore``, transposed experts are parameters as others.
+    keep: whether matrices in blocks, and experts, stay in the file.
+    restore: makes what the model has of what the file has for a parameter.
+    Raises SpecDecError without memory for what does not stay.
+    """
+    dtype, made = model.dtype, list[Tensor]()
+    experts = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Experts) and not (module.is_transposed and restore is None)
+    }
+    check_memory(name, _needed_memory(model, found, restore is None, keep))
+    for parameter, infos in found.items():
+        path, _, leaf = parameter.rpartition(".")
+        if path in experts and leaf in EXPERTS:
+            continue
+        module, parts = model.get_submodule(path), [_stored(file, info) for info in infos]
+        if path in experts:  # biases of gates and ups come in turn
+            each = torch.cat([_values(part, dtype) for part in parts], 1)
+            matrix: Matrix = torch.stack(each.chunk(len(EXPERTS[leaf.removesuffix("_bias")]), 1), -1).flatten(1)
+        else:
+            matrix = _joined(parts, dtype)
+            matrix = matrix if restore is None else restore(parameter, matrix)
+        if keep and isinstance(matrix, Blocks) and stays(module, infos):
+            model.set_submodule(path, _in_blocks(module, matrix, dtype))
+            continue
+        values = _values(matrix, dtype)
+        if not _is_mapped(file, values):
+            made.append(values)
+            memory.release(matrix.data)
+        setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+    for path, module in experts.items():
+        infos = [info for leaf in EXPERTS for info in found[f"{path}.{leaf}"]]
+        packed = _experts(module, file, infos, dtype)
+        model.set_submodule(path, packed if keep and stays(module, infos) else packed.dense())
+    if model.config.tie_word_embeddings:
+        _tie(model)
+    return made
+
+
+def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
+    """Whether the weights of a module, in these tensors, can stay as they are. Those of a router cannot."""
+    kinds = {info.kind for info in infos}
+    if isinstance(module, Experts):
+        return kinds <= {*blocks.KINDS, *NUMBERS}
+    joined = isinstance(module, nn.Linear | nn.Embedding) and blocks.common_kind(kinds)
+    return kinds <= {*blocks.KINDS} and bool(joined)
+
+
+def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -> int:
+    """Bytes that the weights take. Experts that stay count nothing: they may stay on the disk. mapped: nor do others
+    of the model's dtype."""
+    need, dtype = 0, model.dtype
+    for parameter, values in model.named_parameters():
+        path, _, leaf = parameter.rpartition(".")
+        module, infos = model.get_submodule(path), found[parameter]
+        if isinstance(module, Experts) and leaf in EXPERTS:
+            infos = [info for each in EXPERTS for info in found[f"{path}.{each}"]]
+        if not (keep and stays(module, infos)):
+            as_they_are = all(PLAIN.get(info.kind) == dtype and is_aligned(info) for info in infos)
+            need += 0 if mapped and as_they_are else values.numel() * dtype.itemsize
+        elif leaf not in EXPERTS:
+            need += sum(info.nbytes for info in infos)
+    return need
+
+
+def is_aligned(info: TensorInfo) -> bool:
+    return info.offset % PLAIN[info.kind].itemsize == 0
+
+
+def _is_mapped(file: TensorFile, values: Tensor) -> bool:
+    return any(values.untyped_storage().data_ptr() == part.data_ptr() for part in file.maps)
+
+
+def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype: torch.dtype) -> BlockExperts:
+    """The experts of a layer in the place of the module ``own``."""
+    matrices, count = list[Blocks](), len(own.get_parameter("down_proj"))
+    for info in infos:
+        rows = file.data(info).view(math.prod(info.shape[:-2]), info.shape[-2], -1)
+        matrices += [Blocks(each, info.kind, info.shape[-1]) for each in rows]
+    *parts, down = (matrices[n : n + count] for n in range(0, len(matrices), count))
+    return BlockExperts(own, [list(each) for each in zip(*parts, strict=True)], down, dtype)
+
+
+def _stored(file: TensorFile, info: TensorInfo) -> Matrix:
+    """A tensor of the file."""
+    part = file.data(info)
+    if info.kind in PLAIN:
+        return (part if is_aligned(info) else part.clone()).view(PLAIN[info.kind]).view(info.shape)
+    return Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1])
+
+
+def _joined(parts: list[Matrix], dtype: torch.dtype) -> Matrix:
+    """Matrices one below the other, if there are several: in blocks where one type has the numbers of all, else in
+    ``dtype``."""
+    if len(parts) == 1:
+        return parts[0]
+    packed = blocks.of_one_kind([part for part in parts if isinstance(part, Blocks)])
+    if len(packed) == len(parts):
+        found: Matrix = replace(packed[0], data=torch.cat([part.data for part in packed]))
+    else:
+        found = torch.cat([_values(part, dtype) for part in parts])
+    memory.release(*(part.data for part in parts))
+    return found
+
+
+def _values(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    return blocks.dequantize(matrix, None, dtype) if isinstance(matrix, Blocks) else matrix.to(dtype)
+
+
+def _in_blocks(module: nn.Module, packed: Blocks, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        return BlockEmbedding(packed, dtype, getattr(module, "embed_scale", None))
+    made: Any = BlockLinear(packed, None, dtype)
+    made.bias = module.bias  # the file's, or still to be set
+    return made  # type: ignore[no-any-return]
+
+
+def _tie(model: NativeModel) -> None:
+    """Make the output head share the embedding's weights."""
+    embedding: Any = model.get_input_embeddings()
+    if isinstance(embedding, BlockEmbedding):
+        model.set_output_embeddings(BlockLinear(embedding.blocks, None, embedding.dtype))
+    else:
+        model.lm_head.weight = embedding.weight
