@@ -76,8 +76,7 @@ def load(
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
         with explain_errors(name):
-            each = (safetensors_file.numbers_in(path) for path in source.weight_files())
-            numbers = dict(pair for found in each for pair in found.items())
+            numbers = safetensors_file.numbers_in(source.weight_files())
     fused = 0
     if numbers and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         fused = _check_size(name, config, numbers)
