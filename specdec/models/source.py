@@ -20,7 +20,17 @@ from specdec.models import hub
 from specdec.models.catalogue import EMBEDDED
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, read_header
-from specdec.models.names import HUB_FILE, KNOWN, check_model, gguf_in, guess_model, part_paths, whole_name
+from specdec.models.names import (
+    HUB_FILE,
+    KNOWN,
+    check_model,
+    display_name,
+    gguf_in,
+    guess_model,
+    hub_folder,
+    part_paths,
+    whole_name,
+)
 from specdec.models.prepare import GGUF, PARTS, prepare_embedded, prepare_gguf
 
 WEIGHTS = ["model*.safetensors"]  # of a repository; they are downloaded when they are read, all others first
@@ -155,23 +165,15 @@ def weight_files(name: str, revision: str | None = None) -> list[Path]:
 def public_name(name: str, adapter: str | None = None) -> str:
     """The name of a model, with that of its adapter, for files that are published: never a path of this machine.
 
-    Embedded models and Hugging Face ids keep their name. A GGUF file has ``general.name``, and a folder's config has
-    ``_name_or_path``; if that is missing or a path, the name of the file or folder is used.
+    Embedded models and Hugging Face ids keep their name. A file or folder has its own, without the path.
     """
     if adapter is not None:
         return f"{public_name(name)} with {public_name(adapter)}"
     path = Path(name).expanduser()
     if name in EMBEDDED or not path.exists():
         return name
-    said = ""
-    with contextlib.suppress(Exception):  # untrusted files: any type
-        if path.is_file():
-            said = str(read_header(path).metadata.get("general.name", ""))
-        else:
-            said = str(json.loads((path / "config.json").read_text("utf-8")).get("_name_or_path", ""))
-    said = " ".join(said.split())
-    a_path = said.startswith(("/", ".", "~")) or "\\" in said or said.count("/") > 1 or Path(said).exists()
-    return path.resolve().name if a_path else said
+    place = path.resolve()
+    return place.name if hub_folder(place) is None else display_name(place)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
-import gguf
 import pytest
 import torch
 from huggingface_hub.errors import (
@@ -18,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
-from tiny_gguf import NAME, forbidden, write_gguf
+from tiny_gguf import NAME, forbidden
 from torch import nn
 from transformers import AutoConfig
 
@@ -150,14 +149,6 @@ def test_a_hugging_face_id_loads_from_its_cache_without_network(folder, tmp_path
         loading.load("some/other")
 
 
-def test_a_repository_that_does_not_exist(monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=RepositoryNotFoundError("404", response=Mock())))
-    with pytest.raises(
-        SpecDecError, match=r"unknown model 'some/smolm2-135m': .* no such folder or Hugging.* \(did you mean"
-    ):
-        loading.load("some/smolm2-135m")
-
-
 def test_weights_of_a_repository_come_once_the_config_is_wanted(folder, monkeypatch):
     def fetch(repository, revision, allow_patterns, **more):
         asked.append((repository, revision, "model*.safetensors" in allow_patterns))
@@ -179,78 +170,45 @@ def test_weights_of_a_repository_come_once_the_config_is_wanted(folder, monkeypa
     assert asked[2:] == [("some/one", "v1", False), ("some/one", folder.name, True)]
 
 
-def test_a_gguf_file_of_a_repository(cache, published, monkeypatch):
-    def fetch(repository, revision, allow_patterns, **more):
-        asked.append((repository, revision, allow_patterns))
-        return str(published.gguf.parent)
-
-    asked, file = [], published.gguf.name
-    monkeypatch.setattr(hub, "snapshot_download", fetch)
-    model, _ = loading.load(f"some/one-GGUF:{file}", revision="v1")
-    assert asked == [("some/one-GGUF", "v1", [file])]
-    assert model.config._name_or_path == f"some/one-GGUF:{file}"
-    assert identity.fingerprint(model) == identity.fingerprint(loading.load(published.gguf)[0])
+MISSING = RepositoryNotFoundError("404", response=Mock())
+FILE, BY_HAND = "some/one:it.gguf", r"get https://huggingface.co/some/one/resolve/v1/it.gguf by hand and"
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("name", "error", "text"),
     [
-        (RepositoryNotFoundError("404", response=Mock()), "unknown model 'some/one'"),
-        (RevisionNotFoundError("404", response=Mock()), "'some/one' has no revision 'v1'"),
-        (LocalEntryNotFoundError("no\nnetwork"), r"get https://huggingface.co/some/one/resolve/v1/it.gguf by hand and"),
-        (OSError("disk\nfull"), r"cannot download model 'some/one' \(disk full\)"),
-        (None, r"'some/one' has no file 'it.gguf'"),
+        (
+            "some/smolm2-135m",
+            MISSING,
+            r"unknown model 'some/smolm2-135m': .* no such folder or Hugging.* \(did you mean",
+        ),
+        ("some/one", None, r"if it holds GGUF files, name one of them: 'some/one:NAME'"),
+        (FILE, MISSING, "unknown model 'some/one'"),
+        (FILE, RevisionNotFoundError("404", response=Mock()), "'some/one' has no revision 'v1'"),
+        (FILE, LocalEntryNotFoundError("no\nnetwork"), BY_HAND),
+        (FILE, OSError("disk\nfull"), r"cannot download model 'some/one' \(disk full\)"),
+        (FILE, None, r"'some/one' has no file 'it.gguf'"),
     ],
 )
-def test_a_file_of_a_repository_that_cannot_be_had_is_one_line(monkeypatch, tmp_path, error, text):
+def test_what_a_repository_does_not_have_is_one_line(monkeypatch, tmp_path, name, error, text):
     monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error, return_value=str(tmp_path)))
     with pytest.raises(SpecDecError, match=text) as found:
-        loading.load("some/one:it.gguf", revision="v1")
+        loading.load(name, revision="v1")
     assert "\n" not in str(found.value)
-
-
-def test_a_repository_of_gguf_files_names_one(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "snapshot_download", Mock(return_value=str(tmp_path)))
-    with pytest.raises(SpecDecError, match=r"if it holds GGUF files, name one of them: 'some/one:NAME'"):
-        loading.load("some/one")
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("saved_from", "expected"),
-    [
-        ("org/some-model", "org/some-model"),
-        ("/home/me/some-model", "mine"),
-        ("./out/model", "mine"),
-        ("C:\\\\models\\\\x", "mine"),
-        ("a/b/c", "mine"),
-        ("", "mine"),
-        ("here", "mine"),  # a folder of that name is there
-    ],
-)
-def test_a_folders_own_name_is_never_a_path(tmp_path, monkeypatch, saved_from, expected):
-    (tmp_path / "here/mine").mkdir(parents=True)
-    (tmp_path / "here/mine/config.json").write_text(json.dumps({"_name_or_path": saved_from}))
-    monkeypatch.chdir(tmp_path)
-    assert source.public_name("here/mine") == expected
-    monkeypatch.chdir(tmp_path / "here/mine")
-    assert source.public_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
-
-
-@pytest.mark.parametrize("told", ["A Model 1B", "/home/me/model", None])
-def test_a_gguf_files_own_name_is_what_it_says(tmp_path, monkeypatch, told):
-    write = gguf.GGUFWriter.add_block_count
-    monkeypatch.setattr(
-        gguf.GGUFWriter, "add_block_count", lambda self, n: (told and self.add_name(told), write(self, n))
-    )
-    write_gguf(tmp_path / "mine.gguf")
-    assert source.public_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
-    assert (
-        source.public_name("org/name") == "org/name"
-        and source.public_name(catalogue.DEFAULT_MODEL) == catalogue.DEFAULT_MODEL
-    )
+def test_a_public_name_is_never_a_path(tmp_path, monkeypatch):
+    inside = tmp_path / f"models--org--name/snapshots/{'0' * 40}"
+    for folder in (tmp_path / "mine", inside):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    names = {".": "mine", str(tmp_path / "mine"): "mine", str(inside): "org/name"}
+    names |= dict.fromkeys(("org/name", catalogue.DEFAULT_MODEL))
+    assert {name: source.public_name(name) for name in names} == {name: told or name for name, told in names.items()}
+    assert source.public_name("org/name", str(tmp_path / "mine")) == "org/name with mine"
 
 
 @pytest.mark.parametrize("runtime", ["auto", "fused", "reference"])
