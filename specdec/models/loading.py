@@ -62,7 +62,7 @@ def load(
     place = find_device(device, kind)
     merge = _merging(adapter)
     source = find_source(name, revision)
-    if source.entry is None and source.packed is None and place.type == "cpu" and not trust_remote_code:
+    if source.entry is None and place.type == "cpu" and not trust_remote_code:
         source = _with_entry(source, kind)
     found, tokenizer = _config(source, trust_remote_code), _tokenizer(source, trust_remote_code)
     if check is not None:

@@ -1,9 +1,8 @@
-"""Models and tokenizers that transformers loads: checkpoints of safetensors, and GGUF files of other architectures."""
+"""Models and tokenizers of safetensors folders that transformers loads."""
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -12,19 +11,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
 )
 
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
 from specdec.models import families, safetensors_file
-from specdec.models.gguf import model as gguf_model
-from specdec.models.gguf import tokenizer as gguf_tokenizer
-from specdec.models.gguf.file import read_header
 from specdec.models.quiet import quiet_transformers
 from specdec.models.source import Source, explain_errors
-from specdec.models.tensor_file import PLAIN
 
 
 def read_config(source: Source, trust_remote_code: bool = False) -> Any:
@@ -42,10 +36,6 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
         with quiet_transformers(f"Loading {source.name}"):
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **_options(source, trust_remote_code))
         if len(tokenizer) > len(tokenizer.all_special_tokens):  # without its files, a tokenizer class may be empty
-            if source.packed:
-                gguf_tokenizer.split_digits(
-                    read_header(source.folder / source.packed, source.name), tokenizer.backend_tokenizer
-                )
             return tokenizer
         reason = "its files are missing"
     except Exception as error:  # untrusted files: any type
@@ -60,28 +50,16 @@ def load(
     place: torch.device,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of safetensors files, or of a GGUF file that transformers dequantises."""
+    """The model of a folder."""
     options = _options(source, trust_remote_code) | text_part(config)
-    name, config = source.name, options["config"]
-    if source.packed:  # dequantised even if there are kernels for packed weights
-        kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
-        infos = read_header(source.folder / source.packed, name).tensors
-        numbers = {key: math.prod(info.shape) for key, info in infos.items()}
-        check_memory(name, sum(numbers.values()) * kind.itemsize)
-        if not {info.kind for info in infos.values()} <= {*PLAIN}:
-            what = f"transformers loads '{name}', whose architecture has no kernels for packed weights here"
-            gguf_model.say_cost(what, kind, sum(numbers.values()), sum(info.nbytes for info in infos.values()))
-        options = {key: value for key, value in options.items() if key != "config"}
-        options |= {"quantization_config": GgufConfig(dequantize=True)}
-    else:
-        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
-        with explain_errors(name):
-            numbers = safetensors_file.numbers_in(source.weight_files())
-    fused = 0
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
+    name, config, fused = source.name, options["config"], 0
+    with explain_errors(name):
+        numbers = safetensors_file.numbers_in(source.weight_files())
     if numbers and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         fused = _check_size(name, config, numbers)
     with quiet_transformers(f"Loading {name}"), explain_errors(name):
-        if fused and not source.packed and not getattr(config, "quantization_config", None):
+        if fused and not getattr(config, "quantization_config", None):
             dtype = kind if isinstance(kind, torch.dtype) else config.dtype or torch.bfloat16
             check_memory(name, fused * dtype.itemsize)
         load: Any = AutoModelForCausalLM.from_pretrained

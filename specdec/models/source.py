@@ -45,7 +45,6 @@ class Source:
     entry: the folder of the cache that has them as ``config`` and ``tokenizer`` read them; None: transformers reads
     them.
     file: the GGUF file with its weights, if these stay in blocks.
-    packed: the name of a GGUF file in the folder that transformers dequantises.
     remote: the folder is in Hugging Face's cache, named by the commit, and may lack the weights.
     """
 
@@ -53,15 +52,12 @@ class Source:
     folder: Path
     entry: Path | None = None
     file: GGUFFile | None = None
-    packed: str | None = None
     remote: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments for transformers' ``from_pretrained``."""
-        if self.remote:
-            return {}
-        return {"local_files_only": True} | ({} if self.packed is None else {"gguf_file": self.packed})
+        return {} if self.remote else {"local_files_only": True}
 
     def fetch_weights(self) -> None:
         """Download the weights of a Hugging Face id, unless all are there."""
@@ -71,7 +67,7 @@ class Source:
 
     def weight_files(self) -> list[Path]:
         """The safetensors files in the folder; empty if the weights have another format."""
-        if self.file is not None or self.packed is not None:
+        if self.file is not None:
             return []
         if (only := self.folder / ONE_FILE).is_file():
             return [only]
@@ -98,15 +94,13 @@ def find_source(name: str, revision: str | None = None) -> Source:
         path = gguf_in(path)
     if path.is_file():
         file = read_header(path, name)
-        if gguf_model.is_supported(file):
-            entry = prepare_gguf(name, file)
-            return Source(name, entry, entry, file)
-        if len(file.paths) > 1:
+        if file.architecture not in gguf_model.ARCHITECTURES:
             raise SpecDecError(
-                f"cannot load model '{name}': split GGUF files of the architecture '{file.architecture}' are not "
-                "supported; join the parts with 'llama-gguf-split --merge'"
+                f"cannot load model '{name}': GGUF files of the architecture '{file.architecture}' are not supported; "
+                "give the Hugging Face id of the model, or its folder, instead"
             )
-        return Source(name, path.parent, packed=path.name)
+        entry = prepare_gguf(name, file)
+        return Source(name, entry, entry, file)
     if file_in_repository := HUB_FILE.fullmatch(name):
         repository, member = file_in_repository.groups()
         return replace(find_source(str(_file_in_repository(repository, member, revision))), name=name)

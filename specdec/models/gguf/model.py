@@ -55,11 +55,6 @@ END_TOKENS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<
 HARMONY = {"<|return|>", "<|call|>"}  # these, too; where there are both, "<|end|>" ends one of several messages
 
 
-def is_supported(file: GGUFFile) -> bool:
-    """Whether ``build`` supports the file's architecture."""
-    return file.architecture in ARCHITECTURES
-
-
 def _kind(file: GGUFFile) -> str:
     """The model type of a file of a known architecture."""
     kind = ARCHITECTURES[file.architecture]
@@ -303,17 +298,12 @@ def _say_unpacked(name: str, unpacked: list[list[TensorInfo]], dtype: torch.dtyp
             stored += sum(info.nbytes for info in infos)
             numbers += sum(math.prod(info.shape) for info in infos)
     if kinds:
-        what = f"there are no kernels for weights of type {', '.join(sorted(kinds))} in '{name}'"
-        say_cost(what, dtype, numbers, stored)
-
-
-def say_cost(what: str, dtype: torch.dtype, numbers: int, stored: int) -> None:
-    """Say that so many weights, which take ``stored`` bytes in a file, are unpacked to ``dtype``."""
-    sizes = [terminal.megabytes(size) for size in (numbers * dtype.itemsize, stored)]
-    terminal.say(
-        f"note: {what}; unpacked to {str(dtype).removeprefix('torch.')}, they take {sizes[0]} of memory instead of "
-        f"{sizes[1]}, and each token reads all of them"
-    )
+        sizes = [terminal.megabytes(size) for size in (numbers * dtype.itemsize, stored)]
+        terminal.say(
+            f"note: there are no kernels for weights of type {', '.join(sorted(kinds))} in '{name}'; unpacked to "
+            f"{str(dtype).removeprefix('torch.')}, they take {sizes[0]} of memory instead of {sizes[1]}, and each "
+            "token reads all of them"
+        )
 
 
 def _scale_rotation(model: Any, file: GGUFFile) -> None:
