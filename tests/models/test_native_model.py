@@ -12,14 +12,13 @@ import pytest
 import torch
 from passes import apart
 from tiny import ROPES, SMALL, rough_model, sizes_of, tiny_model
-from tiny_gguf import write_family, write_gguf, write_model
+from tiny_gguf import write_family, write_gguf
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, families, loading
 from specdec.models.config import Config, GenerationSettings
-from specdec.models.gguf.blocks import BlockExperts, BlockLinear, densify, named_weights, temporarily_dense
+from specdec.models.gguf.blocks import BlockExperts, named_weights, temporarily_dense
 from specdec.models.identity import fingerprint
 from specdec.models.native_model import NativeModel, as_transformers, empty_model, transformers_config
 from specdec.runtimes.native import library
@@ -147,26 +146,6 @@ def test_what_changes_in_a_native_model_changes_in_that_of_transformers() -> Non
     again = own.transformers()
     assert again is made and made.generation_config.eos_token_id == [3, 4]
     assert made.model.layers[1].mlp.up_proj is other and made.model.norm.weight is own.model.norm.weight
-
-
-def test_other_runtimes_run_the_model_of_transformers(cache: Path, tmp_path: Path) -> None:
-    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", width=128)
-    answers = list[list[int]]()
-    for runtime in ("native", "fused", "reference"):
-        decoder = SpecDecoder.from_pretrained(path, "none", runtime=runtime)
-        assert isinstance(decoder.model, NativeModel if runtime == "native" else PreTrainedModel)
-        answers.append(decoder.generate([5, 6, 7], max_new_tokens=8).token_ids)
-    assert answers[1] == answers[2]
-
-
-def test_a_native_model_with_dense_weights_is_that_of_transformers(cache: Path, tmp_path: Path) -> None:
-    model, _ = loading.load(write_model(tmp_path / "it.gguf", "qwen2", "Q4_0"))
-    ids = torch.arange(1, 9)[None]
-    expected = model(ids).logits
-    assert isinstance(model.model.layers[0].mlp.up_proj, BlockLinear)
-    densify(model)
-    assert torch.equal(model(ids).logits, expected)
-    assert type(model.transformers().model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
 def test_experts_that_become_dense_are_those_of_transformers(cache: Path, tmp_path: Path) -> None:

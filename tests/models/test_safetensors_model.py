@@ -99,21 +99,6 @@ def test_weights_of_another_dtype_are_made_once(tmp_path: Path, dtype: torch.dty
         assert matrix.dim() == 1 or model.origin.place(matrix) is not None, name  # type: ignore[union-attr]
 
 
-def test_texts_are_the_same_on_either_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def texts() -> list[str]:
-        decoder = SpecDecoder.from_pretrained(folder, "prompt-lookup")
-        assert isinstance(decoder.model, kind)
-        options = {"max_new_tokens": 24, "ignore_eos": True}
-        greedy = decoder.generate("abc abc ab", **options)
-        return [greedy.text, decoder.generate("abc", temperature=0.8, seed=3, **options).text]
-
-    kind: type = NativeModel
-    first, again = texts(), texts()
-    monkeypatch.setattr("specdec.models.safetensors_model.is_supported", lambda *given: False)
-    kind = PreTrainedModel
-    assert first == again == texts()
-
-
 def test_the_weights_of_several_files_are_found_and_those_of_no_parameter_are_not_read(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
@@ -239,15 +224,6 @@ def test_a_mixture_that_lacks_something_is_one_line(tmp_path: Path, change: Any)
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
-
-
-def test_missing_weights_are_named(folder: Path) -> None:
-    tensors, name = load_file(folder / WEIGHTS), "model.layers.1.mlp.up_proj.weight"
-    save_file({key: value for key, value in tensors.items() if key != name}, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(
-        SpecDecError, match=f"do not fit its config.json: 1 missing or of another shape, such as '{name}'"
-    ):
-        loading.load(folder)
 
 
 def test_a_changed_config_or_tokenizer_is_read_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

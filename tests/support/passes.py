@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import gguf
 import numpy as np
+import tiny_gguf
 import torch
 from tiny import model_of
 from torch import Tensor
@@ -149,10 +149,6 @@ class Replay:
         assert self._run(self.function) == self.log, "a graph would do what was recorded"
 
 
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]}
-HALVES |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "MXFP4": []}  # where a block has float16 numbers
-
-
 WIDE: dict[str, object] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 SHARED: dict[str, object] = {
     "moe_intermediate_size": 256,
@@ -209,16 +205,8 @@ def in_blocks(
 def random_blocks(
     kind: str, out: int, inputs: int, scales: tuple[float, float] = (0.001, 0.02), seed: int = 0
 ) -> Blocks:
-    """Blocks of random codes; their float16 numbers are in the range ``scales``, of either sign."""
-    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     random = np.random.default_rng(len(kind) * out + inputs + seed)
-    data = random.integers(0, 256, (out, inputs // weights, size), dtype=np.uint8)
-    for at in HALVES[kind]:
-        halves = random.uniform(*scales, data.shape[:2]) * random.choice([-1, 1], data.shape[:2])
-        data[:, :, at : at + 2] = halves.astype(np.float16)[..., None].view(np.uint8)
-    if kind == "MXFP4":
-        data[:, :, 0] = 128 + np.log2(np.maximum(random.uniform(*scales, data.shape[:2]), 2.0**-80))
-    return Blocks(torch.from_numpy(data.reshape(out, -1)), kind, inputs)
+    return Blocks(torch.from_numpy(tiny_gguf.random_blocks(kind, (out, inputs), random, scales)), kind, inputs)
 
 
 def seeded(target: Target) -> tuple[KVCache, DraftRoots]:

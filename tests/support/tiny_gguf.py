@@ -122,17 +122,22 @@ def split_gguf(path: Path, counts: list[int]) -> list[Path]:
     return paths
 
 
-def random_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator, most: float = 1e-2) -> np.ndarray:
-    """Random blocks of a type, uint8 [out, bytes of a row]: any bits, with scales up to ``most``."""
+HALVES = {"Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q3_K": [-2], "Q2_K": [-4, -2]}
+HALVES |= {"TQ1_0": [-2], "TQ2_0": [-2], "MXFP4": []}  # where a block has float16 numbers, if not at its beginning only
+
+
+def random_blocks(
+    kind: str, shape: tuple[int, int], random: np.random.Generator, scales: tuple[float, float]
+) -> np.ndarray:
+    """Random blocks of a type, uint8 [out, bytes of a row]: any bits; their float16 numbers are in the range
+    ``scales``, of either sign."""
     size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = random.integers(0, 256, (shape[0], shape[1] // size, width), np.uint8)
-    scales = {"Q6_K": [-2], "Q3_K": [-2], "Q2_K": [-4, -2], "Q4_1": [0, 2], "Q5_1": [0, 2]}
-    scales |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "TQ1_0": [-2], "TQ2_0": [-2]}
-    for at in scales.get(kind, [0]):
-        factor = random.uniform(-most, most, data.shape[:2]).astype(np.float16)
-        data[..., at % width : at % width + 2] = factor[..., None].view(np.uint8)
+    for at in HALVES.get(kind, [0]):
+        halves = random.uniform(*scales, data.shape[:2]) * random.choice([-1, 1], data.shape[:2])
+        data[..., at % width : at % width + 2] = halves.astype(np.float16)[..., None].view(np.uint8)
     if kind == "MXFP4":
-        data[..., 0] = 128 + np.log2(most * random.uniform(0.1, 0.2, data.shape[:2]))
+        data[..., 0] = 128 + np.log2(np.maximum(random.uniform(*scales, data.shape[:2]), 2.0**-80))
     if kind == "IQ1_M":  # the first four bits of four numbers are a scale
         data[..., 49::2] = data[..., 49::2] & 15 | np.array([0, 0, 0, 0x20], np.uint8)
     return data.reshape(shape[0], -1)
@@ -293,7 +298,7 @@ def write_family(
             whole, packed = its in WHOLE, gguf.GGMLQuantizationType[its]
             rows = part.reshape(-1, part.shape[-1])
             most = 1e-5 if its == "Q6_K" else 5e-4  # weights are then as large as those of a trained model
-            blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(its, rows.shape, random, most)
+            blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(its, rows.shape, random, (0, most))
             writer.add_tensor(stored, blocks.reshape(*part.shape[:-1], -1), raw_dtype=packed)
     for stored, values in tensors.items():
         writer.add_tensor(stored, values)
