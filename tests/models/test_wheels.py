@@ -349,12 +349,6 @@ def test_pip_out_of_disk_space(pip):
         pip("echo 'ERROR: [Errno 28] No space left on device'; exit 1")
 
 
-def test_where_pip_is_missing_one_line_says_so(pip, monkeypatch):
-    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SpecDecError, match=r"has no pip.*into"):
-        pip("exit 0")
-
-
 def test_an_interrupt_stops_pip(pip, tmp_path, monkeypatch):
     def interrupt(seconds):
         if (tmp_path / "pid").exists():
