@@ -85,10 +85,7 @@ def find(name: str) -> Path:
     if member is None:
         folder = hub.fetch("adapter", repository, revision, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
         return Path(adapter_place(str(folder)))  # type: ignore[arg-type]
-    path = hub.fetch("adapter", repository, revision, [member]) / member
-    if not path.is_file():
-        raise SpecDecError(f"'{repository}' has no file '{member}' on Hugging Face")
-    return path
+    return hub.fetch_file("adapter", repository, revision, member)
 
 
 def merge(model: Any, adapter: Adapter) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models.drafter_folder import CONFIG, WEIGHTS
+from specdec.models.names import part_paths
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -49,15 +50,11 @@ def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[s
     Arguments: as of ``fetch``.
     """
     from huggingface_hub import HfApi  # heavy
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         found = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT)
         return [file.rfilename for file in found.siblings or ()], str(found.sha)
-    except (HFValidationError, HfHubHTTPError):  # also an unknown repository, which ``fetch`` explains
-        fetch(kind, repository, revision, [CONFIG])
-        raise SpecDecError(f"cannot list the files of {kind} '{repository}' on Hugging Face; try again") from None
-    except Exception:  # no network; the type depends on the HTTP library
+    except Exception:  # an unknown repository, which ``fetch`` explains, or no network: the type depends on the library
         folder = fetch(kind, repository, revision, [CONFIG])
         return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))], folder.name
 
@@ -90,6 +87,14 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
         raise SpecDecError(f"{kind} '{repository}' {what} ({one_line(error.__cause__ or error)}){hint}") from None
     except Exception as error:  # a full disk, ...; the type depends on the HTTP library
         raise SpecDecError(f"cannot download {kind} '{repository}' ({one_line(error)}){hint}") from None
+
+
+def fetch_file(kind: str, repository: str, revision: str | None, name: str, hint: str = "") -> Path:
+    """One file of a repository, and of a split GGUF file all parts. Arguments and errors: as of ``fetch``."""
+    path = fetch(kind, repository, revision, [str(part) for part in part_paths(Path(name))], hint) / name
+    if not path.is_file():
+        raise SpecDecError(f"'{repository}' has no file '{name}' on Hugging Face")
+    return path
 
 
 def _cached(repository: str, commit: str, files: list[str]) -> Path | None:

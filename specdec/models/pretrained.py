@@ -71,7 +71,7 @@ def load(
 
 def _options(source: Source, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments for transformers' ``from_pretrained``."""
-    return source.options | {"trust_remote_code": trust_remote_code}
+    return {"trust_remote_code": trust_remote_code} | ({} if source.remote else {"local_files_only": True})
 
 
 def text_part(config: Any) -> dict[str, Any]:

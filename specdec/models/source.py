@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +27,6 @@ from specdec.models.names import (
     gguf_in,
     guess_model,
     hub_folder,
-    part_paths,
     whole_name,
 )
 from specdec.models.prepare import GGUF, PARTS, prepare_embedded, prepare_gguf
@@ -53,11 +51,6 @@ class Source:
     entry: Path | None = None
     file: GGUFFile | None = None
     remote: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments for transformers' ``from_pretrained``."""
-        return {} if self.remote else {"local_files_only": True}
 
     def fetch_weights(self) -> None:
         """Download the weights of a Hugging Face id, unless all are there."""
@@ -114,11 +107,7 @@ def _file_in_repository(repository: str, member: str, revision: str | None) -> P
         member = _named(repository, member, files)
     place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
     by_hand = f"; get {place} by hand and give the path of the file instead"
-    parts = [str(path) for path in part_paths(Path(member))]
-    path = hub.fetch("model", repository, revision, parts, by_hand) / member
-    if not path.is_file():
-        raise SpecDecError(f"'{repository}' has no file '{member}' on Hugging Face")
-    return path
+    return hub.fetch_file("model", repository, revision, member, by_hand)
 
 
 def _named(repository: str, wanted: str, files: list[str]) -> str:
