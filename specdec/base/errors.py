@@ -60,9 +60,11 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def errors_as(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Report an OSError, or one of ``kinds``, as a SpecDecError: ``what``, and the reason."""
+    """Report an OSError, or one of ``kinds``, as a SpecDecError: ``what``, and the reason. A SpecDecError stays."""
     caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield
+    except SpecDecError:
+        raise
     except caught as error:
         raise SpecDecError(f"{what}: {getattr(error, 'strerror', None) or one_line(error)}") from None

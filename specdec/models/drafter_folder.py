@@ -162,11 +162,9 @@ def open_tensors(path: Path) -> Iterator[StoredTensors]:
     """Open a safetensors file. Raises SpecDecError if it is missing, truncated or another kind of file."""
     if not path.is_file():
         raise SpecDecError(f"'{path.parent}' is no complete drafter folder: {path.name} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield StoredTensors(path, file)
-    except (SafetensorError, OSError) as error:
-        raise SpecDecError(f"'{path}' is truncated or no safetensors file ({error}); copy or train it again") from None
+    what = f"'{path}' is truncated or no safetensors file; copy or train it again"
+    with errors_as(what, SafetensorError), safe_open(path, framework="pt") as file:
+        yield StoredTensors(path, file)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -120,17 +120,15 @@ def _state(name: str, paths: Sequence[Path]) -> tuple[int, ...]:
 
 def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     """Metadata and tensors of one file."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if file.read(4) != b"GGUF":
-                raise SpecDecError(f"'{name}' is not a GGUF file")
-            with mmap.mmap(file.fileno(), min(size, HEADER_BYTES), access=mmap.ACCESS_READ) as data:
+    with errors_as(f"cannot read '{name}'"), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.read(4) != b"GGUF":
+            raise SpecDecError(f"'{name}' is not a GGUF file")
+        with mmap.mmap(file.fileno(), min(size, HEADER_BYTES), access=mmap.ACCESS_READ) as data:
+            try:
                 return _HeaderReader(data, name).header(size)
-    except _Broken as error:
-        raise _error(name, str(error)) from None
-    except OSError as error:
-        raise SpecDecError(f"cannot read '{name}': {error.strerror or error}") from None
+            except _Broken as error:
+                raise _error(name, str(error)) from None
 
 
 def _error(name: str, why: str) -> SpecDecError:

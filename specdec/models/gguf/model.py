@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import families, weights
 from specdec.models.config import Config, write_config, write_generation
 from specdec.models.gguf import blocks, defaults, recurrent, tokenizer
@@ -66,13 +66,11 @@ def _kind(file: GGUFFile) -> str:
 
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template into ``folder``."""
-    try:
+    kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+    with errors_as(f"cannot load model '{name}': its GGUF file describes no model", *kinds):
         config = config_of(name, file)
         check_tensors(name, file, NativeModel(config, torch.bfloat16))
         ends = {"eos_token_id": _eos_token_ids(file) or None}
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SpecDecError(f"cannot load model '{name}': its GGUF file describes no model ({reason})") from error
     write_config(folder, config)
     write_generation(folder, {key: getattr(config, key) for key in ("bos_token_id", "pad_token_id")} | ends)
     tokenizer.write(name, file, config.model_type, folder)

@@ -6,7 +6,6 @@ A test compares both.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.models.gguf.file import GGUFFile, Strings
 from specdec.models.quiet import quiet_transformers
 from specdec.models.tokenizer import CONFIG, FILE, TEMPLATE
@@ -40,6 +39,7 @@ _OWN = (
 )  # bytes that are spelled by the characters of these numbers
 SPELLING = {byte: chr(byte) for byte in _OWN}
 SPELLING |= {byte: chr(256 + number) for number, byte in enumerate(sorted({*range(256)} - {*_OWN}))}
+BROKEN = "model '{}' has no usable tokenizer: that of its GGUF file is broken"
 END = "<|endoftext|>"  # transformers' byte-level tokenizers always have it, if the vocabulary does
 
 
@@ -73,7 +73,7 @@ def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
     arrays = all(isinstance(metadata.get(key), Strings) for key in ("tokens", "merges"))
     if metadata.get("model") != "gpt2" or not known or kind in CONVERTED or not arrays or not isinstance(template, str):
         return None
-    with _explained(name):
+    with errors_as(BROKEN.format(name), Exception):  # metadata are untrusted: any type
         return _build(file, metadata, pre, kind)
 
 
@@ -126,20 +126,6 @@ def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
     return processors.TemplateProcessing(single=single, pair=f"{single} {second}", special_tokens=ids)
 
 
-@contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn any exception into a SpecDecError: metadata are untrusted."""
-    try:
-        yield
-    except SpecDecError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise SpecDecError(
-            f"model '{name}' has no usable tokenizer: that of its GGUF file is broken ({reason})"
-        ) from error
-
-
 def converted(name: str, file: GGUFFile) -> Any:
     """The tokenizer of transformers, with chat template, from the metadata. Raises SpecDecError without one."""
     from transformers import TokenizersBackend
@@ -155,7 +141,7 @@ def converted(name: str, file: GGUFFile) -> Any:
         raise SpecDecError(f"model '{name}' has no usable tokenizer: the GGUF file has no vocabulary")
     if own.get("tokenizer_type") == "llama":
         options.setdefault("add_bos_token", True)  # as llama.cpp does
-    with _explained(name):
+    with errors_as(BROKEN.format(name), Exception):  # metadata are untrusted: any type
         options |= {f"{part}_token": token for part, token in _named(file)}
         backend, more = convert_gguf_tokenizer(file.architecture, own)
         split_digits(file, backend)
