@@ -141,17 +141,13 @@ class Tokenizer:
         **more: Any,
     ) -> Any:
         """The text of a chat; with ``tokenize`` what transformers makes of it. more: names that the template sees."""
-        given: dict[str, Any] = {
-            "tools": tools,
-            "documents": documents,
-            "continue_final_message": continue_final_message,
-        }
-        given |= {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
-        single = not conversation or isinstance(conversation[0], dict)
-        if tokenize or not single or any(callable(tool) for tool in tools or ()):
-            return self.transformers.apply_chat_template(conversation, tokenize=tokenize, **given, **more)
-        del given["chat_template"]
         from specdec.models.chat_template import render  # imports jinja2
 
-        names = self.special_tokens_map | more
-        return render(self.get_chat_template(chat_template, tools), conversation, **given, **names)
+        how: dict[str, Any] = {"documents": documents, "add_generation_prompt": add_generation_prompt}
+        how |= {"continue_final_message": continue_final_message} | more
+        single = not conversation or isinstance(conversation[0], dict)
+        if tokenize or not single or any(callable(tool) for tool in tools or ()):
+            given = {"tools": tools, "chat_template": chat_template, "tokenize": tokenize}
+            return self.transformers.apply_chat_template(conversation, **given, **how)
+        names = self.special_tokens_map | how
+        return render(self.get_chat_template(chat_template, tools), conversation, tools, **names)
