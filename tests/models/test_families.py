@@ -41,14 +41,10 @@ UNKNOWN: list[tuple[str, str, Any]] = [
 @NATIVE
 @pytest.mark.parametrize(("family", "field", "value"), UNKNOWN)
 def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str, value: Any) -> None:
+    """And such a model runs elsewhere by itself, as its own code does."""
     families.check_fields(model_of(family).config)
     with pytest.raises(SpecDecError, match=f"this '{family}' model has {field} = "):
         make_target(model_of(family, **{field: value}), "native")
-
-
-@NATIVE
-@pytest.mark.parametrize(("family", "field", "value"), UNKNOWN)
-def test_such_a_model_runs_elsewhere_by_itself_as_its_own_code_does(family: str, field: str, value: Any) -> None:
     target, note = make_target(model_of(family, **{field: value}))
     assert target.runtime == ("reference" if family not in fused.FAMILIES else "fused")
     assert f"no native runtime: the config of this '{family}' model has {field} = " in note

@@ -108,9 +108,9 @@ def test_the_tokenizer_of_a_gguf_file_of_a_type_with_a_normaliser(cache: Any, tm
     check(folder)
 
 
-@pytest.mark.parametrize("kind", ["joined", "marked", "greedy", "eager"])
+@pytest.mark.parametrize("kind", ["joined", "marked", "greedy", "eager", "letters"])
 def test_a_tokenizer_with_special_tokens(tmp_path: Path, kind: str) -> None:
-    check(folder_of(special_tokenizer(kind), tmp_path))
+    check(folder_of(letters() if kind == "letters" else special_tokenizer(kind), tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["joined", "marked"])
@@ -122,18 +122,11 @@ def test_the_tokenizer_of_a_model_folder(tmp_path: Path, monkeypatch: pytest.Mon
     check(Path(found.name_or_path), folder)
 
 
-def test_a_tokenizer_of_letters(tmp_path: Path) -> None:
-    check(folder_of(letters(), tmp_path))
+REAL = [pytest.param(f"qwen2.5-coder-{size}-instruct", marks=pytest.mark.real) for size in ("1.5b", "0.5b")]
 
 
-@pytest.mark.model
-def test_the_tokenizer_of_the_default_model() -> None:
-    check(prepare.prepare_embedded(catalogue.DEFAULT_MODEL))
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("name", ["qwen2.5-coder-1.5b-instruct", "qwen2.5-coder-0.5b-instruct"])
-def test_the_tokenizer_of_a_real_model(name: str) -> None:
+@pytest.mark.parametrize("name", [pytest.param(catalogue.DEFAULT_MODEL, marks=pytest.mark.model), *REAL])
+def test_the_tokenizer_of_an_embedded_model(name: str) -> None:
     check(prepare.prepare_embedded(name))
 
 
