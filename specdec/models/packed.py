@@ -63,9 +63,10 @@ class Origin:
         return None
 
 
-def stamp(paths: Iterable[Path]) -> tuple[int, ...]:
-    """Size, times of change and number of files. Their owner cannot set the last time, that of any change."""
-    found = [path.stat() for path in paths]
+def stamp(files: Iterable[Path | int]) -> tuple[int, ...]:
+    """Size, times of change and number of files, by path or open. Their owner cannot set the last time, that of any
+    change."""
+    found = [os.stat(file) for file in files]
     return tuple(n for each in found for n in (each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino))
 
 
@@ -86,8 +87,8 @@ class Reading:
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("rb")
-        self.state = _state(self.file)
-        self.size, self.truncated = os.fstat(self.file.fileno()).st_size, False
+        self.state, self.truncated = stamp([self.file.fileno()]), False
+        self.size = self.state[0]
         self.pages = mmap.mmap(-1, self.size + PAGE)
         with suppress(AttributeError, OSError):  # a system without large pages
             self.pages.madvise(mmap.MADV_HUGEPAGE)
@@ -134,7 +135,7 @@ def begin(folder: Path) -> None:
 def take(path: Path, file: BinaryIO) -> Reading:
     """What reads the file at ``path``, which is open: begun earlier, or now."""
     reading = _begun.pop(path, None)
-    if reading is not None and reading.state != _state(file):
+    if reading is not None and reading.state != stamp([file.fileno()]):
         reading.stop()
         reading = None
     return reading or Reading(path)
@@ -149,8 +150,3 @@ def reading() -> Iterator[None]:
         while _begun:
             with suppress(KeyError):
                 _begun.popitem()[1].stop()
-
-
-def _state(file: BinaryIO) -> tuple[int, ...]:
-    found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
