@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
-LowRank = tuple[int, int, Tensor, Tensor]  # the first and the end of its outputs, down [r, in], up [out, r]
+LowRank = tuple[int, tuple[Tensor, Tensor] | None]  # number of outputs; down [r, in] and up [out, r], or there are none
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, queries, new keys and values -> attention's result
 
 
@@ -44,7 +44,7 @@ class _Layer:
 
     norms: of the input, queries, keys, attention's result, the MLP's input and its result; None where there is none.
     maps: the linear maps "qkv", "out", "gate_up" and "down".
-    low: low-rank terms beside them, with the outputs that they are added to.
+    low: low-rank terms of the parts of a map, one behind the other.
     """
 
     norms: tuple[Norm | None, ...]
@@ -214,7 +214,7 @@ class FusedTarget(Target):
 
     def _adapt(self, index: int, adapters: Adapters) -> _Layer:
         """A layer with the neurons that ``adapters`` keep, and their low-rank terms."""
-        maps, parts, low = dict(self._layers[index].maps), dict(self._parts[index]), dict[str, list[LowRank]]()
+        maps, parts, factors = dict(self._layers[index].maps), dict(self._parts[index]), adapters.factors(index)
         if (kept := adapters.kept(index)) is not None:
             (weight, bias), (down, down_bias) = (self._weights[index][slot] for slot in ("gate_up", "down"))
             rows, count = torch.cat((kept, kept + len(weight) // 2)), len(kept)  # of gate, of up
@@ -223,18 +223,24 @@ class FusedTarget(Target):
             gate_up = [path for path, (slot, *_) in parts.items() if slot == "gate_up"]
             size = 2 * count // len(gate_up)
             parts |= {path: ("gate_up", size * n, size * (n + 1)) for n, path in enumerate(gate_up)}
-        for path, factors in adapters.factors(index).items():
-            slot, start, end = parts[path]
-            low.setdefault(slot, []).append((start, end, *factors))
+        low = {
+            slot: [(end - start, factors.get(path)) for path, (owner, start, end) in parts.items() if owner == slot]
+            for slot in {parts[path][0] for path in factors}
+        }
         return replace(self._layers[index], maps=maps, low=low)
 
 
 def _product(layer: _Layer, slot: str, x: Tensor) -> Tensor:
     """A linear map of x [B, T, in], with its low-rank terms."""
-    y = layer.maps[slot](x)
-    for start, end, down, up in layer.low.get(slot, ()):
-        y[..., start:end] += F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
-    return y
+    y, low = layer.maps[slot](x), layer.low.get(slot)
+    return y if low is None else y + torch.cat([_low_rank(x, *each) for each in low], -1)
+
+
+def _low_rank(x: Tensor, outs: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    if factors is None:
+        return x.new_zeros(*x.shape[:-1], outs)
+    down, up = factors
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
