@@ -80,13 +80,12 @@ class KVCache:
         num_layers: int,
         batch: int = 1,
         device: torch.device | str = "cpu",
-        block: int | None = None,
         int8: bool = False,
         layers: Sequence[int] | None = None,
         recurrent: Sequence[int] = (),
         shape: StateShape | None = None,
     ) -> None:
-        self.block, self.device, self.int8 = block or BLOCK, torch.device(device), int8
+        self.block, self.device, self.int8 = BLOCK, torch.device(device), int8
         self.layers, self.recurrent, self.shape = layers, list(recurrent), shape
         self.lengths = [0] * num_layers
         self.entries = [RowEntries(self._no_states()) for _ in range(batch)]

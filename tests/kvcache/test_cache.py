@@ -9,6 +9,11 @@ from specdec.kvcache import cache as cache_module
 from specdec.kvcache.cache import KVCache
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "BLOCK", 4)
+
+
 def entries(tokens: list[list[int]]) -> torch.Tensor:
     """Keys [B, 1, T, 2] that spell out their token."""
     return torch.tensor(tokens, dtype=torch.float)[:, None, :, None].expand(-1, 1, -1, 2)
@@ -28,7 +33,7 @@ def contents(cache: KVCache, layer: int, row: int) -> list[int]:
 
 
 def test_trim_touches_only_its_layers_and_never_committed_slots() -> None:
-    cache = KVCache(3, 1, block=4)
+    cache = KVCache(3, 1)
     fill(cache, [[1, 2, 3]])
     cache.commit([[0, 1, 2]])
     fill(cache, [[7, 8]], 1, 2)
@@ -40,7 +45,7 @@ def test_trim_touches_only_its_layers_and_never_committed_slots() -> None:
 
 
 def test_keep_compacts_a_tree_path_and_growth_keeps_contents() -> None:
-    cache = KVCache(3, 1, block=2)
+    cache = KVCache(3, 1)
     expected: list[int] = []
     for step in range(5):
         tokens = [10 * step + i for i in range(4)]
@@ -79,7 +84,7 @@ def write(cache: KVCache, rows: list[list[int]]) -> None:
 
 def rows_of(batch: int) -> KVCache:
     """A cache whose rows have one buffer for all layers."""
-    return KVCache(3, batch, block=4, layers=range(3))
+    return KVCache(3, batch, layers=range(3))
 
 
 def test_rows_have_as_many_tokens_as_they_have() -> None:
@@ -110,15 +115,15 @@ def test_a_row_that_comes_goes_or_grows_copies_no_other_row() -> None:
 
 @pytest.mark.parametrize("layers", [None, range(3)])
 def test_a_row_is_copied_as_far_as_it_is_shared_and_joins_rows_without_entries(layers: range | None) -> None:
-    cache = KVCache(3, 2, block=4, layers=layers)
+    cache = KVCache(3, 2, layers=layers)
     fill(cache, [[1, 2, 3], [4, 5, 6]])
     cache.commit([[0, 1, 2], [0]])
     fill(cache, [[7, 8], [9, 10]])
     cache.commit([[0], [0, 1]])
     assert cache.token_bytes == 2 * 3 * 2 * 4
-    joined = KVCache(3, 1, block=4, layers=layers)
+    joined = KVCache(3, 1, layers=layers)
     joined.join(cache.copy(1, 2))
-    joined.join(KVCache(3, 1, block=4, layers=layers))
+    joined.join(KVCache(3, 1, layers=layers))
     joined.join(cache.take(0))
     assert joined.rows == [0, 2, 0, 4]
     mask, new = joined.register(0, torch.tensor(joined.rows)[:, None]), entries([[11], [12], [13], [14]])
@@ -150,7 +155,7 @@ def test_masks_of_rows_with_trees_and_windows() -> None:
 
 @pytest.mark.parametrize("layers", [None, range(2)])
 def test_buffers_begin_with_the_room_that_is_expected(layers: range | None) -> None:
-    cache = KVCache(2, 1, block=4, layers=layers)
+    cache = KVCache(2, 1, layers=layers)
     cache.expect([10])
 
     def add(count: int) -> int:
@@ -170,7 +175,7 @@ def test_buffers_begin_with_the_room_that_is_expected(layers: range | None) -> N
 
 def test_no_more_is_taken_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "MAX_EXPECTED", 2 * 2 * 3 * 64 * 8)  # eight slots of two layers and three rows
-    cache = KVCache(2, 3, block=4, layers=range(2))
+    cache = KVCache(2, 3, layers=range(2))
     cache.expect([10_000_000] * 3)
     cache.claim(0, 2, [3] * 3, 1, 16, torch.float32)
     assert [row.slots for row in cache.entries] == [8] * 3
