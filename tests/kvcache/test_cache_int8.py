@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from passes import apart, play
+from passes import apart, next_logits, play
 from tiny import SIZES, model_of, tiny_model
 
 from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import statistics
-from specdec.kvcache.cache import KVCache, dequantize_rows, quantize_rows
+from specdec.kvcache.cache import dequantize_rows, quantize_rows
 from specdec.models import families
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Pass
 
 pytestmark = [
     pytest.mark.skipif(not library.runs(), reason="the native kernels do not run here"),
@@ -22,15 +22,6 @@ pytestmark = [
 ]
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
 DENSE = [f for f in FAMILIES if not families.FAMILIES[f].fields >= families.EXPERTS]  # experts change at near ties
-
-
-def prefill(target: Target, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Logits of ``ids`` [B, T] as the next tokens of ``cache``, which are committed."""
-    positions = torch.tensor(cache.rows)[:, None] + torch.arange(ids.shape[1])
-    given = Pass(positions, cache.register(0, positions), cache)
-    logits = target.readout(target.layers(target.embed(ids, positions), 0, target.num_layers, given))
-    cache.commit([list(range(ids.shape[1]))] * cache.batch)
-    return logits
 
 
 def steps(x: torch.Tensor) -> torch.Tensor:
@@ -58,8 +49,8 @@ def test_kernels_hold_keys_and_values_within_half_a_step(family: str, d: int) ->
     )
     wide, narrow = NativeTarget(model), NativeTarget(model, kv_cache="int8")
     exact, rounded = wide.new_cache(2), narrow.new_cache(2)
-    prefill(wide, ids, exact)
-    prefill(narrow, ids, rounded)
+    next_logits(wide, exact, ids)
+    next_logits(narrow, rounded, ids)
     for b in range(2):
         for whole, rows in zip(exact.data[b], rounded.data[b], strict=True):
             x, held = whole[0, :, :37].float(), dequantize_rows(rows[0, :, :37], torch.float32)
@@ -77,7 +68,7 @@ def test_logits_are_near_those_of_the_16_bit_cache(family: str, d: int) -> None:
     wide, narrow = NativeTarget(model), NativeTarget(model, kv_cache="int8")
     ids, pairs = torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(3)), []
     pairs += zip(play(narrow), play(wide), strict=True)
-    pairs.append((prefill(narrow, ids, narrow.new_cache()), prefill(wide, ids, wide.new_cache())))
+    pairs.append((next_logits(narrow, narrow.new_cache(), ids), next_logits(wide, wide.new_cache(), ids)))
     most = 0.06 if family == "olmo2" else 0.03  # its norms of what attention returns make small results large
     assert all(apart(a.float(), b.float()) < most for a, b in pairs)
     assert not torch.equal(*pairs[-1])
@@ -100,8 +91,8 @@ def test_scores_are_those_of_the_keys_that_are_held() -> None:
     ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(3))
     wide, narrow = NativeTarget(model), NativeTarget(model, kv_cache="int8")
     exact, rounded = wide.new_cache(), narrow.new_cache()
-    prefill(wide, ids, exact)
-    prefill(narrow, ids, rounded)
+    next_logits(wide, exact, ids)
+    next_logits(narrow, rounded, ids)
     scales = rounded.data[0][..., :count, d:].view(torch.bfloat16)
     scales.copy_(2 ** scales.float().log2().round())  # keys and values are then exact in 16 bits
     exact.data[0][..., :count, :] = dequantize_rows(rounded.data[0][..., :count, :], torch.bfloat16)

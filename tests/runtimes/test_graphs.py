@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import Replay, _memory, adapted_pass, play, random_adapters
+from passes import Replay, _memory, adapted_pass, next_logits, play, random_adapters
 from tiny import greedy_reference, rough_model, tiny_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -30,7 +30,6 @@ from specdec.runtimes import graphs
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Pass
 from specdec.speculation import draft, tree_drafting
 
 
@@ -63,12 +62,7 @@ def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_gr
     def logits(target: FusedTarget) -> Tensor:
         cache, out = target.new_cache(), []
         for a, b in blocks:
-            positions = torch.arange(a, b)[None]
-            x = target.layers(
-                target.embed(ids[:, a:b], positions), 0, 4, Pass(positions, cache.register(0, positions), cache)
-            )
-            out.append(target.readout(x))
-            cache.commit([list(range(b - a))])
+            out.append(next_logits(target, cache, ids[:, a:b]))
         return torch.cat(out, 1)
 
     Replay.recorded = 0
@@ -157,11 +151,7 @@ def test_rows_that_come_and_go_meet_buffers_of_their_shape() -> None:
     target, eager = GraphedTarget(tiny_model("llama"), record=Replay), FusedTarget(tiny_model("llama"))
 
     def step(runtime: FusedTarget, cache: KVCache, token: int) -> Tensor:
-        ids, positions = torch.full((cache.batch, 1), token), torch.tensor(cache.rows)[:, None]
-        x = runtime.embed(ids, positions)
-        x = runtime.layers(x, 0, 4, Pass(positions, cache.register(0, positions), cache))
-        cache.commit([[0]] * cache.batch)
-        return x
+        return next_logits(runtime, cache, torch.full((cache.batch, 1), token))
 
     def play(runtime: FusedTarget) -> list[Tensor]:
         cache = runtime.new_cache(1)
@@ -277,11 +267,7 @@ def test_what_was_not_finite_in_one_request_reaches_no_later_one() -> None:
     target = GraphedTarget(tiny_model("llama"), record=Replay)
 
     def run(cache: KVCache, ids: list[list[int]]) -> Tensor:
-        positions = torch.tensor(cache.rows)[:, None] + torch.arange(len(ids[0]))
-        given = Pass(positions, cache.register(0, positions), cache)
-        logits = target.readout(target.layers(target.embed(torch.tensor(ids), positions), 0, target.num_layers, given))
-        cache.commit([list(range(len(ids[0])))] * cache.batch)
-        return logits
+        return next_logits(target, cache, torch.tensor(ids))
 
     def broken() -> KVCache:
         cache = target.new_cache(2)

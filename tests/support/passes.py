@@ -73,12 +73,12 @@ def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tenso
     return out
 
 
-def logits_of(target: Target, cache: KVCache, ids: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """Logits of tokens [begin, end) of ``ids`` [1, n], behind those before in ``cache``, where they stay."""
-    positions = torch.arange(begin, end)[None]
+def next_logits(target: Target, cache: KVCache, ids: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+    """Logits of ``ids`` [B, T] as the next tokens of each row of ``cache``, where ``keep`` of them stay; None: all."""
+    positions = torch.tensor(cache.rows)[:, None] + torch.arange(ids.shape[1])
     given = Pass(positions, cache.register(0, positions), cache)
-    x = target.layers(target.embed(ids[:, begin:end], positions), 0, target.num_layers, given)
-    cache.commit([list(range(end - begin))])
+    x = target.layers(target.embed(ids, positions), 0, target.num_layers, given)
+    cache.commit([list(range(ids.shape[1] if keep is None else keep))] * cache.batch)
     return target.readout(x)
 
 

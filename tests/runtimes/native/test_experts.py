@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import in_blocks, logits_of, play
+from passes import in_blocks, next_logits, play
 from tiny import rough_model, save_tiny, save_tiny_moe, sizes_of, tamed
 from tiny_gguf import write_family
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -73,7 +73,7 @@ def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
     before, cache = experts.counters.since(type(experts.counters)()), target.new_cache()
     ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(7))
     for begin, end in ((0, 20), *((at, at + 1) for at in range(20, 40))):
-        logits_of(target, cache, ids, begin, end)
+        next_logits(target, cache, ids[:, begin:end])
     last, misses, demanded = max(chosen), 0, 0
     for layer, passes in chosen.items():
         there = list[int]()
@@ -208,7 +208,7 @@ def test_a_disk_that_fails_while_experts_are_read_is_one_line() -> None:
         layer.there.clear()
     for _ in range(2):
         with pytest.raises(SpecDecError, match=r"^cannot read experts from their file in '.*': the disk failed; "):
-            logits_of(target, cache, ids, 0, 40)
+            next_logits(target, cache, ids[:, 0:40])
         cache.roll_back()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import in_blocks, logits_of, play
+from passes import in_blocks, next_logits, play
 from torch import Tensor
 
 from specdec.runtimes.native import experts, forecasts, library
@@ -141,7 +141,7 @@ def test_what_is_read_ahead_and_not_taken_is_dropped() -> None:
     made = target(expert_cache=0.5, expert_prefetch=True)
     found, cache = made.experts, made.new_cache()
     assert isinstance(found, MappedExperts)
-    logits_of(made, cache, torch.arange(3, 12)[None], 0, 9)
+    next_logits(made, cache, torch.arange(3, 12)[None])
     layer, page = found.layers[max(found.layers)], os.sysconf("SC_PAGESIZE")
 
     def resident(layer: _Layer, expert: int) -> bool:
@@ -157,6 +157,6 @@ def test_what_is_read_ahead_and_not_taken_is_dropped() -> None:
     for expert in range(6):  # as a forecast of everything would
         layer.ahead.add(expert)
         layer.advise(expert, 22)
-    logits_of(made, cache, torch.arange(3, 13)[None], 9, 10)
+    next_logits(made, cache, torch.tensor([[12]]))
     assert not layer.ahead and len(layer.there) == 2
     assert [resident(layer, expert) for expert in range(6)] == [expert in layer.there for expert in range(6)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import logits_of
+from passes import next_logits
 from tiny import save_native
 from tiny_gguf import write_model
 from torch import Tensor
@@ -65,7 +65,7 @@ def load(path: Path, **how: Any) -> NativeTarget:
 
 @torch.inference_mode()
 def logits(target: Target) -> Tensor:
-    return logits_of(target, target.new_cache(), torch.arange(9)[None] * 7 % target.vocab_size, 0, 9)
+    return next_logits(target, target.new_cache(), torch.arange(9)[None] * 7 % target.vocab_size)
 
 
 def kept(path: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from passes import (
     by_path,
     drafted,
     in_blocks,
+    next_logits,
     play,
     random_adapters,
     random_blocks,
@@ -73,15 +74,9 @@ def model_of_float(model: torch.nn.Module, family: str, changes: dict[str, objec
 
 def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
     """Logits [1, T, V] of ``ids`` [1, T], run in blocks that end at ``ends``."""
-    cache, out, start = target.new_cache(), [], 0
-    for end in ends:
-        positions = torch.arange(start, end)[None]
-        x = target.embed(ids[:, start:end], positions)
-        x = target.layers(x, 0, 2, Pass(positions, cache.register(0, positions), cache))
-        out.append(target.readout(target.layers(x, 2, 4, Pass(positions, cache.register(2, positions), cache))))
-        cache.commit([list(range(end - start))])
-        start = end
-    return torch.cat(out, 1)
+    cache = target.new_cache()
+    parts = [next_logits(target, cache, ids[:, a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    return torch.cat(parts, 1)
 
 
 @pytest.mark.parametrize(

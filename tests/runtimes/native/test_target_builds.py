@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from passes import IN_BLOCKS, in_blocks
+from passes import IN_BLOCKS, in_blocks, next_logits
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.cache import KVCache
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 
 if not library.runs():
     pytest.skip("no native kernels here", allow_module_level=True)
@@ -38,14 +37,6 @@ def build(level: str) -> Iterator[bool]:
         library.load()
 
 
-def run(target: Target, cache: KVCache, ids: torch.Tensor, starts: list[int], keep: int | None = None) -> torch.Tensor:
-    """Logits of ``ids`` [B, T] behind ``starts`` slots; ``keep`` of the new ones stay."""
-    positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
-    x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
-    cache.commit([list(range(ids.shape[1] if keep is None else keep))] * len(ids))
-    return target.readout(x)
-
-
 @torch.inference_mode()
 def everything(target: Target) -> list[torch.Tensor]:
     """Logits of a prompt, of passes of 1, 5 and 16 tokens, after a reused prefix, and of three rows at once."""
@@ -53,12 +44,12 @@ def everything(target: Target) -> list[torch.Tensor]:
     cache, rows = target.new_cache(), target.new_cache(3)
     found, start = [], 0
     for count in (33, 1, 5, 16):
-        found.append(run(target, cache, ids[:1, start : start + count], [start]))
+        found.append(next_logits(target, cache, ids[:1, start : start + count]))
         start += count
         cache.checkpoint(0)
     prefix = cache.copy(0, 34)
-    found.append(run(target, prefix, ids[1:2, 34:41], [34]))
-    found += [run(target, rows, ids[:, :19], [0] * 3, 13), run(target, rows, ids[:, 13:18], [13] * 3)]
+    found.append(next_logits(target, prefix, ids[1:2, 34:41]))
+    found += [next_logits(target, rows, ids[:, :19], 13), next_logits(target, rows, ids[:, 13:18])]
     return found
 
 

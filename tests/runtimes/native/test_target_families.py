@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from passes import logits_of
+from passes import next_logits
 from tiny import HYBRIDS, ROPES, model_of, rough_model, sizes_of, tamed
 from tiny_gguf import ARCHITECTURES, TYPES, write_family
 from zoo import EVERY, PROMPTS, run
@@ -48,17 +48,6 @@ def test_no_drafter_changes_a_token_of_a_hybrid() -> None:
         assert run(target, make(target), PROMPTS, COUNT, eos=None)[0] == expected, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.inference_mode()
-def test_a_copied_prefix_goes_on_as_the_text_itself(family: str) -> None:
-    target = target_of(family)
-    ids, cache = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(7)), target.new_cache()
-    whole = [logits_of(target, cache, ids, 0, 17)]
-    cache.checkpoint(0)
-    whole = torch.cat((*whole, logits_of(target, cache, ids, 17, 30)), 1)
-    assert torch.equal(logits_of(target, cache.copy(0, 17), ids, 17, 30), whole[:, 17:])
-
-
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @torch.inference_mode()
 def test_files_of_every_type_run_natively(cache: object, tmp_path: Path, family: str) -> None:
@@ -75,8 +64,8 @@ def test_files_of_every_type_run_natively(cache: object, tmp_path: Path, family:
         target, note = make_target(loading.load(path)[0])
         assert target.runtime == "native", note
         whole, parts = target.new_cache(), target.new_cache()
-        pieces = [logits_of(target, parts, ids, *ends) for ends in ((0, 1), (1, 6), (6, 22))]
-        assert torch.equal(logits_of(target, whole, ids, 0, 22), torch.cat(pieces, 1))
+        pieces = [next_logits(target, parts, ids[:, slice(*ends)]) for ends in ((0, 1), (1, 6), (6, 22))]
+        assert torch.equal(next_logits(target, whole, ids), torch.cat(pieces, 1))
         assert (target.weight_format == "16 bits") == (kind == "BF16")
 
 
@@ -89,5 +78,5 @@ def test_gates_and_ups_of_experts_may_be_one_tensor_of_a_file(cache: object, tmp
         target = make_target(loading.load(path)[0], "native")[0]
         own = target.new_cache()
         modules = loading.load(path, dtype="float32")[0]
-        found += [logits_of(target, own, ids, 0, 20), modules(ids).logits]
+        found += [next_logits(target, own, ids), modules(ids).logits]
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
