@@ -41,7 +41,6 @@ FILES = {
     "fused",
     "graphs",
     "cache",
-    "rows",
 }
 needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 
