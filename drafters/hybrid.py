@@ -139,26 +139,27 @@ class HybridDrafter(Drafter):
     def _blended(self, state: State, limit: int) -> Draft | None:
         """One tree of the candidates of both; None if the second has none."""
         first, second = self.members
-        own = self._of_member(state, 0), self._of_member(state, 1)
         prices, nodes = state.prices, first.nodes
         if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
-            return second.propose(own[1], limit)
-        if prices is not None and self.has_probabilities:
-            own[1].prices = prices.of(LEARNED, ALONE, BESIDE)
-        free = first.candidates(own[0], limit) or []
+            return second.propose(self._of_member(state, 1), limit)
+        of_first = self._of_member(state, 0)
+        free = first.candidates(of_first, limit) or []
         alone = free if prices is None else worth_scoring(free, limit, nodes, prices)
         if prices is not None and self.has_probabilities and not prices.levels(alone):
             return draft_best(free, limit, nodes, state, 0, alone)
-        if (learned := second.candidates(own[1], limit, free)) is None:
+        of_second = self._of_member(state, 1)
+        if prices is not None and self.has_probabilities:
+            of_second.prices = prices.of(LEARNED, ALONE, BESIDE)
+        if (learned := second.candidates(of_second, limit, free)) is None:
             if not self.has_probabilities:
                 return None
-            draft = second.propose(own[1], limit)  # the better one where there are no candidates, as under penalties
+            draft = second.propose(of_second, limit)  # the better one where there are no candidates, as under penalties
             for each in () if draft.found is None else draft.found.rows:
                 each.raw[:] = [[0.0] * len(each.tokens), [0.0] * len(each.tokens), *each.raw]
             return draft
         # A drafter that has learned nothing yet runs no level: as its own, such a draft would make levels look cheap.
         levels = max(each.levels() for each in learned) if any(each.tokens for each in learned) else 0
-        return draft_best(first.candidates(own[0], limit, learned) or [], limit, nodes, state, levels, alone)
+        return draft_best(first.candidates(of_first, limit, learned) or [], limit, nodes, state, levels, alone)
 
     def withdraw(self, row_state: list[Any]) -> None:
         for member, own in zip(self.members, row_state, strict=True):

@@ -18,6 +18,7 @@ from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import Grower, Prior, Texts
 from specdec.speculation.tree_builder import draft_best
+from specdec.speculation.trees import Prices
 
 from .corpus import corpus
 
@@ -113,5 +114,6 @@ class NgramDrafter(Drafter):
         if not chooser.transforms.greedy:
             size = state.target.vocab_size
             noise = [chooser.noise(len(ids) + depth, size) for depth in range(min(limit, SAMPLED))]
-        tables = state.prices.tables[row] if state.prices and state.prices.tables else ()
-        return self.grower(ids, sources, limit, learned, state.masks(row), noise, tables=tables)
+        priced = state.prices or Prices(())
+        tables, nodes = priced.tables[row] if priced.tables else (), priced.nodes if self.nodes is None else ()
+        return self.grower(ids, sources, limit, learned, state.masks(row), noise, tables=tables, prices=nodes)

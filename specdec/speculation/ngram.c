@@ -50,6 +50,8 @@ typedef struct {
     int32_t limit, nodes;  /* most levels, and most nodes */
     int32_t sources;       /* texts that are matched; later ones overrule earlier ones */
     float least;           /* probability below which a node is not taken */
+    int32_t priced;        /* numbers of `price` */
+    const float *price;    /* of scoring 0, 1, .. nodes, in tokens */
     const Prior *prior;    /* NULL: none */
     const Texts *const *source;
     const float *weight;   /* by source: how many times the evidence of an occurrence counts */
@@ -247,6 +249,12 @@ EXPORT int specdec_ngram_grow(const Growth *g) {
     int most = g->nodes < MOST_NODES ? g->nodes : MOST_NODES, count = 0, held = 0;
     int32_t text[LONGEST + MOST_NODES];
     Followers f;
+    float worth[MOST_NODES + 1]; /* probability that a node needs to be worth its price, after so many others */
+    worth[MOST_NODES] = 0;
+    for (int n = MOST_NODES - 1; n >= 0; n--) {
+        worth[n] = n + 1 < g->priced ? g->price[n + 1] - g->price[n] : 0;
+        if (n + 2 < g->priced && worth[n + 1] < worth[n]) worth[n] = worth[n + 1];
+    }
     taken[0] = (Node){1, 0, 0, g->text[g->length - 1], 0, 0, g->learned ? 0 : -1};
     while (count < most) {
         const Node *node = taken + count; /* the newest: offer what follows it */
@@ -263,7 +271,7 @@ EXPORT int specdec_ngram_grow(const Growth *g) {
                 waiting[at] = (Node){value, f.own[i], f.said[i], f.token[i], count, node->depth + 1, f.learned[i]};
             }
         }
-        if (!held) break;
+        if (!held || waiting[0].value <= worth[count]) break;
         taken[++count] = waiting[0];
         memmove(waiting, waiting + 1, sizeof *waiting * --held);
         g->tokens[count - 1] = taken[count].token, g->parents[count - 1] = taken[count].parent, g->values[count - 1] = taken[count].value;

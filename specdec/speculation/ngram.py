@@ -23,9 +23,11 @@ from specdec.speculation.trees import MOST_NODES
 
 LIBRARY = Path(__file__).with_name("_ngram.so")  # setup.py builds it
 MATCH_TOKENS, NODES = 16, 64  # as in ngram.c: tokens of a match, nodes of a tree
+SOURCES = 3  # most texts that are matched
 FOLLOWERS = 8  # of a token that the prior keeps
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 Allowed = ctypes.CFUNCTYPE(POINTER, INT)
+ANY = Allowed()  # every token
 Ints = npt.NDArray[np.int32]
 
 
@@ -38,6 +40,8 @@ class _Growth(ctypes.Structure):
         ("text", POINTER),
         *((name, INT) for name in ("length", "limit", "nodes", "sources")),
         ("least", FLOAT),
+        ("priced", INT),
+        ("price", POINTER),
         *((name, POINTER) for name in ("prior", "source", "weight", "table", "beside")),
         ("learned", INT),
         *((name, POINTER) for name in ("learned_tokens", "learned_parents", "learned_p", "learned_table", "noise")),
@@ -127,7 +131,11 @@ class Grower:
         self.text = (INT * MATCH_TOKENS)()
         self.out = (INT * NODES)(), (INT * NODES)(), (FLOAT * NODES)(), (FLOAT * NODES)(), (FLOAT * NODES)()
         self.tables = (FLOAT * len(KNOTS))(), (FLOAT * len(KNOTS))(), (FLOAT * len(KNOTS))()
+        self.source, self.weight = (POINTER * SOURCES)(), (FLOAT * SOURCES)()
+        self.price = (FLOAT * (NODES + 1))()
         self.struct = _Growth(text=ctypes.addressof(self.text), least=least)
+        self.struct.source, self.struct.weight = ctypes.addressof(self.source), ctypes.addressof(self.weight)
+        self.struct.price = ctypes.addressof(self.price)
         self.struct.prior = None if prior is None else ctypes.addressof(prior.struct)
         self.struct.tokens, self.struct.parents = map(ctypes.addressof, self.out[:2])
         self.struct.values, self.struct.own_raw, self.struct.learned_raw = map(ctypes.addressof, self.out[2:])
@@ -142,6 +150,7 @@ class Grower:
         noise: Sequence[Tensor] | None = None,
         nodes: int = MOST_NODES,
         tables: Sequence[Sequence[float]] = (),
+        prices: Sequence[float] = (),
     ) -> Candidates:
         """The ``nodes`` likeliest paths behind the text ``ids``, at most ``limit`` tokens deep.
 
@@ -150,21 +159,22 @@ class Grower:
         none may). noise: by which tokens are drawn, float32 [V] of each position behind the root; fewer than ``limit``
         end the tree there. tables: calibrated probabilities at ``KNOTS`` of n-grams, of n-grams where the learned
         drafter has other candidates, and of that drafter; none: what they say counts. ``raw`` has the same kinds.
+        prices: of scoring 0, 1, .. nodes, in tokens: nodes never worth theirs are left out; none: all are kept.
         """
         struct, tail = self.struct, ids[-MATCH_TOKENS:]
-        ctypes.memmove(self.text, (INT * len(tail))(*tail), 4 * len(tail))
+        self.text[: len(tail)] = [*tail]
         struct.length, struct.nodes = len(tail), min(nodes, NODES)
         struct.limit = limit if noise is None else min(limit, len(noise))
         struct.sources = len(sources)
-        alive: list[Any] = [
-            (POINTER * len(sources))(*(texts.pointer for texts, _ in sources)),
-            (FLOAT * len(sources))(*(weight for _, weight in sources)),
-        ]
-        struct.source, struct.weight = map(ctypes.addressof, alive)
+        for number, (texts, weight) in enumerate(sources):
+            self.source[number], self.weight[number] = texts.pointer, weight
+        struct.priced = min(len(prices), len(self.price))
+        self.price[: struct.priced] = [*prices[: struct.priced]]
         struct.table = struct.beside = struct.learned_table = None
         for name, into, table in zip(("table", "beside", "learned_table"), self.tables, tables, strict=False):
-            into[:] = list(table)
+            into[:] = [*table]
             setattr(struct, name, ctypes.addressof(into))
+        alive = list[Any]()  # what the structure points to
         struct.learned = 0 if learned is None else len(learned.tokens)
         if learned is not None and learned.tokens:
             parts = [(INT * struct.learned)(*learned.tokens), (INT * struct.learned)(*learned.parents)]
@@ -175,22 +185,8 @@ class Grower:
         if noise is not None:
             alive.append((POINTER * len(noise))(*(each.data_ptr() for each in noise)))
             struct.noise = ctypes.addressof(alive[-1])
-        error: list[BaseException] = []
-
-        def allowed(node: int) -> int | None:
-            try:
-                text = list[int]()
-                while node:
-                    text.insert(0, self.out[0][node - 1])
-                    node = self.out[1][node - 1]
-                mask = masks(text) if masks is not None and not error else None
-            except BaseException as problem:  # also an interrupt: the caller raises it
-                error.append(problem)
-                return None
-            alive.append(mask)
-            return None if mask is None else mask.data_ptr()
-
-        struct.allowed = Allowed() if masks is None else Allowed(allowed)
+        error = list[BaseException]()
+        struct.allowed = ANY if masks is None else self._allowed(masks, error)
         count = self.lib.specdec_ngram_grow(ctypes.byref(struct))
         if error:
             raise error[0]
@@ -199,3 +195,24 @@ class Grower:
         if learned is not None:
             raw = [[max(p, 0.0) for p in own[:count]], [max(-p, 0.0) for p in own[:count]], said[:count]]
         return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count], raw)
+
+    def _allowed(self, masks: Callable[[Sequence[int]], Tensor | None], error: list[BaseException]) -> Any:
+        """``masks`` for the kernel. Their first error is added to ``error``; then nothing is allowed."""
+        alive = list[Tensor]()
+
+        def allowed(node: int) -> int | None:
+            try:
+                text = list[int]()
+                while node:
+                    text.insert(0, self.out[0][node - 1])
+                    node = self.out[1][node - 1]
+                mask = None if error else masks(text)
+            except BaseException as problem:  # also an interrupt: the caller raises it
+                error.append(problem)
+                return None
+            if mask is None:
+                return None
+            alive.append(mask)
+            return mask.data_ptr()
+
+        return Allowed(allowed)

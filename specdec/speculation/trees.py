@@ -79,6 +79,8 @@ class Prices:
             added, taken = added + sum(worthy), taken + len(worthy)
             if (gain := added - self.first - (level + 1) * self.level - price(taken) + price(0)) > best:
                 best, count = gain, level + 1
+            if sum(on) + sum(off) <= self.level:  # no further level adds more
+                break
         return best, count
 
     def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None, rows: int = 1) -> int:

@@ -28,7 +28,8 @@ from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, Texts
 from specdec.speculation.sampling import Sampler, SamplingParams
-from specdec.speculation.trees import Prices
+from specdec.speculation.tree_builder import worth_scoring
+from specdec.speculation.trees import MOST_NODES, Prices
 from specdec.verifiers.exact import ExactVerifier
 
 LENGTHS, ESCAPE, RECENCY = (1, 2, 3, 4, 6, 9, 13), 8, 0.9
@@ -185,6 +186,17 @@ def test_ngrams_follow_a_learned_path_and_a_learned_drafter_goes_on_behind_their
     assert {(3,), (3, 4), (3, 30), (3, 30, 31), (7,)} <= set(paths)
     ending = Grower()([6, 7, 8, 9, 6], [(texts([6, 7, 8, 9, 6], ends=False), 1.0)], 3, tree((5, 0, 0.5), (7, 1, 0.9)))
     assert 8 in ending.tokens  # what follows 7 in the text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0.0, 0.3), min_size=1, max_size=MOST_NODES), st.integers(0, 10**6))
+def test_only_nodes_that_are_never_worth_their_price_are_left_out(added: list[float], seed: int) -> None:
+    rng = random.Random(seed)
+    text, prices = [rng.randrange(6) for _ in range(60)], Prices([0.0, *itertools.accumulate(added)])
+    sources = [(texts(text, ends=False), 1.0)]
+    every, some = Grower()(text, sources, 6), Grower()(text, sources, 6, prices=prices.nodes)
+    assert worth_scoring([some], 6, None, prices) == worth_scoring([every], 6, None, prices)
+    assert len(some.tokens) <= len(every.tokens)
 
 
 def test_the_window_forgets_the_oldest_and_holds_no_more_than_it_says() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from specdec.speculation.candidates import KNOTS, Candidates
@@ -30,6 +30,11 @@ class Tally:
     def mean(self, number: int, assumed: float, weight: float) -> float:
         """The share of hits; ``assumed`` counts as ``weight`` trials."""
         return (self.hits[number] + weight * assumed) / (self.trials[number] + weight)
+
+    def means(self, assumed: Iterable[float], weight: float) -> list[float]:
+        """The same of every number."""
+        each = zip(assumed, self.hits, self.trials, strict=False)
+        return [(hits + weight * mean) / (trials + weight) for mean, hits, trials in each]
 
     def forget(self) -> None:
         """What was seen counts little from now on."""
@@ -128,8 +133,7 @@ def worth(row: History, common: History, rows: int) -> float:
 
 def table(row: History, common: History, source: int) -> list[float]:
     """The calibrated probabilities of a source at the knots, for ``row``."""
-    own, others = row.by_source[source], common.by_source[source]
-    return [own.mean(n, others.mean(n, said, WEIGHT), ROW_WEIGHT) for n, said in enumerate(SAID)]
+    return row.by_source[source].means(common.by_source[source].means(SAID, WEIGHT), ROW_WEIGHT)
 
 
 def rates(row: History, common: History, exit: int) -> list[float]:

@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 MOST_TOKENS = 1024  # of a pass whose cost is told apart
 # Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
 SPREAD, OTHER_SPREAD = 0.15, 0.5
-NOISE, DRIFT = 0.1, 0.01  # of a step's time, and of the machine's speed from step to step, likewise
+NOISE, DRAFT_NOISE = 0.1, 0.3  # of the times of passes and of drafts, likewise
+DRIFT = 0.01  # of the machine's speed, from step to step
 OUTLIER = 0.5  # errors beyond this count less
 FIXED = 0.02  # assumed cost of a draft beside its levels, and of the first level beyond a further one, in passes
 LEVEL, FIRST, DRAFT = "level", "first", "draft"
@@ -50,19 +51,15 @@ class CostModel:
         # Of each number of tokens: the formula, over a pass of one token; its place among 1, 2, 4, ..
         self.formula = [0.5 * (math.log1p((n * ratio) ** 2) - math.log1p(ratio**2)) for n in range(MOST_TOKENS + 1)]
         self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
-        # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it.
-        numbers = range(int(math.log2(MOST_TOKENS)) + 2)
-        self.state, self.known = [0.0 for _ in numbers], False
-        self.covariance = [[SPREAD**2 * min(i, j) for j in numbers] for i in numbers]
-        self.covariance[0][0] = 1.0
+        # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it as far as is known.
+        self.state, self.covariance, self.known = [0.0], [[1.0]], False
         self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
             # Errors count half: what a busy machine made look dear would not be tried, and so not be corrected.
-            speed, *errors = earlier.passes
-            halves = [speed, *(error / 2 for error in errors), *self.state]
-            self.state, self.known = halves[: len(self.state)], True
-            self.covariance[0][0] = OTHER_SPREAD**2
+            self._reach(len(earlier.passes) - 1)
+            self.state[:] = [earlier.passes[0], *(error / 2 for error in earlier.passes[1:])]
+            self.covariance[0][0], self.known = OTHER_SPREAD**2, True
             for name, error in earlier.others.items():
                 kind, exit, rows = name.split(" ")
                 self.others.setdefault((kind, int(exit)), {})[int(rows)] = [error / 2, OTHER_SPREAD**2 / 4]
@@ -75,10 +72,10 @@ class CostModel:
     def passing(self, rows: int, most: int) -> list[float]:
         """Seconds of passes over ``rows`` roots and 0, 1, .. ``most`` drafted tokens."""
         to = slice(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1)
-        errors, seconds = [0.0, *self.state[1:]], list[float]()
+        errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
         for formula, (below, share) in zip(self.formula[to], self.place[to], strict=True):
-            error = (1 - share) * errors[int(below)] + share * errors[int(below) + 1]
-            seconds.append(math.exp(self.speed + formula + error))
+            lower, upper = errors[min(int(below), last)], errors[min(int(below) + 1, last)]
+            seconds.append(math.exp(self.speed + formula + lower + share * (upper - lower)))
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def level(self, exit: int, rows: int) -> float:
@@ -100,7 +97,8 @@ class CostModel:
         if not self.known:
             self.state[0], self.known = seen, True
         place, share = self.place[tokens]
-        weights = {int(place): 1 - share, int(place) + 1: share, 0: 1.0}
+        self._reach(math.ceil(place + share))
+        weights = {int(place): 1 - share} | ({int(place) + 1: share} if share else {}) | {0: 1.0}
         error = seen - sum(weight * self.state[n] for n, weight in weights.items())
         gains = [sum(weight * row[n] for n, weight in weights.items()) for row in self.covariance]
         total = sum(weight * gains[n] for n, weight in weights.items()) + NOISE**2 * max(abs(error) / OUTLIER, 1.0)
@@ -109,22 +107,30 @@ class CostModel:
             row[:] = [own - gain / total * other for own, other in zip(row, gains, strict=True)]
             row[n] += DRIFT**2 / (10 if n else 1)
 
+    def _reach(self, number: int) -> None:
+        """Let the state have errors up to that ``number``. What was unknown is as the last one, and less certain."""
+        while len(self.state) <= number:
+            first = len(self.state) == 1  # there is no error at one token
+            self.state.append(0.0 if first else self.state[-1])
+            self.covariance.append([0.0] * len(self.covariance) if first else [*self.covariance[-1]])
+            last = self.covariance[-1]
+            for row, new in zip(self.covariance, [*last, last[-1] + SPREAD**2], strict=True):
+                row.append(new)
+
     def add_draft(self, exit: int, rows: int, levels: int, seconds: float) -> None:
-        """Add the time of drafting ``levels``."""
-        kind = LEVEL if levels > 1 else FIRST if levels else DRAFT
-        exit = exit if levels else 0
-        rest = seconds - (self.drafting(rows) if levels else 0.0)
-        if levels > 1:
-            rest = (rest - self.first(exit, rows)) / levels
-        elif levels:
-            rest -= self.level(exit, rows)
-        if (kind, exit) not in self.seen:  # what the first one makes is there afterwards
-            self.seen.add((kind, exit))
+        """Add the time of drafting ``levels``: what is uncertain, and much of it, is corrected most."""
+        parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})
+        if not self.seen.issuperset(parts):  # what the first one makes is there afterwards
+            self.seen.update(parts)
             return
-        expected, own = self._other(kind, exit, rows), self._error(kind, exit, rows)
-        error = math.log(max(rest, 0.1 * expected) / expected)
-        gain = own[1] / (own[1] + NOISE**2 * max(abs(error) / OUTLIER, 1.0))
-        self.others.setdefault((kind, exit), {})[rows] = [own[0] + gain * error, max((1 - gain) * own[1], DRIFT**2)]
+        each = {part: number * self._other(*part, rows) for part, number in parts.items()}
+        expected, errors = sum(each.values()), {part: self._error(*part, rows) for part in parts}
+        error = math.log(max(seconds, 0.1 * expected) / expected)
+        gains = {part: errors[part][1] * own / expected for part, own in each.items()}
+        total = DRAFT_NOISE**2 + sum(gains[part] * own / expected for part, own in each.items())
+        for part, (own, variance) in errors.items():
+            left = variance - gains[part] ** 2 / total + DRIFT**2
+            self.others.setdefault(part, {})[rows] = [own + gains[part] * error / total, left]
 
     def _other(self, kind: str, exit: int, rows: int) -> float:
         """Seconds of such a part of a draft: a share of a pass over one token, as far as is known."""

@@ -12,7 +12,7 @@ probabilities have those of their positions.
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -27,6 +27,7 @@ from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
 TRIED = 0.01  # share of the time in which each choice that is not made is tried
+NEW, TRIED_NEW = 8, 0.1  # the same for levels that have been drafted less often
 FADE = 0.9  # weight of the past per step in the present speed
 PLAIN, DRAFT = "plain", "draft"  # choices, beside the levels of each exit
 
@@ -99,7 +100,7 @@ class AutoDepth:
     earlier: what earlier processes knew.
     passes: expected seconds of a pass of the present rows with 0, 1, .. drafted tokens.
     tokens, spent: of recent steps; spent in tokens that plain decoding yields in that time.
-    idle: seconds since each choice was last made.
+    idle: seconds since each choice was last made. made: how often.
     """
 
     has_probabilities: bool = False
@@ -114,6 +115,7 @@ class AutoDepth:
     width: float = 1.0  # nodes of a level, of a drafter without probabilities
     version: int | None = None  # of the drafter
     idle: defaultdict[str | int, float] = field(default_factory=lambda: defaultdict(float))
+    made: Counter[str | int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.max_depth = MAX_PRICED_DEPTH if self.has_probabilities else MAX_DEPTH
@@ -145,7 +147,7 @@ class AutoDepth:
             for row in (self.common, *self.rows):
                 for tally in [*row.by_source[-1:], *row.by_position, row.worth]:
                     tally.forget()
-            self.idle |= dict.fromkeys((DRAFT, *self.exits), float("inf"))
+            self.made.clear()
         self.version = version
 
     @property
@@ -178,13 +180,15 @@ class AutoDepth:
 
     def _due(self, what: str | int, loss: float) -> bool:
         """Whether ``what`` has not been tried for so long that it may lose ``loss`` seconds."""
-        return TRIED * self.idle[what] >= loss
+        new = what in self.exits and self.made[what] < NEW
+        return (TRIED_NEW if new else TRIED) * self.idle[what] >= loss
 
     def _try_levels(self, exit: int, rows: int, count: int) -> bool:
         """Whether a level is due."""
         loss = self.model.first(exit, count) + self.model.level(exit, count)
         if not self.has_probabilities:  # it is scored whatever it is, and costs a draft
-            loss += self.model.drafting(count) + self.passes[rows] - self.passes[0]
+            nodes = min(round(rows * self.width), len(self.passes) - 1)
+            loss += self.model.drafting(count) + self.passes[nodes] - self.passes[0]
         return (self.shares[exit] > 0 or not self.has_probabilities) and self._due(exit, loss)
 
     def _best(self, rows: Sequence[History], speed: float, count: int) -> DepthChoice:
@@ -227,16 +231,13 @@ class AutoDepth:
             self.passes = model.passing(count, len(self.passes) - 1)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
+        made = [PLAIN] * (not nodes) + [DRAFT] * (choice.depth > 0) + [exit] * (choice.depth > 0 and levels > 0)
         for what in (PLAIN, DRAFT, *self.exits):
-            self.idle[what] += seconds
-        if not nodes:
-            self.idle[PLAIN] = 0.0
+            self.idle[what] = 0.0 if what in made else self.idle[what] + seconds
+        self.made.update(made)
         if not choice.depth:
             return
         model.add_draft(exit, count, levels, step.drafting)
-        self.idle[DRAFT] = 0.0
-        if levels:
-            self.idle[exit] = 0.0
         scoring = self.passes[min(nodes, len(self.passes) - 1)] - self.passes[0]
         drafting = model.first(exit, count) * (levels > 0) + levels * model.level(exit, count)
         price = self.speedup * (scoring + drafting) / self.passes[0]

@@ -133,6 +133,19 @@ def test_what_the_first_draft_makes_is_not_what_later_ones_cost() -> None:
     assert 0.001 < model.level(0, 1) < 0.0025
 
 
+def test_slow_first_drafts_do_not_make_deeper_ones_look_dear() -> None:
+    """Also where one level alone is not drafted again."""
+    model = CostModel(0.1, [0.1])
+    model.add_pass(1, 0.005)
+    for seconds in 0.03, 0.0055, 0.0055:
+        model.add_draft(0, 1, 1, seconds)
+    for levels in [2, 3, 5] * 4:
+        model.add_draft(0, 1, levels, 0.0005 + 0.0006 * levels)
+    for levels in 1, 2, 4:
+        drafting = model.drafting(1) + model.first(0, 1) + levels * model.level(0, 1)
+        assert drafting == pytest.approx(0.0005 + 0.0006 * levels, rel=0.35)
+
+
 def learned() -> AutoDepth:
     """A policy after some steps of 6.3 s, with drafts of 2 levels that take 2.6 s, half of which is accepted."""
     policy = AutoDepth(shares=(0.2,))

