@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 from tiny import rough_model
+from tokenizers import pre_tokenizers
 
 from specdec.models.gguf.blocks import KINDS
 
@@ -23,6 +24,29 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_sizes(
+    writer: gguf.GGUFWriter, layers: int, context: int, width: int, inner: int, heads: int, keys: int, eps: float
+) -> None:
+    writer.add_block_count(layers)
+    writer.add_context_length(context)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(keys)
+    writer.add_layer_norm_rms_eps(eps)
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, pre: str, tokens: list[str], merge: str) -> None:
+    """Of a byte-level tokenizer with one merge; the first three tokens are control tokens."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
+    writer.add_token_merges([merge])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def write_gguf(
@@ -41,30 +65,16 @@ def write_gguf(
     """
     size, inner, shared = width // heads, 768 if experts else width * 3 // 2, width // 2  # 768: what readers assume
     random = np.random.default_rng(seed)
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    tokens = ["<|endoftext|>", "<s>", "</s>", *map(chr, printable), *(chr(256 + i) for i in range(len(rest))), "ĊĊ"]
+    tokens = ["<|endoftext|>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
     writer = gguf.GGUFWriter(path, "qwen3moe" if experts else "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads // 2)
+    add_sizes(writer, 2, 64, width, inner, heads, heads // 2, 1e-5)
     writer.add_rope_dimension_count(size)
-    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
     writer.add_key_length(size)
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(2)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
-    writer.add_token_merges(["Ċ Ċ"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    add_vocabulary(writer, pre, tokens, "Ċ Ċ")
     writer.add_chat_template("{{ messages[0]['content'] }}")
     shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
     for i in range(2):
@@ -224,13 +234,8 @@ def write_family(
     name, paired, more, metadata = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     names, writer = gguf.get_tensor_name_map(architecture, config.num_hidden_layers), gguf.GGUFWriter(path, name)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    sizes = config.num_hidden_layers, config.max_position_embeddings, config.hidden_size, config.intermediate_size
+    add_sizes(writer, *sizes, config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps)
     rope = config.rope_parameters
     writer.add_rope_freq_base((rope.get("full_attention") or rope)["rope_theta"])
     for key, field in metadata.items():
@@ -256,14 +261,8 @@ def write_family(
         if name != "qwen3next":
             writer.add_rope_dimension_sections([11, 11, 10, 0])
     vocab = config.vocab_size
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
     characters = [chr(point) for point in (*range(33, 127), *range(161, 173))][: vocab - 4]
-    writer.add_token_list(["<|endoftext|>", "<s>", "</s>", *characters, "AB"])
-    writer.add_token_types([3, 3, 3, *[1] * (vocab - 3)])
-    writer.add_token_merges(["A B"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    add_vocabulary(writer, "qwen2", ["<|endoftext|>", "<s>", "</s>", *characters, "AB"], "A B")
     random = np.random.default_rng(0)
     for parameter, tensor in model.named_parameters():
         where, _, leaf = parameter.rpartition(".")

@@ -32,13 +32,7 @@ SPLITS = {"qwen2": QWEN, "deepseek-r1-qwen": QWEN, "llama-bpe": LLAMA, "llama3":
 WORDS = {"default", "gpt-2", "olmo"}  # split as in GPT-2
 NORMALISED = {"qwen2"}  # model types whose tokenizers have the normaliser and the splits of Qwen, whatever a file says
 CONVERTED = {"qwen3_5_moe_text"}  # model types whose tokenizers have others, which transformers knows
-_OWN = (
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-)  # bytes that are spelled by the characters of these numbers
-SPELLING = {byte: chr(byte) for byte in _OWN}
-SPELLING |= {byte: chr(256 + number) for number, byte in enumerate(sorted({*range(256)} - {*_OWN}))}
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 BROKEN = "model '{}' has no usable tokenizer: that of its GGUF file is broken"
 END = "<|endoftext|>"  # transformers' byte-level tokenizers always have it, if the vocabulary does
 
@@ -78,7 +72,7 @@ def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
 
 
 def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tokenizer:
-    tokens, alphabet = metadata["tokens"].texts, frozenset(SPELLING.values())
+    tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
     vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"].texts]
     bpe = models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
@@ -91,9 +85,7 @@ def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tok
         split_digits(file, made)
     else:
         words = pre_tokenizers.Split(Regex(split), "isolated")
-        made.pre_tokenizer = pre_tokenizers.Sequence(
-            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        made.pre_tokenizer = pre_tokenizers.Sequence([words, BYTES])
     types = metadata.get("token_type", ())
     control = [t for t, is_of in zip(tokens, types, strict=False) if is_of == CONTROL and alphabet.issuperset(t)]
     named = dict(_named(file))
@@ -106,7 +98,8 @@ def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tok
 
 
 def _spelled(token: str) -> str:
-    return "".join(SPELLING[byte] for byte in token.encode())
+    """The token in the characters that stand for its bytes."""
+    return "".join(text for text, _ in BYTES.pre_tokenize_str(token))
 
 
 def _named(file: GGUFFile) -> Iterator[tuple[str, str | None]]:
