@@ -31,6 +31,7 @@ from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf import tokenizer as gguf_tokenizer
 from specdec.models.gguf.blocks import (
     KINDS,
+    BlockExperts,
     BlockLinear,
     Blocks,
     ExpertBlocks,
@@ -186,12 +187,13 @@ def test_memory_is_checked_for_what_a_model_will_hold(cache, tmp_path, family, m
                 make()
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
-def test_experts_in_blocks_are_those_of_the_model(cache, tmp_path, family):
+def test_experts_that_stay_in_the_file_are_those_of_the_model(cache, tmp_path, family, kind):
     """In each of its forms, and with the same fingerprint."""
-    source = rough_model(family, **sizes(family))
-    path = write_family(tmp_path / "it.gguf", source, "Q8_0")
+    path = write_family(tmp_path / "it.gguf", rough_model(family, **sizes(family)), kind)
     model, dense = loading.load(path)[0], loading.load(path)[0]
+    assert isinstance(model.model.layers[1].mlp.experts, BlockExperts)
     densify(dense)
     assert identity.fingerprint(model) == identity.fingerprint(dense)
     assert identity.difference(identity.samples(model), dense, "it") is None
