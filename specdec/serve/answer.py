@@ -13,7 +13,6 @@ from pydantic_core import to_json
 from specdec.api.text import Detokenizer
 from specdec.serve.choice import ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
-from specdec.serve.logprobs import TokenFinder
 from specdec.serve.parts import AnswerParser, Block
 from specdec.serve.request import GenerationRequest
 from specdec.speculation.constraints import CompiledConstraint
@@ -130,7 +129,6 @@ class BlockAnswer(Answer):
     def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str) -> None:
         super().__init__(prepared, choices, model)
         [self.choice] = self.choices
-        self.tokens = TokenFinder(self.choice.tokenizer)
         self.parser, self.blocks = prepared.parser(), list[Block]()
 
     async def json(self) -> bytes:
@@ -156,10 +154,6 @@ class BlockAnswer(Answer):
 
     def _read(self, text: str, last: bool) -> Events:
         """The events of more text."""
-        choice = self.choice
-        if self.asked.num_logprobs is not None:
-            self.tokens.extend(choice.logprobs(choice.logprobs_sent))
-            choice.logprobs_sent = choice.answer.num_tokens
         for part in self.parser.push(text, last):
             if not self.blocks or not self.blocks[-1].takes(part):
                 if self.blocks:
@@ -167,10 +161,8 @@ class BlockAnswer(Answer):
                 self.blocks.append(Block(part.kind, "", part.name, part.id))
                 yield from self.begin_block(self.blocks[-1])
             if part.text:
-                block, scored = self.blocks[-1], self.tokens.take(part.text)
-                block.text += part.text
-                block.logprobs += scored
-                yield from self.delta(block, part.text, scored)
+                self.blocks[-1].text += part.text
+                yield from self.delta(self.blocks[-1], part.text)
 
     @property
     def _index(self) -> int:
@@ -192,8 +184,8 @@ class BlockAnswer(Answer):
         """Events of a new block, which is empty."""
 
     @abstractmethod
-    def delta(self, block: Block, text: str, logprobs: list[dict[str, Any]]) -> Events:
-        """Events of new text at the end of a block. logprobs: of its tokens."""
+    def delta(self, block: Block, text: str) -> Events:
+        """Events of new text at the end of a block."""
 
     @abstractmethod
     def end_block(self, block: Block, last: bool = False) -> Events:

@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from anyio.to_thread import run_sync
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic_core import from_json
 from starlette.responses import Response as HTTPResponse
 
 from specdec import __version__
@@ -30,7 +29,7 @@ from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import IGNORED, AccessLog, AllowedHosts, ApiKey
 from specdec.serve.page import build
 from specdec.serve.request import GenerationRequest
-from specdec.serve.responses import InputBody, ResponsesAnswer, ResponsesBody, Store, page_of
+from specdec.serve.responses import ResponsesAnswer, ResponsesBody
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
 from specdec.serve.settings import ServerSettings
@@ -60,7 +59,7 @@ def make_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors),
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=[DRAFTER, IGNORED, "request-id", "x-request-id"],
         )
@@ -70,7 +69,7 @@ def make_app(
 
 
 def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
-    name, store = service.settings.name, Store()
+    name = service.settings.name
 
     async def answered(
         request: Request, names: Mapping[str, str], translate: Callable[[], GenerationRequest], make: MakeAnswer
@@ -93,42 +92,7 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
 
     @post(app, "/v1/responses", ResponsesBody)
     async def responses(body: ResponsesBody, request: Request) -> HTTPResponse:
-        scope = _client(request).scope
-        before = store.before(scope, body.previous_response_id)
-
-        def keep(id: str, written: bytes) -> None:
-            store.put(scope, id, written, [*before, *body.listed()])
-
-        make = partial(ResponsesAnswer, body=body, keep=keep)
-        return await answered(request, body.names, lambda: body.request(before), make)
-
-    @app.get("/v1/responses/{id}")
-    async def retrieve_response(id: str, request: Request) -> HTTPResponse:
-        return HTTPResponse(store.get(_client(request).scope, id)[0], media_type="application/json")
-
-    @app.get("/v1/responses/{id}/input_items")
-    async def list_input_items(
-        id: str,
-        request: Request,
-        after: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        order: Literal["asc", "desc"] = "desc",
-    ) -> dict[str, Any]:
-        _, items = store.get(_client(request).scope, id)
-        return page_of(from_json(items), after, limit, order == "asc")
-
-    @post(app, "/v1/responses/input_tokens", InputBody)
-    async def count_input_tokens(body: InputBody, request: Request) -> HTTPResponse:
-        service.check_model(body.model)
-        before = store.before(_client(request).scope, body.previous_response_id)
-        with sent_as(body.names):
-            ids = await run_sync(lambda: service.encode_chat(body.chat(before)))
-        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)})
-
-    @app.delete("/v1/responses/{id}")
-    async def delete_response(id: str, request: Request) -> dict[str, Any]:
-        store.get(_client(request).scope, id, remove=True)
-        return {"id": id, "object": "response", "deleted": True}
+        return await answered(request, body.names, body.request, partial(ResponsesAnswer, body=body))
 
     @post(app, "/v1/messages/count_tokens", CountBody)
     async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:
@@ -151,7 +115,7 @@ def _describe(app: FastAPI) -> None:
 
 
 def _client(request: Request) -> Client:
-    """Who has sent ``request``: what is stored for one is not for others."""
+    """Who has sent ``request``."""
     client: Client = request.state.client
     return client
 

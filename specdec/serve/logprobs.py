@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,34 +20,6 @@ def chat_logprobs(tokenizer: Any, scored: Sequence[TokenLogprob]) -> dict[str, A
         likely = [_entry(tokenizer, *each) for each in top]
         content.append(_entry(tokenizer, token_id, logprob) | {"top_logprobs": likely})
     return {"content": content, "refusal": None}
-
-
-class TokenFinder:
-    """Finds the tokens of the parts of an answer, which come in order, and whose marks and white space may be missing.
-
-    tokens: where each begins in the answer, in bytes, and its log-probability; those of earlier parts are gone.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.answer, self.end = tokenizer, bytearray(), 0
-        self.tokens = deque[tuple[int, TokenLogprob]]()
-
-    def extend(self, scored: Sequence[TokenLogprob]) -> None:
-        """Add the next tokens of the answer."""
-        for each in scored:
-            self.tokens.append((len(self.answer), each))
-            self.answer += token_bytes(self.tokenizer, each.token_id)
-
-    def take(self, text: str) -> list[dict[str, Any]]:
-        """The log-probabilities of the tokens of the next part, as in ``chat_logprobs``; none if it is not found."""
-        written, found = text.encode(), list[TokenLogprob]()
-        if (start := self.answer.find(written, self.end)) >= 0:
-            self.end = start + len(written)
-            while self.tokens and self.tokens[0][0] < self.end:
-                begin, each = self.tokens.popleft()
-                if begin + len(token_bytes(self.tokenizer, each.token_id)) > start:
-                    found.append(each)
-        return list(chat_logprobs(self.tokenizer, found)["content"])
 
 
 def _entry(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:

@@ -273,7 +273,7 @@ class MessagesAnswer(BlockAnswer):
     def begin_block(self, block: Block) -> Events:
         yield {"type": "content_block_start", "index": self._index, "content_block": _content(block, whole=False)}
 
-    def delta(self, block: Block, text: str, logprobs: list[dict[str, Any]]) -> Events:
+    def delta(self, block: Block, text: str) -> Events:
         kind, name = {
             "text": ("text_delta", "text"),
             "reasoning": ("thinking_delta", "thinking"),

@@ -7,7 +7,7 @@ import re
 import secrets
 import string
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -50,16 +50,12 @@ TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
 
 @dataclass
 class Block:
-    """Output of one kind, whole.
-
-    name, id: of a call, whose text is its arguments. logprobs: of the tokens of the text, in a protocol's shape.
-    """
+    """Output of one kind, whole. name, id: of a call, whose text is its arguments."""
 
     kind: Kind
     text: str = ""
     name: str = ""
     id: str = ""
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     def takes(self, part: Part) -> bool:
         return (self.kind, self.id) == (part.kind, part.id)

@@ -1,16 +1,13 @@
-"""OpenAI's ``/v1/responses``: its request bodies, its answers, whole and as a stream, and the store of earlier ones."""
+"""OpenAI's ``/v1/responses``: its request bodies, and its answers, whole and as a stream. Nothing is stored."""
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
-from pydantic_core import from_json, to_json
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from specdec.api.text import SharedTokenizer
 from specdec.serve.answer import BlockAnswer, Events, Prepared
@@ -30,15 +27,12 @@ from specdec.serve.schema import (
     JsonSchema,
     Options,
     Strict,
-    Top,
     check_arguments,
     check_kinds,
     check_size,
     json_of,
 )
 
-MAX_STORED = 1000  # responses of a key
-MAX_STORED_BYTES = 32 * 2**20  # of a key
 IGNORED = ("id", "status", "phase", "annotations", "logprobs", "namespace", "encrypted_content", "caller", "async")
 
 
@@ -59,15 +53,12 @@ def _text(given: str | Sequence[TextItem] | None) -> str:
 
 
 class MessageItem(_Part):
-    prefix: ClassVar = "msg"
-
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | Texts
 
 
 class CallItem(_Part):
-    prefix: ClassVar = "fc"
     no_effect = tuple(name for name in IGNORED if name != "status")
 
     type: Literal["function_call"]
@@ -89,16 +80,12 @@ class CallItem(_Part):
 
 
 class OutputItem(_Part):
-    prefix: ClassVar = "fco"
-
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(max_length=256)]
     output: str | Texts
 
 
 class ReasoningItem(_Part):
-    prefix: ClassVar = "rs"
-
     type: Literal["reasoning"]
     summary: Texts | None = None
     content: Texts | None = None
@@ -112,9 +99,7 @@ Item = Annotated[
     | Annotated[ReasoningItem, Tag("reasoning")],
     Discriminator(lambda given: given.get("type", "message") if isinstance(given, dict) else None),
 ]
-ITEMS = TypeAdapter(list[Item])
 Input = str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
-LOGPROBS = "message.output_text.logprobs"  # included if a client asks for it
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
@@ -179,15 +164,15 @@ class Reasoning(Strict):
     effort: Effort | None = None
 
 
-class InputBody(Options):
-    """What the model reads."""
-
+class ResponsesBody(Options):
     unused = UNUSED | {
         "background": (False,),
         "context_management": ([],),
         "conversation": (),
         "max_tool_calls": (),
+        "previous_response_id": (),
         "prompt": (),
+        "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
     no_effect = (
@@ -201,40 +186,25 @@ class InputBody(Options):
         "reasoning_effort": "reasoning.effort",
     }
 
-    model: str | None = None
-    input: Input | None = None
+    model: str
+    input: Input
     instructions: str | None = None
-    previous_response_id: Annotated[str, Field(max_length=256)] | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
+    user: str | None = None
 
     _check_kinds = field_validator("input", mode="before")(lambda given: check_kinds(given, "items", *KINDS))
 
-    @property
-    def items(self) -> list[Any]:
-        """The input as items."""
-        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input or []
-
-    def listed(self) -> list[dict[str, Any]]:
-        """The items as a client can list them, with ids."""
-        found = list[dict[str, Any]]()
-        for item in self.items:
-            made = {"id": f"{item.prefix}_{uuid.uuid4().hex}", "status": "completed"} | item.model_dump(
-                exclude_none=True
-            )
-            if isinstance(text := made.get("content"), str):
-                said = isinstance(item, MessageItem) and item.role == "assistant"
-                part = {"type": "output_text", "text": text, "annotations": []}
-                made["content"] = [part if said else {"type": "input_text", "text": text}]
-            found.append(made)
-        return found
-
-    def chat(self, before: Sequence[dict[str, Any]]) -> ChatPrompt:
-        """The chat in this body. before: the items up to the end of the previous response. Raises ApiError."""
-        messages, asked = messages_of([*ITEMS.validate_python(before), *self.items]), set[str]()
+    def chat(self) -> ChatPrompt:
+        """The chat in this body. Raises ApiError."""
+        text = isinstance(self.input, str)
+        messages = [{"role": "user", "content": self.input}] if text else messages_of(self.input)
+        asked = set[str]()
         for message in messages:
             asked.update(call["id"] for call in message.get("tool_calls", ()))
             if message["role"] == "tool" and message["tool_call_id"] not in asked:
@@ -252,100 +222,19 @@ class InputBody(Options):
             effort=self.reasoning.effort if self.reasoning else None,
         )
 
-
-class ResponsesBody(InputBody):
-    model: str
-    input: Input
-    store: bool | None = None
-    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
-    metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
-    user: str | None = None
-    top_logprobs: Top | None = None
-    include: Annotated[list[str], Field(max_length=MAX_MEMBERS, fail_fast=True)] | None = None
-
-    def request(self, before: Sequence[dict[str, Any]]) -> GenerationRequest:
-        """The request in this body. before: as in ``chat``. Raises ApiError."""
-        scored = bool(self.top_logprobs) or LOGPROBS in (self.include or ())
+    def request(self) -> GenerationRequest:
+        """The request in this body. Raises ApiError."""
         form = self.text.format if self.text else None
-        limits = {"max_new_tokens": self.max_output_tokens, "logprobs": (self.top_logprobs or 0) if scored else None}
         rule = json_of(form.type, form) if form else None
-        return self.generation(rule, limits, model=self.model, chat=self.chat(before))
-
-
-class Store:
-    """Responses for later requests to go on with: of each key the last ``MAX_STORED``, in ``MAX_STORED_BYTES``."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.kept: dict[str | None, OrderedDict[str, tuple[bytes, bytes]]] = {}  # responses and input, as JSON
-
-    def put(self, scope: str | None, id: str, written: bytes, items: list[dict[str, Any]]) -> None:
-        """written: the response as JSON. items: all that the model has read."""
-        made = written, to_json(items)
-        with self.lock:
-            kept = self.kept.setdefault(scope, OrderedDict())
-            kept[id] = made
-            while (
-                len(kept) > MAX_STORED or sum(len(part) for both in kept.values() for part in both) > MAX_STORED_BYTES
-            ):
-                kept.popitem(last=False)
-
-    def before(self, scope: str | None, id: str | None) -> list[dict[str, Any]]:
-        """The items up to the end of a response; none for None. Raises ApiError if it is not there."""
-        if id is None:
-            return []
-        with self.lock:
-            if (found := self._found(scope, id)) is not None:
-                self.kept[scope].move_to_end(id)
-        if found is None:
-            message = f"there is no response '{id[:64]}' here, or no longer; send its items as input"
-            raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
-        output = from_json(found[0])["output"]
-        for part in [part for item in output for part in item.get("content", ()) if "logprobs" in part]:
-            part["logprobs"] = []  # they are no input
-        return [*from_json(found[1]), *output]
-
-    def get(self, scope: str | None, id: str, remove: bool = False) -> tuple[bytes, bytes]:
-        """A response and all items before it, as JSON. Raises ApiError if it is not there."""
-        with self.lock:
-            found = self._found(scope, id)
-            if found is not None and remove:
-                del self.kept[scope][id]
-        if found is None:
-            raise ApiError(404, f"there is no response '{id[:64]}' here, or no longer", "response_id", "not_found")
-        return found
-
-    def _found(self, scope: str | None, id: str) -> tuple[bytes, bytes] | None:
-        kept = self.kept.get(scope)
-        return None if kept is None else kept.get(id)
-
-
-def page_of(items: list[dict[str, Any]], after: str | None, limit: int, ascending: bool) -> dict[str, Any]:
-    """A page of ``items``. after: the id of the last one of the page before. Raises ApiError if there is none such."""
-    items = items if ascending else items[::-1]
-    if after is not None:
-        place = next((n for n, item in enumerate(items) if item["id"] == after), None)
-        if place is None:
-            raise ApiError(400, f"'after': there is no item '{after[:64]}' in this list", "after", "invalid_value")
-        items = items[place + 1 :]
-    page = items[:limit]
-    ids = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": page, **ids, "has_more": len(items) > limit}
+        return self.generation(rule, {"max_new_tokens": self.max_output_tokens}, model=self.model, chat=self.chat())
 
 
 class ResponsesAnswer(BlockAnswer):
-    """A response. keep: stores it, by its id."""
+    """A response."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        choices: list[ResponseChoice],
-        model: str,
-        body: ResponsesBody,
-        keep: Callable[[str, bytes], None],
-    ) -> None:
+    def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str, body: ResponsesBody) -> None:
         super().__init__(prepared, choices, model)
-        self.body, self.keep, self.number, self.key = body, keep, 0, uuid.uuid4().hex
+        self.body, self.number, self.key = body, 0, uuid.uuid4().hex
         self.created = int(time.time())
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
@@ -356,11 +245,12 @@ class ResponsesAnswer(BlockAnswer):
         return found | asked | {
             "parallel_tool_calls": self.body.parallel_tool_calls is not False,
             "tool_choice": self.body.model_dump()["tool_choice"] or "auto",
-            "top_logprobs": self.body.top_logprobs or 0,
+            "previous_response_id": None,
+            "top_logprobs": 0,
             "tools": [tool.model_dump() for tool in self.body.tools or ()],
             "text": {"format": form.echoed if form else {"type": "text"}},
             "reasoning": {"effort": self.body.reasoning.effort if self.body.reasoning else None, "summary": None},
-            "store": self.body.store is not False,
+            "store": False,
             "truncation": "disabled",
             "background": False,
             "usage": None,
@@ -380,16 +270,13 @@ class ResponsesAnswer(BlockAnswer):
             "total_tokens": before + new,
         }
         details = {"reason": "max_output_tokens"} if cut else None
-        found = self._response(
+        return self._response(
             "incomplete" if cut else "completed",
             output=output,
             usage=usage,
             incomplete_details=details,
             completed_at=None if cut else int(time.time()),
         )
-        if self.body.store is not False:
-            self.keep(found["id"], to_json(found))
-        return found
 
     def _status(self, last: bool) -> str:
         """The status of an item that has ended. last: it is the last one."""
@@ -414,8 +301,8 @@ class ResponsesAnswer(BlockAnswer):
         if block.kind != "call":
             yield self._event("response.content_part.added", part=_part(block))
 
-    def delta(self, block: Block, text: str, logprobs: list[dict[str, Any]]) -> Events:
-        more = {"logprobs": logprobs} if block.kind == "text" else {}
+    def delta(self, block: Block, text: str) -> Events:
+        more = {"logprobs": []} if block.kind == "text" else {}
         yield self._event(f"response.{NAMES[block.kind]}.delta", delta=text, **more)
 
     def end_block(self, block: Block, last: bool = False) -> Events:
@@ -423,7 +310,7 @@ class ResponsesAnswer(BlockAnswer):
         if block.kind == "call":
             yield self._event(f"response.{kind}.done", name=block.name, arguments=block.text)
         else:
-            more = {"logprobs": block.logprobs} if block.kind == "text" else {}
+            more = {"logprobs": []} if block.kind == "text" else {}
             yield self._event(f"response.{kind}.done", text=block.text, **more)
             yield self._event("response.content_part.done", part=_part(block))
         item = self._item(self._index, block, self._status(last))
@@ -448,7 +335,7 @@ class ResponsesAnswer(BlockAnswer):
         return {"type": kind} | place | ({} if block.kind == "call" else {"content_index": 0}) | more
 
 
-ECHOED = "instructions", "max_output_tokens", "metadata", "previous_response_id", "temperature", "top_p", "user"
+ECHOED = "instructions", "max_output_tokens", "metadata", "temperature", "top_p", "user"
 PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
 
@@ -457,4 +344,4 @@ def _part(block: Block) -> dict[str, Any]:
     """The part of a message or of reasoning that holds its text."""
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": block.text}
-    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": block.logprobs}
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}

@@ -62,7 +62,6 @@ WRONG: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "empty items": (ResponsesBody, RESPONSE | {"input": [{}] * MANY}),
     "more items": (ResponsesBody, RESPONSE | {"input": USER * MANY}),
     "parts of an item": (ResponsesBody, RESPONSE | {"input": [{"role": "user", "content": [0] * MANY}]}),
-    "what to include": (ResponsesBody, RESPONSE | {"include": [0] * MANY}),
     "metadata": (ResponsesBody, RESPONSE | {"metadata": KEYS}),
 }
 
