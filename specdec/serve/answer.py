@@ -10,7 +10,6 @@ from typing import Any
 from anyio.to_thread import run_sync
 from pydantic_core import to_json
 
-from specdec.api.text import Detokenizer
 from specdec.serve.choice import ResponseChoice, merge_pieces, sse
 from specdec.serve.errors import ApiError
 from specdec.serve.parts import AnswerParser, Block
@@ -34,19 +33,6 @@ class Prepared:
     parser: Callable[[], AnswerParser]
     shown: Sequence[str] = ()
     echoes: Sequence[str] = ()
-
-    def stop(self, make: Callable[[], Detokenizer]) -> Callable[[int], str | None] | None:
-        """The ``stop`` of a request of which several calls are forced; None for others. make: the text of an answer."""
-        if (chat := self.asked.chat) is None or chat.single or not chat.forced:
-            return None
-        text, parser = make(), self.parser()
-
-        def stop(token: int) -> str | None:
-            reason = text.push(token)
-            parser.push(text.take())
-            return "stop" if parser.ended else reason
-
-        return stop
 
 
 class Answer(ABC):

@@ -19,19 +19,11 @@ T = TypeVar("T")
 BETWEEN = " \t\r\n,;[]"  # characters that may separate two calls
 FENCE = "```"
 FENCED = ("", "json", "tool_call", "tool_code")  # names of fences in which a call may be
+MEMBERS = {"name", "arguments", "parameters"}  # of a call without marks; the description of a tool has more
 LONGEST_FENCE = 2**16  # characters of a fenced call
 LONGEST_HEAD = 256  # characters of it before its name
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
 NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "null": type(None),
-    "array": list,
-    "object": dict,
-}
 
 
 class Part(NamedTuple):
@@ -137,12 +129,10 @@ class Format:
     """How a family of models writes an answer: text, with calls after marks in it.
 
     marks: texts that begin calls. special: special tokens that have to be in the text.
-    around_name: what comes before and after the name of a call; empty: the call is a JSON object.
     """
 
     marks: tuple[str, ...] = ()
     special: tuple[str, ...] = ()
-    around_name: tuple[str, ...] = ()
 
     def read(self, answer: AnswerParser) -> Parts[None]:
         """Read an answer after its reasoning."""
@@ -152,14 +142,6 @@ class Format:
         """Read the calls that begin with ``mark``, which has been taken."""
         raise NotImplementedError
 
-    def cut_name(self, text: str) -> tuple[str, bool]:
-        """The name in the beginning of a call, and whether it is complete."""
-        if self.around_name:
-            name, closed, _ = text.partition(self.around_name[0])[2].lstrip().partition(self.around_name[1])
-            return name, bool(closed)
-        found = NAME.search(text)
-        return (found[1], bool(found[2])) if found else ("", False)
-
 
 class AnswerParser:
     """Splits the text of an answer, as it arrives, into parts.
@@ -167,10 +149,7 @@ class AnswerParser:
     tools: those that may be called; a call of another name is text.
     single: drop calls after the first.
     reasoning: the marks around reasoning, with which the answer may begin. inside: it begins after the first of them.
-    forced: the answer consists of calls and has no text. A call that is cut before its arguments counts if its name is
-        certain. A call that repeats an earlier one ends the answer and is no part of it: a model that has said all it
-        has to say, but must call, would repeat it without end.
-    ended: whether a call was repeated.
+    called: the ids of the calls so far.
     """
 
     def __init__(
@@ -180,58 +159,24 @@ class AnswerParser:
         single: bool = False,
         reasoning: tuple[str, str] | None = None,
         inside: bool = False,
-        forced: bool = False,
     ) -> None:
-        self.form, self.tools, self.single, self.forced = form, tools or {}, single, forced
-        self.source = Source()
-        self.called = list[str]()  # ids of the calls
-        self.calls, self.held, self.ended = list[Block](), list[Part](), False  # held: it may repeat an earlier call
-        self.seen = ""  # the text so far, if calls are forced
-        self.reasoning, self.reader = reasoning, self._read(reasoning, inside)
+        self.form, self.tools, self.single = form, tools or {}, single
+        self.source, self.called = Source(), list[str]()
+        self.reader = self._read(reasoning, inside)
 
     def push(self, text: str, last: bool = False) -> list[Part]:
         """Read more text; return its parts. last: the text is complete."""
         self.source.text += text
         self.source.last = last
         found = list[Part]()
-        while not self.ended and (part := next(self.reader, None)) is not None:
-            if part.kind != "call":
-                found += [] if self.forced and part.kind == "text" else [part]
-            elif not (self.single and self.called and part.id != self.called[0]):
-                new = self._unless_repeated(part) if self.forced else [part]
-                found += new
-                self.called += [part.id] if new and part.id not in self.called else []
-        if last and self.held:  # it was cut
-            self.called.append(self.held[0].id)
-            found += self.held
-        if self.forced:
-            self.seen += "" if self.called else text
-            found += self._cut_call() if last and not self.called else []
+        while (part := next(self.reader, None)) is not None:
+            if part.kind == "call":
+                if self.single and self.called and part.id != self.called[0]:
+                    continue
+                if part.id not in self.called:
+                    self.called.append(part.id)
+            found.append(part)
         return found
-
-    def _unless_repeated(self, part: Part) -> list[Part]:
-        """The parts of a call that differs from all earlier ones; none as long as it is like the beginning of one."""
-        if not self.calls or part.id != self.calls[-1].id:
-            self.calls.append(Block("call", "", part.name, part.id))
-        own = self.calls[-1]
-        own.text += part.text
-        if part.id in self.called:
-            return [part]
-        self.held.append(part)
-        alike = [e.text for e in self.calls[:-1] if e.name == own.name and e.text.startswith(own.text)]
-        self.ended = own.text in alike
-        found, self.held = ([], [] if self.ended else self.held) if alike else (self.held, [])
-        return found
-
-    def _cut_call(self) -> list[Part]:
-        """The call of an answer that was cut before the arguments of its first call."""
-        text = self.seen if self.reasoning is None else self.seen.rpartition(self.reasoning[1])[2]
-        name, complete = self.form.cut_name(text)
-        certain = [each for each in self.tools if each == name or (not complete and each.startswith(name))]
-        if len(certain) != 1:
-            return []
-        self.called.append(new_id())
-        return [Part("call", "", certain[0], self.called[0])]
 
     def _read(self, reasoning: tuple[str, str] | None, inside: bool) -> Parts[None]:
         source = self.source
@@ -249,8 +194,8 @@ class AnswerParser:
     def text(self) -> Parts[None]:
         """Read text with the calls in it."""
         source = self.source
-        marks = (*self.form.marks, *([] if self.forced else [FENCE])) if self.tools else ()
-        if FENCE in marks:
+        marks = (*self.form.marks, FENCE) if self.tools else ()
+        if self.tools:
             yield from self._bare()
         while mark := (yield from source.pass_on(TEXT, *marks)):
             if mark == FENCE:
@@ -275,7 +220,7 @@ class AnswerParser:
         return bare and len(text) <= LONGEST_FENCE
 
     def _fence(self, begun: str) -> Parts[None]:
-        """Read what follows a fence: calls if it is JSON objects that name tools and fit their schemas, else text."""
+        """Read what follows a fence: calls if it is JSON objects that call tools, else text."""
         source = self.source
         while True:
             kind, line, body = source.text.partition("\n")
@@ -311,11 +256,10 @@ class AnswerParser:
                 value, end = decoder.raw_decode(text)
                 found += value if isinstance(value, list) else [value]
                 text = text[end:].lstrip(BETWEEN)
-            calls = [(call["name"], call.get("arguments", call.get("parameters", {}))) for call in found]
-            fit = (isinstance(given, dict) and fits(given, self.tools[name]) for name, given in calls)
-            return [_whole_call(*call) for call in calls] if all(fit) else []
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of the text, or of a schema
+        except (ValueError, RecursionError):
             return []
+        calls = [call for value in found if (call := call_of(value, self.tools)) and value.keys() <= MEMBERS]
+        return [_whole_call(*call) for call in calls] if len(calls) == len(found) else []
 
     def json_call(self, name: str = "") -> Parts[None]:
         """Read a call that is a JSON object; text if it is no call of a tool. name: if it came before the object."""
@@ -390,11 +334,17 @@ class _JsonCall:
     def _whole(self) -> tuple[str, dict[str, Any]] | None:
         """Name and arguments of a call that has them in another order."""
         try:
-            found = json.loads(self.raw)
-            name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
-            return (name, arguments) if name in self.tools and isinstance(arguments, dict) else None
-        except (ValueError, KeyError, TypeError, RecursionError):
+            return call_of(json.loads(self.raw), self.tools)
+        except (ValueError, RecursionError):
             return None
+
+
+def call_of(value: Any, tools: Schemas) -> tuple[str, dict[str, Any]] | None:
+    """Name and arguments of a JSON value that calls a tool."""
+    if not isinstance(value, dict):
+        return None
+    name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
+    return (name, arguments) if isinstance(name, str) and name in tools and isinstance(arguments, dict) else None
 
 
 def _whole_call(name: str, arguments: Any, id: str = "") -> Part:
@@ -408,37 +358,3 @@ def begun_object(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def types(schema: Any) -> set[str]:
-    """The JSON types that a schema names at its top."""
-    if not isinstance(schema, dict):
-        return set()
-    own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]
-    found = {each for each in (own if isinstance(own, list) else [own]) if isinstance(each, str)}
-    return found.union(*(types(each) for other in others if isinstance(other, list) for each in other))
-
-
-def fits(value: Any, schema: Any) -> bool:
-    """Whether a value keeps a schema's types, choices, and required and declared members; without following ``$ref``.
-
-    schema: None is an object without members.
-    """
-    if schema is None:
-        return value == {}
-    if not isinstance(schema, dict):
-        return schema is not False
-    wanted = types(schema)
-    if wanted and not any(_is(value, each) for each in wanted):
-        return False
-    if ("enum" in schema and value not in schema["enum"]) or ("const" in schema and value != schema["const"]):
-        return False
-    if isinstance(value, dict) and isinstance(members := schema.get("properties", {}), dict):
-        known = all(key in members or schema.get("additionalProperties", True) is not False for key in value)
-        there = all(key in value for key in schema.get("required") or ())
-        return known and there and all(fits(each, members.get(key, {})) for key, each in value.items())
-    return not isinstance(value, list) or all(fits(each, schema.get("items", {})) for each in value)
-
-
-def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, TYPES.get(kind, object)) and (kind == "boolean" or not isinstance(value, bool))

@@ -74,8 +74,8 @@ class ChatPrompt:
 
     @property
     def single(self) -> bool:
-        """Whether there is at most one call."""
-        return not self.parallel or self.named is not None
+        """Whether there is at most one call: also if one is forced, since a small model would repeat it without end."""
+        return not self.parallel or bool(self.forced)
 
 
 @dataclass(frozen=True, kw_only=True)

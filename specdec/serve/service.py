@@ -115,7 +115,7 @@ class Service:
             if not form.forceable:
                 message = "calls in this model's format cannot be forced; set tool_choice to 'auto'"
                 raise ApiError(400, message, "tool_choice", "unsupported_parameter")
-            rule, name = partial(tool_grammar, form, forced, not chat.single, self.tokenizer), "tools"
+            rule, name = partial(tool_grammar, form, forced, self.tokenizer), "tools"
         prompt, constraint = self.encode_chat(chat, template), self.compile(asked, rule, name)
         if constraint is not None:
             state = constraint.state(prompt)
@@ -123,7 +123,7 @@ class Service:
         else:
             end = self.decode(prompt[-PROMPT_END:], special=True).rstrip()
             inside = thoughts is not None and end.endswith(thoughts[0].rstrip())
-        parser = partial(AnswerParser, form, forced or tools, chat.single, thoughts, inside, bool(forced))
+        parser = partial(AnswerParser, form, forced or tools, chat.single, thoughts, inside)
         return Prepared(asked, [prompt], constraint, parser, [*form.special, *(thoughts or ())])
 
     def tokenize(self, body: TokenizeBody) -> list[int]:
@@ -216,9 +216,7 @@ class Service:
         client.begin(len(rows))
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                request = self._request(prompt, asked, client, constraint, seed=seed, stream=stream)
-                request.stop = prepared.stop(text) or request.stop
-                handle = self.engine.submit(request)
+                handle = self.engine.submit(self._request(prompt, asked, client, constraint, seed=seed, stream=stream))
                 choices.append(ResponseChoice(index, handle, prompt, text(), self.metrics))
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from specdec.base.errors import SpecDecError
-from specdec.serve.parts import BETWEEN, TEXT, THOUGHT, AnswerParser, Format, Part, Parts, Schemas, new_id, types
+from specdec.serve.parts import BETWEEN, TEXT, THOUGHT, AnswerParser, Format, Part, Parts, Schemas, new_id
 from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -22,13 +22,11 @@ Terminal = Callable[[str], str]
 class CallFormat(Format):
     """A format with tools.
 
-    first, last: text before the first call and after the last one. before, after: text around each call, and between:
-        text between two of them, in a grammar. forceable: whether there is a grammar. several: of several calls.
-    tail: the text after the arguments.
+    before, after: text around a call. tail: the text after its arguments. forceable: whether there is a grammar.
     """
 
-    first = before = between = after = last = tail = ""
-    forceable = several = True
+    before = after = tail = ""
+    forceable = True
 
     def head(self, name: str) -> str:
         """The text before the arguments of a call."""
@@ -63,19 +61,19 @@ class Hermes(JsonCalls):
 
     marks, end = ("<tool_call>",), "</tool_call>"
     special = "<tool_call>", "</tool_call>"
-    before, between, after = "<tool_call>\n", "\n", "\n</tool_call>"
+    before, after = "<tool_call>\n", "\n</tool_call>"
 
 
 class Mistral(JsonCalls):
     marks = special = ("[TOOL_CALLS]",)
-    first, between, last = "[TOOL_CALLS][", ", ", "]"
+    before, after = "[TOOL_CALLS][", "]"
 
 
 class Llama(JsonCalls):
     """An answer that is a JSON object is a call."""
 
     marks = special = ("<|python_tag|>",)
-    key, between = "parameters", "; "
+    key = "parameters"
 
     def read(self, answer: AnswerParser) -> Parts[None]:
         source = answer.source
@@ -90,7 +88,7 @@ class MistralNamed(CallFormat):
     """Since Mistral Small 3.1: the name comes before the arguments."""
 
     marks, separator = ("[TOOL_CALLS]",), "[ARGS]"
-    special = around_name = "[TOOL_CALLS]", "[ARGS]"
+    special = "[TOOL_CALLS]", "[ARGS]"
     before = "[TOOL_CALLS]"
 
     def head(self, name: str) -> str:
@@ -114,8 +112,8 @@ class QwenXml(CallFormat):
 
     marks = "<tool_call>", "<function="
     special = "<tool_call>", "</tool_call>"
-    before, between, after, tail = "<tool_call>\n", "\n", "\n</tool_call>", "</function>"
-    end, around_name = "\n</parameter>\n", ("<function=", ">")
+    before, after, tail = "<tool_call>\n", "\n</tool_call>", "</function>"
+    end = "\n</parameter>\n"
 
     def head(self, name: str) -> str:
         return f"<function={name}>\n"
@@ -180,7 +178,7 @@ class QwenXml(CallFormat):
 class Gemma(CallFormat):
     """Names and keys are bare, and texts between quotes of their own."""
 
-    forceable, around_name = False, ("call:", "{")
+    forceable = False
 
     def __init__(self, begin: str, end: str, quote: str) -> None:
         self.marks, self.end, self.quote, self.special = (begin,), end, quote, (begin, end, quote)
@@ -221,7 +219,6 @@ class Harmony(CallFormat):
 
     begins, ends = ("<|channel|>", "<|start|>"), ("<|end|>", "<|call|>", "<|return|>")
     special = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", *ends
-    several, around_name = False, ("to=functions.", " ")
 
     def head(self, name: str) -> str:
         return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
@@ -278,16 +275,14 @@ def find_thoughts(template: str) -> tuple[str, str] | None:
     return next((marks for marks in THOUGHTS if marks[1] in template), None)
 
 
-def tool_grammar(form: CallFormat, tools: Schemas, several: bool, tokenizer: Any) -> Grammar:
-    """A grammar of one call, or of ``several``."""
+def tool_grammar(form: CallFormat, tools: Schemas, tokenizer: Any) -> Grammar:
+    """A grammar of one call."""
 
     def text(given: str) -> str:
         return _grammar_text(given, form.special, tokenizer)
 
-    more = f"({text(form.between)} call)*" if several and form.several else ""
-    lines = [f"start: {text(form.first)} call {more} {text(form.last)}"]
-    lines.append(f"call: {text(form.before)} body {text(form.after)}")
-    lines.append("body: " + " | ".join(f"call_{n}" for n in range(len(tools))))
+    lines = [f"start: {text(form.before)} call {text(form.after)}"]
+    lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(tools))))
     for n, (name, schema) in enumerate(tools.items()):
         lines.append(f"call_{n}: {text(form.head(name))} arguments_{n} {text(form.tail)}")
         lines += form.arguments(f"arguments_{n}", schema or NO_ARGUMENTS, text)
@@ -303,6 +298,15 @@ def _grammar_text(text: str, marks: Sequence[str], tokenizer: Any) -> str:
         added = token is not None and str(tokenizer.added_tokens_decoder.get(token)) == part
         found.append(f"<[{token}]>" if added else json.dumps(part))
     return " ".join(found)
+
+
+def types(schema: Any) -> set[str]:
+    """The JSON types that a schema names at its top."""
+    if not isinstance(schema, dict):
+        return set()
+    own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]
+    found = {each for each in (own if isinstance(own, list) else [own]) if isinstance(each, str)}
+    return found.union(*(types(each) for other in others if isinstance(other, list) for each in other))
 
 
 def _call(name: str, id: str, text: str) -> Part:

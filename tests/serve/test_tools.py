@@ -32,7 +32,7 @@ from specdec.serve.tools import (
     find_thoughts,
     tool_grammar,
 )
-from specdec.speculation.constraints import REASONING, ConstraintState, compile_constraint
+from specdec.speculation.constraints import REASONING, compile_constraint
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 FORMS = [HERMES, MISTRAL, MISTRAL_NAMED, LLAMA]
@@ -46,7 +46,7 @@ def test_calls_are_read_however_the_text_comes(form: CallFormat, size: int) -> N
     assert calls_of(blocks) == CALLS and len(blocks) == 2
     assert calls_of(read(written(form, CALLS), size, form, single=True)) == CALLS[:1]
     other = '{"arguments": {"a": 1, "b": 3}, "id": "x", "name": "sum"}'
-    text = form.first + form.before + other + form.after + form.last
+    text = form.before + other + form.after
     assert form is MISTRAL_NAMED or calls_of(read(text, size, form)) == [("sum", {"a": 1, "b": 3})]
     for odd in ("[TOOL_CALLS]nobody[ARGS]{}", "[TOOL_CALLS]sum[ARGS]7", "[TOOL_CALLS]su"):
         assert "".join(text for _, text in read(odd, size, MISTRAL_NAMED)) == odd.removeprefix("[TOOL_CALLS]")
@@ -64,7 +64,7 @@ def test_calls_are_read_however_the_text_comes(form: CallFormat, size: int) -> N
     if form is not LLAMA:
         blocks = read("Let me see.\n" + written(form, CALLS), size, form)
         assert calls_of(blocks) == CALLS and blocks[0] == ("text", "Let me see.")
-    cut = read(written(form, CALLS[:1])[: len(form.first + form.before) + 45], size, form)
+    cut = read(written(form, CALLS[:1])[: len(form.before) + 45], size, form)
     assert cut[0][:2] == ("call", "weather")
 
 
@@ -131,9 +131,8 @@ FENCED: list[tuple[str, Blocks]] = [
      [("text", "Well:"), ("call", "sum", '{"a": 1, "b": 4}'), ("text", "Done.")]),
     ('```\n{"name": "now", "arguments": {}}\n{"name": "now", "parameters": {}}\n```', [("call", "now", "{}")] * 2),
     ('```json\n{"name": "now"}', [("call", "now", "{}")]),
-    ('```json\n{"name": "sum", "arguments": {"a": 9, "b": 4}}\n```', []),
-    ('```json\n{"name": "sum", "arguments": {"a": 1}}\n```', []),
-    ('```json\n{"name": "sum", "arguments": {"a": 1, "b": 3, "c": 0}}\n```', []),
+    ('```json\n{"name": "sum", "description": "adds", "parameters": {"type": "object"}}\n```', []),
+    ('```json\n{"name": "sum", "arguments": [1]}\n```', []),
     ('```json\n{"name": "nobody", "arguments": {}}\n``` and more', []),
     ('a \n```python\nprint("""x""")\n```\n\n```json\n[1]\n``` b', []),
     ('```json\n{"name": 7}\n```', []),
@@ -142,7 +141,6 @@ FENCED: list[tuple[str, Blocks]] = [
     ('{{"name": "sum", "arguments": {"a": 1, "b": 4}}}\n', [("call", "sum", '{"a": 1, "b": 4}')]),
     ('`{"name": "now", "arguments": {}}`', [("call", "now", "{}")]),
     ('{"name": "now", "arguments": {}} is what I call', []),
-    ('{"name": "sum", "arguments": {"a": 9}}', []),
     ("`x` is {", []),
     ("```", []),
 ]  # fmt: skip
@@ -150,7 +148,7 @@ FENCED: list[tuple[str, Blocks]] = [
 
 @pytest.mark.parametrize("case", range(len(FENCED)))
 @SIZES
-def test_a_fenced_object_is_a_call_if_it_fits(case: int, size: int) -> None:
+def test_a_fenced_object_is_a_call_if_it_is_nothing_else(case: int, size: int) -> None:
     text, blocks = FENCED[case]
     assert read(text, size, HERMES) == (blocks or [("text", text)])
 
@@ -195,16 +193,14 @@ def test_grammars_take_what_is_in_the_form_and_nothing_else(form: CallFormat, sp
         tokenizer.add_tokens([*form.special], special_tokens=special)
     tokenizer.add_tokens(["\n"])
 
-    def state(several: bool) -> ConstraintState:
-        grammar = tool_grammar(form, SCHEMAS, several, tokenizer)
-        return compile_constraint(grammar, tokenizer, 100, frozenset([EOS])).state(())
+    grammar = compile_constraint(tool_grammar(form, SCHEMAS, tokenizer), tokenizer, 100, frozenset([EOS]))
 
-    def ends(text: str, several: bool = True) -> bool:
-        mask = state(several).mask(tokenizer(text).input_ids)
+    def ends(text: str) -> bool:
+        mask = grammar.state(()).mask(tokenizer(text).input_ids)
         return mask is not None and bool(mask[EOS])
 
-    assert ends(written(form, CALLS)) and ends(written(form, [("now", {})])) and ends(written(form, CALLS[:1]), False)
-    assert not ends(written(form, CALLS), False) and not ends(written(form, [("sum", {"a": 1})]))
+    assert ends(written(form, [("now", {})])) and ends(written(form, CALLS[:1]))
+    assert not ends(written(form, CALLS)) and not ends(written(form, [("sum", {"a": 1})]))
     assert not ends(written(form, [("weather", {"city": "Rome", "days": 10})])) and not ends("hello")
 
 
@@ -237,7 +233,7 @@ def xml(**members: str) -> str:
 def test_grammars_of_other_forms(form: CallFormat, text: str, ends: bool) -> None:
     tokenizer = letters()
     tokenizer.add_tokens(["\n", *form.special])
-    grammar = tool_grammar(form, {"put": STRINGS}, True, tokenizer)
+    grammar = tool_grammar(form, {"put": STRINGS}, tokenizer)
     state = compile_constraint(grammar, tokenizer, 120, frozenset([EOS])).state(())
     mask = state.mask(tokenizer(text).input_ids)
     assert (mask is not None and bool(mask[EOS])) == ends
@@ -266,9 +262,7 @@ def whole_call(deltas: list[dict[str, Any]]) -> dict[str, Any]:
 @SIZES
 def test_a_name_that_is_no_text_calls_nobody(form: CallFormat, size: int) -> None:
     for name in ('["sum"]', '{"sum": 1}', "null"):
-        text = (
-            form.first + form.before + f'{{"arguments": {{"a": 1, "b": 3}}, "name": {name}}}' + form.after + form.last
-        )
+        text = form.before + f'{{"arguments": {{"a": 1, "b": 3}}, "name": {name}}}' + form.after
         assert not calls_of(read(text, size, form))
 
 
@@ -335,89 +329,6 @@ def test_calls_with_names_before_their_arguments_are_forced_and_streamed() -> No
         deltas = [chunk["delta"] for chunk in chunks if chunk["index"] == choice["index"]]
         assert called(whole_call(deltas)) == calls
         assert all(set(arguments) == set(SCHEMAS[name]["properties"]) for name, arguments in calls)  # type: ignore[index]
-
-
-def test_a_forced_call_that_is_cut_is_a_call(server: Server) -> None:
-    forced: dict[str, Any] = {"type": "function", "function": {"name": "sum"}}
-    body: dict[str, Any] = {"tools": TOOLS[:2], "seed": 1}
-    lengths = set()
-    for limit in (1, 4, 12, 25, 34, 38):
-        answer = server.chat(**body, tool_choice=forced, max_tokens=limit).json()["choices"][0]
-        [call] = answer["message"]["tool_calls"]
-        assert call["function"]["name"] == "sum" and call["id"] and answer["message"]["content"] is None
-        assert answer["finish_reason"] == "length"
-        streamed = events(server.chat(**body, tool_choice=forced, max_tokens=limit, stream=True))
-        deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
-        same = whole_call(deltas)["tool_calls"][0]["function"]
-        assert same == call["function"] and not any(delta.get("content") for delta in deltas)
-        lengths.add(len(call["function"]["arguments"]))
-    assert 0 in lengths and max(lengths) > 0
-    unclear = server.chat(**body, tool_choice="required", max_tokens=3).json()["choices"][0]
-    assert unclear["finish_reason"] == "length" and unclear["message"]["content"] == ""
-
-
-@pytest.mark.parametrize(
-    ("form", "text", "name"),
-    [
-        (HERMES, '<tool_call>\n{"name": "w', "weather"),
-        (HERMES, '<think>"name": "now"</think><tool_call>\n{"name": "sum", "arg', "sum"),
-        (HERMES, '<tool_call>\n{"name": "', None),
-        (LLAMA, '{"name": "no', "now"),
-        (MISTRAL_NAMED, "[TOOL_CALLS]su", "sum"),
-        (MISTRAL_NAMED, "[TOOL_CALLS]sum[ARGS]", "sum"),
-    ],
-)
-def test_the_name_of_a_call_that_is_cut_is_told_where_it_is_certain(
-    form: CallFormat, text: str, name: str | None
-) -> None:
-    blocks = read(text, 5, form, forced=True, reasoning=REASONING)
-    assert [block[1] for block in blocks if block[0] == "call"] == ([name] if name else [])
-    assert not any(block[0] == "text" for block in blocks)
-
-
-def test_several_calls_come_where_they_may(server: Server) -> None:
-    rows = server.chat(tools=TOOLS[1:], tool_choice="required", n=16, seed=1, max_tokens=400).json()["choices"]
-    found = [called(row["message"]) for row in rows if row["finish_reason"] == "tool_calls"]
-    assert 1 in map(len, found) and max(map(len, found)) > 1
-    for calls in found:
-        assert len({json.dumps(call) for call in calls}) == len(calls)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_forced_call_that_is_repeated_ends_the_answer(server: Server, stream: bool, n: int) -> None:
-    """A model that must not end would repeat it up to the limit."""
-    body: dict[str, Any] = {"tools": TOOLS[2:], "tool_choice": "required", "max_tokens": 400, "n": n}
-    body |= {"logit_bias": {str(server.decoder.tokenizer.eos_token_id): -100}}
-    if stream:
-        chunks = events(server.chat(**body, stream=True, stream_options={"include_usage": True}))
-        usage = chunks.pop()["usage"]
-        parts = [chunk["choices"][0] for chunk in chunks]
-        messages = [whole_call([part["delta"] for part in parts if part["index"] == i]) for i in range(n)]
-        reasons = [part["finish_reason"] for part in parts if part["finish_reason"]]
-    else:
-        answer = server.chat(**body).json()
-        usage, reasons = answer["usage"], [choice["finish_reason"] for choice in answer["choices"]]
-        messages = [choice["message"] for choice in answer["choices"]]
-    assert [called(message) for message in messages] == [[("now", {})]] * n and reasons == ["tool_calls"] * n
-    one = len(server.decoder.tokenizer(written(HERMES, [("now", {})])).input_ids)
-    assert usage["completion_tokens"] < n * 2 * one + 4
-
-
-@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA, MISTRAL_NAMED])
-@SIZES
-def test_a_repeated_call_is_no_part_of_a_forced_answer(form: CallFormat, size: int) -> None:
-    other = [CALLS[0], ("weather", {"city": "Rome", "days": 30}), CALLS[1]]
-    for calls, expected in (
-        (other, other),
-        ([*other, CALLS[0], ("now", {})], other),
-        ([CALLS[1], CALLS[1]], [CALLS[1]]),
-    ):
-        assert calls_of(read(written(form, calls), size, form, forced=True)) == expected
-    assert calls_of(read(written(form, CALLS[:1] * 2), size, form)) == CALLS[:1] * 2  # nothing forces it
-    end = len(form.tail + form.after + form.last) + 3
-    cut = read(written(form, CALLS[:1] * 2)[:-end], size, form, forced=True)
-    assert [block[1] for block in cut] == ["weather"] * 2
 
 
 def test_tools_that_the_model_may_call(server: Server) -> None:

@@ -14,7 +14,7 @@ from tiny_tokenizers import letters
 from specdec import SpecDecoder
 from specdec.engine.request import Event
 from specdec.serve.parts import AnswerParser, Format, merged
-from specdec.serve.tools import CallFormat
+from specdec.serve.tools import LLAMA, MISTRAL, CallFormat
 
 WEATHER = {
     "type": "object",
@@ -47,7 +47,9 @@ THINKING = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking 
 def written(form: CallFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
     """Calls in a format whose arguments are JSON."""
     bodies = [form.head(name) + json.dumps(arguments) + form.tail for name, arguments in calls]
-    return form.first + form.between.join(form.before + body + form.after for body in bodies) + form.last
+    if form in (MISTRAL, LLAMA):
+        return form.before + "; ".join(bodies) + form.after
+    return "\n".join(form.before + body + form.after for body in bodies)
 
 
 def read(text: str, size: int, form: Format, tools: Any = SCHEMAS, **how: Any) -> list[tuple[str, ...]]:
