@@ -20,7 +20,7 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
 from specdec.serve.answer import Answer, Prepared
-from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, post
+from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, JsonRoute
 from specdec.serve.chat import OpenAIAnswer
 from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
 from specdec.serve.clients import Client, Clients
@@ -48,12 +48,11 @@ def make_app(
     """The application that serves ``decoder`` through ``engine``. write: prints the log line of a request."""
     service = Service(decoder, engine, settings)
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
-    app.state.reader = BodyReader(settings, write)
+    app.state.settings, app.router.route_class = settings, JsonRoute
     add_handlers(app)
     _add_generation(app, service, write)
     _add_tokens(app, service)
     _add_state(app, service)
-    _describe(app)
     app.add_middleware(ApiKey, clients=Clients(settings.all_keys))
     if settings.cors:
         app.add_middleware(
@@ -78,40 +77,28 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
             prepared, choices = await run_sync(service.start, translate, _client(request))
         return await _answer(service, request, make(prepared, choices, name), write)
 
-    @post(app, "/v1/chat/completions", ChatBody)
+    @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
         return await answered(request, body.names, body.request, OpenAIAnswer)
 
-    @post(app, "/v1/completions", CompletionBody)
+    @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> HTTPResponse:
         return await answered(request, body.names, body.request, OpenAIAnswer)
 
-    @post(app, "/v1/messages", MessagesBody)
+    @app.post("/v1/messages")
     async def messages(body: MessagesBody, request: Request) -> HTTPResponse:
         return await answered(request, body.names, body.request, MessagesAnswer)
 
-    @post(app, "/v1/responses", ResponsesBody)
+    @app.post("/v1/responses")
     async def responses(body: ResponsesBody, request: Request) -> HTTPResponse:
         return await answered(request, body.names, body.request, partial(ResponsesAnswer, body=body))
 
-    @post(app, "/v1/messages/count_tokens", CountBody)
+    @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         with sent_as(body.names):
             ids = await run_sync(lambda: service.encode_chat(body.chat()))
         return JSONResponse({"input_tokens": len(ids)})
-
-
-def _describe(app: FastAPI) -> None:
-    """Put into the OpenAPI document what the schemas of bodies refer to."""
-    make = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        found = make()
-        found["components"]["schemas"] |= app.state.reader.definitions
-        return found
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _client(request: Request) -> Client:
@@ -144,13 +131,13 @@ async def _answer(service: Service, request: Request, response: Answer, write: C
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    @post(app, "/tokenize", TokenizeBody)
+    @app.post("/tokenize")
     async def tokenize(body: TokenizeBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         ids = await run_sync(service.tokenize, body)
         return JSONResponse({"count": len(ids), "max_model_len": service.context, "tokens": ids})
 
-    @post(app, "/detokenize", DetokenizeBody)
+    @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         service.check_length("tokens", len(body.tokens), service.context)

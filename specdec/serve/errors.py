@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import Scope
@@ -27,6 +27,7 @@ ANTHROPIC_TYPES = {
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER = 1  # seconds
+NOT_JSON = "the body must be a JSON object, with Content-Type: application/json"
 LONGEST = 300  # characters of what pydantic says, which may quote the client
 
 
@@ -41,7 +42,7 @@ class ErrorBody(BaseModel):
     error: ErrorObject
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """What the client gets instead of an answer.
 
     param: the parameter that is wrong. code: the kind of error, for programs.
@@ -56,14 +57,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int = RETRY_AFTER,
     ) -> None:
-        super().__init__(message)
+        headers = {429: {"Retry-After": str(retry_after)}, 401: {"WWW-Authenticate": "Bearer"}}
+        super().__init__(status, message, headers.get(status))
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
-
-    @property
-    def headers(self) -> dict[str, str]:
-        if self.status == 429:
-            return {"Retry-After": str(self.retry_after)}
-        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -73,12 +69,12 @@ class ApiError(Exception):
         kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
-    def response(self, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        """The answer to the request of ``scope``. headers: in place of the error's own."""
+    def response(self, scope: Scope) -> JSONResponse:
+        """The answer to the request of ``scope``."""
         body = self.body()
         if scope["path"].startswith(ANTHROPIC):
             body = self.anthropic_body() | {"request_id": scope.get("state", {}).get("request_id")}
-        return JSONResponse(body, self.status, self.headers if headers is None else headers)
+        return JSONResponse(body, self.status, self.headers)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -94,8 +90,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = [each | {"loc": each["loc"][1:]} for each in error.errors()]  # of the query
-        return _from_pydantic(found, dict(request.query_params)).response(request.scope)
+        return _invalid(error).response(request.scope)
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -104,7 +99,8 @@ def add_handlers(app: FastAPI) -> None:
             405: f"{request.url.path} does not allow the method {request.method}",
         }
         answer = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
-        return answer.response(request.scope, error.headers)
+        answer.headers = error.headers
+        return answer.response(request.scope)
 
     @app.exception_handler(Exception)
     def unexpected_error(request: Request, error: Exception) -> JSONResponse:
@@ -124,13 +120,11 @@ def sent_as(names: Mapping[str, str]) -> Iterator[None]:
         raise ApiError(error.status, message, name, error.code, error.retry_after) from None
 
 
-def invalid(error: ValidationError, given: Any) -> ApiError:
-    """The answer to the errors of pydantic in ``given``."""
-    return _from_pydantic(error.errors(include_url=False, include_input=False), given)
-
-
-def _from_pydantic(errors: Sequence[Mapping[str, Any]], given: Any) -> ApiError:
-    found, place, said = explain(errors, given)
+def _invalid(error: RequestValidationError) -> ApiError:
+    """The answer to a body that is no JSON object, or has a parameter that is wrong."""
+    if not isinstance(error.body, dict):
+        return ApiError(400, NOT_JSON, code="invalid_json")
+    found, place, said = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)
     param = ".".join(map(str, place))[:200] or None
     if found["type"] == UNKNOWN:
         return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")

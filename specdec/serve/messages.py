@@ -17,7 +17,6 @@ from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
-    NO_EFFECT,
     UNUSED,
     Options,
     Stop,
@@ -28,42 +27,36 @@ from specdec.serve.schema import (
 from specdec.speculation.constraints import Json
 
 MAX_SEQUENCES = 64
-IGNORED = ("cache_control", "citations", "caller")  # members of blocks and tools without effect
-IGNORED_OF_TOOLS = (*IGNORED, "strict", "eager_input_streaming", "defer_loading", "input_examples", "allowed_callers")
 EFFORTS = {"enabled": "medium", "disabled": "none"}
 CHOICES = {"any": "required", "none": "none"}
 
 
-class _Block(Strict):
-    no_effect = IGNORED
-
-
-class TextBlock(_Block):
+class TextBlock(Strict):
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(_Block):
+class ThinkingBlock(Strict):
     type: Literal["thinking"]
     thinking: str
     signature: str = ""
 
 
-class RedactedBlock(_Block):
+class RedactedBlock(Strict):
     """What other models have thought; it is not given to this one."""
 
     type: Literal["redacted_thinking"]
     data: str
 
 
-class ToolUse(_Block):
+class ToolUse(Strict):
     type: Literal["tool_use"]
     id: Annotated[str, Field(max_length=256)]
     name: ToolName
     input: dict[str, Any]
 
 
-class ToolResult(_Block):
+class ToolResult(Strict):
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, Field(max_length=256)]
     content: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
@@ -122,7 +115,7 @@ class Turn(Strict):
 
 
 class MessageTool(Strict):
-    no_effect, kinds = IGNORED_OF_TOOLS, ("tools", "custom")
+    kinds = "tools", "custom"
 
     type: Literal["custom"] | None = None
     name: ToolName
@@ -167,11 +160,6 @@ class CountBody(Options):
     """What the two endpoints have in common."""
 
     unused = UNUSED | {"container": (), "mcp_servers": ([],)}
-    no_effect = (
-        *(*NO_EFFECT, "cache_control", "context_management", "speed", "user_profile_id", "workspace_id"),
-        *("diagnostics", "inference_geo"),
-    )
-
     names: ClassVar = {  # as in ``GenerationBody``
         "response_format": "output_config.format",
         "reasoning_effort": "output_config.effort",

@@ -20,7 +20,6 @@ from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
-    NO_EFFECT,
     UNUSED,
     Effort,
     Function,
@@ -33,14 +32,8 @@ from specdec.serve.schema import (
     json_of,
 )
 
-IGNORED = ("id", "status", "phase", "annotations", "logprobs", "namespace", "encrypted_content", "caller", "async")
 
-
-class _Part(Strict):
-    no_effect: ClassVar[Sequence[str]] = IGNORED
-
-
-class TextItem(_Part):
+class TextItem(Strict):
     type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
     text: str
 
@@ -52,15 +45,13 @@ def _text(given: str | Sequence[TextItem] | None) -> str:
     return given if isinstance(given, str) else "".join(part.text for part in given or ())
 
 
-class MessageItem(_Part):
+class MessageItem(Strict):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | Texts
 
 
-class CallItem(_Part):
-    no_effect = tuple(name for name in IGNORED if name != "status")
-
+class CallItem(Strict):
     type: Literal["function_call"]
     call_id: Annotated[str, Field(max_length=256)]
     name: Annotated[str, Field(max_length=128)]
@@ -79,13 +70,13 @@ class CallItem(_Part):
         return begun_object(self.arguments)
 
 
-class OutputItem(_Part):
+class OutputItem(Strict):
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(max_length=256)]
     output: str | Texts
 
 
-class ReasoningItem(_Part):
+class ReasoningItem(Strict):
     type: Literal["reasoning"]
     summary: Texts | None = None
     content: Texts | None = None
@@ -129,8 +120,6 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
 class FunctionTool(Function):
     kinds = "tools", "function"
 
-    no_effect = ("defer_loading",)
-
     type: Literal["function"]
 
 
@@ -153,14 +142,10 @@ class Format(JsonSchema):
 
 
 class TextConfig(Strict):
-    no_effect = ("verbosity",)
-
     format: Format | None = None
 
 
 class Reasoning(Strict):
-    no_effect = "summary", "generate_summary", "context", "mode"
-
     effort: Effort | None = None
 
 
@@ -175,10 +160,6 @@ class ResponsesBody(Options):
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
-    no_effect = (
-        *(*NO_EFFECT, "moderation", "personality", "prompt_cache_options", "prompt_cache_retention"),
-        "stream_options",
-    )
     names: ClassVar = {  # as in ``GenerationBody``
         "messages": "input",
         "max_tokens": "max_output_tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
@@ -11,7 +12,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -30,6 +30,7 @@ def _token_id(given: str) -> str:
     return given
 
 
+ignored = ContextVar[set[str] | None]("ignored", default=None)  # names of members that a request's body has in vain
 OPTIONS = {*GenerationOptions.__annotations__} - {"num_speculative_tokens"}
 MAX_STOPS = 4
 MAX_BIASES = 1024
@@ -76,10 +77,6 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "xtc_probability": (0,),
 }
-NO_EFFECT: tuple[str, ...] = (
-    *("metadata", "prompt_cache_key", "cache_prompt", "safety_identifier", "service_tier", "store", "user"),
-    *("priority", "request_id", "guided_decoding_backend", "verbosity"),
-)
 
 
 def check_kinds(given: Any, what: str, *known: str) -> Any:
@@ -110,17 +107,16 @@ def check_arguments(given: str) -> str:
 
 
 class Strict(BaseModel):
-    """An object. The context of its validation is a set, to which the names of members that are ignored are added."""
+    """An object. Members that are not declared are ignored, and so are those that are null."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    no_effect: ClassVar[Sequence[str]] = ()  # members that are left out, like all that are null
     unused: ClassVar[Mapping[str, Sequence[Any]]] = {}  # members that are refused unless they have one of these values
     kinds: ClassVar[Sequence[str]] = ()  # what it is called, and its types
 
     @model_validator(mode="before")
     @classmethod
-    def _check_members(cls, given: Any, info: ValidationInfo) -> Any:
+    def _check_members(cls, given: Any) -> Any:
         check_size(given, MAX_MEMBERS)
         if cls.kinds:
             check_kinds([given], *cls.kinds)
@@ -128,8 +124,8 @@ class Strict(BaseModel):
             return given
         used = {key: value for key, value in given.items() if value not in (None, *cls.unused.get(key, ()))}
         known = {*cls.unused, *(field.alias or name for name, field in cls.model_fields.items())}
-        if info.context is not None:
-            info.context.update(used.keys() - known - {*cls.no_effect})
+        if (names := ignored.get()) is not None:
+            names.update(used.keys() - known)
         return {key: value for key, value in used.items() if key in known}
 
 
@@ -137,7 +133,6 @@ class StructuredOutputs(Strict):
     """vLLM's ways to constrain the text. Exactly one is given."""
 
     unused = {"structural_tag": (), "whitespace_pattern": ("",), "disable_additional_properties": (False,)}
-    no_effect = "disable_fallback", "disable_any_whitespace"
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
@@ -214,8 +209,6 @@ class Options(Strict):
 class StreamOptions(Strict):
     """include_draft_depth: send a chunk per token, with its depth in the draft (0: the model chose it)."""
 
-    no_effect = "include_obfuscation", "continuous_usage_stats"
-
     include_usage: bool = False
     include_draft_depth: bool = False
 
@@ -261,7 +254,6 @@ class GenerationBody(Options):
     """
 
     unused = UNUSED
-    no_effect = NO_EFFECT
 
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
