@@ -183,8 +183,8 @@ class ResponsesBody(Options):
 
     def chat(self) -> ChatPrompt:
         """The chat in this body. Raises ApiError."""
-        text = isinstance(self.input, str)
-        messages = [{"role": "user", "content": self.input}] if text else messages_of(self.input)
+        text = self.input
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else messages_of(text)
         asked = set[str]()
         for message in messages:
             asked.update(call["id"] for call in message.get("tool_calls", ()))
@@ -283,7 +283,7 @@ class ResponsesAnswer(BlockAnswer):
             yield self._event("response.content_part.added", part=_part(block))
 
     def delta(self, block: Block, text: str) -> Events:
-        more = {"logprobs": []} if block.kind == "text" else {}
+        more: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
         yield self._event(f"response.{NAMES[block.kind]}.delta", delta=text, **more)
 
     def end_block(self, block: Block, last: bool = False) -> Events:
@@ -291,7 +291,7 @@ class ResponsesAnswer(BlockAnswer):
         if block.kind == "call":
             yield self._event(f"response.{kind}.done", name=block.name, arguments=block.text)
         else:
-            more = {"logprobs": []} if block.kind == "text" else {}
+            more: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
             yield self._event(f"response.{kind}.done", text=block.text, **more)
             yield self._event("response.content_part.done", part=_part(block))
         item = self._item(self._index, block, self._status(last))
