@@ -62,6 +62,10 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "grammar": ("",),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
     "guided_whitespace_pattern": ("",),
     "include_stop_str_in_output": (False,),
     "logits_processors": ([],),
@@ -174,10 +178,6 @@ class Options(Strict):
     stop_token_ids: StopIds | None = None
     bad_words: Annotated[list[Stop], Field(max_length=MAX_BIASES, fail_fast=True)] | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None  # these are vLLM's earlier names
-    guided_regex: str | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: str | None = None
     speculative_decoding: bool = True
     num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
     include_metrics: bool = False
@@ -185,10 +185,8 @@ class Options(Strict):
 
     def generation(self, form: Constraint | None, limits: Mapping[str, Any], **more: Any) -> GenerationRequest:
         """The request. form: the constraint of the protocol. limits: options beside those here. Raises ApiError."""
-        guided = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
-        guided["grammar"] = self.guided_grammar
-        given = self.structured_outputs or StructuredOutputs(), StructuredOutputs.model_validate(guided)
-        rules = [*given[0].rules, *given[1].rules, *([] if form is None else [form])]
+        rules = self.structured_outputs.rules if self.structured_outputs else []
+        rules += [] if form is None else [form]
         if len(rules) > 1:
             what = "the text can have one format only; leave the others out"
             raise ApiError(400, what, "response_format", "invalid_value")

@@ -102,12 +102,9 @@ def test_best_of_is_the_number_of_choices(server: Server) -> None:
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 FORMS: list[tuple[dict[str, Any], str]] = [
-    ({"guided_json": SCHEMA}, r'\{"a": [12]\}'),
-    ({"guided_json": json.dumps(SCHEMA)}, r'\{"a": [12]\}'),
-    ({"guided_regex": "[ab]{3}c"}, "[ab]{3}c"),
-    ({"guided_choice": ["red", "blue"]}, "red|blue"),
-    ({"guided_grammar": 'start: "x" "y"'}, "xy"),
     ({"structured_outputs": {"json": SCHEMA}}, r'\{"a": [12]\}'),
+    ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, r'\{"a": [12]\}'),
+    ({"structured_outputs": {"grammar": 'start: "x" "y"'}}, "xy"),
     ({"structured_outputs": {"regex": "[ab]{3}c", "disable_fallback": True}}, "[ab]{3}c"),
     ({"structured_outputs": {"choice": ["red", "blue"]}}, "red|blue"),
 ]
@@ -124,7 +121,7 @@ def test_vllms_names_of_formats_constrain_the_text(server: Server) -> None:
             assert all(re.fullmatch(pattern, each) for each in texts), (form, texts)
     same = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}
     assert ask(same) == ask(FORMS[0][0])
-    both = server.complete(guided_regex="a", **same)
+    both = server.complete(structured_outputs={"regex": "a"}, **same)
     assert both.status_code == 400 and "one format only" in both.json()["error"]["message"]
 
 
@@ -188,11 +185,11 @@ def test_what_would_change_the_text_and_cannot_be_served_is_refused_by_name(serv
         ({"bad_words": [""]}, "bad_words.0"),
         ({"bad_words": ["x"] * 2000}, "bad_words"),
         ({"top_k": -2}, "top_k"),
-        ({"guided_choice": []}, "guided_choice"),
-        ({"guided_regex": "["}, "response_format"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "["}}, "response_format"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"min_tokens": 30}, None),
-        ({"min_tokens": 3, "guided_regex": "a"}, None),
+        ({"min_tokens": 3, "structured_outputs": {"regex": "a"}}, None),
     ],
 )
 def test_wrong_values_are_refused(server: Server, body: dict[str, Any], param: str | None) -> None:
