@@ -69,10 +69,10 @@ COUNTERS = (  # what the user, or a tool, says before each answer; {NAME} is a f
     "run_tests: 43 passed\n\nGive the final version of `longest` and of the mapping once more, for the description.",
 )
 KEYS = (
-    "The keys of this server shall have a limit of tokens a day, beside that of a minute. First look at the file.\n\n"
+    "The keys of this server shall have a limit of tokens a day. First look at the file.\n\n"
     f"{{{CLIENTS}}}\n\nWhich classes must change? Quote the fields of Key.",
-    "Add a field `tokens_per_day` to Key, after `tokens_per_minute`. Give the fields, and the line of the docstring.",
-    "edit_file: done.\n\nNow give the method `begin` of Client whole, with a check of the daily limit.",
+    "Add a field `tokens_per_day` to Key, after `max_rows`. Give the fields, and the line of the docstring.",
+    "edit_file: done.\n\nNow give a method `begin` of Client with a check of the daily limit.",
     "run_tests: 1 failed, 11 passed\n\nE   AttributeError: 'Client' object has no attribute 'today'\n\nGive `__init__` "
     "of Client with what is missing.",
     f"run_tests: 12 passed\n\nThe metrics shall show what is left.\n\n{{{METRICS}}}\n\nQuote `record_key`, and the "

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import hmac
 import re
-import threading
-import time
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,7 +15,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from specdec.base.errors import SpecDecError
-from specdec.serve.errors import ApiError
 
 MAX_FILE = 1 << 20  # bytes
 KEY = re.compile(r"[!-~]+")
@@ -25,13 +22,12 @@ ASCII = Field(pattern=f"^{KEY.pattern}$")
 
 
 class Key(BaseModel):
-    """A key and the limits of who has it; None is no limit of its own.
+    """A key, and what the scheduler does for who has it.
 
     name: in the log and the metrics, which never have the key.
     priority: requests of a higher one are started first.
-    max_rows: requests that are decoded at once. max_requests: these and those that wait.
+    max_rows: requests that are decoded at once; None: no limit of its own.
     learn: whether a drafter that teaches itself may learn from its texts.
-    tokens_per_minute: tokens of prompts and answers; a request that exceeds what is left delays the next ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -41,8 +37,6 @@ class Key(BaseModel):
     priority: int = 0
     learn: bool = True
     max_rows: PositiveInt | None = None
-    max_requests: PositiveInt | None = None
-    tokens_per_minute: PositiveInt | None = None
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
@@ -67,47 +61,14 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 class Client:
-    """Who has a key, and what is used now.
+    """Who sends a request.
 
     scope: keeps apart what is stored; None without keys. sender: then the address, among which rows are fair.
-    requests: choices that wait or run. left: tokens of this minute.
     """
 
     def __init__(self, key: Key | None = None, sender: str | None = None) -> None:
-        self.sender = sender
-        self.key, self.requests, self.lock = key, 0, threading.Lock()
+        self.key, self.sender = key, sender
         self.scope = None if key is None else hashlib.sha256(key.key.encode()).hexdigest()
-        self.rate = 0 if key is None else key.tokens_per_minute or 0
-        self.left, self.at = float(self.rate), time.monotonic()
-
-    @property
-    def name(self) -> str:
-        return "-" if self.key is None else self.key.name
-
-    def begin(self, choices: int) -> None:
-        """Count choices that are asked for. Raises ApiError if there are too many, or too many tokens were used."""
-        most = None if self.key is None else self.key.max_requests
-        with self.lock:
-            if most is not None and self.requests + choices > most:
-                message = f"this key has {self.requests} of at most {most} requests already; try again later"
-                raise ApiError(429, message, code="rate_limit_exceeded")
-            if self.rate and self._refill() <= 0:
-                seconds = int(60 * -self.left / self.rate) + 1
-                message = f"this key has used its {self.rate} tokens a minute; try again in {seconds} s"
-                raise ApiError(429, message, code="rate_limit_exceeded", retry_after=seconds)
-            self.requests += choices
-
-    def end(self, choices: int, tokens: int) -> None:
-        """Count choices that have ended, and what they used."""
-        with self.lock:
-            self.requests -= choices
-            if self.rate:
-                self.left = self._refill() - tokens
-
-    def _refill(self) -> float:
-        now = time.monotonic()
-        self.left, self.at = min(self.rate, self.left + self.rate * (now - self.at) / 60), now
-        return self.left
 
 
 class Clients:

@@ -26,7 +26,7 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-RETRY_AFTER = 1  # seconds
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}  # seconds
 NOT_JSON = "the body must be a JSON object, with Content-Type: application/json"
 LONGEST = 300  # characters of what pydantic says, which may quote the client
 
@@ -46,20 +46,11 @@ class ApiError(HTTPException):
     """What the client gets instead of an answer.
 
     param: the parameter that is wrong. code: the kind of error, for programs.
-    retry_after: seconds after which a client that asks too much may come again.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int = RETRY_AFTER,
-    ) -> None:
-        headers = {429: {"Retry-After": str(retry_after)}, 401: {"WWW-Authenticate": "Bearer"}}
-        super().__init__(status, message, headers.get(status))
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(status, message, HEADERS.get(status))
+        self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -117,7 +108,7 @@ def sent_as(names: Mapping[str, str]) -> Iterator[None]:
         if name is None:
             raise
         message = error.message.replace(f"'{param}'", f"'{name}'", 1)
-        raise ApiError(error.status, message, name, error.code, error.retry_after) from None
+        raise ApiError(error.status, message, name, error.code) from None
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

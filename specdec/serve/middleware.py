@@ -114,5 +114,5 @@ class ApiKey:
                 return await ApiError(401, message, code="invalid_api_key").response(scope)(scope, receive, send)
             scope.setdefault("state", {})["client"] = client
             if client.key is not None:
-                scope["state"].setdefault("summary", []).append(client.name)
+                scope["state"].setdefault("summary", []).append(client.key.name)
         await self.app(scope, receive, send)

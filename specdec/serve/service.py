@@ -213,7 +213,6 @@ class Service:
         seed = asked.options.get("seed", secrets.randbelow(SEEDS))
         rows = [prompt for prompt in prepared.prompts for _ in range(asked.n)]
         choices: list[ResponseChoice] = []
-        client.begin(len(rows))
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
                 handle = self.engine.submit(self._request(prompt, asked, client, constraint, seed=seed, stream=stream))
@@ -222,7 +221,6 @@ class Service:
             raise ApiError(429, str(error), code="queue_full") from None
         finally:
             if len(choices) < len(rows):
-                client.end(len(rows), 0)
                 for choice in choices:
                     choice.close()
         return choices
@@ -238,10 +236,9 @@ class Service:
         for choice in choices:
             choice.close()
             self.metrics.record_finished(choice.handle.metrics, choice.answer.finish or "abort", now - choice.started)
-        used = sum(choice.handle.metrics.num_prompt_tokens + choice.answer.num_tokens for choice in choices)
-        client.end(len(choices), used)
         if client.key is not None:
-            self.metrics.record_key(client.name, len(choices), used)
+            used = sum(choice.handle.metrics.num_prompt_tokens + choice.answer.num_tokens for choice in choices)
+            self.metrics.record_key(client.key.name, len(choices), used)
 
     def _request(
         self,

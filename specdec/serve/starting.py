@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from specdec.serve.errors import RETRY_AFTER, ApiError
+from specdec.serve.errors import ApiError
 
 
 class Starting:
@@ -25,8 +25,5 @@ class Starting:
 
 
 def _loading(path: str) -> JSONResponse:
-    again = {"Retry-After": str(RETRY_AFTER)}
-    if path == "/health":
-        return JSONResponse({"status": "loading"}, 503, again)
     error = ApiError(503, "the model is loading; try again in a few seconds", code="loading")
-    return JSONResponse(error.body(), 503, again)
+    return JSONResponse({"status": "loading"} if path == "/health" else error.body(), 503, error.headers)

@@ -11,16 +11,14 @@ from typing import Any
 import httpx
 import pytest
 from calls import answering
-from servers import NAME, USER, Gate, Server, serving, tiny_decoder, until
+from servers import NAME, USER, Server, serving, tiny_decoder, until
 
 from specdec.base.errors import SpecDecError
-from specdec.serve import clients
-from specdec.serve.clients import Client, Clients, Key, read_keys
-from specdec.serve.errors import ApiError
+from specdec.serve.clients import Clients, Key, read_keys
 
 KEYS = (
     Key(name="ann", key="sk-ann"),
-    Key(name="bob", key="sk-bob", max_requests=2),
+    Key(name="bob", key="sk-bob"),
     Key(name="cy", key="sk-cy", learn=False),
 )
 BODY: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 4, "temperature": 0}
@@ -78,48 +76,11 @@ def test_no_drafter_learns_from_texts_of_a_key_that_forbids_it(server: Server, m
     assert ended.count(False) == 4 and ended.count(True) == 2
 
 
-def test_a_key_has_so_many_requests_at_once(server: Server) -> None:
-    for _ in range(3):  # they are given back, also after a refusal
-        assert chat(server, "bob", n=2).status_code == 200
-        found = chat(server, "bob", n=3)
-        assert found.status_code == 429 and "at most 2 requests" in found.json()["error"]["message"]
-        assert (
-            chat(server, "bob", max_tokens=10**6, messages=[{"role": "user", "content": "x" * 9999}]).status_code == 400
-        )
-    url, body = server.url + "/v1/chat/completions", BODY | {"stream": True, "n": 2}
-    with Gate(server.engine), httpx.stream("POST", url, json=body, headers=headers("bob")):
-        assert chat(server, "bob").status_code == 429
-    until(lambda: chat(server, "bob").status_code == 200)
-
-
-def test_tokens_a_minute_are_a_debt_that_time_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(clients.time, "monotonic", lambda: now[0])
-    client = Client(Key(name="a", key="b", tokens_per_minute=600))
-    client.begin(1)
-    client.begin(1)
-    client.end(1, 700)
-    client.end(1, 100)
-    with pytest.raises(ApiError) as refused:
-        client.begin(1)
-    assert refused.value.status == 429 and refused.value.headers == {"Retry-After": "21"}
-    now[0] += 21
-    client.begin(1)
-    client.end(1, 0)
-    now[0] += 10_000
-    client.begin(1)
-    client.end(1, 599)
-    client.begin(1)  # what is left never exceeds a minute's
-    client.end(1, 1)
-    with pytest.raises(ApiError):
-        client.begin(1)
-
-
 def test_without_keys_everybody_is_the_same() -> None:
     nobody = Clients(())
     assert nobody.find("x").scope is nobody.find("").scope is None  # type: ignore[union-attr]
     known = Clients(KEYS)
-    assert known.find("sk-bob").name == "bob" and known.find("") is known.find("sk-bo") is known.find("é") is None  # type: ignore[union-attr]
+    assert known.find("sk-bob").key.name == "bob" and known.find("") is known.find("sk-bo") is known.find("é") is None  # type: ignore[union-attr]
     assert "sk-" not in repr(KEYS)
 
 
@@ -140,7 +101,7 @@ def test_without_keys_addresses_are_told_apart(tmp_path: Path) -> None:
     engine.close(drain=False)
 
 
-GOOD = "- {name: ann, key: sk-1}\n- {name: bob, key: sk-2, priority: 2, max_rows: 1, tokens_per_minute: 100}\n"
+GOOD = "- {name: ann, key: sk-1}\n- {name: bob, key: sk-2, priority: 2, max_rows: 1}\n"
 BAD = {
     "nothing": ("", "YAML list"),
     "a mapping": ("a: 1", "no file of keys"),
