@@ -174,8 +174,8 @@ class CountBody(Options):
     output_config: OutputConfig | None = None
 
     @model_validator(mode="after")
-    def _check_results(self) -> CountBody:
-        """Join turns of one role in a row, as Anthropic does, and check that results have calls before them."""
+    def _join_turns(self) -> CountBody:
+        """Join turns of one role in a row, as Anthropic does."""
         joined = list[Turn]()
         for role, group in itertools.groupby(self.messages, key=lambda turn: turn.role):
             turns = list(group)
@@ -183,14 +183,6 @@ class CountBody(Options):
                 turns = [Turn.model_construct(role=role, content=[block for turn in turns for block in turn.blocks])]
             joined += turns
         self.messages = joined
-        asked = set[str]()
-        for turn in self.messages:
-            for result in turn.of(ToolResult):
-                if result.tool_use_id not in asked:
-                    raise ValueError(
-                        f"a tool_result names '{result.tool_use_id[:64]}', which is no tool_use of the message before"
-                    )
-            asked = {call.id for call in turn.of(ToolUse)}
         return self
 
     def chat(self) -> ChatPrompt:

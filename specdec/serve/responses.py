@@ -185,12 +185,6 @@ class ResponsesBody(Options):
         """The chat in this body. Raises ApiError."""
         text = self.input
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else messages_of(text)
-        asked = set[str]()
-        for message in messages:
-            asked.update(call["id"] for call in message.get("tool_calls", ()))
-            if message["role"] == "tool" and message["tool_call_id"] not in asked:
-                what = f"a function_call_output names '{message['tool_call_id'][:64]}', but no such call is before it"
-                raise ApiError(400, what, "input", "invalid_value")
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         return ChatPrompt(

@@ -204,7 +204,6 @@ def test_turns_of_one_role_in_a_row_are_one() -> None:
 
 RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "4"}
 CALL = {"type": "tool_use", "id": "x", "name": "sum", "input": {}}
-SAYS = {"role": "assistant", "content": "Well."}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "x"}}
 DEEP: Any = {}
 for _ in range(60):
@@ -214,11 +213,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unsupported member": ({"mcp_servers": [{}]}, "parameter 'mcp_servers' is not supported"),
     "a call of the system": ({"messages": [{"role": "system", "content": [CALL]}]}, "the role system"),
     "an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, "blocks of the type 'image' are not supported"),
-    "a result without a call": ({"messages": [{"role": "user", "content": [RESULT]}]}, "no tool_use of the message"),
-    "a result of an earlier call": (
-        {"messages": [{"role": "assistant", "content": [CALL]}, *USER, SAYS, {"role": "user", "content": [RESULT]}]},
-        "no tool_use of the message",
-    ),
     "a call of the user": ({"messages": [{"role": "user", "content": [CALL]}]}, "does not belong to the role user"),
     "a result of the assistant": ({"messages": [{"role": "assistant", "content": [RESULT]}]}, "the role assistant"),
     "a call that is text": (

@@ -138,7 +138,6 @@ def test_reasoning_text_and_parallel_calls_are_items() -> None:
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
-RESULT = {"type": "function_call_output", "call_id": "x", "output": "4"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no input": ({"input": None}, "input"),
     "an image": (
@@ -147,7 +146,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an item of another type": ({"input": [{"type": "web_search_call"}]}, "items of the type 'web_search_call'"),
     "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input"),
-    "a result without a call": ({"input": [RESULT]}, "no such call is before it"),
     "a call that is no JSON": (
         {"input": [{"type": "function_call", "call_id": "x", "name": "sum", "arguments": "["}]},
         "JSON object",
