@@ -32,12 +32,6 @@ from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import RowSampler, Transforms, refuse_stateful, streams
 
-# Processors with a state for each row of the call.
-BATCHED: tuple[type[LogitsProcessor], ...] = (
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-)
-BATCHED += (hf.PrefixConstrainedLogitsProcessor, hf.RepetitionPenaltyLogitsProcessor)
 # Processors that read no tokens, so that they can process all positions at once.
 WARPERS: tuple[type[LogitsProcessor], ...] = (
     hf.EpsilonLogitsWarper,
@@ -125,7 +119,7 @@ class SpecGenerate:
         if self.stop_strings:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         call = _GenerateCall(input_ids, criteria, config)
-        rows = _samplers(prompts, input_ids, list(logits_processor), config.do_sample, generator, call.records)
+        rows = _samplers(prompts, input_ids, list(logits_processor), config.do_sample, generator)
         requests = [
             decoder.request(prompt, max_new_tokens=new, sampler=sampler)
             for prompt, sampler in zip(prompts, rows, strict=True)
@@ -138,7 +132,7 @@ class SpecGenerate:
         finally:
             engine.close()
             self.metrics = [request.metrics for request in requests]
-        return call.output(config)
+        return GenerateDecoderOnlyOutput(call.sequences) if config.return_dict_in_generate else call.sequences
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -152,7 +146,7 @@ def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dic
         if config.num_beams > 1:
             why = f"SpecGenerate cannot search with beams (num_beams={config.num_beams})"
         raise SpecDecError(f"{why}; it decodes greedily or samples")
-    for name in ("output_attentions", "output_hidden_states"):
+    for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
         if getattr(config, name, None) and config.return_dict_in_generate:
             raise SpecDecError(f"SpecGenerate does not support {name}; leave it out")
     if config.cache_implementation == "quantized":
@@ -198,54 +192,23 @@ def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwa
 # -- choosing tokens ---------------------------------------------------------------------------------------------------
 
 
-class _Records:
-    """Logits and scores [V] of a row's positions, by the new tokens before them. Rejected drafts have some, too."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self.zeros: tuple[Tensor, Tensor]
-
-    def take(self, tokens: Sequence[int], going: bool) -> tuple[Tensor, Tensor]:
-        """Return those of the position after ``tokens``, and forget those of positions up to it.
-
-        Zeros once the row has ended (``going`` False): nothing is computed of its padding.
-        """
-        if not going:
-            return self.zeros
-        pair = self.found[tuple(tokens)]
-        self.zeros = torch.zeros_like(pair[0]), torch.zeros_like(pair[1])
-        self.found = {before: kept for before, kept in self.found.items() if len(before) > len(tokens)}
-        return pair
-
-
 class _RowProcessors(LogitsProcessor):
     """The processors of a call for one row: they see its padding and as many rows as the call has.
 
-    before: the row's padding. prompt: its tokens without padding. batch: rows of the call.
+    before: the row's padding. batch: rows of the call.
     """
 
-    def __init__(self, processors: list[LogitsProcessor], row: int, before: Tensor, prompt: int, batch: int) -> None:
-        self.processors, self.row, self.before, self.prompt, self.batch = processors, row, before, prompt, batch
-        self.records: _Records | None = None
+    def __init__(self, processors: list[LogitsProcessor], row: int, before: Tensor, batch: int) -> None:
+        self.processors, self.row, self.before, self.batch = processors, row, before, batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids [1, n], without padding; scores [1, V]."""
-        device, logits = self.before.device, scores
-        ids, scores = torch.cat((self.before, input_ids.to(device)), 1), scores.to(device)
+        device = self.before.device
+        ids = torch.cat((self.before, input_ids.to(device)), 1).expand(self.batch, -1)
+        found = scores.to(device).repeat(self.batch, 1)
         for processor in self.processors:
-            if self.batch > 1 and _depends_on_row(processor):
-                every = processor(ids.expand(self.batch, -1), scores.repeat(self.batch, 1))
-                scores = every[self.row : self.row + 1]
-            else:
-                scores = processor(ids, scores)
-        if self.records is not None:
-            self.records.found[tuple(input_ids[0, self.prompt :].tolist())] = logits[0].clone(), scores[0].clone()
-        return scores.to(logits.device)
-
-
-def _depends_on_row(processor: LogitsProcessor) -> bool:
-    """Whether the processor may depend on the row's number: so do ``BATCHED`` ones, and third-party ones may."""
-    return isinstance(processor, BATCHED) or not type(processor).__module__.startswith("transformers.")
+            found = processor(ids, found)
+        return found[self.row : self.row + 1].to(scores.device)
 
 
 def _samplers(
@@ -254,25 +217,20 @@ def _samplers(
     processors: list[LogitsProcessor],
     sample: bool,
     generator: torch.Generator | None,
-    records: list[_Records],
 ) -> list[RowSampler]:
-    """The ``RowSampler`` of each row. records: one per row if the call returns scores, else empty."""
+    """The ``RowSampler`` of each row."""
     seed = 0
     if sample:
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     params = SamplingParams(temperature=1.0 if sample else 0.0, seed=seed)
     warpers = list[Any]()
-    while not records and sample and processors and type(processors[-1]) in WARPERS:
+    while sample and processors and type(processors[-1]) in WARPERS:
         warpers.insert(0, processors.pop())
     rows, batch = [], len(prompts)
     for b, (prompt, stream) in enumerate(zip(prompts, streams(prompts), strict=True)):
-        own = _RowProcessors(
-            processors, b, input_ids[b : b + 1, : input_ids.shape[1] - len(prompt)], len(prompt), batch
-        )
-        if records:
-            own.records = records[b]
-        transforms = Transforms(params, [own] if processors or records else [])
+        own = _RowProcessors(processors, b, input_ids[b : b + 1, : input_ids.shape[1] - len(prompt)], batch)
+        transforms = Transforms(params, [own] if processors else [])
         transforms.warpers = warpers
         rows.append(RowSampler(params, stream=stream, transforms=transforms))
     return rows
@@ -285,7 +243,6 @@ class _GenerateCall:
     """The sequences of a call, to which positions of all rows are added one by one.
 
     ends: tokens that end a row. pads: whether rows that have ended are padded. count: new positions.
-    records: one per row if the call returns scores or logits, else empty.
     """
 
     def __init__(self, input_ids: Tensor, criteria: StoppingCriteriaList, config: Any) -> None:
@@ -295,10 +252,6 @@ class _GenerateCall:
         self.ends = frozenset(ends.flatten().tolist()) if self.pads and ends is not None else frozenset[int]()
         self.pad = 0 if pad is None else int(pad)
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        both = config.return_dict_in_generate and (config.output_scores or config.output_logits)
-        self.records = [_Records() for _ in input_ids] if both else []
-        self.with_scores = bool(both and config.output_scores)
-        self.scores, self.logits = tuple[Tensor, ...](), tuple[Tensor, ...]()
         self.count = 0
 
     def run(self, engine: Engine, requests: Sequence[Request], streamer: Any) -> None:
@@ -335,31 +288,9 @@ class _GenerateCall:
 
     def _grow(self, requests: Sequence[Request], tokens: list[int]) -> None:
         """Add a position, and cancel the requests of rows that it ends."""
-        if self.records:
-            self._record()
         new = torch.tensor(tokens, device=self.sequences.device, dtype=self.sequences.dtype)
         self.sequences = torch.cat((self.sequences, new[:, None]), 1)
         self.count += 1
-        self.unfinished &= ~self.criteria(self.sequences, self.scores if self.with_scores else None)
+        self.unfinished &= ~self.criteria(self.sequences, None)
         for request, going in zip(requests, self._running(), strict=True):
             request.cancelled = not going
-
-    def _record(self) -> None:
-        """Add the logits and scores of the position."""
-        pairs, new = list[tuple[Tensor, Tensor]](), self.sequences[:, self.sequences.shape[1] - self.count :].tolist()
-        for records, own, going in zip(self.records, new, self._running(), strict=True):
-            pairs.append(records.take(own, going))
-        logits, scores = zip(*pairs, strict=True)
-        self.logits += (torch.stack(logits),)
-        self.scores += (torch.stack(scores),)
-
-    def output(self, config: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        """The result of ``generate``."""
-        if not config.return_dict_in_generate:
-            return self.sequences
-        found: dict[str, Any] = {
-            "sequences": self.sequences,
-            "scores": self.scores if config.output_scores else None,
-            "logits": self.logits if config.output_logits else None,
-        }
-        return GenerateDecoderOnlyOutput(**found)

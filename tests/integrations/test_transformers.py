@@ -91,20 +91,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_are_honoured(name: str, rows: int) -> None:
-    plain, ours = pair(tiny_model(), ROWS[:rows], **OPTIONS[name])
-    assert torch.equal(plain, ours)
-
-
-@pytest.mark.parametrize("name", ["many ends", "n-grams", "own processor", "own criterion", "no end"])
-def test_scores_and_logits_are_those_of_transformers_until_a_row_ends(name: str) -> None:
-    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    plain, ours = pair(tiny_model(), ROWS, repetition_penalty=1.3, **OPTIONS[name], **asked)
+    plain, ours = pair(tiny_model(), ROWS[:rows], **OPTIONS[name], return_dict_in_generate=True)
     assert isinstance(ours, GenerateDecoderOnlyOutput) and torch.equal(plain.sequences, ours.sequences)
-    assert (plain.sequences[:, -1] == 0).any() == (name in ("many ends", "n-grams", "own criterion"))  # padding
-    padding = plain.sequences[:, -len(plain.scores) :].T == 0
-    for found, expected in ((ours.scores, plain.scores), (ours.logits, plain.logits)):
-        torch.testing.assert_close(torch.stack(found)[~padding], torch.stack(expected)[~padding], atol=1e-4, rtol=1e-4)
-        assert not torch.stack(found)[padding].any()
 
 
 def test_a_call_without_a_mask_has_no_padding() -> None:
@@ -196,6 +184,7 @@ def test_a_streamer_gets_the_prompt_and_each_token() -> None:
         ({"penalty_alpha": 0.6, "top_k": 4}, "cannot do contrastive search"),
         ({"prompt_lookup_num_tokens": 3}, "cannot do assisted generation"),
         ({"return_dict_in_generate": True, "output_attentions": True}, "does not support output_attentions"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "does not support output_scores"),
         ({"guidance_scale": 1.5}, "UnbatchedClassifierFree.* has a state"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "row 0 of attention_mask masks tokens after its first"),
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, "row 0 of attention_mask masks every token"),
