@@ -132,7 +132,9 @@ class SpecGenerate:
         finally:
             engine.close()
             self.metrics = [request.metrics for request in requests]
-        return GenerateDecoderOnlyOutput(call.sequences) if config.return_dict_in_generate else call.sequences
+        if config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=call.sequences)  # type: ignore[arg-type]
+        return call.sequences
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
