@@ -184,7 +184,7 @@ async def block(client: Client, wanted: Sequence[dict[str, Any]], clients: int, 
     async def work() -> None:
         while True:
             answers.append(StreamedAnswer(0, time.perf_counter()))
-            await client.chat(next(left) | {"speculative_decoding": draft}, answer=answers[-1])
+            await client.chat(next(left) | ({} if draft else {"num_speculative_tokens": 0}), answer=answers[-1])
 
     before = await client.quiet()
     tasks = [asyncio.create_task(work()) for _ in range(clients)]

@@ -31,7 +31,7 @@ def _token_id(given: str) -> str:
 
 
 ignored = ContextVar[set[str] | None]("ignored", default=None)  # names of members that a request's body has in vain
-OPTIONS = {*GenerationOptions.__annotations__} - {"num_speculative_tokens"}
+OPTIONS = {*GenerationOptions.__annotations__}
 MAX_STOPS = 4
 MAX_BIASES = 1024
 MAX_MEMBERS = 64  # of an object with declared members
@@ -155,8 +155,7 @@ class StructuredOutputs(Strict):
 class Options(Strict):
     """Parameters of all protocols beside those that each calls by a name of its own.
 
-    speculative_decoding: false decodes without a drafter; the text is the same.
-    num_speculative_tokens: most tokens that are drafted in a step; 0: none.
+    num_speculative_tokens: most tokens that are drafted in a step; 0 decodes plainly.
     include_metrics: add metrics of the request to the response.
     chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
     """
@@ -178,7 +177,6 @@ class Options(Strict):
     stop_token_ids: StopIds | None = None
     bad_words: Annotated[list[Stop], Field(max_length=MAX_BIASES, fail_fast=True)] | None = None
     structured_outputs: StructuredOutputs | None = None
-    speculative_decoding: bool = True
     num_speculative_tokens: Annotated[int, Field(ge=0)] | None = None
     include_metrics: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -193,7 +191,6 @@ class Options(Strict):
         chosen = self.model_dump(include=OPTIONS) | {
             "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
             "min_new_tokens": self.min_tokens,
-            "num_speculative_tokens": self.num_speculative_tokens if self.speculative_decoding else 0,
         }
         return GenerationRequest(
             options=cast(GenerationOptions, {k: v for k, v in (chosen | dict(limits)).items() if v is not None}),

@@ -39,11 +39,6 @@ def test_generate_returns_tokens_text_reason_and_consistent_figures(llama, decod
     assert sum(m.phases.values()) == pytest.approx(m.prefill_seconds + m.decode_seconds)
 
 
-def test_token_ids_as_a_list_and_as_a_tensor_give_one_answer(decoder: SpecDecoder) -> None:
-    expected = decoder.generate(PROMPT, max_new_tokens=8).token_ids
-    assert decoder.generate(torch.tensor([PROMPT]), max_new_tokens=8).token_ids == expected
-
-
 def test_stream_yields_the_text_of_generate(decoder: SpecDecoder) -> None:
     whole = decoder.generate(PROMPT, max_new_tokens=30, num_speculative_tokens=2)
     pieces = list(decoder.stream(PROMPT, max_new_tokens=30, num_speculative_tokens=2))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from tiny import save_tiny, tiny_model
 from torch import Tensor
 from transformers import (
-    AsyncTextIteratorStreamer,
     AutoModelForCausalLM,
     AutoTokenizer,
     LogitsProcessor,
@@ -20,7 +17,6 @@ from transformers import (
     StoppingCriteriaList,
     T5Config,
     T5ForConditionalGeneration,
-    TextIteratorStreamer,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
@@ -261,40 +257,3 @@ def test_one_object_serves_one_model_after_another() -> None:
     for family in ("llama", "gpt2", "llama"):
         plain, ours = pair(tiny_model(family), ROWS[:1], spec)
         assert torch.equal(plain, ours)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> tuple[Any, Any, dict[str, Any], str]:
-    """A model, its tokenizer, what generate() takes, and the text that it returns."""
-    folder = save_tiny(tmp_path)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    inputs = {**tokenizer("abcabc", return_tensors="pt"), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    return model, tokenizer, inputs, tokenizer.decode(model.generate(**inputs)[0, 6:])
-
-
-def streaming(model: Any, inputs: dict[str, Any], streamer: Any) -> Thread:
-    spec = SpecGenerate("prompt-lookup", streamer=streamer)
-    thread = Thread(target=model.generate, kwargs={**inputs, "custom_generate": spec})
-    thread.start()
-    return thread
-
-
-def test_an_iterator_gets_the_text_while_it_grows(text: tuple[Any, Any, dict[str, Any], str]) -> None:
-    model, tokenizer, inputs, expected = text
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
-    thread = streaming(model, inputs, streamer)
-    assert "".join(streamer) == expected
-    thread.join()
-
-
-def test_an_asynchronous_iterator_gets_it_too(text: tuple[Any, Any, dict[str, Any], str]) -> None:
-    model, tokenizer, inputs, expected = text
-
-    async def read() -> str:
-        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
-        thread = streaming(model, inputs, streamer)
-        parts = [part async for part in streamer]
-        thread.join()
-        return "".join(parts)
-
-    assert asyncio.run(read()) == expected

@@ -81,7 +81,7 @@ def test_figures_follow_the_schema_of_vllm(server: Server, truth: str) -> None:
 
 
 def test_drafting_can_be_switched_off_and_a_header_names_the_drafter(server: Server, truth: str) -> None:
-    on, off = server.chat(**GREEDY), server.chat(**GREEDY, speculative_decoding=False)
+    on, off = server.chat(**GREEDY), server.chat(**GREEDY, num_speculative_tokens=0)
     assert on.headers["X-Specdec-Drafter"] == "scripted" and off.headers["X-Specdec-Drafter"] == "none"
     assert on.json()["choices"] == off.json()["choices"]
     assert off.json()["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0 < accepted(on.json())
@@ -141,7 +141,7 @@ def test_penalties_and_biases_are_those_of_plain_decoding(server: Server, decode
     right = decoder.with_drafter("none").generate(USER, max_new_tokens=24, **given).text
     found = server.chat(**GREEDY, **asked).json()
     assert found["choices"][0]["message"]["content"] == right != truth[:24]
-    assert server.chat(**GREEDY, **asked, speculative_decoding=False).json()["choices"] == found["choices"]
+    assert server.chat(**GREEDY, **asked, num_speculative_tokens=0).json()["choices"] == found["choices"]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

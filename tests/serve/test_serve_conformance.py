@@ -305,7 +305,7 @@ def test_8_a_seed_gives_one_text_alone_beside_others_after_them_and_after_a_rest
     others = [{"seed": 100 + i, "temperature": 0.3 * (i % 5), "max_tokens": 8 + 4 * i} for i in range(15)]
     assert at_once(server, [*others[:7], how, *others[7:]])[7] == expected
     assert alone(server) == expected
-    assert server.chat(**how, speculative_decoding=False).json()["choices"][0]["message"]["content"] == expected
+    assert server.chat(**how, num_speculative_tokens=0).json()["choices"][0]["message"]["content"] == expected
     with serving(SpecDecoder.from_pretrained(str(folder), "prompt-lookup", device="cpu", dtype=torch.float32)) as again:
         assert alone(again) == expected
 

@@ -287,7 +287,7 @@ async function answer() {
   scrollTo(0, document.documentElement.scrollHeight);
   const body = {
     model, messages, max_tokens: Number(at("tokens").value) || 1024, temperature: Number(at("temperature").value),
-    seed: Math.floor(Math.random() * 2 ** 31), stream: true, speculative_decoding: true,
+    seed: Math.floor(Math.random() * 2 ** 31), stream: true,
     stream_options: {include_usage: true, include_draft_depth: true},
   };
   at("status").textContent = "Generating.";
@@ -296,7 +296,7 @@ async function answer() {
   if (at("plain").checked) {
     at("status").textContent = "Decoding plainly.";
     turn.plain = fresh();
-    await stream({...body, speculative_decoding: false}, turn.plain);
+    await stream({...body, num_speculative_tokens: 0}, turn.plain);
     const same = turn.plain.text === turn.text ? "yes" : "no";
     summary += ` Plain decoding: ${number(turn.plain.figures.rate)} tokens per second. Same text: ${same}.`;
   }
