@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from specdec.api.generation import GenerationOutput
-from specdec.api.text import Detokenizer
-from specdec.base.errors import SpecDecError
+from specdec.api.text import AnswerText
 from specdec.engine.engine import Engine
-from specdec.engine.request import Handle, Request
+from specdec.engine.request import Handle
 
 
 class SharedEngine:
@@ -44,34 +42,11 @@ class SharedEngine:
                 self.engine = None
 
 
-@asynccontextmanager
-async def submitted(engine: Engine, requests: Sequence[Request]) -> AsyncIterator[list[Handle]]:
-    """The handles of requests, which are cancelled at the end if they have not ended."""
-    handles = list[Handle]()
-    try:
-        for request in requests:
-            handles.append(engine.submit(request))
-        yield handles
-    finally:
-        for handle in handles:
-            handle.cancel()
-
-
-async def pieces(handle: Handle, text: Detokenizer) -> AsyncIterator[str]:
-    """The new text of a request as it comes; ``text`` has all of it. Raises the SpecDecError that ends it."""
+async def pieces(handle: Handle, answer: AnswerText) -> AsyncIterator[str]:
+    """The new text of a request as it comes; ``answer`` has all of it. Raises the SpecDecError that ends it."""
     async for event in handle:
-        for token in event.tokens:
-            text.push(token)
         if event.error is not None:
             raise event.error
-        if event.finish_reason == "error":
-            raise SpecDecError("the model's logits are not finite")
-        if piece := text.take() if event.finish_reason is None else text.finish():
-            yield piece
-
-
-async def output(handle: Handle, text: Detokenizer) -> GenerationOutput:
-    """The output of a request at its end."""
-    async for _ in pieces(handle, text):
-        pass
-    return GenerationOutput.of(handle.request, text)
+        for piece in answer.read(event):
+            if piece.text:
+                yield piece.text

@@ -20,7 +20,7 @@ from pydantic import Field, SkipValidation
 from torch import Tensor
 
 from specdec.api import drafter_use
-from specdec.api.asynchronous import SharedEngine, output, pieces, submitted
+from specdec.api.asynchronous import SharedEngine, pieces
 from specdec.api.generation import (
     DecoderOptions,
     Generation,
@@ -29,7 +29,7 @@ from specdec.api.generation import (
     Options,
     RequestOptions,
 )
-from specdec.api.text import Detokenizer, Prompt, SharedTokenizer, encode
+from specdec.api.text import AnswerText, Detokenizer, Prompt, SharedTokenizer, encode
 from specdec.api.tuned import DEFAULTS, Tuned, load_tuned, tuned_path
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
@@ -435,8 +435,10 @@ class SpecDecoder:
         **given: Unpack[RequestOptions],
     ) -> GenerationOutput:
         """``generate`` for an event loop. Calls that overlap are decoded together; see ``Request`` for the depth."""
-        async with self._submit(prompt, num_speculative_tokens, given) as (handle, text):
-            return await output(handle, text)
+        async with self._submit(prompt, num_speculative_tokens, given) as (handle, answer):
+            async for _ in pieces(handle, answer):
+                pass
+            return GenerationOutput.of(handle.request, answer.detokenizer)
 
     async def astream(
         self,
@@ -446,21 +448,25 @@ class SpecDecoder:
         **given: Unpack[RequestOptions],
     ) -> AsyncIterator[str]:
         """``stream`` for an event loop: ``async for piece in decoder.astream(prompt)``."""
-        async with self._submit(prompt, num_speculative_tokens, given) as (handle, text):
-            async for piece in pieces(handle, text):
+        async with self._submit(prompt, num_speculative_tokens, given) as (handle, answer):
+            async for piece in pieces(handle, answer):
                 yield piece
 
     @asynccontextmanager
     async def _submit(
         self, prompt: Prompt, depth: int | None, given: RequestOptions
-    ) -> AsyncIterator[tuple[Handle, Detokenizer]]:
+    ) -> AsyncIterator[tuple[Handle, AnswerText]]:
         """A request in the engine that calls on event loops share, and what reads its text."""
         request = await asyncio.to_thread(
             functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         )
         shared = _shared.setdefault(self, SharedEngine())
-        async with shared.use(self.engine) as engine, submitted(engine, [request]) as (handle,):
-            yield handle, self.text(given)
+        async with shared.use(self.engine) as engine:
+            handle = engine.submit(request)
+            try:
+                yield handle, AnswerText(self.text(given))
+            finally:
+                handle.cancel()
 
     @checked
     def engine(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, JsonRoute
 from specdec.serve.chat import OpenAIAnswer
 from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
 from specdec.serve.clients import Client, Clients
-from specdec.serve.errors import ErrorBody, add_handlers, sent_as
+from specdec.serve.errors import ErrorBody, add_handlers
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import IGNORED, AccessLog, AllowedHosts, ApiKey
 from specdec.serve.page import build
@@ -70,34 +70,30 @@ def make_app(
 def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
     name = service.settings.name
 
-    async def answered(
-        request: Request, names: Mapping[str, str], translate: Callable[[], GenerationRequest], make: MakeAnswer
-    ) -> HTTPResponse:
-        with sent_as(names):
-            prepared, choices = await run_sync(service.start, translate, _client(request))
+    async def answered(request: Request, translate: Callable[[], GenerationRequest], make: MakeAnswer) -> HTTPResponse:
+        prepared, choices = await run_sync(service.start, translate, _client(request))
         return await _answer(service, request, make(prepared, choices, name), write)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
-        return await answered(request, body.names, body.request, OpenAIAnswer)
+        return await answered(request, body.request, OpenAIAnswer)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> HTTPResponse:
-        return await answered(request, body.names, body.request, OpenAIAnswer)
+        return await answered(request, body.request, OpenAIAnswer)
 
     @app.post("/v1/messages")
     async def messages(body: MessagesBody, request: Request) -> HTTPResponse:
-        return await answered(request, body.names, body.request, MessagesAnswer)
+        return await answered(request, body.request, MessagesAnswer)
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesBody, request: Request) -> HTTPResponse:
-        return await answered(request, body.names, body.request, partial(ResponsesAnswer, body=body))
+        return await answered(request, body.request, partial(ResponsesAnswer, body=body))
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
-        with sent_as(body.names):
-            ids = await run_sync(lambda: service.encode_chat(body.chat()))
+        ids = await run_sync(lambda: service.encode_chat(body.chat()))
         return JSONResponse({"input_tokens": len(ids)})
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,6 +15,15 @@ from specdec.base.errors import SpecDecError
 from specdec.base.settings import UNKNOWN, explain
 
 ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors begin with it
+NAMES = {  # what other protocols call parameters of chats
+    ANTHROPIC: {"response_format": "output_config.format", "reasoning_effort": "output_config.effort"},
+    "/v1/responses": {
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "response_format": "text.format",
+        "reasoning_effort": "reasoning.effort",
+    },
+}
 ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -61,11 +68,20 @@ class ApiError(HTTPException):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def response(self, scope: Scope) -> JSONResponse:
-        """The answer to the request of ``scope``."""
-        body = self.body()
+        """The answer to the request of ``scope``, with the names of its protocol."""
+        error = self._as_sent(scope["path"])
+        body = error.body()
         if scope["path"].startswith(ANTHROPIC):
-            body = self.anthropic_body() | {"request_id": scope.get("state", {}).get("request_id")}
+            body = error.anthropic_body() | {"request_id": scope.get("state", {}).get("request_id")}
         return JSONResponse(body, self.status, self.headers)
+
+    def _as_sent(self, path: str) -> ApiError:
+        """The error with the client's name for the parameter."""
+        names = next((names for start, names in NAMES.items() if path.startswith(start)), {})
+        param = self.param or ""
+        if (name := names.get(param.partition(".")[0])) is None:
+            return self
+        return ApiError(self.status, self.message.replace(f"'{param}'", f"'{name}'", 1), name, self.code)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -96,19 +112,6 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     def unexpected_error(request: Request, error: Exception) -> JSONResponse:
         return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response(request.scope)
-
-
-@contextmanager
-def sent_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors name a parameter as the client does. names: the client's for those of a chat."""
-    try:
-        yield
-    except ApiError as error:
-        param, name = error.param or "", names.get((error.param or "").partition(".")[0])
-        if name is None:
-            raise
-        message = error.message.replace(f"'{param}'", f"'{name}'", 1)
-        raise ApiError(error.status, message, name, error.code) from None
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -160,11 +160,6 @@ class CountBody(Options):
     """What the two endpoints have in common."""
 
     unused = UNUSED | {"container": (), "mcp_servers": ([],)}
-    names: ClassVar = {  # as in ``GenerationBody``
-        "response_format": "output_config.format",
-        "reasoning_effort": "output_config.effort",
-    }
-
     model: str
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Texts | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -159,12 +159,6 @@ class ResponsesBody(Options):
         "prompt": (),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
-    }
-    names: ClassVar = {  # as in ``GenerationBody``
-        "messages": "input",
-        "max_tokens": "max_output_tokens",
-        "response_format": "text.format",
-        "reasoning_effort": "reasoning.effort",
     }
 
     model: str

@@ -160,8 +160,6 @@ class Options(Strict):
     chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
     """
 
-    names: ClassVar[Mapping[str, str]] = {}  # what the protocol calls parameters of chats, if it is something else
-
     stream: bool | None = None
     temperature: Annotated[options.Temperature, Field(le=2)] | None = None
     top_p: options.TopP | None = None
