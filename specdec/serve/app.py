@@ -23,7 +23,7 @@ from specdec.serve.answer import Answer, Prepared
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, JsonRoute
 from specdec.serve.chat import OpenAIAnswer
 from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
-from specdec.serve.clients import Client, Clients
+from specdec.serve.clients import Client
 from specdec.serve.errors import ErrorBody, add_handlers
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import IGNORED, AccessLog, AllowedHosts, ApiKey
@@ -53,7 +53,7 @@ def make_app(
     _add_generation(app, service, write)
     _add_tokens(app, service)
     _add_state(app, service)
-    app.add_middleware(ApiKey, clients=Clients(settings.all_keys))
+    app.add_middleware(ApiKey, keys=settings.all_keys)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,

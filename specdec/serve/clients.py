@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -60,33 +61,29 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     return keys
 
 
+@dataclass(frozen=True)
 class Client:
-    """Who sends a request.
+    """Who sends a request. sender: the address where there are no keys; rows are then fair among addresses."""
 
-    scope: keeps apart what is stored; None without keys. sender: then the address, among which rows are fair.
+    key: Key | None = None
+    sender: str | None = None
+
+    @property
+    def scope(self) -> str | None:
+        """Keeps apart what is stored; None without keys."""
+        return None if self.key is None else hashlib.sha256(self.key.key.encode()).hexdigest()
+
+
+def find_client(keys: Sequence[Key], given: str, address: str | None = None) -> Client | None:
+    """Who has the key ``given``, in a time that does not depend on it; None if nobody has. Without keys everybody may.
+
+    address: of the sender, who is told apart by it where there are no keys.
     """
-
-    def __init__(self, key: Key | None = None, sender: str | None = None) -> None:
-        self.key, self.sender = key, sender
-        self.scope = None if key is None else hashlib.sha256(key.key.encode()).hexdigest()
-
-
-class Clients:
-    """All that may use a server. keys: none admits everybody."""
-
-    def __init__(self, keys: Sequence[Key]) -> None:
-        self.known = [Client(key) for key in keys]
-
-    def find(self, given: str, address: str | None = None) -> Client | None:
-        """Who has the key ``given``, in a time that does not depend on it; None if nobody has.
-
-        address: of the sender, who is told apart by it where there are no keys.
-        """
-        if not self.known:
-            return Client(sender=None if address is None else _network(address))
-        offered = given.encode()
-        same = [client for client in self.known if hmac.compare_digest(client.key.key.encode(), offered)]  # type: ignore[union-attr]
-        return same[0] if same else None
+    if not keys:
+        return Client(sender=None if address is None else _network(address))
+    offered = given.encode()
+    same = [key for key in keys if hmac.compare_digest(key.key.encode(), offered)]
+    return Client(same[0]) if same else None
 
 
 def _network(address: str) -> str:

@@ -6,7 +6,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from urllib.parse import quote
 
@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST
-from specdec.serve.clients import Clients
+from specdec.serve.clients import Key, find_client
 from specdec.serve.errors import ANTHROPIC, ApiError
 from specdec.serve.settings import ServerSettings
 
@@ -100,8 +100,8 @@ class AllowedHosts:
 class ApiKey:
     """Refuses requests without a key. Puts who sends one into the state as ``client``, and the name into the log."""
 
-    def __init__(self, app: ASGIApp, clients: Clients) -> None:
-        self.app, self.clients = app, clients
+    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+        self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC:
@@ -109,7 +109,7 @@ class ApiKey:
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             given = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             address = scope["client"][0] if scope.get("client") else None
-            if (client := self.clients.find(given, address)) is None:
+            if (client := find_client(self.keys, given, address)) is None:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
                 return await ApiError(401, message, code="invalid_api_key").response(scope)(scope, receive, send)
             scope.setdefault("state", {})["client"] = client

@@ -52,6 +52,7 @@ def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
         app,  # type: ignore[arg-type]
         http="h11",
         loop="asyncio",
+        lifespan="off",
         ws="none",
         h11_max_incomplete_event_size=MAX_HEADERS,
         limit_concurrency=settings.max_connections,

@@ -14,14 +14,7 @@ class Starting:
     app: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":  # one call, which lasts as long as the server
-            for _ in range(2):
-                message = await receive()
-                await send({"type": f"{message['type']}.complete"})
-        elif self.app is not None:
-            await self.app(scope, receive, send)
-        else:
-            await _loading(scope["path"])(scope, receive, send)
+        await (self.app or _loading(scope["path"]))(scope, receive, send)
 
 
 def _loading(path: str) -> JSONResponse:

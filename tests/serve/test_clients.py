@@ -14,7 +14,7 @@ from calls import answering
 from servers import NAME, USER, Server, serving, tiny_decoder, until
 
 from specdec.base.errors import SpecDecError
-from specdec.serve.clients import Clients, Key, read_keys
+from specdec.serve.clients import Key, find_client, read_keys
 
 KEYS = (
     Key(name="ann", key="sk-ann"),
@@ -77,18 +77,17 @@ def test_no_drafter_learns_from_texts_of_a_key_that_forbids_it(server: Server, m
 
 
 def test_without_keys_everybody_is_the_same() -> None:
-    nobody = Clients(())
-    assert nobody.find("x").scope is nobody.find("").scope is None  # type: ignore[union-attr]
-    known = Clients(KEYS)
-    assert known.find("sk-bob").key.name == "bob" and known.find("") is known.find("sk-bo") is known.find("é") is None  # type: ignore[union-attr]
+    assert find_client((), "x").scope is find_client((), "").scope is None  # type: ignore[union-attr]
+    assert find_client(KEYS, "sk-bob").key.name == "bob"  # type: ignore[union-attr]
+    assert not any(find_client(KEYS, given) for given in ("", "sk-bo", "é"))
     assert "sk-" not in repr(KEYS)
 
 
 def test_without_keys_addresses_are_told_apart(tmp_path: Path) -> None:
     """One that holds all rows with long streams does not keep others waiting."""
-    found = [Clients(()).find("", a) for a in ("127.0.0.1", "127.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db9::1")]
+    found = [find_client((), "", a) for a in ("127.0.0.1", "127.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db9::1")]
     a, b, c, d, e = (client.sender for client in found)  # type: ignore[union-attr]
-    assert len({a, b, c, e}) == 4 and c == d and Clients(KEYS).find("sk-bob", "::1").sender is None  # type: ignore[union-attr]
+    assert len({a, b, c, e}) == 4 and c == d and find_client(KEYS, "sk-bob", "::1").sender is None  # type: ignore[union-attr]
     decoder = tiny_decoder(tmp_path)
     engine = decoder.engine(max_rows=2, num_speculative_tokens=4)
     with serving(decoder, engine) as server, ExitStack() as held:
