@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from specdec.api.text import SharedTokenizer
 from specdec.serve.answer import BlockAnswer, Events, Prepared
@@ -26,7 +26,6 @@ from specdec.serve.schema import (
     JsonSchema,
     Options,
     Strict,
-    check_arguments,
     check_kinds,
     check_size,
     json_of,
@@ -56,18 +55,6 @@ class CallItem(Strict):
     call_id: Annotated[str, Field(max_length=256)]
     name: Annotated[str, Field(max_length=128)]
     arguments: str
-    status: str | None = None
-
-    @model_validator(mode="after")
-    def _check_arguments(self) -> CallItem:
-        if self.status != "incomplete":
-            check_arguments(self.arguments)
-        return self
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The arguments; of a call that was cut, those that are there."""
-        return begun_object(self.arguments)
 
 
 class OutputItem(Strict):
@@ -113,7 +100,7 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
             if isinstance(item, ReasoningItem):
                 last |= thought(_text(item.content or item.summary))
             else:
-                last.setdefault("tool_calls", []).append(called(item.call_id, item.name, item.given))
+                last.setdefault("tool_calls", []).append(called(item.call_id, item.name, begun_object(item.arguments)))
     return found
 
 

@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
+import pydantic
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    field_validator,
     model_validator,
 )
-from pydantic_core import from_json
 
 from specdec.api.generation import GenerationOptions
 from specdec.base import options
@@ -96,17 +95,6 @@ def check_size(given: Any, most: int) -> Any:
     """Limit an object before its members are validated, since pydantic reports every wrong one."""
     if isinstance(given, dict) and len(given) > most:
         raise ValueError(f"an object has {len(given)} members; at most {most} are allowed")
-    return given
-
-
-def check_arguments(given: str) -> str:
-    """Refuse arguments of a call that are no JSON object."""
-    try:
-        known = isinstance(from_json(given or "{}"), dict)
-    except ValueError:  # also where it is nested without end
-        known = False
-    if not known:
-        raise ValueError("the arguments of a call must be a JSON object, as text")
     return given
 
 
@@ -292,13 +280,7 @@ class CalledFunction(Strict):
     """A call that the model has made. arguments: a JSON object as text."""
 
     name: Annotated[str, Field(max_length=128)]
-    arguments: str
-
-    def parsed(self) -> dict[str, Any]:
-        """The arguments."""
-        return dict(from_json(self.arguments or "{}"))
-
-    _check_arguments = field_validator("arguments")(lambda given: check_arguments(given))
+    arguments: Annotated[pydantic.Json[dict[str, Any]], BeforeValidator(lambda given: given or "{}")]
 
 
 class ToolCall(Strict):
@@ -336,8 +318,9 @@ class Message(Strict):
         if self.reasoning_content is not None:
             found |= thought(self.reasoning_content)
         if self.tool_calls:
-            made = [(call.id, call.function.name, call.function.parsed()) for call in self.tool_calls]
-            found["tool_calls"] = [called(*call) for call in made]
+            found["tool_calls"] = [
+                called(call.id, call.function.name, call.function.arguments) for call in self.tool_calls
+            ]
         return found
 
 

@@ -146,10 +146,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an item of another type": ({"input": [{"type": "web_search_call"}]}, "items of the type 'web_search_call'"),
     "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input"),
-    "a call that is no JSON": (
-        {"input": [{"type": "function_call", "call_id": "x", "name": "sum", "arguments": "["}]},
-        "JSON object",
-    ),
     "an earlier response": ({"previous_response_id": "resp_x"}, "'previous_response_id'"),
     "a background": ({"background": True}, "'background'"),
     "a conversation": ({"conversation": "c"}, "'conversation'"),

@@ -375,7 +375,7 @@ def test_marks_of_calls_are_hidden_without_tools_and_channels_are_always_read() 
                     {"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "x", "arguments": "["}}]}
                 ]
             },
-            "JSON object",
+            "Invalid JSON",
         ),
         (
             {
