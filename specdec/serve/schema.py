@@ -7,27 +7,13 @@ from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import pydantic
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from specdec.api.generation import GenerationOptions
 from specdec.base import options
 from specdec.serve.errors import ApiError
 from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
 from specdec.speculation.constraints import Choice, Constraint, Grammar, Json, Regex
-
-
-def _token_id(given: str) -> str:
-    if not (given.isascii() and given.isdigit() and len(given) < 10):
-        raise ValueError("it maps token ids to numbers from -100 to 100, such as {'504': -100}")
-    return given
-
 
 ignored = ContextVar[set[str] | None]("ignored", default=None)  # names of members that a request's body has in vain
 OPTIONS = {*GenerationOptions.__annotations__}
@@ -44,7 +30,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 StopIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_BIASES, fail_fast=True)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_BIASES, fail_fast=True)]
 Top = Annotated[int, Field(ge=0, le=20)]
-TokenId = Annotated[str, AfterValidator(_token_id)]
+TokenId = Annotated[int, Field(strict=False, ge=0)]  # as a name in JSON
 Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: check_size(given, MAX_BIASES))]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -174,10 +160,7 @@ class Options(Strict):
         if len(rules) > 1:
             what = "the text can have one format only; leave the others out"
             raise ApiError(400, what, "response_format", "invalid_value")
-        chosen = self.model_dump(include=OPTIONS) | {
-            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            "min_new_tokens": self.min_tokens,
-        }
+        chosen = self.model_dump(include=OPTIONS) | {"min_new_tokens": self.min_tokens}
         return GenerationRequest(
             options=cast(GenerationOptions, {k: v for k, v in (chosen | dict(limits)).items() if v is not None}),
             constraint=rules[0] if rules else None,

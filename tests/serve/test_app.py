@@ -170,7 +170,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the para
     "no probability": ({"top_p": 0}, "top_p", ""),
     "a penalty by which logits become infinite": ({"repetition_penalty": 5e-324}, "repetition_penalty", ""),
     "a large penalty": ({"frequency_penalty": 2.5}, "frequency_penalty", ""),
-    "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias.x", "it maps token ids to numbers from -100 to 100"),
+    "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias.x", "it must be a valid integer"),
     "a bias of a token that the model lacks": ({"logit_bias": {"99999": 1}}, "logit_bias", ""),
     "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages", ""),
     "a million choices": ({"n": 1_000_000}, "n", ""),
