@@ -121,12 +121,6 @@ class Format(JsonSchema):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] = "answer"
 
-    @property
-    def echoed(self) -> dict[str, Any]:
-        """The form in a response."""
-        whole = self.type == "json_schema"
-        return self.model_dump(by_alias=True, exclude_none=True) if whole else {"type": self.type}
-
 
 class TextConfig(Strict):
     format: Format | None = None
@@ -158,7 +152,6 @@ class ResponsesBody(Options):
     parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=0)] | None = None
     metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
-    user: str | None = None
 
     _check_kinds = field_validator("input", mode="before")(lambda given: check_kinds(given, "items", *KINDS))
 
@@ -194,21 +187,13 @@ class ResponsesAnswer(BlockAnswer):
         self.created = int(time.time())
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        asked = {name: getattr(self.body, name) for name in ECHOED}
-        form = self.body.text.format if self.body.text else None
+        """The members that OpenAI's schema requires, and those of ``more``."""
         found: dict[str, Any] = {"id": f"resp_{self.key}", "object": "response", "created_at": self.created}
         found |= {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": []}
-        return found | asked | {
+        return found | {name: getattr(self.body, name) for name in ECHOED} | {
             "parallel_tool_calls": self.body.parallel_tool_calls is not False,
             "tool_choice": self.body.model_dump()["tool_choice"] or "auto",
-            "previous_response_id": None,
-            "top_logprobs": 0,
             "tools": [tool.model_dump() for tool in self.body.tools or ()],
-            "text": {"format": form.echoed if form else {"type": "text"}},
-            "reasoning": {"effort": self.body.reasoning.effort if self.body.reasoning else None, "summary": None},
-            "store": False,
-            "truncation": "disabled",
-            "background": False,
             "usage": None,
         } | more  # fmt: skip
 
@@ -291,7 +276,7 @@ class ResponsesAnswer(BlockAnswer):
         return {"type": kind} | place | ({} if block.kind == "call" else {"content_index": 0}) | more
 
 
-ECHOED = "instructions", "max_output_tokens", "metadata", "temperature", "top_p", "user"
+ECHOED = "instructions", "metadata", "temperature", "top_p"  # members of the request
 PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
 
