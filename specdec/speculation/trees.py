@@ -27,7 +27,7 @@ class Prices:
 
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
     level: price of drafting another level for all rows. first: what the first one costs beyond that.
-    rates: [rows][levels], how likely a level has the right token where no other source has it.
+    rates: [rows][levels], how likely the first, second, .. level has the right token where no other source has it.
     tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.sources``); none: what
         sources say counts.
     try_levels: whether levels are drafted where they are not expected to pay, to learn whether they do.
@@ -63,23 +63,26 @@ class Prices:
         """The most that levels are expected to add beyond their price, in tokens, and their number."""
         scored, most = sum(len(own.tokens) for own in free), len(self.nodes) - 1
         expected = [own.by_level() for own in free] or [[] for _ in self.rates]
-        # Probability that a row is right up to the level: by the free draft, else
-        on, off = [1.0] * len(self.rates), [0.0] * len(self.rates)
+        # Probability that a row is right up to the level: by the free draft; else by each number of levels behind it
+        on, off = [1.0] * len(self.rates), [list[float]() for _ in self.rates]
         added, taken, best, count = 0.0, 0, 0.0, 0
 
         def price(nodes: int) -> float:
             return self.nodes[min(max(scored, nodes), most)]
 
-        for level, rates in enumerate(zip(*self.rates, strict=True)):
-            for row, rate in enumerate(rates):
+        for level in range(min(map(len, self.rates), default=0)):
+            chances = list[float]()
+            for row, rates in enumerate(self.rates):
                 here = expected[row][level] if level < len(expected[row]) else 0.0
-                off[row], on[row] = (off[row] + on[row] - here) * rate, here
+                ended, on[row] = on[row] - here, here
+                off[row] = [chance * rate for chance, rate in zip([ended, *off[row]], rates, strict=False)]
+                chances.append(sum(off[row]))
             node = price(taken + 1) - price(taken)
-            worthy = [chance for chance in off if chance > node]
+            worthy = [chance for chance in chances if chance > node]
             added, taken = added + sum(worthy), taken + len(worthy)
             if (gain := added - self.first - (level + 1) * self.level - price(taken) + price(0)) > best:
                 best, count = gain, level + 1
-            if sum(on) + sum(off) <= self.level:  # no further level adds more
+            if sum(on) + sum(chances) <= self.level:  # no further level adds more
                 break
         return best, count
 

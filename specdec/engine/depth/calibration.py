@@ -47,7 +47,7 @@ class History:
     """What the drafts of one row, or of all rows, have yielded.
 
     by_source: for each source, trials and hits at the knots of what it said. A trial between two knots counts for both.
-    by_position: for each exit, whether a level had the right token where nothing else had it.
+    by_position: for each exit, whether the first, second, .. level had the right token where nothing else had it.
     worth: by the number of rows in a step, the tokens that a draft added beyond its price.
     """
 
@@ -74,7 +74,8 @@ class Seen(NamedTuple):
 
     candidates: of each candidate whose predecessors were right: its source, a knot near what that said, the weight
         there, and whether it was right.
-    levels: of levels whose predecessors were right, whether they had the right token where nothing else had it.
+    levels: of levels whose predecessors were right, counted from where nothing else had the right token, whether they
+        had it.
     """
 
     candidates: list[tuple[int, int, float, float]]
@@ -94,7 +95,7 @@ class Seen(NamedTuple):
                 break
             if first <= depth < levels:
                 best = max(nodes, key=found.scores.__getitem__)
-                seen.levels.append((depth, float(found.tokens[best] == token)))
+                seen.levels.append((depth - first, float(found.tokens[best] == token)))
             at = 0
             for node in nodes:
                 hit = found.tokens[node] == token

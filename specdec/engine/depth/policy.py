@@ -12,7 +12,7 @@ probabilities have those of their positions.
 from __future__ import annotations
 
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -27,7 +27,6 @@ from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
 TRIED = 0.01  # share of the time in which each choice that is not made is tried
-NEW, TRIED_NEW = 8, 0.1  # the same for levels that have been drafted less often
 FADE = 0.9  # weight of the past per step in the present speed
 PLAIN, DRAFT = "plain", "draft"  # choices, beside the levels of each exit
 
@@ -100,7 +99,7 @@ class AutoDepth:
     earlier: what earlier processes knew.
     passes: expected seconds of a pass of the present rows with 0, 1, .. drafted tokens.
     tokens, spent: of recent steps; spent in tokens that plain decoding yields in that time.
-    idle: seconds since each choice was last made. made: how often.
+    idle: seconds since each choice was last made.
     """
 
     has_probabilities: bool = False
@@ -115,7 +114,6 @@ class AutoDepth:
     width: float = 1.0  # nodes of a level, of a drafter without probabilities
     version: int | None = None  # of the drafter
     idle: defaultdict[str | int, float] = field(default_factory=lambda: defaultdict(float))
-    made: Counter[str | int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.max_depth = MAX_PRICED_DEPTH if self.has_probabilities else MAX_DEPTH
@@ -147,7 +145,7 @@ class AutoDepth:
             for row in (self.common, *self.rows):
                 for tally in [*row.by_source[-1:], *row.by_position, row.worth]:
                     tally.forget()
-            self.made.clear()
+            self.idle |= dict.fromkeys((DRAFT, *self.exits), float("inf"))
         self.version = version
 
     @property
@@ -180,8 +178,7 @@ class AutoDepth:
 
     def _due(self, what: str | int, loss: float) -> bool:
         """Whether ``what`` has not been tried for so long that it may lose ``loss`` seconds."""
-        new = what in self.exits and self.made[what] < NEW
-        return (TRIED_NEW if new else TRIED) * self.idle[what] >= loss
+        return TRIED * self.idle[what] >= loss
 
     def _try_levels(self, exit: int, rows: int, count: int) -> bool:
         """Whether a level is due."""
@@ -234,7 +231,6 @@ class AutoDepth:
         made = [PLAIN] * (not nodes) + [DRAFT] * (choice.depth > 0) + [exit] * (choice.depth > 0 and levels > 0)
         for what in (PLAIN, DRAFT, *self.exits):
             self.idle[what] = 0.0 if what in made else self.idle[what] + seconds
-        self.made.update(made)
         if not choice.depth:
             return
         model.add_draft(exit, count, levels, step.drafting)

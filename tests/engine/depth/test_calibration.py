@@ -96,7 +96,7 @@ def test_candidates_behind_wrong_ones_say_nothing_and_siblings_do() -> None:
 def test_a_level_counts_where_the_free_draft_has_nothing_right() -> None:
     found = tree((7, 0, 0.5), (8, 0, 0.3), (9, 1, 0.6), (10, 3, 0.7))
     assert Seen.of_candidates(found, [7, 9, 4], 0, 3).levels == [(0, 1.0), (1, 1.0), (2, 0.0)]
-    assert Seen.of_candidates(found, [7, 9, 4], 1, 3).levels == [(1, 1.0), (2, 0.0)]
+    assert Seen.of_candidates(found, [7, 9, 4], 1, 3).levels == [(0, 1.0), (1, 0.0)]
     assert Seen.of_candidates(found, [8, 9], 0, 3).levels == [(0, 0.0)]  # the likeliest is another
     assert Seen.of_candidates(found, [7, 9, 4], 0, 0).levels == []
 
