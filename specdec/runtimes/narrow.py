@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -71,10 +70,6 @@ def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor
     return {path: (mlp.weight(path, kept), mlp.bias(path, kept)) for path in (*mlp.ins, mlp.out)}
 
 
-class _Found(Exception):
-    """The input of an MLP's last map is known, and its product is not needed."""
-
-
 def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
     """How much each neuron adds to the residual: sum over rows of h of |down[:, i] a_i|^2, [I], float32.
 
@@ -90,15 +85,9 @@ def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
         sizes = sizes + weight_rows(down, rows).float().square().sum(0)
     name, found = FAMILIES.get(model_type, Family()).norms[2], list[Tensor]()
     x = getattr(block, name)(h) if name else h
-
-    def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        found.append(inputs[0])
-        raise _Found
-
-    hook = down.register_forward_pre_hook(stop)
+    hook = down.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     try:
-        with suppress(_Found):
-            block.mlp(x[None])  # type: ignore[operator]
+        block.mlp(x[None])  # type: ignore[operator]
     finally:
         hook.remove()
     return found[0].flatten(0, -2).float().square().sum(0) * sizes
