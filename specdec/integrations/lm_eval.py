@@ -86,8 +86,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         texts = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
-        order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
-        for part in self._parts(order):
+        for part in self._parts(len(texts)):
             scored = self.decoder.generate_batch(
                 [texts[n] for n in part], max_new_tokens=1, temperature=0.0, logprobs=1, prompt_logprobs=True
             )
@@ -134,8 +133,9 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
                 found[n] = output.text
         return found
 
-    def _parts(self, numbers: list[int]) -> list[list[int]]:
-        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+    def _parts(self, count: int) -> list[range]:
+        numbers = range(count)
+        return [numbers[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
 
 
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:

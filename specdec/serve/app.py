@@ -68,11 +68,29 @@ def make_app(
 
 
 def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
-    name = service.settings.name
-
     async def answered(request: Request, translate: Callable[[], GenerationRequest], make: MakeAnswer) -> HTTPResponse:
-        prepared, choices = await run_sync(service.start, translate, _client(request))
-        return await _answer(service, request, make(prepared, choices, name), write)
+        """Run a request until it ends or the client disconnects."""
+        client: Client = request.state.client
+        prepared, choices = await run_sync(service.start, translate, client)
+        asked, answer = prepared.asked, make(prepared, choices, service.settings.name)
+        headers = {DRAFTER: service.drafter_label(asked)}
+
+        def end() -> None:
+            request.state.summary.append(answer.summary())
+            service.finish(choices, client)
+            if service.settings.log_requests:
+                for choice in choices:
+                    text = {"prompt": service.decode(choice.prompt, special=True), "answer": choice.answer.text}
+                    write(json.dumps({"id": request.state.request_id} | text, ensure_ascii=True))
+
+        if asked.stream:
+            return EventStream(answer.events(), end, headers, service.settings.client_timeout)
+        try:
+            found = await until_disconnect(request.receive, answer.json())
+            status = CLIENT_CLOSED_REQUEST if found is None else 200
+            return HTTPResponse(found, status, headers, media_type="application/json")
+        finally:
+            end()
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
@@ -95,35 +113,6 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
         service.check_model(body.model)
         ids = await run_sync(lambda: service.encode_chat(body.chat()))
         return JSONResponse({"input_tokens": len(ids)})
-
-
-def _client(request: Request) -> Client:
-    """Who has sent ``request``."""
-    client: Client = request.state.client
-    return client
-
-
-async def _answer(service: Service, request: Request, response: Answer, write: Callable[[str], None]) -> HTTPResponse:
-    """Run ``response`` until it ends or the client disconnects."""
-    asked, client = response.asked, _client(request)
-    headers = {DRAFTER: service.drafter_label(asked)}
-
-    def end() -> None:
-        request.state.summary.append(response.summary())
-        service.finish(response.choices, client)
-        if service.settings.log_requests:
-            for choice in response.choices:
-                text = {"prompt": service.decode(choice.prompt, special=True), "answer": choice.answer.text}
-                write(json.dumps({"id": request.state.request_id} | text, ensure_ascii=True))
-
-    if asked.stream:
-        return EventStream(response.events(), end, headers, service.settings.client_timeout)
-    try:
-        found = await until_disconnect(request.receive, response.json())
-        status = CLIENT_CLOSED_REQUEST if found is None else 200
-        return HTTPResponse(found, status, headers, media_type="application/json")
-    finally:
-        end()
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
