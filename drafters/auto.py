@@ -20,9 +20,7 @@ class AutoDrafter(Drafter):
     """Loads another drafter; it drafts nothing itself."""
 
     name: ClassVar[str] = "auto"
-    summary: ClassVar[str] = (
-        "what 'specdec tune drafter' found, else ngram with m2r2, which is shipped or teaches itself"
-    )
+    summary: ClassVar[str] = "ngram with m2r2, which is shipped or teaches itself"
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:

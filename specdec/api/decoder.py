@@ -30,7 +30,6 @@ from specdec.api.generation import (
     RequestOptions,
 )
 from specdec.api.text import AnswerText, Detokenizer, Prompt, SharedTokenizer, encode
-from specdec.api.tuned import DEFAULTS, Tuned, load_tuned, tuned_path
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
@@ -112,8 +111,6 @@ class SpecDecoder:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
             wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"
             raise SpecDecError(f"model must be {wanted}; got {short_repr(model)}")
-        self.tuned: Tuned | None = None  # settings of ``specdec tune drafter`` that are applied
-        self._kept: Tuned | None = None  # such settings for this model, applied or not
         self.verifier = registry.verifier(verifier, verifier_options)
         model, self.tokenizer = model.eval(), tokenizer
         self.learning = LEARN if learn is None else learn
@@ -155,8 +152,7 @@ class SpecDecoder:
     ) -> SpecDecoder:
         """Load an embedded model, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
 
-        drafter: as in the constructor, but "auto" first looks for settings of ``specdec tune drafter`` (``tuned``); for
-        a model with an adapter, also for those of the model without it.
+        drafter: as in the constructor.
         dtype, revision, trust_remote_code: as in ``loading.load``.
         adapter: a LoRA adapter that is merged into the weights: a folder of PEFT, a GGUF adapter for a GGUF model, or a
         Hugging Face id. The model with it is then the base.
@@ -166,9 +162,9 @@ class SpecDecoder:
         Raises SpecDecError if anything is missing or does not fit.
         """
         name = os.fspath(name)
-        way = {key: str(more.get(key, usual)) for key, usual in DEFAULTS.items()}
+        formats = (str(more.get(key, "auto")) for key in ("runtime", "weights", "kv_cache"))
         paging = more.get("expert_cache") is not None
-        if device == "auto" and (paging or needs_cpu(way["runtime"], way["weights"], more.get("kv_cache", "auto"))):
+        if device == "auto" and (paging or needs_cpu(*formats)):
             device = "cpu"
         choice = registry.Choice.of(drafter) if isinstance(drafter, str) else None  # before a model is downloaded
         with packed.reading():
@@ -182,20 +178,12 @@ class SpecDecoder:
                 adapter=adapter,
                 check=lambda config: None if choice is None else registry.refuse_early(choice, config, name),
             )
-            of = name, str(dtype).removeprefix("torch."), str(model.device)
-            kept = None if adapter is None else load_tuned(tuned_path(*of, **way, adapter=adapter))
-            kept = kept or load_tuned(tuned_path(*of, **way))
-            drafter, tuned = _resolve_auto(drafter, kept)
-            chosen = drafter if choice is None or tuned is not None else choice
-            decoder = cls(model, tokenizer, chosen, **more)
-        decoder.tuned, decoder._kept = tuned, kept
-        return decoder
+            return cls(model, tokenizer, drafter if choice is None else choice, **more)
 
     @checked
     def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
         """A decoder with another drafter and this one's model, tokenizer, target and verifier."""
         other = copy.copy(self)
-        drafter, other.tuned = _resolve_auto(drafter, self._kept)
         other.drafter = other._drafter(drafter, drafter_options)
         other._auto, other._kept_at = None, -KEEP_EVERY
         return other
@@ -542,8 +530,6 @@ class SpecDecoder:
             raise SpecDecError(f"{why}; use the verifier 'exact'")
 
     def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
-        if num_speculative_tokens == "auto" and self.tuned is not None:
-            num_speculative_tokens = self.tuned.num_speculative_tokens
         if num_speculative_tokens != "auto":
             return FixedDepth(int(num_speculative_tokens))
         if not self.drafter.drafts:
@@ -577,8 +563,3 @@ class SpecDecoder:
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as in ``model.generate``."""
         return eos_token_ids(self.model, self.tokenizer)
-
-
-def _resolve_auto(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:
-    """The drafter, and the tuned settings if "auto" selects them."""
-    return (kept.drafter, kept) if drafter == "auto" and kept is not None else (drafter, None)

@@ -91,7 +91,7 @@ class GenerationOptions(RequestOptions, total=False):
     """The options of ``generate``, ``generate_batch`` and ``stream``.
 
     num_speculative_tokens: depth of each draft. "auto", the default, chooses it from measured costs and the acceptance
-    so far, down to plain decoding; with ``tuned`` settings it is theirs.
+    so far, down to plain decoding.
     max_rows: most rows that are decoded together; the next starts when one has ended. None is all.
     """
 

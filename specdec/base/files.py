@@ -23,7 +23,6 @@ CACHE = {
 }
 DATA = {
     "learned": "what drafters learned from your texts",
-    "tuned": "results of `specdec tune drafter`",
     "chat_history": "what you typed in `specdec chat`",
 }
 

@@ -31,7 +31,6 @@ from specdec.cli import (
     models,
     serve,
     train,
-    tune,
     verify,
 )
 from specdec.cli.shared import INTERRUPTED
@@ -126,7 +125,6 @@ app.command(epilog="Example: specdec verify --model my-model --drafter my-drafte
 )
 app.command("sweep", epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(bench.bench)
 app.command(epilog="Example: specdec report DIR --format markdown")(bench.report)
-app.add_typer(tune.app, name="tune")
 app.add_typer(learn.app, name="learn", epilog="Example: specdec learn my-model --minutes 3; then: specdec learn status")
 app.command(epilog="Example: specdec doctor --json")(doctor.doctor)
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,10 +128,7 @@ def generate(
             expert_prefetch=expert_prefetch,
             learn=bool(learn),  # else the command would end after its text only
         )
-    tuned = decoder.tuned
-    if drafter == "auto":
-        drafter = decoder.drafter.label if tuned is None else tuned.drafter
-    source = "" if drafter == decoder.drafter.label else drafter  # a folder or NAME=SOURCE
+    source = "" if drafter in ("auto", decoder.drafter.label) else drafter  # a folder or NAME=SOURCE
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
     if compare:
@@ -158,15 +155,12 @@ def generate(
     if as_json:
         chat = not raw and bool(getattr(decoder.tokenizer, "chat_template", None))
         del settings["constraint"]
-        if tuned is not None and num_speculative_tokens == "auto":
-            settings["num_speculative_tokens"] = tuned.num_speculative_tokens  # the decoder's own
         result: dict[str, Any] = {
             **output.as_dict(),
             "model": model,
             "drafter": decoder.drafter.label,
             "drafter_source": source or None,
             "drafter_options": drafter_options,
-            "tuned": None if tuned is None else asdict(tuned),
             **statistics.runtime(decoder),
             "runtime_note": decoder.runtime_note,
             "lossless": rule.lossless,
@@ -178,7 +172,7 @@ def generate(
             result["compare"] = {"outcome": statistics.outcome(comparison, decoder)} | comparison.as_dict()
         print_json(result)
     elif not quiet:
-        statistics.statistics(decoder, output, comparison, verbose, source, tuned)
+        statistics.statistics(decoder, output, comparison, verbose, source)
     if failed is not None:
         raise failed
     if learn and decoder.drafter.learns and not interrupted:

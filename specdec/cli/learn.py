@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from specdec.api.tuned import DEFAULTS, load_tuned, tuned_path
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
@@ -75,7 +74,6 @@ def ahead(
         decoder = SpecDecoder.from_pretrained(model, "none", learn=False, **how)  # type: ignore[arg-type]
         if base is not None:
             _begin_from(decoder.target, base)
-        # Not what 'specdec tune drafter' chose, which may be one that learns nothing.
         decoder = decoder.with_drafter(AutoDrafter.load(decoder.target))
         if not decoder.drafter.learns and (shipped := drafter_folder.find_shipped("m2r2", decoder.target)):
             own = model if adapter is None else f"{model} --adapter {adapter}"
@@ -89,12 +87,6 @@ def ahead(
         f"learned from {found.tokens:,} tokens; mean acceptance length on held-out questions: "
         f"{found.before:.2f} before, {found.after:.2f} after"
     )
-    tuned = load_tuned(tuned_path(model, dtype, str(decoder.device), runtime, DEFAULTS["weights"], adapter))
-    if tuned is not None and tuned.drafter != decoder.drafter.label:
-        say(
-            f"'specdec tune drafter' chose {tuned.drafter} for this model before: measure again with it, or give "
-            f"--drafter {decoder.drafter.label}"
-        )
 
 
 @app.command("status", epilog="Example: specdec learn status --json")

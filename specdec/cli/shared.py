@@ -104,7 +104,7 @@ Drafter = Annotated[
     _model(
         "--drafter",
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or several "
-        "joined by +; auto: what 'specdec tune drafter' found for the model, else ngram+m2r2.",
+        "joined by +; auto: ngram+m2r2.",
         "NAME",
         autocompletion=complete_drafter,
     ),

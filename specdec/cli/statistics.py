@@ -17,7 +17,6 @@ from specdec.base.terminal import as_text, stderr
 if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
-    from specdec.api.tuned import Tuned
     from specdec.speculation.sampling import Sampler
     from specdec.verify.certificate import Difference
 
@@ -31,12 +30,10 @@ def statistics(
     comparison: Comparison | None,
     verbose: bool,
     source: str = "",
-    tuned: Tuned | None = None,
 ) -> None:
     """Print the figures of one generation to stderr.
 
     source: the folder or NAME=SOURCE of the drafter.
-    tuned: the settings that were applied.
     """
     m = output.metrics
     rate = f"{m.draft_acceptance_rate:.0%}" if m.num_draft_tokens else "nothing drafted"
@@ -59,8 +56,6 @@ def statistics(
     if m.accepted_by_source:
         by_source = ", ".join(f"{count} {name}" for name, count in m.accepted_by_source.items())
         blocks[-1].append(("accepted drafts", by_source))
-    if tuned is not None:
-        blocks[-1].append(("settings", f"tuned ({tuned.speedup:.2f}x plain on {tuned.prompts})"))
     if not decoder.verifier.lossless:
         blocks.append([("verifier", rule(decoder))])
     if m.exit_layers:

@@ -70,9 +70,7 @@ def verify(
         decoder = SpecDecoder.from_pretrained(
             model, drafter, **loading.keywords, drafter_options=drafting.options, verifier=rule, learn=False
         )
-        drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.label if drafter == "auto" else drafter
-        if decoder.tuned and depth == "auto":
-            depth = decoder.tuned.num_speculative_tokens
+        drafter = decoder.drafter.label if drafter == "auto" else drafter
         chosen = evenly_spaced(found.conversations, limit)
         encoded = [(c.id, encode(decoder.tokenizer, c.turns[0], context=decoder.target.context)) for c in chosen]
     certificate = Certificate(decoder, encoded, params, max_new_tokens, depth, batch_size)

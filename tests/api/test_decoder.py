@@ -13,7 +13,6 @@ from tiny_tokenizers import Letters, special_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec import Request, SpecDecError, SpecDecoder
-from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.models import drafter_folder, loading
 
 PROMPT = [5, 6, 7, 8]
@@ -230,24 +229,9 @@ def test_a_stop_string_that_is_a_special_token_ends_the_output() -> None:
 
 def test_the_default_drafter_of_a_model_without_a_shipped_one_teaches_itself(llama) -> None:
     decoder = SpecDecoder(llama)
-    assert decoder.drafter.label == "ngram+m2r2" and decoder.drafter.learns and decoder.tuned is None
+    assert decoder.drafter.label == "ngram+m2r2" and decoder.drafter.learns
     with pytest.raises(SpecDecError, match="no medusa drafter is shipped for this model"):
         SpecDecoder(llama, drafter="medusa")
-
-
-def test_the_default_drafter_is_the_tuned_one_with_its_depth(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    name = str(save_tiny(tmp_path / "model"))
-    save_tuned(tuned_path(name, "auto", "cpu", "auto", "auto"), Tuned("lookahead", 3, 1.5, "8 of own"))
-    decoder = SpecDecoder.from_pretrained(name)
-    assert decoder.drafter.name == "lookahead" and decoder.tuned is not None and decoder.device.type == "cpu"
-    with decoder.open([PROMPT]) as generation:
-        assert generation.engine.batch.policy.choose([]).depth == 3
-    with decoder.engine() as engine:  # what serve and chat use
-        assert engine.batch.policy.choose([]).depth == 3
-    plain = decoder.with_drafter("none")
-    assert plain.tuned is None and plain.with_drafter("auto").drafter.name == "lookahead"
-    assert SpecDecoder.from_pretrained(name, "prompt-lookup").tuned is None
 
 
 @pytest.mark.parametrize("drafter", ["m2r2-paper", "medusa", "deed", "mixture-of-depths", "prompt-lookup+medusa"])

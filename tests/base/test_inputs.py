@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from specdec.api.text import encode
-from specdec.api.tuned import load_tuned
 from specdec.base import inputs, options
 from specdec.base.errors import SpecDecError
 from specdec.bench.plan import load_plan
@@ -44,11 +43,10 @@ def test_json_that_cannot_be_read_is_refused_everywhere(text: str, tmp_path: Pat
             read()
 
 
-def test_results_and_tuned_settings_that_are_nested_without_end(tmp_path: Path) -> None:
+def test_results_that_are_nested_without_end(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(DEEP)
     with pytest.raises(SpecDecError, match="is broken"):
         load_results(tmp_path)
-    assert load_tuned(tmp_path / "sweep.json") is None
 
 
 def test_no_more_of_a_file_is_read_than_is_bearable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,6 @@ from typer.testing import CliRunner
 
 import specdec
 from specdec import cli
-from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.base import inputs, terminal
 from specdec.cli import generate
 from specdec.engine import batch
@@ -133,24 +132,12 @@ def test_the_number_of_drafted_tokens_is_chosen_or_fixed(run) -> None:
     assert chosen["settings"]["num_speculative_tokens"] == "auto" and chosen["text"] == fixed["text"]
 
 
-def test_the_statistics_name_the_drafter_and_tuned_settings(run, model: str) -> None:
+def test_the_statistics_name_the_drafter_and_its_source(run, model: str) -> None:
     assert "; drafter: prompt-lookup; " in run("hello").stderr
     joined = f"prompt-lookup+draft-model={model}"
     assert f"; drafter: prompt-lookup+draft-model (from {joined}); " in run("hello", "--drafter", joined).stderr
     out = json.loads(run("hello", "--json", "--drafter", joined).stdout)
-    assert (out["drafter"], out["drafter_source"]) == ("prompt-lookup+draft-model", joined) and out["tuned"] is None
-    save_tuned(tuned_path(model, "auto", "cpu", "auto", "auto"), Tuned("prompt-lookup", 2, 1.5, "8 of own"))
-    auto = ("hello", "--drafter", "auto", "--device", "cpu", "--num-speculative-tokens", "auto")
-    assert "; settings: tuned (1.50x plain on 8 of own)" in run(*auto).stderr
-    out = json.loads(run(*auto, "--json").stdout)
-    assert out["drafter"] == "prompt-lookup" and out["drafter_source"] is None
-    assert out["settings"]["num_speculative_tokens"] == 2
-    assert out["tuned"] == {
-        "drafter": "prompt-lookup",
-        "num_speculative_tokens": 2,
-        "speedup": 1.5,
-        "prompts": "8 of own",
-    }
+    assert (out["drafter"], out["drafter_source"]) == ("prompt-lookup+draft-model", joined)
 
 
 def test_a_drafter_that_is_never_right_is_remarked_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +391,7 @@ def test_any_prompt_goes_under_any_locale(run, model: str, tmp_path: Path) -> No
 
 def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
     names = ["generate", "models", "drafters", "train", "bench", "verify", "sweep", "report"]
-    commands = [[], *([name] for name in names), ["train", "m2r2"], ["tune", "drafter"]]
+    commands = [[], *([name] for name in names), ["train", "m2r2"]]
     script = """
 import json, sys
 from specdec.cli import main
@@ -454,9 +441,6 @@ MISTAKES = {
     "bench --prompts empty.txt": "prompt file 'empty.txt' is empty",
     "verify --adapter ./none": "there is no adapter './none'",
     "verify --prompts none.jsonl": "there is no prompt file 'none.jsonl'",
-    "tune drafter --adapter ./none": "there is no adapter './none'",
-    "tune drafter --prompts empty.txt": "prompt file 'empty.txt' is empty",
-    "tune drafter --drafters none,m2r3": "unknown drafter 'm2r3' (did you mean 'm2r2'?)",
     "train medusa --prompts a --output b --adapter ./none": "there is no adapter './none'",
     "learn export out --adapter ./none": "there is no adapter './none'",
     "generate Hi --drafter ./none": "drafter folder './none' does not exist",
@@ -470,7 +454,6 @@ MISTAKES = {
     "models pull ./none": "there is no file or folder './none'",
     "models pull": "no model is named",
     "models pull x --model y": "the model is named twice, as 'x' and with --model 'y'",
-    "tune drafter ./none": "there is no file or folder './none'",
     "train medusa ./none --prompts a --output b": "there is no file or folder './none'",
     "train medusa --prompts none.jsonl --output b": "there is no file 'none.jsonl'",
     "serve --cors a.example": "--cors takes an origin",

@@ -16,7 +16,6 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
-from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.drafters import learned
 from specdec.models import drafter_folder
 
@@ -184,12 +183,6 @@ def test_learning_beside_another_process_is_refused_in_one_sentence(folder: Path
     said = run(str(folder), "--minutes", "0.01", "--runtime", "reference", code=2)[1]
     assert f"another process learns for '{folder}', and only one keeps what it learns; end it" in said
     assert "learned from" not in said
-
-
-def test_what_tune_drafter_chose_does_not_hinder_learning(folder: Path) -> None:
-    save_tuned(tuned_path(str(folder), "auto", "cpu", "reference", "auto"), Tuned("lookahead", 3, 1.5, "8 of own"))
-    said = run(str(folder), "--minutes", "0.01", "--runtime", "reference")[1]
-    assert "learned from" in said and "'specdec tune drafter' chose lookahead for this model before" in said
 
 
 def test_nothing_to_export(folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ SHORT = {
     "bench": ["--limit", "1", "--max-new-tokens", "4"],
     "verify": ["--limit", "1", "--max-new-tokens", "4"],
     "sweep": ["limit=1", "max_new_tokens=4"],
-    "tune drafter": ["--limit", "1"],
     "train": ["--set", "max_new_tokens=8", "--set", "eval_fraction=0.3", "--set", "rows=2"],
 }
 
