@@ -29,7 +29,6 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
     mean_acceptance_length    EST, tokens per step, pooled over all steps; includes the bonus token
     acceptance_rate           accepted over drafted tokens; None if nothing was drafted
     acceptance_per_position   [share of accepted tokens at this position, over all drafts that reach it]
-    conditional_acceptance    [the same, over the drafts whose earlier tokens were all accepted]
     acceptance_histogram      entry n: steps that accepted n drafted tokens
     mean_layers_per_token     EST, layers run per token, pooled
     phase_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}
@@ -51,14 +50,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from specdec.base import options
-from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.errors import SpecDecError
 from specdec.base.options import (
     GREEDY_BELOW,
     Count,
@@ -73,7 +71,6 @@ from specdec.base.options import (
 )
 from specdec.base.settings import Settings
 from specdec.models.catalogue import DEFAULT_MODEL
-from specdec.speculation import registry
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,7 @@ EXTERNAL_METHODS = {
 
 
 Text = Annotated[str, Field(min_length=1)]
+GROUPS = ("drafter", "verifier")  # settings whose values have options
 
 
 def _baselines() -> tuple[str, ...]:
@@ -123,16 +121,6 @@ def check_external(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
         raise SpecDecError(f"'{kind}' {other.missing}")
     options.check_names(kind, given, other.options, source if not other.source and source else None)
     return kind, source
-
-
-def check_method(name: str) -> None:
-    """Raise SpecDecError unless ``name`` is a drafter or an external method."""
-    kind, known = name.partition("=")[0], (*registry.names("drafters"), *EXTERNAL_METHODS)
-    if kind in known:
-        return
-    if not ("+" in kind or "/" in kind or Path(kind).is_dir()):
-        raise SpecDecError(f"unknown method '{name}'{did_you_mean(kind, known)}; known: {', '.join(sorted(known))}")
-    registry.parse(name)
 
 
 class Cell(Settings):
@@ -204,3 +192,20 @@ class Cell(Settings):
         """16 hex digits, equal for equal cells in every process and on every machine."""
         text = json.dumps(self.as_dict(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a cell (``Cell.as_dict()``) by axis name; options are ``drafter.NAME.OPTION``."""
+    out: dict[str, Any] = {}
+    for name, value in cell.items():
+        group = name.removesuffix("_options")
+        out |= {name: value} if group == name else _flattened(f"{group}.{cell[group]}.", value)
+    return out
+
+
+def _flattened(prefix: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options as one mapping with dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in options.items():
+        out |= _flattened(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return out

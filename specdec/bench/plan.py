@@ -1,19 +1,21 @@
-"""The plan of a sweep: from a YAML file and overrides to checked cells. Nothing is loaded here.
+"""The plan of a benchmark: from the settings of a YAML file and of the command line to checked cells. Loads nothing.
 
-The keys of a file are the settings of a cell (``specdec.bench.cell.Cell``). A list is an axis, and the cells are the
-product of all axes. ``drafter`` and ``verifier`` may be mappings, ``{NAME: {option: value or list}}``. Further keys:
+The keys are the settings of a cell (``specdec.bench.cell.Cell``). A list is an axis, and the cells are the product of
+all axes. ``drafter`` and ``verifier`` may be mappings, ``{NAME: {option: value or list}}``; the drafter ``NAME@K``
+drafts K tokens a step. Further keys:
 
     name, description    of the sweep
     exclude: [{A: value or list, ...}, ...]   drops the cells that match all conditions of an entry
     resources: {cpus, gpus, memory_gb, workers}   of one task on a Ray cluster
 
-The axis of an option is called ``drafter.NAME.OPTION`` in ``exclude`` and overrides.
+An option is called ``drafter.NAME.OPTION`` in ``exclude`` and overrides.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -25,16 +27,15 @@ from pydantic import Field
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Settings, short_repr
-from specdec.bench.cell import EXTERNAL_METHODS, Cell, check_external, check_method
+from specdec.bench.cell import EXTERNAL_METHODS, GROUPS, Cell, axes, check_external
 from specdec.speculation import registry
 
 MAX_CELLS = 10_000
-GROUPS = ("drafter", "verifier")  # settings whose values have options
 WHOLE = "against"  # a setting whose value is a list
 # Settings of a method. Cells that agree in all others are a group, which is measured side by side.
 METHOD = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
-SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)] + [*GROUPS]
-KEYS = ("name", "description", "exclude", "resources", *SETTINGS)
+SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)]
+KEYS = ("name", "description", "exclude", "resources", *SETTINGS, *GROUPS)
 
 
 class Resources(Settings):
@@ -66,30 +67,38 @@ def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
     return sorted(found.values(), key=lambda group: loads.index(group[0].loading))
 
 
-@dataclass(frozen=True)
-class Axis:
-    """A setting, or an option of a drafter or verifier: its keys in the file, and its values."""
+def load_plan(path: Path | None, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a file, with ``settings`` and then ``overrides`` (``KEY=VALUE,VALUE``) in place of what it says.
 
-    keys: tuple[str, ...]
-    values: list[Any]
-
-    def applies(self, point: Mapping[str, Any]) -> bool:
-        """Whether a cell with the drafter and the verifier of ``point`` has it."""
-        return len(self.keys) == 1 or self.keys[1] == point[self.keys[0]]
-
-
-def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """The plan of a file with ``overrides`` (``KEY=VALUE,VALUE``) on top. Raises SpecDecError, which names either."""
-    given = inputs.read_yaml(path, "benchmark file ")
+    Raises SpecDecError for a mistake, with the name of the file or the override.
+    """
+    where = "" if path is None else f"'{path}': "
+    given = {"name": "benchmark"} if path is None else inputs.read_yaml(path, "benchmark file ")
     if given is None:
         raise SpecDecError(f"'{path}' is empty; a sweep needs at least one setting, such as 'drafter: m2r2'")
-    with _told(f"'{path}'"):
-        sweep = Sweep(given, path.stem)
+    with _told(where):
+        given = _mapping(given, "a benchmark file", KEYS) | dict(settings or {})
+        for group in GROUPS:
+            given[group] = _plugins(given.get(group, getattr(Cell(), group)))
     for text in overrides:
-        with _told(f"override '{text}'"):
-            sweep.override(text)
-    with _told(f"'{path}'"):
-        return sweep.plan()
+        with _told(f"'{text}': "):
+            _override(given, text)
+    with _told(where):
+        cells = _cells(given)
+        for entry in _as_list(given.get("exclude", [])):
+            conditions = {axis: _as_list(value) for axis, value in _mapping(entry, "an entry of exclude").items()}
+            kept = [cell for cell in cells if not _matches(cell, conditions)]
+            if len(kept) == len(cells) and not overrides:  # an override may remove what an entry names
+                known = {axis: None for cell in cells for axis in axes(cell.as_dict())}
+                odd = next((f"{axis}{did_you_mean(axis, known)}" for axis in conditions if axis not in known), "")
+                raise SpecDecError(f"an entry of exclude matches no cell: {odd or conditions}")
+            cells = kept
+        if not cells:
+            raise SpecDecError("the sweep has no cell: exclude drops them all")
+        found = {cell.key(): cell for cell in (cell.canonical() for cell in cells)}
+        resources = Resources(**_mapping(given.get("resources"), "resources"))
+        name = str(given.get("name", path and path.stem))
+        return Plan(name, " ".join(str(given.get("description", "")).split()), tuple(found.values()), resources)
 
 
 @contextlib.contextmanager
@@ -98,114 +107,89 @@ def _told(where: str) -> Iterator[None]:
     try:
         yield
     except (SpecDecError, ValueError) as error:
-        raise SpecDecError(f"{where}: {error}") from None
+        raise SpecDecError(f"{where}{error}") from None
 
 
-class Sweep:
-    """The axes of a file, and the cells that they span. Raises SpecDecError for a mistake.
+def _plugins(given: Any) -> dict[str, dict[str, Any]]:
+    """The options of each drafter or verifier that a setting names."""
+    named = given if isinstance(given, dict) else dict.fromkeys(_as_list(given))
+    return {str(name): _mapping(options, f"the options of '{name}'") for name, options in named.items()}
 
-    name: the name of the sweep if the file gives none.
-    """
 
-    def __init__(self, given: Any, name: str) -> None:
-        items = _mapping(given, "a benchmark file", KEYS)
-        self.name, self.description = items.get("name", name), items.get("description", "")
-        self.resources = _mapping(items.get("resources"), "resources")
-        self.axes = dict[str, Axis]()
-        for setting in SETTINGS:
-            if setting in items or setting in GROUPS:
-                self._add((setting,), items.get(setting, getattr(Cell(), setting)))
-        self.excludes = [
-            {axis: _as_list(value) for axis, value in _mapping(entry, "an entry of exclude").items()}
-            for entry in _as_list(items.get("exclude", []))
-        ]
-        points = list(self._points(excluded=True))
-        for conditions in self.excludes:  # only of the file: an override may remove what they name
-            for axis in conditions:
-                if axis not in self.axes:
-                    raise SpecDecError(f"exclude: '{axis}' is not an axis of this sweep{did_you_mean(axis, self.axes)}")
-            if not any(_matches(point, conditions) for point in points):
-                raise SpecDecError(f"an entry of exclude matches no cell: {conditions}")
+def _override(given: dict[str, Any], text: str) -> None:
+    """Put ``KEY=VALUE,VALUE`` into the settings. A selection of drafters or verifiers keeps their options."""
+    key, equals, value = text.partition("=")
+    path = key.split(".")
+    if group := next((group for group in GROUPS if text.startswith(f"{group}.")), None):
+        names, rest = given[group], text.removeprefix(f"{group}.")
+        name = max((name for name in names if rest.startswith(f"{name}.")), key=len, default=None)
+        if name is None:
+            wanted = rest.partition(".")[0]
+            raise SpecDecError(f"the sweep has no {group} '{wanted}'{did_you_mean(wanted, names)}")
+        option, equals, value = rest.removeprefix(f"{name}.").partition("=")  # names may contain =
+        path = [group, name, *option.split(".")]
+    elif key not in (known := (*SETTINGS, *GROUPS, "name")) and path[0] != "resources":
+        what = "give SETTING=VALUE,VALUE or drafter.NAME.OPTION=VALUE"
+        raise SpecDecError(f"there is no such setting{did_you_mean(key, known)}; {what}")
+    values = inputs.parse_yaml(f"[{value}]") if equals else None
+    if not values:
+        raise SpecDecError("it gives no value; write KEY=VALUE,VALUE")
+    if key in GROUPS:
+        given[key] = {str(name): given[key].get(name, {}) for name in values}
+        return
+    if key in SETTINGS:
+        for one in [values] if key == WHOLE else values:
+            Cell(**{key: one})
+    holder, (*parents, last) = given, path
+    for parent in parents:
+        holder = holder.setdefault(parent, {})
+    holder[last] = values[0] if path[0] in ("name", "resources") else values
 
-    def _add(self, keys: tuple[str, ...], given: Any) -> None:
-        """Add the axis of a setting or an option. The options of joined drafters are one level further down."""
-        name = ".".join(keys)
-        if keys[0] in GROUPS and (isinstance(given, dict) or len(keys) == 2):
-            options = _mapping(given, f"the options of '{name}'")
-            for key, value in options.items():
-                self._add((*keys, key), value)
-            if len(keys) > 1:
-                return
-            given = list(options)
-        values = [_as_list(given)] if name == WHOLE else _as_list(given)
-        if not values:
-            raise SpecDecError(f"'{name}' is empty: the sweep would have no cell")
-        for one in ({name: value} for value in values if name in SETTINGS):
-            Cell().with_settings(**one)
-        self.axes[name] = Axis(keys, values)
 
-    def override(self, text: str) -> None:
-        """Put ``KEY=VALUE,VALUE`` over the file."""
-        key, equals, value = text.partition("=")
-        keys = tuple(key.split("."))
-        if group := next((group for group in GROUPS if text.startswith(f"{group}.")), None):
-            names, rest = self.axes[group].values, text.removeprefix(f"{group}.")
-            name = max((name for name in names if rest.startswith(f"{name}.")), key=len, default=None)
-            if name is None:
-                given = rest.partition(".")[0]
-                raise SpecDecError(f"the sweep has no {group} '{given}'{did_you_mean(given, names)}")
-            option, equals, value = rest.removeprefix(f"{name}.").partition("=")  # names may contain =
-            keys = (group, name, *option.split("."))
-        elif key not in (known := (*SETTINGS, "name")) and not key.startswith("resources."):
-            what = "give SETTING=VALUE,VALUE or drafter.NAME.OPTION=VALUE"
-            raise SpecDecError(f"there is no such setting{did_you_mean(key, known)}; {what}")
-        values = inputs.parse_yaml(f"[{value}]") if equals else None
-        if not values:
-            raise SpecDecError("it gives no value; write KEY=VALUE,VALUE")
-        if key == "name":
-            self.name = values[0]
-        elif keys[0] == "resources":
-            self.resources = self.resources | {".".join(keys[1:]): values[0]}
-        else:
-            self._add(keys, values)
+def _cells(given: Mapping[str, Any]) -> list[Cell]:
+    """Every combination of the settings. Raises SpecDecError for options that a plug-in refuses."""
+    settings = {
+        name: [given[name]] if name == WHOLE and isinstance(given[name], list | tuple) else _as_list(given[name])
+        for name in SETTINGS
+        if name in given
+    }
+    plugins = [
+        [(name, options) for name, own in given[group].items() for options in _combinations(own)] for group in GROUPS
+    ]
+    count = math.prod(map(len, (*plugins, *settings.values())))
+    if not count:
+        raise SpecDecError("a setting is empty: the sweep would have no cell")
+    if count > MAX_CELLS:
+        raise SpecDecError(f"the sweep has more than {MAX_CELLS:,} cells; shorten an axis")
+    for group, found in zip(GROUPS, plugins, strict=True):
+        for name, options in found:
+            _check_plugin(group, name, options)
+    cells = []
+    for (drafter, drafter_options), (verifier, verifier_options), *values in product(*plugins, *settings.values()):
+        cell = Cell(
+            verifier=verifier,
+            verifier_options=verifier_options,
+            drafter_options=drafter_options,
+            **dict(zip(settings, values, strict=True)) | _method(drafter),
+        )
+        cells.append(cell)
+    return cells
 
-    # Cells.
 
-    def _points(self, excluded: bool = False) -> Iterator[dict[str, Any]]:
-        """Every combination of the axes, as values by axis name; with those that exclude drops, if ``excluded``."""
-        count = 0
-        for each in product(*(self.axes[group].values for group in GROUPS)):
-            point = dict(zip(GROUPS, each, strict=True))
-            axes = {n: axis.values for n, axis in self.axes.items() if n not in GROUPS and axis.applies(point)}
-            for values in product(*axes.values()):
-                point = point | dict(zip(axes, values, strict=True))
-                if excluded or not any(_matches(point, conditions) for conditions in self.excludes):
-                    if (count := count + 1) > MAX_CELLS:
-                        raise SpecDecError(f"the sweep has more than {MAX_CELLS:,} cells; shorten an axis")
-                    yield point
+def _combinations(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the values of options. The options of joined drafters are mappings themselves."""
+    values = [_combinations(value) if isinstance(value, dict) else _as_list(value) for value in options.values()]
+    return [dict(zip(map(str, options), each, strict=True)) for each in product(*values)]
 
-    def plan(self) -> Plan:
-        """The plan. Raises SpecDecError for options that a plug-in refuses, and for a sweep without a cell."""
-        cells = {cell.key(): cell for cell in map(self._cell, list(self._points()))}
-        if not cells:
-            raise SpecDecError("the sweep has no cell: exclude drops them all")
-        name, description = (" ".join(str(text).split()) for text in (self.name, self.description))
-        return Plan(name, description, tuple(cells.values()), Resources(**self.resources))
 
-    def _cell(self, point: dict[str, Any]) -> Cell:
-        values: dict[str, Any] = {f"{group}_options": {} for group in GROUPS}
-        for name, value in point.items():
-            group, *path = self.axes[name].keys
-            if not path:
-                values[name] = value
-                continue
-            holder = values[f"{group}_options"]
-            for key in path[1:-1]:
-                holder = holder.setdefault(key, {})
-            holder[path[-1]] = value
-        for group in GROUPS:
-            check_plugin(group, point[group], values[f"{group}_options"])
-        return Cell(**values).canonical()
+def _method(name: str) -> dict[str, Any]:
+    """The settings that ``NAME`` or ``NAME@K`` gives."""
+    drafter, _, depth = name.rpartition("@")
+    return (
+        {"drafter": drafter, "num_speculative_tokens": int(depth)}
+        if drafter and depth.isdecimal()
+        else {"drafter": name}
+    )
 
 
 def _mapping(value: Any, what: str, known: Sequence[str] | None = None) -> dict[str, Any]:
@@ -223,7 +207,8 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _matches(point: dict[str, Any], conditions: dict[str, list[Any]]) -> bool:
+def _matches(cell: Cell, conditions: Mapping[str, list[Any]]) -> bool:
+    point = axes(cell.as_dict())
     return all(key in point and point[key] in values for key, values in conditions.items())
 
 
@@ -237,18 +222,22 @@ class _Unloaded:
         raise self.Accessed
 
 
-def check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
+def _check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
     """Raise SpecDecError for an unknown plug-in and for options that it refuses with any model."""
     if group == "verifier":
         registry.verifier(name, options)
-    elif name.partition("=")[0] in EXTERNAL_METHODS:
+        return
+    name = _method(name)["drafter"]
+    kind, known = name.partition("=")[0], (*registry.names("drafters"), *EXTERNAL_METHODS)
+    if kind in EXTERNAL_METHODS:
         check_external(name, options)
-    else:
-        check_method(name)
-        whole = registry.Choice.of(name)
-        checks = [(whole, options)]
-        if len(whole.parts) > 1:
-            checks += [(registry.Choice(part[0], [part]), options.get(part[0], {})) for part in whole.parts]
-        for choice, own in checks:
-            with contextlib.suppress(_Unloaded.Accessed):
-                choice.load(_Unloaded(), own)
+        return
+    if kind not in known and not ("+" in kind or "/" in kind or Path(kind).is_dir()):
+        raise SpecDecError(f"unknown method '{name}'{did_you_mean(kind, known)}; known: {', '.join(sorted(known))}")
+    whole = registry.Choice.of(name)
+    checks = [(whole, options)]
+    if len(whole.parts) > 1:
+        checks += [(registry.Choice(part[0], [part]), options.get(part[0], {})) for part in whole.parts]
+    for choice, own in checks:
+        with contextlib.suppress(_Unloaded.Accessed):
+            choice.load(_Unloaded(), own)

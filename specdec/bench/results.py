@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specdec.base.errors import SpecDecError
-from specdec.bench.plan import GROUPS
+from specdec.bench.cell import GROUPS, axes
 from specdec.bench.store import Store
 
 SHORT = {"num_speculative_tokens": "depth", "max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}
@@ -25,36 +25,19 @@ Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
 # Differences of cells (``Cell.as_dict()``).
 
 
-def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a cell by axis name; options are ``drafter.NAME.OPTION``."""
-    out: dict[str, Any] = {}
-    for name, value in cell.items():
-        group = name.removesuffix("_options")
-        out |= {name: value} if group == name else flattened(f"{group}.{cell[group]}.", value)
-    return out
-
-
-def flattened(prefix: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options as one mapping with dotted names."""
-    out: dict[str, Any] = {}
-    for name, value in options.items():
-        out |= flattened(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return out
-
-
 def as_yaml(value: Any) -> str:
     """``value`` as YAML on one line."""
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def varying_axes(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The axes on which these cells differ, each with its values in order of appearance."""
+def varying_axes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The axes on which these cells differ."""
     found: dict[str, list[Any]] = {}
     for cell in cells:
         for name, value in axes(cell).items():
             if value not in found.setdefault(name, []):
                 found[name].append(value)
-    return {name: taken for name, taken in found.items() if len(taken) > 1}
+    return [name for name, values in found.items() if len(values) > 1]
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -75,13 +58,20 @@ def short_name(axis: str) -> str:
     return SHORT.get(name, name)
 
 
-# Contents of a folder.
+# Tables.
 
 
 @dataclass(frozen=True)
 class ResultTable:
     header: list[str]
-    rows: list[list[str]] = field(default_factory=list)
+    rows: list[list[str]]
+
+
+def make_table(rows: Sequence[Mapping[str, str]]) -> ResultTable:
+    """A table of rows by column, without columns that are empty in all of them; errors stand last."""
+    names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "error")
+    used = [name for name in names if any(row.get(name) for row in rows)]
+    return ResultTable(used, [[row.get(name, "") for name in used] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -107,52 +97,31 @@ class Results:
         return labels([record["cell"] for record in self.records])
 
     def table(self) -> ResultTable:
-        """The main figures of each cell, without empty columns."""
-        over = baselines(self.done)
+        """The main figures of each cell."""
         rows = []
         for label, record in zip(self.labels(), self.records, strict=True):
-            figures = {"error": record["error"]} if "error" in record else _columns(record["method"], over)
+            figures = {"error": record["error"]} if "error" in record else _figures(record["method"])
             rows.append({"cell": label} | figures)
-        names = [*dict.fromkeys(name for row in rows for name in row if name != "error"), "error"]
-        used = [name for name in names if any(row.get(name) for row in rows)]
-        return ResultTable(used, [[row.get(name, "") for name in used] for row in rows])
+        return make_table(rows)
 
     def tables(self) -> list[ResultTable]:
         """The main table; for the cells that did not fail also speedups by category, phases and percentiles."""
-        methods = [record["method"] for record in self.done]
         names = labels([record["cell"] for record in self.done])
+        methods = list(zip(names, (record["method"] for record in self.done), strict=True))
         if not methods:
             return [self.table()]
-        kinds = list(dict.fromkeys(kind for method in methods for kind in method["categories"] if kind))
-        phases = list(dict.fromkeys(phase for method in methods for phase in method["phase_ms_per_step"]))
-        headers = [
-            ["x plain (the worst prompt)", *kinds, "all"],
-            ["method", "prefill ms", "decode ms/token", *(f"{phase} ms/step" for phase in phases), "MB"],
-            [
-                "method",
-                "P50, P99: ms/token",
-                "ms to first token",
-                "ms/step",
-                "accepted at position 1, 2 ..",
-                "given all before",
-            ],
-        ]
-        makers = (
-            lambda method: [_over_plain(method["categories"].get(kind)) for kind in kinds] + [_over_plain(method)],
-            lambda method: _phases(method, phases),
-            _percentiles,
-        )
         return [
             self.table(),
-            *(
-                ResultTable(header, [[name, *make(method)] for name, method in zip(names, methods, strict=True)])
-                for header, make in zip(headers, makers, strict=True)
-            ),
+            make_table([{"x plain (the worst prompt)": name} | _by_category(method) for name, method in methods]),
+            make_table([{"method": name} | _phases(method) for name, method in methods]),
+            make_table([{"method": name} | _percentiles(method) for name, method in methods]),
         ]
 
     def notes(self) -> list[str]:
         """What was measured, how, with which costs of passes and engines; and the prompts that were left out."""
-        lines = list[str]()
+        lines = [f"{len(self.done)} of {len(self.records) + self.missing} cells"]
+        lines[0] += f", {len(self.failed)} failed" * bool(self.failed)
+        lines[0] += f", {self.missing} not run yet" * bool(self.missing)
         for record in self.done:
             lines += _settings(record)
         for record in self.done[:1]:
@@ -169,50 +138,31 @@ class Results:
 
 
 def _settings(record: Record) -> list[str]:
-    """The model and the machine; the prompts and how they were answered."""
+    """The model and the machine; the versions; the prompts and how they were answered."""
     cell, about, prompts = (record[key] for key in ("cell", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
+    licence = f" ({prompts['licence']})" if prompts["licence"] else ""
     names = {"activations": "activations", "kv_cache": "KV cache"}
     held = "".join(f", {name} in {about[key]}" for key, name in names.items() if about[key] != "as computed")
     times = f"{cell['repetitions']} repetition{'s' * (cell['repetitions'] > 1)}"
     how = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
+    versions = [f"{name} {about[name]}" for name in ("specdec", "commit", "torch", "transformers", "python", "system")]
     return [
         f"{cell['model']}, {about['dtype']}, {about['runtime']} runtime on {about['device']}{held}, "
-        f"{about['threads']} threads, {about['cpu']}",
-        f"{prompts['conversations']} conversations of {prompts['name']}{skipped}, {how}, at most "
+        f"{about['threads']} threads, {about['gpu'] or about['cpu']}",
+        ", ".join(versions),
+        f"{prompts['conversations']} conversations of {prompts['name']}{licence}, sha256 {prompts['sha256'][:12]}"
+        f"{skipped}, {how}, at most "
         f"{cell['max_new_tokens']} tokens, batch of {cell['batch_size']}, {times}, "
         f"{record['seconds']:.0f} s{' (interrupted)' if record['interrupted'] else ''}",
     ]
 
 
-def _over_plain(figures: Mapping[str, Any] | None) -> str:
-    """The speedup over plain decoding, and that of the worst prompt."""
-    speedup, worst = (figures[name].get("none") if figures else None for name in ("speedup", "worst"))
-    return f"{speedup['value']:.2f} ({worst:.2f})" if speedup else ""
-
-
-def _phases(method: Mapping[str, Any], phases: Sequence[str]) -> list[str]:
-    spent, memory = method["phase_ms_per_step"], method["peak_memory_mb"]
-    prefill, decode = method["prefill_ms"], method["decode_ms_per_token"]
-    row = [f"{prefill['value']:.0f}" if prefill else "", f"{decode['value']:.1f}" if decode else ""]
-    row += [f"{spent[phase]:.1f}" if phase in spent else "" for phase in phases]
-    return [*row, "" if memory is None else f"{memory:.0f}"]
-
-
-def _percentiles(method: Mapping[str, Any]) -> list[str]:
-    found = [method["latency_ms"][what] for what in ("token", "first_token", "step")]
-    shares = (method["acceptance_per_position"], method["conditional_acceptance"])
-    return [
-        *(f"{one['p50']:.1f}, {one['p99']:.1f}" if one else "" for one in found),
-        *(" ".join(f"{share:.2f}".removeprefix("0") for share in one) for one in shares),
-    ]
-
-
-def _columns(method: Mapping[str, Any], over: Sequence[str]) -> dict[str, str]:
+def _figures(method: Mapping[str, Any]) -> dict[str, str]:
     rate, first, quality = method["acceptance_rate"], method["first_token_ms"], method["quality"] or {}
     return {
         "tok/s": interval(method["tokens_per_second"], ".1f"),
-        **{f"x {NAMES.get(name, name)}": interval(method["speedup"].get(name)) for name in over},
+        **{f"x {NAMES.get(name, name)}": interval(speedup) for name, speedup in method["speedup"].items()},
         "acceptance length": interval(method["mean_acceptance_length"]),
         "accepted": "" if rate is None else f"{rate:.0%}",
         "first token": "" if first is None else f"{first['value']:.0f} ms",
@@ -221,6 +171,37 @@ def _columns(method: Mapping[str, Any], over: Sequence[str]) -> dict[str, str]:
         "NLL": interval(quality.get("nll"), ".3f"),
         "ROUGE-L": interval(quality.get("rouge_l"), ".3f"),
         "layers/token": interval(method["mean_layers_per_token"], ".1f") if quality else "",
+    }
+
+
+def _by_category(method: Mapping[str, Any]) -> dict[str, str]:
+    named = {kind: figures for kind, figures in method["categories"].items() if kind}
+    return {kind: _over_plain(figures) for kind, figures in (named | {"all": method}).items()}
+
+
+def _over_plain(figures: Mapping[str, Any]) -> str:
+    """The speedup over plain decoding, and that of the worst prompt."""
+    speedup = figures["speedup"].get("none")
+    return f"{speedup['value']:.2f} ({figures['worst']['none']:.2f})" if speedup else ""
+
+
+def _phases(method: Mapping[str, Any]) -> dict[str, str]:
+    prefill, decode, memory = (method[name] for name in ("prefill_ms", "decode_ms_per_token", "peak_memory_mb"))
+    return {
+        "prefill ms": f"{prefill['value']:.0f}" if prefill else "",
+        "decode ms/token": f"{decode['value']:.1f}" if decode else "",
+        **{f"{phase} ms/step": f"{spent:.1f}" for phase, spent in method["phase_ms_per_step"].items()},
+        "MB": "" if memory is None else f"{memory:.0f}",
+    }
+
+
+def _percentiles(method: Mapping[str, Any]) -> dict[str, str]:
+    columns = {"token": "P50, P99: ms/token", "first_token": "ms to first token", "step": "ms/step"}
+    found = {column: method["latency_ms"][what] for what, column in columns.items()}
+    return {column: f"{one['p50']:.1f}, {one['p99']:.1f}" if one else "" for column, one in found.items()} | {
+        "accepted at position 1, 2 ..": " ".join(
+            f"{share:.2f}".removeprefix("0") for share in method["acceptance_per_position"]
+        )
     }
 
 
@@ -244,20 +225,11 @@ def outcome(record: Record) -> str:
     """The outcome of a cell in a few words."""
     if "error" in record:
         return f"failed: {record['error']}"
-    rate, gain = record["method"]["tokens_per_second"], speedup_of(record)
+    method = record["method"]
+    rate = method["tokens_per_second"]
     what = f"{rate['value']:.1f} tok/s" if rate else "nothing to time"
-    return what + (f", {gain[1]['value']:.2f} x {gain[0]}" if gain else "")
-
-
-def speedup_of(record: Record) -> tuple[str, Estimate] | None:
-    """The name of the first baseline with a speedup, and that speedup."""
-    found = ((NAMES.get(name, name), value) for name, value in record["method"]["speedup"].items() if value)
-    return next(found, None)
-
-
-def baselines(records: Sequence[Record]) -> list[str]:
-    """All baselines over which some record has a speedup."""
-    return list(dict.fromkeys(n for r in records for n, value in r["method"]["speedup"].items() if value is not None))
+    gains = [f", {gain['value']:.2f} x {NAMES.get(name, name)}" for name, gain in method["speedup"].items() if gain]
+    return what + "".join(gains[:1])
 
 
 def interval(estimate: Estimate | None, form: str = ".2f") -> str:

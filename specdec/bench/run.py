@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
-from itertools import product
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.terminal import OnProgress
 from specdec.bench import figures
-from specdec.bench.cell import EXTERNAL_METHODS, Cell, check_external, check_method
+from specdec.bench.cell import EXTERNAL_METHODS, Cell
 from specdec.bench.environment import environment
 from specdec.bench.figures import BenchRequest, summarize
 from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory, Reply
@@ -51,12 +51,9 @@ class Decoders:
         self._prompts: dict[str, PromptSet] = {}
 
     def check(self, cell: Cell) -> None:
-        """Raise SpecDecError for methods that cannot fit, before the weights are loaded."""
+        """Raise SpecDecError for a drafter that cannot fit, before the weights are loaded."""
         for method in _methods(cell):
-            check_method(method.drafter)
-            if method.is_external:
-                check_external(method.drafter, method.drafter_options)
-            elif method.drafter != "none":
+            if not method.is_external and method.drafter != "none":
                 registry.refuse_early(registry.Choice.of(method.drafter), loading.read_config(cell.model), cell.model)
 
     def base(self, cell: Cell) -> SpecDecoder:
@@ -140,13 +137,8 @@ class BenchRun:
 
     def _load(self, cell: Cell) -> None:
         """Load the method of ``cell`` under a unique name."""
-        depth = cell.num_speculative_tokens
-        usual = depth in ("auto", self.first.num_speculative_tokens)
-        name = label = cell.drafter if usual else f"{cell.drafter}@{depth}"
-        number = 1
-        while name in self.methods:
-            number += 1
-            name = f"{label} ({number})"
+        names = chain(("", f"@{cell.num_speculative_tokens}"), (f" ({number})" for number in count(2)))
+        name = next(name for more in names if (name := f"{cell.drafter}{more}") not in self.methods)
         method = self.decoders.method(cell)
         if not method.lossless:
             figures.require_rouge_score()

@@ -92,8 +92,8 @@ def test_lists_are_axes_and_options_belong_to_their_drafter(write) -> None:
     assert points(plan, "drafter", "drafter_options", "num_speculative_tokens") == [
         ("none", {}, "auto"),
         ("prompt-lookup", {"continuations": 1}, 2),
-        ("prompt-lookup", {"continuations": 3}, 2),
         ("prompt-lookup", {"continuations": 1}, 4),
+        ("prompt-lookup", {"continuations": 3}, 2),
         ("prompt-lookup", {"continuations": 3}, 4),
         ("early-exit", {"exit_layer": 2}, 2),
         ("early-exit", {"exit_layer": 2}, 4),
@@ -119,6 +119,17 @@ def test_the_command_line_goes_over_the_file(write) -> None:
     assert [c.drafter_options["exit_layer"] for c in plan.cells if c.drafter == "early-exit"] == [1, 2, 3]
     plan = load_plan(write(GRID), ["drafter=prompt-lookup"])  # a selection keeps its options
     assert {c.drafter for c in plan.cells} == {"prompt-lookup"} and len(plan.cells) == 4
+
+
+def test_settings_of_the_command_line_alone_are_a_plan() -> None:
+    joined = "prompt-lookup+draft-model=x.y"
+    plan = load_plan(None, [f"drafter.{joined}.draft-model.nodes=4,8"], {"drafter": ["none", "m2r2@3", joined]})
+    assert plan.name == "benchmark" and points(plan, "drafter", "num_speculative_tokens", "drafter_options") == [
+        ("none", "auto", {}),
+        ("m2r2", 3, {}),
+        (joined, "auto", {"draft-model": {"nodes": 4}}),
+        (joined, "auto", {"draft-model": {"nodes": 8}}),
+    ]
 
 
 def test_shipped_sweeps_are_what_they_say() -> None:
@@ -169,7 +180,7 @@ def test_a_bad_file_is_one_line_with_its_name(sweep, write, tmp_path: Path, text
         ("limt=3", "did you mean 'limit'"),
         ("limit", "write KEY=VALUE,VALUE"),
         ("limit=", "gives no value"),
-        ("limit=few", "override 'limit=few': limit must be"),
+        ("limit=few", "'limit=few': limit must be"),
         ("drafter.early-exi.exit_layer=2", "did you mean 'early-exit'"),
         ("drafter.early-exit.exit_layr=2", "exit_lay"),
     ],

@@ -83,7 +83,7 @@ def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path, mon
     assert result.exit_code == 0, result.output
     summary = side_by_side(result.stdout)
     plain, other, lookup = summary["methods"]
-    assert [plain["name"], other["name"], lookup["name"]] == ["none", "llama.cpp", "prompt-lookup@3"]
+    assert [plain["name"], other["name"], lookup["name"]] == ["none", "llama.cpp", "prompt-lookup"]
     assert other["engine"]["version"] == "scripted 1.0" and other["engine"]["depth"] is None
     assert plain["engine"] is None and lookup["num_speculative_tokens"] == 3
     assert f"llama.cpp: scripted 1.0, threads {other['engine']['threads']}" in result.stdout
@@ -121,7 +121,7 @@ def test_an_answer_ends_after_the_end_of_sequence(scripted: str) -> None:
 @pytest.mark.parametrize(("variable", "words"), [("BREAK", "Scripted: RuntimeError: out of luck"), ("DIE", "code 3")])
 def test_an_engine_that_fails_is_one_line(bench, scripted: str, monkeypatch, variable: str, words: str) -> None:
     monkeypatch.setenv(variable, "1")
-    assert words in one_line_error(bench("--drafters", "none,llama.cpp"))
+    assert words in bench("--drafters", "none,llama.cpp").stderr.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("scripted")
@@ -141,9 +141,6 @@ def test_an_engine_that_is_not_installed_is_refused_first(bench, monkeypatch) ->
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--drafters", "llama.cpp", "--temperature", "1"], "is measured greedily"),
-        (["--drafters", "llama.cpp", "--batch-size", "2"], "one prompt at a time"),
-        (["--drafters", "llama.cpp", "--drafter-option", "llama.cpp.context=0"], "context must be"),
         (["--drafters", "llama.cpp", "--drafter-option", "llama.cpp.lookup=2"], "lookup"),
         (["--drafters", "llama.cpp-draft-model"], "llama.cpp-draft-model=FILE"),
     ],
@@ -151,6 +148,20 @@ def test_an_engine_that_is_not_installed_is_refused_first(bench, monkeypatch) ->
 @pytest.mark.usefixtures("scripted")
 def test_bad_input_is_one_line(bench, args: list[str], words: str) -> None:
     assert words in one_line_error(bench(*args))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--temperature", "1"], "is measured greedily"),
+        (["--batch-size", "2"], "one prompt at a time"),
+        (["--drafter-option", "llama.cpp.context=0"], "context must be"),
+    ],
+)
+@pytest.mark.usefixtures("scripted")
+def test_what_an_engine_cannot_do_fails_its_cell(bench, args: list[str], words: str) -> None:
+    result = bench("--drafters", "llama.cpp", *args)
+    assert result.exit_code and words in result.stderr
 
 
 def test_a_model_that_an_engine_does_not_read_is_refused(folder: Path) -> None:
