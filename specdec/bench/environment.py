@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
         "specdec": specdec.__version__,

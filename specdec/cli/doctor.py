@@ -54,39 +54,12 @@ def collect() -> dict[str, Any]:
 
 def doctor(as_json: AsJson = False) -> None:
     """Print what a bug report needs: versions, CPU features, kernels, device, threads, cache, models, drafters."""
-    report = collect()
     if as_json:
-        print_json(report)
+        print_json(collect())
         return
-    for name, value in _lines(report):
-        print(f"{name:<17} {value}")
+    import yaml
 
-
-def _lines(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    cpu, kernels, device = report["cpu"], report["kernels"], report["device"]
-    threads = report["threads"]
-    yield from ((name, version or "not installed") for name, version in report["versions"].items())
-    yield "commit", report["commit"] or "not a checkout"
-    yield "system", report["system"]
-    yield "cpu", f"{cpu['name']}, {cpu['memory_gb'] or '?'} GB of memory"
-    yield "cpu features", " ".join(cpu["features"]) or "none of those that the kernels use"
-    yield (
-        "native kernels",
-        f"built and usable ({kernels['instructions']})" if kernels["usable"] else f"not usable: {kernels['reason']}",
-    )
-    yield "device", device["name"] + (f"; {device['no_cuda']}" if device["no_cuda"] else "")
-    yield "threads", f"{threads['used']} (CPUs of this process: {threads['cpus']})"
-    for name in ("cache", "data"):
-        found = report[name]
-        size = f", {found['bytes'] / 1e6:.1f} MB, {found['free_bytes'] / 1e9:.1f} GB free on its disk"
-        yield name, found["folder"] + (size if found["exists"] else ", not created yet")
-        for part, count in found["parts"].items():
-            yield f"  {part}", f"{count / 1e6:.1f} MB"
-    models = (f"{name} ({'in' if there else 'not in'} the cache)" for name, there in report["models"].items())
-    yield "models", ", ".join(models)
-    shipped = ", ".join(f"{name} for {', '.join(models)}" for name, models in report["shipped_drafters"].items())
-    yield "shipped drafters", shipped or "none"
-    yield "variables", " ".join(f"{name}={value}" for name, value in report["variables"].items()) or "none"
+    print(yaml.safe_dump(collect(), sort_keys=False, default_flow_style=None, allow_unicode=True, width=120), end="")
 
 
 def _versions() -> dict[str, str | None]:

@@ -26,7 +26,6 @@ def verify(
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
     prompts: shared.FirstTurns = "own",
-    data_dir: shared.DataDir = None,
     limit: shared.Limit = None,
     max_new_tokens: shared.MaxNewTokens = 128,
     num_speculative_tokens: shared.Depth = "auto",
@@ -42,7 +41,6 @@ def verify(
     of the logits, or a fault; the exit code is then 1. With --dtype float32 greedy tokens are also compared with those
     of model.generate.
     """
-    model, drafter, weights = loading.model, drafting.drafter, loading.weights
     depth = shared.depth(num_speculative_tokens)
     if sampling.temperature < options.GREEDY_BELOW:
         raise SpecDecError(
@@ -53,8 +51,10 @@ def verify(
     registry.check_name("verifiers", verifier)
     from specdec.bench.prompts import evenly_spaced, load_prompts
 
-    found = load_prompts(prompts, data_dir)
+    found = load_prompts(prompts)
     with terminal.status("loading"):
+        import yaml
+
         from specdec.api.decoder import SpecDecoder
         from specdec.api.text import encode
         from specdec.bench.environment import environment
@@ -68,9 +68,13 @@ def verify(
         if output:
             shared.make_folder(output)
         decoder = SpecDecoder.from_pretrained(
-            model, drafter, **loading.keywords, drafter_options=drafting.options, verifier=rule, learn=False
+            loading.model,
+            drafting.drafter,
+            **loading.keywords,
+            drafter_options=drafting.options,
+            verifier=rule,
+            learn=False,
         )
-        drafter = decoder.drafter.label if drafter == "auto" else drafter
         chosen = evenly_spaced(found.conversations, limit)
         encoded = [(c.id, encode(decoder.tokenizer, c.turns[0], context=decoder.target.context)) for c in chosen]
     certificate = Certificate(decoder, encoded, params, max_new_tokens, depth, batch_size)
@@ -80,14 +84,11 @@ def verify(
     except KeyboardInterrupt:
         if not certificate.checks["greedy"].answers:
             raise
-    machine = environment()
     about: dict[str, Any] = {
-        "command": shared.command_line(),
-        "model": model,
+        "model": loading.model,
         **statistics.runtime(decoder),
         "runtime_note": decoder.runtime_note,
-        "weights": weights,
-        "drafter": drafter,
+        "drafter": decoder.drafter.label if drafting.drafter == "auto" else drafting.drafter,
         "num_speculative_tokens": depth,
         "verifier": rule.label,
         "prompts": f"{len(encoded)} of {found.name}",
@@ -95,22 +96,11 @@ def verify(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "sampling": vars(sampling),
-        "environment": machine,
+        "command": shared.command_line(),
+        "environment": environment(),
     }
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("specdec", "torch", "transformers"))
-    title = [
-        f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}"
-        + (f", activations in {about['activations']}" if about["activations"] != "as computed" else "")
-        + (f", KV cache {loading.kv_cache}" if loading.kv_cache != "auto" else "")
-        + (f", adapter {decoder.adapter}" if decoder.adapter else ""),
-        f"drafter    {drafter}, draft length {depth}; verifier {about['verifier']}",
-        f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens, in batches of {batch_size}",
-        f"sampling   temperature {params.temperature:g}, top-p {params.top_p:g}, top-k {params.top_k}",
-        f"command    {about['command']}",
-        f"machine    {machine['cpu']}, {machine['threads']} threads",
-        f"versions   {versions}, commit {machine['commit'] or 'unknown'}",
-    ]
-    page, data = certificate.page(title), about | certificate.as_dict()
+    facts = yaml.safe_dump(about, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    page, data = certificate.page(facts), about | certificate.as_dict()
     terminal.write(f"{page}\n")
     if output:
         write_atomically(output / "certificate.txt", (page + "\n").encode())

@@ -222,8 +222,8 @@ class Certificate:
             "checks": [asdict(check) for check in self.checks.values()],
         }
 
-    def page(self, title: Sequence[str]) -> str:
-        """The certificate as text. title: lines that describe the decoder and the machine."""
+    def page(self, facts: str) -> str:
+        """The certificate as text. facts: what describes the decoder and the machine."""
         result = "PASSED" if self.passed else "FAILED"
         rows: list[tuple[Any, ...]] = [
             ("beside", "answers", "tokens", "drafted", "equal", "near-ties", "largest gap", "faults")
@@ -237,7 +237,7 @@ class Certificate:
         faults = [f"FAULT, {c.name}, {detail}" for c in self.checks.values() for detail in c.details]
         rule = f"A near-tie is at most {NEAR_TIE[self.dtype]:g} below the best logit."
         cut = "" if self.complete else " so far (cut short)"
-        return "\n".join([f"Losslessness: {result}{cut}", "", *title, "", *table, *faults, "", rule])
+        return "\n".join([f"Losslessness: {result}{cut}", "", facts, *table, *faults, "", rule])
 
 
 def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:
