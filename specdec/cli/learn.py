@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +13,7 @@ from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.cli import shared
-from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
-from specdec.models.prepare import embedded_folder
+from specdec.models.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from specdec.drafters.learned import Progress
@@ -102,14 +100,12 @@ def status(as_json: shared.JsonLine = False) -> None:
         say(f"nothing was learned yet; files would be in {learned.folder()}")
         return
     rows = list[tuple[str, ...]]()
-    last = Counter(Path(model).name for model in {each.model for _, each in found if each})
     for path, each in found:
         size = terminal.megabytes(path.stat().st_size)
         if each is None:
             rows.append((path.name, "cannot be used; 'specdec learn reset' removes it", "", "", size))
             continue
-        name = Path(each.model).name if last[Path(each.model).name] == 1 else each.model
-        name += f" with {Path(each.adapter).name}" if each.adapter else ""
+        name = each.model + (f" with {Path(each.adapter).name}" if each.adapter else "")
         latest = f"{100 * each.agreement[-1][1]:.0f} %" if each.agreement else "no fit yet"
         rows.append((name, f"{each.tokens:,}", each.since, latest, size))
     terminal.print_table(("model", "tokens", "since", "agreement", "size"), rows)
@@ -179,30 +175,11 @@ def _begin_from(target: Target, base: str) -> None:
 
 
 def _learned_for(model: str) -> list[tuple[Path, Progress]]:
-    """What was learned for a model of this name, else for its weights. Raises SpecDecError if nothing was.
-
-    The last part of a name will do where only one model has it.
-    """
+    """What was learned for the model of this name. Raises SpecDecError if nothing was."""
     from specdec.drafters import learned
 
-    known = [(path, each) for path, each in learned.all_progress() if each]
-    if found := [(path, each) for path, each in known if each.model in (model, learned.whole_name(model))]:
-        return found
-    if not (local := Path(model).exists()):
-        found = [(path, each) for path, each in known if Path(each.model).name == model]
-        if len(names := {each.model for _, each in found}) > 1:
-            raise SpecDecError(f"'{model}' may be {' or '.join(sorted(names))}; give one of these")
-    here = local or (model in EMBEDDED and embedded_folder(model) is not None)
-    if known and here and not found:  # perhaps learned under the name of a copy
-        mark = _fingerprint(model)
-        found = [(path, each) for path, each in known if learned.Store(mark, each.path).path == path]
+    names = model, learned.whole_name(model)
+    found = [(path, each) for path, each in learned.all_progress() if each and each.model in names]
     if not found:
         raise SpecDecError(f"nothing was learned for '{model}'; see 'specdec learn status'")
     return found
-
-
-def _fingerprint(model: str) -> str:
-    from specdec.models import identity, loading
-
-    with terminal.status(f"reading {model}"):
-        return identity.fingerprint(loading.load(model, device="cpu")[0])
