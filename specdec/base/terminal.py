@@ -12,14 +12,14 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from threading import Event, RLock, Thread, Timer
+from threading import Event, RLock, Thread
 from typing import IO, Any
 
 from rich import progress
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -115,14 +115,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     header, rows = [printable(name) for name in header], [[printable(cell) for cell in row] for row in rows]
-    # Words are not broken if they fit. The first columns get the free width.
-    cells = list(zip(header, *rows, strict=True))  # by column
-    words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
-    free = console.width - sum(words) - 2 * (len(words) - 1)
-    for name, column, word in zip(header, cells, words, strict=True):
-        more = min(max(map(cell_len, column)) - word, max(free, 0))
-        table.add_column(Text(name), overflow="fold", width=word + more if free >= 0 else None)
-        free -= more
+    words = [[cell_len(word) for cell in column for word in cell.split()] for column in zip(header, *rows, strict=True)]
+    longest = [max(lengths, default=0) for lengths in words]
+    whole = sum(longest) + 2 * (len(longest) - 1) <= console.width  # no word is broken if all fit
+    for name, length in zip(header, longest, strict=True):
+        table.add_column(Text(name), overflow="fold", min_width=length if whole else None)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
@@ -207,53 +204,35 @@ class Progress(progress.Progress):
         self, *columns: progress.ProgressColumn, console: Console | None = None, later: bool = False, **more: Any
     ) -> None:
         console = console or stderr()
+        self._shown_from = _begun + LATER if later else 0.0
         super().__init__(Description(), *columns, Pace(), console=console, disable=not console.is_terminal, **more)
-        self._ended, self._thread, self._later = Event(), Thread(target=self._lines, daemon=True), later
-        self._timer: Timer | None = None
+        self._ended, self._thread = Event(), Thread(target=self._lines, daemon=True)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables() if time.monotonic() >= self._shown_from else [Text()]
 
     def start(self) -> None:
-        if self in _open:
-            return
         with _showing:
+            if self in _open:
+                return
             for outer in _open[-1:]:
-                outer._hide()
+                outer.live.stop()
             _open.append(self)
-            self._show()
+            super().start()
         if self.disable and not self.console.quiet:
             self._thread.start()
 
     def stop(self) -> None:
         with _showing:
-            self._hide()
             super().stop()
             if self not in _open:
                 return
             _open.remove(self)
             for outer in _open[-1:]:
-                outer._show()
+                super(Progress, outer).start()
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-
-    def _show(self) -> None:
-        """Show it, now or after a while, if it is still the innermost one then."""
-        wait = _begun + LATER - time.monotonic() if self._later and not self.disable else 0.0
-        if wait > 0:
-            self._timer = Timer(wait, self._appear)
-            self._timer.daemon = True
-            self._timer.start()
-        else:
-            super().start()
-
-    def _appear(self) -> None:
-        with _showing:
-            if _open[-1:] == [self]:
-                super().start()
-
-    def _hide(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self.live.stop()
 
     def _lines(self) -> None:
         while not self._ended.wait(EVERY):
@@ -266,7 +245,7 @@ class Progress(progress.Progress):
 
 
 _open: list[Progress] = []  # started ones, the innermost last
-_showing = RLock()  # held while one appears or goes
+_showing = RLock()  # held while one starts or stops
 _begun = time.monotonic()  # when the process was silent for the first time
 
 
