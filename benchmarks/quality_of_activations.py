@@ -69,7 +69,7 @@ def made(args: argparse.Namespace) -> Iterator[Answer]:
     """Greedy answers of the model to the first turns of the prompts."""
     torch.set_num_threads(args.threads)
     decoder = SpecDecoder.from_pretrained(str(args.model), drafter="none", device="cpu")
-    turns = [c.turns[0] for c in evenly_spaced(load_prompts(args.prompts, args.data_dir).conversations, args.limit)]
+    turns = [c.turns[0] for c in evenly_spaced(load_prompts(args.prompts).conversations, args.limit)]
     prompts = [encode(decoder.tokenizer, [{"role": "user", "content": turn}]) for turn in turns]
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
@@ -138,7 +138,6 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a GGUF file")
     parser.add_argument("--answers", type=Path, help='a file with lines of {"prompt_ids", "response_ids"}')
     parser.add_argument("--prompts", default="mt-bench", help="without --answers: a prompt set or a file")
-    parser.add_argument("--data-dir", type=Path, help="the folder of named prompt sets")
     parser.add_argument("--limit", type=int, help="conversations, spread over the set")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer that is made")
     parser.add_argument("--positions", type=int, default=4000)

@@ -13,7 +13,6 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 from specdec.base.errors import SpecDecError, how_to_install, one_line
@@ -56,62 +55,52 @@ def split(groups: Groups, count: int) -> list[list[Cell]]:
 # --- on Ray ----------------------------------------------------------------------------------------------------------
 
 
-def run_on_ray(groups: Groups, data_dir: Path | None, resources: Resources, address: str | None) -> Generator[Record]:
-    """Measure the groups on the cluster at ``address`` (None: $RAY_ADDRESS, else a new local cluster).
+def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
+    """Measure the groups on the cluster at $RAY_ADDRESS, else on a new local one.
 
-    A group is a Ray task, placed by its resources; groups are split until all of the cluster is busy. The cells of a
-    lost group are tried again one by one. All machines need the package, the models and the prompt files at the same
-    paths. Raises SpecDecError if Ray is not installed or not reachable, or if a task needs more resources than any
-    machine has.
+    A group is a Ray task, placed by its resources; groups are split until all of the cluster is busy. All machines need
+    the package, the models and the prompt files at the same paths. Raises SpecDecError if Ray is not installed or not
+    reachable, or if a task needs more resources than any machine has.
     """
-    ray = _connect(address)
+    ray = _connect()
     try:
         memory = int(resources.memory_gb * 1e9) or None
         how = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "memory": memory}
         # Processes are reused for further cells; a group that ends its process is not repeated.
         task = ray.remote(**how, max_calls=0, max_retries=0)(_in_task)
-        folder = None if data_dir is None else data_dir.resolve()
-        most = _capacity(ray, resources)
-        waiting = split(groups, most)
-        running: dict[Any, tuple[list[Cell], float]] = {}
-        while waiting or running:
-            while waiting and len(running) < most:
-                group = waiting.pop(0)
-                values = [cell.as_dict() for cell in group]
-                running[task.remote(values, folder)] = group, time.perf_counter()
+        parts, start = split(groups, _capacity(ray, resources)), time.perf_counter()
+        running = {task.remote([cell.as_dict() for cell in group]): group for group in parts}
+        while running:
             for reference in ray.wait(list(running))[0]:
-                group, since = running.pop(reference)
+                group = running.pop(reference)
                 try:
                     yield from ray.get(reference)
                 except ray.exceptions.RayError as error:  # the process died, usually out of memory, or did not start
-                    if len(group) > 1:
-                        waiting = [*([cell] for cell in group), *waiting]
-                        continue
                     lost = SpecDecError(f"its worker was lost: {one_line(error)}")
-                    yield failure_record(group[0], lost, time.perf_counter() - since)
+                    yield from [failure_record(cell, lost, time.perf_counter() - start) for cell in group]
     finally:
         ray.shutdown()
 
 
-def _in_task(values: list[dict[str, Any]], data_dir: Path | None) -> list[Record]:
+def _in_task(values: list[dict[str, Any]]) -> list[Record]:
     worker = {"worker": f"{platform.node()}:{os.getpid()}"}
-    return [record | worker for record in measure([Cell(**cell) for cell in values], _decoders(data_dir))]
+    return [record | worker for record in measure([Cell(**cell) for cell in values], _decoders())]
 
 
-@functools.lru_cache(maxsize=1)
-def _decoders(data_dir: Path | None) -> Decoders:
+@functools.cache
+def _decoders() -> Decoders:
     """The decoders of this process, whose model the next task may reuse."""
-    return Decoders(data_dir)
+    return Decoders()
 
 
-def _connect(address: str | None) -> Any:
+def _connect() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError:
         raise SpecDecError(f"--launcher ray needs Ray, which is not installed; {how_to_install('ray')}") from None
-    where = address or os.environ.get("RAY_ADDRESS")
+    where = os.environ.get("RAY_ADDRESS")
     try:
         host, _, port = (where or "").removeprefix("ray://").rpartition(":")
         if port.isdecimal():  # without a listener Ray would retry for ten minutes
@@ -121,7 +110,7 @@ def _connect(address: str | None) -> Any:
         )
     except (OSError, RuntimeError, ValueError) as error:
         what = f"no Ray cluster at '{where}'" if where else "Ray does not start on this machine"
-        raise SpecDecError(f"{what}: {one_line(error)}; check --ray-address, or leave it out to run here") from None
+        raise SpecDecError(f"{what}: {one_line(error)}; check RAY_ADDRESS, or unset it to run here") from None
     return ray
 
 
@@ -135,4 +124,4 @@ def _capacity(ray: Any, resources: Resources) -> int:
         largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needed}
         asked = ", ".join(f"{name} {needed[name]:g} of at most {largest[name]:g}" for name in needed)
         raise SpecDecError(f"no machine of the cluster can run a task: it needs {asked}; change 'resources'")
-    return min(capacity, resources.workers or capacity)
+    return capacity

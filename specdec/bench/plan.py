@@ -6,7 +6,7 @@ drafts K tokens a step. Further keys:
 
     name, description    of the sweep
     exclude: [{A: value or list, ...}, ...]   drops the cells that match all conditions of an entry
-    resources: {cpus, gpus, memory_gb, workers}   of one task on a Ray cluster
+    resources: {cpus, gpus, memory_gb}   of one task on a Ray cluster
 
 An option is called ``drafter.NAME.OPTION`` in ``exclude`` and overrides.
 """
@@ -39,12 +39,11 @@ KEYS = ("name", "description", "exclude", "resources", *SETTINGS, *GROUPS)
 
 
 class Resources(Settings):
-    """What one task needs on a cluster. workers: maximum of tasks at once; None: as many as fit."""
+    """What one task needs on a cluster."""
 
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
     memory_gb: float = Field(0, ge=0)
-    workers: int | None = Field(None, gt=0)
 
 
 @dataclass(frozen=True)

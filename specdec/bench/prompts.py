@@ -1,6 +1,6 @@
 """Prompt sets: a file, one of our own small sets, or a public set by name.
 
-A public set comes from a data folder or a download. Downloads have a fixed revision and a known
+A public set comes from the data folder or a download. Downloads have a fixed revision and a known
 SHA-256 and stay in the cache folder; a set without a known checksum is not downloaded.
 """
 
@@ -108,27 +108,27 @@ PROMPT_SETS: dict[str, PromptSource] = {
 }
 
 
-def load_prompts(name: str, data_dir: Path | None = None) -> PromptSet:
+def load_prompts(name: str) -> PromptSet:
     """The prompt set ``name``: one of ``OURS`` or ``PROMPT_SETS``, or a file.
 
     Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
-    each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` ("_" may replace "-") in ``data_dir`` or the data folder,
-    else a download. Raises SpecDecError for an unknown name, a missing or empty file, and a
-    broken line, with its number.
+    each; ``.gz`` is unpacked. A file that is called like a public set is read as published. A named set is
+    ``NAME.jsonl`` in the data folder, else a download. Raises SpecDecError for an unknown name, a missing or empty
+    file, and a broken line, with its number.
     """
     if name in OURS:
         return _read(name, Path(str(importlib.resources.files("specdec.bench") / "data" / f"{name}.jsonl")))
-    if name in PROMPT_SETS:
-        source = PROMPT_SETS[name]
-        path = _local(name, data_dir) or _downloaded(name, source)
-        return _read(name, path, f"{source.licence}; {source.page}", source.turns)
     path = Path(name).expanduser()
-    if not path.is_file():
+    if name in PROMPT_SETS:
+        kept = files.data_dir() / f"{name}.jsonl"
+        path = kept if kept.is_file() else _downloaded(name, PROMPT_SETS[name])
+    elif not path.is_file():
         known = [*OURS, *PROMPT_SETS]
         raise SpecDecError(
             f"there is no prompt file '{name}'{did_you_mean(name, known)}; give a file or one of {', '.join(known)}"
         )
-    return _read(path.name, path)
+    source = PROMPT_SETS.get(path.name.partition(".")[0].replace("_", "-"))
+    return _read(name if name in PROMPT_SETS else path.name, path, source)
 
 
 def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
@@ -139,17 +139,8 @@ def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> l
     return [conversations[i * count // limit] for i in range(limit)]
 
 
-def _local(name: str, data_dir: Path | None) -> Path | None:
-    own = files.data_dir()
-    folder = own if data_dir is None else data_dir.expanduser()
-    if folder != own and not folder.is_dir():
-        raise SpecDecError(f"there is no data folder '{folder}'; give the one that holds '{name}.jsonl'")
-    found = (folder / f"{stem}.jsonl" for stem in (name, name.replace("-", "_")))
-    return next((file for file in found if file.is_file()), None)
-
-
 def _downloaded(name: str, source: PromptSource) -> Path:
-    by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir; it is at {source.page}"
+    by_hand = f"give it as a file '{name}.jsonl', or put it into {files.data_dir()}; it is at {source.page}"
     if source.url is None or source.sha256 is None:
         raise SpecDecError(f"prompt set '{name}' is not downloaded: it has no published checksum; {by_hand}")
     path = files.cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if source.url.endswith('.gz') else ''}"
@@ -170,11 +161,13 @@ def _downloaded(name: str, source: PromptSource) -> Path:
     return path
 
 
-def _read(name: str, path: Path, licence: str = "", turns: Turns = lambda record: None) -> PromptSet:
+def _read(name: str, path: Path, source: PromptSource | None = None) -> PromptSet:
     records = list(inputs.prompts(path))
     if not records:
         raise SpecDecError(f"prompt file '{path}' is empty; give one prompt a line")
+    turns = (lambda record: None) if source is None else source.turns
     conversations = [_conversation(str(n), where, record, turns) for n, (where, record) in enumerate(records, start=1)]
+    licence = "" if source is None else f"{source.licence}; {source.page}"
     return PromptSet(name, tuple(conversations), inputs.sha256(path), licence)
 
 

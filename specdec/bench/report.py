@@ -17,7 +17,7 @@ import matplotlib
 from cycler import cycler
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from specdec import __version__
 from specdec.base.files import write_atomically
@@ -116,7 +116,7 @@ def _acceptance(cells: Sequence[tuple[str, Record]]) -> Picture:
     ax = figure.subplots()
     for name, values in shares.items():
         ax.plot(range(1, len(values) + 1), values, label=name)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(0, 1.03)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(axis="y", linewidth=0.4)

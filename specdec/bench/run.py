@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from itertools import chain, count, product
-from pathlib import Path
 from typing import Any
 
 from specdec.api.decoder import SpecDecoder
@@ -39,13 +38,9 @@ Chat = tuple[Conversation, list[str]]  # with its turns and plain decoding's ans
 
 
 class Decoders:
-    """What cells share: the model that was used last, its drafters, and prompt sets.
+    """What cells share: the model that was used last, its drafters, and prompt sets."""
 
-    data_dir: folder of named prompt sets; None: the data folder.
-    """
-
-    def __init__(self, data_dir: Path | None = None) -> None:
-        self.data_dir = data_dir
+    def __init__(self) -> None:
         self._base: tuple[dict[str, Any], SpecDecoder] | None = None
         self._loaded: dict[str, SpecDecoder] = {}
         self._prompts: dict[str, PromptSet] = {}
@@ -81,7 +76,7 @@ class Decoders:
     def prompts(self, cell: Cell) -> PromptSet:
         """The cell's whole prompt set, as many turns as it wants."""
         if cell.prompts not in self._prompts:
-            self._prompts[cell.prompts] = load_prompts(cell.prompts, self.data_dir)
+            self._prompts[cell.prompts] = load_prompts(cell.prompts)
         found = self._prompts[cell.prompts]
         return replace(found, conversations=tuple(replace(c, turns=c.turns[: cell.turns]) for c in found.conversations))
 
@@ -145,6 +140,8 @@ class BenchRun:
         self.methods[name], self.names[cell.key()] = method, name
 
     def execute(self) -> None:
+        if not self.cells:
+            return
         done = tokens = turns = 0
         longest = [max(len(c.turns) for c in group) for group in self.groups]
         total = self.first.repetitions * sum(longest)
@@ -268,7 +265,7 @@ class BenchRun:
 
     def results(self) -> list[Record]:
         """One record per cell. Raises SpecDecError if no request was finished."""
-        if not self.requests:
+        if self.cells and not self.requests:
             why = f": {self.skipped[0]}" if self.skipped else ""
             raise SpecDecError(f"nothing was measured{why}")
         shared = {
@@ -312,7 +309,7 @@ def measure(
 
     Only an interrupt raises, after the records of what was finished.
     """
-    start, left, failed, interrupt = time.perf_counter(), list[Cell](), list[Record](), None
+    start, left, interrupt = time.perf_counter(), list[Cell](), None
     for cell in cells:
         try:
             decoders.check(cell)
@@ -325,19 +322,16 @@ def measure(
         run = BenchRun(left, decoders, progress, record)
         left = run.cells
         yield from run.failures()
-        if left:
-            try:
-                run.execute()
-            except KeyboardInterrupt as stopped:
-                if not run.requests:
-                    raise
-                interrupt = stopped
-            failed = run.failures()
-        if left:
-            yield from run.results()
+        try:
+            run.execute()
+        except KeyboardInterrupt as stopped:
+            if not run.requests:
+                raise
+            interrupt = stopped
+        yield from run.failures()
+        yield from run.results()
     except Exception as error:
         yield from [failure_record(cell, error, time.perf_counter() - start) for cell in left]
-    yield from failed
     if interrupt:
         raise interrupt
 

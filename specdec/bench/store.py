@@ -45,11 +45,10 @@ class Store:
         resume: whether finished cells of this plan may be there.
         Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
         """
-        self.check(plan, resume)
+        self._check(plan, resume)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK, timeout=0):
-                self.check(plan, resume)  # another process may have started one meanwhile
                 if not self.manifest.is_file():
                     manifest = {
                         "name": plan.name,
@@ -69,7 +68,7 @@ class Store:
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise SpecDecError(f"cannot write to '{self.folder}': {error.strerror}; give another --output") from None
 
-    def check(self, plan: Plan, resume: bool = False) -> None:
+    def _check(self, plan: Plan, resume: bool) -> None:
         """Raise SpecDecError unless the folder is free for ``plan``, as in ``opened``."""
         keys = {cell.key() for cell in plan.cells}
         if self.manifest.is_file():

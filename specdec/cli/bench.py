@@ -76,7 +76,6 @@ def bench(
         list[str] | None, typer.Option(metavar="DRAFTER.KEY=VALUE", help="An option of one drafter; repeatable.")
     ] = None,
     prompts: shared.Prompts = "own",
-    data_dir: shared.DataDir = None,
     limit: shared.Limit = None,
     turns: Annotated[
         int | None, typer.Option(min=1, help="Largest number of turns of a conversation; default: all.")
@@ -99,12 +98,12 @@ def bench(
         bool, typer.Option("--dry-run", help="Print the cells (combinations of settings) and measure nothing.")
     ] = False,
     launcher: Annotated[
-        Launcher, typer.Option(help="local: one group after the other in this process; ray: on a Ray cluster.")
+        Launcher,
+        typer.Option(
+            help="local: one group after the other in this process; ray: on the Ray cluster at $RAY_ADDRESS, else on a "
+            "new local one."
+        ),
     ] = Launcher.local,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="A running Ray cluster; default: $RAY_ADDRESS, else a new local one."),
-    ] = None,
     as_json: shared.JsonLine = False,
 ) -> None:
     """Measure drafters against plain decoding and model.generate, side by side, prompt by prompt.
@@ -114,15 +113,13 @@ def bench(
     side by side. Figures are medians with 95 % bootstrap intervals. A conversation continues with the answer of plain
     decoding. A cell that fails is recorded with its error, the others continue, and the exit code is 1.
     """
-    if ray_address and launcher is not Launcher.ray:
-        raise SpecDecError("--ray-address is for --launcher ray")
     if file and not _is_file(context, file):
         loading, file = replace(loading, model=shared.one_model(file, loading.model, DEFAULT_MODEL)), None
     loading.check()
     if not file:
         from specdec.bench.prompts import load_prompts
 
-        load_prompts(prompts, data_dir)  # a missing or empty file is known before anything heavy is imported
+        load_prompts(prompts)  # a missing or empty file is known before anything heavy is imported
     changes = [f"drafter.{pair}" for pair in drafter_option or []]
     changes += [f"verifier.{verifier}.{pair}" for pair in verifier_option or []]
     settings: dict[str, Any] = {
@@ -147,7 +144,7 @@ def bench(
         from specdec.bench.store import Store
 
         terminal.warn_in_lines()
-        decoders = Decoders(data_dir)
+        decoders = Decoders()
         if drafters is not None or not file:
             settings |= _methods(DRAFTERS if drafters is None else drafters, drafter_option or [])
         path = find_config("sweeps", file, "benchmark file") if file else None
@@ -176,7 +173,7 @@ def bench(
             say(f"{before} of {total} cells are done already")
         bar = stack.enter_context(terminal.Bar("cells"))
         if launcher is Launcher.ray:
-            arriving = launch.run_on_ray(groups(waiting), data_dir, plan.resources, ray_address or None)
+            arriving = launch.run_on_ray(groups(waiting), plan.resources)
         else:
             arriving = launch.run_locally(groups(waiting), decoders, lambda done: bar(before + done, total), log)
         try:

@@ -365,8 +365,9 @@ def test_our_own_set_is_there_and_a_limit_spreads_over_it() -> None:
 
 def test_a_named_set_is_looked_for_in_the_data_folder_first(bench, tmp_path: Path, monkeypatch) -> None:
     line = json.dumps({"question_id": 81, "category": "writing", "turns": ["one", "two"]})
+    (tmp_path / "mt-bench.jsonl").write_text(line + "\n")
     (tmp_path / "mt_bench.jsonl").write_text(line + "\n")
-    found = load_prompts("mt-bench", tmp_path)
+    found = load_prompts(str(tmp_path / "mt_bench.jsonl"))  # its name says what it is
     assert [c.turns for c in found.conversations] == [("one", "two")] and found.conversations[0].id == "81"
     monkeypatch.setenv("SPECDEC_DATA", str(tmp_path))
     result = bench("--prompts", "mt-bench", "--json")
@@ -391,7 +392,7 @@ def test_a_named_set_is_looked_for_in_the_data_folder_first(bench, tmp_path: Pat
 )
 def test_public_files_are_read_as_published(tmp_path: Path, name: str, record: dict, turns: str) -> None:
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    found = load_prompts(name, tmp_path)
+    found = load_prompts(str(tmp_path / f"{name}.jsonl"))
     assert found.conversations[0].turns == (turns,) and found.licence
 
 
@@ -450,10 +451,12 @@ def test_a_set_is_fetched_once_and_checked(served: dict[str, bytes], tmp_path: P
 
 def test_a_set_that_cannot_be_had_says_where_it_is(served: dict[str, bytes]) -> None:
     served.clear()
-    with pytest.raises(SpecDecError, match=r"'humaneval' cannot be downloaded .*--data-dir.*https://"):
+    with pytest.raises(
+        SpecDecError, match=r"'humaneval' cannot be downloaded .*'humaneval.jsonl', or put it into .*https://"
+    ):
         load_prompts("humaneval")
     for name in ("koala", "self-instruct", "wizardlm"):
-        with pytest.raises(SpecDecError, match=rf"'{name}' is not downloaded: .*checksum; .*--data-dir.*https://"):
+        with pytest.raises(SpecDecError, match=rf"'{name}' is not downloaded: .*checksum; .*put it into .*https://"):
             load_prompts(name)
 
 
@@ -510,7 +513,6 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
         (["--drafters", "hf-assistant"], "hf-assistant=MODEL"),
         (["--drafter-option", "prompt-lookup.ngrams=3"], "ngrams"),
         (["--prompts", "mt_bench"], "did you mean 'mt-bench'"),
-        (["--prompts", "mt-bench", "--data-dir", "/nowhere"], "no data folder '/nowhere'"),
         (["--limit", "0"], "--limit"),
     ],
 )
