@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +18,6 @@ from specdec.base.errors import SpecDecError, errors_as
 
 LINE = 64_000_000  # bytes of a line, and of a prompt on stdin
 DOCUMENT = 4_000_000  # bytes of a YAML file
-
-
-def decode_argument(name: str, text: str) -> str:
-    """A command-line argument decoded as UTF-8, whatever the locale."""
-    try:
-        return os.fsencode(text).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error.reason})") from None
 
 
 def read_bounded(file: IO[bytes], most: int) -> bytes:

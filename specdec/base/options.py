@@ -2,13 +2,15 @@
 Also checks of the options of drafters and of the command line. Imports nothing heavy.
 """
 
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from specdec.base import inputs
@@ -178,21 +180,14 @@ def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     return out
 
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
 def parse_size(flag: str, text: str) -> float | int:
     """A share ("0.25", "25%") as a float in (0, 1], or a size ("300MB", "2GiB", "1000000") as an int of bytes."""
-    number = text.strip().upper()
-    unit = next((u for u in sorted(UNITS, key=len, reverse=True) if number.endswith(u)), "")
-    try:
-        value = float(number.removesuffix(unit).removesuffix("%"))
-        share = value / 100 if number.endswith("%") else value
-        if unit or (value > 1 and not number.endswith("%")):
-            if value * UNITS.get(unit, 1) >= 1:
-                return int(value * UNITS.get(unit, 1))
-        elif 0 < share <= 1:
+    with suppress(ValueError):
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if 0 < share <= 1:
             return share
-    except (ValueError, OverflowError):
-        pass
+    with suppress(ValidationError):
+        # pydantic ignores what follows the unit
+        if re.fullmatch(r"[\d.]+ *\w*", text.strip()) and (size := TypeAdapter(ByteSize).validate_python(text)) >= 1:
+            return int(size)
     raise SpecDecError(f"{flag} takes a share in (0, 1], such as 0.25, or a size, such as 300MB; got '{text}'")

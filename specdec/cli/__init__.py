@@ -86,8 +86,6 @@ def _explain(error: Exception, debug: bool) -> int:
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing '{error.filename}'" if error.filename else ""
         terminal.error(f"no space left on the disk{where}; free some space and try again")
-    elif isinstance(error, RecursionError) and not debug:
-        terminal.error(f"a file or an option is nested too deeply; {DEBUG}=1 shows where")
     elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
         terminal.error("out of memory; use a smaller model, a shorter prompt, or --dtype bfloat16")
     else:

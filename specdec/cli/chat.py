@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +19,6 @@ from specdec.cli.shared import panel
 if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.engine.engine import Engine
-    from specdec.engine.request import Handle
 
 COMMANDS = {
     "/system": "TEXT: start a new conversation with the system message TEXT, or without one",
@@ -156,7 +153,7 @@ class ChatSession:
         handle = self.engine.submit(request)
         answer, write = AnswerText(Detokenizer(self.decoder.tokenizer)), _writer(self.quiet)
         failed: BaseException | None = None
-        with _stoppable(handle):
+        with shared.interrupting(handle.cancel):
             for event in handle:
                 failed = event.error
                 for piece in answer.read(event, per_token=True):
@@ -215,13 +212,3 @@ def _writer(quiet: bool) -> Callable[[str, int], None]:
         console.print(as_text(console, text, SHADES[min(depth, len(SHADES) - 1)]), end="")
 
     return write
-
-
-@contextmanager
-def _stoppable(handle: Handle) -> Iterator[None]:
-    """Let Ctrl-C cancel only the request."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: handle.cancel())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -63,13 +60,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", options.MaxNewTokens, "N", min=1)] = 128,
     num_speculative_tokens: shared.Depth = "auto",
-    sampling: shared.SamplingFlags = shared.SamplingFlags(seed=None),
-    min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0,
-    repetition_penalty: Annotated[
-        float | None, _sampling("--repetition-penalty", options.RepetitionPenalty, "R")
-    ] = None,
-    frequency_penalty: Annotated[float, _sampling("--frequency-penalty", options.FrequencyPenalty, "P")] = 0.0,
-    presence_penalty: Annotated[float, _sampling("--presence-penalty", options.PresencePenalty, "P")] = 0.0,
+    sampling: shared.AllSamplingFlags = shared.AllSamplingFlags(),
     logit_bias: Annotated[list[str] | None, _sampling("--logit-bias", options.LogitBias, "TOKEN=BIAS")] = None,
     compare: Annotated[
         bool, _output("--compare", "Also decode plainly; print the speedup and whether the output is identical.")
@@ -86,23 +77,16 @@ def generate(
     loading = replace(loading, model=shared.one_model(named, loading.model, DEFAULT_MODEL))
     model, drafter, silent = loading.model, drafting.drafter, quiet or as_json
     text = _read(prompt)
-    system = None if system is None else _utf8("--system", system)
-    stop = [_utf8("--stop", one) for one in stop or []]
+    _check_text("--system", system or "")
+    _check_text("--stop", "".join(stop or []))
     # Checks that need no model come first, because the model may have to be downloaded; and those that need no torch
     # before it is imported.
     loading.check()
     drafting.check()
     registry.check_name("verifiers", verifier)
-    params = options.SamplingParams(
-        **sampling.keywords,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        logit_bias=_bias(logit_bias or []),
-    )
+    params = options.SamplingParams(**sampling.keywords, logit_bias=_bias(logit_bias or []))
     schema = None if json_schema is None else _schema(json_schema)
-    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, **vars(params), "stop": stop, "constraint": None}
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, **vars(params), "stop": stop or [], "constraint": None}
     settings: dict[str, Any] = {"num_speculative_tokens": shared.depth(num_speculative_tokens)}
     rule_options = options.parse_assignments("--verifier-option", verifier_option or [])
     drafter_options = drafting.options
@@ -169,7 +153,7 @@ def generate(
             "note": statistics.nothing_accepted(decoder, output) or None,
         }
         if comparison is not None:
-            result["compare"] = {"outcome": statistics.outcome(comparison, decoder)} | comparison.as_dict()
+            result["compare"] = comparison
         print_json(result)
     elif not quiet:
         statistics.statistics(decoder, output, comparison, verbose, source)
@@ -180,15 +164,16 @@ def generate(
             decoder.learn(LEARNING)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-    if comparison is not None and comparison.fault:
+    if comparison is not None and comparison["fault"]:
         raise typer.Exit(1)
 
 
-def _utf8(name: str, text: str) -> str:
+def _check_text(name: str, text: str) -> None:
+    """Raise SpecDecError for an argument with bytes that Python could not decode."""
     try:
-        return inputs.decode_argument(name, text)
-    except ValueError as error:
-        raise SpecDecError(f"{error}; give it in UTF-8") from None
+        text.encode()
+    except UnicodeEncodeError:
+        raise SpecDecError(f"{name} is not UTF-8 text; give it in UTF-8") from None
 
 
 def _read(prompt: str | None) -> str:
@@ -204,7 +189,7 @@ def _read(prompt: str | None) -> str:
         except ValueError as error:
             raise SpecDecError(f"the prompt on stdin is {error}; shorten it") from None
     else:
-        prompt = _utf8("the prompt", prompt)
+        _check_text("the prompt", prompt)
     if not prompt.strip():
         raise SpecDecError("the prompt is empty; give some text")
     return prompt
@@ -214,7 +199,7 @@ def _schema(file: Path) -> str:
     with errors_as(f"--json-schema: {file} cannot be read", ValueError):
         text = inputs.read_text(file, 2**20)
     with errors_as(f"--json-schema: {file} is not JSON", ValueError):
-        json.loads(text)
+        inputs.parse_json(text)
     return text
 
 
@@ -224,23 +209,6 @@ def _bias(pairs: list[str]) -> dict[int, float] | None:
         return {int(token): float(bias) for token, _, bias in (pair.partition("=") for pair in pairs)} or None
     except ValueError:
         raise SpecDecError("--logit-bias takes TOKEN=BIAS, a token id and a number, such as 504=-100") from None
-
-
-@contextmanager
-def _interruptible() -> Iterator[Event]:
-    """Turn the first Ctrl-C into an event, so that the current step and write finish; the second one raises."""
-    interrupted, before = Event(), signal.getsignal(signal.SIGINT)
-
-    def handler(number: int, frame: object) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before)
-
-    if before is not signal.SIG_IGN:  # ignored, for example, in a script's background jobs
-        signal.signal(signal.SIGINT, handler)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _decode(
@@ -253,7 +221,8 @@ def _decode(
     generation = decoder.open([ids], **settings)
     sent = 0
     failed: SpecDecError | None = None
-    with _interruptible() as interrupted, generation:
+    interrupted = Event()  # the current step and write finish
+    with shared.interrupting(interrupted.set), generation:
         try:
             pieces = iter(generation)
             with terminal.status(f"reading the prompt of {len(ids)} tokens", silent):

@@ -6,8 +6,10 @@ import functools
 import inspect
 import json
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -141,10 +143,6 @@ FirstTurns = Annotated[
         help="A file or a name, as for 'specdec bench'; only the first turn of each conversation is used.",
     ),
 ]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", envvar="SPECDEC_DATA", help="Folder of named prompt sets; default: the data folder."),
-]
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Number of conversations, evenly spaced over the set; default: all.")
 ]
@@ -232,6 +230,19 @@ class SamplingFlags:
         return vars(self) | {"seed": drawn if self.seed is None else self.seed}
 
 
+@dataclass(frozen=True)
+class AllSamplingFlags(SamplingFlags):
+    """The same, with filters and penalties that are used less often."""
+
+    seed: Seed = None
+    min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0
+    repetition_penalty: Annotated[float | None, _sampling("--repetition-penalty", options.RepetitionPenalty, "R")] = (
+        None
+    )
+    frequency_penalty: Annotated[float, _sampling("--frequency-penalty", options.FrequencyPenalty, "P")] = 0.0
+    presence_penalty: Annotated[float, _sampling("--presence-penalty", options.PresencePenalty, "P")] = 0.0
+
+
 def check_adapter(name: str | None) -> None:
     """Raise SpecDecError for a path at which there is no adapter, and for what names none."""
     if name is not None:
@@ -308,6 +319,23 @@ def commas(text: str) -> list[str]:
 def command_line(*more: str) -> str:
     """The running command, quoted for a shell."""
     return shlex.join(["specdec", *sys.argv[1:], *more])
+
+
+@contextmanager
+def interrupting(call: Callable[[], object]) -> Iterator[None]:
+    """In this context the first Ctrl-C makes this call; the second one raises KeyboardInterrupt."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        call()
+
+    if before is not signal.SIG_IGN:  # ignored, for example, in a script's background jobs
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def make_folder(folder: Path) -> Path:

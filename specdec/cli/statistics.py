@@ -6,7 +6,6 @@ They are a table on a terminal and ``label: value`` lines in a pipe.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
     from specdec.speculation.sampling import Sampler
-    from specdec.verify.certificate import Difference
 
 Facts = list[tuple[str, str]]
 ENOUGH = 8  # drafted tokens before a note says that none was accepted
@@ -27,7 +25,7 @@ ENOUGH = 8  # drafted tokens before a note says that none was accepted
 def statistics(
     decoder: SpecDecoder,
     output: GenerationOutput,
-    comparison: Comparison | None,
+    comparison: dict[str, Any] | None,
     verbose: bool,
     source: str = "",
 ) -> None:
@@ -67,7 +65,7 @@ def statistics(
     if decoder.target.experts is not None:
         blocks.append(experts(decoder.target.experts.describe(), m.experts))
     if comparison is not None:
-        blocks.append(_compared(comparison, decoder))
+        blocks.append(_compared(comparison))
     if hint := nothing_accepted(decoder, output) or slower(output):
         blocks.append([("note", hint)])
     if verbose:
@@ -91,77 +89,47 @@ def statistics(
         console.print(table)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The outputs with a drafter and with plain decoding.
-
-    difference: the first difference, explained by replayed logits; None if the outputs are equal or the rule is lossy.
-    agreement: with a lossy rule, the share of our tokens that the full model would choose in their place.
-    """
-
-    ours: GenerationOutput
-    plain: GenerationOutput
-    difference: Difference | None
-    agreement: float | None
-
-    @property
-    def speedup(self) -> float | None:
-        """Our tokens per second over plain decoding's; None if either has no token after its first."""
-        ours, plain = self.ours.metrics.tokens_per_second, self.plain.metrics.tokens_per_second
-        return ours / plain if ours > 0 and plain > 0 else None
-
-    @property
-    def identical(self) -> bool:
-        return self.ours.token_ids == self.plain.token_ids
-
-    @property
-    def fault(self) -> bool:
-        """Whether there is a difference that neither rounding nor the verifier explains."""
-        return self.difference is not None and not self.difference.near_tie
-
-    def as_dict(self) -> dict[str, Any]:
-        gap = math.inf if self.difference is None else self.difference.margin
-        return {
-            "speedup": self.speedup,
-            "identical": self.identical,
-            "fault": self.fault,
-            "agreement": self.agreement,
-            "first_difference": None if self.difference is None else self.difference.index,
-            "logit_gap": gap if math.isfinite(gap) else None,
-            "plain": self.plain.as_dict(),
-        }
-
-
 def compare(
     decoder: SpecDecoder, prompt: list[int], sampler: Sampler, ours: GenerationOutput, plain: GenerationOutput
-) -> Comparison:
-    """Compare the outputs for ``prompt``. sampler: a copy of the one that chose their tokens."""
+) -> dict[str, Any]:
+    """What ``ours`` gains over ``plain`` and how it differs, as JSON values.
+
+    sampler: a copy of the one that chose their tokens.
+    speedup: None if either has no token after its first. fault: whether there is a difference that neither rounding
+    nor the verifier explains. agreement: with a lossy rule, the share of our tokens that the full model would choose in
+    their place. logit_gap: at the first difference, explained by replayed logits; None if it is infinite.
+    """
     from specdec.verify.certificate import first_difference, margins  # heavy
 
+    difference = agreement = None
+    identical, outcome = ours.token_ids == plain.token_ids, "yes"
     if not decoder.verifier.lossless:
-        chosen = margins(decoder.target, prompt, ours.token_ids, sampler) <= 0
-        return Comparison(ours, plain, None, chosen.float().mean().item())
-    difference = first_difference(decoder.target, prompt, ours.token_ids, plain.token_ids, sampler)
-    return Comparison(ours, plain, difference, None)
+        agreement = (margins(decoder.target, prompt, ours.token_ids, sampler) <= 0).float().mean().item()
+        outcome = "yes" if identical else f"no: {rule(decoder)}"
+    elif not identical:
+        difference = first_difference(decoder.target, prompt, ours.token_ids, plain.token_ids, sampler)
+        outcome = f"no ({difference})"
+    speeds = [output.metrics.tokens_per_second for output in (ours, plain)]
+    return {
+        "outcome": outcome,
+        "speedup": speeds[0] / speeds[1] if min(speeds) > 0 else None,
+        "identical": identical,
+        "fault": difference is not None and not difference.near_tie,
+        "agreement": agreement,
+        "first_difference": None if difference is None else difference.index,
+        "logit_gap": None if difference is None or math.isinf(difference.margin) else difference.margin,
+        "plain": plain.as_dict(),
+    }
 
 
-def _compared(comparison: Comparison, decoder: SpecDecoder) -> Facts:
-    speed = "no decode step to time" if comparison.speedup is None else f"{comparison.speedup:.2f}x"
+def _compared(comparison: dict[str, Any]) -> Facts:
+    speedup, agreement = comparison["speedup"], comparison["agreement"]
     facts = [
-        ("speedup over plain decoding", speed),
-        ("plain tokens/s", f"{comparison.plain.metrics.tokens_per_second:.1f}"),
-        ("output identical to plain decoding", outcome(comparison, decoder)),
+        ("speedup over plain decoding", "no decode step to time" if speedup is None else f"{speedup:.2f}x"),
+        ("plain tokens/s", f"{comparison['plain']['metrics']['tokens_per_second']:.1f}"),
+        ("output identical to plain decoding", comparison["outcome"]),
     ]
-    if comparison.agreement is not None:
-        facts.append(("agreement with the full model", f"{comparison.agreement:.0%}"))
-    return facts
-
-
-def outcome(comparison: Comparison, decoder: SpecDecoder) -> str:
-    """Whether the output equals that of plain decoding, and if not, why."""
-    if comparison.identical:
-        return "yes"
-    return f"no ({comparison.difference})" if decoder.verifier.lossless else f"no: {rule(decoder)}"
+    return facts + ([] if agreement is None else [("agreement with the full model", f"{agreement:.0%}")])
 
 
 def experts(what: str, figures: dict[str, float]) -> Facts:

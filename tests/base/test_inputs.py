@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 from pathlib import Path
 
 import pytest
@@ -113,9 +112,3 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path.write_text("first\nsecond", "utf-8-sig")
     assert [c.turns[0] for c in load_prompts(str(path)).conversations] == ["first", "second"]
     assert data.read([path]) == [data.Prompt(("first",)), data.Prompt(("second",))]
-
-
-def test_an_argument_is_utf_8_whatever_the_locale() -> None:
-    assert inputs.decode_argument("the prompt", os.fsdecode("Grüße".encode())) == "Grüße"
-    with pytest.raises(ValueError, match="the prompt is not UTF-8 text"):
-        inputs.decode_argument("the prompt", os.fsdecode(b"\xff"))
