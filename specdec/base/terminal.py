@@ -255,23 +255,14 @@ def clear() -> None:
         shown.live.stop()
 
 
-class StatusLine:
-    """A line about what is running, which ``update`` replaces."""
-
-    def __init__(self, message: str, shown: Progress) -> None:
-        self._shown, self._task = shown, shown.add_task(message, total=None)
-
-    def update(self, message: str) -> None:
-        self._shown.update(self._task, description=message)
-
-
 @contextmanager
-def status(message: str, quiet: bool = False) -> Iterator[StatusLine]:
+def status(message: str, quiet: bool = False) -> Iterator[None]:
     """Show on stderr what is running: a spinner on a terminal, after a second; in a pipe a line every half minute."""
     shown = Progress(transient=True, later=True)
     shown.columns = (progress.SpinnerColumn(), *shown.columns)
+    shown.add_task(message, total=None)
     with nullcontext() if quiet else shown:
-        yield StatusLine(message, shown)
+        yield
 
 
 OnProgress = Callable[[int, int, int], None]  # steps done, all steps, tokens so far

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from specdec.base import files, options
-from specdec.base.errors import SpecDecError, errors_as
+from specdec.base.errors import SpecDecError
 from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
 from specdec.models.names import adapter_place, check_model, dtype_name
 from specdec.models.prepare import read_ahead
@@ -336,12 +336,6 @@ def interrupting(call: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def make_folder(folder: Path) -> Path:
-    with errors_as(f"cannot write to '{folder}'"):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def print_json(value: Any) -> None:

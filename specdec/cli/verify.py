@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from specdec.base import options, terminal
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.base.files import write_atomically
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED
@@ -66,7 +66,8 @@ def verify(
         if found.licence:
             terminal.say(f"prompts: {prompts} ({found.licence})")
         if output:
-            shared.make_folder(output)
+            with errors_as(f"cannot write to '{output}'"):
+                output.mkdir(parents=True, exist_ok=True)
         decoder = SpecDecoder.from_pretrained(
             loading.model,
             drafting.drafter,

@@ -81,13 +81,9 @@ def test_names_are_escaped_and_are_no_markup_wherever_a_terminal_shows_them(monk
 
 
 def test_a_pipe_gets_lines_while_something_is_under_way(heard: Heard) -> None:
-    with terminal.status("loading x") as status:
+    with terminal.status("loading [bold]"):
         assert heard.event.wait(300)
-        status.update("loading y [bold]")
-        heard.event.clear()
-        assert heard.event.wait(300)
-    lines = heard.getvalue().splitlines()
-    assert lines[0] == "loading x (1 s)" and lines[-1] == "loading y [bold] (1 s)"
+    assert heard.getvalue().splitlines()[0] == "loading [bold] (1 s)"
 
 
 def test_a_pipe_gets_a_line_for_each_task_that_has_not_ended(heard: Heard) -> None:
