@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError
@@ -17,9 +16,9 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Number, Whole, checked_class, validate
 
-Runtime = StrEnum("Runtime", ["auto", "native", "graphs", "fused", "reference"])
-Weights = StrEnum("Weights", ["auto", "dense", "int8", "int4"])
-KVCacheFormat = StrEnum("KVCacheFormat", ["auto", "int8"])
+Runtime = Literal["auto", "native", "graphs", "fused", "reference"]
+Weights = Literal["auto", "dense", "int8", "int4"]
+KVCacheFormat = Literal["auto", "int8"]
 
 MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5  # temperatures below it: logits / T would overflow float32, and the softmax is one-hot anyway

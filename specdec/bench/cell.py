@@ -138,9 +138,9 @@ class Cell(Settings):
     model: Text = DEFAULT_MODEL
     dtype: Text = "auto"
     device: Text = "auto"
-    runtime: Runtime = Field(Runtime.auto, strict=False)
-    weights: Weights = Field(Weights.auto, strict=False)
-    kv_cache: KVCacheFormat = Field(KVCacheFormat.auto, strict=False)
+    runtime: Runtime = "auto"
+    weights: Weights = "auto"
+    kv_cache: KVCacheFormat = "auto"
     adapter: Text | None = None
     drafter: Text = "auto"
     drafter_options: dict[str, Any] = Field({})
@@ -163,7 +163,7 @@ class Cell(Settings):
     def loading(self) -> dict[str, Any]:
         """The settings that decide which model is loaded, and how."""
         names = "model", "dtype", "device", "runtime", "weights", "kv_cache"
-        found = {name: str(getattr(self, name)) for name in names}
+        found = {name: getattr(self, name) for name in names}
         return found if self.adapter is None else found | {"adapter": self.adapter}
 
     @property

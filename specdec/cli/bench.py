@@ -10,9 +10,8 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from click.core import ParameterSource
@@ -31,17 +30,6 @@ if TYPE_CHECKING:
 
 DRAFTERS = "hf,none,prompt-lookup,auto"
 REQUESTS = "results.jsonl"
-
-
-class Launcher(StrEnum):
-    local = "local"
-    ray = "ray"
-
-
-class Format(StrEnum):
-    html = "html"
-    markdown = "markdown"
-    json = "json"
 
 
 @shared.grouped
@@ -98,12 +86,12 @@ def bench(
         bool, typer.Option("--dry-run", help="Print the cells (combinations of settings) and measure nothing.")
     ] = False,
     launcher: Annotated[
-        Launcher,
+        Literal["local", "ray"],
         typer.Option(
             help="local: one group after the other in this process; ray: on the Ray cluster at $RAY_ADDRESS, else on a "
             "new local one."
         ),
-    ] = Launcher.local,
+    ] = "local",
     as_json: shared.JsonLine = False,
 ) -> None:
     """Measure drafters against plain decoding and model.generate, side by side, prompt by prompt.
@@ -172,7 +160,7 @@ def bench(
         if before:
             say(f"{before} of {total} cells are done already")
         bar = stack.enter_context(terminal.Bar("cells"))
-        if launcher is Launcher.ray:
+        if launcher == "ray":
             arriving = launch.run_on_ray(groups(waiting), plan.resources)
         else:
             arriving = launch.run_locally(groups(waiting), decoders, lambda done: bar(before + done, total), log)
@@ -257,15 +245,16 @@ def _end(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a benchmark.")],
     form: Annotated[
-        Format, typer.Option("--format", help="html: a page in DIR; the others are printed.")
-    ] = Format.html,
+        Literal["html", "markdown", "json"],
+        typer.Option("--format", help="html: a page in DIR; the others are printed."),
+    ] = "html",
 ) -> None:
     """Show the results of a benchmark: a table here, and a page with pictures in its folder."""
     from specdec.bench.results import load_results, render
 
     results = load_results(folder)
-    if form is not Format.html:
-        terminal.write(render(results, form.value))
+    if form != "html":
+        terminal.write(render(results, form))
         return
     with terminal.status("drawing"):
         try:

@@ -50,7 +50,7 @@ def ahead(
     ] = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
-    runtime: shared.Runtime = "auto",  # type: ignore[assignment]
+    runtime: shared.Runtime = "auto",
     adapter: shared.Adapter = None,
 ) -> None:
     """Teach a model's drafter ahead of time, with conversations that the model makes up. The same as learn MODEL."""

@@ -167,9 +167,9 @@ class LoadingFlags:
     model: Model = DEFAULT_MODEL
     dtype: Dtype = "auto"
     device: Device = "auto"
-    runtime: Runtime = options.Runtime.auto
-    weights: Weights = options.Weights.auto
-    kv_cache: KVCache = options.KVCacheFormat.auto
+    runtime: Runtime = "auto"
+    weights: Weights = "auto"
+    kv_cache: KVCache = "auto"
     adapter: Adapter = None
 
     def check(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
@@ -31,7 +31,7 @@ def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
 def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto") -> None:
     """Raise SpecDecError for a name that ``make_target`` does not know."""
     for (what, kind), value in zip(CHOICES.items(), (runtime, weights, kv_cache), strict=True):
-        if value not in (known := tuple(kind)):
+        if value not in (known := get_args(kind)):
             raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
 
 
