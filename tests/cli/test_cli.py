@@ -217,7 +217,6 @@ def test_without_a_shipped_drafter_ngram_drafts_and_m2r2_teaches_itself(run) -> 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "unknown drafter": (["x", "--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'?"),
     "drafter option": (
         ["x", "--drafter-option", "continuations=0"],
         "continuations must be greater than or equal to 1; got 0",
@@ -229,7 +228,6 @@ BAD = {
     "empty prompt": (["  "], "the prompt is empty"),
     "prompt in another encoding": ([os.fsdecode(b"\xff")], "the prompt is not UTF-8 text"),
     "deep nesting": (["x", "--drafter-option", "a=" + "[" * 100_000], "takes KEY=VALUE"),
-    "K": (["x", "--num-speculative-tokens", "0"], "--num-speculative-tokens must be 'auto' or a number >= 1; got '0'"),
     "max new tokens": (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     "device": (["x", "--device", "toaster"], "unknown device 'toaster'"),
     "prompt beyond the context": (["x" * 5000], "context of 4096"),
@@ -260,10 +258,6 @@ def test_no_more_of_stdin_is_read_than_a_prompt_may_have(run, monkeypatch: pytes
     monkeypatch.setattr(inputs, "LINE", 1_000_000)
     line = one_line_error(run("-", stdin=b"y" * 1_000_001))
     assert "the prompt on stdin is larger than 1 MB; shorten it" in line
-
-
-def test_a_prompt_far_too_long_is_refused_before_it_is_tokenised(run) -> None:
-    assert "the model's context of 4096 tokens holds at most" in one_line_error(run("-", stdin=b"y" * 100_000))
 
 
 def test_unknown_command_suggests_one() -> None:
@@ -412,7 +406,7 @@ MISTAKES = {
     "generate Hi --verifier exakt": "unknown verifier 'exakt' (did you mean 'exact'?)",
     "generate Hi --dtype float23": "unknown dtype 'float23' (did you mean 'float32'?)",
     "generate Hi --temperature -1": "temperature must be",
-    "generate Hi --num-speculative-tokens none": "--num-speculative-tokens must be 'auto' or a number",
+    "generate Hi --num-speculative-tokens 0": "--num-speculative-tokens must be 'auto' or a number >= 1; got '0'",
     "generate Hi --json-schema none.json": "--json-schema: none.json cannot be read",
     "generate Hi --json-schema no.json": "--json-schema: no.json is not JSON",
     "generate Hi --json-schema deep.json": "--json-schema: deep.json is not JSON: nested too deeply",
