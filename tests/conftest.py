@@ -36,7 +36,6 @@ from transformers import PreTrainedModel
 
 from specdec.base import files, inputs
 from specdec.engine.depth import AutoDepth, StepReport, kept
-from specdec.engine.measure import Timings
 from specdec.models import catalogue, loading, prepare, wheels
 from specdec.runtimes.native import library
 
@@ -138,8 +137,6 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoDepth, "observe", by_formula)
     monkeypatch.setattr(kept, "load", lambda *args: None)
     monkeypatch.setattr(kept, "store", lambda *args: None)
-    timings = Timings({1: 1.0, 4: 1.03, 16: 1.15, 32: 1.3}, ((0.1, 0.1),))
-    monkeypatch.setattr("specdec.train.evaluate.measure", lambda target, drafters, verifier: [timings])
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

@@ -50,7 +50,6 @@ def run(
         check_model(model)
     shared.check_adapter(adapter)
     _check_files(prompts or [], holdout or [])
-    from specdec.train.evaluate import speedup_text
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
     from specdec.train.trainer import train
@@ -67,7 +66,7 @@ def run(
     console = stderr()
     figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
     if not console.quiet:  # it is for all processes but the first
-        write(f"{output}: {kind.describe(figures)}{speedup_text(figures)}\n")
+        write(f"{output}: {kind.describe(figures)}\n")
 
 
 def _check_files(prompts: list[Path], others: list[Path]) -> None:

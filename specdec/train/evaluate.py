@@ -1,17 +1,14 @@
-"""Evaluation of a drafter: agreement, overlap and acceptance on held-out answers, and the speedup that they predict."""
+"""Evaluation of a drafter: agreement, overlap and acceptance on held-out answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.api.decoder import SpecDecoder
 from specdec.drafters.m2r2_network import M2R2
-from specdec.engine.measure import Timings, measure
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
 from specdec.train.student import Teacher, draft_steps
@@ -84,38 +81,3 @@ def chain_figures(lengths: Sequence[int], steps: int) -> dict[str, Any]:
     """
     chain = [round(sum(n > i for n in lengths) / max(len(lengths), 1), 4) for i in range(1, steps + 1)]
     return {"chain": chain, "score": round(1 + sum(chain), 3)}
-
-
-def measure_costs(decoder: SpecDecoder, folder: Path) -> Timings:
-    """The costs of the drafter in ``folder`` with the model and the runtime of ``decoder``."""
-    drafting = decoder.with_drafter(folder)
-    [timings] = measure(drafting.target, [drafting.drafter], drafting.verifier)
-    return timings
-
-
-def predict_speedup(chain: Sequence[float], costs: Timings, nodes: Sequence[int] | None = None) -> tuple[float, int]:
-    """The largest speedup over plain decoding on this machine, and the draft length k that reaches it:
-
-        (1 + chain_1 + ... + chain_k) s(1) / (k d + s(1 + nodes_k))
-
-    chain: P(the first i drafts are all accepted).
-    costs: s of scoring and d of drafting.
-    nodes: tokens that are scored for a draft of depth i; None: i, a chain.
-    """
-    best, depth, tokens = 1.0, 0, 1.0
-    for k, accepted in enumerate(chain, start=1):
-        tokens += accepted
-        seconds = costs.drafting(k) + costs.scoring(1 + (nodes[k - 1] if nodes else k))
-        speedup = tokens * costs.scoring(1) / seconds
-        if speedup > best:
-            best, depth = speedup, k
-    return best, depth
-
-
-def speedup_text(figures: dict[str, Any]) -> str:
-    """The predicted speedup for display, or an empty string."""
-    if "speedup" not in figures:
-        return ""
-    if not figures["depth"]:
-        return "; predicted slower than plain decoding here"
-    return f"; predicted {figures['speedup']:.2f}x plain decoding here with {figures['depth']} drafted tokens per step"

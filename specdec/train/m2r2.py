@@ -1,8 +1,7 @@
 """Training of M2R2: projections in closed form, then gradients for projections and adapters.
 
-The presets' path is scaled from the depth ``layers_of`` to that of the model. ``specdec.train.search`` chooses its end
-by measured costs.
-The loss is distillation on the drafter's own states, over several draft steps.
+The presets' path is scaled from the depth ``layers_of`` to that of the model. The loss is distillation on the drafter's
+own states, over several draft steps.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import evaluate
 from specdec.train.m2r2_settings import M2R2Settings, path_states
 from specdec.train.method import RunContext, TrainingMethod, agreement_name
-from specdec.train.search import choose_neurons, choose_segment
+from specdec.train.neurons import choose_neurons
 from specdec.train.states import StateSelection
 from specdec.train.student import Teacher, draft_steps, fit_projections, shift_right
 
@@ -43,7 +42,6 @@ class M2R2Method(TrainingMethod[M2R2]):
 
     def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
-        self.chooses = bool(settings.begin) and not settings.init
         self.cuts = False  # whether it begins from a drafter of all neurons, and runs a part of them
         if settings.init:
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
@@ -54,15 +52,11 @@ class M2R2Method(TrainingMethod[M2R2]):
                 )
             if self.cuts:
                 self.path = dataclasses.replace(self.path, neurons=settings.neurons)
-        elif not self.chooses:
+        else:
             self.path = path_of(settings, target)
         self.neurons: dict[int, Tensor] = {}
 
     def prepare(self, context: RunContext) -> None:
-        if self.chooses:
-            segment = choose_segment(self.settings, self.target, context)
-            found = {"segments": (segment,), "final_projection": True, "layers_of": None, "begin": 0}
-            self.path = path_of(self.settings.model_copy(update=found), self.target)
         if self.settings.init and not self.cuts:
             kept = self.read_parameters(Path(self.settings.init))
             self.neurons = {layer: kept[f"adapters.{layer}/neurons"] for layer in self.path.narrow_layers}

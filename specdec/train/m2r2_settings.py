@@ -17,13 +17,10 @@ class M2R2Settings(TrainSettings):
 
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **TrainSettings.replaces,
-        "segments": {"begin": 0, "layers_of": None},  # given layers refer to this model
-        "exit_layer": {"begin": 0, "layers_of": None},
+        "segments": {"layers_of": None},  # given layers refer to this model
+        "exit_layer": {"segments": (), "layers_of": None},
     }
 
-    # ``begin``: the segment begins at this layer, and its end is chosen by measured cost and closed-form acceptance.
-    # Otherwise the path is given:
-    begin: int = Field(0, ge=0)
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_projection: bool = False
@@ -37,14 +34,10 @@ class M2R2Settings(TrainSettings):
     variation: Share = 0.0  # of the loss that is the total variation, which is the rate of rejection; the rest is KL
     align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
-    search_tokens: Positive = 12_000  # answer tokens for fitting projections in the search
-
     @model_validator(mode="after")
     def _one_path(self) -> M2R2Settings:
-        if self.begin and (self.segments or self.exit_layer or self.exits):
-            raise ValueError("'begin' excludes 'segments', 'exit_layer' and 'exits'; leave it out to give a path")
-        if not (self.begin or self.segments or self.exit_layer or self.init):
-            raise ValueError("give 'begin', 'segments' or 'exit_layer'")
+        if not (self.segments or self.exit_layer or self.init):
+            raise ValueError("give 'segments' or 'exit_layer'")
         return self
 
 

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:  # the command line imports this module for the names alone
-    from rich.console import Console
     from torch import Tensor, nn
 
-    from specdec.api.decoder import SpecDecoder
     from specdec.base.terminal import Progress
     from specdec.runtimes.target import Target
     from specdec.train.batches import TrainingBatch
@@ -49,16 +47,13 @@ def lookup(name: str) -> type[TrainingMethod[Any]]:
 class RunContext:
     """What a run has before training.
 
-    vocab: int32 [V'], the draft vocabulary, or None for the full one.
-    decoder: of the model as loaded, in the runtime that will serve the drafter.
+    answers: to train on.
+    teacher: the model as loaded, in the runtime that will serve the drafter.
     """
 
     output: Path
-    train: Sequence[TrainingAnswer]
-    held_out: Sequence[TrainingAnswer]
-    vocab: Tensor | None
-    decoder: SpecDecoder
-    console: Console
+    answers: Sequence[TrainingAnswer]
+    teacher: Target
     progress: Progress
 
 
@@ -82,7 +77,7 @@ class TrainingMethod(ABC, Generic[Network]):
         self.settings, self.target = settings, target
 
     def prepare(self, context: RunContext) -> None:
-        """Decide what depends on answers, such as layers. The decision must be stored in the output folder."""
+        """Decide what depends on answers, such as neurons. The decision must be stored in the output folder."""
 
     @abstractmethod
     def teacher_states(self) -> StateSelection:
@@ -123,9 +118,6 @@ class TrainingMethod(ABC, Generic[Network]):
         """Figures on held-out answers, for metrics and config.json.
 
         score: selects the best drafter; larger is better.
-        chain (optional): P(the first i drafts are all accepted), i = 1, 2, ...; the predicted speedup follows from it.
-        nodes (optional): tokens scored beside the root for a draft of depth i; default i.
-        top1 (optional): agreement per draft step, which is plotted.
         """
 
     @staticmethod

@@ -22,15 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from specdec.api.decoder import SpecDecoder
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
-from specdec.base.terminal import Progress, status, tell
-from specdec.engine.measure import Timings
+from specdec.base.terminal import Progress, tell
 from specdec.models import drafter_folder, source
 from specdec.train import batches
 from specdec.train.batches import TrainingBatch, Window
-from specdec.train.evaluate import measure_costs, predict_speedup, speedup_text
 from specdec.train.method import TrainingMethod
 from specdec.train.output import CHECKPOINT, METRICS, RECIPE, read_checkpoint, write_checkpoint, writing
 from specdec.train.states import AnswerStates
@@ -49,13 +46,11 @@ class TrainingRun:
         train: Sequence[AnswerStates],
         held_out: Sequence[AnswerStates],
         output: Path,
-        decoder: SpecDecoder,
         console: Console,
         processes: PartialState,
     ) -> None:
         self.method, self.settings, self.target = method, method.settings, method.target
         self.output, self.console, self.processes = output, console, processes
-        self.decoder: SpecDecoder | None = decoder  # until the first evaluation frees it
         torch.manual_seed(self.settings.seed)  # the masters' first values
         self.masters = method.build(vocab).to(self.target.device)  # float32
         self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # what runs
@@ -67,8 +62,6 @@ class TrainingRun:
             [{"params": [p]} for p in self.parameters.values()], betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
         self.init = drafter_folder.read_config(Path(self.settings.init)) if self.settings.init else None
-        self.costs: Timings | None = None  # measured at the first evaluation
-        self.speedup: float | None = None  # of the last evaluation
         self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
         self.logged = 0  # bytes of the metrics
 
@@ -180,8 +173,7 @@ class TrainingRun:
     def _progress_text(self, means: dict[str, float], done: float) -> str:
         """The state of the run, for the progress bar."""
         speed, left = self.tokens / max(self.seconds, 1e-6), (1 - done) / max(done, 1e-6) * self.seconds
-        speedup = f", {self.speedup:.2f}x" if self.speedup else ""
-        figures = f"loss {means['loss']:.3f}, agreement {means['agree']:.3f}{speedup}"
+        figures = f"loss {means['loss']:.3f}, agreement {means['agree']:.3f}"
         return f"{speed:.0f} tokens/s, {figures}, {left / 60:.0f} min left"
 
     def _batch(self, records: Sequence[AnswerStates], rows: Sequence[Window]) -> TrainingBatch:
@@ -221,7 +213,6 @@ class TrainingRun:
 
     def _evaluate(self) -> None:
         """Evaluate on held-out answers, and export the drafter if it is the best so far."""
-        decoder, self.decoder = self.decoder, None  # frees its memory
         if not self.processes.is_main_process:
             return
         place = self.target.device, self.target.dtype
@@ -229,29 +220,14 @@ class TrainingRun:
         total = count_positions(batches.windows(self.held_out, self.settings.window))
         with torch.no_grad():
             figures = self.method.evaluate(self.network, self._shown("evaluation", held_out, total))
-        if "chain" in figures:
-            figures |= self._predicted(figures, decoder)
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
         tell(
             self.console,
-            f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: "
-            f"{self.method.describe(figures)}{speedup_text(figures)}",
+            f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: {self.method.describe(figures)}",
         )
         if figures["score"] > self.best:
             self.best = figures["score"]
             self._export(figures)
-
-    def _predicted(self, figures: dict[str, Any], decoder: SpecDecoder | None) -> dict[str, Any]:
-        if decoder is not None:
-            if not (self.output / drafter_folder.CONFIG).exists():
-                self._export(figures)  # the costs of the exported drafter are measured
-            with status("measuring what drafting costs", quiet=self.console.quiet):
-                self.costs = measure_costs(decoder, self.output)
-        assert self.costs is not None
-        speedup, depth = predict_speedup(figures["chain"], self.costs, figures.get("nodes"))
-        self.speedup = round(speedup, 3)
-        plain = self.costs.score[1]
-        return {"speedup": self.speedup, "depth": depth, "draft_cost": round(self.costs.drafts[-1][1] / plain, 4)}
 
     def _export(self, figures: dict[str, Any]) -> None:
         target = self.target

@@ -105,13 +105,13 @@ def _prepare(
             ends = sorted(eos_token_ids(model, tokenizer))
             vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size)
         vocab = None if vocab is None else vocab.to(target.device)
-        method.prepare(RunContext(output, train, held_out, vocab, decoder, console, progress))
+        method.prepare(RunContext(output, train, decoder.target, progress))
         wanted, parts = method.teacher_states(), (("eval", held_out), ("train", train))
         records = [
             states.compute_states(output / STATES / name, decoder.target, part, wanted, progress, name)
             for name, part in parts
         ]
-    return TrainingRun(method, vocab, records[1], records[0], output, decoder, console, processes)
+    return TrainingRun(method, vocab, records[1], records[0], output, console, processes)
 
 
 def _note_other_base(init: str, target: Target, console: Console) -> None:

@@ -115,12 +115,6 @@ def recipe(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
     return from_mapping(M2R2Settings, values | changes, "test")
 
 
-def searched(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
-    """A recipe whose segment begins in the middle of a model of 4 layers."""
-    given = {"begin": 20, "layers_of": 40, "segments": [], "final_projection": False, "search_tokens": 300, "steps": 2}
-    return recipe(answers, output, **given | changes)
-
-
 def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *launcher, "-m", "specdec", *arguments]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,8 @@ from specdec import SpecDecoder
 from specdec.base import files, machine
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
-from specdec.engine.measure import Timings
 from specdec.models import drafter_folder, loading
-from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter, Verifier
 from specdec.train import data, trainer
-from specdec.train import evaluate as evaluation
 from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaSettings
 from specdec.train.run import TrainingRun
@@ -127,15 +122,11 @@ def test_a_finished_run_is_prolonged_from_its_last_update(answers: Path, tmp_pat
     assert yaml.safe_load((out / "train.yaml").read_text())["steps"] == 20
 
 
-@pytest.mark.parametrize("searches", [True, False])
-def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
-    answers: Path, tmp_path: Path, searches: bool
-) -> None:
+def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path, tmp_path: Path) -> None:
     first = train(recipe(answers, tmp_path / "first", steps=20, relative_rate=0.1))
     other = {
         "init": str(tmp_path / "first"),
         "segments": [],
-        "begin": 20 if searches else 0,
         "rank": 7,
         "draft_vocab": 20,
     }  # that drafter's path and vocabulary count
@@ -230,13 +221,6 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     monkeypatch.setattr(trainer, "float32_is_faster", lambda: trained_in == torch.float32)
     monkeypatch.setattr(trainer, "training_target", lambda model: dtypes.append(model.dtype) or opened(model))
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    given, timed = evaluation.measure, list[str]()
-
-    def noted(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> list[Timings]:
-        timed.append(target.weight_format)
-        return given(target, drafters, verifier)
-
-    monkeypatch.setattr(evaluation, "measure", noted)
     files = {name: tmp_path / f"{name}.gguf" for name in ("packed", "plain", "other")}
     write_gguf(files["packed"], width=64, packed=gguf.GGMLQuantizationType.Q4_0)
     write_gguf(files["plain"], width=64)
@@ -258,8 +242,6 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     capsys.readouterr()
     for name, says in (("packed", False), ("plain", True)):
         decoder = SpecDecoder.from_pretrained(str(files[name]), drafter=str(tmp_path / "out"))
-        if name == "packed":
-            assert timed == [decoder.target.weight_format]  # the blocks that users run, not what training makes of them
         assert ("another precision of that model" in capsys.readouterr().err) == says
         plain = decoder.with_drafter("none").generate("3 plus 3 is", max_new_tokens=16).token_ids
         out = decoder.generate("3 plus 3 is", max_new_tokens=16, num_speculative_tokens=2)
@@ -301,7 +283,7 @@ def test_nothing_that_is_published_names_a_path_of_this_machine(answers: Path, t
         train(recipe(answers, out, steps=2, **more | {"model": "other"}), resume=True)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "metrics.jsonl", "states/search/theirs"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "metrics.jsonl", "states/theirs"])
 def test_an_output_folder_with_foreign_files_is_refused(answers: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     (out / name).parent.mkdir(parents=True)

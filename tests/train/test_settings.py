@@ -25,10 +25,11 @@ def test_recipes_of_shipped_drafters_are_presets() -> None:
 
 def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     settings = load_settings(M2R2Settings, "m2r2", None, {"steps": 5})
-    assert settings.begin == 20 and not settings.segments
+    assert settings.segments == ((20, 26),) and settings.layers_of == 30
     given = load_settings(M2R2Settings, "m2r2", None, {"segments": [[1, 2]]})
-    assert given.segments == ((1, 2),) and not given.begin and given.layers_of is None  # not scaled to the model
-    assert load_settings(M2R2Settings, "m2r2", "m2r2-paper", {"exit_layer": 2}).layers_of is None
+    assert given.segments == ((1, 2),) and given.layers_of is None  # not scaled to the model
+    early = load_settings(M2R2Settings, "m2r2", None, {"exit_layer": 2})
+    assert not early.segments and early.layers_of is None
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
     own = tmp_path / "own.yaml"
     own.write_text("relative_rate: 1e-5\nsegments: [[1, 2]]\nfinal_projection: true\n")
