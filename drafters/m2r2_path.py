@@ -71,19 +71,6 @@ class M2R2Path:
         seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection
 
-    def target_layers(self, num_layers: int) -> list[int]:
-        """For each residual that the last exit's router reads: the layer whose input h it estimates.
-
-        A stage [lo, hi) that ends at an exit goes from h[lo] to h[N], at rate (N - lo) / (hi - lo), where no
-        projection follows; any other goes at rate 1.
-        """
-        found, last = list[int](), {*self.exits, self.end}
-        for number, (lo, hi) in enumerate(self.stages):
-            rate = (num_layers - lo) / (hi - lo) if hi in last and not self.final_projection else 1
-            first = lo if number >= len(self.shared) else lo + 1 if self.adapts_early else hi
-            found += [lo + round(rate * (layer - lo)) for layer in range(first, hi + 1)]
-        return found + [num_layers] * self.final_projection
-
     def check(self, num_layers: int) -> None:
         """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N, and all exits are stops on that way."""
         edge = self.exit_layer

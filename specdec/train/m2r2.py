@@ -31,55 +31,35 @@ from specdec.train.student import Teacher, draft_steps, fit_projections, shift_r
 
 
 class M2R2Method(TrainingMethod[M2R2]):
-    """KL to the base at each draft step, averaged over exits, and optionally the alignment of the residuals.
-
-    Alignment compares each residual of the path with the base's state that it runs ahead to
-    (``M2R2Path.target_layers``).
-    """
+    """KL to the base at each draft step, averaged over exits."""
 
     name = "m2r2"
     settings_class = M2R2Settings
 
     def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
-        self.cuts = False  # whether it begins from a drafter of all neurons, and runs a part of them
         if settings.init:
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
-            self.cuts = settings.neurons not in (0, self.path.neurons)
-            if self.cuts and self.path.neurons:
+            if settings.neurons not in (0, self.path.neurons):
                 raise SpecDecError(
-                    f"'{settings.init}' runs {self.path.neurons} neurons; leave out the setting 'neurons'"
+                    f"'{settings.init}' runs {self.path.neurons or 'all'} neurons; leave out the setting 'neurons'"
                 )
-            if self.cuts:
-                self.path = dataclasses.replace(self.path, neurons=settings.neurons)
         else:
             self.path = path_of(settings, target)
         self.neurons: dict[int, Tensor] = {}
 
     def prepare(self, context: RunContext) -> None:
-        if self.settings.init and not self.cuts:
+        if self.settings.init:
             kept = self.read_parameters(Path(self.settings.init))
             self.neurons = {layer: kept[f"adapters.{layer}/neurons"] for layer in self.path.narrow_layers}
         elif self.path.neurons:
             self.neurons = choose_neurons(self.path, self.target, context)
 
     def read_parameters(self, folder: Path) -> dict[str, Tensor]:
-        found = {current_name(name): tensor for name, tensor in super().read_parameters(folder).items()}
-        for layer, kept in self.neurons.items() if self.cuts else ():
-            mlp = gated_mlp(self.target.block(layer))
-            assert mlp is not None
-            for path in mlp.shapes(len(kept)):
-                name = f"adapters.{layer}/{path.replace('.', '/')}"
-                if path == mlp.out and f"{name}/down" in found:
-                    found[f"{name}/down"] = found[f"{name}/down"][:, kept]
-                elif path != mlp.out and f"{name}/up" in found:
-                    found[f"{name}/up"] = found[f"{name}/up"][mlp.rows(kept)]
-        return found
+        return {current_name(name): tensor for name, tensor in super().read_parameters(folder).items()}
 
     def teacher_states(self) -> StateSelection:
-        wanted = path_states(self.path, self.target.num_layers)
-        aims = self.path.target_layers(self.target.num_layers) if self.settings.align else ()
-        return dataclasses.replace(wanted, hidden=tuple(sorted({*wanted.hidden, *aims})))
+        return path_states(self.path, self.target.num_layers)
 
     def build(self, vocab: Tensor | None) -> M2R2:
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen, self.settings.variation)
@@ -113,8 +93,7 @@ class M2R2Method(TrainingMethod[M2R2]):
         teacher.begin(batch)
         loss, figures = torch.zeros((), device=target.device), dict[str, float]()
         right = batch.valid  # where the drafter's earlier steps equal the text
-        aims, watched = self.path.target_layers(target.num_layers), settings.align > 0
-        for s, (exits, valid) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
+        for s, (exits, valid) in enumerate(draft_steps(network, target, batch, settings.draft_steps)):
             reached = shift_right(right) if s else valid
             weight = torch.where(reached, 1.0, settings.focus)
             for exit, (final, _) in zip((*self.path.exits, None), exits, strict=True):
@@ -122,9 +101,6 @@ class M2R2Method(TrainingMethod[M2R2]):
                 away, figures[agreement_name(s, exit)] = teacher.compare(logits, valid, weight)
                 loss = loss + away / len(exits)
             right = teacher.hits(logits, teacher.next) & reached  # of the last exit
-            for p, aim in zip(exits[-1][1], aims, strict=True) if watched else ():
-                away = 1 - torch.cosine_similarity(p.float(), batch.hidden[aim].float(), -1)
-                loss = loss + settings.align * (away * weight * valid).sum() / teacher.count
         return loss, figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:

@@ -32,7 +32,6 @@ class M2R2Settings(TrainSettings):
     draft_steps: Positive = 2  # drafts per step that the drafter learns from
     focus: float = 1.0  # weight of a step after a wrong earlier step
     variation: Share = 0.0  # of the loss that is the total variation, which is the rate of rejection; the rest is KL
-    align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
     @model_validator(mode="after")
     def _one_path(self) -> M2R2Settings:

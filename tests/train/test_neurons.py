@@ -12,7 +12,6 @@ from training import recipe
 from specdec import SpecDecError
 from specdec.drafters.m2r2 import load_network
 from specdec.models import loading
-from specdec.train.m2r2 import M2R2Method
 from specdec.train.trainer import train, training_target
 
 
@@ -34,23 +33,8 @@ def test_a_part_of_the_neurons_is_chosen_once_trained_and_begun_from(answers: Pa
         assert any(bool(up.any()) for _, up in network.adapters.factors(2).values())
     with pytest.raises(SpecDecError, match="runs 32 neurons; leave out the setting 'neurons'"):
         train(recipe(answers, tmp_path / "wider", init=str(out), segments=[], neurons=48, steps=2))
+    train(recipe(answers, tmp_path / "all", steps=1))
+    with pytest.raises(SpecDecError, match="runs all neurons; leave out the setting 'neurons'"):
+        train(recipe(answers, tmp_path / "cut", init=str(tmp_path / "all"), segments=[], neurons=32, steps=2))
     with pytest.raises(SpecDecError, match="runs 640 neurons of layer 2's MLP"):
         train(recipe(answers, tmp_path / "wrong", neurons=640))
-
-
-def test_a_drafter_of_all_neurons_is_cut_to_a_part(answers: Path, tmp_path: Path) -> None:
-    out, cut = tmp_path / "out", tmp_path / "cut"
-    train(recipe(answers, out, steps=4))
-    settings = recipe(answers, cut, init=str(out), segments=[], final_projection=False, neurons=32, steps=1)
-    train(settings)
-    kept = {int(layer): torch.tensor(some) for layer, some in json.loads((cut / "neurons.json").read_text()).items()}
-    target = training_target(loading.load("tiny")[0])
-    method = M2R2Method(settings, target)
-    method.neurons = kept
-    whole, part = (load_network(target, out).state_dict(), method.read_parameters(out))
-    for layer, some in kept.items():
-        name = f"adapters.{layer}/mlp"
-        assert torch.equal(part[f"{name}/gate_proj/up"], whole[f"{name}/gate_proj/up"][some])
-        assert torch.equal(part[f"{name}/up_proj/up"], whole[f"{name}/up_proj/up"][some])
-        assert torch.equal(part[f"{name}/down_proj/down"], whole[f"{name}/down_proj/down"][:, some])
-        assert torch.equal(load_network(target, cut).adapters.kept(layer), some)  # type: ignore[arg-type]
