@@ -39,7 +39,6 @@ class DraftModelDrafter(ChainDrafter):
 
     own: the draft model as a target of its own.
     tokenizer: the draft model's, to be compared with the target's.
-    nodes: as in ``ChainDrafter``.
     rows: whose the cache's rows are.
     fed: drafted tokens of each row that are in the cache, uncommitted.
     """
@@ -47,24 +46,22 @@ class DraftModelDrafter(ChainDrafter):
     name: ClassVar[str] = "draft-model"
     summary: ClassVar[str] = "a second, smaller model with the same vocabulary (draft-model=NAME); no training"
 
-    def __init__(self, own: Target, tokenizer: Any = None, nodes: int | None = None) -> None:
-        super().__init__(nodes)
+    def __init__(self, own: Target, tokenizer: Any = None) -> None:
         self.draft_target, self.tokenizer, self.path = own, tokenizer, own.fingerprint
         self.vocab: Tensor | None = None  # the tokens that both models have, int64 [V']; None: all
         self.start()
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> DraftModelDrafter:
-        """Load the draft model: ``source``, or the option ``model``, is whatever ``loading.load`` takes."""
-        options.check_names(cls.name, kwargs, ("model", "nodes"))
-        model = kwargs.pop("model", source)
-        if not isinstance(model, str) or not model:
+        """Load the draft model ``source``: whatever ``loading.load`` takes."""
+        options.check_names(cls.name, kwargs)
+        if not source:
             raise SpecDecError(
                 "drafter 'draft-model' needs a second model; name it: draft-model=NAME (a folder, GGUF file or "
-                "Hugging Face id; in Python also drafter_options={'model': NAME})"
+                "Hugging Face id)"
             )
-        loaded, tokenizer = loading.load(model, dtype=target.dtype, device=target.device)
-        return cls(make_target(loaded)[0], tokenizer, **kwargs)
+        loaded, tokenizer = loading.load(source, dtype=target.dtype, device=target.device)
+        return cls(make_target(loaded)[0], tokenizer)
 
     def bind(self, target: Target) -> None:
         ours, theirs = target.vocab_size, self.draft_target.vocab_size

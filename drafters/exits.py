@@ -120,15 +120,13 @@ class ExitDrafter(ChainDrafter):
     """Drafts a chain of tokens that leave the model early; subclasses choose each token's exit.
 
     network: trained modules; None: the model's own norm and head read out.
-    nodes: as in ``ChainDrafter``.
     """
 
     leaves_early = True
     network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
     vocabulary: DraftVocabulary
 
-    def __init__(self, network: Any = None, nodes: int | None = None) -> None:
-        super().__init__(nodes)
+    def __init__(self, network: Any = None) -> None:
         self.network = network
 
     @classmethod
@@ -139,20 +137,15 @@ class ExitDrafter(ChainDrafter):
         """
         known = [name for name in keywords(cls) if name != "network"]
         options.check_names(cls.name, kwargs, known, source if cls.training is None else None)
+        folder = None if source is None else Path(source)
         if cls.needs_training:
             folder = cls.find(target, source)
-        elif source is not None and "exit_layer" in kwargs:
-            raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
-        elif source is not None:
-            folder = Path(source)
-        elif (
-            cls.training is None
-            or "exit_layer" in kwargs
-            or not (found := drafter_folder.find_shipped(cls.name, target))
-        ):
+        elif folder is None and cls.training is not None and "exit_layer" not in kwargs:
+            folder = drafter_folder.find_shipped(cls.name, target)
+        if folder is None:
             return cls(**kwargs)
-        else:
-            folder = found
+        if "exit_layer" in kwargs:
+            raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
         config = drafter_folder.read_config(folder, cls.name, target)
         network = drafter_folder.load(
             folder, target.vocab_size, lambda vocab: cls.network_class.from_config(config, target, vocab)
@@ -205,10 +198,8 @@ class EarlyExitDrafter(ExitDrafter):
     summary: ClassVar[str] = "the model's own first layers and head; training optional"
     training: ClassVar[str] = "specdec train early-exit"
 
-    def __init__(
-        self, exit_layer: int | None = None, network: ExitHeads | None = None, nodes: int | None = None
-    ) -> None:
-        super().__init__(network, nodes)
+    def __init__(self, exit_layer: int | None = None, network: ExitHeads | None = None) -> None:
+        super().__init__(network)
         self.requested = exit_layer if network is None else network.exits[0]
 
     def bind(self, target: Target) -> None:
@@ -241,8 +232,8 @@ class DeedDrafter(ExitDrafter):
     training: ClassVar[str] = "specdec train deed"
     needs_training: ClassVar[bool] = True
 
-    def __init__(self, network: ExitHeads, exit_confidence: float = 0.5, nodes: int | None = None) -> None:
-        super().__init__(network, nodes)
+    def __init__(self, network: ExitHeads, exit_confidence: float = 0.5) -> None:
+        super().__init__(network)
         self.exits, self.exit_confidence = network.exits, options.check_probability("exit_confidence", exit_confidence)
         self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
 
@@ -277,14 +268,8 @@ class SkipDecodeDrafter(ExitDrafter):
     name: ClassVar[str] = "skip-decode"
     summary: ClassVar[str] = "the model's own first layers, fewer for later tokens; no training"
 
-    def __init__(
-        self,
-        deepest: int | None = None,
-        shallowest: int | None = None,
-        horizon: int = 128,
-        nodes: int | None = None,
-    ) -> None:
-        super().__init__(nodes=nodes)
+    def __init__(self, deepest: int | None = None, shallowest: int | None = None, horizon: int = 128) -> None:
+        super().__init__()
         self.bounds, self.horizon = (shallowest, deepest), options.check_int("horizon", horizon, 1)
 
     def bind(self, target: Target) -> None:

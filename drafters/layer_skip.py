@@ -41,14 +41,12 @@ class LayerSkipDrafter(ChainDrafter):
     bound, if everything, nothing, or a layer outside the model is skipped.
 
     skip: layers to skip.
-    nodes: as in ``ChainDrafter``.
     """
 
     name: ClassVar[str] = "layer-skip"
     summary: ClassVar[str] = "the model itself without some layers; no training"
 
-    def __init__(self, skip: Sequence[int] | None = None, nodes: int | None = None) -> None:
-        super().__init__(nodes)
+    def __init__(self, skip: Sequence[int] | None = None) -> None:
         self.requested = None if skip is None else set(options.check_ints("skip", skip, 0))
 
     def bind(self, target: Target) -> None:

@@ -62,7 +62,7 @@ class M2R2Drafter(ChainDrafter):
     nodes, else those that are worth their price (``Prices``; a chain if there are no prices). Raises SpecDecError if no
     trained drafter fits the target and none can teach itself.
 
-    nodes: as in ``ChainDrafter``.
+    nodes: of a tree; None: those that are worth their price.
     width: number of nodes of a level that get children.
     exit_confidence: minimum probability, in [0, 1], with which a token leaves before the last exit (``State.exit``);
         where drafts are not verified, the verifier's threshold takes its place.
@@ -73,6 +73,7 @@ class M2R2Drafter(ChainDrafter):
     training: ClassVar[str] = "specdec train m2r2"
     needs_training: ClassVar[bool] = False
     teaches_itself: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ("nodes", "width", "exit_confidence")
     leaves_early = True
 
     vocabulary: DraftVocabulary
@@ -85,7 +86,7 @@ class M2R2Drafter(ChainDrafter):
         learner: Learner | None = None,
         nodes: int | None = None,
     ) -> None:
-        super().__init__(nodes)
+        self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
         self.network, self.learner = network, learner
         self.learns = learner is not None
         self.served = None if learner is None else learner.fits
@@ -99,7 +100,7 @@ class M2R2Drafter(ChainDrafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights, or none yet."""
-        options.check_names(cls.name, kwargs, ("nodes", "width", "exit_confidence"))
+        options.check_names(cls.name, kwargs, cls.options)
         if source is None and cls.teaches_itself and drafter_folder.find_shipped(cls.name, target) is None:
             if (why := why_not(target)) is not None:
                 raise SpecDecError(
@@ -261,3 +262,4 @@ class PaperM2R2Drafter(M2R2Drafter):
     training: ClassVar[str] = "specdec train m2r2 --preset m2r2-paper"
     needs_training: ClassVar[bool] = True
     teaches_itself: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ("exit_confidence",)

@@ -248,7 +248,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("prompt-lookup", {"continuations": 0}, "continuations must be greater than or equal to 1; got 0"),
     ("prompt-lookup", {"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "got 4 and 3"),
     ("early-exit", {"exit_layer": 4}, "exit_layer must be less than or equal to 3; got 4"),
-    ("early-exit", {"nodes": 0}, "nodes must be greater than or equal to 1; got 0"),
+    ("early-exit", {"nodes": 7}, "no option 'nodes'"),
     ("deed", {}, "no deed drafter is shipped for this model; train one: specdec train deed"),
     ("deed", {"exit_layer": 3}, "no option 'exit_layer'"),
     ("skip-decode", {"deepest": 4}, "deepest must be less than or equal to 3; got 4"),

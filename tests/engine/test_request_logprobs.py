@@ -23,7 +23,7 @@ from specdec.serve.logprobs import token_bytes, token_text
 from specdec.speculation.draft import Drafter
 
 PARAMS = [SamplingParams(), SamplingParams(0.9, top_k=20, repetition_penalty=1.3, seed=3), SamplingParams(1.5)]
-SOME = ("none", "prompt-lookup", "early-exit (tree)")
+SOME = ("none", "prompt-lookup", "medusa (tree)")
 
 
 def ran(target: Target, drafter: Drafter, count: int = 20, **more: Any) -> list[Request]:
@@ -67,7 +67,7 @@ def test_log_probabilities_are_the_models_own(name: str) -> None:
 def test_the_native_runtime_gives_those_of_plain_decoding_bit_for_bit() -> None:
     target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
     plain = ran(target, NoDrafter(), max_rows=1)
-    for name in ("prompt-lookup", "m2r2: grown level by level (tree)", "medusa (tree)", "early-exit", "draft-model"):
+    for name in ("prompt-lookup", "m2r2 (tree)", "medusa (tree)", "early-exit", "draft-model"):
         for row, other in zip(ran(target, EVERY[name](target)), plain, strict=True):
             assert row.ids == other.ids and row.token_logprobs == other.token_logprobs, name
 

@@ -177,10 +177,10 @@ def heads(target: Target, *exits: int, whole: bool = False) -> ExitHeads:
     return network
 
 
-def routers(target: Target, first: int = 1, whole: bool = False) -> Routers:
+def routers(target: Target, first: int = 1) -> Routers:
     """Random routers: about half of the routed layers are run."""
     torch.manual_seed(3)
-    network = Routers(first, target, None if whole else half(target))
+    network = Routers(first, target, half(target))
     torch.nn.init.normal_(network.weight)
     torch.nn.init.zeros_(network.bias)
     return network
@@ -191,7 +191,7 @@ def medusa(target: Target, nodes: int | None = None, rooted: bool = False) -> Me
     network = Medusa(target.hidden_size, 3, 1, rooted, half(target))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return MedusaDrafter(network, [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]], nodes)
+    return MedusaDrafter(network, nodes)
 
 
 def save_medusa(folder: Path, model: Any) -> None:
@@ -204,7 +204,6 @@ def save_medusa(folder: Path, model: Any) -> None:
         "heads": 3,
         "layers": 1,
         "rooted": False,
-        "accuracy": [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]],
         "base": base | {"fingerprint": target.fingerprint},
     }
     drafter_folder.write(folder, config, dict(drafter.network.state_dict()))
@@ -224,14 +223,14 @@ def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle
     return Eagle3Drafter(network, **options)
 
 
-def mtp(target: Target, nodes: int | None = None) -> MTPDrafter:
+def mtp(target: Target) -> MTPDrafter:
     """A random layer of another model in the place of the one that a checkpoint has."""
     torch.manual_seed(4)
     d, place = target.hidden_size, (target.device, target.dtype)
     own = ReferenceTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(*place))
     norms = [torch.nn.LayerNorm(d, elementwise_affine=False) for _ in range(4)]
     join = torch.nn.Linear(2 * d, d).requires_grad_(False).to(*place)
-    return MTPDrafter(MTPHead(own, join, *norms), nodes)
+    return MTPDrafter(MTPHead(own, join, *norms))
 
 
 @functools.cache
@@ -268,9 +267,11 @@ CHAINS: dict[str, Callable[[Target], Drafter]] = {
     "eagle3: with an embedding of its own": lambda target: eagle3(target, True),
     "mtp": lambda target: mtp(target),
     "draft-model": lambda target: DraftModelDrafter(second(target)),
+    "draft-model: a short context": lambda target: DraftModelDrafter(second(target, max_position_embeddings=16)),
     "early-exit": lambda target: EarlyExitDrafter(),
     "early-exit: trained": lambda target: EarlyExitDrafter(network=heads(target, 2)),
     "deed": lambda target: DeedDrafter(heads(target, 1, 2, 3), 0.2),
+    "deed: the whole vocabulary": lambda target: DeedDrafter(heads(target, 1, 3, whole=True), 1.0),
     "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9),
     "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target)),
     "layer-skip": lambda target: LayerSkipDrafter(),
@@ -289,22 +290,10 @@ TREES: dict[str, Callable[[Target], Drafter]] = {
         [NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]
     ),
     "ngram+medusa": lambda target: HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
-    "m2r2": lambda target: m2r2(target, 2, (), False, True, 8),
-    "m2r2: after a projection": lambda target: m2r2(target, 1, ((2, 4),), False, False, 8),
-    "m2r2: grown level by level": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
-    "m2r2: several exits": lambda target: m2r2(target, 2, ((3, 4),), True, False, 7, exits=(1, 2), router=4),
-    "m2r2-paper": lambda target: m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),
+    "m2r2": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
     "medusa": lambda target: medusa(target, 9),
     "eagle3": lambda target: eagle3(target, nodes=7),
-    "eagle3: grown level by level": lambda target: eagle3(target, True, nodes=9, width=3),
-    "mtp": lambda target: mtp(target, nodes=7),
-    "draft-model": lambda target: DraftModelDrafter(second(target, max_position_embeddings=16), nodes=7),
-    "early-exit": lambda target: EarlyExitDrafter(3, nodes=7),
-    "early-exit: trained": lambda target: EarlyExitDrafter(nodes=8, network=heads(target, 2)),
-    "deed": lambda target: DeedDrafter(heads(target, 1, 3, whole=True), 1.0, nodes=7),
-    "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9, nodes=7),
-    "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target, 2, whole=True), nodes=7),
-    "layer-skip": lambda target: LayerSkipDrafter([0, 2], nodes=7),
+    "eagle3: with an embedding of its own": lambda target: eagle3(target, True, nodes=9, width=3),
     "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
 }
 EVERY = CHAINS | {f"{name} (tree)": make for name, make in TREES.items()}

@@ -22,7 +22,7 @@ if not library.runs():
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 COUNT = 20
-DRAFTERS = "m2r2: projection", "m2r2: two projections, no early layer", "m2r2: grown level by level (tree)"
+DRAFTERS = "m2r2: projection", "m2r2: two projections, no early layer", "m2r2 (tree)"
 
 
 def target_of(family: str) -> NativeTarget:
