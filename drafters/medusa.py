@@ -5,13 +5,11 @@ of the paper), and an output head. Ours share the model's final norm and output 
 their first block may also read the root's embedding (as in Hydra, arXiv 2402.05109). Public checkpoints, with an output
 head for each, are read in the format of their authors and in vLLM's; their blocks read the normalised state.
 
-The tree's shape follows from the heads' own probabilities or, where reading them would wait for a device, from how
-often a head's first, second, ... choice was right.
+The tree's shape follows from the heads' own probabilities.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -23,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import options
-from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder, hub
 from specdec.runtimes import draft_maps
@@ -32,7 +29,7 @@ from specdec.runtimes.target import GivenLinear, Target
 from specdec.speculation.candidates import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.tree_builder import draft_best
-from specdec.speculation.trees import MOST_NODES, best_first, grow_best_first
+from specdec.speculation.trees import MOST_NODES, grow_best_first
 
 from .vocabulary import Context, DraftVocabulary
 
@@ -41,9 +38,6 @@ HEADS, BLOCKS = 64, 16  # maximum numbers of heads, and of blocks of each
 KIND = "medusa"
 PUBLIC, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 VLLM_COUNTS = {"num_heads": "num_heads", "num_layers": "num_hidden_layers"}  # with or without "medusa_" before them
-# The accuracy of public heads is not published. Assumed: it falls by a quarter from head to head, and by more than half
-# from a head's choice to its next.
-ASSUMED = [[0.55 * 0.75**head * 0.4**rank for rank in range(10)] for head in range(8)]
 
 
 class Medusa(nn.Module):
@@ -102,30 +96,19 @@ class MedusaDrafter(Drafter):
 
     Raises SpecDecError if no trained heads fit the target.
 
-    accuracy[k][r]: how often choice r of head k is the model's own.
     nodes: nodes of the tree; None: those that are worth their price (``Prices``), or as many as the draft may be deep.
-    output_heads: output heads of a public checkpoint, [V, D] each; None: the model's.
-    normed: whether blocks read the normalised state, and output heads the blocks, as in public checkpoints.
+    output_heads: output heads of a public checkpoint, [V, D] each, whose blocks read the normalised state; None: the
+        model's.
     """
 
     name: ClassVar[str] = KIND
     summary: ClassVar[str] = "extra heads on the final state, which draft a tree; trained, or public checkpoints"
     training: ClassVar[str] = "specdec train medusa"
     needs_training: ClassVar[bool] = True
+    has_probabilities = True
 
-    def __init__(
-        self,
-        network: Medusa,
-        accuracy: Sequence[Sequence[float]],
-        nodes: int | None = None,
-        output_heads: Sequence[Tensor] | None = None,
-        normed: bool = False,
-    ) -> None:
+    def __init__(self, network: Medusa, nodes: int | None = None, output_heads: Sequence[Tensor] | None = None) -> None:
         self.network, self.output_heads = network, output_heads
-        self.normed = normed or output_heads is not None
-        if self.normed and network.rooted:
-            raise SpecDecError("Medusa heads cannot be both 'normed' and 'rooted'; set one of them to false")
-        self.accuracy = _check_accuracy(accuracy, network.heads)
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
 
     @classmethod
@@ -138,12 +121,11 @@ class MedusaDrafter(Drafter):
         folder, nodes = cls.find(target, None) if source is None else _folder(source), kwargs.get("nodes")
         if (public := _public_config(folder)) is not None:
             network, own = _read_public(folder, public, target)
-            return cls(network, public.get("accuracy", ASSUMED[: network.heads]), nodes, own)
+            return cls(network, nodes, own)
         config = drafter_folder.read_config(folder, cls.name, target)
         heads, layers = _check_sizes(config.get("heads"), config.get("layers"))
         make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
-        network = drafter_folder.load(folder, target.vocab_size, make)
-        return cls(network, config.get("accuracy", ()), nodes, normed=bool(config.get("normed")))
+        return cls(drafter_folder.load(folder, target.vocab_size, make), nodes)
 
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers,)
@@ -152,15 +134,9 @@ class MedusaDrafter(Drafter):
         self.vocabulary = DraftVocabulary(target, network.draft_vocab)
         if self.output_heads is not None:
             self.output_heads = [weight.to(target.device, target.dtype) for weight in self.output_heads]
-        if self.normed:
             self.norm = final_norm(target)
-        if self.normed and self.output_heads is None and network.draft_vocab is None:
-            self.vocabulary.head = target.reduced_head(torch.arange(target.vocab_size))
         vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
-        self.path = f"{shapes} {self.output_heads is not None} {self.normed} {None if vocab is None else len(vocab)}"
-        table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
-        self.tree = functools.cache(lambda depth, nodes: best_first(table[:depth], nodes))
-        self.has_probabilities = not is_asynchronous(target.device)
+        self.path = f"{shapes} {self.output_heads is not None} {None if vocab is None else len(vocab)}"
         self.start()
 
     def start(self) -> None:
@@ -170,22 +146,9 @@ class MedusaDrafter(Drafter):
         return MedusaRow()
 
     def propose(self, state: State, limit: int) -> Draft:
-        if (found := self.candidates(state, limit)) is not None:
-            return draft_best(found, limit, self.nodes, state)
-        prices, heads = state.prices, min(limit, self.network.heads)  # nothing is read before the tree is scored
-        tree, values = self.tree(heads, self.nodes or (limit if prices is None else MOST_NODES))
-        if prices is not None:
-            tree = tree.first(prices.take(values, exactly=self.nodes))
-        ids = self._logits(state)[:, :heads].topk(1 + max(tree.ranks, default=0)).indices
-        best = ids[:, tree.depths(), tree.ranks]  # (B, M); which head each node is taken from, and its place there
-        tokens = self.vocabulary.tokens
-        return Draft(best if tokens is None else tokens[best], tree.parents)
+        return draft_best(self.candidates(state, limit), limit, self.nodes, state)
 
-    def candidates(
-        self, state: State, limit: int, given: Sequence[Candidates] | None = None
-    ) -> list[Candidates] | None:
-        if not (self.has_probabilities or state.constrained):
-            return None
+    def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
         logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
         return [self._likeliest(state, row, logits[row]) for row in range(len(state.ids))]
 
@@ -218,23 +181,21 @@ class MedusaDrafter(Drafter):
             said.update({(*path, rank): p for rank, p in enumerate(own)})
             return likely
 
-        tree, values = grow_best_first(after, self.nodes or MOST_NODES)
-        chosen, own = [tokens[path] for path in tree.paths()], [said[path] for path in tree.paths()]
-        return Candidates([math.log(value) for value in values], chosen, list(tree.parents), [own])
+        tree = grow_best_first(after, self.nodes or MOST_NODES)
+        chosen, own = [tokens[path] for path in tree.paths], [said[path] for path in tree.paths]
+        return Candidates([math.log(value) for value in tree.values], chosen, tree.parents, [own])
 
     def _logits(self, state: State) -> Tensor:
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""
         finals = [row.final for row in state.row_states]  # (1, 1, D) each
         final = finals[0] if len(finals) == 1 else torch.cat(finals)
-        target, x = state.target, rms_unit(final)[:, 0]
-        if self.normed:
-            x = target.readout(final, self.norm)[:, 0]
+        target = state.target
         if self.output_heads is not None:
-            y = self.network(x)  # (B, K, D)
+            y = self.network(target.readout(final, self.norm)[:, 0])  # (B, K, D)
             return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.output_heads)], 1)
         root = rms_unit(target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
         self.vocabulary.follow(state, [row.context for row in state.row_states])
-        return self.vocabulary.logits(self.network(x, root), read_normed if self.normed else target.readout)
+        return self.vocabulary.logits(self.network(rms_unit(final)[:, 0], root))
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         states = taps[self.taps[0]]
@@ -248,27 +209,10 @@ def final_norm(target: Target) -> nn.Linear:
     return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
 
 
-def read_normed(x: Tensor, head: nn.Linear | None) -> Tensor:
-    """``head`` of normalised states."""
-    assert head is not None
-    return F.linear(x, head.weight, head.bias)
-
-
 def _check_sizes(heads: Any, layers: Any) -> tuple[int, int]:
     """The numbers of heads, and of blocks of each, if they are in range. Raises SpecDecError otherwise."""
     what = "of the Medusa drafter"
     return options.check_int(f"heads {what}", heads, 1, HEADS), options.check_int(f"layers {what}", layers, 1, BLOCKS)
-
-
-def _check_accuracy(accuracy: Any, heads: int) -> list[list[float]]:
-    """``accuracy`` as a table of floats. Raises SpecDecError unless it has a row of shares for each head."""
-    try:
-        table = [[float(share) for share in row] for row in accuracy]
-    except (TypeError, ValueError, OverflowError):
-        table = []
-    if len(table) < heads or not all(row and all(0 <= share <= 1 for share in row) for row in table):
-        raise SpecDecError(f"the Medusa drafter's 'accuracy' must hold shares in [0, 1] for each of its {heads} heads")
-    return table[:heads]
 
 
 # --- public checkpoints --------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ texts that use them, so the tokens of a row's text join the trained ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,16 +84,12 @@ class DraftVocabulary:
         """The heads of ``tokens``, one behind the other (None: the model's own); they mask no ``forbidden`` tokens."""
         return [self.head] if self.added_head is None else [self.head, self.added_head]
 
-    def logits(self, final: Tensor, read: Callable[[Tensor, nn.Linear | None], Tensor] | None = None) -> Tensor:
-        """Draft logits [B, T, V'] over ``tokens``, from final states [B, T, D].
-
-        read: the readout; None: the target's.
-        """
-        read = read or self.target.readout
-        logits = read(final, self.head)
+    def logits(self, final: Tensor) -> Tensor:
+        """Draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
+        logits = self.target.readout(final, self.head)
         if self.added_head is None:
             return logits
-        added = read(final, self.added_head)  # (B, T, added)
+        added = self.target.readout(final, self.added_head)  # (B, T, added)
         if self.forbidden is not None:
             added = added.masked_fill(self.forbidden[:, None], float("-inf"))
         return torch.cat((logits, added), -1)

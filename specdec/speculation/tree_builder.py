@@ -74,8 +74,8 @@ def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, pri
     if prices is not None:
         every = [(score, row) for row, found in enumerate(rows) for score in sorted(found.scores)[-MOST_NODES:]]
         every.sort(key=itemgetter(0), reverse=True)
-        likely = [math.exp(score) for score, _ in every]
-        taken = Counter(row for _, row in every[: prices.take(likely, exactly=None if nodes is None else sum(counts))])
+        count = prices.take([math.exp(score) for score, _ in every]) if nodes is None else sum(counts)
+        taken = Counter(row for _, row in every[:count])
         counts = [taken[row] for row in range(len(rows))]
     return [found.best(count) for found, count in zip(rows, counts, strict=True)]
 

@@ -86,72 +86,42 @@ class Prices:
                 break
         return best, count
 
-    def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None, rows: int = 1) -> int:
-        """The number of nodes to score: ``exactly`` as many as given, else ``least`` or more.
+    def take(self, probabilities: Sequence[float]) -> int:
+        """The number of nodes that add most beyond their price.
 
-        probabilities: calibrated, of the nodes in the order in which they are taken; if each stands for one node of
-            each of ``rows``, their mean.
+        probabilities: calibrated, of the nodes in the order in which they are taken.
         """
-        nodes = self.nodes[::rows]
-        most = min(len(probabilities), max(len(nodes) - 1, least))
-        if exactly is not None:
-            return min(exactly, len(probabilities))
-        sums = [0.0, *itertools.accumulate(rows * probability for probability in probabilities)]
-        gains = [tokens - price for tokens, price in zip(sums[least : most + 1], nodes[least:], strict=False)]
-        return least + gains.index(max(gains)) if gains else most
+        sums = [0.0, *itertools.accumulate(probabilities)]
+        gains = [tokens - price for tokens, price in zip(sums, self.nodes, strict=False)]
+        return gains.index(max(gains))
 
 
-class TreeShape(NamedTuple):
-    """Node i (block index i + 1) is the candidate of rank ``ranks[i]`` after its parent.
+class Tree(NamedTuple):
+    """The nodes of a tree, parents first.
 
-    parents: block index of each node's parent (0: the root), in topological order.
+    parents: 0: the root, i + 1: node i.
+    paths: the ranks on the path to each node.
+    values: the probability of each path.
     """
 
-    parents: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    def first(self, count: int) -> TreeShape:
-        """Its first ``count`` nodes."""
-        return TreeShape(self.parents[:count], self.ranks[:count])
-
-    def paths(self) -> list[tuple[int, ...]]:
-        """The ranks on the path from the root to each node."""
-        out: list[tuple[int, ...]] = [()]
-        for parent, rank in zip(self.parents, self.ranks, strict=True):
-            out.append((*out[parent], rank))
-        return out[1:]
-
-    def depths(self) -> list[int]:
-        """The position of each node; 0 is right after the root."""
-        out: list[int] = []
-        for parent in self.parents:
-            out.append(out[parent - 1] + 1 if parent else 0)
-        return out
+    parents: list[int]
+    paths: list[tuple[int, ...]]
+    values: list[float]
 
 
-def best_first(accuracy: Sequence[Sequence[float]], budget: int) -> tuple[TreeShape, list[float]]:
-    """The tree of at most ``budget`` >= 1 nodes with the most expected accepted tokens, and each node's probability.
-
-    Positions err independently. Nodes come in order of their probability.
-
-    accuracy[depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
-    """
-    return grow_best_first(lambda path: accuracy[len(path)] if len(path) < len(accuracy) else (), budget)
-
-
-def grow_best_first(after: Callable[[tuple[int, ...]], Sequence[float]], budget: int) -> tuple[TreeShape, list[float]]:
-    """``best_first`` for candidates that depend on the path before them.
+def grow_best_first(after: Callable[[tuple[int, ...]], Sequence[float]], budget: int) -> Tree:
+    """The tree of at most ``budget`` >= 1 nodes with the most expected accepted tokens, likeliest nodes first.
 
     after: takes the ranks on the path to a node, () for the root; returns the probabilities of the candidates after it.
         Called once for each node that gets children.
 
-    A node is accepted if all candidates on its path are right, so with probability a(path) = prod accuracy[d][r_d], and
-    a tree keeps sum_nodes a(path) tokens (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
+    A node is accepted if all candidates on its path are right, so with the product of their probabilities, and a tree
+    keeps the sum over its nodes (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
     ``budget`` likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal.
     Nodes that are never right are left out.
     """
-    parents, ranks, values = list[int](), list[int](), list[float]()
-    # (-a, order, parent, path); ``order`` makes ties fall to the node found first: parents before children.
+    tree = Tree([], [], [])
+    # (-value, order, parent, path); ``order`` makes ties fall to the node found first: parents before children.
     heap: list[tuple[float, int, int, tuple[int, ...]]] = []
     order = itertools.count()
 
@@ -161,11 +131,11 @@ def grow_best_first(after: Callable[[tuple[int, ...]], Sequence[float]], budget:
                 heapq.heappush(heap, (-value, next(order), parent, (*path, rank)))
 
     offer(0, (), 1.0)
-    while heap and len(parents) < budget:
+    while heap and len(tree.paths) < budget:
         negative, _, parent, path = heapq.heappop(heap)
-        parents.append(parent)
-        ranks.append(path[-1])
-        values.append(-negative)
-        if len(parents) < budget:
-            offer(len(parents), path, -negative)
-    return TreeShape(tuple(parents), tuple(ranks)), values
+        tree.parents.append(parent)
+        tree.paths.append(path)
+        tree.values.append(-negative)
+        if len(tree.paths) < budget:
+            offer(len(tree.paths), path, -negative)
+    return tree

@@ -1,4 +1,4 @@
-"""Training of Medusa heads: distillation from final states, without running layers; then the tree's accuracy table."""
+"""Training of Medusa heads: distillation from final states, without running layers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.medusa import Medusa
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
-from specdec.speculation.trees import best_first
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import chain_figures
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, PositiveFloat, TrainSettings
 from specdec.train.states import StateSelection
 from specdec.train.student import Teacher
-
-RANKS = 10  # best choices of a head whose accuracy is measured
 
 
 class MedusaSettings(TrainSettings):
@@ -31,7 +28,6 @@ class MedusaSettings(TrainSettings):
     blocks: Positive = 1  # residual blocks of a head
     rooted: bool = True  # the first block also reads the root's embedding
     fade: PositiveFloat = 0.8  # weight of a head's loss relative to the previous head (the paper's lambda)
-    nodes: Positive = 15  # of the tree in evaluation
 
 
 class MedusaMethod(TrainingMethod[Medusa]):
@@ -44,7 +40,6 @@ class MedusaMethod(TrainingMethod[Medusa]):
         super().__init__(settings, target)
         if settings.heads >= settings.window:
             raise SpecDecError(f"setting 'window' must exceed the {settings.heads} heads; got {settings.window}")
-        self.accuracy: list[list[float]] = []
 
     def teacher_states(self) -> StateSelection:
         return StateSelection((), (self.target.num_layers,))
@@ -75,10 +70,10 @@ class MedusaMethod(TrainingMethod[Medusa]):
             yield F.pad(y[:, :kept, late], (0, 0, late, 0)), batch.valid & F.pad(batch.valid[:, :kept], (late, 0))
 
     def evaluate(self, network: Medusa, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """accuracy[k][r]: share of positions where choice r of head k is the base's.
+        """top1, top3: the base's choice is a head's best one, or one of its three best.
 
-        chain, nodes, score: of the best tree.
-        A token outside the draft vocabulary and the context counts as a miss.
+        chain, score: of drafting a chain of the best choices. A token outside the draft vocabulary and the context
+        counts as a miss.
         """
         heads, teacher = network.heads, self.teacher
         found = []  # ranks of the base's choices, int64 [steps, K]
@@ -86,26 +81,20 @@ class MedusaMethod(TrainingMethod[Medusa]):
             teacher.begin(batch)
             known, ranks = teacher.known(batch), []
             for k, (final, _) in enumerate(self._drafts(network, batch)):
-                rank = teacher.ranks(self.teacher.logits(final)).masked_fill(~known, RANKS)
+                rank = teacher.ranks(self.teacher.logits(final)).masked_fill(~known, self.target.vocab_size)
                 ranks.append(rank[:, k : k + rank.shape[1] - heads + 1])  # at the position of the root
             whole = batch.valid[:, heads - 1 :]  # positions whose drafts all lie in the window
-            found.append(torch.stack(ranks, -1)[whole].clamp_max(RANKS).cpu())
+            found.append(torch.stack(ranks, -1)[whole].cpu())
         steps = torch.cat(found)
         if not len(steps):
             raise SpecDecError(
                 f"the held-out answers have no {heads} tokens in a row to try {heads} heads on; give more"
             )
-        shares = torch.stack([(steps == r).float().mean(0) for r in range(RANKS)], 1)  # (K, RANKS)
-        self.accuracy = [[round(share, 4) for share in row] for row in shares.tolist()]
-        tree = best_first(self.accuracy, self.settings.nodes)[0]
-        paths = [(), *tree.paths()]
-        reached = [max(d for d in range(heads + 1) if tuple(r[:d]) in paths) for r in steps.tolist()]
+        accepted = (steps == 0).int().cumprod(1).sum(1).tolist()
         return {
-            "accuracy": self.accuracy,
-            "top1": [row[0] for row in self.accuracy],
-            "top3": [round(sum(row[:3]), 4) for row in self.accuracy],
-            **chain_figures([1 + depth for depth in reached], heads),
-            "nodes": [sum(depth <= d for depth in tree.depths()) for d in range(heads)],
+            "top1": [round(share, 4) for share in (steps == 0).float().mean(0).tolist()],
+            "top3": [round(share, 4) for share in (steps < 3).float().mean(0).tolist()],
+            **chain_figures([1 + count for count in accepted], heads),
             "positions": len(steps),
         }
 
@@ -113,10 +102,8 @@ class MedusaMethod(TrainingMethod[Medusa]):
     def describe(figures: dict[str, Any]) -> str:
         heads = ", ".join(f"{x:.3f}" for x in figures["top1"])
         wide = ", ".join(f"{x:.3f}" for x in figures["top3"])
-        length, nodes = figures["score"], figures["nodes"][-1]
-        return f"mean acceptance length {length:.2f} with {nodes} nodes (heads {heads}; top 3 {wide})"
+        return f"mean acceptance length {figures['score']:.2f} of a chain (heads {heads}; top 3 {wide})"
 
     def config(self, network: Medusa) -> dict[str, Any]:
         settings = self.settings
-        entries = {"drafter": "medusa", "heads": settings.heads, "layers": settings.blocks, "rooted": settings.rooted}
-        return entries | {"accuracy": self.accuracy}
+        return {"drafter": "medusa", "heads": settings.heads, "layers": settings.blocks, "rooted": settings.rooted}

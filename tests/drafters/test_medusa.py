@@ -19,7 +19,7 @@ from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Pass
+from specdec.runtimes.target import run_tokens
 from specdec.speculation.candidates import KNOTS
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler
@@ -32,7 +32,6 @@ from specdec.train.settings import from_mapping
 from specdec.train.trainer import train, training_target
 
 V, D = 97, 32
-ACCURACY = [[0.6, 0.25, 0.1], [0.5, 0.25, 0.1]]
 
 
 def random_network(heads: int = 2, layers: int = 1, rooted: bool = False, vocab: Tensor | None = None) -> Medusa:
@@ -83,7 +82,7 @@ def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel
 
 def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
-    drafter = MedusaDrafter(random_network(), ACCURACY)
+    drafter = MedusaDrafter(random_network())
     drafter.bind(target)
     state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], row_states=[drafter.begin()])
     sure = torch.tensor([[0.15 / 95], [0.2 / 95]]).repeat(1, 1, V).view(1, 2, V)
@@ -107,25 +106,12 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     assert draft.lists() == [[7, 3, 8, 4], [-1] * 4]
 
 
-def test_an_accuracy_table_shapes_the_tree_where_nothing_is_read(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
-    drafter = MedusaDrafter(random_network(), ACCURACY, 5)
-    drafter.bind(target)
-    drafter.has_probabilities, own = False, drafter.begin()
-    own.final = torch.randn(1, 1, D)
-    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], row_states=[own])
-    wide = drafter.propose(state, 2)
-    assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
-    assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2
-    assert max(drafter.propose(state, 1).depths()) == 1
-
-
 def test_a_folder_may_be_called_as_a_drafter_is(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = ReferenceTarget(llama)
-    base = {"base": {"fingerprint": target.fingerprint}, "accuracy": ACCURACY}
-    config = {"drafter": "medusa", "heads": 2, "layers": 1, "rooted": False, **base}
+    base = {"fingerprint": target.fingerprint}
+    config = {"drafter": "medusa", "heads": 2, "layers": 1, "rooted": False, "base": base}
     drafter_folder.write(tmp_path / "medusa", config, dict(random_network(2, 1, False, None).state_dict()))
     monkeypatch.chdir(tmp_path)
     assert SpecDecoder(llama, drafter=Path("medusa")).drafter.name == "medusa"
@@ -140,19 +126,17 @@ def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Pat
     tensors = dict(network.state_dict())
 
     def write(change: dict[str, Any], **other: Tensor) -> str:
-        drafter_folder.write(tmp_path, config | {"accuracy": ACCURACY} | change, tensors | other)
+        drafter_folder.write(tmp_path, config | change, tensors | other)
         return str(tmp_path)
 
     read = MedusaDrafter.load(target, write({}))
     same = [torch.equal(a, b) for a, b in zip(read.network.parameters(), network.parameters(), strict=True)]
-    assert all(same) and read.accuracy == ACCURACY
+    assert all(same)
     for change, other, message in (
         ({"base": {"fingerprint": "x"}}, {}, "trained for base weights x"),
         ({"heads": 3}, {}, r"tensor 'biases.0' is \(2, 32\); for this model it should be \(3, 32\)"),
         ({"rooted": False}, {}, r"tensor 'weights.0' is \(2, 32, 64\); .* should be \(2, 32, 32\)"),
         ({"layers": 0}, {}, "layers of the Medusa drafter must be greater than or equal to 1; got 0"),
-        ({"accuracy": [[0.5]]}, {}, "'accuracy' must hold shares in .0, 1. for each of its 2 heads"),
-        ({"accuracy": [[0.5], [1.5]]}, {}, "'accuracy' must hold shares"),
         ({"drafter": "m2r2"}, {}, "holds the drafter 'm2r2', not 'medusa'"),
         ({}, {"draft_vocab": torch.tensor([97], dtype=torch.int32)}, "names tokens that the model does not have"),
     ):
@@ -182,7 +166,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
             SpecDecoder(llama, drafter=name, drafter_options=options, runtime="reference")
         assert "\n" not in str(caught.value)
     with pytest.raises(SpecDecError, match="nodes must be greater than or equal to 1; got 0"):
-        MedusaDrafter(random_network(), ACCURACY, nodes=0)
+        MedusaDrafter(random_network(), nodes=0)
 
 
 def test_heads_from_the_hub_are_those_of_the_revision(
@@ -249,16 +233,14 @@ def test_vllms_heads_draft_what_their_formula_says(
     written = heads[:, tokens] if kind == "token map" else heads[:1] if kind == "one head" else heads
     given["original_lm_head"] = kind == "one head"
     folder, target = vllm(tmp_path / "heads", network, written, kind != "no bias", **given), ReferenceTarget(llama)
-    drafter = MedusaDrafter.load(target, str(folder), nodes=2)
-    drafter.accuracy = [[1.0], [1.0]]  # a chain
-    drafter.has_probabilities = False
+    drafter = MedusaDrafter.load(target, str(folder), nodes=6)
     check = vllm(
         tmp_path / "check", network, heads[:, tokens] if given.get("tensors") else written, kind != "no bias", **given
     )
     if kind == "prefix":
         stored = load_file(folder / "model.safetensors")
         save_file({f"medusa_heads.{name}": t for name, t in stored.items()}, folder / "model.safetensors")
-        drafter = MedusaDrafter.load(target, str(folder), nodes=2)
+        drafter = MedusaDrafter.load(target, str(folder), nodes=6)
     for ids, draft in drafts(target, drafter):
         expected = vllm_chooses(llama, check, ids[:-1])
         for k, token in enumerate(expected[: max(draft.depths())]):
@@ -290,7 +272,6 @@ def settings(**changes: Any) -> MedusaSettings:
         "window": 8,
         "eval_fraction": 0.15,
         "relative_rate": 0.2,
-        "nodes": 5,
     }
     return from_mapping(MedusaSettings, values | changes, "test")
 
@@ -301,41 +282,33 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
     method = MedusaMethod(settings(heads=3, blocks=2), target)
     method.build(None)
     network = random_network(3, 2, True)
-    drafter = MedusaDrafter(network, [[1.0]] * 3)  # a chain of each head's best
+    drafter = MedusaDrafter(network)
+    drafter.bind(target)
     ids = torch.randint(3, V, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     answer, wanted = TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])), method.teacher_states()
     records = states._records(states._teach(target, [answer], wanted), wanted)
     batch = assemble(records, rows := windows(records, 64), 64, target.device)
-    says = [method.teacher.logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
+    learned = [method.teacher.logits(final)[0] for final, _ in method._drafts(network, batch)]
     for length in (9, 20, 31):  # the last token of so many is the root
-        drafter.bind(target)
-        drafter.has_probabilities = False  # its table shapes the tree
-        cache, positions = target.new_cache(), torch.arange(length - 1)[None]
-        taps, mask = {4: torch.empty(0)}, cache.register(0, positions)
-        x = target.embed(torch.tensor([ids[: length - 1]]), positions)
-        target.layers(x, 0, 4, Pass(positions, mask, cache, taps))
-        cache.commit([list(range(length - 1))])
-        row_states = [drafter.begin()]
+        taps, cache, row_states = {4: torch.empty(0)}, target.new_cache(1), [drafter.begin()]
+        run_tokens(target, cache, [ids[: length - 1]], taps, whole=True)
         drafter.observe(row_states, [list(range(length - 1))], taps)
         state = State(target, cache, Sampler(SamplingParams()), [ids[:length]], row_states=row_states)
         root = length - 1 - rows[0][1]
-        assert drafter.propose(state, 3).tokens[0].tolist() == [int(says[k][root + k]) for k in range(3)]
+        for k, logits in enumerate(drafter._logits(state)[0]):
+            torch.testing.assert_close(logits, learned[k][root + k], rtol=1e-4, atol=1e-4)
 
 
-def test_training_makes_a_drafter_whose_table_holds(
-    answers: Path,
-    tmp_path: Path,
-) -> None:
+def test_training_makes_a_drafter_that_drafts_as_its_figures_say(answers: Path, tmp_path: Path) -> None:
     model, output = loading.load("tiny")[0], tmp_path / "out"
     figures = train(settings(prompts=[str(answers)], output=str(output)))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     agree = [line["agree"] for line in lines if "agree" in line]  # with the answers it learns from
     assert agree[-1] > agree[0] + 0.1
-    assert figures["nodes"][-1] == 5 and figures["score"] == pytest.approx(1 + sum(figures["chain"]), abs=1e-3)
+    assert figures["score"] == pytest.approx(1 + sum(figures["chain"]), abs=1e-3)
     decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"nodes": 5})
-    decoder.drafter.has_probabilities = False
     held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, TrainingAnswer)]
     outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=2)
     assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
     kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)
-    assert kept + 1 == pytest.approx(figures["score"], abs=0.25)
+    assert kept + 1 > figures["score"] - 0.25  # a tree keeps at least what its chain keeps

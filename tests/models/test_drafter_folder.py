@@ -131,7 +131,7 @@ def test_every_learned_drafter_is_bounded_and_finite(tmp_path: Path, name: str) 
     networks = {"deed": zoo.heads(target, 1, 3), "mixture-of-depths": zoo.routers(target), "medusa": zoo.medusa(target)}
     network = getattr(networks.get(name), "network", networks.get(name))
     counts = {"deed": {"exits": [1, 3], "width": 8}, "mixture-of-depths": {"first": 1}}
-    counts["medusa"] = {"heads": 3, "layers": 1, "accuracy": [[0.5]] * 3}
+    counts["medusa"] = {"heads": 3, "layers": 1}
     config = {"drafter": name, "base": {"fingerprint": target.fingerprint}, **counts.get(name, {})}
     if name == "public":
         config = {"medusa_num_heads": 1, "medusa_num_layers": 1}

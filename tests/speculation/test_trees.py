@@ -12,17 +12,13 @@ from typing import Any
 import pytest
 
 from specdec.speculation.candidates import Candidates
-from specdec.speculation.draft import Draft
 from specdec.speculation.tree_builder import draft_best
-from specdec.speculation.trees import Prices, best_first
+from specdec.speculation.trees import Prices, Tree, grow_best_first
 
 
-def paths(tree) -> list[tuple[int, ...]]:
-    """The ranks from the root to each node."""
-    out: list[tuple[int, ...]] = [()]
-    for parent, rank in zip(tree.parents, tree.ranks, strict=True):
-        out.append((*out[parent], rank))
-    return out[1:]
+def by_table(accuracy: list[list[float]], budget: int) -> Tree:
+    """accuracy[depth][rank]: the probability that the candidate of that rank is right at that depth."""
+    return grow_best_first(lambda path: accuracy[len(path)] if len(path) < len(accuracy) else (), budget)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -31,8 +27,7 @@ def test_no_tree_of_as_many_nodes_is_expected_to_keep_more(seed: int) -> None:
     accuracy = [[rng.random() for _ in range(2)] for _ in range(3)]  # ranks need not be in order
     value = {p: prod(accuracy[d][r] for d, r in enumerate(p)) for n in (1, 2, 3) for p in product(range(2), repeat=n)}
     for budget in (1, 2, 3, 5, 7):
-        tree = best_first(accuracy, budget)[0]
-        nodes = paths(tree)
+        nodes = by_table(accuracy, budget).paths
         assert len(set(nodes)) == budget
         trees = (s for s in combinations(value, budget) if all(p[:-1] in s or len(p) == 1 for p in s))
         assert sum(value[p] for p in nodes) == pytest.approx(max(sum(value[p] for p in s) for s in trees))
@@ -76,18 +71,9 @@ def test_no_other_draft_of_all_rows_candidates_is_worth_more_than_the_one_that_i
     assert worth(tuple(built)) == pytest.approx(max(map(worth, product(*map(closed, rows)))))
 
 
-def test_a_tree_is_a_draft_s_shape_and_grows_node_by_node() -> None:
-    accuracy = [[0.6, 0.2, 0.1], [0.5, 0.3], [0.4]]
-    tree = best_first(accuracy, 6)[0]
-    assert [d - 1 for d in Draft(None, tree.parents).depths()[1:]] == tree.depths()  # type: ignore[arg-type]
-    assert all(rank < len(accuracy[depth]) for depth, rank in zip(tree.depths(), tree.ranks, strict=True))
-    smaller = best_first(accuracy, 4)[0]
-    assert (smaller.parents, smaller.ranks) == (tree.parents[:4], tree.ranks[:4])
-
-
-def test_certain_heads_make_a_chain_and_useless_candidates_are_left_out() -> None:
-    assert best_first([[1.0, 0.0]] * 3, 9)[0] == ((0, 1, 2), (0, 0, 0))
-    assert best_first([[0.0, 0.0]], 5)[0].parents == ()
+def test_certain_candidates_make_a_chain_and_useless_ones_are_left_out() -> None:
+    assert by_table([[1.0, 0.0]] * 3, 9).parents == [0, 1, 2]
+    assert by_table([[0.0, 0.0]], 5).parents == []
 
 
 def test_as_many_nodes_are_taken_as_bring_most_beyond_their_price() -> None:
@@ -96,10 +82,7 @@ def test_as_many_nodes_are_taken_as_bring_most_beyond_their_price() -> None:
     assert Prices([0.0, 2.0, *[2.0] * 8]).take(likely) == 0  # together they bring 1.95
     assert Prices([0.0, 1.9, *[1.9] * 8]).take(likely) == 5
     steps = Prices([0.0, 0.0, 0.0, 0.4, 0.4, 0.4])  # the third has a further pass begin, which two more fill
-    assert steps.take(likely) == 5 and steps.take(likely, exactly=2) == 2
-    assert Prices([float(n) for n in range(9)]).take(likely, least=3) == 3
-    pairs = Prices([0.35 * n for n in range(9)])  # each probability stands for a node of each of two rows
-    assert pairs.take(likely, rows=2) == 2 and pairs.take([p for p in likely for _ in range(2)]) == 4
+    assert steps.take(likely) == 5
 
 
 def chain_of(*likely: float) -> Candidates:
