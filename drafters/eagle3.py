@@ -28,7 +28,6 @@ from specdec.speculation.draft import Draft, State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.tree_drafting import by_levels
 
-from .chain import Readout
 from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network
 from .pairs import PairDrafter
 
@@ -39,7 +38,7 @@ class Eagle3Drafter(PairDrafter):
     A tree is grown for one greedy row. It has ``nodes`` nodes, else those that are worth their price (``Prices``; a
     chain if there are no prices). Raises SpecDecError if the head does not fit the target.
 
-    nodes: as in ``ChainDrafter``.
+    nodes: of a tree; None: those that are worth their price.
     width: number of nodes of a level that get children.
     """
 
@@ -49,7 +48,7 @@ class Eagle3Drafter(PairDrafter):
     shift = 0
 
     def __init__(self, network: Eagle3, width: int = WIDTH, nodes: int | None = None) -> None:
-        super().__init__(nodes)
+        self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
         self.network, self.width = network, options.check_int("width", width, 1)
         self.path = str(network.config)
 
@@ -72,43 +71,28 @@ class Eagle3Drafter(PairDrafter):
     def bind(self, target: Target) -> None:
         network, config = self.network, self.network.config
         network.freeze(target)
-        self.device = target.device
-        self.taps = tuple(sorted(set(config.layers)))
+        self.device, self.layers = target.device, config.layers
         few = config.vocab < target.vocab_size
         first = torch.arange(config.vocab, device=target.device) if few else None
         self.tokens = network.tokens if network.d2t is not None else first
-        self.has_probabilities = not is_asynchronous(target.device)
-        self.start()
+        super().bind(target)
 
     def new_cache(self) -> KVCache:
         return KVCache(1, 1, self.device)
 
-    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        self.add_states(row_states, paths, torch.cat([taps[layer] for layer in self.network.config.layers], -1))
-
     def candidates(
         self, state: State, limit: int, given: Sequence[Candidates] | None = None
     ) -> list[Candidates] | None:
-        cache = self.catch_up(state)
-        return [self._tree(state, cache, limit, self.width)] if self._drafts_tree(state) else None
+        return [self._tree(state, self.catch_up(state), limit, self.width)] if self._drafts_tree(state) else None
 
     def propose(self, state: State, limit: int) -> Draft:
+        if not self._drafts_tree(state):
+            return super().propose(state, limit)
         cache = self.catch_up(state)
-        if self._drafts_tree(state):
-            if self.has_probabilities and state.prices is not None and not state.prices.levels():
-                return draft_best([Candidates.none()], limit, self.nodes, state)
-            found = self._tree(state, cache, limit, self.width if self.nodes or state.prices else 1)
-            return draft_best([found], limit, self.nodes, state, found.levels())
-        features, drafted = torch.cat([row.last for row in state.row_states]), False  # (B, 1, D')
-
-        def step(token: Tensor, positions: Tensor) -> Readout:
-            nonlocal features, drafted
-            if drafted:
-                features = self.run(state, cache, token, features, positions)
-            drafted = True
-            return Readout(self.network.logits(features)[:, 0])
-
-        return self.chain(state, limit, step, self.tokens)
+        if self.has_probabilities and state.prices is not None and not state.prices.levels():
+            return draft_best([Candidates.none()], limit, self.nodes, state)
+        found = self._tree(state, cache, limit, self.width if self.nodes or state.prices else 1)
+        return draft_best([found], limit, self.nodes, state, found.levels())
 
     def _drafts_tree(self, state: State) -> bool:
         """Whether to grow a tree, for one greedy row. It is read before it is scored."""
@@ -134,7 +118,10 @@ class Eagle3Drafter(PairDrafter):
         return by_levels(state.ids[0][-1], self.tokens, limits, state.cache.device, step, state.masks(0), table)
 
     def inputs(self, states: Tensor) -> Tensor:
-        return self.network.fuse(states.chunk(len(self.network.config.layers), -1))
+        return self.network.fuse(states)
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        return self.network.logits(outputs)
 
     def run(
         self,
@@ -151,6 +138,6 @@ class Eagle3Drafter(PairDrafter):
             keys, values = cache.append(0, k, v)
             return F.scaled_dot_product_attention(q, keys, values, mask.bool_mask(), enable_gqa=True)
 
-        embedding = network.value("embed_tokens.weight")
-        embedded = state.target.embed(tokens, positions) if embedding is None else F.embedding(tokens, embedding)
+        own = network.embed_tokens
+        embedded = state.target.embed(tokens, positions) if own is None else own(tokens)
         return network.layer(embedded, states, positions, attend)

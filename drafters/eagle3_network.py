@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specdec.base import options
 from specdec.base.devices import without_memory
@@ -29,14 +29,6 @@ from specdec.runtimes.target import Target
 KIND = "eagle3"
 HEADS, LAYERS = 1024, 8  # maximum numbers of attention heads and of tapped layers
 MODEL = "the EAGLE-3 head"
-GROUPS = {  # linear maps of one input, which run as one
-    "fc": ("fc",),
-    "qkv": tuple(f"layers.0.self_attn.{name}_proj" for name in "qkv"),
-    "o": ("layers.0.self_attn.o_proj",),
-    "up": ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"),
-    "down": ("layers.0.mlp.down_proj",),
-    "head": ("lm_head",),
-}
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, H, T, d], keys and values [B, H', T, d] -> as queries
 
 
@@ -125,13 +117,29 @@ def default_taps(layers: int) -> tuple[int, ...]:
     return min(2, layers), layers // 2, max(layers - 3, 0)
 
 
+class DecoderLayer(nn.Module):
+    """The parameters of the decoder layer, by their names in the file. linear: makes the map of a name."""
+
+    def __init__(self, config: Eagle3Config, linear: Callable[[str, int, int], nn.Linear]) -> None:
+        super().__init__()
+        width, inner, attended = config.width, config.intermediate_size, config.heads * config.head_dim
+        for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+            self.add_module(name, LlamaRMSNorm(width, config.eps))
+        sizes = {"q_proj": attended, **dict.fromkeys(("k_proj", "v_proj"), config.kv_heads * config.head_dim)}
+        attention = {name: linear(f"layers.0.self_attn.{name}", 2 * width, size) for name, size in sizes.items()}
+        attention["o_proj"] = linear("layers.0.self_attn.o_proj", attended, width)
+        self.self_attn = nn.ModuleDict(attention)
+        mlp = {name: linear(f"layers.0.mlp.{name}", width, inner) for name in ("gate_proj", "up_proj")}
+        self.mlp = nn.ModuleDict({**mlp, "down_proj": linear("layers.0.mlp.down_proj", inner, width)})
+
+
 class Eagle3(nn.Module):
     """The head. Its inputs are pairs: a token's embedding and the features of the token before it.
 
     d2t: int64 [V'], or None: the draft vocabulary is the model's first tokens.
     has_embedding: whether it has an embedding of its own.
     biased: names of the linear maps with a bias.
-    inference_maps: the linear maps in their fastest format, once nothing is trained any more.
+    maps: the linear maps in their fastest format, those of one input as one (``freeze``).
     """
 
     def __init__(
@@ -143,34 +151,20 @@ class Eagle3(nn.Module):
         biased: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.config = config
-        width, attended = config.width, config.heads * config.head_dim
-        keys = config.kv_heads * config.head_dim
-        shapes = {
-            "fc": (width, len(config.layers) * target.hidden_size),
-            **{name: (size, 2 * width) for name, size in zip(GROUPS["qkv"], (attended, keys, keys), strict=True)},
-            GROUPS["o"][0]: (width, attended),
-            **dict.fromkeys(GROUPS["up"], (config.intermediate_size, width)),
-            GROUPS["down"][0]: (width, config.intermediate_size),
-            "lm_head": (config.vocab, width),
-        }
-        norms = "norm", *(f"layers.0.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"))
-        values = {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
-        values |= {f"{name}.bias": torch.zeros(shapes[name][0]) for name in shapes if name in biased}
-        values |= {f"{name}.weight": torch.ones(width) for name in norms}
-        if has_embedding:
-            values["embed_tokens.weight"] = torch.empty(target.vocab_size, width)
-        self.names = frozenset(values)
-        for name, value in values.items():
-            _place(self, name, nn.Parameter(value))
+        self.config, width = config, config.width
+
+        def linear(name: str, ins: int, outs: int) -> nn.Linear:
+            return nn.Linear(ins, outs, bias=name in biased)
+
+        self.fc = linear("fc", len(config.layers) * target.hidden_size, width)
+        self.layers = nn.ModuleList([DecoderLayer(config, linear)])
+        self.norm = LlamaRMSNorm(width, config.eps)
+        self.lm_head = linear("lm_head", width, config.vocab)
+        self.embed_tokens = nn.Embedding(target.vocab_size, width) if has_embedding else None
         self.register_buffer("d2t", d2t)
         self.d2t: Tensor | None
         self._rotary: list[LlamaRotaryEmbedding] = []  # in a list: no submodule, which would be rounded
-        self.inference_maps: dict[str, Linear] = {}
-
-    def value(self, name: str) -> Tensor | None:
-        """A parameter by its name in the file."""
-        return self.get_parameter(name) if name in self.names else None
+        self.maps: dict[str, Linear] = {}
 
     @property
     def tokens(self) -> Tensor | None:
@@ -182,65 +176,51 @@ class Eagle3(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, maps in their fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.inference_maps = {group: draft_maps.for_drafting(*self._weights(group)) for group in GROUPS}
+        self._rotary = [self.config.rotary()]
+        layer: Any = self.layers[0]
+        attention, mlp = layer.self_attn, layer.mlp
+        groups: dict[str, list[nn.Linear]] = {
+            "fc": [self.fc],
+            "qkv": [attention[f"{name}_proj"] for name in "qkv"],
+            "o": [attention["o_proj"]],
+            "up": [mlp["gate_proj"], mlp["up_proj"]],
+            "down": [mlp["down_proj"]],
+            "head": [self.lm_head],
+        }
+        self.maps = {name: _as_one(group) for name, group in groups.items()}
 
-    def fuse(self, taps: Sequence[Tensor]) -> Tensor:
-        """States [..., D] of the tapped layers -> features [..., D']."""
-        return self._map("fc", torch.cat(list(taps), -1))
+    def fuse(self, states: Tensor) -> Tensor:
+        """States of the tapped layers side by side [B, T, n D] -> features [B, T, D']."""
+        return self._map("fc", states)
 
     def layer(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Pairs of embeddings and features [B, T, D'] -> the features of the pairs' tokens [B, T, D']."""
-        q, k, v = self.qkv(embedded, features, positions)
-        x = self._norm("layers.0.hidden_norm", features) if self.config.norm_first else features
-        x = x + self._map("o", attend(q, k, v).transpose(1, 2).flatten(2))
-        gate, up = self._map("up", self._norm("layers.0.post_attention_layernorm", x)).chunk(2, -1)
-        return x + self._map("down", F.silu(gate) * up)
-
-    def qkv(self, embedded: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries [B, H, T, d] of pairs, and their keys and values [B, H', T, d]."""
-        config = self.config
-        normed = self._norm("layers.0.input_layernorm", embedded), self._norm("layers.0.hidden_norm", features)
+        config, layer = self.config, cast(Any, self.layers[0])
+        normed = layer.hidden_norm(features)
         sizes = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
-        parts = self._map("qkv", torch.cat(normed, -1)).split(sizes, -1)
+        parts = self._map("qkv", torch.cat((layer.input_layernorm(embedded), normed), -1)).split(sizes, -1)
         q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in parts)
-        if not self._rotary:
-            self._rotary.append(config.rotary())
         q, k = apply_rotary_pos_emb(q, k, *self._rotary[0](q, positions))
-        return q, k, v
+        x = normed if config.norm_first else features
+        x = x + self._map("o", attend(q, k, v).transpose(1, 2).flatten(2))
+        gate, up = self._map("up", layer.post_attention_layernorm(x)).chunk(2, -1)
+        return x + self._map("down", F.silu(gate) * up)
 
     def logits(self, features: Tensor) -> Tensor:
         """Features of tokens [B, T, D'] -> logits of the next tokens over the draft vocabulary [B, T, V']."""
-        return self._map("head", self._norm("norm", features))
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        wide, weight = x.float(), self.get_parameter(f"{name}.weight")
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
+        return self._map("head", self.norm(features))
 
     def _map(self, group: str, x: Tensor) -> Tensor:
-        if not self.inference_maps:
-            return F.linear(x, *self._weights(group))
-        return self.inference_maps[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-
-    def _weights(self, group: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the maps of a group, stacked."""
-        weights = [self.value(f"{name}.weight") for name in GROUPS[group]]
-        biases = [self.value(f"{name}.bias") for name in GROUPS[group]]
-        return _stacked(weights), None if None in biases else _stacked(biases)  # type: ignore[return-value]
+        return self.maps[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-def _stacked(parts: list[Tensor | None]) -> Tensor | None:
-    held = [part for part in parts if part is not None]
-    return held[0] if len(held) == 1 else torch.cat(held)
-
-
-def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Register a parameter under a name with dots; missing modules are made."""
-    *way, last = name.split(".")
-    for part in way:
-        if not hasattr(module, part):
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    module.register_parameter(last, parameter)
+def _as_one(group: Sequence[nn.Linear]) -> Linear:
+    """Maps of one input as one map."""
+    if len(group) == 1:
+        return draft_maps.for_drafting(group[0].weight, group[0].bias)
+    biases = [each.weight.new_zeros(each.out_features) if each.bias is None else each.bias for each in group]
+    bias = None if all(each.bias is None for each in group) else torch.cat(biases)
+    return draft_maps.for_drafting(torch.cat(tuple(each.weight for each in group)), bias)
 
 
 def read_network(folder: Path, config: Eagle3Config, target: Target, where: str) -> Eagle3:

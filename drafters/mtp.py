@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base import options
-from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError, one_line
 from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
@@ -24,9 +23,8 @@ from specdec.models.native_model import as_transformers
 from specdec.models.source import weight_files
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import GivenLinear, Pass, Target
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import State
 
-from .chain import Readout
 from .pairs import PairDrafter
 
 if TYPE_CHECKING:
@@ -103,7 +101,6 @@ class MTPHead:
 class MTPDrafter(PairDrafter):
     """Drafts a chain with the multi-token prediction layer of the model's own checkpoint.
 
-    nodes: as in ``ChainDrafter``.
     Raises SpecDecError if the checkpoint has no such layer.
     """
 
@@ -111,46 +108,34 @@ class MTPDrafter(PairDrafter):
     summary: ClassVar[str] = f"prediction layer inside the checkpoint of {FAMILIES}; no training"
     shift = 1
 
-    def __init__(self, head: MTPHead, nodes: int | None = None) -> None:
-        super().__init__(nodes)
+    def __init__(self, head: MTPHead) -> None:
         self.head, self.path = head, head.draft_target.fingerprint
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
         """From the model's own checkpoint, or that of the name or folder ``source``."""
-        options.check_names(cls.name, kwargs, ("nodes",))
-        return cls(read_head(target, source), **kwargs)
+        options.check_names(cls.name, kwargs)
+        return cls(read_head(target, source))
 
     def bind(self, target: Target) -> None:
         own = self.head.draft_target
         if (own.hidden_size, own.vocab_size) != (target.hidden_size, target.vocab_size):
             raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
-        self.taps = (target.num_layers,)
-        self.has_probabilities = not is_asynchronous(target.device)
-        self.start()
+        self.layers = (target.num_layers,)
+        super().bind(target)
 
     def new_cache(self) -> KVCache:
         return self.head.draft_target.new_cache()
 
-    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        self.add_states(row_states, paths, taps[self.taps[0]])
-
-    def propose(self, state: State, limit: int) -> Draft:
-        head, cache = self.head, self.catch_up(state)
-        last, drafted = torch.cat([row.last for row in state.row_states]), False  # (B, 1, D)
-
-        def step(token: Tensor, positions: Tensor) -> Readout:
-            nonlocal last, drafted
-            if drafted:
-                last = self.run(state, cache, token, head.norm(last) if head.feeds_norm else last, positions - 1)
-            drafted = True
-            return Readout(head.draft_target.readout(last)[:, 0])
-
-        return self.chain(state, limit, step)
-
     def inputs(self, states: Tensor) -> Tensor:
         made: Tensor = self.head.final_norm(states)
         return made
+
+    def fed(self, outputs: Tensor) -> Tensor:
+        return self.head.norm(outputs) if self.head.feeds_norm else outputs
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        return self.head.draft_target.readout(outputs)
 
     def run(
         self,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec.base.devices import upload
+from specdec.base.devices import is_asynchronous, upload
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes.target import CHUNK
-from specdec.speculation.draft import State
+from specdec.runtimes.target import CHUNK, Target
+from specdec.speculation.draft import Draft, State
 
-from .chain import ChainDrafter, ChainRow
+from .chain import ChainDrafter, ChainRow, Readout
 
 
 class PairRow(ChainRow):
@@ -39,10 +39,14 @@ class PairDrafter(ChainDrafter):
     """Drafts a chain by pairs.
 
     shift: distance from a pair's position to its token's.
+    layers: the layers whose input states are a pair's state, side by side; N: the final state.
+    tokens: the draft vocabulary, int64 [V'], or None: all tokens.
     """
 
     whole_prompts = True
     shift: ClassVar[int]
+    layers: tuple[int, ...]
+    tokens: Tensor | None = None
 
     @abstractmethod
     def new_cache(self) -> KVCache:
@@ -63,18 +67,44 @@ class PairDrafter(ChainDrafter):
         tree: as in ``KVCache.register``.
         """
 
+    @abstractmethod
     def inputs(self, states: Tensor) -> Tensor:
         """What ``run`` takes of the model's states of the text [B, T, ...]."""
-        return states
+
+    def fed(self, outputs: Tensor) -> Tensor:
+        """What ``run`` takes of its own outputs [B, T, D']."""
+        return outputs
+
+    @abstractmethod
+    def logits(self, outputs: Tensor) -> Tensor:
+        """The draft logits [B, T, V'] of outputs [B, T, D']."""
+
+    def bind(self, target: Target) -> None:
+        self.taps = tuple(sorted(set(self.layers)))
+        self.has_probabilities = not is_asynchronous(target.device)
+        self.start()
 
     def begin(self) -> PairRow:
         return PairRow(self.new_cache())
 
-    def add_states(self, row_states: list[Any], paths: list[list[int]], states: Tensor) -> None:
-        """Note the states [B, T, ...] of the tokens of a block that are accepted."""
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        states = torch.cat([taps[layer] for layer in self.layers], -1)
         for b, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
                 row.states.append(states[b, upload(path, states.device)])
+
+    def propose(self, state: State, limit: int) -> Draft:
+        cache = self.catch_up(state)
+        last, drafted = torch.cat([row.last for row in state.row_states]), False  # (B, 1, D')
+
+        def step(token: Tensor, positions: Tensor) -> Readout:
+            nonlocal last, drafted
+            if drafted:
+                last = self.run(state, cache, token, self.fed(last), positions - self.shift)
+            drafted = True
+            return Readout(self.logits(last)[:, 0])
+
+        return self.chain(state, limit, step, self.tokens)
 
     def catch_up(self, state: State) -> KVCache:
         """Run the pairs of the new tokens of all rows, up to their roots; return the rows' cache."""

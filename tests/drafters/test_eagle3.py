@@ -249,7 +249,9 @@ def test_names_of_the_first_heads_and_a_bias_are_read(target: ReferenceTarget, t
     renamed = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
     save_file(renamed | {"fc.bias": torch.ones(target.hidden_size)}, folder / "model.safetensors")
     network = Eagle3Drafter.load(target, str(folder)).network
-    states = [torch.randn(1, 2, target.hidden_size) for _ in network.config.layers]
+    states = torch.randn(1, 2, len(network.config.layers) * target.hidden_size)
+    for each in (network, made.network):
+        each.freeze(target)
     torch.testing.assert_close(network.fuse(states), made.network.fuse(states) + 1)
 
 

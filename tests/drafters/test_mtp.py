@@ -129,20 +129,12 @@ def test_the_layer_drafts_what_a_plain_implementation_does(published: tuple[str,
         assert tokens == plainly(family, given, ids, len(tokens))
 
 
-def test_a_tree_leaves_the_output_unchanged(published: tuple[str, Published]) -> None:
-    _, given = published
-    target = ReferenceTarget(given.model)
-    drafter = MTPDrafter.load(target, str(given.folder), nodes=7)
-    assert run(target, drafter, PROMPTS, 12)[0] == run(target, NoDrafter(), PROMPTS, 12)[0]
-
-
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-@pytest.mark.parametrize("nodes", [None, 7])
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "qwen2"])
-def test_beside_a_native_model_it_leaves_the_output_unchanged(tmp_path: Path, family: str, nodes: int | None) -> None:
+def test_beside_a_native_model_it_leaves_the_output_unchanged(tmp_path: Path, family: str) -> None:
     given = publish(tmp_path, family, sizes_of(family))
     target = NativeTarget(given.model.bfloat16())
-    drafter = MTPDrafter.load(target, str(tmp_path), nodes=nodes)
+    drafter = MTPDrafter.load(target, str(tmp_path))
     out, ran = run(target, drafter, PROMPTS, 20, eos=None)
     assert out == run(target, NoDrafter(), PROMPTS, 20, eos=None)[0]
     assert all(sum(metrics.per_step_drafted) for metrics in ran.metrics)
