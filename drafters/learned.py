@@ -1,8 +1,7 @@
 """What a self-taught drafter keeps between processes: one safetensors file for a model and a path, in the data folder.
 
 It holds sums over states, a count of each token and the fit that serves, no text. Its name is made of the fingerprint
-of the model's weights, and each part has a checksum. One process at a time writes it, and notices if it is deleted
-meanwhile. A file that cannot be used is set aside, and learning starts anew.
+of the model's weights. One process at a time writes it, and notices if it is deleted meanwhile.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ import hashlib
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, TypeAdapter
 from safetensors import safe_open
@@ -66,7 +63,7 @@ class Progress:
     adapter: str = ""
 
 
-READ, SUMS = TypeAdapter(Progress), TypeAdapter(dict[str, int])
+READ = TypeAdapter(Progress)
 Stamp = tuple[tuple[int, int] | None, ...]
 
 
@@ -128,17 +125,9 @@ class Store:
         self.why_not = why
         self.release()
 
-    def progress(self) -> Progress | None:
-        """As ``read_progress``."""
-        return read_progress(self.path)
-
     def stamp(self) -> Stamp:
         """Differs between two states of the file, and before and after ``forget``."""
         return tuple(map(_stamp, (self.path, _reset_mark(self.path))))
-
-    def tensors(self, like: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """As ``read_tensors``."""
-        return read_tensors(self.path, like)
 
     def save(self, progress: Progress, tensors: dict[str, Tensor], since: Stamp | None = None) -> bool:
         """Write the file at once or not at all; False if it has changed since that stamp, and so was deleted.
@@ -148,9 +137,7 @@ class Store:
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         os.close(handle)
         try:
-            said = json.dumps(asdict(progress))
-            sums = {"": zlib.crc32(said.encode())} | {name: _checksum(each) for name, each in tensors.items()}
-            save_file(tensors, temporary, {"progress": said, "checksums": json.dumps(sums)})
+            save_file(tensors, temporary, {"progress": json.dumps(asdict(progress))})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             with _changing(self.path.parent):
@@ -162,23 +149,6 @@ class Store:
         _bound(self.path)
         return True
 
-    def set_aside(self) -> Path | None:
-        """Rename the file, which cannot be used; None where another process writes it, or it cannot be renamed."""
-        held = self.writes
-        if not self.claim():
-            return None
-        number, place = 1, Path(f"{self.path}.damaged")
-        while place.exists():
-            number, place = number + 1, Path(f"{self.path}.damaged-{number + 1}")
-        try:
-            self.path.rename(place)
-        except OSError as error:
-            self.leave(f"'{self.path}' cannot be renamed ({one_line(error)})")
-            return None
-        if not held:
-            self.release()
-        return place
-
 
 def read_progress(path: Path) -> Progress | None:
     """What a file says of itself; None if there is none.
@@ -187,11 +157,8 @@ def read_progress(path: Path) -> Progress | None:
     """
     if not os.path.exists(path):
         return None
-    with _reading(path) as (file, sums):
-        said = (file.metadata() or {}).get("progress", "")
-        if sums and sums.get("") != zlib.crc32(said.encode()):
-            raise ValueError("the checksum of its description is wrong")
-        found = READ.validate_json(said)
+    with _reading(path) as file:
+        found = READ.validate_json((file.metadata() or {}).get("progress", ""))
     if found.version != VERSION:
         raise UnusableError(f"'{path}' was written by another version of specdec")
     return found
@@ -200,16 +167,13 @@ def read_progress(path: Path) -> Progress | None:
 def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file with these names, or all.
 
-    Raises UnusableError unless each is there, is shaped so, is finite, and is what was written; SpecDecError if the
-    file cannot be read.
+    Raises UnusableError unless each is there, is shaped so and is finite; SpecDecError if the file cannot be read.
     """
-    with _reading(path) as (file, sums):
+    with _reading(path) as file:
         for name in file.keys() if like is None else like:
             if like is not None and tuple(file.get_slice(name).get_shape()) != like[name].shape:
                 raise ValueError(f"the shape of '{name}' is wrong")
             tensor = file.get_tensor(name)
-            if sums and sums.get(name) != _checksum(tensor):
-                raise ValueError(f"the checksum of '{name}' is wrong")
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"'{name}' is not finite")
             yield name, tensor
@@ -246,18 +210,18 @@ def begin_from(store: Store, other: Path, model: str) -> None:
 
 
 def all_progress() -> list[tuple[Path, Progress | None]]:
-    """The files of all models, those set aside included, and what they say of themselves (None: they are unusable)."""
+    """The files of all models, and what they say of themselves (None: they are unusable)."""
     found = list[tuple[Path, Progress | None]]()
     for path in _files():
         progress = None
         with suppress(SpecDecError):
-            progress = read_progress(path) if path.suffix == ".safetensors" else None
+            progress = read_progress(path)
         found.append((path, progress))
     return found
 
 
 def forget(stems: set[str] | None = None) -> bool:
-    """Delete the files of models, those set aside included; None: of all models.
+    """Delete the files of models; None: of all models.
 
     A process that learns for such a model begins anew: returns whether there is one. Raises SpecDecError if something
     cannot be deleted.
@@ -289,7 +253,7 @@ def forget(stems: set[str] | None = None) -> bool:
 
 
 def _files() -> list[Path]:
-    return sorted([*folder().glob("*.safetensors"), *folder().glob("*.safetensors.damaged*")])
+    return sorted(folder().glob("*.safetensors"))
 
 
 def _lock_of(path: Path) -> FileLock:
@@ -314,12 +278,12 @@ def _changing(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[tuple[Any, dict[str, int]]]:
-    """An open file and its checksums (none: an earlier version wrote it); a damaged one becomes an UnusableError."""
+def _reading(path: Path) -> Iterator[Any]:
+    """An open file; a damaged one becomes an UnusableError."""
     try:
         path.open("rb").close()  # what the system says, which safetensors does not tell from damage
         with safe_open(path, framework="pt") as file:
-            yield file, SUMS.validate_json((file.metadata() or {}).get("checksums", "{}"))
+            yield file
     except (OSError, MemoryError) as error:
         raise SpecDecError(f"'{path}' cannot be read ({one_line(error)})") from None
     except Exception as error:  # safetensors has errors of its own
@@ -331,12 +295,6 @@ def _stamp(path: Path) -> tuple[int, int] | None:
         found = path.stat()
         return found.st_ino, found.st_mtime_ns
     return None
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Of its type, its shape and its bytes."""
-    begin = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, begin)
 
 
 def _bound(newest: Path) -> None:

@@ -24,7 +24,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.ngram import built
 
 from .corpus import corpus
-from .learned import Progress, Stamp, Store, UnusableError, as_start, whole_name
+from .learned import Progress, Stamp, Store, UnusableError, as_start, read_progress, read_tensors, whole_name
 from .m2r2_network import M2R2
 from .m2r2_path import M2R2Path
 
@@ -78,10 +78,10 @@ class Fits:
     def _read_progress(self) -> Progress | None:
         """What the model has learned, else what it starts with; None for neither."""
         self.source, self.read_at, self.factor = self.store, self.stamp, 1.0
-        found = self.store.progress()
+        found = read_progress(self.store.path)
         if found is None and self.start is not None:
             self.source, self.read_at = self.start, self.start.stamp()
-            if (of_base := self.start.progress()) is not None:
+            if (of_base := read_progress(self.start.path)) is not None:
                 found, self.factor = as_start(of_base, self.name, self.adapter)
         return found
 
@@ -101,7 +101,7 @@ class Fits:
         basis = first
         try:
             if (progress := self._read_progress()) is not None:
-                found = dict(self.source.tensors(self._kept(first, second, basis)))
+                found = dict(read_tensors(self.source.path, self._kept(first, second, basis)))
                 tokens = found.get("vocabulary", torch.zeros(1))
                 if int(tokens.min()) < 0 or int(tokens.max()) >= size:
                     raise UnusableError(f"'{self.source.path}' names tokens that the model does not have")
@@ -125,16 +125,12 @@ class Fits:
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:
-        """Set the file aside if its content cannot be used; one that cannot be read now is not written over."""
-        place = None
-        if isinstance(error, UnusableError):
-            place = self.source.set_aside()
-        else:
+        """Begin without the file: a damaged one is written over, one that cannot be read now is not."""
+        if not isinstance(error, UnusableError):
             self.source.leave(str(error))
-        done = f"it is set aside as '{place.name}'" if place else "it stays there"
-        warnings.warn(f"{error}; {done}, and learning starts anew", SpecDecWarning, stacklevel=3)
-        self.stamp = self.store.stamp() if place else ()  # it is read again before this process writes
-        self.source, self.read_at = self.store, self.stamp
+        warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=3)
+        self.source = self.store
+        self.stamp = self.read_at = self.store.stamp()
 
     def claim(self) -> None:
         """Become the process that keeps what is learned. Raises SpecDecError if that cannot be."""
@@ -161,7 +157,7 @@ class Fits:
             self._restore()
         sums = self._new_sums()
         try:
-            for name, tensor in self.source.tensors(self._panels(sums)) if self.progress.tokens else ():
+            for name, tensor in read_tensors(self.source.path, self._panels(sums)) if self.progress.tokens else ():
                 n, number = map(int, name.split(".")[1:])
                 sums[n].panels[number] = tensor.mul_(self.factor)
                 yield

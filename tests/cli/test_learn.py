@@ -115,7 +115,7 @@ def test_the_sums_of_a_base_model_count_as_few_tokens(monkeypatch: pytest.Monkey
     whole, part = load_file(path), load_file(store.path)
     assert torch.allclose(part["sums.1.0"], whole["sums.1.0"] * 40 / before.tokens)
     assert torch.equal(part["fit.1"], whole["fit.1"]) and torch.equal(part["counts"], whole["counts"])
-    found = store.progress()
+    found = learned.read_progress(store.path)
     assert found is not None and (found.tokens, found.fitted, found.based, found.fits) == (40, 40, 40, before.fits)
 
 
