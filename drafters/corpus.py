@@ -1,7 +1,7 @@
 """The corpus of the n-gram drafter: texts of the package in a tokenizer's tokens.
 
 It is kept in the cache folder under a name made of the tokenizer, as int32: the texts one behind the other, a -1
-before each and at the end. What is missing, damaged or too large makes the corpus smaller; no request fails by it.
+before each and at the end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import lzma
-import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
@@ -19,12 +18,10 @@ from typing import Any
 import numpy as np
 
 from specdec.base import files
-from specdec.base.errors import SpecDecWarning, one_line
 from specdec.speculation.ngram import Ints
 
 SHIPPED = "pretrained/ngram/corpus.txt.xz"  # texts, one behind the other, a NUL between them
 MAX_TOKENS = 1 << 20  # tokens of a corpus
-MOST_BYTES = 1 << 24  # of the package's texts, unpacked
 BATCH = 64  # texts that are tokenised at once
 
 
@@ -33,14 +30,13 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
 
     Empty, but for one -1, if the tokenizer cannot read it: a vocabulary of words may lack an unknown token.
     """
-    found, packed = np.array([-1], np.int32), b""
-    with suppress(OSError):
-        packed = importlib.resources.files("specdec.drafters").joinpath(SHIPPED).read_bytes()
+    found = np.array([-1], np.int32)
+    packed = importlib.resources.files("specdec.drafters").joinpath(SHIPPED).read_bytes()
     with suppress(Exception):  # a tokenizer raises what it likes
         path = path_for(tokenizer, packed)
         kept = _read(path)
         if kept is None:
-            kept = tokenised(_unpacked(packed), tokenizer, MAX_TOKENS)
+            kept = tokenised(lzma.decompress(packed).decode().split("\0"), tokenizer, MAX_TOKENS)
             with suppress(OSError):
                 _write(path, kept)
         found = kept
@@ -65,31 +61,14 @@ def path_for(tokenizer: Any, packed: bytes) -> Path:
 
 
 def _read(path: Path) -> Ints | None:
-    """What ``_write`` wrote; None if there is nothing, or something else."""
+    """What ``_write`` wrote; None if there is nothing."""
     try:
-        if path.stat().st_size > 4 * MAX_TOKENS:
-            return None
-        ids = np.fromfile(path, "<i4").astype(np.int32)
+        ids = np.fromfile(path, "<i4", MAX_TOKENS).astype(np.int32)
     except OSError:
         return None
-    return ids if len(ids) and ids[-1] == -1 == ids.min() else None
+    return ids if len(ids) else None
 
 
 def _write(path: Path, ids: Ints) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomically(path, ids.astype("<i4").tobytes())
-
-
-def _unpacked(packed: bytes) -> list[str]:
-    """The texts of the package; those before the damage, with a warning, where it is damaged."""
-    unpacker, data = lzma.LZMADecompressor(), b""
-    try:
-        data = unpacker.decompress(packed, MOST_BYTES)
-        if unpacker.eof:
-            return data.decode().split("\0")
-        reason = "it is too large or truncated"
-    except (lzma.LZMAError, UnicodeDecodeError) as error:
-        reason = one_line(error)
-    message = f"the corpus of the n-gram drafter is damaged ({reason}); install specdec again"
-    warnings.warn(message, SpecDecWarning, stacklevel=2)
-    return data.decode(errors="ignore").split("\0")

@@ -135,8 +135,6 @@ EXPORT int specdec_texts_add(Texts *t, const int32_t *ids, int64_t count) {
     return failed;
 }
 
-EXPORT int64_t specdec_texts_bytes(const Texts *t) { return 20 * t->size + (int64_t)sizeof *t; }
-
 /* The places from which the text that ends before `end`, `length` tokens of it, went on before: the latest first. */
 static int find(const Texts *t, const int32_t *end, int length, Occurrence *found) {
     int64_t mask = t->size - 1;

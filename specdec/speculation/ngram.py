@@ -61,7 +61,6 @@ def load() -> Any:
         ) from None
     found.specdec_texts_open.restype, found.specdec_texts_open.argtypes = POINTER, (ctypes.c_int64, ctypes.c_int64)
     found.specdec_texts_add.argtypes = (POINTER, POINTER, ctypes.c_int64)
-    found.specdec_texts_bytes.restype, found.specdec_texts_bytes.argtypes = ctypes.c_int64, (POINTER,)
     found.specdec_texts_close.argtypes, found.specdec_texts_close.restype = (POINTER,), None
     found.specdec_ngram_grow.argtypes = (POINTER,)
     return found
@@ -94,10 +93,6 @@ class Texts:
             self._add(self.pointer, ids.ctypes.data, len(ids))
         else:
             self._add(self.pointer, (INT * len(ids))(*ids), len(ids))
-
-    @property
-    def nbytes(self) -> int:
-        return int(load().specdec_texts_bytes(self.pointer))
 
 
 class Prior:
