@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -76,8 +76,6 @@ class Json(Constraint):
             raise ValueError("it is nested too deeply") from None
         if not isinstance(schema, dict):
             raise ValueError("it is not a JSON object")
-        if not can_end(schema):
-            raise ValueError("it requires itself, so no value has an end")
         return str(matcher.grammar_from_json_schema(schema, defaults=JSON_FORM))
 
 
@@ -123,6 +121,12 @@ class Choice(Constraint):
 
     def grammar(self, matcher: Any) -> str:
         return str(matcher.grammar_from_lark(self.source))
+
+
+def masked(scores: Tensor, allowed: Tensor, vocab: Tensor | None) -> Tensor:
+    """``scores`` [..., V'] of the tokens ``vocab`` (None: all); -inf for those that ``allowed`` [V] rules out."""
+    own = (allowed[: scores.shape[-1]] if vocab is None else allowed[vocab.cpu()]).to(scores.device)
+    return scores.masked_fill(~own, float("-inf"))
 
 
 class CompiledConstraint:
@@ -264,8 +268,7 @@ class ConstraintState:
         allowed = self.mask(ids[self.start :])
         if allowed is None:  # after a drafted token that is rejected; elsewhere the row ends with an error
             return torch.full_like(scores, float("-inf"))
-        allowed = (allowed[: scores.shape[-1]] if vocab is None else allowed[vocab.cpu()]).to(scores.device)
-        return scores.masked_fill(~allowed, float("-inf"))
+        return masked(scores, allowed, vocab)
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
         """The tokens that may follow the new tokens ``new``, bool [V]; None if these are not allowed themselves."""
@@ -356,59 +359,3 @@ class ConstraintState:
         self.error_text = _sentence(why)
         self.matcher, self.consumed = self.compiled.matcher.deep_copy(), []
         return otherwise
-
-
-def can_end(schema: dict[str, Any]) -> bool:
-    """Whether some value of ``schema`` is finite: False only where each way to meet it requires itself again.
-
-    Computes the least fixed point over local references: a reference is finite if its target is.
-    """
-    waiting = {ref: target for ref in set(_references(schema)) if (target := _target(schema, ref)) is not None}
-    while new := [ref for ref, target in waiting.items() if _ends(target, waiting)]:
-        for ref in new:
-            del waiting[ref]
-    return _ends(schema, waiting)
-
-
-def _ends(part: Any, waiting: dict[str, Any]) -> bool:
-    """Whether ``part`` has a finite value, if the references in ``waiting`` have none."""
-    if not isinstance(part, dict):
-        return True
-    ref = part.get("$ref")
-    if isinstance(ref, str) and ref in waiting:
-        return False
-    for name in ("anyOf", "oneOf"):
-        if isinstance(part.get(name), list) and part[name] and not any(_ends(each, waiting) for each in part[name]):
-            return False
-    needed = list(part["allOf"]) if isinstance(part.get("allOf"), list) else []
-    if part.get("type") in ("object", ["object"]):
-        properties, required = part.get("properties"), part.get("required")
-        if isinstance(properties, dict) and isinstance(required, list):
-            needed += [properties[name] for name in required if isinstance(name, str) and name in properties]
-    if part.get("type") in ("array", ["array"]) and isinstance(part.get("minItems"), int) and part["minItems"] > 0:
-        first = part.get("prefixItems")
-        needed += first[: part["minItems"]] if isinstance(first, list) and first else [part.get("items")]
-    return all(_ends(each, waiting) for each in needed)
-
-
-def _references(part: Any) -> Iterator[str]:
-    """All references in a schema."""
-    parts = [part]
-    while parts:
-        each = parts.pop()
-        if isinstance(each, dict):
-            if isinstance(each.get("$ref"), str):
-                yield each["$ref"]
-            parts += each.values()
-        elif isinstance(each, list):
-            parts += each
-
-
-def _target(schema: Any, ref: str) -> Any:
-    """What a reference into the schema itself points to; None: nothing there."""
-    if not ref.startswith("#"):
-        return None
-    for step in ref[1:].split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
-        schema = schema.get(step) if isinstance(schema, dict) else None
-    return schema

@@ -17,6 +17,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, TreeLimits
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.candidates import Candidates, calibrated
+from specdec.speculation.constraints import masked
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -81,8 +82,7 @@ def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]
     out = torch.full_like(logits, -math.inf)
     for row, mask in enumerate(masks):
         if mask is not None:
-            allowed = (mask[: logits.shape[1]] if vocab is None else mask[vocab.cpu()]).to(logits.device)
-            out[row] = logits[row].masked_fill(~allowed, -math.inf)
+            out[row] = masked(logits[row], mask, vocab)
     return out
 
 
