@@ -18,7 +18,7 @@ from specdec.drafters.m2r2_network import M2R2, load_network
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
-from specdec.train.m2r2_settings import path_states
+from specdec.train.m2r2 import path_states
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import StateSelection

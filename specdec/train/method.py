@@ -61,8 +61,8 @@ class TrainingMethod(ABC, Generic[Network]):
     """How one kind of drafter is trained on a frozen target. An object serves one run.
 
     The trainer calls the constructor, ``prepare``, ``teacher_states`` and ``build``; ``fit`` and ``parameter_scale``
-    unless the run resumes; ``loss`` per update; ``evaluate`` at intervals, without gradients; ``config`` and
-    ``tensors`` at each export. ``build`` makes the float32 masters; ``network`` is their running copy in the target's
+    unless the run resumes; ``loss`` per update; ``evaluate`` at intervals, without gradients; ``config`` at
+    each export. ``build`` makes the float32 masters; ``network`` is their running copy in the target's
     dtype.
 
     name: the key in ``METHODS``.
@@ -128,10 +128,6 @@ class TrainingMethod(ABC, Generic[Network]):
     @abstractmethod
     def config(self, network: Network) -> dict[str, Any]:
         """The drafter's entries of ``config.json``; ``drafter`` is its name."""
-
-    def tensors(self, masters: Network) -> dict[str, Tensor]:
-        """The tensors of ``model.safetensors``, which are stored in the format of the setting ``storage``."""
-        return masters.state_dict()
 
 
 def agreement_name(number: int, exit: int | None = None) -> str:

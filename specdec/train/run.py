@@ -248,7 +248,7 @@ class TrainingRun:
         storage: str = self.settings.storage
         if storage == "auto":
             storage = "float32" if self.settings.dtype == "float32" else "bfloat16"
-        drafter_folder.write(self.output, config, self.method.tensors(self.masters), storage)
+        drafter_folder.write(self.output, config, self.masters.state_dict(), storage)
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.processes.is_main_process:

@@ -100,20 +100,17 @@ def compute_states(
         "fingerprint": target.fingerprint,
         "answers": digest(answers),
         "dtype": str(target.dtype).removeprefix("torch."),
-        "kv": wanted.kv,
-        "hidden": wanted.hidden,
+        "kv": [*wanted.kv],
+        "hidden": [*wanted.hidden],
         "shards": [],
     }
     if (folder / INDEX).exists():
         found = _read_index(folder)
-        differs = [key for key in ("fingerprint", "answers", "dtype") if found.get(key) != index[key]]
-        differs += [key for key in ("kv", "hidden") if not set(index[key]) <= set(found.get(key, ()))]
-        if differs:
+        if differs := [key for key in index if key != "shards" and found.get(key) != index[key]]:
             raise SpecDecError(
                 f"'{folder}' holds teacher states of other {', '.join(differs)}; use another --output or delete it"
             )
         index = found
-    kept = StateSelection(*(tuple(index.get(key, ())) for key in ("kv", "hidden")))
     shards = index["shards"]
     left = answers[len(shards) * SHARD_ANSWERS :]
     total, missing = (sum(map(len, some)) for some in (answers, left))
@@ -123,7 +120,7 @@ def compute_states(
         folder.mkdir(parents=True, exist_ok=True)
         for start in range(len(shards) * SHARD_ANSWERS, len(answers), SHARD_ANSWERS):
             chunk, file = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
-            save_file(_teach(target, chunk, kept, done), folder / f"{file}.part")
+            save_file(_teach(target, chunk, wanted, done), folder / f"{file}.part")
             (folder / f"{file}.part").replace(folder / file)
             shards.append({"file": file, "answers": len(chunk)})
             write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())

@@ -18,7 +18,7 @@ from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train import states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
-from specdec.train.m2r2_settings import M2R2Settings, path_states
+from specdec.train.m2r2 import M2R2Settings, path_states
 from specdec.train.settings import from_mapping
 from specdec.train.student import Teacher, draft_steps
 

@@ -7,8 +7,7 @@ import torch
 from tiny import tiny_model
 
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.train.m2r2 import M2R2Method, path_of
-from specdec.train.m2r2_settings import M2R2Settings
+from specdec.train.m2r2 import M2R2Method, M2R2Settings, path_of
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.trainer import training_target
 

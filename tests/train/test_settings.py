@@ -9,7 +9,7 @@ import pytest
 
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder
-from specdec.train.m2r2_settings import M2R2Settings
+from specdec.train.m2r2 import M2R2Settings
 from specdec.train.method import lookup
 from specdec.train.settings import from_mapping, load_settings
 
