@@ -347,39 +347,6 @@ def test_what_goes_wrong_ends_learning_not_requests(llama: PreTrainedModel, monk
     assert decoder.generate([5, 6, 7], max_new_tokens=20).token_ids == expected and not decoder.learn()
 
 
-def test_a_fit_that_fails_ends_learning_with_one_line(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*given: object) -> Iterator[None]:
-        raise MemoryError("no room")
-        yield
-
-    monkeypatch.setattr(Sums, "solve", refuse)
-    with pytest.warns(SpecDecWarning, match="stops learning: no room") as warned:
-        learner = Learner(target)
-        for text in texts(target, 12):
-            learner.add(text.ids, text.start)
-            for _ in range(1000):
-                learner.work()
-    assert len(warned) == 1 and not learner.work() and not learner.queue and learner.fits.progress.tokens < 12 * 24
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("place", [2, 5])
-def test_a_state_that_is_not_finite_is_not_learned_from(target: Target, monkeypatch, place: int) -> None:  # type: ignore[no-untyped-def]
-    """The last one before the rows, and one of them."""
-    text, layers = texts(target, 1)[0], ReferenceTarget.layers
-
-    def broken(self, x, lo, hi, given):  # type: ignore[no-untyped-def]
-        y = layers(self, x, lo, hi, given)
-        if hi == self.num_layers and given.taps and given.positions[0, 0] <= place <= given.positions[0, -1]:
-            given.taps[hi] = y.clone()
-            given.taps[hi][0, place - int(given.positions[0, 0])] = float("nan")
-        return y
-
-    monkeypatch.setattr(ReferenceTarget, "layers", broken)
-    with pytest.raises(SpecDecError, match="a state is not finite"):
-        list(Learner(target).replay.rows(text))
-
-
 def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     assert why_not(target) is None
     two = SpecDecoder(tiny_model("llama", num_hidden_layers=2), drafter="none", learn=False)
