@@ -215,4 +215,4 @@ def load_network(target: Target, folder: Path) -> M2R2:
 
 def current_name(name: str) -> str:
     """The current name of a tensor in a file of an earlier version."""
-    return re.sub(r"^leaps\.", "projections.", re.sub(r"^router\.", "routers.0.", name))
+    return re.sub(r"^leaps\.", "projections.", name)

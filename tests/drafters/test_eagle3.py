@@ -23,10 +23,7 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import run_tokens
-from specdec.speculation.draft import State
-from specdec.speculation.sampling import Sampler, SamplingParams
-from specdec.speculation.trees import Prices
+from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 TEXT = [5, 6, 7, 8, 5, 6, 9, 3, 12]
@@ -208,22 +205,6 @@ def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: Ref
     for mine, [theirs] in zip(seen, alone, strict=False):  # the last drafts are as deep as the longest row's may be
         depth = min(len(mine), len(theirs))
         assert mine[:depth] == theirs[:depth]
-
-
-def test_nodes_are_taken_while_they_pay(target: ReferenceTarget) -> None:
-    drafter = zoo.eagle3(target)
-    drafter.bind(target)
-    cache, row_states = target.new_cache(1), [drafter.begin()]
-    with torch.inference_mode():
-        taps = dict.fromkeys(drafter.taps, torch.empty(0))
-        run_tokens(target, cache, [TEXT[:-1]], taps, whole=True)
-        drafter.observe(row_states, [list(range(len(TEXT) - 1))], taps)
-        state = State(target, cache, Sampler(SamplingParams()), [TEXT], row_states=row_states)
-        assert drafter.propose(state, 3).parents == (0, 1, 2)  # a chain; asked again, the same
-        state.prices = Prices([0.0] * 25, rates=[[0.6] * 8])
-        free = drafter.propose(state, 3)
-        state.prices = Prices([n * 1.0 for n in range(25)], level=1.0, rates=[[0.6] * 8])
-        assert drafter.propose(state, 3).parents == () and len(free.parents) > 3
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

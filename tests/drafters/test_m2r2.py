@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from zoo import PROMPTS, layers_run, m2r2, run
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.train.arla import ArlaSettings
@@ -82,20 +82,6 @@ def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
     for options, message in bad:
         with pytest.raises(SpecDecError, match=message):
             M2R2Drafter(M2R2(M2R2Path(2), target), **options)
-
-
-def test_files_of_one_exit_from_before_there_were_several_are_read(llama: PreTrainedModel, tmp_path: Path) -> None:
-    target = ReferenceTarget(llama)
-    network = M2R2(M2R2Path(1, ((2, 3),), True, 4, {2: ["mlp.up_proj"]}), target, router=4)
-    path = {key: value for key, value in network.path.to_json().items() if key != "exits"}
-    tensors = {key.replace("routers.0.", "router."): tensor for key, tensor in network.state_dict().items()}
-    assert any(key.startswith("router.") for key in tensors)
-    base = {"fingerprint": target.fingerprint}
-    config = {"drafter": "m2r2", "base": base, "path": path, "router": 4}
-    drafter_folder.write(tmp_path, config, tensors)
-    read = load_network(target, tmp_path)
-    assert read.path == network.path
-    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), network.parameters(), strict=True))
 
 
 # --- training ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import SpecDecWarning
-from specdec.base.ridge import Sums, result
+from specdec.base.ridge import Sums
 from specdec.drafters import learned, m2r2_fits, m2r2_learning, m2r2_replay
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_fits import learned_path
@@ -211,21 +211,6 @@ def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(quic
         assert learner.fits.progress.tokens == 24 * (number + 1)  # nothing is lost
     assert learner.fits.progress.fits > 3
     assert systems.more.count([(24, -1.0)]) > 10 and all(len(more) <= 1 for more in systems.more)
-
-
-@torch.inference_mode()
-def test_a_fit_is_compared_on_what_is_kept_of_held_out_texts_as_if_they_ran_again(target: Target) -> None:
-    learner = taught(target, 40)
-    assert learner.fits.progress.fits > 2 and len({text.ids[0] for text in learner.latest.held}) > 2
-    other, own = learner.judged, result(learner.fits.fitting(()))
-    for network in (own, result(learner.fits._making(torch.randn(32, 97) / 8, torch.randn(32, 65) / 8)), other):
-        hits = 0
-        for text in learner.latest.held:
-            for rows in learner.replay.rows(Text(text.ids, text.start), network):
-                if rows is not None:
-                    final = network.project(1, rows.end[None], Carry(rows.carry.final[None], []))
-                    hits += int((target.readout(final, learner.fits.head)[0].argmax(-1) == rows.following).sum())
-        assert result(learner._hits(network, learner.fits.head)) == hits
 
 
 def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_ones(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -23,7 +23,6 @@ from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecD
 from specdec.base.errors import ConstraintError
 from specdec.cli import app
 from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scoring
@@ -41,7 +40,7 @@ from specdec.speculation.constraints import (
     ConstraintState,
     compile_constraint,
 )
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Drafter, State
 from specdec.speculation.sampling import Sampler
 from specdec.verifiers.exact import ExactVerifier
 
@@ -75,20 +74,6 @@ def plainly(model: PreTrainedModel, prompt: list[int], rule: CompiledConstraint,
         mask = rule.state(prompt).mask(ids[len(prompt) :])
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].masked_fill(~mask, float("-inf")).argmax()))
     return ids[len(prompt) :]
-
-
-@pytest.mark.parametrize("constraint", [Json(SCHEMA), Regex("[a-e]{3,9}(foo|fool)x?"), Choice(["left", "leftover"])])
-def test_greedy_equals_plain_constrained_decoding(constraint: Constraint) -> None:
-    """(With every drafter: test_drafters_pairwise.)"""
-    model, rule = tiny_model(), made(constraint)
-    expected = [plainly(model, prompt, rule) for prompt in PROMPTS]
-    assert all(text[-1] == EOS and len(text) > 4 for text in expected)
-    target = ReferenceTarget(model)
-    for name in ("none", "prompt-lookup", "medusa (tree)"):
-        rows = [request(prompt, rule) for prompt in PROMPTS]
-        together(target, bound(name, target), rows, FixedDepth(4))
-        assert [new_tokens(row) for row in rows] == expected, name
-        assert [row.finish_reason for row in rows] == ["eos"] * len(rows), name
 
 
 def test_forced_tokens_are_drafted_before_the_drafter_is_asked() -> None:
@@ -158,34 +143,6 @@ def test_how_many_tokens_may_follow(inside: bool) -> None:
     assert state.allows(prompt + text[:3], [x, x]) == 1 and state.allows(prompt + text[:3], [y]) == 0
     assert state.allows(prompt + text, [EOS]) == 0 == state.allows([*prompt, *text[:3], z], [x])
     assert not state.error_text
-
-
-def test_each_node_of_medusas_tree_is_chosen_under_the_mask_of_its_own_path() -> None:
-    """The heads like 9 and 8 best; without masks these are drafted."""
-    target, tokenizer, rule = ReferenceTarget(tiny_model()), letters(), made(Regex("(ab|ba|bb)c?x"))
-    drafter = MedusaDrafter(Medusa(target.hidden_size, 3), 12)
-    drafter.bind(target)
-    [a, b, c, x] = tokenizer("abcx").input_ids
-    liked = torch.zeros(1, 3, target.vocab_size)
-    liked[..., [8, 9]] = torch.tensor([8.0, 9.0])
-    liked[0, 0, [a, b]], liked[0, 1, [a, b]] = torch.tensor([3.0, 2.0]), torch.tensor([3.0, 2.5])
-    liked[0, 2, [c, x]] = torch.tensor([2.0, 1.0])
-
-    def drafted(rules: list[CompiledConstraint | None]) -> Draft:
-        rows = [request(PROMPTS[0], rule) for rule in rules]
-        sampler, ids = Sampler.of([row.sampler for row in rows]), [row.ids for row in rows]
-        drafter._logits = lambda state: liked.expand(len(rows), -1, -1)  # type: ignore[method-assign]
-        row_states = [drafter.begin() for _ in rows]
-        return drafter.propose(State(target, target.new_cache(len(rows)), sampler, ids, row_states=row_states), 3)
-
-    under = [[a], [b], [a, b], [b, a], [b, b], *([*p, t] for p in ([a, b], [b, a], [b, b]) for t in (c, x))]
-    masked = drafted([rule]).paths(0)
-    assert sorted(masked) == sorted(under)
-    assert drafted([None]).paths(0)[:2] == [[9], [9, 9]]
-    mixed = drafted([rule, None])
-    assert all(path in under for path in mixed.paths(0))
-    assert [a] in mixed.paths(0)
-    assert [9] in mixed.paths(1) and [9, 9] in mixed.paths(1)
 
 
 @pytest.mark.parametrize("native", [True, pytest.param(False, marks=pytest.mark.slow)])
