@@ -10,12 +10,13 @@ the path the next token is drawn from p (the paper takes the likeliest), so that
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from specdec.base.errors import SpecDecError
+from specdec.base.settings import Number, checked
 from specdec.speculation.draft import Acceptance, Draft, Verifier
 
 
@@ -32,12 +33,13 @@ class TypicalVerifier(Verifier):
     lossless: ClassVar[bool] = False
     needs_probabilities: ClassVar[bool] = True
 
-    def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
-        if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
-            raise SpecDecError(f"epsilon of typical acceptance must be in (0, 1); got {epsilon!r}")
-        if not isinstance(delta, int | float) or not delta > 0:
-            raise SpecDecError(f"delta of typical acceptance must be > 0; got {delta!r}")
-        self.epsilon, self.delta = float(epsilon), float(delta)
+    @checked
+    def __init__(
+        self,
+        epsilon: Annotated[Number, Field(gt=0, lt=1)] = 0.09,
+        delta: Annotated[Number, Field(gt=0)] = 0.3,
+    ) -> None:
+        self.epsilon, self.delta = epsilon, delta
 
     @property
     def label(self) -> str:

@@ -106,17 +106,15 @@ def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None) -> 
 
     Raises SpecDecError for an unknown name, and for an option that the rule does not have.
     """
-    return rule if not isinstance(rule, str) else _made(rule, options or {})
-
-
-def _made(name: str, options: Mapping[str, Any]) -> Verifier:
-    takes = {each: keywords(lookup("verifiers", each)) for each in {name, *VERIFIERS}}
+    if not isinstance(rule, str):
+        return rule
+    options, takes = options or {}, {each: keywords(lookup("verifiers", each)) for each in {rule, *VERIFIERS}}
     for option in options:
-        if option not in takes[name]:
+        if option not in takes[rule]:
             owner = next((each for each in VERIFIERS if option in takes[each]), None)
-            hint = f"it belongs to '{owner}'" if owner else f"it has {', '.join(takes[name]) or 'none'}"
-            raise SpecDecError(f"verifier '{name}' has no option '{option}'; {hint}")
-    made: Verifier = lookup("verifiers", name)(**options)
+            hint = f"it belongs to '{owner}'" if owner else f"it has {', '.join(takes[rule]) or 'none'}"
+            raise SpecDecError(f"verifier '{rule}' has no option '{option}'; {hint}")
+    made: Verifier = lookup("verifiers", rule)(**options)
     return made
 
 

@@ -58,5 +58,5 @@ def test_the_test_of_exactness_tells_it_apart() -> None:
 
 @pytest.mark.parametrize("options", [{"epsilon": 0}, {"epsilon": 1}, {"delta": 0}, {"epsilon": "much"}])
 def test_bad_thresholds_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(SpecDecError, match=rf"{next(iter(options))} of typical acceptance must be .*; got "):
+    with pytest.raises(SpecDecError, match=rf"{next(iter(options))} must be .*; got "):
         TypicalVerifier(**options)
