@@ -241,14 +241,6 @@ def read_network(folder: Path, config: Eagle3Config, target: Target, where: str)
         drafter_folder.check_fit(folder, own, header)
         network.load_state_dict({name: stored.read(names[name]).to(own[name].dtype) for name in own}, assign=True)
         tokens = network.tokens
-        if tokens is not None:
-            marked = stored.read(names["t2d"]) if "t2d" in names else None
-            if bool(((tokens < 0) | (tokens >= vocab)).any()):
-                raise SpecDecError(f"the draft vocabulary in '{where}' names tokens that the model does not have")
-            if (
-                marked is not None
-                and marked.shape == (vocab,)
-                and not torch.equal(marked.bool().nonzero()[:, 0], tokens.sort().values)
-            ):
-                raise SpecDecError(f"'d2t' and 't2d' in '{where}' name different tokens; get the head again")
+        if tokens is not None and bool(((tokens < 0) | (tokens >= vocab)).any()):
+            raise SpecDecError(f"the draft vocabulary in '{where}' names tokens that the model does not have")
         return network
