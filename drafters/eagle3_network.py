@@ -218,7 +218,9 @@ def _as_one(group: Sequence[nn.Linear]) -> Linear:
     """Maps of one input as one map."""
     if len(group) == 1:
         return draft_maps.for_drafting(group[0].weight, group[0].bias)
-    biases = [each.weight.new_zeros(each.out_features) if each.bias is None else each.bias for each in group]
+    biases: list[Tensor] = [
+        each.weight.new_zeros(each.out_features) if each.bias is None else each.bias for each in group
+    ]
     bias = None if all(each.bias is None for each in group) else torch.cat(biases)
     return draft_maps.for_drafting(torch.cat(tuple(each.weight for each in group)), bias)
 
