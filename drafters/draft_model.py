@@ -53,14 +53,15 @@ class DraftModelDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> DraftModelDrafter:
-        """Load the draft model ``source``: whatever ``loading.load`` takes."""
-        options.check_names(cls.name, kwargs)
-        if not source:
+        """Load the draft model: ``source``, or in a sweep the option ``model``, is whatever ``loading.load`` takes."""
+        options.check_names(cls.name, kwargs, ("model",))
+        model = kwargs.get("model", source)
+        if not isinstance(model, str) or not model:
             raise SpecDecError(
                 "drafter 'draft-model' needs a second model; name it: draft-model=NAME (a folder, GGUF file or "
                 "Hugging Face id)"
             )
-        loaded, tokenizer = loading.load(source, dtype=target.dtype, device=target.device)
+        loaded, tokenizer = loading.load(model, dtype=target.dtype, device=target.device)
         return cls(make_target(loaded)[0], tokenizer)
 
     def bind(self, target: Target) -> None:

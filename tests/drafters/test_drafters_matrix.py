@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sampled import AcceptsAll, expected, fit, small
+from scripted import Scripted
 from tiny import FAMILIES, HYBRIDS, greedy_reference, tiny_model
 from transformers import PreTrainedModel
 from zoo import EVERY, PROMPTS, chains, run, trees
@@ -85,7 +86,17 @@ def test_a_rule_that_accepts_everything_fails() -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_tree_scored_as_a_chain_fails(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
-    target, references = ReferenceTarget(model), [greedy_reference(model, prompt, 24) for prompt in PROMPTS]
-    assert run(target, EVERY["m2r2 (tree)"](target), PROMPTS[:1], 24)[0] == references[:1]
+    target, [prompt, *_] = ReferenceTarget(model), PROMPTS
+    reference = greedy_reference(model, prompt, 24)
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        """Three wrong tokens beside each right one, before it."""
+        nodes, parent = list[tuple[int, int]](), 0
+        for token in reference[len(ids) - len(prompt) :][:limit]:
+            nodes += [((token + n) % 97, parent) for n in (7, 29, 53, 0)]
+            parent = len(nodes)
+        return nodes
+
+    assert run(target, Scripted(script), [prompt], 24)[0] == [reference]
     monkeypatch.setattr(Draft, "ancestors", lambda draft: None)  # siblings see one another
-    assert run(target, EVERY["m2r2 (tree)"](target), PROMPTS[:1], 24)[0] != references[:1]
+    assert run(target, Scripted(script), [prompt], 24)[0] != [reference]
