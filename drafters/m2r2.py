@@ -151,14 +151,14 @@ class M2R2Drafter(ChainDrafter):
         if self.learner is not None:
             self.learner.save()
 
-    def _knows_nothing(self, state: State) -> bool:
+    def _knows_nothing(self) -> bool:
         """Whether no fit serves yet."""
-        return self.learner is not None and not self.version and not state.measuring
+        return self.learner is not None and not self.version
 
     def candidates(
         self, state: State, limit: int, given: Sequence[Candidates] | None = None
     ) -> list[Candidates] | None:
-        if self._knows_nothing(state):
+        if self._knows_nothing():
             return [Candidates.none() for _ in state.ids]
         if not self._drafts_by_levels(state):
             return None
@@ -180,7 +180,7 @@ class M2R2Drafter(ChainDrafter):
         return tree_drafting.along(state.target, cache, roots, path, limits, masks)
 
     def propose(self, state: State, limit: int) -> Draft:
-        if self._knows_nothing(state):
+        if self._knows_nothing():
             return Draft.empty(len(state.ids), state.cache.device)
         by_levels = self.has_probabilities and self._drafts_by_levels(state)
         if by_levels and state.prices is not None and not state.prices.levels():

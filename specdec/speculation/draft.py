@@ -163,7 +163,6 @@ class State:
         verified.
     row_states[b]: what ``Drafter.begin`` returned for row b.
     scopes[b]: text of one scope must not be drafted in another.
-    measuring: whether the costs of drafting are measured, so that drafts must be made even if they are of no use.
     """
 
     target: Target
@@ -175,7 +174,6 @@ class State:
     threshold: float | None = None
     row_states: list[Any] = field(default_factory=list)
     scopes: list[str | None] = field(default_factory=list)
-    measuring: bool = False
 
     @property
     def constrained(self) -> bool:

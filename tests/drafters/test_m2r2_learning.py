@@ -448,9 +448,3 @@ def test_what_was_known_of_the_old_drafts_is_forgotten_when_a_fit_serves(llama, 
         assert number or not decoder.drafter.version
     versions = list(forgotten)
     assert len(versions) > 1 and versions == sorted(versions) and versions[-1] <= decoder.drafter.version
-
-
-def test_measuring_costs_is_not_learned_from(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, drafter="m2r2")
-    decoder.generate([5, 6], max_new_tokens=8)  # measures
-    assert [text.ids[:2] for text in decoder.drafter.learner.queue] == [[5, 6]]  # type: ignore[attr-defined]

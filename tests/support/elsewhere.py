@@ -45,7 +45,6 @@ from typer.testing import CliRunner  # noqa: E402
 
 from specdec import SpecDecoder  # noqa: E402
 from specdec.cli import app  # noqa: E402
-from specdec.engine import measure  # noqa: E402
 from specdec.models import loading  # noqa: E402
 from specdec.runtimes import linear_maps  # noqa: E402
 from specdec.speculation.draft import DrafterWarning  # noqa: E402
@@ -230,8 +229,6 @@ def elsewhere() -> Iterator[None]:
     pieces._stack = lambda parts: torch.cat([part.detach() for part in parts])  # views need memory's addresses
     checks: Any = loading
     checks._try_out = lambda *_: None
-    timings: Any = measure
-    timings.REPEATS, timings.SECONDS, timings.SIZES, timings.CONTEXT = 1, 0.0, (1, 4, 16), 8  # more shows no more
     with Before(), Behind():
         with contextlib.suppress(RuntimeError):
             torch.ones(2, device="cuda") + torch.ones(2)
