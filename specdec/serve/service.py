@@ -35,6 +35,7 @@ SEEDS = 2**53  # JavaScript's integers
 PROMPT_END = 16  # tokens that may begin reasoning
 SWITCHES = "enable_thinking", "thinking"  # what chat templates call it
 EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}  # gpt-oss knows three
+MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 100 bytes
 
 
 class Service:
@@ -76,7 +77,14 @@ class Service:
         if most is not None and wanted is not None and wanted > most:
             message = f"{wanted} new tokens exceed this server's limit of {most}; ask for fewer"
             raise ApiError(400, message, "max_tokens", "invalid_value")
+        self._check_logprobs(asked, choices, choices * self._max_new_tokens(asked))
         self.check_token_ids("logit_bias", list(asked.options.get("logit_bias") or ()))
+
+    def _check_logprobs(self, asked: GenerationRequest, choices: int, tokens: int) -> None:
+        """Raise ApiError if ``tokens``, of all choices, would have too many log-probabilities."""
+        if asked.num_logprobs is not None and choices > 1 and tokens * (1 + asked.num_logprobs) > MAX_LOGPROBS:
+            message = f"up to {tokens} tokens in {choices} choices have more than {MAX_LOGPROBS} log-probabilities"
+            raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
 
     def _max_new_tokens(self, asked: GenerationRequest) -> int:
         """The smallest limit on new tokens: the client's, the server's and the model's."""
@@ -86,6 +94,9 @@ class Service:
     def prepare(self, asked: GenerationRequest) -> Prepared:
         """Encode the prompts, and compile what the answers must be."""
         prompts = [self.encode_text(prompt) for prompt in asked.prompts]
+        if asked.echo:
+            new = self._max_new_tokens(asked)
+            self._check_logprobs(asked, asked.n * len(prompts), asked.n * sum(len(ids) + new for ids in prompts))
         texts = [p if isinstance(p, str) else self.decode(p) for p in asked.prompts if asked.echo]
         constraint = self.compile(asked, lambda: asked.constraint, "response_format")
         return Prepared(asked, prompts, constraint, partial(AnswerParser, PLAIN), echoes=texts)

@@ -131,3 +131,17 @@ def test_large_answers_are_written_in_other_threads(server: Server, n: int, monk
     answer = server.complete(n=n, max_tokens=1).json()
     assert [choice["text"] for choice in answer["choices"]] == ["b"] * n and answer["usage"]["completion_tokens"] == n
     assert answer["object"] == "text_completion" and seen and server.thread not in seen
+
+
+def test_log_probabilities_are_counted_before_anything_is_made(server: Server) -> None:
+    server.decoder.check_logprobs = lambda: None
+    for more in (
+        {"n": 64, "max_tokens": 4096, "logprobs": 20},
+        {"prompt": ["a"] * 64, "max_tokens": 4096, "logprobs": 20},
+    ):
+        error = server.complete(**more).json()["error"]
+        assert error["param"] == "logprobs" and "set max_tokens" in error["message"]
+    assert server.complete(n=64, max_tokens=100, logprobs=20).status_code != 400
+    for more in ({"prompt": [5] * 4000, "n": 64}, {"prompt": [[5] * 4000] * 64}):  # and those of prompts
+        error = server.complete(**more, echo=True, max_tokens=0, logprobs=20).json()["error"]
+        assert error["param"] == "logprobs"
