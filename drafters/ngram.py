@@ -115,5 +115,8 @@ class NgramDrafter(Drafter):
             size = state.target.vocab_size
             noise = [chooser.noise(len(ids) + depth, size) for depth in range(min(limit, SAMPLED))]
         priced = state.prices or Prices(())
-        tables, nodes = priced.tables[row] if priced.tables else (), priced.nodes if self.nodes is None else ()
+        tables = priced.tables[row] if priced.tables else ()
+        # What is half worth its price is looked at, too, and in a trial whatever there is: calibration learns from it.
+        every = self.nodes is not None or learned is not None or priced.try_levels
+        nodes = () if every else [price / 2 for price in priced.nodes]
         return self.grower(ids, sources, limit, learned, state.masks(row), noise, tables=tables, prices=nodes)

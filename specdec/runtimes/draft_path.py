@@ -74,7 +74,7 @@ class TreeLimits:
     rates: Sequence[float] = ()
 
     def rate(self, level: int) -> float:
-        """How likely that level, from 0 on, has the right token after a right path."""
+        """How likely that level, from 0 on, has the right token after a right path of levels."""
         return self.rates[min(level, len(self.rates) - 1)] if self.rates else 1.0
 
 

@@ -14,7 +14,8 @@ MOST_TOKENS = 1024  # of a pass whose cost is told apart
 SPREAD, OTHER_SPREAD = 0.15, 0.5
 NOISE, DRAFT_NOISE = 0.1, 0.3  # of the times of passes and of drafts, likewise
 DRIFT = 0.01  # of the machine's speed, from step to step
-OUTLIER = 0.5  # errors beyond this count less
+OUTLIER = 0.5  # errors of passes beyond this count less
+MOST_DEVIATIONS = 6.0  # standard deviations that an error of drafts counts as at most
 FIXED = 0.02  # assumed cost of a draft beside its levels, and of the first level beyond a further one, in passes
 LEVEL, FIRST, DRAFT = "level", "first", "draft"
 
@@ -57,8 +58,9 @@ class CostModel:
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
             # Errors count half: what a busy machine made look dear would not be tried, and so not be corrected.
-            self._reach(len(earlier.passes) - 1)
-            self.state[:] = [earlier.passes[0], *(error / 2 for error in earlier.passes[1:])]
+            speed, *errors = earlier.passes[: int(math.log2(MOST_TOKENS)) + 1]
+            self._reach(len(errors))
+            self.state[:] = [speed, *(error / 2 for error in errors)]
             self.covariance[0][0], self.known = OTHER_SPREAD**2, True
             for name, error in earlier.others.items():
                 kind, exit, rows = name.split(" ")
@@ -125,9 +127,10 @@ class CostModel:
             return
         each = {part: number * self._other(*part, rows) for part, number in parts.items()}
         expected, errors = sum(each.values()), {part: self._error(*part, rows) for part in parts}
-        error = math.log(max(seconds, 0.1 * expected) / expected)
         gains = {part: errors[part][1] * own / expected for part, own in each.items()}
         total = DRAFT_NOISE**2 + sum(gains[part] * own / expected for part, own in each.items())
+        most = MOST_DEVIATIONS * math.sqrt(total)
+        error = min(max(math.log(max(seconds, 1e-9) / expected), -most), most)
         for part, (own, variance) in errors.items():
             left = variance - gains[part] ** 2 / total + DRIFT**2
             self.others.setdefault(part, {})[rows] = [own + gains[part] * error / total, left]

@@ -228,7 +228,8 @@ class AutoDepth:
             self.passes = model.passing(count, len(self.passes) - 1)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
-        made = [PLAIN] * (not nodes) + [DRAFT] * (choice.depth > 0) + [exit] * (choice.depth > 0 and levels > 0)
+        tried = choice.prices is not None and choice.prices.try_levels
+        made = [PLAIN] * (not nodes) + [DRAFT] * (choice.depth > 0) + [exit] * (levels > 0 or tried)
         for what in (PLAIN, DRAFT, *self.exits):
             self.idle[what] = 0.0 if what in made else self.idle[what] + seconds
         if not choice.depth:
