@@ -216,6 +216,8 @@ class AnswerParser:
             yield from calls
 
     def _may_be_bare(self, text: str) -> bool:
+        if text.startswith(self.form.marks):
+            return False
         bare = not text.startswith(FENCE) and self._may_be_calls("", text.lstrip("`"))
         return bare and len(text) <= LONGEST_FENCE
 

@@ -118,12 +118,16 @@ def test_arguments_are_streamed() -> None:
     """Of a long text in a call, what has come is known before its end."""
     for form, begin in (
         (HERMES, '<tool_call>\n{"name": "write", "arguments": {"text": "'),
+        (MISTRAL, '[TOOL_CALLS][{"name": "write", "arguments": {"text": "'),
+        (MISTRAL_NAMED, '[TOOL_CALLS]write[ARGS]{"text": "'),
         (QWEN_XML, "<tool_call>\n<function=write>\n<parameter=text>\n"),
         (GEMMA, '<|tool_call>call:write{text:<|"|>'),
         (HARMONY, '<|channel|>commentary to=functions.write <|constrain|>json<|message|>{"text":"'),
     ):
-        parts = AnswerParser(form, WRITE).push(begin + "a long text")
+        parser = AnswerParser(form, WRITE)
+        parts = [part for letter in begin + "a long text" for part in parser.push(letter)]
         assert parts[0].name == "write" and "a long text" in "".join(part.text for part in parts)
+        assert len(parts) > len("a long text")
 
 
 FENCED: list[tuple[str, Blocks]] = [
