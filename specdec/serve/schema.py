@@ -85,7 +85,7 @@ def check_size(given: Any, most: int) -> Any:
 
 
 class Strict(BaseModel):
-    """An object. Members that are not declared are ignored, and so are those that are null."""
+    """An object. Members that are neither declared nor in ``unused`` are ignored, and so are those that are null."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
