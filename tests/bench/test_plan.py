@@ -123,12 +123,13 @@ def test_the_command_line_goes_over_the_file(write) -> None:
 
 def test_settings_of_the_command_line_alone_are_a_plan() -> None:
     joined = "prompt-lookup+draft-model=x.y"
-    plan = load_plan(None, [f"drafter.{joined}.draft-model.nodes=4,8"], {"drafter": ["none", "m2r2@3", joined]})
+    overrides = [f"drafter.{joined}.prompt-lookup.continuations=4,8"]
+    plan = load_plan(None, overrides, {"drafter": ["none", "m2r2@3", joined]})
     assert plan.name == "benchmark" and points(plan, "drafter", "num_speculative_tokens", "drafter_options") == [
         ("none", "auto", {}),
         ("m2r2", 3, {}),
-        (joined, "auto", {"draft-model": {"nodes": 4}}),
-        (joined, "auto", {"draft-model": {"nodes": 8}}),
+        (joined, "auto", {"prompt-lookup": {"continuations": 4}}),
+        (joined, "auto", {"prompt-lookup": {"continuations": 8}}),
     ]
 
 

@@ -22,7 +22,7 @@ from zoo import EVERY, PROMPTS, run
 
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
-from specdec.drafters import chain, m2r2, medusa, vocabulary
+from specdec.drafters import chain, m2r2, vocabulary
 from specdec.engine.batch import Batch
 from specdec.kvcache import mask
 from specdec.kvcache.cache import KVCache
@@ -213,7 +213,7 @@ class _Waits(TorchFunctionMode):
 
         for module in (draft, mask, graphs, tree_drafting, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
-        for module in (chain, draft, m2r2, medusa, tree_drafting):
+        for module in (chain, draft, m2r2, tree_drafting):
             monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
 
     def mark(self, out: Any) -> Any:
@@ -239,7 +239,7 @@ class _Waits(TorchFunctionMode):
         return self.mark(out) if there or kwargs.get("device") is not None else out
 
 
-@pytest.mark.parametrize("drafter", ["none", "m2r2: projection", "m2r2-paper", "medusa", "layer-skip", "prompt-lookup"])
+@pytest.mark.parametrize("drafter", ["none", "m2r2: projection", "m2r2-paper", "layer-skip", "prompt-lookup"])
 @torch.inference_mode()
 def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")

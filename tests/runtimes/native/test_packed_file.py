@@ -330,9 +330,9 @@ import sys
 from specdec.models import loading
 from specdec.runtimes.native import linear
 from specdec.runtimes.select import make_target
-packed, own = [], (linear._block_tiles, linear._bf16_tiles)
+packed, own = [], (linear._block_tiles, linear._dense_tiles)
 linear._block_tiles = lambda *given: packed.append(1) or own[0](*given)
-linear._bf16_tiles = lambda *given: packed.append(1) or own[1](*given)
+linear._dense_tiles = lambda *given: packed.append(1) or own[1](*given)
 model = loading.load(sys.argv[1])[0]
 print("ready", flush=True)
 sys.stdin.readline()
