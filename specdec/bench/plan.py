@@ -76,22 +76,27 @@ def load_plan(path: Path | None, overrides: Sequence[str] = (), settings: Mappin
     if given is None:
         raise SpecDecError(f"'{path}' is empty; a sweep needs at least one setting, such as 'drafter: m2r2'")
     with _told(where):
-        given = _mapping(given, "a benchmark file", KEYS) | dict(settings or {})
+        given = _mapping(given, "a benchmark file", KEYS)
         for group in GROUPS:
-            given[group] = _plugins(given.get(group, getattr(Cell(), group)))
+            given[group] = _plugins(group, given.get(group, getattr(Cell(), group)), {})
+        for name, value in (settings or {}).items():
+            given[name] = _plugins(name, value, given[name]) if name in GROUPS else value
     for text in overrides:
         with _told(f"'{text}': "):
             _override(given, text)
     with _told(where):
-        cells = _cells(given)
-        for entry in _as_list(given.get("exclude", [])):
+        cells = planned = _cells(given)
+        known = {axis: None for cell in planned for axis in axes(cell.as_dict())}
+        # A change may remove what an entry names, also the drafter or the verifier of an option.
+        changed = bool(overrides or settings)
+        options = tuple(f"{group}." for group in GROUPS) if changed else ()
+        for entry in _as_list(given.get("exclude") or []):
             conditions = {axis: _as_list(value) for axis, value in _mapping(entry, "an entry of exclude").items()}
-            kept = [cell for cell in cells if not _matches(cell, conditions)]
-            if len(kept) == len(cells) and not overrides:  # an override may remove what an entry names
-                known = {axis: None for cell in cells for axis in axes(cell.as_dict())}
-                odd = next((f"{axis}{did_you_mean(axis, known)}" for axis in conditions if axis not in known), "")
-                raise SpecDecError(f"an entry of exclude matches no cell: {odd or conditions}")
-            cells = kept
+            odd = next((axis for axis in conditions if axis not in known and not axis.startswith(options)), None)
+            if odd is not None or not (changed or any(_matches(cell, conditions) for cell in planned)):
+                what = conditions if odd is None else f"{odd}{did_you_mean(odd, known)}"
+                raise SpecDecError(f"an entry of exclude matches no cell: {what}")
+            cells = [cell for cell in cells if not _matches(cell, conditions)]
         if not cells:
             raise SpecDecError("the sweep has no cell: exclude drops them all")
         found = {cell.key(): cell for cell in (cell.canonical() for cell in cells)}
@@ -109,9 +114,14 @@ def _told(where: str) -> Iterator[None]:
         raise SpecDecError(f"{where}{error}") from None
 
 
-def _plugins(given: Any) -> dict[str, dict[str, Any]]:
-    """The options of each drafter or verifier that a setting names."""
-    named = given if isinstance(given, dict) else dict.fromkeys(_as_list(given))
+def _plugins(group: str, given: Any, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each drafter or verifier that a setting names. A name alone keeps its options of ``before``."""
+    names = [] if isinstance(given, dict) else _as_list(given)
+    for name in names:
+        if isinstance(name, dict | list | None):
+            got = "nothing" if name is None else short_repr(name)
+            raise SpecDecError(f"'{group}' takes names, or a mapping of names to options; got {got}")
+    named = given if isinstance(given, dict) else {name: before.get(str(name)) for name in names}
     return {str(name): _mapping(options, f"the options of '{name}'") for name, options in named.items()}
 
 
@@ -134,14 +144,15 @@ def _override(given: dict[str, Any], text: str) -> None:
     if not values:
         raise SpecDecError("it gives no value; write KEY=VALUE,VALUE")
     if key in GROUPS:
-        given[key] = {str(name): given[key].get(name, {}) for name in values}
+        given[key] = _plugins(key, values, given[key])
         return
     if key in SETTINGS:
         for one in [values] if key == WHOLE else values:
             Cell(**{key: one})
     holder, (*parents, last) = given, path
     for parent in parents:
-        holder = holder.setdefault(parent, {})
+        holder[parent] = _mapping(holder.get(parent), f"'{parent}'")
+        holder = holder[parent]
     holder[last] = values[0] if path[0] in ("name", "resources") else values
 
 

@@ -125,6 +125,11 @@ def bench(
     if file:  # what is given goes over the file
         given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
         settings = {name: value for name, value in settings.items() if name in given}
+        if verifier_option and "verifier" not in given:
+            raise SpecDecError(
+                "--verifier-option beside a file needs --verifier, which says whose option it is; "
+                "or write verifier.NAME.KEY=VALUE"
+            )
     with terminal.status("loading"):
         from specdec.bench import launch
         from specdec.bench.plan import groups, load_plan

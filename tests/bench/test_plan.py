@@ -112,6 +112,22 @@ def test_conditions_drop_cells(write) -> None:
     assert models == sorted(models) and len(found) == 4  # one load each, and plain decoding once per temperature
 
 
+def test_entries_of_exclude_may_overlap(write) -> None:
+    text = "temperature: [0, 0.7]\ndrafter: [none, prompt-lookup]\n"
+    plan = load_plan(write(text + "exclude: [{drafter: none}, {drafter: none, temperature: 0.7}]\n"))
+    assert points(plan, "drafter", "temperature") == [("prompt-lookup", 0.0), ("prompt-lookup", 0.7)]
+
+
+def test_a_change_may_remove_what_exclude_names(sweep, write) -> None:
+    file = write(f"{GRID}exclude:\n  - {{drafter: prompt-lookup, drafter.prompt-lookup.continuations: 3}}\n")
+    for args in (["--drafters", "early-exit"], ["drafter=none,early-exit"]):
+        outcome = sweep("--dry-run", *args, file=file)
+        assert "3 cells, 3 to do" in outcome.stderr, outcome.output
+    file.write_text(f"{GRID}exclude:\n  - {{drafte: prompt-lookup}}\n")
+    for args in ([], ["--limit", "2"], ["limit=2"]):
+        assert "no cell: drafte (did you mean 'drafter'?)" in one_line_error(sweep("--dry-run", *args, file=file))
+
+
 def test_the_command_line_goes_over_the_file(write) -> None:
     changes = ["drafter.early-exit.exit_layer=1,2,3", "num_speculative_tokens=5", "limit=2", "name=mine"]
     plan = load_plan(write(GRID), changes)
@@ -119,6 +135,13 @@ def test_the_command_line_goes_over_the_file(write) -> None:
     assert [c.drafter_options["exit_layer"] for c in plan.cells if c.drafter == "early-exit"] == [1, 2, 3]
     plan = load_plan(write(GRID), ["drafter=prompt-lookup"])  # a selection keeps its options
     assert {c.drafter for c in plan.cells} == {"prompt-lookup"} and len(plan.cells) == 4
+    assert load_plan(write(GRID), settings={"drafter": ["prompt-lookup"]}).cells == plan.cells
+    text = "drafter: m2r2\nverifier: {exact: , confident: {exit_threshold: [0.5, 0.9]}}\n"
+    for how in ({"overrides": ["verifier=confident"]}, {"settings": {"verifier": "confident"}}):
+        cells = load_plan(write(text), **how).cells
+        assert [c.verifier_options for c in cells] == [{"exit_threshold": 0.5}, {"exit_threshold": 0.9}]
+    plan = load_plan(write(f"{GRID}resources:\n"), ["resources.cpus=2"])
+    assert plan.resources.cpus == 2
 
 
 def test_settings_of_the_command_line_alone_are_a_plan() -> None:
@@ -157,6 +180,9 @@ def test_shipped_sweeps_are_what_they_say() -> None:
         ("verifier: exakt\n", "did you mean 'exact'"),
         ("limit: []\n", "the sweep would have no cell"),
         ("drafter: {}\n", "the sweep would have no cell"),
+        ("drafter:\n", "'drafter' takes names, or a mapping of names to options; got nothing"),
+        ("drafter: [none, {ngram: {nodes: 8}}]\n", "'drafter' takes names, or a mapping of names to options; got {"),
+        ("verifier: [[exact]]\n", "'verifier' takes names, or a mapping of names to options; got ['exact']"),
         ("drafter: none\nexclude:\n  - {drafter: none}\n", "has no cell: exclude drops them all"),
         ("drafter: none\nexclude:\n  - {drafter: nome}\n", "matches no cell: {'drafter': ['nome']}"),
         ("exclude:\n  - {limits: 2}\nlimit: 2\n", "did you mean 'limit'"),
@@ -184,10 +210,13 @@ def test_a_bad_file_is_one_line_with_its_name(sweep, write, tmp_path: Path, text
         ("limit=few", "'limit=few': limit must be"),
         ("drafter.early-exi.exit_layer=2", "did you mean 'early-exit'"),
         ("drafter.early-exit.exit_layr=2", "exit_lay"),
+        ("drafter=[none]", "'drafter' takes names"),
+        ("drafter.early-exit.exit_layer=2 drafter.early-exit.exit_layer.x=2", "'exit_layer' must be a mapping"),
+        ("--verifier-option exit_threshold=0.5", "--verifier-option beside a file needs --verifier"),
     ],
 )
 def test_a_bad_override_is_one_line(sweep, change: str, words: str) -> None:
-    assert words in one_line_error(sweep(change))
+    assert words in one_line_error(sweep(*change.split()))
 
 
 @pytest.mark.parametrize(
