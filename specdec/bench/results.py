@@ -142,14 +142,15 @@ def _settings(record: Record) -> list[str]:
     cell, about, prompts = (record[key] for key in ("cell", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
     licence = f" ({prompts['licence']})" if prompts["licence"] else ""
-    names = {"activations": "activations", "kv_cache": "KV cache"}
-    held = "".join(f", {name} in {about[key]}" for key, name in names.items() if about[key] != "as computed")
+    formats = {"activations": "activations", "kv_cache": "KV cache"}
+    held = "".join(f", {name} in {about[key]}" for key, name in formats.items() if about[key] != "as computed")
     times = f"{cell['repetitions']} repetition{'s' * (cell['repetitions'] > 1)}"
     how = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
-    versions = [f"{name} {about[name]}" for name in ("specdec", "commit", "torch", "transformers", "python", "system")]
+    names = "specdec", "commit", "torch", "transformers", "python", "system"
+    versions = [f"{name} {about[name]}" for name in names if about[name] is not None]
     return [
         f"{cell['model']}, {about['dtype']}, {about['runtime']} runtime on {about['device']}{held}, "
-        f"{about['threads']} threads, {about['gpu'] or about['cpu']}",
+        f"{about['threads']} threads, {about['gpu'] if about['device'].startswith('cuda') else about['cpu']}",
         ", ".join(versions),
         f"{prompts['conversations']} conversations of {prompts['name']}{licence}, sha256 {prompts['sha256'][:12]}"
         f"{skipped}, {how}, at most "

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from specdec import cli
 from specdec.bench.cell import Cell
 from specdec.bench.plan import Plan, Resources
+from specdec.bench.results import Results
 from specdec.bench.store import Store
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -86,6 +87,15 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "a CPU"), ("cuda:0", "a GPU")])
+def test_notes_name_what_ran_and_leave_out_what_is_unknown(device: str, name: str) -> None:
+    record = result(Cell(drafter="none"))
+    record["environment"] |= {"device": device, "gpu": "a GPU", "commit": None}
+    _, ran, versions, *_ = Results("", "", "", [record], 0).notes()
+    assert ran.endswith(f" on {device}, 2 threads, {name}")
+    assert versions == "specdec 0.1.0, torch 2.9, transformers 5.24, python 3.11, system Linux"
 
 
 def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:
