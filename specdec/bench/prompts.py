@@ -11,7 +11,7 @@ import importlib.resources
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The conversations of one source. sha256: of the file. licence: empty for the user's files and our own sets."""
+    """The conversations of one source. sha256: of the file. licence: of a public set that is asked for by name."""
 
     name: str
     conversations: tuple[Conversation, ...]
@@ -113,22 +113,24 @@ def load_prompts(name: str) -> PromptSet:
 
     Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
     each; ``.gz`` is unpacked. A file that is called like a public set is read as published. A named set is
-    ``NAME.jsonl`` in the data folder, else a download. Raises SpecDecError for an unknown name, a missing or empty
-    file, and a broken line, with its number.
+    ``NAME.jsonl`` in the data folder (also with underscores), else a download. Raises SpecDecError for an unknown
+    name, a missing or empty file, and a broken line, with its number.
     """
     if name in OURS:
         return _read(name, Path(str(importlib.resources.files("specdec.bench") / "data" / f"{name}.jsonl")))
     path = Path(name).expanduser()
     if name in PROMPT_SETS:
-        kept = files.data_dir() / f"{name}.jsonl"
-        path = kept if kept.is_file() else _downloaded(name, PROMPT_SETS[name])
+        kept = [files.data_dir() / f"{each}.jsonl" for each in (name, name.replace("-", "_"))]
+        path = next(filter(Path.is_file, kept), None) or _downloaded(name, PROMPT_SETS[name])
     elif not path.is_file():
         known = [*OURS, *PROMPT_SETS]
         raise SpecDecError(
             f"there is no prompt file '{name}'{did_you_mean(name, known)}; give a file or one of {', '.join(known)}"
         )
     source = PROMPT_SETS.get(path.name.partition(".")[0].replace("_", "-"))
-    return _read(name if name in PROMPT_SETS else path.name, path, source)
+    if name not in PROMPT_SETS:
+        return _read(path.name, path, source)
+    return replace(_read(name, path, source), licence=f"{PROMPT_SETS[name].licence}; {PROMPT_SETS[name].page}")
 
 
 def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
@@ -167,8 +169,7 @@ def _read(name: str, path: Path, source: PromptSource | None = None) -> PromptSe
         raise SpecDecError(f"prompt file '{path}' is empty; give one prompt a line")
     turns = (lambda record: None) if source is None else source.turns
     conversations = [_conversation(str(n), where, record, turns) for n, (where, record) in enumerate(records, start=1)]
-    licence = "" if source is None else f"{source.licence}; {source.page}"
-    return PromptSet(name, tuple(conversations), inputs.sha256(path), licence)
+    return PromptSet(name, tuple(conversations), inputs.sha256(path))
 
 
 def _conversation(number: str, where: str, record: dict[str, Any], make: Turns) -> Conversation:
