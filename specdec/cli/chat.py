@@ -153,15 +153,15 @@ class ChatSession:
         handle = self.engine.submit(request)
         answer, write = AnswerText(Detokenizer(self.decoder.tokenizer)), _writer(self.quiet)
         failed: BaseException | None = None
-        with shared.interrupting(handle.cancel):
+        with shared.interrupting(handle.cancel, every=True):
             for event in handle:
                 failed = event.error
                 for piece in answer.read(event, per_token=True):
                     write(piece.text, piece.depth)
-        terminal.write("\n")
-        if failed is not None:
-            raise SpecDecError(f"decoding failed, and the answer is no part of the conversation: {failed}")
-        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+            terminal.write("\n")
+            if failed is not None:
+                raise SpecDecError(f"decoding failed, and the answer is no part of the conversation: {failed}")
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         if not self.quiet:
             m, ended = handle.metrics, {"cancelled": "stopped", "length": "cut at --max-new-tokens"}
             why = ended.get(answer.finish or "", "")

@@ -322,12 +322,16 @@ def command_line(*more: str) -> str:
 
 
 @contextmanager
-def interrupting(call: Callable[[], object]) -> Iterator[None]:
-    """In this context the first Ctrl-C makes this call; the second one raises KeyboardInterrupt."""
+def interrupting(call: Callable[[], object], every: bool = False) -> Iterator[None]:
+    """In this context the first Ctrl-C makes this call; the second one raises KeyboardInterrupt.
+
+    every: each Ctrl-C makes the call, and none raises.
+    """
     before = signal.getsignal(signal.SIGINT)
 
     def handler(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        if not every:
+            signal.signal(signal.SIGINT, before)
         call()
 
     if before is not signal.SIG_IGN:  # ignored, for example, in a script's background jobs

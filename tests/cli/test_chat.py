@@ -105,14 +105,17 @@ def test_an_error_while_decoding_is_said(decoder: SpecDecoder, tokens: list[int]
     assert conversation.messages == []
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(conversation: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    conversation.limit = 3500
+@pytest.mark.parametrize("presses", [1, 3])
+def test_ctrl_c_stops_the_answer_and_not_the_chat(
+    conversation: ChatSession, monkeypatch: pytest.MonkeyPatch, presses: int
+) -> None:
+    conversation.max_new_tokens = 3500
     written: list[str] = []
 
     def write(text: str) -> None:
-        if not written:
-            signal.raise_signal(signal.SIGINT)
         written.append(text)
+        for _ in range(presses if len(written) == 1 or text == "\n" else 0):
+            signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(terminal, "write", write)
@@ -120,7 +123,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(conversation: ChatSession, mon
     answer = conversation.messages[-1]
     assert 0 < len(answer["content"]) < 3500 and "".join(written) == answer["content"] + "\n"
     assert signal.getsignal(signal.SIGINT) is before
-    conversation.limit = 4
+    conversation.max_new_tokens = 4
     conversation.take("And then?")
     assert len(conversation.messages) == 4
 
