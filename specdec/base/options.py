@@ -2,6 +2,7 @@
 Also checks of the options of drafters and of the command line. Imports nothing heavy.
 """
 
+import math
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -180,13 +181,16 @@ def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_size(flag: str, text: str) -> float | int:
-    """A share ("0.25", "25%") as a float in (0, 1], or a size ("300MB", "2GiB", "1000000") as an int of bytes."""
+    """A share ("0.25", "25%") as a float in (0, 1], or a size ("300MB", "2GiB", "1e9") as an int of bytes."""
     with suppress(ValueError):
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        if 0 < share <= 1:
-            return share
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if 0 < number <= 1:
+            return number
+        if 1 < number < math.inf and not text.endswith("%"):
+            return int(number)
     with suppress(ValidationError):
-        # pydantic ignores what follows the unit
-        if re.fullmatch(r"[\d.]+ *\w*", text.strip()) and (size := TypeAdapter(ByteSize).validate_python(text)) >= 1:
+        # pydantic ignores what follows the unit, and takes bits
+        named = re.fullmatch(r"(?i)[\d.]+ *(?!\w*bit)\w+", text.strip())
+        if named and (size := TypeAdapter(ByteSize).validate_python(text)) >= 1:
             return int(size)
     raise SpecDecError(f"{flag} takes a share in (0, 1], such as 0.25, or a size, such as 300MB; got '{text}'")
