@@ -105,20 +105,10 @@ class RequestMetrics:
     @property
     def acceptance_per_position(self) -> list[float]:
         """Entry i: the share of steps that accepted drafted token i, of those that drafted deeper than i."""
-        return self._acceptance(conditional=False)
-
-    @property
-    def conditional_acceptance(self) -> list[float]:
-        """Entry i: the same share, of those steps that accepted all tokens before token i."""
-        return self._acceptance(conditional=True)
-
-    def _acceptance(self, conditional: bool) -> list[float]:
         shares = []
         for i in range(max(self.per_step_drafted, default=0)):
             steps = zip(self.per_step_drafted, self.per_step_accepted, strict=True)
-            accepted = [a > i for d, a in steps if d > i and (a >= i or not conditional)]
-            if not accepted:
-                break
+            accepted = [a > i for d, a in steps if d > i]
             shares.append(sum(accepted) / len(accepted))
         return shares
 
