@@ -1,7 +1,7 @@
 """Runs groups of cells, one after the other in this process or in parallel on a Ray cluster (the ``ray`` extra).
 
-Both ways yield the records of a group when it ends. A failure is recorded and the other cells continue. An interrupt
-loses only the running groups.
+Both ways yield the records of a group when it ends. A failure is recorded and the other cells continue; if a Ray
+worker is lost, all cells of its group fail. An interrupt loses only the running groups.
 """
 
 from __future__ import annotations
