@@ -26,7 +26,7 @@ from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
-TRIED = 0.01  # share of the time in which each choice that is not made is tried
+TRIED = 0.012  # share of the time in which each choice that is not made is tried
 FADE = 0.9  # weight of the past per step in the present speed
 PLAIN, DRAFT = "plain", "draft"  # choices, beside the levels of each exit
 
