@@ -56,7 +56,7 @@ class ChainDrafter(Drafter):
     def chain(
         self, state: State, limit: int, step: Callable[[Tensor, Tensor], Readout], vocab: Tensor | None = None
     ) -> Draft:
-        """Draft up to ``limit`` tokens after each row's root.
+        """Draft up to ``limit`` tokens, and not more than ``nodes``, after each row's root.
 
         Ends early when the whole chain is not worth another level (``Prices.level``), unless reading that waits for a
         device. Where drafts are not verified, a row's chain ends before the first token that is less certain than
@@ -70,7 +70,7 @@ class ChainDrafter(Drafter):
         if self.vocabulary is not None:
             self.vocabulary.follow(state, [row.context for row in state.row_states])
             vocab = self.vocabulary.tokens
-        prices = state.prices
+        limit, prices = min(limit, self.nodes or limit), state.prices
         weighs = self.has_probabilities and prices is not None
         if weighs and prices is not None and not prices.levels():
             return Draft.empty(len(state.ids), state.cache.device)

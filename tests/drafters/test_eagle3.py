@@ -165,6 +165,12 @@ def test_chains_and_trees_are_alike_in_every_runtime(runtime: str) -> None:
             assert first.lists() == same.lists() and first.parents == same.parents
 
 
+def test_chains_of_several_rows_have_not_more_nodes_either(target: ReferenceTarget) -> None:
+    for nodes, most in ((2, 2), (9, 4)):
+        _, loop = zoo.run(target, zoo.eagle3(target, nodes=nodes), zoo.PROMPTS, 12)
+        assert max(drafted for each in loop.metrics for drafted in each.per_step_drafted) == most
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_grown_tree_has_the_likeliest_paths(target: ReferenceTarget, own: bool) -> None:
     drafter = zoo.eagle3(target, own, nodes=7, width=3)
