@@ -34,7 +34,7 @@ PATIENCE = 10.0  # seconds that a process waits for another one to change a file
 
 
 class UnusableError(SpecDecError):
-    """A file is damaged, or was written by another version."""
+    """A file is damaged."""
 
 
 @dataclass
@@ -153,15 +153,15 @@ class Store:
 def read_progress(path: Path) -> Progress | None:
     """What a file says of itself; None if there is none.
 
-    Raises UnusableError for one that cannot be used, SpecDecError if it cannot be read.
+    Raises UnusableError for a damaged one, SpecDecError if it cannot be read or was written by another version.
     """
     if not os.path.exists(path):
         return None
     with _reading(path) as file:
-        found = READ.validate_json((file.metadata() or {}).get("progress", ""))
-    if found.version != VERSION:
-        raise UnusableError(f"'{path}' was written by another version of specdec")
-    return found
+        text = (file.metadata() or {}).get("progress", "")
+        if json.loads(text)["version"] == VERSION:
+            return READ.validate_json(text)
+    raise SpecDecError(f"'{path}' was written by another version of specdec; 'specdec learn reset' removes it")
 
 
 def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -125,18 +125,21 @@ class Fits:
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:
-        """Begin without the file: a damaged one is written over, one that cannot be read now is not."""
+        """Begin without the file: a damaged one is written over, one of another version or unreadable now is not."""
+        then = "learning starts anew"
         if not isinstance(error, UnusableError):
             self.source.leave(str(error))
-        warnings.warn(f"{error}; learning starts anew", SpecDecWarning, stacklevel=3)
+            then += ", and what this process learns is not kept" if self.source is self.store else ""
+        warnings.warn(f"{error}; {then}", SpecDecWarning, stacklevel=3)
         self.source = self.store
         self.stamp = self.read_at = self.store.stamp()
 
     def claim(self) -> None:
         """Become the process that keeps what is learned. Raises SpecDecError if that cannot be."""
         if not self.store.claim():
-            why = self.store.why_not or f"another process learns for '{self.name}', and only one keeps what it learns"
-            raise SpecDecError(f"{why}; end it, or start it with --no-learn, and try again")
+            other = f"another process learns for '{self.name}', and only one keeps what it learns"
+            other += "; end it, or start it with --no-learn, and try again"
+            raise SpecDecError(self.store.why_not or other)
 
     @property
     def forgotten(self) -> bool:
@@ -150,7 +153,8 @@ class Fits:
 
     def opening(self) -> Generator[None]:
         """Make the sums, or read those of earlier processes."""
-        if not self.store.claim():
+        said = self.store.why_not  # by ``_cannot_use``
+        if not self.store.claim() and not said:
             why = self.store.why_not or "another process learns for this model"
             warnings.warn(f"{why}: what this one learns is not kept", SpecDecWarning, stacklevel=2)
         if (self.store.stamp(), self.source.stamp()) != (self.stamp, self.read_at):  # it has learned since
