@@ -50,11 +50,15 @@ def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[s
     Arguments: as of ``fetch``.
     """
     from huggingface_hub import HfApi  # heavy
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         found = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT)
         return [file.rfilename for file in found.siblings or ()], str(found.sha)
-    except Exception:  # an unknown repository, which ``fetch`` explains, or no network: the type depends on the library
+    except HfHubHTTPError:  # also an unknown repository, which ``fetch`` explains
+        fetch(kind, repository, revision, [CONFIG])
+        raise SpecDecError(f"cannot list the files of {kind} '{repository}' on Hugging Face; try again") from None
+    except Exception:  # an invalid name, which ``fetch`` explains, or no network: the type depends on the library
         folder = fetch(kind, repository, revision, [CONFIG])
         return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))], folder.name
 

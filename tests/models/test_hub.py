@@ -68,6 +68,22 @@ def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, m
         registry.parse("org/another")
 
 
+def test_a_hub_that_cannot_list_files_is_not_one_without_them(
+    fake: type[FakeHub], cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the configuration is in the cache."""
+    folder, get = save_native(tmp_path / "native"), fake.do_GET
+    fake.repositories["some/one"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    loading.load("some/one")
+
+    def busy(self: FakeHub) -> None:
+        self.answer({"error": "busy"}, 503) if self.path.startswith("/api/") else get(self)
+
+    monkeypatch.setattr(fake, "do_GET", busy)
+    with pytest.raises(SpecDecError, match="cannot list the files of model 'some/one' on Hugging Face; try again"):
+        loading.load("some/one:Q4_0")
+
+
 def test_a_model_that_is_there_asks_the_hub_once(fake: type[FakeHub], cache: Any, tmp_path: Path) -> None:
     folder, file = save_native(tmp_path / "native"), tmp_path / "it-Q4_0.gguf"
     write_gguf(file)
