@@ -53,13 +53,14 @@ class Tokenizer:
         self.chat_template: Any = template.read_text("utf-8") if template.is_file() else given.get("chat_template")
         for name in NAMED:
             token = given.get(name)
-            token = token["content"] if isinstance(token, dict) else token
-            setattr(self, name, token)
-            setattr(self, f"{name}_id", None if token is None else self._id(token))
+            setattr(self, name, token["content"] if isinstance(token, dict) else token)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if (named := name.removesuffix("_id")) in NAMED:
+            token = getattr(self, named)
+            return None if token is None else self._id(token)
         return getattr(self.transformers, name)
 
     @functools.cached_property
@@ -106,7 +107,7 @@ class Tokenizer:
 
     def _id(self, token: str) -> int | None:
         found: int | None = self.backend_tokenizer.token_to_id(token)
-        return vars(self).get("unk_token_id") if found is None else found
+        return self.unk_token_id if found is None and token != self.unk_token else found
 
     def get_vocab(self) -> dict[str, int]:
         return dict(self.backend_tokenizer.get_vocab())

@@ -181,6 +181,9 @@ def test_what_transformers_alone_can_is_done_by_transformers(tmp_path: Path) -> 
     assert own(["ab", "c"], padding=True, return_tensors="pt").input_ids.shape == (2, 2)
     assert isinstance(own.transformers, PreTrainedTokenizerFast)
     assert own.padding_side == own.transformers.padding_side
+    for token in ("a", None):
+        own.pad_token = token
+        assert own.pad_token_id == (token and own.convert_tokens_to_ids(token))
     with pytest.raises(AttributeError):
         _ = own._nothing
 
