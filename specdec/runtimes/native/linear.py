@@ -88,9 +88,11 @@ class Packed:
             packed = [made]
         elif draft_only:
             packed = [(kind := _draft_kind(*weight.shape), _tiles(weight, kind, memory)) for weight in weights]
+        elif len({isinstance(weight, Blocks) for weight in weights}) > 1:
+            packed = [_dense_tiles(weight, memory) for weight in weights]
         else:
             packed = [_kept(weight, kept, memory) for weight in weights]
-            if len({kind == BF16 for kind, _ in packed}) > 1:
+            if len({kind == BF16 for kind, _ in packed}) > 1:  # some blocks have too large numbers
                 packed = [_dense_tiles(weight, memory) for weight in weights]
         self.tiles = [tiles for _, tiles in packed]
         self.parts = (LinearPart * len(weights))()
