@@ -66,12 +66,20 @@ def fill(
             memory.release(matrix.data)
         setattr(module, leaf, nn.Parameter(values, requires_grad=False))
     for path, module in experts.items():
-        infos = [info for leaf in EXPERTS for info in found[f"{path}.{leaf}"]]
+        infos = tensors_of(f"{path}.down_proj", module, found)
         packed = _experts(module, file, infos, dtype)
         model.set_submodule(path, packed if keep and stays(module, infos) else packed.dense())
     if model.config.tie_word_embeddings:
         _tie(model)
     return made
+
+
+def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
+    """The tensors of a parameter; of a matrix of experts those of all of them: they stay in the file together."""
+    path, _, leaf = parameter.rpartition(".")
+    if isinstance(module, Experts) and leaf in EXPERTS:
+        return [info for each in EXPERTS for info in found[f"{path}.{each}"]]
+    return found[parameter]
 
 
 def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
@@ -89,10 +97,10 @@ def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -
     need, dtype = 0, model.dtype
     for parameter, values in model.named_parameters():
         path, _, leaf = parameter.rpartition(".")
-        module, infos = model.get_submodule(path), found[parameter]
-        if isinstance(module, Experts) and leaf in EXPERTS:
-            infos = [info for each in EXPERTS for info in found[f"{path}.{each}"]]
-        if not (keep and stays(module, infos)):
+        module = model.get_submodule(path)
+        apart = mapped and isinstance(module, Experts) and module.is_transposed  # parameters as others
+        infos = found[parameter] if apart else tensors_of(parameter, module, found)
+        if apart or not (keep and stays(module, infos)):
             as_they_are = all(PLAIN.get(info.kind) == dtype and is_aligned(info) for info in infos)
             need += 0 if mapped and as_they_are else values.numel() * dtype.itemsize
         elif leaf not in EXPERTS:

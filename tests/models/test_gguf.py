@@ -227,6 +227,18 @@ def test_a_matrix_of_two_tensors_stays_in_blocks_if_one_type_has_both(cache, tmp
         assert torch.equal(mixer.in_proj_qkvz.weight, expected)
 
 
+@pytest.mark.parametrize(("gates", "said"), [("Q5_0", False), ("IQ4_NL", True)])
+def test_a_note_says_what_all_experts_take_if_there_are_no_kernels_for_some(cache, tmp_path, gates, said, capsys):
+    path = write_family(tmp_path / "it.gguf", rough_model("qwen3_moe", **sizes("qwen3_moe")), "Q8_0", gates)
+    assert isinstance(loading.load(path)[0].model.layers[0].mlp.experts, BlockExperts) != said
+    found = [each for name, each in read_header(path).tensors.items() if name.endswith("exps.weight")]
+    need, stored = 2 * sum(math.prod(each.shape) for each in found), sum(each.nbytes for each in found)
+    note = (
+        f"of type {gates} with Q8_0 in '{path}'; unpacked to bfloat16, they take {megabytes(need)} of memory instead "
+    )
+    assert (f"{note}of {megabytes(stored)}" in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize("shape", [None, (128, 32), (64, 64)])
 def test_one_of_two_tensors_that_does_not_fit_is_named(cache, tmp_path, shape):
     path = write_family(tmp_path / "it.gguf", rough_model("qwen3_next", **sizes("qwen3_next")))

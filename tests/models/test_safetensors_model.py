@@ -19,6 +19,7 @@ from tiny_tokenizers import special_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from specdec import SpecDecoder
+from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.models import families, identity, loading, prepare
 from specdec.models.gguf.blocks import BlockExperts, densify
@@ -97,6 +98,17 @@ def test_weights_of_another_dtype_are_made_once(tmp_path: Path, dtype: torch.dty
     assert bool(model.origin.made) == (dtype != torch.bfloat16)  # type: ignore[union-attr]
     for name, matrix in model.named_parameters():
         assert matrix.dim() == 1 or model.origin.place(matrix) is not None, name  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral", "gpt_oss"])
+def test_memory_is_checked_for_what_is_made(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_native(tmp_path / "it", family, torch.float16)
+    need = sum(value.nbytes for _, value in loading.load(folder, dtype="bfloat16")[0].named_parameters())
+    monkeypatch.setattr(machine, "available_memory", lambda: need - 1)
+    with pytest.raises(SpecDecError, match="not enough memory for"):
+        loading.load(folder, dtype="bfloat16")
+    monkeypatch.setattr(machine, "available_memory", lambda: need)
+    loading.load(folder, dtype="bfloat16")
 
 
 def test_the_weights_of_several_files_are_found_and_those_of_no_parameter_are_not_read(folder: Path) -> None:

@@ -228,8 +228,8 @@ def write_family(
     tensors: Mapping[str, np.ndarray] = {},
 ) -> Path:
     """A model of transformers as llama.cpp's converter writes it, its matrices quantised to ``kind`` or in random
-    blocks of it. gates: the type of those of recurrent layers. older: as older converters wrote Qwen3-Next. joined:
-    gates and ups of experts are one tensor. tensors: further ones."""
+    blocks of it. gates: the type of those of recurrent layers and of experts. older: as older converters wrote
+    Qwen3-Next. joined: gates and ups of experts are one tensor. tensors: further ones."""
     config = model.config
     name, paired, more, metadata = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
@@ -293,7 +293,7 @@ def write_family(
             if part.ndim == 1 or "ffn_gate_inp" in stored or "conv1d" in stored or stored.endswith("bias"):
                 writer.add_tensor(stored, np.ascontiguousarray(part))
                 continue
-            its = gates or kind if "attn_gate" in stored else kind
+            its = gates if gates and stored.endswith(("attn_gate.weight", "gate_exps.weight")) else kind
             whole, packed = its in WHOLE, gguf.GGMLQuantizationType[its]
             rows = part.reshape(-1, part.shape[-1])
             most = 1e-5 if its == "Q6_K" else 5e-4  # weights are then as large as those of a trained model

@@ -258,7 +258,8 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep: b
     names = check_tensors(name, file, model)
     found = {parameter: [file.tensors[tensor] for tensor in tensors] for parameter, tensors in names.items()}
     places = {parameter: model.get_submodule(parameter.rpartition(".")[0]) for parameter in found}
-    unpacked = [infos for parameter, infos in found.items() if not weights.stays(places[parameter], infos)]
+    groups = {tuple(weights.tensors_of(parameter, place, found)): place for parameter, place in places.items()}
+    unpacked = [infos for infos, place in groups.items() if not weights.stays(place, infos)]
     weights.fill(name, file, model, found, keep, lambda key, stored: _restored(config, key, stored, len(found[key])))
     if ROPE_FACTORS in file.tensors:
         _scale_rotation(model, file)
@@ -286,7 +287,7 @@ def _restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: 
     return values.float() - 1 if around_zero else values
 
 
-def _say_unpacked(name: str, unpacked: list[list[TensorInfo]], dtype: torch.dtype) -> None:
+def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torch.dtype) -> None:
     """Say what it costs that there are no kernels for some of the matrices, which have one or several tensors each."""
     kinds, stored, numbers = set[str](), 0, 0
     for infos in unpacked:
