@@ -291,8 +291,8 @@ def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torc
     """Say what it costs that there are no kernels for some of the matrices, which have one or several tensors each."""
     kinds, stored, numbers = set[str](), 0, 0
     for infos in unpacked:
-        kind = " with ".join(dict.fromkeys(info.kind for info in infos))
-        if kind not in (*PLAIN, *blocks.KINDS):
+        kind = " with ".join(each := dict.fromkeys(info.kind for info in infos))
+        if kind not in blocks.KINDS and not each.keys() <= PLAIN.keys():
             kinds.add(kind)
             stored += sum(info.nbytes for info in infos)
             numbers += sum(math.prod(info.shape) for info in infos)
