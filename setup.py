@@ -48,7 +48,7 @@ setup(
         Extension(
             "specdec.speculation._ngram",
             sources=["specdec/speculation/ngram.c"],
-            depends=["specdec/speculation/calibrate.h"],
+            depends=["specdec/speculation/calibrate.h", "specdec/speculation/gumbel.h"],
             extra_compile_args=["-O3", "-fvisibility=hidden"],
             extra_link_args=["-s"] if not MAC else [],
             libraries=["m"],

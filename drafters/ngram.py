@@ -27,7 +27,6 @@ STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
 MOST_SCOPES = 16  # maximum number of scopes; the oldest is dropped for a new one
 # How much an occurrence counts: in the corpus, in an earlier request, in the request's own text.
 CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
-SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
 
 
 def count(tokenizer: Any, vocab_size: int) -> tuple[Texts, Prior]:
@@ -110,10 +109,7 @@ class NgramDrafter(Drafter):
         row_state.seen = len(ids)
         texts = (self.corpus, CORPUS_WEIGHT), (row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)
         sources = [(each, weight) for each, weight in texts if each is not None]
-        noise = None
-        if not chooser.transforms.greedy:
-            size = state.target.vocab_size
-            noise = [chooser.noise(len(ids) + depth, size) for depth in range(min(limit, SAMPLED))]
+        noise = None if chooser.transforms.greedy else (chooser.noise, len(ids))
         priced = state.prices or Prices(())
         tables = priced.tables[row] if priced.tables else ()
         # What is half worth its price is looked at, too, and in a trial whatever there is: calibration learns from it.

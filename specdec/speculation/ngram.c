@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "calibrate.h"
+#include "gumbel.h"
 
 #ifdef _WIN32
 #define EXPORT __declspec(dllexport)
@@ -61,7 +62,9 @@ typedef struct {
     const int32_t *learned_tokens, *learned_parents; /* parent 0: the root, i + 1: node i */
     const float *learned_p;      /* probability of each node after its parent; 0: the drafter does not have it */
     const float *learned_table;  /* as `table` */
-    const float *const *noise;                   /* [limit][V] of the positions behind the root, or NULL: greedy */
+    int32_t sampled;             /* whether tokens are drawn by noise, of: */
+    uint64_t seed, stream;
+    int64_t position;            /* of the token behind the root */
     const uint8_t *(*allowed)(int32_t node);     /* [V]: what may follow a node of the tree; its NULL: nothing. NULL: anything */
     int32_t *tokens, *parents;                   /* out: [nodes] */
     float *values;                               /* out: [nodes], probability of each path */
@@ -204,12 +207,12 @@ static void by_ngrams(const Growth *g, const Node *node, int32_t number, const i
         const uint8_t *mask = g->allowed(number);
         for (int i = 0; i < f->count; i++) f->p[i] = mask && mask[f->token[i]] ? f->p[i] : 0;
     }
-    if (g->noise && g->noise[node->depth]) { /* with the noise, the choice is the largest of p e^noise, nearly certain */
-        for (int i = 0; i < f->count; i++) f->p[i] *= expf(g->noise[node->depth][f->token[i]]);
+    if (g->sampled) { /* with the noise, the choice is the largest of p e^noise, nearly certain */
+        for (int i = 0; i < f->count; i++) f->p[i] *= expf(gumbel(g->seed, g->stream, g->position + node->depth, f->token[i]));
         rest *= 1.4427f; /* the median of e^noise */
     }
     for (int i = 0; i < f->count; i++) kept += f->p[i];
-    if (g->allowed || g->noise)
+    if (g->allowed || g->sampled)
         for (int i = 0; i < f->count && kept > 0; i++) f->p[i] /= kept + rest;
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.speculation.candidates import KNOTS, Candidates
+from specdec.speculation.sampling import Noise
 from specdec.speculation.trees import MOST_NODES
 
 LIBRARY = Path(__file__).with_name("_ngram.so")  # setup.py builds it
@@ -44,7 +45,11 @@ class _Growth(ctypes.Structure):
         ("price", POINTER),
         *((name, POINTER) for name in ("prior", "source", "weight", "table", "beside")),
         ("learned", INT),
-        *((name, POINTER) for name in ("learned_tokens", "learned_parents", "learned_p", "learned_table", "noise")),
+        *((name, POINTER) for name in ("learned_tokens", "learned_parents", "learned_p", "learned_table")),
+        ("sampled", INT),
+        ("seed", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
+        ("position", ctypes.c_int64),
         ("allowed", Allowed),
         *((name, POINTER) for name in ("tokens", "parents", "values", "own_raw", "learned_raw")),
     )
@@ -142,7 +147,7 @@ class Grower:
         limit: int,
         learned: Candidates | None = None,
         masks: Callable[[Sequence[int]], Tensor | None] | None = None,
-        noise: Sequence[Tensor] | None = None,
+        noise: tuple[Noise, int] | None = None,
         nodes: int = MOST_NODES,
         tables: Sequence[Sequence[float]] = (),
         prices: Sequence[float] = (),
@@ -151,15 +156,15 @@ class Grower:
 
         sources: texts that are matched, and the weight of each; later ones overrule earlier ones. learned: the tree of
         a learned drafter, which is merged in. masks: which tokens may follow those behind the root, bool [V] (None:
-        none may). noise: by which tokens are drawn, float32 [V] of each position behind the root; fewer than ``limit``
-        end the tree there. tables: calibrated probabilities at ``KNOTS`` of n-grams, of n-grams where the learned
-        drafter has other candidates, and of that drafter; none: what they say counts. ``raw`` has the same kinds.
+        none may). noise: by which tokens are drawn, and the position of the one behind the root. tables: calibrated
+        probabilities at ``KNOTS`` of n-grams, of n-grams where the learned drafter has other candidates, and of that
+        drafter; none: what they say counts. ``raw`` has the same kinds.
         prices: of scoring 0, 1, .. nodes, in tokens: nodes never worth theirs are left out; none: all are kept.
         """
         struct, tail = self.struct, ids[-MATCH_TOKENS:]
         self.text[: len(tail)] = [*tail]
         struct.length, struct.nodes = len(tail), min(nodes, NODES)
-        struct.limit = limit if noise is None else min(limit, len(noise))
+        struct.limit = limit
         struct.sources = len(sources)
         for number, (texts, weight) in enumerate(sources):
             self.source[number], self.weight[number] = texts.pointer, weight
@@ -176,10 +181,9 @@ class Grower:
             parts.append((FLOAT * struct.learned)(*learned.raw[0]))
             struct.learned_tokens, struct.learned_parents, struct.learned_p = map(ctypes.addressof, parts)
             alive += parts
-        struct.noise = None
+        struct.sampled = noise is not None
         if noise is not None:
-            alive.append((POINTER * len(noise))(*(each.data_ptr() for each in noise)))
-            struct.noise = ctypes.addressof(alive[-1])
+            (struct.seed, struct.stream), struct.position = noise[0].key.tolist(), noise[1]
         error = list[BaseException]()
         struct.allowed = ANY if masks is None else self._allowed(masks, error)
         count = self.lib.specdec_ngram_grow(ctypes.byref(struct))

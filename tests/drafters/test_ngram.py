@@ -27,7 +27,7 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, Texts
-from specdec.speculation.sampling import Sampler, SamplingParams
+from specdec.speculation.sampling import Noise, Sampler, SamplingParams
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 from specdec.verifiers.exact import ExactVerifier
@@ -243,12 +243,11 @@ def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through
         Grower()(text, [(own, 1.0)], 4, None, failing)
 
 
-def test_noise_decides_between_likely_followers() -> None:
-    prior = Prior.count(np.array([1, 2, -1, 1, 3, -1] * 50, np.int32), 10)
-    for token in (2, 3):
-        noise = torch.full((10,), -1.0)
-        noise[token] = 3.0
-        assert Grower(prior)([1], [], 1, None, None, [noise]).tokens[0] == token
+@given(seed=st.integers(0, 2**63 - 1), position=st.integers(0, 10**6))
+def test_the_noise_of_the_target_decides_between_likely_followers(seed: int, position: int) -> None:
+    prior, noise = Prior.count(np.array([1, 2, -1, 1, 3, -1] * 50, np.int32), 10), Noise(seed, 1)
+    found = Grower(prior)([1], [], 1, noise=(noise, position))
+    assert found.tokens[0] == 2 + int(noise(position, 10)[2:4].argmax())
 
 
 def test_the_prior_counts_followers_and_no_pair_across_texts() -> None:

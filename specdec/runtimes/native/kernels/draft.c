@@ -2,6 +2,7 @@
  * each of several. */
 
 #include "../../../speculation/calibrate.h"
+#include "../../../speculation/gumbel.h"
 
 enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
 
@@ -113,18 +114,6 @@ static void merge_candidates(Best *best, int lane, int count, int team) {
     for (int i = 0; i < count && best->values[lane][i] > NEVER; i++) best->values[lane][i] -= most + __builtin_logf(sum);
 }
 
-/* The standard Gumbel noise of a token at a position, as speculation/sampling.py has it: of Philox 4x64-10 by numpy. */
-static float noise_of(const Sampled *s, int64_t position, int64_t token) {
-    uint64_t c[4] = {(uint64_t)token / 8 + 1, 0, (uint64_t)position, 0}, k[2] = {s->seed, s->stream};
-    for (int i = 0; i < 10; i++, k[0] += 0x9E3779B97F4A7C15u, k[1] += 0xBB67AE8584CAA73Bu) {
-        const unsigned __int128 a = (unsigned __int128)0xD2E7470EE14C6C93u * c[0], b = (unsigned __int128)0xCA5A826395121157u * c[2];
-        const uint64_t next[4] = {(uint64_t)(b >> 64) ^ c[1] ^ k[0], (uint64_t)b, (uint64_t)(a >> 64) ^ c[3] ^ k[1], (uint64_t)a};
-        memcpy(c, next, sizeof c);
-    }
-    const float uniform = ((float)((uint32_t)(c[token % 8 / 2] >> 32 * (token % 2)) >> 1) + 0.5f) * 0x1p-31f, most = 1 - 0x1p-24f;
-    return (float)-__builtin_log(-__builtin_log1p(-(double)(uniform < most ? uniform : most)));
-}
-
 /* Let the best outputs of a lane, log-probabilities, compete with their noise: an output is likely as far as it leads. Top-k, top-p
  * and min-p count these few alone, which have nearly all of the probability. */
 static void draw_candidates(const TreeDraft *g, Best *best, int lane, const Sampled *s, int64_t position) {
@@ -135,7 +124,7 @@ static void draw_candidates(const TreeDraft *g, Best *best, int lane, const Samp
         const float gap = (values[some] - values[0]) * s->sharpness;
         share[some] = !s->top_k || some < s->top_k ? __builtin_expf(gap) : 0;
         mass += share[some];
-        noisy[some] = gap + noise_of(s, position, g->tokens ? g->tokens[ids[some]] : ids[some]);
+        noisy[some] = gap + gumbel(s->seed, s->stream, position, g->tokens ? g->tokens[ids[some]] : ids[some]);
         top = noisy[some] > top ? noisy[some] : top;
     }
     best->floor[lane] = NEVER;
