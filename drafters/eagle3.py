@@ -38,7 +38,7 @@ class Eagle3Drafter(PairDrafter):
     A tree is grown for one greedy row. It has ``nodes`` nodes, else those that are worth their price (``Prices``; a
     chain if there are no prices). Raises SpecDecError if the head does not fit the target.
 
-    nodes: of a tree; None: those that are worth their price.
+    nodes: number of nodes of a tree; None: as many as are worth their price.
     width: number of nodes of a level that get children.
     """
 

@@ -62,7 +62,7 @@ class M2R2Drafter(ChainDrafter):
     nodes, else those that are worth their price (``Prices``; a chain if there are no prices). Raises SpecDecError if no
     trained drafter fits the target and none can teach itself.
 
-    nodes: of a tree; None: those that are worth their price.
+    nodes: number of nodes of a tree; None: as many as are worth their price.
     width: number of nodes of a level that get children.
     exit_confidence: minimum probability, in [0, 1], with which a token leaves before the last exit (``State.exit``);
         where drafts are not verified, the verifier's threshold takes its place.

@@ -36,7 +36,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The conversations of one source. sha256: of the file. licence: of a public set that is asked for by name."""
+    """The conversations of one source, its file's SHA-256, and its licence if it is a public set asked for by name."""
 
     name: str
     conversations: tuple[Conversation, ...]

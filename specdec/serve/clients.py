@@ -77,7 +77,7 @@ class Client:
 def find_client(keys: Sequence[Key], given: str, address: str | None = None) -> Client | None:
     """Who has the key ``given``, in a time that does not depend on it; None if nobody has. Without keys everybody may.
 
-    address: of the sender, who is told apart by it where there are no keys.
+    address: the sender's address, which identifies the client if the server has no keys.
     """
     if not keys:
         return Client(sender=None if address is None else _network(address))

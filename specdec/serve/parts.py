@@ -42,7 +42,7 @@ TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
 
 @dataclass
 class Block:
-    """Output of one kind, whole. name, id: of a call, whose text is its arguments."""
+    """A complete part of the output. For a call, text is its arguments, and name and id are the call's."""
 
     kind: Kind
     text: str = ""

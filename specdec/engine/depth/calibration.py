@@ -74,8 +74,8 @@ class Seen(NamedTuple):
 
     candidates: of each candidate whose predecessors were right: its source, a knot near what that said, the weight
         there, and whether it was right.
-    levels: of levels whose predecessors were right, counted from where nothing else had the right token, whether they
-        had it.
+    levels: the number of each level behind right tokens, and whether it had the right token. Level 0 is the first at
+        which nothing else had the right token.
     """
 
     candidates: list[tuple[int, int, float, float]]
