@@ -28,15 +28,22 @@ class Scripted(Drafter):
 
 
 class Clock:
-    """The time of guards, which passes when a test says so."""
+    """A clock in place of the module ``time``, which advances when a test says so.
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+    tick: seconds that each reading of ``perf_counter`` takes.
+    """
+
+    def __init__(self, tick: float = 0.0) -> None:
+        self.now, self.tick = 1000.0, tick
 
     def monotonic(self) -> float:
         return self.now
 
     time = monotonic
+
+    def perf_counter(self) -> float:
+        self.now += self.tick
+        return self.now
 
 
 class OnlyOddAfterEven(LogitsProcessor):
