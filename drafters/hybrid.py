@@ -157,8 +157,9 @@ class HybridDrafter(Drafter):
             for each in () if draft.found is None else draft.found.rows:
                 each.raw[:] = [[0.0] * len(each.tokens), [0.0] * len(each.tokens), *each.raw]
             return draft
-        # A drafter that has learned nothing yet runs no level: as its own, such a draft would make levels look cheap.
-        levels = max(each.levels() for each in learned) if any(each.tokens for each in learned) else 0
+        if not any(each.tokens for each in learned):  # it has learned nothing yet
+            return draft_best(free, limit, nodes, state, 0, alone)
+        levels = max(each.levels() for each in learned)
         return draft_best(first.candidates(of_first, limit, learned) or [], limit, nodes, state, levels, alone)
 
     def withdraw(self, row_state: list[Any]) -> None:

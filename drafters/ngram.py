@@ -112,7 +112,7 @@ class NgramDrafter(Drafter):
         noise = None if chooser.transforms.greedy else (chooser.noise, len(ids))
         priced = state.prices or Prices(())
         tables = priced.tables[row] if priced.tables else ()
-        # What is half worth its price is looked at, too, and in a trial whatever there is: calibration learns from it.
-        every = self.nodes is not None or learned is not None or priced.try_levels
+        # What is half worth its price is looked at, too: calibration learns from it.
+        every = self.nodes is not None or learned is not None
         nodes = () if every else [price / 2 for price in priced.nodes]
         return self.grower(ids, sources, limit, learned, state.masks(row), noise, tables=tables, prices=nodes)

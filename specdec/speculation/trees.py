@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -30,7 +31,7 @@ class Prices:
     rates: [rows][levels], how likely the first, second, .. level has the right token where no other source has it.
     tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.sources``); none: what
         sources say counts.
-    try_levels: whether levels are drafted where they are not expected to pay, to learn whether they do.
+    allowance, level_allowance: tokens that nodes, and levels, may be expected to lose, to learn whether they pay.
     """
 
     nodes: Sequence[float]
@@ -38,7 +39,8 @@ class Prices:
     first: float = 0.0
     rates: Sequence[Sequence[float]] = ()
     tables: Sequence[Sequence[Sequence[float]]] = ()
-    try_levels: bool = False
+    allowance: float = 0.0
+    level_allowance: float = 0.0
 
     def of(self, *tables: int) -> Prices:
         """The same with some of the tables."""
@@ -57,15 +59,16 @@ class Prices:
         free: of each row, the nodes of a draft without levels. A level adds one to each row where
             that is worth it, or takes the place of one.
         """
-        return self.best_levels(free)[1] or int(self.try_levels)
+        gain, count = self.best_levels(free)
+        return count if gain + self.level_allowance > 0 else 0
 
     def best_levels(self, free: Sequence[Candidates] = ()) -> tuple[float, int]:
-        """The most that levels are expected to add beyond their price, in tokens, and their number."""
+        """The most tokens that one or more levels are expected to add beyond their price, and their number."""
         scored, most = sum(len(own.tokens) for own in free), len(self.nodes) - 1
         expected = [own.by_level() for own in free] or [[] for _ in self.rates]
         # Probability that a row is right up to the level: by the free draft; else by each number of levels behind it
         on, off = [1.0] * len(self.rates), [list[float]() for _ in self.rates]
-        added, taken, best, count = 0.0, 0, 0.0, 0
+        added, taken, best, count = 0.0, 0, -math.inf, 0
 
         def price(nodes: int) -> float:
             return self.nodes[min(max(scored, nodes), most)]
@@ -87,13 +90,13 @@ class Prices:
         return best, count
 
     def take(self, probabilities: Sequence[float]) -> int:
-        """The number of nodes that add most beyond their price.
+        """The number of nodes that add most beyond their price; 0: they do not pay.
 
         probabilities: calibrated, of the nodes in the order in which they are taken.
         """
-        sums = [0.0, *itertools.accumulate(probabilities)]
-        gains = [tokens - price for tokens, price in zip(sums, self.nodes, strict=False)]
-        return gains.index(max(gains))
+        sums = itertools.accumulate(probabilities)
+        gains = [tokens - price for tokens, price in zip(sums, self.nodes[1:], strict=False)]
+        return gains.index(max(gains)) + 1 if gains and max(gains) + self.allowance > 0 else 0
 
 
 class Tree(NamedTuple):

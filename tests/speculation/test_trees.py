@@ -93,7 +93,7 @@ def chain_of(*likely: float) -> Candidates:
 
 def levels(price: float, rate: float, *free: Candidates, first: float = 0.0, tried: bool = False) -> int:
     rates, nodes = [[rate] * 8 for _ in free], [0.05 * n for n in range(33)]
-    return Prices(nodes, price, first, rates, try_levels=tried).levels(free)
+    return Prices(nodes, price, first, rates, level_allowance=float(tried)).levels(free)
 
 
 def test_a_learned_level_pays_where_it_is_right_and_the_free_draft_is_not() -> None:

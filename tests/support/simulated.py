@@ -33,6 +33,7 @@ class World:
 
     phases: kinds of places, of which a text has one or the other by chance, each for ``tokens`` of a row.
     powers: a source says p ** (1 / power) for p. told: how many times ``ratio`` the policy is told.
+    busy: steps at the beginning that other work makes slow.
     """
 
     phases: Sequence[Kinds]
@@ -45,6 +46,7 @@ class World:
     tokens: int = 800
     told: float = 1.3
     base: float = 0.02
+    busy: int = 0
 
     def scoring(self, tokens: int) -> float:
         return self.base * math.hypot(1, tokens * self.ratio) * (1.05 if tokens > 16 else 1.0)

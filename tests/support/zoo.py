@@ -225,9 +225,9 @@ def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle
 
 def mtp(target: Target) -> MTPDrafter:
     """A random layer of another model in the place of the one that a checkpoint has."""
-    torch.manual_seed(4)
     d, place = target.hidden_size, (target.device, target.dtype)
     own = ReferenceTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(*place))
+    torch.manual_seed(4)
     norms = [torch.nn.LayerNorm(d, elementwise_affine=False) for _ in range(4)]
     join = torch.nn.Linear(2 * d, d).requires_grad_(False).to(*place)
     return MTPDrafter(MTPHead(own, join, *norms))

@@ -16,6 +16,7 @@ NOISE, DRAFT_NOISE = 0.1, 0.3  # of the times of passes and of drafts, likewise
 DRIFT = 0.01  # of the machine's speed, from step to step
 OUTLIER = 0.5  # errors of passes beyond this count less
 MOST_DEVIATIONS = 6.0  # standard deviations that an error of drafts counts as at most
+SURE = 2.5  # standard deviations by which a time can be too short by chance
 FIXED = 0.02  # assumed cost of a draft beside its levels, and of the first level beyond a further one, in passes
 LEVEL, FIRST, DRAFT = "level", "first", "draft"
 
@@ -103,7 +104,11 @@ class CostModel:
         weights = {int(place): 1 - share} | ({int(place) + 1: share} if share else {}) | {0: 1.0}
         error = seen - sum(weight * self.state[n] for n, weight in weights.items())
         gains = [sum(weight * row[n] for n, weight in weights.items()) for row in self.covariance]
-        total = sum(weight * gains[n] for n, weight in weights.items()) + NOISE**2 * max(abs(error) / OUTLIER, 1.0)
+        variance, noise = sum(weight * gains[n] for n, weight in weights.items()), NOISE**2 * max(error / OUTLIER, 1.0)
+        more = _doubt(error, variance, noise)  # the machine has become faster
+        self.covariance[0][0] += more
+        gains[0] += more
+        total = variance + more + noise
         self.state = [own + gain * error / total for own, gain in zip(self.state, gains, strict=True)]
         for n, (row, gain) in enumerate(zip(self.covariance, gains, strict=True)):
             row[:] = [own - gain / total * other for own, other in zip(row, gains, strict=True)]
@@ -128,12 +133,15 @@ class CostModel:
         each = {part: number * self._other(*part, rows) for part, number in parts.items()}
         expected, errors = sum(each.values()), {part: self._error(*part, rows) for part in parts}
         gains = {part: errors[part][1] * own / expected for part, own in each.items()}
-        total = DRAFT_NOISE**2 + sum(gains[part] * own / expected for part, own in each.items())
-        most = MOST_DEVIATIONS * math.sqrt(total)
-        error = min(max(math.log(max(seconds, 1e-9) / expected), -most), most)
+        error = math.log(max(seconds, 1e-9) / expected)
+        variance = sum(gains[part] * own / expected for part, own in each.items())
+        doubt = 1 + _doubt(error, variance, DRAFT_NOISE**2) / variance
+        total = doubt * variance + DRAFT_NOISE**2
+        error = min(error, MOST_DEVIATIONS * math.sqrt(total))
         for part, (own, variance) in errors.items():
-            left = variance - gains[part] ** 2 / total + DRIFT**2
-            self.others.setdefault(part, {})[rows] = [own + gains[part] * error / total, left]
+            gain = doubt * gains[part]
+            left = doubt * variance - gain**2 / total + DRIFT**2
+            self.others.setdefault(part, {})[rows] = [own + gain * error / total, left]
 
     def _other(self, kind: str, exit: int, rows: int) -> float:
         """Seconds of such a part of a draft: a share of a pass over one token, as far as is known."""
@@ -153,3 +161,11 @@ class CostModel:
         each = ((*key, rows, error) for key, known in self.others.items() for rows, (error, _) in known.items())
         others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
         return Costs([round(error, 4) for error in self.state] if self.known else [], others)
+
+
+def _doubt(error: float, variance: float, noise: float) -> float:
+    """The variance that what is known lacks, if a time is much shorter than expected.
+
+    Other work makes steps slow, and nothing makes them fast: then what is known is wrong.
+    """
+    return max((error / SURE) ** 2 - variance - noise, 0.0) if error < 0 else 0.0

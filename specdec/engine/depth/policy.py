@@ -26,9 +26,9 @@ from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
-TRIED = 0.012  # share of the time in which each choice that is not made is tried
+TRIED = 0.008  # share of the time in which each choice that is not made is tried
 FADE = 0.9  # weight of the past per step in the present speed
-PLAIN, DRAFT = "plain", "draft"  # choices, beside the levels of each exit
+PLAIN, DRAFT, NODES = "plain", "draft", "nodes"  # choices, beside the levels of each exit
 
 
 class DepthChoice(NamedTuple):
@@ -145,7 +145,7 @@ class AutoDepth:
             for row in (self.common, *self.rows):
                 for tally in [*row.by_source[-1:], *row.by_position, row.worth]:
                     tally.forget()
-            self.idle |= dict.fromkeys((DRAFT, *self.exits), float("inf"))
+            self.idle |= dict.fromkeys((DRAFT, NODES, *self.exits), float("inf"))
         self.version = version
 
     @property
@@ -171,7 +171,7 @@ class AutoDepth:
         if gain > 0:
             drafts = not self._due(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
         else:
-            drafts = self._due(DRAFT, -gain) or any(self._try_levels(exit, len(rows), count) for exit in self.exits)
+            drafts = self._due(DRAFT, -gain)
         if drafts:
             self.choice = self._best(rows, speed, count)
         return self.choice
@@ -179,14 +179,6 @@ class AutoDepth:
     def _due(self, what: str | int, loss: float) -> bool:
         """Whether ``what`` has not been tried for so long that it may lose ``loss`` seconds."""
         return TRIED * self.idle[what] >= loss
-
-    def _try_levels(self, exit: int, rows: int, count: int) -> bool:
-        """Whether a level is due."""
-        loss = self.model.first(exit, count) + self.model.level(exit, count)
-        if not self.has_probabilities:  # it is scored whatever it is, and costs a draft
-            nodes = min(round(rows * self.width), len(self.passes) - 1)
-            loss += self.model.drafting(count) + self.passes[nodes] - self.passes[0]
-        return (self.shares[exit] > 0 or not self.has_probabilities) and self._due(exit, loss)
 
     def _best(self, rows: Sequence[History], speed: float, count: int) -> DepthChoice:
         """The prices at the exit whose levels bring most, or at one that is due; and the depths that they are worth."""
@@ -199,9 +191,10 @@ class AutoDepth:
                 first=speed * self.model.first(exit, count),
                 rates=[rates(row, self.common, exit) for row in rows],
                 tables=tables if self.has_probabilities else (),
-                try_levels=self._try_levels(exit, len(rows), count),
+                allowance=speed * TRIED * self.idle[NODES],
+                level_allowance=speed * TRIED * self.idle[exit],
             )
-            every.append((prices.best_levels()[0] if len(self.exits) > 1 else 0.0, exit, prices))
+            every.append((max(prices.best_levels()[0], 0.0) if len(self.exits) > 1 else 0.0, exit, prices))
         best = max(every, key=itemgetter(0))
         others = [own for own in every if own is not best and own[2].levels()]
         due = [own for own in others if self._due(own[1], (best[0] - own[0]) / speed)]
@@ -228,9 +221,8 @@ class AutoDepth:
             self.passes = model.passing(count, len(self.passes) - 1)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
-        tried = choice.prices is not None and choice.prices.try_levels
-        made = [PLAIN] * (not nodes) + [DRAFT] * (choice.depth > 0) + [exit] * (levels > 0 or tried)
-        for what in (PLAIN, DRAFT, *self.exits):
+        made = [NODES if nodes else PLAIN] + [DRAFT] * (choice.depth > 0) + [exit] * (levels > 0)
+        for what in (PLAIN, DRAFT, NODES, *self.exits):
             self.idle[what] = 0.0 if what in made else self.idle[what] + seconds
         if not choice.depth:
             return

@@ -92,7 +92,7 @@ def test_tokens_go_where_they_bring_most_and_levels_serve_all_rows() -> None:
 
     def depths(rates: Sequence[Sequence[float]], level: float, node: float = 0.2, due: bool = False) -> list[int]:
         nodes = [node * n for n in range(60)]
-        return policy_of()._depths(Prices(nodes, level, rates=rates, try_levels=due))
+        return policy_of()._depths(Prices(nodes, level, rates=rates, level_allowance=float(due)))
 
     assert depths([good, bad], 0.1) == [3, 0] and depths([good, good], 0.1) == [3, 3]
     assert depths([bad], 0.1) == [0] and depths([bad], 0.1, due=True) == [1]

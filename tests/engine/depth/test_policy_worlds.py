@@ -28,6 +28,7 @@ REQUEST = 200  # tokens of a request
 def run(world: World, seed: int) -> list[float]:
     """Seconds of the policy in each phase. The first is run twice; the first time it is learned, and not counted."""
     drafter, rng, done, spent = HybridDrafter([Free(), Levels()]), random.Random(seed), 0, list[float]()
+    busy = world.busy
     drafter.bind(SimpleNamespace())  # type: ignore[arg-type]
     policy = AutoDepth(True, 3, (0.1,), world.told * world.ratio)
     histories = [policy.begin() for _ in range(world.rows)]
@@ -47,7 +48,9 @@ def run(world: World, seed: int) -> list[float]:
             other, accepted = world.scoring(world.rows + nodes), [len(own) for own in taken]
             new = [[*own, 3 * (row.at + len(own))] for own, row in zip(taken, rows, strict=True)]
             noise = math.exp(rng.gauss(0, 0.05)) * (3 if rng.random() < 0.01 else 1)
-            report = [levels] * world.rows, accepted, world.rows + nodes, noise * drafting, noise * other, new, found
+            slow = (25.0, 6.0) if busy > 0 else (1.0, 1.0)  # drafts wait more often than passes
+            busy, times = busy - 1, [noise * slow[0] * drafting, noise * slow[1] * other]
+            report = [levels] * world.rows, accepted, world.rows + nodes, *times, new, found
             policy.observe(StepReport(histories, *report))
             total += drafting + other
             for b, (row, own) in enumerate(zip(rows, new, strict=True)):
@@ -112,6 +115,8 @@ WORLDS = {
     "steep passes, copying after prose": replace(STEEP, phases=(PROSE, COPIED), level=0.2, tokens=1200),
     "steep passes, nothing is good": replace(STEEP, phases=(WEAK,), level=0.2),
     "both are too sure": World((PROSE,), powers=(2.5, 2.0)),
+    "other work at first": World((PROSE,), busy=12),
+    "other work at first, n-grams alone": World((NGRAMS,), busy=12),
     "passes are steeper than the formula says": replace(STEEP, told=0.5),
     "four rows": World((GOOD,), rows=4, tokens=400),
     "four rows, steep passes": replace(STEEP, rows=4, tokens=400, level=0.2),
@@ -122,7 +127,7 @@ WORLDS = {
 USUAL = {
     *("levels of 10 %", "both are good in turns", "n-grams alone", "nothing is good", "levels become bad"),
     *("steep passes, levels of 20 %", "steep passes, copying after prose", "both are too sure"),
-    "four rows, steep passes",
+    *("other work at first", "four rows, steep passes"),
 }
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in WORLDS if name not in USUAL]
 
