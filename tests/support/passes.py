@@ -155,6 +155,8 @@ SHARED: dict[str, object] = {
     "shared_expert_intermediate_size": 256,
     "linear_value_head_dim": 64,
 }
+# Families whose kernels are those of others, with other numbers.
+ALIKE = "granite", "olmoe", "smollm3", "qwen3", "ministral3", "gemma", "qwen3_5_moe_text"
 LARGE = ("Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_1")
 IN_BLOCKS: list[tuple[str, tuple[str, ...], dict[str, object]]] = [  # families, types of their matrices, sizes
     ("llama", ("Q4_1", "Q5_0", "Q8_0"), {}),

@@ -1,21 +1,15 @@
-"""Calls of the native kernels, recorded with the memory that they read, for ``replay.c``, which repeats them elsewhere.
-
-As a plug-in of pytest, it records what tests do with AVX2's kernels to the file ``REPLAY``.
-"""
+"""Calls of the native kernels, recorded with the memory that they read, for ``replay.c``, which repeats them."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import hashlib
-import os
 import struct
 from collections.abc import Callable, Iterator
 from ctypes import sizeof
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from specdec.models import families
 from specdec.runtimes.native import library, mixer
@@ -39,12 +33,15 @@ ARGUMENTS = 64  # where a record has them
 
 
 class Recording:
-    """The kernels, and what was done with them: memory, with pointers into itself. Sizes are those of native.h."""
+    """The kernels, and what was done with them: memory, with pointers into itself. Sizes are those of native.h.
+
+    title: of the next calls, for messages. names: of the kernels that were called.
+    """
 
     def __init__(self, kernels: Any) -> None:
-        self.kernels, self.title = kernels, ""
+        self.kernels, self.title, self.names = kernels, "", set[str]()
         self.memory, self.pointers, self.known = bytearray(LINE), list[int](), dict[bytes, int]()
-        self.last, self.count, self.changed = 0, 0, dict[int, int]()  # changed: places, by address
+        self.last, self.changed = 0, dict[int, int]()  # changed: places, by address
         self.written = list[tuple[int, Callable[[], bytes], int]]()  # by this call: place, content, bytes of a number
 
     def __getattr__(self, name: str) -> Any:
@@ -53,6 +50,7 @@ class Recording:
 
     def _record(self, kernel: Any, name: str, record: Any, *given: Any) -> Any:
         at, self.written, self.changed = self.add(bytes(ARGUMENTS + 88)), [], {}
+        self.names.add(name.removeprefix("specdec_"))
         whole = [int(each or 0) if isinstance(each, int | None) else 0 for each in given if not isinstance(each, float)]
         struct.pack_into(f"<{len(whole)}q", self.memory, at + ARGUMENTS, *whole)
         record(self, at + ARGUMENTS, *given)
@@ -68,7 +66,7 @@ class Recording:
         names = (self.add(text.encode() + b"\0", True) for text in (name, self.title))
         for i, place in enumerate((*names, written)):
             self.point(at + 8 + 8 * i, place)
-        self.last, self.count = self.point(self.last, at), self.count + 1
+        self.last = self.point(self.last, at)
         return result
 
     def save(self, path: Path) -> None:
@@ -279,31 +277,3 @@ class Recording:
 
 def _rows(heads: list[int], size: int) -> bytes:
     return b"".join(ctypes.string_at(head, size) for head in heads)
-
-
-def pytest_configure() -> None:
-    recording, load = Recording(None), library.load
-
-    @functools.cache
-    def recorded() -> Any:
-        found = load()
-        if found.level != "avx2":
-            return found
-        recording.kernels = found
-        return recording
-
-    def clear() -> None:
-        load.cache_clear()
-        forget()
-
-    forget, recorded.cache_clear = recorded.cache_clear, clear  # type: ignore[method-assign]
-    library.load, Recording.own = recorded, recording
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    Recording.own.title = item.name
-
-
-def pytest_sessionfinish() -> None:
-    Recording.own.save(Path(os.environ["REPLAY"]))
-    print(f"\n{Recording.own.count} calls of kernels are recorded, with {len(Recording.own.memory) / 1e6:.0f} MB")

@@ -1,32 +1,49 @@
-"""The kernels for Arm write the same bits as those for x86: calls of the kernels that tests make here, in AVX2, are
-repeated under emulation."""
+"""The kernels for Arm write the same bits as those for x86: calls of AVX2's are repeated under emulation."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from passes import (
+    ALIKE,
+    IN_BLOCKS,
+    adapted_pass,
+    in_blocks,
+    next_logits,
+    play,
+    random_adapters,
+    random_blocks,
+    random_route,
+)
+from passes import seeded as after_three_tokens
+from replay import Recording
+from tiny import model_of
 
-from specdec.runtimes.native import library
+from specdec.base.options import SamplingParams
+from specdec.models.gguf.blocks import KINDS
+from specdec.runtimes.draft_path import DraftRoots, TreeLimits
+from specdec.runtimes.native import library, linear
+from specdec.runtimes.native.target import FAMILIES, NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.candidates import KNOTS, Candidates
+from specdec.speculation.sampling import RowSampler, Sampler
+from specdec.speculation.tree_drafting import along
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fPIC"]  # of setup.py
 ROOT = Path(__file__).parents[3]
-TESTS = ["test_linear.py", "test_target_builds.py", "test_target.py"]
-# The layers of families are in the calls of ``agrees``; adapters need some of them.
-ADAPTERS, TREES = "adapters and (beside or llama or phi3 or qwen3_5)", "in_one_call"
-KERNELS = f"(test_linear and not wide) or ({TREES}) or ({ADAPTERS}) or chains or largest"
-OTHERS = "granite or olmoe or olmo2 or smollm3 or qwen3- or phi3 or ministral3 or gemma- or qwen3_5_moe"
-ALIKE = "granite or olmoe or smollm3 or qwen3- or ministral3 or gemma- or qwen3_5_moe"  # kernels of the other families
-LOGITS = f"logits_are_equal and not ({OTHERS})"
-WHICH = f"not masks and ({LOGITS} or avx2 and ({KERNELS} or agrees and not ({ALIKE})))"
+BLOCKS = "llama", "phi3", "olmo2", "gemma3_text", "mixtral", "gpt_oss", "qwen3_next"
+NARROW = "llama", "mistral", "gpt_oss", "gemma3_text"  # families whose attention differs
+WINDOWED = {"mistral": {"sliding_window": 12}, "gemma3_text": {"sliding_window": 12}}
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("two_threads"),
     pytest.mark.skipif(
         not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"there is no {COMPILER} or no {EMULATOR}"
     ),
@@ -34,24 +51,115 @@ pytestmark = [
 ]
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """``replay.c`` and the kernels, for Arm."""
-    program, kernels, levels = folder / "replay", folder / "_native.so", '"", "neon", "i8mm"'
-    subprocess.run([COMPILER, f"-DLEVELS={levels}", ROOT / "tests/support/replay.c", "-o", program], check=True)
+def maps(recording: Recording) -> None:
+    """Linear maps and tables of all kinds, of few and many tokens, with numbers at their ends."""
+    x, norm = torch.randn(37, 512).bfloat16(), torch.rand(512) + 0.5
+    x[1], x[2], x[3, :40], x[4] = 1, -1, 0, 2.0**-126
+    broken = torch.ones(2, 512).bfloat16()
+    broken[0, 40], broken[1, 3] = torch.nan, -torch.inf
+    for kind in KINDS:
+        for scales in (0.001, 0.02), (1e-7, 1e-6), (100.0, 4000.0), (0.0, 0.0):
+            recording.title = f"{kind} {scales}"
+            packed = linear.Packed([random_blocks(kind, 48, 512, scales)])
+            for tokens in (1, 3, 5, 37) if scales[0] == 0.001 else (4,):
+                packed(x[:tokens])
+        packed(x[:5], norm, 1e-5)
+        packed(broken)
+        table = linear.RowTable(random_blocks(kind, 40, 256))
+        table(torch.tensor([3, 0, 39]))
+        linear.unpack(random_blocks(kind, 40, 256), None, torch.bfloat16)
+    recording.title = "16 bits"
+    weight = torch.randn(1003, 64).bfloat16()
+    weight[500:] = weight[:503].clone()  # ties, of which the first counts
+    dense, narrow = linear.Packed([weight], torch.randn(1003)), x[:, :64]
+    for tokens in (1, 5, 17, 37):
+        dense(narrow[:tokens])
+        dense(narrow[:tokens], norm[:64], 1e-5, once=True)
+        dense.largest(narrow[:tokens], norm[:64], 1e-5)
+    recording.title = "a screened map"
+    blocks = random_blocks("Q8_0", 1003, 256)
+    screened = linear.Packed([blocks], scale=0.5)
+    screened.screen(blocks)
+    for tokens in (1, 2, 7):
+        screened.largest(x[:tokens, :256], norm[:256], 1e-5)
+    for outputs in (50, 11002):  # 8 and 4 bits
+        recording.title = f"{outputs} outputs for drafts"
+        draft_only = linear.Packed([torch.randn(outputs, 192).bfloat16()], torch.randn(outputs), draft_only=True)
+        for tokens in (1, 5, 16):
+            draft_only(x[:tokens, :192])
+
+
+def models(recording: Recording) -> None:
+    """Passes of models in blocks and in 16 bits, with both caches, and with adapters."""
+    ids = torch.randint(3, 97, (1, 45))
+    for family, kinds, changes in IN_BLOCKS:
+        if family in BLOCKS:
+            recording.title = f"{family} in {' '.join(kinds)}"
+            target = NativeTarget(in_blocks(family, kinds, **changes))
+            cache = target.new_cache()
+            for part in ids.split((39, 1, 5), 1):
+                next_logits(target, cache, part)
+    for family in (family for family in FAMILIES if family not in ALIKE):
+        for kv_cache in ("auto", "int8") if family in NARROW else ("auto",):
+            recording.title = f"{family} in 16 bits, KV cache {kv_cache}"
+            model = model_of(family)
+            target = NativeTarget(model, kv_cache=kv_cache)
+            play(target)
+        if family in ("llama", "phi3", "qwen3_5_text"):
+            with torch.inference_mode(False):
+                adapters = random_adapters(ReferenceTarget(model), leave_out="self_attn.k_proj").bfloat16()
+            adapted_pass(target, adapters, 3)
+
+
+def drafts(recording: Recording) -> None:
+    """Trees and chains of one and of several rows, sampled, and beside another source's tree."""
+    cases = ("llama", "auto"), ("llama", "int8"), ("mistral", "auto"), ("gemma3_text", "auto"), ("qwen3_5_text", "auto")
+    tree = Candidates([0.0] * 4, [5, 9, 7, 11], [0, 0, 1, 2], [[0.5, 0.3, 0.9, 0.4]])
+    tables = [[0.02 + 0.09 * n for n in range(len(KNOTS))]] * 3
+    for family, kv_cache in cases:
+        recording.title = f"drafts of {family}, KV cache {kv_cache}"
+        target = NativeTarget(model_of(family, **WINDOWED.get(family, {})), kv_cache=kv_cache)
+        route, rows = random_route(target, heads=2), 5
+        cache, roots = after_three_tokens(target)
+        params = SamplingParams(seed=3, temperature=1.2, top_k=9, top_p=0.8, min_p=0.05)
+        for given in (
+            roots,
+            replace(roots, given=[tree], tables=[tables]),
+            replace(roots, sampled=Sampler.of([RowSampler(params)]).sampled([[1] * 7])),
+        ):
+            for limits in TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 0.02):
+                along(target, cache, given, route, limits)
+        cache.select([0] * rows)
+        final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
+        several = DraftRoots(list(range(rows)), roots.positions * rows, final, carried)
+        for limits in TreeLimits(5, 1), TreeLimits(4, 3):
+            along(target, cache, several, route, limits)
+
+
+def test_kernels_write_the_bits_of_avx2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With byte matrices, with dot products alone, and a CPU that has neither, which is refused."""
+    program, kernels, calls = tmp_path / "replay", tmp_path / "_native.so", tmp_path / "calls"
+    source = ROOT / "tests/support/replay.c"
+    subprocess.run([COMPILER, '-DLEVELS="", "neon", "i8mm"', source, "-o", program], check=True)
     sources = sorted((ROOT / "specdec/runtimes/native").glob("*.c"))
     subprocess.run([COMPILER, "-shared", "-Werror", *FLAGS, *sources, "-lm", "-o", kernels], check=True)
-    return program, kernels
-
-
-def test_kernels_write_the_bits_of_avx2(tmp_path: Path) -> None:
-    """With byte matrices, with dot products alone, and a CPU that has neither, which is refused."""
-    built, calls = build(tmp_path), tmp_path / "calls"
-    pytest_ = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", "-p", "replay", "-p", "no:cacheprovider"]
-    environment = os.environ | {"REPLAY": str(calls), "PYTHONPATH": str(ROOT / "tests/support")}
-    tests = [Path(__file__).with_name(name) for name in TESTS]
-    subprocess.run([*pytest_, "-k", WHICH, *tests], check=True, cwd=ROOT, env=environment)
+    load = library.load
+    try:
+        monkeypatch.setenv(library.LEVEL, "avx2")
+        load.cache_clear()
+        recording = Recording(load())
+        monkeypatch.setattr(library, "load", lambda: recording)
+        torch.manual_seed(1)
+        with torch.inference_mode():
+            for part in maps, models, drafts:
+                part(recording)
+    finally:
+        monkeypatch.undo()
+        load.cache_clear()
+    assert recording.names == {name.removeprefix("call_") for name in vars(Recording) if name.startswith("call_")}
+    recording.save(calls)
     for cpu, level in ("max", "i8mm"), ("neoverse-n1", "neon"), ("cortex-a57", ""):
-        command = [EMULATOR, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", *built, "2", calls]
+        command = [EMULATOR, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", program, kernels, "2", calls]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.stdout.splitlines() == [level], cpu
         assert not done.stderr and done.returncode == 0
