@@ -56,6 +56,7 @@ SKIPS = (  # what a machine may lack: patterns of the reasons
 
 
 USUAL = {"llama", "gpt2", "qwen3_5_text"}  # families: rotary and absolute positions, and layers with recurrent states
+WHOLE = {"test_target.py", "test_drafting.py", "test_cache_int8.py"}  # tests of whole models with each instruction set
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -142,17 +143,19 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test comes first: at the end, one process alone would run it. Of tests that run for many families,
-    those of ``USUAL`` run by default, and the others are slow. So are whole models with another instruction set than
-    this CPU's best: the kernels' own tests run with two by default."""
+    those of ``USUAL`` run by default, and the others are slow. Whole models run with this CPU's best instruction set,
+    and those of ``USUAL``, as slow tests, with the first one: the kernels' own tests run with all."""
     best = library.load().level if library.runs() else ""
     items.sort(key=lambda item: item.path.name != "test_kernels_arm.py")
     by_test: dict[str, list[tuple[str, pytest.Item]]] = {}
-    for item in items:
+    for item in [*items]:
         params = getattr(getattr(item, "callspec", None), "params", {})
         if isinstance(family := params.get("family", params.get("kind")), str):
             by_test.setdefault(item.nodeid.partition("[")[0], []).append((family, item))
-        if item.path.name == "test_target.py" and params.get("kernels", best) != best:
+        if item.path.name in WHOLE and (level := params.get("kernels", best)) != best:
             item.add_marker(pytest.mark.slow)
+            if level != library.LEVELS[1] or params.get("family", "llama") not in USUAL:
+                items.remove(item)
     for found in by_test.values():
         families = {family for family, _ in found}
         if "llama" in families and len(families) > 4:

@@ -37,13 +37,13 @@ def mixture(family: str, seed: int = 0, apart: float = 1.0) -> Any:
 @native
 @pytest.mark.parametrize("family", MIXTURES)
 def test_near_ties_between_experts_are_no_fault(family: str) -> None:
-    for seed in range(4):
+    for seed in range(2):
         assert NativeTarget(mixture(family, seed, 0.02), "int8").logit_difference < 0.05
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
 def test_near_ties_are_no_fault_where_modules_run(family: str) -> None:
-    for seed in range(3):
+    for seed in range(2):
         assert ReferenceTarget(mixture(family, seed, 0.02)).logit_difference < 0.05
 
 
@@ -86,12 +86,11 @@ def replace(module: Any, function: Any) -> None:
 @pytest.mark.parametrize("other", [louder, scaled, unnormalised, reordered, chosen_otherwise])
 def test_another_mixture_is_refused(family: str, other: Any) -> None:
     """Modules that compute something else than their weights say: as if the kernels did."""
-    for seed in range(2):
-        model = mixture(family, seed)
-        for layer in model.model.layers:
-            other(layer)
-        with pytest.raises(SpecDecError, match="the native runtime gives other logits than this"):
-            NativeTarget(model)
+    model = mixture(family)
+    for layer in model.model.layers:
+        other(layer)
+    with pytest.raises(SpecDecError, match="the native runtime gives other logits than this"):
+        NativeTarget(model)
 
 
 def test_numbers_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,18 +115,17 @@ def test_gradients_pass_through_a_long_causal_pass() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("t", [1, 3])
 @torch.inference_mode()
-def test_adapters_agree_with_the_reference_runtime(family: str, t: int) -> None:
+def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
     model = rough_model(family)
     reference, fused = ReferenceTarget(model), FusedTarget(model)
     assert fused.linears(1) == reference.linears(1)
     with torch.inference_mode(False):
         adapters = random_adapters(reference, leave_out="self_attn.k_proj")
-    expected = adapted_pass(reference, adapters, t)
-    assert (expected - adapted_pass(reference, None, t)).abs().max() > 0.1
+    expected = adapted_pass(reference, adapters, 3)
+    assert (expected - adapted_pass(reference, None, 3)).abs().max() > 0.1
     for _ in range(2):  # made on the first call, reused on the second
-        assert torch.allclose(adapted_pass(fused, adapters, t), expected, atol=5e-5, rtol=1e-5)
+        assert torch.allclose(adapted_pass(fused, adapters, 3), expected, atol=5e-5, rtol=1e-5)
 
 
 def test_a_training_step_reaches_adapted_layers() -> None:

@@ -140,41 +140,6 @@ def test_drafts_with_another_tree_and_tables_are_those_of_a_plain_loop(monkeypat
 
 
 @torch.inference_mode()
-def test_a_token_of_both_sources_is_one_node_and_levels_go_on_behind_one_of_the_other_alone() -> None:
-    target = sharp_target()
-    cache, roots = seeded(target)
-    route, (other, behind, *_) = route_of(target)
-    alone = drafted(target, cache, roots, route, TreeLimits(2, 4))
-    likeliest = alone.tokens[0]
-    said = by_path(alone._replace(scores=alone.raw[0]))
-    tree = given((likeliest, 0, 0.01), (other, 0, 0.95), (behind, 2, 0.5))
-    found = drafted(target, cache, replace(roots, given=[tree]), route, TreeLimits(2, 4))
-    paths, raw = by_path(found), by_path(found._replace(scores=found.raw[0]))
-    assert found.tokens[0] == other and math.exp(paths[other,]) == pytest.approx(0.95, rel=1e-3)
-    assert raw[other,] == 0 and raw[likeliest,] == pytest.approx(said[likeliest,], rel=1e-3)
-    assert raw[other, behind] == 0 < math.exp(paths[other, behind])
-    behind_other = [path for path in paths if path[:1] == (other,) and len(path) == 2 and raw[path] > 0]
-    assert len(behind_other) == 4  # the heads' own, behind a node that they do not have
-    assert sum(math.exp(paths[path]) for path in paths if len(path) == 1) <= 1.001
-
-
-@torch.inference_mode()
-def test_tables_decide_the_order_and_how_many_levels_there_are() -> None:
-    target = sharp_target()
-    cache, roots = seeded(target)
-    route, (other, *_) = route_of(target)
-    limits, tree = TreeLimits(4, 4, level=0.3), given((other, 0, 0.5))
-    sure, unsure = (
-        drafted(target, cache, replace(roots, given=[tree], tables=[[table, LOW, LOW]]), route, limits)
-        for table in (HIGH, LOW)
-    )
-    assert max(sure.depths()) == 4 and max(unsure.depths()) == 1
-    assert sure.tokens[0] != other and math.exp(sure.scores[0]) == pytest.approx(0.9, rel=1e-3)
-    first = drafted(target, cache, replace(roots, given=[tree], tables=[[LOW, LOW, HIGH]]), route, limits)
-    assert first.tokens[0] == other and first.raw[0][0] == 0
-
-
-@torch.inference_mode()
 def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> None:
     target = sharp_target()
     cache, roots = seeded(target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -45,8 +44,7 @@ def stored(path: Path, family: str = "gpt_oss") -> Path:
     return write_family(path / "it.gguf", tamed(model), "Q8_0")
 
 
-@pytest.mark.parametrize("cache", [2 / 6, 0.5, 1.0])
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize(("family", "cache"), [("olmoe", 2 / 6), ("olmoe", 1.0), ("gpt_oss", 0.5), ("qwen3_next", 0.5)])
 def test_logits_are_those_of_experts_in_memory_to_the_bit(family: str, cache: float) -> None:
     expected, target = NativeTarget(mixture(family)), NativeTarget(mixture(family), expert_cache=cache)
     assert expected.experts is None and isinstance(target.experts, MappedExperts)
@@ -92,21 +90,19 @@ def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
         assert all(each & 1 for each in pages) == (expert in layer.there)
 
 
-@pytest.mark.parametrize("drafter", ["none", "prompt-lookup"])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next", "qwen3_5_moe_text"])
-def test_a_file_decodes_natively_and_its_loads_are_counted(tmp_path: Path, family: str, drafter: str) -> None:
+def test_a_file_decodes_natively_and_its_loads_are_counted(tmp_path: Path, family: str) -> None:
     path = stored(tmp_path, family)
     expected = SpecDecoder.from_pretrained(path, "none").generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
     assert not expected.metrics.experts
-    decoder = SpecDecoder.from_pretrained(path, drafter, expert_cache=0.5)
+    decoder = SpecDecoder.from_pretrained(path, "prompt-lookup", expert_cache=0.5)
     found = decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
     assert decoder.target.runtime == "native" and "3 of 6 experts per layer" in decoder.target.experts.describe()
     assert found.token_ids == expected.token_ids
     assert found.metrics.experts["demanded"] > 0 and found.metrics.experts["hit_rate"] > 0
 
 
-@pytest.mark.parametrize("weights", ["auto", "int8"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(("family", "weights"), [("mixtral", "int8"), ("qwen3_moe", "auto")])
 def test_experts_of_a_checkpoint_are_read_one_by_one(tmp_path: Path, family: str, weights: str) -> None:
     folder = save_tiny_moe(tmp_path, family)
     whole = SpecDecoder.from_pretrained(folder, "none", weights=weights)
@@ -224,23 +220,26 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 PEAK = """
-import json, sys
+import gc, sys
 from pathlib import Path
 from specdec import SpecDecoder
 from specdec.models import loading
 
-large, small, given = sys.argv[1:]
+large, small = sys.argv[1:]
 
 def status(name):
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
     return 1024 * int(line.split()[1])
 
 loading.load(small)  # what it needs is imported
-Path("/proc/self/clear_refs").write_text("5")
-start = status("VmRSS")
-decoder = SpecDecoder.from_pretrained(large, "none", **json.loads(given))
-print(decoder.generate(list(range(3, 60)), max_new_tokens=8).token_ids)
-print(status("VmHWM") - start)
+for given in ({"expert_cache": 0.25}, {}):
+    Path("/proc/self/clear_refs").write_text("5")
+    start = status("VmRSS")
+    decoder = SpecDecoder.from_pretrained(large, "none", **given)
+    print(decoder.generate(list(range(3, 60)), max_new_tokens=8).token_ids)
+    print(status("VmHWM") - start)
+    del decoder
+    gc.collect()
 """
 
 
@@ -250,20 +249,15 @@ def test_experts_are_never_in_memory_all_at_once(tmp_path: Path) -> None:
     small = save_tiny_moe(tmp_path / "small")
     large = shutil.copytree(small, tmp_path / "large", ignore=shutil.ignore_patterns("*.safetensors"))
     config = MixtralConfig.from_pretrained(small, hidden_size=512, intermediate_size=1024, num_local_experts=16)
-    config.update({"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 8, "dtype": torch.bfloat16})
+    config.update({"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8, "dtype": torch.bfloat16})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     rest = sum(p.nbytes for p in model.parameters()) - experts
     model.save_pretrained(large, max_shard_size="60MB")
-    found = list[tuple[str, int]]()
-    for given in ({"expert_cache": 0.25}, {}):
-        command = [sys.executable, "-c", PEAK, large, small, json.dumps(given)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-        ids, peak = run.stdout.splitlines()
-        found.append((ids, int(peak) - rest))
-    (ours, paged), (own, whole) = found
+    run = subprocess.run([sys.executable, "-c", PEAK, large, small], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    ours, paged, own, whole = (int(line) - rest if line.isdigit() else line for line in run.stdout.splitlines())
     assert ours == own
-    assert whole > experts > 250e6  # the measure sees them
+    assert whole > experts > 150e6  # the measure sees them
     assert paged < 0.7 * experts  # a quarter of them, those of a layer for the prompt, and what computing takes

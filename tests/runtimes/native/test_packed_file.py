@@ -164,19 +164,9 @@ def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def empty(file: Path) -> None:
-    os.truncate(file, 0)
-
-
 def flip_data(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 1
-    file.write_bytes(data)
-
-
-def zero_page(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[4096:8192] = bytes(4096)
     file.write_bytes(data)
 
 
@@ -214,23 +204,15 @@ def entry(place: int, value: object) -> Callable[[Path], None]:
 
 DEFECTS = {
     "cut": cut,
-    "empty": empty,
     "data": flip_data,
-    "page": zero_page,
     "index": flip_index,
     "older": lambda file: file.write_bytes(file.read_bytes()[: -END.size] + END.pack(b"specdec packed 0", 0, 0)),
     "huge index": lambda file: file.write_bytes(
         file.read_bytes()[: -END.size] + END.pack(packed_file.MAGIC, 1 << 60, 0)
     ),
-    "no JSON": rewrite(lambda index: index.pop("entries")),
-    "a list": rewrite(lambda index: index.update(entries=[])),
     "beyond the end": entry(1, 1 << 40),
-    "not aligned": entry(1, 3),
-    "negative": entry(1, -64),
-    "smaller": entry(2, 64),
     "larger": entry(2, 1 << 50),
     "another kind": entry(0, 3),
-    "no kind": entry(0, True),
     "kernels": rewrite(lambda index: index["key"].update(kernels="0")),
     "no key": rewrite(lambda index: index.update(key=None)),
 }

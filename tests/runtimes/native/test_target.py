@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from passes import (
+    ALIKE,
     adapted_pass,
     apart,
     by_path,
@@ -80,7 +81,8 @@ def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "kv_cache"), [*((family, "auto") for family in FAMILIES), ("llama", "int8"), ("gemma3_text", "int8")]
+    ("family", "kv_cache"),
+    [*((family, "auto") for family in FAMILIES if family not in ALIKE), ("llama", "int8"), ("gemma3_text", "int8")],
 )
 @torch.inference_mode()
 def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache: str) -> None:
@@ -139,7 +141,7 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
 
 @pytest.mark.parametrize(
     ("family", "kv_cache"),
-    [("llama", "auto"), ("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")],
+    [("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")],
 )
 @torch.inference_mode()
 def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> None:
@@ -217,39 +219,37 @@ def test_experts_with_biases_are_rounded_like_others() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("t", [1, 3, 12])
 @torch.inference_mode()
-def test_adapters_agree_with_the_reference_runtime(family: str, t: int) -> None:
+def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
     """They are merged into weights that are quantised for drafts, and leave the model as it is."""
     model = model_of(family)
     reference, target = ReferenceTarget(model), NativeTarget(model)
     assert target.linears(1) == reference.linears(1)
     with torch.inference_mode(False):
         adapters = random_adapters(reference, leave_out="self_attn.k_proj").bfloat16()
-    expected, plain = (adapted_pass(reference, adapters, t), adapted_pass(target, None, t))
-    got = adapted_pass(target, adapters, t)
+    expected, plain = (adapted_pass(reference, adapters, 3), adapted_pass(target, None, 3))
+    got = adapted_pass(target, adapters, 3)
     share = 0.2  # of what the adapters change
     assert (got - expected).float().norm() < share * (plain - expected).float().norm()
-    assert torch.equal(adapted_pass(target, None, t), plain)
+    assert torch.equal(adapted_pass(target, None, 3), plain)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16, 70])
 @pytest.mark.parametrize(("outputs", "kind", "least", "most"), [(50, "Q8", 0, 0.02), (11002, "Q4", 0.05, 0.12)])
 @torch.inference_mode()
 def test_maps_for_drafts_are_within_their_bits_and_do_not_depend_on_other_rows(
-    outputs: int, kind: str, least: float, most: float, rows: int
+    outputs: int, kind: str, least: float, most: float
 ) -> None:
     torch.manual_seed(12)
-    weight, bias, x = torch.randn(outputs, 192).bfloat16(), torch.randn(outputs).bfloat16(), torch.randn(rows, 192)
+    weight, bias, x = torch.randn(outputs, 192).bfloat16(), torch.randn(outputs).bfloat16(), torch.randn(70, 192)
     x, draft_only, dense = x.bfloat16(), linear.Packed([weight], bias, draft_only=True), linear.Packed([weight], bias)
     assert draft_only.kinds == {getattr(library, kind)} and draft_only.rounded and not dense.rounded
-    assert least < apart(draft_only(x).float(), dense(x).float()) < most
-    assert torch.equal(draft_only(x)[-1:], draft_only(x[-1:]))
+    found = draft_only(x)
+    assert least < apart(found.float(), dense(x).float()) < most
+    assert all(torch.equal(found[-rows:], draft_only(x[-rows:])) for rows in (1, 5, 16))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 40])
 @torch.inference_mode()
-def test_four_bits_for_drafts_hold_what_four_bits_can(rows: int) -> None:
+def test_four_bits_for_drafts_hold_what_four_bits_can() -> None:
     """Codes 0 .. 15 times a step for 32 inputs, and a least number: nothing is rounded."""
     outputs, inputs = 16400, 128
     torch.manual_seed(13)
@@ -257,21 +257,24 @@ def test_four_bits_for_drafts_hold_what_four_bits_can(rows: int) -> None:
     codes[:, :, 0], codes[:, :, 1] = 0, 15
     weight = codes * torch.tensor([14, 1, 3, 9]).view(4, 1) + torch.tensor([-112, -5, -20, -30]).view(4, 1)
     weight = weight.view(outputs, inputs).bfloat16()
-    x = torch.randint(-127, 128, (rows, inputs)).bfloat16()
+    x = torch.randint(-127, 128, (40, inputs)).bfloat16()
     x[:, ::32] = 127  # a block's scale is 1
     packed = linear.Packed([weight], draft_only=True)
     assert packed.kinds == {library.Q4}
     assert torch.equal(packed(x), (x.double() @ weight.double().T).bfloat16())
 
 
+CHAIN, WIDE_TREE, PRICED = TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 0.02)
+
+
 @pytest.mark.parametrize(
-    ("family", "window", "kv_cache"),
+    ("family", "window", "kv_cache", "limits"),
     [
-        *(("llama", None, "auto"), ("mistral", 12, "auto"), ("llama", None, "int8")),
-        *(("gemma3_text", 12, "auto"), ("qwen3_5_text", None, "auto")),
+        *(("llama", None, "auto", limits) for limits in (CHAIN, WIDE_TREE, PRICED)),
+        *(("qwen3_5_text", None, "auto", limits) for limits in (CHAIN, PRICED)),
+        *(("mistral", 12, "auto", WIDE_TREE), ("llama", None, "int8", PRICED), ("gemma3_text", 12, "auto", PRICED)),
     ],
 )
-@pytest.mark.parametrize("limits", [TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 0.02)])
 @torch.inference_mode()
 def test_trees_grow_in_one_call_as_they_do_in_parts(
     family: str, window: int | None, kv_cache: str, limits: TreeLimits
@@ -366,10 +369,11 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
         assert cache.lengths == [3] * 4
 
 
-@pytest.mark.parametrize("rows", [2, 5, 16])
-@pytest.mark.parametrize(("family", "kv_cache"), [("llama", "bf16"), ("llama", "int8"), ("qwen3_5_text", "bf16")])
+@pytest.mark.parametrize(
+    ("family", "kv_cache", "rows"), [("llama", "bf16", 16), ("llama", "int8", 5), ("qwen3_5_text", "bf16", 5)]
+)
 @torch.inference_mode()
-def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, family: str, kv_cache: str) -> None:
+def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cache: str, rows: int) -> None:
     target = NativeTarget(model_of(family), kv_cache=kv_cache)
     torch.manual_seed(3)
     route, levels, alone = random_route(target, heads=2), 5, list[list[int]]()
@@ -546,7 +550,7 @@ def test_a_map_is_packed_in_pieces_as_it_is_at_once(monkeypatch: pytest.MonkeyPa
     assert torch.equal(made(x), once(x))
 
 
-@pytest.mark.parametrize("rows", [1, 5, 17, 70])
+@pytest.mark.parametrize("rows", [1, 17, 70])
 def test_the_largest_output_is_found_without_the_outputs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "cpus", lambda: 3)
     torch.manual_seed(5)

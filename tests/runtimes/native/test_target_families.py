@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from passes import next_logits
+from passes import ALIKE, next_logits
 from tiny import HYBRIDS, ROPES, model_of, rough_model, sizes_of, tamed
 from tiny_gguf import ARCHITECTURES, TYPES, write_family
 from zoo import EVERY, PROMPTS, run
@@ -29,7 +29,7 @@ def target_of(family: str) -> NativeTarget:
     return NativeTarget(model_of(family, **({"rope_parameters": ROPES[family]} if family in ROPES else {})))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ALIKE])
 def test_drafts_and_batches_change_no_token(family: str) -> None:
     target = target_of(family)
     together = run(target, EVERY["none"](target), PROMPTS, COUNT, eos=None)[0]
@@ -43,15 +43,15 @@ def test_drafts_and_batches_change_no_token(family: str) -> None:
 def test_no_drafter_changes_a_token_of_a_hybrid() -> None:
     """Each may run recurrent layers in a way of its own."""
     target = target_of("qwen3_5_text")
-    expected = run(target, EVERY["none"](target), PROMPTS, COUNT, eos=None)[0]
+    expected = run(target, EVERY["none"](target), PROMPTS[:2], 8, eos=None)[0]
     for name, make in EVERY.items():
-        assert run(target, make(target), PROMPTS, COUNT, eos=None)[0] == expected, name
+        assert run(target, make(target), PROMPTS[:2], 8, eos=None)[0] == expected, name
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @torch.inference_mode()
-def test_files_of_every_type_run_natively(cache: object, tmp_path: Path, family: str) -> None:
-    """Tiny files: each has the same logits, to the last bit, in passes over 1, 5 and 16 tokens."""
+def test_files_run_natively(cache: object, tmp_path: Path, family: str) -> None:
+    """Of every type, and of two in each family: passes over 1, 5 and 16 tokens have the same logits to the last bit."""
     sizes = sizes_of(family) | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
     sizes |= {key: 256 for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if key in sizes}
     sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gemma3_text", "gpt_oss") else {}
@@ -59,7 +59,7 @@ def test_files_of_every_type_run_natively(cache: object, tmp_path: Path, family:
         sizes |= {"layer_types": ["linear_attention", "full_attention"], "linear_value_head_dim": 64}
     model = tamed(rough_model(family, **sizes, rope_parameters=ROPES.get(family)))
     ids = torch.randint(3, 97, (1, 22), generator=torch.Generator().manual_seed(7))
-    for kind in TYPES:
+    for kind in TYPES if family == "llama" else ("Q4_K", "Q8_0"):
         path = write_family(tmp_path / f"{kind}.gguf", model, kind)
         target, note = make_target(loading.load(path)[0])
         assert target.runtime == "native", note
