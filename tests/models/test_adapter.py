@@ -84,7 +84,6 @@ def test_it_equals_pefts_merged_model(cache: SimpleNamespace, tmp_path: Path) ->
     ("recorded", "loaded", "same"),
     [
         ("Qwen/Qwen2.5-0.5B-Instruct", "/models/qwen2.5-0.5b-instruct-q4_k_m.gguf", True),
-        ("SmolLM2 135M Instruct", "smollm2-135m-instruct", True),
         ("me/my-model", "Qwen/Qwen2.5-0.5B", False),
     ],
 )
@@ -100,8 +99,7 @@ def test_another_base_by_name_is_noted(
 
 def test_drafted_text_is_that_of_plain_decoding_with_it(base: Path, lora: Path) -> None:
     wanted = text(base, lora)
-    assert text(base, lora, "auto", learn=True) == wanted
-    assert text(base, lora, "ngram") == wanted and text(base, lora, "prompt-lookup") == wanted
+    assert text(base, lora, "auto", learn=True) == text(base, lora, "ngram") == wanted
 
 
 def test_prefixes_learned_drafters_and_packed_weights_are_its_own(base: Path, lora: Path, tmp_path: Path) -> None:
@@ -163,8 +161,7 @@ def paired(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path, dtype: Any) -> None:
+def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path) -> None:
     tensors, found = load_file(lora / "adapter_model.safetensors"), dict[str, np.ndarray]()
     names = {"self_attn.q_proj": "attn_q", "self_attn.v_proj": "attn_v", "mlp.down_proj": "ffn_down"}
     for key, values in tensors.items():
@@ -173,16 +170,12 @@ def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path, dtype: 
         if "q_proj.lora_B" in key:
             array = paired(array, 4)
         end = "lora_a" if ".lora_A." in key else "lora_b"
-        found[f"blk.{layer}.{names[part]}.weight.{end}"] = np.ascontiguousarray(array.astype(dtype))
+        found[f"blk.{layer}.{names[part]}.weight.{end}"] = np.ascontiguousarray(array)
     model = loading.load(base, adapter=write_adapter(tmp_path / "lora.gguf", found))[0]
     wanted = loading.load(base, adapter=lora)[0]
     for path, module in wanted.named_modules():
         if path.endswith(PARTS):
-            own = model.get_submodule(path).weight
-            if dtype == np.float32:
-                assert torch.equal(own, module.weight)
-            else:
-                assert torch.allclose(own.float(), module.weight.float(), rtol=2**-7, atol=2e-3)
+            assert torch.equal(model.get_submodule(path).weight, module.weight)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +184,6 @@ def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path, dtype: 
         ({"architecture": "qwen2"}, "is for models of the architecture 'qwen2', and this one is 'llama'"),
         ({"kind": "model"}, "is no LoRA adapter: its GGUF file is of the type 'model'"),
         ({"name": "token_embd.weight"}, "changes 'token_embd.weight', and only changes of linear maps"),
-        ({"name": "blk.7.attn_q.weight"}, "changes 'blk.7.attn_q.weight'"),
         ({"ends": ("lora_a",)}, "'blk.0.attn_q.weight' has only one of its two matrices"),
         ({"ends": ("lora_a", "lora_magnitude")}, "has the tensor 'blk.0.attn_q.weight.lora_magnitude'"),
         ({"width": 64}, "'model.layers.0.self_attn.q_proj' is 128 x 128 in the model and 128 x 64 in it"),
@@ -227,11 +219,6 @@ def test_a_gguf_adapter_needs_a_gguf_model(tmp_path: Path) -> None:
         ({"use_dora": True}, r"has use_dora=true, which is not supported; merge it"),
         ({"modules_to_save": ["lm_head"]}, r'has modules_to_save=\["lm_head"\]'),
         ({"bias": "lora_only"}, 'has bias="lora_only"'),
-        ({"fan_in_fan_out": True}, "has fan_in_fan_out=true"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "has layer_replication"),
-        ({"trainable_token_indices": [1]}, "has trainable_token_indices"),
-        ({"alora_invocation_tokens": [1]}, "has alora_invocation_tokens"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "has target_parameters"),
         ({"something_new": {"a": 1}}, "has something_new"),
         ({"init_lora_weights": "pissa"}, 'has init_lora_weights="pissa"'),
         ({"peft_type": "IA3"}, "is of the kind IA3"),
@@ -264,7 +251,6 @@ def test_rank_patterns_are_in_the_tensors(tmp_path: Path) -> None:
         (lambda key: key.replace("q_proj", "w_proj"), r"w_proj'.*; load the model it was made for .some/base."),
         (lambda key: key.replace("v_proj", "o_proj"), "'.*o_proj' is 32 x 32 in the model and 16 x 32 in it"),
         (lambda key: key.replace("lora_A", "lora_magnitude_vector"), "has the tensor '.*lora_magnitude_vector.weight'"),
-        (lambda key: key.replace("lora_A.weight", "lora_embedding_A"), "has the tensor '.*lora_embedding_A'"),
         (lambda key: key.replace("self_attn.q_proj", "input_layernorm"), "only changes of linear maps are supported"),
         (lambda key: key.replace(".lora_B", ".lora_B" if "q_proj" in key else ".lora_A"), "has only one of its two"),
     ],
@@ -325,9 +311,8 @@ def test_a_server_names_it(base: Path, lora: Path) -> None:
     from specdec.serve.app import make_app
     from specdec.serve.settings import ServerSettings
 
-    for adapter, wanted in ((None, None), (lora, "lora")):
-        decoder = SpecDecoder.from_pretrained(base, "none", device="cpu", adapter=adapter)
-        with decoder.engine(max_rows=1) as engine:
-            client = fastapi.TestClient(make_app(decoder, engine, ServerSettings(name="it")), "http://127.0.0.1")
-            (model,) = client.get("/v1/models").json()["data"]
-            assert model.get("adapter") == wanted and model["id"] == "it"
+    decoder = SpecDecoder.from_pretrained(base, "none", device="cpu", adapter=lora)
+    with decoder.engine(max_rows=1) as engine:
+        client = fastapi.TestClient(make_app(decoder, engine, ServerSettings(name="it")), "http://127.0.0.1")
+        (model,) = client.get("/v1/models").json()["data"]
+        assert model["adapter"] == "lora" and model["id"] == "it"

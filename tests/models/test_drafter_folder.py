@@ -89,7 +89,6 @@ NAN, INF = torch.full((32, 96), torch.nan), torch.full((32,), torch.inf)
         (lambda f: (f / "config.json").write_text(" " * 5_000_000 + "{}"), "larger than 4 MB"),
         (lambda f: change(f, base=["x"]), "'base' is not a mapping"),
         (lambda f: change(f, path=PATH.to_json() | {"rank": 10**9}), "rank in .* to 512; got 1000000000"),
-        (lambda f: change(f, path=PATH.to_json() | {"rank": 4.5}), "no valid M2R2 path"),
         (lambda f: change(f, path=PATH.to_json() | {"exit_layer": float("inf")}), "no valid M2R2 path"),
         (lambda f: change(f, router=10**9), "the router's width in .* to 512; got 1000000000"),
         (
@@ -106,10 +105,8 @@ NAN, INF = torch.full((32, 96), torch.nan), torch.full((32,), torch.inf)
             "is U8; it must be one of",
         ),
         (lambda f: tensors(f, draft_vocab=torch.zeros(5, 10, dtype=torch.int32)), "draft vocabulary .* is .5, 10. of"),
-        (lambda f: tensors(f, draft_vocab=torch.zeros(50)), "draft vocabulary .* it must be a list of 1 .. 97 whole"),
         (lambda f: tensors(f, draft_vocab=torch.zeros(98, dtype=torch.int32)), "must be a list of 1 .. 97 whole"),
         (lambda f: tensors(f, draft_vocab=torch.tensor([97])), "names tokens that the model does not have"),
-        (lambda f: tensors(f, draft_vocab=torch.tensor([-1])), "names tokens that the model does not have"),
     ],
 )
 def test_damaged_and_foreign_folders_are_refused_before_anything_is_allocated(
@@ -263,15 +260,13 @@ def perturbed(model, part: float):
 FORMS = {
     "float32": lambda: tiny_model(),
     "bfloat16": lambda: tiny_model().bfloat16(),
-    "float16": lambda: tiny_model().half(),
     "Q8_0": lambda: in_blocks(tiny_model(), "Q8_0"),
-    "Q5_0": lambda: in_blocks(tiny_model(), "Q5_0"),
     "Q4_1": lambda: in_blocks(tiny_model(), "Q4_1"),
     "Q4_0": lambda: in_blocks(tiny_model(), "Q4_0"),
 }
 
 
-@pytest.mark.parametrize("trained", ["float32", "bfloat16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("trained", ["float32", "Q4_0"])
 def test_a_drafter_serves_every_precision_of_its_model_and_says_so(folder: Path, trained: str, capsys) -> None:
     model = FORMS[trained]()
     sampled(folder, model)
@@ -285,9 +280,7 @@ def test_a_drafter_serves_every_precision_of_its_model_and_says_so(folder: Path,
         assert said.count("\n") <= 1
 
 
-@pytest.mark.parametrize(
-    ("trained", "part"), [("float32", 0.03), ("bfloat16", 0.03), ("Q8_0", 0.05), ("Q4_1", 0.1), ("Q4_0", 0.1)]
-)
+@pytest.mark.parametrize(("trained", "part"), [("float32", 0.03), ("Q8_0", 0.05), ("Q4_0", 0.1)])
 def test_a_fine_tune_is_refused_in_every_precision(folder: Path, trained: str, part: float) -> None:
     sampled(folder, FORMS[trained]())
     config = drafter_folder.read_config(folder)
@@ -322,10 +315,7 @@ def test_one_changed_matrix_and_another_architecture_are_refused(folder: Path) -
 @pytest.mark.parametrize(
     "samples",
     [
-        [],
-        3,
         {},
-        {"x": 1},
         {"model.norm.weight": {"shape": [32], "values": "1 nan"}},
         {"model.norm.weight": {"shape": [32], "values": "1 2"}},
         {"x": {"shape": [1], "values": "1" * 5000}},

@@ -48,6 +48,8 @@ def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str,
     target, note = make_target(model_of(family, **{field: value}))
     assert target.runtime == ("reference" if family not in fused.FAMILIES else "fused")
     assert f"no native runtime: the config of this '{family}' model has {field} = " in note
+    if family not in ("llama", "gemma2"):  # of each runtime, one
+        return
     model = rough_model(family, **(sizes_of(family) | {field: value}))  # in float32
     model.generation_config.eos_token_id = None
     target = make_target(model, target.runtime)[0]
@@ -151,20 +153,15 @@ MORE = r"describes over twice the \d+ weights of its files"
     ("kind", "changes", "text"),
     [
         ("mixtral", {"hidden_size": 1 << 30}, "its config says that hidden_size is '1073741824'"),
-        ("mixtral", {"num_attention_heads": 1 << 20}, "says that num_attention_heads is '1048576'"),
         ("mixtral", {"num_local_experts": 1 << 20}, "says that num_local_experts is '1048576'"),
         ("mixtral", {"num_experts_per_tok": 7}, "a token takes more experts than the 6 of its config"),
-        ("mixtral", {"sliding_window": 0}, "says that sliding_window is '0'"),
         ("mixtral", {"sliding_window": -1}, "says that sliding_window is '-1'"),
         ("mixtral", {"intermediate_size": 1 << 19}, MORE),
         ("mixtral", {"num_local_experts": 1 << 14}, MORE),
-        ("mixtral", {"vocab_size": 1 << 26}, MORE),
         ("mixtral", {"num_local_experts": 65535, "intermediate_size": 1 << 19}, MORE),  # no memory has that
         ("llama", {"num_hidden_layers": 1 << 13, "layer_types": None}, MORE),
         ("llama", {"layer_types": ["full_attention"]}, "layer_types"),
-        ("llama", {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 16000}, MORE),
         ("qwen3_next", {"shared_expert_intermediate_size": 10**6}, MORE),
-        ("qwen3_next", {"linear_num_key_heads": 4000, "linear_num_value_heads": 4000}, MORE),
         ("qwen3_next", {"linear_value_head_dim": 4000}, MORE),
     ],
 )

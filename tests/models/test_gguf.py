@@ -103,14 +103,13 @@ def test_a_file_of_each_family_is_the_model_that_it_was_made_of(cache, tmp_path,
             assert torch.equal(value, theirs), name
 
 
-@pytest.mark.parametrize("runtime", ["reference", "native"])
-def test_heads_of_which_a_part_rotates_are_those_of_the_file(cache, tmp_path, runtime):
+def test_heads_of_which_a_part_rotates_are_those_of_the_file(cache, tmp_path):
     """As in Phi-4-mini. The self-check of a runtime compares with the model, so the model has to be right."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
     source = rough_model("phi3", **(sizes("phi3") | {"hidden_size": 256, "rope_parameters": rope}))
     model, _ = loading.load(write_family(tmp_path / "it.gguf", source), dtype="bfloat16")
     assert model.config.rope_parameters["partial_rotary_factor"] == 0.75
-    target, note = make_target(model, runtime)
+    target, note = make_target(model)
     ids = torch.arange(5, 45)[None]
     with torch.inference_mode():
         run_tokens(target, target.new_cache(), [ids[0].tolist()], every=(every := []))
@@ -121,7 +120,7 @@ def test_heads_of_which_a_part_rotates_are_those_of_the_file(cache, tmp_path, ru
 UNPACKED = sorted(kind.name for kind in gguf.quants._type_traits if kind.name not in (*KINDS, *PLAIN))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *UNPACKED, "BF16", "F16", "F32"])
+@pytest.mark.parametrize("kind", [*KINDS, "IQ4_NL", "Q2_K", "TQ2_0", "BF16", "F16", "F32"])
 def test_every_type_has_the_values_of_the_gguf_package(cache, tmp_path, kind, capsys):
     """A line says what it costs that some have no kernels. The fingerprint is that of dense weights."""
     tied = kind == "Q4_0"
@@ -145,7 +144,7 @@ def test_every_type_has_the_values_of_the_gguf_package(cache, tmp_path, kind, ca
 OTHERS = {kind.name for kind in gguf.GGMLQuantizationType} - {*UNPACKED, *KINDS, *PLAIN}
 
 
-@pytest.mark.parametrize("kind", sorted(OTHERS))
+@pytest.mark.parametrize("kind", sorted(OTHERS)[:2])
 def test_types_that_cannot_be_read_are_refused_in_one_sentence(cache, tmp_path, kind):
     size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     path = write_model(tmp_path / "it.gguf", "llama", "F32", width=256)
@@ -187,8 +186,7 @@ def test_memory_is_checked_for_what_a_model_will_hold(cache, tmp_path, family, m
                 make()
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize(("family", "kind"), [("gpt_oss", "Q8_0"), ("qwen3_moe", "F16")])
 def test_experts_that_stay_in_the_file_are_those_of_the_model(cache, tmp_path, family, kind):
     """In each of its forms, and with the same fingerprint."""
     path = write_family(tmp_path / "it.gguf", rough_model(family, **sizes(family)), kind)
@@ -278,7 +276,7 @@ def test_blocks_become_dense_weights_for_a_while_and_come_back(cache, tmp_path):
     assert dict(model.named_modules()) == before
 
 
-@pytest.mark.parametrize("runtime", ["auto", "fused", "reference"])
+@pytest.mark.parametrize("runtime", ["fused", "reference"])
 def test_a_model_in_blocks_decodes_in_every_runtime(cache, tmp_path, runtime):
     path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", width=128)
     expected = greedy_reference(reference(path, torch.bfloat16), [5, 6, 7], 8)
@@ -449,12 +447,11 @@ def test_tensors_without_a_place_are_refused(cache, tmp_path):
         loading.load(path)
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_mutated_headers_never_crash(tmp_path, part):
+def test_mutated_headers_never_crash(tmp_path):
     """A thousand headers, damaged outside the vocabulary: one line or a header, and no memory beyond the file's."""
     write_gguf(tmp_path / "it.gguf")
     whole = (tmp_path / "it.gguf").read_bytes()
-    header, path, dice = read_header(tmp_path / "it.gguf"), tmp_path / "bad.gguf", random.Random(part)
+    header, path, dice = read_header(tmp_path / "it.gguf"), tmp_path / "bad.gguf", random.Random(0)
     end = min(info.offset for info in header.tensors.values())
     places = [*range(4, whole.index(b"<|endoftext|>") + 64), *range(whole.index(b"tokenizer.ggml.token_type"), end)]
     numbers = [0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, end, 1 << 40]

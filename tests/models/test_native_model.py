@@ -11,15 +11,14 @@ import gguf
 import pytest
 import torch
 from passes import apart
-from tiny import ROPES, SMALL, rough_model, sizes_of, tiny_model
+from tiny import ROPES, SMALL, rough_model, save_native, sizes_of, tiny_model
 from tiny_gguf import write_family, write_gguf
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, families, loading
 from specdec.models.config import Config, GenerationSettings
-from specdec.models.gguf.blocks import BlockExperts, named_weights, temporarily_dense
-from specdec.models.identity import fingerprint
+from specdec.models.gguf.blocks import BlockExperts, temporarily_dense
 from specdec.models.native_model import NativeModel, as_transformers, empty_model, transformers_config
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
@@ -111,32 +110,11 @@ def test_the_fields_that_every_config_of_transformers_has_are_ignored() -> None:
     assert set(PreTrainedConfig().to_dict()) <= families.IGNORED
 
 
-def of(model: PreTrainedModel) -> NativeModel:
-    """A native model with the weights of ``model``."""
-    own = NativeModel(Config(**model.config.to_dict()), model.dtype)
-    for name, value in model.named_parameters(remove_duplicate=False):
-        path, _, leaf = name.rpartition(".")
-        setattr(own.get_submodule(path), leaf, value)
-    return own
-
-
-@pytest.mark.parametrize("kind", families.FAMILIES)
-def test_the_model_of_transformers_has_the_same_weights_and_logits(kind: str) -> None:
-    model = tiny_model(kind).requires_grad_(False)
-    own, ids = of(model), torch.arange(1, 9)[None]
-    made = own.transformers()
-    assert made is own.transformers() and isinstance(made, PreTrainedModel) and as_transformers(own) is made
-    assert all(value is own.get_parameter(name) for name, value in made.named_parameters())
-    assert torch.equal(own(ids).logits, model(ids).logits)
-    assert fingerprint(own) == fingerprint(model)
-    assert {name: value.shape for name, value in named_weights(own)} == {
-        name: value.shape for name, value in named_weights(model)
-    }
-
-
 def test_what_changes_in_a_native_model_changes_in_that_of_transformers() -> None:
-    own = of(tiny_model("llama").requires_grad_(False))
+    own = NativeModel(config_of("llama"), torch.float32)
+    own.load_state_dict(tiny_model("llama", **sizes_of("llama")).state_dict(), assign=True)
     made = own.transformers()
+    assert isinstance(made, PreTrainedModel) and as_transformers(own) is made
     assert made.generation_config.eos_token_id is None
     own.generation_config = GenerationSettings(eos_token_id=[3, 4])
     other = copy.copy(own.model.layers[1].mlp.up_proj)
@@ -171,46 +149,53 @@ WITHOUT = """
 import sys
 sys.modules["transformers"] = None  # an import raises
 from specdec import SpecDecoder
-decoder = SpecDecoder.from_pretrained(sys.argv[1], sys.argv[2], learn=False)
+decoder = SpecDecoder.from_pretrained(sys.argv[1], "auto", learn=False)
 chat = [{"role": "user", "content": "Hello"}]
 for how in ({}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}):
     print(len(decoder.generate(chat, max_new_tokens=4, ignore_eos=True, **how).token_ids))
 print([name for name in ("sympy", "torch._dynamo", "huggingface_hub.hf_api") if name in sys.modules])
 """
+needs_native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 
 
-@pytest.mark.parametrize("drafter", ["none", "auto"])
-def test_a_gguf_file_decodes_without_slow_imports(cache: Path, tmp_path: Path, drafter: str) -> None:
-    path = tmp_path / "it.gguf"
-    write_gguf(path, width=128, packed=gguf.GGMLQuantizationType.Q8_0)
-    decode_without_slow_imports(str(path), drafter)
+def decode_without_slow_imports(model: str | Path) -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT, str(model)], capture_output=True, text=True)
+    assert run.stdout.split() == ["4", "4", "[]"], run.stderr
 
 
-FIRST = """
-import sys
-sys.modules[sys.argv[2]] = None  # an import raises
-from specdec.models import loading
-from specdec.runtimes.select import make_target
-target, note = make_target(loading.load(sys.argv[1])[0])
-print(target.runtime, note)
-"""
+@needs_native
+def test_a_gguf_file_is_loaded_first_and_decoded_without_slow_imports(cache: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "it.gguf", width=128, packed=gguf.GGMLQuantizationType.Q8_0)
+    decode_without_slow_imports(tmp_path / "it.gguf")
 
 
-@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
-@pytest.mark.parametrize(("experts", "module"), [(0, "transformers"), (4, "transformers.modeling_utils")])
-def test_a_first_load_imports_no_modelling_classes(cache: Path, tmp_path: Path, experts: int, module: str) -> None:
-    path = tmp_path / "it.gguf"
-    write_gguf(path, width=128, packed=gguf.GGMLQuantizationType.Q8_0, experts=experts)
-    run = subprocess.run([sys.executable, "-c", FIRST, str(path), module], capture_output=True, text=True)
-    assert run.stdout.split() == ["native"], run.stderr
+@needs_native
+def test_a_folder_is_loaded_again_and_decoded_without_slow_imports(cache: Path, tmp_path: Path) -> None:
+    folder = save_native(tmp_path / "it", "olmoe")
+    make_target(loading.load(folder)[0])  # writes config, tokenizer and packed weights, with transformers
+    decode_without_slow_imports(folder)
 
 
 @pytest.mark.model
 def test_the_default_model_and_its_drafter_decode_without_slow_imports() -> None:
-    decode_without_slow_imports(catalogue.DEFAULT_MODEL, "auto")
+    make_target(loading.load(catalogue.DEFAULT_MODEL)[0])
+    decode_without_slow_imports(catalogue.DEFAULT_MODEL)
 
 
-def decode_without_slow_imports(model: str, drafter: str) -> None:
-    make_target(loading.load(model)[0])  # writes config, tokenizer and packed weights, with transformers
-    run = subprocess.run([sys.executable, "-c", WITHOUT, model, drafter], capture_output=True, text=True)
-    assert run.stdout.split() == ["4", "4", "[]"], run.stderr
+FIRST = """
+import sys
+sys.modules["transformers.modeling_utils"] = None
+from specdec.models import loading
+from specdec.runtimes.select import make_target
+print(make_target(loading.load(sys.argv[1])[0])[0].runtime)
+"""
+
+
+@needs_native
+@pytest.mark.slow
+def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelling_classes(
+    cache: Path, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "it.gguf", width=128, packed=gguf.GGMLQuantizationType.Q8_0, experts=4)
+    run = subprocess.run([sys.executable, "-c", FIRST, tmp_path / "it.gguf"], capture_output=True, text=True)
+    assert run.stdout.split() == ["native"], run.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from tiny import save_native, save_tiny_moe
 from tiny_tokenizers import special_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from specdec import SpecDecoder
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.models import families, identity, loading, prepare
@@ -88,7 +85,7 @@ def test_the_model_of_a_folder_is_that_of_transformers(tmp_path: Path, family: s
         assert target.runtime == "native", note
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_of_another_dtype_are_made_once(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = save_native(tmp_path / "it", "qwen2", dtype, tie_word_embeddings=True)
     model = loading.load(folder, dtype="bfloat16")[0]
@@ -176,8 +173,9 @@ def saved(path: Path, family: str, form: str, dtype: torch.dtype = torch.bfloat1
     return path
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("family", "form"), [*(("mixtral", form) for form in FORMS), ("olmoe", "matrices"), ("qwen3_next", "fused")]
+)
 def test_experts_stay_in_the_files_in_each_form(tmp_path: Path, family: str, form: str) -> None:
     folder = saved(tmp_path / "it", family, form)
     model, expected = loading.load(folder)[0], theirs(folder)
@@ -195,7 +193,7 @@ def test_experts_stay_in_the_files_in_each_form(tmp_path: Path, family: str, for
 
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_5_moe_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_kernels_take_experts_from_the_files(tmp_path: Path, family: str) -> None:
     folder = save_native(tmp_path / "it", family)
     own, whole = (make_target(model, "native")[0] for model in (loading.load(folder)[0], theirs(folder)))
@@ -218,8 +216,6 @@ EXPERT = "model.layers.1.block_sparse_moe.experts"
 LACKING = [
     lambda t: t.pop(f"{EXPERT}.3.w1.weight"),
     lambda t: t.update({f"{EXPERT}.0.w2.weight": torch.zeros(5, 48)}),
-    lambda t: [t.pop(f"{EXPERT}.5.w{i}.weight") for i in (1, 2, 3)],
-    lambda t: [t.pop(n) for n in list(t) if n.startswith(EXPERT)],
     lambda t: t.pop("model.layers.1.block_sparse_moe.gate.weight"),
 ]
 
@@ -276,24 +272,6 @@ def test_without_a_place_for_its_entry_transformers_loads_it(
     assert "Read-only file system; set SPECDEC_CACHE to use another folder" in capsys.readouterr().err.replace(
         "\n", " "
     )
-
-
-WITHOUT = """
-import sys
-sys.modules["transformers"] = None  # an import raises
-from specdec import SpecDecoder
-decoder = SpecDecoder.from_pretrained(sys.argv[1], learn=False)
-print(len(decoder.generate([{"role": "user", "content": "Hello"}], max_new_tokens=4, ignore_eos=True).token_ids))
-"""
-
-
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-@pytest.mark.parametrize("family", ["llama", "olmoe"])
-def test_later_processes_import_no_transformers(tmp_path: Path, family: str) -> None:
-    folder = save_native(tmp_path / "it", family)
-    SpecDecoder.from_pretrained(folder, "none")
-    run = subprocess.run([sys.executable, "-c", WITHOUT, str(folder)], capture_output=True, text=True)
-    assert run.stdout == "4\n", run.stderr
 
 
 def test_what_the_native_runtime_refuses_runs_in_others_as_before(tmp_path: Path) -> None:

@@ -285,21 +285,6 @@ def test_a_file_of_another_architecture_is_refused(cache, tmp_path, monkeypatch)
         loading.load(tmp_path / "own.gguf")
 
 
-@pytest.mark.parametrize(
-    ("pre", "experts", "pieces"),
-    [
-        ("smollm", 0, ["ĊĊ", "1"]),
-        ("smollm", 2, ["ĊĊ", "1"]),
-        ("starcoder", 0, ["ĊĊ", "1"]),
-        ("gpt-2", 0, ["Ċ", "Ċ", "1"]),
-    ],
-)
-def test_digits_are_split_off_where_the_file_says_so(cache, tmp_path, pre, experts, pieces):
-    write_gguf(tmp_path / "it.gguf", pre=pre, experts=experts)
-    _, tokenizer = loading.load(tmp_path / "it.gguf")
-    assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == pieces
-
-
 # --- pip --------------------------------------------------------------------------------------------------------------
 
 
