@@ -28,11 +28,11 @@ from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import identity
 from specdec.models.names import display_name
+from specdec.models.tensor_file import PLAIN
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CONFIG_BYTES = 4_000_000  # more than any config.json has
 WIDEST = 16  # bound of a drafter's inner size, in hidden sizes of its target
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 FLAGS = {"BOOL": torch.bool}
 CODES, SCALES = ".codes", ".scales"
@@ -102,7 +102,7 @@ class StoredTensors:
 
     def _part(self, name: str) -> Tensor:
         """A stored tensor without memory."""
-        part, known = self.file.get_slice(name), DTYPES | INTEGERS | FLAGS
+        part, known = self.file.get_slice(name), PLAIN | INTEGERS | FLAGS
         dtype = torch.int8 if name.endswith(CODES) and part.get_dtype() == "I8" else known.get(part.get_dtype())
         if dtype is None:
             raise SpecDecError(

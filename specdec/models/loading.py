@@ -7,6 +7,7 @@ GGUF files of known architectures, and folders of models of known families in bf
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,8 +63,10 @@ def load(
     place = find_device(device, kind)
     merge = _merging(adapter)
     source = find_source(name, revision)
-    if source.entry is None and place.type == "cpu" and not trust_remote_code:
-        source = _with_entry(source, kind)
+    may_be_native = source.entry is None and place.type == "cpu" and not trust_remote_code
+    if may_be_native and safetensors_model.is_supported(source.folder, kind):
+        write = functools.partial(safetensors_model.write_parts, source)
+        source = replace(source, entry=prepare.prepare_folder(source.name, source.folder, write))
     found, tokenizer = _config(source, trust_remote_code), _tokenizer(source, trust_remote_code)
     if check is not None:
         check(found)
@@ -87,16 +90,6 @@ def load(
 def read_config(name: str) -> Any:
     """The config of the model ``name``. Downloads the model if need be; reads no weights."""
     return _config(find_source(name))
-
-
-def _with_entry(source: Source, kind: str | torch.dtype) -> Source:
-    """The source of a model folder with its entry in the cache, if it can have one."""
-    if not safetensors_model.is_supported(source.folder, kind):
-        return source
-    entry = prepare.prepare_folder(
-        source.name, source.folder, lambda draft: safetensors_model.write_parts(source, draft)
-    )
-    return replace(source, entry=entry)
 
 
 def _config(source: Source, trust_remote_code: bool = False) -> Any:

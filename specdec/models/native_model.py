@@ -82,7 +82,9 @@ class NativeModel(nn.Module):
         """The model of transformers, with the modules and parameters that this one has now."""
         with _making:
             if not self._made:
-                self._made.append(_of_transformers(self.config, self.dtype))
+                theirs = transformers_config(self.config.to_dict())
+                theirs._name_or_path, theirs._commit_hash = self.config._name_or_path, self.config._commit_hash
+                self._made.append(empty_model(theirs, self.dtype).eval().requires_grad_(False))
             made = self._made[0]
             _share(self, made)
         return made
@@ -277,12 +279,6 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
-
-
-def _of_transformers(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    theirs = transformers_config(config.to_dict())
-    theirs._name_or_path, theirs._commit_hash = config._name_or_path, config._commit_hash
-    return empty_model(theirs, dtype).eval().requires_grad_(False)
 
 
 def _share(own: NativeModel, made: Any) -> None:

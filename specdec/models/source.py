@@ -97,7 +97,10 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if file_in_repository := HUB_FILE.fullmatch(name):
         repository, member = file_in_repository.groups()
         return replace(find_source(str(_file_in_repository(repository, member, revision))), name=name)
-    return Source(name, _repository(name, revision), remote=True)
+    folder = hub.fetch("model", name, revision, PARTS, f"{guess_model(name)}; {KNOWN}")
+    if not (folder / "config.json").is_file():
+        raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:NAME'")
+    return Source(name, folder, remote=True)
 
 
 def _file_in_repository(repository: str, member: str, revision: str | None) -> Path:
@@ -128,13 +131,6 @@ def _named(repository: str, wanted: str, files: list[str]) -> str:
         raise SpecDecError(f"'{repository}' has several GGUF files '{wanted}'; give one of them: {', '.join(found)}")
     has = f"it has {', '.join(every.values())}" if every else "it has no GGUF files at all"
     raise SpecDecError(f"'{repository}' has no GGUF file '{wanted}' on Hugging Face; {has}")
-
-
-def _repository(name: str, revision: str | None) -> Path:
-    folder = hub.fetch("model", name, revision, PARTS, f"{guess_model(name)}; {KNOWN}")
-    if not (folder / "config.json").is_file():
-        raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:NAME'")
-    return folder
 
 
 def weight_files(name: str, revision: str | None = None) -> list[Path]:

@@ -61,7 +61,7 @@ def fill(
             model.set_submodule(path, _in_blocks(module, matrix, dtype))
             continue
         values = _values(matrix, dtype)
-        if not _is_mapped(file, values):
+        if not any(values.untyped_storage().data_ptr() == part.data_ptr() for part in file.maps):
             made.append(values)
             memory.release(matrix.data)
         setattr(module, leaf, nn.Parameter(values, requires_grad=False))
@@ -110,10 +110,6 @@ def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -
 
 def is_aligned(info: TensorInfo) -> bool:
     return info.offset % PLAIN[info.kind].itemsize == 0
-
-
-def _is_mapped(file: TensorFile, values: Tensor) -> bool:
-    return any(values.untyped_storage().data_ptr() == part.data_ptr() for part in file.maps)
 
 
 def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype: torch.dtype) -> BlockExperts:

@@ -77,10 +77,6 @@ class Candidates(NamedTuple):
             return self
         return self.only(sorted(sorted(range(len(self.tokens)), key=lambda i: (-self.scores[i], i))[:count]))
 
-    def possible(self) -> Candidates:
-        """The nodes with a probability above 0."""
-        return self.only([node for node, score in enumerate(self.scores) if score > -math.inf])
-
     def only(self, indices: Sequence[int]) -> Candidates:
         """The nodes with the (rising) ``indices``, which include each node's parent."""
         place = {0: 0} | {node + 1: at for at, node in enumerate(indices, start=1)}

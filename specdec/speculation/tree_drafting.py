@@ -74,7 +74,7 @@ def by_levels(
         paths = torch.cat((paths[parents], torch.eye(len(chosen), dtype=torch.bool, device=device)), 1)
     values, drafted, origins, said = torch.cat(found, 1).tolist()
     every = Candidates(values, [int(token) for token in drafted], [int(node) for node in origins], [said])
-    return every if masks is None else every.possible()
+    return every if masks is None else every.only([node for node, score in enumerate(values) if score > -math.inf])
 
 
 def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]) -> Tensor:

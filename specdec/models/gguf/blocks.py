@@ -220,7 +220,8 @@ class BlockExperts(_OfBlocks):
             each.to(self.dtype) if isinstance(each, Tensor) else self.unpack(each, None, self.dtype)
             for each in (*matrices, last)
         ]
-        return as_own(self.own[0], torch.cat(parts), down)
+        gate_up = torch.cat(parts)
+        return (torch.stack(gate_up.chunk(2), 1).flatten(0, 1).T, down.T) if self.turned else (gate_up, down)
 
     def forward(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """Tokens [R, D], the experts that they take and their shares, both [R, k] -> [R, D]."""
@@ -242,13 +243,6 @@ class BlockExperts(_OfBlocks):
         for name, bias in self.named_parameters():
             setattr(self.own[0], name, bias)
         return self.own[0]
-
-
-def as_own(own: Any, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """gate_up [2 F, D] and down [D, F] as the module ``own`` has them."""
-    if not own.is_transposed:
-        return gate_up, down
-    return torch.stack(gate_up.chunk(2), 1).flatten(0, 1).T, down.T
 
 
 def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:

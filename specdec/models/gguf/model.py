@@ -262,7 +262,8 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep: b
     unpacked = [infos for infos, place in groups.items() if not weights.stays(place, infos)]
     weights.fill(name, file, model, found, keep, lambda key, stored: _restored(config, key, stored, len(found[key])))
     if ROPE_FACTORS in file.tensors:
-        _scale_rotation(model, file)
+        info = file.tensors[ROPE_FACTORS]  # of Llama 3.1
+        model.model.rotary_emb.divide(file.data(info).view(PLAIN[info.kind]))
     if keep:
         _say_unpacked(name, unpacked, dtype)
     return model
@@ -303,12 +304,6 @@ def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torc
             f"{str(dtype).removeprefix('torch.')}, they take {sizes[0]} of memory instead of {sizes[1]}, and each "
             "token reads all of them"
         )
-
-
-def _scale_rotation(model: Any, file: GGUFFile) -> None:
-    """Divide the frequencies of the rotary embedding by the file's factors (Llama 3.1)."""
-    info = file.tensors[ROPE_FACTORS]
-    model.model.rotary_emb.divide(file.data(info).view(PLAIN[info.kind]))
 
 
 def rows_of(config: Config, path: str, count: int) -> Tensor | None:
