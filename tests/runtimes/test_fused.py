@@ -87,7 +87,7 @@ def test_a_long_causal_prompt_has_no_mask_of_its_own_size() -> None:
     assert 0 < largest.elements < t * t / 4
 
 
-@pytest.mark.parametrize(("family", "changes"), [*VARIANTS, ("mistral", {"sliding_window": 71})])
+@pytest.mark.parametrize(("family", "changes"), [*VARIANTS[:1], ("mistral", {"sliding_window": 71}), *VARIANTS[-1:]])
 @torch.no_grad()
 def test_long_causal_passes_equal_the_model(family: str, changes: dict[str, object]) -> None:
     """From an empty cache and behind cached tokens."""
