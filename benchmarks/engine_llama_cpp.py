@@ -21,8 +21,8 @@ import numpy as np
 from peers import Put
 
 CACHED, REPEATS = 128, 5  # tokens in the cache, and timings, of a pass: as specdec times its own
-DEPTH = {"lookup": 10, "draft-model": 4, "ngram-cache": 16, "ngram-simple": 48}  # drafted a step unless it is given
-NGRAM, SIMPLE, CACHED_NGRAMS = 2, 12, (1, 4)  # tokens that lookup, ngram-simple and ngram-cache look for
+DEPTH = {"draft-model": 4, "ngram-cache": 16, "ngram-simple": 48}  # drafted a step unless it is given
+SIMPLE, CACHED_NGRAMS = 12, (1, 4)  # tokens that ngram-simple and ngram-cache look for
 PART = 512  # most tokens of a pass
 POINTER, INT, COUNT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
 
@@ -215,7 +215,7 @@ class LlamaContext:
 
 
 class LlamaCpp:
-    """Greedy decoding of a GGUF file: plain, with prompt lookup, its own n-gram modes, or a draft model."""
+    """Greedy decoding of a GGUF file: plain, with its own n-gram modes, or with a draft model."""
 
     ngrams: Ngrams | None
     rows = 1  # sequences that are decoded side by side
@@ -228,19 +228,12 @@ class LlamaCpp:
         self.drafts: Callable[[list[int]], list[int]] = lambda ids: []
         if mode:
             settings["drafted"] = self.depth = depth or DEPTH[mode]
-            self.drafts = self.looked_up if mode == "lookup" else self.drafted
         if mode == "draft-model":
-            self.second = LlamaContext(lib, source, threads, context)
+            self.second, self.drafts = LlamaContext(lib, source, threads, context), self.drafted
         if mode.startswith("ngram"):
             self.ngrams = Ngrams(self.depth)
             self.drafts = self.ngrams.cache if mode == "ngram-cache" else self.ngrams.simple
         return settings
-
-    def looked_up(self, ids: list[int]) -> list[int]:
-        """What followed the last tokens when they came last."""
-        rows = np.lib.stride_tricks.sliding_window_view(np.array(ids), NGRAM)
-        (found,) = np.nonzero((rows[:-1] == rows[-1]).all(1))
-        return ids[found[-1] + NGRAM :][: self.depth] if len(found) else []
 
     def drafted(self, ids: list[int]) -> list[int]:
         """Greedy drafts of the second model, whose cache keeps the common beginning."""

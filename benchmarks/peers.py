@@ -76,7 +76,6 @@ LLAMA_CPP = ("engine_llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python", (".gg
 FOLDER = "LLAMA_CPP"
 PEERS: dict[str, Peer] = {
     "llama.cpp": Peer(*LLAMA_CPP, folder=FOLDER),
-    "llama.cpp-lookup": Peer(*LLAMA_CPP, "lookup", FOLDER),
     "llama.cpp-ngram-cache": Peer(*LLAMA_CPP, "ngram-cache", FOLDER),
     "llama.cpp-ngram-simple": Peer(*LLAMA_CPP, "ngram-simple", FOLDER),
     "llama.cpp-draft-model": Peer(*LLAMA_CPP, "draft-model", FOLDER),

@@ -1,8 +1,8 @@
 """A cell: the settings of one measurement, as plain values, and the format of its result.
 
 A cell is one method on one prompt set, interleaved with its baselines. A method is a drafter with its options, or one
-of ``EXTERNAL_METHODS``: ``model.generate`` in one of its modes (``hf``, ``hf-lookup``, ``hf-early-exit``,
-``hf-assistant=MODEL``), or an engine that ``benchmarks/other_engines.py`` adds.
+of ``EXTERNAL_METHODS``: ``model.generate``, plain or with prompt lookup (``hf``, ``hf-lookup``), or an engine that
+``benchmarks/other_engines.py`` adds.
 ``specdec.bench.run.measure`` yields one mapping of JSON values for each cell:
 
     key          ``cell.key()``
@@ -89,12 +89,7 @@ class ExternalMethod:
     missing: str = ""
 
 
-EXTERNAL_METHODS = {
-    "hf": ExternalMethod(drafts=False),
-    "hf-lookup": ExternalMethod(),
-    "hf-early-exit": ExternalMethod(options=("exit_layer",)),
-    "hf-assistant": ExternalMethod(source="MODEL"),
-}
+EXTERNAL_METHODS = {"hf": ExternalMethod(drafts=False), "hf-lookup": ExternalMethod()}
 
 
 Text = Annotated[str, Field(min_length=1)]

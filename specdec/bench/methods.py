@@ -5,7 +5,6 @@ Tokens are raw ids, cut after the end-of-sequence token; nothing is tokenised ag
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,12 +18,11 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.api.decoder import SpecDecoder
-from specdec.base import machine, options
+from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell, check_external
 from specdec.engine.metrics import RequestMetrics
-from specdec.models import loading
-from specdec.models.gguf.blocks import densify, temporarily_dense
+from specdec.models.gguf.blocks import temporarily_dense
 from specdec.models.native_model import as_transformers
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the warm-up request
@@ -120,36 +118,18 @@ class OwnMethod(Method):
 
 
 class HFMethod(Method):
-    """``model.generate``: plain, with prompt lookup, an early exit (option ``exit_layer``), or a draft model."""
+    """``model.generate``, plain or with prompt lookup."""
 
     def __init__(self, base: SpecDecoder, cell: Cell) -> None:
-        given = cell.drafter_options
-        kind, source = check_external(cell.drafter, given)
-        if kind != "hf":
-            refuse_batches(cell)
-        model = as_transformers(base.model)
-        self.model = assistant = copy.copy(model)
-        self.model.generation_config = copy.copy(model.generation_config)  # assisted generation changes it
-        self.eos = base.eos_ids()
-        depth = cell.num_speculative_tokens
+        kind, _ = check_external(cell.drafter, cell.drafter_options)
+        self.model, self.eos = as_transformers(base.model), base.eos_ids()
         self.settings: dict[str, Any] = {"do_sample": False}
         if cell.temperature > 0:
             self.settings = {"do_sample": True, **{name: getattr(cell, name) for name in SAMPLING}}
         if kind == "hf-lookup":
+            refuse_batches(cell)
+            depth = cell.num_speculative_tokens
             self.settings["prompt_lookup_num_tokens"] = LOOKUP if depth == "auto" else depth
-        elif kind == "hf-early-exit":
-            layers = base.target.num_layers
-            exit_layer = given.get("exit_layer", max(layers // 3, 1))
-            self.settings["assistant_early_exit"] = options.check_int("exit_layer", exit_layer, 1, layers - 1)
-        elif kind == "hf-assistant":
-            loaded = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
-            assistant = as_transformers(loaded)
-            densify(assistant)
-            self.settings["assistant_model"] = assistant
-        if kind in ("hf-early-exit", "hf-assistant") and depth != "auto":
-            config = assistant.generation_config  # a fixed draft length, as for our drafters
-            config.num_assistant_tokens, config.num_assistant_tokens_schedule = depth, "constant"
-            config.assistant_confidence_threshold = 0.0
 
     def reply(self, prompts: list[list[int]], count: int, seed: int, scope: str = "") -> Reply:
         width, device = max(map(len, prompts)), self.model.device

@@ -54,9 +54,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Separated by commas: drafters (NAME@K drafts K tokens a step), and hf, hf-lookup, hf-early-exit, "
-            "hf-assistant=MODEL (model.generate and its assisted modes). none (plain decoding) always runs. "
-            f"Default: {DRAFTERS}.",
+            help="Separated by commas: drafters (NAME@K drafts K tokens a step), and hf, hf-lookup (model.generate, "
+            f"plain or with prompt lookup). none (plain decoding) always runs. Default: {DRAFTERS}.",
             autocompletion=shared.complete_drafters,
         ),
     ] = None,
