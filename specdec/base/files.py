@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from specdec.base.errors import SpecDecError, did_you_mean
@@ -71,6 +73,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def size_of(*paths: Path) -> int:
+    """Bytes of files, also of those in folders, without following links. Files that vanish do not count."""
+    size = 0
+    for path in paths:
+        for file in (path, *(Path(parent, name) for parent, _, names in os.walk(path) for name in names)):
+            with suppress(OSError):
+                found = file.lstat()
+                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return size
 
 
 def shipped_configs(kind: str) -> dict[str, Path]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import stat
 from collections.abc import Iterable
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,22 +100,10 @@ def _device() -> dict[str, str]:
 
 def _folder(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
     """The sizes of the parts of a folder that are there, and of all of them."""
-    sizes = {name: _bytes(folder / name) for name in parts if (folder / name).exists()}
+    sizes = {name: files.size_of(folder / name) for name in parts if (folder / name).exists()}
     there = folder.exists()
     free = shutil.disk_usage(folder).free if there else 0
     return {"folder": str(folder), "exists": there, "bytes": sum(sizes.values()), "parts": sizes, "free_bytes": free}
-
-
-def _bytes(path: Path) -> int:
-    """The size of a file, or of all files in a folder, without following links. Those that vanish do not count."""
-    size, names = 0, [str(path)]
-    for parent, folders, own in os.walk(path):
-        names += [os.path.join(parent, name) for name in (*own, *folders)]
-    for name in names:
-        with suppress(OSError):
-            found = os.lstat(name)
-            size += 0 if stat.S_ISDIR(found.st_mode) else found.st_size
-    return size
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdec.base.errors import SpecDecError, did_you_mean, errors_as
-from specdec.base.files import cache_dir
+from specdec.base.files import cache_dir, size_of
 from specdec.models.catalogue import EMBEDDED
 from specdec.models.names import display_name, hub_folder
 from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
@@ -28,8 +28,7 @@ class CachedModel:
 
     @property
     def bytes(self) -> int:
-        files = [file for path in self.paths if not path.is_symlink() for file in (path, *path.rglob("*"))]
-        return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
+        return size_of(*(path for path in self.paths if not path.is_symlink()))
 
 
 def cached_models() -> list[CachedModel]:
