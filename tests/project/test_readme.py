@@ -1,64 +1,49 @@
-"""README's blocks for a fresh clone run as written, in a new clone, environment and cache."""
+"""The extra that README names is enough to run the tests: what needs more is skipped."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
+import ast
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
-from pages import ROOT, blocks
+from packaging.utils import canonicalize_name
+from pages import ROOT
 
-OURS = ("PYTHON", "PYTEST", "VIRTUAL_ENV", "SPECDEC", "HF_", "OMP_")  # what this process has and a reader has not
-SAMPLE = "test_inputs or test_files or test_serve_fuzz or test_page"  # files: two that run, two that need more
+TESTS = ROOT / "tests"
 
 
-def link_dependencies(folder: Path) -> None:
-    """Link what '.[test]' depends on, and nothing else, into a folder of packages. pip finds it installed.
-
-    (To unpack it again would take longer than all the rest. ``.ci/run`` does that.)
-    """
-    known, missing = set[Requirement](), [Requirement("specdec-m2r2[test]")]
+def needed(distribution: str) -> set[str]:
+    """The names of all distributions that one with its extras needs."""
+    known, missing = set[Requirement](), [Requirement(distribution)]
     while missing:
         known.add(one := missing.pop())
         try:
-            found = distribution(one.name)
-        except PackageNotFoundError:  # pip will install it
+            found = map(Requirement, requires(one.name) or ())
+        except PackageNotFoundError:  # of another system
             continue
-        for name in {file.parts[0] for file in found.files or ()} - {"..", "/", "__pycache__"}:
-            if one.name != "specdec-m2r2" and not (folder / name).exists():
-                (folder / name).symlink_to(str(found.locate_file(name)))
-        for each in map(Requirement, found.requires or ()):
-            extras = [{"extra": extra} for extra in (*one.extras, "")]
+        extras = [{"extra": extra} for extra in (*one.extras, "")]
+        for each in found:
             if each not in known and (each.marker is None or any(map(each.marker.evaluate, extras))):
                 missing.append(each)
+    return {canonicalize_name(one.name) for one in known}
 
 
-@pytest.mark.slow
-def test_the_blocks_for_a_fresh_clone_run_as_written(tmp_path: Path) -> None:
-    """All tests are collected, and some run: all would take as long as the tests that this is one of."""
-    every = [block.text for block in blocks(ROOT / "README.md")]
-    get, generate, test = [text for text in every if re.search("git clone|venv", text)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    (tmp_path / "packages").mkdir()
-    link_dependencies(tmp_path / "packages")
-    environment |= {"SPECDEC_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path / "packages")}
-    environment |= {"PYTEST_ADDOPTS": f"-n 0 -rs -k '{SAMPLE}'"}
+def imported(file: Path) -> Iterator[str]:
+    """The packages that a file imports wherever it is imported itself."""
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module).partition(".")[0]
 
-    def run(block: str, folder: Path) -> str:
-        command = ["bash", "-ec", block]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout + done.stderr
 
-    run(get.replace("REPOSITORY_URL", f"'{ROOT}'"), tmp_path)
-    assert "output identical to plain decoding: yes" in run(generate, tmp_path / "specdec")
-    environment["CC"] = "/bin/false"  # the kernels are there
-    told = run(test, tmp_path / "specdec")
-    assert "playwright is not installed" in told and "schemathesis is not installed" in told
-    assert int(re.findall(r"(\d+) passed", told)[0]) > 10
+def test_every_test_can_be_imported_with_the_extra_for_tests() -> None:
+    assert "pip install -e '.[test]' && python -m pytest" in (ROOT / "README.md").read_text("utf-8")
+    enough, places = needed("specdec-m2r2[test]"), packages_distributions()
+    own = {path.stem for folder in ("tests/support", "benchmarks") for path in (ROOT / folder).glob("*.py")}
+    found = {name for file in TESTS.rglob("*.py") for name in imported(file)} - own - sys.stdlib_module_names
+    assert {"pytest", "torch", "specdec", "hypothesis"} <= found
+    assert not [name for name in found if enough.isdisjoint(map(canonicalize_name, places[name]))]
