@@ -47,8 +47,6 @@ FOLDERS = tempfile.TemporaryDirectory(prefix="specdec-tests-")
 SKIPS = (  # what a machine may lack: patterns of the reasons
     "(llama-cpp-python|openvino-genai|peft) is not installed",
     "there is (no|one) CUDA device",
-    "there is a real device",
-    "stands on the inside of PyTorch",
     "the native runtime needs an x86 CPU with AVX2, FMA and F16C",
     "no native (kernels|runtime) here",
     "this CPU has no (amx|avx512|avxvnni|avx2|i8mm|neon)",
