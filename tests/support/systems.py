@@ -1,4 +1,4 @@
-"""Other systems, as far as Python shows them: ``python tests/support/systems.py windows | macos``.
+"""Windows, as far as Python shows it on Linux: ``python tests/support/systems.py``. macOS lacks less.
 
 The modules of specdec see an ``os``, a ``signal``, a ``socket`` and a ``ctypes`` without what the system lacks, none of
 the modules that it lacks, no ``/proc`` and no compiled library; other packages see Linux, which they need here. What is
@@ -36,17 +36,12 @@ getrandom posix_fadvise posix_fallocate memfd_create eventfd copy_file_range fda
 SIGNALS = """SIGALRM SIGKILL SIGHUP SIGPIPE SIGQUIT SIGUSR1 SIGUSR2 SIGCHLD SIGTSTP SIGCONT alarm pause setitimer
 sigwait siginterrupt pthread_kill pthread_sigmask"""
 LACKING = {  # names by module; a module without names is not there at all
-    "windows": {
-        "os": f"{POSIX} {LINUX}",
-        "signal": SIGNALS,
-        "socket": "AF_UNIX SO_REUSEPORT socketpair send_fds",
-        "mmap": "PROT_READ MAP_PRIVATE MAP_SHARED MADV_DONTNEED",
-        "shutil": "chown",
-    }
-    | dict.fromkeys(("resource", "fcntl", "termios", "tty", "pty", "pwd", "grp", "posix", "syslog", "readline"), ""),
-    "macos": {"os": LINUX, "socket": "SO_PEERCRED", "mmap": "MAP_POPULATE MAP_HUGETLB MADV_HUGEPAGE"},
-}
-NAMES = {"windows": "win32", "macos": "darwin"}
+    "os": f"{POSIX} {LINUX}",
+    "signal": SIGNALS,
+    "socket": "AF_UNIX SO_REUSEPORT SO_PEERCRED socketpair send_fds",
+    "mmap": "PROT_READ MAP_PRIVATE MAP_SHARED MAP_POPULATE MAP_HUGETLB MADV_DONTNEED MADV_HUGEPAGE",
+    "shutil": "chown",
+} | dict.fromkeys(("resource", "fcntl", "termios", "tty", "pty", "pwd", "grp", "posix", "syslog", "readline"), "")
 HIDDEN = ("/proc", "/sys")
 OPTIONAL = ("specdec.serve.ray", "specdec.integrations.lm_eval")  # of packages that take seconds to import
 
@@ -67,29 +62,26 @@ class View(ModuleType):
         setattr(self._module, name, value)
 
 
-def become(system: str) -> None:
-    """Show the modules of specdec another system, for the rest of the process."""
+def become() -> None:
+    """Show the modules of specdec the other system, for the rest of the process."""
     import ctypes
 
-    real, opened, lacking = builtins.__import__, io.open, LACKING[system]
+    real, opened = builtins.__import__, io.open
 
     def library(name: str | None, *args: Any, **more: Any) -> Any:
-        if name is None and system == "windows":
+        if name is None:
             raise TypeError("bad argument type for built-in operation")
-        found = ctypes.CDLL(name, *args, **more)
-        if name is not None:
-            return found
-        return View(ModuleType("libc"), "")  # no glibc
+        return ctypes.CDLL(name, *args, **more)
 
-    views = {name: View(importlib.import_module(name), names) for name, names in lacking.items() if names}
-    views["sys"] = View(sys, "", platform=NAMES[system])
+    views = {name: View(importlib.import_module(name), names) for name, names in LACKING.items() if names}
+    views["sys"] = View(sys, "", platform="win32")
     views["ctypes"] = View(ctypes, "", CDLL=library)
 
     def shown(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         importer = str((globals or {}).get("__name__", ""))
         if level or not importer.startswith("specdec"):
             return real(name, globals, locals, fromlist, level)
-        if lacking.get(name) == "":
+        if LACKING.get(name) == "":
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
         found = real(name, globals, locals, fromlist, level)
         return views.get(found.__name__, found)
@@ -134,12 +126,12 @@ def serve(model: Path) -> None:
     assert found[0].status_code == 200, found[0].text
 
 
-def main(system: str) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, prompts = save_tiny(folder / "model"), folder / "prompts.txt"
         prompts.write_text("".join(f"question {n}\n" for n in range(8)))
-        become(system)
+        become()
         from tiny_gguf import write_gguf
 
         import specdec
@@ -168,5 +160,5 @@ def main(system: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
     print("done")
