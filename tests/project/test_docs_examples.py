@@ -28,8 +28,7 @@ from typer.testing import CliRunner
 from specdec import __version__, cli
 from specdec.engine.request import Event, Request
 
-SLOW = ("README", "CONTRIBUTING", "choose-a-drafter", "measure", "train-a-drafter")
-PARSED = [*sorted(ROOT.glob("docs/lab/*.md")), *sorted(ROOT.glob("drafters/**/README.md"))]
+PARSED = [*PAGES, *sorted(ROOT.glob("docs/lab/*.md")), *sorted(ROOT.glob("drafters/**/README.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 # What a title may say: "needs ...".
 NEEDS = ("a network", "a wheel", "a trained head", "Ray", "a GPU", "other engines", "gigabytes", "minutes")
@@ -140,7 +139,7 @@ def script(words: list[str]) -> None:
     assert all(f'"{word}"' in source for word in words[1:] if word.startswith("--") and word != "--help"), words
 
 
-def shell(block: Block) -> None:
+def shell(block: Block, execute: bool) -> None:
     for words in lines(block):
         if words[:2] == ["pip", "install"]:
             install(words[2:])
@@ -148,7 +147,7 @@ def shell(block: Block) -> None:
             script(words[1:])
         for arguments, piped in commands(words):
             first = parse(arguments)
-            if not block.needs and words[0] in ("specdec", "echo") and first not in ELSEWHERE:
+            if execute and not block.needs and words[0] in ("specdec", "echo") and first not in ELSEWHERE:
                 run(arguments, piped)
 
 
@@ -170,12 +169,9 @@ def served() -> Iterator[str]:
         yield server.url
 
 
+@pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW)) for page in PAGES],
-    ids=lambda page: page.stem,
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run_in_order(page: Path, here: Path) -> None:
     text, namespace = page.read_text("utf-8"), dict[str, Any]()
     for made in re.findall(r"--output (\S+)", text):  # by the page itself
@@ -184,7 +180,7 @@ def test_the_examples_of_a_page_run_in_order(page: Path, here: Path) -> None:
         for block in blocks(page):
             assert not block.needs or block.needs in NEEDS, block.needs
             if block.language == "bash":
-                shell(block)
+                shell(block, execute=True)
             elif block.language == "yaml":
                 (here / block.file).write_text(block.text, "utf-8")
             elif block.language == "python" and not block.needs:
@@ -194,21 +190,13 @@ def test_the_examples_of_a_page_run_in_order(page: Path, here: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PARSED, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_of_measurements_and_model_cards_are_those_of_the_command_line(page: Path) -> None:
+def test_commands_are_those_of_the_command_line(page: Path) -> None:
     for block in blocks(page):
-        for words in lines(block) if block.language == "bash" else ():
-            for arguments, _ in commands(words):
-                parse(arguments)
+        if block.language == "bash":
+            shell(block, execute=False)
 
 
 def test_the_stand_ins_are_of_names_that_pages_use() -> None:
     every = "".join(page.read_text("utf-8") for page in PAGES)
-    for name in (
-        "MODEL",
-        "path/or/hub-id",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "MIXTRAL",
-        "model.gguf",
-        "eval.jsonl",
-    ):
-        assert name in every
+    names = "MODEL", "path/or/hub-id", "HuggingFaceTB/SmolLM2-135M-Instruct", "MIXTRAL", "model.gguf", "eval.jsonl"
+    assert all(name in every for name in names)
