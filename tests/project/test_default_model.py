@@ -22,12 +22,6 @@ PROMPTS = [
     "List five things to pack for a week in the mountains.",
     "Translate to French: The train leaves at nine and I will be late.",
 ]
-NEW = 48
-
-
-@pytest.fixture(scope="module")
-def fp32() -> SpecDecoder:
-    return SpecDecoder.from_pretrained(drafter="none", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +34,11 @@ def test_of_the_users_cache_tests_have_this_model_alone() -> None:
     assert [path for path in folders.iterdir() if path.is_symlink()] == [folders / DEFAULT_MODEL]
 
 
-@pytest.mark.parametrize(("number", "depth"), [(1, 7), (3, 4)])
-def test_fp32_tokens_equal_generate(fp32: SpecDecoder, number: int, depth: int) -> None:
-    ids = encode(fp32.tokenizer, PROMPTS[number])
-    out = fp32.model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)
-    for name in ("m2r2", "prompt-lookup", "none"):
-        ours = fp32.with_drafter(name).generate(ids, max_new_tokens=16, num_speculative_tokens=depth)
-        assert ours.token_ids == out[0, len(ids) :].tolist(), name
+def test_fp32_tokens_equal_generate() -> None:
+    fp32 = SpecDecoder.from_pretrained(drafter="m2r2", dtype="float32")
+    ids = encode(fp32.tokenizer, PROMPTS[1])
+    out = fp32.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+    assert fp32.generate(ids, max_new_tokens=12, num_speculative_tokens=4).token_ids == out[0, len(ids) :].tolist()
 
 
 def test_the_shipped_m2r2_is_the_default(bf16: SpecDecoder) -> None:
@@ -67,25 +59,12 @@ def test_a_chat_has_the_special_tokens_of_its_template_alone(bf16: SpecDecoder, 
     )
 
 
-def test_shipped_m2r2_drafts_well(bf16: SpecDecoder) -> None:
-    decoder = bf16.with_drafter("m2r2")
-    outs = [decoder.generate(prompt, max_new_tokens=NEW, num_speculative_tokens=4) for prompt in PROMPTS]
-    steps = sum(out.metrics.num_spec_steps for out in outs)
-    accepted = sum(out.metrics.num_accepted_draft_tokens for out in outs)
-    assert 1 + accepted / steps > 1.7  # an untrained path accepts next to nothing
-
-
-@pytest.mark.parametrize("drafter", ["m2r2", "prompt-lookup"])
-def test_bf16_tokens_are_the_argmax_or_a_near_tie(bf16: SpecDecoder, drafter: str) -> None:
-    decoder = bf16.with_drafter(drafter)
-    for prompt in PROMPTS[:2]:
+def test_shipped_m2r2_drafts_well_and_tokens_are_the_argmax_or_a_near_tie(bf16: SpecDecoder) -> None:
+    decoder, steps, accepted = bf16.with_drafter("m2r2"), 0, 0
+    for prompt in PROMPTS:
         ids = encode(bf16.tokenizer, prompt)
-        out = decoder.generate(ids, max_new_tokens=NEW)
+        out = decoder.generate(ids, max_new_tokens=32, num_speculative_tokens=4)
+        steps += out.metrics.num_spec_steps
+        accepted += out.metrics.num_accepted_draft_tokens
         assert float(margins(bf16.target, ids, out.token_ids).max()) <= NEAR_TIE[torch.bfloat16]
-
-
-def test_batch_of_unequal_chats_equals_single_ones_in_fp32(fp32: SpecDecoder) -> None:
-    decoder = fp32.with_drafter("m2r2")
-    outs = decoder.generate_batch(PROMPTS[:3], max_new_tokens=16)
-    assert [o.token_ids for o in outs] == [decoder.generate(p, max_new_tokens=16).token_ids for p in PROMPTS[:3]]
-    assert all(o.text for o in outs)
+    assert 1 + accepted / steps > 1.7  # an untrained path accepts next to nothing
