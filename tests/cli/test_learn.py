@@ -16,6 +16,7 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
+from specdec.api import priming
 from specdec.drafters import learned
 from specdec.models import drafter_folder
 
@@ -29,9 +30,16 @@ def quick_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
+def quickly(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Little is learned from, and little is measured."""
+    learn_soon(monkeypatch, folder)
+    monkeypatch.setattr(priming, "TRIED", 1)
+    monkeypatch.setattr(priming, "TRIED_TOKENS", 8)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    learn_soon(monkeypatch, tmp_path)
+    quickly(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -53,7 +61,7 @@ def lesson(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (place / "prompts.txt").write_text("one two three\nfour five six\n")
     model = str(save_tiny(place / "tiny", context=512))
     with pytest.MonkeyPatch.context() as patched:
-        learn_soon(patched, place)
+        quickly(patched, place)
         assert "nothing was learned yet" in run("status")[1]
         how = "--minutes", "0.03", "--prompts", str(place / "prompts.txt"), "--runtime", "reference"
         return place, run(model, *how)[1]
