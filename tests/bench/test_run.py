@@ -29,7 +29,8 @@ from specdec.bench import figures, methods, prompts
 from specdec.bench.cell import Cell
 from specdec.bench.figures import BenchRequest
 from specdec.bench.prompts import PROMPT_SETS, PromptSource, evenly_spaced, load_prompts
-from specdec.bench.run import BenchRun, Decoders
+from specdec.bench.results import Results
+from specdec.bench.run import BenchRun, Decoders, measure
 
 CONVERSATIONS = [
     {"id": "chat", "category": "talk", "turns": ["abcabcabc", "and then abcabc"]},
@@ -179,11 +180,6 @@ def close(estimate: dict, value: float) -> None:
     assert estimate["low"] <= estimate["value"] + 1e-9 and estimate["value"] <= estimate["high"] + 1e-9
 
 
-def test_turns_limits_those_of_each_conversation(bench) -> None:
-    summary = measured(bench("--turns", "1", "--json"))
-    assert summary["methods"][0]["requests"] == summary["prompts"]["turns"] == 3
-
-
 def test_what_a_method_remembers_is_its_own_and_of_one_repetition(cell) -> None:
     """An answer that was decoded before would be drafted whole."""
     made: list[BenchRequest] = []
@@ -213,18 +209,13 @@ def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:
     assert len(right[0]) <= 5 and max(map(len, right)) == NEW
 
 
-@pytest.mark.parametrize("extra", [{}, {"exit_layer": 2}])
-def test_assisted_modes_of_generate_are_methods_and_leave_the_model_as_it_was(cell, folder: Path, extra: dict) -> None:
-    name = "hf-early-exit" if extra else f"hf-assistant={folder}"
-    decoders = Decoders()
-    method = decoders.method(cell(drafter=name, drafter_options=extra))
+def test_prompt_lookup_of_generate_answers_one_prompt_at_a_time(cell) -> None:
+    decoders, lookup = Decoders(), cell(drafter="hf-lookup")
     with pytest.raises(SpecDecError, match="one prompt at a time"):
-        decoders.method(cell(drafter=name, drafter_options=extra, batch_size=2))
-    plain = decoders.method(cell(drafter="hf"))
-    prompt = [encode(decoders.base(cell()).tokenizer, "abcabc")]
-    before = decoders.base(cell()).model.generation_config.to_dict()
-    assert method.reply(prompt, NEW, 0).tokens == plain.reply(prompt, NEW, 0).tokens
-    assert decoders.base(cell()).model.generation_config.to_dict() == before
+        decoders.method(lookup.with_settings(batch_size=2))
+    before = decoders.base(lookup).model.generation_config.to_dict()
+    assert len(decoders.method(lookup).reply([[5, 6, 7, 5, 6]], NEW, 0).tokens[0]) == NEW
+    assert decoders.base(lookup).model.generation_config.to_dict() == before
 
 
 def test_peak_memory_is_that_of_the_method_at_work() -> None:
@@ -239,20 +230,24 @@ def test_peak_memory_is_that_of_the_method_at_work() -> None:
     assert busy.mb - idle.mb > 200 and busy.mb - after.mb > 200
 
 
-def test_sampled_outputs_are_those_of_plain_decoding(bench) -> None:
-    summary = measured(bench("--temperature", "0.9", "--json"))
+def test_sampled_outputs_are_those_of_plain_decoding_and_turns_limits_conversations(bench) -> None:
+    summary = measured(bench("--temperature", "0.9", "--turns", "1", "--json"))
     assert all(method["equal_to_plain"]["equal"] == method["equal_to_plain"]["of"] > 0 for method in summary["methods"])
+    assert summary["methods"][0]["requests"] == summary["prompts"]["turns"] == 3
 
 
 LOSSY = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.0}}
 
 
-def test_a_lossy_rule_is_compared_with_the_full_model(cell, folder: Path) -> None:
+def test_a_lossy_rule_is_compared_with_the_full_model_and_named(cell, folder: Path, monkeypatch) -> None:
     pytest.importorskip("rouge_score", reason="rouge-score is not installed")
-    made: list[BenchRequest] = []
-    run = BenchRun([cell(drafter="early-exit", **LOSSY)], Decoders(), record=made.append)
-    run.execute()
-    (result,) = run.results()
+    made, decoders, lossy = list[BenchRequest](), Decoders(), cell(drafter="early-exit", **LOSSY)
+    (result,) = measure([lossy], decoders, record=made.append)
+    table = Results("", "", "", [result]).table()
+    assert "ROUGE-L" in table.header and "(lossy)" in " ".join(table.rows[0])
+    monkeypatch.setattr("specdec.bench.figures.importlib.util.find_spec", lambda name: None)
+    (refused,) = measure([lossy], decoders)
+    assert "rouge-score; run pip install" in refused["error"]
     plain, lossy = result["baselines"]["none"], result["method"]
     assert plain["lossless"] and not lossy["lossless"]
     assert lossy["equal_to_plain"]["faults"] is None and lossy["equal_to_plain"]["equal"] < 4
@@ -271,16 +266,6 @@ def test_a_lossy_rule_is_compared_with_the_full_model(cell, folder: Path) -> Non
     assert lossy["quality"]["agreement"]["value"] == agreed / count < 1
     assert lossy["quality"]["nll"]["value"] == pytest.approx(nll / count, rel=1e-4)
     assert lossy["quality"]["nll"]["value"] > plain["quality"]["nll"]["value"]
-
-
-def test_a_lossy_rule_is_named_in_the_table(bench, monkeypatch) -> None:
-    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
-    rule = ["--verifier", "confident", "--verifier-option", "exit_threshold=0.0", "--limit", "1"]
-    result = bench(*rule, drafters="none,early-exit")
-    assert result.exit_code == 0 and "(lossy)" in result.stdout and "ROUGE-L" in result.stdout
-    monkeypatch.setattr("specdec.bench.figures.importlib.util.find_spec", lambda name: None)
-    result = bench(*rule, drafters="none,early-exit")
-    assert result.exit_code == 1 and "rouge-score; run pip install" in result.stdout
 
 
 def test_what_does_not_fit_the_context_is_told_and_left_out(file: Path, tmp_path: Path) -> None:
@@ -363,14 +348,15 @@ def test_our_own_set_is_there_and_a_limit_spreads_over_it() -> None:
     assert len(few) == 6 and len({c.category for c in few}) >= 4
 
 
-@pytest.mark.parametrize("kept", ["mt-bench.jsonl", "mt_bench.jsonl"])
-def test_a_named_set_is_looked_for_in_the_data_folder_first(bench, tmp_path: Path, monkeypatch, kept: str) -> None:
-    line = json.dumps({"question_id": 81, "category": "writing", "turns": ["one", "two"]})
-    (tmp_path / kept).write_text(line + "\n")
-    found = load_prompts(str(tmp_path / kept))
-    assert [c.turns for c in found.conversations] == [("one", "two")] and found.conversations[0].id == "81"
-    assert found.name == kept and not found.licence  # it may be another text of that name
+def test_a_named_set_is_looked_for_in_the_data_folder_first(bench, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_DATA", str(tmp_path))
+    line = json.dumps({"question_id": 81, "category": "writing", "turns": ["one", "two"]})
+    for kept in (tmp_path / "mt_bench.jsonl", tmp_path / "mt-bench.jsonl"):
+        kept.write_text(line + "\n")
+        found = load_prompts(str(kept))
+        assert [c.turns for c in found.conversations] == [("one", "two")] and found.conversations[0].id == "81"
+        assert found.name == kept.name and not found.licence  # it may be another text of that name
+        assert load_prompts("mt-bench").licence.startswith("Apache-2.0")
     result = bench("--prompts", "mt-bench", "--json")
     assert measured(result)["prompts"]["licence"].startswith("Apache-2.0")
     assert result.stderr.count("Apache-2.0") == 1  # told once
@@ -484,24 +470,18 @@ def test_whatever_is_downloaded_has_a_revision_and_a_checksum() -> None:
         ('{"turns": [1]}\n', "has no usable 'turns' or 'prompt'"),
     ],
 )
-def test_a_broken_prompt_file_is_one_line(bench, tmp_path: Path, text: str, words: str) -> None:
+def test_a_broken_prompt_file_is_one_line(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "bad.jsonl").write_text(text)
-    assert words in one_line_error(bench("--prompts", str(tmp_path / "bad.jsonl")))
+    with pytest.raises(SpecDecError, match=words):
+        load_prompts(str(tmp_path / "bad.jsonl"))
 
 
-def test_by_default_the_default_drafter_is_measured(folder: Path, file: Path) -> None:
-    arguments = ["--model", str(folder), "--prompts", str(file), "--max-new-tokens", "4", "--limit", "1", "--json"]
-    result = CliRunner().invoke(cli.app, ["bench", *arguments])
-    assert {method["drafter"] for method in measured(result)["methods"]} == {"hf", "none", "prompt-lookup", "auto"}
-
-
-def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: Path) -> None:
+def test_the_default_drafter_is_measured_and_penalties_of_a_model_are_no_faults(folder: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(folder, tmp_path / "model")
     (copied / "generation_config.json").write_text('{"repetition_penalty": 1.5, "no_repeat_ngram_size": 3}')
-    arguments = ["--model", str(copied), "--prompts", str(file), "--max-new-tokens", "12", "--limit", "1", "--json"]
-    made = measured(CliRunner().invoke(cli.app, ["bench", *arguments, "--drafters", "hf,none,prompt-lookup"]))[
-        "methods"
-    ]
+    arguments = ["--model", str(copied), "--max-new-tokens", "12", "--limit", "1", "--turns", "1", "--json"]
+    made = measured(CliRunner().invoke(cli.app, ["bench", *arguments]))["methods"]
+    assert {method["drafter"] for method in made} == {"hf", "none", "prompt-lookup", "auto"}
     assert all(method["equal_to_plain"]["equal"] == method["equal_to_plain"]["of"] for method in made)
 
 
@@ -511,7 +491,7 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
         (["--drafters", ","], "--drafters names none"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
         (["--drafters", "hf-looku"], "unknown method 'hf-looku' (did you mean 'hf-lookup'?)"),
-        (["--drafters", "hf-assistant"], "hf-assistant=MODEL"),
+        (["--drafters", "hf-lookup=MODEL"], "takes no source"),
         (["--drafter-option", "prompt-lookup.ngrams=3"], "ngrams"),
         (["--prompts", "mt_bench"], "did you mean 'mt-bench'"),
         (["--limit", "0"], "--limit"),
@@ -519,17 +499,3 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
 )
 def test_bad_input_is_one_line(bench, args: list[str], words: str) -> None:
     assert words in one_line_error(bench(*args))
-
-
-def test_another_benchmark_is_not_written_over(bench, tmp_path: Path) -> None:
-    before = list(tmp_path.iterdir())
-    assert "is not empty and holds no results" in one_line_error(bench("--output", str(tmp_path)))
-    assert list(tmp_path.iterdir()) == before
-    assert bench("--output", str(tmp_path / "out")).exit_code == 0
-    report = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out"), "--format", "json"])
-    drafters = [record["cell"]["drafter"] for record in json.loads(report.stdout)["records"]]
-    assert drafters == ["none", "prompt-lookup"]
-    again = one_line_error(bench("--output", str(tmp_path / "out")))
-    assert "holds these results already (2 of 2 cells); go on with --resume, or give another --output" in again
-    (tmp_path / "file").write_text("")
-    assert "cannot write to" in one_line_error(bench("--output", str(tmp_path / "file/out")))
