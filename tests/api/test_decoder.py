@@ -234,7 +234,7 @@ def test_the_default_drafter_of_a_model_without_a_shipped_one_teaches_itself(lla
         SpecDecoder(llama, drafter="medusa")
 
 
-@pytest.mark.parametrize("drafter", ["m2r2-paper", "medusa", "deed", "mixture-of-depths", "prompt-lookup+medusa"])
+@pytest.mark.parametrize("drafter", ["medusa", "prompt-lookup+medusa"])
 def test_a_trained_drafter_that_is_not_shipped_is_refused_before_the_weights(tmp_path, monkeypatch, drafter) -> None:
     name = str(save_tiny(tmp_path))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)

@@ -17,8 +17,8 @@ from specdec.bench.results import load_results
 from specdec.train import data
 from specdec.train.settings import TrainSettings, load_settings
 
-DEEP = "[" * 100_000
-ODD = ("a: 2026-13-45", "a: !!bool maybe", "a: !!int ''", "a: !!timestamp x", "a: " + "1" * 5000, "a: [", f"a: {DEEP}")
+DEEP, NESTED = "[" * 100_000, "[" * 3_000  # JSON is read by C, YAML by Python
+ODD = ("a: 2026-13-45", "a: !!bool maybe", "a: !!int ''", "a: !!timestamp x", "a: " + "1" * 5000, "a: [", f"a: {NESTED}")
 
 
 @pytest.mark.parametrize("text", ODD, ids=[text[:20] for text in ODD])

@@ -166,9 +166,6 @@ def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPat
     [
         (["--num-speculative-tokens", "x"], "must be 'auto' or a number >= 1; got 'x'"),
         (["--temperature", "0"], "--temperature"),
-        (["--verifier", "exakt"], "did you mean 'exact'"),
-        (["--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'"),
-        (["--prompts", "nowhere.jsonl"], "no prompt file 'nowhere.jsonl'"),
         (["--seed", "-1"], "seed must be greater than or equal to 0"),
     ],
 )
