@@ -3,8 +3,8 @@
     python benchmarks/other_engines.py bench --drafters none,m2r2,llama.cpp --model MODEL.gguf
 
 Methods beside those of ``specdec bench``, also for ``sweep``: llama.cpp, llama.cpp-ngram-cache, llama.cpp-ngram-simple
-and llama.cpp-draft-model=FILE. They load the model's own file, decode greedily, one prompt at a time, with our number of
-threads, each in a process of its own (``peers``).
+and llama.cpp-draft-model=FILE. They load the model's own file, decode greedily, one prompt at a time, with our number
+of threads, each in a process of its own (``peers``).
 """
 
 from __future__ import annotations

@@ -157,9 +157,8 @@ class Cell(Settings):
     @property
     def loading(self) -> dict[str, Any]:
         """The settings that decide which model is loaded, and how."""
-        names = "model", "dtype", "device", "runtime", "weights", "kv_cache"
-        found = {name: getattr(self, name) for name in names}
-        return found if self.adapter is None else found | {"adapter": self.adapter}
+        names = "model", "dtype", "device", "runtime", "weights", "kv_cache", "adapter"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def is_external(self) -> bool:

@@ -5,7 +5,6 @@ A record is a result of ``specdec.bench.cell``, or {"key", "cell", "error", "sec
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -255,16 +254,14 @@ def equality(method: Mapping[str, Any]) -> str:
 # Export.
 
 
-def render(results: Results, form: str) -> str:
-    """The results as "markdown" (notes and tables) or "json" (everything)."""
-    if form == "json":
-        return json.dumps(dataclasses.asdict(results), ensure_ascii=False, indent=1) + "\n"
+def as_markdown(results: Results) -> str:
+    """The notes and tables."""
     parts = [f"# {results.name}\n", f"{results.description}\n" if results.description else ""]
-    parts += ["".join(f"- {line}\n" for line in results.notes()), *map(_markdown, results.tables())]
+    parts += ["".join(f"- {line}\n" for line in results.notes()), *map(_table, results.tables())]
     return "\n".join(filter(None, parts))
 
 
-def _markdown(table: ResultTable) -> str:
+def _table(table: ResultTable) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

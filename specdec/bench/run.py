@@ -140,7 +140,7 @@ class BenchRun:
         self.methods[name], self.names[cell.key()] = method, name
 
     def execute(self) -> None:
-        if not self.cells:
+        if not self.methods:  # none could be loaded
             return
         done = tokens = turns = 0
         longest = [max(len(c.turns) for c in group) for group in self.groups]
@@ -253,19 +253,12 @@ class BenchRun:
             if self.lossy:
                 request.qualities.append(figures.quality(target, self.base.tokenizer, prompt, ours, theirs))
 
-    def failures(self) -> list[Record]:
-        """The records of cells of which a method has failed. From then on these are not among ``cells``."""
-        records = []
-        for cell in list(self.cells):
-            keys = [method.key() for method in _methods(cell)]
-            if found := next((self.errors[key] for key in keys if key in self.errors), None):
-                records.append(failure_record(cell, found, time.perf_counter() - self.started))
-                self.cells.remove(cell)
-        return records
-
     def results(self) -> list[Record]:
-        """One record per cell. Raises SpecDecError if no request was finished."""
-        if self.cells and not self.requests:
+        """One record per cell; that of an error if its method or a baseline failed.
+
+        Raises SpecDecError if no request was finished.
+        """
+        if self.methods and not self.requests:
             why = f": {self.skipped[0]}" if self.skipped else ""
             raise SpecDecError(f"nothing was measured{why}")
         shared = {
@@ -286,7 +279,10 @@ class BenchRun:
         return [self._result(cell, made, shared) for cell in self.cells]
 
     def _result(self, cell: Cell, made: dict[str, list[BenchRequest]], shared: Record) -> Record:
-        name, *others = (self.names[method.key()] for method in _methods(cell))
+        keys = [method.key() for method in _methods(cell)]
+        if error := next((self.errors[key] for key in keys if key in self.errors), None):
+            return failure_record(cell, error, self.seconds)
+        name, *others = (self.names[key] for key in keys)
         baselines = dict(zip(map(str, cell.against), others, strict=True))
         requests = {label: made[method] for label, method in baselines.items()}
         sums = {method: summarize(method, made[method], requests, self.methods[method]) for method in {name, *others}}
@@ -320,15 +316,12 @@ def measure(
         return
     try:
         run = BenchRun(left, decoders, progress, record)
-        left = run.cells
-        yield from run.failures()
         try:
             run.execute()
         except KeyboardInterrupt as stopped:
             if not run.requests:
                 raise
             interrupt = stopped
-        yield from run.failures()
         yield from run.results()
     except Exception as error:
         yield from [failure_record(cell, error, time.perf_counter() - start) for cell in left]

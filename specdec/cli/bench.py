@@ -249,23 +249,22 @@ def _end(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a benchmark.")],
     form: Annotated[
-        Literal["html", "markdown", "json"],
-        typer.Option("--format", help="html: a page in DIR; the others are printed."),
+        Literal["html", "markdown"], typer.Option("--format", help="html: a page in DIR; markdown is printed.")
     ] = "html",
 ) -> None:
     """Show the results of a benchmark: a table here, and a page with pictures in its folder."""
-    from specdec.bench.results import load_results, render
+    from specdec.bench.results import as_markdown, load_results
 
     results = load_results(folder)
-    if form != "html":
-        terminal.write(render(results, form))
+    if form == "markdown":
+        terminal.write(as_markdown(results))
         return
     with terminal.status("drawing"):
         try:
             from specdec.bench.report import write_page  # heavy
         except ImportError:
             raise SpecDecError(
-                f"the page needs matplotlib; {how_to_install('plot')}, or use --format markdown or json"
+                f"the page needs matplotlib; {how_to_install('plot')}, or use --format markdown"
             ) from None
         page = write_page(results, folder)
     table = results.table()

@@ -18,7 +18,15 @@ from specdec.train import data
 from specdec.train.settings import TrainSettings, load_settings
 
 DEEP, NESTED = "[" * 100_000, "[" * 3_000  # JSON is read by C, YAML by Python
-ODD = ("a: 2026-13-45", "a: !!bool maybe", "a: !!int ''", "a: !!timestamp x", "a: " + "1" * 5000, "a: [", f"a: {NESTED}")
+ODD = (
+    "a: 2026-13-45",
+    "a: !!bool maybe",
+    "a: !!int ''",
+    "a: !!timestamp x",
+    "a: " + "1" * 5000,
+    "a: [",
+    f"a: {NESTED}",
+)
 
 
 @pytest.mark.parametrize("text", ODD, ids=[text[:20] for text in ODD])

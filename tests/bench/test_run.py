@@ -148,7 +148,6 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
         accepted = [n for m in metrics for n in m["per_step_accepted"]]
         close(method["mean_acceptance_length"], 1 + sum(accepted) / len(accepted))
         close(method["prefill_ms"], statistics.median(1e3 * m["prefill_seconds"] for m in metrics))
-        assert method["acceptance_histogram"] == [accepted.count(n) for n in range(max(accepted) + 1)]
         assert method["acceptance_per_position"] == pytest.approx(
             [
                 sum(a > i for a in accepted) / offered
@@ -166,12 +165,6 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
     assert summary["prompts"]["sha256"] == prints and summary["prompts"]["turns"] == 4
     assert summary["environment"]["threads"] and summary["environment"]["dtype"] == "float32"
     assert all(name in result.stdout for name in names) and "8 of 8" in result.stdout
-    lines = [line.split("\t") for line in result.stdout.splitlines()]
-    at = next(i for i, line in enumerate(lines) if line[0] == "x plain (the worst prompt)")
-    assert lines[at][1:] == ["talk", "lists", "all"]
-    table = {line[0]: line[1:] for line in lines[at + 1 : at + 1 + len(names)]}
-    shown = [f"{m['speedup']['none']['value']:.2f} ({m['worst']['none']:.2f})" for m in summary["methods"]]
-    assert [row[-1] for row in table.values()] == shown and table["none"] == ["1.00 (1.00)"] * 3
 
 
 def close(estimate: dict, value: float) -> None:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -28,7 +27,6 @@ from specdec import cli
 from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError
 from specdec.cli import generate
-from specdec.engine import batch
 from specdec.models import catalogue
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft
@@ -151,20 +149,6 @@ def test_a_drafter_that_is_never_right_is_remarked_on(run, monkeypatch: pytest.M
     note = r"none of the \d+ tokens that prompt-lookup drafted was accepted: .*; 'specdec drafters' lists others, or "
     assert re.search(note + r"decode plainly \(--drafter none\)", result.stderr) and re.match(note, out["note"])
     assert json.loads(run("hello", "--json", "--drafter", "none").stdout)["note"] is None
-
-
-def test_reading_a_long_prompt_is_remarked_on_in_a_pipe(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, heard, prefill = [], Event(), batch.run_tokens
-
-    def slow(*args):
-        heard.clear()
-        assert heard.wait(300)
-        return prefill(*args)
-
-    monkeypatch.setattr(terminal, "EVERY", 0.005)
-    monkeypatch.setattr(terminal, "tell", lambda console, text: (said.append(text), heard.set()))
-    monkeypatch.setattr(batch, "run_tokens", slow)
-    assert run("hello", "--raw").exit_code == 0 and "reading the prompt of 5 tokens (1 s)" in said
 
 
 def test_sampling_options_and_seed_reach_the_sampler(run, said: str) -> None:

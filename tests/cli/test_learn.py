@@ -146,26 +146,23 @@ def test_a_file_that_cannot_be_read_is_named_and_can_be_removed() -> None:
     assert not list(learned.folder().glob("*.safetensors"))
 
 
-def test_an_adapter_is_named_beside_its_model() -> None:
-    for adapter in ("", "/adapters/mine"):
-        store = learned.Store(f"with {adapter}", "path")
-        assert store.claim()
-        store.save(learned.Progress("org/tiny", adapter=adapter), {"counts": torch.zeros(2)})
-        store.release()
+def kept(name: str, **more: str) -> None:
+    """What was learned for a model of that name."""
+    store = learned.Store(f"{name} {more}", "path")
+    assert store.claim()
+    store.save(learned.Progress(name, **more), {"counts": torch.zeros(2)})
+    store.release()
+
+
+def test_models_are_told_apart_by_their_whole_path_and_adapter() -> None:
+    kept("/a/final")
+    kept("/b/final")
+    kept("/b/final", adapter="/adapters/mine")
     names = {line.split("\t")[0] for line in run("status")[0].splitlines()[1:]}
-    assert names == {"org/tiny", "org/tiny with mine"}
-
-
-def test_models_are_told_apart_by_their_whole_path() -> None:
-    for number, place in enumerate(("/a/final", "/b/final")):
-        store = learned.Store(str(number), "path")
-        assert store.claim()
-        store.save(learned.Progress(place), {"counts": torch.zeros(2)})
-        store.release()
-    assert {row.split("\t")[0] for row in run("status")[0].splitlines()[1:]} == {"/a/final", "/b/final"}
+    assert names == {"/a/final", "/b/final", "/b/final with mine"}
     assert "nothing was learned for 'final'" in run("reset", "final", code=2)[1]
     assert "1 model" in run("reset", "/a/final")[1]
-    assert [each["model"] for each in json.loads(run("status", "--json")[0])] == ["/b/final"]
+    assert [each["model"] for each in json.loads(run("status", "--json")[0])] == ["/b/final"] * 2
 
 
 def test_learning_beside_another_process_is_refused_in_one_sentence(folder: Path) -> None:
