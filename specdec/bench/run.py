@@ -140,7 +140,7 @@ class BenchRun:
         self.methods[name], self.names[cell.key()] = method, name
 
     def execute(self) -> None:
-        if not self.methods:  # none could be loaded
+        if all(map(self._error, self.cells)):  # they could not be loaded
             return
         done = tokens = turns = 0
         longest = [max(len(c.turns) for c in group) for group in self.groups]
@@ -258,7 +258,7 @@ class BenchRun:
 
         Raises SpecDecError if no request was finished.
         """
-        if self.methods and not self.requests:
+        if not self.requests and not all(map(self._error, self.cells)):
             why = f": {self.skipped[0]}" if self.skipped else ""
             raise SpecDecError(f"nothing was measured{why}")
         shared = {
@@ -278,11 +278,14 @@ class BenchRun:
         made = {name: [request for request in self.requests if request.method == name] for name in self.methods}
         return [self._result(cell, made, shared) for cell in self.cells]
 
+    def _error(self, cell: Cell) -> Exception | None:
+        """What the cell's method or a baseline has raised."""
+        return next((self.errors[key] for method in _methods(cell) if (key := method.key()) in self.errors), None)
+
     def _result(self, cell: Cell, made: dict[str, list[BenchRequest]], shared: Record) -> Record:
-        keys = [method.key() for method in _methods(cell)]
-        if error := next((self.errors[key] for key in keys if key in self.errors), None):
-            return failure_record(cell, error, self.seconds)
-        name, *others = (self.names[key] for key in keys)
+        if error := self._error(cell):
+            return failure_record(cell, error, time.perf_counter() - self.started)
+        name, *others = (self.names[method.key()] for method in _methods(cell))
         baselines = dict(zip(map(str, cell.against), others, strict=True))
         requests = {label: made[method] for label, method in baselines.items()}
         sums = {method: summarize(method, made[method], requests, self.methods[method]) for method in {name, *others}}
