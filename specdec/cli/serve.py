@@ -17,7 +17,6 @@ from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.cli.shared import panel
 
-MIN_BODY = 1024  # bytes
 MIN_CACHE = 1 << 20  # bytes: the keys and values of a few tokens
 CONFIG = '{"method": "ngram", "num_speculative_tokens": 5}'
 _server, _limits = map(panel, ("Server", "Limits"))
@@ -96,21 +95,13 @@ def serve(
     prefix_cache_size: Annotated[
         str, _limits("--prefix-cache-size", "Largest size of the folder of --prefix-cache.", "SIZE")
     ] = "10GiB",
-    max_prompt_tokens: Annotated[
-        int | None,
-        _limits("--max-prompt-tokens", "Longest prompt, in tokens; default: the model's context.", "N", min=1),
-    ] = None,
     max_tokens: Annotated[
         int | None,
         _limits("--max-tokens", "Largest number of new tokens of a choice; default: the model's context.", "N", min=1),
     ] = None,
-    max_choices: Annotated[
-        int, _limits("--max-choices", "Largest number of choices of a request: its prompts times n.", "N", min=1)
-    ] = 64,
     max_connections: Annotated[
         int, _limits("--max-connections", "Largest number of connections; further requests get 503.", "N", min=1)
     ] = 1024,
-    max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, metrics. Needs the extra 'serve'."""
     model = loading.model
@@ -130,9 +121,8 @@ def serve(
     if prefix_cache is not None and not prefix_cache.strip():
         raise SpecDecError("--prefix-cache takes a folder; give its name, or leave the option out")
     depth = shared.depth(num_speculative_tokens)
-    largest_body = _bytes("--max-body", max_body, MIN_BODY, "no request fits")
-    disk_size = _bytes("--prefix-cache-size", prefix_cache_size, MIN_CACHE, "no text fits")
-    memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory, MIN_CACHE, "no text fits")
+    disk_size = _bytes("--prefix-cache-size", prefix_cache_size)
+    memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory)
     with terminal.status("starting"):
         terminal.warn_in_lines()
         terminal.log_in_lines()
@@ -156,10 +146,7 @@ def serve(
             log_requests=log_requests,
             cors=tuple(cors),
             allowed_hosts=(host, *hosts),
-            max_body=largest_body,
-            max_prompt_tokens=max_prompt_tokens,
             max_tokens=max_tokens,
-            max_choices=max_choices,
             max_connections=max_connections,
         )
         if "*" in cors and api_key is None and api_keys is None and host != "127.0.0.1":
@@ -235,11 +222,11 @@ def _speculative(config: str, drafter: str, depth: str) -> tuple[str, str]:
     return named, str(given.get("num_speculative_tokens", "auto"))
 
 
-def _bytes(flag: str, text: str, least: int, otherwise: str) -> int:
-    """A size of at least ``least`` bytes. otherwise: what is wrong with a smaller one."""
+def _bytes(flag: str, text: str) -> int:
+    """A size of at least ``MIN_CACHE`` bytes."""
     size = options.parse_size(flag, text)
     if isinstance(size, float):
         raise SpecDecError(f"{flag} takes a size, such as 300MB; got '{text}'")
-    if size < least:
-        raise SpecDecError(f"{flag} must be at least {least} bytes, or {otherwise}; got '{text}'")
+    if size < MIN_CACHE:
+        raise SpecDecError(f"{flag} must be at least {MIN_CACHE} bytes, or no text fits; got '{text}'")
     return size

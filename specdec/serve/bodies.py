@@ -17,11 +17,12 @@ from specdec.serve.errors import ApiError
 from specdec.serve.schema import ignored
 from specdec.serve.settings import ServerSettings
 
+MAX_BODY = 4 * 2**20  # bytes
 CLIENT_CLOSED_REQUEST = 499  # status in the log when the client has disconnected
 
 
 class JsonRequest(Request):
-    """A request whose body is JSON within the limits of ``app.state.settings``."""
+    """A request whose body is JSON of at most ``MAX_BODY`` bytes."""
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
@@ -29,15 +30,15 @@ class JsonRequest(Request):
         return self._body
 
     async def _receive_body(self, settings: ServerSettings) -> bytes:
-        body, most = bytearray(), settings.max_body
-        too_large = ApiError(413, f"the body is larger than {most} bytes, this server's limit", code="too_large")
-        if (length := self.headers.get("content-length", "0")).isdecimal() and int(length) > most:
+        body = bytearray()
+        too_large = ApiError(413, f"the body is larger than {MAX_BODY} bytes", code="too_large")
+        if (length := self.headers.get("content-length", "0")).isdecimal() and int(length) > MAX_BODY:
             raise too_large
         try:
             async with asyncio.timeout(settings.client_timeout):
                 async for part in self.stream():
                     body += part
-                    if len(body) > most:
+                    if len(body) > MAX_BODY:
                         raise too_large
         except TimeoutError:
             message = f"the body did not arrive within {settings.client_timeout:g} seconds"

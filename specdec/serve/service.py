@@ -35,6 +35,7 @@ SEEDS = 2**53  # JavaScript's integers
 PROMPT_END = 16  # tokens that may begin reasoning
 SWITCHES = "enable_thinking", "thinking"  # what chat templates call it
 EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}  # gpt-oss knows three
+MAX_CHOICES = 64  # of a request: its prompts times n
 MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 100 bytes
 
 
@@ -71,8 +72,8 @@ class Service:
         self.check_model(asked.model)
         self.check_engine()
         choices, wanted, most = asked.n * max(len(asked.prompts), 1), asked.max_new_tokens, self.settings.max_tokens
-        if choices > self.settings.max_choices:
-            message = f"{choices} choices exceed the limit, {self.settings.max_choices}; lower n or send fewer prompts"
+        if choices > MAX_CHOICES:
+            message = f"{choices} choices exceed the limit, {MAX_CHOICES}; lower n or send fewer prompts"
             raise ApiError(400, message, "n", "invalid_value")
         if most is not None and wanted is not None and wanted > most:
             message = f"{wanted} new tokens exceed this server's limit of {most}; ask for fewer"
@@ -165,7 +166,7 @@ class Service:
 
     def encode_text(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
-            self.check_length("prompt", len(prompt))
+            self.check_length("prompt", len(prompt), self.context - 1)
         return self._encode("prompt", prompt, chat=False)
 
     def _encode(self, name: str, prompt: Any, **options: Any) -> list[int]:
@@ -175,16 +176,14 @@ class Service:
         except SpecDecError as error:
             code = TOO_LONG if isinstance(error, PromptTooLongError) else "invalid_value"
             raise ApiError(400, str(error), name, code) from None
-        self.check_length(name, len(ids))
+        self.check_length(name, len(ids), self.context - 1)
         self.check_token_ids(name, ids)
         return ids
 
-    def check_length(self, name: str, tokens: int, most: int | None = None) -> None:
-        """Raise ApiError for more than ``most`` tokens; None is the limit of prompts."""
-        if most is None:
-            most = min(self.context - 1, self.settings.max_prompt_tokens or self.context)
+    def check_length(self, name: str, tokens: int, most: int) -> None:
+        """Raise ApiError for more than ``most`` tokens."""
         if tokens > most:
-            message = f"'{name}' has {tokens} tokens, more than this server's limit of {most}; shorten it"
+            message = f"'{name}' has {tokens} tokens, more than the limit of {most}; shorten it"
             raise ApiError(400, message, name, TOO_LONG)
 
     def check_token_ids(self, name: str, ids: Sequence[int]) -> None:

@@ -21,8 +21,7 @@ class ServerSettings(BaseModel):
     log_requests: write prompts and answers into the log.
     cors: origins that CORS allows.
     allowed_hosts: Host headers beside localhost, this machine's name and IP addresses; "*" allows all.
-    max_prompt_tokens, max_tokens: of a prompt and of a choice; None is the model's context.
-    max_choices: choices of a request, its prompts times ``n``.
+    max_tokens: of a choice; None is the model's context.
     client_timeout: seconds for a client to send the body of a request, and to read what is streamed to it.
     """
 
@@ -34,10 +33,7 @@ class ServerSettings(BaseModel):
     log_requests: bool = False
     cors: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
-    max_body: PositiveInt = 4 * 2**20
-    max_prompt_tokens: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
-    max_choices: PositiveInt = 64
     max_connections: PositiveInt = 1024
     client_timeout: float = 30.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.engine.request import Event
+from specdec.serve import bodies
 from specdec.serve.app import make_app
 from specdec.serve.settings import ServerSettings
 
@@ -123,25 +123,13 @@ def test_tokens_of_a_chat_are_those_that_the_model_reads(server: Server) -> None
 
 
 def test_messages_may_be_parts_and_come_from_developers(server: Server) -> None:
-    parts = [
-        {"role": "user", "content": [{"type": "text", "text": "Name three "}, {"type": "text", "text": "colours."}]}
-    ]
-    assert server.chat(**GREEDY, messages=parts).json()["choices"] == server.chat(**GREEDY).json()["choices"]
-    for role in ("system", "developer"):
-        found = server.post("/tokenize", {"messages": [{"role": role, "content": "Be brief."}, *USER]})
-        text = server.post("/detokenize", {"tokens": found.json()["tokens"]}).json()["prompt"]
-        assert text.startswith("[system] Be brief.\n[user] ")
+    parts = [{"type": "text", "text": "Name three "}, {"type": "text", "text": "colours."}]
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    tokens = server.post("/tokenize", {"messages": messages}).json()["tokens"]
+    text = server.post("/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert text == "[system] Be brief.\n[user] Name three colours.\n[assistant] "
     answered = [*USER, {"role": "assistant", "content": "Red.", "refusal": None, "tool_calls": None}, *USER]
-    assert server.chat(messages=answered).status_code == 200
-
-
-def test_penalties_and_biases_are_those_of_plain_decoding(server: Server, decoder: SpecDecoder, truth: str) -> None:
-    asked = {"frequency_penalty": 0.7, "presence_penalty": 0.4, "logit_bias": {"40": 0.5, "41": -100}}
-    given = asked | {"logit_bias": {40: 0.5, 41: -100}}
-    right = decoder.with_drafter("none").generate(USER, max_new_tokens=24, **given).text
-    found = server.chat(**GREEDY, **asked).json()
-    assert found["choices"][0]["message"]["content"] == right != truth[:24]
-    assert server.chat(**GREEDY, **asked, num_speculative_tokens=0).json()["choices"] == found["choices"]
+    assert server.chat(messages=answered, max_tokens=1).status_code == 200
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -150,35 +138,26 @@ def test_penalties_and_biases_are_those_of_plain_decoding(server: Server, decode
 DEEP = {"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the parameter, a part of the message
-    "no messages": ({"messages": []}, "messages", ""),
     "a message without a role": ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
-    "a tool's message": ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", ""),
     "an image": (
         {"messages": [{"role": "user", "content": [IMAGE]}]},
-        "messages.0.content.0",
-        "'messages.0.content.0': parts of the type 'image_url' are not supported",
+        "messages.0.content.0.type",
+        "'messages.0.content.0.type': it must be 'text'",
     ),
     "a number": ({"messages": [{"role": "user", "content": 5}]}, None, "it must be a valid string or a valid list"),
-    "a tool call": ({"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, None, ""),
     "a call that is nested without end": (
         {"messages": [*USER, {"role": "assistant", "tool_calls": [{"id": "1", "function": DEEP}]}]},
         "messages.1.tool_calls.0.function.arguments",
         "",
     ),
-    "no content": ({"messages": [{"role": "user", "content": None}]}, "messages.0", ""),
-    "a hot temperature": ({"temperature": 1e300}, "temperature", ""),
-    "no probability": ({"top_p": 0}, "top_p", ""),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "messages.0", "a message needs content"),
     "a penalty by which logits become infinite": ({"repetition_penalty": 5e-324}, "repetition_penalty", ""),
-    "a large penalty": ({"frequency_penalty": 2.5}, "frequency_penalty", ""),
     "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias.x", "it must be a valid integer"),
     "a bias of a token that the model lacks": ({"logit_bias": {"99999": 1}}, "logit_bias", ""),
     "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages", ""),
     "a million choices": ({"n": 1_000_000}, "n", ""),
     "five stops": ({"stop": list("abcde")}, "stop", "'stop': it must have at most 4 items and has 5"),
-    "a number of stops": ({"stop": 5}, "stop", "'stop': it must be a valid string or a valid list"),
-    "a long stop": ({"stop": "x" * 10_000}, "stop", ""),
     "an option of a stream": ({"stream_options": {"include_usage": True}}, None, ""),
-    "a long prompt": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages", ""),
 }
 
 
@@ -190,57 +169,42 @@ def test_what_is_wrong_is_refused_with_one_sentence(server: Server, case: str) -
     assert len(error["message"]) < 300
 
 
-NONE: list[tuple[Any, str]] = [  # prompts that are none, and what is said of some
-    *((prompt, "") for prompt in ("", [[]], ["a", ""], ["a", 3], [10**30], [99], None, 3.5)),
-    ([], "'prompt': it must have at least 1 item and has 0"),
-    ([-1], "'prompt.0': it must be greater than or equal to 0"),
-    ({"a": 1}, "'prompt': it must be a valid string or a valid list"),
+NONE: list[tuple[Any, str, str]] = [  # prompts that are none, the place of the fault, and what is said
+    ([[]], "prompt.0", ""),
+    (["a", ""], "prompt.1", ""),
+    ([99], "prompt", "outside the model's vocabulary"),
+    (None, "prompt", "is missing"),
+    ([], "prompt", "'prompt': it must have at least 1 item and has 0"),
+    ([-1], "prompt.0", "'prompt.0': it must be greater than or equal to 0"),
+    ({"a": 1}, "prompt", "'prompt': it must be a valid string or a valid list"),
 ]
 
 
-@pytest.mark.parametrize(("prompt", "says"), NONE)
-def test_prompts_that_are_none_are_refused(server: Server, prompt: Any, says: str) -> None:
-    body, headers = json.dumps({"model": NAME, "prompt": prompt}), {"Content-Type": "application/json"}
-    error = refusal(httpx.post(server.url + "/v1/completions", content=body, headers=headers), 400)
-    assert error["param"] in ("prompt", "prompt.0", "prompt.1") and says in error["message"]
-
-
-def test_an_empty_body_is_called_so(server: Server) -> None:
-    found = httpx.post(server.url + "/v1/completions", headers={"Content-Type": "application/json"})
-    assert refusal(found, 400)["message"] == "the body is empty; send a JSON object"
+@pytest.mark.parametrize(("prompt", "place", "says"), NONE)
+def test_prompts_that_are_none_are_refused(server: Server, prompt: Any, place: str, says: str) -> None:
+    error = refusal(server.complete(prompt=prompt), 400)
+    assert error["param"] == place and says in error["message"], error
 
 
 BODIES = {
-    "nothing": b"", "half": b'{"model": "tiny", ', "a list": b"[]", "text": b'"x"', "a number": b"3", "null": b"null",
-    "not UTF-8": b'{"model": "\xff\xfe"}', "nested": b"[" * 100_000, "digits": b'{"seed":' + b"9" * 10_000 + b"}",
-    "not finite": b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
-    "not finite within": b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "metadata": {"a": NaN}}',
-}  # fmt: skip
+    "nothing": (b"", "the body is empty; send a JSON object"),
+    "half": (b'{"model": "tiny", ', ""),
+    "a list": (b"[]", ""),
+    "null": (b"null", ""),
+    "not UTF-8": (b'{"model": "\xff\xfe"}', ""),
+    "nested": (b"[" * 100_000, ""),
+    "digits": (b'{"seed":' + b"9" * 10_000 + b"}", ""),
+    "not finite": (b'{"model": "tiny", "prompt": "x", "metadata": {"a": NaN}}', ""),
+    "half of a character": (b'{"model": "tiny", "prompt": "\\ud800"}', "half of a surrogate pair"),
+    "half of one in a name": (b'{"model": "tiny", "prompt": "x", "\\ud800": 1}', "half of a surrogate pair"),
+}
 
 
 @pytest.mark.parametrize("case", BODIES)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
-def test_bodies_that_are_not_json_objects_are_refused(server: Server, path: str, case: str) -> None:
+def test_bodies_that_are_not_json_objects_are_refused(server: Server, case: str) -> None:
+    content, says = BODIES[case]
     headers = {"Content-Type": "application/json"}
-    refusal(httpx.post(server.url + path, content=BODIES[case], headers=headers), 400)
-
-
-HALF = "\ud800"  # of a surrogate pair: JSON can write it
-HALVES: list[dict[str, Any]] = [
-    {"model": HALF}, {"user": HALF}, {HALF: 1}, {"stop": HALF}, {"messages": [{"role": "user", "content": HALF}]},
-    {"messages": [USER[0] | {"name": HALF}]}, {"messages": [USER[0] | {"content": [{"type": "text", "text": HALF}]}]},
-    {"tools": [{"type": "function", "function": {"name": "f", "description": HALF}}]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("body", HALVES, ids=map(str, range(len(HALVES))))
-def test_half_of_a_character_is_refused(server: Server, body: dict[str, Any]) -> None:
-    headers = {"Content-Type": "application/json"}
-    text = json.dumps({"model": NAME, "messages": USER, "max_tokens": 2} | body)
-    url = server.url + "/v1/chat/completions"
-    assert "half of a surrogate pair" in refusal(httpx.post(url, content=text, headers=headers), 400)["message"]
-    whole = json.dumps({"model": NAME, "messages": USER, "max_tokens": 2, "user": "\U0001f600"})  # a whole pair
-    assert "ud83d" in whole and httpx.post(url, content=whole, headers=headers).status_code == 200
+    assert says in refusal(httpx.post(server.url + "/v1/completions", content=content, headers=headers), 400)["message"]
 
 
 def test_a_body_of_another_type_is_refused(server: Server) -> None:
@@ -250,8 +214,8 @@ def test_a_body_of_another_type_is_refused(server: Server) -> None:
 
 
 def test_what_does_not_exist_is_refused_in_the_same_shape(server: Server) -> None:
-    refusal(httpx.get(server.url + "/v1/embeddings"), 404)
-    refusal(httpx.get(server.url + "/v1/completions"), 405)
+    refusal(server.get("/v1/embeddings"), 404)
+    refusal(server.get("/v1/completions"), 405)
 
 
 def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> None:
@@ -265,9 +229,8 @@ def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> N
 
 @pytest.fixture(scope="module")
 def limited(decoder: SpecDecoder) -> Iterator[Server]:
-    limits = {"max_body": 5000, "max_prompt_tokens": 50, "max_tokens": 8, "max_choices": 3}
     with serving(
-        decoder.with_drafter("prompt-lookup"), api_key="secret", cors=("https://a.example",), **limits
+        decoder.with_drafter("prompt-lookup"), api_key="secret", cors=("https://a.example",), max_tokens=8
     ) as running:
         yield running
 
@@ -275,14 +238,14 @@ def limited(decoder: SpecDecoder) -> Iterator[Server]:
 KEY = {"Authorization": "Bearer secret"}
 
 
-def test_limits_are_kept(limited: Server) -> None:
+def test_limits_are_kept(limited: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def chat(**more: Any) -> httpx.Response:
         return limited.post("/v1/chat/completions", {"model": NAME, "messages": USER} | more, headers=KEY)
 
     assert chat().json()["usage"]["completion_tokens"] == 8
     assert "8" in refusal(chat(max_tokens=9), 400)["message"]
-    assert "3" in refusal(chat(n=4, max_tokens=2), 400)["message"]
-    assert "50" in refusal(chat(messages=[{"role": "user", "content": "x" * 60}]), 400)["message"]
+    assert "64" in refusal(chat(n=65, max_tokens=2), 400)["message"]
+    monkeypatch.setattr(bodies, "MAX_BODY", 5000)
     assert "5000" in refusal(chat(messages=[{"role": "user", "content": "x" * 6000}]), 413)["message"]
 
     def pieces() -> Iterator[bytes]:  # without a Content-Length
@@ -312,9 +275,9 @@ def test_a_fault_in_decoding_is_an_error_of_that_request(stream: bool) -> None:
 def test_health_and_requests_say_that_the_engine_has_ended() -> None:
     engine = Replay(lambda request: [Event([65], "length", depths=[0])])
     with serving(stand_in(byte_tokenizer()), engine) as server:
-        assert httpx.get(server.url + "/health").status_code == 200
+        assert server.get("/health").status_code == 200
         engine.closed = True
-        assert refusal(httpx.get(server.url + "/health"), 503)["code"] == "engine_ended"
+        assert refusal(server.get("/health"), 503)["code"] == "engine_ended"
         assert "restart the server" in refusal(server.chat(), 503)["message"]
 
 
@@ -379,10 +342,10 @@ def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.Monke
     assert "ended" in found.stderr and "'prompt_lookup_max' of --speculative-config has no effect" in found.stderr
     assert made["max_rows"] == 7 and made["name"] == "mine" and made["cors"] == ("https://a.example", "*")
     assert made["drafter"] == "prompt-lookup" and made["num_speculative_tokens"] == 3 and made["log_requests"]
-    own = ["--name", "other", "--max-rows", "1", "--max-waiting", "3", "--api-key", "secret", "--max-body", "2KB"]
+    own = ["--name", "other", "--max-rows", "1", "--max-waiting", "3", "--api-key", "secret"]
     CliRunner().invoke(app, [*command[:5], *own, "--cors", "https://b.example"])
     assert (made["name"], made["max_rows"], made["max_waiting"], made["api_key"]) == ("other", 1, 3, "secret")
-    assert made["max_body"] == 2000 and made["cors"] == ("https://b.example",)
+    assert made["cors"] == ("https://b.example",)
     model = ["--speculative-config", '{"model": "/nowhere"}']
     assert "/nowhere" in CliRunner().invoke(app, [*command, *model]).stderr  # a draft model
     for wrong in ("{", "[]", "{}", '{"method": 3}', '{"method": "m2r2", "model": 3}', '{"num_speculative_tokens": 3}'):
@@ -393,25 +356,21 @@ def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.Monke
         assert says in CliRunner().invoke(app, [*command, "--allowed-origins", wrong]).stderr
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x"]
-)
+@pytest.mark.parametrize("host", ["evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x"])
 def test_other_hosts_are_refused(server: Server, host: str) -> None:
-    for path in ("/", "/v1/models", "/health"):
-        error = refusal(httpx.get(server.url + path, headers={"Host": host}), 421)
-        assert "--allowed-hosts" in error["message"]
+    assert "--allowed-hosts" in refusal(server.get("/health", headers={"Host": host}), 421)["message"]
 
 
 def test_hosts_of_this_machine_and_those_named_are_answered(server: Server, decoder: SpecDecoder) -> None:
     for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:8000", "10.0.0.7:1", socket.gethostname()):
-        assert httpx.get(server.url + "/health", headers={"Host": host}).status_code == 200, host
+        assert server.get("/health", headers={"Host": host}).status_code == 200, host
     for hosts in (("a.example",), ("*",)):
         with serving(decoder, Replay(lambda request: []), allowed_hosts=hosts) as named:
-            assert httpx.get(named.url + "/v1/models", headers={"Host": "a.example:80"}).status_code == 200
+            assert named.get("/v1/models", headers={"Host": "a.example:80"}).status_code == 200
 
 
 def test_a_path_forges_no_line_and_health_has_a_head(server: Server) -> None:
-    assert httpx.get(server.url + "/x%0a127.0.0.1%20GET%20/%20200%1b[2J%c2%9b").status_code == 404
+    assert server.get("/x%0a127.0.0.1%20GET%20/%20200%1b[2J%c2%9b").status_code == 404
     until(lambda: any("GET /x" in line for line in server.lines))
     [line] = [line for line in server.lines if "GET /x" in line]
     assert line.isascii() and line.isprintable()
@@ -419,20 +378,14 @@ def test_a_path_forges_no_line_and_health_has_a_head(server: Server) -> None:
 
 
 WRONG_OPTIONS = [
-    ("--cors", "evil"), ("--cors", "https://a.example/path"), ("--name", ""), ("--name", "a\nb"), ("--max-body", "10"),
-    ("--prefix-cache-size", "big"), ("--allowed-hosts", "http://a"), ("--allowed-hosts", ""),
-    ("--prefix-cache", ""), ("--prefix-cache", " "), ("--prefix-cache-size", "1kB"), ("--kv-memory", "1kB"),
-    ("--api-key", "a b"), ("--api-key", ""), ("--api-key", "é"),
+    ("--cors", "https://a.example/path"), ("--name", ""), ("--name", "a\nb"), ("--prefix-cache-size", "big"),
+    ("--allowed-hosts", "http://a"), ("--prefix-cache", " "), ("--kv-memory", "1kB"), ("--api-key", "é"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", WRONG_OPTIONS)
 def test_options_that_cannot_be_meant_are_refused_at_start(options: tuple[str, str]) -> None:
-    from typer.testing import CliRunner
-
-    from specdec import cli
-
-    result = CliRunner().invoke(cli.app, ["serve", "--model", "/nowhere", *options])
+    result = CliRunner().invoke(app, ["serve", "--model", "/nowhere", *options])
     assert isinstance(result.exception, SpecDecError) or result.exit_code == 2
     said = str(result.exception) + result.output
     assert options[0] in said and "/nowhere" not in said, (result.output, result.exception)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 from servers import NAME, USER, Replay, Server, byte_tokenizer, serving, stand_in
@@ -29,28 +27,22 @@ KEYS = {f"key {i}": 0 for i in range(MANY)}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     engine = Replay(lambda request: [Event([65], "length", depths=[0])])
-    with serving(stand_in(byte_tokenizer()), engine, max_body=10**6) as running:
+    with serving(stand_in(byte_tokenizer()), engine) as running:
         yield running
 
 
 WRONG: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "messages": (ChatBody, CHAT | {"messages": [0] * MANY}),
-    "empty messages": (ChatBody, CHAT | {"messages": [{}] * MANY}),
     "more messages": (ChatBody, CHAT | {"messages": USER * MANY}),
     "parts": (ChatBody, CHAT | {"messages": [{"role": "user", "content": [0] * MANY}]}),
     "calls": (ChatBody, CHAT | {"messages": [{"role": "assistant", "tool_calls": [{}] * MANY}]}),
     "tools": (ChatBody, CHAT | {"tools": [0] * MANY}),
     "stops": (ChatBody, CHAT | {"stop": [""] * MANY}),
-    "keys": (ChatBody, CHAT | KEYS),
-    "keys of a message": (ChatBody, CHAT | {"messages": [USER[0] | KEYS]}),
     "biases": (ChatBody, CHAT | {"logit_bias": KEYS}),
-    "prompts": (CompletionBody, COMPLETION | {"prompt": [""] * MANY}),
     "more prompts": (CompletionBody, COMPLETION | {"prompt": ["a"] * MANY}),
-    "lists of ids": (CompletionBody, COMPLETION | {"prompt": [[-1] * MANY]}),
     "ids": (CompletionBody, COMPLETION | {"prompt": [-1] * MANY}),
     "tokens": (DetokenizeBody, {"tokens": ["a"] * MANY}),
     "turns": (MessagesBody, MESSAGE | {"messages": [0] * MANY}),
-    "more turns": (MessagesBody, MESSAGE | {"messages": USER * MANY}),
     "blocks": (MessagesBody, MESSAGE | {"messages": [{"role": "user", "content": [0] * MANY}]}),
     "blocks of a result": (
         MessagesBody,
@@ -59,10 +51,7 @@ WRONG: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "tools of a message": (MessagesBody, MESSAGE | {"tools": [{}] * MANY}),
     "sequences": (MessagesBody, MESSAGE | {"stop_sequences": [""] * MANY}),
     "items": (ResponsesBody, RESPONSE | {"input": [0] * MANY}),
-    "empty items": (ResponsesBody, RESPONSE | {"input": [{}] * MANY}),
-    "more items": (ResponsesBody, RESPONSE | {"input": USER * MANY}),
     "parts of an item": (ResponsesBody, RESPONSE | {"input": [{"role": "user", "content": [0] * MANY}]}),
-    "metadata": (ResponsesBody, RESPONSE | {"metadata": KEYS}),
 }
 
 
@@ -74,9 +63,7 @@ def test_what_is_wrong_many_times_is_found_once(case: str) -> None:
     assert found.value.error_count() < 50
 
 
-@pytest.mark.parametrize(
-    "more", [{"n": 65}, {"n": 2**40, "echo": True}, {"prompt": ["a"] * 65}, {"prompt": [[1]] * 65}]
-)
+@pytest.mark.parametrize("more", [{"n": 2**40, "echo": True}, {"prompt": ["a"] * 65}])
 def test_choices_are_counted_before_anything_is_made(
     server: Server, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,9 +99,7 @@ def test_bodies_are_read_and_worked_on_in_other_threads(server: Server, monkeypa
     monkeypatch.setattr(
         service.Service, "decode", lambda self, ids, *how: seen.update(decode=threading.current_thread())
     )
-    body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1})
-    headers = {"Content-Type": "application/json"}
-    assert httpx.post(server.url + "/v1/completions", content=body, headers=headers).status_code == 200
+    assert server.complete(prompt="a", max_tokens=1).status_code == 200
     server.post("/detokenize", {"tokens": [5]})
     assert len(seen) == 4 and server.thread not in seen.values()
 
@@ -134,14 +119,7 @@ def test_large_answers_are_written_in_other_threads(server: Server, n: int, monk
 
 
 def test_log_probabilities_are_counted_before_anything_is_made(server: Server) -> None:
-    server.decoder.check_logprobs = lambda: None
-    for more in (
-        {"n": 64, "max_tokens": 4096, "logprobs": 20},
-        {"prompt": ["a"] * 64, "max_tokens": 4096, "logprobs": 20},
-    ):
-        error = server.complete(**more).json()["error"]
-        assert error["param"] == "logprobs" and "set max_tokens" in error["message"]
-    assert server.complete(n=64, max_tokens=100, logprobs=20).status_code != 400
-    for more in ({"prompt": [5] * 4000, "n": 64}, {"prompt": [[5] * 4000] * 64}):  # and those of prompts
-        error = server.complete(**more, echo=True, max_tokens=0, logprobs=20).json()["error"]
-        assert error["param"] == "logprobs"
+    error = server.complete(n=64, max_tokens=4096, logprobs=20).json()["error"]
+    assert error["param"] == "logprobs" and "set max_tokens" in error["message"]
+    echoed = server.complete(prompt=[5] * 4000, n=64, echo=True, max_tokens=0, logprobs=20)  # and those of prompts
+    assert echoed.json()["error"]["param"] == "logprobs"
