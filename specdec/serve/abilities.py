@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from specdec.serve.tools import CallFormat, find_format, find_thoughts
+from specdec.serve.tools import PLAIN, find_format, find_thoughts
 
 
 def abilities(tokenizer: Any) -> str:
@@ -18,7 +18,7 @@ def abilities(tokenizer: Any) -> str:
     with_tools = str(tokenizer.get_chat_template(tools=[{}])) if chats else ""
     found = {
         "chat": chats,
-        "tools": isinstance(find_format(with_tools), CallFormat),
+        "tools": find_format(with_tools) is not PLAIN,
         "reasoning": find_thoughts(plain) is not None,
         "structured output": find_spec("llguidance") is not None,
     }

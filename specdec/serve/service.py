@@ -25,7 +25,7 @@ from specdec.serve.parts import AnswerParser
 from specdec.serve.request import ChatPrompt, GenerationRequest
 from specdec.serve.schema import TokenizeBody
 from specdec.serve.settings import ServerSettings
-from specdec.serve.tools import HARMONY, PLAIN, CallFormat, ChatTemplate, find_format, find_thoughts, tool_grammar
+from specdec.serve.tools import HARMONY, LLAMA, PLAIN, ChatTemplate, find_format, find_thoughts, tool_grammar
 from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.sampling import streams
 
@@ -99,25 +99,23 @@ class Service:
             new = self._max_new_tokens(asked)
             self._check_logprobs(asked, asked.n * len(prompts), asked.n * sum(len(ids) + new for ids in prompts))
         texts = [p if isinstance(p, str) else self.decode(p) for p in asked.prompts if asked.echo]
-        constraint = self.compile(asked, lambda: asked.constraint, "response_format")
+        constraint = self.compile(asked, asked.constraint, "response_format")
         return Prepared(asked, prompts, constraint, partial(AnswerParser, PLAIN), echoes=texts)
 
     def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> Prepared:
         """The same for a chat."""
         template, tools, forced = self.template(chat), chat.schemas, chat.forced
-        form, thoughts, name = template.form, template.thoughts, "response_format"
-        rule: Callable[[], Constraint | None] = lambda: asked.constraint  # noqa: E731
-        if tools and not isinstance(form, CallFormat):
+        form, thoughts = template.form, template.thoughts
+        if tools and form is PLAIN:
             message = "this model's chat template has no tools or an unknown format of calls; leave 'tools' out"
             raise ApiError(400, message, "tools", "unsupported_parameter")
         if not tools and form is not HARMONY:  # marks of calls stay special without tools
             form = PLAIN
-        if forced and isinstance(form, CallFormat):
-            if not form.forceable:
-                message = "calls in this model's format cannot be forced; set tool_choice to 'auto'"
-                raise ApiError(400, message, "tool_choice", "unsupported_parameter")
-            rule, name = partial(tool_grammar, form, forced, self.tokenizer), "tools"
-        prompt, constraint = self.encode_chat(chat, template), self.compile(asked, rule, name)
+        prompt = self.encode_chat(chat, template)
+        if forced:
+            form, constraint = LLAMA, self.compile(asked, tool_grammar(forced), "tools")
+        else:
+            constraint = self.compile(asked, asked.constraint, "response_format")
         if constraint is not None:
             state = constraint.state(prompt)
             inside, thoughts = state.inside, thoughts if state.inside or state.may_reason else None
@@ -195,12 +193,10 @@ class Service:
         """The text of ``ids``. special: keep special tokens."""
         return SharedTokenizer(self.tokenizer).decode(ids, special)
 
-    def compile(
-        self, asked: GenerationRequest, make: Callable[[], Constraint | None], name: str
-    ) -> CompiledConstraint | None:
-        """The compiled constraint on the answers; compiling may take a second. name: the parameter it comes from."""
+    def compile(self, asked: GenerationRequest, rule: Constraint | None, name: str) -> CompiledConstraint | None:
+        """``rule``, compiled, which may take a second. name: the parameter it comes from."""
         try:
-            rule, ignore_eos = make(), asked.options.get("ignore_eos", False)
+            ignore_eos = asked.options.get("ignore_eos", False)
             return None if rule is None else self.decoder.compile_constraint(rule, ignore_eos)
         except SpecDecError as error:
             raise ApiError(400, str(error), name, "invalid_value") from None

@@ -1,49 +1,26 @@
-"""How families of models write tool calls: a class for each, with a reader and what a grammar of forced calls needs."""
+"""How families of models write tool calls: a class for each, which reads them; and the grammar of forced calls."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from specdec.base.errors import SpecDecError
 from specdec.serve.parts import BETWEEN, TEXT, THOUGHT, AnswerParser, Format, Part, Parts, Schemas, new_id
 from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 THOUGHTS = (REASONING, ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"))  # marks around reasoning
 BARE = re.compile(r".[^{}\[\],:]*(?=[{}\[\],:])", re.DOTALL)  # a key, or a value that is no text, in Gemma's calls
-Terminal = Callable[[str], str]
 
 
-class CallFormat(Format):
-    """A format with tools.
+class JsonCalls(Format):
+    """Each call is a JSON object. end: text after the calls of a mark."""
 
-    before, after: text around a call. tail: the text after its arguments. forceable: whether there is a grammar.
-    """
-
-    before = after = tail = ""
-    forceable = True
-
-    def head(self, name: str) -> str:
-        """The text before the arguments of a call."""
-        raise NotImplementedError
-
-    def arguments(self, rule: str, schema: dict[str, Any], text: Terminal) -> list[str]:
-        """The grammar of arguments."""
-        return [f"{rule}: %json {json.dumps(schema | {'x-guidance': JSON_FORM})}"]
-
-
-class JsonCalls(CallFormat):
-    """Each call is a JSON object. key: of its arguments. end: text after the calls of a mark."""
-
-    key, end, tail = "arguments", "", "}"
-
-    def head(self, name: str) -> str:
-        return f'{{"name": "{name}", "{self.key}": '
+    end = ""
 
     def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
         source = answer.source
@@ -61,19 +38,16 @@ class Hermes(JsonCalls):
 
     marks, end = ("<tool_call>",), "</tool_call>"
     special = "<tool_call>", "</tool_call>"
-    before, after = "<tool_call>\n", "\n</tool_call>"
 
 
 class Mistral(JsonCalls):
     marks = special = ("[TOOL_CALLS]",)
-    before, after = "[TOOL_CALLS][", "]"
 
 
 class Llama(JsonCalls):
-    """An answer that is a JSON object is a call."""
+    """An answer that is a JSON object is a call. So are forced calls of all models."""
 
     marks = special = ("<|python_tag|>",)
-    key = "parameters"
 
     def read(self, answer: AnswerParser) -> Parts[None]:
         source = answer.source
@@ -84,15 +58,11 @@ class Llama(JsonCalls):
         yield from answer.text()
 
 
-class MistralNamed(CallFormat):
+class MistralNamed(Format):
     """Since Mistral Small 3.1: the name comes before the arguments."""
 
     marks, separator = ("[TOOL_CALLS]",), "[ARGS]"
     special = "[TOOL_CALLS]", "[ARGS]"
-    before = "[TOOL_CALLS]"
-
-    def head(self, name: str) -> str:
-        return name + self.separator
 
     def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
         source = answer.source
@@ -107,16 +77,11 @@ class MistralNamed(CallFormat):
             yield TEXT(found)
 
 
-class QwenXml(CallFormat):
+class QwenXml(Format):
     """Qwen3-Coder's: each argument is an element. One of a schema of the type string is text as it is, others JSON."""
 
     marks = "<tool_call>", "<function="
     special = "<tool_call>", "</tool_call>"
-    before, after, tail = "<tool_call>\n", "\n</tool_call>", "</function>"
-    end = "\n</parameter>\n"
-
-    def head(self, name: str) -> str:
-        return f"<function={name}>\n"
 
     def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
         source = answer.source
@@ -153,32 +118,9 @@ class QwenXml(CallFormat):
         value = (yield from source.upto(ends[1])).strip()
         yield make(value if _is_json(value) else json.dumps(value, ensure_ascii=False))
 
-    def arguments(self, rule: str, schema: dict[str, Any], text: Terminal) -> list[str]:
-        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        members, required, lines = schema.get("properties") or {}, schema.get("required") or [], list[str]()
-        if not isinstance(members, dict) or not isinstance(required, list):
-            raise SpecDecError(
-                "the parameters of a tool are no JSON schema: 'properties' is an object, 'required' a list"
-            )
-        for n, (key, value) in enumerate(members.items()):
-            one, kind = f"{rule}_{n}", types(value)
-            lines.append(f"{one}: {text(f'<parameter={key}>' + chr(10))} {one}_value")
-            choices = value.get("enum") if isinstance(value, dict) else None
-            if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
-                lines.append(f"{one}_value: " + " | ".join(text(choice + self.end) for choice in choices))
-            elif kind == {"string"}:
-                lines.append(f"{one}_value[suffix={json.dumps(self.end)}]: /(?s:.*)/")
-            else:
-                own = (value | shared if isinstance(value, dict) else shared) | {"x-guidance": JSON_FORM}
-                lines += [f"{one}_value: {one}_json {text(self.end)}", f"{one}_json: %json {json.dumps(own)}"]
-        parts = [f"{rule}_{n}" + ("" if key in required else "?") for n, key in enumerate(members)]
-        return [f"{rule}: {' '.join(parts) or json.dumps('')}", *lines]
 
-
-class Gemma(CallFormat):
+class Gemma(Format):
     """Names and keys are bare, and texts between quotes of their own."""
-
-    forceable = False
 
     def __init__(self, begin: str, end: str, quote: str) -> None:
         self.marks, self.end, self.quote, self.special = (begin,), end, quote, (begin, end, quote)
@@ -214,14 +156,11 @@ class Gemma(CallFormat):
             yield from source.skip()
 
 
-class Harmony(CallFormat):
+class Harmony(Format):
     """gpt-oss: the whole answer is messages in channels, reasoning in ``analysis``, calls where they name a tool."""
 
     begins, ends = ("<|channel|>", "<|start|>"), ("<|end|>", "<|call|>", "<|return|>")
     special = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", *ends
-
-    def head(self, name: str) -> str:
-        return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
 
     def read(self, answer: AnswerParser) -> Parts[None]:
         source = answer.source
@@ -275,29 +214,14 @@ def find_thoughts(template: str) -> tuple[str, str] | None:
     return next((marks for marks in THOUGHTS if marks[1] in template), None)
 
 
-def tool_grammar(form: CallFormat, tools: Schemas, tokenizer: Any) -> Grammar:
-    """A grammar of one call."""
-
-    def text(given: str) -> str:
-        return _grammar_text(given, form.special, tokenizer)
-
-    lines = [f"start: {text(form.before)} call {text(form.after)}"]
-    lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(tools))))
+def tool_grammar(tools: Schemas) -> Grammar:
+    """A grammar of one call, a JSON object with a name and arguments, whatever the model's own format (as in vLLM)."""
+    lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
     for n, (name, schema) in enumerate(tools.items()):
-        lines.append(f"call_{n}: {text(form.head(name))} arguments_{n} {text(form.tail)}")
-        lines += form.arguments(f"arguments_{n}", schema or NO_ARGUMENTS, text)
+        head = json.dumps(f'{{"name": "{name}", "arguments": ')
+        lines.append(f'call_{n}: {head} arguments_{n} "}}"')
+        lines.append(f"arguments_{n}: %json {json.dumps((schema or NO_ARGUMENTS) | {'x-guidance': JSON_FORM})}")
     return Grammar("\n".join(lines))
-
-
-def _grammar_text(text: str, marks: Sequence[str], tokenizer: Any) -> str:
-    """``text`` as a terminal of a grammar. Those ``marks`` that are added tokens match by token id."""
-    parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]
-    found = []
-    for part in filter(None, parts):
-        token = tokenizer.convert_tokens_to_ids(part) if part in marks else None
-        added = token is not None and str(tokenizer.added_tokens_decoder.get(token)) == part
-        found.append(f"<[{token}]>" if added else json.dumps(part))
-    return " ".join(found)
 
 
 def types(schema: Any) -> set[str]:

@@ -14,7 +14,7 @@ from tiny_tokenizers import letters
 from specdec import SpecDecoder
 from specdec.engine.request import Event
 from specdec.serve.parts import AnswerParser, Format, merged
-from specdec.serve.tools import LLAMA, MISTRAL, CallFormat
+from specdec.serve.tools import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED
 
 WEATHER = {
     "type": "object",
@@ -34,7 +34,6 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": f"the {name}"} | ({"parameters": s} if s else {})}
     for name, s in SCHEMAS.items()
 ]
-GIVEN_SUM = TOOLS[1]
 CALLS = [("weather", {"city": "Rome", "days": 3}), ("sum", {"a": 1, "b": 4})]
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}"
@@ -44,12 +43,21 @@ TEMPLATE = (
 THINKING = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 
 
-def written(form: CallFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
-    """Calls in a format whose arguments are JSON."""
-    bodies = [form.head(name) + json.dumps(arguments) + form.tail for name, arguments in calls]
+# Of a format whose arguments are JSON: what stands before a call and after it, and what a call is.
+FORMS = {
+    HERMES: ("<tool_call>\n", '{"name": "%s", "arguments": %s}', "\n</tool_call>"),
+    MISTRAL: ("[TOOL_CALLS][", '{"name": "%s", "arguments": %s}', "]"),
+    MISTRAL_NAMED: ("[TOOL_CALLS]", "%s[ARGS]%s", ""),
+    LLAMA: ("", '{"name": "%s", "parameters": %s}', ""),
+}
+
+
+def written(form: Format, calls: list[tuple[str, dict[str, Any]]]) -> str:
+    before, call, after = FORMS[form]
+    bodies = [call % (name, json.dumps(arguments)) for name, arguments in calls]
     if form in (MISTRAL, LLAMA):
-        return form.before + "; ".join(bodies) + form.after
-    return "\n".join(form.before + body + form.after for body in bodies)
+        return before + "; ".join(bodies) + after
+    return "\n".join(before + body + after for body in bodies)
 
 
 def read(text: str, size: int, form: Format, tools: Any = SCHEMAS, **how: Any) -> list[tuple[str, ...]]:
