@@ -1,4 +1,7 @@
-"""The server process: its socket, its connections, and shutdown: the first signal drains, the second one stops."""
+"""The server process: its socket, what it answers while the model loads, and its end.
+
+The first signal drains, the second one stops.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
+from specdec.serve.errors import ApiError
 from specdec.serve.settings import ServerSettings
-from specdec.serve.starting import Starting
 
 REUSE = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # the latter lets two servers share one on Windows
 MAX_HEADERS = 64 * 2**10  # bytes
@@ -78,6 +82,19 @@ def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, lis
             signal.signal(number, handler)
     if server.error is not None:
         raise server.error
+
+
+class Starting:
+    """Hands requests on to ``app``, once that is there. Until then ``/health`` says that the model is loading."""
+
+    app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self.app or self._loading(scope["path"]))(scope, receive, send)
+
+    def _loading(self, path: str) -> JSONResponse:
+        error = ApiError(503, "the model is loading; try again in a few seconds", code="loading")
+        return JSONResponse({"status": "loading"} if path == "/health" else error.body(), 503, error.headers)
 
 
 class _Server(uvicorn.Server):

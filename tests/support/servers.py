@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +29,8 @@ from specdec.serve.settings import ServerSettings
 from specdec.speculation.sampling import RowSampler
 
 NAME = "tiny"
+# Making a client takes as long as a request. A connection is used once, since servers close those that are idle.
+CLIENT = httpx.Client(timeout=600, limits=httpx.Limits(max_keepalive_connections=0))
 USER = [{"role": "user", "content": "Name three colours."}]
 
 
@@ -106,7 +104,10 @@ class Server:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=600, **more)
+        return CLIENT.post(self.url + path, json=body, **more)
+
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return CLIENT.get(self.url + path, **more)
 
     def chat(self, **more: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", {"model": NAME, "messages": USER, "max_tokens": 24} | more)
@@ -116,7 +117,7 @@ class Server:
 
     def figure(self, name: str) -> float:
         """One of the figures for Prometheus."""
-        for line in httpx.get(self.url + "/metrics").text.splitlines():
+        for line in self.get("/metrics").text.splitlines():
             if line.startswith(f"vllm:{name}{{"):
                 return float(line.rpartition(" ")[2])
         raise KeyError(name)
@@ -160,41 +161,6 @@ def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterat
         server.thread.join(60)
         if engine is None:
             own.close(drain=False)
-
-
-class Process:
-    """``specdec serve`` with ``args``, ready."""
-
-    def __init__(self, model: Path, *args: str, port: int = 0) -> None:
-        command = [sys.executable, "-m", "specdec", "serve", "--model", str(model), "--drafter", "prompt-lookup"]
-        self.child = subprocess.Popen(
-            [*command, "--port", str(port), *args],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-        self.before: list[str] = []
-        for line in self.child.stderr:
-            self.before.append(line)
-            if found := re.search(r"is served at (http://\S+)", line):
-                self.url = found[1]
-                return
-        raise AssertionError("".join(self.before))
-
-    def rest(self) -> str:
-        """What it prints from now on; it must end."""
-        return self.child.communicate(timeout=600)[1]
-
-
-@contextmanager
-def process(*args: Any, **more: int) -> Iterator[Process]:
-    made = Process(*args, **more)
-    try:
-        yield made
-    finally:
-        made.child.kill()
-        made.child.wait()
-        made.child.stderr.close()
 
 
 class Replay:
