@@ -6,14 +6,13 @@ import itertools
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
 from specdec.serve.parts import Block, begun_object
 from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
 from specdec.serve.schema import (
-    MAX_CALLS,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
@@ -22,7 +21,6 @@ from specdec.serve.schema import (
     Stop,
     Strict,
     ToolName,
-    check_kinds,
 )
 from specdec.speculation.constraints import Json
 
@@ -63,7 +61,6 @@ class ToolResult(Strict):
     is_error: bool | None = None
 
 
-BLOCKS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 AnyBlock = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUse | ToolResult, Field(discriminator="type")]
 Texts = str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
 
@@ -77,8 +74,6 @@ class Turn(Strict):
 
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[AnyBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
-
-    _check_blocks = field_validator("content", mode="before")(lambda given: check_kinds(given, "blocks", *BLOCKS))
 
     @property
     def blocks(self) -> list[Any]:
@@ -94,8 +89,6 @@ class Turn(Strict):
         for block in self.blocks:
             if not isinstance(block, own.get(self.role, TextBlock)):
                 raise ValueError(f"a {block.type} block does not belong to the role {self.role}")
-        if len(self.of(ToolUse)) > MAX_CALLS:
-            raise ValueError(f"a message has at most {MAX_CALLS} tool_use blocks")
         return self
 
     def messages(self) -> list[dict[str, Any]]:
@@ -115,8 +108,6 @@ class Turn(Strict):
 
 
 class MessageTool(Strict):
-    kinds = "tools", "custom"
-
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Field
 
 from specdec.api.text import SharedTokenizer
 from specdec.serve.answer import BlockAnswer, Events, Prepared
@@ -16,18 +16,17 @@ from specdec.serve.errors import ApiError
 from specdec.serve.parts import Block, begun_object
 from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
 from specdec.serve.schema import (
-    MAX_MEMBERS,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
     UNUSED,
     Effort,
     Function,
+    FunctionName,
     JsonSchema,
+    OfFunction,
     Options,
     Strict,
-    check_kinds,
-    check_size,
     json_of,
 )
 
@@ -45,7 +44,7 @@ def _text(given: str | Sequence[TextItem] | None) -> str:
 
 
 class MessageItem(Strict):
-    type: Literal["message"] = "message"
+    type: Literal["message"]
     role: Literal["user", "assistant", "system", "developer"]
     content: str | Texts
 
@@ -69,13 +68,10 @@ class ReasoningItem(Strict):
     content: Texts | None = None
 
 
-KINDS = ("message", "function_call", "function_call_output", "reasoning")
 Item = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[OutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(lambda given: given.get("type", "message") if isinstance(given, dict) else None),
+    MessageItem | CallItem | OutputItem | ReasoningItem,
+    Field(discriminator="type"),
+    BeforeValidator(lambda given: {"type": "message"} | given if isinstance(given, dict) else given),
 ]
 Input = str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
@@ -104,19 +100,16 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
     return found
 
 
-class FunctionTool(Function):
-    kinds = "tools", "function"
-
-    type: Literal["function"]
+class FunctionTool(Function, OfFunction):
+    """Flat."""
 
 
-class NamedFunction(Strict):
-    type: Literal["function"]
-    name: str
+class NamedFunction(FunctionName, OfFunction):
+    """Flat."""
 
 
 class Format(JsonSchema):
-    """The form of the text, flat."""
+    """Flat."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] = "answer"
@@ -151,9 +144,7 @@ class ResponsesBody(Options):
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=0)] | None = None
-    metadata: Annotated[dict[str, str], BeforeValidator(lambda given: check_size(given, MAX_MEMBERS))] | None = None
-
-    _check_kinds = field_validator("input", mode="before")(lambda given: check_kinds(given, "items", *KINDS))
+    metadata: dict[str, Any] | None = None
 
     def chat(self) -> ChatPrompt:
         """The chat in this body. Raises ApiError."""

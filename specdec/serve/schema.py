@@ -19,7 +19,6 @@ ignored = ContextVar[set[str] | None]("ignored", default=None)  # names of membe
 OPTIONS = {*GenerationOptions.__annotations__}
 MAX_STOPS = 4
 MAX_BIASES = 1024
-MAX_MEMBERS = 64  # of an object with declared members
 MAX_MESSAGES = MAX_PROMPTS = 2048
 MAX_PARTS = 1024
 MAX_CALLS = MAX_TOOLS = 128
@@ -31,7 +30,7 @@ StopIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_BIAS
 Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_BIASES, fail_fast=True)]
 Top = Annotated[int, Field(ge=0, le=20)]
 TokenId = Annotated[int, Field(strict=False, ge=0)]  # as a name in JSON
-Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: check_size(given, MAX_BIASES))]
+Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: _count(given))]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
@@ -40,6 +39,7 @@ Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 UNUSED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
+    "best_of": (1,),
     "chat_template": ("",),
     "documents": ([],),
     "dry_multiplier": (0,),
@@ -68,19 +68,10 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_kinds(given: Any, what: str, *known: str) -> Any:
-    """Refuse, in one sentence, a list with objects of types that are not ``known``."""
-    for each in given if isinstance(given, list) else ():
-        kind = each.get("type") if isinstance(each, dict) else None
-        if isinstance(kind, str) and kind not in known:
-            raise ValueError(f"{what} of the type '{kind[:64]}' are not supported; leave them out")
-    return given
-
-
-def check_size(given: Any, most: int) -> Any:
+def _count(given: Any) -> Any:
     """Limit an object before its members are validated, since pydantic reports every wrong one."""
-    if isinstance(given, dict) and len(given) > most:
-        raise ValueError(f"an object has {len(given)} members; at most {most} are allowed")
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        raise ValueError(f"an object has {len(given)} members; at most {MAX_BIASES} are allowed")
     return given
 
 
@@ -90,14 +81,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     unused: ClassVar[Mapping[str, Sequence[Any]]] = {}  # members that are refused unless they have one of these values
-    kinds: ClassVar[Sequence[str]] = ()  # what it is called, and its types
 
     @model_validator(mode="before")
     @classmethod
     def _check_members(cls, given: Any) -> Any:
-        check_size(given, MAX_MEMBERS)
-        if cls.kinds:
-            check_kinds([given], *cls.kinds)
         if not isinstance(given, dict):
             return given
         used = {key: value for key, value in given.items() if value not in (None, *cls.unused.get(key, ()))}
@@ -222,7 +209,6 @@ class GenerationBody(Options):
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    best_of: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -233,8 +219,6 @@ class GenerationBody(Options):
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of must be equal to n, because all choices are returned")
         return self
 
     def asked(self, most: int | None, logprobs: int | None, **more: Any) -> GenerationRequest:
@@ -253,8 +237,6 @@ class GenerationBody(Options):
 
 
 class TextPart(Strict):
-    kinds = "parts", "text"
-
     type: Literal["text"]
     text: str
 
@@ -283,13 +265,9 @@ class Message(Strict):
     reasoning_content: str | None = None
 
     @model_validator(mode="after")
-    def _check_role(self) -> Message:
+    def _check_content(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("a message needs content; only an assistant's with tool_calls may have none")
-        if (self.tool_call_id is None) == (self.role == "tool"):
-            raise ValueError("a message of the role tool needs tool_call_id, and no other has it")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls need the role assistant")
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -321,8 +299,11 @@ class Function(Strict):
         return self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
 
 
-class Tool(Strict):
+class OfFunction(Strict):
     type: Literal["function"]
+
+
+class Tool(OfFunction):
     function: Function
 
 
@@ -330,8 +311,7 @@ class FunctionName(Strict):
     name: str
 
 
-class NamedTool(Strict):
-    type: Literal["function"]
+class NamedTool(OfFunction):
     function: FunctionName
 
 
