@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -80,15 +78,7 @@ def find_client(keys: Sequence[Key], given: str, address: str | None = None) -> 
     address: the sender's address, which identifies the client if the server has no keys.
     """
     if not keys:
-        return Client(sender=None if address is None else _network(address))
+        return Client(sender=address)
     offered = given.encode()
     same = [key for key in keys if hmac.compare_digest(key.key.encode(), offered)]
     return Client(same[0]) if same else None
-
-
-def _network(address: str) -> str:
-    """What tells one user's addresses from those of others: of IPv6, the first half."""
-    with contextlib.suppress(ValueError):
-        if (found := ip_address(address)).version == 6:
-            return found.exploded[:19]
-    return address

@@ -43,16 +43,6 @@ class Metrics:
             "Accepted drafted tokens by their position in the draft.",
             "position",
         )
-        self.drafted_steps = counter("spec_decode_num_drafted_steps", "Steps that scored drafted tokens.")
-        self.saved = counter(
-            "spec_decode_saved_seconds", "Estimated seconds that drafting saved against plain decoding."
-        )
-        self.accepted_per_source = counter(
-            "spec_decode_num_accepted_tokens_per_source",
-            "Accepted drafted tokens by the drafter that proposed them.",
-            "source",
-        )
-        self.notes = counter("spec_decode_notes", "Requests for which little was drafted, by reason.", "reason")
         self.finished = counter("request_success", "Finished requests by reason.", "finished_reason")
         self.ttft = histogram("time_to_first_token_seconds", "Time to the first token.", TTFT_BUCKETS)
         self.itl = histogram("inter_token_latency_seconds", "Time between two steps with new tokens.", ITL_BUCKETS)
@@ -73,12 +63,6 @@ class Metrics:
         self.drafts.inc(metrics.num_spec_steps)
         self.drafted.inc(metrics.num_draft_tokens)
         self.accepted.inc(metrics.num_accepted_draft_tokens)
-        self.drafted_steps.inc(metrics.num_drafted_steps)
-        self.saved.inc(max(metrics.draft_saved_seconds, 0.0))
-        for source, count in metrics.accepted_by_source.items():
-            self.accepted_per_source.labels(self.model, source).inc(count)
-        if (note := metrics.draft_note) is not None:
-            self.notes.labels(self.model, note.partition(":")[0]).inc()
         for position in range(max(metrics.per_step_accepted, default=0)):
             count = sum(accepted > position for accepted in metrics.per_step_accepted)
             self.accepted_per_position.labels(self.model, str(position)).inc(count)
@@ -128,10 +112,4 @@ class _EngineCollector(Collector):
                 labels=[*labels, "error"],
             )
             why.add_metric([*self.label.values(), outage.error], outage.since)
-            left = GaugeMetricFamily(
-                "vllm:spec_decode_drafter_retry_seconds",
-                "Seconds until the drafter starts again, while it is off.",
-                labels=labels,
-            )
-            left.add_metric(list(self.label.values()), outage.seconds_left)
-            yield from (why, left)
+            yield why

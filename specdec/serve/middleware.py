@@ -21,7 +21,6 @@ from specdec.serve.settings import ServerSettings
 PUBLIC = ("/", "/health")  # paths without the key
 IGNORED = "x-specdec-ignored"  # header that names parameters that are ignored
 MAX_NAMED = 32  # names in it
-MAX_REPORTED = 1000  # names of ignored parameters in the log
 UNLOGGED = ("/health", "/metrics")  # paths without a log line
 
 
@@ -32,7 +31,7 @@ class AccessLog:
     """
 
     def __init__(self, app: ASGIApp, write: Callable[[str], None]) -> None:
-        self.app, self.write, self.reported = app, write, set[str]()  # reported: parameters without an effect
+        self.app, self.write = app, write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNLOGGED:
@@ -49,7 +48,6 @@ class AccessLog:
                 if ignored := scope["state"].get("ignored"):  # parameters of the body
                     names = [quote(name[:64]) for name in sorted(ignored)[:MAX_NAMED]]
                     MutableHeaders(scope=message)[IGNORED] = ", ".join(names)
-                    self._report(ignored)
             await send(message)
 
         summary: list[str] = []
@@ -63,12 +61,6 @@ class AccessLog:
             client = scope["client"][0] if scope.get("client") else "-"
             line = f"{client} {scope['method']} {quote(scope['path'][:100])} {status}"
             self.write(", ".join([line, f"{time.perf_counter() - began:.3f} s", request_id, *summary]))
-
-    def _report(self, ignored: set[str]) -> None:
-        """Write a line for each parameter without an effect, once."""
-        for name in sorted(ignored - self.reported)[: MAX_REPORTED - len(self.reported)]:
-            self.reported.add(name)
-            self.write(f"the parameter {name[:64]!a} has no effect and is ignored")
 
 
 class AllowedHosts:

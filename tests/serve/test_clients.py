@@ -38,17 +38,15 @@ def chat(server: Server, name: str, **more: Any) -> httpx.Response:
     return server.post("/v1/chat/completions", BODY | more, headers=headers(name))
 
 
-@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-def test_the_case_of_the_scheme_is_free(server: Server, scheme: str) -> None:
-    given = {"Authorization": f"{scheme} sk-ann"}
-    assert httpx.get(server.url + "/v1/models", headers=given).status_code == 200
+def test_the_case_of_the_scheme_is_free(server: Server) -> None:
+    assert server.get("/v1/models", headers={"Authorization": "bearer sk-ann"}).status_code == 200
 
 
 def test_keys_have_names_in_the_log_and_in_the_metrics(server: Server) -> None:
     used = sum(chat(server, "ann").json()["usage"]["total_tokens"] for _ in range(2))
     assert chat(server, "dan").status_code == 401
     until(lambda: any(", 401" in line or " 401," in line for line in server.lines))
-    found = httpx.get(server.url + "/metrics", headers=headers("bob")).text
+    found = server.get("/metrics", headers=headers("bob")).text
     assert f'vllm:key_tokens_total{{key="ann",model_name="{NAME}"}} {used:.1f}' in found
     assert f'vllm:key_requests_total{{key="ann",model_name="{NAME}"}} 2.0' in found
     line = next(line for line in server.lines if "/v1/chat/completions 200" in line)
@@ -85,9 +83,8 @@ def test_without_keys_everybody_is_the_same() -> None:
 
 def test_without_keys_addresses_are_told_apart(tmp_path: Path) -> None:
     """One that holds all rows with long streams does not keep others waiting."""
-    found = [find_client((), "", a) for a in ("127.0.0.1", "127.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db9::1")]
-    a, b, c, d, e = (client.sender for client in found)  # type: ignore[union-attr]
-    assert len({a, b, c, e}) == 4 and c == d and find_client(KEYS, "sk-bob", "::1").sender is None  # type: ignore[union-attr]
+    senders = [find_client(keys, "sk-bob", "127.0.0.1").sender for keys in ((), KEYS)]  # type: ignore[union-attr]
+    assert senders == ["127.0.0.1", None]
     decoder = tiny_decoder(tmp_path)
     engine = decoder.engine(max_rows=2, num_speculative_tokens=4)
     with serving(decoder, engine) as server, ExitStack() as held:
