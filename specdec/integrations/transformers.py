@@ -27,8 +27,6 @@ from specdec.base.settings import checked
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
-from specdec.runtimes.select import CHOICES, check_names
-from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import RowSampler, Transforms, refuse_stateful, streams
 
@@ -52,7 +50,7 @@ class SpecGenerate:
     tokenizer, stop_strings, streamer: as in ``generate``, which does not pass them on to a callable.
     num_speculative_tokens: depth of each draft, or "auto".
     metrics: of the rows of the last call.
-    Raises SpecDecError for unknown names and values.
+    Raises SpecDecError for values of wrong types; the first call does for names that are unknown.
     """
 
     @checked
@@ -68,10 +66,7 @@ class SpecGenerate:
     ) -> None:
         if stop_strings and tokenizer is None:
             raise SpecDecError("stop_strings need a tokenizer; give SpecGenerate(tokenizer=...) one")
-        check_names(**{name: str(value) for name, value in more.items() if name in CHOICES})
-        registry.verifier(more.get("verifier", "exact"), more.get("verifier_options"))
-        self.drafter = registry.Choice.of(drafter) if isinstance(drafter, str) else drafter
-        self.tokenizer, self.streamer, self.more = tokenizer, streamer, more
+        self.drafter, self.tokenizer, self.streamer, self.more = drafter, tokenizer, streamer, more
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         self.num_speculative_tokens = num_speculative_tokens
         self.metrics: list[RequestMetrics] = []
@@ -83,8 +78,7 @@ class SpecGenerate:
         if self._decoder is None or self._model() is not model:
             if getattr(model.config, "is_encoder_decoder", False):
                 raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
-            label = getattr(self.drafter, "text", None) or getattr(self.drafter, "label", self.drafter)
-            kind = model.config.model_type
+            label, kind = getattr(self.drafter, "label", self.drafter), model.config.model_type
             terminal.say(f"preparing the {kind} model for drafter '{label}'; later calls start at once")
             self._decoder = SpecDecoder(model, self.tokenizer, self.drafter, **self.more)
             self._model = weakref.ref(model)

@@ -43,7 +43,7 @@ def pair(model: Any, rows: list[list[int]], spec: SpecGenerate | None = None, **
     return model.generate(**inputs, **given), model.generate(**inputs, **given, custom_generate=spec)
 
 
-@pytest.mark.parametrize(("family", "rows"), [("llama", 1), ("llama", 3), ("gpt2", 3)])
+@pytest.mark.parametrize(("family", "rows"), [("llama", 1), ("gpt2", 3)])
 def test_greedy_tensors_are_equal(family: str, rows: int) -> None:
     """(Of every family: test_drafters_matrix.)"""
     plain, ours = pair(tiny_model(family), ROWS[:rows])
@@ -84,10 +84,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_are_honoured(name: str, rows: int) -> None:
-    plain, ours = pair(tiny_model(), ROWS[:rows], **OPTIONS[name], return_dict_in_generate=True)
+def test_options_are_honoured(name: str) -> None:
+    plain, ours = pair(tiny_model(), ROWS, **OPTIONS[name], return_dict_in_generate=True)
     assert isinstance(ours, GenerateDecoderOnlyOutput) and torch.equal(plain.sequences, ours.sequences)
 
 
@@ -105,12 +104,15 @@ def test_a_call_without_a_mask_has_no_padding() -> None:
     assert "attention_mask" in seen and torch.equal(ours, model.generate(ids))
 
 
-def test_drafts_are_accepted() -> None:
-    spec = SpecGenerate("prompt-lookup", num_speculative_tokens=3)
-    model = tiny_model()
-    model.generate(torch.tensor([[5, 6] * 8]), max_new_tokens=60, do_sample=False, custom_generate=spec)
-    [metrics] = spec.metrics
-    assert metrics.num_accepted_draft_tokens > 0
+def test_drafts_are_accepted_and_the_first_call_says_what_it_prepares(capsys: pytest.CaptureFixture[str]) -> None:
+    model, spec = tiny_model(), SpecGenerate("prompt-lookup", num_speculative_tokens=3)
+    given = {"max_new_tokens": 60, "do_sample": False, "custom_generate": spec}
+    model.generate(torch.tensor([[5, 6] * 8]), **given)
+    assert spec.metrics[0].num_accepted_draft_tokens > 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert "preparing the llama model for drafter 'prompt-lookup'" in line
+    model.generate(torch.tensor([[5, 6] * 8]), **given)
+    assert not capsys.readouterr().err
 
 
 def sampled(model: Any, rows: list[list[int]] = ROWS, **given: Any) -> Tensor:
@@ -194,39 +196,24 @@ def test_what_cannot_be_honoured_is_refused_by_name(given: dict[str, Any], text:
         tiny_model().generate(torch.tensor([[5, 6, 7]]), **asked, custom_generate=SpecGenerate("prompt-lookup"))
 
 
-def test_unknown_options_are_refused_by_name() -> None:
-    model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
-    with pytest.raises(ValueError, match="max_new_tokenz"):
-        model.generate(ids, max_new_tokenz=4, custom_generate=SpecGenerate("prompt-lookup"))
-    with pytest.raises(SpecDecError, match="ngrams") as error:
-        model.generate(ids, custom_generate=SpecGenerate("prompt-lookup", drafter_options={"ngrams": 3}))
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("given", "text"),
     [
         ({"drafter": "nope"}, "unknown drafter 'nope'"),
+        ({"drafter_options": {"ngrams": 3}}, "ngrams"),
         ({"drafter": 3}, "drafter must be a valid string"),
         ({"runtme": "native"}, "SpecGenerate takes no 'runtme' .did you mean 'runtime'"),
         ({"runtime": "nativ"}, "unknown runtime 'nativ'"),
-        ({"kv_cache": "int4"}, "unknown kv_cache 'int4'"),
         ({"verifier": "nope"}, "unknown verifier 'nope'"),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be"),
+        ({"stop_strings": ["x"]}, "stop_strings need a tokenizer"),
     ],
 )
-def test_bad_settings_are_refused_when_it_is_made(given: dict[str, Any], text: str) -> None:
-    with pytest.raises(SpecDecError, match=text):
-        SpecGenerate(**given)
-
-
-def test_the_first_call_says_what_it_prepares(capsys: pytest.CaptureFixture[str]) -> None:
-    model, spec = tiny_model(), SpecGenerate("prompt-lookup")
-    model.generate(torch.tensor(ROWS[:1]), max_new_tokens=2, custom_generate=spec)
-    [line] = capsys.readouterr().err.splitlines()
-    assert "preparing the llama model for drafter 'prompt-lookup'" in line
-    model.generate(torch.tensor(ROWS[:1]), max_new_tokens=2, custom_generate=spec)
-    assert not capsys.readouterr().err
+def test_wrong_settings_are_refused(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(SpecDecError, match=text) as error:
+        spec = SpecGenerate(**{"drafter": "prompt-lookup"} | given)
+        tiny_model().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False, custom_generate=spec)
+    assert "\n" not in str(error.value)
 
 
 def test_encoder_decoder_models_are_refused() -> None:
@@ -234,11 +221,6 @@ def test_encoder_decoder_models_are_refused() -> None:
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
     with pytest.raises(SpecDecError, match="cannot run encoder-decoder models"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, custom_generate=SpecGenerate("prompt-lookup"))
-
-
-def test_stop_strings_need_a_tokenizer() -> None:
-    with pytest.raises(SpecDecError, match="stop_strings need a tokenizer"):
-        SpecGenerate("prompt-lookup", stop_strings=["x"])
 
 
 def test_stop_strings_end_a_row(tmp_path: Path) -> None:
