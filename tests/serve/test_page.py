@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,12 +43,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@contextmanager
-def opened(url: str) -> Iterator[Any]:
-    """The page at ``url``, of which the browser must have nothing to complain."""
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
     with browser.sync_playwright() as p:
-        chromium, problems = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT), []
-        page = chromium.new_page(viewport={"width": 400, "height": 800})
+        launched = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT)
+        yield launched
+        launched.close()
+
+
+@contextmanager
+def opened(chromium: Any, url: str) -> Iterator[Any]:
+    """The page at ``url``, of which the browser must have nothing to complain."""
+    problems = list[str]()
+    with chromium.new_context(viewport={"width": 400, "height": 800}) as context:
+        page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: POLICY in message.text and problems.append(message.text))
         page.on("request", lambda r: r.url.startswith((url, "data:")) or problems.append(r.url))
@@ -57,17 +64,16 @@ def opened(url: str) -> Iterator[Any]:
         page.goto(url)
         yield page
         assert problems == []
-        chromium.close()
 
 
 @pytest.fixture
-def page(server: Server) -> Iterator[Any]:
-    with opened(server.url) as found:
+def page(chromium: Any, server: Server) -> Iterator[Any]:
+    with opened(chromium, server.url) as found:
         yield found
 
 
 @pytest.fixture
-def scripted() -> Iterator[Callable[[Callable[[Request], str]], Any]]:
+def scripted(chromium: Any) -> Iterator[Callable[[Callable[[Request], str]], Any]]:
     """Opens the page of a server that answers with the given text, every second byte drafted."""
     with ExitStack() as stack:
 
@@ -79,7 +85,7 @@ def scripted() -> Iterator[Callable[[Callable[[Request], str]], Any]]:
                 return [Event(ids, "eos", depths=[number % 2 for number in range(len(ids))])]
 
             served = stack.enter_context(serving(stand_in(tokenizer), Replay(events)))
-            return stack.enter_context(opened(served.url))
+            return stack.enter_context(opened(chromium, served.url))
 
         yield made
 
@@ -203,10 +209,10 @@ def test_what_the_browser_keeps_may_be_of_any_kind(server: Server, page: Any) ->
         assert turns(page) == []
 
 
-def test_a_server_that_is_gone_is_said_so_in_one_sentence(tmp_path: Path) -> None:
+def test_a_server_that_is_gone_is_said_so_in_one_sentence(chromium: Any) -> None:
     with ExitStack() as stack:
-        with serving(tiny_decoder(tmp_path)) as server:
-            page = stack.enter_context(opened(server.url))
+        with serving(stand_in(byte_tokenizer()), Replay(lambda request: [])) as server:
+            page = stack.enter_context(opened(chromium, server.url))
             expect(page.locator("#model")).to_have_text("tiny", timeout=TIMEOUT)
         page.get_by_label("Message", exact=True).fill("Go on.")
         page.get_by_role("button", name="Send", exact=True).click()

@@ -39,7 +39,6 @@ from specdec.engine import batch
 
 GREEDY = {"temperature": 0}
 SAMPLED = {"temperature": 0.8, "seed": 5}
-KINDS = pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 CHAT = "/v1/chat/completions"
 
 
@@ -100,10 +99,9 @@ def at_once(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
         return asyncio.run(run(gate))
 
 
-@KINDS
-def test_1_a_stop_string_over_chunks_or_in_a_draft_is_never_sent_in_part(server: Server, how: dict[str, Any]) -> None:
-    text, steps = known(server.decoder, how), set[int]()
-    for start, length in ((0, 1), (0, 6), (9, 1), (11, 3), (14, 2), (17, 8), (30, 12)):
+def test_1_a_stop_string_over_chunks_or_in_a_draft_is_never_sent_in_part(server: Server) -> None:
+    text, how, steps = known(server.decoder, SAMPLED), SAMPLED, set[int]()
+    for start, length in ((0, 6), (9, 1), (11, 3), (17, 8)):
         stop = text[start : start + length]
         before = text[: text.index(stop)]
         feint = text[5:8] + next(letter for letter in "abcd" if text[5:8] + letter not in text)  # held back, then sent
@@ -150,17 +148,16 @@ def test_2_a_character_of_several_tokens_arrives_whole() -> None:
                 assert spec(found[-1])["num_accepted_draft_tokens"] > 0
 
 
-@KINDS
 @pytest.mark.parametrize("over", [False, True])
 def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
-    server: Server, how: dict[str, Any], over: bool, monkeypatch: pytest.MonkeyPatch
+    server: Server, over: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """over: also where drafts are longer than what may still come."""
-    text = known(server.decoder, how)
+    text, how = known(server.decoder, GREEDY), GREEDY
     if over:
         monkeypatch.setattr(batch.Batch, "_bounded", lambda self, b, most: most)
     accepted = 0
-    for limit in (*range(1, 13), 30):
+    for limit in (1, 2, 3, 4, 5, 7, 30):
         whole = server.chat(**how, max_completion_tokens=limit).json()
         found = events(server.chat(**how, max_tokens=limit, stream=True, stream_options={"include_usage": True}))
         assert whole["choices"][0]["message"]["content"] == content(found) == text[:limit]
@@ -170,12 +167,11 @@ def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
     assert accepted > 20
 
 
-@KINDS
 def test_4_nothing_follows_the_end_of_sequence_inside_an_accepted_draft(
-    server: Server, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, depths = known(server.decoder, how), list[int]()
-    for place in (2, 5, 8, 11, 13, 20):
+    text, how, depths = known(server.decoder, SAMPLED), SAMPLED, list[int]()
+    for place in (2, 5, 8, 11):
         [end] = server.decoder.tokenizer(text[place]).input_ids
         monkeypatch.setattr(server.decoder.model.generation_config, "eos_token_id", end)
         expected = text[: text.index(text[place]) + 1]  # here the end token has a text
@@ -197,13 +193,12 @@ def test_4_the_text_of_the_end_of_sequence_is_not_in_the_answer() -> None:
     assert spec(response)["num_accepted_draft_tokens"] >= 3
 
 
-@pytest.mark.parametrize("drafted", [False, True])
 def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(
-    other: SpecDecoder, drafted: bool, monkeypatch: pytest.MonkeyPatch
+    other: SpecDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = [{"role": "user", "content": f"Is a draft {drafted}? Say it in four words."}]
+    prompt = [{"role": "user", "content": "Is a draft accepted? Say it in four words."}]
     how, parts = {"temperature": 0.9, "seed": 5}, list[int]()
-    texts = [text[:24] for text in known(other, how, prompt, n=4)] if drafted else []
+    texts = [text[:24] for text in known(other, how, prompt, n=4)]
     run_tokens = batch.run_tokens
 
     def spy(target: Any, cache: Any, rows: list[list[int]], *more: Any) -> Any:
@@ -216,9 +211,9 @@ def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(
         assert sum(parts) == one["usage"]["prompt_tokens"] + 3  # each of the others runs its last token
         found = [choice["message"]["content"] for choice in one["choices"]]
         assert [choice["index"] for choice in one["choices"]] == [0, 1, 2, 3] and len(set(found)) == 4
-        assert found == (texts or found) and one["usage"]["completion_tokens"] == 4 * 24
+        assert found == texts and one["usage"]["completion_tokens"] == 4 * 24
         assert one["metrics"] == {"speculative_decoding": None}
-        assert (server.figure("spec_decode_num_accepted_tokens_total") > 0) == drafted
+        assert server.figure("spec_decode_num_accepted_tokens_total") > 0
         two = server.chat(messages=prompt, n=4, **how).json()
         assert [choice["message"]["content"] for choice in two["choices"]] == found
         streamed = events(server.chat(messages=prompt, n=4, stream=True, **how))
@@ -230,10 +225,11 @@ def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(
         assert not {choice["message"]["content"] for choice in other["choices"]} & set(found)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("when", ["waiting", "in its prompt", "decoding"])
+@pytest.mark.parametrize(
+    ("when", "stream"), [("waiting", False), ("in its prompt", True), ("decoding", False), ("decoding", True)]
+)
 def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(
-    other: SpecDecoder, stream: bool, when: str
+    other: SpecDecoder, when: str, stream: bool
 ) -> None:
     text = known(other, GREEDY)
     engine = other.engine(max_rows=3, prefill_chunk=16, kv_memory=2**30)
@@ -310,9 +306,8 @@ def test_8_a_seed_gives_one_text_alone_beside_others_after_them_and_after_a_rest
         assert alone(again) == expected
 
 
-@KINDS
-def test_9_the_usage_chunk_comes_last_and_counts_accepted_tokens(server: Server, how: dict[str, Any]) -> None:
-    text, options = known(server.decoder, how), {"include_usage": True}
+def test_9_the_usage_chunk_comes_last_and_counts_accepted_tokens(server: Server) -> None:
+    text, how, options = known(server.decoder, GREEDY), GREEDY, {"include_usage": True}
     found = events(server.chat(**how, stream=True, stream_options=options, per_step_metrics=True))
     assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert content(found) == text[:24]
@@ -330,8 +325,7 @@ def test_9_the_usage_chunk_comes_last_and_counts_accepted_tokens(server: Server,
     }
 
 
-@KINDS
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("how", "n"), [(GREEDY, 1), (SAMPLED, 3)])
 def test_10_log_probabilities_are_the_models_own_whoever_drafted_the_token(
     server: Server, how: dict[str, Any], n: int
 ) -> None:
@@ -376,25 +370,24 @@ def test_11_an_unknown_model_is_not_found(server: Server) -> None:
     assert error["param"] == "model" and "gpt-9" in error["message"] and NAME in error["message"]
     refusal(server.complete(model="gpt-9"), 404)
     refusal(server.post("/tokenize", {"model": "gpt-9", "prompt": "x"}), 404)
-    refusal(httpx.get(server.url + "/v1/models/gpt-9"), 404)
+    refusal(server.get("/v1/models/gpt-9"), 404)
 
 
 KEY = {"Authorization": "Bearer secret"}
-WRONG = [None, "Bearer wrong", "secret", "Bearer secretsecret", "Basic c2VjcmV0", "Bearer \xe9"]
+WRONG = [None, "Bearer wrong", "secret", "Bearer secretsecret", "Bearer \xe9"]
 
 
 def test_11_a_wrong_key_is_refused(decoder: SpecDecoder) -> None:
     with serving(decoder.with_drafter("prompt-lookup"), api_key="secret") as server:
         for given in WRONG:
             headers = {} if given is None else {"Authorization": given.encode("latin-1")}
-            for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
-                error = refusal(httpx.get(server.url + path, headers=headers), 401)
+            for path in ("/v1/models", "/nothing"):
+                error = refusal(server.get(path, headers=headers), 401)
                 assert "secret" not in error["message"]
-            for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize"):
-                refusal(httpx.post(server.url + path, content=b"x", headers=headers), 401)
-        assert httpx.get(server.url + "/health").json() == {"status": "ok", "drafter": "on"}
-        assert httpx.get(server.url + "/").status_code == 200
-        assert httpx.get(server.url + "/v1/models", headers=KEY).json()["data"][0]["id"] == NAME
+            refusal(httpx.post(server.url + CHAT, content=b"x", headers=headers), 401)
+        assert server.get("/health").json() == {"status": "ok", "drafter": "on"}
+        assert server.get("/").status_code == 200
+        assert server.get("/v1/models", headers=KEY).json()["data"][0]["id"] == NAME
 
 
 def test_11_an_unsupported_parameter_is_refused_by_name(server: Server) -> None:
@@ -456,7 +449,7 @@ def test_11_a_prompt_that_is_too_long_is_refused_with_both_numbers(server: Serve
 
 def test_12_a_slow_reader_is_given_up_with_a_bounded_buffer_and_others_go_on(other: SpecDecoder) -> None:
     text = known(other, GREEDY)
-    with serving(other, client_timeout=2.0) as server:
+    with serving(other, client_timeout=0.5) as server:
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
