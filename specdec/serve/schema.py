@@ -359,13 +359,6 @@ class CompletionBody(GenerationBody):
     echo: bool = False
     logprobs: Top | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _false_is_none(cls, given: Any) -> Any:
-        """``logprobs: false`` means null; 0 returns only those of the chosen tokens."""
-        unused = isinstance(given, dict) and given.get("logprobs") is False
-        return given | {"logprobs": None} if unused else given
-
     def request(self) -> GenerationRequest:
         """The request in this body. Raises ApiError."""
         alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
