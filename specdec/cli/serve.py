@@ -160,8 +160,8 @@ def serve(
             from specdec.api.decoder import SpecDecoder
 
             try:
-                from specdec.serve.abilities import abilities
                 from specdec.serve.app import make_app
+                from specdec.serve.tools import abilities
             except ModuleNotFoundError as error:
                 raise _not_installed(error) from None
 

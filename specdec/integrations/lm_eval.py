@@ -86,11 +86,15 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         texts = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
-        for part in self._parts(len(texts)):
+        for start in range(0, len(texts), self.batch_size):
             scored = self.decoder.generate_batch(
-                [texts[n] for n in part], max_new_tokens=1, temperature=0.0, logprobs=1, prompt_logprobs=True
+                texts[start : start + self.batch_size],
+                max_new_tokens=1,
+                temperature=0.0,
+                logprobs=1,
+                prompt_logprobs=True,
             )
-            for n, output in zip(part, scored, strict=True):
+            for n, output in enumerate(scored, start):
                 tokens = (output.prompt_logprobs or [])[-len(requests[n][2]) :]
                 greedy = all(token.top[0][0] == token.token_id for token in tokens)
                 found[n] = sum(token.logprob for token in tokens), greedy
@@ -132,10 +136,6 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
             for n, output in zip(group, outputs, strict=True):
                 found[n] = output.text
         return found
-
-    def _parts(self, count: int) -> list[range]:
-        numbers = range(count)
-        return [numbers[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
 
 
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:

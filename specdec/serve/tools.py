@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from specdec.serve.parts import BETWEEN, TEXT, THOUGHT, AnswerParser, Format, Part, Parts, Schemas, new_id
@@ -212,6 +213,19 @@ def find_format(template: str) -> Format:
 def find_thoughts(template: str) -> tuple[str, str] | None:
     """The marks around reasoning in a chat template; None without reasoning."""
     return next((marks for marks in THOUGHTS if marks[1] in template), None)
+
+
+def abilities(tokenizer: Any) -> str:
+    """One line that says what clients can ask of a model: chats, tools, reasoning and structured output."""
+    chats = bool(getattr(tokenizer, "chat_template", None))
+    template = str(tokenizer.get_chat_template(tools=[{}])) if chats else ""
+    found = {
+        "chat": chats,
+        "tools": find_format(template) is not PLAIN,
+        "reasoning": find_thoughts(template) is not None,
+        "structured output": find_spec("llguidance") is not None,
+    }
+    return ", ".join(f"{name}: {'yes' if has else 'no'}" for name, has in found.items())
 
 
 def tool_grammar(tools: Schemas) -> Grammar:

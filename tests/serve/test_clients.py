@@ -103,12 +103,9 @@ BAD = {
     "a mapping": ("a: 1", "no file of keys"),
     "a list of nothing": ("[]", "has no keys"),
     "no YAML": ("[", "YAML list"),
-    "no key": ("- {name: ann}", "0.key"),
     "a key with spaces": ("- {name: ann, key: a b}", "0.key"),
-    "no rows": ("- {name: ann, key: a, max_rows: 0}", "0.max_rows"),
     "an unknown member": ("- {name: ann, key: a, colour: 1}", "0.colour"),
     "a name twice": ("- {name: a, key: a}\n- {name: a, key: b}", "the same name twice"),
-    "a key twice": ("- {name: a, key: a}\n- {name: b, key: a}", "the same key twice"),
     "an object": ("!!python/object/apply:os.getcwd []", "YAML list"),
 }
 

@@ -27,6 +27,7 @@ from specdec.serve.tools import (
     MISTRAL_NAMED,
     PLAIN,
     QWEN_XML,
+    abilities,
     find_format,
     find_thoughts,
     tool_grammar,
@@ -186,6 +187,21 @@ def test_forms_are_found_in_templates() -> None:
     assert find_format("<|channel|> <|message|>") is HARMONY
     assert find_format("<tool_call>") is find_format("tools") is find_format("tools <tool_call><arg_key>") is PLAIN
     assert find_thoughts("x </think>") == REASONING and find_thoughts("x") is None
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "chat: no, tools: no, reasoning: no"),
+        ("{{ messages[0].content }}", "chat: yes, tools: no, reasoning: no"),
+        (TEMPLATE, "chat: yes, tools: yes, reasoning: no"),
+        (TEMPLATE + "<think></think>", "chat: yes, tools: yes, reasoning: yes"),
+    ],
+)
+def test_a_line_says_what_clients_can_ask_for(template: str | None, says: str) -> None:
+    tokenizer = letters()
+    tokenizer.chat_template = template
+    assert abilities(tokenizer) == says + ", structured output: yes"
 
 
 def test_a_grammar_takes_a_call_and_nothing_else() -> None:
