@@ -90,20 +90,6 @@ def test_options_are_honoured(name: str) -> None:
     assert isinstance(ours, GenerateDecoderOnlyOutput) and torch.equal(plain.sequences, ours.sequences)
 
 
-def test_a_call_without_a_mask_has_no_padding() -> None:
-    model, ids = tiny_model(), torch.tensor(ROWS[:1])
-    model.generation_config.max_new_tokens, model.generation_config.do_sample = 20, False
-    seen: dict[str, Any] = {}
-
-    class Bare(SpecGenerate):
-        def __call__(self, *args: Any, **given: Any) -> Any:
-            seen.update(given)
-            return super().__call__(*args, **given | {"attention_mask": None})
-
-    ours = model.generate(ids, custom_generate=Bare("prompt-lookup"))
-    assert "attention_mask" in seen and torch.equal(ours, model.generate(ids))
-
-
 def test_drafts_are_accepted_and_the_first_call_says_what_it_prepares(capsys: pytest.CaptureFixture[str]) -> None:
     model, spec = tiny_model(), SpecGenerate("prompt-lookup", num_speculative_tokens=3)
     given = {"max_new_tokens": 60, "do_sample": False, "custom_generate": spec}
@@ -179,9 +165,7 @@ def test_a_streamer_gets_the_prompt_and_each_token() -> None:
     ("given", "text"),
     [
         ({"num_beams": 2}, r"cannot search with beams \(num_beams=2\)"),
-        ({"penalty_alpha": 0.6, "top_k": 4}, "cannot do contrastive search"),
         ({"prompt_lookup_num_tokens": 3}, "cannot do assisted generation"),
-        ({"return_dict_in_generate": True, "output_attentions": True}, "does not support output_attentions"),
         ({"return_dict_in_generate": True, "output_scores": True}, "does not support output_scores"),
         ({"guidance_scale": 1.5}, "UnbatchedClassifierFree.* has a state"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "row 0 of attention_mask masks tokens after its first"),

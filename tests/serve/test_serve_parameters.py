@@ -50,7 +50,7 @@ def text(response: httpx.Response) -> str:
 def test_each_parameter_does_to_the_text_what_it_does_in_python(server: Server, plain: SpecDecoder) -> None:
     """Requests with different ones share steps. Greedy text changes by all that can change it."""
     base = plain.generate(PROMPT, apply_chat_template=False, max_new_tokens=COUNT, ignore_eos=True)
-    more, first = {"ignore_eos": True}, base.token_ids[0]
+    first, penalties = base.token_ids[0], {"frequency_penalty": 2, "presence_penalty": 1, "ignore_eos": True}
     ends = [base.token_ids[5], base.token_ids[2]]
     stops = [base.text[2:4], base.text[15:18]]
     asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -64,11 +64,8 @@ def test_each_parameter_does_to_the_text_what_it_does_in_python(server: Server, 
         ({"top_k": 3}, {"top_k": 3}),
         ({"top_k": -1}, {"top_k": 0}),
         ({"min_p": 0.6}, {"min_p": 0.6}),
-        (
-            more | {"frequency_penalty": 2, "presence_penalty": 1},
-            more | {"frequency_penalty": 2, "presence_penalty": 1},
-        ),
-        (more | {"logit_bias": {str(first): -100}}, more | {"logit_bias": {first: -100}}),
+        (penalties, penalties),
+        ({"logit_bias": {str(first): -100}}, {"logit_bias": {first: -100}}),
     ]
     drawn = [asked[0], *asked[7:10]]
     rows = [(given | GREEDY, same | GREEDY) for given, same in asked]
