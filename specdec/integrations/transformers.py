@@ -138,10 +138,7 @@ def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dic
     """Raise SpecDecError for what the engine does not support."""
     mode = config.get_generation_mode()
     if mode.value not in MODES:
-        why = f"SpecGenerate cannot do {mode.value.replace('_', ' ')}"
-        if config.num_beams > 1:
-            why = f"SpecGenerate cannot search with beams (num_beams={config.num_beams})"
-        raise SpecDecError(f"{why}; it decodes greedily or samples")
+        raise SpecDecError(f"SpecGenerate cannot do {mode.value.replace('_', ' ')}; it decodes greedily or samples")
     for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
         if getattr(config, name, None) and config.return_dict_in_generate:
             raise SpecDecError(f"SpecGenerate does not support {name}; leave it out")

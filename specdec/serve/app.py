@@ -12,7 +12,7 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response as HTTPResponse
 
 from specdec import __version__
@@ -171,4 +171,4 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> HTTPResponse:
-        return HTTPResponse(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return HTTPResponse(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from specdec.serve.errors import ApiError
 from specdec.serve.schema import ignored
-from specdec.serve.settings import ServerSettings
 
 MAX_BODY = 4 * 2**20  # bytes
 CLIENT_CLOSED_REQUEST = 499  # status in the log when the client has disconnected
@@ -25,29 +24,21 @@ class JsonRequest(Request):
     """A request whose body is JSON of at most ``MAX_BODY`` bytes."""
 
     async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            self._body = await self._receive_body(self.app.state.settings)
-        return self._body
-
-    async def _receive_body(self, settings: ServerSettings) -> bytes:
-        body = bytearray()
-        too_large = ApiError(413, f"the body is larger than {MAX_BODY} bytes", code="too_large")
-        if (length := self.headers.get("content-length", "0")).isdecimal() and int(length) > MAX_BODY:
-            raise too_large
+        body, seconds = bytearray(), self.app.state.settings.client_timeout
         try:
-            async with asyncio.timeout(settings.client_timeout):
+            async with asyncio.timeout(seconds):
                 async for part in self.stream():
                     body += part
                     if len(body) > MAX_BODY:
-                        raise too_large
+                        raise ApiError(413, f"the body is larger than {MAX_BODY} bytes", code="too_large")
         except TimeoutError:
-            message = f"the body did not arrive within {settings.client_timeout:g} seconds"
-            raise ApiError(408, message) from None
+            raise ApiError(408, f"the body did not arrive within {seconds:g} seconds") from None
         except ClientDisconnect:
             raise ApiError(CLIENT_CLOSED_REQUEST, "the client has disconnected") from None
         if not body:
             raise ApiError(400, "the body is empty; send a JSON object", code="invalid_json")
-        return bytes(body)
+        self._body = bytes(body)
+        return self._body
 
     async def json(self) -> Any:
         try:

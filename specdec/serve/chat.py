@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -25,23 +26,16 @@ class Chat:
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
-        self.parsers: dict[int, AnswerParser] = {}
-        self.begun: dict[int, list[str]] = {}  # ids of the calls of a choice that have been sent
-
-    def parser(self, choice: ResponseChoice) -> AnswerParser:
-        if choice.index not in self.parsers:
-            self.parsers[choice.index] = self.prepared.parser()
-        return self.parsers[choice.index]
+        self.parsers = defaultdict[int, AnswerParser](prepared.parser)  # by the number of the choice
+        self.begun = defaultdict[int, list[str]](list)  # ids of the calls that have been sent
 
     def first_delta(self, choice: ResponseChoice) -> dict[str, Any] | None:
         """The content of a choice's first chunk."""
         return {"delta": {"role": "assistant", "content": ""}}
 
     def deltas(self, choice: ResponseChoice, piece: Piece) -> list[dict[str, Any]]:
-        parts = self.parser(choice).push(piece.text, last=piece.finish is not None)
-        calls = self.begun.setdefault(choice.index, [])
-        return [{"delta": _delta(part, calls)} for part in parts]
+        parts = self.parsers[choice.index].push(piece.text, last=piece.finish is not None)
+        return [{"delta": _delta(part, self.begun[choice.index])} for part in parts]
 
     def last_delta(self) -> dict[str, Any]:
         """The content of the chunk with the finish reason."""
@@ -49,11 +43,11 @@ class Chat:
 
     def content(self, choice: ResponseChoice) -> dict[str, Any]:
         """The content of a choice in a whole response."""
-        parts = self.parser(choice).push(choice.answer.text, last=True)
+        parts = self.parsers[choice.index].push(choice.answer.text, last=True)
         return {"message": {"role": "assistant", "refusal": None} | message(parts)}
 
     def finish_reason(self, choice: ResponseChoice) -> str | None:
-        called = choice.answer.finish == "stop" and self.parser(choice).called
+        called = choice.answer.finish == "stop" and self.parsers[choice.index].called
         return "tool_calls" if called else choice.answer.finish
 
     def logprobs(self, choice: ResponseChoice, start: int) -> dict[str, Any]:

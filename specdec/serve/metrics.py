@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -74,9 +74,6 @@ class Metrics:
         """Count what the holder of a key has used."""
         self.key_requests.labels(self.model, name).inc(choices)
         self.key_tokens.labels(self.model, name).inc(tokens)
-
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
 
 
 class _EngineCollector(Collector):
