@@ -101,15 +101,15 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 class FunctionTool(Function, OfFunction):
-    """Flat."""
+    """A tool with the members of its function."""
 
 
 class NamedFunction(FunctionName, OfFunction):
-    """Flat."""
+    """The tool that must be called."""
 
 
 class Format(JsonSchema):
-    """Flat."""
+    """The form of the text, flat."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] = "answer"

@@ -30,7 +30,7 @@ StopIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_BIAS
 Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_BIASES, fail_fast=True)]
 Top = Annotated[int, Field(ge=0, le=20)]
 TokenId = Annotated[int, Field(strict=False, ge=0)]  # as a name in JSON
-Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: _count(given))]
+Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: _check_count(given))]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
@@ -68,7 +68,7 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _count(given: Any) -> Any:
+def _check_count(given: Any) -> Any:
     """Limit an object before its members are validated, since pydantic reports every wrong one."""
     if isinstance(given, dict) and len(given) > MAX_BIASES:
         raise ValueError(f"an object has {len(given)} members; at most {MAX_BIASES} are allowed")
