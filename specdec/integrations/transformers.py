@@ -101,7 +101,7 @@ class SpecGenerate:
         config: Any = generation_config
         decoder = self.decoder(model)
         _check(config, logits_processor, model_kwargs)
-        prompts = _prompts(input_ids, model_kwargs.pop("attention_mask"))
+        prompts = _prompts(input_ids, model_kwargs.pop("attention_mask", None))
         _check_inputs(prompts, input_ids, model_kwargs)
         new = max(config.max_length - input_ids.shape[1], 1)
         if (longest := max(map(len, prompts)) + new) > decoder.target.context:
@@ -152,8 +152,10 @@ def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dic
             raise SpecDecError(f"SpecGenerate cannot pass '{name}' to the model; give only token ids")
 
 
-def _prompts(input_ids: Tensor, mask: Tensor) -> list[list[int]]:
+def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     """The rows without padding. Raises SpecDecError for padding on the right and for rows of only padding."""
+    if mask is None:
+        mask = torch.ones_like(input_ids)
     prompts = []
     for b, (ids, seen) in enumerate(zip(input_ids.tolist(), mask.tolist(), strict=True)):
         count = sum(map(bool, seen))
