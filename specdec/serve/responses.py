@@ -22,7 +22,6 @@ from specdec.serve.schema import (
     UNUSED,
     Effort,
     Function,
-    FunctionName,
     JsonSchema,
     OfFunction,
     Options,
@@ -100,12 +99,12 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
     return found
 
 
-class FunctionTool(Function, OfFunction):
+class FunctionTool(Function, OfFunction):  # type: ignore[misc]  # the plugin's model_construct
     """A tool with the members of its function."""
 
 
-class NamedFunction(FunctionName, OfFunction):
-    """The tool that must be called."""
+class NamedFunction(OfFunction):
+    name: str
 
 
 class Format(JsonSchema):
