@@ -154,7 +154,7 @@ def shell(block: Block, execute: bool) -> None:
 @contextmanager
 def served() -> Iterator[str]:
     """A server that the examples with a client reach: the answer, and a call of the example's tool."""
-    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    call = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
     tokenizer = byte_tokenizer()
     tokenizer.chat_template += "{% if tools %}<tool_call>{% endif %}"
 
