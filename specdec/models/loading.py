@@ -18,6 +18,7 @@ import torch
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, one_line
+from specdec.models import adapter as adapters
 from specdec.models import config, families, packed, prepare, safetensors_file, safetensors_model
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile
@@ -29,9 +30,6 @@ from specdec.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-Merge = Callable[[Any, GGUFFile | None], list[torch.Tensor]]
 
 
 def load(
@@ -61,7 +59,7 @@ def load(
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
     place = find_device(device, kind)
-    merge = _merging(adapter)
+    change = None if adapter is None else (os.fspath(adapter), adapters.find(os.fspath(adapter)))
     source = find_source(name, revision)
     may_be_native = source.entry is None and place.type == "cpu" and not trust_remote_code
     if may_be_native and safetensors_model.is_supported(source.folder, kind):
@@ -73,7 +71,7 @@ def load(
     source.fetch_weights()
     model: Any = None
     if source.entry is not None:
-        model = _native(source, source.entry, found, kind, place, merge)
+        model = _native(source, source.entry, found, kind, place, change)
     if model is None:
         from specdec.models import pretrained  # heavy
 
@@ -81,7 +79,7 @@ def load(
             found = _config(replace(source, entry=None))
         model = pretrained.load(source, found, kind, place, trust_remote_code)
         model.config._name_or_path = name  # for messages
-        merge(model, None)
+        _merge(model, change)
     if source.remote:
         model.config._commit_hash = source.folder.name
     return model.eval().requires_grad_(False), tokenizer
@@ -113,18 +111,9 @@ def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     return pretrained.read_tokenizer(source, trust_remote_code)
 
 
-def _merging(adapter: str | os.PathLike[str] | None) -> Merge:
-    """Merges an adapter into a model, and returns the matrices that it has changed.
-
-    Raises SpecDecError for a missing adapter.
-    """
-    if adapter is None:
-        return lambda model, file: []
-    from specdec.models import adapter as adapters
-
-    name = os.fspath(adapter)
-    place = adapters.find(name)
-    return lambda model, file: adapters.merge(model, adapters.read(name, place, model, file))
+def _merge(model: Any, change: tuple[str, Path] | None, file: GGUFFile | None = None) -> list[torch.Tensor]:
+    """Merge an adapter, by its name and place, into a model; return the matrices that it has changed."""
+    return [] if change is None else adapters.merge(model, adapters.read(*change, model, file))
 
 
 def _native(
@@ -133,7 +122,7 @@ def _native(
     found: config.Config,
     kind: str | torch.dtype,
     place: torch.device,
-    merge: Merge,
+    change: tuple[str, Path] | None,
 ) -> NativeModel | None:
     """The model whose config is in ``entry``; None: its safetensors files do not fit it tensor by tensor."""
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
@@ -148,7 +137,7 @@ def _native(
                 return None
             model, made = built
         model.config._name_or_path = source.name  # for messages, instead of the cache folder
-        merged = merge(model, source.file)
+        merged = _merge(model, change, source.file)
         if keep:
             changed = model.merged_adapter.fingerprint if merged else ""
             model.origin = packed.Origin(entry, file.paths, file.state, file.maps, changed, (*made, *merged))
