@@ -239,7 +239,7 @@ class _Waits(TorchFunctionMode):
         return self.mark(out) if there or kwargs.get("device") is not None else out
 
 
-@pytest.mark.parametrize("drafter", ["none", "m2r2: projection", "m2r2-paper", "layer-skip", "prompt-lookup"])
+@pytest.mark.parametrize("drafter", ["m2r2: projection", "m2r2-paper", "prompt-lookup"])
 @torch.inference_mode()
 def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")

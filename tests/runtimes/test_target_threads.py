@@ -86,7 +86,7 @@ def make(runtime: str) -> Target:
 @pytest.mark.parametrize(
     ("runtime", "drafters"),
     [
-        pytest.param("native", (grown, grown), marks=needs_native),
+        pytest.param("native", (grown, grown), marks=[needs_native, pytest.mark.slow]),
         pytest.param("native", (projecting, PromptLookupDrafter), marks=needs_native),
         ("fused", (projecting, PromptLookupDrafter)),
         pytest.param("graphs", (projecting, PromptLookupDrafter), marks=pytest.mark.slow),
