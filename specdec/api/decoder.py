@@ -478,7 +478,10 @@ class SpecDecoder:
         prefix_cache: a folder for the keys and values of texts, so that later processes can begin with them, too.
         prefix_cache_size: its largest size in bytes.
         """
-        disk = None if prefix_cache is None else self._disk(prefix_cache, prefix_cache_size)
+        disk = None
+        if prefix_cache is not None:
+            recurrent = bool(self.target.recurrent_layers)
+            disk = PrefixDisk(prefix_cache, prefix_cache_size, identity.numbers(self.target), recurrent)
         try:
             engine = self.stepped_engine(
                 num_speculative_tokens,
@@ -495,9 +498,6 @@ class SpecDecoder:
                 disk.close()
             raise
         return engine.start()
-
-    def _disk(self, folder: Path, limit: int) -> PrefixDisk:
-        return PrefixDisk(folder, limit, identity.numbers(self.target), bool(self.target.recurrent_layers))
 
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""

@@ -96,12 +96,9 @@ Text = Annotated[str, Field(min_length=1)]
 GROUPS = ("drafter", "verifier")  # settings whose values have options
 
 
-def _baselines() -> tuple[str, ...]:
-    return ("none", *(name for name, other in EXTERNAL_METHODS.items() if not other.source))
-
-
 def _baseline(name: str) -> str:
-    if name not in (known := _baselines()):
+    known = ["none", *(name for name, other in EXTERNAL_METHODS.items() if not other.source)]
+    if name not in known:
         raise PydanticCustomError("choice", "must be one of {expected}", {"expected": ", ".join(known)})
     return name
 
