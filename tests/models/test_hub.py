@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 from fake_hub import FakeHub
-from huggingface_hub import constants
 from safetensors.torch import save
 from tiny import save_native, tiny_model
 from tiny_gguf import write_gguf
 from zoo import save_medusa
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.models import hub, identity, loading
+from specdec.models import identity, loading
 from specdec.speculation import registry
 
 REPOSITORY = "org/my-drafter"
@@ -56,16 +55,6 @@ def test_what_is_no_drafter_is_one_line(fake: type[FakeHub], files: dict[str, by
     with pytest.raises(SpecDecError, match=text) as error:
         registry.parse(asked)
     assert "\n" not in str(error.value)
-
-
-def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(fake, folder)
-    registry.parse(REPOSITORY)
-    hub.fetch_drafter.cache_clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert registry.parse(REPOSITORY)[0][0] == "medusa"
-    with pytest.raises(SpecDecError, match="is not in the Hugging Face cache"):
-        registry.parse("org/another")
 
 
 def test_a_hub_that_cannot_list_files_is_not_one_without_them(

@@ -14,7 +14,6 @@ from at_once import BF16
 from tiny import SIZES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec import SpecDecoder
 from specdec.models import identity
 from specdec.runtimes.native import library
 from specdec.runtimes.reference import ReferenceTarget
@@ -136,17 +135,3 @@ def test_the_kernels_are_part_of_the_identity(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "_native.so").write_bytes(library.LIBRARY.read_bytes() + b"another")
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
     assert identity.numbers(target) != own
-
-
-def test_prefixes_on_disk_are_those_of_the_config(tmp_path: Path) -> None:
-    """Also if the weights are the same: a user may stretch the context with YaRN."""
-    known = list[tuple[int, list[int]]]()
-    for theta in (1e4, 1e6, 1e4):
-        model = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": theta})
-        made = SpecDecoder(model, None, "none", runtime="reference")
-        right = made.generate([*IDS, *IDS], max_new_tokens=8, ignore_eos=True).token_ids
-        with made.engine(prefix_cache=tmp_path) as engine:
-            handle = engine.submit(made.request([*IDS, *IDS], max_new_tokens=8, ignore_eos=True))
-            assert [token for event in handle for token in event.tokens] == right
-            known.append(handle.metrics.num_cached_tokens)
-    assert known == [0, 0, 64]

@@ -12,7 +12,7 @@ from tiny_gguf import write_gguf
 from tiny_tokenizers import TEXTS, letters, special_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from specdec.api.text import Detokenizer, encode, special_tokens
+from specdec.api.text import encode, special_tokens
 from specdec.models import catalogue, loading, prepare
 from specdec.models.chat_template import render
 from specdec.models.gguf.file import read_header
@@ -177,14 +177,3 @@ def test_a_chat_template_in_the_config(tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages[0].role }}"}))
     assert Tokenizer(folder).apply_chat_template([USER], tokenize=False) == "user"
-
-
-def test_text_streams_from_it(cache: Any, tmp_path: Path) -> None:
-    tokenizer = Tokenizer(folder_of_gguf(tmp_path / "it.gguf"))
-    text, out = "Ünï 🙂\n\n ok</s>", Detokenizer(tokenizer, ["</s>"])
-    pieces = list[str]()
-    for token in tokenizer(text).input_ids:
-        out.push(token)
-        pieces.append(out.take())
-    assert "".join(pieces) + out.finish() == "Ünï 🙂\n\n ok" and out.stopped == "</s>"
-    assert loading.Tokenizer is Tokenizer

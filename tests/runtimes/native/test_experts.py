@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from passes import in_blocks, next_logits, play
-from tiny import rough_model, save_tiny, save_tiny_moe, sizes_of, tamed
+from tiny import rough_model, save_tiny_moe, sizes_of, tamed
 from tiny_gguf import write_family
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -23,7 +23,7 @@ from specdec.base import machine, memory
 from specdec.base.errors import SpecDecError
 from specdec.engine import measure as costs
 from specdec.models import loading
-from specdec.models.gguf.blocks import BlockExperts, named_weights
+from specdec.models.gguf.blocks import BlockExperts
 from specdec.runtimes.native import library
 from specdec.runtimes.native.experts import MappedExperts, _Layer
 from specdec.runtimes.native.target import NativeTarget
@@ -154,27 +154,6 @@ def test_without_room_for_all_experts_some_stay_on_the_disk(tmp_path: Path, monk
         assert (found and found.slots) == slots
     with pytest.raises(SpecDecError, match="not enough memory"):
         loading.load(path, dtype="float32")
-
-
-@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
-def test_experts_of_a_checkpoint_stay_on_the_disk_likewise(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, sizes = save_tiny(tmp_path), sizes_of(family) | {"num_local_experts": 6, "num_experts_per_tok": 2}
-    (folder / "model.safetensors").unlink()
-    rough_model(family, **sizes).bfloat16().save_pretrained(folder)
-    model, _ = loading.load(folder)
-    whole = NativeTarget(model)
-    weights = {name: 2 * each.shape.numel() for name, each in named_weights(model)}
-    experts = sum(size for name, size in weights.items() if ".experts." in name)
-    free = sum(weights.values()) - experts + int(0.8 * experts)
-    monkeypatch.setattr(machine, "available_memory", lambda: free)
-    target = NativeTarget(loading.load(folder)[0])
-    assert whole.experts is None and isinstance(target.experts, MappedExperts) and target.experts.slots == 3
-    for ours, theirs in zip(play(target), play(whole), strict=True):
-        assert torch.equal(ours, theirs)
-    monkeypatch.setattr(machine, "available_memory", lambda: experts - 1)
-    loading.load(folder)  # experts are mapped
 
 
 def test_a_pass_costs_what_the_experts_of_other_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:
