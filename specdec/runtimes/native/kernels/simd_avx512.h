@@ -153,10 +153,11 @@ static inline W powers_w(const void *p) { return _mm512_castsi512_ps(_mm512_slli
 static inline W bytes_w(const void *p) { return load_bytes(p); }
 static inline W signed_bytes_w(const void *p) { return load_int8(p); }
 
-static inline Codes four_inputs(const int8_t *x) {
-    int32_t v;
-    memcpy(&v, x, 4);
-    return _mm512_set1_epi32(v);
+/* sum + the products of codes and four inputs, which the instruction itself repeats: compilers load them into a register. */
+static inline __attribute__((always_inline)) Codes add_four(Codes sum, Codes codes, const int8_t *x) {
+    typedef int32_t __attribute__((may_alias)) Four;
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*(const Four *)x));
+    return sum;
 }
 
 /* start + the products of codes [n] and the inputs `x` [4 n], by output. most: the largest code. `chains` sums side by side:
@@ -165,7 +166,7 @@ static inline __attribute__((always_inline)) Codes sum_codes(int most, int chain
     int32_t start) {
     Codes a = _mm512_set1_epi32(start), b = _mm512_setzero_si512();
     for (int i = 0; i < n; i++)
-        if (chains > 1 && i & 1) b = _mm512_dpbusd_epi32(b, codes[i], four_inputs(x + 4 * i));
-        else a = _mm512_dpbusd_epi32(a, codes[i], four_inputs(x + 4 * i));
+        if (chains > 1 && i & 1) b = add_four(b, codes[i], x + 4 * i);
+        else a = add_four(a, codes[i], x + 4 * i);
     return chains > 1 ? _mm512_add_epi32(a, b) : a;
 }
