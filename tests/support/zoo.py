@@ -250,6 +250,7 @@ def second(target: Target, **changes: int | None) -> Target:
     return other_model(target.vocab_size, 1.0 if few else 0.1, **ends, **changes)
 
 
+# Every drafter as a chain, of those that can be one, and as a tree; what follows ": " tells variants apart.
 CHAINS: dict[str, Callable[[Target], Drafter]] = {
     "none": lambda target: NoDrafter(),
     "prompt-lookup": lambda target: PromptLookupDrafter(),
@@ -269,7 +270,6 @@ CHAINS: dict[str, Callable[[Target], Drafter]] = {
     "draft-model": lambda target: DraftModelDrafter(second(target)),
     "draft-model: a short context": lambda target: DraftModelDrafter(second(target, max_position_embeddings=16)),
     "early-exit": lambda target: EarlyExitDrafter(),
-    "early-exit: trained": lambda target: EarlyExitDrafter(network=heads(target, 2)),
     "deed": lambda target: DeedDrafter(heads(target, 1, 2, 3), 0.2),
     "deed: the whole vocabulary": lambda target: DeedDrafter(heads(target, 1, 3, whole=True), 1.0),
     "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9),
@@ -297,16 +297,6 @@ TREES: dict[str, Callable[[Target], Drafter]] = {
     "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
 }
 EVERY = CHAINS | {f"{name} (tree)": make for name, make in TREES.items()}
-
-
-def chains(target: Target) -> dict[str, Drafter]:
-    """Every drafter as a chain (of those that can be one), by name; what follows ": " tells variants apart."""
-    return {name: make(target) for name, make in CHAINS.items()}
-
-
-def trees(target: Target) -> dict[str, Drafter]:
-    """Every drafter that can draft a tree, doing so."""
-    return {name: make(target) for name, make in TREES.items()}
 
 
 def every(target: Target) -> dict[str, Drafter]:

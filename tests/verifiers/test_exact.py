@@ -1,4 +1,4 @@
-"""Sampling follows the target's distribution whatever is drafted: chi-square on joint outcomes, with controls."""
+"""Sampling follows the target's distribution, and no draft changes what is sampled: chi-square, with controls."""
 
 from __future__ import annotations
 
@@ -6,36 +6,77 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import product
 
-import pytest
 import torch
-from sampled import DRAFTS, AcceptsAll, p_value, sample
+from sampled import AcceptsAll, p_value
 from torch import Tensor
 
 from specdec.speculation.draft import Acceptance, Draft, Verifier
 from specdec.speculation.sampling import Noise, Sampler, SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
+from specdec.verifiers.typical import TypicalVerifier
+
+V, DEPTH, RUNS, FEW = 3, 3, 2500, 200
+TARGET = torch.tensor([[0.3, 0.0, 0.7], [0.15, 0.85, 0.0], [0.0, 0.6, 0.4]])  # row i is the distribution after token i
+Choose = Callable[[int, int], int]  # what the target chooses after a token, for a position
+Script = Callable[[Choose, int, int], list[tuple[int, int]]]  # (choose, root, its position) -> (token, parent) nodes
 
 
-@pytest.mark.parametrize("kind", DRAFTS)
-def test_sampling_is_exact(kind: str) -> None:
-    assert sample(DRAFTS[kind], ExactVerifier()) > 1e-3
+def right(choose: Choose, root: int, at: int) -> list[tuple[int, int]]:
+    """Just what the target will choose, with a sibling beside each token."""
+    first = choose(root, at + 1)
+    return [(first, 0), (choose(first, at + 2), 1), ((first + 1) % V, 0), (first, 2)]
 
 
-class AcceptsLikely(ExactVerifier):
-    """Control: a drafted token that the target likes well enough is accepted, too."""
-
-    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
-        assert p is not None
-        own = [row.copy() for row in chosen]
-        for node, parent in enumerate(draft.parents):
-            if parent == node and p[0, parent, draft.lists()[0][node]] > 0.4:
-                own[0][parent] = draft.lists()[0][node]
-        return super().verify(draft, own, p)
+def wrong(choose: Choose, root: int, at: int) -> list[tuple[int, int]]:
+    return [((choose(root, at + 1) + 1) % V, 0)]
 
 
-@pytest.mark.parametrize("verifier", [AcceptsAll(), AcceptsLikely()])
-def test_biased_rules_are_caught(verifier: Verifier) -> None:
-    assert sample(DRAFTS["deterministic"], verifier) < 1e-6
+def fixed(choose: Choose, root: int, at: int) -> list[tuple[int, int]]:
+    return [((root + 2) % V, 0), ((root + 1) % V, 1), ((root + 1) % V, 0)]
+
+
+def nothing(choose: Choose, root: int, at: int) -> list[tuple[int, int]]:
+    return []
+
+
+def sampled(
+    script: Script, verifier: Verifier, runs: int, noise: Callable[[int], Callable[[int, int], Tensor]] = Noise
+) -> list[tuple[int, ...]]:
+    """DEPTH tokens after token 0 for each stream of noise, decoded by steps of ``verifier`` (the last step is cut)."""
+    found = []
+    for stream in range(runs):
+        own = noise(stream)
+
+        def choose(token: int, position: int, own: Callable[[int, int], Tensor] = own) -> int:
+            return int((TARGET[token].log() + own(position, V)).argmax())
+
+        out = [0]
+        while len(out) <= DEPTH:
+            at = len(out) - 1
+            nodes = script(choose, out[-1], at)
+            tokens = [token for token, _ in nodes]
+            draft, block = Draft([tokens], tuple(parent for _, parent in nodes)), [out[-1], *tokens]
+            chosen = [choose(token, at + 1 + depth) for token, depth in zip(block, draft.depths(), strict=True)]
+            accepted = verifier.verify(draft, [chosen], TARGET[block][None])
+            out += [tokens[n - 1] for n in accepted.paths[0][1:]] + accepted.next_tokens
+        found.append(tuple(out[1 : DEPTH + 1]))
+    return found
+
+
+def fit(found: list[tuple[int, ...]]) -> float:
+    expected = {
+        o: float(TARGET[0, o[0]] * TARGET[o[0], o[1]] * TARGET[o[1], o[2]]) for o in product(range(V), repeat=DEPTH)
+    }
+    return p_value(Counter(found), expected, len(found))
+
+
+def test_samples_follow_the_target_and_no_draft_changes_them() -> None:
+    plain = sampled(nothing, ExactVerifier(), RUNS)
+    assert fit(plain) > 1e-3
+    for script in (right, wrong, fixed):
+        assert sampled(script, ExactVerifier(), FEW) == plain[:FEW]
+    for rule in (AcceptsAll(), TypicalVerifier()):
+        assert sampled(fixed, rule, FEW) != plain[:FEW]
 
 
 def test_noise_that_repeats_is_caught() -> None:
@@ -43,7 +84,7 @@ def test_noise_that_repeats_is_caught() -> None:
         own = Noise(seed)
         return lambda position, size: own(0, size)
 
-    assert sample(DRAFTS["q = p"], ExactVerifier(), repeats) < 1e-6
+    assert fit(sampled(nothing, ExactVerifier(), RUNS, repeats)) < 1e-6
 
 
 def test_greedy_takes_the_matching_sibling() -> None:
