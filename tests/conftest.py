@@ -34,6 +34,7 @@ from tiny_gguf import NAME, write_gguf
 from training import Tokens
 from transformers import PreTrainedModel
 
+from specdec import SpecDecoder
 from specdec.base import files, inputs
 from specdec.engine.depth import AutoDepth, StepReport, kept
 from specdec.models import catalogue, loading, prepare, wheels
@@ -252,12 +253,12 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeH
 @pytest.fixture(scope="session")
 def greedy() -> str:
     """Greedy answers of the tiny model, as JSON lines."""
-    model, draw, lines = tiny_model("llama", eos_token_id=None), random.Random(0), []
-    for _ in range(40):
-        prompt = [draw.randrange(3, 97) for _ in range(draw.randrange(2, 9))]
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0].tolist()
-        lines.append(json.dumps({"prompt_ids": prompt, "response_ids": out[len(prompt) :]}))
-    return "\n".join(lines)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(3, 97) for _ in range(draw.randrange(2, 9))] for _ in range(40)]
+    decoder = SpecDecoder(tiny_model("llama", eos_token_id=None), drafter="none")
+    outs = decoder.generate_batch(prompts, max_new_tokens=24)
+    pairs = zip(prompts, outs, strict=True)
+    return "\n".join(json.dumps({"prompt_ids": prompt, "response_ids": out.token_ids}) for prompt, out in pairs)
 
 
 @pytest.fixture

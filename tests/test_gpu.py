@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import zoo
 from safetensors.torch import load_file
 from sampled import AcceptsAll, fit, small
 from tiny import save_tiny, tiny_model
-from training import checkpoint_of, launched
+from training import checkpoint_of
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
@@ -121,6 +123,12 @@ def test_what_is_trained_there_drafts(method: str, dtype: str, tmp_path: Path) -
     )
     drafted, plain = (each.generate("hello", max_new_tokens=24, num_speculative_tokens=2) for each in decoders)
     assert drafted.token_ids == plain.token_ids and drafted.metrics.num_draft_tokens
+
+
+def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, "-m", "specdec", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 @several

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target, run_tokens
 from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train import states
@@ -47,14 +45,9 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
     drafter = M2R2Drafter(network, exit_confidence=sure)
     drafter.bind(target)
     row_states = [drafter.begin()]
-    cache, old = target.new_cache(), len(ids) - 1
-    positions = torch.arange(old)[None]
+    cache, old = target.new_cache(1), len(ids) - 1
     taps = {layer: torch.empty(0) for layer in drafter.taps}
-    mask = cache.register(0, positions)
-    target.layers(
-        target.embed(torch.tensor([ids[:-1]]), positions), 0, target.num_layers, Pass(positions, mask, cache, taps)
-    )
-    cache.commit([list(range(old))])
+    run_tokens(target, cache, [ids[:-1]], taps, whole=True)
     drafter.observe(row_states, [list(range(old))], taps)
     state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids], row_states=row_states)
     return drafter.propose(state, count).tokens[0].tolist()
@@ -113,12 +106,6 @@ def recipe(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
         "eval_fraction": 0.15,
     }
     return from_mapping(M2R2Settings, values | changes, "test")
-
-
-def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, "-m", "specdec", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def evaluations(output: Path) -> list[dict[str, Any]]:

@@ -1,40 +1,57 @@
-"""Several processes train one drafter: torchrun starts the very command, and the weights are those of one process."""
+"""Several processes train one drafter: the weights are those of one process, and one of them speaks."""
 
 from __future__ import annotations
 
 import json
-import random
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from tiny import save_tiny
-from training import checkpoint_of, launched
-from transformers import AutoModelForCausalLM
+from training import checkpoint_of
+from typer.testing import CliRunner
 
-pytestmark = pytest.mark.slow  # four processes of their own
+from specdec.cli import app
 
 
-def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model")
-    model, draw = AutoModelForCausalLM.from_pretrained(folder), random.Random(0)
-    prompts = [[draw.randrange(3, 97) for _ in range(draw.randrange(2, 9))] for _ in range(24)]
-    with (tmp_path / "answers.jsonl").open("w") as file:
-        for prompt in prompts:
-            answer = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :]
-            file.write(json.dumps({"prompt_ids": prompt, "response_ids": answer.tolist()}) + "\n")
+def train(arguments: list[str], said: Path, rank: int, processes: int, port: int) -> None:
+    """The command in a process of its own, as torchrun starts it."""
+    PartialState._reset_state()
+    torch.set_num_threads(1)  # others do not live in a forked process
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    result = CliRunner().invoke(app, arguments)
+    said.write_text(result.stdout if result.exit_code == 0 else result.output)
+    os._exit(result.exit_code)
 
-    def arguments(output: str, steps: int) -> list[str]:
-        given = {"segments": "[[2,4]]", "final_projection": "true", "rank": 4, "draft_vocab": 0}
-        given |= {"rows": 4, "window": 8, "fit_tokens": 200}
-        options = ["--model", str(folder), "--prompts", str(tmp_path / "answers.jsonl"), "--dtype", "float32"]
-        options += [f"--set={key}={value}" for key, value in given.items()]
-        return ["train", "m2r2", *options, "--steps", str(steps), "--output", str(tmp_path / output)]
 
-    for processes, output in ((1, "one"), (2, "two")):
-        run = launched(processes, arguments(output, 12))
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("mean acceptance length") == 1  # one of them speaks
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")  # and test_gpu starts processes
+def test_two_processes_train_the_weights_of_one(greedy: str, tmp_path: Path) -> None:
+    folder, answers = save_tiny(tmp_path / "model"), tmp_path / "answers.jsonl"
+    answers.write_text(greedy)
+    given = {"segments": "[[2,4]]", "final_projection": "true", "rank": 4, "draft_vocab": 0}
+    given |= {"rows": 4, "window": 8, "fit_tokens": 200}
+    command = ["train", "m2r2", "--model", str(folder), "--prompts", str(answers), "--dtype", "float32"]
+    command += ["--steps", "12", *(f"--set={key}={value}" for key, value in given.items())]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork, started = multiprocessing.get_context("fork"), []
+    for name, ranks in (("one", 1), ("two", 2)):
+        for rank in range(ranks):
+            arguments = [*command, "--output", str(tmp_path / name)], tmp_path / f"{name}{rank}", rank, ranks, port
+            started.append(fork.Process(target=train, args=arguments))
+            started[-1].start()
+    for process in started:
+        process.join()
+    said = [(tmp_path / name).read_text() for name in ("one0", "two0", "two1")]
+    assert [process.exitcode for process in started] == [0, 0, 0], said
+    assert ["mean acceptance length" in each for each in said] == [True, True, False]
     one, two = (checkpoint_of(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for key in one:  # sums in another order: float32 rounding, and Adam's division by small second moments
