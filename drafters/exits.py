@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +27,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Pass, Target
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import Draft, Drafter, State
 
 from .chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
 from .vocabulary import DraftVocabulary
@@ -124,33 +123,27 @@ class ExitDrafter(ChainDrafter):
 
     leaves_early = True
     network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
+    network: Any = None
     vocabulary: DraftVocabulary
 
-    def __init__(self, network: Any = None) -> None:
-        self.network = network
-
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> ExitDrafter:
-        """With the network in a folder, or the one shipped for the target, if there is one.
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
+        """With the network in a folder, or the one shipped for the target, if it needs one.
 
-        Raises SpecDecError if there is none and one is needed, and for a folder of another drafter or model.
+        Raises SpecDecError if there is none, and for a folder of another drafter or model.
         """
-        known = [name for name in keywords(cls) if name != "network"]
-        options.check_names(cls.name, kwargs, known, source if cls.training is None else None)
-        folder = None if source is None else Path(source)
-        if cls.needs_training:
-            folder = cls.find(target, source)
-        elif folder is None and cls.training is not None and "exit_layer" not in kwargs:
-            folder = drafter_folder.find_shipped(cls.name, target)
-        if folder is None:
-            return cls(**kwargs)
-        if "exit_layer" in kwargs:
-            raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
+        if not cls.needs_training:
+            return super().load(target, source, **kwargs)
+        options.check_names(cls.name, kwargs, [name for name in keywords(cls) if name != "network"])
+        folder = cls.find(target, source)
         config = drafter_folder.read_config(folder, cls.name, target)
-        network = drafter_folder.load(
-            folder, target.vocab_size, lambda vocab: cls.network_class.from_config(config, target, vocab)
+        make: Any = cls
+        return make(
+            drafter_folder.load(
+                folder, target.vocab_size, lambda vocab: cls.network_class.from_config(config, target, vocab)
+            ),
+            **kwargs,
         )
-        return cls(network=network, **kwargs)
 
     def bind(self, target: Target) -> None:
         if self.network is not None:
@@ -185,36 +178,29 @@ class ExitDrafter(ChainDrafter):
 
 
 class EarlyExitDrafter(ExitDrafter):
-    """Drafts a chain through layers [0, E), read out by the model's own norm and head or by a trained module and head.
+    """Drafts a chain through layers [0, E), read out by the model's own norm and head.
 
-    Models that were not trained to exit early rarely agree with their first layers read by their own head; a trained
-    module at the exit helps. Raises SpecDecError, when bound, if the exit layer is outside the model.
+    Models that were not trained to exit early rarely agree with their first layers. Raises SpecDecError, when bound, if
+    the exit layer is outside the model.
 
-    exit_layer: E, 1 <= E < N; None: that of ``network``, else a third of the layers, about where models trained for it
-        exit, or a sixth or half of them if the depth policy finds that better (``State.exit``).
+    exit_layer: E, 1 <= E < N; None: a third of the layers, about where models trained for it exit.
     """
 
     name: ClassVar[str] = "early-exit"
-    summary: ClassVar[str] = "the model's own first layers and head; training optional"
-    training: ClassVar[str] = "specdec train early-exit"
+    summary: ClassVar[str] = "the model's own first layers and head; no training"
 
-    def __init__(self, exit_layer: int | None = None, network: ExitHeads | None = None) -> None:
-        super().__init__(network)
-        self.requested = exit_layer if network is None else network.exits[0]
+    def __init__(self, exit_layer: int | None = None) -> None:
+        self.requested = exit_layer
 
     def bind(self, target: Target) -> None:
-        count, requested = target.num_layers, self.requested
-        self.exit_layer = options.check_int(
-            "exit_layer", max(count // 3, 1) if requested is None else requested, 1, count - 1
-        )
-        around = (count // 6, self.exit_layer, count // 2) if requested is None else (self.exit_layer,)
-        self.layers = sorted({max(layer, 1) for layer in around})
-        self.num_exits, self.path = len(self.layers), f"{self.layers} {self.network is not None}"
-        self.level_share = tuple(layer / count for layer in self.layers)
+        count = target.num_layers
+        layer = max(count // 3, 1) if self.requested is None else self.requested
+        self.exit_layer = options.check_int("exit_layer", layer, 1, count - 1)
+        self.path, self.level_share = str(self.exit_layer), (self.exit_layer / count,)
         super().bind(target)
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
-        return self.read(tokens, self.exit_layer if state.exit is None else self.layers[state.exit])
+        return self.read(tokens, self.exit_layer)
 
 
 class DeedDrafter(ExitDrafter):
@@ -233,7 +219,7 @@ class DeedDrafter(ExitDrafter):
     needs_training: ClassVar[bool] = True
 
     def __init__(self, network: ExitHeads, exit_confidence: float = 0.5) -> None:
-        super().__init__(network)
+        self.network = network
         self.exits, self.exit_confidence = network.exits, options.check_probability("exit_confidence", exit_confidence)
         self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
 
@@ -269,7 +255,6 @@ class SkipDecodeDrafter(ExitDrafter):
     summary: ClassVar[str] = "the model's own first layers, fewer for later tokens; no training"
 
     def __init__(self, deepest: int | None = None, shallowest: int | None = None, horizon: int = 128) -> None:
-        super().__init__()
         self.bounds, self.horizon = (shallowest, deepest), options.check_int("horizon", horizon, 1)
 
     def bind(self, target: Target) -> None:
@@ -376,6 +361,9 @@ class MixtureOfDepthsDrafter(ExitDrafter):
     training: ClassVar[str] = "specdec train mixture-of-depths"
     needs_training: ClassVar[bool] = True
     network_class = Routers
+
+    def __init__(self, network: Routers) -> None:
+        self.network = network
 
     def bind(self, target: Target) -> None:
         super().bind(target)

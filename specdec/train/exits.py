@@ -1,4 +1,4 @@
-"""Training of exit modules (early-exit, deed) and depth routers (mixture-of-depths).
+"""Training of exit modules (deed) and depth routers (mixture-of-depths).
 
 Exits begin as closed-form maps onto the base's final states and learn with deep supervision: KL at every exit. Their
 inputs are exact states, so training runs no layer.
@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec.base.errors import SpecDecError
 from specdec.base.ridge import Sums
 from specdec.drafters.exits import ExitHeads, Routers, check_exits
 from specdec.kvcache.mask import Mask
@@ -120,19 +119,6 @@ class DeedMethod(TrainingMethod[ExitHeads]):
 
     def config(self, network: ExitHeads) -> dict[str, Any]:
         return {"drafter": self.name, **network.config()}
-
-
-class EarlyExitMethod(DeedMethod):
-    """The same with a single exit."""
-
-    name = "early-exit"
-
-    def __init__(self, settings: ExitSettings, target: Target) -> None:
-        super().__init__(settings, target)
-        if len(self.exits) != 1:
-            raise SpecDecError(
-                f"early-exit has one exit; setting 'exits' names {len(self.exits)}: train 'deed' for more"
-            )
 
 
 class DepthSettings(TrainSettings):

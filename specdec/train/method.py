@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # the command line imports this module for the names alone
 METHODS: dict[str, str] = {
     "arla": "specdec.train.arla:ArlaMethod",
     "deed": "specdec.train.exits:DeedMethod",
-    "early-exit": "specdec.train.exits:EarlyExitMethod",
     "m2r2": "specdec.train.m2r2:M2R2Method",
     "medusa": "specdec.train.medusa:MedusaMethod",
     "mixture-of-depths": "specdec.train.exits:MixtureOfDepthsMethod",
