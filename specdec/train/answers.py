@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
@@ -22,84 +20,62 @@ from specdec.engine.request import Request
 from specdec.speculation.sampling import SamplingParams
 from specdec.train.data import Prompt, TrainingAnswer, prompt_hash, records
 from specdec.train.output import ANSWERS, writing
+from specdec.train.settings import TrainSettings
 
-ROWS, REFILL = 48, 12  # rows of the batch; free rows before new prompts are added
-
-
-def encode_prompts(tokenizer: Any, items: Sequence[TrainingAnswer | Prompt]) -> list[TrainingAnswer | list[int]]:
-    """Encode text prompts: in the model's chat template, or as they are if it has none."""
-    return [item if isinstance(item, TrainingAnswer) else encode(tokenizer, item.turns[0]) for item in items]
-
-
-@dataclass(frozen=True)
-class AnswerSampling:
-    """How to generate answers: a ``share`` of the prompts, chosen by hash, at ``temperature``, the others greedily."""
-
-    share: float
-    temperature: float
-    seed: int
-
-    def params(self, prompt: Sequence[int]) -> SamplingParams:
-        key = prompt_hash(prompt)
-        drawn = key % 10_000 < self.share * 10_000
-        return SamplingParams(self.temperature if drawn else 0.0, seed=(self.seed + key) % 2**32)
+ROWS = 48  # of the batch
 
 
 def answer_prompts(
     output: Path,
     decoder: SpecDecoder,
-    items: Sequence[TrainingAnswer | list[int]],
-    limit: int,
-    sampling: AnswerSampling,
+    items: Sequence[TrainingAnswer | Prompt],
+    settings: TrainSettings,
     progress: Progress,
 ) -> list[TrainingAnswer]:
-    """All answers, in order. Missing ones are generated, with at most ``limit`` tokens, and kept in ``answers.jsonl``.
+    """All answers, in order. Missing ones are generated and kept in ``answers.jsonl``.
 
-    An answer does not depend on other rows of the batch (up to rounding) or on interruptions. Raises SpecDecError if
-    the disk is full and if the file holds answers to other prompts.
+    Prompts are in the model's chat template, or as they are if it has none. An answer does not depend on other rows of
+    the batch (up to rounding) or on interruptions. Raises SpecDecError if the disk is full, and if the file holds
+    answers to other prompts.
     """
-    prompts = [tuple(item) for item in items if not isinstance(item, TrainingAnswer)]
+    answers = [item if isinstance(item, TrainingAnswer) else encode(decoder.tokenizer, item.turns[0]) for item in items]
+    prompts = [tuple(item) for item in answers if not isinstance(item, TrainingAnswer)]
     made = _written(output / ANSWERS, set(prompts))
     left = [p for p in dict.fromkeys(prompts) if p not in made]
     task = progress.add_task("answers", total=len(made) + len(left), completed=len(made), visible=bool(left))
     if left:
         with writing("answers", output), (output / ANSWERS).open("a", encoding="utf-8") as file:
-            for answer in _generate(decoder, left, limit, sampling):
+            for answer in _generate(decoder, left, settings):
                 ids = {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids}
                 file.write(json.dumps(ids) + "\n")
                 file.flush()
                 made[answer.prompt_ids] = answer
                 progress.update(task, completed=len(made))
-    return [item if isinstance(item, TrainingAnswer) else made[tuple(item)] for item in items]
+    return [item if isinstance(item, TrainingAnswer) else made[tuple(item)] for item in answers]
 
 
 def _generate(
-    decoder: SpecDecoder, prompts: Sequence[tuple[int, ...]], limit: int, sampling: AnswerSampling
+    decoder: SpecDecoder, prompts: Sequence[tuple[int, ...]], settings: TrainSettings
 ) -> Iterator[TrainingAnswer]:
-    """Yield answers when they end."""
-    context = decoder.target.context
-    if long := [p for p in prompts if len(p) >= context]:
-        raise SpecDecError(f"a prompt has {len(long[0])} tokens, the model's context {context}; shorten or remove it")
+    """Yield answers when they end. A share of the prompts, chosen by hash, is answered by sampling."""
     target, ends = decoder.target, decoder.eos_ids()
+    if long := [p for p in prompts if len(p) >= target.context]:
+        raise SpecDecError(
+            f"a prompt has {len(long[0])} tokens, the model's context {target.context}; shorten or remove it"
+        )
     engine = Engine(target, decoder.drafter, decoder.verifier, FixedDepth(0), max_rows=ROWS)
-    waiting = sorted(prompts, key=len, reverse=True)  # prompts of similar length are prefilled together
-    running = list[Request]()
-    while waiting or running:
-        if len(running) <= ROWS - REFILL:
-            for _ in range(min(ROWS - len(running), len(waiting))):
-                prompt = waiting.pop()
-                params = sampling.params(prompt)
-                request = Request(
-                    list(prompt), limit, replace(params, seed=sampling.seed), stream=params.seed, eos=ends
-                )
-                engine.submit(request)
-                running.append(request)
-        engine.step()
-        for request in [each for each in running if each.finish_reason is not None]:
+    for prompt in sorted(prompts, key=len):  # prompts of similar length are prefilled together
+        key = prompt_hash(prompt)
+        sampled = key % 10_000 < settings.sampled * 10_000
+        params = SamplingParams(settings.temperature if sampled else 0.0, seed=settings.seed)
+        stream = (settings.seed + key) % 2**32
+        engine.enqueue(Request(list(prompt), settings.max_new_tokens, params, stream=stream, eos=ends))
+    for events in engine.steps():
+        for request, _ in events:
             if request.error is not None:
                 raise request.error
-            running.remove(request)
-            yield TrainingAnswer(tuple(request.prompt), tuple(request.ids[len(request.prompt) :]))
+            if request.finish_reason is not None:
+                yield TrainingAnswer(tuple(request.prompt), tuple(request.ids[len(request.prompt) :]))
 
 
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], TrainingAnswer]:

@@ -9,67 +9,58 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 from tiny import greedy_reference, tiny_model
+from training import Tokens
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.train import answers
-from specdec.train.answers import AnswerSampling, answer_prompts
-from specdec.train.data import TrainingAnswer
+from specdec.train.answers import answer_prompts
+from specdec.train.data import Prompt, TrainingAnswer
+from specdec.train.settings import TrainSettings
 
 ENDS = [*range(3, 97, 12)]  # answers end early and late
-GREEDY = AnswerSampling(0.0, 0.8, 0)
+GREEDY = TrainSettings(max_new_tokens=14)
 
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "ROWS", 4)
-    monkeypatch.setattr(answers, "REFILL", 2)
 
 
-def some_prompts(count: int = 11) -> list[TrainingAnswer | list[int]]:
+def some_prompts(count: int = 11) -> list[list[int]]:
     draw = random.Random(0)
     return [[draw.randrange(3, 97) for _ in range(draw.randrange(1, 9))] for _ in range(count)]
 
 
 def made(
-    folder: Path, prompts: list[TrainingAnswer | list[int]], sampling: AnswerSampling = GREEDY, limit: int = 14
+    folder: Path, prompts: list[list[int]], settings: TrainSettings = GREEDY, *given: TrainingAnswer
 ) -> list[TrainingAnswer]:
-    decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS), None, drafter="none")
+    decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS), Tokens(), drafter="none")
     folder.mkdir(exist_ok=True)
-    return answer_prompts(folder, decoder, prompts, limit, sampling, Progress(disable=True))
+    items = [*given, *(Prompt((" ".join(map(str, prompt)),)) for prompt in prompts)]
+    return answer_prompts(folder, decoder, items, settings, Progress(disable=True))
 
 
 def test_answers_of_a_refilled_batch_are_those_of_plain_decoding(tmp_path: Path) -> None:
     prompts = some_prompts()
     given = TrainingAnswer((1,), (2, 3))
-    out = made(tmp_path, [given, *prompts])
+    out = made(tmp_path, prompts, GREEDY, given)
     model = tiny_model("llama", eos_token_id=ENDS)
     assert out[0] is given
     for prompt, answer in zip(prompts, out[1:], strict=True):
-        assert isinstance(prompt, list) and list(answer.response_ids) == greedy_reference(model, prompt, 14)
+        assert list(answer.response_ids) == greedy_reference(model, prompt, 14)
     assert len({len(a.response_ids) for a in out}) > 3
 
 
-def test_rows_that_come_and_go_in_the_native_runtime_do_not_touch_each_other(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
-    decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS, **sizes).bfloat16(), None, drafter="none")
-    if decoder.target.runtime != "native":
-        pytest.skip("this machine has no native runtime")
-    prompts = [tuple(p) for p in some_prompts(14)]
-    together = {a.prompt_ids: a.response_ids for a in answers._generate(decoder, prompts, 300, GREEDY)}
-    for prompt in prompts:
-        assert together[prompt] == tuple(decoder.generate(list(prompt), max_new_tokens=300).token_ids)
-    assert len({len(answer) for answer in together.values()}) > 3
-
-
 def test_a_share_of_the_prompts_is_answered_by_sampling_and_each_draws_for_itself(tmp_path: Path) -> None:
-    prompts = some_prompts(24)
-    plain, mixed = made(tmp_path / "plain", prompts), made(tmp_path / "mixed", prompts, AnswerSampling(0.5, 5.0, 0))
+    prompts = some_prompts(12)
+    some, other = (TrainSettings(max_new_tokens=14, sampled=0.5, temperature=5.0, seed=seed) for seed in (0, 1))
+    plain, mixed = made(tmp_path / "plain", prompts), made(tmp_path / "mixed", prompts, some)
     differ = sum(a != b for a, b in zip(plain, mixed, strict=True))
-    assert 6 < differ < 18
-    fewer = made(tmp_path / "fewer", prompts[7:], AnswerSampling(0.5, 5.0, 0))
+    assert 3 < differ < 9
+    fewer = made(tmp_path / "fewer", prompts[7:], some)
     assert fewer == mixed[7:]
-    assert made(tmp_path / "other", prompts, AnswerSampling(0.5, 5.0, 1)) != mixed
+    assert made(tmp_path / "other", prompts[7:], other) != fewer
 
 
 def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
