@@ -17,16 +17,15 @@ from specdec.train.student import Teacher, draft_steps
 def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], steps: int = 4) -> dict[str, Any]:
     """Figures of the last exit per draft step 1 .. ``steps``, over ``batches``.
 
-    top1, top3: the base's most likely token is the draft's choice, or one of its three best. A token outside the draft
-    vocabulary and the context counts as a miss.
+    top1: the base's most likely token is the draft's choice. One outside the draft vocabulary and the context counts as
+    a miss.
     overlap: 1 - TV of base and draft at temperature 1.
-    cosine: of the draft's final state and h[N].
     chain, score: see ``chain_figures``; for greedy decoding along the answers.
     exits: top1 of the first step at each earlier exit.
     """
     teacher = Teacher(target, network.draft_vocab)
     earlier = torch.zeros(len(network.path.exits), dtype=torch.float64)
-    sums = torch.zeros(5, steps, dtype=torch.float64)  # positions, top1, top3, overlap, cosine
+    sums = torch.zeros(3, steps, dtype=torch.float64)  # positions, top1, overlap
     lengths: list[int] = []
     for batch in batches:
         teacher.begin(batch)
@@ -38,17 +37,16 @@ def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], st
                 earlier[number] += right.sum().double().cpu()
             final, _ = exits[-1]
             logits = teacher.logits(final)
-            rank = teacher.ranks(logits).masked_fill(~known, logits.shape[-1])
+            right = teacher.hits(logits) & known & valid
             base = teacher.p.float() * teacher.mass[..., None]
             overlap = torch.minimum(torch.softmax(logits.float(), -1), base).sum(-1)
-            cosine = torch.cosine_similarity(final.float(), batch.hidden[network.num_layers].float(), -1)
-            for row, figure in enumerate((torch.ones_like(overlap), rank == 0, rank < 3, overlap, cosine)):
-                sums[row, s] += (figure * valid).sum().double().cpu()
-            hits.append((rank == 0) & valid)
+            sums[:, s] += torch.stack((valid.sum(), right.sum(), (overlap * valid).sum())).double().cpu()
+            hits.append(right)
         lengths += acceptance_lengths(hits, batch.valid)
     mean = (sums[1:] / sums[0].clamp_min(1)).tolist()
-    names = ("top1", "top3", "overlap", "cosine")
-    result: dict[str, Any] = {n: [round(x, 4) for x in row] for n, row in zip(names, mean, strict=True)}
+    result: dict[str, Any] = {
+        name: [round(x, 4) for x in row] for name, row in zip(("top1", "overlap"), mean, strict=True)
+    }
     result |= chain_figures(lengths, steps)
     if network.path.exits:
         result["exits"] = [round(float(share), 4) for share in earlier / sums[0, 0].clamp_min(1)]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from specdec.base import files, inputs
-from specdec.base.errors import SpecDecError, one_line
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import drafter_folder, source
 from specdec.train.settings import TrainSettings, from_mapping
 
@@ -113,13 +113,10 @@ def write_checkpoint(output: Path, state: dict[str, Any]) -> None:
 @torch.no_grad()
 def read_checkpoint(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
     """Restore tensors and return the state. Raises SpecDecError for a damaged file and another run's file."""
-    path = output / CHECKPOINT
-    try:
+    path, kinds = output / CHECKPOINT, (UnpicklingError, EOFError, KeyError, ValueError, TypeError, RuntimeError)
+    with errors_as(f"'{path}' is not a checkpoint of this run; delete it to start anew", *kinds):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         for name, parameter in masters.items():
             parameter.copy_(state["masters"][name])
         optimizer.load_state_dict(state["optimizer"])
-    except (OSError, UnpicklingError, EOFError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        why = one_line(error)
-        raise SpecDecError(f"'{path}' is not a checkpoint of this run ({why}); delete it to start anew") from None
     return state

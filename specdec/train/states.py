@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base import inputs
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, errors_as
 from specdec.base.files import write_atomically
 from specdec.base.terminal import Progress
 from specdec.kvcache.cache import KVCache
@@ -202,20 +202,15 @@ def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerS
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    try:
+    what = f"'{folder / INDEX}' is not an index of teacher states; delete the folder"
+    with errors_as(what, ValueError, KeyError, TypeError):
         index: dict[str, Any] = inputs.parse_json((folder / INDEX).read_bytes())
         if index["version"] != VERSION or not isinstance(index["shards"], list):
             raise ValueError("another format")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SpecDecError(
-            f"'{folder / INDEX}' is not an index of teacher states ({error}); delete the folder"
-        ) from None
     return index
 
 
 def _load(folder: Path, shard: dict[str, str]) -> dict[str, Tensor]:
     path = folder / str(shard["file"])
-    try:
+    with errors_as(f"shard '{path}' is missing or truncated; delete '{folder}'", SafetensorError):
         return load_file(path)
-    except (OSError, SafetensorError):
-        raise SpecDecError(f"shard '{path}' is missing or truncated; delete '{folder}'") from None

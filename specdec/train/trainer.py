@@ -11,7 +11,6 @@ import random
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,13 @@ from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr, tell
 from specdec.models import drafter_folder, loading
-from specdec.models.loading import as_dtype
 from specdec.models.native_model import empty_model
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.sampling import eos_token_ids
 from specdec.train import data, states
-from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
+from specdec.train.answers import answer_prompts
 from specdec.train.method import RunContext, lookup
 from specdec.train.output import STATES, lock_of, open_output
 from specdec.train.run import TrainingRun, progress_bars
@@ -81,8 +79,7 @@ def _prepare(
     output = open_output(settings, resume, lock)
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
-    fits = partial(check_memory, settings.model, dtype=dtype, place=place)
-    model, tokenizer = loading.load(settings.model, dtype=dtype, device=place, adapter=settings.adapter, check=fits)
+    model, tokenizer = loading.load(settings.model, dtype=dtype, device=place, adapter=settings.adapter)
     decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it, so its states are theirs
     target = open_target(model, settings)
     if settings.init:
@@ -91,9 +88,7 @@ def _prepare(
     data.check_token_ids(items, target.vocab_size)
     data.check_holdout(items, held, tokenizer.decode)
     with progress_bars(console) as progress:
-        prompts = encode_prompts(tokenizer, items)
-        sampling = AnswerSampling(settings.sampled, settings.temperature, settings.seed)
-        answers = answer_prompts(output, decoder, prompts, settings.max_new_tokens, sampling, progress)
+        answers = answer_prompts(output, decoder, items, settings, progress)
         usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
         train, held_out = data.split(usable, settings.eval_fraction)
         random.Random(settings.seed).shuffle(train)
@@ -130,7 +125,8 @@ def open_target(model: Any, settings: TrainSettings) -> Target:
     The latter with the dtype "auto" alone, and if there is memory for it.
     """
     if settings.dtype == "auto" and model.device.type == "cpu" and float32_is_faster():
-        need, free = _weight_bytes(model.config, torch.float32), machine.available_memory()
+        need = 4 * sum(parameter.numel() for parameter in empty_model(model.config, torch.float32).parameters())
+        free = machine.available_memory()
         if free is None or free > 3 * need:  # it is loaded beside the first one, and its matrices are stacked
             model, _ = loading.load(settings.model, dtype="float32", device="cpu", adapter=settings.adapter)
     return training_target(model)
@@ -164,26 +160,3 @@ def keep_freed_memory() -> None:
             mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its maximum
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
             mallopt(-2, 256 << 20)  # M_TOP_PAD
-
-
-def check_memory(name: str, config: Any, dtype: str, place: torch.device) -> None:
-    """Raise SpecDecError if the weights of a model of ``config`` exceed the free memory of ``place``."""
-    kind = as_dtype(dtype)
-    kind = kind if isinstance(kind, torch.dtype) else getattr(config, "dtype", None) or torch.float32
-    need = _weight_bytes(config, kind)
-    if place.type != "cuda":
-        machine.check_memory(name, need)
-    elif (free := torch.cuda.mem_get_info(place)[0]) < need:
-        raise SpecDecError(
-            f"not enough memory on '{place}' for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} "
-            "MB are free; use a smaller model or the device cpu"
-        )
-
-
-def _weight_bytes(config: Any, kind: torch.dtype) -> int:
-    """Bytes of the weights of a model of ``config``; 0 for an architecture with its own code."""
-    try:
-        model = empty_model(config, kind)
-    except Exception:  # checked when it is loaded
-        return 0
-    return sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize

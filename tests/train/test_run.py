@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 from pathlib import Path
@@ -15,13 +14,12 @@ import yaml
 from lora import save_lora
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_model
+from tiny import save_tiny
 from tiny_gguf import write_gguf
 from training import Killed, checkpoint_of, evaluations, recipe
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
-from specdec.base import files, machine
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.models import drafter_folder, loading
@@ -40,7 +38,7 @@ def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
 ) -> None:
     model, _ = loading.load("tiny")
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    figures = train(recipe(answers, tmp_path / "out", steps=60, relative_rate=0.1, **path))
+    figures = train(recipe(answers, tmp_path / "out", steps=40, relative_rate=0.1, **path))
     first = evaluations(tmp_path / "out")[0]
     assert 1 - figures["overlap"][0] < 0.9 * (1 - first["overlap"][0])
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
@@ -52,31 +50,31 @@ def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
     assert (tmp_path / "out" / "train.yaml").exists()
 
 
-@pytest.mark.parametrize("checkpoint", [11, None])
+@pytest.mark.parametrize("checkpoint", [5, None])
 def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: int | None
 ) -> None:
-    train(recipe(answers, tmp_path / "whole"))
+    train(recipe(answers, tmp_path / "whole", steps=10))
     step = TrainingRun._step
 
     def killed(run: TrainingRun, *args: Any) -> dict[str, float]:
         if run.update == checkpoint:
             run._save()
-        if run.update == 17:
+        if run.update == 7:
             raise Killed
         return step(run, *args)
 
     monkeypatch.setattr(TrainingRun, "_step", killed)
     with pytest.raises(Killed):
-        train(recipe(answers, tmp_path / "parts"))
+        train(recipe(answers, tmp_path / "parts", steps=10))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"seconds": 1')  # as if it had been writing just then
     monkeypatch.setattr(TrainingRun, "_step", step)
     with pytest.raises(SpecDecError, match="--resume"):
-        train(recipe(answers, tmp_path / "parts"))
+        train(recipe(answers, tmp_path / "parts", steps=10))
     with pytest.raises(SpecDecError, match="rank 4 -> 5"):
-        train(recipe(answers, tmp_path / "parts", rank=5), resume=True)
-    train(recipe(answers, tmp_path / "parts"), resume=True)
+        train(recipe(answers, tmp_path / "parts", steps=10, rank=5), resume=True)
+    train(recipe(answers, tmp_path / "parts", steps=10), resume=True)
 
     whole, parts = (checkpoint_of(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
@@ -124,12 +122,8 @@ def test_a_finished_run_is_prolonged_from_its_last_update(answers: Path, tmp_pat
 
 def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path, tmp_path: Path) -> None:
     first = train(recipe(answers, tmp_path / "first", steps=20, relative_rate=0.1))
-    other = {
-        "init": str(tmp_path / "first"),
-        "segments": [],
-        "rank": 7,
-        "draft_vocab": 20,
-    }  # that drafter's path and vocabulary count
+    # That drafter's path and vocabulary count.
+    other = {"init": str(tmp_path / "first"), "segments": [], "rank": 7, "draft_vocab": 20}
     again = train(recipe(answers, tmp_path / "again", steps=2, **other))
     assert evaluations(tmp_path / "again")[0]["top1"] == first["top1"]
     assert again["score"] >= first["score"]
@@ -150,21 +144,10 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path,
     assert evaluations(tmp_path / "foreign")[0]["top1"] == first["top1"] and foreign["score"] >= first["score"]
     with pytest.raises(SpecDecError, match="does not exist"):
         train(recipe(answers, tmp_path / "missing", init=str(tmp_path / "nowhere")))
-    short = from_mapping(
-        MedusaSettings,
-        {"prompts": [str(answers)], "output": str(tmp_path / "medusa"), "dtype": "float32", "method": "medusa"}
-        | {
-            "init": str(tmp_path / "again"),
-            "heads": 2,
-            "window": 8,
-            "draft_vocab": 60,
-            "steps": 1,
-            "minutes": None,
-        },
-        "test",
-    )
+    values = {"prompts": [str(answers)], "output": str(tmp_path / "medusa"), "method": "medusa", "dtype": "float32"}
+    values |= {"init": str(tmp_path / "again"), "heads": 2, "window": 8, "steps": 1, "minutes": None}
     with pytest.raises(SpecDecError, match=r"cannot begin a 'medusa' drafter from .*again'"):
-        train(short)
+        train(from_mapping(MedusaSettings, values, "test"))
 
 
 def test_a_drafter_is_stored_as_asked_and_a_run_may_begin_from_8_bits(answers: Path, tmp_path: Path) -> None:
@@ -199,26 +182,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
     assert all(t.isfinite().all() for t in checkpoint_of(tmp_path / "out").values())
 
 
-def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = files.write_atomically
-
-    def full(path: Path, content: bytes) -> None:
-        if path.name == "checkpoint.pt":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        replace(path, content)
-
-    monkeypatch.setattr(files, "write_atomically", full)
-    with pytest.raises(SpecDecError, match=r"No space left on device; free some space and continue with --resume"):
-        train(recipe(answers, tmp_path / "out", steps=2))
-
-
-@pytest.mark.parametrize("trained_in", [torch.bfloat16, torch.float32])
 def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained_in: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the dtype that this CPU multiplies faster; what it learns from is what the blocks compute."""
     opened, dtypes = trainer.training_target, list[torch.dtype]()
-    monkeypatch.setattr(trainer, "float32_is_faster", lambda: trained_in == torch.float32)
+    monkeypatch.setattr(trainer, "float32_is_faster", lambda: True)
     monkeypatch.setattr(trainer, "training_target", lambda model: dtypes.append(model.dtype) or opened(model))
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     files = {name: tmp_path / f"{name}.gguf" for name in ("packed", "plain", "other")}
@@ -228,16 +197,10 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     (tmp_path / "prompts.txt").write_text("\n".join(f"{n} plus {n} is" for n in range(12)))
     command = ["train", "m2r2", "--model", str(files["packed"]), "--prompts", str(tmp_path / "prompts.txt")]
     sizes = ["max_new_tokens=24", "rank=2", "draft_vocab=50", "rows=4", "window=8", "eval_fraction=0.2"]
-    command += [
-        "--output",
-        str(tmp_path / "out"),
-        "--steps",
-        "2",
-        *(part for each in sizes for part in ("--set", each)),
-    ]
+    command += ["--output", str(tmp_path / "out"), "--steps", "2", *(f"--set={each}" for each in sizes)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert dtypes == [trained_in]
+    assert dtypes == [torch.float32]
     assert load_file(tmp_path / "out" / "model.safetensors")["projections.0.weight"].dtype == torch.bfloat16
     capsys.readouterr()
     for name, says in (("packed", False), ("plain", True)):
@@ -248,22 +211,6 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
         assert out.token_ids == plain and out.metrics.num_draft_tokens > 0
     with pytest.raises(SpecDecError, match="differ by more than rounding"):
         SpecDecoder.from_pretrained(str(files["other"]), drafter=str(tmp_path / "out"))
-
-
-def test_a_base_too_large_for_memory_is_refused_before_its_weights_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = save_tiny(tmp_path / "model")
-    (folder / "model.safetensors").write_bytes(b"never read" * 10_000)
-    weights = sum(p.numel() for p in tiny_model(vocab_size=99).parameters()) * 4
-    monkeypatch.setattr(machine, "available_memory", lambda: weights - 1)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
-    settings = recipe(tmp_path / "prompts.jsonl", tmp_path / "out", model=str(folder), device="cpu")
-    with pytest.raises(SpecDecError, match=r"not enough memory for .*: its weights need 0 MB, and 0 MB are free"):
-        train(settings)
-    monkeypatch.setattr(machine, "available_memory", lambda: weights)
-    with pytest.raises(SpecDecError, match="safetensors file is truncated or broken"):
-        train(settings)
 
 
 def test_nothing_that_is_published_names_a_path_of_this_machine(answers: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
     return found | {f"hidden{layer}": taps[layer][0, kept] for layer in WANTED.hidden}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = training_target(tiny_model(kind))
     assert isinstance(target, ReferenceTarget if kind == "gpt2" else FusedTarget)
@@ -74,13 +74,6 @@ def check_states(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             torch.testing.assert_close(
                 found[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
             )
-
-
-def test_the_tokens_reported_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, answers, reported = training_target(tiny_model("llama")), some_answers(3), list[int]()
-    monkeypatch.setattr(states, "PASS_TOKENS", 200)
-    states._teach(target, answers, WANTED, reported.append)
-    assert sum(reported) == sum(map(len, answers)) and len(reported) > 1
 
 
 def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path: Path) -> None:
