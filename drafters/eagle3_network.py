@@ -60,10 +60,9 @@ class Eagle3Config:
         layer = config.get("transformer_layer_config")
         if config.get("speculators_model_type") != KIND or not isinstance(layer, dict):
             raise SpecDecError(f"'{where}' is not an EAGLE-3 head in the speculators format")
-        if layer.get("model_type", "llama") != "llama" or layer.get("hidden_act", "silu") != "silu":
-            raise SpecDecError(f"'{where}' has a '{layer.get('model_type')}' decoder layer; only llama's can be run")
-        if layer.get("num_hidden_layers", 1) != 1:
-            raise SpecDecError(f"'{where}' has {layer['num_hidden_layers']} decoder layers; only one can be run")
+        for key, known in (("model_type", "llama"), ("hidden_act", "silu"), ("num_hidden_layers", 1)):
+            if layer.get(key, known) != known:
+                raise SpecDecError(f"the decoder of '{where}' has the {key} {layer[key]!r}; only {known!r} can be run")
         expected = {
             "hidden size": (config.get("target_hidden_size") or layer.get("hidden_size"), target.hidden_size),
             "vocabulary": (layer.get("vocab_size"), target.vocab_size),
@@ -71,10 +70,8 @@ class Eagle3Config:
         for name, (own, model) in expected.items():
             if own != model:
                 raise SpecDecError(f"'{where}' was made for a model of {name} {own}; this model's is {model}")
-        eps = layer.get("rms_norm_eps", 1e-6)
-        if not isinstance(eps, float) or not 0 < eps < 1:
-            raise SpecDecError(f"'{where}' has the impossible rms_norm_eps {eps!r}")
         n, what = target.num_layers, f"of {MODEL}"
+        eps = options.check_probability(f"rms_norm_eps {what}", layer.get("rms_norm_eps", 1e-6))
         ids = config.get("eagle_aux_hidden_state_layer_ids")
         layers = default_taps(n) if ids is None else options.check_ints(f"tapped layers {what}", ids, 0)
         if not 1 <= len(layers) <= LAYERS or max(layers) > n:

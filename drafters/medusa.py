@@ -11,7 +11,7 @@ The tree's shape follows from the heads' own probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -237,21 +237,6 @@ def _public_config(folder: Path) -> dict[str, Any] | None:
     return config if "medusa_num_heads" in config or config.get("model_type") == KIND else None
 
 
-def _check_tensors(
-    folder: Path, config: dict[str, Any], found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], model: str
-) -> None:
-    """Raise SpecDecError unless ``found`` has the ``wanted`` shapes. model: the target's sizes, for people."""
-    for name, shape in wanted.items():
-        held = found.get(name)
-        if held is None or tuple(held.shape) != shape or not held.is_floating_point():
-            base = config.get("base_model_name_or_path", "another model")
-            has = "nothing" if held is None else tuple(held.shape)
-            raise SpecDecError(
-                f"the Medusa heads in '{folder}' were made for {base}: tensor '{name}' is {has}, and this model "
-                f"({model}) needs {shape}"
-            )
-
-
 def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
     """Blocks and output heads of a public checkpoint. Raises SpecDecError if a tensor is missing or does not fit.
 
@@ -282,10 +267,7 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
         names = {name.removeprefix("medusa_heads.") if vllm else name: name for name in stored.header}
         vocab = None
         if vllm and "token_map" in names and config.get("truncated_vocab_size") != v:
-            vocab = stored.read(names["token_map"])
-            whole_numbers = vocab.dtype in drafter_folder.INTEGERS.values()
-            if not whole_numbers or vocab.dim() != 1 or bool(((vocab < 0) | (vocab >= v)).any()):
-                raise SpecDecError(f"'token_map' in '{folder}' names tokens that the model does not have")
+            vocab = drafter_folder.draft_vocabulary(folder, stored, v, names["token_map"])
         first = stored.header.get(names.get(head.format(k=0), ""))
         full = vocab is None or (first is not None and first.shape[:1] == (v,))  # of which the tokens' rows are taken
         rows = v if vocab is None or full else len(vocab)
@@ -293,8 +275,8 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
         own_heads = list(wanted)
         for name in blocks.values():
             wanted |= {f"{name}.weight": (d, d)} | ({f"{name}.bias": (d,)} if biased else {})
-        header = {name: stored.header[of] for name, of in names.items()}
-        _check_tensors(folder, config, header, wanted, f"D = {d}, V = {v}")
+        needed = {name: torch.empty(shape, device="meta") for name, shape in wanted.items()}
+        drafter_folder.check_fit(folder, needed, {name: stored.header[names[name]] for name in wanted if name in names})
         network = Medusa(d, heads, layers, draft_vocab=None if vocab is None else vocab.int())
         for (k, n), name in blocks.items():
             network.weights[n].data[k] = stored.read(names[f"{name}.weight"])

@@ -185,7 +185,7 @@ def load(
     with open_tensors(folder / WEIGHTS) as stored:
         names = {rename(name): name for name in stored.header}
         header = {name: stored.header[of] for name, of in names.items()}
-        vocab = _vocabulary(folder, stored, vocab_size)
+        vocab = draft_vocabulary(folder, stored, vocab_size)
         with without_memory():
             module = make(vocab)
         own = module.state_dict()
@@ -198,18 +198,19 @@ def load(
 def read_vocabulary(folder: Path, vocab_size: int) -> Tensor | None:
     """The folder's draft vocabulary, int [V'], or None: all tokens. Raises SpecDecError if it is impossible."""
     with open_tensors(folder / WEIGHTS) as stored:
-        return _vocabulary(folder, stored, vocab_size)
+        return draft_vocabulary(folder, stored, vocab_size)
 
 
-def _vocabulary(folder: Path, stored: StoredTensors, vocab_size: int) -> Tensor | None:
-    if (found := stored.header.get("draft_vocab")) is None:
+def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name: str = "draft_vocab") -> Tensor | None:
+    """The draft vocabulary in the tensor ``name``, int [V'], or None: there is none. As ``read_vocabulary``."""
+    if (found := stored.header.get(name)) is None:
         return None
     if found.dtype not in INTEGERS.values() or found.dim() != 1 or not 1 <= len(found) <= vocab_size:
         raise SpecDecError(
             f"the draft vocabulary in '{folder}' is {_kind(found)}; it must be a list of 1 .. {vocab_size} whole "
             "numbers"
         )
-    vocab = stored.read("draft_vocab")
+    vocab = stored.read(name)
     if int(vocab.min()) < 0 or int(vocab.max()) >= vocab_size:
         raise SpecDecError(f"the draft vocabulary in '{folder}' names tokens that the model does not have")
     return vocab

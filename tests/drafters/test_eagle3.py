@@ -17,12 +17,10 @@ from torch import Tensor
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.eagle3_network import Eagle3, Eagle3Config
-from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.select import make_target
 from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
@@ -147,24 +145,6 @@ def test_chains_of_ragged_rows_are_what_the_formula_says(target: ReferenceTarget
                 assert token == tokens[expected(target, drafter.network, text, before).argmax()]
 
 
-@pytest.mark.parametrize("runtime", ["fused", "graphs", "native"])
-def test_chains_and_trees_are_alike_in_every_runtime(runtime: str) -> None:
-    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32)
-    model = model.bfloat16() if runtime == "native" else model
-    try:
-        target, reference = make_target(model, runtime)[0], ReferenceTarget(model)
-    except SpecDecError as error:
-        pytest.skip(f"no native runtime here: {error}" if runtime == "native" else f"there is no CUDA device: {error}")
-    plain = zoo.run(target, NoDrafter(), zoo.PROMPTS, 12)[0]
-    for options in ({}, {"nodes": 9, "width": 3}):
-        made = zoo.run(target, zoo.eagle3(target, **options), zoo.PROMPTS, 12)
-        assert made[0] == plain and sum(m.num_draft_tokens for m in made[1].metrics) > 0
-        if runtime != "native":  # float32: the drafts themselves
-            (_, first), *_ = proposed(target, zoo.eagle3(target, **options), [TEXT])
-            (_, same), *_ = proposed(reference, zoo.eagle3(reference, **options), [TEXT])
-            assert first.lists() == same.lists() and first.parents == same.parents
-
-
 def test_chains_of_several_rows_have_not_more_nodes_either(target: ReferenceTarget) -> None:
     for nodes, most in ((2, 2), (9, 4)):
         _, loop = zoo.run(target, zoo.eagle3(target, nodes=nodes), zoo.PROMPTS, 12)
@@ -252,8 +232,8 @@ LAYER = {"model_type": "llama", "vocab_size": 97, "num_attention_heads": 4, "int
         ({"transformer_layer_config": 5}, "is not an EAGLE-3 head in the speculators format"),
         ({"target_hidden_size": 64}, "made for a model of hidden size 64; this model's is 32"),
         ({"transformer_layer_config": LAYER | {"vocab_size": 50}}, "made for a model of vocabulary 50"),
-        ({"transformer_layer_config": LAYER | {"model_type": "qwen3"}}, "has a 'qwen3' decoder layer"),
-        ({"transformer_layer_config": LAYER | {"num_hidden_layers": 2}}, "has 2 decoder layers"),
+        ({"transformer_layer_config": LAYER | {"model_type": "qwen3"}}, "has the model_type 'qwen3'; only 'llama'"),
+        ({"transformer_layer_config": LAYER | {"num_hidden_layers": 2}}, "has the num_hidden_layers 2; only 1 can"),
         ({"transformer_layer_config": LAYER | {"hidden_size": 10**9}}, "hidden_size"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, r"reads layers \[1, 2, 9\]; this model has 4"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, "tensor 'fc.weight' is"),

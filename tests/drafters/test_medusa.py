@@ -64,8 +64,8 @@ def public(folder: Path, network: Medusa, heads: Tensor, **config: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path, layers: int) -> None:
+def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path) -> None:
+    layers = 2
     network, heads = random_network(2, layers), torch.randn(2, V, D)
     folder, target = public(tmp_path / "heads", network, heads), ReferenceTarget(llama)
     drafter = MedusaDrafter.load(target, str(folder), nodes=6)
@@ -154,11 +154,11 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
     other = public(tmp_path / "other", random_network(), torch.randn(2, 60, D))
     for source, options, message in (
         (None, {}, "no medusa drafter is shipped for this model; train one: specdec train medusa"),
-        (fewer, {"nodes": 0}, "tensor '2.1.weight' is nothing"),
+        (fewer, {"nodes": 0}, "tensor '2.1.weight' is missing"),
         (pickled, {}, r"medusa_lm_head.pt is a pickle, .* not read"),
         (broken, {}, "no safetensors file"),
-        (wide, {}, r"'0.1.weight' is \(97, 48\), and this model .D = 32, V = 97. needs \(97, 32\)"),
-        (other, {}, r"made for some/base: tensor '0.1.weight' is \(60, 32\)"),
+        (wide, {}, r"'0.1.weight' is \(97, 48\); for this model it should be \(97, 32\)"),
+        (other, {}, r"tensor '0.1.weight' is \(60, 32\)"),
         (tmp_path / "nothing", {}, "does not exist"),
     ):
         name = "medusa" if source is None else f"medusa={source}"
@@ -221,11 +221,9 @@ def vllm_chooses(llama: PreTrainedModel, folder: Path, ids: list[int]) -> list[i
     return chosen
 
 
-@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("kind", ["whole", "no bias", "one head", "token map", "token map of whole heads", "prefix"])
-def test_vllms_heads_draft_what_their_formula_says(
-    llama: PreTrainedModel, tmp_path: Path, layers: int, kind: str
-) -> None:
+def test_vllms_heads_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path, kind: str) -> None:
+    layers = 2 if kind == "whole" else 1
     network, heads, given = random_network(2, layers), torch.randn(2, V, D), dict[str, Any]()
     tokens = torch.arange(1, V, 3)
     if kind.startswith("token map"):
@@ -252,10 +250,10 @@ def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_pat
     target, heads = ReferenceTarget(llama), torch.randn(2, V, D)
     far = {"truncated_vocab_size": 3, "tensors": {"token_map": torch.tensor([1, 2, V])}}
     for given, text in (
-        ({"num_heads": 3}, "tensor 'lm_heads.2.weight' is nothing"),
+        ({"num_heads": 3}, "tensor 'lm_heads.2.weight' is missing"),
         ({"num_hidden_layers": 0}, "layers of the Medusa drafter must be greater than or equal to 1"),
-        ({**far, "tensors": {"token_map": torch.ones(3) > 0}}, "'token_map' in .* names tokens"),
-        (far, "'token_map' in .* names tokens that the model does not have"),
+        ({**far, "tensors": {"token_map": torch.ones(3)}}, r"the draft vocabulary in .* is \(3,\); it must be"),
+        (far, "the draft vocabulary in .* names tokens that the model does not have"),
     ):
         folder = vllm(tmp_path / "heads", random_network(), heads, **given)  # type: ignore[arg-type]
         with pytest.raises(SpecDecError, match=text):
@@ -267,12 +265,7 @@ def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_pat
 
 def settings(**changes: Any) -> MedusaSettings:
     values = {"method": "medusa", "dtype": "float32", "heads": 2, "draft_vocab": 60, "minutes": None, "steps": 100}
-    values |= {
-        "rows": 4,
-        "window": 8,
-        "eval_fraction": 0.15,
-        "relative_rate": 0.2,
-    }
+    values |= {"rows": 4, "window": 8, "eval_fraction": 0.15, "relative_rate": 0.2}
     return from_mapping(MedusaSettings, values | changes, "test")
 
 
