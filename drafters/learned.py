@@ -10,7 +10,6 @@ import datetime
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -107,8 +106,6 @@ class Store:
                 self.lock.acquire(timeout=0)
                 self.writes = True
                 _reset_mark(self.path).unlink(missing_ok=True)
-                for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed
-                    left.unlink()
         except Timeout:
             pass
         except (OSError, NotImplementedError) as error:  # the last one: the file system has no locks
@@ -134,9 +131,9 @@ class Store:
 
         Raises an error of the system or of safetensors.
         """
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
+        temporary = _part(self.path)
         try:
+            temporary.touch(0o600)
             save_file(tensors, temporary, {"progress": json.dumps(asdict(progress))})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -145,7 +142,7 @@ class Store:
                     return False
                 os.replace(temporary, self.path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         _bound(self.path)
         return True
 
@@ -240,8 +237,7 @@ def forget(stems: set[str] | None = None) -> bool:
                     mark.unlink(missing_ok=True)
                     try:
                         with FileLock(path, timeout=0):
-                            for left in folder().glob(f".{file.name}.*"):  # by a process that was killed
-                                left.unlink()
+                            _part(file).unlink(missing_ok=True)  # left by a process that was killed
                             with suppress(OSError):  # a system may keep what is open
                                 path.unlink()
                     except Timeout:
@@ -258,6 +254,11 @@ def _files() -> list[Path]:
 
 def _lock_of(path: Path) -> FileLock:
     return FileLock(f"{path}.lock", thread_local=False)
+
+
+def _part(path: Path) -> Path:
+    """The file while it is written. The one process that may write it writes over one that was left."""
+    return path.with_name(f".{path.name}.part")
 
 
 def _reset_mark(path: Path) -> Path:
