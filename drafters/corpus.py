@@ -33,12 +33,14 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
     found = np.array([-1], np.int32)
     packed = importlib.resources.files("specdec.drafters").joinpath(SHIPPED).read_bytes()
     with suppress(Exception):  # a tokenizer raises what it likes
-        path = path_for(tokenizer, packed)
-        kept = _read(path)
-        if kept is None:
+        path, kept = path_for(tokenizer, packed), found[:0]
+        with suppress(OSError):
+            kept = np.fromfile(path, "<i4", MAX_TOKENS).astype(np.int32)
+        if not len(kept):  # none, or what a full disk has left
             kept = tokenised(lzma.decompress(packed).decode().split("\0"), tokenizer, MAX_TOKENS)
             with suppress(OSError):
-                _write(path, kept)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_atomically(path, kept.astype("<i4").tobytes())
         found = kept
     found[found >= vocab_size] = -1
     return found
@@ -58,17 +60,3 @@ def path_for(tokenizer: Any, packed: bytes) -> Path:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
     return files.cache_dir() / "ngram" / f"shipped-{hashlib.sha256(packed + described.encode()).hexdigest()[:24]}.ids"
-
-
-def _read(path: Path) -> Ints | None:
-    """What ``_write`` wrote; None if there is nothing."""
-    try:
-        ids = np.fromfile(path, "<i4", MAX_TOKENS).astype(np.int32)
-    except OSError:
-        return None
-    return ids if len(ids) else None
-
-
-def _write(path: Path, ids: Ints) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, ids.astype("<i4").tobytes())

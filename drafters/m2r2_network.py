@@ -187,11 +187,6 @@ def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
     return mlp
 
 
-def are_neurons(kept: Tensor, mlp: GatedMLP) -> bool:
-    """Whether ``kept`` [I'] are rising numbers of neurons of ``mlp``."""
-    return bool((kept.diff() > 0).all()) and int(kept[0]) >= 0 and int(kept[-1]) < mlp.size
-
-
 def router_taps(lo: int, hi: int) -> dict[int, Tensor]:
     """Taps for the inputs of layers [lo, hi) and their result, which a router reads."""
     return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
@@ -208,7 +203,7 @@ def load_network(target: Target, folder: Path) -> M2R2:
     )
     for layer in path.narrow_layers:
         kept, mlp = network.adapters.kept(layer), narrow_mlp(target, layer, path.neurons)
-        if kept is None or not are_neurons(kept, mlp):
+        if kept is None or not bool((kept.diff() > 0).all()) or int(kept[0]) < 0 or int(kept[-1]) >= mlp.size:
             raise SpecDecError(f"the neurons of layer {layer} in '{folder}' are not rising numbers below {mlp.size}")
     return network
 
