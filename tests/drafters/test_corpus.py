@@ -105,6 +105,7 @@ def test_a_tokenizer_that_is_none_gives_an_empty_corpus() -> None:
     assert corpus.corpus(Broken(), 50).tolist() == [-1]
 
 
+@pytest.mark.slow  # it changes with the data alone
 def test_no_long_passage_of_the_prompts_that_are_measured_is_in_the_corpus() -> None:
     def grams(text: str) -> set[tuple[str, ...]]:
         words = re.findall(r"\w+", text.lower())

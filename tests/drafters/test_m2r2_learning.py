@@ -79,19 +79,15 @@ def target_of(kind: str, runtime: str) -> Target:
     return (FusedTarget if runtime == "fused" else ReferenceTarget)(tiny_model(kind))
 
 
-HYBRID = [("lfm2", "reference"), ("qwen3_5_text", "native"), ("qwen3_next", "native")]
-
-
 @pytest.mark.parametrize(
-    ("kind", "runtime", "seconds"),
+    ("kind", "runtime", "seconds"),  # 0: layer by layer
     [
-        *((kind, "reference", seconds) for kind in ("llama", "mistral") for seconds in (0.0, 1e9)),
-        *((*hybrid, 1e9) for hybrid in HYBRID),
-        ("jamba", "reference", 0.0),
-        pytest.param("qwen3_next", "reference", 1e9, marks=pytest.mark.slow),
-        pytest.param("falcon_h1", "reference", 1e9, marks=pytest.mark.slow),
+        ("llama", "reference", 0.0),
         ("llama", "native", 1e9),
-        ("gpt_oss", "native", 1e9),
+        ("lfm2", "reference", 1e9),
+        ("qwen3_5_text", "native", 1e9),
+        pytest.param("falcon_h1", "reference", 0.0, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "native", 1e9, marks=pytest.mark.slow),
     ],
 )
 def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, runtime: str, seconds: float) -> None:  # type: ignore[no-untyped-def]
@@ -115,13 +111,7 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(
-    ("kind", "runtime"),
-    [
-        *(("llama", "reference"), ("mistral", "fused"), ("llama", "native"), ("lfm2", "reference")),
-        pytest.param("falcon_h1", "reference", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("kind", "runtime"), [("mistral", "fused"), ("llama", "native"), ("lfm2", "reference")])
 def test_a_text_whose_states_are_kept_runs_through_the_path_alone(monkeypatch, kind: str, runtime: str) -> None:  # type: ignore[no-untyped-def]
     target = target_of(kind, runtime)
     learner = taught(target, 12)
@@ -347,17 +337,11 @@ def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target
         assert "m2r2" not in SpecDecoder(target.model, drafter="auto").drafter.label
 
 
-@pytest.mark.parametrize(("layers", "segment"), [(3, (1, 2)), (24, (16, 22)), (28, (19, 26)), (30, (21, 28))])
-def test_the_path_follows_the_depth(layers: int, segment: tuple[int, int]) -> None:
-    target = ReferenceTarget(tiny_model("llama", num_hidden_layers=layers))
-    path = learned_path(target)
-    path.check(layers)
-    assert path.segments == (segment,) and path.final_projection and not path.neurons
-
-
-def test_half_of_the_layers_run_beside_a_large_head() -> None:
-    path = learned_path(ReferenceTarget(tiny_model("llama", num_hidden_layers=18, vocab_size=8000)))
-    assert path.segments == ((8, 17),) and path.final_projection and not path.neurons
+def test_the_path_follows_the_depth_and_the_size_of_the_head() -> None:
+    for layers, vocab, segment in ((3, 97, (1, 2)), (28, 97, (19, 26)), (18, 8000, (8, 17))):
+        path = learned_path(ReferenceTarget(tiny_model("llama", num_hidden_layers=layers, vocab_size=vocab)))
+        path.check(layers)
+        assert path.segments == (segment,) and path.final_projection and not path.neurons
 
 
 # --- when it learns --------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def followers(text: list[int], base: dict[int, float], sources: list[tuple[list[
     return p
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_the_tree_has_the_likeliest_paths_and_their_probabilities(data: st.DataObject) -> None:
     rng = random.Random(data.draw(st.integers(0, 10**6)))
@@ -188,7 +188,7 @@ def test_ngrams_follow_a_learned_path_and_a_learned_drafter_goes_on_behind_their
     assert 8 in ending.tokens  # what follows 7 in the text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0.0, 0.3), min_size=1, max_size=MOST_NODES), st.integers(0, 10**6))
 def test_only_nodes_that_are_never_worth_their_price_are_left_out(added: list[float], seed: int) -> None:
     rng = random.Random(seed)
@@ -243,6 +243,7 @@ def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through
         Grower()(text, [(own, 1.0)], 4, None, failing)
 
 
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**63 - 1), position=st.integers(0, 10**6))
 def test_the_noise_of_the_target_decides_between_likely_followers(seed: int, position: int) -> None:
     prior, noise = Prior.count(np.array([1, 2, -1, 1, 3, -1] * 50, np.int32), 10), Noise(seed, 1)

@@ -12,7 +12,7 @@ from specdec.train.settings import from_mapping, load_settings
 from specdec.train.trainer import training_target
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_rates_follow_the_size_of_the_weights(kind: str) -> None:
     sizes = []
     for factor in (1.0, 10.0):
