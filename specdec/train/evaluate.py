@@ -2,56 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.m2r2_network import M2R2
-from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
-from specdec.train.student import Teacher, draft_steps
+from specdec.train.student import Teacher
 
 
-def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], steps: int = 4) -> dict[str, Any]:
-    """Figures of the last exit per draft step 1 .. ``steps``, over ``batches``.
+def evaluate(
+    teacher: Teacher,
+    batches: Iterable[TrainingBatch],
+    drafts: Callable[[TrainingBatch], Iterable[tuple[Tensor, Tensor]]],
+    steps: int,
+) -> dict[str, Any]:
+    """Figures of each draft 1 .. ``steps``.
+
+    drafts: for a batch, the estimate of h[N] [B, T, D] and the valid positions, bool [B, T], of each.
 
     top1: the base's most likely token is the draft's choice. One outside the draft vocabulary and the context counts as
     a miss.
     overlap: 1 - TV of base and draft at temperature 1.
     chain, score: see ``chain_figures``; for greedy decoding along the answers.
-    exits: top1 of the first step at each earlier exit.
     """
-    teacher = Teacher(target, network.draft_vocab)
-    earlier = torch.zeros(len(network.path.exits), dtype=torch.float64)
     sums = torch.zeros(3, steps, dtype=torch.float64)  # positions, top1, overlap
     lengths: list[int] = []
     for batch in batches:
         teacher.begin(batch)
-        known = teacher.known(batch)
+        known, base = teacher.known(batch), teacher.p.float() * teacher.mass[..., None]
         hits: list[Tensor] = []
-        for s, (exits, valid) in enumerate(draft_steps(network, target, batch, steps)):
-            for number, (final, _) in enumerate(exits[:-1] if s == 0 else ()):
-                right = teacher.hits(teacher.logits(final)) & known & valid
-                earlier[number] += right.sum().double().cpu()
-            final, _ = exits[-1]
+        for number, (final, valid) in enumerate(drafts(batch)):
             logits = teacher.logits(final)
-            right = teacher.hits(logits) & known & valid
-            base = teacher.p.float() * teacher.mass[..., None]
+            hits.append(teacher.hits(logits) & known & valid)
             overlap = torch.minimum(torch.softmax(logits.float(), -1), base).sum(-1)
-            sums[:, s] += torch.stack((valid.sum(), right.sum(), (overlap * valid).sum())).double().cpu()
-            hits.append(right)
+            found = valid.sum(), hits[-1].sum(), (overlap * valid).sum()
+            sums[:, number] += torch.stack(found).double().cpu()
         lengths += acceptance_lengths(hits, batch.valid)
-    mean = (sums[1:] / sums[0].clamp_min(1)).tolist()
-    result: dict[str, Any] = {
-        name: [round(x, 4) for x in row] for name, row in zip(("top1", "overlap"), mean, strict=True)
-    }
-    result |= chain_figures(lengths, steps)
-    if network.path.exits:
-        result["exits"] = [round(float(share), 4) for share in earlier / sums[0, 0].clamp_min(1)]
-    result["positions"] = int(sums[0, 0])
-    return result
+    top1, overlaps = (sums[1:] / sums[0].clamp_min(1)).tolist()
+    figures = {"top1": [round(x, 4) for x in top1], "overlap": [round(x, 4) for x in overlaps]}
+    return figures | chain_figures(lengths, steps) | {"positions": int(sums[0, 0])}
 
 
 def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,8 @@ from specdec.train.neurons import choose_neurons
 from specdec.train.settings import Positive, Share, TrainSettings
 from specdec.train.states import StateSelection
 from specdec.train.student import Teacher, draft_steps, fit_projections, shift_right
+
+STEPS = 4  # drafts a step in evaluation
 
 
 class M2R2Settings(TrainSettings):
@@ -133,17 +135,13 @@ class M2R2Method(TrainingMethod[M2R2]):
         return loss, figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        return evaluate(network, self.target, batches)
+        """Figures of the last exit."""
 
-    @staticmethod
-    def describe(figures: dict[str, Any]) -> str:
-        chain = ", ".join(f"{x:.3f}" for x in figures["top1"])
-        exits = ", ".join(f"{x:.3f}" for x in figures.get("exits", ()))
-        earlier = f"; at the exits before, {exits}" if exits else ""
-        return (
-            f"mean acceptance length {figures['score']:.2f} with {len(figures['top1'])} drafts "
-            f"(agreement {chain}{earlier}; 1 - TV {figures['overlap'][0]:.3f})"
-        )
+        def drafts(batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
+            for exits, valid in draft_steps(network, self.target, batch, STEPS):
+                yield exits[-1][0], valid
+
+        return evaluate(Teacher(self.target, network.draft_vocab), batches, drafts, STEPS)
 
     def config(self, network: M2R2) -> dict[str, Any]:
         return {"drafter": "m2r2", "path": self.path.to_json()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from specdec.drafters.medusa import Medusa
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch
-from specdec.train.evaluate import chain_figures
+from specdec.train.evaluate import evaluate
 from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, PositiveFloat, TrainSettings
 from specdec.train.states import StateSelection
@@ -70,39 +71,8 @@ class MedusaMethod(TrainingMethod[Medusa]):
             yield F.pad(y[:, :kept, late], (0, 0, late, 0)), batch.valid & F.pad(batch.valid[:, :kept], (late, 0))
 
     def evaluate(self, network: Medusa, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """top1, top3: the base's choice is a head's best one, or one of its three best.
-
-        chain, score: of drafting a chain of the best choices. A token outside the draft vocabulary and the context
-        counts as a miss.
-        """
-        heads, teacher = network.heads, self.teacher
-        found = []  # ranks of the base's choices, int64 [steps, K]
-        for batch in batches:
-            teacher.begin(batch)
-            known, ranks = teacher.known(batch), []
-            for k, (final, _) in enumerate(self._drafts(network, batch)):
-                rank = teacher.ranks(self.teacher.logits(final)).masked_fill(~known, self.target.vocab_size)
-                ranks.append(rank[:, k : k + rank.shape[1] - heads + 1])  # at the position of the root
-            whole = batch.valid[:, heads - 1 :]  # positions whose drafts all lie in the window
-            found.append(torch.stack(ranks, -1)[whole].cpu())
-        steps = torch.cat(found)
-        if not len(steps):
-            raise SpecDecError(
-                f"the held-out answers have no {heads} tokens in a row to try {heads} heads on; give more"
-            )
-        accepted = (steps == 0).int().cumprod(1).sum(1).tolist()
-        return {
-            "top1": [round(share, 4) for share in (steps == 0).float().mean(0).tolist()],
-            "top3": [round(share, 4) for share in (steps < 3).float().mean(0).tolist()],
-            **chain_figures([1 + count for count in accepted], heads),
-            "positions": len(steps),
-        }
-
-    @staticmethod
-    def describe(figures: dict[str, Any]) -> str:
-        heads = ", ".join(f"{x:.3f}" for x in figures["top1"])
-        wide = ", ".join(f"{x:.3f}" for x in figures["top3"])
-        return f"mean acceptance length {figures['score']:.2f} of a chain (heads {heads}; top 3 {wide})"
+        drafts = partial(self._drafts, network)
+        return evaluate(Teacher(self.target, network.draft_vocab), batches, drafts, network.heads)
 
     def config(self, network: Medusa) -> dict[str, Any]:
         settings = self.settings

@@ -120,9 +120,13 @@ class TrainingMethod(ABC, Generic[Network]):
         """
 
     @staticmethod
-    @abstractmethod
     def describe(figures: dict[str, Any]) -> str:
         """A short text about the figures of ``evaluate``."""
+        agreement = ", ".join(f"{x:.3f}" for x in figures["top1"])
+        return (
+            f"mean acceptance length {figures['score']:.2f} with {len(figures['top1'])} drafts "
+            f"(agreement {agreement}; 1 - TV {figures['overlap'][0]:.3f})"
+        )
 
     @abstractmethod
     def config(self, network: Network) -> dict[str, Any]:

@@ -183,11 +183,6 @@ class Teacher:
         index, logits = self.best if index is None else index, logits.detach()
         return (logits.gather(-1, index.clamp_min(0)[..., None])[..., 0] >= logits.amax(-1)) & (index >= 0)
 
-    def ranks(self, logits: Tensor) -> Tensor:
-        """The rank of the base's choice in the draft's logits [B, T]; V' if the vocabulary lacks it."""
-        above = (logits > logits.gather(-1, self.best.clamp_min(0)[..., None])).sum(-1)
-        return above.masked_fill(self.best < 0, logits.shape[-1])
-
     def known(self, batch: TrainingBatch) -> Tensor:
         """Where the base's choice is in the drafter's vocabulary or in the preceding text: bool [B, T]."""
         if self.vocab is None:

@@ -107,11 +107,11 @@ def test_exits_and_their_routers_are_trained_and_draft(
     model = loading.load("tiny")[0]
     first, second = tmp_path / "drafter", tmp_path / "routed"
     recipe = common(answers, first) | {"method": "m2r2", "draft_vocab": 60, "relative_rate": 0.1} | path
-    figures = train(from_mapping(M2R2Settings, recipe, "test"))
+    train(from_mapping(M2R2Settings, recipe, "test"))
     lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     sooner = path["exits"]
-    assert min(losses[1:]) < losses[0] and len(figures["exits"]) == len(sooner)
+    assert min(losses[1:]) < losses[0]
     assert all(f"agree@{layer}" in lines[-2] for layer in sooner)
     routing = common(answers, second) | {"method": "arla", "drafter": str(first), "width": 4, "draft_vocab": 0}
     train(from_mapping(ArlaSettings, routing, "test"))

@@ -168,10 +168,10 @@ def m2r2(
     return kind(network, nodes=nodes, **options)
 
 
-def heads(target: Target, *exits: int, whole: bool = False) -> ExitHeads:
-    """Random modules, over every second token or the whole vocabulary."""
+def heads(target: Target, *exits: int) -> ExitHeads:
+    """Random modules, over every second token."""
     torch.manual_seed(2)
-    network = ExitHeads(exits, 8, target, None if whole else half(target))
+    network = ExitHeads(exits, 8, target, half(target))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return network
@@ -265,13 +265,11 @@ CHAINS: dict[str, Callable[[Target], Drafter]] = {
     "m2r2-paper": lambda target: m2r2(target, 2, (), False, True, kind=PaperM2R2Drafter),
     "medusa": lambda target: medusa(target, rooted=True),
     "eagle3": lambda target: eagle3(target),
-    "eagle3: with an embedding of its own": lambda target: eagle3(target, True),
     "mtp": lambda target: mtp(target),
     "draft-model": lambda target: DraftModelDrafter(second(target)),
     "draft-model: a short context": lambda target: DraftModelDrafter(second(target, max_position_embeddings=16)),
     "early-exit": lambda target: EarlyExitDrafter(),
     "deed": lambda target: DeedDrafter(heads(target, 1, 2, 3), 0.2),
-    "deed: the whole vocabulary": lambda target: DeedDrafter(heads(target, 1, 3, whole=True), 1.0),
     "skip-decode": lambda target: SkipDecodeDrafter(3, 1, horizon=9),
     "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target)),
     "layer-skip": lambda target: LayerSkipDrafter(),
