@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +123,3 @@ def test_damaged_folders_are_refused(
     folder(tmp_path, target, "deed", network, network.config() | change)
     with pytest.raises(SpecDecError, match=message):
         SpecDecoder(llama, drafter=f"deed={tmp_path}", runtime="reference")
-
-
-make: Callable[..., Any] = DeedDrafter  # what follows is about values that only Python can give
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.5, "high"])
-def test_an_exit_confidence_is_a_probability(llama: PreTrainedModel, value: Any) -> None:
-    with pytest.raises(SpecDecError, match="exit_confidence must be "):
-        make(heads(ReferenceTarget(llama), 1), value)
