@@ -89,7 +89,7 @@ def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
 
 def common(answers: Path, output: Path) -> dict[str, Any]:
     values: dict[str, Any] = {"prompts": [str(answers)], "output": str(output), "dtype": "float32", "minutes": None}
-    return values | {"steps": 30, "rows": 4, "window": 8, "fit_tokens": 200, "eval_fraction": 0.15}
+    return values | {"steps": 60, "rows": 4, "window": 8, "fit_tokens": 200, "eval_fraction": 0.15}
 
 
 PATHS: list[dict[str, Any]] = [

@@ -154,10 +154,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
     other = public(tmp_path / "other", random_network(), torch.randn(2, 60, D))
     for source, options, message in (
         (None, {}, "no medusa drafter is shipped for this model; train one: specdec train medusa"),
-        (fewer, {"nodes": 0}, "tensor '2.1.weight' is missing"),
+        (fewer, {"nodes": 0}, "tensor '2.0.linear.bias' is missing"),
         (pickled, {}, r"medusa_lm_head.pt is a pickle, .* not read"),
         (broken, {}, "no safetensors file"),
-        (wide, {}, r"'0.1.weight' is \(97, 48\); for this model it should be \(97, 32\)"),
+        (wide, {}, r"'0.0.linear.bias' is \(48,\); for this model it should be \(32,\)"),
         (other, {}, r"tensor '0.1.weight' is \(60, 32\)"),
         (tmp_path / "nothing", {}, "does not exist"),
     ):
@@ -250,7 +250,7 @@ def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_pat
     target, heads = ReferenceTarget(llama), torch.randn(2, V, D)
     far = {"truncated_vocab_size": 3, "tensors": {"token_map": torch.tensor([1, 2, V])}}
     for given, text in (
-        ({"num_heads": 3}, "tensor 'lm_heads.2.weight' is missing"),
+        ({"num_heads": 3}, "tensor 'blocks.2.layers.0.bias' is missing"),
         ({"num_hidden_layers": 0}, "layers of the Medusa drafter must be greater than or equal to 1"),
         ({**far, "tensors": {"token_map": torch.ones(3)}}, r"the draft vocabulary in .* is \(3,\); it must be"),
         (far, "the draft vocabulary in .* names tokens that the model does not have"),
