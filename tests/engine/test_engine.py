@@ -10,7 +10,7 @@ import torch
 from scripted import Scripted
 from tiny import greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import PROMPTS, chains, m2r2, new_tokens, run, together, trees
+from zoo import CHAINS, PROMPTS, TREES, m2r2, new_tokens, run, together
 
 from specdec import SpecDecError
 from specdec.drafters.none import NoDrafter
@@ -103,15 +103,16 @@ def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrain
     assert accelerated == ([1] * 4 if early else [])
 
 
-@pytest.mark.parametrize(("family", "shape"), [("gpt2", trees), ("opt", chains)])
+@pytest.mark.parametrize(("family", "makers"), [("gpt2", TREES), ("opt", CHAINS)])
 def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
-    family: str, shape: Callable[[Target], dict[str, Drafter]]
+    family: str, makers: dict[str, Callable[[Target], Drafter]]
 ) -> None:
     """Their nodes are deeper than it may go, where a table of positions has no entry."""
     model = tiny_model(family, max_position_embeddings=20)
     target, prompts = ReferenceTarget(model), [[5, 6] * 8 + [7], PROMPTS[0]]
     expected = [greedy_reference(model, prompt, 20 - len(prompt)) for prompt in prompts]
-    for name, drafter in shape(target).items():
+    for name, make in makers.items():
+        drafter = make(target)
         drafter.bind(target)
         requests = [Request(prompt, 20 - len(prompt), eos=frozenset([2])) for prompt in prompts]
         together(target, drafter, requests, FixedDepth(7))
