@@ -533,7 +533,8 @@ def run_schedules(
             phases=(Phase.generate,) if chance else (Phase.generate, Phase.shrink),  # shrinking may take minutes
         ),
     )
-    assert all(Schedules.checked[name] for name in ("answers", "accepted"))
+    if not chance:
+        assert all(Schedules.checked[name] for name in ("answers", "accepted"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
