@@ -43,6 +43,16 @@ class Metrics:
             "Accepted drafted tokens by their position in the draft.",
             "position",
         )
+        self.drafted_steps = counter("spec_decode_num_drafted_steps", "Steps that scored drafted tokens.")
+        self.saved = counter(
+            "spec_decode_saved_seconds", "Estimated seconds that drafting saved against plain decoding."
+        )
+        self.accepted_per_source = counter(
+            "spec_decode_num_accepted_tokens_per_source",
+            "Accepted drafted tokens by the drafter that proposed them.",
+            "source",
+        )
+        self.notes = counter("spec_decode_notes", "Requests for which little was drafted, by reason.", "reason")
         self.finished = counter("request_success", "Finished requests by reason.", "finished_reason")
         self.ttft = histogram("time_to_first_token_seconds", "Time to the first token.", TTFT_BUCKETS)
         self.itl = histogram("inter_token_latency_seconds", "Time between two steps with new tokens.", ITL_BUCKETS)
@@ -63,6 +73,12 @@ class Metrics:
         self.drafts.inc(metrics.num_spec_steps)
         self.drafted.inc(metrics.num_draft_tokens)
         self.accepted.inc(metrics.num_accepted_draft_tokens)
+        self.drafted_steps.inc(metrics.num_drafted_steps)
+        self.saved.inc(max(metrics.draft_saved_seconds, 0.0))
+        for source, count in metrics.accepted_by_source.items():
+            self.accepted_per_source.labels(self.model, source).inc(count)
+        if (note := metrics.draft_note) is not None:
+            self.notes.labels(self.model, note.partition(":")[0]).inc()
         for position in range(max(metrics.per_step_accepted, default=0)):
             count = sum(accepted > position for accepted in metrics.per_step_accepted)
             self.accepted_per_position.labels(self.model, str(position)).inc(count)

@@ -21,7 +21,7 @@ class ServerSettings(BaseModel):
     log_requests: write prompts and answers into the log.
     cors: origins that CORS allows.
     allowed_hosts: Host headers beside localhost, this machine's name and IP addresses; "*" allows all.
-    max_tokens: of a choice; None is the model's context.
+    max_tokens: most new tokens of a choice; None: what the model's context holds.
     client_timeout: seconds for a client to send the body of a request, and to read what is streamed to it.
     """
 

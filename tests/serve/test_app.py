@@ -31,9 +31,11 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
+from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Event
 from specdec.serve import bodies
 from specdec.serve.app import make_app
+from specdec.serve.metrics import Metrics
 from specdec.serve.settings import ServerSettings
 
 GREEDY = {"temperature": 0}
@@ -310,10 +312,17 @@ def test_prometheus_has_the_figures_of_vllm(server: Server) -> None:
         "time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count",
         "kv_cache_usage_perc", "prefix_cache_queries_total", "prefix_cache_hits_total",
     )  # fmt: skip
-    server.chat(**GREEDY)
+
+    def answer() -> dict[str, Any]:
+        """An answer that has been counted, which may be after its end."""
+        known = server.figure("e2e_request_latency_seconds_count")
+        found: dict[str, Any] = server.chat(**GREEDY).json()
+        until(lambda: server.figure("e2e_request_latency_seconds_count") > known)
+        return found
+
+    answer()
     before = {name: server.figure(name) for name in names}
-    response = server.chat(**GREEDY).json()
-    until(lambda: server.figure("e2e_request_latency_seconds_count") > before["e2e_request_latency_seconds_count"])
+    response = answer()
     grown = {name: server.figure(name) - before[name] for name in names}
     spec = response["metrics"]["speculative_decoding"]
     assert grown["prompt_tokens_total"] == response["usage"]["prompt_tokens"]
@@ -321,6 +330,24 @@ def test_prometheus_has_the_figures_of_vllm(server: Server) -> None:
     assert grown["spec_decode_num_drafts_total"] == spec["num_spec_steps"]
     assert grown["spec_decode_num_draft_tokens_total"] == spec["num_draft_tokens"]
     assert grown["spec_decode_num_accepted_tokens_total"] == spec["num_accepted_draft_tokens"]
+
+
+def test_prometheus_has_the_receipt_of_drafting(server: Server) -> None:
+    figures = Metrics(NAME, server.engine.stats)
+    request = RequestMetrics(
+        per_step_drafted=[6, 0, 0, 0],
+        per_step_accepted=[5, 0, 0, 0],
+        accepted_by_source={"ngram": 2, "m2r2": 3},
+        draft_saved_seconds=0.5,
+    )
+    figures.record_finished(request, "stop", 1.0)
+
+    def figure(name: str, **labels: str) -> float | None:
+        return figures.registry.get_sample_value(f"vllm:spec_decode_{name}_total", {"model_name": NAME} | labels)
+
+    assert (figure("num_drafted_steps"), figure("saved_seconds")) == (1, 0.5)
+    assert [figure("num_accepted_tokens_per_source", source=name) for name in ("ngram", "m2r2")] == [2, 3]
+    assert request.draft_note is not None and figure("notes", reason=request.draft_note.partition(":")[0]) == 1
 
 
 def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ ARGUMENTS = 64  # where a record has them
 class Recording:
     """The kernels, and what was done with them: memory, with pointers into itself. Sizes are those of native.h.
 
-    title: of the next calls, for messages. names: of the kernels that were called.
+    title: what the next calls are for, in messages. names: the kernels that were called.
     """
 
     def __init__(self, kernels: Any) -> None:
