@@ -7,12 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from specdec.engine.request import TokenLogprob
 
 MIN_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level vocabularies
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -71,7 +68,16 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
         return str(piece).encode()
     if match := _BYTE.fullmatch(piece):
         return bytes([int(match[1], 16)])
-    decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
-    if "ByteLevel" in decoder and all(character in BYTES for character in piece):
-        return bytes(BYTES[character] for character in piece)
+    if "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", "")):
+        alphabet = _byte_level_alphabet()
+        if all(character in alphabet for character in piece):
+            return bytes(alphabet[character] for character in piece)
     return str(piece).replace("\u2581", " ").encode()
+
+
+@functools.cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte of each character of byte-level vocabularies."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -148,6 +148,7 @@ def test_a_config_is_that_of_transformers_again() -> None:
 WITHOUT = """
 import sys
 sys.modules["transformers"] = None  # an import raises
+import specdec.serve.app
 from specdec import SpecDecoder
 decoder = SpecDecoder.from_pretrained(sys.argv[1], "auto", learn=False)
 chat = [{"role": "user", "content": "Hello"}]
