@@ -144,7 +144,7 @@ class HybridDrafter(Drafter):
             return second.propose(self._of_member(state, 1), limit)
         of_first = self._of_member(state, 0)
         free = first.candidates(of_first, limit) or []
-        alone = free if prices is None else worth_scoring(free, limit, nodes, prices)
+        alone = worth_scoring(free, limit, nodes, prices)
         if prices is not None and self.has_probabilities and not prices.levels(alone):
             return draft_best(free, limit, nodes, state, 0, alone)
         of_second = self._of_member(state, 1)

@@ -300,7 +300,7 @@ class Levels(Drafter):
 
 
 def pair(
-    llama: PreTrainedModel, text: list[int], prices: Prices, rows: int = 1, learned: Candidates | None = None
+    llama: PreTrainedModel, text: list[int], prices: Prices | None, rows: int = 1, learned: Candidates | None = None
 ) -> tuple[Draft, Levels]:
     """A draft of n-grams with a levelled drafter after ``text``."""
     target, second = ReferenceTarget(llama), Levels(tree((30, 0, 0.9), (31, 1, 0.8)) if learned is None else learned)
@@ -339,6 +339,14 @@ def test_ngrams_draft_alone_where_levels_cost_more_than_they_may_add(
     assert (not second.given) == alone == (draft.found.levels == 0)
     assert len(draft.found.rows[0].raw) == (1 if alone else 3)
     assert not alone or text is NEW or len(draft.lists()[0]) > 3
+
+
+def test_without_prices_and_before_anything_is_learned_as_many_nodes_are_drafted_as_are_asked_for(
+    llama: PreTrainedModel,
+) -> None:
+    branches = [token for other in range(20, 36) for token in (5, other, other + 20)] + [5]
+    draft, second = pair(llama, branches, None, learned=Candidates.none())
+    assert second.given and len(draft.lists()[0]) == 8
 
 
 def test_levels_begin_where_ngrams_end(llama: PreTrainedModel) -> None:
