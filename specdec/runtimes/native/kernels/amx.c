@@ -1,6 +1,6 @@
 /* Products of tiles in AMX, 16 tokens at once. */
 
-enum { RING = 8, AHEAD = 2, MANY = 8 }; /* MANY: fewest tokens for which AMX multiplies whole numbers */
+enum { RING = 8, AHEAD = 2, MANY = 8, NEAR = 4096 }; /* MANY: fewest tokens for which AMX multiplies whole numbers; NEAR: as PREFETCH */
 
 typedef struct {
     uint8_t palette, start, zero[14];
@@ -45,7 +45,7 @@ static void amx_product(const Operand *a, int blocks, float *sums) {
     } while (0)
     for (int k = 0; k < a->count; k++) {
         const uint8_t *tile = a->tiles + 1024 * (int64_t)k, *x = a->x + 1024 * (int64_t)k;
-        for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
+        for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + NEAR + i, _MM_HINT_T0);
         if (k & 1) ADD_TO(1, 3, 5, tile, x, a->block);
         else ADD_TO(0, 2, 4, tile, x, a->block);
     }
@@ -69,7 +69,7 @@ INLINE void amx_row_of_tiles(int kind, int tokens, const uint8_t *at, int count,
     for (int t = 0; t < tokens; t++) sum[t] = set_w(0);
     for (int k = 0; k < count + 2 * AHEAD; k++) {
         if (k < count) {
-            for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T0);
+            for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)at + NEAR + i, _MM_HINT_T0);
             if (k % g.tiles == 0) scales_of_group(kind, head = at, 0, &s), at += g.head;
             codes_of_tile(kind, at, codes[k % RING]);
             scales_of_tile(kind, head, k % g.tiles, 0, &s);

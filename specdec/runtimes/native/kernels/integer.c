@@ -7,7 +7,7 @@
  *     v = v + (weights' low) times (sum of activations);    result = result + v times (activations' scale)
  * A result depends neither on the tokens beside it nor on the instruction set. */
 
-enum { PREFETCH = 4096, ONE_BY_ONE = 2 }; /* number of bytes ahead that are prefetched; up to so many tokens are rounded one by one */
+enum { PREFETCH = 8192, ONE_BY_ONE = 2 }; /* number of bytes ahead that are prefetched; up to so many tokens are rounded one by one */
 
 static const uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* 12 + twice the number of 4 bits: -6 to 6 */
 
@@ -141,6 +141,12 @@ INLINE void add_tile_to_two(int kind, const Codes *codes, const Scales *s, const
 }
 #endif
 
+/* Prefetch `bytes` of later tiles, into the second cache. A single token leaves them to the hardware: its own loads are far enough
+ * ahead, those of more tokens wait behind products. */
+INLINE void prefetch_tiles(int few, const uint8_t *at, int bytes) {
+    for (int i = 0; few != 1 && i < bytes; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T1);
+}
+
 /* to [tokens][16 outputs] = a row of `count` tiles times `tokens` tokens, which lie beside each other in `x`. few: sums of so
  * few tokens stay in registers. */
 INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int count, const Rounded *x, float (*to)[16]) {
@@ -153,10 +159,10 @@ INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int c
         const uint8_t *head = at;
         Scales s[PARTS];
         for (int p = 0; p < PARTS; p++) scales_of_group(kind, head, WIDE * p, s + p);
-        for (int i = 0; i < g.head; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T0);
+        prefetch_tiles(few, at, g.head);
         at += g.head;
         for (int tile = 0; tile < g.tiles; tile++, at += g.codes, x += tokens) {
-            for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T0);
+            prefetch_tiles(few, at, g.codes);
             for (int p = 0; p < PARTS; p++) {
                 Codes codes[8];
                 codes_of_tile(kind, at + 4 * WIDE * p, codes);
