@@ -251,7 +251,7 @@ static inline int turns_of(int items, int n) { return items / n + items % n; }
 static inline int item_of(int turn, int items, int me, int n, int *together) {
     int whole = items / n;
     *together = turn >= whole;
-    return *together ? whole * n + turn - whole : turn * n + me;
+    return *together ? whole * n + turn - whole : me * whole + turn;
 }
 
 extern int has_amx, amx_blocks; /* amx_blocks: also for products of blocks */

@@ -1,7 +1,7 @@
 /* A pass of a team of threads through decoder layers. */
 
 typedef struct {
-    int32_t sequence, kv, block; /* 16 queries (columns) of a sequence, a token and a head each, for one key head */
+    int32_t sequence, kv, block; /* up to 16 queries (columns) of a sequence, a token and a head each, for one key head */
 } Item;
 
 typedef struct {
@@ -50,7 +50,13 @@ typedef struct {
 enum { SLICE = 512 };          /* maximum tokens of a prompt in one pass */
 enum { MOST_EXPECTED = 1024 }; /* up to so many cached slots are prefetched during the projections */
 
+/* The columns of a sequence, in blocks of equal width, at most 16. */
 static int column_blocks_of(const Pass *p, const Sequence *sequence) { return (sequence->tokens * p->group + 15) / 16; }
+
+static int block_width(const Pass *p, const Sequence *sequence) {
+    int blocks = column_blocks_of(p, sequence);
+    return (sequence->tokens * p->group + blocks - 1) / blocks;
+}
 
 /* The number of tokens from block b0 on, in as many blocks as are multiplied at once. */
 static int tokens_from(const Pass *p, int b0) {
@@ -245,9 +251,9 @@ static void attend_all(Pass *p, int index, float *scores, int me, int n) {
         Item item = p->items[item_of(turn, p->count, me, n, &together)];
         const Sequence *sequence = c->sequences + item.sequence;
         int block = item.block, kv = item.kv, slots = sequence->start + sequence->tokens, begin = p->first[item.sequence];
-        int bit = 0, end = sequence->tokens * p->group - 16 * block < 16 ? sequence->tokens * p->group - 16 * block : 16;
+        int bit = 0, width = block_width(p, sequence), left = sequence->tokens * p->group - width * block, end = left < width ? left : width;
         if (together) split(end, me, n, &bit, &end); /* by columns */
-        int first = 16 * block + bit, columns = end - bit;
+        int first = width * block + bit, columns = end - bit;
         if (!columns) continue;
         memset(q, 0, 32 * d);
         for (int col = 0; col < columns; col++) {
@@ -360,10 +366,11 @@ static uint16_t *columns_that_see(const Pass *p, int number, int kind) {
     uint16_t *out = allocate(bytes + 32);
     if (!out) return NULL;
     memset(out, 0, bytes);
+    const int width = block_width(p, sequence);
     for (int col = 0; col < sequence->tokens * p->group; col++) {
         int token = col / p->group, end = sequence->trees ? sequence->committed : sequence->start + token + 1;
         int64_t last = sequence->trees ? p->c->positions[p->first[number] + token] + 1 : end, first = span && span < last ? last - span : 0;
-        uint16_t *to = out + (int64_t)(col / 16) * slots, bit = (uint16_t)(1 << col % 16);
+        uint16_t *to = out + (int64_t)(col / width) * slots, bit = (uint16_t)(1 << col % width);
         for (int64_t s = first; s < end; s++) to[s] |= bit;
         for (int s = 0; sequence->trees && s < behind; s++)
             to[sequence->committed + s] |= sequence->trees[kind][(int64_t)token * behind + s] ? bit : 0;
