@@ -89,7 +89,7 @@ class KVCache:
         self.layers, self.recurrent, self.shape = layers, list(recurrent), shape
         self.lengths = [0] * num_layers
         self.entries = [RowEntries(self._no_states()) for _ in range(batch)]
-        self.draft_positions = torch.zeros(batch, 16, dtype=torch.long, device=self.device)
+        self.draft_positions = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
 
     def _no_states(self) -> RowStates | None:
         return RowStates(len(self.recurrent), self.shape) if self.recurrent else None
@@ -183,12 +183,9 @@ class KVCache:
             places = positions[0].split(list(counts))
             return RowMask(positions, self.rows, counts, trees or [None] * self.batch, 0, places, trees is None)
         (batch, t), ahead = positions.shape, self.lengths[layer] - self.committed
-        end = ahead + t
-        if end > self.draft_positions.shape[1]:
-            self.draft_positions = torch.cat((self.draft_positions, self.draft_positions.new_zeros(batch, 2 * end)), 1)
-        self.draft_positions[:, ahead:end] = positions
+        self.draft_positions = torch.cat((self.draft_positions[:, :ahead], positions), 1) if ahead else positions
         each = [tree] * batch if tree is None or tree.dim() == 2 else list(tree)
-        mask = RowMask(positions, self.rows, [t] * batch, each, ahead, self.draft_positions[:, :end])
+        mask = RowMask(positions, self.rows, [t] * batch, each, ahead, self.draft_positions)
         mask.ancestors = tree
         return mask
 
@@ -291,7 +288,7 @@ class KVCache:
 
     def _place(self, entries: list[RowEntries]) -> None:
         self.entries = entries
-        self.draft_positions = self.draft_positions.new_zeros(len(entries), self.draft_positions.shape[1])
+        self.draft_positions = self.draft_positions.new_zeros(len(entries), 0)
         self.roll_back()
 
     def resumable(self, row: int, count: int) -> int:

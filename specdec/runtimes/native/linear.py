@@ -136,8 +136,8 @@ class Packed:
         return self._run(parts, None, eps, False)
 
     def largest(self, x: Tensor, norm: Tensor | None, eps: float, once: bool = False) -> list[int]:
-        """The flat argmax of ``self(x, norm, eps, once)`` (the first of equals, never NaN), without storing the
-        outputs."""
+        """The flat argmax of ``self(x, norm, eps, once)`` (the first of equals, never NaN; -1 if an input is not
+        finite), without storing the outputs."""
         found = (ctypes.c_int64 * (x.numel() // self.inp))()
         self._call((x,), (norm, eps, once), len(found), None, ctypes.addressof(found))
         return found[:]

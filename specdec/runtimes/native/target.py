@@ -279,9 +279,6 @@ class NativeTarget(Target):
 
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
         (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps, self.family.rounds_once)
-        if not math.isfinite(float(x.sum())):  # reads one number if all are finite
-            finite = x.isfinite().all(-1).flatten().tolist()
-            found = [token if good else -1 for token, good in zip(found, finite, strict=True)]
         rows = [found] if batch == 1 else [found[start : start + t] for start in range(0, batch * t, t)]
         return [*(tensor.tolist() for tensor in also), rows]
 

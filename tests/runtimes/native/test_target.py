@@ -562,6 +562,7 @@ def test_the_largest_output_is_found_without_the_outputs(rows: int, monkeypatch:
     packed, threads = linear.Packed([weight]), torch.get_num_threads()
     expected = packed(x, norm, 1e-5).argmax(-1)
     assert expected.max() < 500 or 1002 in expected
+    expected[~x.isfinite().all(-1)] = -1
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)

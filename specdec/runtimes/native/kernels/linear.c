@@ -109,9 +109,17 @@ static void screen(const Linear *map, const uint32_t *x, int tokens, int width, 
     }
 }
 
+/* Whether all inputs of row `r` are finite. */
+static int all_finite(const bf16 *const *x, int parts, int r, int piece) {
+    unsigned odd = 0;
+    for (int part = 0; part < parts; part++)
+        for (int i = 0; i < piece; i++) odd |= (x[part][(int64_t)r * piece + i] & 0x7f80) == 0x7f80;
+    return !odd;
+}
+
 /* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
  * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones; once: as in Model). `best` [rows], if not NULL, is made
- * instead: the first of each row's largest outputs. Returns 0, or -1 without memory. */
+ * instead: the first of each row's largest outputs, -1 if an input is not finite. Returns 0, or -1 without memory. */
 EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int once, const bf16 *const *x, int parts, int rows,
                    bf16 *out, int64_t *best, int width, int threads) {
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
@@ -168,7 +176,7 @@ EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int
         for (int r = 0; best && r < rows; r++) {
             int of = r; /* threads have outputs in order, so the first one of equals stays */
             for (int lane = r; lane < 16 * blocks * team; lane += 16 * blocks) of = tops[lane] > tops[of] ? lane : of;
-            best[r] = which[of];
+            best[r] = all_finite(x, parts, r, piece) ? which[of] : -1;
         }
     }
     int failed = !(fm && vnni && scratch && tops && most);

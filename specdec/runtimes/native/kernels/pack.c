@@ -158,7 +158,7 @@ static void read_row(const Table *table, int64_t index, bf16 *to) {
 
 /* Rows `index` [count] of a table (NULL: the first ones) in bf16 [count, columns]. */
 EXPORT void KERNEL(read_rows)(const Table *table, const int64_t *index, int64_t count, bf16 *to, int threads) {
-#pragma omp parallel for num_threads(count < threads ? (int)count : threads)
+#pragma omp parallel for num_threads(count < threads ? (int)count : threads) if (count > 64) /* others wake slower than they read */
     for (int64_t i = 0; i < count; i++) read_row(table, index ? index[i] : i, to + i * table->columns);
 }
 
