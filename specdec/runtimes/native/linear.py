@@ -20,7 +20,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Linear, LinearPart, Table, done, pointer, runs
 from specdec.runtimes.native.packed_file import OTHER, ModelFile, PackedFile
 
-LARGE = 2_000_000  # a matrix for drafts with more weights is limited by reading them: 4 bits are faster
+LARGE = 800_000  # a matrix for drafts with more weights is limited by reading them: 4 bits are faster
 PACKED = 1 << 20  # weights that are quantised in a piece of work: some 20 ms on one core
 
 
