@@ -228,14 +228,14 @@ class M2R2Drafter(ChainDrafter):
 
     def _draft_path(self, state: State) -> DraftPath:
         """The draft path with heads for the current draft vocabulary."""
-        network, vocabulary, path = self.network, self.vocabulary, self.draft_path
+        network, vocabulary = self.network, self.vocabulary
         vocabulary.follow(state, [row.context for row in state.row_states])
-        if path is None or path.tokens is not vocabulary.tokens:  # the vocabulary has grown
-            heads, tokens = vocabulary.heads, vocabulary.tokens
-            path = self.draft_path = DraftPath(
-                network.inference_maps, network.path.segments, network.adapters, heads, tokens
-            )
-        return path
+        if self.draft_path is None:
+            maps, segments = network.inference_maps, network.path.segments
+            self.draft_path = DraftPath(maps, segments, network.adapters, vocabulary.heads, vocabulary.tokens)
+        elif self.draft_path.tokens is not vocabulary.tokens:  # the vocabulary has grown
+            self.draft_path.heads, self.draft_path.tokens = vocabulary.heads, vocabulary.tokens
+        return self.draft_path
 
     def _states_before(self, row_states: list[M2R2Row]) -> list[Tensor]:
         """The tapped states [B, 1, D] of the token before each root."""

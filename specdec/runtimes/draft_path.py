@@ -18,15 +18,15 @@ Masks = Callable[[Sequence[int]], Tensor | None]  # tokens behind the root -> al
 Nodes = tuple[list[float], list[int], list[int], list[list[float]]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DraftPath:
     """The way of a drafting residual from a token's embedding to the logits of the next token.
 
     projections: number s maps [residual; previous final state; previous state at ``lo``], each divided by its RMS, to
         the input of segment s; a further one maps [residual; previous final state] to the final state.
     segments: layers [lo, hi), which run with ``adapters``.
-    heads: read out the final state, one behind the other (None: the model's own).
-    tokens: the tokens of the heads' outputs, int64 [V'] (None: the outputs are the tokens).
+    heads: read out the final state, one behind the other (None: the model's own); they grow with the context.
+    tokens: the tokens of the heads' outputs, int64 [V'] (None: the outputs are the tokens); another tensor for other heads.
     made: objects that runtimes derive from the path.
     """
 

@@ -78,10 +78,10 @@ class TreeDrafter:
         self.masks: Masks | None = None
         self.held: list[Tensor | None] = []
         self.error: BaseException | None = None
-        maps, heads = [each.packed for each in path.projections], [target.head(head) for head in path.heads]
+        maps = [each.packed for each in path.projections]
         self.stages = (Stage * len(maps))()
         self.calls: list[Call] = []
-        self.alive: list[Any] = [maps, heads]
+        self.alive: list[Any] = [maps]
         for stage, projection in zip(self.stages, maps, strict=True):
             assert projection is not None
             stage.projection = ctypes.addressof(projection.struct)
@@ -94,13 +94,21 @@ class TreeDrafter:
         self.struct = TreeDraft(
             *(len(maps), levels, width, rows, ctypes.addressof(self.roots), ctypes.addressof(self.stages)),
             *(ctypes.addressof(target.embedding.struct), None),
-            (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
-            (INT * 2)(*(head.width for head in heads)),
-            *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0, 0.0),
+            *((POINTER * 2)(), (INT * 2)(), None),
+            *(target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0, 0.0),
             *(ctypes.addressof(self.rates), None, None),
             *(ctypes.addressof(self.found[out]) for out in (0, 3, 1, 2)),
             *(None, ctypes.addressof(self.allowed), None, None),
         )
+
+        self.follow(target, path)
+
+    def follow(self, target: Kernels, path: DraftPath) -> None:
+        """Read out with the present heads of ``path``."""
+        self.heads, self.tokens = [target.head(head) for head in path.heads], path.tokens
+        self.struct.head[:] = [*(ctypes.addressof(head.struct) for head in self.heads), None][:2]
+        self.struct.outputs[:] = [*(head.width for head in self.heads), 0][:2]
+        self.struct.tokens = pointer(path.tokens)
 
     @staticmethod
     def supports(target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> bool:

@@ -258,6 +258,8 @@ class NativeTarget(Target):
             drafter = idle.pop()
         except IndexError:
             drafter = TreeDrafter(self, path, *size)
+        if drafter.tokens is not path.tokens:
+            drafter.follow(self, path)
         found = drafter(self, cache, roots, limits, masks)
         if self.experts is not None:
             self.experts.end_pass()

@@ -162,3 +162,18 @@ def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> No
     assert ended is not None and [max(each.depths()) for each in ended] == [3, 3]  # the second row pays for both
     scores = [math.exp(each.scores[0]) for each in ended]
     assert scores == pytest.approx([0.05, 0.9], rel=1e-3)
+
+
+@torch.inference_mode()
+def test_a_path_whose_vocabulary_changes_drafts_as_a_new_one() -> None:
+    target = sharp_target()
+    cache, roots = seeded(target)
+    route, _ = route_of(target)
+    assert route.tokens is not None
+    both, limits = (route.heads, route.tokens), TreeLimits(3, 3)
+    one = route.heads[:1], route.tokens[:50]
+    for heads, tokens in (both, one, both):
+        route.heads, route.tokens = heads, tokens.clone()
+        found = drafted(target, cache, roots, route, limits)
+        assert found == drafted(target, cache, roots, replace(route, made={}), limits)
+        assert set(found.tokens) <= set(tokens.tolist())
