@@ -26,7 +26,8 @@ class DraftPath:
         the input of segment s; a further one maps [residual; previous final state] to the final state.
     segments: layers [lo, hi), which run with ``adapters``.
     heads: read out the final state, one behind the other (None: the model's own); they grow with the context.
-    tokens: the tokens of the heads' outputs, int64 [V'] (None: the outputs are the tokens); another tensor for other heads.
+    tokens: the tokens of the heads' outputs, int64 [V'] (None: the outputs are the tokens); another
+        tensor for other heads.
     made: objects that runtimes derive from the path.
     """
 
