@@ -1,6 +1,6 @@
 /* Attention of a few queries to one key head's cached keys. */
 
-enum { KEYS_AHEAD = 64, SCORED = 8 }; /* number of keys ahead that are prefetched; of columns that are scored at once */
+enum { KEYS_AHEAD = 64 }; /* number of keys ahead that are prefetched */
 
 /* Keys in blocks of 16, without the blocks that no column sees (holes of ragged rows, keys before a window). Memory behind
  * the last key may be read. */
@@ -22,7 +22,7 @@ INLINE F cached16(int kind, const uint8_t *row, int d, int at) {
 
 /* sums to[column][keys] of WIDE keys and `columns` queries, of WIDE pairs of dims, transposed; queries as score_rows16 has them. */
 INLINE void score_pairs(int columns, const Codes *pairs, const float *queries, int first, float *to) {
-    W sum[SCORED];
+    W sum[6];
     for (int c = 0; c < columns; c++) sum[c] = first ? set_w(0) : load_w(to + 16 * c);
     for (int i = 0; i < WIDE; i++)
         for (int c = 0; c < columns; c++) {
@@ -32,32 +32,18 @@ INLINE void score_pairs(int columns, const Codes *pairs, const float *queries, i
     for (int c = 0; c < columns; c++) store_w(to + 16 * c, sum[c]);
 }
 
-static void score_some_pairs(int columns, const Codes *pairs, const float *queries, int first, float *to) {
-    switch (columns) {
-    case 1: score_pairs(1, pairs, queries, first, to); break;
-    case 2: score_pairs(2, pairs, queries, first, to); break;
-    case 3: score_pairs(3, pairs, queries, first, to); break;
-    case 4: score_pairs(4, pairs, queries, first, to); break;
-    case 5: score_pairs(5, pairs, queries, first, to); break;
-    case 6: score_pairs(6, pairs, queries, first, to); break;
-    case 7: score_pairs(7, pairs, queries, first, to); break;
-    default: score_pairs(8, pairs, queries, first, to);
-    }
-}
-
 /* to[column][16 keys] = keys [16][d] times queries [d][16 columns], dims one after another. */
 static void score_rows16(const bf16 *keys, int d, const float *queries, int columns, float *to) {
     Codes a[WIDE];
     for (int part = 0; part < 16; part += WIDE)
         for (int k = 0; k < d; k += 2 * WIDE) {
             const float *from = queries + 16 * k;
+            int c = 0;
             for (int i = 0; i < WIDE; i++) a[i] = load_codes(keys + (int64_t)(part + i) * d + k);
             transpose_codes(a);
-            for (int c = 0, left = columns, parts = (columns + SCORED - 1) / SCORED; parts; parts--) { /* equal ones: a sum waits for itself */
-                int some = (left + parts - 1) / parts;
-                score_some_pairs(some, a, from + c, !k, to + 16 * c + part);
-                c += some, left -= some;
-            }
+            for (; c + 6 <= columns; c += 6) score_pairs(6, a, from + c, !k, to + 16 * c + part);
+            for (; c + 3 <= columns; c += 3) score_pairs(3, a, from + c, !k, to + 16 * c + part);
+            for (; c < columns; c++) score_pairs(1, a, from + c, !k, to + 16 * c + part);
         }
 }
 
