@@ -100,7 +100,6 @@ class TreeDrafter:
             *(ctypes.addressof(self.found[out]) for out in (0, 3, 1, 2)),
             *(None, ctypes.addressof(self.allowed), None, None),
         )
-
         self.follow(target, path)
 
     def follow(self, target: Kernels, path: DraftPath) -> None:
