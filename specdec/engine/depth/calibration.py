@@ -47,7 +47,7 @@ class History:
     """What the drafts of one row, or of all rows, have yielded.
 
     by_source: for each source, trials and hits at the knots of what it said. A trial between two knots counts for both.
-    by_position: for each exit, whether the first, second, .. level had the right token where nothing else had it.
+    by_position: for each exit, whether the first, second, .. level added a token where nothing else had the right one.
     worth: by the number of rows in a step, the tokens that a draft added beyond its price.
     """
 
@@ -74,7 +74,7 @@ class Seen(NamedTuple):
 
     candidates: of each candidate whose predecessors were right: its source, a knot near what that said, the weight
         there, and whether it was right.
-    levels: the number of each level behind right tokens, and whether it had the right token. Level 0 is the first at
+    levels: the number of each level behind right tokens, and whether its token was accepted. Level 0 is the first at
         which nothing else had the right token.
     """
 
@@ -82,20 +82,21 @@ class Seen(NamedTuple):
     levels: list[tuple[int, float]]
 
     @classmethod
-    def of_candidates(cls, found: Candidates, tokens: Sequence[int], first: int, levels: int) -> Seen:
-        """From the candidates, and the ``tokens`` that followed the root.
+    def of(
+        cls, accepted: int, levels: int, first: int = 0, found: Candidates | None = None, tokens: Sequence[int] = ()
+    ) -> Seen:
+        """From a draft of so many ``levels``, of which the first ``accepted`` tokens were right.
 
-        levels: number of levels that were drafted. Without them, the first ``first`` of ``tokens`` were there, too.
+        first: number of right tokens that were there without levels.
+        found, tokens: what the draft was chosen from, and the tokens that followed the root.
         """
-        seen, children, at = cls([], []), dict[int, list[int]](), 0
-        for node, parent in enumerate(found.parents):
+        seen = cls([], [(level - first, float(level < accepted)) for level in range(first, min(levels, accepted + 1))])
+        children, at = dict[int, list[int]](), 0
+        for node, parent in enumerate(() if found is None else found.parents):
             children.setdefault(parent, []).append(node)
-        for depth, token in enumerate(tokens):
+        for token in () if found is None else tokens:
             if not (nodes := children.get(at)):
                 break
-            if first <= depth < levels:
-                best = max(nodes, key=found.scores.__getitem__)
-                seen.levels.append((depth - first, float(found.tokens[best] == token)))
             at = 0
             for node in nodes:
                 hit = found.tokens[node] == token
@@ -106,11 +107,6 @@ class Seen(NamedTuple):
             if not at:
                 break
         return seen
-
-    @classmethod
-    def of_chain(cls, depth: int, accepted: int) -> Seen:
-        """From a draft of that depth, of which the first ``accepted`` tokens were right."""
-        return cls([], [(level, float(level < accepted)) for level in range(min(depth, accepted + 1))])
 
 
 def _near(said: float) -> list[tuple[int, float]]:
@@ -138,7 +134,7 @@ def table(row: History, common: History, source: int) -> list[float]:
 
 
 def rates(row: History, common: History, exit: int) -> list[float]:
-    """How likely each level has the right token where nothing else has it, for ``row``."""
+    """How likely each level adds a token where nothing else has the right one, for ``row``."""
     own, others, rate, found = row.by_position[exit], common.by_position[exit], FIRST, list[float]()
     for level in range(len(own.hits)):
         assumed = others.mean(level, rate, ROW_WEIGHT if level else WEIGHT)  # a level is much like the last

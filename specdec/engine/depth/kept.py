@@ -18,7 +18,7 @@ from specdec.models import identity
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
 
-FORMAT, FILE = 6, TypeAdapter(Costs)
+FORMAT, FILE = 7, TypeAdapter(Costs)
 
 
 def load(target: Target, drafter: Drafter) -> Costs | None:

@@ -188,7 +188,6 @@ class AutoDepth:
             prices = Prices(
                 [speed * (seconds - self.passes[0]) for seconds in self.passes],
                 level=speed * self.model.level(exit, count),
-                first=speed * self.model.first(exit, count),
                 rates=[rates(row, self.common, exit) for row in rows],
                 tables=tables if self.has_probabilities else (),
                 allowance=speed * TRIED * self.idle[NODES],
@@ -228,14 +227,13 @@ class AutoDepth:
             return
         model.add_draft(exit, count, levels, step.drafting)
         scoring = self.passes[min(nodes, len(self.passes) - 1)] - self.passes[0]
-        drafting = model.first(exit, count) * (levels > 0) + levels * model.level(exit, count)
-        price = self.speedup * (scoring + drafting) / self.passes[0]
+        price = self.speedup * (scoring + levels * model.level(exit, count)) / self.passes[0]
         for b, (row, right) in enumerate(zip(step.rows, step.accepted, strict=True)):
             if found is None:
-                seen = Seen.of_chain(step.drafted[b], right)
+                seen = Seen.of(right, step.drafted[b])
             else:
                 first = 0 if found.free is None else len(found.free[b].path(step.tokens[b]))
-                seen = Seen.of_candidates(found.rows[b], step.tokens[b], first, levels)
+                seen = Seen.of(right, levels, first, found.rows[b], step.tokens[b])
             for history in (row, self.common):
                 history.add(seen, exit, count, right - price)
         if found is None and levels:

@@ -32,7 +32,7 @@ def teach(right: Callable[[float], float], count: int, *into: History, source: i
         hit = rng.random() < right(p)
         found = Candidates([0.0], [7], [0], [[p if n == source else 0.0] for n in range(2)])
         for history in into:
-            history.add(Seen.of_candidates(found, [7 if hit else 8], 0, 0), 0, 1, 0.0)
+            history.add(Seen.of(int(hit), 0, 0, found, [7 if hit else 8]), 0, 1, 0.0)
 
 
 def read(p: float, row: History, common: History, source: int = 0) -> float:
@@ -82,7 +82,7 @@ def test_what_was_seen_long_ago_counts_little_and_so_does_what_is_forgotten() ->
 
 def test_candidates_behind_wrong_ones_say_nothing_and_siblings_do() -> None:
     found = tree((7, 0, 0.5), (8, 0, 0.3), (9, 1, 0.6), (10, 2, 0.7), (11, 4, 0.9))
-    seen = Seen.of_candidates(found, [8, 10, 5], 0, 0)
+    seen = Seen.of(2, 0, 0, found, [8, 10, 5])
     near = {0.5: 4, 0.3: 3, 0.7: 4, 0.9: 6}  # the lower of the two knots
     assert {(knot, hit) for _, knot, weight, hit in seen.candidates if weight > 0.5} <= {
         *((near[p], 0.0) for p in (0.5, 0.9)),
@@ -94,23 +94,21 @@ def test_candidates_behind_wrong_ones_say_nothing_and_siblings_do() -> None:
 
 
 def test_a_level_counts_where_the_free_draft_has_nothing_right() -> None:
-    found = tree((7, 0, 0.5), (8, 0, 0.3), (9, 1, 0.6), (10, 3, 0.7))
-    assert Seen.of_candidates(found, [7, 9, 4], 0, 3).levels == [(0, 1.0), (1, 1.0), (2, 0.0)]
-    assert Seen.of_candidates(found, [7, 9, 4], 1, 3).levels == [(0, 1.0), (1, 0.0)]
-    assert Seen.of_candidates(found, [8, 9], 0, 3).levels == [(0, 0.0)]  # the likeliest is another
-    assert Seen.of_candidates(found, [7, 9, 4], 0, 0).levels == []
+    assert Seen.of(2, 3).levels == [(0, 1.0), (1, 1.0), (2, 0.0)] and Seen.of(0, 0).levels == []
+    assert Seen.of(2, 3, 1).levels == [(0, 1.0), (1, 0.0)]
+    assert Seen.of(2, 2, 1).levels == [(0, 1.0)] and Seen.of(2, 3, 3).levels == []
 
 
-def test_chains_count_up_to_the_first_wrong_token() -> None:
-    assert Seen.of_chain(3, 1) == ([], [(0, 1.0), (1, 0.0)]) and Seen.of_chain(2, 2) == ([], [(0, 1.0), (1, 1.0)])
-    assert Seen.of_chain(0, 0) == ([], [])
+def test_a_level_whose_token_was_right_but_not_scored_added_nothing() -> None:
+    found = tree((7, 0, 0.5), (8, 0, 0.3))
+    assert Seen.of(0, 1, 0, found, [8]).levels == [(0, 0.0)]
 
 
 def test_positions_never_reached_are_taken_to_be_like_the_one_before() -> None:
     row, common = histories()
     assert rates(row, common, 0) == [FIRST] * 4
     for _ in range(400):
-        common.add(Seen.of_chain(2, 1), 0, 1, 0.0)
+        common.add(Seen.of(1, 2), 0, 1, 0.0)
     first, second, *rest = rates(row, common, 0)
     assert first > 0.95 and second < 0.15 and rest == [pytest.approx(second)] * 2
     assert len(KNOTS) == len(SAID)
