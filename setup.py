@@ -1,4 +1,4 @@
-"""Builds the native kernels and the n-gram drafter; everything else is in pyproject.toml.
+"""Builds the native kernels, the n-gram drafter and sampling; everything else is in pyproject.toml.
 
 They are shared libraries for ctypes, not Python modules, so one wheel serves every Python 3. Without them the wheel
 serves every system: on Windows, whose compilers do not know them, and where SPECDEC_PURE is set.
@@ -46,13 +46,13 @@ setup(
             optional=True,  # without a C compiler the other runtimes serve
         ),
         Extension(
-            "specdec.speculation._ngram",
-            sources=["specdec/speculation/ngram.c"],
+            "specdec.speculation._speculation",
+            sources=["specdec/speculation/ngram.c", "specdec/speculation/sampling.c"],
             depends=["specdec/speculation/calibrate.h", "specdec/speculation/gumbel.h"],
             extra_compile_args=["-O3", "-fvisibility=hidden"],
             extra_link_args=["-s"] if not MAC else [],
             libraries=["m"],
-            optional=True,  # without it, prompt-lookup drafts
+            optional=True,  # without it, prompt-lookup drafts, and PyTorch samples
         ),
     ],
 )

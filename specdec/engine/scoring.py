@@ -88,7 +88,7 @@ class _Scorer:
             if readout in taps:
                 taps[readout] = logits
             if sampler.plain_greedy or along:
-                tokens = largest(logits)
+                tokens = largest(logits) if sampler.some_greedy else torch.zeros(logits.shape[:2], dtype=torch.long)
                 if is_asynchronous(cache.device):
                     self._make_masks()
             else:

@@ -5,16 +5,31 @@
 #include <stdint.h>
 #include <string.h>
 
-/* The standard Gumbel noise of a token at a position, as speculation/sampling.py has it: of Philox 4x64-10 by numpy. */
-static inline float gumbel(uint64_t seed, uint64_t stream, int64_t position, int64_t token) {
-    uint64_t c[4] = {(uint64_t)token / 8 + 1, 0, (uint64_t)position, 0}, k[2] = {seed, stream};
-    for (int i = 0; i < 10; i++, k[0] += 0x9E3779B97F4A7C15u, k[1] += 0xBB67AE8584CAA73Bu) {
-        const unsigned __int128 a = (unsigned __int128)0xD2E7470EE14C6C93u * c[0], b = (unsigned __int128)0xCA5A826395121157u * c[2];
-        const uint64_t next[4] = {(uint64_t)(b >> 64) ^ c[1] ^ k[0], (uint64_t)b, (uint64_t)(a >> 64) ^ c[3] ^ k[1], (uint64_t)a};
-        memcpy(c, next, sizeof c);
+enum { NOISE_BLOCK = 8 }; /* tokens whose noise is of one block of random numbers */
+
+/* 31 random bits of each of a block's tokens, as speculation/sampling.py has them: of Philox 4x64-10 by numpy. */
+static inline void noise_bits(uint64_t seed, uint64_t stream, int64_t position, int64_t block, uint32_t *bits) {
+    uint64_t a = (uint64_t)block + 1, b = 0, c = (uint64_t)position, d = 0;
+    for (int i = 0; i < 10; i++, seed += 0x9E3779B97F4A7C15u, stream += 0xBB67AE8584CAA73Bu) {
+        const unsigned __int128 first = (unsigned __int128)0xD2E7470EE14C6C93u * a, second = (unsigned __int128)0xCA5A826395121157u * c;
+        a = (uint64_t)(second >> 64) ^ b ^ seed, b = (uint64_t)second;
+        c = (uint64_t)(first >> 64) ^ d ^ stream, d = (uint64_t)first;
     }
-    const float uniform = ((float)((uint32_t)(c[token % 8 / 2] >> 32 * (token % 2)) >> 1) + 0.5f) * 0x1p-31f, most = 1 - 0x1p-24f;
+    const uint64_t words[4] = {a, b, c, d};
+    for (int i = 0; i < NOISE_BLOCK; i++) bits[i] = (uint32_t)(words[i / 2] >> 32 * (i % 2)) >> 1;
+}
+
+/* The standard Gumbel noise of 31 random bits. */
+static inline float gumbel_of(uint32_t bits) {
+    const float uniform = ((float)bits + 0.5f) * 0x1p-31f, most = 1 - 0x1p-24f;
     return (float)-__builtin_log(-__builtin_log1p(-(double)(uniform < most ? uniform : most)));
+}
+
+/* The standard Gumbel noise of a token at a position. */
+static inline float gumbel(uint64_t seed, uint64_t stream, int64_t position, int64_t token) {
+    uint32_t bits[NOISE_BLOCK];
+    noise_bits(seed, stream, position, token / NOISE_BLOCK, bits);
+    return gumbel_of(bits[token % NOISE_BLOCK]);
 }
 
 #endif

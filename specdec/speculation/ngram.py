@@ -6,11 +6,9 @@ The compiled part is ``ngram.c``. Knows tokens, not drafters or models.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,11 @@ import numpy.typing as npt
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
+from specdec.speculation import library
 from specdec.speculation.candidates import KNOTS, Candidates
 from specdec.speculation.sampling import Noise
 from specdec.speculation.trees import MOST_NODES
 
-LIBRARY = Path(__file__).with_name("_ngram.so")  # setup.py builds it
 MATCH_TOKENS, NODES = 16, 64  # as in ngram.c: tokens of a match, nodes of a tree
 SOURCES = 3  # most texts that are matched
 FOLLOWERS = 8  # of a token that the prior keeps
@@ -55,29 +53,18 @@ class _Growth(ctypes.Structure):
     )
 
 
-@functools.cache
-def load() -> Any:
-    """The compiled part. Raises SpecDecError where it is not built."""
-    try:
-        found: Any = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        raise SpecDecError(
-            "the n-gram drafter is not built; install specdec where there is a C compiler, or draft with prompt-lookup"
-        ) from None
-    found.specdec_texts_open.restype, found.specdec_texts_open.argtypes = POINTER, (ctypes.c_int64, ctypes.c_int64)
-    found.specdec_texts_add.argtypes = (POINTER, POINTER, ctypes.c_int64)
-    found.specdec_texts_close.argtypes, found.specdec_texts_close.restype = (POINTER,), None
-    found.specdec_ngram_grow.argtypes = (POINTER,)
-    return found
-
-
 def built() -> bool:
     """Whether the compiled part is there."""
-    try:
-        load()
-    except SpecDecError:
-        return False
-    return True
+    return library.load() is not None
+
+
+def load() -> Any:
+    """The compiled part. Raises SpecDecError where it is not built."""
+    if (found := library.load()) is None:
+        raise SpecDecError(
+            "the n-gram drafter is not built; install specdec where there is a C compiler, or draft with prompt-lookup"
+        )
+    return found
 
 
 class Texts:

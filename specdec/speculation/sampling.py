@@ -26,6 +26,8 @@ from specdec.base.errors import SpecDecError, one_line
 from specdec.base.options import SamplingParams
 from specdec.models.native_model import as_transformers
 from specdec.runtimes.draft_path import Sampled
+from specdec.runtimes.target import largest
+from specdec.speculation import library
 from specdec.speculation.constraints import ConstraintState
 from specdec.speculation.warpers import MinP, Penalties, Processor, RepetitionPenalty, Temperature, TopK, TopP
 
@@ -119,6 +121,15 @@ class Noise:
             self.made[position] = noise
         return noise
 
+    def choose(self, lib: Any, scores: Tensor, position: int) -> int:
+        """The draw for ``position`` from processed logits (float32 [V], on the host); -1 if they are not finite.
+
+        lib: ``library.load()``. Noise is made only for tokens that it can choose.
+        """
+        scores = scores.contiguous()
+        chosen: int = lib.specdec_choose(scores.data_ptr(), len(scores), *self.key.tolist(), position)
+        return chosen
+
     def forget(self, position: int) -> None:
         """Drop the cached noise of positions before ``position``."""
         for old in [place for place in self.made if place < position]:
@@ -180,6 +191,11 @@ class Sampler:
     def plain_greedy(self) -> bool:
         """True if every choice is the argmax of the raw logits."""
         return all(row.plain_greedy for row in self.rows)
+
+    @property
+    def some_greedy(self) -> bool:
+        """True if some choices are the argmax of logits."""
+        return any(row.transforms.greedy for row in self.rows)
 
     @property
     def best_allowed(self) -> bool:
@@ -255,6 +271,14 @@ class Sampler:
 
     def choose(self, scores: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
         """Processed logits [B, T, V] -> int64 [B, T]: each token, or -1 where the logits are not finite."""
+        if scores.device.type == "cpu" and (lib := library.load()) is not None:
+            chosen = torch.empty(scores.shape[:-1], dtype=torch.long)
+            for row, own, tokens, at in zip(self.rows, scores, chosen, positions, strict=True):
+                if row.transforms.greedy:
+                    tokens[:] = largest(own[None])[0]
+                else:
+                    tokens[:] = torch.tensor([row.noise.choose(lib, *each) for each in zip(own, at, strict=True)])
+            return chosen
         tokens = self.perturb(scores, positions, scores.shape[-1]).argmax(-1)
         return tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
 

@@ -137,9 +137,9 @@ def main() -> None:
         import specdec
         from specdec.base import memory
         from specdec.runtimes.native import library
-        from specdec.speculation import ngram
+        from specdec.speculation import library as of_speculation
 
-        library.LIBRARY = ngram.LIBRARY = folder / "none.so"
+        library.LIBRARY = of_speculation.LIBRARY = folder / "none.so"
         for found in pkgutil.walk_packages(specdec.__path__, "specdec."):
             if found.name not in OPTIONAL and "._" not in found.name:  # no libraries, and no __main__
                 importlib.import_module(found.name)

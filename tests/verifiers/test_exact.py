@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import product
 
+import pytest
 import torch
 from sampled import AcceptsAll, p_value
 from torch import Tensor
@@ -124,6 +125,19 @@ def test_rare_tokens_are_drawn_as_rarely_as_they_should() -> None:
     sampler = Sampler(SamplingParams(1.0))
     drawn_ = [int(sampler.choose(scores, [[position]])[0, 0]) for position in range(300)]
     assert set(drawn_) == {7}
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 1000, 4099])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+def test_a_draw_is_the_largest_of_all_scores_plus_noise(count: int, spread: float) -> None:
+    """Noise is made only where it can decide."""
+    scores = spread * torch.randn(1, 60, count, generator=torch.Generator().manual_seed(count))
+    scores[0, ::2, count // 2 :] += 20.0
+    scores[0, 1::3, 1 : count // 3] = -torch.inf
+    positions, sampler = [[*range(60)]], Sampler(SamplingParams(1.0, seed=7))
+    noisy = sampler.perturb(scores, positions, count)
+    chosen = sampler.choose(scores, positions)
+    assert torch.equal(chosen, noisy.argmax(-1)) and (count < 99 or len(chosen.unique()) > 20)
 
 
 def test_rows_of_a_batch_may_differ_and_are_those_of_a_row_alone() -> None:

@@ -13,6 +13,7 @@ FIRST = 0.6  # acceptance at the first position of a drafter that is unknown
 WEIGHT, ROW_WEIGHT = 4.0, 20.0  # observations that count as much as what is assumed, and as all rows
 MEMORY, ROW_MEMORY = 120.0, 60.0  # observations that are remembered of all rows, and of one
 KEPT = 20.0  # observations that are remembered when a drafter has changed
+NOTHING = Candidates.none()
 SIZES = 8  # groups of batch sizes with figures of their own: 1, 2 or 3, 4 to 7, ... rows
 
 
@@ -83,7 +84,7 @@ class Seen(NamedTuple):
 
     @classmethod
     def of(
-        cls, accepted: int, levels: int, first: int = 0, found: Candidates | None = None, tokens: Sequence[int] = ()
+        cls, accepted: int, levels: int, first: int = 0, found: Candidates = NOTHING, tokens: Sequence[int] = ()
     ) -> Seen:
         """From a draft of so many ``levels``, of which the first ``accepted`` tokens were right.
 
@@ -92,9 +93,9 @@ class Seen(NamedTuple):
         """
         seen = cls([], [(level - first, float(level < accepted)) for level in range(first, min(levels, accepted + 1))])
         children, at = dict[int, list[int]](), 0
-        for node, parent in enumerate(() if found is None else found.parents):
+        for node, parent in enumerate(found.parents):
             children.setdefault(parent, []).append(node)
-        for token in () if found is None else tokens:
+        for token in tokens:
             if not (nodes := children.get(at)):
                 break
             at = 0

@@ -11,7 +11,7 @@ from tiny import tiny_model
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
-from specdec.speculation import ngram
+from specdec.speculation import library as of_speculation
 
 FLAGS = "flags : fpu fma f16c avx2 avx512f\n"
 
@@ -78,7 +78,7 @@ def test_an_unknown_instruction_set_is_an_error(missing: None, monkeypatch: pyte
             function()
 
 
-@pytest.mark.parametrize("built", [library.LIBRARY, ngram.LIBRARY], ids=lambda path: path.stem)
+@pytest.mark.parametrize("built", [library.LIBRARY, of_speculation.LIBRARY], ids=lambda path: path.stem)
 def test_a_library_is_not_older_than_its_sources(built: Path) -> None:
     """A build that fails leaves the old one where it is, and pip does not say so: libraries are optional."""
     if not built.exists():

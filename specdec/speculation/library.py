@@ -1,0 +1,26 @@
+"""The compiled part: ``ngram.c`` and ``sampling.c``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+LIBRARY = Path(__file__).with_name("_speculation.so")  # setup.py builds it
+POINTER, INT = ctypes.c_void_p, ctypes.c_int64
+
+
+@functools.cache
+def load() -> Any | None:
+    """The library; None where it is not built."""
+    try:
+        found: Any = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    found.specdec_texts_open.restype, found.specdec_texts_open.argtypes = POINTER, (INT, INT)
+    found.specdec_texts_add.argtypes = (POINTER, POINTER, INT)
+    found.specdec_texts_close.argtypes, found.specdec_texts_close.restype = (POINTER,), None
+    found.specdec_ngram_grow.argtypes = (POINTER,)
+    found.specdec_choose.argtypes, found.specdec_choose.restype = (POINTER, INT, *(ctypes.c_uint64,) * 2, INT), INT
+    return found
