@@ -128,7 +128,8 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
         count, levels = len(step.rows), max(step.drafted, default=0) if step.found is None else step.found.levels
         step.other = policy.model.passing(count, step.scored - count)[-1]
         exit, model = policy.choice.exit or 0, policy.model
-        step.drafting = model.drafting(count) + levels * model.level(exit, count)
+        first = model.first(exit, count) if levels else 0.0
+        step.drafting = model.drafting(count) + first + levels * model.level(exit, count)
         observe(policy, step)
 
     observe = AutoDepth.observe

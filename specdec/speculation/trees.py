@@ -27,7 +27,7 @@ class Prices:
     the nodes of all are taken together.
 
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
-    level: price of drafting another level for all rows.
+    level: price of drafting another level for all rows. first: what the first one costs beyond that.
     rates: [rows][levels], how likely the first, second, .. level has the right token where no other source has it.
     tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.sources``); none: what
         sources say counts.
@@ -36,6 +36,7 @@ class Prices:
 
     nodes: Sequence[float]
     level: float = 0.0
+    first: float = 0.0
     rates: Sequence[Sequence[float]] = ()
     tables: Sequence[Sequence[Sequence[float]]] = ()
     allowance: float = 0.0
@@ -82,7 +83,7 @@ class Prices:
             node = price(taken + 1) - price(taken)
             worthy = [chance for chance in chances if chance > node]
             added, taken = added + sum(worthy), taken + len(worthy)
-            if (gain := added - (level + 1) * self.level - price(taken) + price(0)) > best:
+            if (gain := added - self.first - (level + 1) * self.level - price(taken) + price(0)) > best:
                 best, count = gain, level + 1
             if sum(on) + sum(chances) <= self.level:  # no further level adds more
                 break

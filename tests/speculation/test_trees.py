@@ -91,15 +91,15 @@ def chain_of(*likely: float) -> Candidates:
     return Candidates(scores, list(range(len(likely))), list(range(len(likely))), [[1.0] * len(likely)])
 
 
-def levels(price: float, rate: float, *free: Candidates, tried: bool = False) -> int:
+def levels(price: float, rate: float, *free: Candidates, first: float = 0.0, tried: bool = False) -> int:
     rates, nodes = [[rate] * 8 for _ in free], [0.05 * n for n in range(33)]
-    return Prices(nodes, price, rates, level_allowance=float(tried)).levels(free)
+    return Prices(nodes, price, first, rates, level_allowance=float(tried)).levels(free)
 
 
 def test_a_learned_level_pays_where_it_is_right_and_the_free_draft_is_not() -> None:
     none = Candidates.none()
     assert levels(0.4, 0.6, none) == 1 and levels(0.4, 0.9, none) == 7  # an eighth adds 0.43 and costs 0.45
-    assert levels(0.4, 0.4, none) == 0
+    assert levels(0.4, 0.4, none) == 0 and levels(0.4, 0.6, none, first=0.2) == 0
     assert levels(0.2, 0.6, chain_of(*(0.95**level for level in range(1, 9)))) == 0
     assert levels(0.25, 0.6, chain_of(0.9)) == 3  # the free draft soon ends, the levelled one goes on
     assert levels(1.05, 0.6, none) == 0 and levels(1.05, 0.6, *[none] * 4) > 0  # a level serves all rows

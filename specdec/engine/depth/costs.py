@@ -17,8 +17,9 @@ DRIFT = 0.01  # of the machine's speed, from step to step
 OUTLIER = 0.5  # errors of passes beyond this count less
 MOST_DEVIATIONS = 6.0  # standard deviations that an error of drafts counts as at most
 SURE = 2.5  # standard deviations by which a time can be too short by chance
-FIXED = 0.02  # assumed cost of a draft beside its levels, in passes
-LEVEL, DRAFT = "level", "draft"
+# Assumed cost of a draft beside its levels, and of the first level beyond a further one: seconds, and passes.
+OVERHEAD, FIXED = 0.0002, 0.02
+LEVEL, FIRST, DRAFT = "level", "first", "draft"
 
 
 @dataclass(frozen=True, config={"allow_inf_nan": False})
@@ -85,6 +86,10 @@ class CostModel:
         """Seconds of drafting a level for ``rows``."""
         return self._other(LEVEL, exit, rows)
 
+    def first(self, exit: int, rows: int) -> float:
+        """Seconds that the first level takes beyond that."""
+        return self._other(FIRST, exit, rows)
+
     def drafting(self, rows: int) -> float:
         """Seconds of a draft beside its levels."""
         return self._other(DRAFT, 0, rows)
@@ -122,7 +127,7 @@ class CostModel:
 
     def add_draft(self, exit: int, rows: int, levels: int, seconds: float) -> None:
         """Add the time of drafting ``levels``: what is uncertain, and much of it, is corrected most."""
-        parts = {(DRAFT, 0): 1.0} | ({(LEVEL, exit): float(levels)} if levels else {})
+        parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})
         if not self.seen.issuperset(parts):  # what the first one makes is there afterwards
             self.seen.update(parts)
             return
@@ -140,9 +145,9 @@ class CostModel:
             self.others.setdefault(part, {})[rows] = [own + gain * error / total, left]
 
     def _other(self, kind: str, exit: int, rows: int) -> float:
-        """Seconds of such a part of a draft: a share of a pass over one token, as far as is known."""
-        share = self.shares[exit] if kind == LEVEL else FIXED
-        return share * math.exp(self.speed + self._error(kind, exit, rows)[0])
+        """Seconds of such a part of a draft, as far as is known."""
+        share, overhead = (self.shares[exit], 0.0) if kind == LEVEL else (FIXED, OVERHEAD)
+        return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, rows)[0])
 
     def _error(self, kind: str, exit: int, rows: int) -> list[float]:
         """The error of that share, as a logarithm, and its variance: those of the nearest number of rows."""

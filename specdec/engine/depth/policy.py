@@ -188,6 +188,7 @@ class AutoDepth:
             prices = Prices(
                 [speed * (seconds - self.passes[0]) for seconds in self.passes],
                 level=speed * self.model.level(exit, count),
+                first=speed * self.model.first(exit, count),
                 rates=[rates(row, self.common, exit) for row in rows],
                 tables=tables if self.has_probabilities else (),
                 allowance=speed * TRIED * self.idle[NODES],
@@ -227,7 +228,8 @@ class AutoDepth:
             return
         model.add_draft(exit, count, levels, step.drafting)
         scoring = self.passes[min(nodes, len(self.passes) - 1)] - self.passes[0]
-        price = self.speedup * (scoring + levels * model.level(exit, count)) / self.passes[0]
+        drafting = model.first(exit, count) * (levels > 0) + levels * model.level(exit, count)
+        price = self.speedup * (scoring + drafting) / self.passes[0]
         for b, (row, right) in enumerate(zip(step.rows, step.accepted, strict=True)):
             if found is None:
                 seen = Seen.of(right, step.drafted[b])

@@ -105,17 +105,22 @@ def test_a_pass_that_waited_for_something_else_hardly_counts() -> None:
     assert model.passing(1, 8) == pytest.approx(before, rel=0.12)
 
 
-@pytest.mark.parametrize(("level", "fixed"), [(0.003, 0.001), (0.0006, 0.0001), (0.012, 0.004)])
-def test_levels_and_the_rest_of_a_draft_have_costs_of_their_own(level: float, fixed: float) -> None:
+@pytest.mark.parametrize(
+    ("level", "first", "fixed"), [(0.003, 0.002, 0.001), (0.0006, 0.0, 0.0001), (0.012, 0.02, 0.004)]
+)
+def test_a_level_the_first_one_and_the_rest_of_a_draft_have_costs_of_their_own(
+    level: float, first: float, fixed: float
+) -> None:
     """Passes take 60 ms, of which 5 % are assumed for a level."""
     model, rng = CostModel(0.1, (0.05,)), random.Random(3)
     model.add_pass(1, FLAT(1))
     for _ in range(400):
         levels = rng.choice((0, 0, 1, 2, 4, 7))
-        model.add_draft(0, 1, levels, (fixed + levels * level) * noisy(rng))
+        seconds = fixed + (first if levels else 0.0) + levels * level
+        model.add_draft(0, 1, levels, seconds * noisy(rng))
     for levels in (0, 1, 4, 7):
-        found = model.drafting(1) + levels * model.level(0, 1)
-        assert found == pytest.approx(fixed + levels * level, rel=0.15, abs=2e-4)
+        found = model.drafting(1) + (model.first(0, 1) if levels else 0.0) + levels * model.level(0, 1)
+        assert found == pytest.approx(fixed + (first if levels else 0.0) + levels * level, rel=0.15, abs=2e-4)
 
 
 def test_what_the_first_draft_makes_is_not_what_later_ones_cost() -> None:
@@ -137,7 +142,7 @@ def test_slow_first_drafts_do_not_make_deeper_ones_look_dear() -> None:
     for levels in [2, 3, 5] * 4:
         model.add_draft(0, 1, levels, 0.0005 + 0.0006 * levels)
     for levels in 1, 2, 4:
-        drafting = model.drafting(1) + levels * model.level(0, 1)
+        drafting = model.drafting(1) + model.first(0, 1) + levels * model.level(0, 1)
         assert drafting == pytest.approx(0.0005 + 0.0006 * levels, rel=0.35)
 
 
