@@ -97,6 +97,7 @@ def fixed(world: World, seed: int) -> list[dict[str, float]]:
 PROSE, GOOD, WEAK = ((0.1, 0.45), (0.3, 0.6), (0.1, 0.8)), ((0.1, 0.7), (0.3, 0.85), (0.2, 0.95)), ((0.05, 0.15),)
 COPIED, MIXED = ((0.97, 0.8), (0.99, 0.9)), ((0.95, 0.5), (0.1, 0.75), (0.1, 0.85))
 NGRAMS = ((0.75, 0.1), (0.85, 0.15))
+CODE = ((0.45, 0.93), (0.7, 0.93))
 STEEP = World((PROSE,), 0.2, base=0.003)
 WORLDS = {
     "levels of 3 %": World((GOOD,), level=0.03),
@@ -109,6 +110,9 @@ WORLDS = {
     "levels become good": World((WEAK, GOOD), tokens=1200),
     "levels become bad": World((GOOD, WEAK), tokens=1200),
     "n-grams become good": World((WEAK, NGRAMS), tokens=1200),
+    "deep levels behind a dear first one, after copying": World(
+        (COPIED, CODE), level=0.14, first=0.2, free=0.06, base=0.003
+    ),
     "steep passes, levels of 3 %": replace(STEEP, phases=(GOOD,), level=0.03, tokens=1600),
     "steep passes, levels of 10 %": replace(STEEP, tokens=1600),
     "steep passes, levels of 20 %": replace(STEEP, phases=(GOOD,), level=0.2),
@@ -127,6 +131,7 @@ WORLDS = {
 USUAL = {
     *("levels of 10 %", "n-grams alone", "levels become bad", "other work at first"),
     *("steep passes, copying after prose", "four rows, steep passes"),
+    "deep levels behind a dear first one, after copying",
 }
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in WORLDS if name not in USUAL]
 
