@@ -17,8 +17,8 @@ DRIFT = 0.01  # of the machine's speed, from step to step
 OUTLIER = 0.5  # errors of passes beyond this count less
 MOST_DEVIATIONS = 6.0  # standard deviations that an error of drafts counts as at most
 SURE = 2.5  # standard deviations by which a time can be too short by chance
-# Assumed cost of a draft beside its levels, and of the first level beyond a further one: seconds, and passes.
-OVERHEAD, FIXED = 0.0002, 0.02
+FIXED = 0.02  # assumed cost of a draft beside its levels, and of the first level beyond a further one, in passes
+OVERHEAD = 0.00015  # seconds that the first level is assumed to cost beyond that
 LEVEL, FIRST, DRAFT = "level", "first", "draft"
 
 
@@ -146,7 +146,7 @@ class CostModel:
 
     def _other(self, kind: str, exit: int, rows: int) -> float:
         """Seconds of such a part of a draft, as far as is known."""
-        share, overhead = (self.shares[exit], 0.0) if kind == LEVEL else (FIXED, OVERHEAD)
+        share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, rows)[0])
 
     def _error(self, kind: str, exit: int, rows: int) -> list[float]:
