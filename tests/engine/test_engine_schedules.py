@@ -157,9 +157,8 @@ class Varied(FixedDepth):
         super().__init__(depth)
         self.rng = random.Random(0)
 
-    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
-        depths = [self.rng.choice((self.choice.depth, self.rng.randrange(self.choice.depth + 1))) for _ in rows]
-        return DepthChoice(max(depths, default=0), depths=depths)
+    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+        return DepthChoice([min(cap, self.rng.choice((self.depth, self.rng.randrange(self.depth + 1)))) for cap in caps])
 
 
 @dataclass(eq=False)
@@ -259,7 +258,7 @@ class Schedules(RuleBasedStateMachine):
         style = data.draw(st.integers(0, len(STYLES) - 1), label="style")
         limit, at = data.draw(st.integers(0, MOST), label="limit"), data.draw(st.integers(1, MOST), label="at")
         ends = data.draw(st.sampled_from(["eos", "eos", "stop", "raise", "cancel", None]), label="ends")
-        draft = data.draw(st.integers(0, 7), label="draft") > 0
+        depth = data.draw(st.sampled_from([None, None, None, 0, 0, 1, 3]), label="depth")
         scope = data.draw(st.sampled_from("aaab"), label="scope")
         for stream in range(data.draw(st.sampled_from([1, 1, 1, 2, 3]), label="n")):
             found = plain(self.kind, tuple(prompt), style, stream)
@@ -271,7 +270,7 @@ class Schedules(RuleBasedStateMachine):
                 limit,
                 eos=frozenset(eos),
                 sampler=STYLES[style].sampler(prompt, stream),
-                num_speculative_tokens=None if draft else 0,
+                num_speculative_tokens=depth,
                 logprobs=None if logprobs is None else TOP,
                 prompt_logprobs=logprobs == "prompt",
                 scope=scope,
