@@ -50,7 +50,9 @@ class Prices:
     def limits(self, levels: int, width: int) -> TreeLimits:
         """How far levels are drafted (``TreeLimits``)."""
         drafting = [row for row in self.rates if row]
-        each = [[row[level] for row in drafting if level < len(row)] for level in range(max(map(len, drafting), default=0))]
+        each = [
+            [row[level] for row in drafting if level < len(row)] for level in range(max(map(len, drafting), default=0))
+        ]
         rates = [sum(level) / len(level) for level in each]
         some, more = (min(count * max(len(drafting), 1), len(self.nodes) - 1) for count in USUAL)
         node = (self.nodes[more] - self.nodes[some]) / max(more - some, 1)

@@ -278,7 +278,7 @@ def test_each_drafter_under_the_draft_policy() -> None:
         assert [out.token_ids for out in decoder.generate_batch(PROMPTS[:4], max_new_tokens=40)] == expected, name
 
 
-# --- rows that draft differently ---------------------------------------------------------------------------------------
+# --- rows that draft differently -------------------------------------------------------------------------------------
 
 DEPTHS = (0, None, 2)  # of a row: it does not draft, drafts as the policy says, or at most two tokens deep
 PRICED: dict[str, Callable[[Target], Drafter]] = {  # by prices, where a drafter can be

@@ -160,7 +160,9 @@ class Varied(FixedDepth):
         self.rng = random.Random(0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
-        return DepthChoice([min(cap, self.rng.choice((self.depth, self.rng.randrange(self.depth + 1)))) for cap in caps])
+        return DepthChoice(
+            [min(cap, self.rng.choice((self.depth, self.rng.randrange(self.depth + 1)))) for cap in caps]
+        )
 
 
 @dataclass(eq=False)
