@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.base.devices import is_asynchronous
+from specdec.base.devices import is_asynchronous, upload
 from specdec.speculation.candidates import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, Found, State
 
@@ -107,15 +107,17 @@ class ChainDrafter(Drafter):
                 sure = torch.stack([calibrated(p, table) for p, table in zip(each.float(), tables, strict=True)])
                 reach = reach * sure
                 raw, joint = [*raw, each], [*joint, reach]
-                worth = reach[:, 0] * limits.rate(depth + 1) - limits.node
+                deeper = upload([most > depth + 1 for most in state.depths], token.device, torch.bool)
+                worth = reach[:, 0] * deeper * limits.rate(depth + 1) - limits.node
                 if float(worth.clamp(min=0).sum()) < limits.level:
                     break
         drafted, parents = torch.cat(chain, 1), range(len(chain) - 1)
         draft = Draft(drafted, tuple(parents))
         if weighs and joint:
             logs, said = torch.cat(joint, 1).clamp(min=1e-9).log().tolist(), torch.cat(raw, 1).tolist()
-            rows = zip(logs, drafted.tolist(), said, strict=True)
-            draft.found = Found([Candidates(score, ids, [*parents], [own]) for score, ids, own in rows], len(parents))
+            rows = zip(logs, drafted.tolist(), said, state.depths, strict=True)
+            found = [Candidates(score, ids, [*parents], [own]).within(most) for score, ids, own, most in rows]
+            draft.found = Found(found, len(parents))
         draft.layers = torch.cat(layers, 1) if layers else None
         return draft
 

@@ -150,7 +150,8 @@ class MedusaDrafter(Drafter):
 
     def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
         logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
-        return [self._likeliest(state, row, logits[row]) for row in range(len(state.ids))]
+        each = enumerate(zip(logits, state.depths, strict=True))
+        return [self._likeliest(state, row, own[:most]) if most else Candidates.none() for row, (own, most) in each]
 
     def _likeliest(self, state: State, row: int, logits: Tensor) -> Candidates:
         """A row's likeliest paths, from its logits [K, V'], under the masks of its constraint."""

@@ -99,12 +99,16 @@ class NgramDrafter(Drafter):
         if self.reading is not None:
             self.corpus, counted = self.reading.result()
             self.reading, self.grower = None, Grower(counted)
-        return [self._grown(state, row, limit, None if given is None else given[row]) for row in range(len(state.ids))]
+        learned = [None] * len(state.ids) if given is None else given
+        rows = enumerate(zip(state.depths, learned, strict=True))
+        return [self._grown(state, row, min(limit, most), own) for row, (most, own) in rows]
 
     def _grown(self, state: State, row: int, limit: int, learned: Candidates | None) -> Candidates:
+        if not limit:
+            return Candidates.none(1 if learned is None else 3)
         row_state, ids, chooser = state.row_states[row], state.ids[row], state.sampler.rows[row]
         if self.size and row_state.store is None:
-            row_state.store = self._store(state.scopes[row] if state.scopes else None)
+            row_state.store = self._store(state.scopes[row])
         row_state.texts.add(ids[row_state.seen :])
         row_state.seen = len(ids)
         texts = (self.corpus, CORPUS_WEIGHT), (row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)

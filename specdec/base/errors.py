@@ -52,6 +52,12 @@ def how_to_install(extra: str) -> str:
     return f"run pip install -e '.[{extra}]' in the clone of specdec, or pip install 'WHEEL[{extra}]'"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, PyTorch or a kernel says that memory is full."""
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or "can't allocate memory" in str(error)
+
+
 def one_line(error: BaseException) -> str:
     """The error's message as one line of at most 240 characters."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,7 @@ from typing import Any
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
 from specdec.base import options
-from specdec.base.errors import SpecDecError, one_line
+from specdec.base.errors import SpecDecError, one_line, out_of_memory
 from specdec.base.terminal import OnProgress
 from specdec.bench import figures
 from specdec.bench.cell import EXTERNAL_METHODS, Cell
@@ -335,7 +335,7 @@ def measure(
 def failure_record(cell: Cell, error: BaseException, seconds: float) -> Record:
     """The record of a cell that failed: its error in one line."""
     kind, text = type(error).__name__, one_line(error)
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+    if out_of_memory(error):
         text = "out of memory"
     elif not isinstance(error, SpecDecError):
         text = f"unexpected {kind}: {text}"

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from specdec import __version__
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, out_of_memory
 from specdec.cli import (
     bench,
     chat,
@@ -86,7 +86,7 @@ def _explain(error: Exception, debug: bool) -> int:
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing '{error.filename}'" if error.filename else ""
         terminal.error(f"no space left on the disk{where}; free some space and try again")
-    elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+    elif out_of_memory(error):
         terminal.error("out of memory; use a smaller model, a shorter prompt, or --dtype bfloat16")
     else:
         if debug:

@@ -21,7 +21,6 @@ from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Target, run_tokens
 from specdec.speculation.draft import Acceptance, Draft, Drafter, State, Verifier, check_draft
 from specdec.speculation.sampling import Sampler
-from specdec.speculation.tree_builder import merge
 
 NOTHING = torch.empty(0)
 # Phases of a step (``PhaseTimer``) whose seconds count as scoring, and as drafting.
@@ -86,8 +85,9 @@ class Batch:
         taps, whole_prompts = self._taps(), self.drafter is not None and self.drafter.whole_prompts
         states: list[Tensor] | None = [] if any(row.prompt_logprobs for row in rows) else None
         last = run_tokens(self.target, cache, parts, taps, whole_prompts, states)  # (B, 1, D)
-        for row, start, own in zip(rows, starts, states or (), strict=False):
-            self._add_prompt_logprobs(row, start, own)
+        if states is not None:
+            for row, start, own in zip(rows, starts, states, strict=True):
+                self._add_prompt_logprobs(row, start, own)
         paths = [list(range(len(part) if whole_prompts else min(len(part), 1))) for part in parts]
         self._observe([row.drafter_state for row in rows], paths, taps)
         complete = [b for b, (row, n) in enumerate(zip(rows, cache.rows, strict=True)) if n == len(row.ids)]
@@ -149,8 +149,10 @@ class Batch:
             cache=self.cache,
             sampler=Sampler.of([row.sampler for row in rows]),
             ids=[row.ids for row in rows],
+            prices=None,  # of the rows of a step
             row_states=[row.drafter_state for row in rows],
             scopes=[row.scope for row in rows],
+            depths=[0] * len(rows),
         )
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -163,12 +165,12 @@ class Batch:
         on_score: called just before the model scores.
         """
         # Draft
-        depths = self._choose_depths()
-        self.timer.begin()
         forced = self._forced_tokens()
-        draft = self._draft([0 if tokens else depth for tokens, depth in zip(forced, depths, strict=True)])
+        self._choose_depths(forced)
+        self.timer.begin()
+        draft = self._draft()
         if any(forced):
-            draft = self._with_forced(forced, draft)
+            draft = draft.with_chains(forced)
         self.timer.mark("draft")
         # Score
         on_score()
@@ -188,39 +190,31 @@ class Batch:
         self._observe(self.state.row_states, paths, scores.taps)
         self.drafter_behind = False
         self.timer.mark("commit")
-        self._record(draft, accepted, scores.count, any(forced))
+        self._record(draft, accepted, scores.count, forced)
         for b, logits in scores.logits.items():
             row = self.rows[b]
             row.token_logprobs += token_logprobs(logits[slots[b]], row.new_tokens, row.logprobs or 0)
 
-    def _choose_depths(self) -> list[int]:
-        """The maximum depth of each row's draft in this step."""
+    def _choose_depths(self, forced: Sequence[Sequence[int]]) -> None:
+        """Set how deep each row drafts in this step. Rows with ``forced`` tokens do not."""
         state, rows = self.state, self.rows
         if (version := self.guard.call(lambda drafter: drafter.version)) is not None:
             self.policy.follow(version)
         able = self.drafter is not None and not self.drafter_behind
-        drafting = [b for b, row in enumerate(rows) if row.num_speculative_tokens != 0 and able]
-        fixed = [rows[b].num_speculative_tokens for b in drafting]
+        caps = [self._deepest(b) if able and not tokens else 0 for b, tokens in enumerate(forced)]
+        fixed = [row.num_speculative_tokens for row, cap in zip(rows, caps, strict=True) if cap]
         self.chosen = None in fixed or not fixed
-        if self.chosen:
-            choice = self.policy.choose([rows[b].depth_history for b in drafting], len(rows) - len(drafting))
-        else:
-            choice = DepthChoice(depths=[number or 0 for number in fixed])
-        state.exit, state.prices = choice.exit, choice.prices
-        depths = [0] * len(rows)
-        for b, depth in zip(drafting, choice.depths or [choice.depth] * len(drafting), strict=True):
-            depths[b] = self._bounded(b, depth)
+        choice = self.policy.choose([row.depth_history for row in rows], caps) if self.chosen else DepthChoice(caps)
+        state.exit, state.prices, state.depths = choice.exit, choice.prices, list(choice.depths)
         self.timer.mark("overhead")
-        return depths
 
-    def _bounded(self, b: int, depth: int) -> int:
-        """``depth``, or as deep as a draft of row ``b`` may be."""
-        row = self.rows[b]
+    def _deepest(self, b: int) -> int:
+        """How deep a draft of row ``b`` may be."""
+        row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
             depth = min(depth, row.num_speculative_tokens)
         # A lossy rule's text may depend on the depth, so the number of remaining tokens does not bound it there.
-        depth = min(depth, row.remaining - 1) if self.verifier.lossless else depth
-        return max(min(depth, self.target.context - 1 - self.cache.rows[b]), 0)
+        return max(min(depth, row.remaining - 1) if self.verifier.lossless else depth, 0)
 
     def _forced_tokens(self) -> list[list[int]]:
         """The tokens that each row's constraint leaves no choice about. They take the place of the drafter's."""
@@ -228,25 +222,13 @@ class Batch:
             return [[] for _ in self.rows]
         found = []
         for b, row in enumerate(self.rows):
-            constraint, limit = row.sampler.constraint, self._bounded(b, FORCED)
+            constraint, limit = row.sampler.constraint, min(self._deepest(b), FORCED)
             found.append(constraint.forced(row.ids, limit) if constraint is not None and limit else [])
         return found
 
-    def _with_forced(self, forced: list[list[int]], draft: Draft) -> Draft:
-        """``draft`` with the forced tokens of a row in place of what was drafted for it."""
-        self.cache.roll_back()  # states below an exit layer belong to the draft as it was
-        paths = [[tokens] if tokens else draft.paths(b) for b, tokens in enumerate(forced)]
-
-        def withdraw(drafter: Drafter) -> None:
-            for row_state in self.state.row_states:
-                drafter.withdraw(row_state)
-
-        self.guard.call(withdraw)
-        return merge(paths, self.cache.device)[0]
-
-    def _draft(self, depths: list[int]) -> Draft:
-        """The drafter's proposal, at most ``depths`` deep, if it can be scored; else nothing."""
-        state, limit = self.state, max(depths)
+    def _draft(self) -> Draft:
+        """The drafter's proposal, as deep as the rows' ``State.depths``, if it can be scored; else nothing."""
+        state, limit = self.state, max(self.state.depths)
 
         def propose(drafter: Drafter) -> Draft | None:
             draft = drafter.propose(state, limit)
@@ -254,7 +236,7 @@ class Batch:
             if fault is not None:
                 self.guard.fail(f"proposed a draft that cannot be scored: {fault}")
                 return None
-            for b in draft.within(depths):
+            for b in draft.within(state.depths):
                 drafter.withdraw(state.row_states[b])
             return draft
 
@@ -271,34 +253,32 @@ class Batch:
             paths.append(path[: len(row.new_tokens)])
         return paths
 
-    def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: bool) -> None:
+    def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: Sequence[Sequence[int]]) -> None:
         """Update each row's metrics and the depth policy, which learns nothing from a step with forced tokens."""
         tokens, depths, deepest = draft.lists(), draft.depths(), []
         seconds = self.timer.step
         other, drafting = (sum(seconds[phase] for phase in phases) for phases in (SCORING, DRAFTING))
         off = None if self.guard.outage is None else f"drafter off: {self.guard.outage.error}"
-        for b, (row, path) in enumerate(zip(self.rows, accepted.paths, strict=True)):
+        for b, (row, path, own) in enumerate(zip(self.rows, accepted.paths, forced, strict=True)):
             row.metrics.drafting_off = off or row.metrics.drafting_off
             nodes = [node for node, token in enumerate(tokens[b], start=1) if token >= 0]
             deepest.append(max((depths[node] for node in nodes), default=0))
             taken = row.new_tokens[: len(path) - 1]
             row.metrics.step(deepest[-1], len(nodes), min(len(path) - 1, len(row.new_tokens)), len(self.rows))
-            row.metrics.add_sources(self._sources(draft, b, taken, forced))
+            row.metrics.add_sources(["constraint"] * len(taken) if own else self._sources(draft, b, taken))
             if self.policy.plain_seconds is not None:
                 row.metrics.draft_saved_seconds += self.policy.plain_seconds * len(path) - other - drafting
-            if self.verifier.threshold is not None and draft.layers is not None:
+            if self.verifier.threshold is not None and draft.layers is not None and not own:
                 used = path[1 : 1 + len(row.new_tokens)]
                 row.metrics.exit_layers += draft.layers[b, [node - 1 for node in used]].tolist()
-        if self.chosen and not forced:
+        if self.chosen and not any(forced):
             histories, counts = [row.depth_history for row in self.rows], [len(path) - 1 for path in accepted.paths]
             new = [row.new_tokens for row in self.rows]
             self.policy.observe(StepReport(histories, deepest, counts, scored, drafting, other, new, draft.found))
         self.timer.mark("overhead")
 
-    def _sources(self, draft: Draft, b: int, tokens: list[int], forced: bool) -> list[str]:
+    def _sources(self, draft: Draft, b: int, tokens: list[int]) -> list[str]:
         """What proposed each of the accepted ``tokens`` of row ``b``."""
-        if forced:
-            return ["constraint"] * len(tokens)
         if draft.found is None:
             return [self.guard.configured.label] * len(tokens)
         found, names = draft.found.rows[b], self.guard.configured.sources

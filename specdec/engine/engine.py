@@ -104,8 +104,9 @@ class Engine:
         self.timer = self.batch.timer
         self.steps_done = self.drafted = self.accepted = 0
         self.positions: Counter[int] = Counter()
+        self.requests = dict[Request, None]()  # accepted, and not ended for their readers: wherever they are in a step
         self._unread: list[Handle] = []  # handles with tokens whose readers have not been notified
-        self._queue = threading.Condition()  # guards the waiting queue and the flags below
+        self._queue = threading.Condition()  # guards the requests, the waiting queue and the flags below
         self._stepping = threading.RLock()  # held during a step
         self._thread: threading.Thread | None = None
         self._closing = self._draining = self._closed = False
@@ -135,6 +136,7 @@ class Engine:
             if len(waiting) - (self.scheduler.max_rows - self.scheduler.running) >= self.max_waiting:
                 raise QueueFullError(f"{len(waiting)} requests are waiting already; try again later")
             request.submit_time = time.perf_counter()
+            self.requests[request] = None
             waiting.append(request)
             self._queue.notify_all()
 
@@ -167,8 +169,7 @@ class Engine:
             if thread is None and self.busy:
                 self.step()
             elif request.status is not Status.FINISHED:
-                request.finish("error", SpecDecError("the engine has ended; start another"))
-                self._put_event(request, [], [])
+                self._finish([request], "error", SpecDecError("the engine has ended; start another"))
         return False
 
     def steps(self) -> Iterator[Events]:
@@ -179,27 +180,44 @@ class Engine:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> Events:
-        """Admit, prefill, decode and deliver; return the new tokens of each row that got any."""
+        """Admit, prefill, decode and deliver; return the new tokens of each row that got any.
+
+        A step that fails ends all requests but those that wait, and raises the error.
+        """
+        events, error = self._try_step()
+        if error is not None:
+            raise error
+        return events
+
+    def _try_step(self) -> tuple[Events, Exception | None]:
+        """A step's events, or the error by which it has failed."""
         with self._stepping:
-            self.timer.restart()
-            self._drop_cancelled()
-            self._recover()
-            scheduler, batch = self.scheduler, self.batch
-            preempted, decoding = scheduler.preempt(), bool(batch.rows)
-            if scheduler.waiting and not preempted:
-                scheduler.admit()
-                self._start_phases(scheduler.prefilling.rows)
-            events: Events = []
-            if scheduler.prefilling.rows:
-                events += self._deliver(scheduler.prefill())
-            if decoding and batch.rows:
-                batch.step(self._notify)
-                for row in batch.rows:
-                    self._count(row.metrics.per_step_drafted[-1], row.metrics.per_step_accepted[-1])
-                events += self._deliver(batch.rows)
-            if not (decoding and batch.rows):
-                self._notify()
-            return events
+            try:
+                return self._step(), None
+            except Exception as error:
+                self._fail(error)
+                return [], error
+
+    def _step(self) -> Events:
+        self.timer.restart()
+        self._drop_cancelled()
+        self._recover()
+        scheduler, batch = self.scheduler, self.batch
+        preempted, decoding = scheduler.preempt(), bool(batch.rows)
+        if scheduler.waiting and not preempted:
+            scheduler.admit()
+            self._start_phases(scheduler.prefilling.rows)
+        events: Events = []
+        if scheduler.prefilling.rows:
+            events += self._deliver(scheduler.prefill())
+        if decoding and batch.rows:
+            batch.step(self._notify)
+            for row in batch.rows:
+                self._count(row.metrics.per_step_drafted[-1], row.metrics.per_step_accepted[-1])
+            events += self._deliver(batch.rows)
+        if not (decoding and batch.rows):
+            self._notify()
+        return events
 
     def _recover(self) -> None:
         """Start a drafter that has failed again if it is time."""
@@ -223,13 +241,15 @@ class Engine:
                 row.error = row.error or not_finite(self.target, row, number if len(rows) > 1 else None)
             if not row.metrics.first_token_seconds:
                 row.metrics.first_token_seconds = now - row.submit_time
-        if ended := [row for row in rows if row.finish_reason is not None]:
+        ended = [row for row in rows if row.finish_reason is not None]
+        if ended:
             self._end(ended)
         self.timer.mark("overhead")
         for row in rows:
             if row.finish_reason is not None:
                 row.close_phases(self.timer.seconds)
             self._put_event(row, row.new_tokens, row.new_depths)
+        self._forget(ended)
         return [(row, row.new_tokens) for row in rows]
 
     def _put_event(self, row: Request, tokens: list[int], depths: list[int]) -> None:
@@ -259,15 +279,29 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         """Remove cancelled requests."""
-        rows = self._all_requests() if self.scheduler.waiting else [*self.batch.rows, *self.scheduler.prefilling.rows]
-        for row in rows:
+        for row in self._all_requests():
             if row.cancelled:
                 self._cancel(row)
 
     def _all_requests(self) -> list[Request]:
         """All requests that run or wait."""
         with self._queue:
-            return [*self.batch.rows, *self.scheduler.prefilling.rows, *self.scheduler.waiting]
+            return list(self.requests)
+
+    def _forget(self, rows: Sequence[Request]) -> None:
+        """Nothing is to come of requests whose last event is there."""
+        with self._queue:
+            for row in rows:
+                self.requests.pop(row, None)
+
+    def _finish(self, rows: Sequence[Request], reason: str, error: SpecDecError | None = None) -> None:
+        """End requests that are in no queue and no batch, or leave it."""
+        for row in rows:
+            row.finish(reason, error)
+            row.close_phases(self.timer.seconds)
+            self._put_event(row, [], [])
+        self._forget(rows)
+        self._notify()
 
     def _cancel(self, row: Request) -> None:
         with self._queue:
@@ -275,19 +309,12 @@ class Engine:
                 self.scheduler.waiting.remove(row)
             row.finish("cancelled")
         self._end([row])
-        row.close_phases(self.timer.seconds)
-        self._put_event(row, [], [])
-        self._notify()
+        self._finish([row], "cancelled")
 
     def _fail(self, error: BaseException) -> None:
-        """End the running requests after a failed step. Those that wait go on."""
-        rows, why = [*self.batch.rows, *self.scheduler.prefilling.rows], failure(error)
+        """End all requests but those that wait, after a failed step."""
+        self._finish([row for row in self._all_requests() if row.status is not Status.WAITING], "error", failure(error))
         self.scheduler.clear()
-        for row in rows:
-            row.finish("error", why)
-            row.close_phases(self.timer.seconds)
-            self._put_event(row, [], [])
-        self._notify()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -309,10 +336,7 @@ class Engine:
             if self._closing and not (self._draining and self.busy):
                 return False
         began = time.perf_counter()
-        try:
-            self.step()
-        except Exception as error:
-            self._fail(error)
+        self._try_step()  # requests have its error
         self._saved += LEARNING * (time.perf_counter() - began)
         if self._saved > 0 and self.busy:
             began = time.perf_counter()

@@ -60,7 +60,7 @@ class Request:
     scope: cached prefixes are shared only between requests of one scope.
     sender: who sent it, where several share a scope. Rows and the queue are fair between the senders of all scopes.
     priority: waiting requests of a higher one begin first. scope_rows: requests of its scope that may run at once.
-    background: its prompt is run while there are no other requests.
+    background: its prompt is run while there are no other requests, for the first seconds of its wait.
     learn: whether drafters may learn from its text.
     """
 
@@ -253,7 +253,7 @@ class Handle:
             waker = self._waker
         if waker is not None:  # without the lock: the reader takes it at once
             loop, flag = waker
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody reads
                 loop.call_soon_threadsafe(flag.set)
 
     def _take(self) -> Event | None:

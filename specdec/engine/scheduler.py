@@ -23,6 +23,7 @@ HEADROOM = 48  # further free slots for each row at an admission: with fewer, a 
 NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at first, if later requests may reuse it
 SHARED = 32  # a request waits for another's prompt if they share so many more tokens than any cached prefix
 TIMED = 64  # a pass over so many tokens, or more, tells what a prompt's token takes
+PATIENCE = 5.0  # seconds after which a request in the background is one like others: under load, too, it is answered
 PARTIES = 1024  # of so many the turn is known
 CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent states; in a long prompt a quarter of it
 Party = tuple[str | None, str | None]  # ``Request.party``
@@ -154,38 +155,52 @@ class Scheduler:
         self._share_rows()
         fresh = list[Request]()
         while self.running + len(fresh) < self.max_rows and (row := self._next(fresh)) is not None:
-            others, need = self.running + len(fresh), [*map(self._expected_slots, (*fresh, row))]
-            if (self._room(DRAFTED + HEADROOM, need) < 0 and others) or self._still_waits(row):
-                break
-            # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
-            ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
-            source, found, shared = self._longest_prefix(ids, row.scope)
-            if self._should_wait(row, ids, found, fresh):
-                break
-            self._fits(DRAFTED + HEADROOM, need)
-            if shared > found + SHARED:
-                self._fork(row, shared)
-            if self.disk is not None:
-                row.fork_positions.add(len(ids) // self.disk.chunk * self.disk.chunk)
-            cache = None if source is None else source(found, self._expected_slots(row))
-            found = 0 if cache is None else cache.rows[0]  # fewer if a file is damaged
-            self._count_hits(row, found)
-            self.waiting.remove(row)
-            self._count_turn(row.party)
-            if not row.metrics.num_new_tokens:
-                row.metrics.queue_seconds = time.perf_counter() - row.submit_time
-            self.batch.begin(row)
-            row.set_status(Status.PREFILL)
-            if cache is not None and found:
-                cache.expect([self._expected_slots(row)])
-                cache.checkpoint(0)
-                self.prefilling.add([row], cache)
-            else:
-                fresh.append(row)
+            try:
+                if not self._admit(row, fresh):
+                    break
+            except Exception:
+                if row.status is Status.WAITING:  # it would fail again, and end others each time
+                    self._leave_queue(row)
+                raise
         if fresh:
             cache = self.batch.target.new_cache(len(fresh))
             cache.expect([*map(self._expected_slots, fresh)])
             self.prefilling.add(fresh, cache)
+
+    def _admit(self, row: Request, fresh: list[Request]) -> bool:
+        """Let a request begin, with the longest cached prefix of its text, or among ``fresh`` ones; False: it waits."""
+        others, need = self.running + len(fresh), [*map(self._expected_slots, (*fresh, row))]
+        if (self._room(DRAFTED + HEADROOM, need) < 0 and others) or self._still_waits(row):
+            return False
+        # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
+        ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
+        source, found, shared = self._longest_prefix(ids, row.scope)
+        if self._should_wait(row, ids, found, fresh):
+            return False
+        self._fits(DRAFTED + HEADROOM, need)
+        if shared > found + SHARED:
+            self._fork(row, shared)
+        if self.disk is not None:
+            row.fork_positions.add(len(ids) // self.disk.chunk * self.disk.chunk)
+        cache = None if source is None else source(found, self._expected_slots(row))
+        found = 0 if cache is None else cache.rows[0]  # fewer if a file is damaged
+        self._count_hits(row, found)
+        self._leave_queue(row)
+        self._count_turn(row.party)
+        if not row.metrics.num_new_tokens:
+            row.metrics.queue_seconds = time.perf_counter() - row.submit_time
+        self.batch.begin(row)
+        if cache is not None and found:
+            cache.expect([self._expected_slots(row)])
+            cache.checkpoint(0)
+            self.prefilling.add([row], cache)
+        else:
+            fresh.append(row)
+        return True
+
+    def _leave_queue(self, row: Request) -> None:
+        self.waiting.remove(row)
+        row.set_status(Status.PREFILL)
 
     def _share_rows(self) -> None:
         """With all rows taken, let the youngest row of the party with most wait for a party with two fewer, or less.
@@ -215,6 +230,8 @@ class Scheduler:
     def _put_off(self) -> None:
         """Let requests in the background wait while there are others, which can begin with what these have run."""
         waiting = tuple(self.waiting)  # others add to it
+        for row in (*waiting, *self.prefilling.rows):
+            row.background = row.background and time.perf_counter() - row.submit_time < PATIENCE
         if all(row.background for row in (*waiting, *self.batch.rows, *self.prefilling.rows)):
             return
         for row in [row for row in self.prefilling.rows if row.background]:

@@ -96,7 +96,9 @@ class _Scorer:
                 scores = sampler.scores(logits, lambda: [self._prefixes(b, every) for b in range(len(state.ids))])
                 after = [[len(ids) + depth for depth in draft.depths()] for ids in state.ids]
                 tokens = sampler.choose(scores, after)
-                p = scores.softmax(-1) if verifier.needs_probabilities else None
+                if verifier.needs_probabilities and not sampler.greedy:
+                    p, certain = scores.softmax(-1), [b for b, row in enumerate(sampler.rows) if row.transforms.greedy]
+                    p[certain] = _point_masses(tokens[certain], target.vocab_size)
             *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M]
         if read:
             draft.listed = read[0]
@@ -152,9 +154,12 @@ class _Scorer:
                 sampler = Sampler.of([row])
                 scores = sampler.scores(raw, lambda b=b, own=own: [self._prefixes(b, own)])  # type: ignore[misc]
                 found = sampler.choose(scores, [[len(state.ids[b]) + depths[node] for node in own]])[0].tolist()
-            if verifier.needs_probabilities and not state.sampler.plain_greedy:
-                certain = F.one_hot(upload([found], cache.device).clamp_min(0), target.vocab_size).float()
-                p.append(_padded(certain if row.plain_greedy else scores.softmax(-1), [own], width))
+            if verifier.needs_probabilities and not state.sampler.greedy:
+                if row.transforms.greedy:
+                    likely = _point_masses(upload([found], cache.device), target.vocab_size)
+                else:
+                    likely = scores.softmax(-1)
+                p.append(_padded(likely, [own], width))
             if raw is not None and b in self.logit_rows:
                 row_logits[b] = raw[0]
             for node, token in zip(own, found, strict=True):
@@ -228,6 +233,11 @@ def _best_allowed(row: RowSampler, text: Sequence[int], logits: Tensor, best: in
     ids = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in one thread: waking a team takes longer
     at = int(largest(logits.index_select(2, ids.to(logits.device)))) if len(ids) else -1
     return int(ids[at]) if at >= 0 else -1
+
+
+def _point_masses(chosen: Tensor, size: int) -> Tensor:
+    """The distributions of greedy decoding, [B, T, V]: all at the tokens ``chosen`` [B, T]; nothing where it is -1."""
+    return F.one_hot(chosen.clamp_min(0), size).float() * (chosen >= 0)[..., None]
 
 
 def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:

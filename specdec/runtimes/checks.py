@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from specdec.base.errors import NotFiniteError, SpecDecError
+from specdec.base.errors import NotFiniteError, SpecDecError, out_of_memory
 from specdec.models.families import FAMILIES, mixture_of
 from specdec.models.gguf.blocks import Blocks, ExpertBlocks, dequantize, named_weights
 from specdec.models.native_model import NativeModel
@@ -139,6 +139,8 @@ def check_logits(target: Target) -> float:
             with routing(model, routed, known=True) as differences:
                 own = model(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        if out_of_memory(error):  # says nothing of the model, and another runtime needs no less
+            raise
         raise SpecDecError(
             f"model type '{kind}' is not supported: its layers do not run one by one ({error})"
         ) from error

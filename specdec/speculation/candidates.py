@@ -48,6 +48,12 @@ class Candidates(NamedTuple):
             depths.append(depths[parent] + 1)
         return depths[1:]
 
+    def within(self, most: int) -> Candidates:
+        """The nodes of the first ``most`` levels."""
+        depths = self.depths()
+        deep = max(depths, default=0) > most
+        return self.only([node for node, depth in enumerate(depths) if depth <= most]) if deep else self
+
     def path(self, tokens: Sequence[int]) -> list[int]:
         """The nodes of the first of ``tokens`` behind the root that are a path."""
         places = {own: node for node, own in enumerate(zip(self.parents, self.tokens, strict=True))}

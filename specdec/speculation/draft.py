@@ -123,6 +123,21 @@ class Draft:
             self._tokens = self.tokens.masked_fill(own > bound, -1)  # (B, M)
         return cut
 
+    def with_chains(self, chains: Sequence[Sequence[int]]) -> Draft:
+        """This draft with a further chain of tokens behind the root of each row; [] for none.
+
+        The chain takes the place of the row's own nodes. The nodes of the draft keep their indices and their states.
+        """
+        count, deepest = len(self.parents), max(map(len, chains))
+        tokens = [
+            [*([-1] * count if chain else own), *chain, *[-1] * (deepest - len(chain))]
+            for own, chain in zip(self.lists(), chains, strict=True)
+        ]
+        parents = [0, *range(count + 1, count + deepest)]
+        made = Draft(tokens, (*self.parents, *parents), device=self.device)
+        made.found, made.states, made.exit_layer, made.layers = self.found, self.states, self.exit_layer, self.layers
+        return made
+
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> Draft:
         """A draft of no tokens: scoring it is plain decoding."""
@@ -152,9 +167,12 @@ class Acceptance:
     next_tokens: list[int]
 
 
+UNBOUNDED = 1 << 30  # a depth that no draft has
+
+
 @dataclass
 class State:
-    """The running rows, as drafters see them.
+    """The rows of the batch, as drafters see them. Whatever is by row has an entry for each, in the batch's order.
 
     ids[b]: prompt and output of row b; its last token, the root, is not yet cached.
     prices: the costs of levels and nodes; None: a draft may be as deep as its limit, and is a chain by default.
@@ -163,6 +181,7 @@ class State:
         verified.
     row_states[b]: what ``Drafter.begin`` returned for row b.
     scopes[b]: text of one scope must not be drafted in another.
+    depths[b]: maximum depth of row b's draft; 0: the row does not draft in this step.
     """
 
     target: Target
@@ -174,6 +193,15 @@ class State:
     threshold: float | None = None
     row_states: list[Any] = field(default_factory=list)
     scopes: list[str | None] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        self.row_states = self.row_states or [None] * count
+        self.scopes = self.scopes or [None] * count
+        self.depths = self.depths or [UNBOUNDED] * count
+        if not len(self.row_states) == len(self.scopes) == len(self.depths) == count:
+            raise ValueError(f"of {count} rows, some have no state, scope or depth")
 
     @property
     def constrained(self) -> bool:
@@ -307,7 +335,10 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, state: State, limit: int) -> Draft:
-        """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
+        """Draft at most ``limit`` >= 1 tokens in depth after each row's root: the largest of ``state.depths``.
+
+        Nodes of a row that are deeper than its own entry are removed before scoring.
+        """
 
     def candidates(
         self, state: State, limit: int, given: Sequence[Candidates] | None = None

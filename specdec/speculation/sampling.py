@@ -193,6 +193,11 @@ class Sampler:
         return all(row.plain_greedy for row in self.rows)
 
     @property
+    def greedy(self) -> bool:
+        """True if every choice is the argmax of logits, processed or not."""
+        return all(row.transforms.greedy for row in self.rows)
+
+    @property
     def some_greedy(self) -> bool:
         """True if some choices are the argmax of logits."""
         return any(row.transforms.greedy for row in self.rows)
@@ -204,7 +209,7 @@ class Sampler:
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
         """How the token after each row's ``ids`` is sampled; None: all are greedy. Processors are not in it."""
-        if all(row.transforms.greedy for row in self.rows):
+        if self.greedy:
             return None
         made = []
         for row, own in zip(self.rows, ids, strict=True):
@@ -258,7 +263,7 @@ class Sampler:
         size: V, the model's vocabulary.
         vocab: the tokens that scores are over, int64 [V']; None: all.
         """
-        if all(row.transforms.greedy for row in self.rows):
+        if self.greedy:
             return scores
         perturbed = scores - scores.amax(-1, keepdim=True)  # near zero, where scores compete, float32 is finest
         here = vocab if scores.device.type == "cpu" else None  # of few tokens, noise takes a fraction of the time

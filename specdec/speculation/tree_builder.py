@@ -90,8 +90,9 @@ def draft_best(
 ) -> Draft:
     """The draft of each row's best candidates, as ``worth_scoring`` says. levels, free: as in ``Found``.
 
-    Without levels, ``free`` are the best ones.
+    Without levels, ``free`` are the best ones. No row has candidates deeper than its entry of ``State.depths``.
     """
+    rows = [found.within(most) if most < limit else found for found, most in zip(rows, state.depths, strict=True)]
     best = worth_scoring(rows, limit, nodes, state.prices) if levels or free is None else free
     draft, _ = in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)
     draft.found = Found(rows, levels, free)

@@ -28,9 +28,10 @@ class Prices:
 
     nodes: price of scoring n = 0, 1, .. nodes beside the roots.
     level: price of drafting another level for all rows. first: what the first one costs beyond that.
-    rates: [rows][levels], how likely the first, second, .. level has the right token where no other source has it.
-    tables: [rows][tables], calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.sources``); none: what
-        sources say counts.
+    rates: of each row of the batch, how likely its first, second, .. level has the right token where no other source
+        has it. A row has no more levels than its draft may have; one that does not draft has none.
+    tables: of each row of the batch, calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.sources``), which
+        are 0 in a row that does not draft; none: what sources say counts.
     allowance, level_allowance: tokens that nodes, and levels, may be expected to lose, to learn whether they pay.
     """
 
@@ -48,8 +49,12 @@ class Prices:
 
     def limits(self, levels: int, width: int) -> TreeLimits:
         """How far levels are drafted (``TreeLimits``)."""
-        rates = [sum(level) / len(level) for level in zip(*self.rates, strict=True)]
-        some, more = (min(count * max(len(self.rates), 1), len(self.nodes) - 1) for count in USUAL)
+        drafting = [row for row in self.rates if row]
+        each = [
+            [row[level] for row in drafting if level < len(row)] for level in range(max(map(len, drafting), default=0))
+        ]
+        rates = [sum(level) / len(level) for level in each]
+        some, more = (min(count * max(len(drafting), 1), len(self.nodes) - 1) for count in USUAL)
         node = (self.nodes[more] - self.nodes[some]) / max(more - some, 1)
         return TreeLimits(levels, width, self.level, node, rates)
 
@@ -67,18 +72,22 @@ class Prices:
         scored, most = sum(len(own.tokens) for own in free), len(self.nodes) - 1
         expected = [own.by_level() for own in free] or [[] for _ in self.rates]
         # Probability that a row is right up to the level: by the free draft; else by each number of levels behind it
-        on, off = [1.0] * len(self.rates), [list[float]() for _ in self.rates]
+        on, off = [float(len(rates) > 0) for rates in self.rates], [list[float]() for _ in self.rates]
         added, taken, best, count = 0.0, 0, -math.inf, 0
 
         def price(nodes: int) -> float:
             return self.nodes[min(max(scored, nodes), most)]
 
-        for level in range(min(map(len, self.rates), default=0)):
+        for level in range(max(map(len, self.rates), default=0)):
             chances = list[float]()
             for row, rates in enumerate(self.rates):
+                if level >= len(rates):
+                    on[row] = 0.0
+                    continue
                 here = expected[row][level] if level < len(expected[row]) else 0.0
                 ended, on[row] = on[row] - here, here
-                off[row] = [chance * rate for chance, rate in zip([ended, *off[row]], rates, strict=False)]
+                before = [ended, *off[row]]
+                off[row] = [chance * rate for chance, rate in zip(before, rates[: level + 1], strict=True)]
                 chances.append(sum(off[row]))
             node = price(taken + 1) - price(taken)
             worthy = [chance for chance in chances if chance > node]

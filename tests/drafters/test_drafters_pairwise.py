@@ -19,14 +19,17 @@ from policies import alternating
 from scripted import OnlyOddAfterEven, made
 from tiny import model_of, tiny_model
 from tiny_tokenizers import letters
-from zoo import CHAINS, EOS, EVERY, finish, new_tokens
+from zoo import CHAINS, EOS, EVERY, finish, m2r2, medusa, new_tokens
 
 from specdec import Regex, SpecDecoder
 from specdec.api.text import Detokenizer
 from specdec.drafters.auto import AutoDrafter
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.engine.depth import FixedDepth
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, TokenLogprob
 from specdec.models import drafter_folder
@@ -273,3 +276,61 @@ def test_each_drafter_under_the_draft_policy() -> None:
         decoder = plain.with_drafter(make(plain.target))
         assert decoder.generate(PROMPTS[0], max_new_tokens=40).token_ids == expected[0], name
         assert [out.token_ids for out in decoder.generate_batch(PROMPTS[:4], max_new_tokens=40)] == expected, name
+
+
+# --- rows that draft differently -------------------------------------------------------------------------------------
+
+DEPTHS = (0, None, 2)  # of a row: it does not draft, drafts as the policy says, or at most two tokens deep
+PRICED: dict[str, Callable[[Target], Drafter]] = {  # by prices, where a drafter can be
+    "ngram": lambda target: NgramDrafter(),
+    "m2r2": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False),
+    "ngram+m2r2": lambda target: HybridDrafter([NgramDrafter(), m2r2(target, 0, ((1, 2), (3, 4)), True, False)]),
+    "medusa": lambda target: medusa(target),
+    "ngram+medusa": lambda target: HybridDrafter([NgramDrafter(), medusa(target)]),
+    "prompt-lookup+m2r2": lambda target: HybridDrafter(
+        [PromptLookupDrafter(), m2r2(target, 0, ((1, 2), (3, 4)), True, False)]
+    ),
+    **{name: CHAINS[name] for name in ("m2r2-paper", "eagle3", "mtp", "draft-model", "layer-skip")},
+}
+FEATURES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9},
+    {"penalty": "penalties"},
+    {"constraint": True},
+    {"reported": "logprobs"},
+    {"constraint": True, "temperature": 0.9},
+]
+
+
+def check_rows(target: Target, drafter: Drafter, features: Sequence[Mapping[str, Any]]) -> Counter[int | None]:
+    """Run a row of each of ``DEPTHS`` in every order, under the policy that people run; count what each drafts."""
+    drafted = Counter[int | None]()
+    usual = {"temperature": 0.0, "penalty": "none", "constraint": False, "reported": "tokens"}
+    for order in itertools.permutations(DEPTHS):
+        engine, rows = Engine(target, drafter, ExactVerifier(), AutoDepth.of(drafter, 0.02)), []
+        for prompt, depth, own in zip(PROMPTS, order, features, strict=False):
+            request = request_of(prompt, 0, case := usual | dict(own), None)
+            request.num_speculative_tokens = depth
+            rows.append((request, plain(QUICK, prompt, 0, case)))
+        finish(engine, *(request for request, _ in rows))
+        assert engine.drafting == "on", (order, engine.outage)
+        for request, expected in rows:
+            assert (new_tokens(request), request.finish_reason) == (expected.tokens, expected.reason)
+            drafted[request.num_speculative_tokens] += sum(request.metrics.per_step_drafted)
+            if request.num_speculative_tokens is not None and not request.sampler.constraint:
+                assert max(request.metrics.per_step_drafted) <= request.num_speculative_tokens
+    return drafted
+
+
+@pytest.mark.parametrize("name", ["default", *PRICED])
+def test_rows_that_draft_stand_beside_others_in_any_order(name: str, default_of: Callable[[str], Drafter]) -> None:
+    target = target_of(QUICK)
+    drafter = default_of(QUICK) if name == "default" else PRICED[name](target)
+    if name != "default":
+        drafter.bind(target)
+    drafted = Counter[int | None]()
+    mixed = [FEATURES[number:] + FEATURES[:number] for number in range(len(FEATURES))]
+    alike = [[own] * len(DEPTHS) for own in FEATURES]
+    for features in [*alike, *mixed] if name == "default" else [alike[0], mixed[1]]:
+        drafted += check_rows(target, drafter, features)
+    assert drafted[None] > 0 and drafted[2] > 0

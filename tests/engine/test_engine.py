@@ -7,20 +7,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scripted import Scripted
-from tiny import greedy_reference, tiny_model
+from scripted import Scripted, made
+from tiny import greedy_reference, model_of, tiny_model
 from transformers import PreTrainedModel
-from zoo import CHAINS, PROMPTS, TREES, m2r2, new_tokens, run, together
+from zoo import CHAINS, EOS, PROMPTS, TREES, m2r2, new_tokens, run, together
 
-from specdec import SpecDecError
+from specdec import Regex, SpecDecError
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, Drafter, DrafterWarning, State
-from specdec.speculation.sampling import SamplingParams
+from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -233,3 +235,30 @@ def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTraine
 
 
 # -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["reference", "native"])
+def test_forced_tokens_of_a_row_leave_the_drafts_of_others_as_they_are(kind: str, llama: PreTrainedModel) -> None:
+    if kind == "native" and not library.runs():
+        pytest.skip("there are no native kernels here")
+    target = NativeTarget(model_of("llama")) if kind == "native" else ReferenceTarget(llama)
+    rule, prompts = made(Regex("abcdefghij{9}")), [[5, 6, 7, 8], [9, 10, 11]]
+    plain = Request(prompts[1], 24)
+    together(target, NoDrafter(), [plain], FixedDepth(0))
+    text = [*prompts[1], *new_tokens(plain)]
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        right = text[len(ids) :][:limit] if ids[:3] == prompts[1] else [4] * limit
+        return [(token, n) for n, token in enumerate(right)]
+
+    drafter, withdrawn = Scripted(script), list[object]()
+    drafter.begin, numbers = lambda: next(numbers), iter(["bound", "free"])  # type: ignore[method-assign]
+    drafter.withdraw = withdrawn.append  # type: ignore[method-assign]
+    ruled = RowSampler(SamplingParams(), [rule.state(prompts[0])])
+    bound = Request(prompts[0], 12, sampler=ruled, eos=frozenset([EOS]))
+    free = Request(prompts[1], 24)
+    together(target, drafter, [bound, free], FixedDepth(3))
+    assert new_tokens(free) == new_tokens(plain)
+    assert bound.metrics.accepted_by_source == {"constraint": bound.metrics.num_accepted_draft_tokens}
+    assert free.metrics.accepted_by_source == {"scripted": free.metrics.num_accepted_draft_tokens}
+    assert free.metrics.num_accepted_draft_tokens > 12 and set(withdrawn) == {"bound"}

@@ -34,10 +34,12 @@ from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_learning import Learner
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import guard, metrics, scheduler
+from specdec.engine.batch import Batch
 from specdec.engine.depth import DepthChoice, FixedDepth, History
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request, TokenLogprob, prompt_logprobs, token_logprobs
-from specdec.kvcache.prefix import Prefix
+from specdec.engine.scheduler import PrefillBatch, Scheduler
+from specdec.kvcache.prefix import Prefix, PrefixStore
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -157,9 +159,10 @@ class Varied(FixedDepth):
         super().__init__(depth)
         self.rng = random.Random(0)
 
-    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
-        depths = [self.rng.choice((self.choice.depth, self.rng.randrange(self.choice.depth + 1))) for _ in rows]
-        return DepthChoice(max(depths, default=0), depths=depths)
+    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+        return DepthChoice(
+            [min(cap, self.rng.choice((self.depth, self.rng.randrange(self.depth + 1)))) for cap in caps]
+        )
 
 
 @dataclass(eq=False)
@@ -259,7 +262,7 @@ class Schedules(RuleBasedStateMachine):
         style = data.draw(st.integers(0, len(STYLES) - 1), label="style")
         limit, at = data.draw(st.integers(0, MOST), label="limit"), data.draw(st.integers(1, MOST), label="at")
         ends = data.draw(st.sampled_from(["eos", "eos", "stop", "raise", "cancel", None]), label="ends")
-        draft = data.draw(st.integers(0, 7), label="draft") > 0
+        depth = data.draw(st.sampled_from([None, None, None, 0, 0, 1, 3]), label="depth")
         scope = data.draw(st.sampled_from("aaab"), label="scope")
         for stream in range(data.draw(st.sampled_from([1, 1, 1, 2, 3]), label="n")):
             found = plain(self.kind, tuple(prompt), style, stream)
@@ -271,7 +274,7 @@ class Schedules(RuleBasedStateMachine):
                 limit,
                 eos=frozenset(eos),
                 sampler=STYLES[style].sampler(prompt, stream),
-                num_speculative_tokens=None if draft else 0,
+                num_speculative_tokens=depth,
                 logprobs=None if logprobs is None else TOP,
                 prompt_logprobs=logprobs == "prompt",
                 scope=scope,
@@ -459,6 +462,71 @@ class FailingSchedules(Schedules):
                 vars(owner).pop(name)
 
 
+POINTS: list[tuple[type, str]] = [  # where memory, or a file, may fail
+    *((Target, name) for name in ("new_cache",)),
+    *((Scheduler, name) for name in ("_longest_prefix", "_fork", "_count_hits")),
+    *((PrefillBatch, name) for name in ("add", "remove")),
+    *((PrefixStore, name) for name in ("longest", "take", "add")),
+    *((Batch, name) for name in ("begin", "prefill", "join", "keep", "step", "end")),
+]
+
+
+class BrokenSteps(Schedules):
+    """Steps fail at any of ``POINTS``, before or after what is done there. failed: how often at each."""
+
+    failed: ClassVar = Counter[str]()
+    left: ClassVar[int | None] = None  # calls until one fails; None: none does
+
+    @classmethod
+    def wrapped(cls, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            cls.pass_by(f"before {name}")
+            result = method(*given, **named)
+            cls.pass_by(f"after {name}")
+            return result
+
+        return run
+
+    @classmethod
+    def pass_by(cls, where: str) -> None:
+        if cls.left is not None:
+            cls.left -= 1
+            if cls.left < 0:
+                cls.left = None
+                cls.failed[where] += 1
+                raise MemoryError("no memory left")
+
+    @rule(data=st.data(), after=st.integers(0, 24))
+    def fail(self, data: st.DataObject, after: int) -> None:
+        """A step that fails ends what runs, and every other request waits still."""
+        self.arrive(data)
+        type(self).left = after
+        waiting, before = {*self.engine.scheduler.waiting}, sum(self.failed.values())
+        try:
+            super().advance()
+        except MemoryError:
+            assert not self.engine.scheduler.running
+        type(self).left = None
+        if sum(self.failed.values()) > before:
+            going = {case.request for case in self.cases if case.request.finish_reason is None}
+            assert going == {*self.engine.scheduler.waiting} == {*self.engine.requests}
+            assert all(row in going or row.finish_reason for row in waiting)
+
+    def check(self, case: Case) -> None:
+        error = case.request.error
+        if error is None or "no memory left" not in str(error):
+            super().check(case)
+            return
+        assert case.handle is not None
+        events = list(case.handle)
+        found = [token for event in events for token in event.tokens]
+        assert events[-1].finish_reason == "error" and found == case.plain.tokens[: len(found)]
+
+    def teardown(self) -> None:
+        type(self).left = None
+        super().teardown()
+
+
 def alike(found: list[TokenLogprob], expected: list[TokenLogprob]) -> None:
     """The same tokens, as likely but for rounding."""
     assert [each.token_id for each in found] == [each.token_id for each in expected]
@@ -584,6 +652,17 @@ def test_answers_do_not_depend_on_when_the_drafter_fails_and_comes_back(kind: st
     failing = functools.partial(FailingSchedules, clock)
     run_schedules(kind, makers, examples(kind, 12), machine=failing)
     assert all(FailingSchedules.outages[name] for name in OUTAGES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_request_is_lost_wherever_a_step_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target_of(kind), tokens_bytes(kind)  # before anything fails
+    BrokenSteps.failed.clear()
+    for owner, name in POINTS:
+        owner = next(each for each in type(target_of(kind)).__mro__ if name in vars(each)) if owner is Target else owner
+        monkeypatch.setattr(owner, name, BrokenSteps.wrapped(name, getattr(owner, name)))
+    run_schedules(kind, (), examples(kind, 12), machine=BrokenSteps)
+    assert len(BrokenSteps.failed) > 8, BrokenSteps.failed
 
 
 @pytest.mark.slow

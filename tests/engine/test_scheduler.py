@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scripted import Scripted
+from scripted import Clock, Scripted
 from tiny import tiny_model
 from transformers import PreTrainedModel
 from zoo import PROMPTS, finish, new_tokens, run, together
@@ -311,7 +311,7 @@ def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
         raise MemoryError("also here")
 
     engine, go = decoder.engine(), threading.Event()
-    monkeypatch.setattr(engine, "step", lambda: go.wait(300) and 1 / 0)
+    monkeypatch.setattr(engine, "_step", lambda: go.wait(300) and 1 / 0)
     monkeypatch.setattr(engine, "_fail", fail)
     handles = [engine.submit(Request(PROMPTS[0], 3)) for _ in range(3)]
     found: list[str | None] = []
@@ -336,6 +336,78 @@ def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
     with pytest.raises(SpecDecError, match="the engine is closed"):
         engine.submit(Request(PROMPTS[0], 3))
     engine.close()
+
+
+@pytest.mark.parametrize("where", ["new_cache", "begin", "load", "join"])
+def test_an_admission_that_fails_ends_its_request_and_those_that_wait_go_on(
+    where: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ReferenceTarget(llama)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=2, reuse=True)
+    finish(engine, Request(PROMPTS[0], 3))
+    owner, name = {
+        "new_cache": (target, "new_cache"),
+        "begin": (engine.batch, "begin"),
+        "load": (PrefixStore, "take"),
+        "join": (scheduler.PrefillBatch, "add"),
+    }[where]
+
+    def broken(*arguments: Any, **named: Any) -> None:
+        monkeypatch.undo()
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(owner, name, broken)
+    same = engine.scheduler.prefixes.entries[0].ids
+    first, beside, waits = Request([*same, 5], 3), Request([9, 8, 7], 3), Request([3, 4], 3)
+    handles = [engine.submit(request) for request in (first, beside, waits)]
+    with pytest.raises(MemoryError):
+        engine.step()
+    ended = [request for request in (first, beside) if request.finish_reason]
+    assert ended and all("MemoryError: no memory" in str(request.error) for request in ended)
+    finish(engine)
+    for handle in handles:
+        assert [event.finish_reason for event in handle][-1] == ("error" if handle.request in ended else "length")
+    assert waits.finish_reason == "length" and not engine.requests
+
+
+def test_a_loop_that_is_closed_ends_no_request(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0))
+
+    class Closing(asyncio.SelectorEventLoop):
+        """It is closed between the question and the call."""
+
+        def is_closed(self) -> bool:
+            return False
+
+    async def leave(handle: Handle) -> None:
+        async for _ in handle:
+            break
+
+    request = Request(PROMPTS[0], 6)
+    handle, loop = engine.submit(request), Closing()
+    loop.run_until_complete(leave(handle))
+    asyncio.SelectorEventLoop.close(loop)
+    finish(engine)
+    assert request.finish_reason == "length"
+
+
+def test_a_request_in_the_background_is_answered_under_load(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(scheduler, "time", clock)
+    monkeypatch.setattr("specdec.engine.engine.time", clock)
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1)
+    warm = Request(PROMPTS[0], 0, background=True)
+    engine.enqueue(warm)
+    for _ in range(60):  # there is always another request
+        if not engine.scheduler.waiting or all(row is warm for row in engine.scheduler.waiting):
+            engine.enqueue(Request(PROMPTS[1], 3))
+            engine.enqueue(Request(PROMPTS[2], 3))
+        engine.step()
+        clock.now += 0.5
+        assert (warm.finish_reason is None) or clock.now - warm.submit_time > scheduler.PATIENCE
+    assert warm.finish_reason == "length"
 
 
 def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:

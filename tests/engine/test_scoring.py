@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import pytest
-from tiny import tiny_model
-from zoo import finish
+from scripted import Scripted
+from tiny import model_of, tiny_model
+from torch import Tensor
+from transformers import LogitsProcessor
+from zoo import finish, new_tokens, together
 
 from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
 from specdec.speculation.sampling import SamplingParams, Transforms
 from specdec.verifiers.exact import ExactVerifier
+from specdec.verifiers.typical import TypicalVerifier
+
+needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_sampled_rows_process_logits_after_accepted_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
     drafter, processed = NgramDrafter(9, prior=False), list[int]()
@@ -36,3 +45,33 @@ def test_sampled_rows_process_logits_after_accepted_tokens_alone(monkeypatch: py
         for name in ("num_draft_tokens", "num_accepted_draft_tokens", "num_new_tokens")
     )
     assert accepted > 0 and sum(processed) <= new + (drafted - accepted) // 4
+
+
+class Threes(LogitsProcessor):
+    """A processor that allows every third token alone."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, [token for token in range(scores.shape[1]) if token % 3]] = float("-inf")
+        return scores
+
+
+@pytest.mark.parametrize("kind", [ReferenceTarget, pytest.param(NativeTarget, marks=needs_native)])
+def test_typical_acceptance_takes_only_the_tokens_of_plain_decoding_in_a_greedy_row(kind: type[Target]) -> None:
+    """With a processor, and beside rows that sample: of an unsure model, most tokens are typical."""
+    target = kind(model_of("llama") if kind is NativeTarget else tiny_model("llama"))  # type: ignore[call-arg]
+
+    def requests(greedy: int, sampled: int) -> list[Request]:
+        hot = [Request([9, 10, number], 24, SamplingParams(temperature=5.0)) for number in range(3, 3 + sampled)]
+        made = [Request([5, 6, number], 24, processors=[Threes()] * (number % 2)) for number in range(3, 3 + greedy)]
+        return made + hot
+
+    plain = requests(2, 0)
+    together(target, NoDrafter(), plain, FixedDepth(0))
+    for greedy, sampled in ((1, 0), (2, 0), (2, 2)):
+        drafter = Scripted(lambda ids, limit: [((7 * len(ids) + n) % 97, n) for n in range(limit)])
+        rows = requests(greedy, sampled)
+        together(target, drafter, rows, FixedDepth(3), TypicalVerifier(epsilon=1e-4))
+        for row, expected in zip(rows[:greedy], plain, strict=False):
+            assert new_tokens(row) == new_tokens(expected)
+        assert all(row.metrics.num_accepted_draft_tokens for row in rows[greedy:])

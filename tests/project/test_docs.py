@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import inspect
 import re
 import shlex
 import tomllib
@@ -21,6 +22,7 @@ from specdec.models import catalogue
 from specdec.runtimes import fused
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
+from specdec.speculation.draft import Drafter, Verifier
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("drafters/**/README.md"))]
 GENERATED = {"cli.md"}  # by .ci/site.py
@@ -122,6 +124,25 @@ def test_the_page_on_extending_names_what_a_runtime_must_have() -> None:
     page = (ROOT / "docs/extend.md").read_text("utf-8")
     named = re.findall(r"^\| `(\w+)\(", page[page.index("## A runtime") :], re.MULTILINE)
     assert sorted(named) == sorted(Target.__abstractmethods__)
+
+
+@pytest.mark.parametrize("kind", [Drafter, Verifier])
+def test_the_page_on_extending_lists_what_a_plug_in_may_have(kind: type[Drafter | Verifier]) -> None:
+    """Each method with its arguments; of a verifier its attributes, too."""
+    page = (ROOT / "docs/extend.md").read_text("utf-8")
+    section = page.partition(f"\n## A {kind.__name__.lower()}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.M)
+    found = {each for row in rows for each in re.findall(r"`([^`]+)`", row)}
+    methods, others = set(), {*kind.__annotations__} if kind is Verifier else set()
+    for name, value in vars(kind).items():
+        if isinstance(value, property) and kind is Verifier:
+            others.add(name)
+        elif not name.startswith("_") and callable(getattr(kind, name)):
+            arguments = inspect.signature(getattr(kind, name)).parameters.values()
+            methods.add(
+                f"{name}({', '.join(str(each).partition(':')[0] for each in arguments if each.name != 'self')})"
+            )
+    assert found == methods | others
 
 
 def test_the_picture_of_a_terminal_shows_the_command_beside_it() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 from specdec.models.families import EXPERTS, FAMILIES
 from specdec.runtimes.decoder_layer import router
+from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
 
 MIXTURES = [name for name, family in FAMILIES.items() if family.fields >= EXPERTS]
 native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
@@ -103,3 +105,18 @@ def test_numbers_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ReferenceTarget, "readout", wrong)
     with pytest.raises(SpecDecError, match="gives other logits"):
         ReferenceTarget(tiny_model("llama"))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_full_memory_is_no_fault_of_the_model(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised as it is, and no slower runtime is taken."""
+
+    def full(*given: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(FusedTarget, "layers", full)
+    with pytest.raises(RuntimeError) as found:
+        make_target(tiny_model("llama"))
+    assert found.value is error

@@ -7,6 +7,8 @@ import random
 from collections.abc import Sequence
 
 from specdec.engine.depth import DepthChoice, FixedDepth, History
+from specdec.engine.depth.calibration import SAID
+from specdec.engine.depth.policy import NEVER
 from specdec.speculation.draft import Drafter
 from specdec.speculation.trees import Prices
 
@@ -17,23 +19,24 @@ def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth
     """A policy that takes turns: plain steps, and drafts from every source that the policy may choose.
 
     A source is an exit of the drafter, or none in particular. In some turns there are prices, with cheap levels or dear
-    ones. Each row drafts to a depth of its own, which changes in every step.
+    ones. Each row drafts to a depth of its own, which changes in every step, and no deeper than it may.
     """
     sources = list(itertools.product((None, *range(drafter.num_exits)), (None, CHEAP, DEAR)))
     rng = random.Random(seed)
 
-    def script(rows: int) -> DepthChoice:
+    def script(caps: Sequence[int]) -> DepthChoice:
         if not turns:
             turns.extend(rng.sample(sources, len(sources)))
             turns.insert(rng.randrange(len(sources)), None)
-        turn, depths = turns.pop(), [rng.randint(0, deepest) for _ in range(rows)]
-        if turn is None or not rows:
-            return DepthChoice()
+        turn, depths = turns.pop(), [rng.randint(0, deepest) for _ in caps]
+        if turn is None or not any(caps):
+            return DepthChoice([0] * len(caps))
         exit, level = turn
-        depths[rng.randrange(rows)] = rng.randint(1, deepest)
-        nodes = [0.02 * count for count in range(25)]
-        prices = None if level is None else Prices(nodes, level, rates=[[0.8] * deepest] * rows)
-        return DepthChoice(max(depths), exit, prices, depths)
+        depths[rng.randrange(len(caps))] = rng.randint(1, deepest)
+        depths = [min(depth, cap) for depth, cap in zip(depths, caps, strict=True)]
+        nodes, rates = [0.02 * count for count in range(25)], [[0.8] * min(deepest, cap) for cap in caps]
+        tables = [[SAID if cap else NEVER] * len(drafter.sources) for cap in caps] if drafter.has_probabilities else ()
+        return DepthChoice(depths, exit, None if level is None else Prices(nodes, level, rates=rates, tables=tables))
 
     turns = list[tuple[int | None, float | None] | None]()
     return _Scripted(script, deepest)
@@ -44,6 +47,6 @@ class _Scripted(FixedDepth):
         super().__init__(deepest)
         self.script = script
 
-    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
-        choice: DepthChoice = self.script(len(rows))
+    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+        choice: DepthChoice = self.script(caps)
         return choice

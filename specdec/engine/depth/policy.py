@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from specdec.engine.depth.calibration import MEMORY, History, Seen, rates, table, worth
 from specdec.engine.depth.costs import CostModel, Costs
-from specdec.speculation.candidates import Candidates
+from specdec.speculation.candidates import KNOTS, Candidates
 from specdec.speculation.draft import Drafter, Found
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
@@ -29,27 +29,31 @@ MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without
 TRIED = 0.008  # share of the time in which each choice that is not made is tried
 FADE = 0.9  # weight of the past per step in the present speed
 PLAIN, DRAFT, NODES = "plain", "draft", "nodes"  # choices, beside the levels of each exit
+NEVER = [0.0] * len(KNOTS)  # the table of a row that does not draft
 
 
 class DepthChoice(NamedTuple):
     """What to draft in a step.
 
-    depth: maximum tokens for each row; 0 is a plain step.
+    depths: maximum depth of each row's draft; 0: the row does not draft.
     exit, prices: as in ``State``.
-    depths: maximum tokens for each row, where they differ.
     """
 
-    depth: int = 0
+    depths: Sequence[int] = ()
     exit: int | None = None
     prices: Prices | None = None
-    depths: Sequence[int] | None = None
+
+    @property
+    def depth(self) -> int:
+        """The largest of ``depths``; 0 in a plain step."""
+        return max(self.depths, default=0)
 
 
 @dataclass
 class StepReport:
     """The result of a step.
 
-    rows: their histories.
+    rows: the histories of all rows.
     drafted: depth of each row's draft.
     accepted: number of each row's accepted drafted tokens.
     scored: number of tokens of the pass.
@@ -74,13 +78,13 @@ class FixedDepth:
     plain_seconds: float | None = None
 
     def __init__(self, depth: int, exit: int | None = None) -> None:
-        self.choice = DepthChoice(depth, exit)
+        self.depth, self.exit = depth, exit
 
     def begin(self) -> History:
         return History(0, 0, 0)
 
-    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
-        return self.choice
+    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+        return DepthChoice([min(self.depth, cap) for cap in caps], self.exit)
 
     def follow(self, version: int) -> None:
         pass
@@ -158,38 +162,46 @@ class AutoDepth:
         """The present speed over that of plain decoding."""
         return max(self.tokens / self.spent, 1.0)
 
-    def choose(self, rows: Sequence[History], plain: int = 0) -> DepthChoice:
-        """What to draft in the next step of ``rows``, beside ``plain`` others that never draft."""
-        count = len(rows) + plain
-        self.choice = DepthChoice()
-        if not rows:
+    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+        """What to draft in the next step of ``rows``.
+
+        rows: the histories of all rows of the batch. caps: the depth that each row's draft may have; a row with 0 does
+            not draft, and waits for the pass as well.
+        """
+        count, drafting = len(rows), [row for row, cap in zip(rows, caps, strict=True) if cap]
+        self.choice = DepthChoice([0] * count)
+        if not drafting:
             return self.choice
-        passes = self.passes = self.model.passing(count, len(rows) * MOST_NODES)
+        passes = self.passes = self.model.passing(count, len(drafting) * MOST_NODES)
         speed = self.speedup * count / passes[0]
-        added = sum(worth(row, self.common, count) for row in rows)
+        added = sum(worth(row, self.common, count) for row in drafting)
         gain = added / speed - self.model.drafting(count)  # in seconds
         if gain > 0:
             drafts = not self._due(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
         else:
             drafts = self._due(DRAFT, -gain)
         if drafts:
-            self.choice = self._best(rows, speed, count)
+            self.choice = self._best(rows, caps, speed)
         return self.choice
 
     def _due(self, what: str | int, loss: float) -> bool:
         """Whether ``what`` has not been tried for so long that it may lose ``loss`` seconds."""
         return TRIED * self.idle[what] >= loss
 
-    def _best(self, rows: Sequence[History], speed: float, count: int) -> DepthChoice:
+    def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:
         """The prices at the exit whose levels bring most, or at one that is due; and the depths that they are worth."""
-        tables = [[table(row, self.common, source) for source in range(self.size[0])] for row in rows]
+        count, sources = len(rows), range(self.size[0])
+        tables = [
+            [table(row, self.common, source) if cap else NEVER for source in sources]
+            for row, cap in zip(rows, caps, strict=True)
+        ]
         every = list[tuple[float, int, Prices]]()
         for exit in self.exits:
             prices = Prices(
                 [speed * (seconds - self.passes[0]) for seconds in self.passes],
                 level=speed * self.model.level(exit, count),
                 first=speed * self.model.first(exit, count),
-                rates=[rates(row, self.common, exit) for row in rows],
+                rates=[rates(row, self.common, exit)[:cap] for row, cap in zip(rows, caps, strict=True)],
                 tables=tables if self.has_probabilities else (),
                 allowance=speed * TRIED * self.idle[NODES],
                 level_allowance=speed * TRIED * self.idle[exit],
@@ -199,8 +211,8 @@ class AutoDepth:
         others = [own for own in every if own is not best and own[2].levels()]
         due = [own for own in others if self._due(own[1], (best[0] - own[0]) / speed)]
         _, exit, prices = due[0] if due else best
-        depths = [self.max_depth] * len(rows) if self.has_probabilities else self._depths(prices)
-        return DepthChoice(max(depths), exit if len(self.exits) > 1 else None, prices, depths)
+        depths = [min(self.max_depth, cap) for cap in caps] if self.has_probabilities else self._depths(prices)
+        return DepthChoice(depths, exit if len(self.exits) > 1 else None, prices)
 
     def _depths(self, prices: Prices) -> list[int]:
         """How deep a drafter without probabilities drafts for each row: its tokens have those of their positions."""
@@ -208,10 +220,10 @@ class AutoDepth:
         levels = prices.levels()
         chains = [Candidates.chain(row[:levels]) for row in prices.rates]
         depths = [len(found.tokens) for found in worth_scoring(chains, levels, None, prices)]
-        return depths if any(depths) else [min(levels, 1)] * len(depths)
+        return depths if any(depths) else [min(levels, len(row), 1) for row in prices.rates]
 
     def observe(self, step: StepReport) -> None:
-        """Learn from a step that drafted as the last choice says."""
+        """Learn from a step that drafted as the last choice says, of the rows that drafted."""
         model, choice, count, found = self.model, self.choice, len(step.rows), step.found
         seconds, accepted, nodes = step.drafting + step.other, sum(step.accepted), step.scored - count
         exit, levels = choice.exit or 0, max(step.drafted, default=0) if found is None else found.levels
@@ -229,17 +241,20 @@ class AutoDepth:
         model.add_draft(exit, count, levels, step.drafting)
         scoring = self.passes[min(nodes, len(self.passes) - 1)] - self.passes[0]
         drafting = model.first(exit, count) * (levels > 0) + levels * model.level(exit, count)
-        price = self.speedup * (scoring + drafting) / self.passes[0]
-        for b, (row, right) in enumerate(zip(step.rows, step.accepted, strict=True)):
+        rows = sum(depth > 0 for depth in choice.depths)  # that drafted, and share the price
+        price = self.speedup * count / rows * (scoring + drafting) / self.passes[0]
+        for b, (row, right, most) in enumerate(zip(step.rows, step.accepted, choice.depths, strict=True)):
+            if not most:
+                continue
             if found is None:
                 seen = Seen.of(right, step.drafted[b])
             else:
                 first = 0 if found.free is None else len(found.free[b].path(step.tokens[b]))
-                seen = Seen.of(right, levels, first, found.rows[b], step.tokens[b])
+                seen = Seen.of(right, min(levels, most), first, found.rows[b], step.tokens[b])
             for history in (row, self.common):
                 history.add(seen, exit, count, right - price)
         if found is None and levels:
-            self.width = 0.8 * self.width + 0.2 * nodes / (count * levels)
+            self.width = 0.8 * self.width + 0.2 * nodes / (rows * levels)
 
     def costs(self) -> Costs:
         """What is known, for later processes."""

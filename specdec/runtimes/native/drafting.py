@@ -127,9 +127,10 @@ class TreeDrafter:
         forbidden = None if roots.forbidden is None else roots.forbidden.contiguous()
         struct.forbidden = None if forbidden is None else forbidden.data_ptr()
         self.positions[:], self.roots[:] = list(roots.positions), list(roots.tokens)
-        for own, given in zip(self.sampled, roots.sampled or (), strict=False):
-            own.seed, own.stream, own.place, temperature, own.top_k, own.top_p, own.min_p = given
-            own.sharpness = 1 / temperature if temperature else 0.0
+        if roots.sampled is not None:
+            for own, given in zip(self.sampled, roots.sampled, strict=True):
+                own.seed, own.stream, own.place, temperature, own.top_k, own.top_p, own.min_p = given
+                own.sharpness = 1 / temperature if temperature else 0.0
         struct.sampled = None if roots.sampled is None else ctypes.addressof(self.sampled)
         alive: list[Any] = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
@@ -142,14 +143,16 @@ class TreeDrafter:
             limits.node,
             [*map(limits.rate, range(len(self.rates)))],
         )
-        for into, tables in zip(self.tables, roots.tables or (), strict=False):
-            for row, table in zip(into, tables, strict=False):
-                row[:] = table
+        if roots.tables is not None:
+            for into, tables in zip(self.tables, roots.tables, strict=True):
+                for kind, table in enumerate(tables):
+                    into[kind][:] = table
         struct.tables = None if roots.tables is None else ctypes.addressof(self.tables)
-        for each, (_, tokens, parents, raw) in zip(self.given, roots.given or (), strict=False):
-            each.count = len(tokens)
-            alive += [(INT * each.count)(*tokens), (INT * each.count)(*parents), (FLOAT * each.count)(*raw[0])]
-            each.tokens, each.parents, each.p = map(ctypes.addressof, alive[-3:])
+        if roots.given is not None:
+            for each, (_, tokens, parents, raw) in zip(self.given, roots.given, strict=True):
+                each.count = len(tokens)
+                alive += [(INT * each.count)(*tokens), (INT * each.count)(*parents), (FLOAT * each.count)(*raw[0])]
+                each.tokens, each.parents, each.p = map(ctypes.addressof, alive[-3:])
         struct.given = None if roots.given is None else ctypes.addressof(self.given)
         self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
         struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)

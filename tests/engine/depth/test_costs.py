@@ -151,8 +151,8 @@ def learned() -> AutoDepth:
     policy = AutoDepth(shares=(0.2,))
     row = policy.begin()
     for number in range(60):
-        policy.choose([row])
-        policy.choice = policy.choice._replace(depth=2)
+        policy.choose([row], [99])
+        policy.choice = policy.choice._replace(depths=[2])
         policy.observe(StepReport([row], [2], [number % 2], 3, 2.6, 6.3))
     return policy
 
@@ -197,7 +197,7 @@ def test_a_file_of_something_else_or_of_another_machine_is_not_used(
         assert load(target, drafter) is None
     file.write_text(json.dumps({"passes": [9.0], "hits": [[1.0] * 99], "trials": [[]]}))  # of another size
     policy = AutoDepth(earlier=load(target, drafter))
-    assert policy.choose([policy.begin()]).depth >= 0 and len(policy.passes) > 8
+    assert policy.choose([policy.begin()], [99]).depth >= 0 and len(policy.passes) > 8
 
 
 def test_a_cache_that_cannot_be_written_only_makes_the_next_process_begin_anew(

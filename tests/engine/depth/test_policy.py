@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, FixedDepth, StepReport
+from specdec.engine.depth.calibration import worth
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Found
 from specdec.speculation.tree_builder import worth_scoring
@@ -16,6 +17,7 @@ from specdec.speculation.trees import Prices
 
 SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}  # seconds of a pass
 PLAIN = SCORE[1]
+MOST = 99  # the depth that a row's draft may have
 
 
 def seconds(tokens: int) -> float:
@@ -31,7 +33,7 @@ class OneRow(AutoDepth):
         self.row = self.begin()
 
     def next(self) -> DepthChoice:
-        return self.choose([self.row])
+        return self.choose([self.row], [MOST])
 
     def took(self, drafted: int, accepted: int, scored: int, draft: float, rest: float) -> None:
         self.observe(StepReport([self.row], [drafted], [accepted], scored, draft, rest))
@@ -81,7 +83,7 @@ def fixed(acceptance: float, level: float, depth: int) -> float:
 def test_a_fixed_depth_stays_so() -> None:
     policy = FixedDepth(3, 1)
     for _ in range(3):
-        choice = policy.choose([policy.begin()])
+        choice = policy.choose([policy.begin()], [MOST])
         assert (choice.depth, choice.exit, choice.prices) == (3, 1, None) and policy.plain_seconds is None
         policy.follow(1)
         policy.observe(StepReport([policy.begin()], [3], [0], 4, 1.0, 1.0))
@@ -196,8 +198,8 @@ def rows_of(policy: AutoDepth, acceptance: Sequence[float], steps: int, rng: ran
     takes 3 s for all rows."""
     rows, total, tokens, drafted = [policy.begin() for _ in acceptance], 0.0, 0, [0] * len(acceptance)
     for _ in range(steps):
-        choice = policy.choose(rows)
-        depths = list(choice.depths or [choice.depth] * len(rows))
+        choice = policy.choose(rows, [MOST] * len(rows))
+        depths = list(choice.depths)
         accepted = [
             next((n for n in range(depth) if rng.random() >= p), depth)
             for depth, p in zip(depths, acceptance, strict=True)
@@ -236,8 +238,11 @@ def test_a_row_whose_drafts_fail_drafts_less_than_its_neighbours() -> None:
 def test_rows_that_never_draft_wait_for_the_pass_as_well() -> None:
     policy = policy_of()
     rows_of(policy, [0.5] * 2, 200, random.Random(1))
-    alone, beside = (policy.choose([policy.begin(), policy.begin()], plain) for plain in (0, 30))
-    assert sum(alone.depths or []) > sum(beside.depths or []) and policy.choose([], 4).depth == 0
+    alone, beside = (
+        policy.choose([policy.begin() for _ in range(2 + plain)], [MOST, MOST, *[0] * plain]) for plain in (0, 30)
+    )
+    assert sum(alone.depths) > sum(beside.depths) and not any(beside.depths[2:])
+    assert policy.choose([policy.begin()] * 4, [0] * 4).depth == 0
 
 
 def by_source(policy: OneRow, said: float, right: float, level: float, free: float, tokens: int, seed: int) -> float:
@@ -308,3 +313,27 @@ def test_levels_that_become_good_are_noticed() -> None:
     by_source(policy, 0.6, 0.9, 2.0, 0.2, 3000, 2)
     best = min((0.2 + 2 * k + seconds(1 + k)) / sum(0.9**i for i in range(k + 1)) for k in range(9))
     assert by_source(policy, 0.6, 0.9, 2.0, 0.2, 1000, 3) / 1000 <= best / 0.96
+
+
+@pytest.mark.parametrize("others", [0, 7])
+def test_rows_that_never_draft_say_nothing_of_the_drafter(others: int) -> None:
+    """A drafter that is always right is worth as much beside them, but for what they wait for."""
+    policy = AutoDepth(ratio=0.001)
+    rows = [policy.begin() for _ in range(1 + others)]
+    for _ in range(60):
+        choice = policy.choose(rows, [MOST, *[0] * others])
+        drafted = [choice.depths[0], *[0] * others]
+        policy.observe(StepReport(rows, drafted, drafted, len(rows) + sum(drafted), 0.1, 20.0))
+    assert worth(rows[0], policy.common, len(rows)) > 5 and choice.depth > 4
+    fresh = policy.begin()
+    assert all(row.worth.trials == fresh.worth.trials for row in rows[1:])
+
+
+def test_a_row_says_nothing_of_levels_deeper_than_it_may_draft() -> None:
+    policy = AutoDepth(True, 1)
+    rows = [policy.begin(), policy.begin()]
+    policy.choose(rows, [1, 4])
+    found = Found([Candidates.none(), Candidates.none()], levels=4)
+    policy.observe(StepReport(rows, [1, 4], [1, 4], 7, 1.0, 20.0, [[5, 6]] * 2, found))
+    assert [sum(row.by_position[0].trials) for row in rows] == [1, 4]
+    assert [sum(row.by_position[0].hits) for row in rows] == [1, 4]

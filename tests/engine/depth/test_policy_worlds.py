@@ -35,7 +35,7 @@ def run(world: World, seed: int) -> list[float]:
     for phase, kinds in enumerate([world.phases[0], *world.phases]):
         rows, total = [Row(world, kinds, 1000 * seed + 20 * phase + b) for b in range(world.rows)], 0.0
         while sum(row.at for row in rows) < world.tokens * world.rows:
-            choice, found, nodes, levels = policy.choose(histories), None, 0, 0
+            choice, found, nodes, levels = policy.choose(histories, [2 * DEPTH] * world.rows), None, 0, 0
             taken, drafting = [list[int]() for _ in rows], 0.0
             if choice.depth:
                 draft = drafter.propose(state_of(rows, choice.prices, pair=True), choice.depth)
