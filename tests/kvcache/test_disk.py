@@ -324,13 +324,13 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
     if started:
         engine.start()
     assert len(answer(engine, made, PROMPT)[0]) == 12
-    thread = engine._thread
+    work = engine._work
     del engine
     for _ in range(300):
         gc.collect()
-        if thread is None or not thread.is_alive():
+        if work is None or not work.running:
             break
-        thread.join(1)
+        work.join(1)
     gc.collect()
     writer.join(300)
     assert not writer.is_alive() and len(files(tmp_path)) == 5
