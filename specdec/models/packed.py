@@ -75,6 +75,13 @@ def packed_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob(f"*{SUFFIX}"))
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read it. Raises OSError for what is no file: opening a FIFO would wait for a writer."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+    return path.open("rb")
+
+
 class Reading:
     """A file that threads read into large pages.
 
@@ -86,7 +93,7 @@ class Reading:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("rb")
+        self.file = open_file(path)
         self.state, self.truncated = stamp([self.file.fileno()]), False
         self.size = self.state[0]
         self.pages = mmap.mmap(-1, self.size + PAGE)
@@ -142,6 +149,12 @@ def take(path: Path, file: BinaryIO) -> Reading:
         reading.stop()
         reading = None
     return reading or Reading(path)
+
+
+def forget(path: Path) -> None:
+    """Stop reading the file at ``path``, if that has begun: nobody takes it."""
+    if (reading := _begun.pop(path, None)) is not None:
+        reading.stop()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import CancelledError
+from contextlib import suppress
 
 import pytest
 
@@ -37,10 +38,8 @@ def test_work_that_is_stopped_has_ended_and_has_no_result() -> None:
 
 def test_no_handler_of_errors_takes_a_stop_for_a_failure() -> None:
     def handles(stop: Stop) -> str:
-        try:
+        with suppress(Exception):
             until_stopped(stop)
-        except Exception:
-            pass
         return "went on"
 
     work = Work(handles, "handles errors")

@@ -337,6 +337,32 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
     PrefixDisk(tmp_path, 1 << 20, "x").close()
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_an_error_of_any_kind_ends_writing_and_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    """Also where its warning is an error."""
+
+    def broken(cache: KVCache, *place: int) -> dict[str, torch.Tensor]:
+        raise RuntimeError("out of memory\non the device")
+
+    made = decoder()
+    monkeypatch.setattr(threading, "excepthook", lambda *what: None)
+    with warnings.catch_warnings(record=ignored) as said, engine_of(made, tmp_path) as engine:
+        warnings.simplefilter("always" if ignored else "error", SpecDecWarning)
+        with monkeypatch.context() as patch:
+            patch.setattr(KVCache, "read", broken)
+            assert len(answer(engine, made, PROMPT)[0]) == 12
+            if ignored:
+                finish(engine)
+        assert len(answer(engine, made, [9, *PROMPT])[0]) == 12
+    assert not files(tmp_path)
+    if said is not None:
+        [warning] = [str(each.message) for each in said if issubclass(each.category, SpecDecWarning)]
+        assert warning.endswith(": out of memory on the device")
+    PrefixDisk(tmp_path, 1 << 20, "x").close()
+
+
 def test_one_process_has_a_folder(tmp_path: Path) -> None:
     made = decoder()
     with engine_of(made, tmp_path), pytest.raises(SpecDecError, match="is in use by another process"):
