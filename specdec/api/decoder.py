@@ -481,7 +481,8 @@ class SpecDecoder:
         disk = None
         if prefix_cache is not None:
             recurrent = bool(self.target.recurrent_layers)
-            disk = PrefixDisk(prefix_cache, prefix_cache_size, identity.numbers(self.target), recurrent)
+            own = identity.numbers(self.target, identity.content(self.target.model))
+            disk = PrefixDisk(prefix_cache, prefix_cache_size, own, recurrent)
         try:
             engine = self.stepped_engine(
                 num_speculative_tokens,

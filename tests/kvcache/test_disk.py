@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from at_once import BF16
-from tiny import model_of, tiny_model
+from tiny import change_unseen, model_of, tiny_model
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError, SpecDecWarning
@@ -361,6 +361,18 @@ def test_an_error_of_any_kind_ends_writing_and_no_thread(
         [warning] = [str(each.message) for each in said if issubclass(each.category, SpecDecWarning)]
         assert warning.endswith(": out of memory on the device")
     PrefixDisk(tmp_path, 1 << 20, "x").close()
+
+
+def test_a_model_with_other_weights_and_the_same_fingerprint_has_its_own_prefixes(tmp_path: Path) -> None:
+    made, other = decoder(), decoder()
+    with engine_of(made, tmp_path) as engine:
+        answer(engine, made, PROMPT)
+    change_unseen(other.model)
+    assert other.target.fingerprint == made.target.fingerprint
+    with engine_of(other, tmp_path) as engine:
+        assert answer(engine, other, PROMPT)[1] == 0
+    with engine_of(made, tmp_path) as engine:
+        assert answer(engine, made, PROMPT)[1] == 64
 
 
 def test_one_process_has_a_folder(tmp_path: Path) -> None:
