@@ -1,9 +1,9 @@
 """Whether a model is the one that a drafter was trained for, in the same or in another precision, and whether keys and
 values are those that it would compute.
 
-Fingerprints are of sampled values; ``content`` is of all. For unequal fingerprints, sampled values decide whether one model is the other in another
-precision: quantised weights of a block lie on a grid, whose step a few values show, and quantisation moves a value by
-at most half a step. Smaller changes of a model are not detected.
+A fingerprint is of sampled values; ``content`` is of all. For unequal fingerprints, sampled values decide whether one
+model is the other in another precision: quantised weights of a block lie on a grid, whose step a few values show, and
+quantisation moves a value by at most half a step. Smaller changes of a model are not detected.
 """
 
 from __future__ import annotations

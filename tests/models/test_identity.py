@@ -106,9 +106,7 @@ def test_of_two_models_with_one_fingerprint_the_content_differs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_the_content_of_a_model_is_that_of_its_file(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_content_of_a_model_is_that_of_its_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", 128) if kind == "file" else save_native(tmp_path / "it")
     model, again = (loading.load(path)[0] for _ in range(2))

@@ -202,7 +202,9 @@ def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelli
     assert run.stdout.split() == ["native"], run.stderr
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen3_moe", False), ("gpt_oss", False)])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", True), ("llama", False), ("qwen3_moe", False), ("gpt_oss", False)]
+)
 def test_a_saved_model_has_its_weights_in_blocks(
     kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
