@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from specdec.base import files
+from specdec.base.background import Stop
 from specdec.speculation.ngram import Ints
 
 SHIPPED = "pretrained/ngram/corpus.txt.xz"  # texts, one behind the other, a NUL between them
@@ -25,10 +26,11 @@ MAX_TOKENS = 1 << 20  # tokens of a corpus
 BATCH = 64  # texts that are tokenised at once
 
 
-def corpus(tokenizer: Any, vocab_size: int) -> Ints:
+def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
     """The corpus for a model with that tokenizer, at most ``MAX_TOKENS`` tokens.
 
-    Empty, but for one -1, if the tokenizer cannot read it: a vocabulary of words may lack an unknown token.
+    Empty, but for one -1, if the tokenizer cannot read it: a vocabulary of words may lack an unknown token. Raises
+    Stopped.
     """
     found = np.array([-1], np.int32)
     packed = importlib.resources.files("specdec.drafters").joinpath(SHIPPED).read_bytes()
@@ -37,7 +39,7 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
         with suppress(OSError):
             kept = np.fromfile(path, "<i4", MAX_TOKENS).astype(np.int32)
         if not len(kept):  # none, or what a full disk has left
-            kept = tokenised(lzma.decompress(packed).decode().split("\0"), tokenizer, MAX_TOKENS)
+            kept = tokenised(lzma.decompress(packed).decode().split("\0"), tokenizer, MAX_TOKENS, stop)
             with suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files.write_atomically(path, kept.astype("<i4").tobytes())
@@ -46,10 +48,12 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
     return found
 
 
-def tokenised(texts: Iterable[str], tokenizer: Any, most: int) -> Ints:
-    """``texts`` in tokens, as many as fit ``most``."""
+def tokenised(texts: Iterable[str], tokenizer: Any, most: int, stop: Stop | None = None) -> Ints:
+    """``texts`` in tokens, as many as fit ``most``. Raises Stopped."""
     found, texts = list[int](), iter(texts)
     while len(found) < most and (batch := list(islice(texts, BATCH))):
+        if stop is not None:
+            stop.check()
         for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
             found += [-1, *ids]
     return np.array([*found[: most - 1], -1], np.int32)

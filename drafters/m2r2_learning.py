@@ -8,7 +8,6 @@ is compared on them with the one before, which has not seen them either. The bet
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections import deque
@@ -17,6 +16,7 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 from torch import nn
 
+from specdec.base.background import Work
 from specdec.base.errors import SpecDecWarning, one_line
 from specdec.base.memory import free_memory
 from specdec.base.ridge import Sums, Weighted
@@ -157,10 +157,9 @@ class Learner:
 
     def _keep(self) -> Iterator[None]:
         """Write the file in a thread; nothing else is learned meanwhile."""
-        thread = threading.Thread(target=self.fits.keep, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(PIECE)
+        work = Work(lambda stop: self.fits.keep(), "specdec keeping")
+        while work.running:
+            work.join(PIECE)
             yield
 
     def _read(self, text: Text) -> Iterator[None]:

@@ -8,11 +8,11 @@ Needs no training; serves every tokenizer, as the corpus is text. Changes what i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, ClassVar
 
-from specdec.base import background, options
+from specdec.base import options
+from specdec.base.background import Stop, Work
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
@@ -29,11 +29,13 @@ MOST_SCOPES = 16  # maximum number of scopes; the oldest is dropped for a new on
 CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
 
 
-def count(tokenizer: Any, vocab_size: int) -> tuple[Texts, Prior]:
+def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
     """The corpus in a tokenizer's tokens, as texts that are matched, and its prior."""
-    ids = corpus(tokenizer, vocab_size)
+    ids = corpus(tokenizer, vocab_size, stop)
     texts = Texts(len(ids))
+    stop.check()
     texts.add(ids)
+    stop.check()
     return texts, Prior.count(ids, vocab_size)
 
 
@@ -69,12 +71,11 @@ class NgramDrafter(Drafter):
         self.stores = dict[str | None, Texts]()  # by scope
 
     def bind(self, target: Target) -> None:
-        self.reading: Future[tuple[Texts, Prior]] | None = None
+        self.reading: Work[tuple[Texts, Prior]] | None = None
         self.corpus: Texts | None = None
         self.grower = Grower()
         if self.prior and target.tokenizer is not None:  # while other parts load and the prompt runs
-            work = partial(count, target.tokenizer, target.vocab_size)
-            self.reading = background.begin(work, "specdec corpus")
+            self.reading = Work(partial(count, target.tokenizer, target.vocab_size), "specdec corpus")
 
     def begin(self) -> NgramRow:
         return NgramRow()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import DecoderOptions, Generation, GenerationOptions, GenerationOutput, RequestOptions
     from specdec.base.errors import SpecDecError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-__version__ = version("specdec-m2r2")
 __all__ = [
     "Acceptance",
     "Choice",
@@ -100,6 +99,10 @@ if _problem := _other_parts():
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `specdec --help` should not wait for them.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("specdec-m2r2")
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"specdec.{module}"), name)

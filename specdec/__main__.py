@@ -1,5 +1,16 @@
-"""``python -m specdec``: the same as the ``specdec`` command."""
+"""The ``specdec`` command, and ``python -m specdec``: the imports of the command line may be interrupted, too."""
 
-from specdec.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    try:
+        from specdec import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

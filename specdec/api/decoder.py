@@ -166,7 +166,9 @@ class SpecDecoder:
         paging = more.get("expert_cache") is not None
         if device == "auto" and (paging or needs_cpu(*formats)):
             device = "cpu"
-        choice = registry.Choice.of(drafter) if isinstance(drafter, str) else None  # before a model is downloaded
+        choice = registry.Choice.of(drafter) if isinstance(drafter, str) else None
+        if choice is not None:
+            registry.refuse_early(choice, name)
         with packed.reading():
             prepare.read_ahead(name, {"dtype": dtype, "device": device, "adapter": adapter, **more})
             model, tokenizer = loading.load(
@@ -176,7 +178,7 @@ class SpecDecoder:
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 adapter=adapter,
-                check=lambda config: None if choice is None else registry.refuse_early(choice, config, name),
+                check=lambda config: None if choice is None else registry.refuse_early(choice, name, config),
             )
             return cls(model, tokenizer, drafter if choice is None else choice, **more)
 
@@ -481,7 +483,8 @@ class SpecDecoder:
         disk = None
         if prefix_cache is not None:
             recurrent = bool(self.target.recurrent_layers)
-            disk = PrefixDisk(prefix_cache, prefix_cache_size, identity.numbers(self.target), recurrent)
+            own = identity.numbers(self.target, identity.content(self.target.model))
+            disk = PrefixDisk(prefix_cache, prefix_cache_size, own, recurrent)
         try:
             engine = self.stepped_engine(
                 num_speculative_tokens,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import math
 import threading
 import time
 import weakref
 
+from specdec.base import background
+from specdec.base.background import Stop, Work
 from specdec.base.errors import SpecDecError
 from specdec.speculation.draft import Drafter
 
@@ -16,8 +19,7 @@ IDLE = 0.2  # seconds after a generation before a drafter learns
 _claiming = threading.Lock()
 _busy: set[int] = set()  # ids of the drafters that engines have
 _learning = threading.Lock()  # held during a piece of a drafter's work outside of engines
-_learners = weakref.WeakSet[Drafter]()  # drafters that such work is done for
-_ending = threading.Event()  # set when the process ends
+_learners = weakref.WeakKeyDictionary[Drafter, Work[None]]()  # the work of drafters outside of engines
 
 
 def claim(drafter: Drafter) -> int:
@@ -54,23 +56,20 @@ def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
 def learn_when_idle(drafter: Drafter) -> None:
     """From now on let a drafter learn, piece by piece, while no engine has it, as long as a decoder has it."""
     with _claiming:
-        if drafter in _learners:
-            return
-        _learners.add(drafter)
-    threading.Thread(target=_work, args=(weakref.ref(drafter),), daemon=True, name="specdec learning").start()
+        if drafter not in _learners:
+            _learners[drafter] = Work(functools.partial(_work, weakref.ref(drafter)), "specdec learning")
 
 
-def _work(reference: weakref.ref[Drafter]) -> None:
+def _work(reference: weakref.ref[Drafter], stop: Stop) -> None:
     more = False
-    while not _ending.wait(0 if more else IDLE) and (drafter := reference()) is not None:
+    while not stop.wait(0 if more else IDLE) and (drafter := reference()) is not None:
         with _learning:
-            more = id(drafter) not in _busy and not _ending.is_set() and drafter.learn()
+            more = id(drafter) not in _busy and drafter.learn()
         del drafter
 
 
 @atexit.register
 def _keep_what_was_learned() -> None:
-    _ending.set()
-    with _learning:
-        for drafter in _learners:
-            drafter.save()
+    background.end()
+    for drafter in [*_learners]:
+        drafter.save()

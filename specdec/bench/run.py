@@ -49,7 +49,9 @@ class Decoders:
         """Raise SpecDecError for a drafter that cannot fit, before the weights are loaded."""
         for method in _methods(cell):
             if not method.is_external and method.drafter != "none":
-                registry.refuse_early(registry.Choice.of(method.drafter), loading.read_config(cell.model), cell.model)
+                choice = registry.Choice.of(method.drafter)
+                registry.refuse_early(choice, cell.model)
+                registry.refuse_early(choice, cell.model, loading.read_config(cell.model))
 
     def base(self, cell: Cell) -> SpecDecoder:
         """A plain decoder of the cell's model."""

@@ -149,7 +149,7 @@ def serve(
             max_tokens=max_tokens,
             max_connections=max_connections,
         )
-        if "*" in cors and api_key is None and api_keys is None and host != "127.0.0.1":
+        if "*" in cors and api_key is None and api_keys is None:
             say("note: any web page can use this server; set --api-key, or name origins in --cors")
         listener = bind(host, port)
     engines = ExitStack()

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from specdec.base import inputs, options
 from specdec.base.errors import SpecDecError
-from specdec.base.terminal import stderr, write
+from specdec.base.terminal import stderr, tell, write
 from specdec.cli import shared
 from specdec.models.names import check_model
 from specdec.train.method import METHODS
 
+# What a run writes for those that continue it, by its file (``train.output``, which imports torch).
+SAVED = {
+    "answers.jsonl": "answers",
+    "states": "the model's states",
+    "checkpoint.pt": "the last checkpoint",
+    "model.safetensors": "the best drafter so far",
+}
 app = typer.Typer(no_args_is_help=True, help="Train drafters for a model, from its own answers.")
 
 
@@ -45,28 +55,45 @@ def run(
     ] = None,
 ) -> None:
     """Train the drafter that the command is named after."""
-    if argument is not None or model is not None:
-        model = shared.one_model(argument, model)
-        check_model(model)
-    shared.check_adapter(adapter)
-    _check_files(prompts or [], holdout or [])
-    from specdec.train.method import lookup  # heavy imports stay out of --help
-    from specdec.train.settings import load_settings
-    from specdec.train.trainer import train
-
-    overrides: dict[str, Any] = {
-        "output": str(output), "model": model, "adapter": adapter, "minutes": minutes, "steps": steps,
-        "dtype": dtype, "device": device, "seed": seed,
-    }  # fmt: skip
-    for name, paths in (("prompts", prompts), ("holdout", holdout)):
-        overrides[name] = [str(path) for path in paths] if paths else None
-    overrides |= options.parse_assignments("--set", set_ or [])
-    method = str(context.command.name)
-    kind = lookup(method)
     console = stderr()
-    figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
-    if not console.quiet:  # it is for all processes but the first
-        write(f"{output}: {kind.describe(figures)}\n")
+    with _interruptible(output, resume, console):
+        if argument is not None or model is not None:
+            model = shared.one_model(argument, model)
+            check_model(model)
+        shared.check_adapter(adapter)
+        _check_files(prompts or [], holdout or [])
+        from specdec.train.method import lookup  # heavy imports stay out of --help
+        from specdec.train.settings import load_settings
+        from specdec.train.trainer import train
+
+        overrides: dict[str, Any] = {
+            "output": str(output), "model": model, "adapter": adapter, "minutes": minutes, "steps": steps,
+            "dtype": dtype, "device": device, "seed": seed,
+        }  # fmt: skip
+        for name, paths in (("prompts", prompts), ("holdout", holdout)):
+            overrides[name] = [str(path) for path in paths] if paths else None
+        overrides |= options.parse_assignments("--set", set_ or [])
+        method = str(context.command.name)
+        kind = lookup(method)
+        figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
+        if not console.quiet:  # it is for all processes but the first
+            write(f"{output}: {kind.describe(figures)}\n")
+
+
+@contextmanager
+def _interruptible(output: Path, resume: bool, console: Console) -> Iterator[None]:
+    """After Ctrl-C, say what is saved and how to go on, and end the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not console.quiet:  # as in ``run``
+            saved = [what for name, what in SAVED.items() if (output / name).exists()]
+            if saved:
+                again = shared.command_line(*([] if resume else ["--resume"]))
+                tell(console, f"interrupted; '{output}' keeps {', '.join(saved)}; continue with: {again}")
+            else:
+                tell(console, f"interrupted before anything was saved; start again with: {shared.command_line()}")
+        raise typer.Exit(shared.INTERRUPTED) from None
 
 
 def _check_files(prompts: list[Path], others: list[Path]) -> None:

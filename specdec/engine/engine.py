@@ -14,7 +14,9 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from specdec.base.background import Stop, Work
 from specdec.base.errors import QueueFullError, SpecDecError
 from specdec.engine.batch import Batch, not_finite
 from specdec.engine.depth import DepthPolicy
@@ -108,7 +110,7 @@ class Engine:
         self._unread: list[Handle] = []  # handles with tokens whose readers have not been notified
         self._queue = threading.Condition()  # guards the requests, the waiting queue and the flags below
         self._stepping = threading.RLock()  # held during a step
-        self._thread: threading.Thread | None = None
+        self._work: Work[None] | None = None  # of its thread
         self._closing = self._draining = self._closed = False
         if disk is not None:
             weakref.finalize(self, disk.close)  # also of an engine that nobody closes
@@ -143,7 +145,7 @@ class Engine:
     @property
     def closed(self) -> bool:
         """Whether it accepts no more requests: ``close`` was called, or its thread has failed."""
-        return self._closing or (self._thread is not None and not self._thread.is_alive())
+        return self._closing or (self._work is not None and not self._work.running)
 
     @property
     def drafting(self) -> str:
@@ -162,11 +164,11 @@ class Engine:
 
     def _advance(self, request: Request) -> bool:
         """Run a step, or return True if a thread runs them. If the thread has died, end the request."""
-        thread = self._thread
-        if thread is not None and thread.is_alive():
+        work = self._work
+        if work is not None and work.running:
             return True
         with self._stepping:
-            if thread is None and self.busy:
+            if work is None and self.busy:
                 self.step()
             elif request.status is not Status.FINISHED:
                 self._finish([request], "error", SpecDecError("the engine has ended; start another"))
@@ -320,9 +322,7 @@ class Engine:
 
     def start(self) -> Engine:
         """Run steps in a thread whenever there is something to do, until ``close``."""
-        thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="specdec engine", daemon=True)
-        thread.start()
-        self._thread = thread
+        self._work = Work(partial(_run, weakref.ref(self)), "specdec engine")
         return self
 
     def _step_or_wait(self) -> bool:
@@ -355,14 +355,13 @@ class Engine:
         with self._queue:
             self._closing, self._draining = True, drain
             self._queue.notify_all()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._work is not None:
+            self._work.join()
         elif drain:
             for _ in self.steps():
                 pass
         with self._stepping:
-            self._thread = None
+            self._work = None
             for row in self._all_requests():
                 self._cancel(row)
             self.scheduler.clear()
@@ -404,7 +403,7 @@ class Engine:
         )
 
 
-def _run(engine: weakref.ref[Engine]) -> None:
+def _run(engine: weakref.ref[Engine], stop: Stop) -> None:
     """The engine's thread. It does not keep the engine alive while there is nothing to do."""
-    while (alive := engine()) is not None and alive._step_or_wait():
+    while not stop.is_set() and (alive := engine()) is not None and alive._step_or_wait():
         del alive

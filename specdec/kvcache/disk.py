@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from specdec.base.errors import SpecDecError, SpecDecWarning
+from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.files import write_atomically
 from specdec.kvcache.cache import KVCache
 
@@ -190,14 +190,16 @@ class PrefixDisk:
         return None
 
     def _write_all(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            try:
-                job()
-            except OSError as error:
-                if error.errno not in BUSY:
-                    self._stop_writing(error)
-            del job  # it shares buffers
-        self.owner.release()
+        try:
+            while (job := self.jobs.get()) is not None:
+                try:
+                    job()
+                except Exception as error:  # of the disk, of memory, of a device: requests go on
+                    if getattr(error, "errno", None) not in BUSY:
+                        self._stop_writing(error)
+                del job  # it shares buffers
+        finally:
+            self.owner.release()
 
     def _keep(self, ids: Sequence[int], cache: KVCache, scope: str | None, size: int) -> None:
         try:
@@ -256,10 +258,11 @@ class PrefixDisk:
                 self.held -= self.sizes.pop(name)
             return more <= 0
 
-    def _stop_writing(self, error: OSError) -> None:
+    def _stop_writing(self, error: Exception) -> None:
         if self.writable:
             self.writable = False
-            what = f"nothing more is written to the prefix cache '{self.folder}': {error.strerror or error}"
+            why = getattr(error, "strerror", None) or one_line(error)
+            what = f"nothing more is written to the prefix cache '{self.folder}': {why}"
             warnings.warn(what, SpecDecWarning, stacklevel=2)
 
 

@@ -1,9 +1,9 @@
 """Whether a model is the one that a drafter was trained for, in the same or in another precision, and whether keys and
 values are those that it would compute.
 
-Equal fingerprints mean equal weights. For unequal ones, sampled values decide whether one model is the other in another
-precision: quantised weights of a block lie on a grid, whose step a few values show, and quantisation moves a value by
-at most half a step. Smaller changes of a model are not detected.
+A fingerprint is of sampled values; ``content`` is of all. For unequal fingerprints, sampled values decide whether one
+model is the other in another precision: quantised weights of a block lie on a grid, whose step a few values show, and
+quantisation moves a value by at most half a step. Smaller changes of a model are not detected.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ VECTORS, MATRICES = 4, 12  # tensors that are sampled
 WINDOWS, WINDOW = 2, 16  # windows of a tensor, and consecutive values of one block in a window
 MAX_TENSORS, MAX_TEXT = 64, 4096  # of samples that are read; characters of a tensor's values
 FINE = 160  # rounding to 8 bits or bfloat16 moves a value by at most 1 / FINE of the largest value of its window
+HASHED = 1 << 24  # values that are hashed at a time
 NAMES = {"_name_or_path", "transformers_version"}  # fields of a config that change no number
 BEYOND, BEYOND_ONE = 0.05, 0.5  # share of all values, and of one tensor's, that may differ by more (clipped ones do)
 
@@ -98,6 +99,25 @@ def numbers(target: Any, *more: object) -> str:
     for name, buffer in sorted(beside.items()):
         values = sample(buffer).reshape(-1).cpu().contiguous().view(torch.uint8)
         digest.update(f"\n{name} {buffer.dtype} {tuple(buffer.shape)} ".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def content(model: nn.Module) -> str:
+    """64 hex digits that identify all weights of a model, bit for bit: equal ones are equal weights.
+
+    SHA-256 of the weights. Those that are mapped from a file are known by the file's stamp: reading all takes seconds a
+    gigabyte.
+    """
+    digest, origin = hashlib.sha256(), getattr(model, "origin", None)
+    if origin is not None:
+        digest.update(f"{origin.stamp} {origin.adapter}".encode())
+    for name, weight in sorted(named_weights(model), key=lambda pair: pair[0]):
+        for part in weight.memory if isinstance(weight, Blocks) else (weight.detach(),):
+            place = None if origin is None else origin.place(part)
+            digest.update(f"\n{name} {part.dtype} {tuple(part.shape)} {place} ".encode())
+            for piece in part.reshape(-1).split(HASHED) if place is None else ():
+                digest.update(piece.cpu().view(torch.uint8).numpy().data)
+            memory.release(part)
     return digest.hexdigest()
 
 

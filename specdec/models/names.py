@@ -94,9 +94,15 @@ def whole_name(name: str) -> str:
 
 
 def part_paths(path: Path) -> list[Path]:
-    """All parts of the split file that ``path`` is a part of, by its name; else only the path."""
+    """All parts of the split file that ``path`` is a part of, by its name; else only the path.
+
+    Raises SpecDecError for a name that no part has.
+    """
     if (part := PART.fullmatch(path.name)) is None:
         return [path]
+    if not 1 <= int(part[2]) <= int(part[3]):
+        what = f"its name says that it is part {int(part[2])} of {int(part[3])} of a split GGUF file"
+        raise SpecDecError(f"cannot load '{path.name}': {what}, and there is no such part; rename it")
     return [path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf") for number in range(1, int(part[3]) + 1)]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from specdec.base.devices import without_memory
 from specdec.models.config import Config, GenerationSettings
 from specdec.models.families import FAMILIES, Family, activation, mixture_of
-from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding
+from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding, dense_weights
 from specdec.models.packed import Origin
 from specdec.models.rotary import Rotary
 
@@ -84,7 +84,9 @@ class NativeModel(nn.Module):
             if not self._made:
                 theirs = transformers_config(self.config.to_dict())
                 theirs._name_or_path, theirs._commit_hash = self.config._name_or_path, self.config._commit_hash
-                self._made.append(empty_model(theirs, self.dtype).eval().requires_grad_(False))
+                model = empty_model(theirs, self.dtype).eval().requires_grad_(False)
+                model.register_state_dict_post_hook(_add_blocks)
+                self._made.append(model)
             made = self._made[0]
             _share(self, made)
         return made
@@ -279,6 +281,11 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
+
+
+def _add_blocks(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Add the weights in blocks to a model's ``state_dict``, dequantised. Raises SpecDecError without room."""
+    state.update((prefix + name, values) for name, values in dense_weights(model).items())
 
 
 def _share(own: NativeModel, made: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from specdec.base import background
+from specdec.base.background import Stop, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,13 @@ def packed_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob(f"*{SUFFIX}"))
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read it. Raises OSError for what is no file: opening a FIFO would wait for a writer."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+    return path.open("rb")
+
+
 class Reading:
     """A file that threads read into large pages.
 
@@ -86,7 +93,7 @@ class Reading:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("rb")
+        self.file = open_file(path)
         self.state, self.truncated = stamp([self.file.fileno()]), False
         self.size = self.state[0]
         self.pages = mmap.mmap(-1, self.size + PAGE)
@@ -94,31 +101,34 @@ class Reading:
             self.pages.madvise(mmap.MADV_HUGEPAGE)
         self.offset = -ctypes.addressof(ctypes.c_char.from_buffer(self.pages)) % PAGE
         self.pieces = iter(range(0, self.size, PIECE))
-        self.threads = [background.begin(self._read, "specdec reading") for _ in range(READERS)]
+        self.threads = [Work(self._read, "specdec reading") for _ in range(READERS)]
 
-    def _read(self) -> None:
+    def _read(self, stop: Stop) -> None:
         view = memoryview(self.pages)[self.offset : self.offset + self.size]
         for start in self.pieces:
-            stop = min(start + PIECE, self.size)
-            while start < stop:
-                if not (count := os.preadv(self.file.fileno(), [view[start:stop]], start)):
+            end = min(start + PIECE, self.size)
+            while start < end:
+                stop.check()
+                if not (count := os.preadv(self.file.fileno(), [view[start:end]], start)):
                     self.truncated = True
                     return
                 start += count
 
     def wait(self) -> None:
         """Return when all is read. Raises OSError."""
-        with self.file:
+        try:
             for thread in self.threads:
                 thread.result()
+        finally:
+            self.stop()
         if self.truncated:
             raise OSError("it is truncated")
 
     def stop(self) -> None:
         """Read no more."""
-        self.pieces = iter(())
-        with suppress(OSError):
-            self.wait()
+        for thread in self.threads:
+            thread.stop()
+        self.file.close()
 
 
 _begun: dict[Path, Reading] = {}
@@ -139,6 +149,12 @@ def take(path: Path, file: BinaryIO) -> Reading:
         reading.stop()
         reading = None
     return reading or Reading(path)
+
+
+def forget(path: Path) -> None:
+    """Stop reading the file at ``path``, if that has begun: nobody takes it."""
+    if (reading := _begun.pop(path, None)) is not None:
+        reading.stop()
 
 
 @contextmanager

@@ -39,7 +39,13 @@ WORK, MARKER = "specdec-work", "specdec.txt"
 VOCABULARY_BYTES = 64_000_000  # more than any tokenizer.json has
 NVIDIA = Path("/proc/driver/nvidia")  # there is a CUDA device, before PyTorch is asked
 # Settings with which packed weights are read: the usual one first.
-OF_PACKED = {"runtime": ("auto", "native"), "weights": ("auto",), "packed": (True,), "adapter": (None,)}
+OF_PACKED: dict[str, tuple[Any, ...]] = {
+    "runtime": ("auto", "native"),
+    "weights": ("auto",),
+    "packed": (True,),
+    "adapter": (None,),
+    "expert_cache": (None,),
+}
 # Files of a model folder that are no weights.
 PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
@@ -73,10 +79,9 @@ def prepare_embedded(name: str) -> Path:
 def prepare_gguf(name: str, file: GGUFFile) -> Path:
     """The folder with config and tokenizer of a GGUF file. name: of the model, for messages."""
     path, *others = [path.resolve() for path in file.paths]
-    found = path.stat()
-    key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "layout": LAYOUT}
+    key = {"gguf": str(path), "stamp": [*packed.stamp([path])], "layout": LAYOUT}
     if others:  # parts of a split file
-        key |= {"parts": [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in others]}
+        key |= {"parts": [[str(each), *packed.stamp([each])] for each in others]}
     return _made(name, _folder(path), key, lambda draft: _describe(name, file, draft))
 
 
@@ -87,7 +92,7 @@ def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Pa
     """
     place, refused = folder.resolve(), list[Exception]()
     files = sorted({path for pattern in PARTS for path in place.glob(pattern)})
-    states = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    key = {"folder": str(place), "stamps": [[path.name, *packed.stamp([path])] for path in files], "layout": LAYOUT}
 
     def make(draft: Path) -> None:
         try:
@@ -97,7 +102,7 @@ def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Pa
             raise
 
     try:
-        return _made(name, _folder(place), {"folder": str(place), "states": states, "layout": LAYOUT}, make)
+        return _made(name, _folder(place), key, make)
     except SpecDecError as error:
         if not refused:
             terminal.say(f"note: {error}; until then, transformers loads the model at each start")
@@ -225,7 +230,7 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
     """What is wrong with a folder, by the key and the file sizes in its manifest; None if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        if manifest.get("layout") != LAYOUT:
+        if manifest.get("layout") != LAYOUT or not manifest.keys() >= key.keys():
             return "it is of another version"
         if key != {name: manifest[name] for name in key}:
             return "the files of the model have changed"

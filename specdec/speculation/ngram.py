@@ -76,7 +76,8 @@ class Texts:
         self.pointer = lib.specdec_texts_open(size, whole)
         if not self.pointer:
             raise MemoryError("can't allocate memory for the texts of the n-gram drafter")
-        weakref.finalize(self, lib.specdec_texts_close, self.pointer)
+        # Not when the process ends: a thread may still add texts, or read them.
+        weakref.finalize(self, lib.specdec_texts_close, self.pointer).atexit = False
         self._add = lib.specdec_texts_add
 
     def add(self, ids: Sequence[int] | Ints) -> None:

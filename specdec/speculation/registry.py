@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import keywords
+from specdec.models.catalogue import EMBEDDED, shipped_drafters
 
 if TYPE_CHECKING:
     from specdec.speculation.draft import Drafter, Verifier
@@ -161,16 +162,21 @@ def _names(text: str) -> list[str]:
     return [text] if text in DRAFTERS or Path(text).is_dir() or text in names("drafters") else joined.split("+")
 
 
-def refuse_early(choice: Choice, config: Any, name: str) -> None:
-    """Raise SpecDecError for a trained drafter without a source, if none is shipped for models of that size.
+def refuse_early(choice: Choice, name: str, config: Any = None) -> None:
+    """Raise SpecDecError for a trained drafter without a source, if none is shipped for the model ``name``.
 
-    config: of the model ``name``, before its weights are loaded.
+    config: of the model, before its weights are loaded; None: before it is downloaded, if it is an embedded one.
     """
     from specdec.models import drafter_folder  # heavy
 
+    if config is None and name not in EMBEDDED:
+        return
     for part, source in choice.parts:
         found = lookup("drafters", part)
-        if source is None and found.needs_training and not drafter_folder.may_be_shipped(part, config):
+        if source is not None or not found.needs_training:
+            continue
+        embedded = name in shipped_drafters().get(part, ())
+        if not (embedded if config is None else drafter_folder.may_be_shipped(part, config)):
             raise found.not_shipped(name)
 
 

@@ -13,7 +13,7 @@ from tiny_tokenizers import Letters, special_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec import Request, SpecDecError, SpecDecoder
-from specdec.models import drafter_folder, loading
+from specdec.models import drafter_folder, loading, source
 
 PROMPT = [5, 6, 7, 8]
 
@@ -232,6 +232,12 @@ def test_the_default_drafter_of_a_model_without_a_shipped_one_teaches_itself(lla
     assert decoder.drafter.label == "ngram+m2r2" and decoder.drafter.learns
     with pytest.raises(SpecDecError, match="no medusa drafter is shipped for this model"):
         SpecDecoder(llama, drafter="medusa")
+
+
+def test_for_an_embedded_model_it_is_refused_before_the_download(monkeypatch) -> None:
+    monkeypatch.setattr(source, "prepare_embedded", None)
+    with pytest.raises(SpecDecError, match="no m2r2-paper drafter is shipped for this model"):
+        SpecDecoder.from_pretrained("gemma3-270m", "m2r2-paper")
 
 
 @pytest.mark.parametrize("drafter", ["medusa", "prompt-lookup+medusa"])

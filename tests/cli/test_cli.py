@@ -22,14 +22,15 @@ from pages import ROOT
 from tiny import save_tiny
 from typer.testing import CliRunner
 
-import specdec
+import specdec.serve.run
 from specdec import cli
 from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import generate
+from specdec.cli import generate, train
 from specdec.models import catalogue
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft
+from specdec.train.output import WRITTEN
 
 COMMAND = [sys.executable, "-c", "from specdec.cli import main; main()"]
 FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "steps: ", "prefill: ", "finish: length")
@@ -285,6 +286,53 @@ def test_ctrl_c_keeps_the_text_so_far_and_marks_the_figures(run, monkeypatch: py
     assert "finish: interrupted" in result.stderr and f"tokens: {len(text) - 1};" in result.stderr
 
 
+INTERRUPTED_IMPORT = """
+import signal, sys
+from importlib.metadata import entry_points
+
+class Interrupt:
+    @staticmethod
+    def find_spec(name, *more):
+        if name == {name!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+sys.argv[1:] = ["generate", "hello"]
+[command] = entry_points(group="console_scripts", name="specdec")
+command.load()()
+"""
+
+
+@pytest.mark.parametrize("name", ["typer", "torch"])
+def test_ctrl_c_while_modules_are_imported_prints_nothing(name: str) -> None:
+    code = INTERRUPTED_IMPORT.format(name=name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("saved", [[], ["answers.jsonl", "states"], ["answers.jsonl", "checkpoint.pt"]])
+def test_ctrl_c_in_train_says_what_is_saved_and_how_to_go_on(
+    saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(name: str) -> None:
+        for each in saved:
+            (output / each).touch()
+        raise KeyboardInterrupt
+
+    output = tmp_path / "it"
+    output.mkdir()
+    monkeypatch.setattr(train, "check_model", interrupted)  # the first thing that it does
+    command = ["train", "medusa", "--model", "it", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["specdec", *command])
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 130 and set(saved) <= train.SAVED.keys() <= {*WRITTEN}
+    line = " ".join(done.stderr.split())
+    keeps = ", ".join(train.SAVED[name] for name in saved)
+    again = f"specdec train medusa --model it --output {output}"
+    before = f"interrupted before anything was saved; start again with: {again}"
+    assert line == (f"interrupted; '{output}' keeps {keeps}; continue with: {again} --resume" if saved else before)
+
+
 FULL = "No space left on device"
 
 
@@ -464,3 +512,13 @@ def test_a_broken_plug_in_does_not_hide_the_other_drafters(monkeypatch: pytest.M
     monkeypatch.setattr(registry, "outside", registry.outside.__wrapped__)  # read again
     table = CliRunner().invoke(cli.app, ["drafters"]).stdout
     assert "cannot be loaded: No module named 'no_such_module'" in table and "prompt-lookup\t" in table
+
+
+@pytest.mark.parametrize("key", [[], ["--api-key", "abc"]])
+def test_a_server_for_the_pages_of_all_origins_says_so_without_a_key(
+    key: list[str], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on the address of this machine: its browsers call it for any page."""
+    monkeypatch.setattr(specdec.serve.run, "serve", lambda *what: None)
+    done = CliRunner().invoke(cli.app, ["serve", model, "--port", "0", "--cors", "*", *key])
+    assert done.exit_code == 0 and ("any web page can use this server" in " ".join(done.stderr.split())) == (not key)

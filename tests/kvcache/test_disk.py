@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from at_once import BF16
-from tiny import model_of, tiny_model
+from tiny import change_unseen, model_of, tiny_model
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError, SpecDecWarning
@@ -324,17 +324,55 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
     if started:
         engine.start()
     assert len(answer(engine, made, PROMPT)[0]) == 12
-    thread = engine._thread
+    work = engine._work
     del engine
     for _ in range(300):
         gc.collect()
-        if thread is None or not thread.is_alive():
+        if work is None or not work.running:
             break
-        thread.join(1)
+        work.join(1)
     gc.collect()
     writer.join(300)
     assert not writer.is_alive() and len(files(tmp_path)) == 5
     PrefixDisk(tmp_path, 1 << 20, "x").close()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_an_error_of_any_kind_ends_writing_and_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    """Also where its warning is an error."""
+
+    def broken(cache: KVCache, *place: int) -> dict[str, torch.Tensor]:
+        raise RuntimeError("out of memory\non the device")
+
+    made = decoder()
+    monkeypatch.setattr(threading, "excepthook", lambda *what: None)
+    with warnings.catch_warnings(record=ignored) as said, engine_of(made, tmp_path) as engine:
+        warnings.simplefilter("always" if ignored else "error", SpecDecWarning)
+        with monkeypatch.context() as patch:
+            patch.setattr(KVCache, "read", broken)
+            assert len(answer(engine, made, PROMPT)[0]) == 12
+            if ignored:
+                finish(engine)
+        assert len(answer(engine, made, [9, *PROMPT])[0]) == 12
+    assert not files(tmp_path)
+    if said is not None:
+        [warning] = [str(each.message) for each in said if issubclass(each.category, SpecDecWarning)]
+        assert warning.endswith(": out of memory on the device")
+    PrefixDisk(tmp_path, 1 << 20, "x").close()
+
+
+def test_a_model_with_other_weights_and_the_same_fingerprint_has_its_own_prefixes(tmp_path: Path) -> None:
+    made, other = decoder(), decoder()
+    with engine_of(made, tmp_path) as engine:
+        answer(engine, made, PROMPT)
+    change_unseen(other.model)
+    assert other.target.fingerprint == made.target.fingerprint
+    with engine_of(other, tmp_path) as engine:
+        assert answer(engine, other, PROMPT)[1] == 0
+    with engine_of(made, tmp_path) as engine:
+        assert answer(engine, made, PROMPT)[1] == 64
 
 
 def test_one_process_has_a_folder(tmp_path: Path) -> None:

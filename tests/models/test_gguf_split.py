@@ -49,6 +49,13 @@ def test_any_part_and_the_folder_are_the_unsplit_file(
     assert len(list((cache.root / "models").iterdir())) == 2  # all parts have one entry
 
 
+@pytest.mark.parametrize("numbers", ["00000-of-00000", "00000-of-00003", "00004-of-00003"])
+def test_a_name_that_no_part_has_is_refused(cache: SimpleNamespace, parts: list[Path], numbers: str) -> None:
+    path = parts[0].rename(parts[0].with_name(f"X-{numbers}.gguf"))
+    with pytest.raises(SpecDecError, match="and there is no such part; rename it"):
+        SpecDecoder.from_pretrained(path)
+
+
 def test_packed_weights_are_those_of_all_parts(cache: SimpleNamespace, parts: list[Path], tmp_path: Path) -> None:
     library.load()  # or skips
     wanted = text(tmp_path / "tiny.gguf")

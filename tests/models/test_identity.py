@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from at_once import BF16
-from tiny import SIZES, tiny_model
+from tiny import SIZES, change_unseen, save_native, tiny_model
+from tiny_gguf import write_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec.models import identity
+from specdec.models import identity, loading
 from specdec.runtimes.native import library
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
@@ -93,6 +95,30 @@ def test_frequencies_that_a_file_brings_change_the_identity() -> None:
     other.model.model.rotary_emb.inv_freq /= torch.tensor([1.0, 1.0, 2.0, 4.0])
     assert not torch.equal(logits_of(target), logits_of(other))
     assert identity.numbers(target) != identity.numbers(other)
+
+
+def test_of_two_models_with_one_fingerprint_the_content_differs() -> None:
+    model, other = tiny_model(), tiny_model()
+    assert identity.content(model) == identity.content(other)
+    change_unseen(other)
+    assert identity.fingerprint(model) == identity.fingerprint(other)
+    assert identity.content(model) != identity.content(other)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_content_of_a_model_is_that_of_its_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", 128) if kind == "file" else save_native(tmp_path / "it")
+    model, again = (loading.load(path)[0] for _ in range(2))
+    assert model.origin is not None and identity.content(model) == identity.content(again)
+    file, times = model.origin.paths[0], model.origin.paths[0].stat()
+    with file.open("rb+") as opened:
+        opened.seek(-1, os.SEEK_END)
+        last = opened.read(1)
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last[0] ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert identity.content(loading.load(path)[0]) != identity.content(model)
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ import torch
 from passes import apart
 from tiny import ROPES, SMALL, rough_model, save_native, sizes_of, tiny_model
 from tiny_gguf import write_family, write_gguf
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, families, loading
@@ -200,3 +200,21 @@ def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelli
     write_gguf(tmp_path / "it.gguf", width=128, packed=gguf.GGMLQuantizationType.Q8_0, experts=4)
     run = subprocess.run([sys.executable, "-c", FIRST, tmp_path / "it.gguf"], capture_output=True, text=True)
     assert run.stdout.split() == ["native"], run.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", True), ("llama", False), ("qwen3_moe", False), ("gpt_oss", False)]
+)
+def test_a_saved_model_has_its_weights_in_blocks(
+    kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    theirs = tiny_model(kind, **sizes_of(kind) | {"tie_word_embeddings": tied})
+    model = loading.load(write_family(tmp_path / "it.gguf", theirs, "Q8_0"))[0]
+    ids = torch.arange(9)[None]
+    model.transformers().save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").eval()
+    assert again.dtype == torch.bfloat16 and torch.equal(again(ids).logits, model(ids).logits)
+    size, own = sum(file.stat().st_size for file in (tmp_path / "saved").glob("*.safetensors")), again.state_dict()
+    once = {values.data_ptr(): values.nbytes for values in own.values()}
+    assert size < sum(once.values()) + 20_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from passes import play
 from safetensors.torch import load_file, save_file
 from tiny import save_native, save_tiny_moe
+from tiny_gguf import write_model
 from tiny_tokenizers import special_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -243,6 +245,26 @@ def test_a_changed_config_or_tokenizer_is_read_again(folder: Path, capsys: pytes
     assert loading.load(folder)[1].eos_token == "<|end|>"
     assert capsys.readouterr().err.replace("\n", " ").count("the files of the model have changed") == 2
     assert len(entries(folder)) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_config_that_is_changed_in_its_place_is_read_again(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Though the file has its earlier size and time."""
+    edit(folder, rms_norm_eps=0.25)
+    place = file = folder / "config.json"
+    before, after = b"0.25", b"0.75"
+    if kind == "folder":
+        place = folder
+    else:
+        place = file = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", 128, tied=True)
+        before, after = (struct.pack("<f", value) for value in (loading.load(place)[0].config.rms_norm_eps, 0.75))
+    assert loading.load(place)[0].config.rms_norm_eps != 0.75
+    times, content = file.stat(), file.read_bytes()
+    assert before in content
+    with file.open("rb+") as opened:
+        opened.write(content.replace(before, after, 1))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert loading.load(place)[0].config.rms_norm_eps == 0.75
 
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")

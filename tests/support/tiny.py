@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from specdec.models import identity
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -266,3 +269,13 @@ def without(model: PreTrainedModel, *layers: int) -> PreTrainedModel:
         for linear in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
             torch.nn.init.zeros_(linear.weight)
     return model
+
+
+def change_unseen(model: Any) -> None:
+    """Change two rows of a model's embedding where its fingerprint does not see it."""
+    table = model.get_input_embeddings().weight.data
+    seen = set(identity.sample_positions(table.numel()).tolist())
+    width, (first, last) = table.shape[1], (7, 20)
+    for row in (first, last):
+        column = next(column for column in range(width) if row * width + column not in seen)
+        table[row, column] += 1

@@ -27,6 +27,7 @@ from specdec.models.tensor_file import PLAIN
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")  # types of blocks that are kept
 CHUNK = 1 << 20  # elements that are dequantised at a time
 UNPACKED = 1 << 23  # those of a weight that a product unpacks at a time
+EXPERTS = "gate_up_proj", "down_proj"  # the weights of experts
 BIASES = "gate_up_proj_bias", "down_proj_bias"  # of experts, if they have any
 
 
@@ -238,7 +239,7 @@ class BlockExperts(_OfBlocks):
     def dense(self) -> nn.Module:
         """The module that this one stands for, with equal values."""
         pairs = zip(*map(self.expert, range(len(self.down))), strict=True)
-        for name, values in zip(("gate_up_proj", "down_proj"), pairs, strict=True):
+        for name, values in zip(EXPERTS, pairs, strict=True):
             setattr(self.own[0], name, nn.Parameter(torch.stack(values), requires_grad=False))
         for name, bias in self.named_parameters():
             setattr(self.own[0], name, bias)
@@ -363,11 +364,32 @@ def weight_rows(module: Any, index: Tensor) -> Tensor:
     return chosen
 
 
-def densify(model: Any) -> None:
-    """Replace block modules by ordinary ones with equal values, in place. Raises SpecDecError without room."""
+def _check_room(model: Any) -> None:
+    """Raise SpecDecError if there is no room for the weights in blocks in the model's dtype."""
     found = {id(weight): weight for _, weight in named_weights(model) if isinstance(weight, Blocks)}
     if need := sum(math.prod(weight.shape) for weight in found.values()) * model.dtype.itemsize:
         check_memory(str(model.config._name_or_path), need)
+
+
+def dense_weights(model: Any) -> dict[str, Tensor]:
+    """The weights in blocks, dequantised, by the names that ordinary modules would give them. Shared ones are one
+    tensor. Raises SpecDecError without room."""
+    _check_room(model)
+    found, made = dict[str, Tensor](), dict[int, Tensor]()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BlockExperts):
+            pairs = zip(*map(module.expert, range(len(module.down))), strict=True)
+            found |= {f"{path}.{name}": torch.stack(each) for name, each in zip(EXPERTS, pairs, strict=True)}
+        if isinstance(module, _BlockModule):
+            if id(module.blocks) not in made:
+                made[id(module.blocks)] = module.weight
+            found[f"{path}.weight"] = made[id(module.blocks)]
+    return found
+
+
+def densify(model: Any) -> None:
+    """Replace block modules by ordinary ones with equal values, in place. Raises SpecDecError without room."""
+    _check_room(model)
     weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, BlockExperts):

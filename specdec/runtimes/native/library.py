@@ -145,7 +145,7 @@ def _notice() -> None:
 
 def _most() -> int:
     """The best instruction set that may be used: an index of ``LEVELS``."""
-    name = os.environ.get(LEVEL, LEVELS[-1])
+    name = os.environ.get(LEVEL) or LEVELS[-1]
     if name not in LEVELS[1:]:
         raise SettingError(f"{LEVEL}='{name}' is unknown; it is {', '.join(LEVELS[1:-1])} or {LEVELS[-1]}")
     return LEVELS.index(name)

@@ -80,6 +80,7 @@ class PackedFile:
         self._forget()
         if self._read() is None:
             return
+        packed.forget(self.path)  # packing takes its memory, too
         try:
             self._closing.enter_context(locked(self.path.with_suffix(".lock")))
             if (defect := self._read()) is None:  # another process has written it meanwhile
@@ -159,7 +160,7 @@ class PackedFile:
     def _read(self) -> str | None:
         """Read the file; return why it cannot be used, "" if it is not there, None if it can."""
         try:
-            with self.path.open("rb") as file:
+            with packed.open_file(self.path) as file:
                 self._read_from(file)
         except FileNotFoundError:
             return ""

@@ -67,6 +67,11 @@ def test_what_this_cpu_can_run_is_read_from_its_flags(tmp_path: Path) -> None:
     assert not library.could_run(info)
 
 
+def test_an_empty_variable_sets_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.LEVEL, "")
+    assert library._most() == len(library.LEVELS) - 1
+
+
 def test_an_unknown_instruction_set_is_an_error(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where another runtime would do."""
     monkeypatch.setenv(library.LEVEL, "sse2")

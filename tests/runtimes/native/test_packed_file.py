@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typer.testing import CliRunner
 from zoo import m2r2
 
 from specdec import SpecDecoder, cli
+from specdec.base.background import Work
 from specdec.base.errors import SpecDecError
 from specdec.models import identity, loading, packed, prepare
 from specdec.runtimes.native import library, linear, packed_file
@@ -430,6 +433,49 @@ def test_weights_that_are_read_ahead_are_those_that_a_load_takes(path, monkeypat
     assert torch.equal(logits(found), expected)
 
 
+def test_reading_that_is_stopped_reads_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "PIECE", 10)
+    (tmp_path / packed.WEIGHTS).write_bytes(bytes(100_000))
+    real, stopping, count = os.preadv, threading.Event(), itertools.count()
+
+    def preadv(*args: Any) -> int:
+        next(count)
+        assert stopping.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(packed.os, "preadv", preadv)
+    stop = Work.stop
+    monkeypatch.setattr(Work, "stop", lambda work: (work._stop.set(), stopping.set(), stop(work)))
+    with packed.reading():
+        packed.begin(tmp_path)
+        [reading] = packed._begun.values()
+    assert next(count) < 5000 and reading.file.closed and not any(work.running for work in reading.threads)
+
+
+def test_a_stale_file_is_not_read_while_weights_are_packed(path, monkeypatch):
+    load(path)
+    os.utime(path)
+    own, begun = linear._block_tiles, list[bool]()
+    monkeypatch.setattr(linear, "_block_tiles", lambda *args: (begun.append(bool(packed._begun)), own(*args))[1])
+    with packed.reading():
+        prepare.read_ahead(str(path), {"device": "cpu"})
+        assert packed._begun
+        load(path)
+    assert begun and not any(begun)
+
+
+def test_what_is_no_file_is_not_waited_for(path, capsys):
+    load(path)
+    [file] = kept(path)
+    file.unlink()
+    os.mkfifo(file)
+    with packed.reading():
+        prepare.read_ahead(str(path), {"device": "cpu"})
+        assert not packed._begun
+        load(path)
+    assert file.is_file() and "made again: it is no file" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_a_file_that_is_replaced_meanwhile_is_read_anew(path, monkeypatch):
     expected = logits(load(path))
     forbid(monkeypatch, *PACKING[:3])
@@ -438,8 +484,8 @@ def test_a_file_that_is_replaced_meanwhile_is_read_anew(path, monkeypatch):
         whole = file.read_bytes()
         file.write_bytes(bytes(len(whole)))
         prepare.read_ahead(str(path), {"device": "cpu"})
-        for thread in packed._begun[file].threads:
-            thread.result()
+        for work in packed._begun[file].threads:
+            work.result()
         file.unlink()
         file.write_bytes(whole)
         assert torch.equal(logits(load(path)), expected)
@@ -447,7 +493,7 @@ def test_a_file_that_is_replaced_meanwhile_is_read_anew(path, monkeypatch):
 
 OTHERS: list[dict[str, Any]] = [
     *({"dtype": "float32"}, {"dtype": torch.float16}, {"device": "cuda"}, {"runtime": "fused"}),
-    *({"weights": "int8"}, {"packed": False}, {"adapter": "lora"}),
+    *({"weights": "int8"}, {"packed": False}, {"adapter": "lora"}, {"expert_cache": 0.5}),
 ]
 
 
