@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import math
@@ -10,7 +9,6 @@ import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Unpack, overload
@@ -20,7 +18,7 @@ from pydantic import Field, SkipValidation
 from torch import Tensor
 
 from specdec.api import drafter_use
-from specdec.api.asynchronous import SharedEngine, pieces
+from specdec.api.asynchronous import SharedEngine, SharedRequest
 from specdec.api.generation import (
     DecoderOptions,
     Generation,
@@ -29,7 +27,7 @@ from specdec.api.generation import (
     Options,
     RequestOptions,
 )
-from specdec.api.text import AnswerText, Detokenizer, Prompt, SharedTokenizer, encode
+from specdec.api.text import Detokenizer, Prompt, SharedTokenizer, encode
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
@@ -37,7 +35,7 @@ from specdec.base.settings import Whole, checked, short_repr
 from specdec.drafters.learned import first_use
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, kept
 from specdec.engine.engine import Engine
-from specdec.engine.request import Handle, Request, check_prompt
+from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
 from specdec.models import catalogue, identity, loading, packed, prepare
 from specdec.runtimes.select import make_target, needs_cpu
@@ -423,10 +421,10 @@ class SpecDecoder:
         **given: Unpack[RequestOptions],
     ) -> GenerationOutput:
         """``generate`` for an event loop. Calls that overlap are decoded together; see ``Request`` for the depth."""
-        async with self._submit(prompt, num_speculative_tokens, given) as (handle, answer):
-            async for _ in pieces(handle, answer):
+        async with self._submit(prompt, num_speculative_tokens, given) as running:
+            async for _ in running:
                 pass
-            return GenerationOutput.of(handle.request, answer.detokenizer)
+            return running.output()
 
     async def astream(
         self,
@@ -436,25 +434,15 @@ class SpecDecoder:
         **given: Unpack[RequestOptions],
     ) -> AsyncIterator[str]:
         """``stream`` for an event loop: ``async for piece in decoder.astream(prompt)``."""
-        async with self._submit(prompt, num_speculative_tokens, given) as (handle, answer):
-            async for piece in pieces(handle, answer):
+        async with self._submit(prompt, num_speculative_tokens, given) as running:
+            async for piece in running:
                 yield piece
 
-    @asynccontextmanager
-    async def _submit(
-        self, prompt: Prompt, depth: int | None, given: RequestOptions
-    ) -> AsyncIterator[tuple[Handle, AnswerText]]:
-        """A request in the engine that calls on event loops share, and what reads its text."""
-        request = await asyncio.to_thread(
-            functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
-        )
+    def _submit(self, prompt: Prompt, depth: int | None, given: RequestOptions) -> SharedRequest:
+        """A request in the engine that calls on event loops share."""
+        make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
-        async with shared.use(self.engine) as engine:
-            handle = engine.submit(request)
-            try:
-                yield handle, AnswerText(self.text(given))
-            finally:
-                handle.cancel()
+        return SharedRequest(shared, self.engine, make, functools.partial(self.text, given))
 
     @checked
     def engine(
