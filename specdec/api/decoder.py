@@ -544,7 +544,7 @@ class SpecDecoder:
     def learn(self, seconds: float = math.inf) -> bool:
         """Let the drafter learn from earlier texts now, for at most about ``seconds``, and keep what it has learned.
 
-        Returns whether it has more to learn from.
+        Returns whether it has more to learn from. Raises SpecDecError while a generation or an engine is open.
         """
         return drafter_use.learn(self.drafter, seconds)
 
