@@ -123,6 +123,10 @@ class SpecDecoder:
             first_use()
         self._kept_at = -KEEP_EVERY
 
+    def __repr__(self) -> str:
+        model = str(self.model.config._name_or_path) or type(self.model).__name__
+        return f"SpecDecoder(model={model!r}, drafter={self.drafter.label!r}, runtime={self.target.runtime!r})"
+
     @property
     def device(self) -> torch.device:
         """The device of the model."""
@@ -179,10 +183,13 @@ class SpecDecoder:
             return cls(model, tokenizer, drafter if choice is None else choice, **more)
 
     @checked
-    def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
-        """A decoder with another drafter and this one's model, tokenizer, target and verifier."""
+    def with_drafter(self, drafter: str | Path | Drafter, drafter_options: Options = None) -> SpecDecoder:
+        """A decoder with another drafter and this one's model, tokenizer, target and verifier.
+
+        drafter, drafter_options: as in the constructor.
+        """
         other = copy.copy(self)
-        other.drafter = other._drafter(drafter, drafter_options)
+        other.drafter = other._drafter(drafter, dict(drafter_options or {}))
         other._auto, other._kept_at = None, -KEEP_EVERY
         return other
 

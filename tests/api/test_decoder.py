@@ -300,6 +300,11 @@ def test_an_engine_closes_at_the_end_of_a_with_block(llama) -> None:
 
 def test_another_drafter_takes_its_own_options(llama: PreTrainedModel) -> None:
     plain = SpecDecoder(llama, drafter="none")
-    assert plain.with_drafter("prompt-lookup", continuations=3).drafter.continuations == 3
+    assert plain.with_drafter("prompt-lookup", {"continuations": 3}).drafter.continuations == 3
     with pytest.raises(SpecDecError, match="continuation"):
-        plain.with_drafter("prompt-lookup", continuation=3)
+        plain.with_drafter("prompt-lookup", {"continuation": 3})
+
+
+def test_a_decoder_says_what_it_is(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, drafter="prompt-lookup", runtime="reference")
+    assert repr(decoder) == "SpecDecoder(model='LlamaForCausalLM', drafter='prompt-lookup', runtime='reference')"
