@@ -1,1 +1,1 @@
-"""Drafters: one file each, registered in specdec.speculation.registry."""
+"""Drafters, named in specdec.speculation.registry, and the parts that they share."""

@@ -64,7 +64,7 @@ class HybridDrafter(Drafter):
         for place, (name, own_source) in enumerate(parts, start=1):
             found = registry.lookup("drafters", name)
             usual = found.before_others if place < len(parts) else {}
-            members.append(found.load(target, own_source, **{**usual, **kwargs.get(name, {})}))
+            members.append(registry.load_drafter(name, target, own_source, {**usual, **kwargs.get(name, {})}))
         return cls(members)
 
     def bind(self, target: Target) -> None:

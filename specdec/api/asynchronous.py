@@ -1,15 +1,22 @@
-"""Requests from an event loop: tasks share one engine, which runs while there are any."""
+"""Requests from an event loop: tasks share one engine, which runs while there are any.
+
+Nothing here is an asynchronous generator: at the end of an event loop, asyncio closes each of these by itself, also one
+that another is just closing.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
-from specdec.api.text import AnswerText
+from specdec.api.generation import GenerationOutput
+from specdec.api.text import AnswerText, Detokenizer
 from specdec.engine.engine import Engine
-from specdec.engine.request import Handle
+from specdec.engine.request import Request
+
+T = TypeVar("T")
 
 
 class SharedEngine:
@@ -19,22 +26,15 @@ class SharedEngine:
         self.engine: Engine | None = None
         self.users, self.lock = 0, threading.Lock()
 
-    @asynccontextmanager
-    async def use(self, start: Callable[[], Engine]) -> AsyncIterator[Engine]:
-        """The engine, which ``start`` starts if there is none."""
-        engine = await asyncio.to_thread(self._enter, start)
-        try:
-            yield engine
-        finally:
-            await asyncio.to_thread(self._leave)
-
-    def _enter(self, start: Callable[[], Engine]) -> Engine:
+    def enter(self, start: Callable[[], Engine]) -> Engine:
+        """The engine for one more user; ``start`` starts it if there is none."""
         with self.lock:
             self.engine = self.engine or start()
             self.users += 1
             return self.engine
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """End the use of one user."""
         with self.lock:
             self.users -= 1
             if not self.users and self.engine is not None:
@@ -42,11 +42,67 @@ class SharedEngine:
                 self.engine = None
 
 
-async def pieces(handle: Handle, answer: AnswerText) -> AsyncIterator[str]:
-    """The new text of a request as it comes; ``answer`` has all of it. Raises the SpecDecError that ends it."""
-    async for event in handle:
-        if event.error is not None:
-            raise event.error
-        for piece in answer.read(event):
-            if piece.text:
-                yield piece.text
+class SharedRequest:
+    """A request in a shared engine, from ``async with`` to its end; iterating yields its new text as it comes.
+
+    make: makes the request, start: the engine, text: what reads the new tokens; each may raise SpecDecError.
+    """
+
+    def __init__(
+        self,
+        shared: SharedEngine,
+        start: Callable[[], Engine],
+        make: Callable[[], Request],
+        text: Callable[[], Detokenizer],
+    ) -> None:
+        self.shared, self._start, self._make, self._text = shared, start, make, text
+        self._entered = False
+
+    async def __aenter__(self) -> SharedRequest:
+        try:
+            await _in_thread(self._enter)
+            self._events = aiter(self._handle)
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    def _enter(self) -> None:
+        self._request, self._answer = self._make(), AnswerText(self._text())
+        engine = self.shared.enter(self._start)
+        self._entered = True
+        self._handle = engine.submit(self._request)
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._entered:
+            self._request.cancelled = True  # a request that has ended stays as it is
+            await _in_thread(self.shared.leave)
+
+    def __aiter__(self) -> SharedRequest:
+        return self
+
+    async def __anext__(self) -> str:
+        """The next new text. Raises the SpecDecError that ends the request."""
+        while True:
+            event = await anext(self._events)
+            if event.error is not None:
+                raise event.error
+            if text := "".join(piece.text for piece in self._answer.read(event)):
+                return text
+
+    def output(self) -> GenerationOutput:
+        """The output so far."""
+        return GenerationOutput.of(self._request, self._answer.detokenizer)
+
+
+async def _in_thread(run: Callable[[], T]) -> T:
+    """``asyncio.to_thread`` that ends when the thread has ended, even if the task is cancelled."""
+    job, cancelled = asyncio.get_running_loop().run_in_executor(None, run), False
+    while not job.done():
+        try:
+            await asyncio.wait([job])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError from job.exception()
+    return job.result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import math
@@ -10,7 +9,6 @@ import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Unpack, overload
@@ -20,7 +18,7 @@ from pydantic import Field, SkipValidation
 from torch import Tensor
 
 from specdec.api import drafter_use
-from specdec.api.asynchronous import SharedEngine, pieces
+from specdec.api.asynchronous import SharedEngine, SharedRequest
 from specdec.api.generation import (
     DecoderOptions,
     Generation,
@@ -29,7 +27,7 @@ from specdec.api.generation import (
     Options,
     RequestOptions,
 )
-from specdec.api.text import AnswerText, Detokenizer, Prompt, SharedTokenizer, encode
+from specdec.api.text import Detokenizer, Prompt, SharedTokenizer, encode
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
@@ -37,7 +35,7 @@ from specdec.base.settings import Whole, checked, short_repr
 from specdec.drafters.learned import first_use
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, kept
 from specdec.engine.engine import Engine
-from specdec.engine.request import Handle, Request, check_prompt
+from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
 from specdec.models import catalogue, identity, loading, packed, prepare
 from specdec.runtimes.select import make_target, needs_cpu
@@ -125,6 +123,10 @@ class SpecDecoder:
             first_use()
         self._kept_at = -KEEP_EVERY
 
+    def __repr__(self) -> str:
+        model = str(self.model.config._name_or_path) or type(self.model).__name__
+        return f"SpecDecoder(model={model!r}, drafter={self.drafter.label!r}, runtime={self.target.runtime!r})"
+
     @property
     def device(self) -> torch.device:
         """The device of the model."""
@@ -183,10 +185,13 @@ class SpecDecoder:
             return cls(model, tokenizer, drafter if choice is None else choice, **more)
 
     @checked
-    def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
-        """A decoder with another drafter and this one's model, tokenizer, target and verifier."""
+    def with_drafter(self, drafter: str | Path | Drafter, drafter_options: Options = None) -> SpecDecoder:
+        """A decoder with another drafter and this one's model, tokenizer, target and verifier.
+
+        drafter, drafter_options: as in the constructor.
+        """
         other = copy.copy(self)
-        other.drafter = other._drafter(drafter, drafter_options)
+        other.drafter = other._drafter(drafter, dict(drafter_options or {}))
         other._auto, other._kept_at = None, -KEEP_EVERY
         return other
 
@@ -425,10 +430,10 @@ class SpecDecoder:
         **given: Unpack[RequestOptions],
     ) -> GenerationOutput:
         """``generate`` for an event loop. Calls that overlap are decoded together; see ``Request`` for the depth."""
-        async with self._submit(prompt, num_speculative_tokens, given) as (handle, answer):
-            async for _ in pieces(handle, answer):
+        async with self._submit(prompt, num_speculative_tokens, given) as running:
+            async for _ in running:
                 pass
-            return GenerationOutput.of(handle.request, answer.detokenizer)
+            return running.output()
 
     async def astream(
         self,
@@ -438,25 +443,15 @@ class SpecDecoder:
         **given: Unpack[RequestOptions],
     ) -> AsyncIterator[str]:
         """``stream`` for an event loop: ``async for piece in decoder.astream(prompt)``."""
-        async with self._submit(prompt, num_speculative_tokens, given) as (handle, answer):
-            async for piece in pieces(handle, answer):
+        async with self._submit(prompt, num_speculative_tokens, given) as running:
+            async for piece in running:
                 yield piece
 
-    @asynccontextmanager
-    async def _submit(
-        self, prompt: Prompt, depth: int | None, given: RequestOptions
-    ) -> AsyncIterator[tuple[Handle, AnswerText]]:
-        """A request in the engine that calls on event loops share, and what reads its text."""
-        request = await asyncio.to_thread(
-            functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
-        )
+    def _submit(self, prompt: Prompt, depth: int | None, given: RequestOptions) -> SharedRequest:
+        """A request in the engine that calls on event loops share."""
+        make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
-        async with shared.use(self.engine) as engine:
-            handle = engine.submit(request)
-            try:
-                yield handle, AnswerText(self.text(given))
-            finally:
-                handle.cancel()
+        return SharedRequest(shared, self.engine, make, functools.partial(self.text, given))
 
     @checked
     def engine(
@@ -559,7 +554,7 @@ class SpecDecoder:
     def learn(self, seconds: float = math.inf) -> bool:
         """Let the drafter learn from earlier texts now, for at most about ``seconds``, and keep what it has learned.
 
-        Returns whether it has more to learn from.
+        Returns whether it has more to learn from. Raises SpecDecError while a generation or an engine is open.
         """
         return drafter_use.learn(self.drafter, seconds)
 

@@ -25,11 +25,7 @@ _learners = weakref.WeakKeyDictionary[Drafter, Work[None]]()  # the work of draf
 def claim(drafter: Drafter) -> int:
     """Reserve a drafter for an engine; return what ``release`` takes. Raises SpecDecError if another one has it."""
     with _claiming:
-        if id(drafter) in _busy:
-            raise SpecDecError(
-                "a generation of this SpecDecoder is still open; finish or close it first, or make a second decoder "
-                "with with_drafter"
-            )
+        _check_free(drafter)
         _busy.add(id(drafter))
     with _learning:  # wait for the end of a piece of work
         return id(drafter)
@@ -39,18 +35,31 @@ def release(claimed: int) -> None:
     _busy.discard(claimed)
 
 
-def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
-    """Let a drafter learn now, for at most about ``seconds``, and keep what it has learned.
+def _check_free(drafter: Drafter) -> None:
+    """Raise SpecDecError if an engine has the drafter."""
+    if id(drafter) in _busy:
+        raise SpecDecError(
+            "a generation of this SpecDecoder is still open; finish or close it first, or make a second decoder with "
+            "with_drafter"
+        )
 
-    Returns whether it has more to learn from.
+
+def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
+    """Let a drafter learn now, for at most about ``seconds`` or until an engine takes it, and keep what it has learned.
+
+    Returns whether it has more to learn from. Raises SpecDecError if an engine has it.
     """
+    _check_free(drafter)
     end, more = time.monotonic() + seconds, drafter.learns
-    while more and time.monotonic() < end:
+    while True:
         with _learning:
-            more = drafter.learn()
-    with _learning:
-        drafter.save()
-    return more
+            free = id(drafter) not in _busy
+            if free and more and time.monotonic() < end:
+                more = drafter.learn()
+                continue
+            if free:
+                drafter.save()
+            return more
 
 
 def learn_when_idle(drafter: Drafter) -> None:

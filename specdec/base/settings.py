@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Annotated, Any, ParamSpec, TypeVar, Unpack, get_args, get_origin, get_type_hints
@@ -31,6 +32,7 @@ A_LIST = "an instance of Sequence", "a list"
 SUBJECT, COUNTED = re.compile(r"^[A-Z]\w+ should "), re.compile(r" after validation, not (\w+)$")
 Place = tuple[str | int, ...]  # of a value in what is validated
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+_building = threading.RLock()  # pydantic resolves annotations in a state that belongs to one thread
 
 
 def _whole(value: Any) -> Any:
@@ -136,10 +138,14 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
     name, signature = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
     free = any(p.kind is p.VAR_KEYWORD and "Unpack" not in str(p.annotation) for p in signature.parameters.values())
 
-    @validate_call(config=STRICT | ConfigDict(defer_build=True))
-    @functools.wraps(method)
-    def taken(*args: Any, **given: Any) -> Any:
-        return args, given
+    @functools.cache  # at the first call: it takes milliseconds, and annotations may name what comes later in a module
+    def validator() -> Callable[..., Any]:
+        @validate_call(config=STRICT)
+        @functools.wraps(method)
+        def taken(*args: Any, **given: Any) -> Any:
+            return args, given
+
+        return taken
 
     @functools.wraps(method)
     def call(*args: P.args, **given: P.kwargs) -> R:
@@ -150,6 +156,8 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
                 raise SpecDecError(f"{name} takes no '{keyword}'{hint}; it takes {', '.join(known)}")
         signature.bind(*args, **given)
         try:
+            with _building:
+                taken = validator()
             args, given = taken(*args, **given)
         except ValidationError as error:
             every: dict[Any, Any] = dict(enumerate(args)) | dict(given)

@@ -72,7 +72,7 @@ class Decoders:
         if key not in self._loaded:
             ruled = copy.copy(base)
             ruled.verifier = registry.verifier(cell.verifier, cell.verifier_options)
-            self._loaded[key] = ruled.with_drafter(cell.drafter, **cell.drafter_options)
+            self._loaded[key] = ruled.with_drafter(cell.drafter, cell.drafter_options)
         return OwnMethod(self._loaded[key], cell)
 
     def prompts(self, cell: Cell) -> PromptSet:

@@ -219,7 +219,10 @@ class Engine:
             events += self._deliver(batch.rows)
         if not (decoding and batch.rows):
             self._notify()
-        return events
+        new = dict[Request, list[int]]()
+        for row, tokens in events:  # a row that ends its prefill beside others decodes in the same step
+            new[row] = new.get(row, []) + tokens
+        return list(new.items())
 
     def _recover(self) -> None:
         """Start a drafter that has failed again if it is time."""

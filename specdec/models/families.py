@@ -179,6 +179,7 @@ FAMILIES = {
         partial=True,
         fields=frozenset({"partial_rotary_factor"}),
         gguf="phi3",
+        keys=WINDOW,
     ),
     "granite": Family(mlp_bias=True, fields=frozenset(SCALED.values()), gguf="granite", interleaved=True, keys=SCALED),
     "olmo2": Family(AFTER, rounds_once=True, norm_over_heads=True, wide=True, gguf="olmo2"),

@@ -75,7 +75,7 @@ class Metrics:
         self.accepted.inc(metrics.num_accepted_draft_tokens)
         self.drafted_steps.inc(metrics.num_drafted_steps)
         self.saved.inc(max(metrics.draft_saved_seconds, 0.0))
-        for source, count in metrics.accepted_by_source.items():
+        for source, count in metrics.accepted_by_source.copy().items():  # a cancelled request may take one more step
             self.accepted_per_source.labels(self.model, source).inc(count)
         if (note := metrics.draft_note) is not None:
             self.notes.labels(self.model, note.partition(":")[0]).inc()

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from specdec.base.errors import ConstraintError, SpecDecError, how_to_install
@@ -55,7 +56,10 @@ class Constraint(ABC):
 
 @dataclass(frozen=True)
 class Json(Constraint):
-    """JSON that a schema (a mapping, or its text) allows, in one form: ``{"a": 1, "b": [2, 3]}`` on one line."""
+    """JSON that a schema allows, in one form: ``{"a": 1, "b": [2, 3]}`` on one line.
+
+    schema: a mapping, its text, or a pydantic model.
+    """
 
     schema: Any
     kind = "JSON schema"
@@ -64,8 +68,9 @@ class Json(Constraint):
     def source(self) -> str:
         if isinstance(self.schema, str):
             return self.schema
+        model = isinstance(self.schema, type) and issubclass(self.schema, BaseModel)
         try:
-            return json.dumps(self.schema)
+            return json.dumps(self.schema.model_json_schema() if model else self.schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise SpecDecError(f"the JSON schema is not JSON ({error})") from None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.options import check_names
 from specdec.base.settings import keywords
 from specdec.models.catalogue import EMBEDDED, shipped_drafters
 
@@ -137,8 +138,20 @@ class Choice:
             joined: Drafter = lookup("drafters", "hybrid").join(target, self.parts, options)
             return joined
         name, source = self.parts[0]
-        found: Drafter = lookup("drafters", name).load(target, source, **options)
-        return found
+        return load_drafter(name, target, source, options)
+
+
+def load_drafter(name: str, target: Any, source: str | None, options: Mapping[str, Any]) -> Drafter:
+    """The drafter named ``name`` for ``target``. Raises SpecDecError for an option that it does not have."""
+    found = lookup("drafters", name)
+    try:
+        made: Drafter = found.load(target, source, **options)
+    except TypeError as error:  # of an outside package, whose ``load`` takes no others or passes them on unchecked
+        known = [each for part in (found.load, found) for each in keywords(part) if each not in ("target", "source")]
+        unknown = [each for each in options if each not in known and f" keyword argument '{each}'" in str(error)]
+        check_names(name, unknown, list(dict.fromkeys(known)))
+        raise
+    return made
 
 
 def parse(text: str) -> list[tuple[str, str | None]]:

@@ -44,6 +44,16 @@ def test_stream_yields_the_text_of_generate(decoder: SpecDecoder) -> None:
     assert "".join(pieces) == whole.text and len(pieces) == 1 + whole.metrics.num_spec_steps
 
 
+def test_the_pieces_of_a_batch_are_the_whole_texts(decoder: SpecDecoder) -> None:
+    """Where a row begins while another one runs, its prompt and its first draft are a part of one step."""
+    prompts = [PROMPT, PROMPT[:2], PROMPT]
+    with decoder.open(prompts, max_new_tokens=30, num_speculative_tokens=2, max_rows=2) as generation:
+        texts = ["".join(pieces) for pieces in zip(*generation, strict=True)]
+        assert texts == [out.text for out in generation.outputs()]
+    with decoder.open(prompts, max_new_tokens=30, num_speculative_tokens=2, max_rows=2) as generation:
+        assert all(len(dict(events)) == len(events) for events in generation.steps())
+
+
 def test_closing_a_stream_early_frees_its_cache_and_the_decoder(decoder: SpecDecoder) -> None:
     stream = decoder.stream(PROMPT, max_new_tokens=60)
     next(stream)
@@ -296,6 +306,11 @@ def test_an_engine_closes_at_the_end_of_a_with_block(llama) -> None:
 
 def test_another_drafter_takes_its_own_options(llama: PreTrainedModel) -> None:
     plain = SpecDecoder(llama, drafter="none")
-    assert plain.with_drafter("prompt-lookup", continuations=3).drafter.continuations == 3
+    assert plain.with_drafter("prompt-lookup", {"continuations": 3}).drafter.continuations == 3
     with pytest.raises(SpecDecError, match="continuation"):
-        plain.with_drafter("prompt-lookup", continuation=3)
+        plain.with_drafter("prompt-lookup", {"continuation": 3})
+
+
+def test_a_decoder_says_what_it_is(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, drafter="prompt-lookup", runtime="reference")
+    assert repr(decoder) == "SpecDecoder(model='LlamaForCausalLM', drafter='prompt-lookup', runtime='reference')"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.api.decoder import _shared
+from specdec.engine.engine import Engine
 
 HOT: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 12}
 CHAT = [{"role": "user", "content": "Name three colours."}]
@@ -104,3 +106,45 @@ def test_a_stream_that_is_left_ends_its_request(decoder: SpecDecoder) -> None:
     assert _shared[decoder].engine is None
     with pytest.raises(SpecDecError, match="temperature must be greater than or equal to 0; got -1"):
         asyncio.run(decoder.agenerate("Why is", temperature=-1))
+
+
+def test_a_stream_that_is_left_at_the_end_of_the_loop_closes_quietly(
+    decoder: SpecDecoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def left() -> None:
+        async for _ in decoder.astream("Name three", max_new_tokens=2000):
+            break
+
+    asyncio.run(left())
+    assert not caplog.records
+    assert decoder.generate("Name three", max_new_tokens=3).token_ids
+
+
+@pytest.mark.parametrize("moment", ["start", "close"])
+def test_a_call_that_is_cancelled_while_its_engine_starts_or_closes_leaves_none_open(
+    decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    async def cancelled() -> None:
+        loop, told, make = asyncio.get_running_loop(), threading.Event(), decoder.engine
+
+        def cancel() -> None:  # and go on only when the loop has done so
+            loop.call_soon_threadsafe(lambda: (task.cancel(), told.set()))
+            assert told.wait(60)
+
+        def engine() -> Engine:
+            if moment == "start":
+                cancel()
+            made = make()
+            close = made.close
+            if moment == "close":
+                made.close = lambda: (cancel(), close())  # type: ignore[method-assign, assignment]
+            return made
+
+        monkeypatch.setattr(decoder, "engine", engine)
+        task = asyncio.create_task(decoder.agenerate("Name three", max_new_tokens=3))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert _shared[decoder].engine is None and not _shared[decoder].users
+
+    asyncio.run(cancelled())
+    assert decoder.generate("Name three", max_new_tokens=3).token_ids

@@ -262,7 +262,7 @@ def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: P
     prompts = [encode(base.tokenizer, line) for line in (tmp_path / "prompts.txt").read_text().splitlines()]
     for record in records:
         cell, method = record["cell"], record["method"]
-        decoder = base.with_drafter(cell["drafter"], **cell["drafter_options"])
+        decoder = base.with_drafter(cell["drafter"], cell["drafter_options"])
         depth = 2 if cell["drafter"] == "none" else cell["num_speculative_tokens"]
         outs = [decoder.generate(p, max_new_tokens=12, num_speculative_tokens=depth) for p in prompts]
         accepted = [n for out in outs for n in out.metrics.per_step_accepted]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -292,6 +294,26 @@ def test_the_documented_example_works_as_an_outside_package(
     assert SpecDecoder(llama, drafter=f"{name}+early-exit").generate(PROMPTS[0], max_new_tokens=8).token_ids
     with pytest.raises(SpecDecError, match=f"drafter '{name}' has no option"):
         SpecDecoder(llama, drafter=name, drafter_options={"x": 1})
+
+
+def test_an_unknown_option_of_an_outside_drafter_is_refused_by_name(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Outside(Scripted):
+        def __init__(self, size: int = 4) -> None:
+            super().__init__(lambda ids, limit: [])
+
+        @classmethod
+        def load(cls, target, source=None, **more):
+            return cls(**more)
+
+    monkeypatch.setattr(registry, "outside", lambda kind: {"outside": "prompt_lookup_outside:Outside"})
+    monkeypatch.setitem(sys.modules, "prompt_lookup_outside", SimpleNamespace(Outside=Outside))
+    says = r"drafter 'outside' has no option 'sizes' \(did you mean 'size'\?\); it has size"
+    for name, given in (("outside", {"sizes": 3}), ("outside+early-exit", {"outside": {"sizes": 3}})):
+        with pytest.raises(SpecDecError, match=says):
+            SpecDecoder(llama, drafter=name, drafter_options=given)
+    assert isinstance(SpecDecoder(llama, drafter="outside", drafter_options={"size": 3}).drafter, Outside)
 
 
 def test_the_page_names_every_drafter_that_is_built_in() -> None:

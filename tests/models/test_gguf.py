@@ -117,6 +117,17 @@ def test_heads_of_which_a_part_rotates_are_those_of_the_file(cache, tmp_path):
         assert apart(target.readout(every[0][None]).float(), right.float()) < 0.05, note
 
 
+def test_the_window_of_a_phi3_file_is_that_of_its_model(cache, tmp_path):
+    """As in Phi-3-mini-4k. Files of models without a window say 0."""
+    source = rough_model("phi3", **(sizes("phi3") | {"sliding_window": 8}))
+    model, _ = loading.load(write_family(tmp_path / "it.gguf", source), dtype="float32")
+    target, note = make_target(model, "reference")
+    ids = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        run_tokens(target, target.new_cache(), [ids[0].tolist()], every=(every := []))
+        assert apart(target.readout(every[0][None]), source(ids).logits) < 1e-4, note
+
+
 UNPACKED = sorted(kind.name for kind in gguf.quants._type_traits if kind.name not in (*KINDS, *PLAIN))
 
 

@@ -6,10 +6,12 @@ import json
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 import torch
 from click.testing import Result
+from pydantic import BaseModel, ConfigDict, Field
 from sampled import p_value
 from scripted import Scripted, made
 from servers import Replay, byte_tokenizer, serving, stand_in
@@ -51,6 +53,14 @@ SCHEMA = {
     "required": ["kind", "n"],
     "additionalProperties": False,
 }
+
+
+class Way(BaseModel):
+    """The same as a pydantic model."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["north", "south"]
+    n: Annotated[int, Field(ge=1, le=99)]
 
 
 SERVED = {"vocab_size": 97, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}  # by the native runtime
@@ -469,3 +479,11 @@ def test_a_constraint_that_cannot_be_kept_is_an_error_of_the_client() -> None:
     with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
         found = server.chat()
     assert found.status_code == 400 and found.json()["error"]["message"] == "the constraint cannot be kept"
+
+
+def test_a_pydantic_model_is_a_schema(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, letters(), "prompt-lookup", runtime="reference")
+    asked = {"max_new_tokens": 60, "temperature": 1.5, "seed": 3}
+    text = decoder.generate([5, 6, 7], constraint=Json(Way), **asked).text
+    assert Way.model_validate_json(text)
+    assert text == decoder.generate([5, 6, 7], constraint=Json(Way.model_json_schema()), **asked).text

@@ -245,6 +245,7 @@ def write_family(
     if name == "phi3":
         size = config.hidden_size // config.num_attention_heads
         writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))
+        writer.add_sliding_window(config.sliding_window or 0)
         writer.add_pad_token_id(0)  # transformers assumes one outside a small vocabulary
     if name in ("mistral3", "gpt-oss"):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)

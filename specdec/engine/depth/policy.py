@@ -2,8 +2,8 @@
 
 Every candidate node has a calibrated probability, whoever proposes it. A node is taken, and a level drafted, while the
 tokens that it is expected to add exceed the seconds that it adds times the present speed in tokens per second. What a
-step cost and what it accepted corrects the costs and the calibration, and whatever was not chosen is tried in 2 % of
-the time.
+step cost and what it accepted corrects the costs and the calibration. Each choice that is not made is tried now and
+then (``TRIED``).
 
 The policy sets the prices, by which drafters choose their nodes (``Prices``). Tokens of a drafter that has no
 probabilities have those of their positions.

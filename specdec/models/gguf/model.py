@@ -88,8 +88,10 @@ def config_of(name: str, file: GGUFFile) -> Config:
     for key, value in own.items():
         if key in keys:
             values[keys[key]] = value
-        elif value and key not in BESIDE and (kind, key) != ("phi3", "attention.sliding_window"):  # a stub there
+        elif value and key not in BESIDE:
             raise SpecDecError(f"cannot load model '{name}': it is unknown what {prefix}{key} in its GGUF file means")
+    if kind == "phi3" and not values.get("sliding_window"):  # 0: there is none
+        values.pop("sliding_window", None)
     if "token_embd.weight" in file.tensors:
         values["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     for field, value in values.items():

@@ -98,6 +98,30 @@ INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int 
         }                                                                                                            \
     } while (0)
 
+static int all_numbers_finite(const float *numbers, int count) {
+    F sum = zero16();
+    float each[16];
+    for (int i = 0; i < count; i += 16) sum = fma16(load16(numbers + i), zero16(), sum);
+    store16(each, sum);
+    for (int i = 0; i < 16; i++)
+        if (each[i] != each[i]) return 0;
+    return 1;
+}
+
+/* As WEIGHTED_SUM, from the keys alone that a column sees: others have the weight 0, which infinite values turn into NaN. */
+static void sum_seen(int kind, const uint8_t *values, int count, int d, int columns, const uint16_t *visible, const float *p, float *out) {
+    const int64_t row = cache_row(kind, d);
+    for (int c = 0; c < columns; c++)
+        for (int at = 0; at < d; at += 16) {
+            F acc = zero16();
+            EACH_KEY(s) {
+                const float weight = p[(columns - 1) * block + s + 16 * c];
+                if (weight != 0) acc = fma16(set16(weight), cached16(kind, values + s * row, d, at), acc);
+            }
+            store16(out + c * d + at, acc);
+        }
+}
+
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
  * all); cap: of scores, as in Linear; sinks: of each column, or NULL. p: scratch, [blocks of 16 keys][column][key]; out: [16][d].
@@ -150,6 +174,7 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
     else if (columns <= 9) WEIGHTED_SUM(9, 2);
     else if (columns <= 12) WEIGHTED_SUM(12, 2);
     else WEIGHTED_SUM(16, 1);
+    if (visible && !all_numbers_finite(out, columns * d)) sum_seen(kind, values, count, d, columns, visible, p, out);
     for (int c = 0; c < columns; c++) {
         if (sinks) sum[c] = add16(sum[c], exp16(sub16(set16(sinks[c]), most[c])));
         F share_ = div16(set16(1.0f), max16(sum[c], set16(1e-30f)));
