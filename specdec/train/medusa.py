@@ -1,4 +1,4 @@
-"""Training of Medusa heads: distillation from final states, without running layers."""
+"""Training of Medusa heads: distillation from the base model's stored final states, without running layers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from specdec.train.student import Teacher
 
 
 class MedusaSettings(TrainSettings):
-    """The number and the size of the heads, and their weights in the loss."""
+    """Settings of ``specdec train medusa``: ``TrainSettings`` with the heads and their weights in the loss."""
 
-    heads: Positive = 4
+    heads: Positive = 4  # number of heads; head k drafts the k-th token
     blocks: Positive = 1  # residual blocks of a head
-    rooted: bool = True  # the first block also reads the root's embedding
+    rooted: bool = True  # whether the first block also reads the embedding of the last verified token
     fade: PositiveFloat = 0.8  # weight of a head's loss relative to the previous head (the paper's lambda)
 
 
 class MedusaMethod(TrainingMethod[Medusa]):
-    """KL of each head's distribution to the base's own at that position."""
+    """Trains Medusa heads with the KL divergence from the base model's distribution at the drafted position."""
 
     name = "medusa"
     settings_class = MedusaSettings
@@ -59,9 +59,10 @@ class MedusaMethod(TrainingMethod[Medusa]):
         return loss, figures
 
     def _drafts(self, network: Medusa, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the output [B, T, D] and valid positions (bool [B, T]) of each head k = 1, 2, ...
+        """Yield for each head k = 1, 2, ... its estimate of the final state [B, T, D] and valid positions, bool [B, T].
 
-        The draft of head k at t is computed at t - k, from the state before the root at t - k + 1.
+        Entry t is the draft of the token after t. Head k computes it from the final state at t - k and, if ``rooted``,
+        the token at t - k + 1.
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
         final = batch.before[self.target.num_layers]
