@@ -63,7 +63,7 @@ def same_drafts(target: Target, path: M2R2Path) -> None:
         chain = drafted(network, target, ids, 3)
         answer = TrainingAnswer(tuple(ids[:4]), (*ids[4:], *chain, 5))
         wanted = path_states(path, target.num_layers)
-        records = states._records(states._teach(target, [answer], wanted), wanted)
+        records = states._records(states._make_shard(target, [answer], wanted), wanted)
         rows = windows(records, 64)
         batch = assemble(records, rows, 64, target.device)
         root = len(ids) - 1 - rows[0][1]  # the window index of the root's position
