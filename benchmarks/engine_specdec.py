@@ -9,7 +9,7 @@ import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # the libraries' 
 from peers import Put
 
 from specdec import SpecDecoder
-from specdec.engine import measure as costs
+from specdec.bench.pass_times import time_scoring
 from specdec.verify.certificate import replay
 
 
@@ -34,7 +34,7 @@ class Specdec:
                     break
 
     def passes(self, sizes: list[int]) -> dict[str, float]:
-        return {str(n): seconds for n, seconds in costs.time_scoring(self.decoder.target, sizes=sizes).items()}
+        return {str(n): seconds for n, seconds in time_scoring(self.decoder.target, sizes=sizes).items()}
 
     def logits(self, ids: list[int], count: int) -> Any:
         return replay(self.decoder.target, ids[:-count], ids[-count:]).numpy()
