@@ -59,7 +59,7 @@ def test_it_is_merged_in_16_bits_and_changes_the_text(base: Path, lora: Path) ->
         if path.endswith(PARTS):
             assert type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
             blocks = plain.get_submodule(path).blocks
-            wanted = blocks.numbers() + tensors[f"base_model.model.{path}.lora_B.weight"] @ (
+            wanted = blocks.dequantized() + tensors[f"base_model.model.{path}.lora_B.weight"] @ (
                 tensors[f"base_model.model.{path}.lora_A.weight"] * 2.0
             )
             assert torch.allclose(module.weight.float(), wanted, rtol=2**-7, atol=1e-3)
