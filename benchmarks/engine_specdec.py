@@ -1,4 +1,4 @@
-"""Our own engine as ``peers`` runs others: in a process of its own, with the same commands."""
+"""specdec itself as an engine of ``peers``: in a process of its own, with the same commands as the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from specdec.verify.certificate import replay
 
 
 class Specdec:
-    """Plain decoding with the default engine. mode: "float32" (PyTorch), or a value of ``--weights``."""
+    """Plain decoding with specdec (``PeerEngine``).
+
+    mode: "float32" (through PyTorch), a value of ``--weights``, or "".
+    """
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         torch.set_num_threads(threads)
