@@ -52,7 +52,7 @@ def learner_of(decoder: SpecDecoder) -> Learner:
 
 
 def learn(decoder: SpecDecoder, ids: list[int], start: int) -> float:
-    """Learn from the text ``ids``, whose answer begins at ``start``; return the seconds of the longest chunk of work."""
+    """Learn from the text ``ids``, whose answer begins at ``start``; return the seconds of the longest chunk."""
     learner_of(decoder).add(ids, start)
     longest, more = 0.0, True
     while more:

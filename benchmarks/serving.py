@@ -239,7 +239,7 @@ def turns(repeats: int) -> Iterator[bool]:
 
 
 async def load(args: argparse.Namespace, client: Client, name: str, temperature: float) -> list[dict[str, Any]]:
-    """Measure all numbers of clients at one temperature; return a row of figures for each, with the drafter on and off."""
+    """Measure all numbers of clients at one temperature, with the drafter on and off; return rows of figures."""
     wanted = bodies(args, name, temperature)
     for draft in turns(1):
         await block(client, wanted, max(args.clients), draft, 1)  # warm-up
