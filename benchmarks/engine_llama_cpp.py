@@ -78,7 +78,7 @@ COMMON: dict[str, tuple[Any, ...]] = {  # of libllama-common, whose names are th
 
 
 class Vector(ctypes.Structure):
-    """A ``std::vector<int32_t>``: addresses of the first element, the end of the elements, and the end of the memory."""
+    """A ``std::vector<int32_t>``: addresses of its first element, of the elements' end and of the memory's end."""
 
     _fields_ = (("begin", POINTER), ("end", POINTER), ("room", POINTER))
 

@@ -100,7 +100,10 @@ def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -
 
 
 def draw(curve: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """Draw the speed over plain decoding by the number of tokens learned from, into the file ``path``."""
+    """Draw the speed over plain decoding of each drafter in ``names`` into the picture file ``path``.
+
+    curve: the entries of curve.json, each with "tokens" (learned from) and the figures of ``measured`` per drafter.
+    """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in names:

@@ -50,20 +50,22 @@ class Sums:
         result(self.adding(x, y, weight))
 
     def adding(self, x: Tensor, y: Tensor, weight: float = 1.0) -> Generator[None]:
-        """Add rows as ``add`` does, in chunks of work."""
+        """Add rows as ``add`` does, in chunks: a generator that yields after each chunk of work."""
         return in_chunks(_added(self.panels, (x, y, weight)))
 
     def scaled(self, factor: float) -> Generator[None, None, Sums]:
-        """Return new sums that count each row ``factor`` times, in chunks of work."""
+        """Compute new sums that count each row ``factor`` times: a generator that yields after each chunk of work."""
         scaled = Sums(self.size - 1, self.outputs)
         pairs = zip(scaled.panels, self.panels, strict=True)
         yield from in_chunks(ALLOCATED * own.add_(panel, alpha=factor).numel() for own, panel in pairs)
         return scaled
 
     def solve(self, ridge: float, more: Iterable[Weighted] = ()) -> Generator[None, None, Tensor]:
-        """Return W.T [D, F + 1], float32, in chunks of work. Its last column belongs to the feature 1.
+        """Solve the regression in chunks: a generator that yields after each and returns W.T [D, F + 1], float32.
 
-        ridge: a number of rows of average size. more: further rows, which are not added to these sums.
+        The last column of W.T is the bias. ``result(sums.solve(ridge))`` solves at once.
+        ridge: the weight of |W|^2, as a number of rows of average size. more: further rows, which are counted in this
+        solution alone.
         """
         solution = torch.empty(self.outputs, self.size)
         yield from in_chunks(self._solved(solution, ridge, more))

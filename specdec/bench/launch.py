@@ -97,7 +97,10 @@ def _decoders() -> Decoders:
 
 
 def _connect() -> Any:
-    """Connect to the Ray cluster and return the module ``ray``. Raises SpecDecError if this is not possible."""
+    """Connect to the Ray cluster at $RAY_ADDRESS, or start a local one; return the module ``ray``.
+
+    Raises SpecDecError if Ray is not installed or the cluster is not reachable.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

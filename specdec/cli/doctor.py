@@ -87,7 +87,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _device() -> dict[str, str]:
-    """Return the name of the device that ``auto`` chooses, and why no CUDA device is used ("" if one is used)."""
+    """Return {"name": the device that ``auto`` chooses, "no_cuda": why it is no CUDA device, or ""}."""
     import torch
 
     from specdec.models import loading
@@ -99,7 +99,7 @@ def _device() -> dict[str, str]:
 
 
 def _folder(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
-    """Describe a folder: its path, the sizes in bytes of those ``parts`` (names in it) that exist, and free space."""
+    """Return a folder's path, the size of each of ``parts`` (names in it) that exists, their sum, and free bytes."""
     sizes = {name: files.size_of(folder / name) for name in parts if (folder / name).exists()}
     there = folder.exists()
     free = shutil.disk_usage(folder).free if there else 0

@@ -66,7 +66,7 @@ class TrainingCache(KVCache):
 
 
 def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:
-    """Cut the answers into adjacent windows of at most ``length`` positions each, without overlap."""
+    """Cut the answers into adjacent windows of at most ``length`` positions: (index of the answer, first, end)."""
     cut = []
     for index, record in enumerate(records):
         start, end = max(record.prompt - 1, record.first + 1), len(record.ids) - 1

@@ -141,7 +141,10 @@ class M2R2Method(TrainingMethod[M2R2]):
         return loss, figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Return the figures of ``specdec.train.evaluate.evaluate`` for drafts that leave at the last exit."""
+        """Return figures of drafts that leave at the last exit: top1, overlap, chain, score and positions.
+
+        ``specdec.train.evaluate.evaluate`` explains them.
+        """
 
         def drafts(batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
             for exits, valid in draft_steps(network, self.target, batch, STEPS):

@@ -71,7 +71,10 @@ class Recording:
         return result
 
     def save(self, path: Path) -> None:
-        """Write the recording in the format of ``replay.c``. The image's first pointer points to the first call."""
+        """Write the file that ``replay.c`` reads: the sizes, the memory image, and the offsets of all pointers in it.
+
+        The image's first pointer points to the first call.
+        """
         self.memory += bytes(BEHIND + -(len(self.memory) + BEHIND) % 4096)
         places = struct.pack(f"<{len(self.pointers)}Q", *self.pointers)
         path.write_bytes(struct.pack("<2Q", len(self.memory), len(self.pointers)) + self.memory + places)
