@@ -62,7 +62,6 @@ def _quotas() -> list[float]:
 
 
 def _quota(group: Path) -> list[float]:
-    """Return the number of CPUs that the control group in the folder ``group`` allows; empty without a limit."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text("ascii").split()[:2]

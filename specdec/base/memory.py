@@ -51,10 +51,7 @@ def trim_heap() -> None:
 
 
 def _unchanged(first: int, count: int) -> bool:
-    """Return whether none of ``count`` pages from page number ``first`` on was written to: they are a file's or absent.
-
-    False if the system does not report it.
-    """
+    """Return whether no page of ``count`` from number ``first`` on was written to; False if this is unknown."""
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(8 * first)

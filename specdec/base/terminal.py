@@ -103,8 +103,6 @@ def log_in_lines() -> None:
 
 
 class _Lines(logging.Handler):
-    """A log handler that prints each message as one line to stderr."""
-
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
 

@@ -45,10 +45,7 @@ def _memory_gb() -> float | None:
 
 
 def _commit() -> str | None:
-    """Return the git commit of the source tree that the package runs from; None if it runs from no repository.
-
-    A "+" follows if tracked files differ from the commit.
-    """
+    """Return the git commit that the package runs from, with "+" if tracked files differ; None without a repository."""
     root = Path(specdec.__file__).resolve().parents[1]
 
     def git(*args: str) -> str:

@@ -139,10 +139,7 @@ def summarize(
 
 
 def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchRequest]]) -> dict[str, Any]:
-    """Return the figures that are given for all requests and per category.
-
-    mine: the method's requests. baselines: label -> {``turn_key``: request}.
-    """
+    """Return the figures that are also given per category. baselines: label -> {``turn_key``: request}."""
     return {
         "requests": len(mine),
         "tokens": sum(r.reply.count for r in mine),
@@ -172,10 +169,7 @@ def _rate(seconds_per_token: float | None) -> float | None:
 
 
 def _ratios(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> list[tuple[float, BenchRequest]]:
-    """Return (speedup, request) for each request of ``mine`` that the baseline finished, too.
-
-    The speedup is the baseline's seconds per token over the method's. base: ``turn_key`` -> the baseline's request.
-    """
+    """Return (seconds per token of the baseline over the method's, request) for each request that both finished."""
     ratios = []
     for request in mine:
         other = base.get(request.turn_key)
@@ -215,7 +209,6 @@ def _phase_ms_per_step(replies: list[Reply]) -> dict[str, float]:
 
 
 def _quality(requests: list[BenchRequest]) -> dict[str, Any] | None:
-    """Pool the qualities of all rows into one estimate per measure; None if no row has one."""
     rows = [(q, r.group) for r in requests for q in r.qualities]
     if not rows:
         return None

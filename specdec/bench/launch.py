@@ -97,10 +97,7 @@ def _decoders() -> Decoders:
 
 
 def _connect() -> Any:
-    """Connect to the Ray cluster at $RAY_ADDRESS, or start a local one; return the module ``ray``.
-
-    Raises SpecDecError if Ray is not installed or the cluster is not reachable.
-    """
+    """Connect to the Ray cluster at $RAY_ADDRESS, else to a new local one; return the module ``ray``."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

@@ -53,7 +53,6 @@ class Reply:
 
     @property
     def count(self) -> int:
-        """Number of new tokens in all rows."""
         return sum(map(len, self.tokens))
 
     @property

@@ -43,10 +43,7 @@ def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None =
 
 
 def _pass(target: Target, cache: KVCache, start: int, count: int, first: int = 0) -> None:
-    """Run ``count`` tokens (ids ``first``, ``first`` + 1, ...) at the positions from ``start`` on.
-
-    Each position's most likely next token is computed, too. The keys and values are added to ``cache``.
-    """
+    """Run ``count`` tokens (ids from ``first``) at the positions from ``start`` on, and choose a token after each."""
     positions = torch.arange(start, start + count, device=target.device)[None]
     x = target.embed((positions + first) % target.vocab_size, positions)
     target.greedy_tokens(target.layers(x, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache)))

@@ -133,11 +133,7 @@ def _plugins(group: str, given: Any, before: Mapping[str, Any]) -> dict[str, dic
 
 
 def _override(given: dict[str, Any], text: str) -> None:
-    """Change the settings ``given`` in place as ``text``, ``KEY=VALUE,VALUE``, says.
-
-    A new selection of drafters or verifiers keeps the options of those that are selected. Raises SpecDecError for
-    unknown keys and invalid values.
-    """
+    """Change the settings ``given`` by ``KEY=VALUE,VALUE``. Selected drafters and verifiers keep their options."""
     key, equals, value = text.partition("=")
     path = key.split(".")
     if group := next((group for group in GROUPS if text.startswith(f"{group}.")), None):
@@ -168,11 +164,7 @@ def _override(given: dict[str, Any], text: str) -> None:
 
 
 def _cells(given: Mapping[str, Any]) -> list[Cell]:
-    """Return a cell for every combination of the settings.
-
-    given: setting -> value or list of values; drafter and verifier -> {name: options}. Raises SpecDecError for empty
-    and for too many combinations, and for options that a drafter or verifier refuses.
-    """
+    """Return a cell for every combination of settings. given: setting -> values; drafter -> {name: options}."""
     settings = {
         name: [given[name]] if name == LIST_SETTING and isinstance(given[name], list | tuple) else _as_list(given[name])
         for name in SETTINGS
@@ -240,10 +232,7 @@ def _matches(cell: Cell, conditions: Mapping[str, list[Any]]) -> bool:
 
 
 class _Unloaded:
-    """Stands for a model that is not loaded: reading any attribute raises ``Accessed``.
-
-    ``_check_plugin`` passes it to a drafter's constructor, whose checks before the first access then take place.
-    """
+    """Stands for a model in checks of a drafter's options before loading: reading any attribute raises ``Accessed``."""
 
     class Accessed(Exception):
         pass
@@ -253,10 +242,7 @@ class _Unloaded:
 
 
 def _check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
-    """Raise SpecDecError for an unknown drafter or verifier and for options that it refuses with any model.
-
-    group: "drafter" or "verifier".
-    """
+    """Raise SpecDecError for an unknown drafter or verifier (``group``), and for options that it always refuses."""
     if group == "verifier":
         registry.verifier(name, options)
         return

@@ -145,10 +145,7 @@ def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> l
 
 
 def _downloaded(name: str, source: PromptSource) -> Path:
-    """Return the file of a public set in the cache folder, downloaded if it is not there.
-
-    Raises SpecDecError if the set has no checksum, cannot be downloaded, or has another checksum.
-    """
+    """Return a public set's file, downloaded to the cache folder if it is missing. Raises SpecDecError."""
     by_hand = f"give it as a file '{name}.jsonl', or put it into {files.data_dir()}; it is at {source.page}"
     if source.url is None or source.sha256 is None:
         raise SpecDecError(f"prompt set '{name}' is not downloaded: it has no published checksum; {by_hand}")

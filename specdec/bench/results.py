@@ -66,8 +66,6 @@ def short_name(axis: str) -> str:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table of texts; every row is as long as the header."""
-
     header: list[str]
     rows: list[list[str]]
 
@@ -95,12 +93,10 @@ class Results:
 
     @property
     def done(self) -> list[Record]:
-        """The records of cells that did not fail."""
         return [record for record in self.records if "error" not in record]
 
     @property
     def failed(self) -> list[Record]:
-        """The records of cells that failed."""
         return [record for record in self.records if "error" in record]
 
     def labels(self) -> list[str]:
@@ -284,8 +280,6 @@ def as_markdown(results: Results) -> str:
 
 
 def _table(table: ResultTable) -> str:
-    """Return the table as Markdown."""
-
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

@@ -181,11 +181,7 @@ class BenchRun:
             self._reply(name, rows, WARM_UP, self.first.seed, "warm-up")
 
     def _reply(self, name: str, prompts: list[list[int]], count: int, seed: int, scope: str) -> Reply | None:
-        """Let the method ``name`` answer, as in ``Method.reply``, and measure its peak memory.
-
-        If the method fails, remove it and its requests and return None. A failure of the method that the conversations
-        continue with is raised.
-        """
+        """Return the answer of method ``name``; None if it fails, which removes it (the plain method raises)."""
         try:
             with PeakMemory(self.base.target.device) as memory:
                 reply = self.methods[name].reply(prompts, count, seed, scope)
@@ -202,10 +198,7 @@ class BenchRun:
         return reply
 
     def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
-        """Add the user's turn number ``turn`` to each chat; return the chats that continue, and their prompts' ids.
-
-        A chat ends if it has no such turn or if its prompt exceeds the model's context.
-        """
+        """Add user turn ``turn`` to the chats; return those that have it and fit the context, and their prompts."""
         continued, prompts, context = [], [], self.base.target.context
         for conversation, texts in chats:
             if turn < len(conversation.turns):
@@ -251,10 +244,7 @@ class BenchRun:
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
     def _compare(self, request: BenchRequest, plain: BenchRequest, count: int, seed: int) -> None:
-        """Set ``request.equality`` (and ``qualities`` in a run with a lossy verifier) by comparison with ``plain``.
-
-        count, seed: with which both were decoded.
-        """
+        """Set the equality and the qualities of ``request``. count, seed: with which both were decoded."""
         cell, method, target = self.first, self.methods[request.method], self.base.target
         comparable = cell.temperature == 0 or (method.seeded and self.methods[self.plain].seeded)
         for b, (prompt, ours) in enumerate(zip(request.prompts, request.reply.tokens, strict=True)):

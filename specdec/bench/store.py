@@ -89,7 +89,7 @@ class Store:
             raise SpecDecError(f"'{self.folder}' is not empty and holds no results; give another --output")
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return the content of ``sweep.json``. Raises SpecDecError if it cannot be read."""
+        """Return the content of ``sweep.json``, the plan as stored. Raises SpecDecError if it is unreadable."""
         try:
             manifest = json.loads(self.manifest.read_text("utf-8"))
             if isinstance(manifest["cells"], dict) and isinstance(manifest["name"], str):

@@ -220,10 +220,7 @@ def _take(
     records: dict[str, Any],
     store: Store | None,
 ) -> None:
-    """Add each of the ``arriving`` records to ``records`` and to the store, and print a line about it.
-
-    before: number of records that are already there.
-    """
+    """Add ``arriving`` records to ``records`` and the store, and print a line for each. before: earlier records."""
     from specdec.bench.results import labels, outcome
 
     named = labels([cell.as_dict() for cell in plan.cells])
@@ -239,11 +236,7 @@ def _take(
 def _end(
     plan: Plan, records: Mapping[str, Any], store: Store | None, as_json: bool, resume: bool, interrupted: bool
 ) -> None:
-    """Print the notes, the tables and how to continue.
-
-    Raises typer.Exit with a code other than 0 if a cell failed or the run was interrupted, and SpecDecError if every
-    cell failed.
-    """
+    """Print notes, tables and how to continue. Raises typer.Exit or SpecDecError if a cell failed."""
     from specdec.bench.results import Results
     from specdec.bench.store import finished
 

@@ -177,10 +177,7 @@ def _check_text(name: str, text: str) -> None:
 
 
 def _read(prompt: str | None) -> str:
-    """Return the prompt: the argument, or the text on stdin if the argument is "-" or None.
-
-    Raises SpecDecError if the prompt is missing, empty, too long or not UTF-8.
-    """
+    """Return the prompt: the argument, or stdin if it is "-" or None. Raises SpecDecError for an unusable one."""
     if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise SpecDecError('no prompt; give one, for example: specdec generate "Why is the sky blue?"')
     if prompt is None or prompt == "-":
@@ -199,7 +196,6 @@ def _read(prompt: str | None) -> str:
 
 
 def _schema(file: Path) -> str:
-    """Read the JSON text of --json-schema. Raises SpecDecError if it cannot be read or is not JSON."""
     with errors_as(f"--json-schema: {file} cannot be read", ValueError):
         text = inputs.read_text(file, 2**20)
     with errors_as(f"--json-schema: {file} is not JSON", ValueError):

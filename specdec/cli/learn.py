@@ -160,11 +160,7 @@ def export(
 
 
 def _begin_from(target: Target, base: str) -> None:
-    """Copy what was learned for the model ``base`` as a start for ``target``, which is a fine-tune of it.
-
-    Raises SpecDecError if the target has learned already, if nothing was learned for ``base``, or if the models' shapes
-    differ.
-    """
+    """Copy what was learned for the model ``base`` as a start for ``target``. Raises SpecDecError if not possible."""
     from specdec.drafters import learned
     from specdec.drafters.m2r2_fits import learned_path
 
@@ -179,10 +175,7 @@ def _begin_from(target: Target, base: str) -> None:
 
 
 def _learned_for(model: str) -> list[tuple[Path, Progress]]:
-    """Return (file, progress) of everything that was learned for the model of this name.
-
-    Raises SpecDecError if nothing was learned.
-    """
+    """Return (file, progress) of what was learned for the model of this name. Raises SpecDecError if nothing was."""
     from specdec.drafters import learned
 
     names = model, learned.whole_name(model)

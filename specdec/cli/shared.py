@@ -265,7 +265,6 @@ def one_model(argument: str | None, option: str | None, default: str | None = No
 
 
 def _is_argument(parameter: inspect.Parameter) -> bool:
-    """Return whether a command's parameter is a positional argument of the command line."""
     marks = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else ()
     return any(isinstance(mark, typer.models.ArgumentInfo) for mark in marks)
 

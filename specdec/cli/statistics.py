@@ -128,7 +128,6 @@ def compare(
 
 
 def _compared(comparison: dict[str, Any]) -> Facts:
-    """Return the lines to print about the result of ``compare``."""
     speedup, agreement = comparison["speedup"], comparison["agreement"]
     facts = [
         ("speedup over plain decoding", "no decode step to time" if speedup is None else f"{speedup:.2f}x"),
@@ -183,7 +182,6 @@ def rule(decoder: SpecDecoder) -> str:
 
 
 def _formats(decoder: SpecDecoder) -> str:
-    """Return the formats of weights, activations and KV cache as text."""
     target = decoder.target
     parts = [
         "weights " + (target.weight_format if target.weight_format == "as loaded" else f"in {target.weight_format}")

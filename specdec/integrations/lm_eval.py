@@ -140,10 +140,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
 
 
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
-    """Translate the generation options of an lm-eval task into arguments of ``SpecDecoder.generate_batch``.
-
-    most: number of new tokens if the task sets none.
-    """
+    """Translate an lm-eval task's options into arguments of ``generate_batch``. most: default of new tokens."""
     until = given.get("until") or []
     options: dict[str, Any] = {
         name: given[name] for name in SamplingOptions.__annotations__ if given.get(name) is not None

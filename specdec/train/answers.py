@@ -83,10 +83,7 @@ def _generate(
 
 
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], TrainingAnswer]:
-    """Read the answers of an earlier run from ``path``, by prompt, after cutting off an unfinished last line.
-
-    Raises SpecDecError if the file answers a prompt that is not among ``prompts``.
-    """
+    """Read an earlier run's answers, by prompt. Raises SpecDecError if a prompt is not in ``prompts``."""
     made: dict[tuple[int, ...], TrainingAnswer] = {}
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

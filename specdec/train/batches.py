@@ -143,9 +143,9 @@ def assemble(
 def by_length(
     records: Sequence[AnswerStates], rows: int, length: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[TrainingBatch]:
-    """Yield batches of at most ``rows`` windows that contain every window once, ordered by end position.
+    """Yield batches that contain every window once, ordered by end position. rows: largest number of windows per batch.
 
-    length, device, dtype: as in ``assemble``.
+    length: positions per window. device, dtype: of the tensors; None: as stored.
     """
     cut = sorted(windows(records, length), key=lambda window: window[2])
     for start in range(0, len(cut), rows):

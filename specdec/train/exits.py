@@ -149,11 +149,7 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
         return Routers(self.settings.first, self.target, vocab)
 
     def _draft(self, network: Routers, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Draft the token after each position of ``batch``.
-
-        Returns the final state [B, T, D] and the share of routed layers that ran [B, T], both with the gradient of the
-        soft gates.
-        """
+        """Return final states [B, T, D] of a draft per position, and the share of routed layers that ran [B, T]."""
         target, first = self.target, network.first
         ids = pad_sequence([text.long() for text in batch.texts], batch_first=True).to(target.device)
         cache, taps = target.new_cache(len(ids)), {first: torch.empty(0)}

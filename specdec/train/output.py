@@ -82,10 +82,7 @@ def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = N
 
 
 def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
-    """Raise SpecDecError unless ``resume`` is set and the recipe in ``output`` has the settings ``own``.
-
-    The device may differ, and the run may become longer.
-    """
+    """Raise SpecDecError unless ``resume`` is set and the folder's recipe equals ``own`` (but for device, length)."""
     recipe = inputs.read_yaml(output / RECIPE)
     if recipe["method"] != own.method:
         raise SpecDecError(f"'{output}' holds a run of 'specdec train {recipe['method']}'; use another --output")

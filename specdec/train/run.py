@@ -181,7 +181,7 @@ class TrainingRun:
         return self.seconds / (60 * self.settings.minutes)
 
     def _rate(self, done: float) -> float:
-        """Return the factor on all learning rates: a warm-up over updates, then a linear decay over ``done``."""
+        """Return the factor on learning rates: warm-up, then linear decay. done: finished share of the run."""
         return min(1.0, (self.update + 1) / self.settings.warmup, (1 - done) / self.settings.decay)
 
     def _progress_text(self, means: dict[str, float], done: float) -> str:
@@ -194,10 +194,7 @@ class TrainingRun:
         return batches.assemble(records, rows, self.settings.window, self.target.device, self.target.dtype)
 
     def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
-        """Make one update on this process's share of ``rows`` and return its figures, averaged over all processes.
-
-        rate: the factor on all learning rates. An update with a loss or gradient that is not finite is skipped.
-        """
+        """Update on this process's share of ``rows``, unless the loss is not finite; return figures."""
         batch = self._batch(self.records, rows[self.processes.process_index :: self.processes.num_processes])
         loss, figures = self.method.loss(self.network, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -213,11 +210,7 @@ class TrainingRun:
         return figures
 
     def _average(self, figures: dict[str, float], count: Tensor) -> tuple[dict[str, float], int]:
-        """Average gradients and figures over all processes, weighted by each process's ``count`` of tokens.
-
-        The gradients of the running copy move to the master weights. Returns the mean figures and the sum of the
-        counts.
-        """
+        """Give the masters the averaged gradients; return averaged figures and the sum of tokens (``count``)."""
         total = reduce(count, "sum")
         share = count / total
         for name, parameter in self.parameters.items():

@@ -110,7 +110,6 @@ def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    """Read the YAML file of the training preset ``name``. Raises SpecDecError if it is unknown or no mapping."""
     path = find_config("train", name, "training preset")
     data = inputs.read_yaml(path, "training preset ")
     if not isinstance(data, dict):

@@ -137,10 +137,7 @@ def _make_shard(
     wanted: StateSelection,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
-    """Run ``target`` over the answers and return the tensors of their shard, each concatenated in the given order.
-
-    progress: called with the number of tokens after each forward pass.
-    """
+    """Run ``target`` over the answers; return the tensors of their shard. progress: called with finished tokens."""
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     found: list[dict[str, Tensor]] = [{} for _ in texts]
     for some in _grouped([len(text) for text in texts]):

@@ -75,10 +75,7 @@ def _prepare(
     device: torch.device,
     lock: FileLock | None,
 ) -> TrainingRun:
-    """Do everything before gradient training: checks, loading, answers and states. Finished work is read from disk.
-
-    resume: whether the output folder may hold this run. lock: of the folder; None: this process does not write.
-    """
+    """Check, load, answer prompts and compute states. lock: None: this process does not write."""
     # Checks that need no model come first.
     items = data.read([Path(p) for p in settings.prompts])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []

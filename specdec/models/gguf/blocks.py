@@ -49,7 +49,6 @@ class Blocks:
 
     @property
     def shape(self) -> torch.Size:
-        """[out, in]"""
         return torch.Size((len(self.data if self.rows is None else self.rows), self.inputs))
 
     @property
@@ -104,10 +103,7 @@ def of_one_kind(matrices: list[Blocks]) -> list[Blocks]:
 
 
 def _with_fifth_bits(matrix: Blocks) -> Blocks:
-    """Convert a matrix from Q4_K to Q5_K with equal values.
-
-    Blocks of Q5_K have 32 bytes of fifth bits, here zero, between the scales and the other bits.
-    """
+    """Convert a matrix from Q4_K to Q5_K, whose blocks have 32 bytes of fifth bits (here 0) after the scales."""
     scales, others = matrix.data.view(-1, 144).split([16, 128], 1)
     data = torch.cat((scales, scales.new_zeros(len(scales), 32), others), 1)
     return replace(matrix, data=data.view(matrix.data.shape[0], -1), kind="Q5_K")
@@ -296,10 +292,7 @@ def expert(experts: Any, number: int) -> tuple[Any, ...]:
 
 
 def _unblocked(matrix: Blocks, dtype: torch.dtype) -> Tensor | Blocks:
-    """Return an unquantized matrix (of a type in ``PLAIN``) as a tensor in ``dtype``, and other matrices unchanged.
-
-    The tensor shares the memory of the file if it is stored in this dtype.
-    """
+    """Return a matrix of a type in ``PLAIN`` as a tensor in ``dtype``, mapped if stored so, and others unchanged."""
     if matrix.kind not in PLAIN:
         return matrix
     values = matrix.data.view(PLAIN[matrix.kind])

@@ -146,10 +146,7 @@ def _error(name: str, why: str) -> SpecDecError:
 
 
 class _HeaderReader:
-    """A reader of a header in the bytes of a file, from position ``at`` on. Its methods raise ``_Broken``.
-
-    name: of the model, for messages of ``Strings``.
-    """
+    """A reader of a header in the bytes ``data``; its methods raise ``_Broken``. name: of the model, for messages."""
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
         self.data, self.size, self.at, self.elements, self.name = data, len(data), 4, 0, name

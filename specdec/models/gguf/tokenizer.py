@@ -61,10 +61,7 @@ def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
 
 
 def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
-    """Build the tokenizer of a GGUF file; None if it is not of the kinds that this module can build.
-
-    Raises SpecDecError if the metadata are broken.
-    """
+    """Build the tokenizer of a GGUF file; None if only transformers can. Raises SpecDecError for broken metadata."""
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     template = file.metadata.get("tokenizer.chat_template", "")
     pre = metadata.get("pre", "default")
@@ -77,10 +74,7 @@ def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
 
 
 def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tokenizer:
-    """Build a byte-level BPE tokenizer.
-
-    metadata: the entries of tokenizer.ggml, without this prefix. pre: how text is split. kind: the model type.
-    """
+    """Build a byte-level BPE tokenizer. metadata: of tokenizer.ggml. pre: how text is split. kind: model type."""
     tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
     vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"].texts]
