@@ -48,12 +48,16 @@ class Resources(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked benchmark: the cells to measure, without duplicates, and what describes them in the results."""
+    """A checked benchmark: the cells to measure, without duplicates.
 
-    name: str  # of the benchmark; also the default name of its folder
-    description: str  # one line for the report; may be empty
+    name: of the benchmark, and the default name of its folder. description: a line for the report; may be empty.
+    resources: what one task on a Ray cluster needs.
+    """
+
+    name: str
+    description: str
     cells: tuple[Cell, ...]
-    resources: Resources = field(default_factory=Resources)  # of one task on a Ray cluster
+    resources: Resources = field(default_factory=Resources)
 
 
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:

@@ -201,7 +201,8 @@ class _RowProcessors(LogitsProcessor):
     """
 
     def __init__(self, processors: list[LogitsProcessor], row: int, before: Tensor, batch: int) -> None:
-        self.processors, self.row, self.before, self.batch = processors, row, before, batch
+        self.processors, self.row = processors, row
+        self.before, self.batch = before, batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the processed logits [1, V] of ``scores`` [1, V] after the tokens ``input_ids`` [1, n], unpadded."""

@@ -29,11 +29,15 @@ THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)  # router probabilities that the evaluat
 
 
 class ArlaSettings(TrainSettings):
-    """Settings of ``specdec train arla``: ``TrainSettings`` with the drafter and the size of its routers."""
+    """Settings of ``specdec train arla``, in addition to ``TrainSettings``.
 
-    drafter: str = "m2r2"  # the trained drafter: a folder, or the name of a drafter shipped for the model
-    width: Positive = 16  # size of the routers' latent vectors
-    draft_steps: Positive = 3  # length of the drafts that the routers learn from
+    drafter: the trained drafter: a folder, or the name of a drafter shipped for the model.
+    width: size of the routers' latent vectors. draft_steps: length of the drafts that the routers learn from.
+    """
+
+    drafter: str = "m2r2"
+    width: Positive = 16
+    draft_steps: Positive = 3
 
 
 class ArlaMethod(TrainingMethod[M2R2]):

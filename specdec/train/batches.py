@@ -22,21 +22,26 @@ Window = tuple[int, int, int]  # index of the answer, first position, end positi
 
 @dataclass
 class TrainingBatch:
-    """B windows of T positions. Column t reads token ``ids[:, t]`` and predicts the token after it.
+    """B windows of T positions with the base model's states. Column t predicts the token after ``ids[:, t]``.
 
-    "Exact" keys and values are those of the base model, as opposed to those that drafted tokens compute.
+    ids, next_ids: the tokens and the token after each in the text, int64 [B, T]. positions: in the text, int64 [B, T].
+    valid: bool [B, T], False for padding.
+    kv: layer -> the base model's ("exact") keys and values of positions 0 .. S - 1 [B, H', S, d].
+    hidden, before: layer -> the layer's input at each position, and at the position before it [B, T, D].
+    best: the base model's most likely next token, int64 [B, T]. log_z: log of its partition sum, float32 [B, T].
+    texts: one int32 tensor per row, the text's tokens up to the end of the window.
     """
 
-    ids: Tensor  # int64 [B, T], the tokens of the windows
-    next_ids: Tensor  # int64 [B, T], the next token of the text
-    positions: Tensor  # int64 [B, T], positions in the text
-    valid: Tensor  # bool [B, T], False for padding
-    kv: dict[int, tuple[Tensor, Tensor]]  # layer -> exact keys and values of positions 0 .. S - 1 [B, H', S, d]
-    hidden: dict[int, Tensor]  # layer -> the layer's input at each position [B, T, D]
-    before: dict[int, Tensor]  # layer -> the layer's input at the position before each position [B, T, D]
-    best: Tensor  # int64 [B, T], the base model's most likely next token
-    log_z: Tensor  # float32 [B, T], log of the base model's partition sum
-    texts: list[Tensor]  # one int32 tensor per row: the text's tokens up to the end of the window
+    ids: Tensor
+    next_ids: Tensor
+    positions: Tensor
+    valid: Tensor
+    kv: dict[int, tuple[Tensor, Tensor]]
+    hidden: dict[int, Tensor]
+    before: dict[int, Tensor]
+    best: Tensor
+    log_z: Tensor
+    texts: list[Tensor]
 
     @property
     def num_keys(self) -> int:

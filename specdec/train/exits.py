@@ -33,11 +33,15 @@ THRESHOLD = 0.5  # probability of the best token at which a token leaves in eval
 
 
 class ExitSettings(TrainSettings):
-    """Settings of ``specdec train deed``: ``TrainSettings`` with the exits and the size of their modules."""
+    """Settings of ``specdec train deed``, in addition to ``TrainSettings``.
 
-    exits: tuple[int, ...] = ()  # layers after which a token may leave
-    layers_of: int | None = None  # depth of the model that ``exits`` refers to, for scaling; None: that of this model
-    width: Positive = 96  # hidden size of an exit's module
+    exits: layers after which a token may leave. width: hidden size of an exit's module.
+    layers_of: depth of the model that ``exits`` refers to, for scaling; None: that of this model.
+    """
+
+    exits: tuple[int, ...] = ()
+    layers_of: int | None = None
+    width: Positive = 96
 
 
 class DeedMethod(TrainingMethod[ExitHeads]):
@@ -124,11 +128,16 @@ class DeedMethod(TrainingMethod[ExitHeads]):
 
 
 class DepthSettings(TrainSettings):
-    """Settings of ``specdec train mixture-of-depths``: ``TrainSettings`` with the routed layers and their share."""
+    """Settings of ``specdec train mixture-of-depths``, in addition to ``TrainSettings``.
 
-    first: int = 3  # the first routed layer; the layers before it always run
-    capacity: float = Field(0.5, gt=0, lt=1)  # wanted share of the routed layers that a token runs
-    pressure: float = 20.0  # weight of the squared difference between the actual share and the capacity
+    first: the first routed layer; the layers before it always run.
+    capacity: wanted share of the routed layers that a token runs.
+    pressure: weight in the loss of the squared difference between the actual share and the capacity.
+    """
+
+    first: int = 3
+    capacity: float = Field(0.5, gt=0, lt=1)
+    pressure: float = 20.0
 
 
 class MixtureOfDepthsMethod(TrainingMethod[Routers]):

@@ -34,9 +34,9 @@ STEPS = 4  # drafted tokens per step in evaluation
 
 
 class M2R2Settings(TrainSettings):
-    """Settings of ``specdec train m2r2``: ``TrainSettings`` with the draft path and the loss.
+    """Settings of ``specdec train m2r2``, in addition to ``TrainSettings``: the draft path and the loss.
 
-    With ``init`` the draft path is that of the given drafter.
+    The comment beside each field explains it. With ``init`` the draft path is that of the given drafter.
     """
 
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {

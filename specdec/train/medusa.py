@@ -23,12 +23,17 @@ from specdec.train.student import Teacher
 
 
 class MedusaSettings(TrainSettings):
-    """Settings of ``specdec train medusa``: ``TrainSettings`` with the heads and their weights in the loss."""
+    """Settings of ``specdec train medusa``, in addition to ``TrainSettings``.
 
-    heads: Positive = 4  # number of heads; head k drafts the k-th token
-    blocks: Positive = 1  # residual blocks of a head
-    rooted: bool = True  # whether the first block also reads the embedding of the last verified token
-    fade: PositiveFloat = 0.8  # weight of a head's loss relative to the previous head (the paper's lambda)
+    heads: number of heads; head k drafts the k-th token. blocks: residual blocks of a head.
+    rooted: whether the first block also reads the embedding of the last verified token.
+    fade: weight of a head's loss relative to the previous head (the paper's lambda).
+    """
+
+    heads: Positive = 4
+    blocks: Positive = 1
+    rooted: bool = True
+    fade: PositiveFloat = 0.8
 
 
 class MedusaMethod(TrainingMethod[Medusa]):

@@ -19,9 +19,9 @@ Files = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 
 
 class TrainSettings(Settings):
-    """The settings that all training methods share; a method's own class adds to them. The comments explain each.
+    """The settings that all training methods share; a method's own class adds to them.
 
-    A run writes its settings to ``train.yaml`` in the output folder.
+    The comment beside each field explains it. A run writes its settings to ``train.yaml`` in the output folder.
     replaces: setting -> the values of other settings that replace those of the preset when this setting is given.
     """
 

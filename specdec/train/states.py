@@ -53,15 +53,21 @@ class StateSelection:
 
 @dataclass(frozen=True)
 class AnswerStates:
-    """The base model's states on a prompt and its answer, L tokens together, as views of a memory-mapped shard."""
+    """The base model's states on a prompt and its answer, L tokens together, as views of a memory-mapped shard.
 
-    ids: Tensor  # int32 [L]
-    prompt: int  # number of prompt tokens
-    first: int  # position of the first entry of ``hidden``, ``best`` and ``log_z``
-    kv: dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values [L, H', d]
-    hidden: dict[int, Tensor]  # layer -> the layer's input [L - 1 - first, D]
-    best: Tensor  # int32 [L - 1 - first], the base model's most likely next token
-    log_z: Tensor  # float32 [L - 1 - first], log of the base model's partition sum over the full vocabulary
+    ids: int32 [L]. prompt: number of prompt tokens. kv: layer -> keys and values [L, H', d].
+    first: position of the first entry of the following fields, which have n = L - 1 - first entries.
+    hidden: layer -> the layer's input [n, D]. best: the most likely next token, int32 [n].
+    log_z: log of the partition sum over the full vocabulary, float32 [n].
+    """
+
+    ids: Tensor
+    prompt: int
+    first: int
+    kv: dict[int, tuple[Tensor, Tensor]]
+    hidden: dict[int, Tensor]
+    best: Tensor
+    log_z: Tensor
 
 
 def first_stored(prompt: int) -> int:

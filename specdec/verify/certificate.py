@@ -78,13 +78,18 @@ def is_near_tie(
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference between an output with drafts and that of plain decoding."""
+    """The first difference between an output with drafts and that of plain decoding.
 
-    index: int  # position among the new tokens
-    ours: int | None  # token id with drafts; None: this output has ended
-    plain: int | None  # token id of plain decoding; None: this output has ended
-    margin: float  # the larger of the two tokens' distances to the best logit; infinite if one has ended
-    near_tie: bool  # whether rounding explains the difference; if not, it is a fault
+    index: position among the new tokens. ours, plain: token ids with drafts and without; None: the output has ended.
+    margin: the larger of the two tokens' distances to the best logit; infinite if one output has ended.
+    near_tie: whether rounding explains the difference; if not, it is a fault.
+    """
+
+    index: int
+    ours: int | None
+    plain: int | None
+    margin: float
+    near_tie: bool
 
     def __str__(self) -> str:
         kind = "near-tie" if self.near_tie else "FAULT"

@@ -149,7 +149,10 @@ class _HeaderReader:
     """A reader of a header in the bytes ``data``; its methods raise ``_Broken``. name: of the model, for messages."""
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
-        self.data, self.size, self.at, self.elements, self.name = data, len(data), 4, 0, name
+        self.data, self.size = data, len(data)
+        self.at = 4  # after the magic bytes
+        self.elements = 0  # of all arrays so far
+        self.name = name
 
     def header(self, file_size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         """Read the whole header: (metadata, tensors by name). file_size: in bytes; no tensor may end after it."""
