@@ -1,15 +1,16 @@
-"""A coding agent's session replayed turn by turn: time to the first token and seconds by turn, beside llama.cpp.
+"""A coding agent's session, replayed turn by turn: time to the first token and seconds per turn, beside llama.cpp.
 
     python benchmarks/agent_replay.py record TRACE.json --session keys --model qwen2.5-coder-1.5b-instruct
     python benchmarks/agent_replay.py replay TRACE.json --model FILE.gguf --llama-cpp plain,ngram-cache
 
 ``record`` lets the model answer a session with files of this repository: a system prompt with tools, files that are
-read, edits, output of tests. A trace holds its messages and the recorded answers, with their licence; one that is
-unfinished is gone on with. ``replay`` sends each turn with the recorded answers of those before it, so that all sides
-do the same work, and asks for as many tokens as were recorded. Every drafter runs four passes: ``cold``; ``warm``, with
-its caches as they are then; ``restart``, in a new process that has only its prefix cache on disk; ``last``, in another
-one, which asks for the last turn alone. llama.cpp runs two, with its own cache of the last text. The last line is JSON,
-with a digest of each pass's texts; exits with 1 unless specdec's texts are equal in all its passes.
+read, edits, output of tests. A trace holds its messages and the recorded answers, with their license; an unfinished
+trace is continued. ``replay`` sends each turn with the recorded answers of the turns before it, so that all engines do
+the same work, and asks for as many tokens as were recorded. Every drafter runs four passes: ``cold``; ``warm``, with
+the caches that ``cold`` left; ``restart``, in a new process that has only the prefix cache on disk; ``last``, in
+another new process, which asks for the last turn alone. llama.cpp runs ``cold`` and ``warm``, with its own cache of the
+last text. The last line is JSON, with a digest of each pass's texts; the exit code is 1 unless specdec's texts are
+equal in all passes.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ SESSIONS = {"counters": COUNTERS, "keys": KEYS}
 
 
 def session(name: str) -> list[dict[str, str]]:
-    """The messages before each answer, the system's first."""
+    """Return the messages of a session of ``SESSIONS``: the system message, then a user message per answer."""
     tools = [
         {"name": name, "description": what, "parameters": {key: {"type": "string"} for key in keys}}
         for name, (what, keys) in TOOLS.items()
@@ -110,6 +111,7 @@ def session(name: str) -> list[dict[str, str]]:
 
 @contextmanager
 def server(model: str, drafter: str, folder: str) -> Iterator[Client]:
+    """Run ``specdec serve`` with the prefix cache in ``folder`` during the ``with`` block; yield a client of it."""
     command = [sys.executable, "-m", "specdec", "serve", "--model", model, "--drafter", drafter, "--port", "0"]
     command += ["--quiet", "--name", "model", "--prefix-cache", folder]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -129,7 +131,11 @@ def server(model: str, drafter: str, folder: str) -> Iterator[Client]:
 
 @dataclass
 class Pass:
-    """One replay of a trace. first, seconds: by turn. cached: prompt tokens that were not computed."""
+    """The figures of one replay of a trace.
+
+    first, seconds: seconds to the first token and to the last one, by turn.
+    cached: number of prompt tokens that were in a cache, by turn. texts: answers, by turn.
+    """
 
     name: str
     first: list[float] = field(default_factory=list)
@@ -142,13 +148,14 @@ class Pass:
         return sum(self.seconds)
 
     def told(self) -> Pass:
+        """Print the figures to stderr and return this object."""
         first = " ".join(f"{seconds:.2f}" for seconds in self.first)
         print(f"{self.name}: {self.total:.1f} s; first tokens after {first} s", file=sys.stderr, flush=True)
         return self
 
 
 def prompts(trace: dict[str, Any], turns: int, first: int = 0) -> Iterator[tuple[list[dict[str, str]], int]]:
-    """The messages of each turn from number ``first`` on, and how many tokens are wanted."""
+    """Yield (messages, number of tokens to generate) for the turns ``first`` to ``turns`` - 1 of a trace."""
     messages = [trace["messages"][0]]
     for n, (message, answer) in enumerate(zip(trace["messages"][1 : turns + 1], trace["answers"], strict=False)):
         messages.append(message)
@@ -158,6 +165,10 @@ def prompts(trace: dict[str, Any], turns: int, first: int = 0) -> Iterator[tuple
 
 
 async def ours(client: Client, name: str, trace: dict[str, Any], turns: int) -> Pass:
+    """Replay a trace against a server of specdec.
+
+    name: of the pass; a name that ends with "last" asks for the last turn only.
+    """
     done = Pass(name)
     for messages, tokens in prompts(trace, turns, turns - 1 if name.endswith("last") else 0):
         body = {"model": "model", "messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
@@ -173,7 +184,10 @@ async def ours(client: Client, name: str, trace: dict[str, Any], turns: int) -> 
 
 
 def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads: int) -> list[Pass]:
-    """Two passes of llama.cpp in a ``mode`` of its own, which keeps the cache of its last text."""
+    """Replay twice with llama.cpp, which keeps the KV cache of its last text: cold and warm.
+
+    path: the GGUF file. mode: of ``Peer``. asked: (prompt ids, number of tokens to generate) of each turn.
+    """
     peer, name = Process("engine_llama_cpp:LlamaCppKeeping"), f"llama.cpp {mode}".strip()
     context = max(len(ids) + tokens for ids, tokens in asked) + 64
     peer.ask("load", path=path, threads=threads, context=context, mode=mode, source="", depth=None)
@@ -189,11 +203,12 @@ def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads
 
 
 def digest(texts: Sequence[str]) -> str:
+    """Return a digest of 16 hex digits of the texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def record(args: argparse.Namespace) -> int:
-    """Write a trace: the session, and what the model answers to it."""
+    """Write a trace: the messages of the session, and the model's answer to each. Return the exit code."""
     told = session(args.session)
     trace: dict[str, Any] = {"licence": LICENCE, "model": Path(args.model).name, "messages": told, "answers": []}
     if args.trace.exists():
@@ -221,6 +236,7 @@ def record(args: argparse.Namespace) -> int:
 
 
 def replay(args: argparse.Namespace) -> int:
+    """Replay a trace with all drafters and llama.cpp, print the figures and return the exit code."""
     trace = json.loads(args.trace.read_text("utf-8"))
     turns = min(args.turns or len(trace["answers"]), len(trace["answers"]))
     passes, asked = list[Pass](), list[tuple[list[int], int]]()

@@ -1,8 +1,9 @@
-"""llama.cpp on the CPU, as ``peers`` runs it: its shared library through ctypes.
+"""llama.cpp on the CPU, as an engine of ``peers``: its shared library, called through ctypes.
 
-The library is that of the folder $LLAMA_CPP, such as the unpacked npm package @node-llama-cpp/linux-x64, else of an
-installed llama-cpp-python. Where the folder has a backend for each kind of CPU, $LLAMA_CPP_CPU names the one to use,
-such as "haswell" (AVX2 alone). Structures are declared as far as they have stayed the same; the rest is room.
+The library is that of the folder $LLAMA_CPP, such as the unpacked npm package @node-llama-cpp/linux-x64, else that of
+an installed llama-cpp-python. If the folder has a backend for each kind of CPU, $LLAMA_CPP_CPU names the one to use,
+such as "haswell" (AVX2 alone). Structures declare the fields that are equal in all versions; ``room`` covers the
+others.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ POINTER, INT, COUNT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
 
 
 class ModelParams(ctypes.Structure):
+    """llama.cpp's ``llama_model_params``, as memory that is only passed on."""
+
     _fields_ = (("room", ctypes.c_uint64 * 64),)
 
 
 class ContextParams(ctypes.Structure):
+    """llama.cpp's ``llama_context_params``: sizes in tokens of context, batch and physical batch, and sequences."""
+
     _fields_ = (*((name, COUNT) for name in ("context", "batch", "part", "sequences")), ("room", COUNT * 124))
 
 
 class LlamaBatch(ctypes.Structure):
+    """llama.cpp's ``llama_batch``: tokens of one pass, their positions and sequences, and whether logits are wanted."""
+
     _fields_ = (
         ("count", INT),
         ("token", ctypes.POINTER(INT)),
@@ -71,13 +78,13 @@ COMMON: dict[str, tuple[Any, ...]] = {  # of libllama-common, whose names are th
 
 
 class Vector(ctypes.Structure):
-    """``std::vector<int32_t>``: where its elements begin and end, and where its memory ends."""
+    """A ``std::vector<int32_t>``: addresses of its first element, of the elements' end and of the memory's end."""
 
     _fields_ = (("begin", POINTER), ("end", POINTER), ("room", POINTER))
 
     @classmethod
     def of(cls, ids: Sequence[int], room: int = 0) -> Vector:
-        """With room for so many more, so that pushing them allocates nothing."""
+        """Return a vector of ``ids`` with memory for ``room`` more, so that pushing them allocates nothing."""
         array = (INT * (len(ids) + room))(*ids)
         at = ctypes.addressof(array)
         made = cls(at, at + 4 * len(ids), at + 4 * len(array))
@@ -85,12 +92,13 @@ class Vector(ctypes.Structure):
         return made
 
     def ids(self) -> list[int]:
+        """Return the elements."""
         count = ((self.end or 0) - (self.begin or 0)) // 4
         return list((INT * count).from_address(self.begin)) if count else []
 
 
 def empty_map() -> Any:
-    """An empty ``std::unordered_map`` of libstdc++: its one bucket, their number, no element, a load factor of 1."""
+    """Return the memory of an empty ``std::unordered_map`` of libstdc++: one bucket, no element, a load factor of 1."""
     made = (ctypes.c_uint64 * 7)()
     made[0], made[1] = ctypes.addressof(made) + 48, 1
     ctypes.c_float.from_buffer(made, 32).value = 1.0
@@ -98,7 +106,10 @@ def empty_map() -> Any:
 
 
 class Ngrams:
-    """llama.cpp's own drafting by n-grams, as its server's ``--spec-type`` ngram-cache and ngram-simple."""
+    """llama.cpp's own drafting by n-grams, as its server's ``--spec-type`` ngram-cache and ngram-simple.
+
+    depth: largest number of drafted tokens per step.
+    """
 
     def __init__(self, depth: int) -> None:
         (path,) = sorted((folder() or Path()).glob("libllama-common.*so"))
@@ -114,11 +125,11 @@ class Ngrams:
         self.begin()
 
     def begin(self) -> None:
-        """A new request: nothing of the last one is known."""
+        """Start a new request: forget the n-grams of the last one."""
         self.maps, self.entered = [empty_map() for _ in range(3)], 0  # context, dynamic, static
 
     def cache(self, ids: list[int]) -> list[int]:
-        """What most often followed the last tokens, in this text."""
+        """Draft the tokens that most often followed the last tokens of the text ``ids`` (ngram-cache)."""
         new = Vector.of(ids[max(self.entered - CACHED_NGRAMS[1], 0) :])
         at = [ctypes.addressof(each) for each in self.maps]
         self.call["cache_update"](at[0], *CACHED_NGRAMS, ctypes.byref(new), len(ids) - self.entered, False)
@@ -128,7 +139,7 @@ class Ngrams:
         return draft.ids()[1:]
 
     def simple(self, ids: list[int]) -> list[int]:
-        """What followed the last tokens when they came last."""
+        """Draft what followed the latest earlier occurrence of the last tokens of the text ``ids`` (ngram-simple)."""
         found, config = Vector(), (ctypes.c_uint16 * 8)(SIMPLE, self.depth)
         text = Vector.of(ids[:-1])
         self.call["simple_draft"](ctypes.byref(found), config, ctypes.byref(text), ids[-1])
@@ -136,7 +147,7 @@ class Ngrams:
 
 
 def folder() -> Path | None:
-    """Where the library is; None where there is none."""
+    """Return the folder of llama.cpp's shared library; None if there is none."""
     if given := os.environ.get("LLAMA_CPP"):
         return Path(given)
     spec = importlib.util.find_spec("llama_cpp")
@@ -144,7 +155,10 @@ def folder() -> Path | None:
 
 
 def library() -> Any:
-    """Load llama.cpp with the backend that is wanted. Raises ValueError for one that is not there."""
+    """Load llama.cpp with the backend $LLAMA_CPP_CPU, else with all.
+
+    Raises ValueError if library or backend is missing.
+    """
     place, wanted = folder(), os.environ.get("LLAMA_CPP_CPU")
     if place is None or not (found := sorted(place.glob("libllama.*so"))):
         raise ValueError(f"no libllama in {place}; set LLAMA_CPP to a folder with it")
@@ -163,7 +177,10 @@ def library() -> Any:
 
 
 class LlamaContext:
-    """A model with a cache of ``context`` tokens for ``rows`` sequences; of one of them ``tokens`` are known."""
+    """A loaded GGUF model with a KV cache of ``context`` tokens for ``rows`` sequences.
+
+    tokens: the token ids in the cache of sequence 0. vocabulary: number of tokens of the vocabulary.
+    """
 
     def __init__(self, lib: Any, path: str, threads: int, context: int, rows: int = 1) -> None:
         self.lib, self.tokens = lib, list[int]()
@@ -180,17 +197,20 @@ class LlamaContext:
         self.memory, self.batch = lib.llama_get_memory(self.handle), lib.llama_batch_init(PART, 0, 1)
 
     def keep(self, count: int, row: int = 0) -> None:
-        """Keep ``count`` tokens of a sequence."""
+        """Remove all but the first ``count`` tokens of the sequence ``row`` from the KV cache."""
         self.lib.llama_memory_seq_rm(self.memory, row, count, -1)
         del self.tokens[count:]
 
     def decode(self, ids: Sequence[int], outputs: int = 1, row: int = 0) -> None:
-        """One pass over ``ids``, at most ``PART``; logits are computed for the last ``outputs`` tokens."""
+        """Run one pass over ``ids``, at most ``PART`` tokens, after the tokens in the KV cache.
+
+        outputs: for how many of the last tokens logits are computed. row: the sequence.
+        """
         self.run([(token, len(self.tokens) + i, row) for i, token in enumerate(ids)], outputs)
         self.tokens += ids
 
     def run(self, tokens: Sequence[tuple[int, int, int]], outputs: int) -> None:
-        """One pass over tokens, each with its position and its sequence; logits are those of the last ``outputs``."""
+        """Run one pass over (token, position, sequence) triples; compute logits of the last ``outputs`` ones."""
         batch, first = self.batch, len(tokens) - outputs
         batch.count = len(tokens)
         for i, (token, position, row) in enumerate(tokens):
@@ -202,11 +222,11 @@ class LlamaContext:
         self.lib.llama_synchronize(self.handle)
 
     def logits(self, index: int) -> Any:
-        """float32[V] after token ``index`` of the last pass; valid until the next one."""
+        """Return the logits after token ``index`` of the last pass, float32 [V], valid until the next pass."""
         return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.handle, index), (self.vocabulary,))
 
     def follow(self, ids: list[int]) -> int:
-        """Read ``ids``, of which the cache may hold a beginning; return the likeliest next token."""
+        """Run the tokens of ``ids`` that the KV cache does not begin with; return the most likely next token."""
         same = next((i for i, (a, b) in enumerate(zip(self.tokens, ids, strict=False)) if a != b), len(self.tokens))
         self.keep(min(same, len(ids) - 1))
         while new := ids[len(self.tokens) :]:
@@ -215,7 +235,10 @@ class LlamaContext:
 
 
 class LlamaCpp:
-    """Greedy decoding of a GGUF file: plain, with its own n-gram modes, or with a draft model."""
+    """Greedy decoding of a GGUF file by llama.cpp (``PeerEngine``): plain, with n-grams, or with a draft model.
+
+    rows: sequences that are decoded together. keeps: whether a request reuses the KV cache of the last one.
+    """
 
     ngrams: Ngrams | None
     rows = 1  # sequences that are decoded side by side
@@ -236,7 +259,7 @@ class LlamaCpp:
         return settings
 
     def drafted(self, ids: list[int]) -> list[int]:
-        """Greedy drafts of the second model, whose cache keeps the common beginning."""
+        """Draft ``depth`` tokens after ``ids`` greedily with the draft model."""
         out = list[int]()
         for _ in range(self.depth):
             out.append(self.second.follow(ids + out))
@@ -283,6 +306,6 @@ class LlamaCpp:
 
 
 class LlamaCppKeeping(LlamaCpp):
-    """Reuses the cache of its last text, as its server does with one slot."""
+    """llama.cpp that reuses the KV cache of its last text, as its server does with one slot."""
 
     keeps = True

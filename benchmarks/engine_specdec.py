@@ -1,4 +1,4 @@
-"""Our own engine as ``peers`` runs others: in a process of its own, with the same commands."""
+"""specdec itself as an engine of ``peers``: in a process of its own, with the same commands as the others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # the libraries' 
 from peers import Put
 
 from specdec import SpecDecoder
-from specdec.engine import measure as costs
+from specdec.bench.pass_times import time_scoring
 from specdec.verify.certificate import replay
 
 
 class Specdec:
-    """Plain decoding with the default engine. mode: "float32" (PyTorch), or a value of ``--weights``."""
+    """Plain decoding with specdec (``PeerEngine``).
+
+    mode: "float32" (through PyTorch), a value of ``--weights``, or "".
+    """
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         torch.set_num_threads(threads)
@@ -34,7 +37,7 @@ class Specdec:
                     break
 
     def passes(self, sizes: list[int]) -> dict[str, float]:
-        return {str(n): seconds for n, seconds in costs.time_scoring(self.decoder.target, sizes=sizes).items()}
+        return {str(n): seconds for n, seconds in time_scoring(self.decoder.target, sizes=sizes).items()}
 
     def logits(self, ids: list[int], count: int) -> Any:
         return replay(self.decoder.target, ids[:-count], ids[-count:]).numpy()

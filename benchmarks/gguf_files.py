@@ -4,14 +4,14 @@
     python benchmarks/gguf_files.py smollm2-135m-instruct MODEL.gguf --threads 2 --json result.json
 
 A build is an instruction set ($SPECDEC_NATIVE). Each engine is a process of its own (``peers``) and idles while another
-runs; the order rotates from round to round. A round is plain greedy decoding after a short prompt, a prompt of 512
-tokens, passes over 1, 2, 4, 8 and 16 tokens (the minimum of five each), and a plain read of as many bytes as a pass
-reads, with as many threads. The table has medians over the rounds, their ranges, and for each build the median of
-the ratios within rounds to llama.cpp: above 1 specdec is faster. The AVX2 build is compared with llama.cpp's own AVX2
-backend, where its folder has one (npm's @node-llama-cpp/linux-x64 does). Files are loaded with an empty cache folder
-first and again afterwards.
+engine runs; the order rotates from round to round. A round is plain greedy decoding after a short prompt, a prompt of
+512 tokens, passes over 1, 2, 4, 8 and 16 tokens (the minimum of five each), and a plain read of as many bytes as a pass
+reads, with as many threads. The table has medians over the rounds, their ranges, and for each build the median of the
+ratios within rounds to llama.cpp: above 1 specdec is faster. The AVX2 build is compared with llama.cpp's own AVX2
+backend if its folder has one (npm's @node-llama-cpp/linux-x64 does). Files are loaded with an empty cache folder first
+and again afterwards.
 
-Bytes per token are those of the tensors that a pass reads: all but the embedding, where the output has a matrix of its
+Bytes per token are those of the tensors that a pass reads: all but the embedding, if the output has a matrix of its
 own. Memory is the peak resident size of the process; mapped pages of the file count.
 """
 
@@ -48,14 +48,17 @@ Rounds = dict[str, list[dict[str, float]]]  # figures of each round, by engine
 
 @dataclass(frozen=True)
 class Shape:
-    """vocabulary: tokens. bytes_read: of the tensors that a pass reads."""
+    """Sizes of a GGUF file. vocabulary: number of tokens.
+
+    bytes_read: bytes of the tensors that a forward pass reads.
+    """
 
     vocabulary: int
     bytes_read: int
 
 
 def read_shape(file: Path) -> Shape:
-    """The shape of a GGUF file, from its header."""
+    """Read the sizes of a GGUF file from its header."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     embedding = tensors["token_embd.weight"]
     unread = int(embedding.n_bytes) if "output.weight" in tensors else 0
@@ -63,14 +66,14 @@ def read_shape(file: Path) -> Shape:
 
 
 def readable(size: int) -> torch.Tensor:
-    """About ``size`` bytes on large pages, as packed weights lie on them."""
+    """Return a tensor [2, n] of about ``size`` bytes on large pages, as packed weights lie on them."""
     data = torch.empty(size // 8, 2)
     library.load().specdec_large_pages(data.data_ptr(), data.nbytes)
     return data.fill_(1.0).view(2, -1)
 
 
 def read_seconds(data: torch.Tensor) -> float:
-    """Reading ``data`` [2, n] once with all threads: the best of three products of its halves."""
+    """Return the seconds of reading ``data`` [2, n] once with all threads, the best of three products of its halves."""
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
@@ -80,6 +83,7 @@ def read_seconds(data: torch.Tensor) -> float:
 
 
 def gguf_of(model: str) -> Path:
+    """Return the GGUF file of an embedded model, or the file ``model``; end the program if there is none."""
     if model in catalogue.EMBEDDED:
         return prepare.prepare_embedded(model) / prepare.GGUF
     if not Path(model).is_file():
@@ -88,18 +92,18 @@ def gguf_of(model: str) -> Path:
 
 
 def builds() -> list[str]:
-    """Instruction sets that this CPU runs, the best one first."""
+    """Return the instruction sets of kernels that this CPU runs, the best one first."""
     best = library.LEVELS.index(library.load().level)
     return list(library.LEVELS[best:0:-1])
 
 
 def rival(build: str) -> str:
-    """The llama.cpp that a build is compared with."""
+    """Return the name of the llama.cpp engine that a build is compared with."""
     return f"{LLAMA} {build}" if build in BACKENDS else LLAMA
 
 
 def engines(args: argparse.Namespace, cache: Path) -> dict[str, tuple[str, dict[str, str]]]:
-    """The engines by name, each with its environment variables."""
+    """Return the engines to measure: name -> ("module:Class", environment variables). cache: specdec's cache folder."""
     own = {"SPECDEC_CACHE": str(cache), "OMP_NUM_THREADS": str(args.threads)}
     out = {build: ("engine_specdec:Specdec", own | {library.LEVEL: build}) for build in args.builds}
     for build in () if args.alone else args.builds:
@@ -109,11 +113,15 @@ def engines(args: argparse.Namespace, cache: Path) -> dict[str, tuple[str, dict[
 
 
 def synthetic(count: int, vocabulary: int) -> list[int]:
-    """Token ids from the first three quarters of the vocabulary, because special tokens are at its end."""
+    """Return ``count`` token ids from the first three quarters of the vocabulary: special tokens are at its end."""
     return [(7919 * n) % (vocabulary * 3 // 4) for n in range(1, count + 1)]
 
 
 def one_round(engine: peers.Process, vocabulary: int, tokens: int) -> dict[str, float]:
+    """Measure one round of an engine.
+
+    Return ms per decoded token, prefill tokens/s, and ms per pass by number of tokens.
+    """
     decoded = engine.ask("generate", ids=synthetic(PROMPT, vocabulary), count=tokens, eos=[])
     prompt = engine.ask("generate", ids=synthetic(PREFILL, vocabulary), count=1, eos=[])
     first, last, further = decoded["arrivals"][0], decoded["arrivals"][-1], len(decoded["tokens"]) - decoded["first"]
@@ -124,7 +132,7 @@ def one_round(engine: peers.Process, vocabulary: int, tokens: int) -> dict[str, 
 
 
 def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    """The figures of one file."""
+    """Measure all engines on one file and return the figures as JSON values."""
     file = gguf_of(model)
     shape, loads, running = read_shape(file), dict[str, dict[str, float]](), dict[str, peers.Process]()
     missing, loading = list[str](), {"path": str(file), "threads": args.threads, "context": CONTEXT}
@@ -166,12 +174,13 @@ def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]
 
 
 def with_range(values: list[float], digits: int = 1) -> str:
-    """The median of ``values`` with their range."""
+    """Return the median of ``values`` with their range as text."""
     low, high = min(values), max(values)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def table_of(result: dict[str, Any]) -> Table:
+    """Return the table of the result of ``measure``."""
     rounds, names, held = result["rounds"], list(result["rounds"]), result["builds"]
     pairs = [(build, rival(build)) for build in held if rival(build) in rounds]
     reading = with_range([figures["read_ms"] for figures in rounds[names[0]]])
@@ -181,7 +190,7 @@ def table_of(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="right" if column else "left")
 
     def row(label: str, key: str, digits: int = 1, ratio: int = 0) -> None:
-        """ratio: 1 where less is faster, -1 where more is, 0 for none."""
+        """Add a row of the figure ``key``. ratio: 1 if less is faster, -1 if more is faster, 0 for no comparison."""
         cells = [with_range([figures[key] for figures in rounds[name]], digits) for name in names]
         for ours, theirs in pairs if ratio else ():
             both = zip(rounds[ours], rounds[theirs], strict=True)

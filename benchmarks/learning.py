@@ -1,12 +1,12 @@
-"""How a drafter that teaches itself improves with the text it has seen, beside plain decoding and n-grams.
+"""How a drafter that learns by itself improves with the text it has seen, beside plain decoding and n-grams.
 
     python benchmarks/learning.py MODEL --texts answers.jsonl --prompts mt-bench --output DIR
 
 ``--texts`` are requests of the past: JSONL with ``prompt_ids`` and ``response_ids``, as ``specdec train`` writes them.
-At each of ``--tokens``, all drafters decode the prompts in turns; a shipped drafter is left out. What was learned is
-kept in DIR/learned, from which the next run goes on, and a copy of each stage in DIR/TOKENS. ``curve.json`` and
-``curve.svg`` have tokens a step and the speed over plain decoding. With a number as ``--depth``, tokens a step do not
-depend on the machine.
+At each number of ``--tokens``, all drafters decode the prompts in turns; a shipped drafter is left out. What was
+learned is stored in DIR/learned, from which the next run continues, and a copy after each number of tokens in
+DIR/TOKENS. ``curve.json`` and ``curve.svg`` have tokens per step and the speed over plain decoding. With a number as
+``--depth``, tokens per step do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KEPT = "latest", "read"
 
 
 def opened(plain: SpecDecoder, folder: Path, drafter: str = "m2r2") -> SpecDecoder:
-    """A decoder whose drafter has learned what the folder has, and goes on from there."""
+    """Return a copy of ``plain`` with a drafter that has learned what ``folder`` holds and continues from there."""
     shipped = mock.patch.object(drafter_folder, "find_shipped", lambda *args: None)
     with shipped, mock.patch.object(learned, "folder", lambda: folder):
         decoder = plain.with_drafter(drafter)
@@ -47,11 +47,12 @@ def opened(plain: SpecDecoder, folder: Path, drafter: str = "m2r2") -> SpecDecod
 
 
 def learner_of(decoder: SpecDecoder) -> Learner:
+    """Return the object through which the drafter of ``decoder`` learns."""
     return decoder.drafter.learner  # type: ignore[attr-defined,no-any-return]
 
 
 def learn(decoder: SpecDecoder, ids: list[int], start: int) -> float:
-    """Learn from a text; return the seconds of the longest piece of work."""
+    """Learn from the text ``ids``, whose answer begins at ``start``; return the seconds of the longest chunk."""
     learner_of(decoder).add(ids, start)
     longest, more = 0.0, True
     while more:
@@ -62,7 +63,7 @@ def learn(decoder: SpecDecoder, ids: list[int], start: int) -> float:
 
 
 def keep(decoder: SpecDecoder) -> None:
-    """Write what was learned, and the texts that a process has in memory."""
+    """Write what was learned to the folder, and the texts that the learner has in memory."""
     learner = learner_of(decoder)
     learner.save()
     if learner.fits.store.path.exists():
@@ -70,7 +71,11 @@ def keep(decoder: SpecDecoder) -> None:
 
 
 def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -> Figures:
-    """Of each drafter: pooled tokens a step, the median speed over plain decoding, the least one and its prompt."""
+    """Decode the prompts with every decoder and return figures for each.
+
+    A figure is: pooled tokens per step, the median speed over plain decoding, the least one and its prompt.
+    how: arguments of ``SpecDecoder.open``. Ends the program if a drafter changes the text.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in decoders}
     steps, tokens, text = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0), list[int]()
     for prompt in prompts:
@@ -95,7 +100,10 @@ def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -
 
 
 def draw(curve: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """The speed over plain decoding by the tokens learned from."""
+    """Draw the speed over plain decoding of each drafter in ``names`` into the picture file ``path``.
+
+    curve: the entries of curve.json, each with "tokens" (learned from) and the figures of ``measured`` per drafter.
+    """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in names:
@@ -110,7 +118,7 @@ def draw(curve: list[dict[str, Any]], names: list[str], path: Path) -> None:
 
 
 def texts_after(path: Path, number: int) -> Iterator[tuple[list[int], int]]:
-    """The texts of a file behind the first ``number``, each with its number of prompt tokens."""
+    """Yield (token ids, number of prompt tokens) of the texts in a file after the first ``number``."""
     for _, line in inputs.lines(path):
         text = inputs.parse_json(line)
         ids, start = [*text["prompt_ids"], *text["response_ids"]], len(text["prompt_ids"])

@@ -2,9 +2,9 @@
 
     python benchmarks/other_engines.py bench --drafters none,m2r2,llama.cpp --model MODEL.gguf
 
-Methods beside those of ``specdec bench``, also for ``sweep``: llama.cpp, llama.cpp-ngram-cache, llama.cpp-ngram-simple
-and llama.cpp-draft-model=FILE. They load the model's own file, decode greedily, one prompt at a time, with our number
-of threads, each in a process of its own (``peers``).
+Methods in addition to those of ``specdec bench``, also for ``sweep``: llama.cpp, llama.cpp-ngram-cache,
+llama.cpp-ngram-simple and llama.cpp-draft-model=FILE. They load the model's own file and decode greedily, one prompt at
+a time, with specdec's number of threads, each in a process of its own (``peers``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ CONTEXT = 4096  # tokens for which another engine makes room
 
 
 class PeerMethod(Method):
-    """Another engine on the model's own file (option: context, in tokens). Its arithmetic may choose other tokens."""
+    """A method of a benchmark that decodes with another engine, on the model's own file.
+
+    Rounding may choose other tokens.
+    Its option ``context`` is the size of the engine's KV cache in tokens.
+    """
 
     same_arithmetic = False
 
@@ -59,7 +63,7 @@ class PeerMethod(Method):
 
 
 def model_file(name: str) -> Path | None:
-    """The GGUF file of an embedded model, else the file or folder ``name``; None where that is neither."""
+    """Return the GGUF file of an embedded model, else the file or folder ``name``; None if there is neither."""
     if name in catalogue.EMBEDDED:
         return prepare.prepare_embedded(name) / prepare.GGUF
     path = Path(name).expanduser().absolute()
@@ -67,7 +71,7 @@ def model_file(name: str) -> Path | None:
 
 
 def register() -> None:
-    """Add the engines to the methods of benchmarks."""
+    """Add the engines of ``peers`` to ``EXTERNAL_METHODS``, so that ``specdec bench`` knows them as methods."""
     for name, peer in PEERS.items():
         source = "FILE" if peer.mode == "draft-model" else ""
         EXTERNAL_METHODS[name] = ExternalMethod(

@@ -31,30 +31,40 @@ Put = Callable[[Sequence[int]], bool]  # takes new tokens as they come; False: n
 
 
 class PeerEngine(Protocol):
-    """What runs in the process."""
+    """The interface of an engine, which runs in a process of its own and executes the commands of ``Process.ask``."""
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
-        """Load a model; return what to report: version and settings. mode: of ``Peer``; "draft-model" is the file
-        ``source``. depth: tokens to draft a step; None: the engine's own default."""
+        """Load the model file ``path`` and return what to report: version and settings.
+
+        context: size of the KV cache in tokens. mode: as in ``Peer``; source: the draft model's file in mode
+        "draft-model".
+        depth: tokens to draft per step; None: the engine's own default.
+        """
         ...
 
     def generate(self, ids: list[int], count: int, put: Put) -> None:
-        """Decode at most ``count`` tokens greedily after ``ids``."""
+        """Decode at most ``count`` tokens greedily after ``ids``; pass new tokens to ``put`` until it returns False."""
         ...
 
     def passes(self, sizes: list[int]) -> dict[str, float]:
-        """Seconds of a pass over so many tokens."""
+        """Return {number of tokens, as text: seconds of a forward pass over as many tokens} for ``sizes``."""
         ...
 
     def logits(self, ids: list[int], count: int) -> Any:
-        """float32 [count, V]: what the model predicts in place of each of the last ``count`` tokens."""
+        """Return the logits that predict each of the last ``count`` tokens of ``ids``, float32 [count, V]."""
         ...
 
 
 @dataclass(frozen=True)
 class Peer:
-    """engine: "module:Class". module, package: what it imports, and what pip installs for that. reads: suffixes of
-    models, or files in their folders. folder: an environment variable that may name the library's folder instead."""
+    """An engine that benchmarks can run, in one of its modes.
+
+    engine: "module:Class" of the ``PeerEngine``. module, package: the module that it imports, and the package to
+    install.
+    reads: suffixes of model files, or names of files in model folders, that the engine loads.
+    mode: how the engine drafts: "" (it does not), "ngram-cache", "ngram-simple" or "draft-model".
+    folder: environment variable that may name the library's folder instead of the package; "": there is none.
+    """
 
     engine: str
     module: str
@@ -65,7 +75,7 @@ class Peer:
 
     @property
     def missing(self) -> str:
-        """Why it cannot run here; "" where it can."""
+        """Why the engine cannot run here; "" if it can."""
         if os.environ.get(self.folder) or importlib.util.find_spec(self.module):
             return ""
         where = f", or let {self.folder} name the folder of its library" if self.folder else ""
@@ -83,7 +93,7 @@ PEERS: dict[str, Peer] = {
 
 
 def readable(name: str, model: Path | None) -> Path:
-    """What the peer ``name`` loads of the file or folder ``model``. Raises SpecDecError if it reads no such model."""
+    """Return ``model`` if the peer ``name`` can load this file or folder; raise SpecDecError if it cannot."""
     peer = PEERS[name]
     if model is not None and (model.suffix in peer.reads or any((model / kind).is_file() for kind in peer.reads)):
         return model
@@ -91,7 +101,11 @@ def readable(name: str, model: Path | None) -> Path:
 
 
 class Process:
-    """A child that runs the engine ``"module:Class"``. environment: variables beside those of this process."""
+    """A child process that runs the engine ``"module:Class"``.
+
+    environment: variables in addition to those of this process.
+    close: ends the child. libraries: resident memory in MB before a model is loaded.
+    """
 
     def __init__(self, engine: str, **environment: str) -> None:
         self.engine = engine
@@ -105,7 +119,10 @@ class Process:
         self.libraries = self.resident("VmRSS")  # MB, before a model is loaded
 
     def ask(self, do: str, **given: Any) -> Any:
-        """Have the engine do something. Raises SpecDecError with what the engine raised."""
+        """Send the command ``do`` (a method of ``EngineServer``) with its arguments and return the result.
+
+        Raises SpecDecError if the engine raised an error or the process has ended.
+        """
         assert self.child.stdin is not None
         try:
             self.child.stdin.write(json.dumps({"do": do, **given}) + "\n")
@@ -125,7 +142,7 @@ class Process:
         return answer["value"]
 
     def resident(self, field: str = "VmHWM") -> float | None:
-        """See ``machine.resident``."""
+        """Return the memory of the child, as ``machine.resident`` does."""
         return machine.resident(field, self.child.pid)
 
 
@@ -141,19 +158,22 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 class EngineServer:
-    """Carries out commands with an engine, and times them."""
+    """The side of the child process: it executes commands with an engine and times generation."""
 
     def __init__(self, engine: PeerEngine) -> None:
         self.load, self.passes = engine.load, engine.passes
         self.engine = engine
 
     def logits(self, ids: list[int], count: int, path: str) -> None:
-        """Write ``PeerEngine.logits`` to the file ``path`` (.npy)."""
+        """Write the result of ``PeerEngine.logits`` to the file ``path`` (.npy)."""
         np.save(path, self.engine.logits(ids, count))
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> dict[str, Any]:
-        """``tokens``, cut after an end-of-sequence token; ``arrivals``: seconds at which some came, and ``first``, how
-        many came first; ``seconds`` in all."""
+        """Decode greedily after ``ids`` and return the tokens with their timing.
+
+        tokens: at most ``count``, cut after a token of ``eos``. arrivals: seconds until each delivery of tokens.
+        first: number of tokens in the first delivery. seconds: duration of the whole call.
+        """
         tokens, arrivals, firsts, end = list[int](), list[float](), list[int](), set(eos)
         start = time.perf_counter()
 
@@ -178,7 +198,7 @@ class EngineServer:
 
 
 def serve(engine: str) -> None:
-    """Answer the commands on standard input until it ends; what libraries print goes elsewhere."""
+    """Answer commands on standard input until it ends. engine: "module:Class". What libraries print goes to stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark handles Ctrl-C and ends this process
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

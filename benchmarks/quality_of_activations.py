@@ -1,15 +1,15 @@
-"""How far quantised runs of a GGUF file are from its weights in float32: KL divergence and agreement of tokens.
+"""How far quantized runs of a GGUF file are from its weights in float32: KL divergence and agreement of tokens.
 
     python benchmarks/quality_of_activations.py MODEL.gguf --answers answers.jsonl.gz --output DIR
     python benchmarks/quality_of_activations.py MODEL.gguf --prompts mt-bench --output DIR --runs auto,dense,llama.cpp
 
-The reference is the file's weights, dequantised, in float32 through PyTorch. Answers are lines of {"prompt_ids",
+The reference is the file's weights, dequantized, in float32 through PyTorch. Answers are lines of {"prompt_ids",
 "response_ids"}; with ``--prompts`` the model itself answers the first turns greedily, in the native runtime. Every run
-reads prompt and answer in one go, and its logits in place of each token of the answer are compared with the
-reference's: KL(reference || run) in nats, and whether the likeliest token is the same. Runs: "auto" (as ``specdec``
+reads prompt and answer at once, and its logits at the position of each token of the answer are compared with the
+reference's: KL(reference || run) in nats, and whether the most likely token is the same. Runs: "auto" (as ``specdec``
 runs by default: activations in 8 bits) and other values of ``--weights`` (dense: activations in 16 bits), and llama.cpp
-(``engine_llama_cpp``), each in a process of its own, one after the other. DIR keeps answers, reference logits (4 bytes
-for each position and entry of the vocabulary) and what is compared; a later call goes on. The last line is JSON.
+(``engine_llama_cpp``), each in a process of its own, one after the other. DIR stores answers, reference logits (4 bytes
+for each position and entry of the vocabulary) and results; a later call continues from there. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ Answer = dict[str, list[int]]
 
 
 def answers_of(args: argparse.Namespace) -> list[Answer]:
-    """The answers to compare on: whole ones, the last one cut, ``--positions`` tokens in all."""
+    """Return the answers to compare on, ``--positions`` tokens in all: whole answers, and the last one cut.
+
+    They are stored in the output folder and read from there if they exist.
+    """
     kept = args.output / "answers.jsonl"
     if not kept.exists():
         lines = read(args.answers) if args.answers else made(args)
@@ -51,6 +54,7 @@ def answers_of(args: argparse.Namespace) -> list[Answer]:
 
 
 def chosen(lines: Iterator[Answer], positions: int) -> Iterator[Answer]:
+    """Yield usable answers of ``lines`` until they have ``positions`` answer tokens; the last one is cut."""
     for line in lines:
         ids = {"prompt_ids": line["prompt_ids"], "response_ids": line["response_ids"][:positions]}
         if len(ids["response_ids"]) >= min(LEAST, positions) and sum(map(len, ids.values())) <= CONTEXT:
@@ -61,12 +65,13 @@ def chosen(lines: Iterator[Answer], positions: int) -> Iterator[Answer]:
 
 
 def read(file: Path) -> Iterator[Answer]:
+    """Yield the answers of a JSONL file, which may be a ``.gz``."""
     with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
         yield from map(json.loads, lines)
 
 
 def made(args: argparse.Namespace) -> Iterator[Answer]:
-    """Greedy answers of the model to the first turns of the prompts."""
+    """Yield the model's greedy answers to the first turns of the prompts."""
     torch.set_num_threads(args.threads)
     decoder = SpecDecoder.from_pretrained(str(args.model), drafter="none", device="cpu")
     turns = [c.turns[0] for c in evenly_spaced(load_prompts(args.prompts).conversations, args.limit)]
@@ -79,7 +84,10 @@ def made(args: argparse.Namespace) -> Iterator[Answer]:
 
 @contextmanager
 def engine(run: str, args: argparse.Namespace) -> Iterator[peers.Process]:
-    """The process of a run, with the model loaded."""
+    """Run the engine of ``run`` in a process with the model loaded, during the ``with`` block.
+
+    Raises SpecDecError if missing.
+    """
     llama = run == "llama.cpp"
     if llama and (missing := peers.PEERS[run].missing):
         raise SpecDecError(f"'{run}' {missing}")
@@ -94,14 +102,17 @@ def engine(run: str, args: argparse.Namespace) -> Iterator[peers.Process]:
 
 
 def compare(reference: Any, logits: Any) -> tuple[list[float], list[bool]]:
-    """KL(reference || logits) and agreement of the argmax, of float32 [n, V] each."""
+    """Return KL(reference || logits) in nats, and whether the argmax is equal, for each of n positions.
+
+    reference, logits: float32 [n, V].
+    """
     p, q = (torch.from_numpy(np.array(x)).double().log_softmax(-1) for x in (reference, logits))  # (n, V)
     divergence = (p.exp() * (p - q)).sum(-1)
     return [round(value, 9) for value in divergence.tolist()], (p.argmax(-1) == q.argmax(-1)).tolist()
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """What each run and answer gave, as kept in the folder: {run: [{"kl", "same"}]}."""
+    """Run what the output folder lacks and return {run: [{"kl", "same"} of each answer]}."""
     answers, rows = answers_of(args), args.output / "rows.jsonl"
     known = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     done = {(row["run"], row["answer"]): row for row in known}

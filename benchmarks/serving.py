@@ -38,7 +38,11 @@ _TEXT = re.compile(rb'"content":"[^"]')
 
 @dataclass
 class StreamedAnswer:
-    """status: of HTTP; 0: it has not ended. times: when data with text arrived. usage: tokens."""
+    """One streamed answer of the server.
+
+    status: HTTP status; 0: the answer has not ended. began: time of the request. times: when data with text arrived.
+    usage: the token counts that the server reports.
+    """
 
     status: int
     began: float
@@ -47,7 +51,7 @@ class StreamedAnswer:
     usage: dict[str, Any] = field(default_factory=dict)
 
     def read(self, received: bytes) -> StreamedAnswer:
-        """Parse all that has arrived."""
+        """Parse the whole response ``received``, set status, text and usage, and return this object."""
         self.status = int(received.split(maxsplit=2)[1])
         for line in received.splitlines():
             if line.startswith(b"data: {"):
@@ -61,15 +65,17 @@ class StreamedAnswer:
 
     @property
     def first(self) -> float:
+        """Seconds to the first text."""
         return self.times[0] - self.began
 
     @property
     def gaps(self) -> list[float]:
+        """Seconds between consecutive deliveries of text."""
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
 class Client:
-    """A minimal HTTP/1.1 client with one connection per request, because the server needs the cores."""
+    """A minimal HTTP/1.1 client with one connection per request. It uses little time: the server needs the cores."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -82,7 +88,7 @@ class Client:
         return reader, writer
 
     async def lines(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[bytes]:
-        """The status line, and then the lines of the body."""
+        """Yield the status line of a response, and then the lines of its body."""
         reader, writer = await self._ask(method, path, body)
         try:
             yield await reader.readline()
@@ -94,7 +100,7 @@ class Client:
             writer.close()
 
     async def chat(self, body: dict[str, Any], answer: StreamedAnswer | None = None) -> StreamedAnswer:
-        """Stream an answer, into ``answer``. It is parsed at its end."""
+        """Send a chat request, stream the answer into ``answer`` (None: a new one), and return it, parsed."""
         answer = StreamedAnswer(0, time.perf_counter()) if answer is None else answer
         reader, writer = await self._ask("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}).encode())
         parts = list[bytes]()
@@ -108,10 +114,12 @@ class Client:
         return answer.read(b"".join(parts))
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Post a JSON body and return the JSON answer."""
         found = [line async for line in self.lines("POST", path, json.dumps(body).encode())]
         return json.loads(b"".join(found[1:]))
 
     async def figures(self) -> dict[str, float]:
+        """Return the server's metrics that begin with "vllm:", by name without this prefix."""
         found: dict[str, float] = {}
         async for line in self.lines("GET", "/metrics"):
             if match := re.match(rb"vllm:(\w+)\{[^}]*\} (\S+)", line):
@@ -119,7 +127,10 @@ class Client:
         return found
 
     async def quiet(self) -> dict[str, float]:
-        """The figures once nothing runs: requests that were given up leave with the step under way."""
+        """Wait until no request runs or waits, and return the metrics.
+
+        Cancelled requests leave with the current step.
+        """
         for _ in range(100):
             figures = await self.figures()
             if not figures["num_requests_running"] + figures["num_requests_waiting"]:
@@ -130,7 +141,7 @@ class Client:
 
 @contextmanager
 def server(args: argparse.Namespace) -> Iterator[str]:
-    """The address of a server."""
+    """Yield the address of ``--url``, or of a server that runs during the ``with`` block."""
     if args.url:
         yield args.url
         return
@@ -152,6 +163,7 @@ def server(args: argparse.Namespace) -> Iterator[str]:
 
 
 def bodies(args: argparse.Namespace, name: str, temperature: float) -> list[dict[str, Any]]:
+    """Return the request bodies: one per prompt, with its own seed. name: the model's name at the server."""
     conversations = evenly_spaced(load_prompts(args.prompts).conversations, args.limit)
     return [
         {
@@ -168,7 +180,11 @@ def bodies(args: argparse.Namespace, name: str, temperature: float) -> list[dict
 
 @dataclass
 class Block:
-    """Some seconds under load. tokens: that came in them. steps, accepted: of its requests."""
+    """A measurement of some seconds under load.
+
+    tokens: number of tokens that the server generated in these seconds. answers: the answers that were requested.
+    steps, accepted: decoding steps and accepted drafted tokens of all requests of the block.
+    """
 
     seconds: float
     tokens: float
@@ -178,7 +194,10 @@ class Block:
 
 
 async def block(client: Client, wanted: Sequence[dict[str, Any]], clients: int, draft: bool, seconds: float) -> Block:
-    """Let ``clients`` ask in turns for ``seconds``, counted from when all are being answered."""
+    """Let ``clients`` send the requests ``wanted`` in turn for ``seconds``, counted from when all are being answered.
+
+    draft: whether the server drafts.
+    """
     left, answers = itertools.cycle(wanted), list[StreamedAnswer]()
 
     async def work() -> None:
@@ -209,18 +228,18 @@ async def block(client: Client, wanted: Sequence[dict[str, Any]], clients: int, 
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
-    """P50 and P99, in milliseconds."""
+    """Return P50 and P99 of times in seconds, in milliseconds."""
     return [round(1e3 * float(x), 1) for x in np.percentile(values, (50, 99))] if values else [0.0, 0.0]
 
 
 def turns(repeats: int) -> Iterator[bool]:
-    """The drafter on and off, ``repeats`` times each, neither always first."""
+    """Yield whether the drafter is on: ``repeats`` times on and off, in alternating order."""
     for repeat in range(repeats):
         yield from (True, False) if repeat % 2 == 0 else (False, True)
 
 
 async def load(args: argparse.Namespace, client: Client, name: str, temperature: float) -> list[dict[str, Any]]:
-    """A row for each number of clients and each of drafter on and off."""
+    """Measure all numbers of clients at one temperature, with the drafter on and off; return rows of figures."""
     wanted = bodies(args, name, temperature)
     for draft in turns(1):
         await block(client, wanted, max(args.clients), draft, 1)  # warm-up
@@ -251,6 +270,7 @@ async def load(args: argparse.Namespace, client: Client, name: str, temperature:
 
 
 async def run(args: argparse.Namespace, url: str) -> list[dict[str, Any]]:
+    """Measure all temperatures and return the rows of figures."""
     client = Client(url)
     models = b"".join([line async for line in client.lines("GET", "/v1/models")][1:])
     name = json.loads(models)["data"][0]["id"]
@@ -258,6 +278,7 @@ async def run(args: argparse.Namespace, url: str) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the rows of figures as a table."""
     columns = ("clients", "T", "drafter", "tokens/s", "x off", "acceptance length", "TTFT P50 P99 ms", "ITL P50 P99 ms")
     made = Table(*columns, box=None)
     for row in rows:

@@ -4,10 +4,10 @@
     python benchmarks/start.py MODEL.gguf --llama-cpp llama-cli --json result.json
 
 Methods take turns, round by round. For each model: ``specdec generate "Hi" --max-new-tokens 1`` with the default
-drafter and without one, the server until ``/health`` answers 200, and llama.cpp's command line, where it is given; of a
-file also its first start, with an empty cache folder. Once for all: the import of ``SpecDecoder``, ``--help`` and an
-error about a path. A start of each comes before the rounds, is not counted, and may write caches. Memory is the largest
-resident size of the process; mapped pages count.
+drafter and without a drafter, the server until ``/health`` answers 200, and llama.cpp's command line if it is given;
+for a file also its first start, with an empty cache folder. Once for all models: the import of ``SpecDecoder``,
+``--help`` and an error about a path. One start of each comes before the rounds, is not counted, and may write caches.
+Memory is the largest resident size of the process; mapped pages count.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ LIMIT = 600.0  # seconds that a start may take
 
 
 def run(command: Sequence[str], code: int = 0, **environment: str) -> tuple[float, float]:
-    """Seconds until the process has ended, and its peak memory in MB."""
+    """Run a command; return its seconds and its peak memory in MB. Ends the program if its exit code is not ``code``.
+
+    environment: variables in addition to those of this process.
+    """
     start = time.perf_counter()
     null = subprocess.DEVNULL
     child = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, env=os.environ | environment)
@@ -47,17 +50,18 @@ def run(command: Sequence[str], code: int = 0, **environment: str) -> tuple[floa
 
 
 def first(model: str) -> tuple[float, float]:
-    """``run`` with an empty cache folder."""
+    """Generate one token with an empty cache folder; return the seconds and the peak memory in MB."""
     with tempfile.TemporaryDirectory() as folder:
         return run((*GENERATE, model), SPECDEC_CACHE=folder)
 
 
 def megabytes(usage: resource.struct_rusage) -> float:
+    """Return the peak memory of a process in MB."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def serve(model: str) -> tuple[float, float]:
-    """Seconds until a server is ready, and its peak memory in MB then."""
+    """Start a server; return the seconds until it is ready, and its peak memory in MB."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     start = time.perf_counter()
@@ -75,6 +79,7 @@ def serve(model: str) -> tuple[float, float]:
 
 
 def ready(port: str) -> bool:
+    """Return whether the server's ``/health`` answers 200."""
     try:
         with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
             return int(answer.status) == 200
@@ -83,6 +88,10 @@ def ready(port: str) -> bool:
 
 
 def methods(models: Sequence[str], llama: str | None) -> dict[str, Callable[[], tuple[float, float]]]:
+    """Return what is measured: name -> function that returns (seconds, peak MB).
+
+    llama: llama.cpp's program; None: none.
+    """
     found: dict[str, Callable[[], tuple[float, float]]] = {
         "import SpecDecoder": lambda: run((sys.executable, "-c", "from specdec import SpecDecoder")),
         "import torch": lambda: run((sys.executable, "-c", "import torch")),

@@ -1,6 +1,6 @@
 """How many threads this process and its forked children use.
 
-PyTorch counts the cores of the machine. A container may have fewer CPUs, and threads beyond those only wait for each
+PyTorch counts the cores of the machine. A container may have fewer CPUs, and more threads than CPUs only wait for each
 other. In a forked child, OpenMP waits for the parent's threads, which do not exist there.
 """
 
@@ -19,12 +19,12 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def threads() -> int:
-    """Threads for a computation: PyTorch's number, at most the CPUs of this process."""
+    """Return the number of threads for a computation: PyTorch's setting, but at most ``cpus()``."""
     return min(torch.get_num_threads(), cpus())
 
 
 def limit_threads() -> None:
-    """Limit PyTorch's threads to the CPUs of this process, and to one in forked children."""
+    """Limit PyTorch's threads in this process to ``cpus()``, and in children that are forked later to one."""
     if torch.get_num_threads() > cpus():
         torch.set_num_threads(cpus())
     _watch_forks()
@@ -32,7 +32,10 @@ def limit_threads() -> None:
 
 @functools.cache
 def cpus() -> int:
-    """CPUs that this process may use, by its affinity, the quotas of its control groups, and OMP_THREAD_LIMIT."""
+    """Return how many CPUs this process may use, at least 1.
+
+    The affinity, the quotas of the process's control groups and OMP_THREAD_LIMIT bound the number.
+    """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # PyTorch ignores this limit, and matrix products are wrong if OpenMP gives its libraries fewer threads.
     limit = getattr(ctypes.CDLL(torch._C.__file__), "omp_get_thread_limit", lambda: affinity)()
@@ -40,7 +43,7 @@ def cpus() -> int:
 
 
 def _quotas() -> list[float]:
-    """CPUs that the control groups of this process allow, for those with a limit (cgroups v1 and v2)."""
+    """Return the number of CPUs that each control group of this process with a limit allows (cgroups v1 and v2)."""
     found = []
     try:
         lines = MEMBERSHIP.read_text("utf-8").splitlines()

@@ -1,7 +1,7 @@
-"""Transfers of small tensors between host and device, and tensors of neither.
+"""Transfers of small tensors between host and device, events of a device, and modules without memory.
 
 A GPU runs asynchronously. Reading from it waits for all of its work, and so does writing to it from memory that is not
-pinned. So a step reads once and writes from pinned memory.
+pinned. So a step of decoding reads once and writes from pinned memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILLED = {f"{name}_" for name in ("normal", "uniform", "kaiming_uniform", "zero"
 
 
 class _Unfilled(TorchFunctionMode):
-    """In this mode nothing draws or writes values of tensors without memory: PyTorch would import SymPy for it."""
+    """A mode in which initializing a tensor on the device "meta" does nothing: PyTorch would import SymPy for it."""
 
     def __torch_function__(
         self,
@@ -42,19 +42,19 @@ class _Unfilled(TorchFunctionMode):
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """In this context new tensors have no memory, so that modules are made for their names and shapes."""
+    """Create new tensors in the ``with`` block on the device "meta", without memory: modules have names and shapes."""
     with torch.device("meta"), _Unfilled():
         yield
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """``torch.tensor(values, dtype=dtype, device=device)`` without waiting for the device."""
+    """Return ``torch.tensor(values, dtype=dtype, device=device)`` without waiting for the device."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def download(*tensors: Tensor) -> list[list[list[Any]]]:
-    """``tensors`` [B, n] of one dtype and device as lists, read at once."""
+    """Return tensors [B, n], of one dtype and device but any n, as nested lists, with one read from the device."""
     if len(tensors) == 1:
         return [tensors[0].tolist()]
     rows = torch.cat(tensors, 1).tolist()
@@ -65,14 +65,14 @@ def download(*tensors: Tensor) -> list[list[list[Any]]]:
 
 
 class DeviceEvent(Protocol):
-    """A point in a device's work, with its time once the device has reached it."""
+    """A point in a device's queue of work, with its time once the device has reached it (``torch.cuda.Event``)."""
 
     def elapsed_time(self, end: Any) -> float:
-        """Milliseconds until ``end``; the device must have reached both."""
+        """Return the milliseconds from this event until the event ``end``. The device must have reached both."""
 
 
 def record_event(device: torch.device | None) -> DeviceEvent | None:
-    """An event after the work submitted to ``device`` so far; None for devices that are synchronous."""
+    """Return an event after the work submitted to ``device`` so far; None for no device and for all but CUDA."""
     if device is None or device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -81,12 +81,12 @@ def record_event(device: torch.device | None) -> DeviceEvent | None:
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether reading a tensor waits for the device."""
+    """Return whether reading a tensor waits for the device, as it does everywhere but on the CPU."""
     return device.type != "cpu"
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads."""
+    """Return the name of a CUDA device, else that of the processor with the number of threads, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {torch.get_num_threads()} threads"

@@ -11,7 +11,7 @@ from typing import Any
 class SpecDecError(Exception):
     """A problem that the user can act on. The command line prints it as one line and exits with code 2.
 
-    outputs: a ``GenerationOutput`` per row until a generation failed; empty for other errors.
+    outputs: if a generation failed, the ``GenerationOutput`` of each row so far; empty for other errors.
     """
 
     outputs: Sequence[Any] = ()
@@ -26,7 +26,7 @@ class NotFiniteError(SpecDecError):
 
 
 class QueueFullError(SpecDecError):
-    """The engine's queue is full."""
+    """The engine refuses a request because its queue is full. The server then answers with an error status."""
 
 
 class ConstraintError(SpecDecError):
@@ -38,17 +38,20 @@ class PromptTooLongError(SpecDecError):
 
 
 class SpecDecWarning(UserWarning):
-    """Something that the user may want to change. The command line prints it as one line on stderr."""
+    """A warning about something that the user may want to change. The command line prints it as one line on stderr."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the closest of ``known``, or an empty string."""
+    """Return ``" (did you mean 'x'?)"`` with the name of ``known`` that is most like ``name``; "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def how_to_install(extra: str) -> str:
-    """The command that adds an extra. The package is on no index, so its name alone installs nothing of ours."""
+    """Return the text that says how to install an extra of this package, for error messages.
+
+    The package is on no index, so the text names the clone and the wheel instead of the package.
+    """
     return f"run pip install -e '.[{extra}]' in the clone of specdec, or pip install 'WHEEL[{extra}]'"
 
 
@@ -59,14 +62,17 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message as one line of at most 240 characters."""
+    """Return the message of an error as one line of at most 240 characters; without a message, the error's type."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."
 
 
 @contextmanager
 def errors_as(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Report an OSError, or one of ``kinds``, as a SpecDecError: ``what``, and the reason. A SpecDecError stays."""
+    """Turn an OSError, or an error of ``kinds``, in the ``with`` block into a SpecDecError "``what``: reason".
+
+    A SpecDecError passes unchanged.
+    """
     caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield

@@ -1,7 +1,4 @@
-"""Where files are kept: the cache folder and the data folder. Atomic writing, and the package's YAML files.
-
-Imports nothing heavy.
-"""
+"""The cache folder and the data folder, atomic writing, and the package's YAML files. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -30,7 +27,10 @@ DATA = {
 
 
 def cache_dir() -> Path:
-    """The folder of what can be made again: ``$SPECDEC_CACHE``, else the platform's. It may not exist."""
+    """Return the folder for files that can be made again, which may not exist.
+
+    It is ``$SPECDEC_CACHE``, else the platform's cache folder.
+    """
     if own := os.environ.get("SPECDEC_CACHE"):
         return Path(own).expanduser().absolute()
     from platformdirs import user_cache_path
@@ -39,9 +39,9 @@ def cache_dir() -> Path:
 
 
 def data_dir() -> Path:
-    """The folder of what cannot be made again: ``$SPECDEC_DATA``, else ``$SPECDEC_CACHE/data``, else the platform's.
+    """Return the folder for files that cannot be made again, which may not exist.
 
-    It may not exist.
+    It is ``$SPECDEC_DATA``, else ``$SPECDEC_CACHE/data``, else the platform's data folder.
     """
     if named := os.environ.get("SPECDEC_DATA"):
         return Path(named).expanduser().absolute()
@@ -53,7 +53,10 @@ def data_dir() -> Path:
 
 
 def make_data_folder(name: str = "") -> Path:
-    """A folder of the data folder, made now if it is missing; others than its owner cannot enter the data folder."""
+    """Return the folder ``name`` inside the data folder, created if it is missing; "": the data folder itself.
+
+    A new data folder can be entered by its owner alone.
+    """
     folder = data_dir()
     folder.mkdir(0o700, parents=True, exist_ok=True)
     (folder / name).mkdir(exist_ok=True)
@@ -61,7 +64,10 @@ def make_data_folder(name: str = "") -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to a temporary file beside ``path``, flush it, and rename it to ``path``."""
+    """Write ``data`` to the file ``path`` so that a reader sees the old or the new content, and never a part.
+
+    The data go to a temporary file in the same folder, which is synced and renamed. Raises OSError.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -76,7 +82,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def size_of(*paths: Path) -> int:
-    """Bytes of files, also of those in folders, without following links. Files that vanish do not count."""
+    """Return the size of files and folders in bytes, without following links. Files that vanish do not count."""
     size = 0
     for path in paths:
         for file in (path, *(Path(parent, name) for parent, _, names in os.walk(path) for name in names)):
@@ -87,13 +93,16 @@ def size_of(*paths: Path) -> int:
 
 
 def shipped_configs(kind: str) -> dict[str, Path]:
-    """The package's YAML files of a kind, "sweeps" or "train", by name."""
+    """Return {name without suffix: path} of the package's YAML files of a kind, "sweeps" or "train"."""
     folder = Path(str(importlib.resources.files("specdec.configs"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(kind: str, name: str, what: str) -> Path:
-    """The file ``name``, or the package's file of that name. Raises SpecDecError, which names ``what``, for neither."""
+    """Return the path of a YAML file: ``name`` itself if it is a file, else the package's file of this name.
+
+    kind: "sweeps" or "train". what: names the kind of file in the SpecDecError that is raised if there is none.
+    """
     known = shipped_configs(kind)
     if Path(name).is_file():
         return Path(name)

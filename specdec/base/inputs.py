@@ -1,6 +1,6 @@
 """Text from users: read within limits, decoded as UTF-8, parsed as JSON or YAML.
 
-Functions raise ValueError with a short reason, and the caller adds where; ``prompts`` and ``read_yaml`` raise
+Functions raise ValueError with a short reason, and the caller adds the place; ``prompts`` and ``read_yaml`` raise
 SpecDecError. Imports nothing heavy.
 """
 
@@ -21,7 +21,7 @@ DOCUMENT = 4_000_000  # bytes of a YAML file
 
 
 def read_bounded(file: IO[bytes], most: int) -> bytes:
-    """The content of ``file``. Raises ValueError if it has more than ``most`` bytes."""
+    """Read ``file`` to its end and return the content. Raises ValueError if it has more than ``most`` bytes."""
     data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"larger than {most / 1e6:.0f} MB")
@@ -29,13 +29,16 @@ def read_bounded(file: IO[bytes], most: int) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, which may be a ``.gz``, with their numbers from 1 and without a byte-order mark."""
+    """Yield (number from 1, line) of a UTF-8 text file, which may be a ``.gz``, without a byte-order mark.
+
+    Raises ValueError if the file cannot be read, is not UTF-8, or has a line of more than ``LINE`` bytes.
+    """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -51,10 +54,10 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a file of prompts, each with its line and file for messages.
+    """Yield (place, record) for each line of a file of prompts that is not empty.
 
-    A line is a JSON object, or plain text, which becomes ``{"prompt": text}``. Raises SpecDecError for a file that
-    cannot be read or has broken JSON.
+    place: text that names line and file, for messages. record: the line's JSON object, or ``{"prompt": text}`` for a
+    line of plain text. Raises SpecDecError for a file that cannot be read or has broken JSON.
     """
     with errors_as(f"cannot read '{path}'", ValueError):
         for number, line in lines(path):
@@ -69,7 +72,7 @@ def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def turns(record: dict[str, Any]) -> tuple[str, ...]:
-    """The user turns of a record (its ``turns`` or ``prompt``); empty without usable ones."""
+    """Return the user's turns in a record: its ``turns``, else its ``prompt``; empty if there is no text in them."""
     found = record.get("turns", record.get("prompt"))
     found = [found] if isinstance(found, str) else found
     if isinstance(found, list) and all(isinstance(turn, str) and turn.strip() for turn in found):
@@ -78,6 +81,7 @@ def turns(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError if it is broken or nested too deeply."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -87,6 +91,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text, with safe types only. Raises ValueError if it is broken."""
     import yaml
 
     try:
@@ -98,12 +103,18 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_text(path: Path, most: int | None = None) -> str:
-    """The text of a file. Raises ValueError if it has more than ``most`` bytes; None: ``DOCUMENT``."""
+    """Return the text of a UTF-8 file.
+
+    Raises ValueError if it is not UTF-8 or has more than ``most`` bytes (None: ``DOCUMENT``), and OSError.
+    """
     with path.open("rb") as file:
         return read_bounded(file, DOCUMENT if most is None else most).decode("utf-8-sig")
 
 
 def read_yaml(path: Path, what: str = "") -> Any:
-    """The value in a YAML file. Raises SpecDecError, which names ``what`` it is, if it cannot be read."""
+    """Return the value in a YAML file. Raises SpecDecError if it cannot be read.
+
+    what: names the kind of file in the message, with a space at its end.
+    """
     with errors_as(f"cannot read {what}'{path}'", ValueError):
         return parse_yaml(read_text(path))

@@ -13,7 +13,7 @@ CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 def processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
-    """The fields of the first processor, such as "model name" and "flags"; empty without the file."""
+    """Return the fields of the first processor in /proc/cpuinfo, such as "model name"; empty without this file."""
     try:
         first = cpuinfo.read_text("utf-8", "replace").partition("\n\n")[0]
     except OSError:
@@ -22,7 +22,7 @@ def processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
 
 
 def features(cpuinfo: Path = CPUINFO) -> set[str]:
-    """The instruction sets of the first processor, by Linux's names; empty without the file."""
+    """Return the instruction sets of the first processor by Linux's names, such as "avx2"; empty if unknown."""
     fields = processor(cpuinfo)
     return set((fields.get("flags") or fields.get("Features", "")).split())  # of x86, of Arm
 
@@ -32,7 +32,7 @@ def processor_name() -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that programs can still allocate; None if the system does not report it."""
+    """Return how many bytes of memory programs can still allocate; None if the system does not report it."""
     try:
         lines = MEMINFO.read_text("ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -41,7 +41,10 @@ def available_memory() -> int | None:
 
 
 def resident(field: str, pid: int | str = "self") -> float | None:
-    """Resident memory of a process in MB: "VmRSS" now, "VmHWM" at its peak; None if the system does not report it."""
+    """Return the resident memory of a process in MB; None if the system does not report it.
+
+    field: "VmRSS" (current) or "VmHWM" (peak). pid: the process; "self": this one.
+    """
     with suppress(OSError):
         found = re.search(rf"{field}:\s*(\d+)", Path(f"/proc/{pid}/status").read_text("utf-8"))
         return int(found[1]) * 1024 / 1e6 if found else None
@@ -49,7 +52,10 @@ def resident(field: str, pid: int | str = "self") -> float | None:
 
 
 def check_memory(name: str, need: int, other: str = "use a smaller model") -> None:
-    """Raise SpecDecError if this machine has less than ``need`` bytes of memory free. other: what else helps."""
+    """Raise SpecDecError if this machine has less than ``need`` bytes of memory free for the model ``name``.
+
+    other: the advice at the end of the message.
+    """
     free = available_memory()
     if free is not None and free < need:
         raise SpecDecError(

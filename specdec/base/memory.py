@@ -1,7 +1,7 @@
-"""Release memory of weights that are mapped from a file and not used for a while.
+"""Release memory of weights that are mapped from a file and not used for a while. Works on Linux.
 
 safetensors files are mapped into memory. Unchanged pages can be dropped, and the system reads them again from the file
-when they are used. So a runtime with its own copy of a weight does not pay for the model's. Works on Linux.
+when they are used. So a runtime with its own copy of a weight does not need memory for the model's copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _SWAPPED, _OF_FILE = 1 << 62, 1 << 61  # bits of an entry of /proc/self/pagemap;
 
 
 def release(*tensors: Tensor) -> int:
-    """Drop the unchanged pages of ``tensors`` that are mapped from files; return their bytes."""
+    """Drop the pages of ``tensors`` that are mapped from files and unchanged; return the number of dropped bytes.
+
+    The values stay: the system reads them again from the file when they are used.
+    """
     freed = 0
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -35,20 +38,20 @@ def release(*tensors: Tensor) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of free memory on a device."""
+    """Return the bytes of free memory on a device; 4 GiB if the system does not report them."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return machine.available_memory() or 4 << 30
 
 
 def trim_heap() -> None:
-    """Return freed memory from the C library to the system: packing weights leaves much of it."""
+    """Make glibc return freed memory to the system, for use after large allocations. No effect without glibc."""
     with suppress(AttributeError, OSError, TypeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _unchanged(first: int, count: int) -> bool:
-    """Whether no page has been written to: each is absent or still belongs to a file."""
+    """Return whether no page of ``count`` from number ``first`` on was written to; False if this is unknown."""
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(8 * first)
@@ -63,7 +66,10 @@ def _unchanged(first: int, count: int) -> bool:
 
 @contextmanager
 def releasing(modules: Iterable[nn.Module], weights: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[None]:
-    """In this context, release the ``weights`` of each module after its forward."""
+    """Release the weights of each module after each of its forward calls in the ``with`` block.
+
+    weights: returns the tensors of a module that are released.
+    """
 
     def after(module: nn.Module, *_: object) -> None:
         release(*weights(module))

@@ -1,4 +1,5 @@
 """Options of loading and generation: name, bounds and documentation of each, for Python, command line, server and YAML.
+
 Also checks of the options of drafters and of the command line. Imports nothing heavy.
 """
 
@@ -87,24 +88,24 @@ Depth = Annotated[
 
 
 def new_seed() -> int:
-    """A random seed."""
+    """Return a random seed in 0 .. ``MAX_SEED``."""
     return secrets.randbelow(MAX_SEED + 1)
 
 
 @checked_class
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Raises SpecDecError for a value out of range.
+    """The sampling parameters of one request. Raises SpecDecError for a value out of range.
 
-    temperature: 0 is greedy, and so is a value below ``GREEDY_BELOW``.
-    top_k: keep so many of the likeliest tokens; 0 is off.
+    temperature: 0, or a value below ``GREEDY_BELOW``, is greedy decoding.
+    top_k: keep this number of the likeliest tokens; 0 is off.
     top_p: keep the likeliest tokens up to this total probability; 1 is off.
-    min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
-    repetition_penalty: 1 is off; None is the model's own.
-    seed: of the random numbers.
-    frequency_penalty: subtracted from a token's logit for each time that it is among the new tokens.
-    presence_penalty: subtracted once if the token is among the new tokens.
-    logit_bias: added to logits, by token id.
+    min_p: keep tokens with at least this share of the likeliest token's probability; 0 is off.
+    repetition_penalty: 1 is off; None: the value of the model's generation config.
+    seed: seed of the random numbers.
+    frequency_penalty: subtracted from a token's logit for each time that the token is among the new tokens.
+    presence_penalty: subtracted once from the logit of each token that is among the new tokens.
+    logit_bias: {token id: number added to its logit}; None: nothing is added.
     """
 
     temperature: Temperature = 0.0
@@ -123,7 +124,7 @@ class SamplingParams:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of ``SamplingParams`` as keywords. A seed that is None, or not given, is drawn."""
+    """The fields of ``SamplingParams`` as optional keyword arguments. Without a seed, or with None, one is drawn."""
 
     temperature: Temperature
     top_k: TopK
@@ -137,12 +138,16 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def description(option: Any) -> str:
-    """The documentation of an option, such as ``Temperature``."""
+    """Return the documentation of an option type of this module, such as ``Temperature``, for help texts."""
     return next(each.description for each in reversed(get_args(option)) if getattr(each, "description", None))
 
 
 def check_names(drafter: str, given: Iterable[str], known: Sequence[str] = (), source: str | None = None) -> None:
-    """Raise SpecDecError for an option that is not ``known``, and for the ``source`` of a drafter that has none."""
+    """Check the options of a drafter that was given as NAME or NAME=SOURCE.
+
+    Raises SpecDecError if ``given`` has a name that is not in ``known``, and if there is a ``source``, which the
+    drafter does not take (None: none was given).
+    """
     for name in given:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
@@ -152,22 +157,31 @@ def check_names(drafter: str, given: Iterable[str], known: Sequence[str] = (), s
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """``value``, if it is a whole number in low .. high. Raises SpecDecError otherwise."""
+    """Return ``value`` if it is a whole number in low .. high (None: no upper bound), else raise SpecDecError.
+
+    name: of the option, for the message.
+    """
     return validate(name, value, Annotated[Whole, Field(ge=low, le=high)])
 
 
 def check_ints(name: str, values: Any, low: int) -> tuple[int, ...]:
-    """``values``, if they are a list of whole numbers >= low. Raises SpecDecError otherwise."""
+    """Return ``values`` as a tuple if they are a sequence of whole numbers >= low, else raise SpecDecError.
+
+    name: of the option, for the message.
+    """
     return tuple(validate(name, values, Sequence[Annotated[Whole, Field(ge=low)]]))
 
 
 def check_probability(name: str, value: Any) -> float:
-    """``value``, if it is a number in [0, 1]. Raises SpecDecError otherwise."""
+    """Return ``value`` if it is a number in [0, 1], else raise SpecDecError, which names the option ``name``."""
     return validate(name, value, Annotated[Number, Field(ge=0, le=1)])
 
 
 def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts of a repeatable ``flag`` as a mapping; values are YAML. Raises SpecDecError otherwise."""
+    """Parse the ``KEY=VALUE`` texts of the repeatable command-line option ``flag`` into {key: value}.
+
+    Values are YAML. Raises SpecDecError for other texts.
+    """
     out: dict[str, Any] = {}
     for pair in pairs:
         key, given, value = pair.partition("=")
@@ -181,7 +195,11 @@ def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_size(flag: str, text: str) -> float | int:
-    """A share ("0.25", "25%") as a float in (0, 1], or a size ("300MB", "2GiB", "1e9") as an int of bytes."""
+    """Parse the value of the command-line option ``flag``: a share or a size.
+
+    A share ("0.25", "25%") becomes a float in (0, 1]; a size ("300MB", "2GiB", "1e9") becomes an int of bytes. Raises
+    SpecDecError for other texts.
+    """
     with suppress(ValueError):
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         if 0 < number <= 1:

@@ -1,4 +1,8 @@
-"""Ridge regression by sums of products: any number of rows in constant memory, added and solved in short pieces."""
+"""Ridge regression from sums of products: any number of rows in constant memory, added and solved in short chunks.
+
+Functions that work in chunks are generators: each yields after about ``CHUNK_WORK`` multiply-adds, so that a thread can
+pause between chunks, and returns its result.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,24 @@ from torch import Tensor, nn
 
 from specdec.base.memory import trim_heap
 
-RIDGE = 50.0  # rows of average size that the ridge counts as: fits of few rows need it
-PANEL = 128  # features of a panel
-WORK = 5e8  # multiply-adds in single precision of a piece of work: some 20 ms on one core
-DOUBLE = 2  # multiply-adds that one in double precision counts as
-TOUCHED, ALLOCATED = 16, 100  # those that a number counts as that is moved, or moved to new memory
+RIDGE = 50.0  # the ridge counts as this number of rows of average size, which regressions of few rows need
+PANEL = 128  # columns of a panel
+CHUNK_WORK = 5e8  # multiply-adds in single precision of a chunk of work: some 20 ms on one core
+DOUBLE = 2  # a multiply-add in double precision counts as this number of single-precision ones
+TOUCHED = 16  # moving a number counts as this number of multiply-adds
+ALLOCATED = 100  # moving a number to new memory counts as this number of multiply-adds
 
-Weighted = tuple[Tensor, Tensor, float]  # x [n, F], y [n, D], how many times each row counts
+Weighted = tuple[Tensor, Tensor, float]  # inputs x [n, F], outputs y [n, D], weight of each row
 T = TypeVar("T")
 
 
 class Sums:
-    """What min_W |[X; 1] W - Y|^2 + ridge |W|^2 needs to know of its rows.
+    """The sums over rows that the ridge regression min_W |[X 1] W - Y|^2 + ridge |W|^2 needs.
 
-    size: F + 1, with the feature that is always 1. outputs: D.
-    panels: the columns [lo, lo + w) of [[X; 1] Y].T [X; 1], from the diagonal down: [F + 1 - lo + D, w], float32.
+    features: F, the columns of X. outputs: D, the columns of Y.
+    size: F + 1, with the feature that is always 1.
+    panels: the matrix [[X 1] Y].T [X 1] in panels of columns [lo, lo + w), each from the diagonal down, float32
+    [F + 1 - lo + D, w].
     """
 
     def __init__(self, features: int, outputs: int) -> None:
@@ -34,37 +41,39 @@ class Sums:
 
     @property
     def rows(self) -> float:
-        """Their number: the last feature is 1."""
-        last = self.panels[-1]
+        """The number of rows added so far, counted with their weights."""
+        last = self.panels[-1]  # the last feature is always 1
         return float(last[last.shape[1] - 1, -1])
 
     def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
-        """Add rows x [n, F] and y [n, D], each counted ``weight`` times."""
+        """Add rows x [n, F] and y [n, D], each counted ``weight`` times (negative: removed)."""
         result(self.adding(x, y, weight))
 
     def adding(self, x: Tensor, y: Tensor, weight: float = 1.0) -> Generator[None]:
-        """``add`` in pieces."""
-        return in_pieces(_added(self.panels, (x, y, weight)))
+        """Add rows as ``add`` does, in chunks: a generator that yields after each chunk of work."""
+        return in_chunks(_added(self.panels, (x, y, weight)))
 
     def scaled(self, factor: float) -> Generator[None, None, Sums]:
-        """Return sums that count each row ``factor`` times, after pieces of work."""
-        made = Sums(self.size - 1, self.outputs)
-        pairs = zip(made.panels, self.panels, strict=True)
-        yield from in_pieces(ALLOCATED * own.add_(panel, alpha=factor).numel() for own, panel in pairs)
-        return made
+        """Compute new sums that count each row ``factor`` times: a generator that yields after each chunk of work."""
+        scaled = Sums(self.size - 1, self.outputs)
+        pairs = zip(scaled.panels, self.panels, strict=True)
+        yield from in_chunks(ALLOCATED * own.add_(panel, alpha=factor).numel() for own, panel in pairs)
+        return scaled
 
     def solve(self, ridge: float, more: Iterable[Weighted] = ()) -> Generator[None, None, Tensor]:
-        """Return W.T [D, F + 1], float32, after pieces of work.
+        """Solve the regression in chunks: a generator that yields after each and returns W.T [D, F + 1], float32.
 
-        ridge: a number of rows of average size. more: further rows.
+        The last column of W.T is the bias. ``result(sums.solve(ridge))`` solves at once.
+        ridge: the weight of |W|^2, as a number of rows of average size. more: further rows, which are counted in this
+        solution alone.
         """
-        found = torch.empty(self.outputs, self.size)
-        yield from in_pieces(self._solved(found, ridge, more))
-        trim_heap()  # the system is larger than all that is kept
-        return found
+        solution = torch.empty(self.outputs, self.size)
+        yield from in_chunks(self._solved(solution, ridge, more))
+        trim_heap()  # the system of equations is larger than the solution
+        return solution
 
     def _solved(self, solution: Tensor, ridge: float, more: Iterable[Weighted]) -> Iterator[float]:
-        """Solve the system in double precision."""
+        """Solve the system in double precision into ``solution`` [D, F + 1]; yield the multiply-adds of each part."""
         size = sum(float(panel.diagonal().sum()) for panel in self.panels) / self.size / max(self.rows, 1.0)  # of a row
         panels = list[Tensor]()
         for panel in self.panels:
@@ -97,14 +106,15 @@ class Sums:
             yield ALLOCATED * found.numel()
 
     def fit(self, layer: nn.Linear) -> None:
-        """Set the parameters of a linear map X -> Y."""
-        found = result(self.solve(RIDGE))
+        """Set weight and bias of ``layer`` (F inputs, D outputs) to the solution with the ridge ``RIDGE``."""
+        solution = result(self.solve(RIDGE))
         with torch.no_grad():
-            layer.weight.copy_(found[:, :-1])
-            layer.bias.copy_(found[:, -1])
+            layer.weight.copy_(solution[:, :-1])
+            layer.bias.copy_(solution[:, -1])
 
 
 def _added(panels: list[Tensor], rows: Weighted) -> Iterator[float]:
+    """Add the products of ``rows`` to ``panels`` in place; yield the multiply-adds of each panel."""
     x, y, weight = rows
     x, y = x.float(), y.float()
     both, lo = torch.cat((x, torch.ones_like(x[:, :1]), y), 1).cpu(), 0  # (n, F + 1 + D)
@@ -115,18 +125,21 @@ def _added(panels: list[Tensor], rows: Weighted) -> Iterator[float]:
         lo = hi
 
 
-def in_pieces(parts: Iterable[float]) -> Generator[None]:
-    """Do work whose parts tell their multiply-adds, and yield whenever ``WORK`` are done."""
+def in_chunks(parts: Iterable[float]) -> Generator[None]:
+    """Run an iterator that does a part of some work per item, and yield after each ``CHUNK_WORK`` multiply-adds.
+
+    parts: its items are the multiply-adds of each part.
+    """
     done = 0.0
     for part in parts:
         done += part
-        if done >= WORK:
+        if done >= CHUNK_WORK:
             yield
             done = 0.0
 
 
 def result(work: Generator[None, None, T]) -> T:
-    """What the work returns, done at once."""
+    """Run a generator to its end, without pauses, and return what it returns."""
     while True:
         try:
             next(work)

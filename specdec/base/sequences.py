@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common prefix of two texts."""
+    """Return the length of the longest common prefix of two sequences of token ids."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # slices are compared faster than tokens
         middle = (low + high + 1) // 2

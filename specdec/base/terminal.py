@@ -1,7 +1,7 @@
 """The terminal: standard streams, notes, errors, tables, progress, and text with control characters.
 
 On a terminal, progress is a spinner or a bar, and control characters are escaped. In a pipe, progress is a line every
-half minute, and text is unchanged. Knows no commands. Imports nothing heavy.
+half minute, and text is unchanged. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rich.text import Text
 
 from specdec.base.errors import SpecDecError, SpecDecWarning
 
-EVERY = 30.0  # seconds between two lines of progress in a pipe
-LATER = 1.0  # seconds of a terminal's silence before a line says what is running
+LINE_INTERVAL = 30.0  # seconds between two lines of progress in a pipe
+SILENCE = 1.0  # seconds without output on a terminal before a line says what is running
 _python_warns = warnings.showwarning
 
 # C0 without tab and newline, DEL, C1, and characters that change the direction of text.
@@ -34,12 +34,12 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """``text`` with escaped control characters, which could control a terminal."""
+    """Return ``text`` with control characters escaped, such as ``\\x1b``, because they could control a terminal."""
     return _CONTROL.sub(lambda found: f"\\{'x%02x' if ord(found[0]) < 256 else 'u%04x'}" % ord(found[0]), text)
 
 
 def as_text(console: Console, text: str, style: str = "") -> Text:
-    """``text`` for ``console``, without markup; on a terminal with escaped control characters."""
+    """Return ``text`` for ``console`` as rich text without markup; on a terminal, control characters are escaped."""
     return Text(printable(text) if console.is_terminal else text, style=style)
 
 
@@ -50,11 +50,12 @@ def write(text: str) -> None:
 
 
 def stderr() -> Console:
+    """Return a console that prints to standard error, as it is at the time of the call."""
     return Console(file=sys.stderr, stderr=True, highlight=False)
 
 
 def tell(console: Console, text: str) -> None:
-    """Print one line, without markup."""
+    """Print ``text`` and a line break to ``console``, without markup and without wrapping."""
     console.print(as_text(console, text), soft_wrap=True)
 
 
@@ -64,7 +65,7 @@ def say(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print one dim line to stderr if that is a terminal."""
+    """Print one dim line to stderr if stderr is a terminal; in a pipe, print nothing."""
     console = stderr()
     if console.is_terminal:
         console.print(as_text(console, message, style="dim"))
@@ -129,7 +130,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class Stream:
-    """A standard stream that calls ``failed`` with its first error and discards text from then on."""
+    """A wrapper of a standard stream: at the first write error it calls ``failed`` and then discards all text."""
 
     def __init__(self, stream: IO[str], failed: Callable[[OSError], None]) -> None:
         self._stream, self._failed = stream, failed
@@ -153,9 +154,10 @@ class Stream:
 
 
 def guard_streams() -> None:
-    """Ignore errors of stderr, and raise SpecDecError for those of stdout, also if it is closed.
+    """Replace ``sys.stdout`` and ``sys.stderr`` so that errors of stderr are ignored and those of stdout are reported.
 
-    Statistics that cannot be written must not cost the answer; an answer that cannot be written is an error.
+    An error of stdout, also a closed stdout, is a SpecDecError; a closed pipe is a BrokenPipeError. Statistics that
+    cannot be written must not cost the answer; an answer that cannot be written is an error.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -178,33 +180,33 @@ def _stdout_failed(error: OSError) -> None:
 
 
 class Description(progress.ProgressColumn):
-    """The description of a task as plain text."""
+    """A column of a progress bar: the description of the task as plain text, with escaped control characters."""
 
     def render(self, task: progress.Task) -> Text:
         return Text(printable(task.description))
 
 
 class Pace(progress.ProgressColumn):
-    """The rate and the remaining time of a task with a ``unit``."""
+    """A column of a progress bar: the rate and the remaining time of a task that has a ``unit``."""
 
     def render(self, task: progress.Task) -> Text:
         return Text(pace(task))
 
 
 class Progress(progress.Progress):
-    """Running tasks on stderr: bars on a terminal; in a pipe a line per task every half minute.
+    """A display of running tasks on stderr: bars on a terminal; in a pipe, a line per task every half minute.
 
-    A task with a ``unit``, a plural such as "tokens", is shown with its rate and remaining time. Of nested ``Progress``
-    objects, the innermost is shown.
-
-    later: whether it is shown after ``LATER`` seconds only; what runs before it counts.
+    A task with a ``unit``, a plural such as "tokens", is shown with its rate and remaining time. While ``Progress``
+    objects are nested, the innermost one is shown.
+    console: where to show it; None: stderr.
+    later: whether to show nothing until ``SILENCE`` seconds after the start of the process.
     """
 
     def __init__(
         self, *columns: progress.ProgressColumn, console: Console | None = None, later: bool = False, **more: Any
     ) -> None:
         console = console or stderr()
-        self._shown_from = _begun + LATER if later else 0.0
+        self._shown_from = _begun + SILENCE if later else 0.0
         super().__init__(Description(), *columns, Pace(), console=console, disable=not console.is_terminal, **more)
         self._ended, self._thread = Event(), Thread(target=self._lines, daemon=True)
 
@@ -235,7 +237,7 @@ class Progress(progress.Progress):
             self._thread.join()
 
     def _lines(self) -> None:
-        while not self._ended.wait(EVERY):
+        while not self._ended.wait(LINE_INTERVAL):
             for task in self.tasks if _open[-1:] == [self] else []:
                 if task.visible and (task.total is None or task.completed < task.total):
                     share = "" if task.total is None else f": {task.percentage:.0f} %"
@@ -244,20 +246,23 @@ class Progress(progress.Progress):
                         tell(self.console, f"{task.description}{share} ({details})")
 
 
-_open: list[Progress] = []  # started ones, the innermost last
-_showing = RLock()  # held while one starts or stops
-_begun = time.monotonic()  # when the process was silent for the first time
+_open: list[Progress] = []  # running displays, the innermost last
+_showing = RLock()  # held while a display starts or stops
+_begun = time.monotonic()  # the start of the process
 
 
 def clear() -> None:
-    """Take away what is shown, before the process ends at once."""
+    """Remove all spinners and bars from the terminal, before the process ends without cleaning up."""
     for shown in _open[::-1]:
         shown.live.stop()
 
 
 @contextmanager
 def status(message: str, quiet: bool = False) -> Iterator[None]:
-    """Show on stderr what is running: a spinner on a terminal, after a second; in a pipe a line every half minute."""
+    """Show ``message`` on stderr during the ``with`` block; quiet: show nothing.
+
+    A terminal shows a spinner, from one second after the start of the process on; a pipe gets a line every half minute.
+    """
     shown = Progress(transient=True, later=True)
     shown.columns = (progress.SpinnerColumn(), *shown.columns)
     shown.add_task(message, total=None)
@@ -269,7 +274,11 @@ OnProgress = Callable[[int, int, int], None]  # steps done, all steps, tokens so
 
 
 class Bar:
-    """Progress of one task on stderr. Call it with the steps done, all steps and the tokens so far (``OnProgress``)."""
+    """A progress bar for one task on stderr; a context manager, and a function to call with the progress.
+
+    what: name of the task. unit: text after the counts until a rate is known.
+    The call takes the steps done, all steps and the tokens so far (None: no rate is shown), as ``OnProgress``.
+    """
 
     def __init__(self, what: str, unit: str = "") -> None:
         columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}"))
@@ -291,7 +300,10 @@ class Bar:
 
 
 def pace(task: progress.Task) -> str:
-    """``612 tokens/s, 9 min left`` for a task with a ``unit``; "" if that is unknown."""
+    """Return the rate and remaining time of a task, such as ``612 tokens/s, 9 min left``.
+
+    "" for a task without a ``unit`` and while the rate is unknown.
+    """
     unit, speed, left = task.fields.get("unit"), task.speed, task.time_remaining
     if not unit or not speed or not left:
         return ""
@@ -299,12 +311,12 @@ def pace(task: progress.Task) -> str:
 
 
 def megabytes(size: float) -> str:
-    """``340 MB``, ``4.6 GB``."""
+    """Return a number of bytes as text, such as ``340 MB`` or ``4.6 GB``."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
 
 
 def duration(seconds: float) -> str:
-    """``40 s``, ``3 min``, ``2 h 10 min``, ``3 days``."""
+    """Return a time as rounded text, such as ``40 s``, ``3 min``, ``2 h 10 min`` or ``3.0 days``."""
     if seconds < 90:
         return f"{max(round(seconds, -1 if seconds > 20 else 0), 1):.0f} s"
     minutes = round(seconds / 60)

@@ -75,11 +75,13 @@ from specdec.models.catalogue import DEFAULT_MODEL
 
 @dataclass(frozen=True)
 class ExternalMethod:
-    """A method in which another engine decodes.
+    """An entry of ``EXTERNAL_METHODS``: a method of a benchmark in which another engine decodes.
 
     method: "module:Class" of a ``specdec.bench.methods.Method``, constructed from the decoder and the cell.
-    source: what SOURCE of NAME=SOURCE is, such as FILE; "": it takes none.
-    missing: why it cannot run here; "": it can.
+    options: names of the options that the method takes.
+    drafts: whether the method drafts; if not, it can be a baseline.
+    source: what SOURCE in NAME=SOURCE is, such as FILE; "": the method takes no source.
+    missing: why the method cannot run here; "": it can run.
     """
 
     method: str = "specdec.bench.methods:HFMethod"
@@ -104,7 +106,11 @@ def _baseline(name: str) -> str:
 
 
 def check_external(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
-    """The name and the source of an external method. Raises SpecDecError for unknown options and if it cannot run."""
+    """Split the external method ``NAME`` or ``NAME=SOURCE`` into its name and its source ("" without one).
+
+    given: the options of the method. Raises SpecDecError for unknown options, a missing source, and if the method
+    cannot run here.
+    """
     kind, _, source = name.partition("=")
     other = EXTERNAL_METHODS[kind]
     if other.source and not source:
@@ -116,15 +122,17 @@ def check_external(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
 
 
 class Cell(Settings):
-    """One measurement.
+    """The settings of one measurement, of one method on one prompt set. Settings not listed here are as in ``bench``.
 
     drafter: a drafter as ``specdec generate --drafter`` takes it, or one of ``EXTERNAL_METHODS``.
     num_speculative_tokens: draft length, or "auto".
     prompts: a file, or the name of a prompt set.
     limit: number of conversations, evenly spaced over the set; None: all.
-    turns: most turns of a conversation; None: all.
+    turns: largest number of turns of a conversation; None: all.
+    max_new_tokens: largest number of new tokens per turn.
+    batch_size: conversations decoded together.
     repetitions: how often everything is decoded.
-    against: baselines, interleaved with the method.
+    against: names of baselines, interleaved with the method.
     """
 
     model: Text = DEFAULT_MODEL
@@ -153,7 +161,7 @@ class Cell(Settings):
 
     @property
     def loading(self) -> dict[str, Any]:
-        """The settings that decide which model is loaded, and how."""
+        """The settings that decide which model is loaded and how, as arguments of ``SpecDecoder.from_pretrained``."""
         names = "model", "dtype", "device", "runtime", "weights", "kv_cache", "adapter"
         return {name: getattr(self, name) for name in names}
 
@@ -163,11 +171,14 @@ class Cell(Settings):
         return self.drafter.partition("=")[0] in EXTERNAL_METHODS
 
     def with_settings(self, **changes: Any) -> Cell:
-        """A copy with other values for some settings."""
+        """Return a checked copy of the cell with the settings ``changes``."""
         return Cell(**self.as_dict() | changes)
 
     def canonical(self) -> Cell:
-        """A copy without settings that have no effect: plain decoding and external methods ignore the verifier."""
+        """Return a copy in which settings without effect have their defaults, so that equal measurements are equal.
+
+        Plain decoding and external methods ignore the verifier; methods that do not draft ignore the draft length.
+        """
         changes: dict[str, Any] = {}
         if self.drafter == "none" or self.is_external:
             changes = {"verifier": "exact", "verifier_options": {}}
@@ -176,17 +187,17 @@ class Cell(Settings):
         return self.with_settings(**changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every setting as plain values for JSON and YAML."""
+        """Return every setting as a plain value for JSON and YAML."""
         return self.model_dump(mode="json")
 
     def key(self) -> str:
-        """16 hex digits, equal for equal cells in every process and on every machine."""
+        """Return a hash of the settings, 16 hex digits, that is equal in every process and on every machine."""
         text = json.dumps(self.as_dict(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a cell (``Cell.as_dict()``) by axis name; options are ``drafter.NAME.OPTION``."""
+    """Return the settings of a cell (``Cell.as_dict()``) by axis name; an option is called ``drafter.NAME.OPTION``."""
     out: dict[str, Any] = {}
     for name, value in cell.items():
         group = name.removesuffix("_options")
@@ -195,7 +206,7 @@ def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flattened(prefix: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options as one mapping with dotted names."""
+    """Return nested options as one mapping whose names are joined by dots and begin with ``prefix``."""
     out: dict[str, Any] = {}
     for name, value in options.items():
         out |= _flattened(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {f"{prefix}{name}": value}

@@ -19,7 +19,7 @@ from specdec.base.machine import processor_name
 
 
 def environment() -> dict[str, Any]:
-    """JSON values; None where the system does not report one."""
+    """Return the date, the machine, its load, and versions as JSON values; None where the system does not tell."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": processor_name(),
@@ -45,7 +45,7 @@ def _memory_gb() -> float | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that the package runs from, with "+" if tracked files differ from it."""
+    """Return the git commit that the package runs from, with "+" if tracked files differ; None without a repository."""
     root = Path(specdec.__file__).resolve().parents[1]
 
     def git(*args: str) -> str:

@@ -1,4 +1,4 @@
-"""Summary statistics of the requests of a method, and the quality of lossy ones: the FIGURES of ``specdec.bench.cell``.
+"""Summary statistics of a method's requests, and the quality of lossy methods: the FIGURES of ``specdec.bench.cell``.
 
 Intervals are percentiles of a cluster bootstrap (Efron 1979; Davison and Hinkley 1997, 3.8). It resamples
 conversations with all their turns and repetitions, because results within a conversation are correlated.
@@ -25,14 +25,18 @@ from specdec.verify.certificate import replay
 RESAMPLES = 1000
 TAIL = 2.5  # percent on each side
 
-Estimate = dict[str, float | None]  # {"value", "low", "high"}; no interval for a single cluster
+Estimate = dict[str, float | None]  # {"value", "low", "high"}; low and high are None for a single cluster
 
 
 @dataclass
 class BenchRequest:
-    """One batch of prompts, answered once by one method.
+    """One batch of prompts that one method answered once.
 
-    equality: per row "equal", "near-tie", "fault", "differs" (a lossy rule), or None (not comparable).
+    method: the method's name. repetition, group, turn: which repetition, batch of conversations and turn, from 0.
+    conversations, prompts (token ids): one per row. reply: the answers and their timing.
+    equality: how each row compares with plain decoding: "equal", "near-tie", "fault", "differs" (by a lossy
+    verifier), or None (not comparable).
+    qualities: one per row if a lossy verifier takes part, else empty.
     """
 
     method: str
@@ -46,7 +50,8 @@ class BenchRequest:
     qualities: list[Quality] = field(default_factory=list)
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def turn_key(self) -> tuple[int, int, int]:
+        """(repetition, group, turn), equal for the requests of all methods for the same prompts."""
         return self.repetition, self.group, self.turn
 
     @property
@@ -55,6 +60,7 @@ class BenchRequest:
         return self.conversations[0].category
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the request, its answers and their metrics as JSON values: a line of ``results.jsonl``."""
         reply = self.reply
         rows = []
         for b, conversation in enumerate(self.conversations):
@@ -84,9 +90,12 @@ class BenchRequest:
 def summarize(
     name: str, mine: list[BenchRequest], baselines: dict[str, list[BenchRequest]], method: Method
 ) -> dict[str, Any]:
-    """The FIGURES of one method. baselines: requests of other methods for the same prompts, by label."""
+    """Return the FIGURES (see ``specdec.bench.cell``) of the method ``name``.
+
+    mine: the method's requests. baselines: label -> requests of that baseline for the same prompts.
+    """
     alike = method.lossless and method.same_arithmetic
-    by_place = {label: {r.place: r for r in requests} for label, requests in baselines.items()}
+    by_turn = {label: {r.turn_key: r for r in requests} for label, requests in baselines.items()}
     replies = [r.reply for r in mine]
     steps = RequestMetrics(
         per_step_drafted=[n for reply in replies for m in reply.metrics for n in m.per_step_drafted],
@@ -99,7 +108,7 @@ def summarize(
         "name": name,
         "lossless": method.lossless,
         "engine": method.engine,
-        **_summary(mine, by_place),
+        **_summary(mine, by_turn),
         "prefill_ms": _median(mine, lambda reply: reply.metrics[0].prefill_seconds if reply.metrics else None, 1e3),
         "first_token_ms": _median(mine, lambda reply: reply.first_seconds, 1e3),
         "decode_ms_per_token": _median(mine, lambda reply: reply.seconds_per_token(after_first=True), 1e3),
@@ -114,7 +123,7 @@ def summarize(
         "mean_layers_per_token": _pooled(
             mine, lambda m: m.mean_layers_per_token * m.num_new_tokens, lambda m: m.num_new_tokens
         ),
-        "phase_ms_per_step": _phase_seconds(replies),
+        "phase_ms_per_step": _phase_ms_per_step(replies),
         "peak_memory_mb": max((r.peak_memory_mb for r in replies if r.peak_memory_mb is not None), default=None),
         "equal_to_plain": {
             "equal": equality.count("equal"),
@@ -125,12 +134,12 @@ def summarize(
         if equality
         else None,
         "quality": _quality(mine),
-        "categories": {name: _summary([r for r in mine if r.category == name], by_place) for name in categories},
+        "categories": {name: _summary([r for r in mine if r.category == name], by_turn) for name in categories},
     }
 
 
 def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchRequest]]) -> dict[str, Any]:
-    """The figures that are also given per category."""
+    """Return the figures that are also given per category. baselines: label -> {``turn_key``: request}."""
     return {
         "requests": len(mine),
         "tokens": sum(r.reply.count for r in mine),
@@ -144,30 +153,30 @@ def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchReque
 
 
 def _median(mine: list[BenchRequest], figure: Callable[[Reply], float | None], scale: float = 1) -> Estimate | None:
-    """The median over the requests that have a value, times ``scale``."""
+    """Return the median of ``figure`` (None: no value) over the requests that have a value, times ``scale``."""
     found = [(value * scale, r.group) for r in mine if (value := figure(r.reply)) is not None]
     return median([value for value, _ in found], [group for _, group in found])
 
 
 def _milliseconds(seconds: Sequence[float | None]) -> dict[str, float] | None:
-    """P50 and P99 in milliseconds; None if there is no value."""
+    """Return {"p50", "p99"} in milliseconds of values in seconds, without the None among them; None without values."""
     found = [1e3 * value for value in seconds if value is not None]
     return dict(zip(("p50", "p99"), map(float, np.percentile(found, (50, 99))), strict=True)) if found else None
 
 
-def _rate(pace: float | None) -> float | None:
-    return 1 / pace if pace else None
+def _rate(seconds_per_token: float | None) -> float | None:
+    return 1 / seconds_per_token if seconds_per_token else None
 
 
 def _ratios(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> list[tuple[float, BenchRequest]]:
-    """Seconds per token of the baseline over ours, for each request that both finished."""
-    found = []
+    """Return (seconds per token of the baseline over the method's, request) for each request that both finished."""
+    ratios = []
     for request in mine:
-        other = base.get(request.place)
+        other = base.get(request.turn_key)
         theirs = other.reply.seconds_per_token() if other else None
         if theirs and (ours := request.reply.seconds_per_token()):
-            found.append((theirs / ours, request))
-    return found
+            ratios.append((theirs / ours, request))
+    return ratios
 
 
 def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> Estimate | None:
@@ -176,7 +185,7 @@ def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> Estimat
 
 
 def _worst(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> float | None:
-    """The smallest speedup of a prompt, the median over its repetitions."""
+    """Return the smallest speedup of a prompt, each the median over its repetitions; None without requests."""
     by_prompt = defaultdict[tuple[int, int], list[float]](list)
     for speedup, request in _ratios(mine, base):
         by_prompt[request.group, request.turn].append(speedup)
@@ -186,13 +195,13 @@ def _worst(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> float | N
 def _pooled(
     mine: list[BenchRequest], above: Callable[[RequestMetrics], float], below: Callable[[RequestMetrics], float]
 ) -> Estimate | None:
-    """The ratio of two sums over all rows; None for methods without metrics."""
+    """Return sum(``above``) / sum(``below``) over the metrics of all rows; None for methods without metrics."""
     rows = [(m, r.group) for r in mine for m in r.reply.metrics]
     return ratio([above(m) for m, _ in rows], [below(m) for m, _ in rows], [group for _, group in rows])
 
 
-def _phase_seconds(replies: list[Reply]) -> dict[str, float]:
-    """Milliseconds per step by phase, from the longest row of each batch, which took part in all its steps."""
+def _phase_ms_per_step(replies: list[Reply]) -> dict[str, float]:
+    """Return {phase: milliseconds per step}, from the longest row of each batch, which took part in all its steps."""
     longest = [max(r.metrics, key=lambda m: m.decode_seconds) for r in replies if r.metrics]
     steps = sum(m.num_spec_steps for m in longest)
     phases = dict.fromkeys(phase for m in longest for phase in m.phases if phase != "prefill")
@@ -215,7 +224,10 @@ def _quality(requests: list[BenchRequest]) -> dict[str, Any] | None:
 
 
 def median(values: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
-    """The median of ``values``; value i belongs to ``clusters[i]``. None if there are no values."""
+    """Return the median of ``values`` with its bootstrap interval; None without values.
+
+    clusters: the cluster of each value; values of one cluster are resampled together.
+    """
     if not values:
         return None
     order = np.argsort(values, kind="stable")
@@ -228,7 +240,10 @@ def median(values: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
 
 
 def ratio(above: Sequence[float], below: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
-    """The pooled ratio sum(above) / sum(below). None if sum(below) is 0."""
+    """Return the pooled ratio sum(above) / sum(below) with its bootstrap interval; None if sum(below) is 0.
+
+    clusters: the cluster of each pair; pairs of one cluster are resampled together.
+    """
     if not sum(below):
         return None
     index = np.unique(clusters, return_inverse=True)[1]
@@ -240,7 +255,7 @@ def ratio(above: Sequence[float], below: Sequence[float], clusters: Sequence[int
 
 
 def _counts(clusters: int) -> Any:
-    """How often each resample draws each cluster, [RESAMPLES, clusters]; equal for all estimates."""
+    """Return how often each bootstrap resample draws each cluster, [RESAMPLES, clusters], the same in every call."""
     return np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES)
 
 
@@ -253,11 +268,12 @@ def _estimate(value: float, draws: Any, clusters: int) -> Estimate:
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality of one output.
+    """The quality of one answer under the full model.
 
-    agreed: number of tokens that are the full model's argmax.
+    tokens: number of tokens of the answer.
+    agreed: number of tokens that are the full model's most likely token.
     nll: sum of -log p(token) in nats, at temperature 1.
-    rouge_l: F1 of ROUGE-L (Lin 2004) against the full model's own answer.
+    rouge_l: F1 of ROUGE-L (Lin 2004) against the full model's own answer, 0 to 1.
     """
 
     tokens: int
@@ -273,7 +289,7 @@ def require_rouge_score() -> None:
 
 
 def quality(target: Target, tokenizer: Any, prompt: list[int], tokens: list[int], plain: list[int]) -> Quality:
-    """The quality of ``tokens`` after ``prompt``. plain: the full model's own answer."""
+    """Measure the quality of the answer ``tokens`` to ``prompt``. plain: the answer of plain decoding (token ids)."""
     from rouge_score.rouge_scorer import RougeScorer
 
     logits = replay(target, prompt, tokens)  # (n, V)

@@ -1,6 +1,6 @@
 """Runs groups of cells, one after the other in this process or in parallel on a Ray cluster (the ``ray`` extra).
 
-Both ways yield the records of a group when it ends. A failure is recorded and the other cells continue; if a Ray
+Both functions yield the records of a group when it ends. A failure is recorded and the other cells continue; if a Ray
 worker is lost, all cells of its group fail. An interrupt loses only the running groups.
 """
 
@@ -30,9 +30,11 @@ def run_locally(
     progress: Callable[[float], Any],
     record: Callable[[BenchRequest], Any] | None = None,
 ) -> Generator[Record]:
-    """Measure the groups in this process, in order. A model stays loaded until a group needs another.
+    """Measure the groups of cells in this process, in order, and yield a record per cell.
 
-    progress: called with the number of cells that are done.
+    decoders: keeps the last model loaded until a group needs another one.
+    progress: called with the number of cells that are done, which may be a fraction.
+    record: called with each finished request; None: not called.
     """
     for number, group in enumerate(groups):
         before = sum(map(len, groups[:number]))
@@ -44,7 +46,7 @@ def run_locally(
 
 
 def split(groups: Groups, count: int) -> list[list[Cell]]:
-    """The same cells in at least ``count`` groups, if there are as many cells: the largest group is halved."""
+    """Halve the largest groups until there are ``count`` groups or every group has one cell."""
     parts = list(groups)
     while len(parts) < count and len(largest := max(parts, key=len)) > 1:
         at, half = parts.index(largest), len(largest) // 2
@@ -56,9 +58,9 @@ def split(groups: Groups, count: int) -> list[list[Cell]]:
 
 
 def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
-    """Measure the groups on the cluster at $RAY_ADDRESS, else on a new local one.
+    """Measure the groups on the Ray cluster at $RAY_ADDRESS, else on a new local one, and yield a record per cell.
 
-    A group is a Ray task, placed by its resources; groups are split until all of the cluster is busy. All machines need
+    A group is a Ray task that needs ``resources``; groups are split until all of the cluster is busy. All machines need
     the package, the models and the prompt files at the same paths. Raises SpecDecError if Ray is not installed or not
     reachable, or if a task needs more resources than any machine has.
     """
@@ -83,17 +85,19 @@ def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
 
 
 def _in_task(values: list[dict[str, Any]]) -> list[Record]:
+    """Measure a group of cells (``Cell.as_dict()``) in a Ray worker; its host and process id go into the records."""
     worker = {"worker": f"{platform.node()}:{os.getpid()}"}
     return [record | worker for record in measure([Cell(**cell) for cell in values], _decoders())]
 
 
 @functools.cache
 def _decoders() -> Decoders:
-    """The decoders of this process, whose model the next task may reuse."""
+    """Return the decoders of this worker process, which later tasks reuse with the model that is loaded."""
     return Decoders()
 
 
 def _connect() -> Any:
+    """Connect to the Ray cluster at $RAY_ADDRESS, else to a new local one; return the module ``ray``."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -115,7 +119,7 @@ def _connect() -> Any:
 
 
 def _capacity(ray: Any, resources: Resources) -> int:
-    """How many tasks the cluster can run at once. Raises SpecDecError if no machine can run one."""
+    """Return how many tasks the cluster can run at once. Raises SpecDecError if no machine can run one."""
     needed = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
     needed = {name: amount for name, amount in needed.items() if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

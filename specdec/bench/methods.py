@@ -1,6 +1,6 @@
-"""The methods of a benchmark: our decoder with a drafter, or ``model.generate``, timed in the same way.
+"""The methods of a benchmark: specdec with a drafter, or ``model.generate``, timed in the same way.
 
-Tokens are raw ids, cut after the end-of-sequence token; nothing is tokenised again.
+Tokens are raw ids, cut after the end-of-sequence token; nothing is tokenized again.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from specdec.models.native_model import as_transformers
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the warm-up request
 SAMPLING = ("temperature", "top_p", "top_k")
-PASSES = (1, 2, 4, 8, 16)  # numbers of tokens in the passes that are timed first
-LOOKUP = 10  # draft length of model.generate's prompt lookup if ours is automatic
+PASSES = (1, 2, 4, 8, 16)  # numbers of tokens in the passes that are timed before the requests
+LOOKUP = 10  # draft length of model.generate's prompt lookup if the cell's is "auto"
 
 
 @dataclass
 class Reply:
-    """The answer to one request, a batch of prompts.
+    """A method's answers to one request, which is a batch of prompts, with their timing.
 
-    tokens: new ids per row.
-    arrivals: seconds until each delivery of tokens; a step delivers all its tokens at once.
-    first_tokens: number of tokens in the first delivery.
-    metrics, reasons: per row, only of our engine.
-    peak_memory_mb: None where the system does not report it.
+    tokens: new token ids of each row.
+    seconds: duration of the whole call.
+    arrivals: seconds from the start until each delivery of tokens; a step delivers all its tokens at once.
+    first_tokens: number of tokens in the first delivery, over all rows.
+    metrics, reasons: metrics and finish reason of each row; empty for other engines than specdec.
+    peak_memory_mb: peak memory during the call; None where the system does not report it.
     """
 
     tokens: list[list[int]]
@@ -61,23 +62,26 @@ class Reply:
 
     @property
     def intervals(self) -> list[float]:
-        """Seconds between deliveries."""
+        """Seconds between consecutive deliveries of tokens."""
         return [after - before for before, after in pairwise(self.arrivals)]
 
     def seconds_per_token(self, after_first: bool = False) -> float | None:
-        """Seconds per token; None if there are no tokens."""
+        """Return the call's seconds per new token; None without tokens.
+
+        after_first: whether to leave out the first delivery and the time until it.
+        """
         count = self.count - self.first_tokens * after_first
         return (self.seconds - self.first_seconds * after_first) / count if count > 0 else None
 
 
 class Method:
-    """A way to answer prompts.
+    """Base class of the methods that a benchmark compares: an engine with its settings, which answers prompts.
 
-    lossless: its verifier keeps the model's distribution.
-    seeded: sampled tokens depend only on the seed.
-    same_arithmetic: greedy tokens equal those of plain decoding.
-    engine: version and settings of an external engine.
-    pass_seconds: duration of an external engine's passes, by number of tokens.
+    lossless: whether the output follows the model's own distribution.
+    seeded: whether sampled tokens depend on the seed alone, so that they can be compared with plain decoding.
+    same_arithmetic: whether greedy tokens must equal those of plain decoding.
+    engine: version and settings of an external engine; None: specdec or transformers.
+    pass_seconds: number of tokens (as text) -> seconds of a forward pass of an external engine; empty: not measured.
     """
 
     lossless: bool = True
@@ -87,12 +91,15 @@ class Method:
     pass_seconds: Mapping[str, float] = MappingProxyType({})
 
     def reply(self, prompts: list[list[int]], count: int, seed: int, scope: str = "") -> Reply:
-        """Answer ``prompts`` with at most ``count`` new tokens each; no text of another ``scope`` is drafted from."""
+        """Answer the batch ``prompts`` (token ids) with at most ``count`` new tokens each.
+
+        scope: a name; texts that were answered under another name are not used for drafts.
+        """
         raise NotImplementedError
 
 
 class OwnMethod(Method):
-    """Our engine with one drafter and one verifier."""
+    """A method of specdec: ``decoder`` with its drafter and verifier; ``cell`` gives draft length and sampling."""
 
     seeded = True
 
@@ -118,7 +125,7 @@ class OwnMethod(Method):
 
 
 class HFMethod(Method):
-    """``model.generate``, plain or with prompt lookup."""
+    """The methods ``hf`` and ``hf-lookup``: ``model.generate`` of transformers, plain or with prompt lookup."""
 
     def __init__(self, base: SpecDecoder, cell: Cell) -> None:
         kind, _ = check_external(cell.drafter, cell.drafter_options)
@@ -153,13 +160,16 @@ class HFMethod(Method):
         return Reply(tokens, seconds, [at - start for at in clock.arrivals], clock.tokens)
 
     def _cut(self, row: list[int]) -> list[int]:
-        """The row without the padding after its end-of-sequence token."""
+        """Return the token ids of ``row`` up to its first end-of-sequence token, without the padding after it."""
         end = next((i for i, token in enumerate(row) if token in self.eos), len(row))
         return row[: end + 1]
 
 
 class _Clock(BaseStreamer):
-    """A streamer that records when new tokens arrive. The first call passes the prompt."""
+    """A streamer for ``model.generate`` that records when new tokens arrive. Its first call passes the prompt.
+
+    arrivals: ``time.perf_counter()`` of each delivery. tokens: number of tokens in the first delivery.
+    """
 
     def __init__(self) -> None:
         self.calls, self.arrivals, self.tokens = 0, list[float](), 0
@@ -176,13 +186,17 @@ class _Clock(BaseStreamer):
 
 
 def refuse_batches(cell: Cell) -> None:
-    """Raise SpecDecError for a batch."""
+    """Raise SpecDecError if the cell decodes several prompts together, for methods that cannot."""
     if cell.batch_size > 1:
         raise SpecDecError(f"'{cell.drafter}' decodes one prompt at a time; leave it out or use --batch-size 1")
 
 
 class PeakMemory:
-    """Peak memory of a ``with`` block in MB: allocated on the CUDA device, or resident in this process."""
+    """A context manager that measures the peak memory of its ``with`` block.
+
+    mb: MB allocated on the CUDA device ``device``, or resident in this process for other devices (Linux); None where
+    the system does not report it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,8 +1,8 @@
-"""The plan of a benchmark: from the settings of a YAML file and of the command line to checked cells. Loads nothing.
+"""The plan of a benchmark: settings of a YAML file or of the command line become checked cells. No model is loaded.
 
 The keys are the settings of a cell (``specdec.bench.cell.Cell``). A list is an axis, and the cells are the product of
 all axes. ``drafter`` and ``verifier`` may be mappings, ``{NAME: {option: value or list}}``; the drafter ``NAME@K``
-drafts K tokens a step. Further keys:
+drafts K tokens per step. Further keys:
 
     name, description    of the sweep
     exclude: [{A: value or list, ...}, ...]   drops the cells that match all conditions of an entry
@@ -31,15 +31,15 @@ from specdec.bench.cell import EXTERNAL_METHODS, GROUPS, Cell, axes, check_exter
 from specdec.speculation import registry
 
 MAX_CELLS = 10_000
-WHOLE = "against"  # a setting whose value is a list
-# Settings of a method. Cells that agree in all others are a group, which is measured side by side.
+LIST_SETTING = "against"  # the setting whose value is a list, so a list is not an axis
+# Settings of a method. Cells that agree in all other settings are a group, which is measured side by side.
 METHOD = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
 SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)]
 KEYS = ("name", "description", "exclude", "resources", *SETTINGS, *GROUPS)
 
 
 class Resources(Settings):
-    """What one task needs on a cluster."""
+    """What one task (a group of cells) needs of a machine of a Ray cluster."""
 
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
@@ -48,7 +48,11 @@ class Resources(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells that are ready to run, each once."""
+    """A checked benchmark: the cells to measure, without duplicates.
+
+    name: of the benchmark, and the default name of its folder. description: a line for the report; may be empty.
+    resources: what one task on a Ray cluster needs.
+    """
 
     name: str
     description: str
@@ -57,43 +61,46 @@ class Plan:
 
 
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """The cells that are measured side by side; groups of one model in a row."""
-    found: dict[str, list[Cell]] = {}
+    """Group the cells that differ only in their method, for measuring side by side.
+
+    Groups that load the same model in the same way follow each other, so each model is loaded once.
+    """
+    by_settings: dict[str, list[Cell]] = {}
     for cell in cells:
         shared = {name: value for name, value in cell.as_dict().items() if name not in METHOD}
-        found.setdefault(json.dumps(shared, sort_keys=True), []).append(cell)
-    loads = [group[0].loading for group in found.values()]
-    return sorted(found.values(), key=lambda group: loads.index(group[0].loading))
+        by_settings.setdefault(json.dumps(shared, sort_keys=True), []).append(cell)
+    loads = [group[0].loading for group in by_settings.values()]
+    return sorted(by_settings.values(), key=lambda group: loads.index(group[0].loading))
 
 
-def load_plan(path: Path | None, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Plan:
-    """The plan of a file, with ``settings`` and then ``overrides`` (``KEY=VALUE,VALUE``) in place of what it says.
+def load_plan(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
+    """Return the plan of a YAML file, or of settings as they would stand in a file.
 
+    overrides: texts ``KEY=VALUE,VALUE`` that replace settings of ``source``.
     Raises SpecDecError for a mistake, with the name of the file or the override.
     """
-    where = "" if path is None else f"'{path}': "
-    given = {"name": "benchmark"} if path is None else inputs.read_yaml(path, "benchmark file ")
+    path, where = (source, f"'{source}': ") if isinstance(source, Path) else (None, "")
+    given = (
+        {"name": "benchmark", **source} if isinstance(source, Mapping) else inputs.read_yaml(source, "benchmark file ")
+    )
     if given is None:
         raise SpecDecError(f"'{path}' is empty; a sweep needs at least one setting, such as 'drafter: m2r2'")
-    with _told(where):
+    with _errors_from(where):
         given = _mapping(given, "a benchmark file", KEYS)
         for group in GROUPS:
             given[group] = _plugins(group, given.get(group, getattr(Cell(), group)), {})
-        for name, value in (settings or {}).items():
-            given[name] = _plugins(name, value, given[name]) if name in GROUPS else value
     for text in overrides:
-        with _told(f"'{text}': "):
+        with _errors_from(f"'{text}': "):
             _override(given, text)
-    with _told(where):
+    with _errors_from(where):
         cells = planned = _cells(given)
         known = {axis: None for cell in planned for axis in axes(cell.as_dict())}
-        # A change may remove what an entry names, also the drafter or the verifier of an option.
-        changed = bool(overrides or settings)
-        options = tuple(f"{group}." for group in GROUPS) if changed else ()
+        # An override may remove what an entry names, also the drafter or the verifier of an option.
+        options = tuple(f"{group}." for group in GROUPS) if overrides else ()
         for entry in _as_list(given.get("exclude") or []):
             conditions = {axis: _as_list(value) for axis, value in _mapping(entry, "an entry of exclude").items()}
             odd = next((axis for axis in conditions if axis not in known and not axis.startswith(options)), None)
-            if odd is not None or not (changed or any(_matches(cell, conditions) for cell in planned)):
+            if odd is not None or not (overrides or any(_matches(cell, conditions) for cell in planned)):
                 what = conditions if odd is None else f"{odd}{did_you_mean(odd, known)}"
                 raise SpecDecError(f"an entry of exclude matches no cell: {what}")
             cells = [cell for cell in cells if not _matches(cell, conditions)]
@@ -106,8 +113,8 @@ def load_plan(path: Path | None, overrides: Sequence[str] = (), settings: Mappin
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Let an error say where its cause is."""
+def _errors_from(where: str) -> Iterator[None]:
+    """Raise an error of the ``with`` block as a SpecDecError whose text begins with ``where``."""
     try:
         yield
     except (SpecDecError, ValueError) as error:
@@ -115,7 +122,11 @@ def _told(where: str) -> Iterator[None]:
 
 
 def _plugins(group: str, given: Any, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each drafter or verifier that a setting names. A name alone keeps its options of ``before``."""
+    """Return {name: options} for the value ``given`` of the setting ``group`` ("drafter" or "verifier").
+
+    The value is a name, a list of names or a mapping of names to options. A name without a mapping gets its options
+    from ``before``. Raises SpecDecError for other values.
+    """
     names = [] if isinstance(given, dict) else _as_list(given)
     for name in names:
         if isinstance(name, dict | list | None):
@@ -126,7 +137,7 @@ def _plugins(group: str, given: Any, before: Mapping[str, Any]) -> dict[str, dic
 
 
 def _override(given: dict[str, Any], text: str) -> None:
-    """Put ``KEY=VALUE,VALUE`` into the settings. A selection of drafters or verifiers keeps their options."""
+    """Change the settings ``given`` by ``KEY=VALUE,VALUE``. Selected drafters and verifiers keep their options."""
     key, equals, value = text.partition("=")
     path = key.split(".")
     if group := next((group for group in GROUPS if text.startswith(f"{group}.")), None):
@@ -147,7 +158,7 @@ def _override(given: dict[str, Any], text: str) -> None:
         given[key] = _plugins(key, values, given[key])
         return
     if key in SETTINGS:
-        for one in [values] if key == WHOLE else values:
+        for one in [values] if key == LIST_SETTING else values:
             Cell(**{key: one})
     holder, (*parents, last) = given, path
     for parent in parents:
@@ -157,9 +168,9 @@ def _override(given: dict[str, Any], text: str) -> None:
 
 
 def _cells(given: Mapping[str, Any]) -> list[Cell]:
-    """Every combination of the settings. Raises SpecDecError for options that a plug-in refuses."""
+    """Return a cell for every combination of settings. given: setting -> values; drafter -> {name: options}."""
     settings = {
-        name: [given[name]] if name == WHOLE and isinstance(given[name], list | tuple) else _as_list(given[name])
+        name: [given[name]] if name == LIST_SETTING and isinstance(given[name], list | tuple) else _as_list(given[name])
         for name in SETTINGS
         if name in given
     }
@@ -187,13 +198,13 @@ def _cells(given: Mapping[str, Any]) -> list[Cell]:
 
 
 def _combinations(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the values of options. The options of joined drafters are mappings themselves."""
+    """Return the combinations of the values of ``options`` (option -> value, list of values, or nested options)."""
     values = [_combinations(value) if isinstance(value, dict) else _as_list(value) for value in options.values()]
     return [dict(zip(map(str, options), each, strict=True)) for each in product(*values)]
 
 
 def _method(name: str) -> dict[str, Any]:
-    """The settings that ``NAME`` or ``NAME@K`` gives."""
+    """Split ``NAME@K`` into the settings ``drafter`` and ``num_speculative_tokens``; ``NAME`` gives the first alone."""
     drafter, _, depth = name.rpartition("@")
     return (
         {"drafter": drafter, "num_speculative_tokens": int(depth)}
@@ -203,17 +214,19 @@ def _method(name: str) -> dict[str, Any]:
 
 
 def _mapping(value: Any, what: str, known: Sequence[str] | None = None) -> dict[str, Any]:
-    """``value`` as a mapping whose keys are all ``known``; None is an empty mapping."""
+    """Return ``value`` as a dict with text keys; None becomes an empty one.
+
+    known: the allowed keys; None: any. Raises SpecDecError, which calls the value ``what``, for other keys and types.
+    """
     if not isinstance(value, dict | None):
         raise SpecDecError(f"{what} must be a mapping of keys to values; got {short_repr(value)}")
-    found = {str(key): each for key, each in (value or {}).items()}
-    if known is not None and (odd := next((key for key in found if key not in known), None)) is not None:
+    checked = {str(key): each for key, each in (value or {}).items()}
+    if known is not None and (odd := next((key for key in checked if key not in known), None)) is not None:
         raise SpecDecError(f"unknown key '{odd}' in {what}{did_you_mean(odd, known)}; known: {', '.join(known)}")
-    return found
+    return checked
 
 
 def _as_list(value: Any) -> list[Any]:
-    """The values of an axis: a list, or a single value."""
     return value if isinstance(value, list) else [value]
 
 
@@ -223,7 +236,7 @@ def _matches(cell: Cell, conditions: Mapping[str, list[Any]]) -> bool:
 
 
 class _Unloaded:
-    """Replaces the model in a check before loading; reading any attribute ends the check."""
+    """Stands for a model in checks of a drafter's options before loading: reading any attribute raises ``Accessed``."""
 
     class Accessed(Exception):
         pass
@@ -233,7 +246,7 @@ class _Unloaded:
 
 
 def _check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
-    """Raise SpecDecError for an unknown plug-in and for options that it refuses with any model."""
+    """Raise SpecDecError for an unknown drafter or verifier (``group``), and for options that it always refuses."""
     if group == "verifier":
         registry.verifier(name, options)
         return

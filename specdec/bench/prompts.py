@@ -1,7 +1,7 @@
-"""Prompt sets: a file, one of our own small sets, or a public set by name.
+"""Prompt sets: a file, one of the small sets in the package, or a public set by name.
 
-A public set comes from the data folder or a download. Downloads have a fixed revision and a known
-SHA-256 and stay in the cache folder; a set without a known checksum is not downloaded.
+A public set comes from the data folder or a download. Downloads have a fixed revision and a known SHA-256 and stay in
+the cache folder; a set without a known checksum is not downloaded.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from specdec.base import files, inputs
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
 
 TIMEOUT = 20  # seconds until a download must respond
-MOST_BYTES = 1 << 26  # of a download
+MAX_BYTES = 1 << 26  # largest size of a download
 
-Turns = Callable[[dict[str, Any]], Any]  # reads the turns from a record of a file
+Turns = Callable[[dict[str, Any]], Any]  # reads the text of the first turn from a record of a file; None: not there
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """User turns; each follows the answer to the turn before."""
+    """A conversation of a prompt set: the user's turns, each asked after the answer to the turn before."""
 
     id: str
-    category: str
-    turns: tuple[str, ...]
+    category: str  # "" if the file gives none
+    turns: tuple[str, ...]  # texts of the user
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The conversations of one source, its file's SHA-256, and its licence if it is a public set asked for by name."""
+    """The conversations of one file or named set."""
 
     name: str
     conversations: tuple[Conversation, ...]
-    sha256: str
-    licence: str = ""
+    sha256: str  # of the file
+    licence: str = ""  # licence and web page of a public set; "" for files and the sets in the package
 
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where a public set comes from.
+    """Where a public prompt set comes from.
 
-    page: where a user finds the file.
-    url, sha256: one revision of the file and its checksum; None: the user has to download it.
-    turns: reads the turns of a record that has no 'turns' entry.
+    page: where a user finds the file. licence: the license of the set.
+    url, sha256: a fixed revision of the file and its checksum; None: the user has to download the file.
+    turns: returns the prompt of a record that has no 'turns' entry.
     """
 
     page: str
@@ -62,7 +62,7 @@ class PromptSource:
 
 RAW = "https://raw.githubusercontent.com/"
 CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n"
-OURS = ("own", "work")  # in the package: short tasks of many kinds; code, rewriting and agents
+PACKAGED = ("own", "work")  # sets in the package: short tasks of many kinds; code, rewriting and agents
 PROMPT_SETS: dict[str, PromptSource] = {
     "mt-bench": PromptSource(
         "https://github.com/lm-sys/FastChat (fastchat/llm_judge/data/mt_bench/question.jsonl)",
@@ -109,21 +109,21 @@ PROMPT_SETS: dict[str, PromptSource] = {
 
 
 def load_prompts(name: str) -> PromptSet:
-    """The prompt set ``name``: one of ``OURS`` or ``PROMPT_SETS``, or a file.
+    """Load the prompt set ``name``: one of ``PACKAGED`` or ``PROMPT_SETS``, or the path of a file.
 
-    Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
-    each; ``.gz`` is unpacked. A file that is called like a public set is read as published. A named set is
-    ``NAME.jsonl`` in the data folder (also with underscores), else a download. Raises SpecDecError for an unknown
-    name, a missing or empty file, and a broken line, with its number.
+    A file is JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
+    each; ``.gz`` is unpacked. A file that is called like a public set is read in the format of that set. A public set
+    is read from ``NAME.jsonl`` in the data folder (also with underscores), else downloaded. Raises SpecDecError for an
+    unknown name, a missing or empty file, and a broken line, with its number.
     """
-    if name in OURS:
+    if name in PACKAGED:
         return _read(name, Path(str(importlib.resources.files("specdec.bench") / "data" / f"{name}.jsonl")))
     path = Path(name).expanduser()
     if name in PROMPT_SETS:
-        kept = [files.data_dir() / f"{each}.jsonl" for each in (name, name.replace("-", "_"))]
-        path = next(filter(Path.is_file, kept), None) or _downloaded(name, PROMPT_SETS[name])
+        local = [files.data_dir() / f"{each}.jsonl" for each in (name, name.replace("-", "_"))]
+        path = next(filter(Path.is_file, local), None) or _downloaded(name, PROMPT_SETS[name])
     elif not path.is_file():
-        known = [*OURS, *PROMPT_SETS]
+        known = [*PACKAGED, *PROMPT_SETS]
         raise SpecDecError(
             f"there is no prompt file '{name}'{did_you_mean(name, known)}; give a file or one of {', '.join(known)}"
         )
@@ -134,7 +134,10 @@ def load_prompts(name: str) -> PromptSet:
 
 
 def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
-    """``limit`` conversations at equal distances, so that a file sorted by category yields some of each."""
+    """Return ``limit`` conversations at equal distances, so that a file sorted by category yields some of each.
+
+    limit: None: all conversations.
+    """
     count = len(conversations)
     if limit is None or limit >= count:
         return list(conversations)
@@ -142,6 +145,7 @@ def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> l
 
 
 def _downloaded(name: str, source: PromptSource) -> Path:
+    """Return a public set's file, downloaded to the cache folder if it is missing. Raises SpecDecError."""
     by_hand = f"give it as a file '{name}.jsonl', or put it into {files.data_dir()}; it is at {source.page}"
     if source.url is None or source.sha256 is None:
         raise SpecDecError(f"prompt set '{name}' is not downloaded: it has no published checksum; {by_hand}")
@@ -150,7 +154,7 @@ def _downloaded(name: str, source: PromptSource) -> Path:
         return path
     try:
         with urllib.request.urlopen(source.url, timeout=TIMEOUT) as answer:
-            data = answer.read(MOST_BYTES)
+            data = answer.read(MAX_BYTES)
     except (OSError, ValueError, HTTPException) as error:
         raise SpecDecError(f"prompt set '{name}' cannot be downloaded ({one_line(error)}); {by_hand}") from None
     found = hashlib.sha256(data).hexdigest()
@@ -164,6 +168,7 @@ def _downloaded(name: str, source: PromptSource) -> Path:
 
 
 def _read(name: str, path: Path, source: PromptSource | None = None) -> PromptSet:
+    """Read a file as the prompt set ``name``. source: reads records in the format of a public set."""
     records = list(inputs.prompts(path))
     if not records:
         raise SpecDecError(f"prompt file '{path}' is empty; give one prompt a line")
@@ -172,11 +177,12 @@ def _read(name: str, path: Path, source: PromptSource | None = None) -> PromptSe
     return PromptSet(name, tuple(conversations), inputs.sha256(path))
 
 
-def _conversation(number: str, where: str, record: dict[str, Any], make: Turns) -> Conversation:
-    made = None
+def _conversation(number: str, where: str, record: dict[str, Any], read_prompt: Turns) -> Conversation:
+    """Return the conversation of one record. number: its id if it has none. where: names the line in an error."""
+    prompt = None
     with suppress(AttributeError, IndexError, KeyError, TypeError):  # a record of another form
-        made = make(record)
-    turns = inputs.turns({"prompt": made} if made and "turns" not in record else record)
+        prompt = read_prompt(record)
+    turns = inputs.turns({"prompt": prompt} if prompt and "turns" not in record else record)
     if not turns:
         raise SpecDecError(f"{where} has no usable 'turns' or 'prompt'; repair or remove it")
     name = next((record[key] for key in ("id", "question_id", "task_id", "idx") if key in record), number)

@@ -44,23 +44,23 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of matplotlib with its texts for the page."""
+    """A figure of matplotlib and its texts, for the HTML page."""
 
     title: str
     caption: str
-    alt: str
+    alt: str  # text that replaces the figure where it cannot be seen
     figure: Figure
 
     @property
     def png(self) -> str:
-        """In base64."""
+        """The figure as a PNG file, in base64."""
         data = io.BytesIO()
         self.figure.savefig(data, format="png", dpi=220, facecolor="white", metadata={"Software": None})
         return base64.b64encode(data.getvalue()).decode()
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Write the page into ``folder``; return its path."""
+    """Write the HTML page of ``results`` into ``folder`` and return its path."""
     page = Environment(loader=PackageLoader("specdec.bench", "."), autoescape=True).get_template(PAGE)
     with matplotlib.rc_context(STYLE):
         text = page.render(results=results, pictures=draw_all(results), version=__version__)
@@ -69,7 +69,10 @@ def write_page(results: Results, folder: Path) -> Path:
 
 
 def draw_all(results: Results) -> list[Picture]:
-    """The pictures of the records without errors."""
+    """Draw the pictures of the cells that did not fail: speedup per baseline, acceptance, quality of lossy verifiers.
+
+    A picture without data is left out.
+    """
     cells = [cell for cell in zip(results.labels(), results.records, strict=True) if "error" not in cell[1]]
     baselines = dict.fromkeys(name for _, record in cells for name in record["method"]["speedup"])
     pictures = []
@@ -87,7 +90,7 @@ def draw_all(results: Results) -> list[Picture]:
 
 
 def _speedup(cells: Sequence[tuple[str, Record]], baseline: str) -> Picture:
-    """Horizontal bars with 95 % intervals."""
+    """Draw the speedup of each cell (label, record) over ``baseline`` as horizontal bars with 95 % intervals."""
     names = [textwrap.fill(textwrap.shorten(name, 72, placeholder="…"), 26) for name, _ in cells]
     lines = sum(max(1.0, 0.8 * (1 + name.count("\n"))) for name in names)
     figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * lines), layout="constrained")
@@ -109,7 +112,7 @@ def _speedup(cells: Sequence[tuple[str, Record]], baseline: str) -> Picture:
 
 
 def _acceptance(cells: Sequence[tuple[str, Record]]) -> Picture:
-    """Lines: share of accepted tokens by position in the draft."""
+    """Draw, as a line per cell (label, record), the share of accepted tokens by position in the draft."""
     chosen = sorted(cells, key=lambda cell: -cell[1]["method"]["mean_acceptance_length"]["value"])[:MOST_LINES]
     shares = {name: record["method"]["acceptance_per_position"] for name, record in chosen}
     figure = Figure(figsize=(WIDTH, 3.0 + 0.2 * len(chosen)), layout="constrained")
@@ -132,7 +135,7 @@ def _acceptance(cells: Sequence[tuple[str, Record]]) -> Picture:
 
 
 def _quality(records: Sequence[Record]) -> Picture:
-    """Points: quality against speed of lossy rules, one panel per measure."""
+    """Draw quality against speed of lossy verifiers as points, with one panel per measure of quality."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["method"]["speedup"]["none"]["value"]):
         groups.setdefault(f"{record['cell']['drafter']}, {record['cell']['verifier']}", []).append(record)
@@ -156,7 +159,7 @@ def _quality(records: Sequence[Record]) -> Picture:
 
 
 def _values_and_errors(estimates: Sequence[Estimate]) -> tuple[list[float], list[list[float]]]:
-    """Values, and the distances to the lower and upper ends of their intervals; 0 without an interval."""
+    """Return (values, [distances to the lower ends, distances to the upper ends]); 0 without an interval."""
     values = [estimate["value"] for estimate in estimates]
     bounds = [(e["value"], e["value"]) if e["low"] is None else (e["low"], e["high"]) for e in estimates]
     below = [max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)]

@@ -1,6 +1,7 @@
-"""The results of ``specdec bench``, as tables and as text.
+"""The results of a benchmark as tables and as text.
 
-A record is a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}.
+A record is the result of one cell (``specdec.bench.cell`` describes it), or {"key", "cell", "error", "seconds"} for a
+cell that failed.
 """
 
 from __future__ import annotations
@@ -25,22 +26,25 @@ Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
 
 
 def as_yaml(value: Any) -> str:
-    """``value`` as YAML on one line."""
+    """Return a JSON value as YAML on one line; None is the empty text."""
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def varying_axes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The axes on which these cells differ."""
-    found: dict[str, list[Any]] = {}
+    """Return the names of the axes (see ``specdec.bench.cell.axes``) on which these cells differ."""
+    by_axis: dict[str, list[Any]] = {}
     for cell in cells:
         for name, value in axes(cell).items():
-            if value not in found.setdefault(name, []):
-                found[name].append(value)
-    return [name for name, values in found.items() if len(values) > 1]
+            if value not in by_axis.setdefault(name, []):
+                by_axis[name].append(value)
+    return [name for name, values in by_axis.items() if len(values) > 1]
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each cell: its drafter, and the settings that distinguish it from that drafter's other cells."""
+    """Return a label for each cell (``Cell.as_dict()``), such as ``m2r2 depth=4``.
+
+    A label is the drafter and the settings in which the cells of this drafter differ.
+    """
     drafters = {cell["drafter"] for cell in cells}
     differing = {drafter: varying_axes([cell for cell in cells if cell["drafter"] == drafter]) for drafter in drafters}
     out = []
@@ -52,7 +56,7 @@ def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short_name(axis: str) -> str:
-    """The last part of the name of an axis, for display."""
+    """Return the name of an axis for display: without ``drafter.NAME.`` or ``verifier.NAME.``, or abbreviated."""
     name = axis.rpartition(".")[2] if axis.startswith(tuple(f"{group}." for group in GROUPS)) else axis
     return SHORT.get(name, name)
 
@@ -67,7 +71,7 @@ class ResultTable:
 
 
 def make_table(rows: Sequence[Mapping[str, str]]) -> ResultTable:
-    """A table of rows by column, without columns that are empty in all of them; errors stand last."""
+    """Make a table of rows {column: text}. Columns that are empty in all rows are left out; "error" is the last."""
     names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "error")
     used = [name for name in names if any(row.get(name) for row in rows)]
     return ResultTable(used, [[row.get(name, "") for name in used] for row in rows])
@@ -75,7 +79,11 @@ def make_table(rows: Sequence[Mapping[str, str]]) -> ResultTable:
 
 @dataclass(frozen=True)
 class Results:
-    """Records in the order of the plan. missing: cells that have not run."""
+    """The results of one benchmark.
+
+    name, description: of the plan. command: the command line that measured it.
+    records: one per cell that has run, in the order of the plan. missing: number of cells that have not run.
+    """
 
     name: str
     description: str
@@ -92,11 +100,11 @@ class Results:
         return [record for record in self.records if "error" in record]
 
     def labels(self) -> list[str]:
-        """A label for each record's cell."""
+        """Return a label for the cell of each record."""
         return labels([record["cell"] for record in self.records])
 
     def table(self) -> ResultTable:
-        """The main figures of each cell."""
+        """Return the main table: a row per cell with its most important figures or its error."""
         rows = []
         for label, record in zip(self.labels(), self.records, strict=True):
             figures = {"error": record["error"]} if "error" in record else _figures(record["method"])
@@ -104,7 +112,10 @@ class Results:
         return make_table(rows)
 
     def tables(self) -> list[ResultTable]:
-        """The main table; for the cells that did not fail also speedups by category, phases and percentiles."""
+        """Return the main table and three tables of the cells that did not fail.
+
+        They show speedups by category, times of phases, and percentiles of latency.
+        """
         names = labels([record["cell"] for record in self.done])
         methods = list(zip(names, (record["method"] for record in self.done), strict=True))
         if not methods:
@@ -117,7 +128,7 @@ class Results:
         ]
 
     def notes(self) -> list[str]:
-        """What was measured, how, with which costs of passes and engines; and the prompts that were left out."""
+        """Return lines of text: counts of cells, settings, times of forward passes, engines, and skipped prompts."""
         lines = [f"{len(self.done)} of {len(self.records) + self.missing} cells"]
         lines[0] += f", {len(self.failed)} failed" * bool(self.failed)
         lines[0] += f", {self.missing} not run yet" * bool(self.missing)
@@ -137,7 +148,7 @@ class Results:
 
 
 def _settings(record: Record) -> list[str]:
-    """The model and the machine; the versions; the prompts and how they were answered."""
+    """Return three lines of text: the model and the machine; versions; the prompts and how they were answered."""
     cell, about, prompts = (record[key] for key in ("cell", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
     licence = f" ({prompts['licence']})" if prompts["licence"] else ""
@@ -159,6 +170,7 @@ def _settings(record: Record) -> list[str]:
 
 
 def _figures(method: Mapping[str, Any]) -> dict[str, str]:
+    """Return {column: text} of the main table for the FIGURES of a method."""
     rate, first, quality = method["acceptance_rate"], method["first_token_ms"], method["quality"] or {}
     return {
         "tok/s": interval(method["tokens_per_second"], ".1f"),
@@ -180,7 +192,7 @@ def _by_category(method: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _over_plain(figures: Mapping[str, Any]) -> str:
-    """The speedup over plain decoding, and that of the worst prompt."""
+    """Return the speedup over plain decoding with that of the worst prompt, such as ``2.10 (1.05)``; "" without one."""
     speedup = figures["speedup"].get("none")
     return f"{speedup['value']:.2f} ({figures['worst']['none']:.2f})" if speedup else ""
 
@@ -206,7 +218,7 @@ def _percentiles(method: Mapping[str, Any]) -> dict[str, str]:
 
 
 def load_results(folder: Path) -> Results:
-    """Read a results folder. Raises SpecDecError if it is none or holds no result yet."""
+    """Read the results in the output folder of a benchmark. Raises SpecDecError if it holds none."""
     store = Store(folder)
     if not store.manifest.is_file():
         raise SpecDecError(f"there are no results in '{folder}'; give the output folder of a benchmark")
@@ -222,7 +234,7 @@ def load_results(folder: Path) -> Results:
 
 
 def outcome(record: Record) -> str:
-    """The outcome of a cell in a few words."""
+    """Return the result of a cell in a few words: its error, or its speed and its speedup."""
     if "error" in record:
         return f"failed: {record['error']}"
     method = record["method"]
@@ -233,7 +245,10 @@ def outcome(record: Record) -> str:
 
 
 def interval(estimate: Estimate | None, form: str = ".2f") -> str:
-    """An estimate with its interval, such as ``2.41 [2.30–2.55]``; empty for None."""
+    """Return an estimate with its interval as text, such as ``2.41 [2.30–2.55]``; "" for None.
+
+    form: format of each number.
+    """
     if estimate is None:
         return ""
     if estimate["low"] is None:
@@ -242,7 +257,10 @@ def interval(estimate: Estimate | None, form: str = ".2f") -> str:
 
 
 def equality(method: Mapping[str, Any]) -> str:
-    """How many outputs equal plain decoding, such as ``12 of 12``, and how the others differ."""
+    """Return how many outputs equal plain decoding as text, such as ``11 of 12 (1 near-tie)``.
+
+    method: the FIGURES of a method.
+    """
     found = method["equal_to_plain"]
     if not found:
         return "sampled"
@@ -255,7 +273,7 @@ def equality(method: Mapping[str, Any]) -> str:
 
 
 def as_markdown(results: Results) -> str:
-    """The notes and tables."""
+    """Return the name, the notes and all tables of ``results`` as Markdown."""
     parts = [f"# {results.name}\n", f"{results.description}\n" if results.description else ""]
     parts += ["".join(f"- {line}\n" for line in results.notes()), *map(_table, results.tables())]
     return "\n".join(filter(None, parts))

@@ -26,19 +26,19 @@ from specdec.bench.cell import EXTERNAL_METHODS, Cell
 from specdec.bench.environment import environment
 from specdec.bench.figures import BenchRequest, summarize
 from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory, Reply
+from specdec.bench.pass_times import time_scoring
 from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_prompts
-from specdec.engine import measure as costs
 from specdec.models import loading
 from specdec.speculation import registry
 from specdec.speculation.sampling import Sampler, streams
 from specdec.verify.certificate import first_difference
 
 Record = dict[str, Any]  # a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}
-Chat = tuple[Conversation, list[str]]  # with its turns and plain decoding's answers so far
+Chat = tuple[Conversation, list[str]]  # a conversation, and its texts so far: user turns and answers, alternating
 
 
 class Decoders:
-    """What cells share: the model that was used last, its drafters, and prompt sets."""
+    """A cache that the cells of a benchmark share: the last loaded model, its drafters, and prompt sets."""
 
     def __init__(self) -> None:
         self._base: tuple[dict[str, Any], SpecDecoder] | None = None
@@ -46,7 +46,7 @@ class Decoders:
         self._prompts: dict[str, PromptSet] = {}
 
     def check(self, cell: Cell) -> None:
-        """Raise SpecDecError for a drafter that cannot fit, before the weights are loaded."""
+        """Raise SpecDecError for a drafter that cannot work with the cell's model, before weights are loaded."""
         for method in _methods(cell):
             if not method.is_external and method.drafter != "none":
                 choice = registry.Choice.of(method.drafter)
@@ -54,20 +54,20 @@ class Decoders:
                 registry.refuse_early(choice, cell.model, loading.read_config(cell.model))
 
     def base(self, cell: Cell) -> SpecDecoder:
-        """A plain decoder of the cell's model."""
+        """Return a decoder of the cell's model without a drafter, loaded unless it was the last model."""
         if self._base is None or self._base[0] != cell.loading:
-            self._base, self._loaded = None, {}  # free the model before
+            self._base, self._loaded = None, {}  # free the previous model first
             how = {name: value for name, value in cell.loading.items() if name != "model"}
             self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", learn=False, **how)
         return self._base[1]
 
     def method(self, cell: Cell) -> Method:
-        """The method of the cell."""
+        """Load and return the method that the cell measures. Raises SpecDecError if it cannot be loaded."""
         base = self.base(cell)
         if cell.is_external:
             module, _, name = EXTERNAL_METHODS[cell.drafter.partition("=")[0]].method.partition(":")
-            made: Method = getattr(import_module(module), name)(base, cell)
-            return made
+            external: Method = getattr(import_module(module), name)(base, cell)
+            return external
         key = json.dumps([cell.drafter, cell.drafter_options, cell.verifier, cell.verifier_options], sort_keys=True)
         if key not in self._loaded:
             ruled = copy.copy(base)
@@ -76,7 +76,7 @@ class Decoders:
         return OwnMethod(self._loaded[key], cell)
 
     def prompts(self, cell: Cell) -> PromptSet:
-        """The cell's whole prompt set, as many turns as it wants."""
+        """Return the whole prompt set of the cell; each conversation has at most ``cell.turns`` turns."""
         if cell.prompts not in self._prompts:
             self._prompts[cell.prompts] = load_prompts(cell.prompts)
         found = self._prompts[cell.prompts]
@@ -84,11 +84,13 @@ class Decoders:
 
 
 class BenchRun:
-    """One group of cells, measured side by side.
+    """The measurement of one group of cells, side by side. ``execute`` measures and ``results`` returns the records.
 
-    progress, record: called after each request.
-    ``execute`` may be interrupted; ``results`` then covers the finished requests. The constructor loads everything and
-    raises SpecDecError if the model or the prompts are missing.
+    The constructor loads everything and raises SpecDecError if the model or the prompts are missing. ``execute`` may be
+    interrupted; ``results`` then covers the finished requests.
+    cells: differ only in their methods. decoders: the cache of loaded models.
+    progress: called after each turn with (finished turns, all turns, new tokens); None: not called.
+    record: called with each finished request; None: not called.
     """
 
     def __init__(
@@ -101,10 +103,12 @@ class BenchRun:
         self.cells, self.decoders = list(cells), decoders
         self.progress, self.record = progress, record
         first = self.first = self.cells[0]
-        self.started, self.seconds, self.interrupted = time.perf_counter(), 0.0, True
-        self.methods: dict[str, Method] = {}
-        self.names: dict[str, str] = {}  # a method's key -> its name
-        self.errors: dict[str, Exception] = {}  # of methods that failed, by key
+        self.started = time.perf_counter()
+        self.seconds = 0.0  # duration of the run
+        self.interrupted = True  # until the run has ended
+        self.methods: dict[str, Method] = {}  # name -> method
+        self.names: dict[str, str] = {}  # key of a method's cell -> name
+        self.errors: dict[str, Exception] = {}  # key of a failed method's cell -> its error
         self.prompt_set = decoders.prompts(first)
         self.base = decoders.base(first)
         for key, method in {m.key(): m for cell in cells for m in reversed(_methods(cell))}.items():
@@ -119,7 +123,7 @@ class BenchRun:
         count = first.batch_size
         conversations = evenly_spaced(self.prompt_set.conversations, first.limit)
         self.groups = [conversations[i : i + count] for i in range(0, len(conversations), count)]
-        self.passes: dict[str, dict[str, float]] = {}
+        self.passes: dict[str, dict[str, float]] = {}  # engine -> {number of tokens: ms of a forward pass}
         self.requests: list[BenchRequest] = []
         self.skipped: list[str] = []
         self.environment = environment() | {
@@ -133,7 +137,7 @@ class BenchRun:
         }
 
     def _load(self, cell: Cell) -> None:
-        """Load the method of ``cell`` under a unique name."""
+        """Load the method of ``cell`` and register it under a unique name: its drafter, if needed with a suffix."""
         names = chain(("", f"@{cell.num_speculative_tokens}"), (f" ({number})" for number in count(2)))
         name = next(name for more in names if (name := f"{cell.drafter}{more}") not in self.methods)
         method = self.decoders.method(cell)
@@ -142,7 +146,8 @@ class BenchRun:
         self.methods[name], self.names[cell.key()] = method, name
 
     def execute(self) -> None:
-        if all(map(self._error, self.cells)):  # they could not be loaded
+        """Measure: time forward passes, warm up, and let all methods answer all turns of all conversations."""
+        if all(map(self._error, self.cells)):  # no method could be loaded
             return
         done = tokens = turns = 0
         longest = [max(len(c.turns) for c in group) for group in self.groups]
@@ -165,9 +170,9 @@ class BenchRun:
             self.seconds = time.perf_counter() - self.started
 
     def _time_passes(self) -> None:
-        """Measure what a pass over several tokens costs, in each engine that reports it."""
+        """Measure the duration of forward passes over 1 to 16 tokens, in each engine that reports it."""
         sizes = [n for n in PASSES if n < self.base.target.context]
-        own = {str(n): seconds for n, seconds in costs.time_scoring(self.base.target, sizes=sizes).items()}
+        own = {str(n): seconds for n, seconds in time_scoring(self.base.target, sizes=sizes).items()}
         timed = {"specdec": own} | {name: method.pass_seconds for name, method in self.methods.items()}
         self.passes = {name: {n: 1e3 * s for n, s in found.items()} for name, found in timed.items() if found}
 
@@ -178,7 +183,7 @@ class BenchRun:
             self._reply(name, rows, WARM_UP, self.first.seed, "warm-up")
 
     def _reply(self, name: str, prompts: list[list[int]], count: int, seed: int, scope: str) -> Reply | None:
-        """The reply of one method; None if it fails. The others then continue without it."""
+        """Return the answer of method ``name``; None if it fails, which removes it (the plain method raises)."""
         try:
             with PeakMemory(self.base.target.device) as memory:
                 reply = self.methods[name].reply(prompts, count, seed, scope)
@@ -195,7 +200,7 @@ class BenchRun:
         return reply
 
     def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
-        """The chats that have this turn and fit into the context with it, and their prompts."""
+        """Add user turn ``turn`` to the chats; return those that have it and fit the context, and their prompts."""
         continued, prompts, context = [], [], self.base.target.context
         for conversation, texts in chats:
             if turn < len(conversation.turns):
@@ -210,33 +215,38 @@ class BenchRun:
                     self.skipped.append(what)
         return continued, prompts
 
-    def _turn(self, place: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]], number: int) -> int:
-        """Let every method answer one turn of a group of chats; return the number of new tokens."""
+    def _turn(self, turn_key: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]], number: int) -> int:
+        """Let every method answer one turn of a group of chats; return the number of new tokens.
+
+        turn_key: (repetition, group, turn). prompts: token ids of each chat. number: of earlier turns of the run; it
+        sets the order of the methods and the seed.
+        """
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
         names, shift = list(self.methods), number % len(self.methods)
-        made: dict[str, BenchRequest] = {}
+        requests: dict[str, BenchRequest] = {}
         seed = (self.first.seed + number) % (options.MAX_SEED + 1)
         for name in names[len(names) - shift :] + names[: len(names) - shift]:
-            if reply := self._reply(name, prompts, count, seed, f"{name}, repetition {place[0]}"):
-                made[name] = BenchRequest(name, *place, [conversation for conversation, _ in chats], prompts, reply)
-        for request in made.values():
-            self._compare(request, made[self.plain], count, seed)
+            if reply := self._reply(name, prompts, count, seed, f"{name}, repetition {turn_key[0]}"):
+                conversations = [conversation for conversation, _ in chats]
+                requests[name] = BenchRequest(name, *turn_key, conversations, prompts, reply)
+        for request in requests.values():
+            self._compare(request, requests[self.plain], count, seed)
             self.requests.append(request)
             if self.record:
                 self.record(request)
-        for (_, texts), answer in zip(chats, made[self.plain].reply.tokens, strict=True):
+        for (_, texts), answer in zip(chats, requests[self.plain].reply.tokens, strict=True):
             texts.append(self.base.tokenizer.decode(answer, skip_special_tokens=True))
-        return sum(request.reply.count for request in made.values())
+        return sum(request.reply.count for request in requests.values())
 
     def _encode(self, texts: list[str]) -> list[int]:
-        """Encode alternating texts of user and model: in the chat template if there is one, else as paragraphs."""
+        """Encode texts of user and model, which alternate, as a prompt in the chat template, or as paragraphs."""
         if getattr(self.base.tokenizer, "chat_template", None):
             roles = ("user", "assistant")
             return encode(self.base.tokenizer, [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)])
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
     def _compare(self, request: BenchRequest, plain: BenchRequest, count: int, seed: int) -> None:
-        """Record how the request's tokens compare with those of plain decoding."""
+        """Set the equality and the qualities of ``request``. count, seed: with which both were decoded."""
         cell, method, target = self.first, self.methods[request.method], self.base.target
         comparable = cell.temperature == 0 or (method.seeded and self.methods[self.plain].seeded)
         for b, (prompt, ours) in enumerate(zip(request.prompts, request.reply.tokens, strict=True)):
@@ -256,7 +266,7 @@ class BenchRun:
                 request.qualities.append(figures.quality(target, self.base.tokenizer, prompt, ours, theirs))
 
     def results(self) -> list[Record]:
-        """One record per cell; that of an error if its method or a baseline failed.
+        """Return one record per cell; it is an error record if the cell's method or a baseline failed.
 
         Raises SpecDecError if no request was finished.
         """
@@ -277,22 +287,25 @@ class BenchRun:
             "seconds": self.seconds,
             "interrupted": self.interrupted,
         }
-        made = {name: [request for request in self.requests if request.method == name] for name in self.methods}
-        return [self._result(cell, made, shared) for cell in self.cells]
+        requests = {name: [request for request in self.requests if request.method == name] for name in self.methods}
+        return [self._result(cell, requests, shared) for cell in self.cells]
 
     def _error(self, cell: Cell) -> Exception | None:
-        """What the cell's method or a baseline has raised."""
+        """Return the error of the cell's method or of a baseline; None if all work."""
         return next((self.errors[key] for method in _methods(cell) if (key := method.key()) in self.errors), None)
 
-    def _result(self, cell: Cell, made: dict[str, list[BenchRequest]], shared: Record) -> Record:
+    def _result(self, cell: Cell, by_method: dict[str, list[BenchRequest]], shared: Record) -> Record:
+        """Return the record of ``cell``. by_method: requests by method. shared: entries that all records have."""
         if error := self._error(cell):
             return failure_record(cell, error, time.perf_counter() - self.started)
         name, *others = (self.names[method.key()] for method in _methods(cell))
         baselines = dict(zip(map(str, cell.against), others, strict=True))
-        requests = {label: made[method] for label, method in baselines.items()}
-        sums = {method: summarize(method, made[method], requests, self.methods[method]) for method in {name, *others}}
-        compared = {label: sums[method] for label, method in baselines.items()}
-        result = {"key": cell.key(), "cell": cell.as_dict(), "method": sums[name], "baselines": compared, **shared}
+        requests = {label: by_method[method] for label, method in baselines.items()}
+        found = {
+            method: summarize(method, by_method[method], requests, self.methods[method]) for method in {name, *others}
+        }
+        compared = {label: found[method] for label, method in baselines.items()}
+        result = {"key": cell.key(), "cell": cell.as_dict(), "method": found[name], "baselines": compared, **shared}
         try:
             json.dumps(result, allow_nan=False)
             return result
@@ -306,9 +319,10 @@ def measure(
     progress: OnProgress | None = None,
     record: Callable[[BenchRequest], Any] | None = None,
 ) -> Iterator[Record]:
-    """The record of each cell of a group; those that cannot start come first.
+    """Measure a group of cells and yield the record of each cell; cells that cannot start come first.
 
-    Only an interrupt raises, after the records of what was finished.
+    decoders, progress, record: as in ``BenchRun``. Errors become records. Only KeyboardInterrupt is raised, after the
+    records of what was finished.
     """
     start, left, interrupt = time.perf_counter(), list[Cell](), None
     for cell in cells:
@@ -335,7 +349,7 @@ def measure(
 
 
 def failure_record(cell: Cell, error: BaseException, seconds: float) -> Record:
-    """The record of a cell that failed: its error in one line."""
+    """Return the record of a cell that failed, with the error in one line. seconds: spent until the failure."""
     kind, text = type(error).__name__, one_line(error)
     if out_of_memory(error):
         text = "out of memory"
@@ -345,6 +359,6 @@ def failure_record(cell: Cell, error: BaseException, seconds: float) -> Record:
 
 
 def _methods(cell: Cell) -> list[Cell]:
-    """The cell's own method and those of its baselines, each as a cell without baselines."""
+    """Return the cell's own method and its baselines, each as a cell without baselines."""
     baselines: list[dict[str, Any]] = [{"drafter": name, "drafter_options": {}} for name in cell.against]
     return [cell.with_settings(**changes, against=[]).canonical() for changes in ({}, *baselines)]

@@ -1,11 +1,11 @@
-"""The folder of a benchmark: its plan, and one line per finished cell.
+"""The output folder of a benchmark: its plan, and one line per finished cell.
 
     sweep.json    name, description, command, resources and the cells of the plan, by key
     cells.jsonl   one record per line, append-only: the result of a cell, or {"key", "cell", "error", "seconds"}
-                  for one that failed; the last line of a key counts
+                  for a cell that failed; the last line of a key counts
 
-A line is written in one piece and synced. A process that is killed at any moment leaves whole lines and at most one
-broken end, which the next writer cuts off.
+A line is written at once and synced. A process that is killed at any moment leaves whole lines and at most one
+unfinished line at the end, which the next writer cuts off.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
 
 
 def finished(record: dict[str, Any] | None) -> bool:
-    """Whether a record is a whole result."""
+    """Return whether a record is the whole result of its cell; None, errors and interrupted cells are not."""
     return record is not None and "error" not in record and not record["interrupted"]
 
 
 class Store:
-    """The folder of one plan."""
+    """The output folder of one benchmark, which need not exist yet. Only ``opened`` and ``append`` write into it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest, self.path = folder, folder / MANIFEST, folder / RECORDS
 
     @contextmanager
     def opened(self, plan: Plan, command: str, resume: bool = False) -> Iterator[None]:
-        """Lock the folder for ``plan``.
+        """Create the folder with ``plan`` unless it is there, and lock it during the ``with`` block.
 
-        resume: whether finished cells of this plan may be there.
+        command: the command line, for the report.
+        resume: whether the folder may hold finished cells of this plan.
         Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
         """
         self._check(plan, resume)
@@ -69,7 +70,7 @@ class Store:
             raise SpecDecError(f"cannot write to '{self.folder}': {error.strerror}; give another --output") from None
 
     def _check(self, plan: Plan, resume: bool) -> None:
-        """Raise SpecDecError unless the folder is free for ``plan``, as in ``opened``."""
+        """Raise SpecDecError if the folder holds another plan, other files, or, without ``resume``, records."""
         keys = {cell.key() for cell in plan.cells}
         if self.manifest.is_file():
             before = self.read_manifest()
@@ -88,7 +89,7 @@ class Store:
             raise SpecDecError(f"'{self.folder}' is not empty and holds no results; give another --output")
 
     def read_manifest(self) -> dict[str, Any]:
-        """The plan at the start. Raises SpecDecError if it cannot be read."""
+        """Return the content of ``sweep.json``, the plan as stored. Raises SpecDecError if it is unreadable."""
         try:
             manifest = json.loads(self.manifest.read_text("utf-8"))
             if isinstance(manifest["cells"], dict) and isinstance(manifest["name"], str):
@@ -100,7 +101,7 @@ class Store:
         )
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """All records by key. Raises SpecDecError for a broken line, except an unfinished last one."""
+        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line, except an unfinished last."""
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         records = {}
         for number, line in enumerate(lines, start=1):
@@ -114,7 +115,7 @@ class Store:
         return records
 
     def waiting(self, plan: Plan) -> list[Cell]:
-        """The cells of the plan that have not run, were interrupted, or failed."""
+        """Return the cells of the plan that have not run, were interrupted, or failed."""
         records = self.records()
         return [cell for cell in plan.cells if not finished(records.get(cell.key()))]
 

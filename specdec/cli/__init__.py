@@ -121,7 +121,7 @@ app.command(epilog="Example: specdec bench --drafters hf,none,prompt-lookup,m2r2
 app.command(epilog="Example: specdec verify --model my-model --drafter my-drafter --prompts prompts.jsonl")(
     verify.verify
 )
-app.command("sweep", epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(bench.bench)
+app.command(epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(bench.sweep)
 app.command(epilog="Example: specdec report DIR --format markdown")(bench.report)
 app.add_typer(learn.app, name="learn", epilog="Example: specdec learn my-model --minutes 3; then: specdec learn status")
 app.command(epilog="Example: specdec doctor --json")(doctor.doctor)

@@ -1,6 +1,6 @@
-"""``specdec bench``, also called ``specdec sweep``, and ``specdec report``.
+"""``specdec bench`` measures methods, ``specdec sweep`` the cells of a file; ``specdec report`` shows results.
 
-What is measured is described in ``specdec.bench.cell``.
+``specdec.bench.cell`` describes what is measured.
 """
 
 from __future__ import annotations
@@ -9,56 +9,59 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from click.core import ParameterSource
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, how_to_install
-from specdec.base.files import find_config, shipped_configs
+from specdec.base.files import find_config
 from specdec.base.terminal import say, tell
 from specdec.cli import shared
 from specdec.cli.shared import INTERRUPTED
-from specdec.models.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from specdec.bench.plan import Plan
     from specdec.bench.store import Store
 
-DRAFTERS = "hf,none,prompt-lookup,auto"
 REQUESTS = "results.jsonl"
+FILES = (".yaml", ".yml")
+
+
+OutputFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder for the results, and for every request (results.jsonl); for sweep default runs/NAME.",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the cells (combinations of settings) and measure nothing.")
+]
+Launcher = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        help="local: one group after the other in this process; ray: on the Ray cluster at $RAY_ADDRESS, else on a "
+        "new local one."
+    ),
+]
 
 
 @shared.grouped
 def bench(
-    context: typer.Context,
-    file: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL|FILE]",
-            help="The same as --model; or a YAML file of settings, or a shipped one: quick, paper, dynamic.",
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE,...]...", help="Settings in place of those of FILE: limit=4 temperature=0,0.7."
-        ),
-    ] = None,
     loading: shared.LoadingFlags = shared.LoadingFlags(),
     sampling: shared.SamplingFlags = shared.SamplingFlags(),
     drafters: Annotated[
-        str | None,
+        str,
         typer.Option(
             metavar="NAMES",
             help="Separated by commas: drafters (NAME@K drafts K tokens a step), and hf, hf-lookup (model.generate, "
-            f"plain or with prompt lookup). none (plain decoding) always runs. Default: {DRAFTERS}.",
+            "plain or with prompt lookup). none (plain decoding) always runs.",
             autocompletion=shared.complete_drafters,
         ),
-    ] = None,
+    ] = "hf,none,prompt-lookup,auto",
     drafter_option: Annotated[
         list[str] | None, typer.Option(metavar="DRAFTER.KEY=VALUE", help="An option of one drafter; repeatable.")
     ] = None,
@@ -73,45 +76,30 @@ def bench(
     num_speculative_tokens: shared.Depth = "auto",
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder for the results, and for every request (results.jsonl); with FILE by default runs/NAME.",
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the cells (combinations of settings) and measure nothing.")
-    ] = False,
-    launcher: Annotated[
-        Literal["local", "ray"],
-        typer.Option(
-            help="local: one group after the other in this process; ray: on the Ray cluster at $RAY_ADDRESS, else on a "
-            "new local one."
-        ),
-    ] = "local",
+    output: OutputFolder = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    launcher: Launcher = "local",
     as_json: shared.JsonLine = False,
 ) -> None:
     """Measure drafters against plain decoding and model.generate, side by side, prompt by prompt.
 
-    Settings come from options, or from FILE with the given options in place of what it says. A list in FILE gives
-    several values to a setting, and each combination of values is a cell. Cells that differ only in their methods run
-    side by side. Figures are medians with 95 % bootstrap intervals. A conversation continues with the answer of plain
-    decoding. A cell that fails is recorded with its error, the others continue, and the exit code is 1.
+    Figures are medians with 95 % bootstrap intervals. A conversation continues with the answer of plain decoding. A
+    method that fails is recorded with its error, the others continue, and the exit code is 1. For several values of a
+    setting, such as temperatures, see specdec sweep.
     """
-    if file and not _is_file(context, file):
-        loading, file = replace(loading, model=shared.one_model(file, loading.model, DEFAULT_MODEL)), None
+    if loading.model.endswith(FILES):
+        raise SpecDecError(f"'{loading.model}' is a file of settings; run it with: specdec sweep {loading.model}")
     loading.check()
-    if not file:
-        from specdec.bench.prompts import load_prompts
+    from specdec.bench.prompts import load_prompts
 
-        load_prompts(prompts)  # a missing or empty file is known before anything heavy is imported
-    changes = [f"drafter.{pair}" for pair in drafter_option or []]
-    changes += [f"verifier.{verifier}.{pair}" for pair in verifier_option or []]
+    load_prompts(prompts)  # a missing or empty file is known before anything heavy is imported
+    options = [f"drafter.{pair}" for pair in drafter_option or []]
+    options += [f"verifier.{verifier}.{pair}" for pair in verifier_option or []]
     settings: dict[str, Any] = {
         **vars(loading),
         **vars(sampling),
+        **_methods(drafters, drafter_option or []),
         "verifier": verifier,
         "num_speculative_tokens": shared.depth(num_speculative_tokens),
         "prompts": prompts,
@@ -121,14 +109,48 @@ def bench(
         "batch_size": batch_size,
         "repetitions": repetitions,
     }
-    if file:  # what is given goes over the file
-        given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-        settings = {name: value for name, value in settings.items() if name in given}
-        if verifier_option and "verifier" not in given:
-            raise SpecDecError(
-                "--verifier-option beside a file needs --verifier, which says whose option it is; "
-                "or write verifier.NAME.KEY=VALUE"
-            )
+    _measure(settings, options, output, resume, dry_run, launcher, as_json)
+
+
+def sweep(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A YAML file of settings, or a shipped one: quick, paper, dynamic.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE,...]...", help="Settings in place of those of FILE: limit=4 temperature=0,0.7."
+        ),
+    ] = None,
+    output: OutputFolder = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    launcher: Launcher = "local",
+    as_json: shared.JsonLine = False,
+) -> None:
+    """Measure every combination of the settings in FILE, where a list gives several values to a setting.
+
+    A combination is a cell. Cells that differ only in their drafter, verifier or draft length run side by side, prompt
+    by prompt, against plain decoding. A cell that fails is recorded with its error, the others continue, and the exit
+    code is 1. The settings are those of specdec bench; drafter.NAME.OPTION is an option of a drafter.
+    """
+    path = find_config("sweeps", file, "benchmark file")
+    _measure(path, overrides or [], output, resume, dry_run, launcher, as_json)
+
+
+def _measure(
+    source: Path | dict[str, Any],
+    overrides: list[str],
+    output: Path | None,
+    resume: bool,
+    dry_run: bool,
+    launcher: str,
+    as_json: bool,
+) -> None:
+    """Measure the cells of a file or of plain settings, print the results and end with the exit code.
+
+    overrides: ``KEY=VALUE,VALUE`` in place of settings of ``source``. The other parameters are options of ``bench``.
+    """
     with terminal.status("loading"):
         from specdec.bench import launch
         from specdec.bench.plan import groups, load_plan
@@ -137,15 +159,12 @@ def bench(
 
         terminal.warn_in_lines()
         decoders = Decoders()
-        if drafters is not None or not file:
-            settings |= _methods(DRAFTERS if drafters is None else drafters, drafter_option or [])
-        path = find_config("sweeps", file, "benchmark file") if file else None
-        plan = load_plan(path, [*changes, *(overrides or [])], settings)
+        plan = load_plan(source, overrides)
         for cell in {cell.prompts: cell for cell in plan.cells}.values():  # a missing set fails before anything runs
             found = decoders.prompts(cell)
             if found.licence:
                 say(f"prompts: {found.name} ({found.licence})")
-        folder = output or (Path("runs") / plan.name if file else None)
+        folder = output or (Path("runs") / plan.name if isinstance(source, Path) else None)
         store = Store(folder) if folder else None
     if dry_run:
         _print_plan(plan, store.records() if store else {})
@@ -178,15 +197,16 @@ def bench(
 
 
 def _methods(drafters: str, pairs: list[str]) -> dict[str, Any]:
-    """The settings of ``--drafters``: plain decoding and these, beside the methods that draft nothing.
+    """Return the settings ``drafter`` and ``against`` (baselines) for the names of ``--drafters``.
 
-    pairs: options of drafters, as KEY=VALUE. A method with options is no baseline.
+    Plain decoding is always a method and a baseline. External methods that draft nothing are baselines, unless they
+    have options. pairs: options of drafters, as DRAFTER.KEY=VALUE. Raises SpecDecError if no drafter is named.
     """
     from specdec.bench.cell import EXTERNAL_METHODS
 
     names = shared.commas(drafters)
     if not names:
-        raise SpecDecError(f"--drafters names none; give some, such as {DRAFTERS}")
+        raise SpecDecError("--drafters names none; give some, such as --drafters none,auto")
     plain = [name for name in names if name in EXTERNAL_METHODS and not EXTERNAL_METHODS[name].drafts]
     baselines = [name for name in plain if not any(pair.startswith(f"{name}.") for pair in pairs)]
     return {"drafter": names if "none" in names else ["none", *names], "against": ["none", *baselines]}
@@ -200,7 +220,7 @@ def _take(
     records: dict[str, Any],
     store: Store | None,
 ) -> None:
-    """Put the records that arrive into ``records`` and the store, and print a line for each. before: earlier ones."""
+    """Add ``arriving`` records to ``records`` and the store, and print a line for each. before: earlier records."""
     from specdec.bench.results import labels, outcome
 
     named = labels([cell.as_dict() for cell in plan.cells])
@@ -216,7 +236,7 @@ def _take(
 def _end(
     plan: Plan, records: Mapping[str, Any], store: Store | None, as_json: bool, resume: bool, interrupted: bool
 ) -> None:
-    """Print the tables and how to go on; end with the exit code."""
+    """Print notes, tables and how to continue. Raises typer.Exit or SpecDecError if a cell failed."""
     from specdec.bench.results import Results
     from specdec.bench.store import finished
 
@@ -270,11 +290,6 @@ def report(
     table = results.table()
     terminal.print_table(table.header, table.rows)
     say(f"the page is '{page}'")
-
-
-def _is_file(context: typer.Context, name: str) -> bool:
-    """Whether the argument is a file of settings; ``sweep`` takes no model there."""
-    return context.info_name == "sweep" or name.endswith((".yaml", ".yml")) or name in shipped_configs("sweeps")
 
 
 def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:

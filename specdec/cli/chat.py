@@ -64,7 +64,12 @@ def chat(
 
 
 class ChatSession:
-    """The messages of a chat, and its commands."""
+    """A chat in the terminal: its messages, and the commands of the user.
+
+    params, max_new_tokens: for each answer. system: the system message; None: no message.
+    quiet: whether to print no figures and no colors.
+    draft: whether answers are decoded with drafts.
+    """
 
     def __init__(
         self,
@@ -75,17 +80,21 @@ class ChatSession:
         system: str | None = None,
         quiet: bool = False,
     ) -> None:
-        self.decoder, self.engine, self.params, self.quiet = decoder, engine, params, quiet
+        self.decoder = decoder
+        self.engine = engine
+        self.params = params
+        self.quiet = quiet
         self.max_new_tokens = max_new_tokens
         self.draft = True
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
+        """Start a new conversation with this system message, or without one."""
         self.system = system
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
 
     def run(self, ask: Callable[[], str]) -> None:
-        """Read lines until the user ends the chat."""
+        """Read lines with ``ask`` and answer them until the user ends the chat. Errors are printed."""
         while True:
             try:
                 line = ask().strip()
@@ -101,7 +110,10 @@ class ChatSession:
                 terminal.error(str(error))
 
     def take(self, line: str) -> None:
-        """Run a command, or answer a message. Raises SpecDecError for an unknown command or a wrong argument."""
+        """Run the command in ``line``, which begins with "/", or answer the message.
+
+        Raises SpecDecError for an unknown command or a wrong argument.
+        """
         if not line.startswith("/"):
             return self.answer(line)
         command, _, rest = line.partition(" ")
@@ -126,6 +138,7 @@ class ChatSession:
             raise SpecDecError(f"there is no {command}{did_you_mean(command, COMMANDS)}; /help lists commands")
 
     def save(self, name: str) -> None:
+        """Write the conversation as JSON to the new file ``name``. Raises SpecDecError if that is not possible."""
         if not name:
             raise SpecDecError("/save takes the name of a file, such as /save chat.json")
         path = Path(name).expanduser()
@@ -136,7 +149,10 @@ class ChatSession:
         say(f"saved in '{path}'")
 
     def answer(self, text: str) -> None:
-        """Answer a message. After Ctrl-C the partial answer stays in the conversation."""
+        """Answer a message and print the answer as it is decoded. After Ctrl-C the partial answer is the answer.
+
+        Raises SpecDecError if the conversation exceeds the context or decoding fails; the message is then dropped.
+        """
         from specdec.api.text import AnswerText, Detokenizer, encode
 
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -172,7 +188,7 @@ class ChatSession:
 
 
 def _asker() -> Callable[[], str]:
-    """A function that reads a line, with editing and history on a terminal."""
+    """Return a function that reads a line from stdin, with editing and history if stdin is a terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input
     try:
@@ -189,7 +205,7 @@ def _asker() -> Callable[[], str]:
 
 
 def _history() -> Any:
-    """The history of earlier input, in a file that only its owner can read."""
+    """Return the history of earlier input, in a file that only its owner can read; in memory if there is no file."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     from specdec.base.files import make_data_folder
@@ -203,7 +219,7 @@ def _history() -> Any:
 
 
 def _writer(quiet: bool) -> Callable[[str, int], None]:
-    """A function that writes text to stdout, on a terminal coloured by its depth in the draft."""
+    """Return a function that writes (text, depth in the draft) to stdout; on a terminal the depth sets the color."""
     console = Console(highlight=False, soft_wrap=True)
     if quiet or not console.is_terminal:
         return lambda text, depth: terminal.write(text)

@@ -29,7 +29,7 @@ VARIABLES += ["SPECDEC_CACHE", "SPECDEC_DATA", "SPECDEC_DEBUG", "SPECDEC_NATIVE"
 
 
 def collect() -> dict[str, Any]:
-    """The report as JSON values; None or empty where the system reports nothing."""
+    """Collect the report of ``specdec doctor`` as JSON values; None or empty where the system reports nothing."""
     from specdec.base import cores  # these import torch
     from specdec.bench.environment import environment
 
@@ -71,7 +71,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
-    """The members of ``FLAGS`` that Linux reports."""
+    """Return the instruction sets of ``FLAGS`` that Linux reports for this processor."""
     found = machine.features(cpuinfo)
     return [flag for flag in FLAGS if flag in found]
 
@@ -87,7 +87,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _device() -> dict[str, str]:
-    """The device that ``auto`` chooses, and why no CUDA device is used."""
+    """Return {"name": the device that ``auto`` chooses, "no_cuda": why it is no CUDA device, or ""}."""
     import torch
 
     from specdec.models import loading
@@ -99,7 +99,7 @@ def _device() -> dict[str, str]:
 
 
 def _folder(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
-    """The sizes of the parts of a folder that are there, and of all of them."""
+    """Return a folder's path, the size of each of ``parts`` (names in it) that exists, their sum, and free bytes."""
     sizes = {name: files.size_of(folder / name) for name in parts if (folder / name).exists()}
     there = folder.exists()
     free = shutil.disk_usage(folder).free if there else 0

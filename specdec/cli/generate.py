@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
 
-WARM_UP = 8  # tokens that both sides of --compare decode before timing
+WARM_UP = 8  # tokens that --compare decodes in both ways before timing
 LEARNING = 5.0  # seconds after the text that a drafter may learn from it
 
 _model, _text, _sampling, _output = map(panel, ("Model", "Text", "Sampling", "Output"))
@@ -169,7 +169,7 @@ def generate(
 
 
 def _check_text(name: str, text: str) -> None:
-    """Raise SpecDecError for an argument with bytes that Python could not decode."""
+    """Raise SpecDecError if the text of the argument ``name`` was not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -177,7 +177,7 @@ def _check_text(name: str, text: str) -> None:
 
 
 def _read(prompt: str | None) -> str:
-    """The prompt, from the argument or stdin. Raises SpecDecError if it is missing, or not UTF-8."""
+    """Return the prompt: the argument, or stdin if it is "-" or None. Raises SpecDecError for an unusable one."""
     if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise SpecDecError('no prompt; give one, for example: specdec generate "Why is the sky blue?"')
     if prompt is None or prompt == "-":
@@ -204,7 +204,7 @@ def _schema(file: Path) -> str:
 
 
 def _bias(pairs: list[str]) -> dict[int, float] | None:
-    """The logit bias by token id. Raises SpecDecError for a malformed pair."""
+    """Parse TOKEN=BIAS texts into {token id: bias}; None if there are none. Raises SpecDecError for other texts."""
     try:
         return {int(token): float(bias) for token, _, bias in (pair.partition("=") for pair in pairs)} or None
     except ValueError:
@@ -214,9 +214,10 @@ def _bias(pairs: list[str]) -> dict[int, float] | None:
 def _decode(
     decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], write: Callable[[str], None], silent: bool
 ) -> tuple[GenerationOutput, SpecDecError | None]:
-    """Generate once and pass the text to ``write`` as it arrives. Ctrl-C ends the generation.
+    """Generate once after the prompt ``ids`` and pass the text to ``write`` as it arrives. Ctrl-C ends the generation.
 
-    Returns the output and the error that ended it. Raises this error if nothing was generated.
+    settings: arguments of ``SpecDecoder.open``. silent: whether to show no progress.
+    Returns the output and the error that ended it (None: no error). Raises the error if nothing was generated.
     """
     generation = decoder.open([ids], **settings)
     sent = 0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _ModelFirst(TyperGroup):
-    """``learn MODEL`` is ``learn ahead MODEL``."""
+    """The group of ``specdec learn``, in which ``learn MODEL`` means ``learn ahead MODEL``."""
 
     def parse_args(self, context: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
@@ -89,7 +89,7 @@ def ahead(
 
 @app.command("status", epilog="Example: specdec learn status --json")
 def status(as_json: shared.JsonLine = False) -> None:
-    """What was learned for each model: from how many tokens, since when, and how well drafts agree."""
+    """Show what was learned for each model: from how many tokens, since when, and how well drafts agree."""
     from specdec.drafters import learned
 
     found = learned.all_progress()
@@ -160,7 +160,7 @@ def export(
 
 
 def _begin_from(target: Target, base: str) -> None:
-    """Raises SpecDecError if that is not possible."""
+    """Copy what was learned for the model ``base`` as a start for ``target``. Raises SpecDecError if not possible."""
     from specdec.drafters import learned
     from specdec.drafters.m2r2_fits import learned_path
 
@@ -175,7 +175,7 @@ def _begin_from(target: Target, base: str) -> None:
 
 
 def _learned_for(model: str) -> list[tuple[Path, Progress]]:
-    """What was learned for the model of this name. Raises SpecDecError if nothing was."""
+    """Return (file, progress) of what was learned for the model of this name. Raises SpecDecError if nothing was."""
     from specdec.drafters import learned
 
     names = model, learned.whole_name(model)

@@ -1,4 +1,4 @@
-"""``specdec models``: the embedded ones and those in the cache, getting one ahead of time, and deleting one."""
+"""``specdec models``: list the embedded models and the models in the cache, download a model, and delete one."""
 
 from __future__ import annotations
 
@@ -69,8 +69,13 @@ def rm(
 
 
 def model_row(name: str, entry: Embedded) -> dict[str, Any]:
-    """where: the folder in the cache; before the download, the packages. Sizes are those of the download, of it, and of
-    the packed weights beside it."""
+    """Describe the embedded model ``name`` as JSON values, for a row of ``specdec models``.
+
+    download_bytes, cached_bytes: sizes of the download and of the folder in the cache after it.
+    packed_bytes: size of the packed weights in the cache; 0 if there are none.
+    where: the folder in the cache; before the download, the packages that will be downloaded.
+    drafters: names of the drafters shipped for the model.
+    """
     folder, last = embedded_folder(name), f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1)
     return {
         "name": name,
@@ -86,7 +91,7 @@ def model_row(name: str, entry: Embedded) -> dict[str, Any]:
 
 
 def cached_row(model: CachedModel) -> dict[str, Any]:
-    """The same of a model that is not embedded."""
+    """Describe a model in the cache that is not embedded, with the keys of ``model_row``."""
     row = dict.fromkeys(("licence", "download_bytes", "description"))
     return row | {
         "name": model.name,

@@ -1,4 +1,4 @@
-"""Options of several commands, and helpers for their arguments."""
+"""Options that several commands share, and helpers for arguments, interruption and JSON."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ INTERRUPTED = 130  # exit code of Ctrl-C
 
 
 def panel(title: str) -> Callable[..., Any]:
-    """A function that makes options of the help panel ``title``.
+    """Return a function that creates typer options in the help panel ``title``.
 
-    help: text, or a type of ``base.options``. also: another name, by which users of vLLM know the option.
+    Its parameters: name, such as "--top-k"; help, a text or an option type of ``base.options`` with a description;
+    metavar; also, a second name, by which users of vLLM know the option.
     """
 
     def option(name: str, help: Any, metavar: str | None = None, also: str | None = None, **more: Any) -> Any:
@@ -43,7 +44,7 @@ _model, _sampling, _output = map(panel, ("Model", "Sampling", "Output"))
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """The embedded models and those in the cache whose names begin so."""
+    """Return the names of embedded models and models in the cache that begin with ``incomplete``, for the shell."""
     from specdec.models.cached import cached_models
 
     known = [*EMBEDDED, *(model.name for model in cached_models())]
@@ -51,13 +52,13 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def complete_drafter(incomplete: str) -> list[str]:
-    """The drafters whose names begin so; after a "+", those that are joined with the ones before it."""
+    """Return completions of a drafter's name for the shell; after a "+", the last of the joined names is completed."""
     before, plus, last = incomplete.rpartition("+")
     return [f"{before}{plus}{name}" for name in sorted(registry.names("drafters")) if name.startswith(last)]
 
 
 def complete_drafters(incomplete: str) -> list[str]:
-    """The same for the last of several drafters that commas separate."""
+    """Return completions of a comma-separated list of drafters for the shell: its last name is completed."""
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{name}" for name in complete_drafter(last)]
 
@@ -162,7 +163,7 @@ JsonLine = Annotated[bool, _output("--json", "Print all results as one line of J
 
 @dataclass(frozen=True)
 class LoadingFlags:
-    """How a model is loaded."""
+    """The options of a command that loads a model. The fields are options of the command line."""
 
     model: Model = DEFAULT_MODEL
     dtype: Dtype = "auto"
@@ -180,43 +181,44 @@ class LoadingFlags:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Everything but the model's name, as ``SpecDecoder.from_pretrained`` takes it."""
+        """All options but the model's name, as keyword arguments of ``SpecDecoder.from_pretrained``."""
         return {name: value for name, value in vars(self).items() if name != "model"}
 
 
 @dataclass(frozen=True)
 class HubFlags(LoadingFlags):
-    """The same, with what a model of the Hugging Face Hub may need, and what is kept of its weights."""
+    """``LoadingFlags`` with options for models of the Hugging Face Hub and for packed weights in the cache."""
 
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     packed: Packed = True
 
     def check(self) -> None:
-        """As in ``LoadingFlags``; then weights begin to be read, while PyTorch is imported."""
+        """Check the options as ``LoadingFlags`` does, then start reading the weights in the background."""
         super().check()
         read_ahead(self.model, self.keywords)
 
 
 @dataclass(frozen=True)
 class DrafterFlags:
-    """Which drafter drafts."""
+    """The options of a command that choose its drafter."""
 
     drafter: Drafter = "auto"
     drafter_option: DrafterOption = None
 
     def check(self) -> None:
-        """As in ``LoadingFlags``."""
+        """Raise SpecDecError for a drafter that does not exist, before anything heavy is imported."""
         registry.check_drafter(self.drafter)
 
     @property
     def options(self) -> dict[str, Any]:
+        """The options of the drafter, parsed. Raises SpecDecError for texts that are not KEY=VALUE."""
         return options.parse_assignments("--drafter-option", self.drafter_option or [])
 
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    """How the next token is chosen."""
+    """The options of a command that choose how tokens are sampled."""
 
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
@@ -225,14 +227,14 @@ class SamplingFlags:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """As ``SamplingParams`` takes them: a seed is drawn if there is none and it has an effect."""
+        """The options as keyword arguments of ``SamplingParams``. Without a seed, one is drawn if it has an effect."""
         drawn = options.new_seed() if self.temperature else 0
         return vars(self) | {"seed": drawn if self.seed is None else self.seed}
 
 
 @dataclass(frozen=True)
 class AllSamplingFlags(SamplingFlags):
-    """The same, with filters and penalties that are used less often."""
+    """``SamplingFlags`` with filters and penalties that are used less often."""
 
     seed: Seed = None
     min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0
@@ -244,21 +246,22 @@ class AllSamplingFlags(SamplingFlags):
 
 
 def check_adapter(name: str | None) -> None:
-    """Raise SpecDecError for a path at which there is no adapter, and for what names none."""
+    """Raise SpecDecError if ``name`` is no LoRA adapter on the disk and no possible Hugging Face id; None passes."""
     if name is not None:
         adapter_place(name)
 
 
-def one_model(argument: str | None, option: str | None, usual: str | None = None) -> str:
-    """The model that is named as an argument or as --model; without one, the ``usual`` one.
+def one_model(argument: str | None, option: str | None, default: str | None = None) -> str:
+    """Return the model that is named as an argument or by --model; without both, ``default``.
 
-    Raises SpecDecError for none, and for two.
+    option: the value of --model, which is ``default`` if the user does not give it. Raises SpecDecError if two
+    different models are named, or none.
     """
-    if argument is not None and option not in (None, usual, argument):
+    if argument is not None and option not in (None, default, argument):
         raise SpecDecError(f"the model is named twice, as '{argument}' and with --model '{option}'; leave one out")
-    if (found := argument or option or usual) is None:
+    if (model := argument or option or default) is None:
         raise SpecDecError("no model is named; give one, such as --model " + DEFAULT_MODEL)
-    return found
+    return model
 
 
 def _is_argument(parameter: inspect.Parameter) -> bool:
@@ -267,9 +270,10 @@ def _is_argument(parameter: inspect.Parameter) -> bool:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` for typer: the fields of each parameter whose default is a dataclass become options.
+    """Return ``command`` in the form that typer needs, for use as a decorator.
 
-    A command with ``LoadingFlags`` and without arguments of its own takes the model as an argument, too.
+    Each parameter whose default is a dataclass (such as ``LoadingFlags``) is replaced by options, one per field. A
+    command with ``LoadingFlags`` and without positional arguments also takes the model as an argument.
     """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {n: p.default for n, p in signature.parameters.items() if is_dataclass(p.default)}
@@ -287,12 +291,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         if positional:
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
             parameters.insert(0, inspect.Parameter("model_argument", kind, default=None, annotation=ModelArgument))
-        usual = groups[loads[0]].model
+        default_model = groups[loads[0]].model
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         if loads and positional:
-            given["model"] = one_model(given.pop("model_argument"), given["model"], usual)
+            given["model"] = one_model(given.pop("model_argument"), given["model"], default_model)
         for name, group in groups.items():
             given[name] = replace(group, **{field: given.pop(field) for field in vars(group)})
         command(**given)
@@ -303,7 +307,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def depth(text: str, flag: str = "--num-speculative-tokens") -> int | Literal["auto"]:
-    """A draft depth. Raises SpecDecError for what is neither 'auto' nor a number >= 1."""
+    """Parse a draft length: "auto" or a number >= 1. Raises SpecDecError, which names ``flag``, for other texts."""
     if text == "auto":
         return "auto"
     if text.isdecimal() and int(text) >= 1:
@@ -312,20 +316,20 @@ def depth(text: str, flag: str = "--num-speculative-tokens") -> int | Literal["a
 
 
 def commas(text: str) -> list[str]:
-    """The parts of a comma-separated list."""
+    """Split a comma-separated list; spaces around its parts and empty parts are dropped."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def command_line(*more: str) -> str:
-    """The running command, quoted for a shell."""
+    """Return the command line of this process with further arguments ``more``, quoted for a shell."""
     return shlex.join(["specdec", *sys.argv[1:], *more])
 
 
 @contextmanager
 def interrupting(call: Callable[[], object], every: bool = False) -> Iterator[None]:
-    """In this context the first Ctrl-C makes this call; the second one raises KeyboardInterrupt.
+    """Let Ctrl-C call ``call`` during the ``with`` block, instead of raising KeyboardInterrupt.
 
-    every: each Ctrl-C makes the call, and none raises.
+    every: True: each Ctrl-C calls it. False: the first Ctrl-C calls it, the second one raises KeyboardInterrupt.
     """
     before = signal.getsignal(signal.SIGINT)
 
@@ -343,9 +347,10 @@ def interrupting(call: Callable[[], object], every: bool = False) -> Iterator[No
 
 
 def print_json(value: Any) -> None:
+    """Print a value as one line of JSON. Raises ValueError for NaN."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
+    """Write a value as indented JSON to the file ``path``, atomically."""
     files.write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

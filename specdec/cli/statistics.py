@@ -1,6 +1,6 @@
-"""The figures of one generation and its comparison with plain decoding.
+"""The figures of one generation and its comparison with plain decoding, as ``specdec generate`` prints them.
 
-They are a table on a terminal and ``label: value`` lines in a pipe.
+On a terminal the figures are a table, in a pipe lines of ``label: value``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from specdec.api.generation import GenerationOutput
     from specdec.speculation.sampling import Sampler
 
-Facts = list[tuple[str, str]]
-ENOUGH = 8  # drafted tokens before a note says that none was accepted
+Facts = list[tuple[str, str]]  # (label, value) each
+MIN_DRAFTED = 8  # drafted tokens from which a note says that none was accepted
 
 
 def statistics(
@@ -31,7 +31,8 @@ def statistics(
 ) -> None:
     """Print the figures of one generation to stderr.
 
-    source: the folder or NAME=SOURCE of the drafter.
+    comparison: the result of ``compare``; None: there was none. verbose: whether to print phases and self-checks, too.
+    source: the folder or NAME=SOURCE from which the drafter was loaded; "": its name says it.
     """
     m = output.metrics
     rate = f"{m.draft_acceptance_rate:.0%}" if m.num_draft_tokens else "nothing drafted"
@@ -46,7 +47,7 @@ def statistics(
             ("acceptance rate", rate),
             ("steps", f"{m.num_spec_steps}, {m.num_drafted_steps} with drafts"),
             ("drafter", decoder.drafter.label + (f" (from {source})" if source else "")),
-            ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", {_held(decoder)}"),
+            ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", {_formats(decoder)}"),
         ]
     ]
     if decoder.adapter is not None:
@@ -92,12 +93,16 @@ def statistics(
 def compare(
     decoder: SpecDecoder, prompt: list[int], sampler: Sampler, ours: GenerationOutput, plain: GenerationOutput
 ) -> dict[str, Any]:
-    """What ``ours`` gains over ``plain`` and how it differs, as JSON values.
+    """Compare the output with drafts, ``ours``, with that of plain decoding; return JSON values.
 
-    sampler: a copy of the one that chose their tokens.
-    speedup: None if either has no token after its first. fault: whether there is a difference that neither rounding
-    nor the verifier explains. agreement: with a lossy rule, the share of our tokens that the full model would choose in
-    their place. logit_gap: at the first difference, explained by replayed logits; None if it is infinite.
+    sampler: a sampler like the one that chose the tokens of both.
+    speedup: None if either output has no token after its first. identical: whether the tokens are equal; outcome says
+    so in words.
+    fault: whether the tokens differ in a way that neither rounding nor a lossy verifier explains.
+    agreement: the share of tokens that the full model would choose, too; None for a lossless verifier.
+    first_difference: index of the first different token; None without one or with a lossy verifier.
+    logit_gap: distance from the best logit there; None without one, and if it is infinite.
+    plain: the output of plain decoding.
     """
     from specdec.verify.certificate import first_difference, margins  # heavy
 
@@ -133,7 +138,10 @@ def _compared(comparison: dict[str, Any]) -> Facts:
 
 
 def experts(what: str, figures: dict[str, float]) -> Facts:
-    """The costs of loading experts."""
+    """Return the lines to print about experts in slow memory.
+
+    what: describes the cache of experts. figures: the metrics of the request; empty: there are none.
+    """
     facts = [("experts", what)]
     if figures:
         facts += [
@@ -146,9 +154,9 @@ def experts(what: str, figures: dict[str, float]) -> Facts:
 
 
 def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
-    """Advice if no drafted token was accepted; empty if some were, or too few were drafted."""
+    """Return advice if no drafted token was accepted; "" if one was, or if fewer than ``MIN_DRAFTED`` were drafted."""
     m = output.metrics
-    if m.num_draft_tokens < ENOUGH or m.num_accepted_draft_tokens:
+    if m.num_draft_tokens < MIN_DRAFTED or m.num_accepted_draft_tokens:
         return ""
     training = decoder.drafter.training
     advice = f"train one for this model ({training})" if training else "'specdec drafters' lists others"
@@ -159,7 +167,7 @@ def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
 
 
 def slower(output: GenerationOutput) -> str:
-    """Why drafting gained nothing; empty if it did, or was not wanted."""
+    """Return why drafting saved no time; "" if it did save time, or if nothing is known about it."""
     m = output.metrics
     if m.draft_note is None or m.draft_saved_seconds > 0:
         return ""
@@ -168,12 +176,12 @@ def slower(output: GenerationOutput) -> str:
 
 
 def rule(decoder: SpecDecoder) -> str:
-    """The name of the verifier; a lossy rule with its settings."""
+    """Return the name of the decoder's verifier; for a lossy one ``lossy (NAME with its options)``."""
     verifier = decoder.verifier
     return verifier.name if verifier.lossless else f"lossy ({verifier.label})"
 
 
-def _held(decoder: SpecDecoder) -> str:
+def _formats(decoder: SpecDecoder) -> str:
     target = decoder.target
     parts = [
         "weights " + (target.weight_format if target.weight_format == "as loaded" else f"in {target.weight_format}")
@@ -183,7 +191,10 @@ def _held(decoder: SpecDecoder) -> str:
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:
-    """The runtime, dtype and device, the formats of weights, activations and KV cache, and the adapter, if any."""
+    """Return the runtime, dtype, device, the formats of weights, activations and KV cache, and the adapter, if any.
+
+    The keys are "runtime", "dtype", "device", "storage", "activations", "kv_cache" and "adapter", in this order.
+    """
     target = decoder.target
     dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)
     held = {"storage": target.weight_format, "activations": target.activations, "kv_cache": target.kv_cache}

@@ -1,6 +1,6 @@
 """``specdec verify``: a certificate of losslessness for the user's own model, drafter and prompts.
 
-Exit code 0 if every check passed, 1 if one failed, 2 for bad input, 130 if it was interrupted.
+The exit code is 0 if every check passed, 1 if one failed, 2 for bad input, and 130 if the run was interrupted.
 """
 
 from __future__ import annotations

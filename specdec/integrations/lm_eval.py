@@ -1,6 +1,6 @@
 """A model for lm-eval (extra ``lm-eval``), registered as ``specdec`` when this module is imported.
 
-Log-likelihoods are log-probabilities of prompts; text is generated with the drafter. As a program, this module is
+Log-likelihoods are log-probabilities of prompts; text is generated with the drafter. Run as a program, this module is
 lm-eval's command with the model registered.
 """
 
@@ -22,12 +22,13 @@ from specdec.base.options import SamplingOptions
 
 @register_model("specdec")  # type: ignore[untyped-decorator]
 class SpecDecLM(TemplateLM):  # type: ignore[misc]
-    """A SpecDecoder for lm-eval.
+    """The model ``specdec`` of lm-eval: scores and generates text with a ``SpecDecoder``.
 
-    pretrained: a SpecDecoder, or a model's name. drafter, device, dtype, more: as in ``SpecDecoder.from_pretrained``.
-    batch_size: prompts that run together.
-    max_length: most tokens of a context and its continuation, without the last one; None is the model's context.
-    max_gen_toks: most new tokens if a task sets no limit.
+    pretrained: a ``SpecDecoder``, or a model's name to load one from.
+    drafter, device, dtype, more: for loading, as in ``SpecDecoder.from_pretrained``.
+    batch_size: number of prompts that run together; "auto": 8. max_batch_size: ignored; lm-eval passes it.
+    max_length: largest number of tokens of a text, without its last token; None: the model's context.
+    max_gen_toks: largest number of new tokens if a task sets no limit.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
 
 
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
-    """lm-eval's generation options as arguments of ``generate_batch``."""
+    """Translate an lm-eval task's options into arguments of ``generate_batch``. most: default of new tokens."""
     until = given.get("until") or []
     options: dict[str, Any] = {
         name: given[name] for name in SamplingOptions.__annotations__ if given.get(name) is not None

@@ -1,8 +1,8 @@
 """``model.generate(..., custom_generate=SpecGenerate(...))``: the call of transformers, decoded by the engine.
 
-transformers prepares the call: it merges configs, expands rows, and makes logits processors and stopping criteria. The
-engine decodes, and rows may run ahead of each other. Tokens are then added position by position, as in
-``model.generate``, so that criteria and streamers see the same.
+transformers prepares the call: it merges configs, expands rows, and creates logits processors and stopping criteria.
+The engine decodes, and some rows may be longer than others meanwhile. Tokens are then added position by position, as in
+``model.generate``, so that criteria and streamers see the same calls.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from specdec.engine.request import Request
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import RowSampler, Transforms, refuse_stateful, streams
 
-# Processors that read no tokens, so that they can process all positions at once.
+# Processors that do not read the tokens, so that they can process all positions at once.
 WARPERS: tuple[type[LogitsProcessor], ...] = (
     hf.EpsilonLogitsWarper,
     hf.EtaLogitsWarper,
@@ -43,14 +43,14 @@ MODES = ("greedy_search", "sample")
 
 
 class SpecGenerate:
-    """A ``custom_generate`` for a loaded model. An object runs one call at a time.
+    """A value for ``model.generate(custom_generate=...)`` that decodes with drafts. An object runs one call at a time.
 
-    The first call makes a decoder, which further calls with the same model use; its weights must not change.
+    The first call creates a decoder, which later calls with the same model use; the model's weights must not change.
     drafter, more: as in ``SpecDecoder``.
-    tokenizer, stop_strings, streamer: as in ``generate``, which does not pass them on to a callable.
-    num_speculative_tokens: depth of each draft, or "auto".
-    metrics: of the rows of the last call.
-    Raises SpecDecError for values of wrong types; the first call does for names that are unknown.
+    tokenizer, stop_strings, streamer: as in ``generate``, which does not pass them on to ``custom_generate``.
+    num_speculative_tokens: draft length, or "auto".
+    metrics: the metrics of each row of the last call.
+    Raises SpecDecError for values of wrong types; the first call raises it for unknown names.
     """
 
     @checked
@@ -66,7 +66,10 @@ class SpecGenerate:
     ) -> None:
         if stop_strings and tokenizer is None:
             raise SpecDecError("stop_strings need a tokenizer; give SpecGenerate(tokenizer=...) one")
-        self.drafter, self.tokenizer, self.streamer, self.more = drafter, tokenizer, streamer, more
+        self.drafter = drafter
+        self.tokenizer = tokenizer
+        self.streamer = streamer
+        self.more = more
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         self.num_speculative_tokens = num_speculative_tokens
         self.metrics: list[RequestMetrics] = []
@@ -74,7 +77,7 @@ class SpecGenerate:
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
     def decoder(self, model: PreTrainedModel) -> SpecDecoder:
-        """The decoder of ``model``, made at the first call."""
+        """Return the decoder of ``model``, created at the first call and again for another model."""
         if self._decoder is None or self._model() is not model:
             if getattr(model.config, "is_encoder_decoder", False):
                 raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
@@ -94,9 +97,11 @@ class SpecGenerate:
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Continue the rows of ``input_ids`` [B, T]. generator: draws the seed of sampling; None is torch's global one.
+        """Decode as ``model.generate`` does: return the rows of ``input_ids`` [B, T] with new tokens [B, T + n].
 
-        Raises SpecDecError for unsupported arguments.
+        transformers passes the arguments. generator: draws the seed for sampling; None: torch's global generator.
+        The result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError
+        for unsupported arguments.
         """
         config: Any = generation_config
         decoder = self.decoder(model)
@@ -131,11 +136,11 @@ class SpecGenerate:
         return call.sequences
 
 
-# -- what is asked for -------------------------------------------------------------------------------------------------
+# -- checks of the arguments -------------------------------------------------------------------------------------------
 
 
 def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dict[str, Any]) -> None:
-    """Raise SpecDecError for what the engine does not support."""
+    """Raise SpecDecError if the generation config, a processor or an argument is not supported."""
     mode = config.get_generation_mode()
     if mode.value not in MODES:
         raise SpecDecError(f"SpecGenerate cannot do {mode.value.replace('_', ' ')}; it decodes greedily or samples")
@@ -153,7 +158,11 @@ def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dic
 
 
 def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """The rows without padding. Raises SpecDecError for padding on the right and for rows of only padding."""
+    """Return the token ids of each row of ``input_ids`` [B, T] without padding.
+
+    mask: the attention mask [B, T], 0 for padding; None: no padding. Raises SpecDecError for padding on the right and
+    for rows of padding alone.
+    """
     if mask is None:
         mask = torch.ones_like(input_ids)
     prompts = []
@@ -168,7 +177,7 @@ def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
 
 
 def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Raise SpecDecError for a filled cache, and for positions that do not count from the first token."""
+    """Raise SpecDecError if a filled cache is given, or positions that do not count from a row's first token."""
     cache = model_kwargs.get("cache")
     if cache is not None and cache.get_seq_length():
         raise SpecDecError("SpecGenerate has its own KV cache and cannot use another; leave the cache out")
@@ -186,16 +195,17 @@ def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwa
 
 
 class _RowProcessors(LogitsProcessor):
-    """The processors of a call for one row: they see its padding and as many rows as the call has.
+    """The logits processors of a call, applied to one row as if the whole batch were processed.
 
-    before: the row's padding. batch: rows of the call.
+    row: index of the row. before: the padding before its tokens [1, p]. batch: number of rows of the call.
     """
 
     def __init__(self, processors: list[LogitsProcessor], row: int, before: Tensor, batch: int) -> None:
-        self.processors, self.row, self.before, self.batch = processors, row, before, batch
+        self.processors, self.row = processors, row
+        self.before, self.batch = before, batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [1, n], without padding; scores [1, V]."""
+        """Return the processed logits [1, V] of ``scores`` [1, V] after the tokens ``input_ids`` [1, n], unpadded."""
         device = self.before.device
         ids = torch.cat((self.before, input_ids.to(device)), 1).expand(self.batch, -1)
         found = scores.to(device).repeat(self.batch, 1)
@@ -211,7 +221,7 @@ def _samplers(
     sample: bool,
     generator: torch.Generator | None,
 ) -> list[RowSampler]:
-    """The ``RowSampler`` of each row."""
+    """Return the ``RowSampler`` of each row. sample: False is greedy. generator: draws the seed; None: torch's own."""
     seed = 0
     if sample:
         device = "cpu" if generator is None else generator.device
@@ -233,9 +243,11 @@ def _samplers(
 
 
 class _GenerateCall:
-    """The sequences of a call, to which positions of all rows are added one by one.
+    """The running state of one call: the sequences, to which a token of every row is added position by position.
 
-    ends: tokens that end a row. pads: whether rows that have ended are padded. count: new positions.
+    sequences: [B, T + count]. ends: token ids that end a row.
+    pads: whether rows that have ended are padded until all have; if not, they go on.
+    pad: the padding token. unfinished: bool [B]. count: number of new positions.
     """
 
     def __init__(self, input_ids: Tensor, criteria: StoppingCriteriaList, config: Any) -> None:
@@ -248,7 +260,7 @@ class _GenerateCall:
         self.count = 0
 
     def run(self, engine: Engine, requests: Sequence[Request], streamer: Any) -> None:
-        """Decode until every row has ended."""
+        """Decode ``requests``, one per row, until every row has ended. streamer: gets each position; None: no one."""
         if streamer is not None:
             streamer.put(self.sequences.cpu())
         for request in requests:
@@ -266,7 +278,7 @@ class _GenerateCall:
             streamer.end()
 
     def _next(self, requests: Sequence[Request]) -> list[int] | None:
-        """The tokens of the next position; None if a row has not reached it."""
+        """Return the token of each row at the next position; None if a row has not been decoded so far."""
         tokens = []
         for request, going in zip(requests, self._running(), strict=True):
             at = len(request.prompt) + self.count
@@ -276,11 +288,11 @@ class _GenerateCall:
         return tokens
 
     def _running(self) -> list[bool]:
-        """Which rows still get tokens; without end tokens, so do rows that the criteria have ended."""
+        """Return for each row whether it still gets tokens of its own. Without padding, all rows do."""
         return [going or not self.pads for going in self.unfinished.tolist()]
 
     def _grow(self, requests: Sequence[Request], tokens: list[int]) -> None:
-        """Add a position, and cancel the requests of rows that it ends."""
+        """Add one token per row to the sequences, and cancel the requests of rows that the stopping criteria end."""
         new = torch.tensor(tokens, device=self.sequences.device, dtype=self.sequences.dtype)
         self.sequences = torch.cat((self.sequences, new[:, None]), 1)
         self.count += 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.models.families import FAMILIES, Family
-from specdec.models.gguf.blocks import CHUNK, BlockLinear, weight_rows
+from specdec.models.gguf.blocks import DEQUANTIZE_CHUNK, BlockLinear, weight_rows
 
 
 class GatedMLP(NamedTuple):
@@ -81,7 +81,9 @@ def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
     assert mlp is not None
     down: Any = mlp.down
     sizes = torch.zeros(())  # |down[:, i]|^2
-    for rows in torch.arange(down.out_features).split(max(1, CHUNK // mlp.size)):  # the whole matrix may be large
+    for rows in torch.arange(down.out_features).split(
+        max(1, DEQUANTIZE_CHUNK // mlp.size)
+    ):  # the whole matrix may be large
         sizes = sizes + weight_rows(down, rows).float().square().sum(0)
     name, found = FAMILIES.get(model_type, Family()).norms[2], list[Tensor]()
     x = getattr(block, name)(h) if name else h

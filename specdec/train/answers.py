@@ -1,6 +1,6 @@
-"""The base model's own answers to the training prompts.
+"""Generation of the base model's own answers to the training prompts, which are what a drafter learns from.
 
-Each answer is written when it ends. Of a conversation only the first turn is answered.
+Each answer is written to disk when it ends. A conversation is answered at its first turn only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specdec.train.data import Prompt, TrainingAnswer, prompt_hash, records
 from specdec.train.output import ANSWERS, writing
 from specdec.train.settings import TrainSettings
 
-ROWS = 48  # of the batch
+MAX_ROWS = 48  # answers generated in one batch
 
 
 def answer_prompts(
@@ -32,11 +32,12 @@ def answer_prompts(
     settings: TrainSettings,
     progress: Progress,
 ) -> list[TrainingAnswer]:
-    """All answers, in order. Missing ones are generated and kept in ``answers.jsonl``.
+    """Return one answer for each of ``items``, in the same order: given answers as they are, prompts answered.
 
-    Prompts are in the model's chat template, or as they are if it has none. An answer does not depend on other rows of
-    the batch (up to rounding) or on interruptions. Raises SpecDecError if the disk is full, and if the file holds
-    answers to other prompts.
+    ``decoder``'s model answers the prompts that ``output``/answers.jsonl does not hold yet, and the new answers are
+    appended to this file. A prompt is encoded in the model's chat template, or as plain text if the model has none.
+    An answer does not depend on the other rows of its batch (up to rounding) or on interruptions of the run.
+    Raises SpecDecError if the disk is full and if the file holds answers to other prompts.
     """
     answers = [item if isinstance(item, TrainingAnswer) else encode(decoder.tokenizer, item.turns[0]) for item in items]
     prompts = [tuple(item) for item in answers if not isinstance(item, TrainingAnswer)]
@@ -57,13 +58,16 @@ def answer_prompts(
 def _generate(
     decoder: SpecDecoder, prompts: Sequence[tuple[int, ...]], settings: TrainSettings
 ) -> Iterator[TrainingAnswer]:
-    """Yield answers when they end. A share of the prompts, chosen by hash, is answered by sampling."""
+    """Yield the answers to ``prompts`` (token ids) in the order in which the answers end.
+
+    The share ``settings.sampled`` of the prompts, chosen by hash, is sampled; all others are decoded greedily.
+    """
     target, ends = decoder.target, decoder.eos_ids()
     if long := [p for p in prompts if len(p) >= target.context]:
         raise SpecDecError(
             f"a prompt has {len(long[0])} tokens, the model's context {target.context}; shorten or remove it"
         )
-    engine = Engine(target, decoder.drafter, decoder.verifier, FixedDepth(0), max_rows=ROWS)
+    engine = Engine(target, decoder.drafter, decoder.verifier, FixedDepth(0), max_rows=MAX_ROWS)
     for prompt in sorted(prompts, key=len):  # prompts of similar length are prefilled together
         key = prompt_hash(prompt)
         sampled = key % 10_000 < settings.sampled * 10_000
@@ -79,7 +83,7 @@ def _generate(
 
 
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], TrainingAnswer]:
-    """The answers of an earlier run. An unfinished last line is cut off."""
+    """Read an earlier run's answers, by prompt. Raises SpecDecError if a prompt is not in ``prompts``."""
     made: dict[tuple[int, ...], TrainingAnswer] = {}
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -1,6 +1,7 @@
-"""Training of ARLA: a router for a trained M2R2 that predicts whether a draft is the base's own choice.
+"""Training of ARLA: routers that predict, at each exit of a trained M2R2 drafter, whether its draft is right.
 
-The drafter is frozen. The output is the drafter with the router. Training uses the drafter's own drafts, step by step.
+A draft is right if it is the base model's most likely token. The drafter is frozen and drafts its own training data.
+The output is the drafter with its routers.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import StateSelection
 from specdec.train.student import Teacher, draft_steps
 
-LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds of the evaluation
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)  # router probabilities that the evaluation tries
 
 
 class ArlaSettings(TrainSettings):
-    """The drafter, and the size of its router."""
+    """Settings of ``specdec train arla``, in addition to ``TrainSettings``.
 
-    drafter: str = "m2r2"  # a drafter folder, or the name of one shipped for the model
-    width: Positive = 16  # of the latents
-    draft_steps: Positive = 3  # drafts per step that the router learns from
+    drafter: the trained drafter: a folder, or the name of a drafter shipped for the model.
+    width: size of the routers' latent vectors. draft_steps: length of the drafts that the routers learn from.
+    """
+
+    drafter: str = "m2r2"
+    width: Positive = 16
+    draft_steps: Positive = 3
 
 
 class ArlaMethod(TrainingMethod[M2R2]):
-    """Cross-entropy of the router's probability that the draft's best token is the base's."""
+    """Trains routers with the binary cross-entropy of "the draft's best token is the base model's best token"."""
 
     name = "arla"
     settings_class = ArlaSettings
@@ -55,14 +60,14 @@ class ArlaMethod(TrainingMethod[M2R2]):
         own = self.drafter.draft_vocab
         self.teacher = Teacher(self.target, None if own is None else own.to(self.target.device))
         network = M2R2(self.drafter.path, self.target, own, self.settings.width)
-        kept = {name: tensor for name, tensor in self.drafter.state_dict().items() if not name.startswith("routers.")}
-        network.load_state_dict(kept, strict=False)
+        frozen = {name: tensor for name, tensor in self.drafter.state_dict().items() if not name.startswith("routers.")}
+        network.load_state_dict(frozen, strict=False)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith("routers."))
         return network
 
     def _steps(self, network: M2R2, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Per step and exit: the router's log-odds, whether the draft is right, and valid positions, each [B, T]."""
+        """Yield (log-odds of the router, draft is right, position is valid), each [B, T], per draft step and exit."""
         assert network.routers is not None
         teacher = self.teacher
         teacher.begin(batch)
@@ -85,20 +90,22 @@ class ArlaMethod(TrainingMethod[M2R2]):
         return loss / (batch.valid.sum() * self.settings.draft_steps * exits), figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Figures over all draft steps and exits.
+        """Return the figures of the routers, pooled over all draft steps and exits.
 
-        entropy: cross-entropy in nats.
-        leave: share of tokens above each threshold of ``levels``.
-        right: share of those that are the base's choice.
+        levels: the thresholds on the router's probability.
+        leave: for each threshold, the share of drafted tokens at or above it.
+        right: for each threshold, the share of these tokens that are the base model's choice.
+        entropy: cross-entropy in nats. score: its negative. positions: number of predictions.
+        Raises SpecDecError if the batches hold no position.
         """
         steps = (step for batch in batches for step in self._steps(network, batch))
         odds, right = torch.cat([torch.stack((o[v], h[v].float())).cpu() for o, h, v in steps], 1)  # (positions,) each
         if not len(odds):
             raise SpecDecError("the held-out answers are too short to evaluate the router on; give more")
         entropy = float(F.binary_cross_entropy_with_logits(odds, right))
-        leave = [odds.sigmoid() >= level for level in LEVELS]
+        leave = [odds.sigmoid() >= level for level in THRESHOLDS]
         return {
-            "levels": list(LEVELS),
+            "levels": list(THRESHOLDS),
             "leave": [round(float(on.float().mean()), 4) for on in leave],
             "right": [round(float(right[on].mean()) if bool(on.any()) else 1.0, 4) for on in leave],
             "entropy": round(entropy, 4),

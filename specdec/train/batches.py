@@ -1,7 +1,7 @@
-"""Training batches: windows of answers with their teacher states, padded, in an order fixed by the seed.
+"""Training batches: padded windows of answers with the base model's states, in an order fixed by the seed.
 
-A window is a run of consecutive answer positions. Short windows keep attention over drafted entries small and mix many
-answers in one batch.
+A window is a range of consecutive positions of one answer. Short windows keep attention over drafted positions small
+and mix many answers in one batch.
 """
 
 from __future__ import annotations
@@ -16,41 +16,49 @@ from torch import Tensor
 from specdec.kvcache.cache import KVCache
 from specdec.train.states import AnswerStates
 
-BLOCK = 64
-Window = tuple[int, int, int]  # record, first position, end
+KEY_BLOCK = 64  # the number of keys of a batch is a multiple of this
+Window = tuple[int, int, int]  # index of the answer, first position, end position (exclusive)
 
 
 @dataclass
 class TrainingBatch:
-    """B windows of T positions. Position t reads token ids[t] and predicts the base's choice for t + 1."""
+    """B windows of T positions with the base model's states. Column t predicts the token after ``ids[:, t]``.
 
-    ids: Tensor  # int64 [B, T]
-    next_ids: Tensor  # int64 [B, T], the text's own next token
-    positions: Tensor  # int64 [B, T]
-    valid: Tensor  # bool [B, T], False for padding
-    kv: dict[int, tuple[Tensor, Tensor]]  # layer -> exact keys and values of positions 0 .. S - 1 [B, H', S, d]
-    hidden: dict[int, Tensor]  # layer -> its input at each position [B, T, D]
-    before: dict[int, Tensor]  # the same, one position earlier
-    best: Tensor  # int64 [B, T], the base's most likely next token
-    log_z: Tensor  # float32 [B, T], log of the base's partition sum
-    texts: list[Tensor]  # int32, each row's tokens up to the end of its window
+    ids, next_ids: the tokens and the token after each in the text, int64 [B, T]. positions: in the text, int64 [B, T].
+    valid: bool [B, T], False for padding.
+    kv: layer -> the base model's ("exact") keys and values of positions 0 .. S - 1 [B, H', S, d].
+    hidden, before: layer -> the layer's input at each position, and at the position before it [B, T, D].
+    best: the base model's most likely next token, int64 [B, T]. log_z: log of its partition sum, float32 [B, T].
+    texts: one int32 tensor per row, the text's tokens up to the end of the window.
+    """
+
+    ids: Tensor
+    next_ids: Tensor
+    positions: Tensor
+    valid: Tensor
+    kv: dict[int, tuple[Tensor, Tensor]]
+    hidden: dict[int, Tensor]
+    before: dict[int, Tensor]
+    best: Tensor
+    log_z: Tensor
+    texts: list[Tensor]
 
     @property
-    def slots(self) -> int:
-        """S, the number of exact entries per row."""
+    def num_keys(self) -> int:
+        """S, the number of exact keys per row, padding included; 0 if the batch has no keys."""
         return max((k.shape[2] for k, _ in self.kv.values()), default=0)
 
     def cache(self, num_layers: int) -> KVCache:
-        """A cache with the exact entries."""
+        """Return a new KV cache of ``num_layers`` layers that begins with the exact keys and values of the batch."""
         return TrainingCache(num_layers, self)
 
 
 class TrainingCache(KVCache):
-    """The exact entries of a batch, and those of draft steps behind them, which gradients pass."""
+    """A KV cache for training: a batch's exact keys and values, then those of draft steps, which keep gradients."""
 
     def __init__(self, num_layers: int, batch: TrainingBatch) -> None:
         super().__init__(num_layers, len(batch.ids), batch.ids.device)
-        self.lengths, self.kv = [batch.slots] * num_layers, dict(batch.kv)
+        self.lengths, self.kv = [batch.num_keys] * num_layers, dict(batch.kv)
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         self.lengths[layer] += k.shape[2]
@@ -63,25 +71,29 @@ class TrainingCache(KVCache):
 
 
 def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:
-    """All windows of at most ``length`` answer positions, without overlap."""
-    found = []
+    """Cut the answers into adjacent windows of at most ``length`` positions: (index of the answer, first, end)."""
+    cut = []
     for index, record in enumerate(records):
         start, end = max(record.prompt - 1, record.first + 1), len(record.ids) - 1
-        found += [(index, t, min(t + length, end)) for t in range(start, end, length)]
-    return found
+        cut += [(index, t, min(t + length, end)) for t in range(start, end, length)]
+    return cut
 
 
-def epoch(found: Sequence[Window], rows: int, seed: int, number: int) -> list[list[Window]]:
-    """The whole batches of one epoch: shuffled, windows of similar key length together."""
+def epoch(cut: Sequence[Window], rows: int, seed: int, number: int) -> list[list[Window]]:
+    """Return the batches of epoch ``number``, each of ``rows`` windows that end at similar positions.
+
+    The order depends on ``seed`` and ``number`` alone. A last batch with fewer rows is dropped, unless it is the only
+    one.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    order = torch.randperm(len(found), generator=generator).tolist()
+    order = torch.randperm(len(cut), generator=generator).tolist()
     groups, group = [], rows * 16  # sorting within groups keeps padding small and the order random
     for start in range(0, len(order), group):
-        part = sorted(order[start : start + group], key=lambda i: found[i][2])
+        part = sorted(order[start : start + group], key=lambda i: cut[i][2])
         groups += [part[i : i + rows] for i in range(0, len(part), rows)]
     whole = [g for g in groups if len(g) == rows] or groups
     mixed = torch.randperm(len(whole), generator=generator).tolist()
-    return [[found[i] for i in whole[j]] for j in mixed]
+    return [[cut[i] for i in whole[j]] for j in mixed]
 
 
 def assemble(
@@ -91,17 +103,18 @@ def assemble(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> TrainingBatch:
-    """A batch of windows of the records, with T = ``length`` and S a multiple of ``BLOCK``.
+    """Return the padded batch of the windows ``rows``, which index ``records``, on ``device``.
 
-    dtype: of the states; None: as they are stored.
+    T is ``length``, and S is a multiple of ``KEY_BLOCK``.
+    dtype: the dtype of states, keys and values; None: the dtype in which they are stored.
     """
     picked = [(records[index], start, end) for index, start, end in rows]
-    slots = -(-max(end for _, _, end in rows) // BLOCK) * BLOCK
+    num_keys = -(-max(end for _, _, end in rows) // KEY_BLOCK) * KEY_BLOCK
     first = picked[0][0]
     layers, hidden = first.kv, first.hidden
 
     def pad(parts: list[Tensor], size: int = length) -> Tensor:
-        """Stack parts of different length, padded with zeros."""
+        """Stack tensors [n, ...] of different n to [B, size, ...], padded with zeros."""
         out = torch.zeros(len(parts), size, *parts[0].shape[1:], dtype=parts[0].dtype)
         for row, part in zip(out, parts, strict=True):
             row[: len(part)] = part
@@ -114,7 +127,7 @@ def assemble(
         return cast(pad([r.hidden[layer][start - r.first + shift : end - r.first + shift] for r, start, end in picked]))
 
     def exact(layer: int, part: int) -> Tensor:
-        return cast(pad([r.kv[layer][part][:end] for r, _, end in picked], slots)).transpose(1, 2)
+        return cast(pad([r.kv[layer][part][:end] for r, _, end in picked], num_keys)).transpose(1, 2)
 
     starts, last = torch.tensor([(start, end - 1) for _, start, end in rows]).unbind(1)
     return TrainingBatch(
@@ -135,17 +148,20 @@ def assemble(
 def by_length(
     records: Sequence[AnswerStates], rows: int, length: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[TrainingBatch]:
-    """Every window once, windows of similar key length together."""
-    found = sorted(windows(records, length), key=lambda window: window[2])
-    for start in range(0, len(found), rows):
-        yield assemble(records, found[start : start + rows], length, device, dtype)
+    """Yield batches that contain every window once, ordered by end position. rows: largest number of windows per batch.
+
+    length: positions per window. device, dtype: of the tensors; None: as stored.
+    """
+    cut = sorted(windows(records, length), key=lambda window: window[2])
+    for start in range(0, len(cut), rows):
+        yield assemble(records, cut[start : start + rows], length, device, dtype)
 
 
-def endless(found: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
-    """Yield (epoch, batch) without end, from batch number ``skip`` on."""
+def endless(cut: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
+    """Yield (epoch number, windows of a batch) without end. The first ``skip`` batches are left out."""
     number, passed = 0, 0
     while True:
-        batches = epoch(found, rows, seed, number)
+        batches = epoch(cut, rows, seed, number)
         for batch in batches[max(0, skip - passed) :]:
             yield number, batch
         passed, number = passed + len(batches), number + 1

@@ -1,4 +1,4 @@
-"""Training data: prompts and token-id answers from JSONL or plain lines, checks, and the split for evaluation."""
+"""Training data: reading prompts and answers, checking them, and the split into training and evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specdec.base.errors import SpecDecError
 
 @dataclass(frozen=True)
 class TrainingAnswer:
-    """A prompt and the base model's own continuation, as token ids."""
+    """A prompt and the base model's own answer to it, both as token ids. Its length counts both."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
@@ -28,18 +28,17 @@ class TrainingAnswer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """User turns without an answer."""
+    """The texts of a user's turns, for which no answer is known. Training answers the first turn."""
 
     turns: tuple[str, ...]
 
 
 def read(paths: Sequence[Path]) -> list[TrainingAnswer | Prompt]:
-    """All answers and prompts of the files, in order.
+    """Read the answers and prompts of all files, in order.
 
-    Lines are ``{"prompt_ids", "response_ids"}``, ``{"turns": [...]}``, ``{"prompt": ...}`` or plain text; ``.gz`` is
-    unpacked.
-
-    Raises SpecDecError for unreadable files, for a broken line (with its number) and if the files are empty.
+    A line is ``{"prompt_ids": [...], "response_ids": [...]}``, ``{"turns": [...]}``, ``{"prompt": ...}`` or plain text.
+    A ``.gz`` file is unpacked. Raises SpecDecError for unreadable files, for a broken line (with its number) and if
+    the files are empty.
     """
     items = [item for path in paths for item in records(path)]
     if not items:
@@ -48,7 +47,7 @@ def read(paths: Sequence[Path]) -> list[TrainingAnswer | Prompt]:
 
 
 def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
-    """The answers and prompts of one file, which may be empty."""
+    """Yield the answers and prompts of one file, in the formats of ``read``; none if the file is empty."""
     for where, record in inputs.prompts(path):
         ids = record.get("prompt_ids"), record.get("response_ids")
         if all(isinstance(part, list) and part and all(type(i) is int and i >= 0 for i in part) for part in ids):
@@ -62,7 +61,7 @@ def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
 
 
 def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
-    """Raise SpecDecError for token ids outside a vocabulary of ``vocab_size`` tokens."""
+    """Raise SpecDecError if an answer holds a token id of ``vocab_size`` or more."""
     for number, item in enumerate(items, start=1):
         largest = max(item.prompt_ids + item.response_ids) if isinstance(item, TrainingAnswer) else 0
         if largest >= vocab_size:
@@ -77,7 +76,10 @@ def check_holdout(
     held_out: Sequence[TrainingAnswer | Prompt],
     decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Raise SpecDecError if a training prompt contains a held-out prompt. The comparison ignores case and spaces."""
+    """Raise SpecDecError if a prompt of ``items`` contains a prompt of ``held_out``, ignoring case and spaces.
+
+    decode: turns the token ids of an answer's prompt into text.
+    """
     words = [" " + " ".join(_text(item, decode).lower().split()) + " " for item in items]
     for item in held_out:
         probe = decode(item.prompt_ids) if isinstance(item, TrainingAnswer) else item.turns[0]
@@ -95,11 +97,16 @@ def _text(item: TrainingAnswer | Prompt, decode: Callable[[Sequence[int]], str])
 
 
 def prompt_hash(ids: Sequence[int]) -> int:
+    """Return a hash (32 bits) of token ids that is equal in every process and on every machine."""
     return zlib.crc32(",".join(map(str, ids)).encode())
 
 
 def split(answers: Sequence[TrainingAnswer], fraction: float) -> tuple[list[TrainingAnswer], list[TrainingAnswer]]:
-    """Split into training and evaluation: about ``fraction`` of the prompts, chosen by hash, and at least one."""
+    """Split the answers into (training answers, evaluation answers).
+
+    About ``fraction`` of the prompts, chosen by hash, and at least one are for evaluation. Raises SpecDecError if
+    either part would be empty.
+    """
     train: list[TrainingAnswer] = []
     held: list[TrainingAnswer] = []
     for answer in answers:
@@ -112,7 +119,11 @@ def split(answers: Sequence[TrainingAnswer], fraction: float) -> tuple[list[Trai
 
 
 def draft_vocabulary(answers: Sequence[TrainingAnswer], size: int, always: Sequence[int], vocab_size: int) -> Tensor:
-    """``always``, then the most frequent token ids of answers and of prompts: ``size`` ids, int32, ascending."""
+    """Choose the token ids that a drafter can draft: ``always``, then the most frequent ones of the answers.
+
+    If the answers have too few different tokens, the most frequent tokens of their prompts follow, then the smallest
+    ids below ``vocab_size``. Returns at most ``size`` ids, int32 [V'], ascending.
+    """
     count: Counter[int] = Counter()
     for answer in answers:
         count.update(answer.response_ids)

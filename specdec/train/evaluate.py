@@ -1,4 +1,4 @@
-"""Evaluation of a drafter: agreement, overlap and acceptance on held-out answers."""
+"""Evaluation of a drafter on held-out answers: agreement with the base model, overlap and acceptance."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def evaluate(
     drafts: Callable[[TrainingBatch], Iterable[tuple[Tensor, Tensor]]],
     steps: int,
 ) -> dict[str, Any]:
-    """Figures of each draft 1 .. ``steps``.
+    """Return the figures of a drafter that drafts ``steps`` tokens per step.
 
-    drafts: for a batch, the estimate of h[N] [B, T, D] and the valid positions, bool [B, T], of each.
-
-    top1: the base's most likely token is the draft's choice. One outside the draft vocabulary and the context counts as
-    a miss.
-    overlap: 1 - TV of base and draft at temperature 1.
-    chain, score: see ``chain_figures``; for greedy decoding along the answers.
+    drafts: yields for a batch, per drafted token 1 .. ``steps``, the estimated final state [B, T, D] and the valid
+    positions, bool [B, T].
+    The result has, for each drafted token, ``top1`` (share of positions where the draft is the base model's most likely
+    token; a token outside the draft vocabulary and the context is a miss) and ``overlap`` (1 - total variation between
+    base and draft at temperature 1); ``chain`` and ``score`` of ``chain_figures`` for greedy decoding along the
+    answers; and ``positions``, the number of positions.
     """
     sums = torch.zeros(3, steps, dtype=torch.float64)  # positions, top1, overlap
     lengths: list[int] = []
@@ -46,10 +46,11 @@ def evaluate(
 
 
 def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:
-    """Tokens of each step of greedy decoding along the windows ``valid`` [B, T].
+    """Simulate greedy speculative decoding along windows and return the number of tokens of each step.
 
-    hits[s]: bool [B, T], whether draft s is right, by the position before the drafted token. A step that ends outside
-    its window is not counted.
+    hits: for each drafted token 0, 1, ... of a step, bool [B, T]: whether the draft of the token after position t is
+    right. valid: bool [B, T], the positions of the windows. A step whose draft would end outside its window is left
+    out.
     """
     lengths = []
     for row, count in zip(torch.stack(list(hits), 1).tolist(), valid.sum(1).tolist(), strict=True):
@@ -64,9 +65,11 @@ def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:
 
 
 def chain_figures(lengths: Sequence[int], steps: int) -> dict[str, Any]:
-    """chain: P(the first i drafts are all accepted), i = 1 .. ``steps``; score: the mean acceptance length.
+    """Return ``chain`` and ``score`` of simulated decoding.
 
-    lengths: tokens of each step of decoding.
+    chain: for i = 1 .. ``steps``, the share of steps whose first i drafted tokens were all accepted.
+    score: the mean acceptance length, 1 + sum(chain).
+    lengths: number of tokens of each step, the bonus token included.
     """
     chain = [round(sum(n > i for n in lengths) / max(len(lengths), 1), 4) for i in range(1, steps + 1)]
     return {"chain": chain, "score": round(1 + sum(chain), 3)}

@@ -1,9 +1,9 @@
 """Training of exit modules (deed) and depth routers (mixture-of-depths).
 
-Exits begin as closed-form maps onto the base's final states and learn with deep supervision: KL at every exit. Their
-inputs are exact states, so training runs no layer.
-Routers learn with hard gates that have the gradient of soft gates (straight-through), and a penalty that keeps the
-share of layers at the capacity.
+Exit modules start as linear layers that closed-form regression fits to the base model's final states. They learn with
+deep supervision: KL at every exit. Their inputs are the base model's stored states, so training runs no layer.
+Routers learn with hard gates that have the gradient of soft gates (straight-through), and with a penalty that keeps
+the share of layers that run at the capacity.
 """
 
 from __future__ import annotations
@@ -28,20 +28,24 @@ from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import StateSelection, whole_pass
 from specdec.train.student import Teacher
 
-STEPS = 4  # drafts a step in evaluation
-SURE = 0.5  # confidence at which a token leaves in evaluation, the drafter's default
+STEPS = 4  # drafted tokens per step in evaluation
+THRESHOLD = 0.5  # probability of the best token at which a token leaves in evaluation, the drafter's default
 
 
 class ExitSettings(TrainSettings):
-    """Where the exits are and how large their modules."""
+    """Settings of ``specdec train deed``, in addition to ``TrainSettings``.
+
+    exits: layers after which a token may leave. width: hidden size of an exit's module.
+    layers_of: depth of the model that ``exits`` refers to, for scaling; None: that of this model.
+    """
 
     exits: tuple[int, ...] = ()
-    layers_of: int | None = None  # depth of the model that ``exits`` refer to; they are scaled to other depths
-    width: Positive = 96  # hidden size of an exit's module
+    layers_of: int | None = None
+    width: Positive = 96
 
 
 class DeedMethod(TrainingMethod[ExitHeads]):
-    """KL to the base at each exit, equally weighted."""
+    """Trains exit modules (``ExitHeads``) with the KL divergence from the base model, averaged over the exits."""
 
     name = "deed"
     settings_class = ExitSettings
@@ -60,14 +64,14 @@ class DeedMethod(TrainingMethod[ExitHeads]):
 
     @torch.no_grad()
     def fit(self, network: ExitHeads, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
-        """Fit each exit's map onto the final state."""
+        """Fit the linear layer of each exit by regression from the state at the exit to the final state."""
         width, last = self.target.hidden_size, self.target.num_layers
-        fits = [Sums(width, width) for _ in self.exits]
+        regressions = [Sums(width, width) for _ in self.exits]
         for batch in batches():
-            for layer, sums in zip(self.exits, fits, strict=True):
+            for layer, sums in zip(self.exits, regressions, strict=True):
                 sums.add(rms_unit(batch.hidden[layer][batch.valid]), batch.hidden[last][batch.valid])
-        for sums, straight in zip(fits, network.map, strict=True):
-            sums.fit(straight)
+        for sums, linear in zip(regressions, network.map, strict=True):
+            sums.fit(linear)
 
     def loss(self, network: ExitHeads, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)
@@ -79,12 +83,14 @@ class DeedMethod(TrainingMethod[ExitHeads]):
         return loss, figures
 
     def evaluate(self, network: ExitHeads, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """``agreement`` per exit, and figures of drafting, where each token leaves at the first exit that is sure.
+        """Return the figures of drafting in which a token leaves at the first exit that reaches ``THRESHOLD``.
 
-        top1: agreement. layers: run per token. chain, score: see ``chain_figures``.
+        agreement: for each exit, the share of tokens that are the base model's choice if all leave there.
+        top1: the same share if each token leaves at its own exit. layers: mean number of layers run per token.
+        chain, score: see ``chain_figures``. positions: number of tokens.
         """
         teacher, layers = self.teacher, torch.tensor(self.exits, device=self.target.device)
-        # Right per exit, right where left, layers, positions:
+        # Right at each exit, right at the token's own exit, layers, positions:
         sums = torch.zeros(len(self.exits) + 3, dtype=torch.float64)
         lengths: list[int] = []
         for batch in batches:
@@ -92,7 +98,7 @@ class DeedMethod(TrainingMethod[ExitHeads]):
             known, valid = teacher.known(batch), batch.valid
             logits = [teacher.logits(network(n, batch.hidden[layer])).float() for n, layer in enumerate(self.exits)]
             right = torch.stack([teacher.hits(each) & known & valid for each in logits])  # (exits, B, T)
-            sure = torch.stack([each.softmax(-1).amax(-1) >= SURE for each in logits])
+            sure = torch.stack([each.softmax(-1).amax(-1) >= THRESHOLD for each in logits])
             sure[-1] = True
             leaves = sure.int().argmax(0)  # the first exit that is sure
             chosen = right.gather(0, leaves[None])[0]
@@ -122,17 +128,23 @@ class DeedMethod(TrainingMethod[ExitHeads]):
 
 
 class DepthSettings(TrainSettings):
-    """The routed layers, and the share of them that runs."""
+    """Settings of ``specdec train mixture-of-depths``, in addition to ``TrainSettings``.
 
-    first: int = 3  # layers below it always run
-    capacity: float = Field(0.5, gt=0, lt=1)  # share of the routed layers that a token runs
-    pressure: float = 20.0  # weight of the squared distance of that share from the capacity
+    first: the first routed layer; the layers before it always run.
+    capacity: wanted share of the routed layers that a token runs.
+    pressure: weight in the loss of the squared difference between the actual share and the capacity.
+    """
+
+    first: int = 3
+    capacity: float = Field(0.5, gt=0, lt=1)
+    pressure: float = 20.0
 
 
 class MixtureOfDepthsMethod(TrainingMethod[Routers]):
-    """KL to the base of one draft through the layers that the routers choose, after exact keys and values.
+    """Trains depth routers with the KL divergence between the base model and one draft of each token.
 
-    The base runs over each text again, because stored keys and values of all layers would be too large.
+    A draft runs the layers that the routers choose and attends to the base model's keys and values. The base model runs
+    over each text again, because stored keys and values of all layers would be too large.
     """
 
     name = "mixture-of-depths"
@@ -146,7 +158,7 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
         return Routers(self.settings.first, self.target, vocab)
 
     def _draft(self, network: Routers, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """The final state [B, T, D], and the share of routed layers that ran [B, T], with the soft gates' gradient."""
+        """Return final states [B, T, D] of a draft per position, and the share of routed layers that ran [B, T]."""
         target, first = self.target, network.first
         ids = pad_sequence([text.long() for text in batch.texts], batch_first=True).to(target.device)
         cache, taps = target.new_cache(len(ids)), {first: torch.empty(0)}
@@ -175,7 +187,11 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
         return loss, {"agree": agree, "share": float(mean.detach())}
 
     def evaluate(self, network: Routers, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """top1: agreement of the first draft. share: of routed layers that ran. score: top1, less a penalty."""
+        """Return the figures of drafting one token.
+
+        top1: share of drafts that are the base model's choice. share: share of the routed layers that ran.
+        score: top1, less a penalty for a share above the capacity. positions: number of drafts.
+        """
         teacher, positions, right, ran = self.teacher, 0, 0, 0.0
         for batch in batches:
             teacher.begin(batch)

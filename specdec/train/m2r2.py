@@ -1,7 +1,7 @@
-"""Training of M2R2: projections in closed form, then gradients for projections and adapters.
+"""Training of M2R2: projections in closed form, then gradient training of projections and adapters.
 
-The presets' path is scaled from the depth ``layers_of`` to that of the model. The loss is distillation on the drafter's
-own states, over several draft steps.
+A preset's layer numbers are scaled from the depth ``layers_of`` to the depth of the model. The loss is distillation on
+the drafter's own states, over several drafted tokens.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from specdec.train.settings import Positive, Share, TrainSettings
 from specdec.train.states import StateSelection
 from specdec.train.student import Teacher, draft_steps, fit_projections, shift_right
 
-STEPS = 4  # drafts a step in evaluation
+STEPS = 4  # drafted tokens per step in evaluation
 
 
 class M2R2Settings(TrainSettings):
-    """The path of the accelerated residual, and its loss. With ``init`` the path is that of the given drafter."""
+    """Settings of ``specdec train m2r2``, in addition to ``TrainSettings``: the draft path and the loss.
+
+    The comment beside each field explains it. With ``init`` the draft path is that of the given drafter.
+    """
 
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **TrainSettings.replaces,
@@ -42,17 +45,17 @@ class M2R2Settings(TrainSettings):
         "exit_layer": {"segments": (), "layers_of": None},
     }
 
-    exit_layer: int = 0
-    segments: tuple[tuple[int, int], ...] = ()
-    final_projection: bool = False
-    neurons: int = Field(0, ge=0)  # of the segments' MLPs that drafts run, those that add most; 0: all, or as ``init``
+    exit_layer: int = 0  # number of first layers that a draft runs
+    segments: tuple[tuple[int, int], ...] = ()  # later layers [lo, hi) that a draft runs, each after a projection
+    final_projection: bool = False  # whether a projection to the final state follows
+    neurons: int = Field(0, ge=0)  # strongest neurons of the segments' MLPs that drafts run; 0: all, or as ``init``
     exits: tuple[int, ...] = ()  # layers after which a token may leave before the end of the path
-    layers_of: int | None = None  # depth of the model that these layers refer to; they are scaled to other depths
-    rank: Positive = 64
-    adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all in the segments
-    draft_steps: Positive = 2  # drafts per step that the drafter learns from
-    focus: float = 1.0  # weight of a step after a wrong earlier step
-    variation: Share = 0.0  # of the loss that is the total variation, which is the rate of rejection; the rest is KL
+    layers_of: int | None = None  # depth of the model that these layers refer to, for scaling; None: this model's
+    rank: Positive = 64  # of the adapters
+    adapt: tuple[str, ...] = ()  # names of the linear layers with adapters; empty: all in the segments
+    draft_steps: Positive = 2  # length of the drafts that the drafter learns from
+    focus: float = 1.0  # weight of a drafted token after a wrong one
+    variation: Share = 0.0  # share of the loss that is the total variation (the rate of rejection); the rest is KL
 
     @model_validator(mode="after")
     def _one_path(self) -> M2R2Settings:
@@ -62,7 +65,7 @@ class M2R2Settings(TrainSettings):
 
 
 class M2R2Method(TrainingMethod[M2R2]):
-    """KL to the base at each draft step, averaged over exits."""
+    """Trains M2R2 with the KL divergence from the base model, summed over drafted tokens and averaged over exits."""
 
     name = "m2r2"
     settings_class = M2R2Settings
@@ -81,8 +84,8 @@ class M2R2Method(TrainingMethod[M2R2]):
 
     def prepare(self, context: RunContext) -> None:
         if self.settings.init:
-            kept = self.read_parameters(Path(self.settings.init))
-            self.neurons = {layer: kept[f"adapters.{layer}/neurons"] for layer in self.path.narrow_layers}
+            tensors = self.read_parameters(Path(self.settings.init))
+            self.neurons = {layer: tensors[f"adapters.{layer}/neurons"] for layer in self.path.narrow_layers}
         elif self.path.neurons:
             self.neurons = choose_neurons(self.path, self.target, context)
 
@@ -95,12 +98,15 @@ class M2R2Method(TrainingMethod[M2R2]):
     def build(self, vocab: Tensor | None) -> M2R2:
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen, self.settings.variation)
         network = M2R2(self.path, self.target, vocab)
-        for layer, kept in self.neurons.items():
-            network.adapters.get_buffer(f"{layer}/neurons").copy_(kept)
+        for layer, indices in self.neurons.items():
+            network.adapters.get_buffer(f"{layer}/neurons").copy_(indices)
         return network
 
     def parameter_scale(self, name: str, parameter: Tensor) -> float:
-        """For a projection its RMS; for adapters the scale at which up @ down is as large as the adapted weight."""
+        """Return the scale of a parameter's elements: of a projection, its root mean square.
+
+        For an adapter's ``up``, it is the scale at which up @ down is as large as the adapted weight.
+        """
         owner, _, rest = name.partition(".")
         if owner != "adapters":
             return float(parameter.detach().square().mean().sqrt().clamp_min(1e-8))
@@ -135,7 +141,10 @@ class M2R2Method(TrainingMethod[M2R2]):
         return loss, figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Figures of the last exit."""
+        """Return figures of drafts that leave at the last exit: top1, overlap, chain, score and positions.
+
+        ``specdec.train.evaluate.evaluate`` explains them.
+        """
 
         def drafts(batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
             for exits, valid in draft_steps(network, self.target, batch, STEPS):
@@ -148,9 +157,11 @@ class M2R2Method(TrainingMethod[M2R2]):
 
 
 def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
-    """The path of the settings, with adapters in its segments, or in the early layers if it has no segments.
+    """Return the draft path that ``settings`` describe for ``target``, scaled to its depth.
 
-    Early layers use the keys and values of the slow residual, so those maps have no adapters.
+    The linear layers in the segments have adapters; without segments, those in the early layers, except key and value
+    projections, because early layers use the base model's keys and values. Raises SpecDecError for invalid paths and
+    if there would be nothing to train.
     """
     adapters: dict[int, list[str]] = {}
     early, scale = not settings.segments, target.num_layers / (settings.layers_of or target.num_layers)
@@ -176,7 +187,7 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
 
 
 def path_states(path: M2R2Path, num_layers: int) -> StateSelection:
-    """The teacher states that a path needs."""
+    """Return which states of the base model training on ``path`` reads (``num_layers``: the base model's depth)."""
     kv = [layer for lo, hi in path.segments for layer in range(lo, hi)]
     hidden = {*(lo for lo, _ in path.segments), num_layers}
     if path.adapts_early:

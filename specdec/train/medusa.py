@@ -1,4 +1,4 @@
-"""Training of Medusa heads: distillation from final states, without running layers."""
+"""Training of Medusa heads: distillation from the base model's stored final states, without running layers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ from specdec.train.student import Teacher
 
 
 class MedusaSettings(TrainSettings):
-    """The number and the size of the heads, and their weights in the loss."""
+    """Settings of ``specdec train medusa``, in addition to ``TrainSettings``.
+
+    heads: number of heads; head k drafts the k-th token. blocks: residual blocks of a head.
+    rooted: whether the first block also reads the embedding of the last verified token.
+    fade: weight of a head's loss relative to the previous head (the paper's lambda).
+    """
 
     heads: Positive = 4
-    blocks: Positive = 1  # residual blocks of a head
-    rooted: bool = True  # the first block also reads the root's embedding
-    fade: PositiveFloat = 0.8  # weight of a head's loss relative to the previous head (the paper's lambda)
+    blocks: Positive = 1
+    rooted: bool = True
+    fade: PositiveFloat = 0.8
 
 
 class MedusaMethod(TrainingMethod[Medusa]):
-    """KL of each head's distribution to the base's own at that position."""
+    """Trains Medusa heads with the KL divergence from the base model's distribution at the drafted position."""
 
     name = "medusa"
     settings_class = MedusaSettings
@@ -59,9 +64,10 @@ class MedusaMethod(TrainingMethod[Medusa]):
         return loss, figures
 
     def _drafts(self, network: Medusa, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the output [B, T, D] and valid positions (bool [B, T]) of each head k = 1, 2, ...
+        """Yield for each head k = 1, 2, ... its estimate of the final state [B, T, D] and valid positions, bool [B, T].
 
-        The draft of head k at t is computed at t - k, from the state before the root at t - k + 1.
+        Entry t is the draft of the token after t. Head k computes it from the final state at t - k and, if ``rooted``,
+        the token at t - k + 1.
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
         final = batch.before[self.target.num_layers]

@@ -1,9 +1,9 @@
 """The interface of training methods, and their names.
 
-``specdec train NAME`` works for every name in ``METHODS``. The trainer owns what all methods share: answers, teacher
-states, batches, optimiser, checkpoints, metrics, evaluation and the drafter folder. A new method is a file with a
-``TrainingMethod`` and its settings, a line in ``METHODS`` and a preset ``configs/train/NAME.yaml``. Networks live in
-``specdec.drafters``; drafting and training share them.
+``specdec train NAME`` works for every name in ``METHODS``. The trainer owns what all methods share: answers, the base
+model's stored states, batches, optimizer, checkpoints, metrics, evaluation and the drafter folder. A new method is a
+file with a ``TrainingMethod`` and its settings, a line in ``METHODS`` and a preset ``configs/train/NAME.yaml``.
+Networks are defined in ``specdec.drafters``, because drafting and training share them.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ Network = TypeVar("Network", bound="nn.Module")
 
 
 def lookup(name: str) -> type[TrainingMethod[Any]]:
-    """Import and return the method registered as ``name``."""
+    """Import and return the class of the method ``name``. Raises KeyError for a name that is not in ``METHODS``."""
     module, _, attribute = METHODS[name].partition(":")
-    found: type[TrainingMethod[Any]] = getattr(importlib.import_module(module), attribute)
-    return found
+    method: type[TrainingMethod[Any]] = getattr(importlib.import_module(module), attribute)
+    return method
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run has before training.
+    """What the trainer hands to ``TrainingMethod.prepare``.
 
-    answers: to train on.
-    teacher: the model as loaded, in the runtime that will serve the drafter.
+    output: the output folder of the run.
+    answers: the answers to train on.
+    teacher: the base model as loaded, in the runtime that will run the drafter.
+    progress: the progress bars to add tasks to.
     """
 
     output: Path
@@ -57,71 +59,80 @@ class RunContext:
 
 
 class TrainingMethod(ABC, Generic[Network]):
-    """How one kind of drafter is trained on a frozen target. An object serves one run.
+    """Base class of training methods: how one kind of drafter is trained for a frozen base model, in one run.
 
     The trainer calls the constructor, ``prepare``, ``teacher_states`` and ``build``; ``fit`` and ``parameter_scale``
-    unless the run resumes; ``loss`` per update; ``evaluate`` at intervals, without gradients; ``config`` at
-    each export. ``build`` makes the float32 masters; ``network`` is their running copy in the target's
-    dtype.
+    unless the run resumes; ``loss`` per update; ``evaluate`` at intervals, without gradients; ``config`` at each
+    export. ``build`` makes the float32 master weights; the argument ``network`` of the other methods is their running
+    copy in the dtype of the base model.
 
     name: the key in ``METHODS``.
-    settings_class: ``TrainSettings`` with the method's settings and defaults.
+    settings_class: subclass of ``TrainSettings`` with the method's own settings.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type[TrainSettings]]
 
     def __init__(self, settings: Any, target: Target) -> None:
-        """Raise SpecDecError for settings that do not fit the model."""
+        """Keep ``settings`` (a ``settings_class``) and the base model. Subclasses refuse settings with SpecDecError."""
         self.settings, self.target = settings, target
 
     def prepare(self, context: RunContext) -> None:
-        """Decide what depends on answers, such as neurons. The decision must be stored in the output folder."""
+        """Compute what depends on the answers, such as a choice of neurons, and store it in ``context.output``.
+
+        A resumed run calls this again and must get the same result. The default does nothing.
+        """
 
     @abstractmethod
     def teacher_states(self) -> StateSelection:
-        """The teacher states that batches contain."""
+        """Return the layers whose keys, values and inputs batches must contain."""
 
     @abstractmethod
     def build(self, vocab: Tensor | None) -> Network:
-        """The float32 masters. Parameters with ``requires_grad`` are trained. torch's seed is set before.
+        """Return a new network in float32, initialized with torch's random generator, which the trainer has seeded.
 
-        vocab: int32 [V'], the draft vocabulary, or None for the full one.
+        Parameters with ``requires_grad`` are trained.
+        vocab: the draft vocabulary, token ids int32 [V']; None: the full vocabulary.
         """
 
     def read_parameters(self, folder: Path) -> dict[str, Tensor]:
-        """The tensors of a trained drafter to start from, by parameter name."""
+        """Return the tensors of the trained drafter in ``folder``, by parameter name, as values to start from."""
         from specdec.models import drafter_folder  # heavy
 
         return drafter_folder.read_tensors(folder)
 
     def parameter_scale(self, name: str, parameter: Tensor) -> float:
-        """The scale of a parameter's elements, of which ``relative_rate`` is a share. Called after initialisation.
+        """Return the typical size of the elements of the parameter ``name``, after initialization.
 
-        The default, 1 / sqrt(last dimension), is the scale at which a matrix preserves the scale of its inputs.
+        Its learning rate is ``relative_rate`` times this scale. The default, 1 / sqrt(last dimension), is the scale at
+        which a matrix preserves the scale of its inputs.
         """
         return parameter.shape[-1] ** -0.5
 
     def fit(self, network: Network, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
-        """Fit parameters in closed form, before the first update. Each call of ``batches`` starts over."""
+        """Set parameters of ``network`` by closed-form regression, before the first update. The default does nothing.
+
+        batches: a function; each call returns a new iterator over the batches.
+        """
 
     @abstractmethod
     def loss(self, network: Network, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
-        """The loss, a *mean over the valid positions* of ``batch``, so that processes can average it, and figures.
+        """Return the loss (a scalar with gradients) and figures to log.
 
-        The figures are shown and logged. One is ``agree``, the share of positions where the draft is the base's choice.
+        The loss is a *mean over the valid positions* of ``batch``, so that processes can average it. The figure
+        ``agree`` must be there: the share of positions where the draft is the base model's choice.
         """
 
     @abstractmethod
     def evaluate(self, network: Network, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Figures on held-out answers, for metrics and config.json.
+        """Return figures on held-out answers (JSON values) for the metrics and config.json of the drafter.
 
-        score: selects the best drafter; larger is better.
+        The figure ``score`` must be there. It selects the best drafter; larger is better.
         """
 
     @staticmethod
     def describe(figures: dict[str, Any]) -> str:
-        """A short text about the figures of ``evaluate``."""
+        """Return one line of text for people about the figures that ``evaluate`` returned."""
         agreement = ", ".join(f"{x:.3f}" for x in figures["top1"])
         return (
             f"mean acceptance length {figures['score']:.2f} with {len(figures['top1'])} drafts "
@@ -130,10 +141,13 @@ class TrainingMethod(ABC, Generic[Network]):
 
     @abstractmethod
     def config(self, network: Network) -> dict[str, Any]:
-        """The drafter's entries of ``config.json``; ``drafter`` is its name."""
+        """Return the drafter's entries of ``config.json``. The entry ``drafter`` is the name of its drafter class."""
 
 
 def agreement_name(number: int, exit: int | None = None) -> str:
-    """The metric of draft step ``number`` (from 0): agree, agree2, ...; at an earlier exit agree@LAYER."""
+    """Return the metric's name for drafted token ``number`` (from 0): ``agree``, ``agree2``, ...
+
+    exit: the layer of an early exit, which gives ``agree@LAYER``; None: the last exit.
+    """
     step = "agree" if number == 0 else f"agree{number + 1}"
     return step if exit is None else f"{step}@{exit}"

@@ -1,4 +1,4 @@
-"""The choice of the neurons that drafts run in the MLPs of a narrow M2R2 path."""
+"""The choice of the neurons that drafts of M2R2 run in the MLPs of their segments (setting ``neurons``)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ TOKENS = 4_000  # answer positions that neurons are chosen on
 
 @torch.no_grad()
 def choose_neurons(path: M2R2Path, target: Target, context: RunContext) -> dict[int, Tensor]:
-    """By narrow layer, the neurons that add most to the residual in answers, rising; kept in ``neurons.json``.
+    """Return for each layer of ``path``'s segments the indices of its ``path.neurons`` strongest neurons.
 
-    Raises SpecDecError for MLPs that have not so many, and for a full disk.
+    The strongest neurons add most to the residual on about ``TOKENS`` positions of the answers. The indices are int32
+    and ascending. They are stored in ``neurons.json`` in the output folder, and read from there if it exists.
+    Raises SpecDecError for MLPs with fewer neurons, and for a full disk.
     """
-    file, folder, layers = context.output / FILE, context.output / STATES / "neurons", path.narrow_layers
+    file = context.output / FILE
+    folder = context.output / STATES / "neurons"
+    layers = path.narrow_layers
     if not file.exists():
         for layer in layers:
             narrow_mlp(target, layer, path.neurons)

@@ -1,4 +1,4 @@
-"""The output folder of a run: checks before it is used, its files, and the checkpoint."""
+"""The output folder of a training run: checks before it is used, its files, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from specdec.train.settings import TrainSettings, from_mapping
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.pt"
 ANSWERS, STATES, LOCK = "answers.jsonl", "states", ".lock"
-LENGTHS = ("minutes", "steps")  # the settings that say how long a run is
+LENGTHS = ("minutes", "steps")  # the settings for the length of a run
 # Files that a run writes, replaces and deletes. A folder that holds them without a recipe is refused.
 WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, STATES)
 
 
 @contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Turn a write error, such as a full disk, into a SpecDecError."""
+    """Turn a write error in the ``with`` block, such as a full disk, into a SpecDecError.
+
+    what: names what is written, for the message. folder: where it is written.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -41,12 +44,18 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
 
 def lock_of(settings: TrainSettings) -> FileLock:
-    """Held by the process that writes to the output folder."""
+    """Return the lock of the output folder, which the process that writes there acquires. It is not acquired yet."""
     return FileLock(Path(settings.output) / LOCK, timeout=0, thread_local=False)
 
 
 def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = None) -> Path:
-    """Create the folder, or check that it holds a run with the same settings; take the lock, if this is to write."""
+    """Create the output folder of ``settings``, write its recipe and return its path.
+
+    resume: whether the folder may hold a run with the same settings, which is then continued.
+    lock: acquired before anything is written; None: this process does not write.
+    Raises SpecDecError if the folder holds another run or other files, if another process trains in it, or if it
+    cannot be written.
+    """
     if not settings.output:
         raise SpecDecError("no output folder; give --output DIR")
     output, own = Path(settings.output), recorded(settings)
@@ -73,10 +82,11 @@ def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = N
 
 
 def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
-    kept = inputs.read_yaml(output / RECIPE)
-    if kept["method"] != own.method:
-        raise SpecDecError(f"'{output}' holds a run of 'specdec train {kept['method']}'; use another --output")
-    earlier = from_mapping(type(own), kept, f"'{output / RECIPE}'")
+    """Raise SpecDecError unless ``resume`` is set and the folder's recipe equals ``own`` (but for device, length)."""
+    recipe = inputs.read_yaml(output / RECIPE)
+    if recipe["method"] != own.method:
+        raise SpecDecError(f"'{output}' holds a run of 'specdec train {recipe['method']}'; use another --output")
+    earlier = from_mapping(type(own), recipe, f"'{output / RECIPE}'")
     if not resume:
         raise SpecDecError(
             f"'{output}' holds a training run; pass --resume to continue it, also with a longer --minutes or "
@@ -90,7 +100,7 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
 
 
 def recorded(settings: TrainSettings) -> TrainSettings:
-    """``settings`` without local paths, because drafter folders are published."""
+    """Return a copy of ``settings`` with names instead of local paths, because drafter folders are published."""
     names: dict[str, Any] = {"model": source.public_name(settings.model), "output": ""}
     for key in ("prompts", "holdout"):
         names[key] = tuple(Path(path).name for path in getattr(settings, key))
@@ -103,7 +113,10 @@ def recorded(settings: TrainSettings) -> TrainSettings:
 
 
 def write_checkpoint(output: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint. state: tensors, and plain values."""
+    """Replace the checkpoint in ``output`` atomically. state: tensors and plain values, nested in dicts.
+
+    Raises SpecDecError if the disk is full.
+    """
     data = io.BytesIO()
     torch.save(state, data)
     with writing("a checkpoint", output):
@@ -112,7 +125,11 @@ def write_checkpoint(output: Path, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def read_checkpoint(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
-    """Restore tensors and return the state. Raises SpecDecError for a damaged file and another run's file."""
+    """Read the checkpoint in ``output``: restore ``masters`` and ``optimizer``, and return the whole saved state.
+
+    masters: parameters by name, overwritten in place.
+    Raises SpecDecError for a damaged file and for the file of another run.
+    """
     path, kinds = output / CHECKPOINT, (UnpicklingError, EOFError, KeyError, ValueError, TypeError, RuntimeError)
     with errors_as(f"'{path}' is not a checkpoint of this run; delete it to start anew", *kinds):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,6 +1,6 @@
 """Gradient training of one drafter: updates, evaluations, metrics and exports, from a checkpoint or from the start.
 
-All processes of a run read the same batches. Each takes its share of the rows, and gradients are averaged.
+All processes of a run read the same batches. Each process trains on its share of the rows, and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -33,11 +33,16 @@ from specdec.train.output import CHECKPOINT, METRICS, RECIPE, read_checkpoint, w
 from specdec.train.states import AnswerStates
 
 REPORT_UPDATES = 10  # updates per line of metrics.jsonl
-STATE = "update", "tokens", "seconds", "best", "logged"  # of a run, in its checkpoint
+STATE = "update", "tokens", "seconds", "best", "logged"  # attributes of a run that its checkpoint stores
 
 
 class TrainingRun:
-    """The gradient training of one drafter. Only the first process evaluates and writes."""
+    """The gradient training of one drafter by ``method``, in one of the processes. Only the first one writes.
+
+    vocab: the draft vocabulary, token ids int32 [V']; None: the full vocabulary.
+    train, held_out: the base model's states of the answers to train on and to evaluate on.
+    output: the output folder. console: shows progress. processes: the group of processes that train together.
+    """
 
     def __init__(
         self,
@@ -51,9 +56,9 @@ class TrainingRun:
     ) -> None:
         self.method, self.settings, self.target = method, method.settings, method.target
         self.output, self.console, self.processes = output, console, processes
-        torch.manual_seed(self.settings.seed)  # the masters' first values
+        torch.manual_seed(self.settings.seed)  # for the initial values of the master weights
         self.masters = method.build(vocab).to(self.target.device)  # float32
-        self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # what runs
+        self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # the running copy
         self.records, self.held_out = train, held_out
         self.windows = batches.windows(train, self.settings.window)
         self.parameters = {n: p for n, p in self.masters.named_parameters() if p.requires_grad}
@@ -62,11 +67,18 @@ class TrainingRun:
             [{"params": [p]} for p in self.parameters.values()], betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
         self.init = drafter_folder.read_config(Path(self.settings.init)) if self.settings.init else None
-        self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
-        self.logged = 0  # bytes of the metrics
+        self.update = 0  # finished updates
+        self.tokens = 0  # answer positions trained on
+        self.seconds = 0.0  # of training, over all runs of this folder
+        self.best = -math.inf  # the best score so far
+        self.logged = 0  # length of metrics.jsonl in bytes
 
     def train(self, resume: bool) -> dict[str, Any]:
-        """Train to the end of the schedule and return the figures of the best drafter."""
+        """Train to the end of the schedule and return the evaluation figures of the best drafter.
+
+        resume: whether to continue from the checkpoint in the output folder, if there is one.
+        Raises SpecDecError if the loss becomes NaN or infinite; the best drafter so far stays in the folder.
+        """
         if resume and (self.output / CHECKPOINT).exists():
             self._restore()
         else:
@@ -108,7 +120,7 @@ class TrainingRun:
         return best
 
     def _start(self) -> None:
-        """Start from a trained drafter, or from closed-form fits."""
+        """Initialize the weights, from the drafter ``init`` or by closed-form regression, and evaluate them."""
         first = self.processes.is_main_process
         if first:
             (self.output / METRICS).unlink(missing_ok=True)  # left by a run without a checkpoint
@@ -116,7 +128,7 @@ class TrainingRun:
             self._begin_from(self.init, self.method.read_parameters(Path(self.settings.init)))
         elif first:
             total = min(self.settings.fit_tokens, count_positions(self.windows))
-            self.method.fit(self.network, lambda: self._shown("closed-form fit", self._fit_batches(), total))
+            self.method.fit(self.network, lambda: self._show("closed-form fit", self._fit_batches(), total))
             copy_values(self.running, self.parameters)
         self._evaluate()
         for (name, parameter), group in zip(self.parameters.items(), self.optimizer.param_groups, strict=True):
@@ -130,6 +142,7 @@ class TrainingRun:
             self._evaluate()
 
     def _begin_from(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Copy the tensors of a trained drafter. Raises SpecDecError if it is of another kind or shape."""
         kind = self.method.config(self.network)["drafter"]
         odd = [n for n, p in self.parameters.items() if n not in tensors or tensors[n].shape != p.shape]
         if odd or config["drafter"] != kind:
@@ -142,6 +155,7 @@ class TrainingRun:
         copy_values(self.parameters, self.running)
 
     def _fit_batches(self) -> Iterable[TrainingBatch]:
+        """Yield batches for closed-form regression, until they hold ``fit_tokens`` valid positions."""
         seen = 0
         for rows in batches.epoch(self.windows, self.settings.rows, self.settings.seed, 0):
             batch = self._batch(self.records, rows)
@@ -150,28 +164,28 @@ class TrainingRun:
             if seen >= self.settings.fit_tokens:
                 return
 
-    def _shown(self, what: str, found: Iterable[TrainingBatch], total: int) -> Iterator[TrainingBatch]:
-        """Yield ``found`` and show the progress in answer tokens."""
+    def _show(self, what: str, source: Iterable[TrainingBatch], total: int) -> Iterator[TrainingBatch]:
+        """Yield the batches of ``source`` and show a progress bar ``what`` over ``total`` answer tokens."""
         with progress_bars(self.console) as progress:
             task = progress.add_task(what, total=total, unit="tokens")
-            for batch in found:
+            for batch in source:
                 yield batch
                 progress.advance(task, int(batch.valid.sum()))
 
     # -- an update ----------------------------------------------------------------------------------------------
 
     def _done(self) -> float:
-        """The finished share of the schedule."""
+        """Return the finished share of the schedule, by updates or by time: 0 at the start, 1 or more at the end."""
         if self.settings.steps is not None:
             return self.update / self.settings.steps
         return self.seconds / (60 * self.settings.minutes)
 
     def _rate(self, done: float) -> float:
-        """The factor on all learning rates: warmup, then linear decay."""
+        """Return the factor on learning rates: warm-up, then linear decay. done: finished share of the run."""
         return min(1.0, (self.update + 1) / self.settings.warmup, (1 - done) / self.settings.decay)
 
     def _progress_text(self, means: dict[str, float], done: float) -> str:
-        """The state of the run, for the progress bar."""
+        """Return the state of the run as text for the progress bar: speed, loss, agreement and time left."""
         speed, left = self.tokens / max(self.seconds, 1e-6), (1 - done) / max(done, 1e-6) * self.seconds
         figures = f"loss {means['loss']:.3f}, agreement {means['agree']:.3f}"
         return f"{speed:.0f} tokens/s, {figures}, {left / 60:.0f} min left"
@@ -180,7 +194,7 @@ class TrainingRun:
         return batches.assemble(records, rows, self.settings.window, self.target.device, self.target.dtype)
 
     def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
-        """One update on this process's rows of a batch. An update that is not finite is skipped."""
+        """Update on this process's share of ``rows``, unless the loss is not finite; return figures."""
         batch = self._batch(self.records, rows[self.processes.process_index :: self.processes.num_processes])
         loss, figures = self.method.loss(self.network, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -196,10 +210,7 @@ class TrainingRun:
         return figures
 
     def _average(self, figures: dict[str, float], count: Tensor) -> tuple[dict[str, float], int]:
-        """Move gradients to the masters. They and the figures become means over all processes, weighted by tokens.
-
-        Returns the figures and the sum of the tokens.
-        """
+        """Give the masters the averaged gradients; return averaged figures and the sum of tokens (``count``)."""
         total = reduce(count, "sum")
         share = count / total
         for name, parameter in self.parameters.items():
@@ -215,11 +226,11 @@ class TrainingRun:
         """Evaluate on held-out answers, and export the drafter if it is the best so far."""
         if not self.processes.is_main_process:
             return
-        place = self.target.device, self.target.dtype
-        held_out = batches.by_length(self.held_out, self.settings.rows, self.settings.window, *place)
-        total = count_positions(batches.windows(self.held_out, self.settings.window))
+        settings, target = self.settings, self.target
+        held_out = batches.by_length(self.held_out, settings.rows, settings.window, target.device, target.dtype)
+        total = count_positions(batches.windows(self.held_out, settings.window))
         with torch.no_grad():
-            figures = self.method.evaluate(self.network, self._shown("evaluation", held_out, total))
+            figures = self.method.evaluate(self.network, self._show("evaluation", held_out, total))
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
         tell(
             self.console,
@@ -273,8 +284,8 @@ class TrainingRun:
 
 
 @torch.no_grad()
-def copy_values(source: Mapping[str, Any], onto: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in onto.items():
+def copy_values(source: Mapping[str, Any], destination: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in destination.items():
         parameter.copy_(source[name])
 
 

@@ -19,47 +19,48 @@ Files = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 
 
 class TrainSettings(Settings):
-    """Settings of all methods. A run writes them, with those of its method, to ``train.yaml`` in the output folder.
+    """The settings that all training methods share; a method's own class adds to them.
 
-    replaces: for a given setting, new values for settings of the preset that it excludes.
+    The comment beside each field explains it. A run writes its settings to ``train.yaml`` in the output folder.
+    replaces: setting -> the values of other settings that replace those of the preset when this setting is given.
     """
 
     model_config = ConfigDict(strict=False)  # YAML has lists for tuples, and text for 1e-5
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {"steps": {"minutes": None}, "minutes": {"steps": None}}
 
-    method: str = ""
-    model: str = "smollm2-135m-instruct"
-    adapter: str | None = None  # a LoRA adapter to merge into the model
+    method: str = ""  # the training method's name
+    model: str = "smollm2-135m-instruct"  # the base model: a name, a folder or a hub id
+    adapter: str | None = None  # a LoRA adapter to merge into the model; None: no adapter
     prompts: Files = ()  # files of prompts or of token-id answers
     holdout: Files = ()  # files whose prompts must not be trained on
-    output: str = ""
-    dtype: str = "auto"  # of the base and the running copy (``trainer.open_target``); masters are float32
-    storage: Literal["auto", "bfloat16", "int8"] = "auto"  # of the drafter's file; auto: float32 if the dtype is that
+    output: str = ""  # output folder
+    dtype: str = "auto"  # of the base model and the running copy (``trainer.open_target``); masters are float32
+    storage: Literal["auto", "bfloat16", "int8"] = "auto"  # of the drafter's file; auto: bfloat16, or float32 as dtype
     device: str = "auto"  # auto: the first usable CUDA device, else the CPU
     seed: int = Field(0, ge=0, le=2**63 - 1)
-    init: str = ""  # folder of a trained drafter to start from; empty: a closed-form start
-    draft_vocab: int = Field(8192, ge=0)  # most frequent tokens of the answers; 0: the full vocabulary; or as ``init``
+    init: str = ""  # folder of a trained drafter to start from; empty: start with a closed-form regression
+    draft_vocab: int = Field(8192, ge=0)  # size; 0: the full vocabulary. With ``init``, the vocabulary is that of init
 
-    # Answers of the base to prompts without answers.
+    # Answers of the base model to prompts without answers.
     max_new_tokens: Positive = 256
-    sampled: Share = 0.0  # share of prompts that are answered at ``temperature``, the others greedily
+    sampled: Share = 0.0  # share of prompts whose answers are sampled at ``temperature``; the rest is greedy
     temperature: PositiveFloat = 0.8
     eval_fraction: float = Field(0.03, gt=0, lt=1)  # share of prompts for evaluation
-    eval_answers: Positive = 100  # maximum number of them
+    eval_answers: Positive = 100  # largest number of answers for evaluation
 
-    # Training.
-    minutes: PositiveFloat | None = 30.0  # of gradient training, without answers and teacher states; or
+    # Training. Its length is given in minutes or in steps; the other is None.
+    minutes: PositiveFloat | None = 30.0  # of gradient training, without the time for answers and states
     steps: Positive | None = None  # number of updates
     rows: Positive = 16  # windows per batch
     window: Positive = 64  # answer positions per window
-    fit_tokens: Positive = 100_000  # answer tokens for closed-form fits
-    relative_rate: PositiveFloat = 0.05  # AdamW's rate as a share of a parameter's scale (``parameter_scale``)
+    fit_tokens: Positive = 100_000  # answer tokens for closed-form regression
+    relative_rate: PositiveFloat = 0.05  # AdamW's learning rate as a share of a parameter's scale (``parameter_scale``)
     warmup: Positive = 20  # updates
-    decay: float = Field(1.0, gt=0, le=1)  # last share of the run, in which the rate falls linearly to zero
-    clip: PositiveFloat = 1.0
-    sharpen: Share = 0.0  # share of probability that moves to the base's most likely token
-    checkpoint_minutes: float = 3.0
-    eval_minutes: float = 10.0
+    decay: float = Field(1.0, gt=0, le=1)  # last share of the run, in which the learning rate falls linearly to zero
+    clip: PositiveFloat = 1.0  # largest norm of the gradient
+    sharpen: Share = 0.0  # share of the target probability that moves to the base model's most likely token
+    checkpoint_minutes: float = 3.0  # between checkpoints
+    eval_minutes: float = 10.0  # between evaluations
 
     @field_validator("*", mode="before")
     @classmethod
@@ -79,10 +80,11 @@ S = TypeVar("S", bound=TrainSettings)
 
 
 def load_settings(kind: type[S], method: str, preset: str | None, overrides: Mapping[str, Any]) -> S:
-    """The preset with ``overrides``, of which those that are None do not count.
+    """Return the settings of a preset, with ``overrides`` in place of its values.
 
-    kind: the method's settings class.
-    preset: a name in ``configs/train`` or a YAML file; None: the method's name.
+    kind: the settings class of the training method ``method``.
+    preset: a name in ``configs/train`` or a YAML file; None: the preset named like the method.
+    overrides: setting -> value; an entry with the value None is ignored.
     Raises SpecDecError for unknown presets and keys and for invalid values.
     """
     preset = preset or method
@@ -97,7 +99,10 @@ def load_settings(kind: type[S], method: str, preset: str | None, overrides: Map
 
 
 def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
-    """Settings from plain values. Raises SpecDecError for unknown keys and invalid values."""
+    """Return a settings object of class ``kind`` with ``values``.
+
+    Raises SpecDecError, beginning with ``where``, for unknown keys and invalid values.
+    """
     try:
         return kind(**{str(key): value for key, value in values.items()})
     except SpecDecError as error:

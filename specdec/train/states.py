@@ -1,7 +1,7 @@
 """Teacher states on disk: states of the base model for each training answer, computed once for all epochs.
 
-A store is a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with their names, the base
-model's fingerprint and a digest of the answers. It is written shard by shard, so a killed run can resume.
+The states are a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with the shards' names,
+the base model's fingerprint and a digest of the answers. Shards are written one by one, so a killed run can resume.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ from specdec.train.data import TrainingAnswer
 from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
-SHARD_ANSWERS = 256
-EVERY = "ids", "k.", "v."  # what every token has begins so; the rest begins at ``first``
-PASS_TOKENS = 1024  # tokens of a pass, padding included: intermediate results fit into the CPU cache
-READOUT_ROWS, SUM_ROWS = 256, 8  # positions per readout, in the model's dtype and in float32
+SHARD_ANSWERS = 256  # answers per shard
+EVERY_TOKEN = "ids", "k.", "v."  # prefixes of tensors with an entry for every token; all others begin at ``first``
+PASS_TOKENS = 1024  # tokens per forward pass, padding included: intermediate results fit into the CPU cache
+READOUT_ROWS = 256  # positions per call of the output head
+SUM_ROWS = 8  # positions per log-sum-exp in float32
 
 
 @dataclass(frozen=True)
 class StateSelection:
     """The layers whose states are stored.
 
-    kv: keys and values of every token.
-    hidden: layer inputs (layer N: final states), from two positions before the first answer token on.
+    kv: layers whose keys and values are stored, for every token.
+    hidden: layers whose inputs are stored (layer N: the final states), from two positions before the first answer
+    token on.
     """
 
     kv: tuple[int, ...]
@@ -51,23 +53,30 @@ class StateSelection:
 
 @dataclass(frozen=True)
 class AnswerStates:
-    """The states of an answer of L tokens, as views of a memory-mapped shard. They begin at position ``first``."""
+    """The base model's states on a prompt and its answer, L tokens together, as views of a memory-mapped shard.
 
-    ids: Tensor  # int32 [L]
-    prompt: int  # tokens of the prompt
+    ids: int32 [L]. prompt: number of prompt tokens. kv: layer -> keys and values [L, H', d].
+    first: position of the first entry of the following fields, which have n = L - 1 - first entries.
+    hidden: layer -> the layer's input [n, D]. best: the most likely next token, int32 [n].
+    log_z: log of the partition sum over the full vocabulary, float32 [n].
+    """
+
+    ids: Tensor
+    prompt: int
     first: int
-    kv: dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values [L, H', d]
-    hidden: dict[int, Tensor]  # layer -> [L - 1 - first, D]
-    best: Tensor  # int32 [L - 1 - first], the base's most likely next token
-    log_z: Tensor  # float32 [L - 1 - first], log of the base's partition sum over the full vocabulary
+    kv: dict[int, tuple[Tensor, Tensor]]
+    hidden: dict[int, Tensor]
+    best: Tensor
+    log_z: Tensor
 
 
-def first_kept(prompt: int) -> int:
+def first_stored(prompt: int) -> int:
+    """Return the first position whose hidden states are stored, after a prompt of ``prompt`` tokens."""
     return max(prompt - 2, 0)
 
 
 def digest(answers: Sequence[TrainingAnswer]) -> str:
-    """A digest of the token ids of the answers, in order."""
+    """Return the SHA-256 (hex digits) of the token ids of the answers, in order."""
     sha = hashlib.sha256()
     for answer in answers:
         sha.update(json.dumps([answer.prompt_ids, answer.response_ids]).encode())
@@ -82,16 +91,16 @@ def compute_states(
     progress: Progress | None = None,
     name: str = "",
 ) -> list[AnswerStates]:
-    """Complete the store in ``folder`` for these answers and read it.
+    """Return the states ``wanted`` of ``target`` on each of ``answers``, in order, computing what ``folder`` lacks.
 
-    progress: shows the finished tokens of ``name``.
-    Raises SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and
-    for a full disk and for recurrent layers, whose states are not stored.
+    progress: shows the number of finished tokens; None: nothing is shown. name: names these states in its bar.
+    Raises SpecDecError if the folder holds states of another model or of other answers, for damaged or missing shards,
+    for a full disk, and if ``wanted.kv`` has a recurrent layer, because its states are not stored.
     """
-    if through := sorted(target.recurrent_layers.intersection(wanted.kv)):
+    if recurrent := sorted(target.recurrent_layers.intersection(wanted.kv)):
         raise SpecDecError(
-            f"layer {through[0]} is recurrent, and training runs through layers with attention only; m2r2 learns from "
-            "texts of this model by itself (specdec learn MODEL), and medusa runs no layer"
+            f"layer {recurrent[0]} is recurrent, and training runs through layers with attention only; m2r2 learns "
+            "from texts of this model by itself (specdec learn MODEL), and medusa runs no layer"
         )
     progress = progress or Progress(console=Console(quiet=True))
     name = f"teacher states ({name})" if name else "teacher states"
@@ -120,7 +129,7 @@ def compute_states(
         folder.mkdir(parents=True, exist_ok=True)
         for start in range(len(shards) * SHARD_ANSWERS, len(answers), SHARD_ANSWERS):
             chunk, file = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
-            save_file(_teach(target, chunk, wanted, done), folder / f"{file}.part")
+            save_file(_make_shard(target, chunk, wanted, done), folder / f"{file}.part")
             (folder / f"{file}.part").replace(folder / file)
             shards.append({"file": file, "answers": len(chunk)})
             write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
@@ -128,13 +137,13 @@ def compute_states(
 
 
 @torch.inference_mode()
-def _teach(
+def _make_shard(
     target: Target,
     answers: Sequence[TrainingAnswer],
     wanted: StateSelection,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
-    """Run the base over the answers and return the tensors of a shard, answers in the given order."""
+    """Run ``target`` over the answers; return the tensors of their shard. progress: called with finished tokens."""
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     found: list[dict[str, Tensor]] = [{} for _ in texts]
     for some in _grouped([len(text) for text in texts]):
@@ -142,13 +151,13 @@ def _teach(
         cache = target.new_cache(len(some))
         taps = {layer: ids for layer in wanted.hidden}
         final = whole_pass(target, ids, cache, taps)
-        kept = [slice(first_kept(len(answers[i].prompt_ids)), len(answers[i]) - 1) for i in some]
-        read = _read_out(target, torch.cat([final[b, own] for b, own in enumerate(kept)]))
-        counts = [own.stop - own.start for own in kept]
+        stored = [slice(first_stored(len(answers[i].prompt_ids)), len(answers[i]) - 1) for i in some]
+        read = _read_out(target, torch.cat([final[b, own] for b, own in enumerate(stored)]))
+        counts = [own.stop - own.start for own in stored]
         for b, (i, best, log_z) in enumerate(zip(some, *(each.split(counts) for each in read), strict=True)):
             length, own = len(texts[i]), found[i]
             own |= {"best": best, "log_z": log_z}
-            own |= {f"hidden.{layer}": taps[layer][b, kept[b]].clone() for layer in wanted.hidden}
+            own |= {f"hidden.{layer}": taps[layer][b, stored[b]].clone() for layer in wanted.hidden}
             for layer in wanted.kv:
                 own |= {f"{name}.{layer}": x[:length].clone() for name, x in cache.of_layer(layer, b).items()}
         progress(sum(len(texts[i]) for i in some))
@@ -158,7 +167,7 @@ def _teach(
 
 
 def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of texts of similar length, as many as fit into a pass."""
+    """Yield groups of indices into ``lengths`` (tokens per text): texts of similar length that fit into one pass."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
         count = max(1, PASS_TOKENS // lengths[order[-1]])
@@ -167,7 +176,7 @@ def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely tokens (int32 [M]) after final states ``x`` [M, D], and the log partition sums (float32 [M])."""
+    """Return the most likely tokens after final states ``x`` [M, D], int32 [M], and log partition sums, float32 [M]."""
     best, log_z = list[Tensor](), list[Tensor]()
     for rows in x.split(READOUT_ROWS):
         logits = target.readout(rows[None])[0]
@@ -177,21 +186,26 @@ def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tensor]) -> Tensor:
-    """The final states [B, L, D] of rows of text ``ids`` [B, L]."""
+    """Run all layers of ``target`` over the texts ``ids`` [B, L] and return the final states [B, L, D].
+
+    cache: an empty cache of B rows, which receives the keys and values.
+    taps: its keys are layers; the values are replaced by the inputs of these layers [B, L, D].
+    """
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     given = Pass(positions, cache.register(0, positions), cache, taps)
     return target.layers(target.embed(ids, positions), 0, target.num_layers, given)
 
 
 def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerStates]:
+    """Cut the tensors of a shard into the states of its answers."""
     lengths, prompts = tensors.pop("lengths").tolist(), tensors.pop("prompts").tolist()
-    kept = [length - 1 - first_kept(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
-    split = {key: tensor.split(lengths if key.startswith(EVERY) else kept) for key, tensor in tensors.items()}
+    counts = [length - 1 - first_stored(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
+    split = {key: tensor.split(lengths if key.startswith(EVERY_TOKEN) else counts) for key, tensor in tensors.items()}
     return [
         AnswerStates(
             split["ids"][i],
             prompt,
-            first_kept(prompt),
+            first_stored(prompt),
             {n: (split[f"k.{n}"][i], split[f"v.{n}"][i]) for n in wanted.kv},
             {layer: split[f"hidden.{layer}"][i] for layer in wanted.hidden},
             split["best"][i],

@@ -1,9 +1,10 @@
-"""The drafter in training: its own drafts of steps 1, 2, ... at every position of a batch, and the loss.
+"""M2R2 in training: the drafter's own drafts at every position of a batch, and the loss against the base model.
 
-Step s at position t drafts s tokens past the last verified one: with exact keys and values up to t - s, provisional
-ones of its own earlier steps, and the carry of step s - 1 at t - 1. It runs ``specdec.drafters.m2r2_network``.
+Draft step s = 1, 2, ... at position t drafts the token after t, s tokens past the last verified one. It attends to the
+base model's keys and values up to t - s and to the drafter's own ones after that. It reads the states that step s - 1
+had at t - 1 (``Carry``; for step 1, those of the base model). The network is ``specdec.drafters.m2r2_network``.
 
-Its projections start in closed form: ridge regression between states.
+Projections start in closed form, by ridge regression between states of the base model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from specdec.train.batches import TrainingBatch
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
-    """The carry of step 1: exact states of the previous position."""
+    """Return the states that draft step 1 reads: those of the base model at the previous position, each [B, T, D]."""
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
 
@@ -29,15 +30,17 @@ def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
 def shared_stages(
     network: M2R2, target: Target, batch: TrainingBatch, watched: bool = False
 ) -> list[tuple[Tensor, list[Tensor]]]:
-    """p [B, T, D] after each stage that h also runs, and, if ``watched``, the residuals up to there.
+    """Run the early layers, which the draft path shares with the base model.
 
-    p is the exact state, or the output of the adapted layers with exact keys and values.
+    Returns, for each stage (range of layers) of ``network.path.shared``, the accelerated residual after it [B, T, D]
+    and the residuals that a router reads there. The accelerated residual is the base model's own state, unless early
+    layers have adapters. watched: whether to compute the router's residuals; if not, their list may be empty.
     """
     path, found, passed = network.path, list[tuple[Tensor, list[Tensor]]](), list[Tensor]()
     if not path.adapts_early:
         return [(batch.hidden[hi], [batch.hidden[h] for _, h in path.shared if h <= hi]) for _, hi in path.shared]
     x = target.embed(batch.ids, batch.positions)
-    keys = torch.arange(batch.slots, device=x.device).expand(len(x), -1)  # (B, S)
+    keys = torch.arange(batch.num_keys, device=x.device).expand(len(x), -1)  # (B, S)
     exact = keys[:, None] <= batch.positions[:, :, None]  # (B, T, S)
     own = torch.zeros(*exact.shape[:2], x.shape[1], dtype=torch.bool, device=x.device)
     mask = Mask(batch.positions, torch.cat((keys, batch.positions), 1), torch.cat((exact, own), 2))
@@ -54,10 +57,10 @@ def shared_stages(
 def draft_steps(
     network: M2R2, target: Target, batch: TrainingBatch, steps: int, watched: bool = False
 ) -> Iterator[tuple[list[tuple[Tensor, list[Tensor]]], Tensor]]:
-    """Yield the states of each exit and valid positions (bool [B, T]) of steps 1 .. ``steps``.
+    """Draft ``steps`` tokens at every position of ``batch`` and yield (exits, valid positions) for each draft step.
 
-    The states are the estimate of h[N] [B, T, D] and, if ``watched``, the residuals that the router there reads, each
-    [B, T, D]. The carry is that of the last exit.
+    exits: for each exit of the draft path, the estimated final state [B, T, D] and, if ``watched``, the residuals that
+    the router there reads, each [B, T, D]. valid: bool [B, T]. A step continues from the last exit of the step before.
     """
     path, early = network.path, shared_stages(network, target, batch, watched)
     start, first = early[-1] if early else (target.embed(batch.ids, batch.positions), [])
@@ -81,7 +84,11 @@ def draft_steps(
 
 
 def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: int) -> tuple[Tensor, Carry]:
-    """The input of projection ``index`` in step 1: the residual [B, T, D] after the earlier stages, and the carry."""
+    """Return the input of projection ``index`` in draft step 1.
+
+    It is the accelerated residual [B, T, D] after the stages before the projection, and the states of the previous
+    position (``exact_carry``).
+    """
     path, carry = network.path, exact_carry(network, batch)
     early, segments = shared_stages(network, target, batch), len(path.segments)
     ends = [target.embed(batch.ids, batch.positions), *(p for p, _ in early)]
@@ -94,9 +101,12 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
 
 
 def step_mask(batch: TrainingBatch, step: int) -> Mask:
-    """The mask of ``step``: exact entries up to t - step, then one provisional entry per later step."""
+    """Return the attention mask of draft step ``step`` (from 1).
+
+    Position t sees the base model's keys up to t - step, and one key of each draft step up to this one.
+    """
     b, t = batch.ids.shape
-    keys = torch.arange(batch.slots, device=batch.ids.device).expand(b, -1)  # (B, S)
+    keys = torch.arange(batch.num_keys, device=batch.ids.device).expand(b, -1)  # (B, S)
     index = torch.arange(t, device=batch.ids.device)
     lag = index[:, None] - index  # (T, T), query minus key
     exact = keys[:, None] <= batch.positions[:, :, None] - step  # (B, T, S)
@@ -105,17 +115,20 @@ def step_mask(batch: TrainingBatch, step: int) -> Mask:
 
 
 def shift_right(x: Tensor) -> Tensor:
-    """Shift [B, T, ...] by one position, from t - 1 to t; the first position gets zeros."""
+    """Move the entries of ``x`` [B, T, ...] from position t - 1 to t; the first position gets zeros."""
     return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
 
 
 class Teacher:
-    """The soft targets of a batch over a draft vocabulary, and comparisons of logits with them.
+    """The base model's distributions over a draft vocabulary, and the loss of a drafter's logits against them.
 
-    The vocabulary of a batch is the drafter's own plus ``extra`` further tokens, first those that the base chooses in
-    the batch. (When it drafts, the drafter adds the tokens of its context.)
-    sharpen: share of probability that moves to the base's most likely token, if the vocabulary has it.
+    Call ``begin`` for each batch first. The vocabulary of a batch is the drafter's own plus further tokens, first those
+    that the base model chooses in the batch (when it drafts, a drafter also adds the tokens of its context).
+
+    vocab: the drafter's vocabulary, token ids int [V']; None: the full vocabulary.
+    sharpen: share of probability that moves to the base model's most likely token, if the vocabulary has it.
     variation: share of the loss that is the total variation; the rest is KL.
+    extra: number of further tokens in the vocabulary of a batch.
     """
 
     def __init__(
@@ -126,14 +139,15 @@ class Teacher:
         self.own = set() if vocab is None else set(vocab.tolist())
         self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))
         self.head: nn.Linear | None = None
-        self.place: Tensor | None = None  # token id -> index in the batch's vocabulary, or -1
+        self.index_of: Tensor | None = None  # token id -> index in the batch's vocabulary, or -1
 
     @torch.no_grad()
     def begin(self, batch: TrainingBatch) -> None:
-        """Compute the targets of a batch: p [B, T, V'], renormalised over its vocabulary.
+        """Compute the base model's distributions for ``batch`` and set the attributes that describe them.
 
-        best, next: indices of the base's and the text's next tokens.
-        mass: the base's probability of the vocabulary.
+        p: probabilities [B, T, V'], normalized over the vocabulary of the batch. entropy: of p, [B, T].
+        best, next: indices in this vocabulary of the base model's and the text's next token, [B, T]; -1: not in it.
+        mass: the base model's probability of the whole vocabulary of the batch [B, T]. count: valid positions.
         """
         if self.vocab is not None:
             seen = torch.zeros(self.target.vocab_size, dtype=torch.int8, device=self.vocab.device)
@@ -142,9 +156,9 @@ class Teacher:
             more = seen.argsort(descending=True, stable=True)[: self.extra]  # chosen tokens first, none of vocab
             vocab = torch.cat((self.vocab, more))
             self.head = self.target.reduced_head(vocab)
-            self.place = torch.full_like(seen, -1, dtype=torch.long)
-            self.place[vocab] = torch.arange(len(vocab), device=vocab.device)
-        self.best, self.next = (i if self.place is None else self.place[i] for i in (batch.best, batch.next_ids))
+            self.index_of = torch.full_like(seen, -1, dtype=torch.long)
+            self.index_of[vocab] = torch.arange(len(vocab), device=vocab.device)
+        self.best, self.next = (i if self.index_of is None else self.index_of[i] for i in (batch.best, batch.next_ids))
         x = self.target.readout(batch.hidden[self.target.num_layers], self.head)
         logits = x.float()
         inside = torch.logsumexp(logits, -1, keepdim=True)
@@ -161,30 +175,41 @@ class Teacher:
         return self.target.readout(final, self.head)
 
     def loss(self, logits: Tensor) -> Tensor:
-        """KL(target || draft) per position [B, T], and the share ``variation`` of 1 - sum(min(target, draft)).
+        """Return the loss of a drafter's ``logits`` [B, T, V'] at each position, [B, T].
 
-        The latter is the probability that speculative sampling rejects the draft.
+        It is (1 - variation) * KL(base || draft) + variation * (1 - sum(min(base, draft))). The second term, the total
+        variation, is the probability that speculative sampling rejects the draft.
         """
         x, p = logits.float(), self.p.float()
         total = torch.logsumexp(x, -1)
         away = total - (p * x).sum(-1) - self.entropy
         if not self.variation:
             return away
-        kept = torch.minimum(torch.exp(x - total[..., None]), p).sum(-1)
-        return (1 - self.variation) * away + self.variation * (1 - kept)
+        overlap = torch.minimum(torch.exp(x - total[..., None]), p).sum(-1)
+        return (1 - self.variation) * away + self.variation * (1 - overlap)
 
     def compare(self, logits: Tensor, valid: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, float]:
-        """The weighted loss over ``valid`` [B, T] per valid position of the batch, and the agreement over ``valid``."""
+        """Return the mean loss of ``logits`` [B, T, V'] and the share that agree with the base model's choice.
+
+        Both are taken over the positions ``valid``, bool [B, T]. The loss is multiplied by ``weight`` [B, T], summed
+        and divided by the number of valid positions of the batch.
+        """
         loss = (self.loss(logits) * valid * weight).sum() / self.count
         return loss, float(self.hits(logits)[valid].float().mean())
 
     def hits(self, logits: Tensor, index: Tensor | None = None) -> Tensor:
-        """Whether the draft's choice is ``index`` [B, T]; None: the base's choice. Index -1 is never a hit."""
+        """Return, bool [B, T], whether the most likely token of ``logits`` [B, T, V'] is the token ``index``.
+
+        index: [B, T] in the vocabulary of the batch, -1 for tokens outside; None: the base model's choice.
+        """
         index, logits = self.best if index is None else index, logits.detach()
         return (logits.gather(-1, index.clamp_min(0)[..., None])[..., 0] >= logits.amax(-1)) & (index >= 0)
 
     def known(self, batch: TrainingBatch) -> Tensor:
-        """Where the base's choice is in the drafter's vocabulary or in the preceding text: bool [B, T]."""
+        """Return where the drafter could draft the base model's choice, bool [B, T].
+
+        The choice must be in the drafter's vocabulary or in the text up to the position.
+        """
         if self.vocab is None:
             return batch.valid
         known = torch.zeros_like(batch.valid)
@@ -198,14 +223,17 @@ class Teacher:
 
 
 def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
-    """Fit the projections one after another, each on the path of the earlier ones."""
+    """Fit all projections of ``network`` in order, each with the outputs of the ones before as input.
+
+    batches: a function; each call returns a new iterator over the batches.
+    """
     for index in range(len(network.projections)):
         fit_projection(network, target, batches(), index)
 
 
 @torch.no_grad()
 def fit_projection(network: M2R2, target: Target, batches: Iterable[TrainingBatch], index: int) -> None:
-    """Fit projection ``index`` for draft step 1 with the exact carry."""
+    """Set projection ``index`` by ridge regression from its inputs in draft step 1 to the base model's states."""
     path, layer = network.path, network.projections[index]
     sums = Sums(layer.in_features, layer.out_features)
     goal = path.segments[index][0] if index < len(path.segments) else network.num_layers

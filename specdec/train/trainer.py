@@ -1,7 +1,7 @@
-"""``train``: from prompts to a drafter folder. Every stage resumes where a killed run stopped.
+"""``train``: from prompts to a drafter folder. Every part of a run resumes where a killed run stopped.
 
-Stages: the base answers the prompts that have no answers, its states are computed once, closed-form fits follow, then
-gradient training (``specdec.train.run``). The base is frozen, and only answer positions count.
+The base model answers the prompts that have no answers, its states are computed once, and closed-form regression and
+gradient training follow (``specdec.train.run``). The base model is frozen, and only answer positions count.
 """
 
 from __future__ import annotations
@@ -40,16 +40,19 @@ PATIENCE = timedelta(days=2)  # the first process may answer prompts and compute
 
 
 def train(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Train, write the best drafter to ``settings.output`` and return its figures on held-out answers.
+    """Train a drafter, write the best one to ``settings.output`` and return its figures on held-out answers.
 
+    resume: whether to continue an interrupted run in this folder. Finished work stays on the disk.
+    console: shows progress; None: standard error.
     Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that becomes
-    NaN. Finished work stays on the disk, and ``resume`` continues from it.
+    NaN.
     """
     if not settings.prompts:
         raise SpecDecError("nothing to train on; give --prompts FILE")
-    console, lock, place = console or stderr(), lock_of(settings), loading.find_device(settings.device)
-    processes = PartialState(cpu=place.type == "cpu", timeout=PATIENCE)
-    first, place = processes.is_main_process, place if processes.num_processes == 1 else processes.device
+    console, lock, device = console or stderr(), lock_of(settings), loading.find_device(settings.device)
+    processes = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    first = processes.is_main_process
+    device = device if processes.num_processes == 1 else processes.device
     console.quiet |= not first
     if settings.rows < processes.num_processes:
         raise SpecDecError(
@@ -57,7 +60,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         )
     try:
         with processes.main_process_first():  # the others read what the first one computes
-            run = _prepare(settings, resume or not first, console, processes, place, lock if first else None)
+            run = _prepare(settings, resume or not first, console, processes, device, lock if first else None)
         return run.train(resume)
     finally:
         lock.release()
@@ -69,17 +72,17 @@ def _prepare(
     resume: bool,
     console: Console,
     processes: PartialState,
-    place: torch.device,
+    device: torch.device,
     lock: FileLock | None,
 ) -> TrainingRun:
-    """All stages before gradient training. Finished parts are read from the disk."""
+    """Check, load, answer prompts and compute states. lock: None: this process does not write."""
     # Checks that need no model come first.
     items = data.read([Path(p) for p in settings.prompts])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
     output = open_output(settings, resume, lock)
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
-    model, tokenizer = loading.load(settings.model, dtype=dtype, device=place, adapter=settings.adapter)
+    model, tokenizer = loading.load(settings.model, dtype=dtype, device=device, adapter=settings.adapter)
     decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it, so its states are theirs
     target = open_target(model, settings)
     if settings.init:
@@ -94,7 +97,7 @@ def _prepare(
         random.Random(settings.seed).shuffle(train)
         held_out = held_out[: settings.eval_answers]
         vocab = None
-        if settings.init:  # more answers stand behind its vocabulary
+        if settings.init:  # its vocabulary was chosen on more answers
             vocab = drafter_folder.read_vocabulary(Path(settings.init), target.vocab_size)
         elif settings.draft_vocab:
             ends = sorted(eos_token_ids(model, tokenizer))
@@ -110,7 +113,7 @@ def _prepare(
 
 
 def _note_other_base(init: str, target: Target, console: Console) -> None:
-    """A drafter of another model, such as the one that this is a fine-tune of, is a start like any other."""
+    """Print a note if the drafter in the folder ``init`` was trained for another model. It may still be the start."""
     config = drafter_folder.read_config(Path(init))
     try:
         drafter_folder.check_base(config, target, init)
@@ -120,20 +123,21 @@ def _note_other_base(init: str, target: Target, console: Console) -> None:
 
 
 def open_target(model: Any, settings: TrainSettings) -> Target:
-    """The runtime to train in: of ``model``, or of the same in float32 if a CPU multiplies that faster.
+    """Return the runtime to train in, for ``model`` or for a float32 copy of it.
 
-    The latter with the dtype "auto" alone, and if there is memory for it.
+    The copy is loaded if the setting ``dtype`` is "auto", the model is on a CPU that multiplies float32 matrices faster
+    than bfloat16 ones, and the memory suffices.
     """
     if settings.dtype == "auto" and model.device.type == "cpu" and float32_is_faster():
         need = 4 * sum(parameter.numel() for parameter in empty_model(model.config, torch.float32).parameters())
         free = machine.available_memory()
-        if free is None or free > 3 * need:  # it is loaded beside the first one, and its matrices are stacked
+        if free is None or free > 3 * need:  # the first model stays loaded, and the copy's matrices are stacked
             model, _ = loading.load(settings.model, dtype="float32", device="cpu", adapter=settings.adapter)
     return training_target(model)
 
 
 def float32_is_faster() -> bool:
-    """Whether this CPU multiplies matrices of float32 faster than those of bfloat16."""
+    """Measure whether this CPU multiplies float32 matrices faster than bfloat16 ones."""
     seconds = dict[torch.dtype, float]()
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.ones(512, 1024, dtype=dtype)
@@ -145,7 +149,7 @@ def float32_is_faster() -> bool:
 
 
 def training_target(model: Any) -> Target:
-    """A runtime with gradients for blocks of many tokens. Raises SpecDecError for unsupported models."""
+    """Return a runtime for ``model`` that computes gradients. Raises SpecDecError for unsupported models."""
     try:
         return FusedTarget(model, packs=False)
     except SpecDecError:
@@ -153,7 +157,10 @@ def training_target(model: Any) -> Target:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks: fresh pages cost more than the arithmetic on them. No effect elsewhere."""
+    """Make glibc reuse large blocks of memory instead of returning them to the system. No effect without glibc.
+
+    Fresh pages would cost more than the arithmetic on them.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

@@ -1,8 +1,8 @@
-"""Proof that drafts change nothing: tokens compared with those of plain decoding under the same noise.
+"""Proof that drafts change nothing: tokens compared with those of plain decoding under the same random numbers.
 
 In float32 two correct decoders agree token for token. In bfloat16 a pass over one row and a pass over several rows
-round differently, so tokens whose logits nearly tie may flip. Replay, the target's own logits at the positions of
-generated tokens in one pass, distinguishes such a near-tie from a fault.
+round differently, so tokens whose logits nearly tie may flip. Replay (the model's logits at the positions of all
+generated tokens, in one forward pass) distinguishes such a near-tie from a fault.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from specdec.speculation.sampling import Sampler, streams
 # Largest gap between the best logit and a token's logit (natural-log units) that rounding explains, by dtype. Measured
 # on a 135M model: bfloat16 logits lie 0.1 from the float32 ones on average and up to 1.1; winners within 0.25.
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.06}
-MAX_DETAILS = 10  # faults kept with their details
+MAX_DETAILS = 10  # faults that are described in a certificate
 
 
 @torch.inference_mode()
 def replay(
     target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None, raised: float = 0.0
 ) -> Tensor:
-    """Teacher-forced logits, float32 [n, V]: row i is what the target predicts in place of ``tokens[i]`` (n tokens).
+    """Run ``target`` once over ``prompt`` and n ``tokens``; return the logits with which it would choose each token.
 
-    sampler: of one row; it processes and perturbs the logits, so that the argmax is the token it chooses.
-    raised: added to the logit of the last token.
+    The result is float32 [n, V]: row i predicts the token at the position of ``tokens[i]``.
+    sampler: the sampler of one row; it processes the logits and adds its noise, so that the argmax is the token that it
+    chooses. None: the raw logits.
+    raised: a number added to the logit of the last of ``tokens``.
     """
     ids = torch.tensor([prompt + tokens], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
@@ -53,7 +55,7 @@ def replay(
 
 
 def margins(target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None) -> Tensor:
-    """Best logit minus the logit of each token under replay, [n]; 0 where the token is the choice."""
+    """Return the best logit minus the logit of each of n ``tokens`` in ``replay``, [n]; 0 where it is the choice."""
     logits = replay(target, prompt, tokens, sampler)
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     return logits.amax(-1) - logits.gather(1, chosen)[:, 0]
@@ -62,9 +64,10 @@ def margins(target: Target, prompt: list[int], tokens: list[int], sampler: Sampl
 def is_near_tie(
     target: Target, prompt: list[int], tokens: list[int], gap: float, sampler: Sampler | None = None
 ) -> bool:
-    """Whether rounding explains the gap between the best logit and that of the last of ``tokens``.
+    """Return whether rounding explains the gap between the best logit and the logit of the last of ``tokens``.
 
-    A sampled token with an infinite gap lies beyond the edge of top-k, top-p or min-p. Rounding may move it across.
+    gap: the difference of these logits, as ``margins`` computes it. An infinite gap means that top-k, top-p or min-p
+    removed the token; the filters are then applied again with a logit that is larger by the rounding error.
     """
     limit = NEAR_TIE[target.dtype]
     if sampler is not None and sampler.filters and math.isinf(gap):
@@ -75,7 +78,12 @@ def is_near_tie(
 
 @dataclass(frozen=True)
 class Difference:
-    """The first position where two outputs differ, and the gap between the two tokens' logits there."""
+    """The first difference between an output with drafts and that of plain decoding.
+
+    index: position among the new tokens. ours, plain: token ids with drafts and without; None: the output has ended.
+    margin: the larger of the two tokens' distances to the best logit; infinite if one output has ended.
+    near_tie: whether rounding explains the difference; if not, it is a fault.
+    """
 
     index: int
     ours: int | None
@@ -91,9 +99,10 @@ class Difference:
 def first_difference(
     target: Target, prompt: list[int], ours: list[int], plain: list[int], sampler: Sampler | None = None
 ) -> Difference | None:
-    """Compare two outputs of one request, greedy or sampled by ``sampler``; None if they are equal.
+    """Compare the new tokens of two outputs for one prompt; return their first difference, None if they are equal.
 
-    A difference only in length is a fault (infinite gap).
+    sampler: the sampler of one row that chose the tokens; None: greedy decoding. A difference in length alone is a
+    fault with an infinite margin.
     """
     if ours == plain:
         return None
@@ -117,13 +126,14 @@ def first_difference(
 
 @dataclass
 class Check:
-    """Answers with drafts, compared with those of a reference.
+    """Counts of answers with drafts, compared with the answers of a reference such as plain decoding.
 
-    accepted: tokens that were drafted and accepted.
-    equal: answers with the reference's tokens.
-    near_ties: other answers, of which every token is the target's choice or a near-tie.
-    largest_gap: of a near-tie's logit to the best one.
-    faults: all other answers. details: of at most ``MAX_DETAILS`` of them.
+    name: of the comparison. answers, tokens: number of compared answers and of their tokens.
+    accepted: number of tokens that were drafted and accepted.
+    equal: answers that equal the reference.
+    near_ties: answers that differ, but whose every token is the model's choice or a near-tie.
+    largest_gap: largest distance of a near-tie's logit to the best logit.
+    faults: all other answers. details: a line about each of the first ``MAX_DETAILS`` faults.
     """
 
     name: str
@@ -139,7 +149,10 @@ class Check:
     def take(
         self, name: str, prompt: list[int], output: GenerationOutput, right: list[int], target: Target, sampler: Sampler
     ) -> None:
-        """Compare the answer to the prompt ``name`` with the reference's tokens."""
+        """Compare an answer to ``prompt`` with the reference's tokens ``right`` and count the result.
+
+        name: of the prompt, for details. sampler: the sampler of one row that chose the tokens.
+        """
         answer = output.token_ids
         self.answers += 1
         self.tokens += len(answer)
@@ -163,10 +176,13 @@ class Check:
 
 
 class Certificate:
-    """Prompts answered in batches with and without drafts, greedily and by sampling under the same noise.
+    """A losslessness test: prompts are answered with and without drafts, greedily and by sampling, and compared.
 
-    In float32 greedy answers are also compared with those of ``model.generate``. checks: the results, while ``run``
-    works those of the batches until then. complete: whether ``run`` has ended.
+    Sampling uses the same random numbers with and without drafts. In float32, greedy answers are also compared with
+    those of ``model.generate``.
+    prompts: (name, token ids) each. params: for the sampled answers; greedy answers take all but the temperature.
+    checks: {"greedy", "sampled", "generate": counts}, which grow while ``run`` works.
+    complete: whether ``run`` has ended.
     """
 
     def __init__(
@@ -180,7 +196,7 @@ class Certificate:
     ) -> None:
         self.decoder, self.plain = decoder, decoder.with_drafter("none")
         self.batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        self.count, self.depth = max_new_tokens, num_speculative_tokens
+        self.max_new_tokens, self.num_speculative_tokens = max_new_tokens, num_speculative_tokens
         self.dtype, self.complete = decoder.target.dtype, False
         self.params = {"greedy": replace(params, temperature=0.0), "sampled": params}
         self.checks = {name: Check(name) for name in self.params}
@@ -188,7 +204,10 @@ class Certificate:
             self.checks["generate"] = Check("model.generate")
 
     def run(self, progress: OnProgress = lambda done, total, tokens: None) -> None:
-        """Run all checks. Raises SpecDecError for prompts that do not fit the model's context."""
+        """Run all checks, batch by batch. progress: called with (checks done, all checks, tokens compared).
+
+        Raises SpecDecError for prompts that exceed the model's context.
+        """
         for number, batch in enumerate(self.batches, start=1):
             for name, params in self.params.items():
                 self._compare(name, batch, params)
@@ -198,23 +217,24 @@ class Certificate:
 
     def _compare(self, name: str, batch: Sequence[tuple[str, list[int]]], params: SamplingParams) -> None:
         prompts = [prompt for _, prompt in batch]
-        how: dict[str, Any] = {"max_new_tokens": self.count, **vars(params)}
-        outputs = self.decoder.generate_batch(prompts, num_speculative_tokens=self.depth, **how)
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, **vars(params)}
+        outputs = self.decoder.generate_batch(prompts, num_speculative_tokens=self.num_speculative_tokens, **how)
         plain = self.plain.generate_batch(prompts, **how)
         target = self.decoder.target
         for (label, prompt), stream, output, right in zip(batch, streams(prompts), outputs, plain, strict=True):
             sampler = Sampler.of([self.decoder.request(prompt, stream=stream, **how).sampler])
             self.checks[name].take(label, prompt, output, right.token_ids, target, sampler)
             if name == "greedy" and "generate" in self.checks:
-                tokens = expected(self.decoder, prompt, self.count)
+                tokens = expected(self.decoder, prompt, self.max_new_tokens)
                 self.checks["generate"].take(label, prompt, output, tokens, target, sampler)
 
     @property
     def passed(self) -> bool:
+        """Whether no check has found a fault so far."""
         return not any(check.faults for check in self.checks.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The results as plain values, for JSON."""
+        """Return the results as JSON values."""
         return {
             "passed": self.passed,
             "complete": self.complete,
@@ -223,7 +243,7 @@ class Certificate:
         }
 
     def page(self, facts: str) -> str:
-        """The certificate as text. facts: what describes the decoder and the machine."""
+        """Return the certificate as text of several lines. facts: text about the decoder and the machine."""
         result = "PASSED" if self.passed else "FAILED"
         rows: list[tuple[Any, ...]] = [
             ("beside", "answers", "tokens", "drafted", "equal", "near-ties", "largest gap", "faults")
@@ -241,7 +261,7 @@ class Certificate:
 
 
 def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:
-    """The new token ids of a greedy ``model.generate``."""
+    """Return the new token ids of a greedy ``model.generate`` of transformers, at most ``count``."""
     model: Any = as_transformers(decoder.model)
     ids = torch.tensor([prompt], device=model.device)
     with temporarily_dense(model):

@@ -42,7 +42,7 @@ def counted(work: Generator[None, None, object]) -> list[int]:
 @pytest.mark.parametrize("features", [64, 256])
 def test_no_piece_of_work_grows_with_the_size_of_the_system(monkeypatch, features: int) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(ridge, "PANEL", 8)
-    monkeypatch.setattr(ridge, "WORK", 100_000)
+    monkeypatch.setattr(ridge, "CHUNK_WORK", 100_000)
     x, y = torch.randn(32, features), torch.randn(32, 16)
     sums = Sums(features, 16)
     part = 32 * (features + 17) * 8  # the largest product

@@ -44,7 +44,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     """stderr as a pipe, for ``terminal.stderr``, with a line of progress every few milliseconds."""
     stream = Heard()
     monkeypatch.setattr(terminal, "stderr", lambda: Console(file=stream, highlight=False))
-    monkeypatch.setattr(terminal, "EVERY", 0.005)
+    monkeypatch.setattr(terminal, "LINE_INTERVAL", 0.005)
     return stream
 
 
@@ -117,7 +117,7 @@ def test_progress_that_cannot_be_written_costs_nothing(monkeypatch: pytest.Monke
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(terminal, "stderr", lambda: Console(file=Full()))
-    monkeypatch.setattr(terminal, "EVERY", 0.005)
+    monkeypatch.setattr(terminal, "LINE_INTERVAL", 0.005)
     with terminal.status("loading"):
         assert tried.wait(300)
 

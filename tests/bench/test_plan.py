@@ -81,6 +81,15 @@ def one_line_error(outcome) -> str:
     return line
 
 
+def test_bench_takes_methods_and_sweep_takes_a_file(sweep) -> None:
+    bench, sweeps = (CliRunner().invoke(cli.app, [name, "--help"]).stdout for name in ("bench", "sweep"))
+    assert "--drafters" in bench and "FILE KEY" not in bench and "KEY=VALUE,..." not in bench
+    assert "--drafters" not in sweeps and "FILE" in sweeps and "KEY=VALUE,..." in sweeps
+    error = one_line_error(CliRunner().invoke(cli.app, ["bench", "my.yaml"]))
+    assert "run it with: specdec sweep my.yaml" in error
+    assert CliRunner().invoke(cli.app, ["sweep"]).exit_code == 2
+
+
 # --- what a file says ------------------------------------------------------------------------------------------------
 
 
@@ -121,11 +130,10 @@ def test_entries_of_exclude_may_overlap(write) -> None:
 
 def test_a_change_may_remove_what_exclude_names(sweep, write) -> None:
     file = write(f"{GRID}exclude:\n  - {{drafter: prompt-lookup, drafter.prompt-lookup.continuations: 3}}\n")
-    for args in (["--drafters", "early-exit"], ["drafter=none,early-exit"]):
-        outcome = sweep("--dry-run", *args, file=file)
-        assert "3 cells, 3 to do" in outcome.stderr, outcome.output
+    outcome = sweep("--dry-run", "drafter=none,early-exit", file=file)
+    assert "3 cells, 3 to do" in outcome.stderr, outcome.output
     file.write_text(f"{GRID}exclude:\n  - {{drafte: prompt-lookup}}\n")
-    for args in ([], ["--limit", "2"], ["limit=2"]):
+    for args in ([], ["limit=2"]):
         assert "no cell: drafte (did you mean 'drafter'?)" in one_line_error(sweep("--dry-run", *args, file=file))
 
 
@@ -136,11 +144,9 @@ def test_the_command_line_goes_over_the_file(write) -> None:
     assert [c.drafter_options["exit_layer"] for c in plan.cells if c.drafter == "early-exit"] == [1, 2, 3]
     plan = load_plan(write(GRID), ["drafter=prompt-lookup"])  # a selection keeps its options
     assert {c.drafter for c in plan.cells} == {"prompt-lookup"} and len(plan.cells) == 4
-    assert load_plan(write(GRID), settings={"drafter": ["prompt-lookup"]}).cells == plan.cells
     text = "drafter: m2r2\nverifier: {exact: , confident: {exit_threshold: [0.5, 0.9]}}\n"
-    for how in ({"overrides": ["verifier=confident"]}, {"settings": {"verifier": "confident"}}):
-        cells = load_plan(write(text), **how).cells
-        assert [c.verifier_options for c in cells] == [{"exit_threshold": 0.5}, {"exit_threshold": 0.9}]
+    cells = load_plan(write(text), ["verifier=confident"]).cells
+    assert [c.verifier_options for c in cells] == [{"exit_threshold": 0.5}, {"exit_threshold": 0.9}]
     plan = load_plan(write(f"{GRID}resources:\n"), ["resources.cpus=2"])
     assert plan.resources.cpus == 2
 
@@ -148,7 +154,7 @@ def test_the_command_line_goes_over_the_file(write) -> None:
 def test_settings_of_the_command_line_alone_are_a_plan() -> None:
     joined = "prompt-lookup+draft-model=x.y"
     overrides = [f"drafter.{joined}.prompt-lookup.continuations=4,8"]
-    plan = load_plan(None, overrides, {"drafter": ["none", "m2r2@3", joined]})
+    plan = load_plan({"drafter": ["none", "m2r2@3", joined]}, overrides)
     assert plan.name == "benchmark" and points(plan, "drafter", "num_speculative_tokens", "drafter_options") == [
         ("none", "auto", {}),
         ("m2r2", 3, {}),
@@ -213,7 +219,6 @@ def test_a_bad_file_is_one_line_with_its_name(sweep, write, tmp_path: Path, text
         ("drafter.early-exit.exit_layr=2", "exit_lay"),
         ("drafter=[none]", "'drafter' takes names"),
         ("drafter.early-exit.exit_layer=2 drafter.early-exit.exit_layer.x=2", "'exit_layer' must be a mapping"),
-        ("--verifier-option exit_threshold=0.5", "--verifier-option beside a file needs --verifier"),
     ],
 )
 def test_a_bad_override_is_one_line(sweep, change: str, words: str) -> None:
@@ -243,8 +248,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(sweep, tmp_path: Path) -> 
     assert outcome.exit_code == 0 and not (tmp_path / "out").exists()
     assert len(outcome.stdout.splitlines()) == 1 + CELLS and outcome.stdout.count("to do") == CELLS
     assert f"{CELLS} cells, {CELLS} to do" in outcome.stderr
-    outcome = sweep("--dry-run", "--drafters", "none,early-exit@5", "--drafter-option", "early-exit@5.exit_layer=1,3")
-    assert "3 cells, 3 to do" in outcome.stderr and "early-exit\t5\t1" in outcome.stdout  # options go over the file
+    outcome = sweep("--dry-run", "drafter=none,early-exit@5", "drafter.early-exit@5.exit_layer=1,3")
+    assert "3 cells, 3 to do" in outcome.stderr and "early-exit\t5\t1" in outcome.stdout
 
 
 # --- a golden sweep --------------------------------------------------------------------------------------------------

@@ -121,8 +121,8 @@ def test_what_is_not_finite_stays_so() -> None:
 def test_an_8_bit_cache_is_named_lossy_and_compared_with_itself() -> None:
     decoder = SpecDecoder(model_of("llama"), drafter="prompt-lookup", kv_cache="int8")
     assert statistics.runtime(decoder)["kv_cache"] == "8 bits (lossy)"
-    assert statistics._held(decoder) == "weights in 16 bits, KV cache in 8 bits (lossy)"
+    assert statistics._formats(decoder) == "weights in 16 bits, KV cache in 8 bits (lossy)"
     assert decoder.with_drafter("none").target is decoder.target
     usual = SpecDecoder(decoder.model, drafter="none")
     assert statistics.runtime(usual)["kv_cache"] == "as computed"
-    assert statistics._held(usual) == "weights in 16 bits"
+    assert statistics._formats(usual) == "weights in 16 bits"

@@ -59,7 +59,7 @@ def test_it_is_merged_in_16_bits_and_changes_the_text(base: Path, lora: Path) ->
         if path.endswith(PARTS):
             assert type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
             blocks = plain.get_submodule(path).blocks
-            wanted = blocks.numbers() + tensors[f"base_model.model.{path}.lora_B.weight"] @ (
+            wanted = blocks.dequantized() + tensors[f"base_model.model.{path}.lora_B.weight"] @ (
                 tensors[f"base_model.model.{path}.lora_A.weight"] * 2.0
             )
             assert torch.allclose(module.weight.float(), wanted, rtol=2**-7, atol=1e-3)
@@ -183,7 +183,7 @@ def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path) -> None
     [
         ({"architecture": "qwen2"}, "is for models of the architecture 'qwen2', and this one is 'llama'"),
         ({"kind": "model"}, "is no LoRA adapter: its GGUF file is of the type 'model'"),
-        ({"name": "token_embd.weight"}, "changes 'token_embd.weight', and only changes of linear maps"),
+        ({"name": "token_embd.weight"}, "changes 'token_embd.weight', and only changes of linear layers"),
         ({"ends": ("lora_a",)}, "'blk.0.attn_q.weight' has only one of its two matrices"),
         ({"ends": ("lora_a", "lora_magnitude")}, "has the tensor 'blk.0.attn_q.weight.lora_magnitude'"),
         ({"width": 64}, "'model.layers.0.self_attn.q_proj' is 128 x 128 in the model and 128 x 64 in it"),
@@ -251,7 +251,7 @@ def test_rank_patterns_are_in_the_tensors(tmp_path: Path) -> None:
         (lambda key: key.replace("q_proj", "w_proj"), r"w_proj'.*; load the model it was made for .some/base."),
         (lambda key: key.replace("v_proj", "o_proj"), "'.*o_proj' is 32 x 32 in the model and 16 x 32 in it"),
         (lambda key: key.replace("lora_A", "lora_magnitude_vector"), "has the tensor '.*lora_magnitude_vector.weight'"),
-        (lambda key: key.replace("self_attn.q_proj", "input_layernorm"), "only changes of linear maps are supported"),
+        (lambda key: key.replace("self_attn.q_proj", "input_layernorm"), "only changes of linear layers are supported"),
         (lambda key: key.replace(".lora_B", ".lora_B" if "q_proj" in key else ".lora_A"), "has only one of its two"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 2
 
 
 def at_once(*runs: Callable[[], Any]) -> list[list[Any]]:
-    """What each of ``runs`` returns, three times, all of them beside each other."""
+    """Call all ``runs`` in threads that start together, three times each; return the three results of each."""
     begin, found = threading.Barrier(len(runs)), [list[Any]() for _ in runs]
 
     def work(own: list[Any], each: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Tools, calls of them, and servers whose model answers with a given text."""
+"""Tools, calls of tools in the formats of models, and servers whose model answers with a given text."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def written(form: Format, calls: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def read(text: str, size: int, form: Format, tools: Any = SCHEMAS, **how: Any) -> list[tuple[str, ...]]:
-    """The blocks of a text that comes in pieces of a size: (kind, text), or ("call", name, arguments)."""
+    """Parse a model's text that arrives in pieces of ``size`` characters; return its blocks.
+
+    A block is (kind, text), or ("call", name, arguments as JSON text) for a call of a tool.
+    """
     parser = AnswerParser(form, tools, **how)
     parts = [part for at in range(0, len(text), size) for part in parser.push(text[at : at + size])]
     blocks = merged(parts + parser.push("", last=True))
@@ -75,7 +78,7 @@ def calls_of(blocks: list[tuple[str, ...]]) -> list[tuple[str, Any]]:
 
 @contextmanager
 def answering(*texts: str, template: str = TEMPLATE, end: str = "eos", **settings: Any) -> Iterator[Server]:
-    """A server whose model answers with the ``texts`` in turn, five bytes a step."""
+    """Return a server whose model answers requests with ``texts`` in turn, five tokens (bytes) per step."""
     tokenizer, turn = byte_tokenizer(), iter(range(10**6))
     tokenizer.chat_template = template
 
@@ -90,7 +93,7 @@ def answering(*texts: str, template: str = TEMPLATE, end: str = "eos", **setting
 
 @contextmanager
 def thinking() -> Iterator[Server]:
-    """A server of a tiny model with marks for calls and thinking, and the key "secret"."""
+    """Run a server of a tiny model whose template has marks for calls and thinking; its API key is "secret"."""
     tokenizer = letters()
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "\n"])
     tokenizer.chat_template = THINKING

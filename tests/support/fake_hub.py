@@ -21,7 +21,10 @@ COMMIT = "a" * 40
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as loading needs: one commit of each repository."""
+    """A handler of HTTP requests with the part of the Hub's interface that loading needs: one commit per repository.
+
+    repositories: name -> {path: content}. fetched: files that were downloaded. asked: paths of all requests.
+    """
 
     repositories: dict[str, dict[str, bytes]]
     fetched: list[str]
@@ -67,7 +70,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @contextmanager
 def running(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
-    """A hub without repositories, which ``huggingface_hub`` asks; it keeps files in ``cache``."""
+    """Run a hub without repositories for ``huggingface_hub``, whose cache is the folder ``cache``."""
 
     class Handler(FakeHub):
         pass

@@ -1,4 +1,4 @@
-"""M2R2 that teaches itself after few tokens, from texts of a tiny model."""
+"""M2R2 drafters that learn after few tokens, from texts of a tiny model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEW = Text(list(range(3, 40)), 4)  # 33 tokens that the model has not chosen
 
 
 def learn_soon(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Fits after few tokens, kept in ``folder``."""
+    """Let M2R2 fit its projections after few tokens, and store what it learns in ``folder``."""
     monkeypatch.setenv("SPECDEC_CACHE", str(folder / "cache"))
     monkeypatch.setattr(m2r2_fits, "RIDGE", 1.0)
     for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50, "HELD": 60}.items():
@@ -31,7 +31,7 @@ def learn_soon(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def texts(target: Target, count: int, length: int = 24, seed: int = 0) -> list[Text]:
-    """Greedy texts after random prompts."""
+    """Return ``count`` texts: random prompts of 4 tokens with greedy answers of ``length`` tokens by ``target``."""
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0))
     rng = random.Random(seed)
     rows = [Request([rng.randrange(3, target.vocab_size) for _ in range(4)], length) for _ in range(count)]
@@ -40,7 +40,7 @@ def texts(target: Target, count: int, length: int = 24, seed: int = 0) -> list[T
 
 
 def read(learner: Learner, given: Iterable[Text]) -> None:
-    """Let it learn from each of the texts, and end its work."""
+    """Let ``learner`` learn from each of the texts, until it has no more work to do."""
     for text in given:
         learner.add(text.ids, text.start)
         while learner.work():
@@ -54,7 +54,7 @@ def taught(target: Target, count: int = 24, seed: int = 0) -> Learner:
 
 
 def ended(target: Target, count: int = 24) -> Learner:
-    """One whose process has ended: what it learned is kept, and others may go on."""
+    """Return a learner that has saved what it learned from ``count`` texts and released its file."""
     learner = taught(target, count)
     learner.save()
     learner.fits.store.release()

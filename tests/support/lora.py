@@ -1,4 +1,4 @@
-"""LoRA adapters of random numbers, in folders of PEFT."""
+"""LoRA adapters with random weights, in PEFT folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ CONFIG = {
 
 
 def save_lora(folder: Path, model: Any, seed: int = 0, size: float = 0.3, **config: Any) -> dict[str, Tensor]:
-    """A folder of PEFT with random changes of the maps ``PARTS`` of every layer; its tensors."""
+    """Write a PEFT folder with random adapters of the linear layers ``PARTS``; return its tensors by name.
+
+    size: scale of the weights. config: entries of adapter_config.json that replace the defaults.
+    """
     random, tensors = torch.Generator().manual_seed(seed), dict[str, Tensor]()
     rank = (CONFIG | config)["r"]
     for path, module in model.named_modules():

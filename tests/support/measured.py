@@ -1,4 +1,4 @@
-"""Results of cells as specdec bench writes them, made up: what tests of sweeps and reports need no model for."""
+"""Made-up results of cells in the format of ``specdec bench``, for tests of sweeps and reports without a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from specdec.bench.cell import Cell
 
 
 def one_line_error(result: Any) -> str:
-    """The line on stderr of a command that could not do what it was told."""
+    """Return the single line on stderr of a command that failed with exit code 2."""
     (line,) = result.stderr.splitlines()
     assert result.exit_code == 2 and line.startswith("error: "), result.output
     return line
 
 
 def side_by_side(stdout: str) -> dict[str, Any]:
-    """What ``specdec bench --json`` has printed of one group: its methods, and what they share."""
+    """Return the methods, and the entries that they share, of one group that ``specdec bench --json`` has printed."""
     records = json.loads(stdout.splitlines()[-1])["records"]
     settings = ("drafter", "drafter_options", "num_speculative_tokens")
     methods = [{key: record["cell"][key] for key in settings} | record["method"] for record in records]
@@ -29,7 +29,10 @@ def estimate(value: float, spread: float = 0.1) -> dict[str, float]:
 
 
 def method(name: str, speed: float, accepted: list[float], lossless: bool = True, **more: Any) -> dict[str, Any]:
-    """The figures of a method that is ``speed`` times as fast as plain decoding."""
+    """Return FIGURES (see ``specdec.bench.cell``) of a method that is ``speed`` times as fast as plain decoding.
+
+    accepted: share of accepted tokens by position in the draft. more: entries that replace others.
+    """
     return {
         "name": name,
         "requests": 4,
@@ -61,7 +64,7 @@ def method(name: str, speed: float, accepted: list[float], lossless: bool = True
 
 
 def result(cell: Cell, speed: float = 1.5, **more: Any) -> dict[str, Any]:
-    """The record of ``cell``."""
+    """Return a record of ``cell``. more: as in ``method``."""
     depth = cell.num_speculative_tokens if isinstance(cell.num_speculative_tokens, int) else 3
     accepted = [0.8 * 0.7**i for i in range(depth)] if cell.drafter != "none" else []
     return {

@@ -1,4 +1,4 @@
-"""The repository and the code blocks of its pages."""
+"""The root folder of the repository, and the code blocks of its Markdown pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes of runtimes for tests: a play of all kinds, adapters, models in blocks, drafts, and a recorder."""
+"""Forward passes for tests of runtimes, random adapters, models in GGUF blocks, drafts, and a recorder."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ from specdec.speculation.tree_drafting import along
 
 
 def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tensor]:
-    """A ragged prompt, single tokens, a tree, a resumed block: the states and logits of all real tokens.
+    """Run passes of all kinds: prompts of different length, single tokens, a tree, and a resumed block of layers.
 
-    routed: by pass, routers' logits, for tokens to take the same experts; they are written if it is empty.
+    Returns the states and logits of all tokens but padding.
+    routed: the routers' logits of each pass, so that tokens take the same experts as in another play. An empty list is
+    filled with them; None: no routers are replaced.
     """
     torch.manual_seed(1)
     ids, cache, out = torch.randint(3, 97, (2, 30)), target.new_cache(2), []
@@ -74,7 +76,10 @@ def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tenso
 
 
 def next_logits(target: Target, cache: KVCache, ids: torch.Tensor, keep: int | None = None) -> torch.Tensor:
-    """Logits of ``ids`` [B, T] as the next tokens of each row of ``cache``, where ``keep`` of them stay; None: all."""
+    """Return the logits of the tokens ``ids`` [B, T], which follow the tokens in ``cache``.
+
+    keep: the first tokens of each row that stay in the cache; None: all.
+    """
     positions = torch.tensor(cache.rows)[:, None] + torch.arange(ids.shape[1])
     given = Pass(positions, cache.register(0, positions), cache)
     x = target.layers(target.embed(ids, positions), 0, target.num_layers, given)
@@ -109,7 +114,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 class _Log(TorchDispatchMode):
-    """The operations that run, with their numbers, and the memory of the tensors that came from outside."""
+    """Records the torch operations that run, with their arguments, and the memory of tensors that were made outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +190,7 @@ IN_BLOCKS: list[tuple[str, tuple[str, ...], dict[str, object]]] = [  # families,
 def in_blocks(
     family: str = "llama", kinds: Sequence[str] = ("Q4_1", "Q5_0", "Q8_0"), **sizes: object
 ) -> torch.nn.Module:
-    """A model in blocks of ``kinds``, in turns."""
+    """Return a tiny model whose linear layers have weights in GGUF blocks of ``kinds`` in turn."""
     model, each = model_of(family, **sizes), itertools.cycle(kinds)
     for name, module in [*model.named_modules()]:
         if "proj" in name.rpartition(".")[2] or name == "lm_head":
@@ -212,7 +217,7 @@ def random_blocks(
 
 
 def seeded(target: Target) -> tuple[KVCache, DraftRoots]:
-    """What a tree grows from after three tokens."""
+    """Return a cache with three tokens and the draft roots after them, from which a tree of drafts can grow."""
     ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
     taps = {1: torch.empty(0), 3: torch.empty(0)}
     final = target.layers(
@@ -223,7 +228,7 @@ def seeded(target: Target) -> tuple[KVCache, DraftRoots]:
 
 
 def drafted(target: Target, *how: Any) -> Candidates:
-    """What ``along`` drafts for a single row."""
+    """Return what ``along`` drafts for the only row."""
     found = along(target, *how)
     assert found is not None
     [row] = found
@@ -238,7 +243,7 @@ def by_path(found: Candidates) -> dict[tuple[int, ...], float]:
 
 
 def random_route(target: Target, heads: int) -> DraftPath:
-    """Two projections to segments and one to the end, over a reduced vocabulary of so many heads."""
+    """Return a random draft path over a vocabulary of ``heads`` tokens: two segments and a final projection."""
     with torch.inference_mode(False):
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
     d, tokens = target.hidden_size, torch.randperm(97)[:70]

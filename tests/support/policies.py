@@ -1,4 +1,4 @@
-"""Depth policies that a test scripts: what is drafted does not depend on timings."""
+"""Depth policies with a scripted choice, so that drafts do not depend on timings."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CHEAP, DEAR = 0.01, 2.0  # of a level: a learned drafter is worth it, or is not
 
 
 def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth:
-    """A policy that takes turns: plain steps, and drafts from every source that the policy may choose.
+    """Return a policy that takes turns in plain steps and drafts from every source that a policy may choose.
 
-    A source is an exit of the drafter, or none in particular. In some turns there are prices, with cheap levels or dear
-    ones. Each row drafts to a depth of its own, which changes in every step, and no deeper than it may.
+    A source is an exit of the drafter, or None. Some turns have prices with cheap or dear levels. Each row drafts to a
+    random depth, which changes in every step: at most ``deepest``, and no deeper than the row may.
     """
     sources = list(itertools.product((None, *range(drafter.num_exits)), (None, CHEAP, DEAR)))
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Calls of the native kernels, recorded with the memory that they read, for ``replay.c``, which repeats them."""
+"""Recordings of calls of the native kernels, with the memory that they read, which the program ``replay.c`` repeats."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ ARGUMENTS = 64  # where a record has them
 
 
 class Recording:
-    """The kernels, and what was done with them: memory, with pointers into itself. Sizes are those of native.h.
+    """Wraps the native kernels and records every call: a memory image with pointers into itself.
 
-    title: what the next calls are for, in messages. names: the kernels that were called.
+    Sizes are those of native.h.
+    title: names the next calls, for messages. names: the kernels that were called.
     """
 
     def __init__(self, kernels: Any) -> None:
@@ -70,7 +71,10 @@ class Recording:
         return result
 
     def save(self, path: Path) -> None:
-        """Write what ``replay.c`` reads. The first record is where the memory's first pointer points to."""
+        """Write the file that ``replay.c`` reads: the sizes, the memory image, and the offsets of all pointers in it.
+
+        The image's first pointer points to the first call.
+        """
         self.memory += bytes(BEHIND + -(len(self.memory) + BEHIND) % 4096)
         places = struct.pack(f"<{len(self.pointers)}Q", *self.pointers)
         path.write_bytes(struct.pack("<2Q", len(self.memory), len(self.pointers)) + self.memory + places)
@@ -78,7 +82,7 @@ class Recording:
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def add(self, data: bytes, again: bool = False) -> int:
-        """The place of a copy; ``again``: one of all that is equal and does not change."""
+        """Copy ``data`` into the image and return its offset. again: reuse an equal copy that does not change."""
         name = hashlib.sha256(data).digest() if again else b""
         if name in self.known:
             return self.known[name]
@@ -89,23 +93,30 @@ class Recording:
         return place
 
     def point(self, at: int, place: int) -> int:
-        """Let the pointer at ``at`` point to ``place``."""
+        """Make the pointer at offset ``at`` of the image point to offset ``place``, and return ``place``."""
         struct.pack_into("<Q", self.memory, at, place)
         self.pointers.append(at)
         return place
 
     def read(self, at: int, address: int | None, size: int) -> None:
-        """Let the pointer at ``at`` point to a copy of what the kernel reads; NULL stays so."""
+        """Make the pointer at offset ``at`` point to a copy of the ``size`` bytes at ``address`` that the kernel reads.
+
+        NULL (None) stays NULL.
+        """
         if address:
             self.point(at, self.add(ctypes.string_at(address, size), True))
 
     def write(self, at: int, address: int | None, size: int, width: int) -> None:
-        """The same of what the kernel writes, too. width: bytes of a number."""
+        """Do as ``read`` for memory that the kernel also writes. width: bytes of one number, for comparing results."""
         if address:
             self.change(at, functools.partial(ctypes.string_at, address, size), width, address)
 
     def change(self, at: int, content: Callable[[], bytes], width: int, address: int) -> None:
-        """The same, once for all pointers of this call to ``address``."""
+        """Make the pointer at ``at`` point to memory that the kernel writes.
+
+        All pointers of a call to the same ``address`` share it. content: returns the memory's bytes.
+        width: bytes of one number.
+        """
         if address in self.changed:
             self.point(at, self.changed[address])
             return
@@ -113,14 +124,17 @@ class Recording:
         self.written.append((self.changed[address], content, width))
 
     def structs(self, at: int, address: int | None, kind: Any, count: int = 1) -> Iterator[tuple[int, Any]]:
-        """The same of structures: their places, and they."""
+        """Copy ``count`` structures of type ``kind`` and yield (offset of the copy, structure) for each.
+
+        The pointer at offset ``at`` points to the first copy. NULL yields nothing.
+        """
         if address:
             place = self.point(at, self.add(ctypes.string_at(address, count * sizeof(kind))))
             for i, each in enumerate((kind * count).from_address(address)):
                 yield place + i * sizeof(kind), each
 
     def addresses(self, at: int, address: int | None, count: int) -> Iterator[tuple[int, int]]:
-        """The same of pointers: their places, and what they point to. NULL stays so."""
+        """Copy an array of ``count`` pointers and yield (offset of the copy, address) for each. NULL yields nothing."""
         yield from self.structs(at, address, ctypes.c_uint64, count)
 
     # -- structures -------------------------------------------------------------------------------------------------
@@ -141,7 +155,7 @@ class Recording:
             self.map_(place, each)
 
     def table(self, at: int, address: int, rows: int) -> None:
-        """rows: as many are read."""
+        """Record a ``Table`` of which the kernel reads ``rows`` rows."""
         for place, each in self.structs(at, address, Table):
             self.read(place + Table.order.offset, each.order, 4 * rows)
             if each.order:
@@ -164,7 +178,10 @@ class Recording:
             self.read(at + getattr(Layer, name).offset, getattr(each, name), 4 * count)
 
     def call(self, at: int, call: Call, model: Model, layers: int, levels: int = 0) -> None:
-        """layers: of the model, up to the last one. levels: of a draft, which begins with a token of each sequence."""
+        """Record a ``Call`` of ``layers`` layers of the model.
+
+        levels: of a draft that begins with one token per sequence.
+        """
         positions = (library.LONG * (call.count if levels else call.tokens)).from_address(call.positions)
         self.read(at + Call.positions.offset, call.positions, sizeof(positions))
         self.read(at + Call.spans.offset, call.spans, 4 * call.windows)

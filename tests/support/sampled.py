@@ -1,4 +1,4 @@
-"""Sampling on a small scale: p-values of joint outcomes of the whole loop, and a rule that is wrong."""
+"""Statistical tests of sampling with a tiny vocabulary: p-values of joint outcomes, and a verifier that is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from specdec.speculation.draft import Acceptance, Draft, Drafter, Verifier
 
 
 def p_value(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float], total: int) -> float:
-    """Of Pearson's chi-square test; outcomes of probability zero must not occur."""
+    """Return the p-value of Pearson's chi-square test of ``counts`` against the probabilities ``expected``.
+
+    total: number of samples. 0.0 if an outcome of probability zero occurred.
+    """
     if any(expected[outcome] == 0 for outcome in counts):
         return 0.0
     cells = {o: e * total for o, e in expected.items() if e > 0}
@@ -26,7 +29,7 @@ def p_value(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], fl
 
 
 class AcceptsAll(Verifier):
-    """Control: every drafted token of the chain is accepted."""
+    """A wrong verifier, as a control: it accepts every drafted token of a chain."""
 
     name, lossless = "accepts all", True
 
@@ -45,13 +48,13 @@ PROMPT, ROWS, VOCAB = [1, 2, 1, 2], 256, 5
 
 
 def small(family: str) -> PreTrainedModel:
-    """A model of five tokens, of which temperature and top-p leave several."""
+    """Return a model of ``family`` with five tokens, several of which temperature and top-p leave."""
     ends = dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id"))
     return tiny_model(family, vocab_size=VOCAB, **ends)
 
 
 def expected(model: PreTrainedModel, temperature: float, top_p: float, count: int = 3) -> dict[tuple[int, ...], float]:
-    """The distribution of the first ``count`` tokens after ``PROMPT``."""
+    """Return {outcome: probability} of the first ``count`` tokens after ``PROMPT``, from the model's logits."""
     outcomes = list(product(range(VOCAB), repeat=count))
     ids = torch.tensor([[*PROMPT, *outcome[:-1]] for outcome in outcomes], device=model.device)
     logits = model(ids).logits[:, -count:].double().cpu() / temperature
@@ -67,7 +70,7 @@ def fit(
     top_p: float = 0.9,
     verifier: Verifier | None = None,
 ) -> float:
-    """P-value of the first three tokens, sampled through the whole loop."""
+    """Return the p-value of the first three tokens, sampled by the engine with ``drafter`` in many rows."""
     given = {"temperature": temperature, "top_p": top_p, "seed": 11}
     out, _ = run(target, drafter, [PROMPT] * ROWS, 3, depth=2, eos=None, verifier=verifier, **given)
     assert isinstance(target, ReferenceTarget)

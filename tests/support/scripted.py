@@ -1,4 +1,4 @@
-"""Drafters, processors, constraints and a clock that do what a test gives."""
+"""Drafters, processors, constraints and a clock whose behavior a test gives."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Scripted(Drafter):
 
 
 class Clock:
-    """A clock in place of the module ``time``, which advances when a test says so.
+    """A clock that replaces the module ``time`` and advances when a test says so.
 
-    tick: seconds that each reading of ``perf_counter`` takes.
+    tick: seconds that each call of ``perf_counter`` takes.
     """
 
     def __init__(self, tick: float = 0.0) -> None:
@@ -47,7 +47,7 @@ class Clock:
 
 
 class OnlyOddAfterEven(LogitsProcessor):
-    """A processor that looks at the last token: wrong prefixes would show."""
+    """A processor that allows odd tokens after even ones and even after odd, so that a wrong prefix would show."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         parity = 1 - int(input_ids[0, -1]) % 2

@@ -1,4 +1,4 @@
-"""Servers for tests: on a loopback port in a thread, around a tiny model or events that a test gives; in a process."""
+"""Servers for tests: in a thread, around a tiny model or events that a test gives; or in a process of their own."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def tiny_decoder(folder: Path, drafter: Any = "prompt-lookup", context: int = 40
 
 
 class Oracle(Scripted):
-    """Drafts what ``texts`` (token ids of prompts with their answers) go on with, four tokens deep.
+    """A drafter that drafts the next four tokens of the texts that it knows.
 
-    slips: it drafts another token at every sixth place, so that drafts are accepted whole, in part and not at all.
+    texts: token ids of prompts with their answers. slips: whether it drafts a wrong token at every sixth position, so
+    that drafts are accepted whole, in part and not at all.
     """
 
     def __init__(self, slips: bool = False) -> None:
@@ -58,7 +59,10 @@ class Oracle(Scripted):
 
 
 class Gate:
-    """Steps of an engine's thread wait for ``let``, until ``open``. rows: most that shared a step."""
+    """A context manager that holds the steps of an engine's thread until ``let`` allows them, or ``open`` all.
+
+    rows: largest number of rows that shared a step.
+    """
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.step, self.rows = engine, engine.step, 0
@@ -82,7 +86,7 @@ class Gate:
             self.done.release()
 
     def let(self, steps: int = 1) -> None:
-        """Run so many steps."""
+        """Let the engine run ``steps`` steps and wait until they are done."""
         for _ in range(steps):
             self.permits.release()
             assert self.done.acquire(timeout=300)
@@ -93,7 +97,7 @@ class Gate:
 
 
 class Server:
-    """A server on a loopback port. ``lines``: its log. ``url``: where it is."""
+    """A server on a loopback port, in a thread. url: its address. lines: its log."""
 
     def __init__(self, decoder: SpecDecoder, engine: Any, settings: ServerSettings) -> None:
         self.decoder, self.engine, self.settings, self.lines = decoder, engine, settings, list[str]()
@@ -116,7 +120,7 @@ class Server:
         return self.post("/v1/completions", {"model": NAME, "prompt": "Name", "max_tokens": 24} | more)
 
     def figure(self, name: str) -> float:
-        """One of the figures for Prometheus."""
+        """Return the value of the metric ``vllm:name``. Raises KeyError if there is none."""
         for line in self.get("/metrics").text.splitlines():
             if line.startswith(f"vllm:{name}{{"):
                 return float(line.rpartition(" ")[2])
@@ -124,14 +128,14 @@ class Server:
 
 
 def content(found: list[dict[str, Any]], index: int = 0) -> str:
-    """The text of a streamed choice."""
+    """Return the text of the streamed choice ``index``. found: the objects of the stream."""
     return "".join(
         c["delta"].get("content", "") for chunk in found for c in chunk["choices"] if c["index"] == index
     )  # fmt: skip
 
 
 def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of a refused request."""
+    """Check that the server refused a request with ``status``, and return the error object."""
     assert response.status_code == status, response.text
     [(key, error)] = response.json().items()
     assert key == "error" and set(error) == {"message", "type", "param", "code"}
@@ -140,7 +144,7 @@ def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The objects of a stream, which must end with [DONE]."""
+    """Return the JSON objects of a stream of server-sent events, which must end with [DONE]."""
     *parts, done, rest = response.text.split("\n\n")
     assert done == "data: [DONE]" and rest == ""
     return [json.loads(part.removeprefix("data: ")) for part in parts]
@@ -148,7 +152,10 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 @contextmanager
 def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterator[Server]:
-    """A running server; ``engine``: one of the test's own."""
+    """Run a server during the ``with`` block. engine: the engine to use; None: one of the decoder.
+
+    settings: of the server.
+    """
     own = decoder.engine(max_rows=16, num_speculative_tokens=4) if engine is None else engine  # whatever steps take
     server = Server(decoder, own, ServerSettings(name=NAME, **settings))
     server.thread.start()
@@ -164,9 +171,10 @@ def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterat
 
 
 class Replay:
-    """An engine whose requests get the events that ``script(request)`` makes; a script that waits holds the request.
+    """An engine without a model: a request gets the events that ``script(request)`` returns.
 
-    handles: of all requests so far. enqueued: requests that nobody waits for.
+    A script that waits holds it.
+    handles: the handles of all requests so far. enqueued: requests without a handle. refuse: raised by ``submit``.
     """
 
     drafting, outage = "on", None
@@ -206,7 +214,7 @@ class _Replayed:
 
 
 def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
-    """A decoder for servers around ``Replay``: a tokenizer, and nothing to decode with."""
+    """Return a decoder without a model for servers around ``Replay``. context, vocab: what the model claims."""
     target = SimpleNamespace(context=context, vocab_size=vocab)
     drafter = SimpleNamespace(label="none")
     made = SimpleNamespace(
@@ -225,7 +233,7 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte."""
+    """Return a tokenizer with one token for each byte and a chat template that joins the messages."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -236,7 +244,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Wait until it holds; ten minutes are far more than it takes."""
+    """Wait until ``holds`` returns True; fail after ten minutes."""
     gate = threading.Event()
     for _ in range(60_000):
         if holds():

@@ -1,6 +1,6 @@
-"""Simulated drafting: a machine with known costs, texts with known acceptance, a free source and a levelled one.
+"""Simulated drafting without models: a machine with known costs, texts with known acceptance, and two drafters.
 
-The two sources build their candidates as n-grams and ``by_levels`` do, without models.
+One drafter has tokens at no cost, as n-grams have, the other costs time for each level of the tree, as M2R2 does.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ DEPTH = 12  # most levels of a draft
 
 @dataclass(frozen=True)
 class World:
-    """A machine: seconds of a pass over n tokens are ``base * sqrt(1 + (n * ratio)^2)``, and some more beyond 16. The
-    other costs are in passes over no token.
+    """A simulated machine.
 
-    phases: kinds of places, of which a text has one or the other by chance, each for ``tokens`` of a row.
-    powers: a source says p ** (1 / power) for p. told: how many times ``ratio`` the policy is told.
-    busy: steps at the beginning that other work makes slow.
+    A pass over n tokens takes ``base * sqrt(1 + (n * ratio)^2)`` seconds, and more beyond 16 tokens.
+    Other costs are relative to a pass over no token.
+    phases: kinds of positions; a text has positions of the kinds of a phase, at random, for ``tokens`` tokens of a
+    row.
+    powers: for each drafter, a probability p is stated as p ** (1 / power). told: factor on the ``ratio`` that the
+    policy
+    knows. busy: number of first steps that other work makes slow.
     """
 
     phases: Sequence[Kinds]
@@ -56,7 +59,7 @@ class World:
 
 
 class Row:
-    """A text. Its token at place t is 3 t; what a source proposes wrongly there is 3 t + 1 or 3 t + 2."""
+    """A simulated text. Its token at position t is 3 t; a drafter's wrong proposal there is 3 t + 1 or 3 t + 2."""
 
     def __init__(self, world: World, kinds: Kinds, seed: int) -> None:
         self.at, rng = 0, random.Random(seed)
@@ -70,7 +73,10 @@ class Row:
             self.said.append(tuple(p ** (1 / power) for p, power in zip(chances, world.powers, strict=True)))
 
     def token(self, depth: int, right: bool, source: int) -> tuple[int, float]:
-        """What a source proposes behind a path of ``depth`` tokens, and the probability that it says."""
+        """Return what drafter ``source`` proposes after a path of ``depth`` tokens, and the probability that it states.
+
+        right: whether the path is right so far.
+        """
         place = self.at + depth
         return self.drafted[place][source] if right else 3 * place + 1 + source, self.said[place][source]
 
@@ -86,7 +92,7 @@ def calibrated(p: float, table: Sequence[float] | None) -> float:
 
 
 def shared(found: dict[int, Any]) -> None:
-    """The likeliest keeps its probability, the others share what it leaves."""
+    """Reduce probabilities of candidates whose sum exceeds 1: the likeliest keeps its own."""
     total, most = sum(own[0] for own in found.values()), max(found, key=lambda token: found[token][0], default=0)
     for token, own in found.items():
         if total > 1 and token != most:
@@ -94,7 +100,7 @@ def shared(found: dict[int, Any]) -> None:
 
 
 class Free(Drafter):
-    """As n-grams: a tree of the likeliest paths, which are its own one and those of a levelled source."""
+    """A drafter whose tokens cost nothing, as n-grams. Its tree also has paths of the other drafter."""
 
     name, blends, has_probabilities, level_share = "free", True, True, (0.0,)
 
@@ -145,7 +151,7 @@ class Free(Drafter):
 
 
 class Levels(Drafter):
-    """As ``by_levels``: each level adds one token behind the likeliest nodes, also behind those of another source."""
+    """A drafter that adds one token after the likeliest nodes at each level, also after nodes of another drafter."""
 
     name, has_probabilities = "levels", True
 

@@ -1,9 +1,9 @@
-"""Windows, as far as Python shows it on Linux: ``python tests/support/systems.py``. macOS lacks less.
+"""Windows, as far as Python can imitate it on Linux: ``python tests/support/systems.py``. macOS lacks less.
 
-The modules of specdec see an ``os``, a ``signal``, a ``socket`` and a ``ctypes`` without what the system lacks, none of
-the modules that it lacks, no ``/proc`` and no compiled library; other packages see Linux, which they need here. What is
-run: every module is imported, and commands and a server of a tiny model. What this cannot tell: how the system's own
-paths, terminals, signals, file locks and open files behave.
+The modules of specdec get an ``os``, a ``signal``, a ``socket`` and a ``ctypes`` without what Windows lacks, none of
+the modules that it lacks, no ``/proc`` and no compiled library; other packages see Linux, which they need here. Then
+every module is imported, and commands and a server of a tiny model run. This cannot show how the paths, terminals,
+signals, file locks and open files of Windows behave.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OPTIONAL = ("specdec.serve.ray", "specdec.integrations.lm_eval")  # of packages 
 
 
 class View(ModuleType):
-    """A module without some names, and with others in place of its own."""
+    """A module without the names ``absent``, and with the names ``own`` in place of its own."""
 
     def __init__(self, module: ModuleType, absent: str, **own: Any) -> None:
         super().__init__(module.__name__)
@@ -63,7 +63,7 @@ class View(ModuleType):
 
 
 def become() -> None:
-    """Show the modules of specdec the other system, for the rest of the process."""
+    """Make the modules of specdec see the other system, for the rest of the process."""
     import ctypes
 
     real, opened = builtins.__import__, io.open
@@ -106,7 +106,7 @@ def run(*arguments: str) -> str:
 
 
 def serve(model: Path) -> None:
-    """A server in this thread; a client in another one ends it."""
+    """Run a server of ``model`` in this thread; a client in another thread sends a request and ends the server."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     found = list[httpx.Response]()

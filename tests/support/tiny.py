@@ -20,17 +20,17 @@ TEMPLATE = (
 
 
 def save_tiny(folder: Path, context: int = 4096, **sizes: int) -> Path:
-    """Write a float32 llama whose every token is one character, without special ones: it generates up to the limit."""
+    """Write a folder of a float32 Llama whose tokens are characters. It has no end token."""
     return _save(folder, "llama", {"max_position_embeddings": context, **sizes})
 
 
 def save_native(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: object) -> Path:
-    """The same of a family and a size that the native runtime serves."""
+    """Write a folder as ``save_tiny`` does, of a family and with sizes that the native runtime supports."""
     return _save(folder, kind, sizes_of(kind) | more, dtype)
 
 
 def save_tiny_moe(folder: Path, kind: str = "mixtral", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """The same as a mixture of 6 experts, of which a token takes 2, that the native runtime serves."""
+    """Write a folder of a mixture of 6 experts, 2 for each token, that the native runtime supports."""
     count = "num_local_experts" if kind == "mixtral" else "num_experts"
     return save_native(folder, kind, dtype, **{count: 6, "num_experts_per_tok": 2})
 
@@ -201,7 +201,7 @@ HYBRIDS: dict[str, dict[str, object]] = {  # families with recurrent layers
 
 
 def tiny_model(family: str = "llama", attention: str | None = None, **changes: object) -> PreTrainedModel:
-    """A random fp32 model of 4 layers, in evaluation mode, with logits spread enough to have clear winners."""
+    """Return a random float32 model of 4 layers in evaluation mode; its best logits are clearly the best."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **(FAMILIES | HYBRIDS)[family], **changes})
     attention = attention or ("eager" if family in ("gemma2", "gpt_oss", "mamba2") else "sdpa")
@@ -214,7 +214,7 @@ def tiny_model(family: str = "llama", attention: str | None = None, **changes: o
 
 
 def greedy_reference(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
-    """What ``model.generate`` returns: new tokens only."""
+    """Return the new tokens of a greedy ``model.generate``."""
     out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
     return out[0, len(ids) :].tolist()
 
@@ -230,7 +230,7 @@ ROPES = {
 
 
 def rough_model(family: str, **changes: object) -> torch.nn.Module:
-    """A tiny model whose biases and norms are random, too."""
+    """Return a tiny model with random biases and norm weights."""
     model = tiny_model(family, **changes)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 or name.endswith("bias"):
@@ -243,7 +243,7 @@ PHI = {"hidden_size": 128, "intermediate_size": 96}  # its heads share the hidde
 
 
 def sizes_of(family: str) -> dict[str, object]:
-    """Of a model that the native runtime serves."""
+    """Return config entries with which a tiny model of ``family`` runs in the native runtime."""
     more: dict[str, object] = {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
     if family in HYBRIDS:
         more = {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
@@ -252,7 +252,7 @@ def sizes_of(family: str) -> dict[str, object]:
 
 
 def tamed(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with matrices as small as trained ones: rounding to 8 bits does not grow from layer to layer."""
+    """Scale the matrices of ``model`` to the size of trained ones; rounding to 8 bits then does not grow."""
     for parameter in model.parameters():
         parameter.mul_(0.25 if parameter.dim() > 1 else 1)
     return model
@@ -263,7 +263,7 @@ def model_of(family: str, **changes: object) -> torch.nn.Module:
 
 
 def without(model: PreTrainedModel, *layers: int) -> PreTrainedModel:
-    """A copy of a llama in which ``layers`` change nothing."""
+    """Return a copy of a Llama in which ``layers`` do not change the residual."""
     model = copy.deepcopy(model)
     for layer in layers:
         for linear in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):

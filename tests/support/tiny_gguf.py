@@ -19,7 +19,7 @@ TYPES = *KINDS, "BF16"  # of the blocks of files
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
-    """Write the file."""
+    """Write the file and close it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -39,7 +39,7 @@ def add_sizes(
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, pre: str, tokens: list[str], merge: str) -> None:
-    """Of a byte-level tokenizer with one merge; the first three tokens are control tokens."""
+    """Add a byte-level tokenizer with one merge; the first three tokens are control tokens."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
@@ -58,10 +58,10 @@ def write_gguf(
     pre: str = "smollm",
     experts: int = 0,
 ) -> dict[str, np.ndarray]:
-    """A 2-layer random Llama with a byte-level vocabulary in which "\\n\\n" is one token. Returns the fp32 tensors.
+    """Write a GGUF file of a 2-layer random Llama with a byte-level tokenizer; return its float32 tensors by name.
 
-    width: hidden size; every two of ``heads`` share keys. packed: how the layers' matrices are stored (None: in fp32).
-    pre: the pre-tokenizer. experts: so many in each layer of a Qwen3-MoE instead, two for each token.
+    width: hidden size. heads: attention heads; two share keys and values. packed: type of the layers' matrices; None:
+    float32. pre: how text is split. experts: if not 0, a Qwen3-MoE with this number of experts, two for each token.
     """
     size, inner, shared = width // heads, 768 if experts else width * 3 // 2, width // 2  # 768: what readers assume
     random = np.random.default_rng(seed)
@@ -98,8 +98,10 @@ def write_gguf(
 
 
 def split_gguf(path: Path, counts: list[int]) -> list[Path]:
-    """The file in parts of so many tensors each, as llama.cpp's ``gguf-split`` writes them: the first has all metadata,
-    others have only that of the split."""
+    """Split a GGUF file into parts of ``counts`` tensors each, as llama.cpp's ``gguf-split`` does; return their paths.
+
+    The first part has all metadata, the others have only those of the split.
+    """
     reader, done = gguf.GGUFReader(path), 0
     own = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     metadata = [b"".join(part.tobytes() for part in field.parts) for field in own.values()]
@@ -139,8 +141,10 @@ HALVES |= {"TQ1_0": [-2], "TQ2_0": [-2], "MXFP4": []}  # where a block has float
 def random_blocks(
     kind: str, shape: tuple[int, int], random: np.random.Generator, scales: tuple[float, float]
 ) -> np.ndarray:
-    """Random blocks of a type, uint8 [out, bytes of a row]: any bits; their float16 numbers are in the range
-    ``scales``, of either sign."""
+    """Return a random matrix in blocks of a type, uint8 [out, bytes of a row].
+
+    scales: range of the blocks' float16 scales, which have either sign.
+    """
     size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = random.integers(0, 256, (shape[0], shape[1] // size, width), np.uint8)
     for at in HALVES.get(kind, [0]):
@@ -227,9 +231,12 @@ def write_family(
     joined: bool = False,
     tensors: Mapping[str, np.ndarray] = {},
 ) -> Path:
-    """A model of transformers as llama.cpp's converter writes it, its matrices quantised to ``kind`` or in random
-    blocks of it. gates: the type of those of recurrent layers and of experts. older: as older converters wrote
-    Qwen3-Next. joined: gates and ups of experts are one tensor. tensors: further ones."""
+    """Write a model of transformers as a GGUF file, as llama.cpp's converter does.
+
+    kind: type of the matrices, which are quantized or, for types without a quantizer, random blocks.
+    gates: type of the gates of recurrent layers and of routers. older: as older converters wrote Qwen3-Next.
+    joined: whether gate and up of experts are one tensor. tensors: further tensors by name.
+    """
     config = model.config
     name, paired, more, metadata = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
@@ -307,7 +314,10 @@ def write_family(
 
 
 def write_model(path: Path, architecture: str, kind: str, width: int = 32, tied: bool = False, **tensors: Any) -> Path:
-    """A 2-layer random model of an architecture, its matrices in one type. tensors: further ones, by name."""
+    """Write a GGUF file of a 2-layer random model, all matrices of the type ``kind``.
+
+    tensors: further tensors by name.
+    """
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "vocab_size": 64}
     sizes |= {"max_position_embeddings": 64}
     if architecture == "qwen3":
@@ -318,8 +328,11 @@ def write_model(path: Path, architecture: str, kind: str, width: int = 32, tied:
 def recurrent_part(
     config: Any, names: Any, where: str, leaf: str, values: np.ndarray, older: bool
 ) -> dict[str, np.ndarray]:
-    """A parameter of a recurrent layer: value heads by their number at a key head, and then by key head. Qwen3-Next:
-    as they are, but in two tensors what the model has in one, by key head (older: in one, too)."""
+    """Return a parameter of a recurrent layer in the order and form of a GGUF file.
+
+    Value heads are ordered by their number at a key head, then by key head. Qwen3-Next keeps its order, but has two
+    tensors for one parameter of the model (older files: one).
+    """
     keys, heads, name = config.linear_num_key_heads, config.linear_num_value_heads, where.rpartition(".")[2]
     values = values.squeeze(1) if name == "conv1d" else -np.exp(values) if leaf == "A_log" else values
     before = 2 * keys * config.linear_key_head_dim if name in ("conv1d", "in_proj_qkv") else 0

@@ -1,4 +1,4 @@
-"""Tokenizers of a few tokens, with the traits that a test needs."""
+"""Tokenizers with few tokens and the properties that a test needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS = [
 
 
 def letters(count: int = 94) -> PreTrainedTokenizerFast:
-    """Three special tokens (2 ends a text), and a token for each printable character; a space in place of a tilde."""
+    """Return a tokenizer with three special tokens (2 ends a text) and a token for each printable character."""
     words = ["<pad>", "<bos>", "<eos>", *map(chr, range(33, 126)), "Ġ"][: 3 + count]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     backend.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
@@ -38,7 +38,10 @@ class Bytes:
 
 
 class Letters(Bytes):
-    """A tokenizer whose every token is one letter; token 2 is the end. Ids stay below the tiny vocabulary."""
+    """A tokenizer whose every token is one character; token 2 is the end.
+
+    All ids are below the tiny models' vocabulary.
+    """
 
     eos_token_id = 2
 
@@ -53,7 +56,10 @@ TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end
 
 
 def special_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """Of characters (joined in pairs by merges, or with a mark in front of each text), with special tokens."""
+    """Return a tokenizer of characters with special tokens.
+
+    Its merges join pairs of characters, or (kind "marked") a mark begins each text.
+    """
     letters = [chr(c) for c in range(32, 127)] + ["\n", "é", "▁"]
     merges = [("a", "b"), ("|", ">"), ("<", "|"), ("e", "n"), ("en", "d")]
     vocab = {token: i for i, token in enumerate([*letters, *(a + b for a, b in merges), "?!"])}

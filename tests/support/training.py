@@ -1,4 +1,4 @@
-"""Training on a tiny model: its settings, its answers' tokens, and what a drafter of it drafts."""
+"""Training on a tiny model: settings, answers as token ids, and the drafts of a drafter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATHS = {
 
 
 def shaken(path: M2R2Path, target: Target, vocab: torch.Tensor | None = None) -> M2R2:
-    """A network whose every parameter matters."""
+    """Return a random M2R2 network in which every parameter affects the result."""
     network = M2R2(path, target, vocab)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -41,7 +41,10 @@ def shaken(path: M2R2Path, target: Target, vocab: torch.Tensor | None = None) ->
 
 
 def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: float = 1.0) -> list[int]:
-    """What the drafter itself proposes after ``ids`` (the last is the root), leaving at the last exit or where sure."""
+    """Return what the drafter proposes after ``ids``, whose last token is the root: ``count`` tokens.
+
+    sure: probability at which a token leaves at an exit; 1: it leaves at the last one.
+    """
     drafter = M2R2Drafter(network, exit_confidence=sure)
     drafter.bind(target)
     row_states = [drafter.begin()]
@@ -55,7 +58,7 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
 
 @torch.inference_mode()
 def same_drafts(target: Target, path: M2R2Path) -> None:
-    """The student drafts exactly as the drafter."""
+    """Assert that the trainer's draft steps choose the same tokens as the drafter."""
     network = shaken(path, target)
     teacher = Teacher(target, None)
     for seed in (0, 3):
@@ -63,7 +66,7 @@ def same_drafts(target: Target, path: M2R2Path) -> None:
         chain = drafted(network, target, ids, 3)
         answer = TrainingAnswer(tuple(ids[:4]), (*ids[4:], *chain, 5))
         wanted = path_states(path, target.num_layers)
-        records = states._records(states._teach(target, [answer], wanted), wanted)
+        records = states._records(states._make_shard(target, [answer], wanted), wanted)
         rows = windows(records, 64)
         batch = assemble(records, rows, 64, target.device)
         root = len(ids) - 1 - rows[0][1]  # the window index of the root's position
@@ -76,7 +79,7 @@ def same_drafts(target: Target, path: M2R2Path) -> None:
 
 
 class Tokens:
-    """Stands in for a tokenizer where answers come as token ids."""
+    """A stand-in for a tokenizer, for training on answers that are token ids."""
 
     chat_template = None
     eos_token_id = 2
@@ -114,7 +117,7 @@ def evaluations(output: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint_of(output: Path) -> dict[str, torch.Tensor]:
-    """The masters and the optimizer's tensors."""
+    """Return the master weights and the optimizer's tensors of a checkpoint, by name."""
     saved = torch.load(output / "checkpoint.pt", weights_only=True)
     slots = {f"{n}/{key}": value for n, slot in saved["optimizer"]["state"].items() for key, value in slot.items()}
     return saved["masters"] | slots

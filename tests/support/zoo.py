@@ -1,4 +1,4 @@
-"""Every drafter, small and random, as a chain and as a tree, and a way to run them."""
+"""Every drafter, small and with random weights, for chains and trees, and functions that run them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def run(
     exit: int | None = None,
     **sampling: float,
 ) -> tuple[list[list[int]], Ran]:
-    """The new tokens of each prompt, at most ``count``, and what else there is to say of them."""
+    """Generate at most ``count`` tokens after each prompt in one batch; return new tokens and requests.
+
+    depth: draft length. exit: exit of the drafter; None: its default. sampling: as ``SamplingParams``.
+    """
     drafter.bind(target)
     params, ends = SamplingParams(**sampling), frozenset() if eos is None else frozenset([eos])  # type: ignore[arg-type]
     requests = [
@@ -69,7 +72,7 @@ def run(
 
 
 class Ran(NamedTuple):
-    """Requests that have been run."""
+    """Finished requests, with their metrics."""
 
     requests: list[Request]
 
@@ -90,7 +93,10 @@ def together(
     verifier: Verifier | None = None,
     **options: Any,
 ) -> Engine:
-    """Run requests that begin together to their ends, and return the engine."""
+    """Run requests that start together until all have ended, and return the engine.
+
+    Raises the first error of a request.
+    """
     engine = Engine(target, drafter, verifier or ExactVerifier(), policy, **options)
     for request in requests:
         engine.submit(request)
@@ -109,7 +115,7 @@ def finish(engine: Engine, *requests: Request) -> None:
 
 
 def watched(drafter: Drafter) -> list[tuple[list[list[int]], Draft]]:
-    """What it will propose, each with the texts of the rows before it."""
+    """Return a list to which each draft that ``drafter`` proposes is added, with the texts of its rows."""
     seen, own = list[tuple[list[list[int]], Draft]](), drafter.propose
 
     def spy(state: State, limit: int) -> Draft:
@@ -123,7 +129,7 @@ def watched(drafter: Drafter) -> list[tuple[list[list[int]], Draft]]:
 
 
 def layers_run(target: Target, drafter: Drafter, count: int = 6, exit: int | None = None) -> list[tuple[int, int, int]]:
-    """(first layer, end, tokens) of every pass after the prompt's."""
+    """Return a list to which (first layer, end, number of tokens) of every pass after the prompt is added."""
     calls, layers = list[tuple[int, int, int]](), target.layers
 
     def spy(x: torch.Tensor, lo: int, hi: int, *given: Any) -> torch.Tensor:
@@ -138,7 +144,7 @@ def layers_run(target: Target, drafter: Drafter, count: int = 6, exit: int | Non
 
 
 def half(target: Target) -> torch.Tensor:
-    """A reduced draft vocabulary: about half of the tokens, the last one included."""
+    """Return a draft vocabulary of every second token id, int32 [V'], the last token included."""
     return torch.arange((target.vocab_size - 1) % 2, target.vocab_size, 2, dtype=torch.int32)
 
 
@@ -155,7 +161,10 @@ def m2r2(
     kind: type[M2R2Drafter] = M2R2Drafter,
     **options: int,
 ) -> M2R2Drafter:
-    """A random M2R2 that drafts over every second token."""
+    """Return an M2R2 drafter with random weights and a vocabulary of every second token.
+
+    early: whether early layers have adapters. router: size of the routers; 0: none. options: of the drafter.
+    """
     torch.manual_seed(1)
     layers = [layer for lo, hi in segments for layer in range(lo, hi)] + (list(range(exit_layer)) if early else [])
     adapters = {layer: list(target.linears(layer)) for layer in layers}
@@ -169,7 +178,7 @@ def m2r2(
 
 
 def heads(target: Target, *exits: int) -> ExitHeads:
-    """Random modules, over every second token."""
+    """Return random exit modules after the layers ``exits``, with a vocabulary of every second token."""
     torch.manual_seed(2)
     network = ExitHeads(exits, 8, target, half(target))
     for parameter in network.parameters():
@@ -178,7 +187,7 @@ def heads(target: Target, *exits: int) -> ExitHeads:
 
 
 def routers(target: Target, first: int = 1) -> Routers:
-    """Random routers: about half of the routed layers are run."""
+    """Return random depth routers that run about half of the layers from ``first`` on."""
     torch.manual_seed(3)
     network = Routers(first, target, half(target))
     torch.nn.init.normal_(network.weight)
@@ -195,7 +204,7 @@ def medusa(target: Target, nodes: int | None = None, rooted: bool = False) -> Me
 
 
 def save_medusa(folder: Path, model: Any) -> None:
-    """A Medusa drafter for ``model``, as training writes it."""
+    """Write a folder of a random Medusa drafter for ``model``, as training does."""
     target = ReferenceTarget(model)
     drafter = medusa(target)
     base = {"name": "org/base", "num_layers": target.num_layers, "hidden_size": target.hidden_size}
@@ -210,7 +219,10 @@ def save_medusa(folder: Path, model: Any) -> None:
 
 
 def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle3Drafter:
-    """A random head over every second token; with an embedding of its own its states have another size."""
+    """Return a random Eagle3 drafter with a vocabulary of every second token.
+
+    has_embedding: whether it has an embedding of its own, and then states of another size.
+    """
     torch.manual_seed(4)
     tokens = half(target).long()
     width = 24 if has_embedding else target.hidden_size
@@ -224,7 +236,7 @@ def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle
 
 
 def mtp(target: Target) -> MTPDrafter:
-    """A random layer of another model in the place of the one that a checkpoint has."""
+    """Return an MTP drafter whose layer is random, in place of the layer that a checkpoint has."""
     d, place = target.hidden_size, (target.device, target.dtype)
     own = ReferenceTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(*place))
     torch.manual_seed(4)
@@ -235,7 +247,7 @@ def mtp(target: Target) -> MTPDrafter:
 
 @functools.cache
 def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> Target:
-    """A second model: its weights are the small llama's, disturbed (a little, so that they often agree)."""
+    """Return a second model: the weights of the tiny Llama with noise, so that both often choose the same token."""
     model = tiny_model("llama", vocab_size=vocab, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -244,7 +256,7 @@ def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> T
 
 
 def second(target: Target, **changes: int | None) -> Target:
-    """A second model with the vocabulary of ``target``."""
+    """Return a second model with the vocabulary of ``target``."""
     few = target.vocab_size < 10
     ends = dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id")) if few else {}
     return other_model(target.vocab_size, 1.0 if few else 0.1, **ends, **changes)

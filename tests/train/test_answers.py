@@ -24,7 +24,7 @@ GREEDY = TrainSettings(max_new_tokens=14)
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "ROWS", 4)
+    monkeypatch.setattr(answers, "MAX_ROWS", 4)
 
 
 def some_prompts(count: int = 11) -> list[list[int]]:

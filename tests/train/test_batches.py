@@ -26,7 +26,7 @@ def test_windows_stay_within_the_context() -> None:
     target = training_target(tiny_model("gpt2"))  # with an embedding for each position
     answer = TrainingAnswer(tuple([5] * 4), tuple([7] * (target.context - 4)))
     wanted = states.StateSelection((), (target.num_layers,))
-    records = states._records(states._teach(target, [answer], wanted), wanted)
+    records = states._records(states._make_shard(target, [answer], wanted), wanted)
     for rows in (windows(records, 64)[-1:], windows(records, 7)):
         batch = assemble(records, rows, 64, target.device)
         assert batch.positions[batch.valid].max() == target.context - 2

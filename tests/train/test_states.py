@@ -37,7 +37,7 @@ def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
     cache, taps = target.new_cache(), {layer: torch.empty(0) for layer in WANTED.hidden}
     with torch.inference_mode():
         logits = target.readout(states.whole_pass(target, ids, cache, taps))[0]
-    kept = slice(states.first_kept(len(answer.prompt_ids)), len(answer) - 1)
+    kept = slice(states.first_stored(len(answer.prompt_ids)), len(answer) - 1)
     found = {"best": logits[kept].argmax(-1).int(), "log_z": logits[kept].float().logsumexp(-1)}
     for layer in WANTED.kv:
         for name, part in cache.of_layer(layer, 0).items():
@@ -99,7 +99,7 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
     wanted = states.StateSelection((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
     whole = states.compute_states(tmp_path / "whole", target, some, wanted)
-    teach, calls = states._teach, []
+    teach, calls = states._make_shard, []
 
     def killed(*args: Any) -> Any:
         calls.append(args)
@@ -107,7 +107,7 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
             raise Killed
         return teach(*args)
 
-    monkeypatch.setattr(states, "_teach", killed)
+    monkeypatch.setattr(states, "_make_shard", killed)
     with pytest.raises(Killed):
         states.compute_states(tmp_path / "parts", target, some, wanted)
     parts = states.compute_states(tmp_path / "parts", target, some, wanted)

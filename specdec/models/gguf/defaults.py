@@ -1,6 +1,6 @@
-"""Whole configs of common model types from the numbers in a GGUF file. transformers completes others.
+"""Complete configs of common model types from the metadata of a GGUF file, without importing transformers.
 
-A test compares both.
+transformers completes the configs of other types. A test compares both ways.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def complete(values: Mapping[str, Any]) -> Config | None:
-    """The config of these fields, and of ``rope_theta``; None: only transformers knows its defaults."""
+    """Return the config of a model with the fields ``values`` and the defaults of its type.
+
+    None: the type or a field is not among those that this module knows, so only transformers knows the defaults.
+    """
     kind, given = values["model_type"], {key: value for key, value in values.items() if key != "rope_theta"}
     known = kind in OWN and NEEDED <= values.keys() <= NEEDED | OPTIONAL
     if not known or values["hidden_size"] % values["num_attention_heads"]:

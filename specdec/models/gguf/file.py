@@ -1,6 +1,6 @@
 """The header of a GGUF file: its metadata, and the type, shape and offset of each tensor. Reads no tensor.
 
-A split file has several parts: the first has the metadata, and each has a part of the tensors. Files are
+A split GGUF file has several part files: the first has the metadata, and each has some of the tensors. Files are
 untrusted: every count and offset is compared with the size of the file before it is used.
 """
 
@@ -24,24 +24,25 @@ from specdec.models.names import part_paths
 from specdec.models.tensor_file import TensorFile, TensorInfo
 
 HEADER_BYTES = 1 << 28  # more than any header has
-MAX_ELEMENTS = 1 << 22  # of all arrays together
+MAX_ELEMENTS = 1 << 22  # largest number of elements of all arrays of a header together
 VERSIONS = 2, 3
 STRING, ARRAY = 8, 9  # types of metadata values; the other types are numbers
 NUMBERS = {kind: struct.Struct(f"<{code}") for kind, code in enumerate("BbHhIif?__Qqd") if code != "_"}
 U32, U64 = NUMBERS[4], NUMBERS[10]
-NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"  # of a part, of parts, in all of them
+NUMBER, COUNT = "split.no", "split.count"  # metadata of a part: its number from 0, the number of parts
+TENSORS = "split.tensors.count"  # the number of tensors in all parts
 ENDS, NOT_TEXT = "it ends within its header", "a string in it is not UTF-8 text"
 
 
 class _Broken(Exception):
-    """The header is broken. The message says how."""
+    """The header of a GGUF file is broken. The message says how."""
 
 
 class Strings(Sequence[str]):
-    """An array of strings of a header, decoded at first use: a vocabulary has hundreds of thousands.
+    """An array of strings in a header, decoded at first use, because a vocabulary has hundreds of thousands.
 
-    data: of each string its length and its bytes. name: of the model, for messages.
-    Reading one raises SpecDecError if one is not UTF-8 text.
+    data: the encoded strings, each as its length (uint64) and its bytes. count: number of strings.
+    name: of the model, for messages. Reading a string raises SpecDecError if any string is not UTF-8 text.
     """
 
     def __init__(self, data: bytes, count: int, name: str) -> None:
@@ -49,6 +50,7 @@ class Strings(Sequence[str]):
 
     @functools.cached_property
     def texts(self) -> list[str]:
+        """All strings, decoded. Raises SpecDecError if one is not UTF-8 text."""
         found, at, data, length_at = list[str](), 0, self.data, U64.unpack_from
         try:
             for _ in range(self.size):
@@ -71,18 +73,26 @@ class Strings(Sequence[str]):
 
 @dataclass(frozen=True)
 class GGUFFile(TensorFile):
-    """metadata: the first part's."""
+    """The header of a GGUF file, or the joined headers of the parts of a split one.
+
+    metadata: key -> value: a number, a text, ``Strings`` or a list of numbers; of a split file, that of the first part.
+    The paths and the tensors are as in ``TensorFile``.
+    """
 
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
+        """llama.cpp's name of the model's architecture, such as "qwen2"; "" if the file names none."""
         return str(self.metadata.get("general.architecture", ""))
 
 
 def read_header(path: Path, name: str = "") -> GGUFFile:
-    """Read the header of a GGUF file, or those of all parts of a split one, of which ``path`` is any. name: for
-    messages. Raises SpecDecError if the file is broken or a part is missing."""
+    """Read the header of a GGUF file, or the headers of all parts of a split file.
+
+    path: the file, or any part of a split one. name: of the model, for messages; "": the path.
+    Raises SpecDecError if the file is broken or a part is missing.
+    """
     name, paths = name or str(path), part_paths(path)
     if len(paths) == 1:
         state = _state(name, paths)
@@ -101,10 +111,10 @@ def read_header(path: Path, name: str = "") -> GGUFFile:
     state, metadata, tensors = _state(name, paths), {}, {}
     for number, part in enumerate(paths):
         own, found = _read(part, str(part))
-        if (place := (own.get(NUMBER), own.get(COUNT))) != (number, len(paths)):
-            says = "part {} of {}, counted from 0".format(*map(_short, place))
+        if (numbering := (own.get(NUMBER), own.get(COUNT))) != (number, len(paths)):
+            says = "part {} of {}, counted from 0".format(*map(_short, numbering))
             raise _error(name, f"'{part.name}' says that it is {says}")
-        if double := tensors.keys() & found.keys():
+        if double := tensors.keys() & found.keys():  # tensors with the same name
             raise _error(name, f"tensor '{_short(min(double))}' is in two parts")
         metadata = metadata or own
         tensors |= {key: replace(info, part=number) for key, info in found.items()}
@@ -119,7 +129,7 @@ def _state(name: str, paths: Sequence[Path]) -> tuple[int, ...]:
 
 
 def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Metadata and tensors of one file."""
+    """Read (metadata, tensors by name) of one GGUF file. Raises SpecDecError, which names ``name``, if it is broken."""
     with errors_as(f"cannot read '{name}'"), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(4) != b"GGUF":
@@ -136,12 +146,16 @@ def _error(name: str, why: str) -> SpecDecError:
 
 
 class _HeaderReader:
-    """Reads a header from its bytes. Raises _Broken."""
+    """A reader of a header in the bytes ``data``; its methods raise ``_Broken``. name: of the model, for messages."""
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
-        self.data, self.size, self.at, self.elements, self.name = data, len(data), 4, 0, name
+        self.data, self.size = data, len(data)
+        self.at = 4  # after the magic bytes
+        self.elements = 0  # of all arrays so far
+        self.name = name
 
     def header(self, file_size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        """Read the whole header: (metadata, tensors by name). file_size: in bytes; no tensor may end after it."""
         version = self.number(U32)
         if version not in VERSIONS:
             raise _Broken(f"it is of version {version}; known: {', '.join(map(str, VERSIONS))}")
@@ -179,7 +193,7 @@ class _HeaderReader:
         return kind.unpack_from(self.data, at)[0]
 
     def count(self, least: int) -> int:
-        """A count of items of at least ``least`` bytes each. Raises _Broken if the file is too small for them."""
+        """Read a number of items that have at least ``least`` bytes each, and check that the file is large enough."""
         count: int = self.number(U64)
         if count * least > self.size - self.at:
             raise _Broken(ENDS)
@@ -230,7 +244,7 @@ class _HeaderReader:
         return Strings(data[begin:at], count, self.name)
 
     def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
-        """Name, type, shape and offset in the data."""
+        """Read the description of a tensor: name, GGUF type, shape, and offset in bytes after the header."""
         name, dimensions = self.string(), self.number(U32)
         if not 1 <= dimensions <= 4:
             raise _Broken(f"tensor '{_short(name)}' has {dimensions} dimensions")
@@ -243,6 +257,7 @@ class _HeaderReader:
 
 
 def _bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
+    """Return the size in bytes of a tensor of the GGUF type ``kind``. Raises _Broken for an impossible shape."""
     elements, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     if 0 in shape or shape[-1] % elements:
         raise _Broken(f"tensor '{_short(name)}' of type {kind} has the impossible shape {shape}")
@@ -250,6 +265,6 @@ def _bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _short(value: object) -> str:
-    """Untrusted text for a message."""
+    """Return an untrusted value as one line of at most 60 characters, for a message."""
     text = " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

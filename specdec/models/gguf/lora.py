@@ -1,4 +1,4 @@
-"""LoRA adapters in GGUF files, as llama.cpp's converter writes them: two tensors for a matrix of the model's file."""
+"""LoRA adapters in GGUF files, as llama.cpp's converter writes them: two tensors per adapted tensor of the model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from specdec.models.gguf.model import rows_of, tensor_names
 from specdec.models.native_model import NativeModel
 from specdec.models.tensor_file import PLAIN
 
-ENDS = {".lora_a": 0, ".lora_b": 1}
+ENDS = {".lora_a": 0, ".lora_b": 1}  # suffix of a tensor's name -> which of the two matrices it is
 
 
 def read(name: str, path: Path, model: Any, file: GGUFFile) -> tuple[dict[str, tuple[Tensor, Tensor, float]], str]:
-    """The matrices [r, in] and [out, r] and the scale for each map of ``model``, and the name of the base model.
+    """Read the LoRA adapter ``name`` from the GGUF file ``path``, for ``model``, which was loaded from ``file``.
 
-    file: that of the model. Raises SpecDecError if the adapter is broken or made for another architecture.
+    Returns {path of a linear layer of the model: (A [r, in], B [out, r], scale)}, where scale * B @ A is added to the
+    layer's weight, and the name of the adapter's base model ("" if unknown). Raises SpecDecError if the adapter is
+    broken, was made for another architecture, or changes anything but linear layers.
     """
     adapter = read_header(path, name)
     kind = tuple(adapter.metadata.get(key) for key in ("general.type", "adapter.type"))
@@ -45,13 +47,13 @@ def read(name: str, path: Path, model: Any, file: GGUFFile) -> tuple[dict[str, t
         values = adapter.data(info).view(PLAIN[info.kind]).view(info.shape)
         parts.setdefault(tensor.removesuffix(end), {})[ENDS[end]] = values
     whole = NativeModel(model.config, torch.bfloat16)  # in ``model``, matrices in blocks are no parameters
-    places = {names[0]: parameter for parameter, names in tensor_names(file, whole).items() if len(names) == 1}
+    parameters = {names[0]: parameter for parameter, names in tensor_names(file, whole).items() if len(names) == 1}
     found = dict[str, tuple[Tensor, Tensor, float]]()
     for tensor, pair in parts.items():
-        path_of = places.get(tensor, "").removesuffix(".weight")
+        path_of = parameters.get(tensor, "").removesuffix(".weight")
         if not path_of or "linear_attn" in path_of or ".experts" in path_of or path_of.endswith("embed_tokens"):
             raise SpecDecError(
-                f"adapter '{name}' changes '{tensor[:60]}', and only changes of linear maps that the model has are "
+                f"adapter '{name}' changes '{tensor[:60]}', and only changes of linear layers that the model has are "
                 "supported"
             )
         if pair.keys() != {0, 1}:

@@ -213,7 +213,9 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
         )
     for kind in {info.kind for info in file.tensors.values()} - {*PLAIN, *blocks.KINDS}:
         try:
-            blocks.numbers(torch.zeros(1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]).byte(), kind)
+            blocks.dequantize_rows(
+                torch.zeros(1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]).byte(), kind
+            )
         except NotImplementedError:
             raise SpecDecError(
                 f"'{name}' has tensors of type {kind}, which cannot be read; get a file of another type, such as Q4_K_M"

@@ -1,9 +1,11 @@
 """Recurrent layers in GGUF files: their metadata, and the tensors that a converter changes.
 
-Value heads of Qwen3.5 lie in another order there: the first ones of all key heads come before the second ones. As they
-are rows of most matrices, blocks stay as they are. They are columns of the last one, which a runtime reads in the
-file's order. The first matrix of Qwen3-Next, with all parts of a key head before the next head's, is two tensors there:
-queries, keys and values of all heads, and the gates of all heads. In older files it is one, as in the model.
+A GGUF file has the value heads of Qwen3.5 in another order: the first value heads of all key heads, then the second
+ones. Value heads are rows of most matrices, whose blocks stay as they are and are indexed by row. They are columns of
+the output projection, which a runtime reads in the file's order.
+The input projection of Qwen3-Next (in_proj_qkvz: key head by key head, queries, keys, values and gates) is two tensors
+in a file: queries, keys and values of all heads (in_proj_qkv), and gates of all heads (in_proj_z). Older files have one
+tensor, as in the model.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from specdec.base.errors import SpecDecError
 
 
 def complete(name: str, values: dict[str, Any]) -> None:
-    """Make fields of a config from numbers of the metadata that are none."""
+    """Replace the metadata in ``values`` that are no fields of a transformers config by the fields that follow from it.
+
+    name: of the model, for the SpecDecError that is raised for impossible values.
+    """
     heads = values.get("linear_num_value_heads") or 1
     values["linear_value_head_dim"] = values.pop("linear_values", 0) // heads
     if heads % (keys := values.get("linear_num_key_heads") or 1):
@@ -31,19 +36,25 @@ def complete(name: str, values: dict[str, Any]) -> None:
 
 
 def tensors_of(path: str) -> tuple[str, ...]:
-    """The modules of Qwen3.5 that have the tensors of a module of Qwen3-Next; none: it has one of its own."""
+    """Return the two module paths of Qwen3.5 that together have the weight of Qwen3-Next's module ``path``.
+
+    An empty tuple: the module has one tensor of its own.
+    """
     whole, joined, _ = path.partition("_qkvz")
     return (f"{whole}_qkv", f"{whole}_z") if joined else ()
 
 
 def tensor_rows(config: Any) -> tuple[int, int]:
-    """The rows of the two tensors of the first matrix of Qwen3-Next."""
+    """Return the numbers of rows of the two tensors of Qwen3-Next's input projection: in_proj_qkv and in_proj_z."""
     values = config.linear_num_value_heads * config.linear_value_head_dim
     return 2 * config.linear_num_key_heads * config.linear_key_head_dim + values, values
 
 
 def rows_of_two(config: Any) -> Tensor:
-    """The row of these two tensors, one below the other, for each row of that matrix."""
+    """Return, for each row of Qwen3-Next's input projection, its row in the two tensors of a file put together.
+
+    int64 [rows]; the tensors are those of ``tensor_rows``, one below the other.
+    """
     heads, (first, values) = config.linear_num_key_heads, tensor_rows(config)
     keys = (first - values) // 2
     parts = torch.arange(first + values).split([keys, keys, values, values])
@@ -51,14 +62,20 @@ def rows_of_two(config: Any) -> Tensor:
 
 
 def value_heads(config: Any, size: int) -> Tensor:
-    """The place in a file of each row that belongs to value heads, ``size`` rows a head."""
+    """Return, for each row of the model's value heads, its row in a file, int64 [heads * size].
+
+    size: rows per value head.
+    """
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     heads = torch.arange(values).view(values // keys, keys).t().flatten()
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
 def rows_of(config: Any, path: str, leaf: str) -> Tensor | None:
-    """The row of the file's tensor for each row of a parameter; None: the same."""
+    """Return, for each row of the parameter ``leaf`` of the module ``path``, its row in the file's tensor.
+
+    int64 [rows]; None: the rows are in the same order.
+    """
     layer, _, name = path.rpartition("linear_attn")
     if not layer or name in (".norm", ".out_proj"):
         return None
@@ -70,14 +87,17 @@ def rows_of(config: Any, path: str, leaf: str) -> Tensor | None:
 
 
 def columns_of(config: Any, path: str) -> Tensor | None:
-    """The column of a matrix that each column of the file's is; None: the same."""
+    """Return, for each column of the file's tensor of the module ``path``, its column in the model's matrix.
+
+    int64 [in]; None: the columns are in the same order.
+    """
     if not path.endswith("linear_attn.out_proj"):
         return None
     return value_heads(config, config.linear_value_head_dim).argsort()
 
 
 def restored(path: str, leaf: str, values: Tensor) -> Tensor:
-    """A parameter of a recurrent layer from what the converter made of it."""
+    """Undo the converter's change of the values of the parameter ``leaf`` of the module ``path`` (A_log, conv1d)."""
     if leaf == "A_log":
         return (-values.float()).log()
     return values[:, None] if path.endswith("linear_attn.conv1d") else values

@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file, with its chat template.
 
-Byte-level vocabularies whose text is split in a known way are built from the header; transformers converts the others.
-A test compares both.
+Byte-level tokenizers with a known way to split text are built from the header; transformers converts all others. A test
+compares both ways.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from specdec.models.gguf.file import GGUFFile, Strings
 from specdec.models.quiet import quiet_transformers
 from specdec.models.tokenizer import CONFIG, FILE, TEMPLATE
 
-TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # by config field
-CONTROL, USER = 3, 4  # types of tokens that are not text, and of others that are found before a text is split
+TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # field of the config -> name in a file
+CONTROL = 3  # type of tokens that are not text
+USER = 4  # type of tokens that are found before a text is split
 # Values of tokenizer.ggml.pre that split off single digits before words. transformers splits words only, so a digit and
 # the line break or space before it would become one token.
 DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
@@ -30,17 +31,18 @@ _REGEX = (
 QWEN, LLAMA = _REGEX.format(digits=""), _REGEX.format(digits="{1,3}")
 SPLITS = {"qwen2": QWEN, "deepseek-r1-qwen": QWEN, "llama-bpe": LLAMA, "llama3": LLAMA, "smaug-bpe": LLAMA}
 WORDS = {"default", "gpt-2", "olmo"}  # split as in GPT-2
-NORMALISED = {"qwen2"}  # model types whose tokenizers have the normaliser and the splits of Qwen, whatever a file says
-CONVERTED = {"qwen3_5_moe_text"}  # model types whose tokenizers have others, which transformers knows
+NORMALIZED = {"qwen2"}  # model types whose tokenizers have the normalizer and the splits of Qwen, whatever a file says
+CONVERTED = {"qwen3_5_moe_text"}  # model types whose normalizer and splits only transformers knows
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 BROKEN = "model '{}' has no usable tokenizer: that of its GGUF file is broken"
 END = "<|endoftext|>"  # transformers' byte-level tokenizers always have it, if the vocabulary does
 
 
 def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
-    """Write the tokenizer of a file into ``folder``, which has the config of a model of this type.
+    """Write the tokenizer of a GGUF file, in the format of transformers, into ``folder``, which has the model's config.
 
-    Raises SpecDecError without one.
+    name: of the model, for messages. kind: the model type of the config.
+    Raises SpecDecError if the file has no usable tokenizer.
     """
     if (built := _read(name, file, kind)) is None:
         with quiet_transformers():
@@ -59,11 +61,11 @@ def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
 
 
 def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
-    """The tokenizer of a file; None: it is of a kind that transformers converts."""
+    """Build the tokenizer of a GGUF file; None if only transformers can. Raises SpecDecError for broken metadata."""
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     template = file.metadata.get("tokenizer.chat_template", "")
     pre = metadata.get("pre", "default")
-    known = pre in SPLITS or pre in DIGITS_APART or pre in WORDS or kind in NORMALISED
+    known = pre in SPLITS or pre in DIGITS_APART or pre in WORDS or kind in NORMALIZED
     arrays = all(isinstance(metadata.get(key), Strings) for key in ("tokens", "merges"))
     if metadata.get("model") != "gpt2" or not known or kind in CONVERTED or not arrays or not isinstance(template, str):
         return None
@@ -72,45 +74,47 @@ def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
 
 
 def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tokenizer:
+    """Build a byte-level BPE tokenizer. metadata: of tokenizer.ggml. pre: how text is split. kind: model type."""
     tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
     vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"].texts]
     bpe = models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
-    made: Any = Tokenizer(bpe)
-    made.decoder = decoders.ByteLevel()
-    made.normalizer = normalizers.NFC() if kind in NORMALISED else None
-    split = QWEN if kind in NORMALISED else SPLITS.get(pre)
+    tokenizer: Any = Tokenizer(bpe)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizers.NFC() if kind in NORMALIZED else None
+    split = QWEN if kind in NORMALIZED else SPLITS.get(pre)
     if split is None:
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        split_digits(file, made)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        split_digits(file, tokenizer)
     else:
         words = pre_tokenizers.Split(Regex(split), "isolated")
-        made.pre_tokenizer = pre_tokenizers.Sequence([words, BYTES])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, BYTES])
     types = metadata.get("token_type", ())
     control = [t for t, is_of in zip(tokens, types, strict=False) if is_of == CONTROL and alphabet.issuperset(t)]
     named = dict(_named(file))
     special = [*control, *(token for token in (END, *named.values()) if token in vocabulary)]
-    made.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     user = [t for t, is_of in zip(tokens, types, strict=False) if is_of == USER and t in vocabulary]
-    made.add_tokens([AddedToken(token, normalized=False) for token in user])
-    made.post_processor = _around(made, *(named[p] if metadata.get(f"add_{p}_token") else None for p in ("bos", "eos")))
-    return made
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user])
+    first, last = (named[part] if metadata.get(f"add_{part}_token") else None for part in ("bos", "eos"))
+    tokenizer.post_processor = _around(tokenizer, first, last)
+    return tokenizer
 
 
 def _spelled(token: str) -> str:
-    """The token in the characters that stand for its bytes."""
+    """Return a token in the alphabet of byte-level BPE, in which each character stands for one byte."""
     return "".join(text for text, _ in BYTES.pre_tokenize_str(token))
 
 
 def _named(file: GGUFFile) -> Iterator[tuple[str, str | None]]:
-    """Named tokens: that of the beginning, and so on; None: there is none."""
+    """Yield (name, token) for the tokens bos, eos, unk and pad; None: the file has no such token."""
     for part, key in TOKENS.items():
         token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         yield part, None if token is None else file.metadata["tokenizer.ggml.tokens"][token]
 
 
 def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
-    """Puts tokens at the beginning and the end of a text."""
+    """Return a post-processor that adds the token ``first`` before and ``last`` after a text; None: adds no token."""
     single, second = (
         " ".join(f"{each}:{n}" for each in (first, text, last) if each is not None)
         for n, text in enumerate(("$A", "$B"))
@@ -120,7 +124,10 @@ def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
 
 
 def converted(name: str, file: GGUFFile) -> Any:
-    """The tokenizer of transformers, with chat template, from the metadata. Raises SpecDecError without one."""
+    """Let transformers convert the metadata of a GGUF file into a tokenizer with a chat template, and return it.
+
+    name: of the model, for the SpecDecError that is raised if the file has no usable tokenizer.
+    """
     from transformers import TokenizersBackend
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
@@ -142,7 +149,7 @@ def converted(name: str, file: GGUFFile) -> Any:
 
 
 def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
-    """Make ``tokenizer`` split off single digits if the file's vocabulary was trained that way."""
+    """Change ``tokenizer`` in place so that it splits off single digits, if the file's vocabulary was trained so."""
     kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "gpt2" and pre in DIGITS_APART:
         digits = pre_tokenizers.Digits(individual_digits=True)

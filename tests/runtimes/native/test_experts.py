@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from specdec import SpecDecoder
 from specdec.base import machine, memory
 from specdec.base.errors import SpecDecError
-from specdec.engine import measure as costs
+from specdec.bench import pass_times
 from specdec.models import loading
 from specdec.models.gguf.blocks import BlockExperts
 from specdec.runtimes.native import library
@@ -165,8 +165,8 @@ def test_a_pass_costs_what_the_experts_of_other_tokens_take(monkeypatch: pytest.
         return advise(layer, expert, advice, step)
 
     monkeypatch.setattr(_Layer, "advise", takes)
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
-    score = costs.time_scoring(target, 4)
+    monkeypatch.setattr(pass_times.time, "perf_counter", lambda: now[0])
+    score = pass_times.time_scoring(target, 4)
     assert 0 < score[1] < score[4] < score[16]
 
 

@@ -34,7 +34,7 @@ def pieces(blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kind, (out, inputs) = blocks.kind, blocks.shape
     data = blocks.data.numpy().reshape(out, -1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
     half = lambda at: data[:, :, at : at + 2].copy().view(np.float16)[..., 0].astype(np.float32)  # noqa: E731
-    values = blocks.numbers().numpy().reshape(out, inputs // 32, 32)
+    values = blocks.dequantized().numpy().reshape(out, inputs // 32, 32)
     if kind == "Q6_K":
         scale = half(208)[..., None] * data[:, :, 192:208].view(np.int8).astype(np.float32)  # 16 for 256 weights
         scale, low = scale.reshape(out, -1, 2), np.zeros((out, inputs // 32), np.float32)
@@ -119,7 +119,7 @@ def test_products_in_bf16_do_not_depend_on_other_tokens(tokens: int) -> None:
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
 def test_wide_maps_fit_the_stack(kind: str) -> None:
     blocks, x = random_blocks(kind, 16, 1 << 17), torch.randn(40, 1 << 17).bfloat16()
-    dense, got = blocks.numbers().bfloat16(), list[torch.Tensor]()
+    dense, got = blocks.dequantized().bfloat16(), list[torch.Tensor]()
     expected = (x @ dense.T).float()
     before = threading.stack_size(2 << 20)
     try:
@@ -148,7 +148,7 @@ def test_scales_that_tiles_cannot_hold_are_held_in_bf16(kind: str) -> None:
     blocks = random_blocks(kind, 32, 256, (60000.0, 65000.0))
     packed = linear.Packed([blocks])
     assert packed.kinds == {library.BF16}
-    assert torch.equal(packed(torch.eye(256).bfloat16()).T, blocks.numbers().bfloat16())
+    assert torch.equal(packed(torch.eye(256).bfloat16()).T, blocks.dequantized().bfloat16())
 
 
 POWERS = (1, 1, False), (1, 8, True), (2, 1, True), (251, 7, True), (252, 0, False)
@@ -161,7 +161,7 @@ def test_so_are_powers_of_two_that_floats_cannot_hold(power: int, code: int, hel
     blocks.data.view(32, 8, 17)[3, 2] = torch.tensor([power] + 16 * [17 * code], dtype=torch.uint8)
     packed = linear.Packed([blocks])
     assert packed.kinds == {library.MX if held else library.BF16}
-    values, expected = packed(torch.eye(256).bfloat16()).T, blocks.numbers().bfloat16()
+    values, expected = packed(torch.eye(256).bfloat16()).T, blocks.dequantized().bfloat16()
     inside = (expected.abs() < 2.0**120) & (expected.abs() >= 2.0**-126)  # other products are beyond floats
     assert torch.equal(values[inside], expected[inside])
 
@@ -169,8 +169,8 @@ def test_so_are_powers_of_two_that_floats_cannot_hold(power: int, code: int, hel
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_an_embedding_have_the_values_of_their_blocks(kind: str) -> None:
     blocks, index = random_blocks(kind, 40, 256), torch.tensor([[3, 0], [39, 3]])
-    assert torch.equal(linear.RowTable(blocks)(index), blocks.numbers(index.flatten()).bfloat16().view(2, 2, 256))
-    dense = blocks.numbers().bfloat16()
+    assert torch.equal(linear.RowTable(blocks)(index), blocks.dequantized(index.flatten()).bfloat16().view(2, 2, 256))
+    dense = blocks.dequantized().bfloat16()
     assert torch.equal(linear.RowTable(dense)(index), dense[index])
     assert torch.equal(linear.unpack(blocks, None, torch.bfloat16), dense)
 
@@ -180,8 +180,8 @@ def test_a_map_of_several_kinds_with_rows_in_another_order(monkeypatch: pytest.M
     q4, q6 = random_blocks("Q4_K", 32, 256), random_blocks("Q6_K", 20, 256)
     permuted = Blocks(q4.data, "Q4_K", 256, order)
     plain = torch.randn(16, 256).bfloat16()
-    weight = torch.cat([q4.numbers()[order.long()].bfloat16(), plain, q6.numbers().bfloat16()])
-    assert torch.equal(permuted.numbers().bfloat16(), weight[:32])
+    weight = torch.cat([q4.dequantized()[order.long()].bfloat16(), plain, q6.dequantized().bfloat16()])
+    assert torch.equal(permuted.dequantized().bfloat16(), weight[:32])
     bias, x = torch.randn(68), torch.randn(5, 256).bfloat16()
     with monkeypatch.context() as patch:
         patch.setattr(linear, "_block_tiles", None)  # nothing is packed twice
@@ -207,7 +207,7 @@ def test_a_screened_map_finds_the_same_largest_output(rows: int, monkeypatch: py
     packed, full = linear.Packed([blocks], scale=0.5), linear.Packed([blocks], scale=0.5)
     packed.screen(blocks)
     assert packed.nbytes < 0.6 * full.nbytes
-    near, norm = blocks.numbers()[100], torch.rand(256, generator=random) + 0.5
+    near, norm = blocks.dequantized()[100], torch.rand(256, generator=random) + 0.5
     x = ((near / near.std() + torch.randn(40, 256, generator=random)) / norm).bfloat16()
     x[-1] = -x[-1]  # the largest one is small
     x[5, 3], x[6, 3], x[7] = float("nan"), float("inf"), 0
@@ -229,7 +229,7 @@ def test_a_screened_map_finds_the_same_largest_output(rows: int, monkeypatch: py
 
 def test_a_screened_map_does_not_read_what_cannot_be_largest() -> None:
     blocks = random_blocks("Q8_0", 640, 256)
-    packed, numbers = linear.Packed([blocks]), blocks.numbers()
+    packed, numbers = linear.Packed([blocks]), blocks.dequantized()
     packed.screen(blocks)
     x = (numbers[70] / numbers.std())[None].bfloat16()
     assert packed.largest(x, None, 0.0) == [70]

@@ -1,6 +1,6 @@
-"""Timing passes, for benchmarks. An engine learns its costs from real steps instead.
+"""Timing of forward passes, for benchmarks. An engine learns its costs from real steps instead.
 
-The least of several timings counts: other work on the machine makes a pass longer, never shorter.
+The shortest of several timings counts: other work on the machine makes a pass longer, never shorter.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ CONTEXT = 128  # cached tokens while timing
 
 @torch.inference_mode()
 def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None = None) -> dict[int, float]:
-    """The least seconds of passes of each of ``sizes`` (None: ``SIZES``), interleaved, after one that warms up.
+    """Return {number of tokens: seconds of one pass over as many tokens}, the shortest of several, after a warm-up.
 
-    With experts in slow memory, the median: each pass has other tokens, and those of a lucky one are there already.
+    sizes: the numbers of tokens to time, interleaved; None: ``SIZES``. repeats: roughly the number of passes per size.
+    For a model with experts in slow memory the seconds are a median: each pass has other tokens, and a lucky pass
+    finds its experts in fast memory already.
     """
     sizes = SIZES if sizes is None else sizes
     cache, context = target.new_cache(), min(CONTEXT, target.context - max(sizes))
     _pass(target, cache, 0, context)
     cache.commit([list(range(context))])
     seconds = defaultdict[int, list[float]](list)
-    order = [*sizes, *reversed(sizes)]  # a pass takes longer behind a much larger one
+    order = [*sizes, *reversed(sizes)]  # a pass takes longer after a much larger one
     for turn, n in enumerate(order * (repeats // 2 + 1)):
         start = time.perf_counter()
         _pass(target, cache, context, n, turn * max(sizes))
@@ -41,7 +43,7 @@ def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None =
 
 
 def _pass(target: Target, cache: KVCache, start: int, count: int, first: int = 0) -> None:
-    """Run ``count`` tokens, ``first`` and so on, from position ``start`` on, and choose one after each."""
+    """Run ``count`` tokens (ids from ``first``) at the positions from ``start`` on, and choose a token after each."""
     positions = torch.arange(start, start + count, device=target.device)[None]
     x = target.embed((positions + first) % target.vocab_size, positions)
     target.greedy_tokens(target.layers(x, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache)))
