@@ -21,7 +21,7 @@ class Specdec:
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         torch.set_num_threads(threads)
-        how = {"dtype": mode, "runtime": "reference"} if mode == "float32" else {"weights": mode} if mode else {}
+        how = {"dtype": mode, "runtime": "transformers"} if mode == "float32" else {"weights": mode} if mode else {}
         self.decoder = SpecDecoder.from_pretrained(path, drafter="none", device="cpu", **how)
         target: Any = self.decoder.target
         return {

@@ -22,9 +22,8 @@ from specdec.base import options
 from specdec.base.devices import without_memory
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder
-from specdec.runtimes import draft_maps
-from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.linear import Linear, for_drafting
 
 KIND = "eagle3"
 HEADS, LAYERS = 1024, 8  # maximum numbers of attention heads and of tapped layers
@@ -214,12 +213,12 @@ class Eagle3(nn.Module):
 def _as_one(group: Sequence[nn.Linear]) -> Linear:
     """Maps of one input as one map."""
     if len(group) == 1:
-        return draft_maps.for_drafting(group[0].weight, group[0].bias)
+        return for_drafting(group[0].weight, group[0].bias)
     biases: list[Tensor] = [
         each.weight.new_zeros(each.out_features) if each.bias is None else each.bias for each in group
     ]
     bias = None if all(each.bias is None for each in group) else torch.cat(biases)
-    return draft_maps.for_drafting(torch.cat(tuple(each.weight for each in group)), bias)
+    return for_drafting(torch.cat(tuple(each.weight for each in group)), bias)
 
 
 def read_network(folder: Path, config: Eagle3Config, target: Target, where: str) -> Eagle3:

@@ -25,8 +25,8 @@ from specdec.base.errors import SpecDecError
 from specdec.base.settings import keywords
 from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
-from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch.linear import rms_unit
 from specdec.speculation.draft import Draft, Drafter, State
 
 from .chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident

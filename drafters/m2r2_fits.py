@@ -19,8 +19,8 @@ from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.ridge import RIDGE, Sums, Weighted, result
 from specdec.models import identity
 from specdec.models.gguf.blocks import named_weights
-from specdec.runtimes.draft_maps import UnitMap
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.linear import UnitMap
 from specdec.speculation.ngram import built
 
 from .corpus import corpus

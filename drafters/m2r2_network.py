@@ -15,11 +15,10 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.models import drafter_folder
-from specdec.runtimes import draft_maps
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.narrow import GatedMLP, gated_mlp
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch.linear import UnitMap, rms_unit
 
 from .m2r2_path import M2R2Path
 
@@ -108,7 +107,7 @@ class M2R2(nn.Module):
         self.projections: Sequence[nn.Linear] = nn.ModuleList(nn.Linear(width, d) for width in widths)  # type: ignore[assignment]
         counts = [path.num_residuals(index) for index in range(len(path.stages_to_exit))]
         self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
-        self.inference_maps: list[draft_maps.UnitMap] = []
+        self.inference_maps: list[UnitMap] = []
         self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
@@ -133,13 +132,13 @@ class M2R2(nn.Module):
         """The estimate of h[N] [B, T, D] that the head reads, from the residual p at exit ``exit``."""
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
-    def freeze(self, target: Target, maps: list[draft_maps.UnitMap] | None = None) -> None:
+    def freeze(self, target: Target, maps: list[UnitMap] | None = None) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format.
 
         maps: these, where they are there already.
         """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.inference_maps = maps or [draft_maps.UnitMap(each.weight, each.bias) for each in self.projections]
+        self.inference_maps = maps or [UnitMap(each.weight, each.bias) for each in self.projections]
 
     def run_segment(
         self,

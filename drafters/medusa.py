@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder, hub
-from specdec.runtimes import draft_maps
-from specdec.runtimes.linear_maps import Linear, rms_unit
 from specdec.runtimes.target import GivenLinear, Target
+from specdec.runtimes.torch.linear import Linear, for_drafting, rms_unit
 from specdec.speculation.candidates import Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.tree_builder import draft_best
@@ -80,7 +79,7 @@ class Medusa(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.inference_maps = draft_maps.for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())
+        self.inference_maps = for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())
 
 
 class MedusaRow:

@@ -21,8 +21,8 @@ from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
 from specdec.models.native_model import as_transformers
 from specdec.models.source import weight_files
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import GivenLinear, Pass, Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import State
 
 from .pairs import PairDrafter
@@ -196,7 +196,7 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
     token_norm, state_norm = norm(names.token_norm), norm(names.state_norm)
     reads = final_norm if names.reads_norm else nn.Identity()
     norms = token_norm, state_norm, reads, own.base_model.norm
-    return MTPHead(ReferenceTarget(own), projection, *norms, names.token_first, names.feeds_norm)
+    return MTPHead(TransformersTarget(own), projection, *norms, names.token_first, names.feeds_norm)
 
 
 def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from specdec.cli import app
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 DEVICE = torch.device("cuda:0")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -38,7 +38,7 @@ def generated(model: Any, prompt: list[int], count: int) -> list[int]:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("runtime", ["reference", "fused", "graphs"])
+@pytest.mark.parametrize("runtime", ["transformers", "torch"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_every_drafter_returns_the_models_own_tokens(runtime: str, family: str) -> None:
     model = tiny_model(family).to(DEVICE)
@@ -54,7 +54,7 @@ def test_every_drafter_returns_the_models_own_tokens(runtime: str, family: str) 
 
 def test_a_second_model_drafts() -> None:
     model = tiny_model("llama").to(DEVICE)
-    drafter = DraftModelDrafter(ReferenceTarget(tiny_model("llama").to(DEVICE)))
+    drafter = DraftModelDrafter(TransformersTarget(tiny_model("llama").to(DEVICE)))
     decoder = SpecDecoder(model, drafter=drafter)
     out = decoder.generate(zoo.PROMPTS[0], max_new_tokens=ROWS, num_speculative_tokens=3)
     assert out.token_ids == generated(model, zoo.PROMPTS[0], ROWS)
@@ -62,16 +62,15 @@ def test_a_second_model_drafts() -> None:
 
 
 def test_sampling_follows_the_model_and_a_liar_is_caught() -> None:
-    target = ReferenceTarget(small("llama").to(DEVICE))
+    target = TransformersTarget(small("llama").to(DEVICE))
     p = {name: fit(target, drafter) for name, drafter in zoo.every(target).items() if "draft-model" not in name}
     assert min(p.values()) > 1e-4 > fit(target, LayerSkipDrafter([1]), verifier=AcceptsAll()), p
 
 
-@pytest.mark.parametrize("runtime", ["fused", "graphs"])
-def test_in_bfloat16_every_other_token_is_a_near_tie(runtime: str, tmp_path: Path) -> None:
+def test_in_bfloat16_every_other_token_is_a_near_tie(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     command = ["verify", "--model", str(folder), "--drafter", "prompt-lookup", "--dtype", "bfloat16"]
-    result = CliRunner().invoke(app, [*command, "--device", "cuda", "--runtime", runtime])
+    result = CliRunner().invoke(app, [*command, "--device", "cuda", "--runtime", "torch"])
     assert result.exit_code == 0, result.output
 
 
@@ -79,7 +78,7 @@ def test_in_bfloat16_every_other_token_is_a_near_tie(runtime: str, tmp_path: Pat
 def test_the_second_device_records_its_own_passes() -> None:
     model = tiny_model("llama").to("cuda:1")
     decoder = SpecDecoder(model, drafter=PromptLookupDrafter())
-    assert decoder.target.runtime == "graphs"
+    assert decoder.target.runtime == "torch"
     for _ in range(2):
         out = decoder.generate(zoo.PROMPTS[0], max_new_tokens=ROWS)
         assert out.token_ids == generated(model, zoo.PROMPTS[0], ROWS)

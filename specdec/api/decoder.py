@@ -71,7 +71,7 @@ class SpecDecoder:
     is ngram with the m2r2 shipped for the model, or with one that teaches itself; the attribute ``drafter`` is the one
     in use.
     drafter_options: options of the drafter; for joined drafters, a mapping per name.
-    runtime: "auto" (the fastest one that supports the model here), "native", "graphs", "fused" or "reference".
+    runtime: "auto" (the fastest one that supports the model here), "native", "torch" or "transformers".
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
     (layers quantised; bfloat16 on a CPU). The quantised model, also ``model`` itself, is then the base: output is that
     of its plain decoding.

@@ -18,7 +18,7 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Number, Whole, checked_class, validate
 
-Runtime = Literal["auto", "native", "graphs", "fused", "reference"]
+Runtime = Literal["auto", "native", "torch", "transformers"]
 Weights = Literal["auto", "dense", "int8", "int4"]
 KVCacheFormat = Literal["auto", "int8"]
 

@@ -82,7 +82,7 @@ Adapter = Annotated[
 ]
 Runtime = Annotated[
     options.Runtime,
-    _model("--runtime", "auto (the fastest that serves the model), native, graphs, fused or reference.", "NAME"),
+    _model("--runtime", "auto (the fastest that serves the model), native, torch or transformers.", "NAME"),
 ]
 Revision = Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")]
 TrustRemoteCode = Annotated[bool, _model("--trust-remote-code", "Run Python code that comes with the model.")]

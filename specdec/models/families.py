@@ -1,6 +1,6 @@
 """Families of models: what their layers compute, the config fields that say so, and the metadata of their GGUF files.
 
-A family that needs no new arithmetic is one entry of ``FAMILIES``. The runtimes read a family here: the fused one in
+A family that needs no new arithmetic is one entry of ``FAMILIES``. The runtimes read a family here: the PyTorch one in
 Python, the native one writes it into the structures that its kernels read (``native.h``).
 """
 

@@ -14,9 +14,9 @@ from specdec.base.errors import NotFiniteError, SpecDecError, out_of_memory
 from specdec.models.families import FAMILIES, mixture_of
 from specdec.models.gguf.blocks import Blocks, ExpertBlocks, dequantize, named_weights
 from specdec.models.native_model import NativeModel
-from specdec.runtimes import plain
 from specdec.runtimes.decoder_layer import has_experts, router
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch.model import logits_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +102,7 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
 @torch.inference_mode()
 def check_logits(target: Target) -> float:
     """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with the forward of its model,
-    that of ``plain`` or transformers' own, in which tokens take the same experts.
+    ``logits_of`` or transformers' own, in which tokens take the same experts.
 
     Returns the difference of the median position, relative to the largest logit, of the head or a router: in 16 bits,
     single positions of correct runtimes may differ much. Raises SpecDecError if it is too large.
@@ -134,7 +134,7 @@ def check_logits(target: Target) -> float:
                 differences.extend(_of_router(routed[:, layer], found, found.topk(taken).indices))
                 return _largest(routed[:, layer], taken)
 
-            own = plain.logits_of(model, ids[0], target.windows, choose)[None]
+            own = logits_of(model, ids[0], target.windows, choose)[None]
         else:
             with routing(model, routed, known=True) as differences:
                 own = model(input_ids=ids, use_cache=False).logits

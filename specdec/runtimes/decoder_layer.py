@@ -1,21 +1,16 @@
-"""The parts of a decoder layer: linear maps by slot, norms, and low-rank adapters."""
+"""The parts of a decoder layer: linear maps by slot, and low-rank adapters."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError
-from specdec.models.families import FAMILIES, Family
 from specdec.models.gguf.blocks import BlockLinear
-
-Norm = Callable[[Tensor], Tensor]
-# Weight and bias of a layer's qkv, out and, unless it routes to experts, gate_up and down.
-Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class Adapters(nn.Module):
@@ -81,26 +76,6 @@ def check_rotary(rotary: Any) -> None:
             raise SpecDecError(f"rotary embeddings of type '{kind}' are not supported here")
 
 
-def norm(module: Any, family: Family) -> Norm:
-    """The RMS norm over the last axis."""
-    weight, shape = module.weight.detach(), [module.weight.shape[0]]
-    if family.around_zero:
-        one_more, eps = 1 + weight.float(), float(module.eps)
-        return lambda x: torch.rms_norm(x.float(), shape, one_more, eps).to(x.dtype)
-    eps = float(module.variance_epsilon)
-    if family.rounds_once:
-        return lambda x: torch.rms_norm(x, shape, weight, eps)
-    return lambda x: torch.rms_norm(x, shape, None, eps) * weight
-
-
-def layer_norms(layer: Any, kind: str) -> tuple[Norm | None, ...]:
-    """The norms of a layer's input, queries, keys, attention's result, the MLP's input and its result; None: none."""
-    family, (first, *others) = FAMILIES[kind], FAMILIES[kind].norms
-    owners = (layer, first), *((layer.self_attn, name) for name in ("q_norm", "k_norm")), *((layer, n) for n in others)
-    found = (getattr(owner, name, None) if name else None for owner, name in owners)
-    return tuple(None if module is None else norm(module, family) for module in found)
-
-
 def recurrent(layer: Any) -> bool:
     """Whether the layer has the gated delta rule instead of attention, with its maps in the slots "qkv" and "out"."""
     return hasattr(layer, "linear_attn")
@@ -136,16 +111,5 @@ def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     found = {slot: [(path, layer.get_submodule(path)) for path in paths] for slot, paths in names.items()}
     for path, module in (pair for pairs in found.values() for pair in pairs):
         if type(module) not in (nn.Linear, BlockLinear):
-            raise SpecDecError(f"the fused runtime takes plain linear layers; '{path}' is a {type(module).__name__}")
+            raise SpecDecError(f"only plain linear layers are known; '{path}' is a {type(module).__name__}")
     return found
-
-
-def adapter_parts(maps: Mapping[str, Sequence[tuple[str, nn.Linear]]]) -> dict[str, tuple[str, int, int]]:
-    """``{module path: (slot, first row, end row)}``: the rows of each module in its fused map, from ``modules``."""
-    parts = {}
-    for slot, pairs in maps.items():
-        end = 0
-        for path, module in pairs:
-            start, end = end, end + module.out_features
-            parts[path] = (slot, start, end)
-    return parts

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_maps import UnitMap
+from specdec.runtimes.torch.linear import UnitMap
 
 WIDTH = 4  # nodes of a level that get children: together they cost about what one costs
 

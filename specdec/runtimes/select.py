@@ -11,15 +11,16 @@ from specdec.base.options import KVCacheFormat, Runtime, Weights
 from specdec.models.gguf.blocks import densify
 from specdec.models.native_model import NativeModel, as_transformers
 from specdec.runtimes.checks import refuse_unsupported
-from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.native.target import native_target
 from specdec.runtimes.target import Target, lock_of
+from specdec.runtimes.torch.graphs import CapturedTarget
+from specdec.runtimes.torch.target import TorchTarget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCacheFormat}
+FORMER = {"graphs": "torch", "fused": "torch", "reference": "transformers"}  # names of earlier versions
 ONLY_NATIVE = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache", "expert_cache": "expert cache"}
 
 
@@ -32,7 +33,8 @@ def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "a
     """Raise SpecDecError for a name that ``make_target`` does not know."""
     for (what, kind), value in zip(CHOICES.items(), (runtime, weights, kv_cache), strict=True):
         if value not in (known := get_args(kind)):
-            raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
+            meant = did_you_mean(FORMER.get(value, value) if what == "runtime" else value, known)
+            raise SpecDecError(f"unknown {what} '{value}'{meant}; there are: {', '.join(known)}")
 
 
 def make_target(
@@ -47,10 +49,10 @@ def make_target(
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
     Raises SpecDecError if the model is unsupported, or does not fit the settings. Its ``model`` is the one given or, in
-    other runtimes than native, that of transformers.
+    the runtime "transformers", that of transformers.
 
-    runtime: "auto" is native (CPUs) or graphs (CUDA) if it supports the model on this machine, else fused (not on mps),
-        else the reference runtime; the note then says why.
+    runtime: "auto" is native (CPUs) if it supports the model on this machine, else torch (not on mps), else
+        transformers; the note then says why.
     weights: "auto" (as loaded, GGUF blocks as they are; the native runtime multiplies them with
         activations in 8 bits), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
         (layers are quantised, in the model too: the quantised model is the base; in the native runtime).
@@ -70,8 +72,8 @@ def make_target(
     if expert_prefetch and expert_cache is None:
         raise SpecDecError("expert_prefetch goes with expert_cache; give its size, such as 0.25")
     native = ["native"] if special or model.dtype == torch.bfloat16 else []
-    first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
-    every = [runtime] if runtime != "auto" else native if special else [*first, "reference"]
+    first = {"cpu": [*native, "torch"], "mps": []}.get(model.device.type, ["torch"])
+    every = [runtime] if runtime != "auto" else native if special else [*first, "transformers"]
     reasons = list[str]()
     with lock_of(model):  # a runtime may put its own form of the weights into the model
         for name in every:
@@ -79,23 +81,22 @@ def make_target(
                 if name == "native":
                     how = weights, kv_cache, expert_cache, expert_prefetch
                     return native_target(model, *how, keep=packed), ""
-                return _other(name, as_transformers(model)), "; ".join(reasons)
+                return _other(name, model), "; ".join(reasons)
             except (NotFiniteError, SettingError):
                 raise
             except SpecDecError as error:
-                if runtime != "auto" or name == "reference":  # it is about the model: that runtime serves all supported
+                if runtime != "auto" or name == "transformers":  # it is about the model: that one serves all supported
                     raise
                 reasons.append(f"no {name} runtime: {error}")
     what = f"{special[0]} '{asked[special[0]]}'"
     raise SpecDecError(f"{what} is not possible here ({'; '.join(reasons)}); leave it out")
 
 
-def _other(name: str, model: PreTrainedModel) -> Target:
-    """The target in a runtime that computes with the model of transformers."""
-    if name == "reference":
-        from specdec.runtimes.reference import ReferenceTarget  # heavy
+def _other(name: str, model: NativeModel | PreTrainedModel) -> Target:
+    """The target in another runtime than native."""
+    if name == "torch":
+        return CapturedTarget(model) if model.device.type == "cuda" else TorchTarget(model)
+    from specdec.runtimes.transformers import TransformersTarget  # heavy
 
-        densify(model)  # it computes with the model's modules
-        return ReferenceTarget(model)
-    kinds: dict[str, type[FusedTarget]] = {"fused": FusedTarget, "graphs": GraphedTarget}
-    return kinds[name](model)
+    densify(model)  # it computes with the model's modules
+    return TransformersTarget(as_transformers(model))

@@ -65,6 +65,8 @@ class Pass:
     adapters: applied to all tokens.
     routed: filled with the logits of the routers of layers [lo, hi) by a runtime that does not call the model's own;
         float32 [B T, hi, experts].
+    choose: the experts [B T, k] that tokens take, by layer and its router's logits [B T, E], in such a runtime; None:
+        those with the largest.
     """
 
     positions: Tensor
@@ -73,6 +75,7 @@ class Pass:
     taps: dict[int, Tensor] | None = None
     adapters: Adapters | None = None
     routed: Tensor | None = None
+    choose: Callable[[int, Tensor], Tensor] | None = None
 
 
 # Bytes that memory delivers over products that are made in the same time.

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.base.ridge import Sums
 from specdec.drafters.exits import ExitHeads, Routers, check_exits
 from specdec.kvcache.mask import Mask
-from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch.linear import rms_unit
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.method import TrainingMethod, agreement_name

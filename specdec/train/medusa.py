@@ -12,8 +12,8 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.drafters.medusa import Medusa
-from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.linear import rms_unit
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import evaluate
 from specdec.train.method import TrainingMethod, agreement_name

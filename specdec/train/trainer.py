@@ -25,9 +25,9 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr, tell
 from specdec.models import drafter_folder, loading
 from specdec.models.native_model import empty_model
-from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import eos_token_ids
 from specdec.train import data, states
 from specdec.train.answers import answer_prompts
@@ -151,9 +151,9 @@ def float32_is_faster() -> bool:
 def training_target(model: Any) -> Target:
     """Return a runtime for ``model`` that computes gradients. Raises SpecDecError for unsupported models."""
     try:
-        return FusedTarget(model, packs=False)
+        return TorchTarget(model, packs=False)
     except SpecDecError:
-        return ReferenceTarget(model)
+        return TransformersTarget(model)
 
 
 def keep_freed_memory() -> None:

@@ -119,7 +119,7 @@ def test_kernels_run_in_the_openmp_that_pytorch_has_loaded(tmp_path: Path, monke
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.parametrize("runtime", ["fused", "reference", "native"])
+@pytest.mark.parametrize("runtime", ["torch", "transformers", "native"])
 def test_a_forked_child_goes_on_generating(monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
     """It hangs where a child believes in its parent's threads."""
     if runtime == "native" and not library.runs():

@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_model
 
 from specdec.bench import pass_times
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 
 def test_no_pass_is_timed_right_after_a_much_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,5 +21,5 @@ def test_no_pass_is_timed_right_after_a_much_larger_one(monkeypatch: pytest.Monk
         run(target, cache, start, count, first)
 
     monkeypatch.setattr(pass_times, "_pass", spy)
-    pass_times.time_scoring(ReferenceTarget(tiny_model()), 1)
+    pass_times.time_scoring(TransformersTarget(tiny_model()), 1)
     assert sizes[1:].count(1) >= 2 and all(before <= 2 * after for before, after in pairwise(sizes[1:]))

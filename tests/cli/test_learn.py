@@ -63,7 +63,7 @@ def lesson(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patched:
         quickly(patched, place)
         assert "nothing was learned yet" in run("status")[1]
-        how = "--minutes", "0.03", "--prompts", str(place / "prompts.txt"), "--runtime", "reference"
+        how = "--minutes", "0.03", "--prompts", str(place / "prompts.txt"), "--runtime", "transformers"
         return place, run(model, *how)[1]
 
 
@@ -84,7 +84,7 @@ def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(
     row = run("status")[0].splitlines()[1].split("\t")
     assert row[0] == str(folder) and row[1] == f"{kept['tokens']:,}" and row[3].endswith(" %")
     run("export", str(tmp_path / "out"), "--model", str(folder))
-    decoder = SpecDecoder.from_pretrained(folder, str(tmp_path / "out"), runtime="reference")
+    decoder = SpecDecoder.from_pretrained(folder, str(tmp_path / "out"), runtime="transformers")
     assert not decoder.drafter.learns
     again = decoder.with_drafter("m2r2")
     prompt, how = [5, 6, 7], {"max_new_tokens": 40, "num_speculative_tokens": 4}
@@ -103,11 +103,11 @@ def test_a_fine_tune_begins_with_what_its_base_model_learned(taught: Path, tmp_p
     weights = load_file(tuned / "model.safetensors")
     weights["model.norm.weight"] *= 1.25
     save_file(weights, tuned / "model.safetensors", {"format": "pt"})
-    how = ["--minutes", "0.03", "--runtime", "reference"]
+    how = ["--minutes", "0.03", "--runtime", "transformers"]
     assert f"nothing was learned for '{other}'" in run(str(tuned), "--base", str(other), *how, code=2)[1]
     assert f"'{folder}' has another shape than '{other}'" in run(str(other), "--base", str(folder), *how, code=2)[1]
     [before] = json.loads(run("status", "--json")[0])
-    run(str(tuned), "--base", str(folder), "--minutes", "0.01", "--runtime", "reference")
+    run(str(tuned), "--base", str(folder), "--minutes", "0.01", "--runtime", "transformers")
     kept = {Path(each["model"]): each for each in json.loads(run("status", "--json")[0])}
     assert kept[tuned]["tokens"] >= min(before["tokens"], learned.PRIOR) and kept[tuned]["fits"] >= before["fits"]
     assert f"'{tuned}' has learned already" in run(str(tuned), "--base", str(folder), *how, code=2)[1]
@@ -134,7 +134,7 @@ def test_a_trained_drafter_does_not_learn_and_how_to_train_it_is_said(
     run("export", str(out), "--model", str(folder))
     base = drafter_folder.read_config(out)["base"]
     monkeypatch.setattr(drafter_folder, "_shipped", lambda drafter: iter([(out, base)]))
-    said = run(str(folder), "--runtime", "reference", code=2)[1]
+    said = run(str(folder), "--runtime", "transformers", code=2)[1]
     assert f"specdec train m2r2 --model {folder} --prompts FILE --output DIR --set init={out}" in said
 
 
@@ -166,9 +166,9 @@ def test_models_are_told_apart_by_their_whole_path_and_adapter() -> None:
 
 
 def test_learning_beside_another_process_is_refused_in_one_sentence(folder: Path) -> None:
-    first = SpecDecoder.from_pretrained(folder, "m2r2", runtime="reference")
+    first = SpecDecoder.from_pretrained(folder, "m2r2", runtime="transformers")
     first.drafter.claim()
-    said = run(str(folder), "--minutes", "0.01", "--runtime", "reference", code=2)[1]
+    said = run(str(folder), "--minutes", "0.01", "--runtime", "transformers", code=2)[1]
     assert f"another process learns for '{folder}', and only one keeps what it learns; end it" in said
     assert "learned from" not in said
 
@@ -181,7 +181,17 @@ def test_nothing_to_export(folder: Path, tmp_path: Path) -> None:
 
 def test_generate_learns_after_the_text_where_told_to(folder: Path) -> None:
     runner = CliRunner()
-    ask = ["generate", "one two", "--model", str(folder), "--runtime", "reference", "--max-new-tokens", "30", "--json"]
+    ask = [
+        "generate",
+        "one two",
+        "--model",
+        str(folder),
+        "--runtime",
+        "transformers",
+        "--max-new-tokens",
+        "30",
+        "--json",
+    ]
     assert runner.invoke(cli.app, ask).exit_code == 0
     assert not learned.all_progress()
     for number in range(3):

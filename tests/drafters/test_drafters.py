@@ -26,8 +26,8 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.sampling import Sampler
@@ -56,7 +56,7 @@ def proposals(target: Target, drafter: Drafter, member: Drafter | None = None) -
 def test_leaving_out_layers_that_change_nothing_is_always_right(
     llama: PreTrainedModel, drafter: Drafter, useless: tuple[int, ...]
 ) -> None:
-    _, loop = run(ReferenceTarget(without(llama, *useless)), drafter, PROMPTS, 21)
+    _, loop = run(TransformersTarget(without(llama, *useless)), drafter, PROMPTS, 21)
     for metrics in loop.metrics:
         assert set(metrics.per_step_accepted[:-1]) == {4}  # the last round may be cut by the end of the text
 
@@ -77,25 +77,25 @@ def test_scoring_resumes_where_the_draft_left_the_exact_path(
     scored: list[tuple[int, int, int]],
 ) -> None:
     first_round = 4 * drafted + scored
-    assert layers_run(ReferenceTarget(llama), drafter)[: len(first_round)] == first_round
+    assert layers_run(TransformersTarget(llama), drafter)[: len(first_round)] == first_round
 
 
 # --- a second model ------------------------------------------------------------------------------------------------
 
 
 def test_the_model_as_its_own_draft_model_is_always_right_and_runs_nothing_twice(llama: PreTrainedModel) -> None:
-    own, fed, layers = ReferenceTarget(llama), [], ReferenceTarget.layers
+    own, fed, layers = TransformersTarget(llama), [], TransformersTarget.layers
 
     def spy(x: torch.Tensor, *args: Any) -> torch.Tensor:
         fed.append(x.shape[1])
         return layers(own, x, *args)
 
     own.layers = spy  # type: ignore[method-assign]
-    _, loop = run(ReferenceTarget(llama), DraftModelDrafter(own), PROMPTS[:1], 21)
+    _, loop = run(TransformersTarget(llama), DraftModelDrafter(own), PROMPTS[:1], 21)
     assert loop.metrics[0].mean_acceptance_length == 5
     # Each of four rounds feeds what is new (the prompt and its token; then the last draft and the bonus), then drafts.
     assert fed == [len(PROMPTS[0]) + 1, 1, 1, 1] + [2, 1, 1, 1] * 3
-    _, ragged = run(ReferenceTarget(llama), DraftModelDrafter(own), PROMPTS, 21)
+    _, ragged = run(TransformersTarget(llama), DraftModelDrafter(own), PROMPTS, 21)
     assert [m.mean_acceptance_length for m in ragged.metrics] == [5, 5, 5]
 
 
@@ -110,7 +110,7 @@ class Words:
 
 
 def test_a_draft_model_with_other_tokens_is_refused(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     with pytest.raises(SpecDecError, match="vocabularies of 97 and 90 tokens"):
         DraftModelDrafter(other_model(90)).bind(target)
     target.tokenizer = Words("a", "b", "c")
@@ -120,7 +120,7 @@ def test_a_draft_model_with_other_tokens_is_refused(llama: PreTrainedModel) -> N
 
 @pytest.mark.parametrize("size", [90, 104])
 def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, size: int) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     target.tokenizer = Words("a", "b", "c")
     drafter = DraftModelDrafter(other_model(size), Words("a", "b", "c"))
     for sampling in ({}, {"temperature": 2.0}):
@@ -143,7 +143,7 @@ def draft_after(drafter: Drafter, target: Target, ids: list[int], limit: int = 3
 
 
 def test_prompt_lookup_drafts_different_continuations_longest_match_first(llama: PreTrainedModel) -> None:
-    target, ids = ReferenceTarget(llama), [1, 2, 3, 9, 2, 3, 4, 5, 3, 6, 7, 2, 3, 4, 8, 1, 2, 3]
+    target, ids = TransformersTarget(llama), [1, 2, 3, 9, 2, 3, 4, 5, 3, 6, 7, 2, 3, 4, 8, 1, 2, 3]
     expected = [(9, 2, 3), (4, 8, 1), (6, 7, 2)]  # after 1 2 3; after 2 3, the later one; after 3
     for count in (1, 2, 3, 9):
         assert draft_after(PromptLookupDrafter(continuations=count), target, ids) == expected[:count]
@@ -151,7 +151,7 @@ def test_prompt_lookup_drafts_different_continuations_longest_match_first(llama:
 
 
 def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrainedModel) -> None:
-    target, drafter = ReferenceTarget(llama), LookaheadDrafter(window=3, ngram=3, guesses=99)
+    target, drafter = TransformersTarget(llama), LookaheadDrafter(window=3, ngram=3, guesses=99)
     propose, drafted, rows = drafter.propose, [], []
 
     def spy(state: State, limit: int) -> Draft:
@@ -176,7 +176,7 @@ def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrained
 
 @pytest.mark.parametrize("name", ["m2r2", "draft-model", "layer-skip"])
 def test_a_drafter_proposes_the_same_whoever_drafted_before(llama: PreTrainedModel, name: str) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     make: dict[str, Callable[[], Drafter]] = {
         "m2r2": lambda: m2r2(target, 1, ((2, 3),), True, False),
         "draft-model": lambda: DraftModelDrafter(other_model()),
@@ -257,7 +257,7 @@ def test_bad_options_are_refused_in_one_line(
     llama: PreTrainedModel, drafter: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SpecDecError, match=message) as caught:
-        SpecDecoder(llama, drafter=drafter, drafter_options=options, runtime="reference")
+        SpecDecoder(llama, drafter=drafter, drafter_options=options, runtime="transformers")
     assert "\n" not in str(caught.value)
 
 

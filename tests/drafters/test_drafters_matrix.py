@@ -10,26 +10,28 @@ from zoo import EVERY, PROMPTS, run
 
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.models.families import FAMILIES
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft
 
-# Families whose layers, states or readouts differ for drafters (targets of all families are tested without them), the
-# runtime, and the drafters: all, or one part of so many. By default llama, gpt2 and qwen3_5_text are run.
+# Families, the runtime, and the drafters: all, or one part of so many. Of the fallback's families, those whose layers,
+# states or readouts differ for drafters (targets of all families are tested without them).
 CASES: list[tuple[str, type[Target], int]] = [
-    ("llama", ReferenceTarget, 1),
-    ("qwen3", FusedTarget, 1),
-    ("gpt2", ReferenceTarget, 2),  # absolute positions
-    ("qwen3_5_text", ReferenceTarget, 3),  # recurrent layers
-    ("qwen3_next", ReferenceTarget, 1),  # and experts
-    ("gemma2", ReferenceTarget, 4),  # windows, bounded logits
-    ("opt", ReferenceTarget, 4),  # an embedding of another size
-    ("deepseek_v3", ReferenceTarget, 4),  # latent attention
-    ("llama4_text", ReferenceTarget, 4),  # chunks
-    ("nemotron_h", ReferenceTarget, 4),  # layers without a cache
-    ("mamba2", ReferenceTarget, 4),  # no attention
+    ("llama", TransformersTarget, 1),
+    ("qwen3", TorchTarget, 1),
+    ("gpt2", TransformersTarget, 2),  # absolute positions
+    ("qwen3_5_text", TransformersTarget, 3),  # recurrent layers
+    ("qwen3_next", TorchTarget, 1),  # and experts
+    ("gemma2", TransformersTarget, 4),  # windows, bounded logits
+    ("opt", TransformersTarget, 4),  # an embedding of another size
+    ("deepseek_v3", TransformersTarget, 4),  # latent attention
+    ("llama4_text", TransformersTarget, 4),  # chunks
+    ("nemotron_h", TransformersTarget, 4),  # layers without a cache
+    ("mamba2", TransformersTarget, 4),  # no attention
+    *((family, TorchTarget, 4) for family in FAMILIES if family not in ("qwen3", "qwen3_next")),
 ]
 
 
@@ -51,22 +53,22 @@ def test_sampling_follows_the_model() -> None:
     """Without drafts: with any, a seed gives the same tokens (test_drafters_pairwise)."""
     model = small("mistral")
     assert sum(p > 1e-3 for p in expected(model, 0.8, 0.9).values()) > 8
-    assert fit(ReferenceTarget(model), NoDrafter()) > 1e-4
+    assert fit(TransformersTarget(model), NoDrafter()) > 1e-4
 
 
 # --- controls that must fail -----------------------------------------------------------------------------------------
 
 
 def test_a_rule_that_accepts_everything_fails() -> None:
-    assert fit(ReferenceTarget(small("llama")), LayerSkipDrafter([1]), verifier=AcceptsAll()) < 1e-4
+    assert fit(TransformersTarget(small("llama")), LayerSkipDrafter([1]), verifier=AcceptsAll()) < 1e-4
     model = tiny_model("llama")
-    out, _ = run(ReferenceTarget(model), LayerSkipDrafter([0]), PROMPTS[:1], 16, verifier=AcceptsAll())
+    out, _ = run(TransformersTarget(model), LayerSkipDrafter([0]), PROMPTS[:1], 16, verifier=AcceptsAll())
     assert out != [greedy_reference(model, PROMPTS[0], 16)]
 
 
 def test_a_tree_scored_as_a_chain_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    target, [prompt, *_] = ReferenceTarget(model), PROMPTS
+    target, [prompt, *_] = TransformersTarget(model), PROMPTS
     reference = greedy_reference(model, prompt, 24)
 
     def script(ids: list[int], limit: int) -> list[tuple[int, int]]:

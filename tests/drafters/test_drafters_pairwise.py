@@ -35,8 +35,8 @@ from specdec.engine.request import Request, TokenLogprob
 from specdec.models import drafter_folder
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
@@ -100,7 +100,7 @@ def test_any_two_values_meet() -> None:
 def target_of(runtime: str) -> Target:
     if runtime == "native":
         return NativeTarget(model_of("llama"))
-    return ReferenceTarget(tiny_model("llama"))
+    return TransformersTarget(tiny_model("llama"))
 
 
 pattern = functools.cache(lambda: made(Regex("([a-e]{3,9}(north|nothing) )*!")))
@@ -163,7 +163,7 @@ def request_of(prompt: list[int], stream: int, case: Mapping[str, Any], stop: st
 
 def check(target: Target, drafter: Drafter, case: Mapping[str, Any], seed: int) -> Counter[str]:
     """Run a case, and compare each row with plain decoding; return what was drafted and accepted."""
-    runtime, many = case.get("runtime", "reference"), {"one": 1, "four": 4, "come and go": 5}[case["rows"]]
+    runtime, many = case.get("runtime", "transformers"), {"one": 1, "four": 4, "come and go": 5}[case["rows"]]
     later = case["rows"] == "come and go"
     rows = list[tuple[int, Request, Plain]]()
     for number, prompt in enumerate(PROMPTS[:many]):
@@ -244,8 +244,8 @@ def default_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Draf
     return make
 
 
-QUICK = "native" if library.runs() else "reference"  # the latter takes ten times as long
-SLOW = [pytest.param("reference", marks=pytest.mark.slow)] * (QUICK == "native")
+QUICK = "native" if library.runs() else "transformers"  # the latter takes ten times as long
+SLOW = [pytest.param("transformers", marks=pytest.mark.slow)] * (QUICK == "native")
 
 
 @pytest.mark.parametrize("runtime", [QUICK, *SLOW])

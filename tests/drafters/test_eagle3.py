@@ -20,7 +20,7 @@ from specdec.drafters.eagle3_network import Eagle3, Eagle3Config
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
@@ -28,11 +28,11 @@ TEXT = [5, 6, 7, 8, 5, 6, 9, 3, 12]
 
 
 @pytest.fixture
-def target() -> ReferenceTarget:
-    return ReferenceTarget(tiny_model())
+def target() -> TransformersTarget:
+    return TransformersTarget(tiny_model())
 
 
-def save(folder: Path, network: Eagle3, target: ReferenceTarget, **changes: Any) -> Path:
+def save(folder: Path, network: Eagle3, target: TransformersTarget, **changes: Any) -> Path:
     """Write a head as others do."""
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
@@ -45,7 +45,7 @@ def save(folder: Path, network: Eagle3, target: ReferenceTarget, **changes: Any)
     return folder
 
 
-def config_of(head: Eagle3Config, target: ReferenceTarget) -> dict[str, Any]:
+def config_of(head: Eagle3Config, target: TransformersTarget) -> dict[str, Any]:
     """config.json in the speculators format."""
     return {
         "architectures": ["Eagle3Speculator"],
@@ -112,7 +112,7 @@ def pass_of(w: dict[str, Tensor], embedded: Tensor, known: Tensor, norm_first: b
 
 
 @torch.no_grad()
-def expected(target: ReferenceTarget, network: Eagle3, text: list[int], drafted: list[int]) -> Tensor:
+def expected(target: TransformersTarget, network: Eagle3, text: list[int], drafted: list[int]) -> Tensor:
     """Logits [V'] of what the head expects after ``text`` and ``drafted`` tokens."""
     w, config = network.state_dict(), network.config
     hidden = target.model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
@@ -125,7 +125,7 @@ def expected(target: ReferenceTarget, network: Eagle3, text: list[int], drafted:
     return norm(out[-1], w["norm.weight"]) @ w["lm_head.weight"].T
 
 
-def proposed(target: ReferenceTarget, drafter: Eagle3Drafter, prompts: list[list[int]], count: int = 9) -> list[Any]:
+def proposed(target: TransformersTarget, drafter: Eagle3Drafter, prompts: list[list[int]], count: int = 9) -> list[Any]:
     """The texts of all rows and the draft, of each step of a generation."""
     seen = zoo.watched(drafter)
     zoo.run(target, drafter, prompts, count, eos=None)
@@ -133,7 +133,7 @@ def proposed(target: ReferenceTarget, drafter: Eagle3Drafter, prompts: list[list
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_chains_of_ragged_rows_are_what_the_formula_says(target: ReferenceTarget, own: bool) -> None:
+def test_chains_of_ragged_rows_are_what_the_formula_says(target: TransformersTarget, own: bool) -> None:
     drafter = zoo.eagle3(target, own)
     steps = proposed(target, drafter, [TEXT, TEXT[3:5], TEXT[2:]])
     assert len(steps) > 2
@@ -145,14 +145,14 @@ def test_chains_of_ragged_rows_are_what_the_formula_says(target: ReferenceTarget
                 assert token == tokens[expected(target, drafter.network, text, before).argmax()]
 
 
-def test_chains_of_several_rows_have_not_more_nodes_either(target: ReferenceTarget) -> None:
+def test_chains_of_several_rows_have_not_more_nodes_either(target: TransformersTarget) -> None:
     for nodes, most in ((2, 2), (9, 4)):
         _, loop = zoo.run(target, zoo.eagle3(target, nodes=nodes), zoo.PROMPTS, 12)
         assert max(drafted for each in loop.metrics for drafted in each.per_step_drafted) == most
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_grown_tree_has_the_likeliest_paths(target: ReferenceTarget, own: bool) -> None:
+def test_a_grown_tree_has_the_likeliest_paths(target: TransformersTarget, own: bool) -> None:
     drafter = zoo.eagle3(target, own, nodes=7, width=3)
     tokens = drafter.network.tokens
     assert tokens is not None
@@ -175,7 +175,7 @@ def test_a_grown_tree_has_the_likeliest_paths(target: ReferenceTarget, own: bool
             assert value < least + 1e-4 or [int(tokens[index])] in nodes
 
 
-def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: ReferenceTarget) -> None:
+def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: TransformersTarget) -> None:
     whole = zoo.eagle3(target)
     alone = [draft.lists() for _, draft in proposed(target, whole, [TEXT])]
     drafter = zoo.eagle3(target)
@@ -198,7 +198,7 @@ def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: Ref
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_folder_in_the_speculators_format_drafts_as_it_did(
-    target: ReferenceTarget, tmp_path: Path, own: bool
+    target: TransformersTarget, tmp_path: Path, own: bool
 ) -> None:
     made = zoo.eagle3(target, own)
     folder = save(tmp_path / "head", made.network, target)
@@ -209,7 +209,7 @@ def test_a_folder_in_the_speculators_format_drafts_as_it_did(
     assert [draft.lists() for _, draft in before] == [draft.lists() for _, draft in after]
 
 
-def test_names_of_the_first_heads_and_a_bias_are_read(target: ReferenceTarget, tmp_path: Path) -> None:
+def test_names_of_the_first_heads_and_a_bias_are_read(target: TransformersTarget, tmp_path: Path) -> None:
     made = zoo.eagle3(target)
     folder = save(tmp_path / "head", made.network, target)
     tensors = load_file(folder / "model.safetensors")
@@ -242,7 +242,7 @@ LAYER = {"model_type": "llama", "vocab_size": 97, "num_attention_heads": 4, "int
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
-    target: ReferenceTarget, tmp_path: Path, changes: dict[str, Any], text: str
+    target: TransformersTarget, tmp_path: Path, changes: dict[str, Any], text: str
 ) -> None:
     folder = save(tmp_path / "head", zoo.eagle3(target).network, target, **changes)
     with pytest.raises(SpecDecError, match=text) as error:
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     ],
 )
 def test_broken_tensors_are_refused(
-    target: ReferenceTarget, tmp_path: Path, name: str, tensor: Tensor | None, text: str
+    target: TransformersTarget, tmp_path: Path, name: str, tensor: Tensor | None, text: str
 ) -> None:
     folder = save(tmp_path / "head", zoo.eagle3(target).network, target)
     tensors = load_file(folder / "model.safetensors")

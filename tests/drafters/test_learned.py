@@ -20,8 +20,8 @@ from specdec.models import adapter as adapters
 from specdec.models.adapter import LowRank
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 
 pytestmark = pytest.mark.filterwarnings("error::specdec.base.errors.SpecDecWarning")
 
@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def target() -> Target:
     """Of the native runtime, where there is one: it is several times as fast."""
-    return NativeTarget(model_of("llama")) if library.runs() else ReferenceTarget(tiny_model())
+    return NativeTarget(model_of("llama")) if library.runs() else TransformersTarget(tiny_model())
 
 
 def same(one: Learner, other: Learner) -> bool:

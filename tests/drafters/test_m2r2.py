@@ -16,7 +16,7 @@ from zoo import PROMPTS, layers_run, m2r2, run
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.models import drafter_folder, loading
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.train.arla import ArlaSettings
 from specdec.train.m2r2 import M2R2Settings, path_of
 from specdec.train.settings import from_mapping
@@ -34,7 +34,7 @@ def scripted(drafter: M2R2Drafter, *sure: float) -> M2R2Drafter:
 
 
 def test_a_hard_token_goes_deeper_and_takes_the_earlier_ones_along(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     early = scripted(m2r2(target, 3, (), False, True, exits=(1, 2), router=4), 0.9, 0.1, 0.9)
     assert layers_run(target, early)[:13] == [
         *((0, 1, 1), (0, 1, 1)),  # h and p of the first token, which leaves at layer 1
@@ -51,7 +51,7 @@ def test_a_hard_token_goes_deeper_and_takes_the_earlier_ones_along(llama: PreTra
 
 
 def test_output_says_how_deep_tokens_went(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     drafter = scripted(m2r2(target, 3, (), False, True, exits=(1, 2), router=4), 0.9, 0.7, 0.9, 0.1, 0.2, 0.3)
     _, loop = run(target, drafter, PROMPTS[:1], 4, verifier=ConfidentVerifier(0.8))
     # The first token leaves at once, the second at layer 2, the third nowhere: it is the full model's.
@@ -62,14 +62,14 @@ def test_output_says_how_deep_tokens_went(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("exits", [(3,), (2, 1), (0,), (1, 1)])
 def test_exits_off_the_path_are_refused(llama: PreTrainedModel, exits: tuple[int, ...]) -> None:
     with pytest.raises(SpecDecError, match="exits of an M2R2 path must be rising layers before its end") as caught:
-        M2R2(M2R2Path(3, (), exits=exits), ReferenceTarget(llama))
+        M2R2(M2R2Path(3, (), exits=exits), TransformersTarget(llama))
     assert "\n" not in str(caught.value)
     with pytest.raises(SpecDecError, match=r"at the end of a segment; got \[2\] on a path that ends at 4"):
-        M2R2(M2R2Path(0, ((1, 3), (3, 4)), exits=(2,)), ReferenceTarget(llama))
+        M2R2(M2R2Path(0, ((1, 3), (3, 4)), exits=(2,)), TransformersTarget(llama))
 
 
 def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     for nodes in (1, 6, 9):
         _, loop = run(target, m2r2(target, 0, ((2, 4),), True, False, nodes=nodes), PROMPTS[:1], 20)
         steps = loop.metrics[0]
@@ -117,14 +117,14 @@ def test_exits_and_their_routers_are_trained_and_draft(
     train(from_mapping(ArlaSettings, routing, "test"))
     config = drafter_folder.read_config(second)
     assert tuple(config["path"]["exits"]) == tuple(sooner) and config["router"] == 4
-    decoder = SpecDecoder(model, None, drafter=str(second), runtime="reference")
+    decoder = SpecDecoder(model, None, drafter=str(second), runtime="transformers")
     assert len(decoder.drafter.network.routers) == len(sooner) + 1  # type: ignore[attr-defined]
     assert decoder.generate(PROMPTS[0], max_new_tokens=12).token_ids == greedy_reference(model, PROMPTS[0], 12)
 
 
 def test_exits_scale_with_the_depth_of_the_model(llama: PreTrainedModel) -> None:
     given = {"method": "m2r2", "exit_layer": 15, "exits": [8], "layers_of": 30}
-    assert path_of(from_mapping(M2R2Settings, given, "test"), ReferenceTarget(llama)).exits == (1,)
+    assert path_of(from_mapping(M2R2Settings, given, "test"), TransformersTarget(llama)).exits == (1,)
     given = {
         "method": "m2r2",
         "segments": [[8, 15], [15, 30]],
@@ -132,7 +132,7 @@ def test_exits_scale_with_the_depth_of_the_model(llama: PreTrainedModel) -> None
         "final_projection": True,
         "layers_of": 30,
     }
-    path = path_of(from_mapping(M2R2Settings, given, "test"), ReferenceTarget(llama))
+    path = path_of(from_mapping(M2R2Settings, given, "test"), TransformersTarget(llama))
     assert path.segments == ((1, 2), (2, 4)) and path.exits == (2,)
     with pytest.raises(SpecDecError, match="give 'segments' or 'exit_layer'"):
         from_mapping(M2R2Settings, {"method": "m2r2", "exits": [3]}, "test")

@@ -27,11 +27,11 @@ from specdec.drafters.m2r2_network import Carry
 from specdec.drafters.m2r2_replay import Text
 from specdec.engine.depth.calibration import Tally
 from specdec.kvcache import recurrent
-from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 pytestmark = pytest.mark.filterwarnings("error::specdec.base.errors.SpecDecWarning")
 
@@ -43,13 +43,13 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def target(llama: PreTrainedModel) -> Target:
-    return ReferenceTarget(llama)
+    return TransformersTarget(llama)
 
 
 @pytest.fixture(scope="module")
 def quick() -> Target:
     """Of the native runtime, where there is one: it teaches itself several times as fast."""
-    return NativeTarget(model_of("llama")) if library.runs() else ReferenceTarget(tiny_model())
+    return NativeTarget(model_of("llama")) if library.runs() else TransformersTarget(tiny_model())
 
 
 # --- what it sees of a text ------------------------------------------------------------------------------------------
@@ -76,17 +76,17 @@ def rows_of_drafting(learner: Learner, text: Text) -> Iterator[tuple[torch.Tenso
 def target_of(kind: str, runtime: str) -> Target:
     if runtime == "native":
         return NativeTarget(model_of(kind)) if library.runs() else pytest.skip("there are no native kernels here")
-    return (FusedTarget if runtime == "fused" else ReferenceTarget)(tiny_model(kind))
+    return (TorchTarget if runtime == "torch" else TransformersTarget)(tiny_model(kind))
 
 
 @pytest.mark.parametrize(
     ("kind", "runtime", "seconds"),  # 0: layer by layer
     [
-        ("llama", "reference", 0.0),
+        ("llama", "transformers", 0.0),
         ("llama", "native", 1e9),
-        ("lfm2", "reference", 1e9),
+        ("lfm2", "transformers", 1e9),
         ("qwen3_5_text", "native", 1e9),
-        pytest.param("falcon_h1", "reference", 0.0, marks=pytest.mark.slow),
+        pytest.param("falcon_h1", "transformers", 0.0, marks=pytest.mark.slow),
         pytest.param("gpt_oss", "native", 1e9, marks=pytest.mark.slow),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("kind", "runtime"), [("mistral", "fused"), ("llama", "native"), ("lfm2", "reference")])
+@pytest.mark.parametrize(("kind", "runtime"), [("mistral", "torch"), ("llama", "native"), ("lfm2", "transformers")])
 def test_a_text_whose_states_are_kept_runs_through_the_path_alone(monkeypatch, kind: str, runtime: str) -> None:  # type: ignore[no-untyped-def]
     target = target_of(kind, runtime)
     learner = taught(target, 12)
@@ -302,10 +302,10 @@ def test_a_drafter_that_knows_nothing_drafts_nothing(llama: PreTrainedModel) -> 
 
 @pytest.mark.parametrize("what", ["nan", "out of memory"])
 def test_what_goes_wrong_ends_learning_not_requests(llama: PreTrainedModel, monkeypatch, what: str) -> None:  # type: ignore[no-untyped-def]
-    decoder = SpecDecoder(llama, drafter="m2r2", runtime="reference")
+    decoder = SpecDecoder(llama, drafter="m2r2", runtime="transformers")
     decoder.learning = False
     expected = decoder.generate([5, 6, 7], max_new_tokens=20).token_ids
-    embed = ReferenceTarget.embed
+    embed = TransformersTarget.embed
 
     def broken(*args):  # type: ignore[no-untyped-def]
         if what == "nan":
@@ -316,7 +316,7 @@ def test_what_goes_wrong_ends_learning_not_requests(llama: PreTrainedModel, monk
     with monkeypatch.context() as changed, pytest.warns(SpecDecWarning, match=f"stops learning: {why}") as warned:
         for number in range(2):
             decoder.generate([5, 6, 8 + number], max_new_tokens=20)
-        changed.setattr(ReferenceTarget, "embed", broken)
+        changed.setattr(TransformersTarget, "embed", broken)
         decoder.learn()
     assert len(warned) == 1
     assert decoder.generate([5, 6, 7], max_new_tokens=20).token_ids == expected and not decoder.learn()
@@ -328,7 +328,7 @@ def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target
     with pytest.raises(SpecDecError, match="cannot teach itself: the model has too few layers"):
         two.with_drafter("m2r2")
     with monkeypatch.context() as changed:
-        changed.setattr(ReferenceTarget, "experts", object())
+        changed.setattr(TransformersTarget, "experts", object())
         assert why_not(target) == "some of its experts are on the disk"
     monkeypatch.setattr(m2r2_learning, "free_memory", lambda device: 1000)
     with pytest.raises(SpecDecError, match=r"cannot teach itself: it would need 0\.1 GB of memory"):
@@ -339,7 +339,7 @@ def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target
 
 def test_the_path_follows_the_depth_and_the_size_of_the_head() -> None:
     for layers, vocab, segment in ((3, 97, (1, 2)), (28, 97, (19, 26)), (18, 8000, (8, 17))):
-        path = learned_path(ReferenceTarget(tiny_model("llama", num_hidden_layers=layers, vocab_size=vocab)))
+        path = learned_path(TransformersTarget(tiny_model("llama", num_hidden_layers=layers, vocab_size=vocab)))
         path.check(layers)
         assert path.segments == (segment,) and path.final_projection and not path.neurons
 

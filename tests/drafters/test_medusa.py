@@ -18,8 +18,8 @@ from zoo import PROMPTS, run, watched
 from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.models import drafter_folder, loading
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import run_tokens
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import KNOTS
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler
@@ -42,7 +42,7 @@ def random_network(heads: int = 2, layers: int = 1, rooted: bool = False, vocab:
     return network
 
 
-def drafts(target: ReferenceTarget, drafter: MedusaDrafter, count: int = 12) -> list[tuple[list[int], Draft]]:
+def drafts(target: TransformersTarget, drafter: MedusaDrafter, count: int = 12) -> list[tuple[list[int], Draft]]:
     """The texts of a generation and what was drafted after each."""
     seen = watched(drafter)
     run(target, drafter, PROMPTS[:1], count)
@@ -67,7 +67,7 @@ def public(folder: Path, network: Medusa, heads: Tensor, **config: Any) -> Path:
 def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path) -> None:
     layers = 2
     network, heads = random_network(2, layers), torch.randn(2, V, D)
-    folder, target = public(tmp_path / "heads", network, heads), ReferenceTarget(llama)
+    folder, target = public(tmp_path / "heads", network, heads), TransformersTarget(llama)
     drafter = MedusaDrafter.load(target, str(folder), nodes=6)
     for ids, draft in drafts(target, drafter):
         h = llama.model(torch.tensor([ids[:-1]])).last_hidden_state[0, -1]  # after the final norm
@@ -81,7 +81,7 @@ def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel
 
 
 def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     drafter = MedusaDrafter(random_network())
     drafter.bind(target)
     state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], row_states=[drafter.begin()])
@@ -109,7 +109,7 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
 def test_a_folder_may_be_called_as_a_drafter_is(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     base = {"fingerprint": target.fingerprint}
     config = {"drafter": "medusa", "heads": 2, "layers": 1, "rooted": False, "base": base}
     drafter_folder.write(tmp_path / "medusa", config, dict(random_network(2, 1, False, None).state_dict()))
@@ -120,7 +120,7 @@ def test_a_folder_may_be_called_as_a_drafter_is(
 
 
 def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Path) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     network = random_network(2, 2, True, torch.arange(0, 97, 2, dtype=torch.int32))
     config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 2, "rooted": True}
     tensors = dict(network.state_dict())
@@ -163,7 +163,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
     ):
         name = "medusa" if source is None else f"medusa={source}"
         with pytest.raises(SpecDecError, match=message) as caught:
-            SpecDecoder(llama, drafter=name, drafter_options=options, runtime="reference")
+            SpecDecoder(llama, drafter=name, drafter_options=options, runtime="transformers")
         assert "\n" not in str(caught.value)
     with pytest.raises(SpecDecError, match="nodes must be greater than or equal to 1; got 0"):
         MedusaDrafter(random_network(), nodes=0)
@@ -172,7 +172,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
 def test_heads_from_the_hub_are_those_of_the_revision(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, target = public(tmp_path / ("c" * 40), random_network(), torch.randn(2, V, D)), ReferenceTarget(llama)
+    folder, target = public(tmp_path / ("c" * 40), random_network(), torch.randn(2, V, D)), TransformersTarget(llama)
     asked: list[str | None] = []
 
     def download(name: str, revision: str | None = None, **given: Any) -> str:
@@ -230,7 +230,7 @@ def test_vllms_heads_draft_what_their_formula_says(llama: PreTrainedModel, tmp_p
         given = {"truncated_vocab_size": len(tokens), "tensors": {"token_map": tokens}}
     written = heads[:, tokens] if kind == "token map" else heads[:1] if kind == "one head" else heads
     given["original_lm_head"] = kind == "one head"
-    folder, target = vllm(tmp_path / "heads", network, written, kind != "no bias", **given), ReferenceTarget(llama)
+    folder, target = vllm(tmp_path / "heads", network, written, kind != "no bias", **given), TransformersTarget(llama)
     drafter = MedusaDrafter.load(target, str(folder), nodes=6)
     check = vllm(
         tmp_path / "check", network, heads[:, tokens] if given.get("tensors") else written, kind != "no bias", **given
@@ -247,7 +247,7 @@ def test_vllms_heads_draft_what_their_formula_says(llama: PreTrainedModel, tmp_p
 
 
 def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
-    target, heads = ReferenceTarget(llama), torch.randn(2, V, D)
+    target, heads = TransformersTarget(llama), torch.randn(2, V, D)
     far = {"truncated_vocab_size": 3, "tensors": {"token_map": torch.tensor([1, 2, V])}}
     for given, text in (
         ({"num_heads": 3}, "tensor 'blocks.2.layers.0.bias' is missing"),

@@ -18,7 +18,7 @@ from specdec.drafters.mtp import FORMATS, MTPDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 QWEN, MIMO, DEEPSEEK = FORMATS
 FILE = "model.safetensors"
@@ -116,7 +116,7 @@ def plainly(family: str, given: Published, ids: list[int], depth: int) -> list[i
 
 def test_the_layer_drafts_what_a_plain_implementation_does(published: tuple[str, Published]) -> None:
     family, given = published
-    target = ReferenceTarget(given.model)
+    target = TransformersTarget(given.model)
     drafter = MTPDrafter.load(target)
     steps = watched(drafter)
     out, _ = run(target, drafter, PROMPTS, 12, depth=3, eos=None)
@@ -142,7 +142,7 @@ def test_beside_a_native_model_it_leaves_the_output_unchanged(tmp_path: Path, fa
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     given = publish(tmp_path, "qwen3_5_text")
-    target, tensors = ReferenceTarget(given.model), load_file(tmp_path / FILE)
+    target, tensors = TransformersTarget(given.model), load_file(tmp_path / FILE)
     for missing, message in (
         ("mtp.fc.weight", "'mtp.fc' is missing"),
         ("mtp.layers.0.mlp.up_proj.weight", "does not fit"),

@@ -23,7 +23,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.depth.calibration import SAID
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, Texts
@@ -270,7 +270,7 @@ def test_earlier_requests_are_matched_and_a_drafter_without_a_store_knows_none(l
 
 
 def test_texts_of_one_scope_are_not_drafted_from_in_another(llama: PreTrainedModel) -> None:
-    target, steps, made = ReferenceTarget(llama), [], NgramDrafter()
+    target, steps, made = TransformersTarget(llama), [], NgramDrafter()
     made.bind(target)
     engine = Engine(target, made, ExactVerifier(), FixedDepth(8))
     for scope in ("a", "b", "a"):
@@ -303,7 +303,7 @@ def pair(
     llama: PreTrainedModel, text: list[int], prices: Prices | None, rows: int = 1, learned: Candidates | None = None
 ) -> tuple[Draft, Levels]:
     """A draft of n-grams with a levelled drafter after ``text``."""
-    target, second = ReferenceTarget(llama), Levels(tree((30, 0, 0.9), (31, 1, 0.8)) if learned is None else learned)
+    target, second = TransformersTarget(llama), Levels(tree((30, 0, 0.9), (31, 1, 0.8)) if learned is None else learned)
     drafter = HybridDrafter([NgramDrafter(prior=False), second])
     drafter.bind(target)
     state = State(target, target.new_cache(), Sampler(SamplingParams(), streams=range(rows)), [text] * rows, prices)
@@ -370,7 +370,7 @@ def test_a_draft_without_learned_candidates_is_one_of_ngrams_alone(llama: PreTra
 def test_sampled_tokens_are_drafted_by_the_learned_drafter(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     second = m2r2(target, 0, ((1, 2), (3, 4)), True, False)
     calls, propose = list[Draft](), second.propose
 

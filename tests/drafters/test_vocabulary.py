@@ -12,8 +12,8 @@ from specdec.drafters.vocabulary import Context, DraftVocabulary
 from specdec.runtimes import target as targets
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
 
@@ -21,7 +21,7 @@ from specdec.speculation.sampling import Sampler, SamplingParams
 def target_of(runtime: str) -> Target:
     if runtime == "native":
         return NativeTarget(model_of("llama")) if library.runs() else pytest.skip("there are no native kernels here")
-    return ReferenceTarget(tiny_model("llama"))
+    return TransformersTarget(tiny_model("llama"))
 
 
 def follow(vocabulary: DraftVocabulary, contexts: list[Context], texts: list[list[int]]) -> None:
@@ -30,7 +30,7 @@ def follow(vocabulary: DraftVocabulary, contexts: list[Context], texts: list[lis
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("runtime", ["reference", "native"])
+@pytest.mark.parametrize("runtime", ["transformers", "native"])
 @torch.inference_mode()
 def test_a_new_token_costs_its_own_row_however_many_there_are(runtime: str, rows: int, monkeypatch: Any) -> None:
     target, read, packed = target_of(runtime), list[int](), list[int]()
@@ -62,7 +62,7 @@ def test_a_new_token_costs_its_own_row_however_many_there_are(runtime: str, rows
 
 @torch.inference_mode()
 def test_a_row_alone_drafts_no_token_of_another_text() -> None:
-    target = target_of("reference")
+    target = target_of("transformers")
     vocabulary = DraftVocabulary(target, torch.arange(3, 13, dtype=torch.int32))
     contexts = [Context(), Context()]
     follow(vocabulary, contexts, [[20, 21], [30]])

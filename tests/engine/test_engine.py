@@ -19,8 +19,8 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft, Drafter, DrafterWarning, State
 from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
@@ -28,7 +28,7 @@ from specdec.verifiers.exact import ExactVerifier
 
 @pytest.mark.parametrize("depth", [1, 3, 7])
 def test_oracles_change_nothing_and_the_perfect_one_gets_depth_plus_one(llama: PreTrainedModel, depth: int) -> None:
-    target, prompt, count = ReferenceTarget(llama), PROMPTS[0], 33
+    target, prompt, count = TransformersTarget(llama), PROMPTS[0], 33
     expected = greedy_reference(llama, prompt, count)
     if expected[-1] == 2:
         pytest.fail("the reference output must not end early for this test to mean something")
@@ -81,7 +81,7 @@ def test_oracles_change_nothing_and_the_perfect_one_gets_depth_plus_one(llama: P
 
 @pytest.mark.parametrize("early", [False, True])
 def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrainedModel, early: bool) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     drafter = m2r2(target, 2, ((2, 3),) if not early else (), not early, early)
     calls: list[tuple[int, int, int, bool]] = []
     layers = target.layers
@@ -111,7 +111,7 @@ def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
 ) -> None:
     """Their nodes are deeper than it may go, where a table of positions has no entry."""
     model = tiny_model(family, max_position_embeddings=20)
-    target, prompts = ReferenceTarget(model), [[5, 6] * 8 + [7], PROMPTS[0]]
+    target, prompts = TransformersTarget(model), [[5, 6] * 8 + [7], PROMPTS[0]]
     expected = [greedy_reference(model, prompt, 20 - len(prompt)) for prompt in prompts]
     for name, make in makers.items():
         drafter = make(target)
@@ -124,7 +124,7 @@ def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
 # -- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-class Breaks(ReferenceTarget):
+class Breaks(TransformersTarget):
     """Logits are not finite where the token at ``position`` is chosen (0: nowhere, as in the check at load)."""
 
     position = 0
@@ -140,7 +140,7 @@ class Breaks(ReferenceTarget):
 def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
     llama: PreTrainedModel, temperature: float, prompts: list[list[int]]
 ) -> None:
-    whole, _ = run(ReferenceTarget(llama), NoDrafter(), prompts, 20, eos=None, temperature=temperature)
+    whole, _ = run(TransformersTarget(llama), NoDrafter(), prompts, 20, eos=None, temperature=temperature)
     target = Breaks(llama)
     target.position = 9
     ahead = {tuple(p): row for p, row in zip(prompts, whole, strict=True)}
@@ -180,7 +180,7 @@ def test_a_faulty_drafter_is_dropped_and_decoding_goes_on(llama: PreTrainedModel
         return script(ids, limit) if calls > 2 else [(7, 0)]  # type: ignore[return-value]
 
     with pytest.warns(DrafterWarning, match="decoding goes on without it"):
-        out, _ = run(ReferenceTarget(llama), Scripted(later), PROMPTS[:1], 20)
+        out, _ = run(TransformersTarget(llama), Scripted(later), PROMPTS[:1], 20)
     assert out == [greedy_reference(llama, PROMPTS[0], 20)] and calls == 3
 
 
@@ -204,7 +204,7 @@ def test_a_draft_of_other_tensors_ends_no_request(llama: PreTrainedModel, draft:
     drafter = Scripted(None)
     drafter.propose = lambda state, limit: draft  # type: ignore[method-assign]
     with pytest.warns(DrafterWarning, match=why):
-        out, _ = run(ReferenceTarget(llama), drafter, PROMPTS[:1], 8)
+        out, _ = run(TransformersTarget(llama), drafter, PROMPTS[:1], 8)
     assert out == [greedy_reference(llama, PROMPTS[0], 8)]
 
 
@@ -218,11 +218,11 @@ def test_a_drafter_that_fails_elsewhere_is_dropped_too(llama: PreTrainedModel, m
 
     setattr(drafter, method, fails)
     with pytest.warns(DrafterWarning, match="IndexError: index 9"):
-        assert run(ReferenceTarget(llama), drafter, PROMPTS, 20)[0] == right
+        assert run(TransformersTarget(llama), drafter, PROMPTS, 20)[0] == right
 
 
 def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
 
     class HalfWay(Scripted):
         def propose(self, state: State, limit: int) -> Draft:
@@ -241,7 +241,7 @@ def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTraine
 def test_forced_tokens_of_a_row_leave_the_drafts_of_others_as_they_are(kind: str, llama: PreTrainedModel) -> None:
     if kind == "native" and not library.runs():
         pytest.skip("there are no native kernels here")
-    target = NativeTarget(model_of("llama")) if kind == "native" else ReferenceTarget(llama)
+    target = NativeTarget(model_of("llama")) if kind == "native" else TransformersTarget(llama)
     rule, prompts = made(Regex("abcdefghij{9}")), [[5, 6, 7, 8], [9, 10, 11]]
     plain = Request(prompts[1], 24)
     together(target, NoDrafter(), [plain], FixedDepth(0))

@@ -42,8 +42,8 @@ from specdec.engine.scheduler import PrefillBatch, Scheduler
 from specdec.kvcache.prefix import Prefix, PrefixStore
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target, run_tokens
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
@@ -52,7 +52,7 @@ CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle kno
 NATIVE = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 KINDS = [  # the native runtime is ten times as fast; "recurrent": with recurrent layers
     *(pytest.param(kind, marks=NATIVE) for kind in ("native", "native recurrent")),
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("reference", "recurrent")),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("transformers", "recurrent")),
 ]
 
 
@@ -60,7 +60,7 @@ KINDS = [  # the native runtime is ten times as fast; "recurrent": with recurren
 def target_of(kind: str) -> Target:
     if kind.startswith("native"):
         return NativeTarget(model_of("llama" if kind == "native" else "qwen3_5_text"))
-    return ReferenceTarget(tiny_model("llama" if kind == "reference" else "qwen3_next"))
+    return TransformersTarget(tiny_model("llama" if kind == "transformers" else "qwen3_next"))
 
 
 def examples(kind: str, count: int) -> int:

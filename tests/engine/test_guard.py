@@ -18,7 +18,7 @@ from specdec.engine import guard
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import DrafterWarning
 from specdec.verifiers.exact import ExactVerifier
 
@@ -58,7 +58,7 @@ def drafter(llama: PreTrainedModel) -> Failing:
 
 @pytest.fixture
 def engine(llama: PreTrainedModel, drafter: Failing) -> Iterator[Engine]:
-    with Engine(ReferenceTarget(llama), drafter, ExactVerifier(), FixedDepth(2)) as made:
+    with Engine(TransformersTarget(llama), drafter, ExactVerifier(), FixedDepth(2)) as made:
         yield made
 
 
@@ -154,7 +154,7 @@ def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(
     llama: PreTrainedModel, drafter: Failing, clock: Clock
 ) -> None:
     drafter.learns = drafter.faulty = True
-    with Engine(ReferenceTarget(llama), drafter, ExactVerifier(), FixedDepth(2), learn=True) as engine:
+    with Engine(TransformersTarget(llama), drafter, ExactVerifier(), FixedDepth(2), learn=True) as engine:
         engine._learn()
         assert engine.drafting == "off"
         drafter.faulty = False
@@ -164,12 +164,12 @@ def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(
 
 
 def test_a_drafter_that_never_drafts_is_neither_on_nor_off(llama: PreTrainedModel) -> None:
-    assert Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0)).stats().drafter == "none"
+    assert Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0)).stats().drafter == "none"
 
 
 def test_where_warnings_are_errors_a_failure_is_one(llama: PreTrainedModel, drafter: Failing) -> None:
     drafter.faulty = True
-    engine = Engine(ReferenceTarget(llama), drafter, ExactVerifier(), FixedDepth(2))
+    engine = Engine(TransformersTarget(llama), drafter, ExactVerifier(), FixedDepth(2))
     engine.submit(Request(PROMPTS[0], 5))
     with warnings.catch_warnings():
         warnings.simplefilter("error", DrafterWarning)

@@ -11,7 +11,7 @@ from specdec.engine import metrics
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -31,7 +31,7 @@ def test_the_timer_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMod
 
     monkeypatch.setattr(metrics.time, "perf_counter", clock)
     target, drafter, verifier = (
-        ReferenceTarget(llama),
+        TransformersTarget(llama),
         Scripted(lambda ids, limit: [(7, 0), (8, 1), (9, 2)][:limit]),
         ExactVerifier(),
     )

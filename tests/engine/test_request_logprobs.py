@@ -17,8 +17,8 @@ from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.serve.logprobs import token_bytes, token_text
 from specdec.speculation.draft import Drafter
 
@@ -58,7 +58,7 @@ def check(model: Any, row: Request) -> None:
 def test_log_probabilities_are_the_models_own(name: str) -> None:
     """(With every drafter they are those of plain decoding: test_drafters_pairwise.)"""
     model = tiny_model()
-    target = ReferenceTarget(model)
+    target = TransformersTarget(model)
     for row in ran(target, EVERY[name](target)):
         check(model, row)
 
@@ -77,7 +77,7 @@ def test_of_the_prompt_in_parts_and_after_a_kept_prefix(native: bool) -> None:
     if native and not library.runs():
         pytest.skip("there are no native kernels here")
     model = tiny_model(hidden_size=64, head_dim=32, intermediate_size=96)
-    target = NativeTarget(model.bfloat16()) if native else ReferenceTarget(model)
+    target = NativeTarget(model.bfloat16()) if native else TransformersTarget(model)
     prompt = list(range(3, 60))
     rows = [Request(prompt, limit, logprobs=2, prompt_logprobs=limit != 5) for limit in (5, 0, 3)]
     together(target, NoDrafter(), rows, FixedDepth(0), prefill_chunk=7, reuse=True)
@@ -92,7 +92,7 @@ def test_of_the_prompt_in_parts_and_after_a_kept_prefix(native: bool) -> None:
 
 
 def test_the_library_gives_them_and_refuses_what_has_none() -> None:
-    decoder = SpecDecoder(tiny_model(), None, "prompt-lookup", runtime="reference")
+    decoder = SpecDecoder(tiny_model(), None, "prompt-lookup", runtime="transformers")
     output = decoder.generate([5, 6, 7], max_new_tokens=6, logprobs=2, prompt_logprobs=True)
     assert [each.token_id for each in output.logprobs or ()] == output.token_ids
     assert [each.token_id for each in output.prompt_logprobs or ()] == [6, 7]

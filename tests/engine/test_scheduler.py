@@ -27,8 +27,8 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import MAX_PREFIXES, PrefixStore
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Drafter
 from specdec.verifiers.exact import ExactVerifier
 
@@ -42,7 +42,7 @@ def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
 
 
 def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), reuse=True)
     prompt, known = list(range(3, 60)), []
     for scope in (None, "a", "b", "a", None):
@@ -79,7 +79,9 @@ def test_running_rows_count_what_they_hold(native: bool, monkeypatch: pytest.Mon
     """Buffers have room for what is to come, and where rows are padded, each holds as much as the longest."""
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
-    target = NativeTarget(tiny_model("llama", **sizes).bfloat16()) if native else ReferenceTarget(tiny_model("llama"))
+    target = (
+        NativeTarget(tiny_model("llama", **sizes).bfloat16()) if native else TransformersTarget(tiny_model("llama"))
+    )
     memory = 400 * scheduler._sizes(target)[0]
     requests = [Request([5 + n, *range(3, 96 if n == 3 else 10)], 28) for n in range(12)]
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=8, kv_memory=memory, reuse=True)
@@ -102,7 +104,7 @@ def buffers(cache: KVCache) -> int:
 
 def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel) -> None:
     """The next turn of a chat reads only what is new, and so does a request beside a running one."""
-    target, drafter = ReferenceTarget(llama), PromptLookupDrafter()
+    target, drafter = TransformersTarget(llama), PromptLookupDrafter()
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3), reuse=True)
     first = Request(list(range(3, 40)), 12)
     finish(engine, first)
@@ -121,7 +123,7 @@ def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
     llama: PreTrainedModel, reuse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "TIMED", 8)
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=16, max_rows=1, reuse=reuse)
     prompt = [3 + n * n % 90 for n in range(80)]
     warm, asked, other = Request(prompt, 0), Request([*prompt[:30], 7, 8], 6), Request([9, 8, 7], 3)
@@ -149,7 +151,7 @@ def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
 
 
 def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: PreTrainedModel) -> None:
-    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8, reuse=True)
+    engine = Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8, reuse=True)
     warm, asked = Request(list(range(3, 60)), 0), Request([9, 8, 7], 3)
     warm.background = True
     handle = engine.submit(warm)
@@ -164,7 +166,7 @@ def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: Pr
 def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, parts = ReferenceTarget(llama), list[int]()
+    target, parts = TransformersTarget(llama), list[int]()
     run_tokens = batch.run_tokens
 
     def spy(target: Target, cache: Any, rows: list[list[int]], *more: Any) -> torch.Tensor:
@@ -188,7 +190,7 @@ def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
 
 
 def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     right = Request(PROMPTS[0], 60)
     together(target, NoDrafter(), [right], FixedDepth(0))
 
@@ -208,7 +210,7 @@ def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTra
 
 @pytest.fixture
 def decoder(llama: PreTrainedModel) -> SpecDecoder:
-    return SpecDecoder(llama, None, "prompt-lookup", runtime="reference")
+    return SpecDecoder(llama, None, "prompt-lookup", runtime="transformers")
 
 
 def test_requests_come_from_threads_and_from_an_event_loop(decoder: SpecDecoder) -> None:
@@ -265,7 +267,7 @@ def test_closing_ends_what_runs_and_draining_lets_it_end(decoder: SpecDecoder) -
 
 
 def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrainedModel) -> None:
-    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1, max_waiting=1)
+    engine = Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1, max_waiting=1)
     handles = [engine.submit(Request(PROMPTS[0], 9)) for _ in range(2)]
     with pytest.raises(QueueFullError, match="requests are waiting already"):
         engine.submit(Request(PROMPTS[0], 9))
@@ -279,7 +281,7 @@ def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrain
 
 
 def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -> None:
-    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0))
+    engine = Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0))
     request = Request(PROMPTS[0], 20)
     handle = engine.submit(request)
     finish(engine)
@@ -342,7 +344,7 @@ def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
 def test_an_admission_that_fails_ends_its_request_and_those_that_wait_go_on(
     where: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=2, reuse=True)
     finish(engine, Request(PROMPTS[0], 3))
     owner, name = {
@@ -371,7 +373,7 @@ def test_an_admission_that_fails_ends_its_request_and_those_that_wait_go_on(
 
 
 def test_a_loop_that_is_closed_ends_no_request(llama: PreTrainedModel) -> None:
-    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0))
+    engine = Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0))
 
     class Closing(asyncio.SelectorEventLoop):
         """It is closed between the question and the call."""
@@ -397,7 +399,7 @@ def test_a_request_in_the_background_is_answered_under_load(
     clock = Clock()
     monkeypatch.setattr(scheduler, "time", clock)
     monkeypatch.setattr("specdec.engine.engine.time", clock)
-    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1)
+    engine = Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1)
     warm = Request(PROMPTS[0], 0, background=True)
     engine.enqueue(warm)
     for _ in range(60):  # there is always another request
@@ -448,7 +450,7 @@ def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
 
 
 def test_events_say_which_tokens_were_drafted(llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     right = Request(PROMPTS[0], 9)
     together(target, NoDrafter(), [right], FixedDepth(0))
     drafter: Drafter = Scripted(
@@ -479,7 +481,7 @@ def test_the_text_used_least_recently_goes_first() -> None:
 
 
 def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:
-    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1, prefill_chunk=4)
+    engine = Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1, prefill_chunk=4)
     first, second = Request(list(range(3, 13)), 3), Request([5, 6, 7], 1)
     seen: list[tuple[str, str]] = []
     for request in (first, second):
@@ -497,7 +499,7 @@ def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize(("chunk", "status"), [(8, "running"), (1, "prefill")])
 def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: PreTrainedModel) -> None:
     """Also a prompt where no row decodes."""
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     engine = Engine(
         target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 20, prefill_chunk=chunk, reuse=True
     )
@@ -535,7 +537,7 @@ def test_an_admission_leaves_room_for_the_next_step_of_all_rows(monkeypatch: pyt
 
 def order(*requests: Request, rows: int = 1) -> list[str]:
     """The scopes of requests in the order in which these end, and at most ``rows`` at once."""
-    target, ended = ReferenceTarget(tiny_model()), list[str]()
+    target, ended = TransformersTarget(tiny_model()), list[str]()
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=rows)
     for request in requests:
         engine.submit(request)
@@ -556,7 +558,7 @@ def test_the_queue_is_fair_between_scopes() -> None:
 
 def test_the_queue_is_fair_between_senders_of_one_scope() -> None:
     requests = [Request([5, 6, 7], 2 + (n == 4), sender="ab"[n == 4]) for n in range(5)]
-    engine = Engine(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1)
+    engine = Engine(TransformersTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1)
     for request in requests:
         engine.submit(request)
     ended = [row.sender for events in engine.steps() for row, _ in events if row.finish_reason]
@@ -565,7 +567,7 @@ def test_the_queue_is_fair_between_senders_of_one_scope() -> None:
 
 @pytest.mark.parametrize("reuse", [False, True])
 def test_who_holds_all_rows_makes_room_for_others(reuse: bool, llama: PreTrainedModel) -> None:
-    target = ReferenceTarget(llama)
+    target = TransformersTarget(llama)
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4, reuse=reuse)
     many = [Request([5 + n, 6, 7], 40, sender="a") for n in range(6)]
     late = [Request([9 + n, 8], 10, sender="b") for n in range(4)]
@@ -585,7 +587,7 @@ def test_who_holds_all_rows_makes_room_for_others(reuse: bool, llama: PreTrained
 
 
 def test_a_lower_priority_takes_nobodys_row() -> None:
-    engine = Engine(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=2)
+    engine = Engine(TransformersTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=2)
     rows = [Request([5, 6, 7], 9, sender="a", priority=1) for _ in range(2)]
     for request in (*rows, Request([5, 6, 7], 2, sender="b")):
         engine.submit(request)
@@ -596,7 +598,7 @@ def test_a_lower_priority_takes_nobodys_row() -> None:
 def test_a_higher_priority_is_first_and_a_scope_has_so_many_rows() -> None:
     assert order(*[asked("a") for _ in range(3)], asked("b", priority=1), asked("b", priority=1)) == [*"bbaaa"]
     few = [asked("a", scope_rows=1) for _ in range(3)]
-    engine = Engine(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4)
+    engine = Engine(TransformersTarget(tiny_model()), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4)
     for request in (*few, asked("b")):
         engine.submit(request)
     for _ in engine.steps():

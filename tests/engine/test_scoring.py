@@ -16,8 +16,8 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import SamplingParams, Transforms
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
@@ -56,7 +56,7 @@ class Threes(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("kind", [ReferenceTarget, pytest.param(NativeTarget, marks=needs_native)])
+@pytest.mark.parametrize("kind", [TransformersTarget, pytest.param(NativeTarget, marks=needs_native)])
 def test_typical_acceptance_takes_only_the_tokens_of_plain_decoding_in_a_greedy_row(kind: type[Target]) -> None:
     """With a processor, and beside rows that sample: of an unsure model, most tokens are typical."""
     target = kind(model_of("llama") if kind is NativeTarget else tiny_model("llama"))  # type: ignore[call-arg]

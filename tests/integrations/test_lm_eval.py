@@ -74,7 +74,7 @@ def test_figures_equal_those_of_the_hf_model(tasks: list[dict[str, Any]]) -> Non
     from specdec.integrations.lm_eval import SpecDecLM
 
     model, tokenizer = tiny_model(), letters()
-    own = SpecDecLM(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference"), batch_size=3, max_length=40)
+    own = SpecDecLM(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="transformers"), batch_size=3, max_length=40)
     other = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=40, device="cpu")
     check(evaluated(own, tasks), evaluated(other, tasks))
     with pytest.raises(SpecDecError, match="no room for a prompt"):
@@ -122,7 +122,7 @@ def test_local_completions_against_the_server(tasks: list[dict[str, Any]], tmp_p
 
     model, tokenizer = tiny_model(), letters()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference")) as server:
+    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="transformers")) as server:
         arguments = {"model": NAME, "base_url": f"{server.url}/v1/completions", "max_length": 120, "max_retries": 1}
         arguments |= {"tokenizer": str(tmp_path / "tokenizer"), "tokenizer_backend": "huggingface"}
         found = evaluated("local-completions", tasks, model_args=arguments, batch_size=3)

@@ -34,7 +34,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "CHUNK", 16)
 
 
-def decoder(runtime: str = "reference", scale: float = 1.0) -> SpecDecoder:
+def decoder(runtime: str = "transformers", scale: float = 1.0) -> SpecDecoder:
     native = runtime.startswith("native")
     model = tiny_model(max_position_embeddings=512, **(BF16 if native else {}))
     model.lm_head.weight.data *= scale
@@ -83,7 +83,7 @@ def held(folder: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize("runtime", ["reference", "native", "native int8"])
+@pytest.mark.parametrize("runtime", ["transformers", "native", "native int8"])
 def test_a_later_engine_begins_with_what_an_earlier_one_ran(runtime: str, tmp_path: Path) -> None:
     made = decoder(runtime)
     prompts = [[*PROMPT[:n], 5] for n in (70, 40, 66)]
@@ -385,7 +385,7 @@ def test_one_process_has_a_folder(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-@pytest.mark.parametrize(("family", "runtime"), [("qwen3_next", "reference"), ("qwen3_5_text", "native")])
+@pytest.mark.parametrize(("family", "runtime"), [("qwen3_next", "transformers"), ("qwen3_5_text", "native")])
 def test_recurrent_states_are_on_disk_with_their_chunks(family: str, runtime: str, tmp_path: Path) -> None:
     model = model_of(family) if runtime == "native" else tiny_model(family)
     made = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)

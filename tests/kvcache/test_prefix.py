@@ -21,7 +21,7 @@ from specdec.kvcache import disk, prefix
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -117,7 +117,7 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
-    target = ReferenceTarget(tiny_model())
+    target = TransformersTarget(tiny_model())
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 30, reuse=True)
     engine.submit(Request(PROMPTS[0], 1))
     engine.step()
@@ -139,7 +139,7 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
 
 def test_the_disk_is_asked_for_more_than_there_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "CHUNK", 16)
-    made = SpecDecoder(tiny_model(), None, "none", runtime="reference")
+    made = SpecDecoder(tiny_model(), None, "none", runtime="transformers")
     prompt, looked = [3 + n * n % 90 for n in range(70)], spied(monkeypatch, PrefixDisk, "longest")
     with made.engine(prefix_cache=tmp_path) as engine:
         for text in (prompt, [*prompt, 5], [*prompt[:40], 7], [*prompt[:40], *range(9, 40)]):

@@ -25,8 +25,8 @@ from specdec.engine.request import Request
 from specdec.kvcache.recurrent import EVERY, RowStates
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Drafter
 from specdec.verifiers.exact import ExactVerifier
 
@@ -35,7 +35,7 @@ Script = list[tuple[int, int]]
 
 
 @functools.cache
-def served(family: str, runtime: str = "reference") -> tuple[PreTrainedModel, Target, list[list[int]]]:
+def served(family: str, runtime: str = "transformers") -> tuple[PreTrainedModel, Target, list[list[int]]]:
     """A model, its target, and its answers to the prompts: in 16 bits those of plain decoding."""
     if runtime == "native":
         if not library.runs():
@@ -45,7 +45,7 @@ def served(family: str, runtime: str = "reference") -> tuple[PreTrainedModel, Ta
         return model, target, [run(target, NoDrafter(), [prompt], COUNT)[0][0] for prompt in PROMPTS]
     model = tiny_model(family)
     expected = [greedy_reference(model, prompt, COUNT) for prompt in PROMPTS]
-    return model, ReferenceTarget(model), expected
+    return model, TransformersTarget(model), expected
 
 
 def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
@@ -70,7 +70,7 @@ def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
 def cases() -> Iterator[Any]:
     """(family, runtime, rows): a ragged batch, and alone."""
     yield pytest.param("qwen3_5_text", "native", slice(1, 2), id="qwen3_5_text-native-alone")
-    for family, runtime in [*((family, "reference") for family in HYBRIDS), ("qwen3_5_text", "native")]:
+    for family, runtime in [*((family, "transformers") for family in HYBRIDS), ("qwen3_5_text", "native")]:
         marks = [] if family == "qwen3_next" or runtime == "native" else [pytest.mark.slow]
         yield pytest.param(family, runtime, slice(3), marks=marks, id=f"{family}-{runtime}-ragged")
 
@@ -107,7 +107,7 @@ def cached(engine: Engine, prompts: Sequence[list[int]], count: int = 6) -> list
 
 
 SERVED = pytest.mark.parametrize(
-    "kind", [("qwen3_next", "reference"), ("qwen3_5_text", "native")], ids=["qwen3_next", "qwen3_5_text-native"]
+    "kind", [("qwen3_next", "transformers"), ("qwen3_5_text", "native")], ids=["qwen3_next", "qwen3_5_text-native"]
 )
 
 
@@ -200,7 +200,7 @@ def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowStates, "commit", everything)
 
 
-@pytest.mark.parametrize(("family", "runtime"), [("qwen3_next", "reference"), ("qwen3_5_text", "native")])
+@pytest.mark.parametrize(("family", "runtime"), [("qwen3_next", "transformers"), ("qwen3_5_text", "native")])
 def test_states_that_keep_what_was_rejected_change_the_output(
     family: str, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from specdec.drafters.m2r2_network import load_network
 from specdec.models import drafter_folder, identity
 from specdec.models.gguf.blocks import BlockLinear, quantize
 from specdec.models.identity import fingerprint
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 PATH = M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.q_proj", "mlp.down_proj"]})
 
@@ -27,7 +27,7 @@ PATH = M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.q_proj", "mlp.down_proj"]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A drafter folder for the tiny llama."""
-    target = ReferenceTarget(tiny_model())
+    target = TransformersTarget(tiny_model())
     network = M2R2(PATH, target, torch.arange(0, 50, dtype=torch.int32))
     config = {"drafter": "m2r2", "version": 1, "base": {"fingerprint": fingerprint(target.model)}}
     drafter_folder.write(tmp_path / "drafter", config | {"path": PATH.to_json()}, network.state_dict())
@@ -48,7 +48,7 @@ def test_a_folder_loads_by_path_and_drafts(folder: Path) -> None:
 
 
 def test_a_folder_of_an_earlier_version_loads_alike(folder: Path) -> None:
-    target = ReferenceTarget(tiny_model())
+    target = TransformersTarget(tiny_model())
     now, path = load_network(target, folder), PATH.to_json()
     change(folder, path={"final_leap": path.pop("final_projection"), **path})
     held = load_file(folder / "model.safetensors")
@@ -124,7 +124,7 @@ def test_damaged_and_foreign_folders_are_refused_before_anything_is_allocated(
 
 @pytest.mark.parametrize("name", ["deed", "mixture-of-depths", "medusa", "public"])
 def test_every_learned_drafter_is_bounded_and_finite(tmp_path: Path, name: str) -> None:
-    target = ReferenceTarget(tiny_model())
+    target = TransformersTarget(tiny_model())
     networks = {"deed": zoo.heads(target, 1, 3), "mixture-of-depths": zoo.routers(target), "medusa": zoo.medusa(target)}
     network = getattr(networks.get(name), "network", networks.get(name))
     counts = {"deed": {"exits": [1, 3], "width": 8}, "mixture-of-depths": {"first": 1}}
@@ -138,11 +138,11 @@ def test_every_learned_drafter_is_bounded_and_finite(tmp_path: Path, name: str) 
     else:
         drafter_folder.write(tmp_path, config, network.state_dict())
     kind = "medusa" if name == "public" else name
-    SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
+    SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="transformers")
     key = {"deed": "width", "mixture-of-depths": "first", "medusa": "heads", "public": "medusa_num_heads"}[name]
     change(tmp_path, **{key: 10**9})
     with pytest.raises(SpecDecError, match=r"must be less than or equal to .*; got 1000000000"):
-        SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
+        SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="transformers")
     change(tmp_path, **config)
     file = next(tmp_path.glob("*.safetensors"))
     stored = load_file(file)
@@ -150,7 +150,7 @@ def test_every_learned_drafter_is_bounded_and_finite(tmp_path: Path, name: str) 
     stored[odd].view(-1)[0] = torch.nan
     save_file(stored, file)
     with pytest.raises(SpecDecError, match=f"tensor '{odd}' in .* holds NaN or infinite values"):
-        SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
+        SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="transformers")
 
 
 def test_a_drafter_for_other_weights_is_refused_with_both_fingerprints(folder: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_drafter_serves_every_precision_of_its_model_and_says_so(folder: Path,
     config = drafter_folder.read_config(folder)
     assert len(json.dumps(config["base"]["samples"])) < 12_000
     for name, make in FORMS.items():
-        target = ReferenceTarget(other := make())
+        target = TransformersTarget(other := make())
         drafter_folder.check_base(config, target, str(folder))
         said = capsys.readouterr().err
         assert ("trained on the-base;" in said) == (fingerprint(other) != fingerprint(model)), name
@@ -286,7 +286,7 @@ def test_a_fine_tune_is_refused_in_every_precision(folder: Path, trained: str, p
     config = drafter_folder.read_config(folder)
     for kind in ("", "Q8_0"):
         other = perturbed(tiny_model(), part)
-        target = ReferenceTarget(in_blocks(other, kind) if kind else other)
+        target = TransformersTarget(in_blocks(other, kind) if kind else other)
         with pytest.raises(
             SpecDecError, match=r"trained for base weights .* differ by more than rounding\); train one"
         ):
@@ -301,7 +301,7 @@ def test_one_changed_matrix_and_another_architecture_are_refused(folder: Path) -
     with torch.no_grad():
         model.get_parameter(name).neg_()
     with pytest.raises(SpecDecError, match=f"the values of '{name}' differ by more than rounding"):
-        drafter_folder.check_base(config, ReferenceTarget(model), str(folder))
+        drafter_folder.check_base(config, TransformersTarget(model), str(folder))
     config["base"] |= {"num_layers": 4, "model_type": "llama"}
     for other, message in (
         (tiny_model("qwen2"), "another architecture or size"),
@@ -309,7 +309,7 @@ def test_one_changed_matrix_and_another_architecture_are_refused(folder: Path) -
         (tiny_model(vocab_size=101), r"'.*' is \(101, 32\) in the model and \(97, 32\) in the other"),
     ):
         with pytest.raises(SpecDecError, match=message):
-            drafter_folder.check_base(config, ReferenceTarget(other), str(folder))
+            drafter_folder.check_base(config, TransformersTarget(other), str(folder))
 
 
 @pytest.mark.parametrize(
@@ -336,8 +336,8 @@ def test_a_shipped_drafter_is_found_by_fingerprint_then_by_samples(
     near.parent.mkdir(parents=True)
     folder.rename(near)
     model, fine = tiny_model(), perturbed(tiny_model(), 0.1)
-    assert drafter_folder.find_shipped("m2r2", ReferenceTarget(model)) == near
-    assert drafter_folder.find_shipped("m2r2", ReferenceTarget(fine)) is None
+    assert drafter_folder.find_shipped("m2r2", TransformersTarget(model)) == near
+    assert drafter_folder.find_shipped("m2r2", TransformersTarget(fine)) is None
     shutil.copytree(near, own)
     change(own, base={"fingerprint": fingerprint(model)})
-    assert drafter_folder.find_shipped("m2r2", ReferenceTarget(model)) == own
+    assert drafter_folder.find_shipped("m2r2", TransformersTarget(model)) == own

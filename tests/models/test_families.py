@@ -21,7 +21,6 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.none import NoDrafter
 from specdec.models import families, loading, safetensors_file
 from specdec.models.native_model import NativeModel
-from specdec.runtimes import fused
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
@@ -46,9 +45,10 @@ def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str,
     with pytest.raises(SpecDecError, match=f"this '{family}' model has {field} = "):
         make_target(model_of(family, **{field: value}), "native")
     target, note = make_target(model_of(family, **{field: value}))
-    assert target.runtime == ("reference" if family not in fused.FAMILIES else "fused")
-    assert f"no native runtime: the config of this '{family}' model has {field} = " in note
-    if family not in ("llama", "gemma2"):  # of each runtime, one
+    assert target.runtime == "transformers"
+    for runtime in ("native", "torch"):
+        assert f"no {runtime} runtime: the config of this '{family}' model has {field} = " in note
+    if family not in ("llama", "gemma2"):
         return
     model = rough_model(family, **(sizes_of(family) | {field: value}))  # in float32
     model.generation_config.eos_token_id = None
@@ -115,8 +115,7 @@ def test_the_table_of_the_docs_says_what_runs_and_how_it_is_tested() -> None:
     """From the lists that the tests named there run through; families that differ in nothing share a row."""
     rows = dict[str, list[str]]()
     for family in sorted(tiny.FAMILIES | tiny.HYBRIDS, key=lambda name: name not in families.FAMILIES):
-        by_family = {"native": families.FAMILIES, "fused": fused.FAMILIES}
-        runs = [f"`{name}`" for name in by_family if family in by_family[name]] + ["`reference`"]
+        runs = ["`native`", "`torch`"] * (family in families.FAMILIES) + ["`transformers`"]
         file = ARCHITECTURES.get(family, [""])[0]
         lists = {"native": families.FAMILIES, "blocks": [row[0] for row in IN_BLOCKS], "files": ARCHITECTURES}
         tested = ["generate", *(name for name in lists if family in lists[name])]

@@ -188,7 +188,7 @@ def test_memory_is_checked_for_what_a_model_will_hold(cache, tmp_path, family, m
             dense = 2 * sum(each.shape.numel() for each in packed)  # in the reference runtime
             for need, make in (
                 (size + sum(each.nbytes for each in tensors), lambda: loading.load(path)),
-                *[(dense, lambda: make_target(model, "reference"))] * bool(packed),  # noqa: B023
+                *[(dense, lambda: make_target(model, "transformers"))] * bool(packed),  # noqa: B023
             ):
                 patch.setattr(machine, "available_memory", lambda: need - 1)  # noqa: B023
                 with pytest.raises(SpecDecError, match=r"not enough memory for '.*it\.gguf': its weights need"):
@@ -287,7 +287,7 @@ def test_blocks_become_dense_weights_for_a_while_and_come_back(cache, tmp_path):
     assert dict(model.named_modules()) == before
 
 
-@pytest.mark.parametrize("runtime", ["fused", "reference"])
+@pytest.mark.parametrize("runtime", ["torch", "transformers"])
 def test_a_model_in_blocks_decodes_in_every_runtime(cache, tmp_path, runtime):
     path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", width=128)
     expected = greedy_reference(reference(path, torch.bfloat16), [5, 6, 7], 8)

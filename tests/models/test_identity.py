@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.models import identity, loading
 from specdec.runtimes.native import library
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Target, run_tokens
+from specdec.runtimes.transformers import TransformersTarget
 
 IDS = [(7 * n * n + 3) % 90 + 3 for n in range(40)]
 OTHERS = {"silu": "gelu", "gelu_pytorch_tanh": "relu", "default": "linear", "eager": "sdpa", "sdpa": "eager"}
@@ -74,12 +74,12 @@ def variants(family: str) -> Iterator[tuple[str, PreTrainedModel]]:
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_every_field_of_a_config_that_changes_logits_changes_the_identity(family: str) -> None:
-    target = ReferenceTarget(tiny_model(family))
+    target = TransformersTarget(tiny_model(family))
     logits, own, moved = logits_of(target), identity.numbers(target), set[str]()
-    assert identity.numbers(ReferenceTarget(tiny_model(family))) == own
+    assert identity.numbers(TransformersTarget(tiny_model(family))) == own
     for what, model in variants(family):
         try:
-            other = ReferenceTarget(model)
+            other = TransformersTarget(model)
             found = logits_of(other)
         except Exception:  # any kind: it does not run
             continue
@@ -91,7 +91,7 @@ def test_every_field_of_a_config_that_changes_logits_changes_the_identity(family
 
 def test_frequencies_that_a_file_brings_change_the_identity() -> None:
     """Those of a GGUF file's rope_freqs are no weights and no fields."""
-    target, other = (ReferenceTarget(tiny_model()) for _ in range(2))
+    target, other = (TransformersTarget(tiny_model()) for _ in range(2))
     other.model.model.rotary_emb.inv_freq /= torch.tensor([1.0, 1.0, 2.0, 4.0])
     assert not torch.equal(logits_of(target), logits_of(other))
     assert identity.numbers(target) != identity.numbers(other)
@@ -124,10 +124,10 @@ def test_the_content_of_a_model_is_that_of_its_file(kind: str, tmp_path: Path, m
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"dtype": "float32"},
-    {"dtype": "float16", "runtime": "reference"},
-    {"attention": "eager", "runtime": "reference"},
-    {"runtime": "reference"},
-    {"runtime": "fused"},
+    {"dtype": "float16", "runtime": "transformers"},
+    {"attention": "eager", "runtime": "transformers"},
+    {"runtime": "transformers"},
+    {"runtime": "torch"},
     {"runtime": "native"},
     {"weights": "int8"},
     {"weights": "int8", "kv_cache": "int8"},

@@ -211,10 +211,10 @@ def test_a_public_name_is_never_a_path(tmp_path, monkeypatch):
     assert source.public_name("org/name", str(tmp_path / "mine")) == "org/name with mine"
 
 
-@pytest.mark.parametrize("runtime", ["auto", "fused", "reference"])
+@pytest.mark.parametrize("runtime", ["auto", "torch", "transformers"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_named(folder, runtime, value):
-    model = loading.load(folder, dtype="float32" if runtime == "reference" else "bfloat16")[0]
+    model = loading.load(folder, dtype="float32" if runtime == "transformers" else "bfloat16")[0]
     model.model.layers[2].mlp.up_proj.weight[3, 5] = value
     with pytest.raises(
         SpecDecError, match=r"the weights of '.*' are broken: 'model.layers.2.mlp.up_proj.weight' holds NaN"

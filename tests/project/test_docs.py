@@ -19,7 +19,6 @@ from tiny import tiny_model
 import specdec
 from specdec import SpecDecoder
 from specdec.models import catalogue
-from specdec.runtimes import fused
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter, Verifier
@@ -105,12 +104,6 @@ def test_the_page_on_configuration_lists_every_instruction_set() -> None:
     [line] = re.findall(r"^LEVELS = (.+)$", source, re.M)
     [told] = re.findall(r"^\| `SPECDEC_NATIVE` \| (.+) \|$", (ROOT / "docs/configuration.md").read_text("utf-8"), re.M)
     assert set(re.findall(r'"(\w+)"', line)) - {"aarch64", "arm64"} == set(re.findall(r"`(\w+)`", told))
-
-
-def test_the_pages_name_the_families_of_the_fused_runtime() -> None:
-    [row] = re.findall(r"^\| `fused` \| (.+?) and (.+?);", (ROOT / "docs/runtimes.md").read_text("utf-8"), re.M)
-    named = [name.lower() for name in [*row[0].split(", "), row[1].removesuffix(" 1")]]
-    assert sorted(named) == sorted(fused.FAMILIES)
 
 
 def test_the_page_on_installation_lists_every_embedded_model() -> None:

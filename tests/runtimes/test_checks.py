@@ -13,11 +13,11 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 from specdec.models.families import EXPERTS, FAMILIES
 from specdec.runtimes.decoder_layer import router
-from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
+from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 MIXTURES = [name for name, family in FAMILIES.items() if family.fields >= EXPERTS]
 native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
@@ -46,7 +46,7 @@ def test_near_ties_between_experts_are_no_fault(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
 def test_near_ties_are_no_fault_where_modules_run(family: str) -> None:
     for seed in range(2):
-        assert ReferenceTarget(mixture(family, seed, 0.02)).logit_difference < 0.05
+        assert TransformersTarget(mixture(family, seed, 0.02)).logit_difference < 0.05
 
 
 def louder(layer: Any) -> None:
@@ -96,15 +96,15 @@ def test_another_mixture_is_refused(family: str, other: Any) -> None:
 
 
 def test_numbers_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ReferenceTarget.readout
+    right = TransformersTarget.readout
 
     def wrong(self: Any, *given: Any) -> Tensor:
         logits = right(self, *given)
         return logits if logits.shape[1] == 8 else logits * float("nan")
 
-    monkeypatch.setattr(ReferenceTarget, "readout", wrong)
+    monkeypatch.setattr(TransformersTarget, "readout", wrong)
     with pytest.raises(SpecDecError, match="gives other logits"):
-        ReferenceTarget(tiny_model("llama"))
+        TransformersTarget(tiny_model("llama"))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_full_memory_is_no_fault_of_the_model(error: RuntimeError, monkeypatch: 
     def full(*given: Any) -> Tensor:
         raise error
 
-    monkeypatch.setattr(FusedTarget, "layers", full)
+    monkeypatch.setattr(TorchTarget, "layers", full)
     with pytest.raises(RuntimeError) as found:
         make_target(tiny_model("llama"))
     assert found.value is error

@@ -16,12 +16,12 @@ from specdec.drafters.m2r2_network import M2R2, load_network
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.narrow import GatedMLP, gated_mlp, strengths
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 FAMILIES = "llama", "qwen2", "phi3", "olmo2"
 LAYERS, COUNT = (0, 1, 2), 32
@@ -65,13 +65,13 @@ def without_the_others(model: Any, adapters: Adapters) -> Any:
 
 
 @pytest.mark.parametrize(("family", "low_rank"), [("llama", False), *((family, True) for family in FAMILIES)])
-@pytest.mark.parametrize("runtime", [ReferenceTarget, FusedTarget])
+@pytest.mark.parametrize("runtime", [TransformersTarget, TorchTarget])
 @torch.inference_mode()
 def test_other_neurons_give_nothing(runtime: type[Target], family: str, low_rank: bool) -> None:
     model = rough_model(family)
     target = runtime(model)  # type: ignore[call-arg]
     adapters = narrow_adapters(target, low_rank)
-    expected = adapted_pass(ReferenceTarget(without_the_others(model, adapters)), None, 6)
+    expected = adapted_pass(TransformersTarget(without_the_others(model, adapters)), None, 6)
     whole = adapted_pass(target, None, 6)
     assert torch.allclose(adapted_pass(target, adapters, 6), expected, atol=5e-5)
     assert not torch.allclose(expected, whole, atol=1e-2)
@@ -85,13 +85,13 @@ def test_other_neurons_give_nothing_natively(family: str) -> None:
     model = model_of(family)
     target = NativeTarget(model)
     adapters = narrow_adapters(target, True)
-    expected = adapted_pass(ReferenceTarget(without_the_others(model, adapters)), None, 6).float()
+    expected = adapted_pass(TransformersTarget(without_the_others(model, adapters)), None, 6).float()
     whole, got = (adapted_pass(target, each, 6).float() for each in (None, adapters))
     assert (got - expected).norm() < 0.04 * expected.norm() < 0.4 * (whole - expected).norm()
 
 
 def test_gradients_reach_the_low_rank_terms() -> None:
-    target = FusedTarget(rough_model("llama"), packs=False)
+    target = TorchTarget(rough_model("llama"), packs=False)
     adapters = narrow_adapters(target, True).requires_grad_(True)
     adapted_pass(target, adapters, 6).square().sum().backward()
     assert all(each.grad is not None and bool(each.grad.any()) for each in adapters.parameters())
@@ -99,7 +99,7 @@ def test_gradients_reach_the_low_rank_terms() -> None:
 
 @torch.inference_mode()
 def test_the_strongest_neurons_are_those_that_add_most() -> None:
-    target, x = ReferenceTarget(rough_model("llama")), torch.randn(50, 32)
+    target, x = TransformersTarget(rough_model("llama")), torch.randn(50, 32)
     block, mlp = target.block(1), mlp_of(target, 1)
     found = strengths(block, "llama", x)
     y = block.post_attention_layernorm(x)  # type: ignore[operator]
@@ -109,7 +109,7 @@ def test_the_strongest_neurons_are_those_that_add_most() -> None:
 
 
 def test_neurons_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
-    target = ReferenceTarget(tiny_model("llama"))
+    target = TransformersTarget(tiny_model("llama"))
     network = M2R2(M2R2Path(0, ((1, 3),), True, 4, neurons=32), target)
     config = {"drafter": "m2r2", "base": {"fingerprint": target.fingerprint}, "path": network.path.to_json()}
     tensors = dict(network.state_dict())
@@ -122,6 +122,6 @@ def test_neurons_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
     for count in (33, 1 << 20):
         with pytest.raises(SpecDecError, match=f"runs {count} neurons of layer 1's MLP"):
             M2R2(M2R2Path(0, ((1, 3),), True, 4, neurons=count), target)
-    gpt = ReferenceTarget(tiny_model("gpt2"))
+    gpt = TransformersTarget(tiny_model("gpt2"))
     with pytest.raises(SpecDecError, match="has none to choose from"):
         M2R2(M2R2Path(0, ((1, 3),), True, 4, neurons=32), gpt)

@@ -23,22 +23,23 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.runtimes import target
-from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target, lock_of
+from specdec.runtimes.torch.graphs import CapturedTarget
+from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 RUNTIMES = Path(target.__file__).parent
-FOLDERS = (RUNTIMES, RUNTIMES / "native", RUNTIMES.parent / "kvcache")
+FOLDERS = (RUNTIMES, RUNTIMES / "native", RUNTIMES / "torch", RUNTIMES.parent / "kvcache")
 FILES = {
     "library",
     "linear",
     "drafting",
     "target",
-    "reference",
-    "fused",
+    "transformers",
+    "model",
+    "attention",
     "graphs",
     "cache",
 }
@@ -78,8 +79,8 @@ def make(runtime: str) -> Target:
         return NativeTarget(tiny_model("llama", **BF16).bfloat16())
     model = tiny_model("llama")
     return {
-        "fused": lambda: FusedTarget(model),
-        "graphs": lambda: GraphedTarget(model, record=Replay),
+        "torch": lambda: TorchTarget(model),
+        "graphs": lambda: CapturedTarget(model, record=Replay),
     }[runtime]()
 
 
@@ -88,10 +89,10 @@ def make(runtime: str) -> Target:
     [
         pytest.param("native", (grown, grown), marks=[needs_native, pytest.mark.slow]),
         pytest.param("native", (projecting, PromptLookupDrafter), marks=needs_native),
-        ("fused", (projecting, PromptLookupDrafter)),
+        ("torch", (projecting, PromptLookupDrafter)),
         pytest.param("graphs", (projecting, PromptLookupDrafter), marks=pytest.mark.slow),
     ],
-    ids=["native grown", "native", "fused", "graphs"],
+    ids=["native grown", "native", "torch", "graphs"],
 )
 def test_generations_on_one_target_interleave(runtime: str, drafters: Sequence[Any]) -> None:
     shared = make(runtime)
@@ -114,7 +115,7 @@ def test_generations_on_one_target_interleave(runtime: str, drafters: Sequence[A
 def test_a_reference_runtime_leaves_the_head_of_a_fused_one_alone() -> None:
     """The reference runtime puts a drafter's head into the model while it reads out."""
     model = tiny_model("llama")
-    fused, reference = FusedTarget(model), ReferenceTarget(model)
+    fused, reference = TorchTarget(model), TransformersTarget(model)
     mine = lambda: run(fused, PromptLookupDrafter(), [PROMPTS[0]], 6, eos=None)[0]  # noqa: E731
     expected, x, head = mine(), torch.randn(1, 1, 32), fused.reduced_head(torch.arange(9))
     found = list[Any]()
@@ -137,7 +138,7 @@ def test_a_reference_runtime_leaves_the_head_of_a_fused_one_alone() -> None:
 def test_passes_of_the_reference_runtime_take_turns() -> None:
     """A second one that began within the first and ended after it would leave the first one's gates in the model."""
     model = tiny_model("llama")
-    reference, own = ReferenceTarget(model), model.model.layers
+    reference, own = TransformersTarget(model), model.model.layers
     entered, finished, found = threading.Event(), threading.Event(), list[torch.Tensor]()
 
     def run_layers() -> torch.Tensor:
@@ -202,13 +203,13 @@ def test_decoders_are_made_at_once_on_one_model() -> None:
 
         return once
 
-    for found in at_once(way("fused"), way("reference"), way("fused")):
+    for found in at_once(way("torch"), way("transformers"), way("torch")):
         assert found == [expected] * 3
 
 
 def test_a_second_request_is_refused_whenever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """At any point of opening the first one, by a thread that would otherwise get through."""
-    decoder = SpecDecoder(tiny_model("llama"), None, "prompt-lookup", runtime="reference")
+    decoder = SpecDecoder(tiny_model("llama"), None, "prompt-lookup", runtime="transformers")
     refused, start = list[str](), PromptLookupDrafter.start
 
     def second() -> None:
@@ -232,7 +233,7 @@ def test_a_second_request_is_refused_whenever_it_comes(monkeypatch: pytest.Monke
 
 def test_closing_waits_for_the_step_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next request would begin while the drafter is still in use."""
-    decoder = SpecDecoder(tiny_model("llama"), None, "prompt-lookup", runtime="reference")
+    decoder = SpecDecoder(tiny_model("llama"), None, "prompt-lookup", runtime="transformers")
     generation, closed, propose = decoder.open([PROMPTS[0]]), list[bool](), PromptLookupDrafter.propose
 
     def slow(self: PromptLookupDrafter, *arguments: Any) -> Any:

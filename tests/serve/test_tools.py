@@ -231,7 +231,7 @@ def server() -> Iterator[Server]:
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "\n"])
     tokenizer.chat_template = TEMPLATE
     model = tiny_model(vocab_size=100, max_position_embeddings=512)
-    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference")) as running:
+    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="transformers")) as running:
         yield running
 
 

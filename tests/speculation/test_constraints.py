@@ -33,8 +33,8 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Event
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.constraints import (
     LONGEST,
     CompiledConstraint,
@@ -87,7 +87,7 @@ def plainly(model: PreTrainedModel, prompt: list[int], rule: CompiledConstraint,
 
 
 def test_forced_tokens_are_drafted_before_the_drafter_is_asked() -> None:
-    decoder = SpecDecoder(tiny_model(), letters(), Scripted(lambda ids, limit: []), runtime="reference")
+    decoder = SpecDecoder(tiny_model(), letters(), Scripted(lambda ids, limit: []), runtime="transformers")
     output = decoder.generate([5, 6, 7], constraint=Json(SCHEMA), max_new_tokens=60)
     assert set(json.loads(output.text)) == {"kind", "n"}
     assert output.metrics.num_accepted_draft_tokens > 15
@@ -98,7 +98,7 @@ def test_forced_tokens_are_drafted_before_the_drafter_is_asked() -> None:
 
 def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "FORCED", 0)
-    tokenizer, target = letters(), ReferenceTarget(tiny_model())
+    tokenizer, target = letters(), TransformersTarget(tiny_model())
     text = tokenizer("ab", add_special_tokens=False).input_ids
 
     def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
@@ -114,7 +114,7 @@ def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPat
 def marked(text: str, tokens: list[int], rule: CompiledConstraint | None) -> tuple[State, list[int]]:
     """Where the one row stands that has read ``text`` and these new ``tokens``."""
     prompt = letters()(text).input_ids
-    target, row = ReferenceTarget(tiny_model()), request(prompt, rule)
+    target, row = TransformersTarget(tiny_model()), request(prompt, rule)
     return State(target, target.new_cache(), Sampler.of([row.sampler]), [prompt + tokens]), prompt
 
 
@@ -163,7 +163,7 @@ def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, native: boo
     monkeypatch.setattr(batch, "FORCED", 0)
     rule = made(Regex("[a-e]{3,9}(foo|fool)x?"))
     model = tiny_model(**(SERVED if native else {}))
-    target = NativeTarget(model.bfloat16()) if native else ReferenceTarget(model)
+    target = NativeTarget(model.bfloat16()) if native else TransformersTarget(model)
     for name, drafter in every(target).items():
         if name in ("none", "lookahead (tree)", "hybrid (tree)"):
             continue
@@ -186,7 +186,7 @@ def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, native: boo
 
 def test_a_chain_ends_where_its_vocabulary_has_nothing_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "FORCED", 0)
-    target = ReferenceTarget(tiny_model())
+    target = TransformersTarget(tiny_model())
     known = set(half(target).tolist())
     odd, even = (next(t for t in letters()("abcdefgh").input_ids if (t in known) == inside) for inside in (False, True))
     rule = made(Regex(letters().decode([even, even, odd, even])))
@@ -220,7 +220,7 @@ def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, 
         row = Request(PROMPTS[0], 60, processors=[state, Unchanged()], eos=frozenset([EOS]))
     constraint = row.sampler.constraint
     assert constraint is not None and row.sampler.masked_greedy == alone
-    together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
+    together(TransformersTarget(model), Scripted(script), [row], FixedDepth(2))
     assert new_tokens(row) == text and row.metrics.num_accepted_draft_tokens > 4
     assert all(list(new) == text[: len(new)] for new in constraint.masks)
 
@@ -248,7 +248,7 @@ def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -
         return [(token, place) for place, token in enumerate(text[len(ids) - len(PROMPTS[0]) :][:2])]
 
     row = request(PROMPTS[0], rule)
-    together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
+    together(TransformersTarget(model), Scripted(script), [row], FixedDepth(2))
     assert new_tokens(row) == text
     steps = " ".join(made_when).split("draft")[1:]
     assert len(steps) > 2 and all(step.split()[-1] == "read" and "mask" in step for step in steps[:-1])
@@ -256,7 +256,7 @@ def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -
 
 def test_constrained_and_free_rows_share_a_batch() -> None:
     model, rule = tiny_model(), made(Json(SCHEMA))
-    target = ReferenceTarget(model)
+    target = TransformersTarget(model)
     drafter = EVERY["prompt-lookup"](target)
     alone = request(PROMPTS[1], None, 20)
     together(target, drafter, [alone], FixedDepth(4))
@@ -310,7 +310,7 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     block = {"inside": [5, xy[0], end], "may": [begin, 5, xy[0], end], "not": []}[reasons]
     assert all(int(state.mask(block[:n]).sum()) == 96 for n in range(1, len(block)))  # type: ignore[union-attr]
     assert state.forced(ids + block, 9) == [*xy, EOS]
-    target = ReferenceTarget(tiny_model())
+    target = TransformersTarget(tiny_model())
     row = Request(ids, 100, processors=[state], eos=frozenset([EOS]))
     together(target, EVERY["prompt-lookup"](target), [row], FixedDepth(4))
     new = new_tokens(row)
@@ -342,7 +342,7 @@ def expected(model: PreTrainedModel, rule: CompiledConstraint, temperature: floa
 
 
 def fit(model: PreTrainedModel, name: str, rule: CompiledConstraint, masks: CompiledConstraint | None = None) -> float:
-    target = ReferenceTarget(model)
+    target = TransformersTarget(model)
     drafter = EVERY[name](target)
     drafter.bind(target)
     params = SamplingParams(temperature=2.0, seed=5)
@@ -414,7 +414,7 @@ def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.M
         return go_to(self, new)
 
     monkeypatch.setattr(ConstraintState, "_go_to", fails)
-    target = ReferenceTarget(model)
+    target = TransformersTarget(model)
     engine = Engine(target, EVERY["prompt-lookup"](target), ExactVerifier(), FixedDepth(4))
     finish(engine, bad, good)
     assert bad.finish_reason == "error" and "too complex" in str(bad.error)
@@ -457,7 +457,7 @@ def test_the_command_takes_a_schema(tmp_path: Path) -> None:
 def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
     tokenizer = letters()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    decoder = SpecDecoder(tiny_model(), tokenizer, "prompt-lookup", runtime="reference")
+    decoder = SpecDecoder(tiny_model(), tokenizer, "prompt-lookup", runtime="transformers")
     schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA, "strict": True}}
     with serving(decoder) as server:
         found = server.chat(max_tokens=60, n=2, seed=3, response_format=schema).json()

@@ -17,7 +17,7 @@ from zoo import EVERY, PROMPTS, new_tokens, together
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.engine.depth import FixedDepth
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 COUNT = 16
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def plainly(model: PreTrainedModel, prompt: list[int], asked: dict[str, Any]) ->
 @torch.inference_mode()
 def test_rows_of_a_batch_have_their_own() -> None:
     model = tiny_model()
-    target = ReferenceTarget(model)
+    target = TransformersTarget(model)
     rows = [(prompt, asked) for prompt in PROMPTS[:2] for asked in ({}, *SETTINGS.values())]
     for drafter in ("prompt-lookup", "medusa", "m2r2 (tree)"):
         requests = [Request(prompt, COUNT, SamplingParams(**asked)) for prompt, asked in rows]

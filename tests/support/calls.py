@@ -98,5 +98,5 @@ def thinking() -> Iterator[Server]:
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "\n"])
     tokenizer.chat_template = THINKING
     model = tiny_model(vocab_size=100, max_position_embeddings=1024)
-    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference"), api_key="secret") as running:
+    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="transformers"), api_key="secret") as running:
         yield running

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_flatten
 from specdec.kvcache.cache import KVCache
 from specdec.models.families import mixture_of
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, matrices_of
-from specdec.runtimes import draft_maps
 from specdec.runtimes.checks import routing
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DraftPath, DraftRoots
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch.linear import UnitMap
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.tree_drafting import along
 
@@ -245,11 +245,10 @@ def by_path(found: Candidates) -> dict[tuple[int, ...], float]:
 def random_route(target: Target, heads: int) -> DraftPath:
     """Return a random draft path over a vocabulary of ``heads`` tokens: two segments and a final projection."""
     with torch.inference_mode(False):
-        adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
+        adapters = random_adapters(TransformersTarget(target.model)).bfloat16()
     d, tokens = target.hidden_size, torch.randperm(97)[:70]
     projections = [
-        draft_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
-        for n in (3, 3, 2)
+        UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16()) for n in (3, 3, 2)
     ]
     parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
     return DraftPath(projections, ((1, 2), (3, 4)), adapters, parts, tokens)

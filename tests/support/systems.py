@@ -147,7 +147,7 @@ def main() -> None:
         short = ("--model", str(model), "--max-new-tokens", "8")
         for command in ("doctor", "models", "drafters"):
             assert run(command)
-        assert "fused" in run("generate", "hello", *short, "--dtype", "bfloat16", "--json")
+        assert "torch" in run("generate", "hello", *short, "--dtype", "bfloat16", "--json")
         write_gguf(folder / "blocks.gguf", 64, packed=gguf.GGMLQuantizationType.Q8_0)
         packed = ("--model", str(folder / "blocks.gguf"), "--max-new-tokens", "8")
         run("bench", *packed, "--drafters", "hf,prompt-lookup", "--prompts", str(prompts), "--limit", "1")

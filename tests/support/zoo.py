@@ -36,8 +36,8 @@ from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
 from specdec.models import drafter_folder
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft, Drafter, State, Verifier
 from specdec.speculation.sampling import SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
@@ -205,7 +205,7 @@ def medusa(target: Target, nodes: int | None = None, rooted: bool = False) -> Me
 
 def save_medusa(folder: Path, model: Any) -> None:
     """Write a folder of a random Medusa drafter for ``model``, as training does."""
-    target = ReferenceTarget(model)
+    target = TransformersTarget(model)
     drafter = medusa(target)
     base = {"name": "org/base", "num_layers": target.num_layers, "hidden_size": target.hidden_size}
     config = {
@@ -238,7 +238,7 @@ def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle
 def mtp(target: Target) -> MTPDrafter:
     """Return an MTP drafter whose layer is random, in place of the layer that a checkpoint has."""
     d, place = target.hidden_size, (target.device, target.dtype)
-    own = ReferenceTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(*place))
+    own = TransformersTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(*place))
     torch.manual_seed(4)
     norms = [torch.nn.LayerNorm(d, elementwise_affine=False) for _ in range(4)]
     join = torch.nn.Linear(2 * d, d).requires_grad_(False).to(*place)
@@ -252,7 +252,7 @@ def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> T
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(noise * parameter.std() * torch.randn(parameter.shape) if parameter.dim() > 1 else 0)
-    return ReferenceTarget(model)
+    return TransformersTarget(model)
 
 
 def second(target: Target, **changes: int | None) -> Target:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.train.m2r2 import M2R2Method, M2R2Settings, path_of
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.trainer import training_target
@@ -33,7 +33,7 @@ def test_rates_follow_the_size_of_the_weights(kind: str) -> None:
 
 
 def test_given_paths_scale_with_the_depth_of_the_model() -> None:
-    target = ReferenceTarget(tiny_model())  # 4 layers, the paths were chosen on 30
+    target = TransformersTarget(tiny_model())  # 4 layers, the paths were chosen on 30
     given = {"segments": [[20, 24]], "layers_of": 30}
     projected, paper = (
         path_of(load_settings(M2R2Settings, "m2r2", name, changes), target)

@@ -11,11 +11,11 @@ from tiny import model_of, tiny_model
 from training import Killed, recipe
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.train import states
 from specdec.train.data import TrainingAnswer
 from specdec.train.trainer import train, training_target
@@ -48,7 +48,7 @@ def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = training_target(tiny_model(kind))
-    assert isinstance(target, ReferenceTarget if kind == "gpt2" else FusedTarget)
+    assert isinstance(target, TransformersTarget if kind == "gpt2" else TorchTarget)
     check_states(target, tmp_path, monkeypatch)
 
 

@@ -14,8 +14,8 @@ from zoo import PROMPTS, heads, m2r2, routers, run
 from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.drafters.exits import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Drafter
 from specdec.verifiers.confident import ConfidentVerifier
 
@@ -32,7 +32,7 @@ def leaving(target: Target) -> dict[str, Drafter]:
 
 
 def test_certainty_decides_between_the_full_model_and_none_of_it(llama: PreTrainedModel) -> None:
-    target, expected = ReferenceTarget(llama), [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
+    target, expected = TransformersTarget(llama), [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
     for name, drafter in leaving(target).items():
         out, loop = run(target, drafter, PROMPTS, 20, verifier=ConfidentVerifier(1.0))
         assert out == expected, name  # nobody is that sure
@@ -44,7 +44,7 @@ def test_certainty_decides_between_the_full_model_and_none_of_it(llama: PreTrain
 
 
 def test_rows_leave_apart_and_the_threshold_is_kept(llama: PreTrainedModel) -> None:
-    target, drafter = ReferenceTarget(llama), EarlyExitDrafter(2)
+    target, drafter = TransformersTarget(llama), EarlyExitDrafter(2)
     together, loop = run(target, drafter, PROMPTS, 24, verifier=ConfidentVerifier(0.03), eos=None)
     for prompt, tokens, metrics in zip(PROMPTS, together, loop.metrics, strict=True):
         (alone,), single = run(target, drafter, [prompt], 24, verifier=ConfidentVerifier(0.03), eos=None)
@@ -89,5 +89,5 @@ def test_bad_rules_are_refused_in_one_line(
     llama: PreTrainedModel, drafter: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SpecDecError, match=message) as caught:
-        SpecDecoder(llama, drafter=drafter, verifier="confident", verifier_options=options, runtime="reference")
+        SpecDecoder(llama, drafter=drafter, verifier="confident", verifier_options=options, runtime="transformers")
     assert "\n" not in str(caught.value)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from specdec.base import cores
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes import linear_maps
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.native.library import (
@@ -32,6 +31,7 @@ from specdec.runtimes.native.library import (
     pointer,
 )
 from specdec.runtimes.native.linear import Packed, RowTable
+from specdec.runtimes.torch.linear import UNIT_EPS
 
 KNOTS = 11  # numbers of a table of calibrated probabilities (calibrate.h)
 MOST_GIVEN = 64  # nodes of a tree of another source
@@ -95,7 +95,7 @@ class TreeDrafter:
             *(len(maps), levels, width, rows, ctypes.addressof(self.roots), ctypes.addressof(self.stages)),
             *(ctypes.addressof(target.embedding.struct), None),
             *((POINTER * 2)(), (INT * 2)(), None),
-            *(target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0, 0.0),
+            *(target.final_norm.data_ptr(), target.eps, UNIT_EPS, 0.0, 0.0),
             *(ctypes.addressof(self.rates), None, None),
             *(ctypes.addressof(self.found[out]) for out in (0, 3, 1, 2)),
             *(None, ctypes.addressof(self.allowed), None, None),

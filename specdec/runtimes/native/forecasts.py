@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.ridge import RIDGE, Sums, result
-from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.torch.linear import rms_unit
 
 AHEAD = 2  # layers that are forecast
 FORECAST_TOKENS = 16  # tokens of a pass that is forecast; more take most experts anyway

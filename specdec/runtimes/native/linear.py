@@ -295,7 +295,7 @@ def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
     lib, kind, table = library.load(), INT(), RowTable(blocks)
     ends = torch.tensor([0, blocks.shape[0] - 1])
     if not torch.equal(blocks.in_order(table(ends)), dequantize(blocks, ends, torch.bfloat16)):
-        raise SpecDecError(f"the native kernels misread {blocks.kind} blocks, or they hold NaN; use the fused runtime")
+        raise SpecDecError(f"the native kernels misread {blocks.kind} blocks, or they hold NaN; use the torch runtime")
     size = lib.specdec_block_tiles(table.struct.type, *blocks.shape, ctypes.byref(kind))
     tiles = memory.allocate(size)
     if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):

@@ -20,7 +20,7 @@ from specdec.engine.depth import AutoDepth, Costs, StepReport, kept
 from specdec.engine.depth.calibration import KEPT
 from specdec.engine.depth.costs import MOST_TOKENS, CostModel
 from specdec.engine.depth.kept import load, store
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 Curve = Callable[[int], float]  # seconds of a pass over so many tokens
 FLAT: Curve = lambda n: 0.06 * (1 + 0.01 * n)  # noqa: E731
@@ -161,7 +161,7 @@ def test_costs_and_acceptance_are_kept_for_the_next_process_and_corrected_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    target, drafter, policy = ReferenceTarget(tiny_model()), PromptLookupDrafter(), learned()
+    target, drafter, policy = TransformersTarget(tiny_model()), PromptLookupDrafter(), learned()
     assert load(target, drafter) is None
     store(target, drafter, policy.costs())
     again = AutoDepth(shares=(0.2,), earlier=load(target, drafter))
@@ -183,7 +183,7 @@ def test_a_file_of_something_else_or_of_another_machine_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    target, drafter = ReferenceTarget(tiny_model()), PromptLookupDrafter()
+    target, drafter = TransformersTarget(tiny_model()), PromptLookupDrafter()
     costs = Costs([0.5, 0.1], {"level 0 1": 0.2})
     store(target, drafter, costs)
     assert load(target, drafter) == costs and load(target, NoDrafter()) is None
@@ -205,7 +205,7 @@ def test_a_cache_that_cannot_be_written_only_makes_the_next_process_begin_anew(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
-    target = ReferenceTarget(tiny_model())
+    target = TransformersTarget(tiny_model())
     store(target, NoDrafter(), Costs([1.0]))
     assert load(target, NoDrafter()) is None
 
@@ -229,14 +229,14 @@ def test_no_request_waits_for_a_measurement(
     llama: PreTrainedModel, drafter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one runs a pass for its prompt, and one for each step."""
-    passes, choose = [0], ReferenceTarget.greedy_tokens
+    passes, choose = [0], TransformersTarget.greedy_tokens
 
-    def counted(self: ReferenceTarget, x: torch.Tensor, *beside: torch.Tensor) -> list[list[list[int]]]:
+    def counted(self: TransformersTarget, x: torch.Tensor, *beside: torch.Tensor) -> list[list[list[int]]]:
         passes[0] += 1
         return choose(self, x, *beside)
 
-    monkeypatch.setattr(ReferenceTarget, "greedy_tokens", counted)
-    decoder = SpecDecoder(llama, None, drafter=drafter, runtime="reference", learn=False)
+    monkeypatch.setattr(TransformersTarget, "greedy_tokens", counted)
+    decoder = SpecDecoder(llama, None, drafter=drafter, runtime="transformers", learn=False)
     out = decoder.generate([5, 6, 5, 6, 5], max_new_tokens=12)
     assert passes[0] == 1 + out.metrics.num_spec_steps
 

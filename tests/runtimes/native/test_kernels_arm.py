@@ -29,7 +29,7 @@ from specdec.models.gguf.blocks import KINDS
 from specdec.runtimes.draft_path import DraftRoots, TreeLimits
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import KNOTS, Candidates
 from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.tree_drafting import along
@@ -107,7 +107,7 @@ def models(recording: Recording) -> None:
             play(target)
         if family in ("llama", "phi3", "qwen3_5_text"):
             with torch.inference_mode(False):
-                adapters = random_adapters(ReferenceTarget(model), leave_out="self_attn.k_proj").bfloat16()
+                adapters = random_adapters(TransformersTarget(model), leave_out="self_attn.k_proj").bfloat16()
             adapted_pass(target, adapters, 3)
 
 

@@ -50,7 +50,7 @@ def test_missing_kernels_give_one_notice_where_they_could_run(
             library.load()
         assert not library.runs()
     model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
-    assert make_target(model)[0].runtime == "fused"
+    assert make_target(model)[0].runtime == "torch"
     assert [r.message.partition(",")[0] for r in caplog.records] == ["The native kernels are not built"] * able
 
 

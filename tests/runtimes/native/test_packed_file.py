@@ -492,7 +492,7 @@ def test_a_file_that_is_replaced_meanwhile_is_read_anew(path, monkeypatch):
 
 
 OTHERS: list[dict[str, Any]] = [
-    *({"dtype": "float32"}, {"dtype": torch.float16}, {"device": "cuda"}, {"runtime": "fused"}),
+    *({"dtype": "float32"}, {"dtype": torch.float16}, {"device": "cuda"}, {"runtime": "torch"}),
     *({"weights": "int8"}, {"packed": False}, {"adapter": "lora"}, {"expert_cache": 0.5}),
 ]
 
@@ -508,7 +508,7 @@ def test_only_settings_that_take_packed_weights_read_ahead(path):
 
 def test_what_is_read_ahead_for_another_runtime_is_forgotten(path):
     load(path)
-    SpecDecoder.from_pretrained(path, "none", runtime="reference")
+    SpecDecoder.from_pretrained(path, "none", runtime="transformers")
     assert not packed._begun
     with pytest.raises(SpecDecError):
         SpecDecoder.from_pretrained(path, "m2r2=/nowhere")

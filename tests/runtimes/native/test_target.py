@@ -39,9 +39,9 @@ from specdec.runtimes.draft_path import DraftRoots, Masks, TreeLimits
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native import target as native_target
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.tree_drafting import along, tree_by_passes
 
@@ -60,8 +60,8 @@ def test_agrees_with_the_reference_runtime(family: str, changes: dict[str, objec
     model = model_of(family, **changes)
     routed = list[torch.Tensor]()
     native = play(NativeTarget(model), routed)
-    wide = play(ReferenceTarget(model_of_float(model, family, changes)), routed)
-    rough = play(ReferenceTarget(model), routed)
+    wide = play(TransformersTarget(model_of_float(model, family, changes)), routed)
+    rough = play(TransformersTarget(model), routed)
     for got, reference, expected in zip(native, rough, wide, strict=True):
         # As near to float32 as the model itself is in bf16, within the noise of rounding.
         assert apart(got.float(), expected) < 2 * apart(reference.float(), expected) + 0.02
@@ -240,7 +240,7 @@ def test_experts_with_biases_are_rounded_like_others() -> None:
 def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
     """They are merged into weights that are quantised for drafts, and leave the model as it is."""
     model = model_of(family)
-    reference, target = ReferenceTarget(model), NativeTarget(model)
+    reference, target = TransformersTarget(model), NativeTarget(model)
     assert target.linears(1) == reference.linears(1)
     with torch.inference_mode(False):
         adapters = random_adapters(reference, leave_out="self_attn.k_proj").bfloat16()
@@ -609,5 +609,5 @@ def test_refusals_and_fallback() -> None:
     with pytest.raises(SpecDecError, match="unknown to the native runtime"):
         NativeTarget(tiny_model("opt").bfloat16())
     target, note = make_target(tiny_model("llama").bfloat16())  # heads of 8
-    assert target.runtime == "fused" and "heads of" in note
+    assert target.runtime == "torch" and "heads of" in note
     assert make_target(model_of("llama"))[0].runtime == "native"

@@ -1,17 +1,19 @@
-"""Linear maps as plain callables ``x [..., in] -> [..., out]``, in two layouts.
+"""Linear maps as plain callables ``x [..., in] -> [..., out]``: those of models, in two layouts, and of drafters.
 
 A *dense* map is ``F.linear``; only it carries gradients. A *packed* map has its weight in oneDNN's blocked layout:
-``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. Packed maps
-are used where oneDNN supports the dtype.
+``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. Maps of
+drafters have constant weights, and run in the native kernels where these serve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from specdec.runtimes.native import linear
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -48,9 +50,19 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return apply
 
 
-def rms_unit(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, in x's dtype."""
-    return F.rms_norm(x, x.shape[-1:], eps=UNIT_EPS)
+def side_by_side(modules: Sequence[nn.Module]) -> Linear:
+    """The results of modules one behind the other."""
+    if len(modules) == 1:
+        return modules[0]
+    return lambda x: torch.cat([module(x) for module in modules], -1)
+
+
+def low_rank(x: Tensor, outs: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    """``x`` [..., in] through ``factors``, down [r, in] and up [outs, r]; zeros without them."""
+    if factors is None:
+        return x.new_zeros(*x.shape[:-1], outs)
+    down, up = factors
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
@@ -77,3 +89,38 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     for p, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
         p.data = view
     return whole
+
+
+def for_drafting(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """As ``dense``, for constant weights of a drafter: in the fastest format at one row, which may be quantised."""
+    if linear.serves(weight):
+        return linear.Packed([weight], bias, draft_only=True)
+    return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
+
+
+def rms_unit(x: Tensor) -> Tensor:
+    """x / rms(x) over the last axis, in x's dtype."""
+    return F.rms_norm(x, x.shape[-1:], eps=UNIT_EPS)
+
+
+class UnitMap:
+    """``linear(cat(parts, each divided by its RMS))``, with a weight as in ``for_drafting``.
+
+    packed: its form for the compiled kernels, if they run here.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, packed: linear.Packed | None = None) -> None:
+        if packed is None and linear.serves(weight):
+            packed = linear.Packed([weight], bias, draft_only=True)
+        self.packed, self.linear = packed, None if packed else for_drafting(weight, bias)
+
+    @classmethod
+    def making(cls, weight: Tensor, bias: Tensor) -> Generator[None, None, UnitMap]:
+        """Return the map after pieces of work."""
+        return cls(weight, bias, (yield from linear.packing(weight, bias)) if linear.serves(weight) else None)
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.linear is None:
+            assert self.packed is not None
+            return self.packed.of_normalised(parts, UNIT_EPS)
+        return self.linear(torch.cat([rms_unit(part) for part in parts], -1))

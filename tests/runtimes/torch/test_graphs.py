@@ -1,4 +1,4 @@
-"""The fused runtime by recorded passes: the eager one's numbers, whatever is replayed, grows, or is rolled back.
+"""The PyTorch runtime by recorded passes: the eager one's numbers, whatever is replayed, grows, or is rolled back.
 
 Recording needs a GPU. ``Replay`` stands in: it runs the function again on the same memory, and fails where a real
 graph would do something else: if an operation, a number or a tensor from outside has changed since it was recorded.
@@ -26,10 +26,9 @@ from specdec.drafters import chain, m2r2, vocabulary
 from specdec.engine.batch import Batch
 from specdec.kvcache import mask
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes import graphs
-from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.graphs import GraphedTarget
-from specdec.runtimes.select import make_target
+from specdec.runtimes.torch import graphs
+from specdec.runtimes.torch.graphs import CapturedTarget
+from specdec.runtimes.torch.target import TorchTarget
 from specdec.speculation import draft, tree_drafting
 
 
@@ -43,9 +42,9 @@ def count() -> None:
 def test_equal_to_the_eager_runtime(family: str) -> None:
     """Ragged rows, single tokens, a tree with a kept branch, resumed blocks, windows."""
     model = rough_model(family)
-    target = GraphedTarget(model, record=Replay)
+    target = CapturedTarget(model, record=Replay)
     for _ in range(2):
-        for got, expected in zip(play(target), play(FusedTarget(model)), strict=True):
+        for got, expected in zip(play(target), play(TorchTarget(model)), strict=True):
             assert torch.allclose(got, expected, atol=2e-5)
     assert 0 < Replay.recorded < Replay.replayed
 
@@ -53,13 +52,13 @@ def test_equal_to_the_eager_runtime(family: str) -> None:
 @torch.inference_mode()
 def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_grows() -> None:
     model = tiny_model("llama", max_position_embeddings=2048)
-    target, eager = GraphedTarget(model, record=Replay), FusedTarget(model)
+    target, eager = CapturedTarget(model, record=Replay), TorchTarget(model)
     torch.manual_seed(3)
     ids = torch.randint(3, 97, (1, 700))
     ends = [240, *range(241, 251), 255, 256, 257, 259, 260, 580, 584]
     blocks = list(zip([0, *ends], ends, strict=False))
 
-    def logits(target: FusedTarget) -> Tensor:
+    def logits(target: TorchTarget) -> Tensor:
         cache, out = target.new_cache(), []
         for a, b in blocks:
             out.append(next_logits(target, cache, ids[:, a:b]))
@@ -83,7 +82,7 @@ def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_gr
 def test_generations_are_the_models_own(drafter: str) -> None:
     """A batch whose rows end one after the other; twice, in the same buffer."""
     model = tiny_model("llama")
-    target = GraphedTarget(model, record=Replay)
+    target = CapturedTarget(model, record=Replay)
     for _ in range(2):
         out, _loop = run(target, EVERY[drafter](target), PROMPTS, 20)
         assert out == [greedy_reference(model, prompt, 20) for prompt in PROMPTS]
@@ -93,7 +92,7 @@ def test_generations_are_the_models_own(drafter: str) -> None:
 
 @torch.inference_mode()
 def test_changed_adapters_are_read_as_they_are() -> None:
-    target = GraphedTarget(rough_model("llama"), record=Replay)
+    target = CapturedTarget(rough_model("llama"), record=Replay)
     with torch.inference_mode(False):
         adapters = random_adapters(target)
     before = adapted_pass(target, adapters, 3)
@@ -102,14 +101,14 @@ def test_changed_adapters_are_read_as_they_are() -> None:
             parameter.mul_(2)
     after = adapted_pass(target, adapters, 3)
     assert not torch.allclose(after, before)
-    assert torch.allclose(after, adapted_pass(FusedTarget(target.model), adapters, 3), atol=2e-5)
+    assert torch.allclose(after, adapted_pass(TorchTarget(target.model), adapters, 3), atol=2e-5)
 
 
 @torch.inference_mode()
 def test_heads_that_are_made_anew_are_not_recorded() -> None:
     """As a draft vocabulary grows; another head may have the address of one that is gone."""
-    target = GraphedTarget(tiny_model("llama"), record=Replay)
-    eager, x, before = FusedTarget(target.model), torch.randn(1, 2, 32), Replay.recorded
+    target = CapturedTarget(tiny_model("llama"), record=Replay)
+    eager, x, before = TorchTarget(target.model), torch.randn(1, 2, 32), Replay.recorded
     for count in range(1, 60):
         head = target.reduced_head(torch.arange(count) % 97)
         assert torch.allclose(target.readout(x, head), eager.readout(x, head), atol=2e-5)
@@ -131,7 +130,7 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
         def __call__(self) -> None:
             pass
 
-    target = GraphedTarget(rough_model("llama"), record=Replay)
+    target = CapturedTarget(rough_model("llama"), record=Replay)
     target.record = Recorded
     with torch.inference_mode(False):
         adapters = random_adapters(target)
@@ -148,12 +147,12 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
 @torch.inference_mode()
 def test_rows_that_come_and_go_meet_buffers_of_their_shape() -> None:
     """One row, two, and one again; and what begins in the buffer that these leave behind."""
-    target, eager = GraphedTarget(tiny_model("llama"), record=Replay), FusedTarget(tiny_model("llama"))
+    target, eager = CapturedTarget(tiny_model("llama"), record=Replay), TorchTarget(tiny_model("llama"))
 
-    def step(runtime: FusedTarget, cache: KVCache, token: int) -> Tensor:
+    def step(runtime: TorchTarget, cache: KVCache, token: int) -> Tensor:
         return next_logits(runtime, cache, torch.full((cache.batch, 1), token))
 
-    def play(runtime: FusedTarget) -> list[Tensor]:
+    def play(runtime: TorchTarget) -> list[Tensor]:
         cache = runtime.new_cache(1)
         seen = [step(runtime, cache, token) for token in (5, 6)]
         for _ in range(2):
@@ -185,7 +184,7 @@ def test_the_stand_in_fails_where_a_graph_would_go_wrong() -> None:
 
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(SpecDecError, match="need the model on a CUDA device, not on 'cpu'"):
-        make_target(tiny_model("llama"), "graphs")
+        CapturedTarget(tiny_model("llama"))
 
 
 class _Waits(TorchFunctionMode):
@@ -197,7 +196,7 @@ class _Waits(TorchFunctionMode):
 
     LOOKS = ("tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "unique")
 
-    def __init__(self, target: GraphedTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, target: CapturedTarget, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.there = {_memory(p) for p in target.model.parameters()}  # storages of the device
         self.alive: list[Tensor] = []  # so that no address is used twice
@@ -243,7 +242,7 @@ class _Waits(TorchFunctionMode):
 @torch.inference_mode()
 def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    target = GraphedTarget(model, record=Replay)
+    target = CapturedTarget(model, record=Replay)
     plain = [greedy_reference(model, PROMPTS[1], 24)]
     run(target, EVERY[drafter](target), [PROMPTS[1]], 24)  # everything is recorded
     counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Batch.step
@@ -264,7 +263,7 @@ def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pyt
 @torch.inference_mode()
 def test_what_was_not_finite_in_one_request_reaches_no_later_one() -> None:
     """Its keys and values stand in slots that are masked; a mask does not hide what is not a number."""
-    target = GraphedTarget(tiny_model("llama"), record=Replay)
+    target = CapturedTarget(tiny_model("llama"), record=Replay)
 
     def run(cache: KVCache, ids: list[list[int]]) -> Tensor:
         return next_logits(target, cache, torch.tensor(ids))

@@ -1,4 +1,4 @@
-"""The plain pass that kernels are checked against: transformers' logits in every family, and faults that it finds."""
+"""The pass that kernels are checked against: transformers' logits in every family, and faults that it finds."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from specdec.models import families, loading
 from specdec.models.config import Config
 from specdec.models.gguf.blocks import Blocks
 from specdec.models.native_model import NativeModel
-from specdec.runtimes import decoder_layer, plain
+from specdec.runtimes import decoder_layer
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import _windows
+from specdec.runtimes.torch.model import logits_of
 
 IDS = torch.arange(1, 21) * 7919 % 97
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -49,7 +50,7 @@ def test_logits_are_those_of_transformers(kind: str, changes: dict[str, Any]) ->
     rope = {"rope_parameters": ROPES[kind]} if kind in ROPES else {}
     model = rough_model(kind, **sizes_of(kind), **rope, **changes)
     expected = model(IDS[None]).logits[0]
-    found = plain.logits_of(native_model(model), IDS, _windows(model.config))
+    found = logits_of(native_model(model), IDS, _windows(model.config))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -62,10 +63,10 @@ def test_tokens_take_the_experts_that_are_given(kind: str) -> None:
         return logits.topk(2).indices if least is None else logits.topk(2, largest=False).indices
 
     windows, least = _windows(model.config), None
-    assert torch.equal(plain.logits_of(model, IDS, windows, choose), plain.logits_of(model, IDS, windows))
+    assert torch.equal(logits_of(model, IDS, windows, choose), logits_of(model, IDS, windows))
     assert sorted(seen) == [0, 1, 2, 3] and seen[0].shape == (20, 4)
     least = True
-    assert not torch.allclose(plain.logits_of(model, IDS, windows, choose), plain.logits_of(model, IDS, windows))
+    assert not torch.allclose(logits_of(model, IDS, windows, choose), logits_of(model, IDS, windows))
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
@@ -129,7 +130,13 @@ def test_a_fault_of_the_kernels_is_found(
     source: Any = tamed(rough_model("llama", **sizes_of("llama")))
     for layer in source.model.layers:  # scores differ, and what layers add is as large as what they are added to
         own, mlp = layer.self_attn, layer.mlp
-        for module, factor in ((own.q_proj, 4), (own.k_proj, 4), (own.o_proj, 8), (mlp.down_proj, 8)):
+        for module, factor in (
+            (own.q_proj, 4),
+            (own.k_proj, 4),
+            (own.o_proj, 8),
+            (mlp.gate_proj, 2),
+            (mlp.down_proj, 8),
+        ):
             module.weight.mul_(factor)
     model = loading.load(write_family(tmp_path / "it.gguf", source, "Q8_0"))[0]
     assert isinstance(model, NativeModel) and NativeTarget(model).logit_difference < 0.02

@@ -1,9 +1,9 @@
-"""The fused runtime by CUDA graphs: on a GPU, launching a step's small kernels takes longer than running them.
+"""The PyTorch runtime by CUDA graphs: on a GPU, launching a step's small kernels takes longer than running them.
 
 A pass is captured once for each number of rows, range of layers and capacity of the cache, and then replayed. Its
 inputs (states, rotary factors, masks and the cache slots to write) are copied into its own buffers. Attention runs over
 the whole capacity, with slots masked that are not filled. When the cache grows, passes are captured again. Long blocks
-(prompts) and drafters' heads run as in the fused runtime. Knows nothing about drafting.
+(prompts), drafters' heads, mixtures and recurrent layers run as they are. Knows nothing about drafting.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import WHOLE, KVCache, RowEntries
-from specdec.models.native_model import NativeModel, as_transformers
-from specdec.runtimes.fused import FusedTarget
+from specdec.models.native_model import NativeModel
 from specdec.runtimes.target import Pass
+from specdec.runtimes.torch.attention import Attention, additive
+from specdec.runtimes.torch.target import TorchTarget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,8 +69,8 @@ class _Step:
         return [out.clone() for out in self.outputs]  # the next replay writes over them
 
 
-class GraphedTarget(FusedTarget):
-    """The fused runtime by recorded passes. Raises SpecDecError as ``FusedTarget``, and without a GPU.
+class CapturedTarget(TorchTarget):
+    """The PyTorch runtime by recorded passes. Raises SpecDecError as ``TorchTarget``, and without a GPU.
 
     For each number of rows there is one buffer, which is lent to the cache that runs, so that passes stay recorded from
     one generation to the next. Recorded passes share their buffers, so threads take turns under the model's lock.
@@ -77,10 +78,7 @@ class GraphedTarget(FusedTarget):
     record: the recorder; None: CUDA graphs.
     """
 
-    runtime = "graphs"
-
     def __init__(self, model: NativeModel | PreTrainedModel, record: Recorder | None = None) -> None:
-        model = as_transformers(model)
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
         self.record = record or functools.partial(record_cuda, device=model.device)
@@ -89,11 +87,18 @@ class GraphedTarget(FusedTarget):
         self._lent: dict[int, tuple[Tensor, list[Tensor], list[weakref.ref[RowEntries]]]] = {}
         super().__init__(model)
 
+    @functools.cached_property
+    def captures(self) -> bool:
+        """Whether nothing in the layers depends on the host."""
+        return not self.recurrent_layers and all(layer.experts is None for layer in self.network.layers)
+
     def new_cache(self, batch: int = 1) -> KVCache:
+        if not self.captures:
+            return super().new_cache(batch)
         return KVCache(self.num_layers, batch, self.device, layers=range(self.num_layers))
 
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
-        if lo >= hi or x.shape[0] * x.shape[1] > ROWS or not torch.is_inference_mode_enabled():
+        if lo >= hi or not self.captures or x.shape[0] * x.shape[1] > ROWS or not torch.is_inference_mode_enabled():
             return super().layers(x, lo, hi, ctx)
         with self.lock:
             return self._recorded(x, lo, hi, ctx)
@@ -126,31 +131,36 @@ class GraphedTarget(FusedTarget):
         """``layers`` on the buffer for as many rows."""
         (batch, t, _), mask, cache = x.shape, ctx.mask, ctx.cache
         taps, ahead = {} if ctx.taps is None else ctx.taps, cache.lengths[lo] - cache.committed
-        cache.claim(lo, hi, [t] * batch, self.kv_heads, self.head_dim, self.dtype)
+        layers, windows = self.select_layers(lo, hi, ctx.adapters), sorted(set(self.windows[lo:hi]), key=str)
+        mixer = layers[0].mixer
+        assert isinstance(mixer, Attention)
+        cache.claim(lo, hi, [t] * batch, mixer.kv_heads, mixer.size, self.dtype)
         keys, values = whole = self._lend(cache.entries)  # (N, B, Hkv, capacity, d)
-        layers, windows = self._select_layers(lo, hi, ctx.adapters), sorted(set(self.windows[lo:hi]), key=str)
         tapped = sorted(layer for layer in taps if lo <= layer <= hi)
+        tables = self.network.tables_of(ctx)
 
-        def function(x: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, *terms: Tensor) -> list[Tensor]:
-            masks = dict(zip(windows, terms, strict=True))
+        def function(x: Tensor, slots: Tensor, *others: Tensor) -> list[Tensor]:
+            masks = dict(zip(windows, others, strict=False))
+            pairs = zip(others[len(windows) :: 2], others[len(windows) + 1 :: 2], strict=True)
 
-            def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            def attend(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 place = slots[:, None, :, None].expand_as(k)
                 k, v = keys[index].scatter_(2, place, k), values[index].scatter_(2, place, v)
-                return F.scaled_dot_product_attention(q, k, v, masks[self.windows[index]], scale=self.scale)
+                return k, v, masks[self.windows[index]]
 
-            seen = {layer: x for layer in tapped}
-            y = self._run(x, lo, layers, (cos, sin), attend, seen)
+            seen = dict.fromkeys(tapped, x)
+            given = replace(ctx, taps=seen)
+            y = self.network.run(x, lo, layers, given, dict(zip(tables, pairs, strict=True)), attend)
             return [y, *(seen[layer] for layer in tapped)]
 
-        shape, terms = (batch, 1, t * self.groups, whole.shape[4]), []
+        shape, terms = (batch, 1, t * mixer.groups, whole.shape[4]), []
         for window in windows:
-            term = self._additive(mask, window, shape[3])
+            term = additive(mask, window, mixer.groups, self.dtype, shape[3])
             terms.append(x.new_zeros(shape) if term is None else term)  # None: every slot is filled
         slots = upload([[n + ahead] for n in cache.rows], self.device) + torch.arange(t, device=self.device)  # (B, T)
         # As keys, layers live as long as the recorded pass, which reads their tensors.
         key = batch, t, lo, hi, *tapped, *layers
-        y, *seen = self._step(key, function, [x, slots, *self._rotary(ctx), *terms])
+        y, *seen = self._step(key, function, [x, slots, *terms, *(each for pair in tables.values() for each in pair)])
         taps.update(zip(tapped, seen, strict=True))
         return y
 

@@ -1,4 +1,4 @@
-"""The reference runtime: any decoder-only Hugging Face model, through its own ``forward``.
+"""The fallback runtime: any decoder-only Hugging Face model, through its own ``forward``.
 
 During a call the model's decoder layers are wrapped in gates that skip, inject or record hidden states, so position
 embeddings, rotary tables, final norms and logit caps are the model's own.
@@ -164,8 +164,8 @@ class _Mixer(_Wrapper):
         return out
 
 
-class ReferenceTarget(Target):
-    """The reference runtime: exact on any decoder-only Hugging Face model, checked on load.
+class TransformersTarget(Target):
+    """The fallback runtime: exact on any decoder-only Hugging Face model, checked on load.
 
     A call changes the model while it runs, under the model's lock: threads take turns. Raises SpecDecError for
     encoder-decoder or otherwise unsupported models, with the reason.
@@ -174,7 +174,7 @@ class ReferenceTarget(Target):
     probed: whether that is known.
     """
 
-    runtime = "reference"
+    runtime = "transformers"
 
     def __init__(self, model: PreTrainedModel) -> None:
         model = as_transformers(model)
@@ -319,7 +319,7 @@ class ReferenceTarget(Target):
         return args, kwargs | {"attention_mask": mask.memo[key]}
 
 
-def _adapter_hook(target: ReferenceTarget, down: Tensor, up: Tensor) -> Any:
+def _adapter_hook(target: TransformersTarget, down: Tensor, up: Tensor) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if target.bridge is not None and not target.bridge.adapted:
             return output

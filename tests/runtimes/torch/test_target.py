@@ -1,4 +1,4 @@
-"""The fused runtime computes what the reference runtime computes, on every family it knows."""
+"""The PyTorch runtime computes what models of transformers compute, on every family it knows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from tiny import ROPES, rough_model, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes import linear_maps
-from specdec.runtimes.fused import FAMILIES, FusedTarget
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.models.families import FAMILIES
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch import linear
+from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.transformers import TransformersTarget
 
 VARIANTS = [(family, {}) for family in FAMILIES]
 VARIANTS += [(f, {"rope_parameters": rope}) for f, rope in ROPES.items() if f in FAMILIES]
@@ -24,10 +25,10 @@ VARIANTS += [(f, {"rope_parameters": rope}) for f, rope in ROPES.items() if f in
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
 @torch.inference_mode()
-def test_equal_to_the_reference_runtime(family: str, changes: dict[str, object]) -> None:
+def test_equal_to_the_model(family: str, changes: dict[str, object]) -> None:
     model = rough_model(family, **changes)
-    expected = play(ReferenceTarget(model))
-    got = play(FusedTarget(model))
+    expected = play(TransformersTarget(model))
+    got = play(TorchTarget(model))
     assert len(got) == len(expected)
     assert max((a - b).abs().max().item() for a, b in zip(got, expected, strict=True)) < 5e-5
 
@@ -36,32 +37,32 @@ def test_equal_to_the_reference_runtime(family: str, changes: dict[str, object])
 @torch.inference_mode()
 def test_sixteen_bits_and_packed_weights(dtype: torch.dtype) -> None:
     model = rough_model("qwen3").to(dtype)
-    target = FusedTarget(model)
-    for got, expected in zip(play(target), play(ReferenceTarget(model)), strict=True):
+    target = TorchTarget(model)
+    for got, expected in zip(play(target), play(TransformersTarget(model)), strict=True):
         assert (got - expected).abs().max() / expected.abs().max() < 5e-2
     weight, bias, x = torch.randn(48, 32, dtype=dtype), torch.randn(48, dtype=dtype), torch.randn(3, 32, dtype=dtype)
-    plain = linear_maps.dense(weight, bias)(x)
-    if target.make is linear_maps.packed:
-        assert torch.allclose(linear_maps.packed(weight, bias)(x), plain, atol=0.1, rtol=0.02)
+    plain = linear.dense(weight, bias)(x)
+    if target.make is linear.packed:
+        assert torch.allclose(linear.packed(weight, bias)(x), plain, atol=0.1, rtol=0.02)
 
 
 def test_a_packed_map_has_the_bias_whose_numbers_lie_apart() -> None:
     weight, column, x = torch.randn(48, 32), torch.randn(48, 3)[:, 1], torch.randn(3, 32)
-    assert torch.allclose(linear_maps.packed(weight, column)(x), linear_maps.dense(weight, column)(x), atol=1e-4)
+    assert torch.allclose(linear.packed(weight, column)(x), linear.dense(weight, column)(x), atol=1e-4)
 
 
 def test_the_model_keeps_its_values_and_nothing_is_held_twice() -> None:
     model = rough_model("qwen2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    target = FusedTarget(model)
+    TorchTarget(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
     for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
         assert len({m.weight.untyped_storage().data_ptr() for m in modules}) == 1
     pointer = attention.q_proj.weight.data_ptr()
-    FusedTarget(model)  # a second runtime shares the fused weights of the first
-    assert attention.q_proj.weight.data_ptr() == pointer == target._weights[1]["qkv"][0].data_ptr()
+    TorchTarget(model)  # a second runtime shares the fused weights of the first
+    assert attention.q_proj.weight.data_ptr() == pointer
 
 
 class Largest(TorchDispatchMode):
@@ -80,7 +81,7 @@ class Largest(TorchDispatchMode):
 @torch.no_grad()  # inference mode would hide the steps of attention
 def test_a_long_causal_prompt_has_no_mask_of_its_own_size() -> None:
     t, model = 2000, rough_model("qwen2", max_position_embeddings=4096)
-    target, ids, positions = ReferenceTarget(model), torch.randint(3, 97, (1, t)), torch.arange(t)[None]
+    target, ids, positions = TransformersTarget(model), torch.randint(3, 97, (1, t)), torch.arange(t)[None]
     cache, x = target.new_cache(), target.embed(ids, positions)
     with Largest() as largest:
         target.layers(x, 0, 4, Pass(positions, cache.register(0, positions), cache))
@@ -94,14 +95,14 @@ def test_long_causal_passes_equal_the_model(family: str, changes: dict[str, obje
     lengths = (181, 64, 65, 128)
     model = rough_model(family, **changes, max_position_embeddings=1024)
     ids = torch.randint(3, 97, (2, sum(lengths)))
-    target = FusedTarget(model)
+    target = TorchTarget(model)
     cache = target.new_cache(2)
     found = torch.cat([next_logits(target, cache, part) for part in ids.split(lengths, 1)], 1)
     assert torch.allclose(found, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_pass_through_a_long_causal_pass() -> None:
-    target = FusedTarget(rough_model("llama", max_position_embeddings=1024), packs=False)
+    target = TorchTarget(rough_model("llama", max_position_embeddings=1024), packs=False)
     t = 131
     positions, x = torch.arange(t)[None], torch.randn(1, t, 32)
 
@@ -111,14 +112,14 @@ def test_gradients_pass_through_a_long_causal_pass() -> None:
         assert given.grad is not None
         return given.grad
 
-    assert torch.allclose(gradient(target), gradient(ReferenceTarget(target.model)), atol=1e-5)
+    assert torch.allclose(gradient(target), gradient(TransformersTarget(target.model)), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
+def test_adapters_agree_with_those_of_the_fallback(family: str) -> None:
     model = rough_model(family)
-    reference, fused = ReferenceTarget(model), FusedTarget(model)
+    reference, fused = TransformersTarget(model), TorchTarget(model)
     assert fused.linears(1) == reference.linears(1)
     with torch.inference_mode(False):
         adapters = random_adapters(reference, leave_out="self_attn.k_proj")
@@ -129,7 +130,7 @@ def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
 
 
 def test_a_training_step_reaches_adapted_layers() -> None:
-    target = FusedTarget(rough_model("llama"), packs=False)
+    target = TorchTarget(rough_model("llama"), packs=False)
     adapters = random_adapters(target)
     with torch.no_grad():
         before = adapted_pass(target, adapters, 1)
@@ -143,7 +144,7 @@ def test_a_training_step_reaches_adapted_layers() -> None:
 def test_gradients_reach_the_adapters() -> None:
     model = rough_model("qwen3")
     grads = []
-    for target in (ReferenceTarget(model), FusedTarget(model, packs=False)):
+    for target in (TransformersTarget(model), TorchTarget(model, packs=False)):
         torch.manual_seed(3)
         adapters = random_adapters(target)
         adapted_pass(target, adapters, 5).square().sum().backward()
@@ -161,7 +162,7 @@ ONLY_NATIVE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("given", "what"), ONLY_NATIVE)
 def test_other_runtimes_refuse_what_only_the_native_one_has(given: dict[str, Any], what: str) -> None:
-    for runtime in ("fused", "graphs", "reference"):
+    for runtime in ("torch", "transformers"):
         with pytest.raises(SpecDecError, match=f"the {runtime} runtime has no {what}, the native one has"):
             make_target(tiny_model("llama").bfloat16(), runtime, **given)
     [(name, value)] = given.items()
@@ -175,19 +176,25 @@ def test_unknown_names_get_a_suggestion(name: str) -> None:
         make_target(tiny_model("llama"), **{name: "int7"})  # type: ignore[arg-type]
 
 
-def test_a_fallback_to_the_reference_runtime_says_why() -> None:
-    target, note = make_target(tiny_model("gemma2"))
-    assert target.runtime == "reference" and "'gemma2' is unknown to the fused runtime" in note
+def test_a_fallback_says_why() -> None:
+    target, note = make_target(tiny_model("phi"))
+    assert target.runtime == "transformers" and "'phi' is unknown to the torch runtime" in note
     model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     target, note = make_target(model)
-    assert target.runtime == "reference" and "'dynamic'" in note
+    assert target.runtime == "transformers" and "'dynamic'" in note
     target, note = make_target(tiny_model("llama"))
-    assert (target.runtime, note) == ("fused", "")
-    assert make_target(tiny_model("llama"), "reference")[0].runtime == "reference"
-    with pytest.raises(SpecDecError, match="unknown to the fused runtime"):
-        make_target(tiny_model("gemma2"), "fused")
-    with pytest.raises(SpecDecError, match=r"did you mean 'fused'\?"):
-        make_target(tiny_model("llama"), "fusd")
+    assert (target.runtime, note) == ("torch", "")
+    assert make_target(tiny_model("llama"), "transformers")[0].runtime == "transformers"
+    with pytest.raises(SpecDecError, match="unknown to the torch runtime"):
+        make_target(tiny_model("phi"), "torch")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("torhc", "torch"), ("fused", "torch"), ("graphs", "torch"), ("reference", "transformers")]
+)
+def test_an_unknown_runtime_gets_a_suggestion(name: str, meant: str) -> None:
+    with pytest.raises(SpecDecError, match=rf"unknown runtime '{name}' \(did you mean '{meant}'\?\)"):
+        make_target(tiny_model("llama"), name)
 
 
 def test_a_model_that_computes_something_else_is_noticed() -> None:
@@ -195,4 +202,4 @@ def test_a_model_that_computes_something_else_is_noticed() -> None:
     mlp = model.model.layers[1].mlp
     mlp.forward = MethodType(lambda self, x: -type(self).forward(self, x), mlp)
     target, note = make_target(model)
-    assert target.runtime == "reference" and "gives other logits" in note
+    assert target.runtime == "transformers" and "gives other logits" in note

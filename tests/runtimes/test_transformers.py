@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
 
 PIECES = ((0, 9), (9, 10), (10, 14))  # a prompt, a single token, a block
@@ -21,7 +21,7 @@ PIECES = ((0, 9), (9, 10), (10, 14))  # a prompt, a single token, a block
 @torch.inference_mode()
 def test_pieces_equal_the_whole(family: str) -> None:
     model = tiny_model(family)
-    target, state_keys = ReferenceTarget(model), list(model.state_dict())
+    target, state_keys = TransformersTarget(model), list(model.state_dict())
     ids = torch.randint(3, 97, (2, 14))
     positions = torch.arange(14)[None].expand(2, -1)
     cache, outs = target.new_cache(2), []
@@ -39,7 +39,7 @@ def test_pieces_equal_the_whole(family: str) -> None:
 @torch.inference_mode()
 def test_every_tree_branch_equals_its_own_sequence(family: str) -> None:
     model = tiny_model(family)
-    target = ReferenceTarget(model)
+    target = TransformersTarget(model)
     prompt, block, parents = [5, 6, 7, 8, 9, 10, 11], [20, 21, 22, 23, 24, 25], (0, 0, 1, 2, 3)
     draft = Draft(torch.tensor([block[1:]]), parents)
     cache = target.new_cache()
@@ -63,7 +63,7 @@ def test_every_tree_branch_equals_its_own_sequence(family: str) -> None:
 @torch.inference_mode()
 def test_taps_record_layer_inputs() -> None:
     model = tiny_model("llama")
-    target, ids, positions = ReferenceTarget(model), torch.tensor([[3, 4, 5]]), torch.arange(3)[None]
+    target, ids, positions = TransformersTarget(model), torch.tensor([[3, 4, 5]]), torch.arange(3)[None]
     states = model(ids, output_hidden_states=True).hidden_states
     cache, taps = target.new_cache(), {0: torch.empty(0), 2: torch.empty(0), 4: torch.empty(0)}
     x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.register(0, positions), cache, taps))
@@ -75,7 +75,7 @@ def test_taps_record_layer_inputs() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @torch.inference_mode()
 def test_adapters_act_and_untrained_ones_change_nothing(family: str) -> None:
-    target = ReferenceTarget(tiny_model(family))
+    target = TransformersTarget(tiny_model(family))
     adapters = Adapters({1: target.linears(1)}, rank=2)
     ids, positions = torch.tensor([[3, 4, 5, 6]]), torch.arange(4)[None]
 
@@ -113,7 +113,7 @@ def test_unsupported_models_are_refused_with_the_reason() -> None:
         (by_layer, "its layers read the token embeddings again"),
         (sharing, "its layers share keys and values"),
     ):
-        for make in (ReferenceTarget, make_target):
+        for make in (TransformersTarget, make_target):
             with pytest.raises(SpecDecError, match=rf"^model type '{model.config.model_type}' .*{reason}") as caught:
                 make(model.eval())
             assert "runtime" not in str(caught.value)  # it is about the model

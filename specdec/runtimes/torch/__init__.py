@@ -1,0 +1,1 @@
+"""The PyTorch runtime: every known family, on every device."""

@@ -1,0 +1,223 @@
+"""A forward pass with a cache for all families that ``families.py`` describes: what their layers compute, in PyTorch.
+
+The PyTorch runtime runs it over stacked weights. The native kernels are checked against it over a model's own modules.
+Tests compare it with transformers' models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specdec.base import memory
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.recurrent import States
+from specdec.models import families
+from specdec.models.families import Rotation
+from specdec.models.gguf.blocks import Blocks, named_weights, weight_rows
+from specdec.models.native_model import NativeModel
+from specdec.runtimes.decoder_layer import has_experts, modules, recurrent
+from specdec.runtimes.target import Pass
+from specdec.runtimes.torch.attention import MULTIPLE, Attention, Norm, Rotary, additive, norm_of
+from specdec.runtimes.torch.delta_rule import DeltaRule
+from specdec.runtimes.torch.experts import Experts
+from specdec.runtimes.torch.linear import Linear, low_rank, side_by_side
+
+POSITIONS = 512  # fewest of a rotary table, and those beyond the slots of a cache
+ACTIVATIONS: dict[str, Linear] = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+
+LowRank = tuple[int, tuple[Tensor, Tensor] | None]  # number of outputs; down [r, in] and up [out, r], or there are none
+Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+Choose = Callable[[int, Tensor], Tensor]
+Tables = dict[Rotation, Rotary]
+Maker = Callable[[Sequence[nn.Module]], Linear]
+
+
+@dataclass(eq=False)
+class Layer:
+    """One decoder layer as callables.
+
+    norms: of the mixer's input and result, and of the MLP's; None where there is none.
+    maps: the linear maps "qkv", "out", "gate_up" and "down".
+    rotation: of queries and of keys; None: they do not rotate.
+    low: low-rank terms of the parts of a map, one behind the other. base: the layer without them.
+    """
+
+    norms: tuple[Norm | None, ...]
+    mixer: Attention | DeltaRule
+    maps: dict[str, Linear]
+    act: Linear
+    experts: Experts | None
+    rotation: tuple[Rotation, Rotation] | None
+    window: int | None
+    low: dict[str, list[LowRank]] = field(default_factory=dict)
+    base: Layer | None = None
+
+    def map(self, slot: str, x: Tensor) -> Tensor:
+        """A linear map of x [B, T, in], with its low-rank terms."""
+        y, low = self.maps[slot](x), self.low.get(slot)
+        return y if low is None else y + torch.cat([low_rank(x, *each) for each in low], -1)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.map("gate_up", x).chunk(2, -1)
+        return self.map("down", self.act(gate) * up)
+
+    def advance(self, x: Tensor, states: States, adapted: bool) -> tuple[Tensor, States]:
+        """A recurrent layer's mixer as a function of its states."""
+        layer = self if adapted or self.base is None else self.base
+        assert isinstance(self.mixer, DeltaRule)
+        out, after = self.mixer(layer.map("qkv", x), states)
+        return layer.map("out", out), after
+
+
+class Network:
+    """A model of a known family.
+
+    make: makes a linear map of modules with the same input.
+    """
+
+    def __init__(self, model: Any, windows: Sequence[int | None], make: Maker) -> None:
+        config, decoder = model.config, model.model
+        self.family, self.numbers = families.FAMILIES[config.model_type], families.numbers_of(config)
+        self.dtype, self.device, self.rotary = model.dtype, model.device, decoder.rotary_emb
+        self.embedding, self.final_norm = decoder.embed_tokens, norm_of(decoder.norm, self.family)
+        is_gemma = self.family.fields >= families.GEMMA
+        scale = config.hidden_size**0.5 if is_gemma else self.numbers.embeddings
+        self.scale = None if scale == 1 else torch.tensor(scale, dtype=self.dtype)
+        self.rotations = families.rotations(config)
+        self.tables = dict[Rotation, Tensor]()
+        each = zip(decoder.layers, self.rotations, windows, strict=True)
+        self.layers = [self._layer(config, *parts, make) for parts in each]
+
+    def _layer(self, config: Any, own: Any, rotation: Any, window: int | None, make: Maker) -> Layer:
+        family, act = self.family, ACTIVATIONS.get(families.activation(config), F.silu)
+        maps = {slot: make([module for _, module in pairs]) for slot, pairs in modules(own).items()}
+        experts, mixer = None, DeltaRule(own.linear_attn) if recurrent(own) else None
+        if has_experts(own):
+            shared = None
+            if family.shared:
+                parts = own.mlp.shared_expert
+                ins, down = make([parts.gate_proj, parts.up_proj]), make([parts.down_proj])
+                shared = Layer((), None, {"gate_up": ins, "down": down}, act, None, None, None).mlp  # type: ignore[arg-type]
+            experts = Experts(own.mlp, families.mixture_of(config), self.numbers, act, shared)
+        norms = tuple(norm_of(getattr(own, name), family) if name else None for name in family.norms)
+        attention = mixer or Attention(own.self_attn, family, self.numbers.scores_cap)
+        return Layer(norms, attention, maps, act, experts, rotation, window)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> [B, T, D]."""
+        x = weight_rows(self.embedding, ids.flatten()).view(*ids.shape, -1)
+        return x if self.scale is None else x * self.scale
+
+    def run(
+        self,
+        x: Tensor,
+        lo: int,
+        layers: Sequence[Layer],
+        ctx: Pass,
+        tables: Tables | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        """Run ``layers``, the first of which is layer ``lo``, on ``x`` [B, T, D].
+
+        tables: rotary ones of the pass, if they are made.
+        attend: stores new keys and values of a layer, and returns all of them and the mask; None: in the cache.
+        """
+        cache, taps, start, end = ctx.cache, ctx.taps, ctx.cache.lengths[lo : lo + 1], lo + len(layers)
+        tables = self.tables_of(ctx) if tables is None else tables
+        for index, layer in enumerate(layers, lo):
+            if taps is not None and index in taps:
+                taps[index] = x
+            norm_in, norm_mixed, norm_mlp, norm_out = layer.norms
+            h = x if norm_in is None else norm_in(x)
+            if isinstance(layer.mixer, DeltaRule):
+                h = cache.run_recurrent(index, h, ctx.mask.ancestors, layer.advance)
+            else:
+                rotation = None if layer.rotation is None else tuple(tables[each] for each in layer.rotation)
+                q, k, v, gate = layer.mixer.project(layer.map("qkv", h), rotation)  # type: ignore[arg-type]
+                if attend is None:
+                    term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype)
+                    k, v = cache.append(index, k, v, MULTIPLE)
+                else:
+                    k, v, term = attend(index, k, v)
+                h = layer.map("out", layer.mixer(q, k, v, term, gate))
+            x = self._add(x, h, norm_mixed)
+            h = x if norm_mlp is None else norm_mlp(x)
+            if layer.experts is None:
+                h = layer.mlp(h)
+            else:
+                routed = None if ctx.routed is None else ctx.routed[:, index]
+                h = layer.experts(h, routed, None if ctx.choose is None else partial(ctx.choose, index))
+            x = self._add(x, h, norm_out)
+        if taps is not None and end in taps:
+            taps[end] = x
+        if start and attend is None:  # recurrent layers count their tokens, too
+            cache.lengths[lo:end] = [start[0] + x.shape[1]] * (end - lo)
+        return x
+
+    def _add(self, x: Tensor, h: Tensor, norm: Norm | None) -> Tensor:
+        """The residual ``x`` with what a part of a layer adds to it."""
+        h = h if norm is None else norm(h)
+        return x + (h if self.numbers.results == 1 else h * self.numbers.results)
+
+    def readout(self, x: Tensor, head: Linear) -> Tensor:
+        """Final states [B, T, D] -> logits [B, T, V]."""
+        logits, cap = head(self.final_norm(x)), self.numbers.logits_cap
+        logits = logits if self.numbers.logits == 1 else logits * self.numbers.logits
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def tables_of(self, ctx: Pass) -> Tables:
+        """The tables for the positions of a pass. Consecutive calls with one mask share them."""
+        memo: dict[Any, Any] = ctx.mask.memo if ctx.positions is ctx.mask.query else {}
+        if "rotary" not in memo:
+            every = {each for pair in self.rotations if pair is not None for each in pair}
+            memo["rotary"] = {each: self._table(each, ctx.mask.length)[ctx.positions].unbind(-1) for each in every}
+        return memo["rotary"]  # type: ignore[no-any-return]
+
+    def _table(self, rotation: Rotation, count: int) -> Tensor:
+        """Cosines and signed sines [positions, 1, rotated, 2] for at least ``count`` positions, and some beyond."""
+        table = self.tables.get(rotation)
+        if table is None or len(table) < count + POSITIONS // 2:
+            halves = rotation.tables(self.rotary, max(2 * count, POSITIONS), self.dtype)  # (positions, 2, rotated / 2)
+            cos, sin = halves.unbind(1)
+            table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), -1)[:, None]
+            table = table.to(self.device, torch.float32 if self.family.wide else self.dtype)
+            self.tables[rotation] = table
+        return table
+
+
+@torch.inference_mode()
+def logits_of(
+    model: NativeModel,
+    ids: Tensor,
+    windows: Sequence[int | None],
+    choose: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Token ids [T] of a text -> logits [T, V], by the model's own modules, one layer at a time. Releases the pages of
+    mapped weights.
+
+    choose: as in ``Pass``.
+    """
+    network, count = Network(model, windows, side_by_side), len(model.model.layers)
+    cache = KVCache(count, recurrent=[n for n, layer in enumerate(model.model.layers) if recurrent(layer)])
+    positions, x = torch.arange(len(ids))[None], network.embed(ids[None])
+    ctx = Pass(positions, cache.register(0, positions), cache, choose=choose)
+    for n, layer in enumerate(model.model.layers):
+        x = network.run(x, n, network.layers[n : n + 1], ctx)
+        _release(layer)
+    logits = network.readout(x, model.lm_head)[0]
+    _release(model.lm_head, model.model.embed_tokens)
+    return logits
+
+
+def _release(*modules: nn.Module) -> None:
+    """Let the pages of weights in mapped files go."""
+    for module in modules:
+        for _, each in named_weights(module):
+            memory.release(*(each.memory if isinstance(each, Blocks) else (each.data,)))

@@ -1,0 +1,110 @@
+"""The PyTorch runtime: the forward pass of ``model`` over stacked weights, with adapters and gradients.
+
+Query, key and value weights are one product, and so are gate and up. The model stays usable: its parameters are views
+of the stacked weights. Knows nothing about drafting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from specdec.base.errors import SpecDecError
+from specdec.models import families
+from specdec.models.gguf.blocks import densify
+from specdec.models.native_model import NativeModel
+from specdec.runtimes import decoder_layer
+from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.decoder_layer import Adapters
+from specdec.runtimes.native.linear import unpack_here
+from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch import linear
+from specdec.runtimes.torch.linear import Linear
+from specdec.runtimes.torch.model import Layer, Network
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TorchTarget(Target):
+    """The PyTorch runtime. Base weights are frozen: gradients reach ``x`` and the adapters only.
+
+    Raises SpecDecError for models that it does not know or does not reproduce; transformers may support them.
+
+    packs: whether to store weights a second time, in the layout that is fastest without gradients, and has none.
+    """
+
+    runtime = "torch"
+
+    def __init__(self, model: NativeModel | PreTrainedModel, packs: bool = True) -> None:
+        refuse_unsupported(model)
+        kind = model.config.model_type
+        if kind not in families.FAMILIES:
+            known = ", ".join(families.FAMILIES)
+            raise SpecDecError(f"model type '{kind}' is unknown to the torch runtime (it knows {known})")
+        families.check_fields(model.config)
+        decoder_layer.check_rotary(model.model.rotary_emb)
+        unpack_here(model)
+        densify(model)
+        super().__init__(model)
+        self.blocks = list(model.model.layers)  # type: ignore[union-attr, arg-type]
+        self.recurrent_layers = frozenset(n for n, each in enumerate(self.blocks) if decoder_layer.recurrent(each))
+        self.make = linear.packed if packs and linear.packable(self.dtype, self.device) else linear.dense
+        self.network = Network(model, self.windows, lambda modules: self.make(*linear.fuse(modules)))  # type: ignore[arg-type]
+        self._adapted: WeakKeyDictionary[Adapters, dict[int, Layer]] = WeakKeyDictionary()
+        self._heads: WeakKeyDictionary[nn.Module, Linear] = WeakKeyDictionary()
+        self.logit_difference = check_logits(self)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.network.embed(ids)
+
+    def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
+        return self.network.run(x, lo, self.select_layers(lo, hi, ctx.adapters), ctx)
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        module = self.own_head if head is None else head
+        if module not in self._heads:
+            bias = getattr(module, "bias", None)
+            self._heads[module] = self.make(module.weight.detach(), None if bias is None else bias.detach())
+        return self.network.readout(x, self._heads[module])
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        pairs = (pair for each in decoder_layer.modules(self.blocks[layer]).values() for pair in each)
+        return {path: (module.in_features, module.out_features) for path, module in pairs}
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def select_layers(self, lo: int, hi: int, adapters: Adapters | None) -> Sequence[Layer]:
+        """The layers [lo, hi), with ``adapters`` if there are any. These are read in every pass, as they then are."""
+        if adapters is None:
+            return self.network.layers[lo:hi]
+        made = self._adapted.setdefault(adapters, {})
+        for index in range(lo, hi):
+            if index not in made:
+                made[index] = self._adapt(index, adapters)
+        return [made[index] for index in range(lo, hi)]
+
+    def _adapt(self, index: int, adapters: Adapters) -> Layer:
+        """A layer with the neurons that ``adapters`` keep, and their low-rank terms."""
+        base, slots = self.network.layers[index], decoder_layer.modules(self.blocks[index])
+        maps, factors, kept = dict(base.maps), adapters.factors(index), adapters.kept(index)
+        sizes = {path: module.out_features for pairs in slots.values() for path, module in pairs}
+        if kept is not None:
+            (weight, bias), (down, down_bias) = (
+                linear.fuse([module for _, module in slots[slot]]) for slot in ("gate_up", "down")
+            )
+            rows = torch.cat((kept, kept + len(weight) // 2))  # of gate, of up
+            maps["gate_up"] = self.make(weight[rows], None if bias is None else bias[rows])
+            maps["down"] = self.make(down[:, kept].contiguous(), down_bias)
+            sizes |= {path: 2 * len(kept) // len(slots["gate_up"]) for path, _ in slots["gate_up"]}
+        low = {
+            slot: [(sizes[path], factors.get(path)) for path, _ in pairs]
+            for slot, pairs in slots.items()
+            if any(path in factors for path, _ in pairs)
+        }
+        return replace(base, maps=maps, low=low, base=base)
