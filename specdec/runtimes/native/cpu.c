@@ -49,7 +49,7 @@ EXPORT int specdec_open(int most) { return supported() < most ? supported() : mo
 #include <cpuid.h>
 #include <sys/syscall.h>
 
-int specdec_amx_agrees_avx512(void);
+int specdec_amx_agrees_avx512(void), specdec_pairs_agree_avx512(void);
 
 static int has_avxvnni(void) {
     unsigned a, b, c, d;
@@ -61,7 +61,8 @@ static int supported(void) {
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 0;
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")))
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+          specdec_pairs_agree_avx512()))
         return has_avxvnni() ? AVXVNNI : AVX2;
     int tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1; /* AMX-BF16, AMX-TILE, AMX-INT8 */
     return tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? AMX : AVX512; /* ARCH_REQ_XCOMP_PERM: tile data */

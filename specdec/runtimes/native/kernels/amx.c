@@ -149,20 +149,17 @@ static void bf16_product(const Operand *a, int tokens, float *sums) {
 
 static inline int reads_vnni(const Linear *map) { return has_amx && !map->rounded; }
 
-/* As score_rows16, in another order of sums. Returns 0 without AMX. */
-static int tiles_score(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to) {
-    U a[16];
-    float tile[256] __attribute__((aligned(64)));
+/* As score_rows16, in another order of sums; vectors of columns are `stride` numbers apart. Returns 0 without AMX. */
+static int tiles_score(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to, int stride) {
     if (!has_amx) return 0;
-    _tile_zero(0);
-    for (int k = 0; k < d; k += 32) {
-        _tile_loadd(4, keys + k, 2 * d);
-        _tile_loadd(5, queries + 8 * k, 64);
-        _tile_dpbf16ps(0, 4, 5);
+    for (int v = 0; 16 * v < columns; v++, queries += 8 * d, to += stride) {
+        _tile_zero(0);
+        for (int k = 0; k < d; k += 32) {
+            _tile_loadd(4, keys + k, 2 * d);
+            _tile_loadd(5, queries + 8 * k, 64);
+            _tile_dpbf16ps(0, 4, 5);
+        }
+        _tile_stored(0, to, 64);
     }
-    _tile_stored(0, tile, 64);
-    for (int i = 0; i < 16; i++) a[i] = load_u(tile + 16 * i);
-    transpose(a);
-    for (int c = 0; c < columns; c++) store_u(to + 16 * c, a[c]);
     return 1;
 }

@@ -1,190 +1,301 @@
-/* Attention of a few queries to one key head's cached keys. */
+/* Attention of the queries of a key head, a column for each token and head, to the head's cached keys.
+ *
+ * All columns read a block of keys while it is in the nearest cache. Products are added in pairs of bf16, the second number first,
+ * as AVX-512's instruction does. A key's weight is 2 to its score over 2 to the column's base, rounded to bf16. The base is the
+ * rounded score of the first key that the column sees, and a later one that is FAR beyond it becomes the base: so sums change by
+ * powers of two alone, and a result depends on the visible keys and their order, not on the blocks and slots in which they lie. */
 
-enum { KEYS_AHEAD = 64 }; /* number of keys ahead that are prefetched */
+enum { KEYS = 64, MOST_COLUMNS = 128, VECTORS = MOST_COLUMNS / 16, FAR = 60 }; /* KEYS: of a block */
 
-/* Keys in blocks of 16, without the blocks that no column sees (holes of ragged rows, keys before a window). Memory behind
- * the last key may be read. */
-#define EACH_BLOCK(s)                   \
-    for (int s = 0; s < count; s += 16) \
-        if (!visible || any_h(visible + s))
+typedef struct { /* scratch of a thread; vectors have 16 columns */
+    uint32_t queries[VECTORS * 128 * 16] __attribute__((aligned(64))); /* [vector][d / 2][16], pairs */
+    float scores[VECTORS][KEYS][16];
+    uint32_t weights[VECTORS][KEYS / 2][16], values[KEYS / 2 * 256]; /* pairs of keys, the first one above; values: [pair][d] */
+    float out[MOST_COLUMNS * 256];                                   /* [column][d] */
+    float base[VECTORS][16], sum[VECTORS][16];
+    float first[VECTORS][16], end[VECTORS][16]; /* each column sees the slots [first, end), and those of the tree */
+    uint8_t codes[MOST_COLUMNS * 256];          /* with rows of 8 bits: queries [WIDE columns][d / 4][WIDE][4], plus 128, */
+    float scales[MOST_COLUMNS * 8];             /* and [WIDE columns][d / TOGETHER][WIDE] */
+    uint16_t tree[][VECTORS];                   /* of each slot behind the committed ones: the columns that see it, as bits */
+} Attention;
 
-#define EACH_KEY(s)   \
-    EACH_BLOCK(block) \
-    for (int s = block; s < block + 16 && s < count; s++)
+typedef struct { /* what the columns of `a` read */
+    Attention *a;
+    const uint8_t *keys, *values;
+    int kind, d, columns, first, end, committed; /* no column sees a slot outside [first, end); committed: where `tree` begins */
+    float scale, cap;
+} Reading;
+
+/* to[key][16] of `keys` rows and `vectors` times WIDE columns. d / 2 lines from `one` and from `other` on are prefetched
+ * meanwhile, into the second cache; NULL: none. */
+INLINE void score_tile(int vectors, int keys, const bf16 *rows, int d, const uint32_t *queries, float *to, const uint8_t *one,
+    const uint8_t *other) {
+    W sum[2 * TILE_KEYS][TILE_VECTORS];
+    for (int i = 0; i < keys; i++)
+        for (int v = 0; v < vectors; v++) sum[i][v] = set_w(0);
+    for (int k = 0; k < d / 2; k++) {
+        Pairs query[TILE_VECTORS];
+        if (one) _mm_prefetch((const char *)one + 64 * k, _MM_HINT_T1);
+        if (other) _mm_prefetch((const char *)other + 64 * k, _MM_HINT_T1);
+        for (int v = 0; v < vectors; v++) query[v] = pairs_of(load_codes(queries + v * WIDE / 16 * 8 * d + 16 * k + v * WIDE % 16));
+        for (int i = 0; i < keys; i++) {
+            const Pairs key = pairs_of(same_dword(rows + i * d + 2 * k));
+            for (int v = 0; v < vectors; v++) sum[i][v] = add_pairs(key, query[v], sum[i][v]);
+        }
+    }
+    for (int i = 0; i < keys; i++)
+        for (int v = 0; v < vectors; v++) store_w(to + v * WIDE / 16 * 16 * KEYS + 16 * i + v * WIDE % 16, sum[i][v]);
+}
+
+/* Scores of 16 keys. keys, values: what is prefetched, or NULL. */
+static void score_rows16(const bf16 *rows, int d, const uint32_t *queries, int columns, float *to, const uint8_t *keys,
+    const uint8_t *values) {
+    for (int v = 0, left = (columns + WIDE - 1) / WIDE, some; left; v += some, left -= some) {
+        const uint32_t *from = queries + v * WIDE / 16 * 8 * d + v * WIDE % 16;
+        float *at = to + v * WIDE / 16 * 16 * KEYS + v * WIDE % 16;
+        some = left >= 3 && left != 4 && TILE_VECTORS == 3 ? 3 : left >= 2 ? 2 : 1;
+#define TILES(VECTORS, TILE)                                                                                           \
+    for (int k = 0; some == VECTORS && k < 16; k += TILE)                                                              \
+    score_tile(VECTORS, TILE, rows + k * d, d, from, at + 16 * k, v || k ? NULL : keys, v || k + TILE != 2 * TILE_KEYS ? NULL : values)
+        TILES(TILE_VECTORS, TILE_KEYS);
+        if (TILE_VECTORS > 2) TILES(2, TILE_KEYS);
+        TILES(1, 2 * TILE_KEYS);
+#undef TILES
+    }
+}
+
+/* The same of rows of 8 bits and rounded queries: the sums of TOGETHER products are whole numbers. */
+static void score_rows8(const uint8_t *rows, const Attention *a, int d, int columns, float *to) {
+    for (int i = 0; i < 16; i++, rows += cache_row(CACHE8, d))
+        for (int b = 0; b < d / TOGETHER; b++) {
+            const int8_t *key = (const int8_t *)rows + TOGETHER * b;
+            const W scale = set_w(widen(((const bf16 *)(rows + d))[b]));
+            int32_t all = 0;
+            for (int k = 0; k < TOGETHER; k++) all += key[k];
+            for (int v = 0; v * WIDE < columns; v++) {
+                const uint8_t *from = a->codes + (v * (d / TOGETHER) + b) * TOGETHER * WIDE;
+                float *sum = to + v * WIDE / 16 * 16 * KEYS + 16 * i + v * WIDE % 16;
+                Codes codes[8];
+                for (int k = 0; k < 8; k++) codes[k] = load_codes(from + 4 * WIDE * k);
+                const W product = mul_w(whole_w(sum_codes(255, 2, codes, 8, key, -128 * all)), scale);
+                store_w(sum, fma_w(product, load_w(a->scales + (v * (d / TOGETHER) + b) * WIDE), b ? load_w(sum) : set_w(0)));
+            }
+        }
+}
+
+static void score_block(const Reading *r, int s, int count, int once, int equal) {
+    const int64_t row = cache_row(r->kind, r->d);
+    Attention *a = r->a;
+    for (int k = 0; k < count; k += 16) {
+        const uint8_t *rows = r->keys + (s + k) * row;
+        float *to = a->scores[0][k];
+        const uint8_t *keys = once ? rows + KEYS * row : NULL, *values = once ? r->values + (s + k + KEYS) * row : NULL;
+        const int tiles = r->kind == CACHE16 && !equal && tiles_score((const bf16 *)rows, r->d, a->queries, r->columns, to, 16 * KEYS);
+        if (r->kind == CACHE8) score_rows8(rows, a, r->d, r->columns, to);
+        else if (!tiles) score_rows16((const bf16 *)rows, r->d, a->queries, r->columns, to, keys, values);
+        for (int i = 0; once && (r->kind == CACHE8 || tiles) && i < 16 * row; i += 64) {
+            _mm_prefetch((const char *)keys + i, _MM_HINT_T1);
+            _mm_prefetch((const char *)values + i, _MM_HINT_T1);
+        }
+    }
+}
+
+/* Which columns of vector `v` see slot `s`. */
+INLINE M seen(const Reading *r, int v, int s) {
+    const F at = set16((float)s + 0.5f);
+    const M committed = both16(more16(at, load16(r->a->first[v])), more16(load16(r->a->end[v]), at));
+    return s < r->committed || s >= r->end ? committed : mask16(r->a->tree[s - r->committed][v]);
+}
+
+/* Scores as powers of two; -2e30 where a column does not see the key. */
+INLINE F score_of(const Reading *r, int v, int s, int k, int all) {
+    F x = load16(r->a->scores[v][k]);
+    if (r->cap > 0) x = mul16(capped16(mul16(x, set16(r->scale)), r->cap), set16(1.44269504f));
+    else x = mul16(x, set16(r->scale * 1.44269504f));
+    return all ? x : pick16(seen(r, v, s + k), x, set16(-2e30f));
+}
+
+/* 2 to x - base, which is whole; 0 if it is small. */
+INLINE F power16(F x, F n, F base) {
+    const F r = sub16(x, n);
+    F p = set16(9.582851082e-3f);
+    p = fma16(p, r, set16(5.590642989e-2f));
+    p = fma16(p, r, set16(0.2402409911f));
+    p = fma16(p, r, set16(0.6931241751f));
+    p = fma16(p, r, set16(1.0f));
+    return scale16(p, max16(sub16(n, base), set16(-127.0f)));
+}
+
+/* Raise bases to scores that are FAR beyond them. */
+static void raise_bases(const Reading *r, int v, int s, int count, int all) {
+    Attention *a = r->a;
+    float factors[16] __attribute__((aligned(64)));
+    const F before = load16(a->base[v]);
+    F base = before;
+    for (int k = 0; k < count; k++) {
+        const F n = round16(score_of(r, v, s, k, all));
+        base = pick16(more16(n, add16(base, set16(FAR))), n, base);
+    }
+    const F by = sub16(before, base);
+    store16(factors, keep16(more16(by, set16(-126.5f)), scale16(set16(1.0f), max16(by, set16(-126.0f)))));
+    store16(a->base[v], base), store16(a->sum[v], mul16(load16(a->sum[v]), load16(factors)));
+    for (int c = 0; c < 16 && 16 * v + c < r->columns; c++)
+        for (int i = 0; factors[c] != 1 && i < r->d; i++) a->out[(16 * v + c) * r->d + i] *= factors[c];
+}
+
+/* Weights of a block's keys, and their sums. Returns whether a score is FAR beyond its base: then there are none yet. */
+INLINE int weigh(const Reading *r, int v, int s, int count, int all) {
+    Attention *a = r->a;
+    const F base = load16(a->base[v]);
+    F most = set16(-2e30f), sum = load16(a->sum[v]);
+    for (int k = 0; k < count; k += 2) {
+        const F x = score_of(r, v, s, k, all), y = score_of(r, v, s, k + 1, all), n = round16(x), m = round16(y);
+        const U pair = paired(power16(y, m, base), power16(x, n, base));
+        store_u(a->weights[v][k / 2], pair);
+        sum = add16(to_f(and_u(pair, set_u(0xffff0000))), sum), sum = add16(to_f(shift_u(pair, 16)), sum);
+        most = max16(n, max16(m, most));
+    }
+    if (bits16(more16(most, add16(base, set16(FAR))))) return 1;
+    store16(a->sum[v], sum);
+    return 0;
+}
 
 /* Numbers `at` to `at` + 15 of a row of the cache. */
-INLINE F cached16(int kind, const uint8_t *row, int d, int at) {
-    if (kind == CACHE16) return load_bf16((const bf16 *)row + at);
+INLINE F cached16(const Reading *r, const uint8_t *row, int at) {
     uint32_t scale; /* in the upper half */
-    memcpy(&scale, row + d + 2 * (at / TOGETHER) - 2, 4);
+    memcpy(&scale, row + r->d + 2 * (at / TOGETHER) - 2, 4);
     return mul16(load_int8(row + at), to_f(and_u(set_u(scale), set_u(0xffff0000))));
 }
 
-/* sums to[column][keys] of WIDE keys and `columns` queries, of WIDE pairs of dims, transposed; queries as score_rows16 has them. */
-INLINE void score_pairs(int columns, const Codes *pairs, const float *queries, int first, float *to) {
-    W sum[6];
-    for (int c = 0; c < columns; c++) sum[c] = first ? set_w(0) : load_w(to + 16 * c);
-    for (int i = 0; i < WIDE; i++)
-        for (int c = 0; c < columns; c++) {
-            sum[c] = fma_w(even_w(pairs[i]), set_w(queries[32 * i + c]), sum[c]);
-            sum[c] = fma_w(odd_w(pairs[i]), set_w(queries[32 * i + 16 + c]), sum[c]);
-        }
-    for (int c = 0; c < columns; c++) store_w(to + 16 * c, sum[c]);
-}
-
-/* to[column][16 keys] = keys [16][d] times queries [d][16 columns], dims one after another. */
-static void score_rows16(const bf16 *keys, int d, const float *queries, int columns, float *to) {
-    Codes a[WIDE];
-    for (int part = 0; part < 16; part += WIDE)
-        for (int k = 0; k < d; k += 2 * WIDE) {
-            const float *from = queries + 16 * k;
-            int c = 0;
-            for (int i = 0; i < WIDE; i++) a[i] = load_codes(keys + (int64_t)(part + i) * d + k);
-            transpose_codes(a);
-            for (; c + 6 <= columns; c += 6) score_pairs(6, a, from + c, !k, to + 16 * c + part);
-            for (; c + 3 <= columns; c += 3) score_pairs(3, a, from + c, !k, to + 16 * c + part);
-            for (; c < columns; c++) score_pairs(1, a, from + c, !k, to + 16 * c + part);
-        }
-}
-
-/* As score_rows16, for rows of 8 bits and rounded queries [d / 32][columns]: sums of a block are whole numbers. */
-INLINE void score_rows8(const uint8_t *keys, int d, const Rounded *queries, int columns, float *to) {
-    const int64_t row = cache_row(CACHE8, d);
-    uint8_t quads[16][16][4] __attribute__((aligned(64)));
-    float scales[16];
-    U a[16];
-    for (int b = 0; b < d / TOGETHER; b++, queries += columns) {
-        if (b % 2 == 0) { /* two blocks at once; the numbers behind the last block are not used */
-            for (int i = 0; i < 16; i++) a[i] = load_bytes_u(keys + i * row + TOGETHER * b);
-            transpose(a);
-            for (int i = 0; i < 16; i++) store_u(quads[i], xor_u(a[i], set_u(0x80808080)));
-        }
-        for (int i = 0; i < 16; i++) scales[i] = widen(((const bf16 *)(keys + i * row + d))[b]);
-        for (int p = 0; p < 16; p += WIDE) {
-            Codes codes[8];
-            for (int i = 0; i < 8; i++) codes[i] = load_codes(quads[8 * (b % 2) + i][p]);
-            for (int c = 0; c < columns; c++) {
-                const Rounded *x = queries + c;
-                W v = whole_w(sum_codes(255, 2, codes, 8, x->x, start_of(Q8, x, 0)));
-                v = mul_w(v, load_w(scales + p));
-                store_w(to + 16 * c + p, fma_w(v, set_w(x->scale), b ? load_w(to + 16 * c + p) : set_w(0)));
-            }
-        }
+/* The values of a block, in pairs of keys. */
+static void pair_values(const Reading *r, int s, int count) {
+    static const bf16 nothing[256];
+    const int64_t row = cache_row(r->kind, r->d);
+    for (int k = 0; k < count; k += 2) {
+        const uint8_t *first = r->values + (s + k) * row, *second = first + row;
+        uint32_t *to = r->a->values + k / 2 * r->d;
+        for (int i = 0; r->kind == CACHE8 && i < r->d; i += 16)
+            store_u(to + i, paired(k + 1 < count ? cached16(r, second, i) : zero16(), cached16(r, first, i)));
+        if (k + 1 == count) second = (const uint8_t *)nothing;
+        for (int i = 0; r->kind == CACHE16 && i < r->d; i += 32) join_rows((const bf16 *)first + i, (const bf16 *)second + i, to + i);
     }
 }
 
-/* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims]; COLUMNS and PARTS times
- * 16 dims at once. Keys are added in order: on where they lie nothing depends. */
-#define WEIGHTED_SUM(COLUMNS, PARTS)                                                                                 \
-    do {                                                                                                             \
-        F acc[PARTS][COLUMNS], v[PARTS];                                                                             \
-        for (int c = 0; c < COLUMNS; c++) acc[0][c] = zero16();                                           \
-        EACH_KEY(s)                                                                                                  \
-        for (int c = 0; c < COLUMNS; c++)                                                                            \
-            acc[0][c] = add16(set16(p[(columns - 1) * block + s + 16 * c]), acc[0][c]);                        \
-        for (int c = 0; c < COLUMNS; c++) sum[c] = acc[0][c];                                                        \
-        for (int at = 0; at < d; at += 16 * PARTS) {                                                                 \
-            for (int i = 0; i < PARTS; i++)                                                                          \
-                for (int c = 0; c < COLUMNS; c++) acc[i][c] = zero16();                                   \
-            EACH_KEY(s) {                                                                                            \
-                for (int i = 0; i < PARTS; i++) v[i] = cached16(kind, values + s * row, d, at + 16 * i);             \
-                for (int c = 0; c < COLUMNS; c++) {                                                                  \
-                    F weight = set16(p[(columns - 1) * block + s + 16 * c]);                                           \
-                    for (int i = 0; i < PARTS; i++) acc[i][c] = fma16(weight, v[i], acc[i][c]);            \
-                }                                                                                                    \
-            }                                                                                                        \
-            for (int i = 0; i < PARTS; i++)                                                                          \
-                for (int c = 0; c < COLUMNS; c++) store16(out + c * d + at + 16 * i, acc[i][c]);             \
-        }                                                                                                            \
-    } while (0)
-
-static int all_numbers_finite(const float *numbers, int count) {
-    F sum = zero16();
-    float each[16];
-    for (int i = 0; i < count; i += 16) sum = fma16(load16(numbers + i), zero16(), sum);
-    store16(each, sum);
-    for (int i = 0; i < 16; i++)
-        if (each[i] != each[i]) return 0;
-    return 1;
-}
-
-/* As WEIGHTED_SUM, from the keys alone that a column sees: others have the weight 0, which infinite values turn into NaN. */
-static void sum_seen(int kind, const uint8_t *values, int count, int d, int columns, const uint16_t *visible, const float *p, float *out) {
-    const int64_t row = cache_row(kind, d);
+/* out[column][parts times WIDE numbers] += weights times values of `pairs` pairs of keys. */
+INLINE void value_tile(int columns, int parts, const uint32_t *weights, const uint32_t *values, int pairs, int d, float *out) {
+    W sum[TILE_COLUMNS][TILE_PARTS];
     for (int c = 0; c < columns; c++)
-        for (int at = 0; at < d; at += 16) {
-            F acc = zero16();
-            EACH_KEY(s) {
-                const float weight = p[(columns - 1) * block + s + 16 * c];
-                if (weight != 0) acc = fma16(set16(weight), cached16(kind, values + s * row, d, at), acc);
-            }
-            store16(out + c * d + at, acc);
-        }
-}
-
-/* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
- * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
- * all); cap: of scores, as in Linear; sinks: of each column, or NULL. p: scratch, [blocks of 16 keys][column][key]; out: [16][d].
- * once: no other columns read these keys: they are sent
- * for ahead. equal: to the last bit, in every instruction set. Memory of whole blocks of keys is read. */
-INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                        const uint16_t *visible, int bit, float scale, float cap, const float *sinks, int once, int equal, float *p,
-                            float *out) {
-    const int64_t row = cache_row(kind, d);
-    Rounded rounded_queries[16 * 256 / TOGETHER];
-    float wide[16 * 256] __attribute__((aligned(64)));
-    F most[16], sum[16], scales = set16(scale);
-    if (kind == CACHE8) round_inputs(queries, d, columns, rounded_queries);
-    for (int i = 0; i < d / 2 && kind == CACHE16; i++) {
-        U pairs = load_u(queries + 16 * i);
-        store16(wide + 32 * i, to_f(shift_u(pairs, 16))), store16(wide + 32 * i + 16, to_f(and_u(pairs, set_u(0xffff0000))));
-    }
-    for (int c = 0; c < 16; c++) most[c] = set16(-1e30f);
-    EACH_BLOCK(s) {
-        float *to = p + columns * s;
-        for (int i = 0; once && i < 16 * row; i += 64) {
-            __builtin_prefetch((keys + (s + KEYS_AHEAD) * row + i), 0, 3);
-            __builtin_prefetch((values + s * row + i), 0, 2);
-        }
-        M there = mask16(count - s < 16 ? (1u << (count - s)) - 1 : 0xffff);
-        if (kind == CACHE8) score_rows8(keys + s * row, d, rounded_queries, columns, to);
-        else if (equal || !tiles_score((const bf16 *)(keys + s * row), d, queries, columns, to))
-            score_rows16((const bf16 *)(keys + s * row), d, wide, columns, to);
+        for (int i = 0; i < parts; i++) sum[c][i] = load_w(out + c * d + WIDE * i);
+    for (int p = 0; p < pairs; p++) {
+        Pairs value[TILE_PARTS];
+        for (int i = 0; i < parts; i++) value[i] = pairs_of(load_codes(values + p * d + WIDE * i));
         for (int c = 0; c < columns; c++) {
-            M mine = visible ? both16(there, bit_h(visible + s, bit + c)) : there;
-            F v = mul16(load16(to + 16 * c), scales);
-            v = pick16(mine, cap > 0 ? capped16(v, cap) : v, set16(-1e30f));
-            store16(to + 16 * c, v);
-            most[c] = max16(most[c], v);
+            const Pairs weight = pairs_of(same_dword(weights + 16 * p + c));
+            for (int i = 0; i < parts; i++) sum[c][i] = add_pairs(weight, value[i], sum[c][i]);
         }
     }
-    for (int c = 0; c < columns; c++) {
-        most[c] = set16(largest16(most[c]));
-        if (sinks) most[c] = max16(most[c], set16(sinks[c]));
-    }
-    EACH_BLOCK(s)
-    for (int c = 0; c < columns; c++) {
-        F v = load16(p + columns * s + 16 * c);
-        M mine = not_less16(v, set16(-1e30f));
-        store16(p + columns * s + 16 * c, keep16(mine, exp16(sub16(v, most[c]))));
-    }
-    if (columns <= 3 && d % 64 == 0) WEIGHTED_SUM(3, 4);
-    else if (columns <= 6 && d % 64 == 0) WEIGHTED_SUM(6, 4);
-    else if (columns <= 6) WEIGHTED_SUM(6, 2);
-    else if (columns <= 9) WEIGHTED_SUM(9, 2);
-    else if (columns <= 12) WEIGHTED_SUM(12, 2);
-    else WEIGHTED_SUM(16, 1);
-    if (visible && !all_numbers_finite(out, columns * d)) sum_seen(kind, values, count, d, columns, visible, p, out);
-    for (int c = 0; c < columns; c++) {
-        if (sinks) sum[c] = add16(sum[c], exp16(sub16(set16(sinks[c]), most[c])));
-        F share_ = div16(set16(1.0f), max16(sum[c], set16(1e-30f)));
-        for (int at = 0; at < d; at += 16) store16(out + c * d + at, mul16(load16(out + c * d + at), share_));
+    for (int c = 0; c < columns; c++)
+        for (int i = 0; i < parts; i++) store_w(out + c * d + WIDE * i, sum[c][i]);
+}
+
+/* out[columns][d] += weights times values. */
+static void add_values(int columns, const uint32_t *weights, const uint32_t *values, int pairs, int d, float *out) {
+    for (int i = 0, parts; i < d; i += parts * WIDE) {
+        parts = (d - i) % (TILE_PARTS * WIDE) ? 2 : TILE_PARTS;
+#define MOST(COLUMNS) (COLUMNS < TILE_COLUMNS ? COLUMNS : TILE_COLUMNS) /* larger ones are not called */
+#define TILE(COLUMNS)                                                                                                  \
+    if (parts == 2) value_tile(MOST(COLUMNS), 2, weights + c, values + i, pairs, d, out + c * d + i);                        \
+    else value_tile(MOST(COLUMNS), TILE_PARTS, weights + c, values + i, pairs, d, out + c * d + i)
+        for (int c = 0, left = columns, some; left; c += some, left -= some) {
+            const int turns = (left + TILE_COLUMNS - 1) / TILE_COLUMNS;
+            some = (left + turns - 1) / turns;
+            switch (some) {
+            case 1: TILE(1); break;
+            case 2: TILE(2); break;
+            case 3: TILE(3); break;
+            case 4: TILE(4); break;
+            case 5: TILE(5); break;
+            default: TILE(6);
+            }
+        }
+#undef TILE
+#undef MOST
     }
 }
 
-static void attend(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                   const uint16_t *visible, int bit, float scale, float cap, const float *sinks, int once, int equal, float *p,
-                       float *out) {
-    if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, cap, sinks, once, equal, p, out);
-    else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, cap, sinks, once, equal, p, out);
+/* add_values for a block of which some columns do not see all keys: what these hold, if it is not finite, must not reach them. */
+static void add_seen_values(const Reading *r, int v, int s, int count, int columns) {
+    Attention *a = r->a;
+    const U exponent = set_u(0x7f800000);
+    U most = set_u(0);
+    for (int i = 0; i < (count + 1) / 2 * r->d; i += 16) {
+        const U pair = load_u(a->values + i);
+        most = max_u(most, max_u(and_u(pair, exponent), and_u(shift_u(pair, 16), exponent)));
+    }
+    float *out = a->out + 16 * v * r->d;
+    if (largest_u(most) != 0x7f800000) {
+        add_values(columns, a->weights[v][0], a->values, (count + 1) / 2, r->d, out);
+        return;
+    }
+    uint32_t pair[256] __attribute__((aligned(64)));
+    for (int c = 0; c < columns; c++)
+        for (int k = 0; k < count; k += 2) {
+            const uint32_t first = bits16(seen(r, v, s + k)) >> c & 1, second = k + 1 < count && bits16(seen(r, v, s + k + 1)) >> c & 1;
+            const U mask = set_u(0xffff0000 * first | 0xffff * second);
+            for (int i = 0; i < r->d; i += 16) store_u(pair + i, and_u(load_u(a->values + k / 2 * r->d + i), mask));
+            add_values(1, a->weights[v][k / 2] + c, pair, 1, r->d, out + c * r->d);
+        }
+}
+
+/* Round the queries to 8 bits. */
+static void round_queries(Attention *a, int d, int columns) {
+    Rounded rounded[16 * 256 / TOGETHER];
+    for (int v = 0; 16 * v < columns; v++) {
+        round_inputs(a->queries + v * 8 * d, d, 16, rounded);
+        for (int i = 0; i < 16 * d / TOGETHER; i++) {
+            const int b = i / 16, column = 16 * v + i % 16, at = column / WIDE * (d / TOGETHER) + b;
+            a->scales[at * WIDE + column % WIDE] = rounded[i].scale;
+            for (int k = 0; k < TOGETHER; k++)
+                a->codes[((at * 8 + k / 4) * WIDE + column % WIDE) * 4 + k % 4] = (uint8_t)rounded[i].x[k] ^ 0x80;
+        }
+    }
+}
+
+/* Let the columns, whose queries and visible slots are in r->a, read the keys; r->a->out [column][d] is the result.
+ * sinks: scores of nothing, of each column, or NULL. once: no other columns read these keys: they are prefetched. equal: to the
+ * last bit, in every instruction set. Memory of 16 whole keys is read. */
+static void attend(const Reading *r, const float *sinks, int once, int equal) {
+    Attention *a = r->a;
+    const int vectors = (r->columns + 15) / 16, d = r->d;
+    float firsts[VECTORS], ends[VECTORS]; /* [from the last first slot, to the first end) all columns see all */
+    memset(a->out, 0, 4 * (size_t)r->columns * d);
+    if (r->kind == CACHE8) round_queries(a, d, r->columns);
+    for (int v = 0; v < vectors; v++) {
+        float *base = a->base[v], *sum = a->sum[v];
+        firsts[v] = 0, ends[v] = 1e30f;
+        for (int c = 0; c < 16; c++) {
+            base[c] = -1e30f, sum[c] = 0;
+            if (16 * v + c >= r->columns) base[c] = 1e30f, a->first[v][c] = 1e30f, a->end[v][c] = 0;
+            else firsts[v] = a->first[v][c] > firsts[v] ? a->first[v][c] : firsts[v], ends[v] = a->end[v][c] < ends[v] ? a->end[v][c] : ends[v];
+            if (sinks && 16 * v + c < r->columns) base[c] = 1.44269504f * sinks[16 * v + c];
+        }
+        if (!sinks) continue;
+        const F x = load16(base), n = round16(x);
+        store16(sum, power16(x, n, n)), store16(base, n);
+    }
+    for (int s = r->first / KEYS * KEYS; s < r->end; s += KEYS) {
+        const int count = r->end - s < KEYS ? r->end - s : KEYS;
+        score_block(r, s, count, once, equal);
+        pair_values(r, s, count);
+        for (int v = 0; v < vectors; v++) {
+            const int all = (float)s >= firsts[v] && (float)(s + KEYS) <= ends[v], columns = r->columns - 16 * v < 16 ? r->columns - 16 * v : 16;
+            while (all ? weigh(r, v, s, count, 1) : weigh(r, v, s, count, 0)) raise_bases(r, v, s, count, all);
+            if (all) add_values(columns, a->weights[v][0], a->values, (count + 1) / 2, d, a->out + 16 * v * d);
+            else add_seen_values(r, v, s, count, columns);
+        }
+    }
+    for (int c = 0; c < r->columns; c++) {
+        const F share_ = div16(set16(1.0f), max16(set16(a->sum[c / 16][c % 16]), set16(1e-30f)));
+        for (int i = 0; i < d; i += 16) store16(a->out + c * d + i, mul16(load16(a->out + c * d + i), share_));
+    }
 }

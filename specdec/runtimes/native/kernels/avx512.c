@@ -71,3 +71,24 @@ static void row_product(const Operand *a, int tokens, float *sums) {
                            sums + 256 * (r / 16) + 64 * quad + r % 16);
         }
 }
+
+/* Whether AVX-512's products of pairs are those that the other instruction sets compute in two steps. */
+EXPORT int KERNEL(pairs_agree)(void) {
+    uint32_t a[16] __attribute__((aligned(64))), b[16] __attribute__((aligned(64))), state = 1;
+    float sum[16] __attribute__((aligned(64))), got[16] __attribute__((aligned(64)));
+    for (int turn = 0; turn < 1000; turn++) {
+        for (int i = 0; i < 16; i++) { /* numbers of 2 to -8 to 2 to 7 */
+            uint32_t bits[3];
+            for (int j = 0; j < 3; j++) state = state * 1664525 + 1013904223, bits[j] = state >> 4;
+            a[i] = (bits[0] & 0x87ff87ff) + 0x3c003c00, b[i] = (bits[1] & 0x87ff87ff) + 0x3c003c00;
+            sum[i] = to_float((bits[2] & 0x87ffffff) + 0x3c000000);
+        }
+        store_w(got, add_pairs(load_codes(a), load_codes(b), load_w(sum)));
+        for (int i = 0; i < 16; i++) {
+            const float first = __builtin_fmaf(to_float(a[i] << 16), to_float(b[i] << 16),
+                __builtin_fmaf(to_float(a[i] & 0xffff0000), to_float(b[i] & 0xffff0000), sum[i]));
+            if (first != got[i]) return 0;
+        }
+    }
+    return 1;
+}

@@ -179,7 +179,7 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
     const Model *m = g->stage[0].model;
     int aimed = 0, widest = 3 * m->hidden, threads = calls->threads, team = 1; /* there may be fewer than we ask for */
     int64_t block = (int64_t)m->hidden * 16, final = g->stages * block;
-    int failed = begin_pass(&p, m, calls, most_slots(calls), widest);
+    int failed = begin_pass(&p, m, calls, widest);
     for (; !failed && aimed < g->stages; aimed++) {
         passes[aimed] = p;
         if (!g->stage[aimed].call) continue;

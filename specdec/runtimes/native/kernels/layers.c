@@ -1,7 +1,7 @@
 /* A pass of a team of threads through decoder layers. */
 
 typedef struct {
-    int32_t sequence, kv, block; /* up to 16 queries (columns) of a sequence, a token and a head each, for one key head */
+    int32_t sequence, kv, block; /* queries (columns) of a sequence, a token and a head each, for one key head */
 } Item;
 
 typedef struct {
@@ -27,7 +27,7 @@ typedef struct {                   /* how uncommitted tokens of a sequence follo
 typedef struct {
     const Model *m;
     const Call *c;
-    int rows, blocks, group, count;          /* count: number of items */
+    int rows, blocks, group, count, threads; /* count: number of items */
     int32_t *sequence_of, *first;                /* sequence of each token; first token of each sequence */
     Item *items;                             /* work items of attention */
     size_t scored, input, own;               /* scratch of a thread: offsets of its parts, and its size */
@@ -39,7 +39,6 @@ typedef struct {
     float *factors;                          /* [queries, keys][block][16]: 1 / RMS across heads */
     uint32_t *attended, *inner;              /* vnni_bf16 */
     bf16 *queries;                           /* [rows, heads, head_dim] */
-    uint16_t **visible;                      /* by window kind and sequence: [column block][slots], or NULL */
     uint32_t *normed;                        /* if there are several blocks: all of them, in vnni_bf16, and (inputs) as maps read them */
     uint8_t *inputs;
     uint8_t *scratch;                        /* by thread: a normed block, scores of attention, and a block as a map reads it */
@@ -50,8 +49,13 @@ typedef struct {
 enum { SLICE = 512 };          /* maximum tokens of a prompt in one pass */
 enum { MOST_EXPECTED = 1024 }; /* up to so many cached slots are prefetched during the projections */
 
-/* The columns of a sequence, in blocks of equal width, at most 16. */
-static int column_blocks_of(const Pass *p, const Sequence *sequence) { return (sequence->tokens * p->group + 15) / 16; }
+/* The columns of a sequence, in blocks of equal width: few enough for a key head's cached keys to be read once, and enough for
+ * all threads. */
+static int column_blocks_of(const Pass *p, const Sequence *sequence) {
+    const int columns = sequence->tokens * p->group, share = (columns * p->m->kv_heads / p->threads + 15) / 16 * 16;
+    const int most = share < 16 ? 16 : share < MOST_COLUMNS ? share : MOST_COLUMNS;
+    return (columns + most - 1) / most;
+}
 
 static int block_width(const Pass *p, const Sequence *sequence) {
     int blocks = column_blocks_of(p, sequence);
@@ -238,41 +242,56 @@ static void store_heads(Pass *p, int index, int me, int n) {
     wait_for_team(&p->barrier, n);
 }
 
-/* attended = attention of the queries over the cached keys and values, times its gate if there is one. scores: scratch of the thread. */
-static void attend_all(Pass *p, int index, float *scores, int me, int n) {
+/* Let r->a have the queries of the columns from number `first` of a sequence on, and the slots that they see. */
+static void set_columns(const Pass *p, const Sequence *sequence, int kind, int begin, int kv, int first, Reading *r) {
+    const Model *m = p->m;
+    Attention *a = r->a;
+    const int d = m->head_dim, slots = sequence->start + sequence->tokens, behind = slots - sequence->committed, span = p->c->spans[kind];
+    r->first = slots, r->end = sequence->trees ? slots : 0, r->committed = sequence->trees ? sequence->committed : slots;
+    memset(a->queries, 0, (size_t)(r->columns + 15) / 16 * 32 * d);
+    if (sequence->trees) memset(a->tree, 0, sizeof *a->tree * (size_t)behind);
+    for (int col = 0; col < r->columns; col++) {
+        const int token = (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
+        const uint32_t *pairs = (const uint32_t *)(p->queries + ((int64_t)(begin + token) * m->heads + head) * d);
+        uint32_t *to = a->queries + col / 16 * 8 * d + col % 16;
+        for (int i = 0; i < d / 2; i++) to[16 * i] = pairs[i];
+        const int64_t last = sequence->trees ? p->c->positions[begin + token] + 1 : sequence->start + token + 1;
+        const int64_t from = span && span < last ? last - span : 0, end = sequence->trees ? sequence->committed : last;
+        a->first[col / 16][col % 16] = (float)from, a->end[col / 16][col % 16] = (float)end;
+        if (from < r->first) r->first = (int)from;
+        if (end > r->end) r->end = (int)end;
+        for (int s = 0; sequence->trees && s < behind; s++)
+            if (sequence->trees[kind][(int64_t)token * behind + s]) a->tree[s][col / 16] |= (uint16_t)(1 << col % 16);
+    }
+}
+
+/* attended = attention of the queries over the cached keys and values, times its gate if there is one. a: scratch of the thread. */
+static void attend_all(Pass *p, int index, Attention *a, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
-    int d = m->head_dim, together;
-    const int64_t cached_row = cache_row(c->cache, d);
-    uint32_t q[16 * 128] __attribute__((aligned(64)));
-    float out[16 * 256] __attribute__((aligned(64))), sinks[16];
     const float *own = m->layers[index].sinks;
+    const int d = m->head_dim;
+    int together;
+    float sinks[MOST_COLUMNS];
     for (int turn = 0; turn < turns_of(p->count, n); turn++) {
         Item item = p->items[item_of(turn, p->count, me, n, &together)];
         const Sequence *sequence = c->sequences + item.sequence;
-        int block = item.block, kv = item.kv, slots = sequence->start + sequence->tokens, begin = p->first[item.sequence];
-        int bit = 0, width = block_width(p, sequence), left = sequence->tokens * p->group - width * block, end = left < width ? left : width;
+        int kv = item.kv, begin = p->first[item.sequence], bit = 0, width = block_width(p, sequence);
+        int left = sequence->tokens * p->group - width * item.block, end = left < width ? left : width;
         if (together) split(end, me, n, &bit, &end); /* by columns */
-        int first = width * block + bit, columns = end - bit;
-        if (!columns) continue;
-        memset(q, 0, 32 * d);
-        for (int col = 0; col < columns; col++) {
-            int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
-            const uint32_t *pairs = (const uint32_t *)(p->queries + ((int64_t)row * m->heads + head) * d);
-            for (int i = 0; i < d / 2; i++) q[16 * i + col] = pairs[i];
-            if (own) sinks[col] = own[head];
-        }
-        int64_t cached = ((int64_t)m->layers[index].place * m->kv_heads + kv) * sequence->capacity * cached_row;
-        const uint16_t *visible = p->visible[c->window[index] * c->count + item.sequence];
-        if (visible) visible += (int64_t)block * slots;
-        attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, m->cap,
-            own ? sinks : NULL, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
-        for (int col = 0; col < columns; col++) {
+        const int first = width * item.block + bit;
+        const int64_t cached = ((int64_t)m->layers[index].place * m->kv_heads + kv) * sequence->capacity * cache_row(c->cache, d);
+        Reading r = {a, sequence->keys + cached, sequence->values + cached, c->cache, d, end - bit, 0, 0, 0, m->scale, m->cap};
+        if (r.columns <= 0) continue;
+        set_columns(p, sequence, c->window[index], begin, kv, first, &r);
+        for (int col = 0; own && col < r.columns; col++) sinks[col] = own[kv * p->group + (first + col) % p->group];
+        attend(&r, own ? sinks : NULL, column_blocks_of(p, sequence) == 1, m->rounded);
+        for (int col = 0; col < r.columns; col++) {
             int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
             const float *gate = p->qkv + (((int64_t)(row / 16) * 2 * (m->heads + m->kv_heads) + 2 * head + 1) * d) * 16 + row % 16;
             for (int i = 0; i < d; i += 16) {
-                F v = load16(out + col * d + i);
+                F v = load16(a->out + col * d + i);
                 if (m->gated) v = mul16(rounded(v), rounded(sigmoid16(column16(gate + 16 * i))));
                 put_lane(lane + 8 * i, v);
             }
@@ -337,8 +356,8 @@ static void add_product(Pass *p, const Linear *map, const float *weight, const u
 #include "mixture.c"
 #include "delta_rule.c"
 
-/* One decoder layer; threads wait for each other after each part. scores: scratch of the thread. */
-static void run_layer(Pass *p, int index, float *scores, int me, int n) {
+/* One decoder layer; threads wait for each other after each part. a: scratch of the thread. */
+static void run_layer(Pass *p, int index, Attention *a, int me, int n) {
     const Layer *layer = p->m->layers + index;
     int width = layer->qkv.out + layer->rates.out; /* rates: 0 with attention */
     project_heads(p, index, &layer->qkv, 0, width, me, n);
@@ -347,7 +366,7 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
         recur(p, index, me, n);
     } else {
         store_heads(p, index, me, n);
-        attend_all(p, index, scores, me, n);
+        attend_all(p, index, a, me, n);
     }
     add_product(p, &layer->out, layer->norm_attended, p->attended, me, n);
     if (layer->gates) {
@@ -356,26 +375,6 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     }
     gate_and_up(p, index, me, n);
     add_product(p, &layer->down, layer->norm_out, p->inner, me, n);
-}
-
-/* Which of 16 columns see each key of a sequence, by its trees or causally, within windows of `kind`. */
-static uint16_t *columns_that_see(const Pass *p, int number, int kind) {
-    const Sequence *sequence = p->c->sequences + number;
-    int slots = sequence->start + sequence->tokens, behind = slots - sequence->committed, span = p->c->spans[kind];
-    size_t bytes = 2 * (size_t)column_blocks_of(p, sequence) * slots;
-    uint16_t *out = allocate(bytes + 32);
-    if (!out) return NULL;
-    memset(out, 0, bytes);
-    const int width = block_width(p, sequence);
-    for (int col = 0; col < sequence->tokens * p->group; col++) {
-        int token = col / p->group, end = sequence->trees ? sequence->committed : sequence->start + token + 1;
-        int64_t last = sequence->trees ? p->c->positions[p->first[number] + token] + 1 : end, first = span && span < last ? last - span : 0;
-        uint16_t *to = out + (int64_t)(col / width) * slots, bit = (uint16_t)(1 << col % width);
-        for (int64_t s = first; s < end; s++) to[s] |= bit;
-        for (int s = 0; sequence->trees && s < behind; s++)
-            to[sequence->committed + s] |= sequence->trees[kind][(int64_t)token * behind + s] ? bit : 0;
-    }
-    return out;
 }
 
 /* Run layers [lo, hi) of the call in a team of threads. */
@@ -388,7 +387,7 @@ static void run_layers(Pass *p, int me, int n) {
             split(p->rows, me, n, &from, &to);
             from_blocks(p->x, from, to, p->m->hidden, c->taps[index]);
         }
-        run_layer(p, index, (float *)(mine + p->scored), me, n);
+        run_layer(p, index, (Attention *)(mine + p->scored), me, n);
     }
 }
 
@@ -405,19 +404,18 @@ static void lay_out(Pass *p, const Call *c) {
     for (; row < 16 * p->blocks; row++) p->sequence_of[row] = c->count - 1; /* lanes without a token */
 }
 
-/* The maximum number of slots of a sequence of the call, its new tokens included. */
-static int most_slots(const Call *c) {
+/* The maximum number of slots behind the committed ones of a sequence of the call. */
+static int most_behind(const Call *c) {
     int most = 0;
-    for (int l = 0; l < c->count; l++)
-        if (c->sequences[l].start + c->sequences[l].tokens > most) most = c->sequences[l].start + c->sequences[l].tokens;
+    for (const Sequence *each = c->sequences; each < c->sequences + c->count; each++)
+        if (each->trees && each->start + each->tokens - each->committed > most) most = each->start + each->tokens - each->committed;
     return most;
 }
 
-/* Allocate memory for passes of `m` over the tokens of `c` and at most `slots` cached ones, with maps of at most `widest` inputs
- * besides the layers' own. Returns 0, or -1 without memory. Call end_pass in any case. */
-static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest) {
+/* Allocate memory for passes of `m` over the tokens of `c`, with maps of at most `widest` inputs besides the layers' own. Returns 0, or -1 without memory. Call end_pass in any case. */
+static int begin_pass(Pass *p, const Model *m, const Call *c, int widest) {
     memset(p, 0, sizeof *p);
-    p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
+    p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads, p->threads = c->threads;
     for (int l = 0; l < c->count; l++) p->count += m->kv_heads * column_blocks_of(p, c->sequences + l);
     int total = (m->heads * (1 + m->gated) + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2, attended = m->heads * m->head_dim;
     if (m->recurrent) {
@@ -443,7 +441,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     p->scored = (32 * (size_t)widest + 63) / 64 * 64;
     if (widest < m->inner) widest = m->inner;
     if (widest < attended) widest = attended;
-    p->input = p->scored + 64 * ((size_t)slots + 16);
+    p->input = p->scored + (sizeof(Attention) + 2 * VECTORS * (size_t)most_behind(c) + 63) / 64 * 64;
     p->mixer = p->input + input_bytes(widest); /* no layout takes more */
     p->own = p->mixer + mixer_bytes(m, c);
     p->scratch = allocate(p->own * c->threads);
@@ -490,28 +488,18 @@ static void end_pass(Pass *p) {
 static int bind_cache(Pass *p, const Call *c) {
     p->c = c, p->branches = NULL;
     memset(&p->barrier, 0, sizeof p->barrier);
-    p->visible = calloc((size_t)c->windows * c->count, sizeof *p->visible);
-    for (int w = 0; p->visible && w < c->windows; w++)
-        for (int l = 0; l < c->count; l++) {
-            const Sequence *sequence = c->sequences + l;
-            int limited = c->spans[w] && c->spans[w] < sequence->start + sequence->tokens;
-            if ((sequence->trees || sequence->tokens > 1 || limited) && !(p->visible[w * c->count + l] = columns_that_see(p, l, w)))
-                return -1;
-        }
-    return !p->visible || find_branches(p) ? -1 : 0;
+    return find_branches(p) ? -1 : 0;
 }
 
 static void unbind_cache(Pass *p) {
     for (int l = 0; p->branches && l < p->c->count; l++) free(p->branches[l].parent);
     free(p->branches);
-    for (int i = 0; p->visible && i < p->c->windows * p->c->count; i++) free(p->visible[i]);
-    free(p->visible);
 }
 
 /* Run layers [lo, hi) of a call on all its tokens at once. */
 static int run_call(const Model *m, const Call *c) {
     Pass p;
-    int failed = begin_pass(&p, m, c, most_slots(c), 0) || bind_cache(&p, c);
+    int failed = begin_pass(&p, m, c, 0) || bind_cache(&p, c);
     if (!failed) {
         to_blocks(c->x, p.rows, m->hidden, p.x);
 #pragma omp parallel num_threads(c->threads)

@@ -1,9 +1,11 @@
 /* Numbers, one by one and in vectors, for every instruction set. */
 
-static inline float widen(bf16 v) {
-    union { uint32_t u; float f; } w = {(uint32_t)v << 16};
+static inline float to_float(uint32_t bits) {
+    union { uint32_t u; float f; } w = {bits};
     return w.f;
 }
+
+static inline float widen(bf16 v) { return to_float((uint32_t)v << 16); }
 
 static inline bf16 narrow(float v) { /* round to nearest even, as torch does */
     union { float f; uint32_t u; } w = {v};

@@ -201,10 +201,23 @@ static inline W powers_w(const void *p) { return _mm256_castsi256_ps(_mm256_slli
 static inline W bytes_w(const void *p) { return load_bytes8(p); }
 static inline W signed_bytes_w(const void *p) { return load_int8_8(p); }
 
-static inline Codes four_inputs(const int8_t *x) {
+static inline Codes same_dword(const void *p) {
     int32_t v;
-    memcpy(&v, x, 4);
+    memcpy(&v, p, 4);
     return _mm256_set1_epi32(v);
+}
+static inline Codes four_inputs(const int8_t *x) { return same_dword(x); }
+
+/* Pairs of bf16, as AVX-512's instruction multiplies them. */
+typedef struct { W first, second; } Pairs;
+enum { TILE_VECTORS = 2, TILE_KEYS = 4, TILE_COLUMNS = 4, TILE_PARTS = 2 };
+static inline Pairs pairs_of(Codes v) { return (Pairs){even_w(v), odd_w(v)}; }
+static inline W add_pairs(Pairs a, Pairs b, W sum) { return fma_w(a.first, b.first, fma_w(a.second, b.second, sum)); }
+static inline void join_rows(const bf16 *first, const bf16 *second, uint32_t *to) {
+    for (int i = 0; i < 32; i += 8) {
+        const __m256i above = _mm256_castps_si256(load_bf16_8(first + i)), below = _mm256_castps_si256(load_bf16_8(second + i));
+        _mm256_store_si256((__m256i *)(to + i), _mm256_or_si256(above, _mm256_srli_epi32(below, 16)));
+    }
 }
 
 #ifdef __AVXVNNI__

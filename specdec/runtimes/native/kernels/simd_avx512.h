@@ -153,6 +153,24 @@ static inline W powers_w(const void *p) { return _mm512_castsi512_ps(_mm512_slli
 static inline W bytes_w(const void *p) { return load_bytes(p); }
 static inline W signed_bytes_w(const void *p) { return load_int8(p); }
 
+/* Pairs of bf16: a lane's sum grows by the product of the second numbers, then by that of the first ones. */
+typedef Codes Pairs;
+enum { TILE_VECTORS = 3, TILE_KEYS = 8, TILE_COLUMNS = 6, TILE_PARTS = 4 }; /* of attention: so many sums stay in registers */
+static inline Pairs pairs_of(Codes v) { return v; }
+static inline W add_pairs(Pairs a, Pairs b, W sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+static inline Codes same_dword(const void *p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+}
+/* 32 numbers of two rows to pairs, the first row's above. */
+static inline void join_rows(const bf16 *first, const bf16 *second, uint32_t *to) {
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second), lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+        11, 12, 13, 14, 15), at = _mm512_add_epi32(_mm512_slli_epi32(lane, 16), _mm512_add_epi32(lane, _mm512_set1_epi32(32)));
+    _mm512_store_si512(to, _mm512_permutex2var_epi16(a, at, b));
+    _mm512_store_si512(to + 16, _mm512_permutex2var_epi16(a, _mm512_add_epi32(at, _mm512_set1_epi32(0x100010)), b));
+}
+
 /* sum + the products of codes and four inputs, which the instruction itself repeats: compilers load them into a register. */
 static inline __attribute__((always_inline)) Codes add_four(Codes sum, Codes codes, const int8_t *x) {
     typedef int32_t __attribute__((may_alias)) Four;
