@@ -3,8 +3,7 @@
 The engine does the same with caches, batches and kernels. Its tests compare it with this module, which shares no code
 with it. Here each step computes the whole text again, for one text at a time. docs/how-it-works.md walks through it.
 
-The models are those whose layers all attend to every earlier token. M2R2 also takes a model apart; it knows the names
-of Llama's parts, which Qwen2, Qwen3 and Mistral share.
+All layers of a model attend to every earlier token. M2R2 knows the names of Llama's parts, which Qwen2 and Qwen3 share.
 
 Shapes: T tokens of text, M drafted tokens, S tokens of a pass, D hidden size, V vocabulary.
 N is the number of layers, E the exit layer. The *root* is the last token of the text; a draft begins after it.
@@ -15,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,33 +50,20 @@ class Tree:
 
 
 class Step(NamedTuple):
-    """A step of decoding.
+    """A step of decoding."""
 
-    tree: what was drafted.
-    path: the committed nodes, the root first.
-    tokens: the new tokens: those of the path, then the bonus token.
-    """
-
-    tree: Tree
-    path: list[int]
-    tokens: list[int]
+    tree: Tree  # what was drafted
+    path: list[int]  # the accepted nodes, the root first
+    tokens: list[int]  # the new tokens: those of the path and the bonus token, up to where the text ends
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits.
+    """How a token is chosen from logits."""
 
-    seed: of the noise; None: greedy.
-    stream: tells texts with one seed apart.
-    processors: change the logits first, in this order (penalties, temperature, top-k, ...).
-    """
-
-    seed: int | None = None
-    stream: int = 0
-    processors: Sequence[Processor] = ()
-
-
-# -- the loop ---------------------------------------------------------------------------------------------------------
+    seed: int | None = None  # of the noise; None: greedy
+    stream: int = 0  # differs between texts with one seed
+    processors: Sequence[Processor] = ()  # change the logits first, in this order (penalties, temperature, top-k, ...)
 
 
 @torch.no_grad()
@@ -91,7 +78,7 @@ def decode(
 ) -> list[Step]:
     """Decode at most ``count`` tokens after ``prompt``, and return the steps.
 
-    draft: takes the text and the largest depth of a tree; returns the tree. By default nothing is drafted.
+    draft: takes the text and the largest depth; returns a tree. By default nothing is drafted.
     depth: largest depth. The number of tokens that may still come bounds it, too.
     ends: tokens that end the text.
     """
@@ -105,7 +92,7 @@ def decode(
         tokens = [*tree.text(path), chosen[path[-1]]]
         tokens = tokens[: next((place for place, token in enumerate(tokens, start=1) if token in ends), None)]
         text += tokens  # commit
-        steps.append(Step(tree, path[: len(tokens)], tokens))
+        steps.append(Step(tree, path, tokens))
     return steps
 
 
@@ -119,8 +106,8 @@ def score(model: Any, text: Sequence[int], tree: Tree) -> Tensor:
         path = tree.path(node)
         sees[before + node, [before + each for each in path]] = True  # a token sees the text and its own branch
         positions[before + node] = before + len(path) - 1  # it stands where it would stand in the text
-    ids = torch.tensor([[*text, *tree.tokens]])  # (1, S)
-    logits: Tensor = model(ids, attention_mask=mask(sees, model.dtype), position_ids=positions[None]).logits
+    given = {"attention_mask": mask(sees, model.dtype), "position_ids": positions[None]}
+    logits: Tensor = model(torch.tensor([[*text, *tree.tokens]]), **given).logits  # (1, S, V)
     return logits[0, before:]
 
 
@@ -152,21 +139,14 @@ def gumbel(seed: int, stream: int, position: int, size: int) -> Tensor:
 
 
 def verify(tree: Tree, chosen: Sequence[int]) -> list[int]:
-    """The path from the root along drafted tokens that the model chooses itself.
-
-    chosen: the model's choice after each node, [1 + M].
-    """
+    """The path from the root along drafted tokens that the model chooses itself. chosen: its choice after each node."""
     path = [0]
     while (node := tree.child(path[-1], chosen[path[-1]])) is not None:
         path.append(node)
     return path
 
 
-# -- from draft logits to a tree --------------------------------------------------------------------------------------
-
-DraftLogits = Callable[
-    [list[int], list[int]], Tensor
-]  # a text, drafted tokens after it -> logits [V] of the next token
+DraftLogits = Callable[[list[int], list[int]], Tensor]  # text, drafted tokens after it -> logits [V] of the next token
 
 
 def draft_chain(logits: DraftLogits, text: list[int], depth: int, sampling: Sampling = Sampling()) -> Tree:
@@ -188,14 +168,10 @@ def draft_tree(logits: DraftLogits, text: list[int], depth: int, width: int, nod
         for log, path in level:
             logs, tokens = logits(text, path).log_softmax(-1).topk(width)
             children += [(log + own, [*path, token]) for own, token in zip(logs.tolist(), tokens.tolist(), strict=True)]
-        level = sorted(children, key=lambda child: -child[0])[:width]
-        found += children
+        level, found = sorted(children, key=lambda child: -child[0])[:width], found + children
     likeliest = sorted(range(len(found)), key=lambda index: -found[index][0])[:nodes]
     paths = [found[index][1] for index in sorted(likeliest)]  # parents before children
     return Tree([path[-1] for path in paths], [0 if len(path) == 1 else 1 + paths.index(path[:-1]) for path in paths])
-
-
-# -- M2R2 -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -240,21 +216,20 @@ class M2R2:
 
         # (6) draft logits = head(norm(p[N]))
         logits: Tensor = self.model.lm_head(parts.norm(before[last]))[0, 0]
-        if (trained := self.tensors.get("draft_vocab")) is None:
-            return logits
+        trained = self.tensors.get("draft_vocab", torch.arange(len(logits)))
         known = torch.cat((trained, torch.tensor(text))).long()  # rare words recur in the texts that use them
         return torch.full_like(logits, float("-inf")).index_copy(0, known, logits[known])
 
     def project(self, number: int, *states: Tensor) -> Tensor:
         """Projection ``number`` of states [1, 1, D], each of which is divided by its root mean square."""
-        units = torch.cat([F.rms_norm(state, state.shape[-1:], eps=1e-6) for state in states], -1)
+        units = torch.cat([F.rms_norm(state, state.shape[-1:], eps=1e-6) for state in states], -1)  # (1, 1, 2 or 3 D)
         weight, bias = (self.tensors[f"projections.{number}.{name}"].to(units.dtype) for name in ("weight", "bias"))
         return F.linear(units, weight, bias)
 
     def run(self, x: Tensor, sees: Tensor, positions: Tensor, lo: int, hi: int, adapted: int = 0) -> list[Tensor]:
-        """Run layers [lo, hi) from ``x`` [1, S, D], and return the residual before each and after the last.
+        """The residuals before each of the layers [lo, hi) and after the last, from ``x`` [1, S, D].
 
-        adapted: number of last tokens for which linear layers with an adapter give y + up(down(x)) in place of y.
+        Adapters act on the last ``adapted`` tokens.
         """
         residuals, parts = [x], self.model.model
         rotary = parts.rotary_emb(x, positions[None])
@@ -263,14 +238,13 @@ class M2R2:
                 for name in names:
                     key = f"adapters.{layer}/{name.replace('.', '/')}"
                     down, up = (self.tensors[f"{key}/{part}"].to(x.dtype) for part in ("down", "up"))
-
-                    def adapt(
-                        _: nn.Module, given: tuple[Tensor], y: Tensor, down: Tensor = down, up: Tensor = up
-                    ) -> None:
-                        y[:, -adapted:] += given[0][:, -adapted:] @ down.T @ up.T
-
                     module = parts.layers[int(layer)].get_submodule(name)
-                    hooks.enter_context(module.register_forward_hook(adapt))
+                    hooks.enter_context(module.register_forward_hook(partial(add_adapter, adapted, down, up)))
             for layer in parts.layers[lo:hi]:
                 residuals.append(layer(residuals[-1], attention_mask=mask(sees, x.dtype), position_embeddings=rotary))
         return residuals
+
+
+def add_adapter(count: int, down: Tensor, up: Tensor, module: nn.Module, given: tuple[Tensor], y: Tensor) -> None:
+    """Add up(down(x)) to the output y of ``module`` for the last ``count`` tokens. given: its input x."""
+    y[:, -count:] += given[0][:, -count:] @ down.T @ up.T
