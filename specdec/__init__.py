@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,38 +61,6 @@ _MODULES = {
     "engine.request": ("Event", "Handle", "Request", "TokenLogprob"),
     "base.options": ("SamplingParams",),
 }
-
-
-def _other_parts() -> str | None:
-    """What is wrong if drafters, verifiers or configurations are those of another copy of specdec; None if nothing is.
-
-    A checkout that is the current folder, or on PYTHONPATH, comes before an installed copy, but lacks these packages
-    under this name: they would be that copy's.
-    """
-    own = os.path.dirname(os.path.realpath(__file__))
-    beside = own, os.path.dirname(own)  # an installed copy has them in its folder, a checkout beside it
-    for name in ("drafters", "verifiers", "configs"):
-        spec = find_spec(f"specdec.{name}")
-        if spec is None or spec.origin is None:
-            found = "are missing"
-        else:
-            folder = os.path.dirname(os.path.realpath(spec.origin))
-            if folder in [os.path.join(each, name) for each in beside]:
-                continue
-            found = f"are those of another copy, in '{folder}'"
-        built = os.path.exists(os.path.join(own, "runtimes", "native", "_native.so"))
-        kernels = "" if built else ", and has no kernels"
-        return (
-            f"specdec is '{own}'{kernels}, but its {name} {found}: run 'pip install -e .' in the checkout that you "
-            "mean, or leave its folder and take it off PYTHONPATH"
-        )
-    return None
-
-
-if _problem := _other_parts():
-    from specdec.base.errors import SpecDecWarning
-
-    warnings.warn_explicit(_problem, SpecDecWarning, "specdec", 0)  # one line, without one of the source
 
 
 def __getattr__(name: str) -> Any:

@@ -71,6 +71,7 @@ class DeedMethod(TrainingMethod[ExitHeads]):
             for layer, sums in zip(self.exits, regressions, strict=True):
                 sums.add(rms_unit(batch.hidden[layer][batch.valid]), batch.hidden[last][batch.valid])
         for sums, linear in zip(regressions, network.map, strict=True):
+            assert isinstance(linear, nn.Linear)
             sums.fit(linear)
 
     def loss(self, network: ExitHeads, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:

@@ -14,7 +14,7 @@ from pages import ROOT
 
 PLACES = {"specdec": "specdec", "drafters": "specdec.drafters", "verifiers": "specdec.verifiers"}
 FLOORS = [
-    {"base"},
+    {"base", "reference"},
     {"models", "kvcache"},
     {"runtimes"},
     {"speculation"},
@@ -86,6 +86,12 @@ def test_imports_never_run_in_a_circle(arrows: dict[str, set[str]]) -> None:
 
     for name in arrows:
         visit(name)
+
+
+def test_the_reference_shares_no_code_with_the_engine(arrows: dict[str, set[str]]) -> None:
+    """Else a fault could be in both."""
+    assert not arrows["specdec.reference"]
+    assert not [name for name, below in arrows.items() if "specdec.reference" in below]
 
 
 def test_an_arrow_that_points_up_is_seen(tmp_path: Path) -> None:
