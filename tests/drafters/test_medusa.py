@@ -100,8 +100,8 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     state.prices = Prices([0.14 * n for n in range(25)], tables=[[[0.1] * len(KNOTS)]])
     assert drafter.propose(state, 2).parents == ()  # the heads are known to be too sure
     sure = torch.cat((sure, torch.full((1, 2, V), 1 / V)))  # a second row, of which nothing is known
-    state.ids, state.prices = [[5, 6]] * 2, Prices([0.14 * n for n in range(25)])
-    state.sampler = Sampler(SamplingParams(), streams=(0, 1))
+    sampler = Sampler(SamplingParams(), streams=(0, 1))
+    state = State(target, target.new_cache(2), sampler, [[5, 6]] * 2, Prices([0.14 * n for n in range(25)]))
     draft = drafter.propose(state, 2)
     assert draft.lists() == [[7, 3, 8, 4], [-1] * 4]
 

@@ -55,7 +55,7 @@ def test_no_other_draft_of_all_rows_candidates_is_worth_more_than_the_one_that_i
     nodes = [0.0]
     for _ in range(16):  # a price may rise by steps
         nodes.append(nodes[-1] + rng.choice([0.0, 0.1, 0.3]))
-    state: Any = SimpleNamespace(prices=Prices(nodes), cache=SimpleNamespace(device="cpu"))
+    state: Any = SimpleNamespace(prices=Prices(nodes), cache=SimpleNamespace(device="cpu"), depths=[12] * len(rows))
     draft = draft_best(rows, 12, None, state, levels=1)
 
     def worth(taken: tuple[tuple[int, ...], ...]) -> float:
@@ -110,3 +110,14 @@ def test_a_level_pays_less_where_no_other_node_is_scored() -> None:
     """A pass over two tokens may cost much more than one over a single token, and one over three hardly more."""
     prices = Prices([0.0, *(0.7 + 0.01 * n for n in range(32))], 0.45, rates=[[0.6] * 8])
     assert not prices.levels() and prices.levels([chain_of(0.2)])
+
+
+def test_levels_serve_the_rows_that_may_draft_as_deep() -> None:
+    """A row without levels neither adds tokens nor pays, and one with fewer adds none beyond them."""
+    nodes, rates = [0.01 * n for n in range(60)], [0.9] * 6
+    alone = Prices(nodes, 0.3, rates=[rates])
+    for others in ([], [[]], [[], []]):
+        prices = Prices(nodes, 0.3, rates=[*others, rates, *others])
+        assert prices.best_levels() == alone.best_levels() and prices.limits(6, 1) == alone.limits(6, 1)
+    short = Prices(nodes, 0.8, rates=[rates, rates[:2]])
+    assert short.levels() == 2 < Prices(nodes, 0.8, rates=[rates, rates]).levels()
