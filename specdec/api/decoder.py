@@ -75,15 +75,14 @@ class SpecDecoder:
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
     (layers quantised; bfloat16 on a CPU). The quantised model, also ``model`` itself, is then the base: output is that
     of its plain decoding.
-    kv_cache: "auto" (the model's dtype) or "int8" (8-bit keys and values, half the memory; native runtime). "int8" is
-    lossy: the base is then plain decoding with that cache.
-    verifier: an object, or a name with ``verifier_options``: "exact", or a lossy one, such as
-    "confident".
+    kv_cache: "auto" (the model's dtype) or "int8" (8-bit keys and values, half the memory; native runtime), which is
+    lossy. The base is then plain decoding with that cache.
+    verifier: an object, or a name with ``verifier_options``: "exact", or a lossy one, such as "confident".
     expert_cache: the share (0.25) or the bytes (int) of a mixture's experts that stays in memory; the others are read
     from the disk on demand (bfloat16 on a CPU). None: all, or those for which there is room.
     expert_prefetch: read experts ahead, by forecasts that teach themselves.
-    learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated;
-    None: yes.
+    learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were read and
+    generated. None is yes.
     packed: keep packed weights in the cache folder, where later loads find them; native runtime.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
@@ -403,6 +402,7 @@ class SpecDecoder:
         """Generate from several prompts at once.
 
         n: number of answers to each prompt, which follow one another in the result.
+
         A SpecDecError during decoding has the outputs until then as ``outputs``.
         """
         with self.open(prompts, n=n or 1, **given) as generation:
@@ -429,7 +429,10 @@ class SpecDecoder:
         num_speculative_tokens: int | None = None,
         **given: Unpack[RequestOptions],
     ) -> GenerationOutput:
-        """``generate`` for an event loop. Calls that overlap are decoded together; see ``Request`` for the depth."""
+        """``generate`` for an event loop. Calls that overlap are decoded together; see ``Request`` for the depth.
+
+        Raises SpecDecError as ``generate`` does.
+        """
         async with self._submit(prompt, num_speculative_tokens, given) as running:
             async for _ in running:
                 pass
@@ -442,7 +445,10 @@ class SpecDecoder:
         num_speculative_tokens: int | None = None,
         **given: Unpack[RequestOptions],
     ) -> AsyncIterator[str]:
-        """``stream`` for an event loop: ``async for piece in decoder.astream(prompt)``."""
+        """``stream`` for an event loop: ``async for piece in decoder.astream(prompt)``.
+
+        Raises SpecDecError as ``generate`` does.
+        """
         async with self._submit(prompt, num_speculative_tokens, given) as running:
             async for piece in running:
                 yield piece

@@ -34,7 +34,7 @@ Options = Mapping[str, Any] | None
 
 
 class DecoderOptions(TypedDict, total=False):
-    """The options of ``SpecDecoder`` beside the model and the drafter."""
+    """The options of ``SpecDecoder`` beside the model and the drafter, as it describes them."""
 
     drafter_options: Options
     runtime: str
