@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError, errors_as
+from specdec.base.settings import short_repr
 from specdec.models import identity
 from specdec.models.drafter_folder import read_json
 from specdec.models.gguf.blocks import BlockLinear, Blocks, dequantize, matrix
@@ -37,7 +38,11 @@ BESIDE = {
     *("rank_pattern", "r", "lora_alpha", "alpha_pattern", "use_rslora", "eva_config", "loftq_config", "megatron_core"),
     *("runtime_config", "qalora_group_size", "init_lora_weights"),
 }
+MERGE = "merge it into its model with PEFT's merge_and_unload, and load that"
+NAME = re.compile(r"[\w.]+")  # the end of a map's name
+LARGEST = 1e30  # alpha
 STARTS = True, False, "gaussian", "eva", "orthogonal"  # other values of init_lora_weights change the base model, too
+_STORED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")  # a weight of the base model
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -149,8 +154,10 @@ def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, chan
         raise SpecDecError(f"{what}: it changes '{path}', and only changes of linear maps are supported")
     if path == "lm_head" and model.config.get_text_config().tie_word_embeddings:
         raise SpecDecError(f"{what}: it changes the output head, which shares its weights with the embedding")
+    if (inner := change.down.shape[0]) != change.up.shape[1]:
+        raise _broken(adapter.name, f"'{path}' has the ranks {inner} and {change.up.shape[1]}")
     shape = change.up.shape[0], change.down.shape[1]
-    if shape != (module.out_features, module.in_features) or change.up.shape[1] != change.down.shape[0]:
+    if shape != (module.out_features, module.in_features):
         size = f"{module.out_features} x {module.in_features}"
         raise SpecDecError(f"{what}: '{path}' is {size} in the model and {shape[0]} x {shape[1]} in it{made_for}")
 
@@ -190,23 +197,27 @@ def read(name: str, path: Path, model: Any, file: GGUFFile | None) -> Adapter:
 def _read_folder(name: str, folder: Path) -> tuple[dict[str, LowRank], str]:
     config = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config, dict):
-        raise SpecDecError(f"adapter '{name}' is broken: {ADAPTER_CONFIG} is no mapping; get it again")
+        raise _broken(name, f"{ADAPTER_CONFIG} is no mapping")
     _refuse(name, config)
     parts: dict[str, dict[str, Tensor]] = {}
     with errors_as(f"cannot read adapter '{name}'", SafetensorError):
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     for key, tensor in tensors.items():
         found = _TENSOR.fullmatch(key)
+        if found is None and "lora_" not in key and (stored := _STORED.fullmatch(key)):
+            raise SpecDecError(
+                f"adapter '{name}' has a whole weight for '{stored[1]}' beside its changes, which is not supported; "
+                f"save it with PEFT's save_embedding_layers=False, or {MERGE}"
+            )
         if found is None or tensor.dim() != 2 or not tensor.is_floating_point():
             raise SpecDecError(
-                f"adapter '{name}' has the tensor '{key}', and only LoRA of linear maps is supported; merge it into "
-                "its model with PEFT's merge_and_unload, and load that"
+                f"adapter '{name}' has the tensor '{key}', and only LoRA of linear maps is supported; {MERGE}"
             )
         parts.setdefault(found[1], {})[found[2]] = tensor
     maps = dict[str, LowRank]()
     for path, pair in parts.items():
         if pair.keys() != {"A", "B"}:
-            raise SpecDecError(f"adapter '{name}' is broken: '{path}' has only one of its two matrices; get it again")
+            raise _broken(name, f"'{path}' has only one of its two matrices")
         maps[path] = LowRank(pair["A"], pair["B"], _scale(name, config, path, len(pair["A"])))
     return maps, str(config.get("base_model_name_or_path") or "")
 
@@ -223,19 +234,29 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
         wrong.append("init_lora_weights")
     if wrong:
         setting = f"{wrong[0]}={json.dumps(config[wrong[0]])[:60]}"
-        raise SpecDecError(
-            f"adapter '{name}' has {setting}, which is not supported; merge it into its model with PEFT's "
-            "merge_and_unload, and load that"
-        )
+        raise SpecDecError(f"adapter '{name}' has {setting}, which is not supported; {MERGE}")
 
 
 def _scale(name: str, config: Mapping[str, Any], path: str, rank: int) -> float:
     """The factor of a change: alpha / r, or alpha / sqrt(r)."""
-    alpha: Any = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT finds it
-            alpha = value
-            break
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or rank < 1:
-        raise SpecDecError(f"adapter '{name}' is broken: lora_alpha is {alpha!r}, and the rank is {rank}; get it again")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alphas, rooted = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
+    if not isinstance(alphas, dict):
+        raise _broken(name, f"alpha_pattern is {short_repr(alphas)}")
+    for end in alphas:  # PEFT takes it for a regular expression: one of a stranger may take for ever
+        if not NAME.fullmatch(end):
+            raise SpecDecError(f"adapter '{name}': alpha_pattern has '{end[:60]}', which is not supported; {MERGE}")
+    end = next((end for end in alphas if f".{path}".endswith(f".{end}")), None)
+    what, alpha = (
+        ("lora_alpha", config.get("lora_alpha", 8)) if end is None else (f"alpha_pattern of '{end}'", alphas[end])
+    )
+    if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
+        raise _broken(name, f"{what} is {short_repr(alpha)}")
+    if not isinstance(rooted, bool):
+        raise _broken(name, f"use_rslora is {short_repr(rooted)}")
+    if rank < 1:
+        raise _broken(name, f"'{path}' has the rank {rank}")
+    return float(alpha) / (math.sqrt(rank) if rooted else rank)
+
+
+def _broken(name: str, what: str) -> SpecDecError:
+    return SpecDecError(f"adapter '{name}' is broken: {what}; get it again")

@@ -15,14 +15,52 @@ from specdec.base.errors import SpecDecError
 from specdec.base.settings import UNKNOWN, explain
 
 ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors begin with it
-NAMES = {  # what other protocols call parameters of chats
-    ANTHROPIC: {"response_format": "output_config.format", "reasoning_effort": "output_config.effort"},
-    "/v1/responses": {
-        "messages": "input",
-        "max_tokens": "max_output_tokens",
-        "response_format": "text.format",
-        "reasoning_effort": "reasoning.effort",
+NAMES = {  # what other protocols call parameters of chats; "" if they have none
+    ANTHROPIC: {
+        "n": "",
+        "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+        "reasoning_effort": "output_config.effort",
+        "response_format": "output_config.format",
+        "stop": "stop_sequences",
     },
+    "/v1/completions": dict.fromkeys(
+        ("chat_template_kwargs", "messages", "reasoning_effort", "tool_choice", "tools"), ""
+    ),
+    "/v1/responses": {
+        "max_tokens": "max_output_tokens",
+        "messages": "input",
+        "n": "",
+        "reasoning_effort": "reasoning.effort",
+        "response_format": "text.format",
+        "stop": "",
+    },
+}
+INSTEAD = {  # parameters of chats that do what others, which are refused, ask for
+    "do_sample": "temperature",
+    "enable_thinking": "chat_template_kwargs",
+    "format": "response_format",
+    "function_call": "tool_choice",
+    "functions": "tools",
+    "grammar": "structured_outputs",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+    "instructions": "messages",
+    "json_schema": "response_format",
+    "max_completion_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "num_return_sequences": "n",
+    "output_config": "response_format",
+    "reasoning": "reasoning_effort",
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequences": "stop",
+    "system": "messages",
+    "text": "response_format",
+    "thinking": "reasoning_effort",
 }
 ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -68,20 +106,23 @@ class ApiError(HTTPException):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def response(self, scope: Scope) -> JSONResponse:
-        """The answer to the request of ``scope``, with the names of its protocol."""
-        error = self._as_sent(scope["path"])
-        body = error.body()
+        """The answer to the request of ``scope``."""
+        body = self.body()
         if scope["path"].startswith(ANTHROPIC):
-            body = error.anthropic_body() | {"request_id": scope.get("state", {}).get("request_id")}
+            body = self.anthropic_body() | {"request_id": scope.get("state", {}).get("request_id")}
         return JSONResponse(body, self.status, self.headers)
 
-    def _as_sent(self, path: str) -> ApiError:
-        """The error with the client's name for the parameter."""
-        names = next((names for start, names in NAMES.items() if path.startswith(start)), {})
+    def as_sent(self, path: str) -> ApiError:
+        """The error with the client's name for a parameter of chats."""
         param = self.param or ""
-        if (name := names.get(param.partition(".")[0])) is None:
+        if not (name := _names(path).get(param.partition(".")[0])):
             return self
         return ApiError(self.status, self.message.replace(f"'{param}'", f"'{name}'", 1), name, self.code)
+
+
+def _names(path: str) -> dict[str, str]:
+    """What the protocol of a path calls parameters of chats."""
+    return next((names for start, names in NAMES.items() if path.startswith(start)), {})
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -89,7 +130,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response(request.scope)
+        return error.as_sent(request.scope["path"]).response(request.scope)
 
     @app.exception_handler(SpecDecError)
     def specdec_error(request: Request, error: SpecDecError) -> JSONResponse:
@@ -97,7 +138,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid(error).response(request.scope)
+        return _invalid(error, request.scope["path"]).response(request.scope)
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -114,13 +155,16 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response(request.scope)
 
 
-def _invalid(error: RequestValidationError) -> ApiError:
+def _invalid(error: RequestValidationError, path: str) -> ApiError:
     """The answer to a body that is no JSON object, or has a parameter that is wrong."""
     if not isinstance(error.body, dict):
         return ApiError(400, NOT_JSON, code="invalid_json")
     found, place, said = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)
     param = ".".join(map(str, place))[:200] or None
     if found["type"] == UNKNOWN:
-        return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")
+        same = INSTEAD.get(param or "", param)
+        name = _names(path).get(same or "", same)
+        advice = f"use '{name}'" if name and name != param else "leave it out"
+        return ApiError(400, f"parameter '{param}' is not supported; {advice}", param, "unsupported_parameter")
     what = f"it {said}"[:LONGEST] if said.startswith(("must ", "is ")) else said[:LONGEST]
     return ApiError(400, f"'{param}': {what}" if param else f"the body: {what}", param, "invalid_value")

@@ -25,6 +25,14 @@ from specdec.serve.schema import (
 from specdec.speculation.constraints import Json
 
 MAX_SEQUENCES = 64
+PROMPT = {  # members that would change the prompt and are not supported, with the values that mean "not used"
+    "chat_template": ("",),
+    "container": (),
+    "documents": ([],),
+    "functions": ([],),
+    "instructions": ("",),
+    "mcp_servers": ([],),
+}
 EFFORTS = {"enabled": "medium", "disabled": "none"}
 CHOICES = {"any": "required", "none": "none"}
 
@@ -150,7 +158,7 @@ class OutputConfig(Strict):
 class CountBody(Options):
     """What the two endpoints have in common."""
 
-    unused = UNUSED | {"container": (), "mcp_servers": ([],)}
+    unused = PROMPT
     model: str
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Texts | None = None
@@ -191,6 +199,8 @@ class CountBody(Options):
 
 
 class MessagesBody(CountBody):
+    unused = UNUSED | PROMPT
+
     max_tokens: Annotated[int, Field(ge=0)]
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
 

@@ -103,7 +103,12 @@ class GenerationRequest:
     per_step_metrics: bool = False
 
     def __post_init__(self) -> None:
-        if self.chat is not None and self.chat.forced and self.constraint is not None:
+        forced = self.chat is not None and bool(self.chat.forced)
+        if self.options.get("min_new_tokens") and (forced or self.constraint is not None):
+            raise _wrong(
+                "min_tokens", "'min_tokens' cannot be combined with a format, which ends the text; leave one out"
+            )
+        if forced and self.constraint is not None:
             raise _wrong(
                 "tool_choice",
                 "a tool_choice that forces a call cannot be combined with a format of text; leave one out",

@@ -14,18 +14,17 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
+from specdec.serve import connections
 from specdec.serve.errors import ApiError
 from specdec.serve.settings import ServerSettings
 
 REUSE = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # the latter lets two servers share one on Windows
-MAX_HEADERS = 64 * 2**10  # bytes
 SEND_BUFFER = 256 * 2**10  # bytes that the system keeps for one client
 
 
@@ -49,21 +48,6 @@ def address(listener: socket.socket) -> str:
     """The URL of a server on this socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        http="h11",
-        loop="asyncio",
-        lifespan="off",
-        ws="none",
-        h11_max_incomplete_event_size=MAX_HEADERS,
-        limit_concurrency=settings.max_connections,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-    )
 
 
 def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, listener: socket.socket) -> None:
@@ -97,14 +81,14 @@ class Starting:
         return JSONResponse({"status": "loading"} if path == "/health" else error.body(), 503, error.headers)
 
 
-class _Server(uvicorn.Server):
+class _Server(connections.Server):
     """error: what ended it before it was ready."""
 
     error: BaseException | None = None
 
     def __init__(self, make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings) -> None:
         self.starting, self.make = Starting(), make
-        super().__init__(uvicorn_config(self.starting, settings))
+        super().__init__(self.starting, settings)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -35,15 +35,22 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
-# Parameters that would change the text and are not supported, with the values that mean "not used".
+# Parameters that would change the text, with the values that mean "not used". A body refuses what it does not declare.
 UNUSED: dict[str, tuple[Any, ...]] = {
+    "adapter": (),
+    "add_generation_prompt": (True,),
     "allowed_token_ids": ([],),
     "audio": (),
     "best_of": (1,),
     "chat_template": ("",),
+    "continue_final_message": (False,),
+    "do_sample": (True,),
     "documents": ([],),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
+    "echo": (False,),
+    "enable_thinking": (),
+    "format": ("",),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "grammar": ("",),
@@ -53,13 +60,42 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_whitespace_pattern": ("",),
     "include_stop_str_in_output": (False,),
+    "instructions": ("",),
+    "json_schema": (),
+    "length_penalty": (1,),
     "logits_processors": ([],),
+    "lora": ([],),
+    "lora_request": (),
+    "max_completion_tokens": (),
+    "max_new_tokens": (),
+    "max_output_tokens": (),
+    "max_tokens": (),
     "mirostat": (0,),
     "modalities": (["text"],),
+    "n": (1,),
+    "n_predict": (-1,),
     "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "num_predict": (-1,),
+    "num_return_sequences": (1,),
+    "output_config": ({},),
+    "parallel_tool_calls": (True,),
+    "reasoning": ({},),
+    "reasoning_effort": (),
+    "repeat_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "samplers": (),
     "skip_special_tokens": (True,),
+    "stop": ([],),
+    "stop_sequences": ([],),
     "suffix": ("",),
+    "system": ("",),
+    "text": ({}, {"format": {"type": "text"}}),
     "tfs_z": (1,),
+    "thinking": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_n_sigma": (-1, 0),
     "truncate_prompt_tokens": (),
     "typical_p": (1,),
     "use_beam_search": (False,),
@@ -80,15 +116,22 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    unused: ClassVar[Mapping[str, Sequence[Any]]] = {}  # members that are refused unless they have one of these values
+    unused: ClassVar[
+        Mapping[str, Sequence[Any]]
+    ] = {}  # members refused, if not declared, unless of one of these values
 
     @model_validator(mode="before")
     @classmethod
     def _check_members(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        used = {key: value for key, value in given.items() if value not in (None, *cls.unused.get(key, ()))}
-        known = {*cls.unused, *(field.alias or name for name, field in cls.model_fields.items())}
+        declared = {field.alias or name for name, field in cls.model_fields.items()}
+        used = {
+            key: value
+            for key, value in given.items()
+            if value is not None and (key in declared or value not in cls.unused.get(key, ()))
+        }
+        known = declared | cls.unused.keys()
         if (names := ignored.get()) is not None:
             names.update(used.keys() - known)
         return {key: value for key, value in used.items() if key in known}
@@ -255,7 +298,7 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
-    unused = dict.fromkeys(("annotations", "audio", "function_call", "refusal", "tool_calls"), ([],))
+    unused = dict.fromkeys(("annotations", "audio", "function_call", "refusal"), ([],))
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None

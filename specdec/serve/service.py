@@ -78,8 +78,20 @@ class Service:
         if most is not None and wanted is not None and wanted > most:
             message = f"{wanted} new tokens exceed this server's limit of {most}; ask for fewer"
             raise ApiError(400, message, "max_tokens", "invalid_value")
+        self._check_least(asked)
         self._check_logprobs(asked, choices, choices * self._max_new_tokens(asked))
         self.check_token_ids("logit_bias", list(asked.options.get("logit_bias") or ()))
+
+    def _check_least(self, asked: GenerationRequest) -> None:
+        """Raise ApiError if more tokens are asked for at least than there may be."""
+        least, most = asked.options.get("min_new_tokens", 0), self._max_new_tokens(asked)
+        if least <= most:
+            return
+        if asked.max_new_tokens is None:
+            message = f"'min_tokens' is {least}, and at most {most} new tokens are possible; lower it"
+            raise ApiError(400, message, "min_tokens", "invalid_value")
+        message = f"'max_tokens' allows {most} new tokens, fewer than the {least} of 'min_tokens'; change one of them"
+        raise ApiError(400, message, "max_tokens", "invalid_value")
 
     def _check_logprobs(self, asked: GenerationRequest, choices: int, tokens: int) -> None:
         """Raise ApiError if ``tokens``, of all choices, would have too many log-probabilities."""

@@ -70,7 +70,7 @@ def test_it_is_merged_in_16_bits_and_changes_the_text(base: Path, lora: Path) ->
 def test_it_equals_pefts_merged_model(cache: SimpleNamespace, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     own = tiny_model("llama").to(torch.bfloat16)
-    given = {"r": 6, "use_rslora": True, "alpha_pattern": {r"layers\.1\..*q_proj": 32}, "lora_alpha": 5}
+    given = {"r": 6, "use_rslora": True, "alpha_pattern": {"layers.1.self_attn.q_proj": 32}, "lora_alpha": 5}
     tensors = save_lora(tmp_path / "lora", own, **given)
     copy = tiny_model("llama").to(torch.bfloat16)
     theirs = peft.PeftModel.from_pretrained(copy, tmp_path / "lora").merge_and_unload()
@@ -187,12 +187,17 @@ def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path) -> None
         ({"ends": ("lora_a",)}, "'blk.0.attn_q.weight' has only one of its two matrices"),
         ({"ends": ("lora_a", "lora_magnitude")}, "has the tensor 'blk.0.attn_q.weight.lora_magnitude'"),
         ({"width": 64}, "'model.layers.0.self_attn.q_proj' is 128 x 128 in the model and 128 x 64 in it"),
+        ({"height": 96}, "'model.layers.0.self_attn.q_proj' is 128 x 128 in the model and 96 x 128 in it"),
+        ({"height": 130}, "'model.layers.0.self_attn.q_proj' is 128 x 128 in the model and 130 x 128 in it"),
+        ({"rank": 3}, "is broken: 'model.layers.0.self_attn.q_proj' has the ranks 4 and 3; get it again"),
+        ({"rank": 0}, "it.gguf.*is truncated or broken"),
     ],
 )
 def test_a_gguf_adapter_of_another_kind_is_refused(
     base: Path, tmp_path: Path, how: dict[str, Any], reason: str
 ) -> None:
-    name, shapes = how.get("name", "blk.0.attn_q.weight"), {"lora_a": (4, how.get("width", 128))}
+    name = how.get("name", "blk.0.attn_q.weight")
+    shapes = {"lora_a": (4, how.get("width", 128)), "lora_b": (how.get("height", 128), how.get("rank", 4))}
     tensors = {
         f"{name}.{end}": np.ones(shapes.get(end, (128, 4)), np.float32) for end in how.get("ends", ("lora_a", "lora_b"))
     }
@@ -224,6 +229,14 @@ def test_a_gguf_adapter_needs_a_gguf_model(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "is of the kind IA3"),
         ({"task_type": "SEQ_CLS"}, "for the task SEQ_CLS"),
         ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": 10**400}, "lora_alpha is a huge number"),
+        ({"lora_alpha": [8]}, r"lora_alpha is \[8\]"),
+        ({"alpha_pattern": [8]}, r"alpha_pattern is \[8\]"),
+        ({"alpha_pattern": 7}, "alpha_pattern is 7"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern of 'q_proj' is '8'"),
+        ({"alpha_pattern": {"(a|a)*b": 8}}, r"alpha_pattern has '\(a\|a\)\*b'.*; merge it"),
+        ({"peft_type": ["LORA"]}, "is of the kind"),
+        ({"use_rslora": [1]}, r"use_rslora is \[1\]"),
     ],
 )
 def test_what_merging_would_ignore_is_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
@@ -232,6 +245,16 @@ def test_what_merging_would_ignore_is_refused(tmp_path: Path, config: dict[str, 
     with pytest.raises(SpecDecError, match=reason) as error:
         adapters.read("it", tmp_path / "lora", model, None)
     assert "\n" not in str(error.value)
+
+
+def test_alpha_patterns_are_the_ends_of_names(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    alphas = {"proj": 99, "1.self_attn.q_proj": 99, "layers.1.self_attn.q_proj": 12, "q_proj": 4, "down_proj": 20}
+    save_lora(tmp_path / "lora", model, alpha_pattern=alphas)
+    found = adapters.read("it", tmp_path / "lora", model, None)
+    alpha = {path.removeprefix("model.layers."): change.scale * 4 for path, change in found.maps.items()}
+    assert alpha["0.self_attn.q_proj"] == 4 and alpha["1.self_attn.q_proj"] == 99
+    assert alpha["1.self_attn.v_proj"] == 8 and alpha["0.mlp.down_proj"] == 20
 
 
 def test_rank_patterns_are_in_the_tensors(tmp_path: Path) -> None:
@@ -272,6 +295,16 @@ def test_a_shared_output_head_is_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "lora/adapter_model.safetensors")
     with pytest.raises(SpecDecError, match="the output head, which shares its weights with the embedding"):
         adapters.merge(model, adapters.read("it", tmp_path / "lora", model, None))
+
+
+def test_pefts_copy_of_an_output_head_is_named(tmp_path: Path) -> None:
+    """PEFT saves the weight of the base model beside the changes of an embedding or output head."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    tensors = save_lora(tmp_path / "lora", model)
+    tensors["base_model.model.lm_head.base_layer.weight"] = torch.ones(97, 32)
+    save_file(tensors, tmp_path / "lora/adapter_model.safetensors")
+    with pytest.raises(SpecDecError, match=r"a whole weight for 'lm_head' .* save_embedding_layers=False, or merge it"):
+        adapters.read("it", tmp_path / "lora", model, None)
 
 
 def test_a_missing_adapter_is_known_before_anything_is_loaded(tmp_path: Path, lora: Path) -> None:

@@ -73,7 +73,7 @@ def page(chromium: Any, server: Server) -> Iterator[Any]:
 
 
 @pytest.fixture
-def scripted(chromium: Any) -> Iterator[Callable[[Callable[[Request], str]], Any]]:
+def scripted(chromium: Any) -> Iterator[Callable[..., Any]]:
     """Opens the page of a server that answers with the given text, every second byte drafted."""
     with ExitStack() as stack:
 
@@ -84,7 +84,7 @@ def scripted(chromium: Any) -> Iterator[Callable[[Callable[[Request], str]], Any
                 ids = tokenizer(text(tokenizer.decode(request.prompt))).input_ids
                 return [Event(ids, "eos", depths=[number % 2 for number in range(len(ids))])]
 
-            served = stack.enter_context(serving(stand_in(tokenizer), Replay(events)))
+            served = stack.enter_context(serving(stand_in(tokenizer, context=50_000), Replay(events)))
             return stack.enter_context(opened(chromium, served.url))
 
         yield made
@@ -137,6 +137,12 @@ def test_markdown_is_shown_and_what_could_run_is_not(scripted: Any) -> None:
     assert text.locator("img, script").count() == 0 and 'onerror="alert(1)"' in text.inner_text()
     assert "javascript" not in (text.locator("a").first.get_attribute("href") or "")
     assert text.locator("pre").inner_text().strip() == 'if a < b:\n    print("a & b")'
+    for kind, part in (("keyword", "if"), ("called", "print"), ("string", '"a & b"')):
+        assert text.locator(f"pre .{kind}").all_text_contents() == [part]
+    colours = {
+        text.locator(f"pre .{kind}").evaluate("e => getComputedStyle(e).color") for kind in ("keyword", "string")
+    }
+    assert len(colours) == 2 and text.locator("pre .string .d1").count() > 0  # with those of drafts
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     text.get_by_role("button", name="Copy code").click()
     expect(text.get_by_role("button", name="Copied")).to_be_visible()
@@ -193,11 +199,87 @@ def test_the_page_stops_and_says_what_is_wrong(page: Any) -> None:
     expect(page.locator("article .markdown")).to_have_text(re.compile(r"\S{3}"), timeout=TIMEOUT)
     page.keyboard.press("Escape")
     expect(page.get_by_role("status")).to_have_text("Stopped.", timeout=TIMEOUT)
-    assert "stopped" in page.locator("article .figures").inner_text()
+    figures = page.locator("article .figures").inner_text()
+    assert "stopped" in figures and int(re.findall(r"Tokens (\d+)", figures)[0]) > 0
+    assert float(re.findall(r"Mean acceptance length ([\d.]+)", figures)[0]) >= 1 and "–" not in figures
     page.get_by_label("Message", exact=True).fill("x" * 5000)
     page.get_by_role("button", name="Send", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("tokens", timeout=TIMEOUT)
     assert page.get_by_role("button", name="Retry").last.is_visible()
+
+
+@pytest.mark.parametrize("mark", ["> ", "- "])
+def test_what_cannot_be_read_as_markdown_is_shown_as_it_is(scripted: Any, mark: str) -> None:
+    nested = mark * 6000 + "deep"
+    page = scripted(lambda prompt: "fine" if prompt.endswith("again") else nested)
+    say(page, "Go on.")
+    assert turns(page) == ["Go on.", nested]
+    page.reload()
+    say(page, "again")
+    assert turns(page) == ["Go on.", nested, "again", "fine"]
+
+
+def test_a_conversation_opens_at_its_end(scripted: Any) -> None:
+    page = scripted(lambda prompt: "line\n\n" * 100)
+    say(page, "Go on.")
+    page.evaluate("scrollTo(0, 0)")
+    page.reload()
+    expect(page.locator("#model")).to_have_text("tiny", timeout=TIMEOUT)
+    assert page.evaluate("innerHeight + scrollY - document.documentElement.scrollHeight") > -2
+
+
+def test_an_answer_that_ended_at_the_limit_goes_on(server: Server, page: Any) -> None:
+    """The text is that of an answer with both limits."""
+    set_up(page, Most_new_tokens="40")
+    page.get_by_label("Decode each answer plainly").check()
+    say(page, "ab ab ab ab ab ab")
+    whole = page.locator("article .drafted .text").text_content()
+    page.get_by_label("Most new tokens").fill("20")
+    page.get_by_role("button", name="Retry").last.click()
+    expect(page.locator("article .drafted")).to_contain_text("Tokens 20", timeout=TIMEOUT)
+    done(page)
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("article .drafted")).to_contain_text("Tokens 40", timeout=TIMEOUT)
+    done(page)
+    assert page.locator("article .drafted .text").text_content() == whole
+    assert page.locator("article .assistant, article.assistant").count() == 1
+    assert "Same text yes" in page.locator("article .plain").inner_text()
+
+
+def test_an_answer_that_has_ended_does_not_go_on(scripted: Any) -> None:
+    page = scripted(lambda prompt: "yes")
+    say(page, "Go on.")
+    assert page.get_by_role("button", name="Continue").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"), [("Most new tokens", "0"), ("Most new tokens", "-3"), ("Temperature", "3")]
+)
+def test_numbers_that_cannot_be_are_refused_by_the_form(scripted: Any, field: str, wrong: str) -> None:
+    page = scripted(lambda prompt: "yes")
+    set_up(page, **{field.replace(" ", "_"): wrong})
+    page.get_by_text("Settings").click()
+    page.get_by_label("Message", exact=True).fill("Go on.")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label(field)).to_be_focused()  # the settings are open
+    assert turns(page) == [] and page.get_by_label("Message", exact=True).input_value() == "Go on."
+    page.get_by_label(field).fill("1")
+    say(page, "Go on.")
+    assert turns(page) == ["Go on.", "yes"]
+
+
+def test_a_stored_conversation_that_cannot_be_shown_is_set_aside(scripted: Any) -> None:
+    page = scripted(lambda prompt: "yes")
+    odd = {"role": "assistant", "text": "It is.", "runs": [], "plain": {"text": "", "figures": {"finish": "stop"}}}
+    stored = json.dumps({"turns": [odd], "fields": {}})
+    page.evaluate("text => localStorage.setItem('specdec.chat', text)", stored)
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("cannot be shown")
+    expect(page.locator("#model")).to_have_text("tiny", timeout=TIMEOUT)
+    assert page.evaluate("localStorage.getItem('specdec.chat.aside')") == stored
+    say(page, "Go on.")
+    page.reload()
+    assert turns(page) == ["Go on.", "yes"] and page.get_by_role("alert").inner_text() == ""
 
 
 def test_what_the_browser_keeps_may_be_of_any_kind(server: Server, page: Any) -> None:

@@ -18,7 +18,7 @@ class Elements(HTMLParser):
 
 
 def test_the_page_names_what_it_has_and_fetches_nothing_from_elsewhere() -> None:
-    ours = "".join(read(name) for name in ("index.html", "style.css", "chat.js"))
+    ours = "".join(read(name) for name in ("index.html", "style.css", "highlight.js", "chat.js"))
     assert "http://" not in ours and "https://" not in ours and "innerHTML" not in ours and "style=" not in ours
     whole, policy = build()
     assert ours.count("<script></script>") == 1 and "<script></script>" not in whole and "unsafe" not in policy

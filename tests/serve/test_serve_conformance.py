@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from servers import (
 from tiny import tiny_model
 
 from specdec import SpecDecoder
-from specdec.engine import batch
+from specdec.engine import batch, scheduler
 
 GREEDY = {"temperature": 0}
 SAMPLED = {"temperature": 0.8, "seed": 5}
@@ -405,3 +406,21 @@ def test_12_a_slow_reader_is_given_up_with_a_bounded_buffer_and_others_go_on(oth
         assert right > 0 and waiting < 2**17  # bytes that the server keeps for it
         until(lambda: server.engine.stats().running == 0)
         slow.close()
+
+
+def test_12_a_prompt_ahead_of_time_is_answered_while_another_request_runs(
+    other: SpecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "PATIENCE", 0.0)
+    engine, statuses = other.engine(max_rows=2), list[int]()
+    try:
+        with serving(other, engine) as server, Gate(engine) as gate:
+            for number, most in enumerate((2000, 0), 1):
+                post = partial(server.chat, **GREEDY, max_tokens=most)
+                threading.Thread(target=lambda post=post: statuses.append(post().status_code), daemon=True).start()
+                until(lambda: engine.stats().waiting == 1)
+                gate.let(2 * number)
+            assert engine.stats().waiting == 0 and len(engine.batch.rows) == 1
+            until(lambda: statuses == [200])
+    finally:
+        engine.close(drain=False)

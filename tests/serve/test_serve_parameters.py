@@ -17,7 +17,9 @@ from tiny_tokenizers import letters
 
 from specdec import SpecDecoder
 from specdec.api import text as api_text
-from specdec.serve.schema import UNUSED, CompletionBody
+from specdec.serve.messages import MessagesBody
+from specdec.serve.responses import ResponsesBody
+from specdec.serve.schema import UNUSED, ChatBody, CompletionBody, Options
 
 PROMPT, COUNT = "Name three colours", 24
 GREEDY, SAMPLED = {"temperature": 0}, {"temperature": 0.9, "seed": 3}
@@ -148,13 +150,73 @@ def test_an_unknown_parameter_is_ignored_and_named_in_a_header(server: Server) -
         assert response.status_code == 200 and response.headers["x-specdec-ignored"] == "colour"
 
 
-@pytest.mark.parametrize("name", UNUSED)
-def test_what_would_change_the_text_and_cannot_be_served_is_refused_by_name(name: str) -> None:
-    body = {"model": NAME, "prompt": "a"}
-    with pytest.raises(ValidationError, match=name):
-        CompletionBody.model_validate(body | {name: "used"})
-    for value in (None, *UNUSED[name]):
-        CompletionBody.model_validate(body | {name: value})
+NAMED = {
+    *("repeat_penalty", "json_schema", "n_predict", "top_n_sigma", "num_beams", "format", "lora", "lora_request"),
+    *("adapter", "max_new_tokens", "suffix", "use_beam_search"),
+}
+NEUTRAL = {  # of what a protocol serves: what the text is made from, and what leaves it as it is
+    *("model", "messages", "prompt", "input", "stream", "stream_options", "include_metrics", "per_step_metrics"),
+    *("logprobs", "top_logprobs", "metadata"),
+}
+BODIES: dict[str, tuple[type[Options], dict[str, Any]]] = {
+    "/v1/chat/completions": (ChatBody, {"messages": USER}),
+    "/v1/completions": (CompletionBody, {"prompt": "a"}),
+    "/v1/messages": (MessagesBody, {"messages": USER, "max_tokens": 2}),
+    "/v1/responses": (ResponsesBody, {"input": "a"}),
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_would_change_the_text_and_cannot_be_served_is_refused_by_name(path: str) -> None:
+    """Also what another protocol serves."""
+    made, body = BODIES[path]
+    served = {name for kind, _ in BODIES.values() for name in kind.model_fields}
+    for name in (NAMED | served | UNUSED.keys()) - NEUTRAL - made.model_fields.keys():
+        with pytest.raises(ValidationError, match=name):
+            made.model_validate({"model": NAME, name: "used"} | body)
+        for value in (None, *UNUSED[name]):
+            made.model_validate({"model": NAME, name: value} | body)
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "advice"),
+    [
+        ("/v1/chat/completions", {"repeat_penalty": 1.3}, "use 'repetition_penalty'"),
+        ("/v1/chat/completions", {"json_schema": {"type": "object"}}, "use 'response_format'"),
+        ("/v1/chat/completions", {"stop_sequences": ["a"]}, "use 'stop'"),
+        ("/v1/completions", {"n_predict": 3}, "use 'max_tokens'"),
+        ("/v1/completions", {"tools": [{}]}, "leave it out"),
+        ("/v1/messages", {"format": "json"}, "use 'output_config.format'"),
+        ("/v1/messages", {"stop": "a"}, "use 'stop_sequences'"),
+        ("/v1/responses", {"max_tokens": 3}, "use 'max_output_tokens'"),
+        ("/v1/responses", {"stop": "a"}, "leave it out"),
+        ("/v1/responses", {"lora": [{"id": 0}]}, "leave it out"),
+    ],
+)
+def test_the_parameter_that_does_the_same_is_named(
+    server: Server, path: str, given: dict[str, Any], advice: str
+) -> None:
+    response = server.post(path, {"model": NAME, **BODIES[path][1], **given})
+    error, (name,) = response.json()["error"], given
+    assert response.status_code == 400
+    assert error["message"] == f"parameter '{name}' is not supported; {advice}"
+    assert path == "/v1/messages" or (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "param"),
+    [
+        ("/v1/completions", {"max_tokens": 24}, "max_tokens"),
+        ("/v1/responses", {"max_output_tokens": 24}, "max_output_tokens"),
+    ],
+)
+def test_more_tokens_at_least_than_at_most_are_refused_in_the_clients_words(
+    server: Server, path: str, given: dict[str, Any], param: str
+) -> None:
+    response = server.post(path, {"model": NAME, **BODIES[path][1], **given, "min_tokens": 30})
+    error = response.json()["error"]
+    assert error["message"] == f"'{param}' allows 24 new tokens, fewer than the 30 of 'min_tokens'; change one of them"
+    assert (response.status_code, error["param"]) == (400, param)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +226,10 @@ def test_what_would_change_the_text_and_cannot_be_served_is_refused_by_name(name
         ({"top_k": -2}, "top_k"),
         ({"structured_outputs": {"regex": "["}}, "response_format"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
-        ({"min_tokens": 30}, None),
-        ({"min_tokens": 3, "structured_outputs": {"regex": "a"}}, None),
+        ({"min_tokens": 3, "structured_outputs": {"regex": "a"}}, "min_tokens"),
     ],
 )
 def test_wrong_values_are_refused(server: Server, body: dict[str, Any], param: str | None) -> None:
     response = server.complete(**body)
     assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
+    assert "min_new_tokens" not in response.text

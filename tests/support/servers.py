@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import torch
-import uvicorn
 from scripted import Scripted
 from tiny import save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,7 +23,8 @@ from specdec.engine.engine import EngineStats
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Event, Request
 from specdec.serve.app import make_app
-from specdec.serve.run import address, bind, uvicorn_config
+from specdec.serve.connections import Server as ConnectionServer
+from specdec.serve.run import address, bind
 from specdec.serve.settings import ServerSettings
 from specdec.speculation.sampling import RowSampler
 
@@ -104,7 +104,7 @@ class Server:
         self.app = make_app(decoder, engine, settings, self.lines.append)
         self.socket = bind("127.0.0.1", 0)
         self.url = address(self.socket)
-        self.server = uvicorn.Server(uvicorn_config(self.app, settings))
+        self.server = ConnectionServer(self.app, settings)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:

@@ -1,6 +1,7 @@
 """The page for chats: one file that fetches nothing, and the policy that lets a browser run nothing else.
 
 ``marked.js`` reads Markdown, and ``purify.js`` (DOMPurify) cleans what it makes. Both are as npm has them.
+``highlight.js`` and ``chat.js`` are of this project.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SCRIPTS = "marked.js", "purify.js", "chat.js"
+SCRIPTS = "marked.js", "purify.js", "highlight.js", "chat.js"
 
 
 def _hash(text: str) -> str:

@@ -1,10 +1,11 @@
 "use strict";
-const DEEPEST = 4, STORED = "specdec.chat", AHEAD = 2000, IDLE_SHARE = 4;
+const DEEPEST = 4, STORED = "specdec.chat", ASIDE = STORED + ".aside", AHEAD = 2000, IDLE_SHARE = 4;
 const TAGS = ["p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "code", "em",
   "strong", "del", "a", "table", "thead", "tbody", "tr", "th", "td"];
 const FIELDS = {system: "value", tokens: "value", temperature: "value", plain: "checked", colour: "checked"};
 const at = (id) => document.getElementById(id);
 // A turn: {role, text}; of the assistant also thoughts, runs ([position in the draft, text]), figures and plain.
+// Figures: {count, steps, seconds} of its tokens, and finish: null until it has ended.
 let turns = [], model = "", running = null;
 
 function make(tag, more = {}, ...inside) {
@@ -24,12 +25,28 @@ function keep() {
   try { localStorage.setItem(STORED, JSON.stringify({turns, fields})); } catch { /* full, or forbidden */ }
 }
 
-function recall() {
+function recall(text) {
+  const stored = JSON.parse(text), usable = ({role, text, runs}) => typeof text === "string" && (role === "user" || Array.isArray(runs));
+  for (const [id, kind] of Object.entries(FIELDS)) at(id)[kind] = stored.fields[id] ?? at(id)[kind];
+  turns = stored.turns.filter(usable);
+  for (const turn of turns) if (typeof turn.figures?.steps !== "number") turn.figures = null;
+}
+
+// Show the stored conversation, from its end. One that cannot be shown is set aside, so that the page works.
+function reopen() {
+  let text = null;
+  try { text = localStorage.getItem(STORED); } catch { /* forbidden */ }
   try {
-    const stored = JSON.parse(localStorage.getItem(STORED));
-    for (const [id, kind] of Object.entries(FIELDS)) at(id)[kind] = stored.fields[id] ?? at(id)[kind];
-    turns = stored.turns.filter(({role, text, runs}) => typeof text === "string" && (role === "user" || Array.isArray(runs)));
-  } catch { turns = []; }
+    if (text !== null) recall(text);
+    show();
+    if (turns.length) scrollTo(0, document.documentElement.scrollHeight);
+  } catch {
+    turns = [];
+    show();
+    try { localStorage.setItem(ASIDE, text); } catch { /* full */ }
+    keep();
+    at("error").textContent = "The stored conversation cannot be shown; the browser keeps it as " + ASIDE + ".";
+  }
 }
 
 // --- an answer's text ---
@@ -47,10 +64,25 @@ function fromMarkdown(text) {
   for (const block of found.querySelectorAll("pre")) {
     const code = block.textContent, name = (block.firstElementChild?.className || "").replace("language-", "");
     const copy = button("Copy code", () => copied(copy, code));
+    const made = [...codeParts(code, name)].map(([kind, part]) => kind ? make("span", {className: kind}, part) : part);
+    (block.firstElementChild || block).replaceChildren(...made);
     const frame = make("div", {className: "code"}, make("div", {className: "row"}, make("span", {textContent: name}), copy));
     block.replaceWith(frame);
     block.tabIndex = 0; // scrolled with the keyboard
     frame.append(block);
+  }
+  return found;
+}
+
+// The element of a text, coloured by its `runs` if they are given. Markdown that cannot be read (3,000 nested quotes) is shown as it is.
+function rendered(text, runs) {
+  const found = make("div", {className: "text markdown"});
+  try {
+    found.append(fromMarkdown(text));
+    if (runs) colour(found, runs);
+  } catch {
+    found.className = "text as-is";
+    found.textContent = text;
   }
   return found;
 }
@@ -99,31 +131,33 @@ function figure(name, value) {
 
 const number = (value, digits = 1) => value === null || value === undefined ? "–" : value.toFixed(digits);
 
-function figuresOf(answer, length) {
-  const {rate, count, finish} = answer.figures;
+const rateOf = ({count, seconds}) => seconds ? count / seconds : null;
+const lengthOf = ({count, steps}) => steps ? count / steps : null;
+
+function figuresOf(answer, drafted = false) {
+  const {count, finish} = answer.figures;
   const row = make("p", {className: "figures"});
-  if (length !== undefined) row.append(figure("Mean acceptance length", number(length, 2)));
-  row.append(figure("Tokens/s", number(rate)), figure("Tokens", count));
+  if (drafted) row.append(figure("Mean acceptance length", number(lengthOf(answer.figures), 2)));
+  row.append(figure("Tokens/s", number(rateOf(answer.figures))), figure("Tokens", count));
   if (finish === "length") row.append("ended at the limit of new tokens");
   if (finish === "stopped") row.append("stopped");
   return row;
 }
 
 function answered(turn) {
-  const text = make("div", {className: "text markdown"}, fromMarkdown(turn.text));
-  colour(text, turn.runs);
   const whole = make("section", {className: "drafted"});
   if (turn.plain) whole.append(make("h2", {textContent: "Drafter: " + turn.drafter}));
   if (turn.thoughts) whole.append(make("details", {className: "thoughts", open: !turn.text},
     make("summary", {textContent: "Reasoning"}), make("div", {textContent: turn.thoughts})));
-  whole.append(text);
-  if (turn.figures) whole.append(figuresOf(turn, turn.figures.length));
+  whole.append(rendered(turn.text, turn.runs));
+  if (turn.figures?.finish) whole.append(figuresOf(turn, true));
   if (!turn.plain) return whole;
   const plain = make("section", {className: "plain"}, make("h2", {textContent: "Plain decoding"}),
-    make("div", {className: "text markdown"}, fromMarkdown(turn.plain.text)));
-  if (turn.plain.figures) {
-    const row = figuresOf(turn.plain), {rate} = turn.plain.figures, complete = turn.plain.figures.finish !== "stopped";
-    if (rate && turn.figures.rate) row.append(figure("Speedup", number(turn.figures.rate / rate, 2) + " ×"));
+    rendered(turn.plain.text));
+  if (turn.plain.figures?.finish) {
+    const row = figuresOf(turn.plain), [rate, drafted] = [turn.plain, turn].map((each) => rateOf(each.figures));
+    const complete = turn.plain.figures.finish !== "stopped";
+    if (rate && drafted) row.append(figure("Speedup", number(drafted / rate, 2) + " ×"));
     if (complete) row.append(figure("Same text", turn.plain.text === turn.text ? "yes" : "no"));
     plain.append(row);
   }
@@ -135,6 +169,7 @@ function actions(turn, place) {
   if (turn.role === "user") row.append(button("Edit", () => edit(place)));
   else row.append(button("Copy", (event) => copied(event.target, turn.text)));
   if (turn.role === "assistant" || last) row.append(button("Retry", () => retry(turn.role === "user" ? place : place - 1)));
+  if (last && turn.text && turn.figures?.finish === "length") row.append(button("Continue", () => go(true)));
   return row;
 }
 
@@ -192,6 +227,7 @@ function edit(place) {
     make("button", {type: "submit", textContent: "Send again"})));
   form.onsubmit = (event) => {
     event.preventDefault();
+    if (!valid()) return;
     turns[place].text = field.value;
     at("message").focus();
     retry(place);
@@ -208,6 +244,7 @@ function edit(place) {
 
 // Answer the message number `place` again; what came after it is gone.
 function retry(place) {
+  if (!valid()) return;
   turns.length = place + 1;
   go();
 }
@@ -249,90 +286,124 @@ async function* events(response) {
   }
 }
 
-// Stream an answer into `turn`, which has its text even if this fails or is stopped.
+// Stream an answer to the end of `turn`, which has its text and figures even if this fails or is stopped.
 async function stream(body, turn) {
+  const before = turn.figures || {count: 0, steps: 0, seconds: 0}, own = {count: 0, steps: 0, seconds: 0};
+  const figured = (finish) => {
+    turn.figures = {finish};
+    for (const key of ["count", "steps", "seconds"]) turn.figures[key] = before[key] + own[key];
+  };
   const response = await fetch("v1/chat/completions", {
     method: "POST", signal: running.signal, body: JSON.stringify(body),
     headers: {"Content-Type": "application/json", ...headers()},
   }).catch(gone);
   if (!response.ok) throw new Error(await refusal(response));
   turn.drafter = response.headers.get("X-Specdec-Drafter");
-  let finish = null, end = null;
+  let finish = null, end = null, first = 0;
   for await (const chunk of events(response)) {
     if (chunk.error) throw new Error(chunk.error.message);
     for (const choice of chunk.choices) {
-      turn.thoughts += choice.delta.reasoning_content || "";
+      const thought = choice.delta.reasoning_content || "";
+      turn.thoughts += thought;
       const piece = choice.delta.content || "", depth = choice.draft_depth || 0, last = turn.runs.at(-1);
       if (piece && last && last[0] === depth) last[1] += piece;
       else if (piece) turn.runs.push([depth, piece]);
       turn.text += piece;
       finish = choice.finish_reason || finish;
+      if (piece || thought) { // a token
+        first ||= performance.now();
+        own.count += 1;
+        own.steps += depth === 0;
+        own.seconds = (performance.now() - first) / 1000;
+      }
     }
+    figured(null);
     if (chunk.metrics) end = chunk;
     showLast();
   }
   if (!end) gone({});
-  turn.figures = {rate: end.metrics.tokens_per_second, count: end.usage.completion_tokens, finish,
-    length: end.metrics.speculative_decoding?.mean_acceptance_length};
+  const rate = end.metrics.tokens_per_second, length = end.metrics.speculative_decoding?.mean_acceptance_length;
+  own.count = end.usage.completion_tokens;
+  own.steps = length ? own.count / length : 0;
+  own.seconds = rate ? own.count / rate : 0;
+  figured(finish);
 }
 
 const fresh = () => ({role: "assistant", text: "", thoughts: "", runs: [], drafter: "", figures: null, plain: null});
 
-async function answer() {
-  const system = at("system").value.trim(), turn = fresh();
-  const messages = turns.map(({role, text}) => ({role, content: text}));
+// Stream an answer to the turns before the last one into `answer`, or go on with it. more: further members of the body.
+async function ask(answer, more) {
+  const system = at("system").value.trim();
+  const messages = turns.slice(0, -1).map(({role, text}) => ({role, content: text}));
   if (system) messages.unshift({role: "system", content: system});
-  turns.push(turn);
+  if (answer.text) messages.push({role: "assistant", content: answer.text, ...(answer.thoughts && {reasoning_content: answer.thoughts})});
+  await stream({
+    model, messages, max_tokens: Number(at("tokens").value), temperature: Number(at("temperature").value), stream: true,
+    stream_options: {include_usage: true, include_draft_depth: true}, ...more,
+    ...(answer.text && {continue_final_message: true, add_generation_prompt: false}),
+  }, answer);
+}
+
+// Answer the last turn, which is the user's, or go on with the answer that it is.
+async function answer(going) {
+  if (!going) turns.push(fresh());
+  const turn = turns.at(-1), seed = Math.floor(Math.random() * 2 ** 31), compare = at("plain").checked && (!going || turn.plain !== null);
+  if (!compare) turn.plain = null;
+  at("log").children[turns.length - 1]?.remove();
   at("log").append(shown(turns.length - 1, true));
   scrollTo(0, document.documentElement.scrollHeight);
-  const body = {
-    model, messages, max_tokens: Number(at("tokens").value) || 1024, temperature: Number(at("temperature").value),
-    seed: Math.floor(Math.random() * 2 ** 31), stream: true,
-    stream_options: {include_usage: true, include_draft_depth: true},
-  };
   at("status").textContent = "Generating.";
-  await stream(body, turn);
-  let summary = `Done: ${number(turn.figures.length, 2)} tokens a step, ${number(turn.figures.rate)} tokens per second.`;
-  if (at("plain").checked) {
+  await ask(turn, {seed});
+  let summary = `Done: ${number(lengthOf(turn.figures), 2)} tokens a step, ${number(rateOf(turn.figures))} tokens per second.`;
+  if (compare) {
     at("status").textContent = "Decoding plainly.";
-    turn.plain = fresh();
-    await stream({...body, num_speculative_tokens: 0}, turn.plain);
+    turn.plain ??= fresh();
+    await ask(turn.plain, {seed, num_speculative_tokens: 0});
     const same = turn.plain.text === turn.text ? "yes" : "no";
-    summary += ` Plain decoding: ${number(turn.plain.figures.rate)} tokens per second. Same text: ${same}.`;
+    summary += ` Plain decoding: ${number(rateOf(turn.plain.figures))} tokens per second. Same text: ${same}.`;
   }
   at("status").textContent = summary;
 }
 
-// Answer the last turn, which is the user's.
-async function go() {
-  if (running) return;
+// Answer the last turn, which is the user's. going: it is an answer, which goes on.
+async function go(going = false) {
+  if (running || !valid()) return;
   running = new AbortController();
   at("send").hidden = true;
   at("stop").hidden = false;
   at("new").disabled = true;
   at("error").textContent = "";
-  show();
   try {
+    show();
     if (!model) await findModel();
-    await answer();
+    await answer(going);
   } catch (error) {
     const stopped = error.name === "AbortError", turn = turns.at(-1);
     at("status").textContent = stopped ? "Stopped." : "";
     if (!stopped) at("error").textContent = error.message;
     if (turn.role === "assistant" && !turn.text && !turn.thoughts) turns.pop();
-    else if (turn.role === "assistant") for (const part of [turn, turn.plain])
-      if (part && !part.figures) part.figures = {rate: null, count: "–", finish: "stopped"};
+    for (const {figures} of [turn, turn.plain || {}]) if (figures) figures.finish ??= "stopped";
   } finally {
     running = null;
     at("send").hidden = false;
     at("stop").hidden = true;
     at("new").disabled = false;
-    following(show);
     keep();
+    following(show);
   }
 }
 
 // --- fields and keys ---
+
+// Whether the numbers of the settings can be used; if not, the form says so.
+function valid() {
+  const wrong = ["tokens", "temperature"].map(at).find((field) => !field.checkValidity());
+  if (wrong) {
+    at("settings").open = true;
+    wrong.reportValidity();
+  }
+  return !wrong;
+}
 
 function fit(field) {
   field.rows = 1; // no style attribute: the page's policy forbids them
@@ -347,7 +418,7 @@ function sendWithEnter(event, form) {
 
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (running || !at("message").value.trim()) return;
+  if (running || !at("message").value.trim() || !valid()) return;
   turns.push({role: "user", text: at("message").value});
   at("message").value = "";
   fit(at("message"));
@@ -364,16 +435,19 @@ at("new").addEventListener("click", () => {
   at("message").focus();
 });
 for (const id of Object.keys(FIELDS)) at(id).addEventListener("change", () => { keep(); legend(); });
-at("key").addEventListener("change", () => { if (!model) begin(); });
+at("key").addEventListener("change", () => {
+  if (model) return;
+  at("error").textContent = "";
+  begin();
+});
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
 addEventListener("pagehide", () => { if (running) keep(); });
 
 function begin() {
-  at("error").textContent = "";
   findModel().catch((error) => { at("model").textContent = "unknown"; at("error").textContent = error.message; });
 }
 
-recall();
-show();
+history.scrollRestoration = "manual"; // a conversation opens at its end
+reopen();
 begin();
-at("message").focus();
+at("message").focus({preventScroll: true});
