@@ -23,6 +23,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to sources lead somewhere in the repository, not on the site."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./[\w/]+\.py\)", r"\1", markdown)
+
+
 def moved(text: str) -> str:
     """A page of the repository's root with links that work in the folder of documents."""
     for page, source in BESIDE.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.ridge import Sums
@@ -67,6 +67,7 @@ class DeedMethod(TrainingMethod[ExitHeads]):
             for layer, sums in zip(self.exits, fits, strict=True):
                 sums.add(rms_unit(batch.hidden[layer][batch.valid]), batch.hidden[last][batch.valid])
         for sums, straight in zip(fits, network.map, strict=True):
+            assert isinstance(straight, nn.Linear)
             sums.fit(straight)
 
     def loss(self, network: ExitHeads, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
