@@ -32,7 +32,7 @@ def moved(text: str) -> str:
     """A page of the repository's root with links that work in the folder of documents."""
     for page, source in BESIDE.items():
         text = text.replace(f"]({source}", f"]({page}")
-    return text.replace("](docs/", "](")
+    return re.sub(r"\[([^\]]+)\]\([\w/]+\.py\)", r"\1", text).replace("](docs/", "](")
 
 
 def command_line(root: Any) -> str:
