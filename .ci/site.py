@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to sources lead somewhere in the repository, not on the site."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./[\w/]+\.py\)", r"\1", markdown)
+
+
 def moved(text: str) -> str:
     """A page of the repository's root with links that work in the folder of documents."""
     for page, source in BESIDE.items():
         text = text.replace(f"]({source}", f"]({page}")
-    return text.replace("](docs/", "](")
+    return re.sub(r"\[([^\]]+)\]\([\w/]+\.py\)", r"\1", text).replace("](docs/", "](")

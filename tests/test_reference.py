@@ -20,7 +20,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.reference import M2R2, DraftLogits, Sampling, Tree, decode, draft_chain, draft_tree
-from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Acceptance, Draft, Drafter, State
 from specdec.speculation.sampling import SamplingParams
 from specdec.speculation.tree_builder import in_one_shape
@@ -29,8 +29,9 @@ from specdec.verifiers.exact import ExactVerifier
 COUNT, ENDS = 12, frozenset([EOS])
 Drafting = Callable[[list[int], int], Tree]
 Path = tuple[int, tuple[tuple[int, int], ...], bool, bool]  # as in zoo.m2r2
+Row = tuple[list[int], int]  # a prompt, and how its tokens are chosen: an index of WAYS
 Recorded = tuple[list[list[int]], list[int], list[int]]  # tokens on the path to each node, accepted and new tokens
-target_of = functools.cache(lambda family: ReferenceTarget(tiny_model(family)))
+target_of = functools.cache(lambda family: TransformersTarget(tiny_model(family)))
 
 WAYS: list[tuple[SamplingParams, Sampling]] = [  # the same for the engine and for the reference
     (SamplingParams(), Sampling()),
@@ -38,7 +39,7 @@ WAYS: list[tuple[SamplingParams, Sampling]] = [  # the same for the engine and f
     (SamplingParams(0.9, seed=3), Sampling(3, processors=[TemperatureLogitsWarper(0.9)])),
     (
         SamplingParams(1.3, 20, 0.9, seed=2**63 - 1),
-        Sampling(2**63 - 1, processors=[TemperatureLogitsWarper(1.3), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]),
+        Sampling(2**63 - 1, 1, processors=[TemperatureLogitsWarper(1.3), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]),
     ),
 ]
 
@@ -67,20 +68,18 @@ class Watching(ExactVerifier):
         return self.accepted
 
 
-def by_engine(
-    family: str, drafter: Drafter, prompts: Sequence[list[int]], params: SamplingParams, depth: int
-) -> list[list[Recorded]]:
-    """The steps after the prefill of each prompt."""
+def by_engine(family: str, drafter: Drafter, rows: Sequence[Row], depth: int) -> list[list[Recorded]]:
+    """The steps after the prefill of each row of a batch."""
     verifier = Watching()
     engine = Engine(target_of(family), drafter, verifier, FixedDepth(depth))
-    requests = [Request(prompt, COUNT, params, eos=ENDS) for prompt in prompts]
+    requests = [Request(prompt, COUNT, WAYS[way][0], stream=WAYS[way][1].stream, eos=ENDS) for prompt, way in rows]
     steps: dict[Request, list[Recorded]] = {request: [] for request in requests}
     for request in requests:
         engine.submit(request)
     engine.step()  # the prefill
-    while rows := list(engine.batch.rows):
+    while running := list(engine.batch.rows):
         engine.step()
-        for b, row in enumerate(rows):
+        for b, row in enumerate(running):
             tokens, path = verifier.draft.lists()[b], verifier.accepted.paths[b]
             accepted = [tokens[node - 1] for node in path[1:]]
             steps[row].append((sorted(verifier.draft.paths(b)), accepted, list(row.new_tokens)))
@@ -89,23 +88,19 @@ def by_engine(
     return list(steps.values())
 
 
-def by_reference(family: str, draft: Drafting, prompt: list[int], sampling: Sampling, depth: int) -> list[Recorded]:
-    _, *steps = decode(target_of(family).model, prompt, COUNT, draft, sampling, depth, ENDS)
-    return [
-        (
-            sorted(s.tree.text(s.tree.path(node + 1)) for node in range(len(s.tree.tokens))),
-            s.tree.text(s.path),
-            s.tokens,
-        )
-        for s in steps
-    ]
+def by_reference(family: str, draft: Drafting, row: Row, depth: int) -> list[Recorded]:
+    _, *steps = decode(target_of(family).model, row[0], COUNT, draft, WAYS[row[1]][1], depth, ENDS)
+    found = list[Recorded]()
+    for tree, path, tokens in steps:
+        paths = [tree.text(tree.path(node)) for node in range(1, 1 + len(tree.tokens))]
+        found.append((sorted(paths), tree.text(path), tokens))
+    return found
 
 
-def check(family: str, drafter: Drafter, draft: Drafting, prompts: list[list[int]], way: int, depth: int) -> int:
+def check(family: str, drafter: Drafter, draft: Drafting, rows: Sequence[Row], depth: int) -> int:
     """Compare both; return the number of accepted tokens."""
-    params, sampling = WAYS[way]
-    found = by_engine(family, drafter, prompts, params, depth)
-    assert found == [by_reference(family, draft, prompt, sampling, depth) for prompt in prompts]
+    found = by_engine(family, drafter, rows, depth)
+    assert found == [by_reference(family, draft, row, depth) for row in rows]
     return sum(len(accepted) for steps in found for _, accepted, _ in steps)
 
 
@@ -126,14 +121,17 @@ def test_greedy_is_generate() -> None:
 @given(
     family=st.sampled_from(["llama", "qwen3"]),
     prompts=st.lists(st.lists(st.integers(3, 96), min_size=1, max_size=6), min_size=1, max_size=3, unique_by=tuple),
-    way=st.integers(0, len(WAYS) - 1),
+    ways=st.lists(st.integers(0, len(WAYS) - 1), min_size=3, max_size=3),
     depth=st.integers(1, 6),
     width=st.integers(1, 3),
     right=st.sampled_from([0.0, 0.6, 0.9, 1.0]),
 )
-def test_any_drafts(family: str, prompts: list[list[int]], way: int, depth: int, width: int, right: float) -> None:
-    """Chains and trees; tokens are right as often as ``right`` says."""
-    texts = [continued(family, tuple(prompt), way) for prompt in prompts]
+def test_any_drafts(
+    family: str, prompts: list[list[int]], ways: list[int], depth: int, width: int, right: float
+) -> None:
+    """Chains and trees in batches whose rows choose differently; tokens are right as often as ``right`` says."""
+    rows = list(zip(prompts, ways, strict=False))
+    texts = [continued(family, tuple(prompt), way) for prompt, way in rows]
 
     def draft(text: list[int], limit: int) -> Tree:
         """A function of the text; the levels within a limit are the same under a larger one."""
@@ -147,7 +145,8 @@ def test_any_drafts(family: str, prompts: list[list[int]], way: int, depth: int,
                 level.append(len(tokens))
         return Tree(tokens, parents)
 
-    assert check(family, Given(draft), draft, prompts, way, depth) or right < 1
+    accepted = check(family, Given(draft), draft, rows, depth)
+    assert accepted or right < 1 or any(EOS in text for text in texts)
 
 
 def check_m2r2(way: int, form: Callable[[DraftLogits], Drafting], path: Path, **options: Any) -> int:
@@ -155,7 +154,7 @@ def check_m2r2(way: int, form: Callable[[DraftLogits], Drafting], path: Path, **
     drafter = m2r2(target, *path, **options)
     drafter.bind(target)
     reference = M2R2(target.model, drafter.network.path.to_json(), drafter.network.state_dict())
-    return sum(check("llama", drafter, form(reference.logits), [prompt], way, 3) for prompt in PROMPTS)
+    return sum(check("llama", drafter, form(reference.logits), [(prompt, way)], 3) for prompt in PROMPTS)
 
 
 PATHS: dict[str, Path] = {

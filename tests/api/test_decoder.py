@@ -312,5 +312,5 @@ def test_another_drafter_takes_its_own_options(llama: PreTrainedModel) -> None:
 
 
 def test_a_decoder_says_what_it_is(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, drafter="prompt-lookup", runtime="reference")
+    decoder = SpecDecoder(llama, drafter="prompt-lookup", runtime="transformers")
     assert repr(decoder) == "SpecDecoder(model='LlamaForCausalLM', drafter='prompt-lookup', runtime='reference')"

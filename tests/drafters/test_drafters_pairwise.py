@@ -19,7 +19,7 @@ from policies import alternating
 from scripted import OnlyOddAfterEven, made
 from tiny import model_of, tiny_model
 from tiny_tokenizers import letters
-from zoo import CHAINS, EOS, EVERY, finish, m2r2, medusa, new_tokens
+from zoo import CHAINS, EOS, EVERY, alike, finish, m2r2, medusa, new_tokens
 
 from specdec import Regex, SpecDecoder
 from specdec.api.text import Detokenizer
@@ -198,12 +198,6 @@ def check(target: Target, drafter: Drafter, case: Mapping[str, Any], seed: int) 
         found["drafted"] += request.metrics.num_draft_tokens
         found["accepted"] += request.metrics.num_accepted_draft_tokens
     return found
-
-
-def alike(found: list[TokenLogprob], expected: list[TokenLogprob]) -> None:
-    """The same tokens, as likely but for rounding."""
-    assert [each.token_id for each in found] == [each.token_id for each in expected]
-    assert [each.logprob for each in found] == pytest.approx([each.logprob for each in expected], abs=1e-3)
 
 
 # --- the drafters ----------------------------------------------------------------------------------------------------

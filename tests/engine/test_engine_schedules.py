@@ -25,7 +25,7 @@ from scripted import Clock, OnlyOddAfterEven, made
 from tiny import model_of, tiny_model
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
-from zoo import EOS, EVERY, new_tokens
+from zoo import EOS, EVERY, alike, new_tokens
 
 from specdec import Regex, SpecDecError
 from specdec.drafters import m2r2_fits, m2r2_learning, m2r2_replay
@@ -525,13 +525,6 @@ class BrokenSteps(Schedules):
     def teardown(self) -> None:
         type(self).left = None
         super().teardown()
-
-
-def alike(found: list[TokenLogprob], expected: list[TokenLogprob]) -> None:
-    """The same tokens, as likely but for rounding."""
-    assert [each.token_id for each in found] == [each.token_id for each in expected]
-    assert [each.logprob for each in found] == pytest.approx([each.logprob for each in expected], abs=1e-3)
-    assert all(len(each.top) == TOP for each in found)
 
 
 def drafters() -> list[Callable[[Target], Drafter]]:

@@ -121,7 +121,7 @@ def test_the_window_of_a_phi3_file_is_that_of_its_model(cache, tmp_path):
     """As in Phi-3-mini-4k. Files of models without a window say 0."""
     source = rough_model("phi3", **(sizes("phi3") | {"sliding_window": 8}))
     model, _ = loading.load(write_family(tmp_path / "it.gguf", source), dtype="float32")
-    target, note = make_target(model, "reference")
+    target, note = make_target(model, "transformers")
     ids = torch.arange(5, 45)[None]
     with torch.inference_mode():
         run_tokens(target, target.new_cache(), [ids[0].tolist()], every=(every := []))

@@ -72,6 +72,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target.read_text("utf-8")), f"{link}#{anchor}"
 
 
+def test_links_to_sources_name_what_is_there() -> None:
+    found = [
+        each for page in PAGES for each in re.findall(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)\)", page.read_text("utf-8"))
+    ]
+    assert ("decode", "specdec/reference.py") in found
+    for name, file in found:
+        assert re.search(rf"^ *(def|class) {name}\b", (ROOT / file).read_text("utf-8"), re.M), f"{name} in {file}"
+
+
 @pytest.mark.parametrize("page", [*ROOT.glob("docs/*.md")], ids=lambda p: p.stem)
 def test_pages_beside_the_lab_hold_no_tables_of_measurements(page: Path) -> None:
     for table in re.findall(r"(?:^\|.*\n)+", page.read_text("utf-8"), re.MULTILINE):

@@ -482,7 +482,7 @@ def test_a_constraint_that_cannot_be_kept_is_an_error_of_the_client() -> None:
 
 
 def test_a_pydantic_model_is_a_schema(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, letters(), "prompt-lookup", runtime="reference")
+    decoder = SpecDecoder(llama, letters(), "prompt-lookup", runtime="transformers")
     asked = {"max_new_tokens": 60, "temperature": 1.5, "seed": 3}
     text = decoder.generate([5, 6, 7], constraint=Json(Way), **asked).text
     assert Way.model_validate_json(text)

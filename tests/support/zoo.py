@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from tiny import tiny_model
 
@@ -34,7 +35,7 @@ from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
-from specdec.engine.request import Request
+from specdec.engine.request import Request, TokenLogprob
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
@@ -83,6 +84,12 @@ class Ran(NamedTuple):
 
 def new_tokens(request: Request) -> list[int]:
     return request.ids[len(request.prompt) :]
+
+
+def alike(found: list[TokenLogprob], expected: list[TokenLogprob]) -> None:
+    """The same tokens, as likely but for rounding, with as many others."""
+    assert [(each.token_id, len(each.top)) for each in found] == [(each.token_id, len(each.top)) for each in expected]
+    assert [each.logprob for each in found] == pytest.approx([each.logprob for each in expected], abs=1e-3)
 
 
 def together(

@@ -60,7 +60,7 @@ def read(name: str, path: Path, model: Any, file: GGUFFile) -> tuple[dict[str, t
             raise SpecDecError(f"adapter '{name}' is broken: '{tensor}' has only one of its two matrices; get it again")
         down, up = pair[0].float(), pair[1].float()
         family = families.FAMILIES[model.config.model_type]
-        fits = len(up) == whole.get_parameter(places[tensor]).shape[0]  # what does not is refused as it is merged
+        fits = len(up) == whole.get_parameter(parameters[tensor]).shape[0]  # what does not is refused as it is merged
         if family.interleaved and fits and (rows := rows_of(model.config, path_of, len(up))) is not None:
             up = up[rows.long()]  # the file has rows of queries and keys in pairs
         scale = float(alpha) / down.shape[0] if alpha else 1.0  # as llama.cpp does
