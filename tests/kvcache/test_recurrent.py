@@ -22,7 +22,7 @@ from specdec.engine import scheduler
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.kvcache.recurrent import EVERY, RowStates
+from specdec.kvcache.recurrent import ALL_LAYERS, RowStates
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
@@ -194,7 +194,7 @@ def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         make_room(self, slots, like)
 
     def everything(self: RowStates, path: Sequence[int]) -> None:
-        commit(self, range(counts[id(self)]) if path and EVERY not in self.ahead else path)
+        commit(self, range(counts[id(self)]) if path and ALL_LAYERS not in self.ahead else path)
 
     monkeypatch.setattr(RowStates, "make_room", counted)
     monkeypatch.setattr(RowStates, "commit", everything)
