@@ -79,10 +79,8 @@ def _wording(error: Any) -> str:
 
 def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
     """Return the indices of the parts of pydantic's ``location`` that are keys or indices in ``given``.
-
     The other parts are names of a union's types. Among several interpretations, it is one with most keys, and among
-    these one that reaches the end. kind: type of the error. begin: index of the first part to use.
-    """
+    these one that reaches the end. kind: type of the error. begin: index of the first part to use."""
     if begin == len(location):
         return ()
     part, ways = location[begin], [_steps(given, location, kind, begin + 1)]

@@ -144,7 +144,6 @@ def _same_name(one: str, other: str) -> bool:
 
 
 def _values(weight: Tensor | Blocks) -> Tensor:
-    """Return a float32 copy of a weight."""
     if isinstance(weight, Blocks):
         return dequantize(weight, None, torch.float32)
     return weight.to(torch.float32, copy=True)
@@ -231,7 +230,6 @@ def _read_folder(name: str, folder: Path) -> tuple[dict[str, LowRank], str]:
 
 
 def _refuse(name: str, config: Mapping[str, Any]) -> None:
-    """Raise SpecDecError for settings in PEFT's ``config`` that merging would ignore."""
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind != "LORA" or task not in (None, "CAUSAL_LM"):
         raise SpecDecError(

@@ -30,12 +30,10 @@ def render(
 ) -> str:
     """Return the text of a chat, rendered by the Jinja ``template``.
 
-    messages: mappings such as {"role": "user", "content": "..."}.
-    tools, documents: JSON values for the template; None: there are none.
-    add_generation_prompt: whether the text opens the answer's turn.
-    continue_final_message: whether the text ends within the last message, which the answer continues.
-    more: further variables of the template.
-    Raises ValueError for a chat that cannot be rendered in this way, and all errors of the template.
+    messages: mappings such as {"role": "user", "content": "..."}. tools, documents: JSON values for the template; None:
+    there are none. add_generation_prompt: whether the text opens the answer's turn. continue_final_message: whether the
+    text ends within the last message, which the answer continues. more: further variables of the template. Raises
+    ValueError for a chat that cannot be rendered in this way, and all errors of the template.
     """
     if not messages:
         raise ValueError("the chat has no messages")
@@ -60,7 +58,6 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mark_last(message: dict[str, Any], template: str) -> str:
-    """Add the mark to the content of the last message, and return that content."""
     content = message.get("content")
     if content is None or "content" not in template:
         raise ValueError("the last message has no content to continue")

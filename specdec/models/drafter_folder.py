@@ -102,7 +102,6 @@ class StoredTensors:
         self.header = parts
 
     def _part(self, name: str) -> Tensor:
-        """Return a tensor on "meta" with the shape and dtype of a stored one."""
         part, known = self.file.get_slice(name), PLAIN | INTEGERS | FLAGS
         dtype = torch.int8 if name.endswith(CODES) and part.get_dtype() == "I8" else known.get(part.get_dtype())
         if dtype is None:
@@ -129,7 +128,6 @@ class StoredTensors:
 
 
 def _scaled(codes: Tensor, scales: Tensor) -> bool:
-    """Return whether the shapes and dtypes are those of codes and scales of one matrix."""
     return (
         codes.dtype == torch.int8
         and scales.is_floating_point()
@@ -324,9 +322,7 @@ def _is_of(trained: Mapping[str, Any], base: Identified) -> bool:
 
 def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str | None:
     """Return how ``base`` differs, by more than rounding, from the model ``trained`` in a drafter's config.
-
-    None: it does not differ. "": unknown, because the config has no samples.
-    """
+    None: it does not differ. "": unknown, because the config has no samples."""
     if not _of_size(trained, base.model.config):
         return "it is of another architecture or size"
     return identity.difference(trained["samples"], base.model, where) if "samples" in trained else ""

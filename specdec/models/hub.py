@@ -108,7 +108,6 @@ def fetch_file(kind: str, repository: str, revision: str | None, name: str, hint
 
 
 def _cached(repository: str, commit: str, files: list[str]) -> Path | None:
-    """Return the folder of a commit in Hugging Face's cache; None unless it has all ``files``."""
     from huggingface_hub import try_to_load_from_cache  # heavy
 
     found = [try_to_load_from_cache(repository, file, revision=commit) for file in files]

@@ -217,7 +217,6 @@ def _text(values: Tensor) -> str:
 
 
 def _read(given: Any, where: str) -> Mapping[str, tuple[list[int], Tensor]]:
-    """Return the shape and the values of each tensor in the untrusted samples. Raises SpecDecError if broken."""
     try:
         if not 0 < len(given) <= MAX_TENSORS or any(len(each["values"]) > MAX_TEXT for each in given.values()):
             raise ValueError

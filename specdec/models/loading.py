@@ -48,13 +48,11 @@ def load(
     dtype is bfloat16, the device is the CPU and ``gguf.model`` supports the architecture.
 
     name_or_path: an embedded model (downloaded at first use), a folder, a ``.gguf`` file, a Hugging Face id, or
-    ``ORG/REPO:file.gguf``.
-    dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
-    device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device.
-    revision: of a Hugging Face id.
-    adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id.
-    check: called with the model's config before the weights are read; may raise.
-    Raises SpecDecError, in one line, for what is unknown, missing, broken or too large for this machine.
+    ``ORG/REPO:file.gguf``. dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
+    device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device. revision: of a
+    Hugging Face id. adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging
+    Face id. check: called with the model's config before the weights are read; may raise. Raises SpecDecError, in one
+    line, for what is unknown, missing, broken or too large for this machine.
     """
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
@@ -113,9 +111,7 @@ def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 def _merge(model: Any, change: tuple[str, Path] | None, file: GGUFFile | None = None) -> list[torch.Tensor]:
     """Merge an adapter into ``model``; return the changed matrices. change: name and path of the adapter; None: none.
-
-    file: the GGUF file of the model, if it is one.
-    """
+    file: the GGUF file of the model, if it is one."""
     return [] if change is None else adapters.merge(model, adapters.read(*change, model, file))
 
 

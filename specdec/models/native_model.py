@@ -246,7 +246,6 @@ def _layer(config: Config, family: Family, index: int) -> nn.Module:
 
 
 def _routes(config: Config, index: int) -> bool:
-    """Return whether the MLP of layer ``index`` is a mixture of experts."""
     if not mixture_of(config).experts:
         return False
     step = getattr(config, "decoder_sparse_step", 1)
@@ -291,7 +290,6 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _add_blocks(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Add the dequantized weights in blocks to ``state``: a hook for a model's ``state_dict``."""
     state.update((prefix + name, values) for name, values in dense_weights(model).items())
 
 

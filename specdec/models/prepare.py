@@ -116,7 +116,6 @@ def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Pa
 
 
 def _folder(path: Path) -> Path:
-    """Return the cache's folder for the GGUF file or model folder at an absolute path."""
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     return cache_dir() / "models" / f"{path.name.removesuffix('.gguf')[:48]}-{mark}"
 
@@ -162,10 +161,8 @@ def disk_space(need: int) -> Iterator[None]:
 
 def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
     """Return ``folder`` if it is complete and has this ``key``; else let ``make`` fill a work folder and rename that.
-
     One process at a time holds the lock of the cache, which the system releases when the process dies. So all earlier
-    work folders belong to dead processes, and a folder with its final name is always complete.
-    """
+    work folders belong to dead processes, and a folder with its final name is always complete."""
     if _defect(folder, key) is None:
         return folder
     root = cache_dir()
@@ -219,7 +216,6 @@ def work_folder(root: Path) -> Path:
 
 
 def _finish(draft: Path, folder: Path, key: dict[str, Any]) -> None:
-    """Add the manifest to ``draft`` and rename it to ``folder``."""
     sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps(key | {"files": sizes}, indent=2) + "\n", "utf-8")
     for path in draft.iterdir():
@@ -259,7 +255,6 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
 
 
 def _describe(name: str, file: GGUFFile, folder: Path) -> None:
-    """Write config and tokenizer of a GGUF file into ``folder``."""
     from specdec.models.gguf import model as gguf_model
 
     with disk_space(VOCABULARY_BYTES), terminal.status(f"Reading {name}"):

@@ -74,7 +74,6 @@ def load(
 
 
 def _options(source: Source, trust_remote_code: bool) -> dict[str, Any]:
-    """Return arguments for transformers' ``from_pretrained``."""
     return {"trust_remote_code": trust_remote_code} | ({} if source.remote else {"local_files_only": True})
 
 
@@ -92,11 +91,8 @@ def text_part(config: Any) -> dict[str, Any]:
 
 def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
     """Raise SpecDecError if ``config`` describes over twice as many weights as the files have.
-
-    numbers: number of values of each tensor in the files.
-    Returns the number of weights that transformers joins from several tensors, a layer's experts: only these need
-    memory, because other weights stay mapped.
-    """
+    numbers: number of values of each tensor in the files. Returns the number of weights that transformers joins from
+    several tensors, a layer's experts: only these need memory, because other weights stay mapped."""
     stored = sum(numbers.values())
     fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
     if fits:

@@ -81,7 +81,6 @@ def write_parts(source: Source, folder: Path) -> None:
 
 
 def _read_back(tokenizer: Any, text: str) -> Any:
-    """Return the token ids of ``text``, and the text that they decode to; None if the tokenizer fails."""
     try:
         ids = tokenizer(text).input_ids
         return ids, tokenizer.decode(ids)
@@ -115,9 +114,7 @@ def _tensors_of(
     parameter: str, shape: tuple[int, ...], model: NativeModel, tensors: Mapping[str, TensorInfo]
 ) -> list[TensorInfo] | None:
     """Return the tensors that make up a parameter: one, or for experts also a matrix for each expert.
-
-    None: a tensor is missing, or has another shape or type.
-    """
+    None: a tensor is missing, or has another shape or type."""
     path, _, leaf = parameter.rpartition(".")
     module, kinds = model.get_submodule(path), (*PLAIN,)
     names: Iterable[str] = [parameter]

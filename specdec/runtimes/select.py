@@ -91,7 +91,6 @@ def make_target(
 
 
 def _other(name: str, model: NativeModel | PreTrainedModel) -> Target:
-    """Return the target in the runtime "torch" or "transformers"."""
     if name == "torch":
         return CapturedTarget(model) if model.device.type == "cuda" else TorchTarget(model)
     from specdec.runtimes.transformers import TransformersTarget  # heavy

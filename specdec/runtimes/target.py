@@ -153,7 +153,7 @@ class Target(ABC):
         """
 
     def preparing(self, head: nn.Linear) -> Generator[None]:
-        """Prepare ``head`` for ``readout``, yielding after each short step. Without it, the first ``readout`` does so."""
+        """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""
         yield from ()
 
     @property

@@ -249,7 +249,6 @@ class TransformersTarget(Target):
         self.probed = True
 
     def _pass(self, call: _Call, ctx: Pass) -> Tensor:
-        """Run ``call`` with the cache of ``ctx``; return its result."""
         ids, bridge = torch.zeros_like(ctx.positions), _Bridge(ctx.cache)
         start, self.bridge = ctx.cache.lengths[call.lo], bridge
         with ExitStack() as stack:
@@ -265,7 +264,6 @@ class TransformersTarget(Target):
         return call.result
 
     def _run(self, call: _Call, module: nn.Module, ids: Tensor, positions: Tensor, **arguments: Any) -> Any:
-        """Call ``module`` with gates in place of the decoder layers; return its outputs."""
         (batch, count), arguments = ids.shape, {"use_cache": False} | arguments
         # Hugging Face's forwards pass a 4D mask on unchanged; the gates replace it by the real one.
         mask = torch.ones(1, dtype=torch.bool, device=ids.device).expand(batch, 1, count, count)
@@ -337,9 +335,7 @@ def _mixer(block: nn.Module) -> str | None:
 
 def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple[nn.Module, str]:
     """Return the owner of the first module that is ``wanted``, and the module's name in it.
-
-    problem: the end of the SpecDecError if there is none.
-    """
+    problem: the end of the SpecDecError if there is none."""
     for owner in root.modules():
         for name, child in owner.named_children():
             if wanted(child):
@@ -349,7 +345,6 @@ def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple
 
 @contextmanager
 def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Replace the child ``name`` of ``owner`` by ``module`` in the ``with`` block."""
     own = getattr(owner, name)
     setattr(owner, name, module)
     try:

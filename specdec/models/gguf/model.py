@@ -58,7 +58,6 @@ HARMONY = {
 
 
 def _kind(file: GGUFFile) -> str:
-    """Return the model type, such as "llama", of a file of a known architecture."""
     kind = ARCHITECTURES[file.architecture]
     return "mixtral" if kind == "llama" and file.metadata.get("llama.expert_count") else kind
 
@@ -140,9 +139,7 @@ def config_of(name: str, file: GGUFFile) -> Config:
 
 def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
     """Set the share of each head that rotates in ``values``, fields of a config of model type ``kind``.
-
-    Raises SpecDecError if the model type does not support the share.
-    """
+    Raises SpecDecError if the model type does not support the share."""
     family = families.FAMILIES[kind]
     if "rotated" in values and families.HEAD.items() <= family.keys.items() and not family.partial:
         values.setdefault("head_dim", values["rotated"])  # older files have only one of both
@@ -159,9 +156,7 @@ def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
 
 def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Return ``rope_scaling`` of a config for the scaling type ``kind`` and the metadata ``scaling``.
-
-    Moves fields that belong into ``rope_scaling`` from ``values``. Raises SpecDecError for an unknown kind.
-    """
+    Moves fields that belong into ``rope_scaling`` from ``values``. Raises SpecDecError for an unknown kind."""
     found = {SCALING[key]: value for key, value in scaling.items() if key in SCALING}
     bad = [key for key, value in found.items() if not _positive(value)]
     if kind not in ("linear", "yarn") or "factor" not in found or bad:
@@ -294,9 +289,7 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep: b
 
 def _restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int) -> Tensor | Blocks:
     """Undo what the GGUF converter did to a parameter: order of rows and columns, offset of norms.
-
-    stored: the file's values. tensors: number of tensors that were joined to ``stored``.
-    """
+    stored: the file's values. tensors: number of tensors that were joined to ``stored``."""
     family, (path, _, leaf) = families.FAMILIES[config.model_type], parameter.rpartition(".")
     rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
     columns = None
@@ -316,9 +309,7 @@ def _restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: 
 
 def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torch.dtype) -> None:
     """Print a note about the memory that matrices need because there are no kernels for their types.
-
-    unpacked: the tensors of each such matrix.
-    """
+    unpacked: the tensors of each such matrix."""
     kinds, stored, numbers = set[str](), 0, 0
     for infos in unpacked:
         kind = " with ".join(each := dict.fromkeys(info.kind for info in infos))

@@ -209,10 +209,8 @@ class MappedExperts:
 
     def _demand(self, number: int, count: int, groups: Any, rows: int, x: Any, logits: Any) -> int:
         """Load the experts that a pass uses in layer ``number``. The kernels call it. Returns 0, or 1 if reading fails.
-
         groups: ``count`` structures Grouped of mixture.c. rows: number of tokens. x, logits: as in ``Model.demand`` of
-        native.h.
-        """
+        native.h."""
         layer, counters, wanted = self.layers[number], self.counters, groups[: 3 * count : 3]
         with self.lock:
             for before in self.last:
@@ -245,7 +243,6 @@ class MappedExperts:
         return 0
 
     def _read(self, layer: _Layer, expert: int) -> None:
-        """Let the system begin to read an expert."""
         layer.advise(expert, _WILL_NEED, ADVISE_BYTES)
         self.counters.bytes_read += layer.places[expert][1]
 

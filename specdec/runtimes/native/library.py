@@ -154,7 +154,6 @@ def _notice() -> None:
 
 
 def _most() -> int:
-    """Return the best allowed instruction set as an index of ``LEVELS``."""
     name = os.environ.get(LEVEL) or LEVELS[-1]
     if name not in LEVELS[1:]:
         raise SettingError(f"{LEVEL}='{name}' is unknown; it is {', '.join(LEVELS[1:-1])} or {LEVELS[-1]}")

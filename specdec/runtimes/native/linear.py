@@ -136,9 +136,8 @@ class Packed:
     def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, after_weight: bool = False) -> Tensor:
         """Return the outputs bf16 [..., out] of ``x`` bf16 [..., in].
 
-        eps: if above 0, an RMS norm with this epsilon comes before the product.
-        norm: weight of the RMS norm, float32 [in]; None: ones.
-        after_weight: whether the norm rounds only after its weight (``Family.round_after_weight``).
+        eps: if above 0, an RMS norm with this epsilon comes before the product. norm: weight of the RMS norm, float32
+        [in]; None: ones. after_weight: whether the norm rounds only after its weight (``Family.round_after_weight``).
         """
         return self._run((x,), norm, eps, after_weight)
 
@@ -269,9 +268,7 @@ def _kept(weight: Tensor | Blocks, kept: ModelFile | None, memory: Memory) -> tu
 
 def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
     """Return the 4-bit tiles of ``Packed.bound_argmax``, and the error bound of each output for an input of length 1.
-
-    The bounds are float32 [out in whole tiles].
-    """
+    The bounds are float32 [out in whole tiles]."""
     name = None if kept is None else kept.name(weight)
     tiles, bounds = (f"{part} {name}" for part in ("rough", "gaps"))  # names in the file
     bound_bytes = 4 * (weight.shape[0] + -weight.shape[0] % 16)
@@ -300,7 +297,6 @@ def draft_tiles(
 
 
 def _bytes(shape: Sequence[int], kind: int) -> int:
-    """Return the bytes of the tiles of a weight of ``shape`` [out, in]."""
     out, inp = shape
     size: int = library.load().specdec_tiles_bytes(kind, -(-out // 16), inp // 32)
     return size
@@ -314,9 +310,7 @@ def _dense_tiles(weight: Tensor | Blocks, memory: Memory) -> tuple[int, Tensor]:
 
 def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
     """Return kind and tiles of a matrix in GGUF blocks; bf16 tiles if its scales are too large for the blocks' kind.
-
-    Raises SpecDecError if the kernels read other values than ``gguf`` in the first and the last row.
-    """
+    Raises SpecDecError if the kernels read other values than ``gguf`` in the first and the last row."""
     lib, kind, table = library.load(), INT(), RowTable(blocks)
     ends = torch.tensor([0, blocks.shape[0] - 1])
     if not torch.equal(blocks.in_order(table(ends)), dequantize(blocks, ends, torch.bfloat16)):
@@ -330,9 +324,7 @@ def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
 
 def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, bounds: Tensor | None = None) -> Tensor:
     """Pack ``weight`` [out, in] in tiles of ``kind``: BF16 (only of a tensor), or quantized to Q8 or Q4.
-
-    bounds: float32 [out in whole tiles], filled like ``Linear.error_bounds`` of native.h.
-    """
+    bounds: float32 [out in whole tiles], filled like ``Linear.error_bounds`` of native.h."""
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
     tiles = memory.allocate(_bytes(weight.shape, kind))
     if kind == BF16:

@@ -297,7 +297,6 @@ def note(text: str) -> None:
 
 @functools.cache
 def _kernels() -> str:
-    """Return a digest of the kernels, which identifies the layout of tiles."""
     return hashlib.sha256(library.LIBRARY.read_bytes()).hexdigest()[:32]
 
 

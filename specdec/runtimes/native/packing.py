@@ -150,7 +150,6 @@ class PackedModel:
         self._changed: WeakKeyDictionary[Adapters, tuple[Model, Any, dict[int, Any]]] = WeakKeyDictionary()
 
     def _maps(self) -> list[Packed]:
-        """Return the packed linear layers, without experts, output heads and merged ones."""
         return [item for item in self._alive if isinstance(item, Packed)]
 
     @property
@@ -194,7 +193,6 @@ class PackedModel:
             self._heads.setdefault(head, packed)
 
     def _pack_head(self, module: Any) -> Packed:
-        """Pack the model's own output head."""
         weight, numbers = matrix(module), (self.numbers.logits, self.numbers.logits_cap)
         packed = Packed([weight], module.bias, False, *numbers, kept=self.kept)
         if isinstance(weight, Blocks) and packed.nbytes > max(BOUNDED_SHARE * self.bytes_of_layers, BOUNDED_BYTES):
@@ -224,9 +222,7 @@ class PackedModel:
 
     def _keeping(self, name: str | None, weights: int, pack: Callable[[PackedFile | None], T]) -> T:
         """Return what ``pack`` makes, given an open file with room for ``weights`` draft weights, or None.
-
-        name: identifies what the weights depend on; None: there is no file.
-        """
+        name: identifies what the weights depend on; None: there is no file."""
         if self.kept is None or name is None:
             return pack(None)
         digest = hashlib.sha256(f"{metadata.version('specdec-m2r2')} {name}".encode()).hexdigest()
@@ -317,7 +313,6 @@ class PackedModel:
         return {n: each.weight.detach().float() * self._norm(getattr(layers[n], norm)) for n, each in routers.items()}
 
     def _norm(self, module: Any) -> Tensor:
-        """Return the factors of a norm, float32 [features]."""
         weight: Tensor = module.weight.detach().float()
         return 1 + weight if self.family.around_zero else weight
 
@@ -398,9 +393,7 @@ class PackedModel:
 
 def _round(layer: nn.Module, kind: str, paged: bool) -> None:
     """Quantize the linear layers of a decoder layer to block format ``kind``, except those in as few or fewer bits.
-
-    paged: whether experts stay on disk. Experts in a file are then quantized one by one when they are packed.
-    """
+    paged: whether experts stay on disk. Experts in a file are then quantized one by one when they are packed."""
     for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
             made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
