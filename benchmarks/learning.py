@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from specdec.api.decoder import SpecDecoder
 from specdec.base import inputs
 from specdec.bench.prompts import evenly_spaced, load_prompts
-from specdec.drafters import learned
-from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.m2r2 import learned
+from specdec.drafters.m2r2.learning import Learner
 from specdec.models import drafter_folder
 
 Figures = dict[str, dict[str, Any]]

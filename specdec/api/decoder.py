@@ -32,7 +32,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
 from specdec.base.settings import Whole, checked, short_repr
-from specdec.drafters.learned import first_use
+from specdec.drafters.m2r2.learned import first_use
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, kept
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt

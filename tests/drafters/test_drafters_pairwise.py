@@ -25,7 +25,7 @@ from specdec import Regex, SpecDecoder
 from specdec.api.text import Detokenizer
 from specdec.drafters.auto import AutoDrafter
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.m2r2.learning import Learner
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter

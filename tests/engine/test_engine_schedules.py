@@ -28,10 +28,9 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from zoo import EOS, EVERY, alike, new_tokens
 
 from specdec import Regex, SpecDecError
-from specdec.drafters import m2r2_fits, m2r2_learning, m2r2_replay
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.m2r2 import M2R2Drafter
-from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.m2r2 import M2R2Drafter, fits, learning, replay
+from specdec.drafters.m2r2.learning import Learner
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import guard, metrics, scheduler
 from specdec.engine.batch import Batch
@@ -297,7 +296,7 @@ class Schedules(RuleBasedStateMachine):
     )
     def step(self, right: int, chunk: int, count: int, pieces: int = 1000, vocabulary: int = 64) -> None:
         self.oracle.hits, self.engine.scheduler.chunk, self.pieces = right, chunk, pieces
-        m2r2_fits.VOCABULARY = vocabulary
+        fits.VOCABULARY = vocabulary
         for _ in range(count):
             self.advance()
 
@@ -559,7 +558,7 @@ tokens_bytes = functools.cache(lambda kind: scheduler._sizes(target_of(kind)))
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What happens in long texts happens in short ones."""
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
-    monkeypatch.setattr(m2r2_fits, "VOCABULARY", 64)
+    monkeypatch.setattr(fits, "VOCABULARY", 64)
     for name, value in {"HEADROOM": 0, "SHARED": 4, "CHECKPOINT": 6, "DRAFTED": 24}.items():
         monkeypatch.setattr(scheduler, name, value)
     yield
@@ -569,7 +568,7 @@ def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What happens in a schedule does not depend on the machine's speed."""
     made = Clock(tick=1e-3)
-    for module in guard, scheduler, metrics, m2r2_fits, m2r2_learning, m2r2_replay:
+    for module in guard, scheduler, metrics, fits, learning, replay:
         monkeypatch.setattr(module, "time", made)
     return made
 
@@ -623,7 +622,7 @@ def every_fit_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Learner, "_hits", better)
     for name, value in {"FIRST": 40, "EVERY": 30, "RECENT": 30, "AGAIN": 60, "HELD": 20}.items():
-        monkeypatch.setattr(m2r2_learning, name, value)
+        monkeypatch.setattr(learning, name, value)
 
 
 @pytest.mark.usefixtures("every_fit_serves")

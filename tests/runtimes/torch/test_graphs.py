@@ -22,7 +22,8 @@ from zoo import EVERY, PROMPTS, run
 
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
-from specdec.drafters import chain, m2r2, vocabulary
+from specdec.drafters import chain, vocabulary
+from specdec.drafters.m2r2 import drafter as m2r2_drafter
 from specdec.engine.batch import Batch
 from specdec.kvcache import mask
 from specdec.kvcache.cache import KVCache
@@ -212,7 +213,7 @@ class _Waits(TorchFunctionMode):
 
         for module in (draft, mask, graphs, tree_drafting, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
-        for module in (chain, draft, m2r2, tree_drafting):
+        for module in (chain, draft, m2r2_drafter, tree_drafting):
             monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
 
     def mark(self, out: Any) -> Any:
