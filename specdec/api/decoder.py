@@ -37,6 +37,7 @@ from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, 
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
+from specdec.kvcache.prefix import PrefixStore
 from specdec.models import catalogue, identity, loading, packed, prepare
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.runtimes.target import CHUNK
@@ -54,6 +55,7 @@ PREFILL_CHUNK = {"cpu": 96}  # tokens of new prompts in a step of an engine, by 
 KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
 _shared = weakref.WeakKeyDictionary["SpecDecoder", SharedEngine]()  # engines of calls on event loops
+PREFIX_SHARE = 4  # the part of the free memory that texts of earlier calls may take: one in so many bytes
 LEARN = True  # whether a drafter that teaches itself learns where nothing is said
 
 
@@ -84,6 +86,8 @@ class SpecDecoder:
     expert_prefetch: read experts ahead, by forecasts that teach themselves.
     learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were generated;
     None: yes.
+    prefix_reuse: keep the keys and values of the last texts, in at most a quarter of the free memory, so that a prompt
+    that begins like one of them runs only its new tokens. A verifier that accepts drafts without scores keeps none.
     packed: keep packed weights in the cache folder, where later loads find them; native runtime.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
@@ -104,6 +108,7 @@ class SpecDecoder:
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
         learn: bool | None = None,
+        prefix_reuse: bool = True,
         packed: bool = True,
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
@@ -118,6 +123,8 @@ class SpecDecoder:
         self.model: Any = self.target.model
         self.target.tokenizer = tokenizer
         self.drafter = self._drafter(drafter, dict(drafter_options or {}))
+        self.prefix_reuse = prefix_reuse
+        self.prefixes = self._new_prefixes()
         self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements
         if self.learning and self.drafter.learns:
             first_use()
@@ -192,8 +199,13 @@ class SpecDecoder:
         """
         other = copy.copy(self)
         other.drafter = other._drafter(drafter, dict(drafter_options or {}))
+        other.prefixes = other._new_prefixes()  # the other decoder may run in another thread
         other._auto, other._kept_at = None, -KEEP_EVERY
         return other
+
+    def _new_prefixes(self) -> PrefixStore | None:
+        """Return an empty store for texts of this decoder; None if it keeps none."""
+        return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
     def _drafter(self, drafter: str | Path | Drafter | registry.Choice, given: dict[str, Any]) -> Drafter:
         """Load a named drafter, and bind it to the target."""
@@ -328,7 +340,10 @@ class SpecDecoder:
         if (rule := given.get("constraint")) is not None:
             given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
         requests = [self.request(row, stream=n, scope=scope, **given) for row, n in zip(ids, streams(ids), strict=True)]
-        engine = self.stepped_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
+        if (prefixes := self.prefixes) is not None:
+            prefixes.max_bytes = (free_memory(self.device) + prefixes.nbytes) // PREFIX_SHARE
+        rows = max_rows or len(ids)
+        engine = self.stepped_engine(num_speculative_tokens, max_rows=rows, max_waiting=len(ids), prefixes=prefixes)
         try:
             return Generation(engine, requests, [self.text(given) for _ in requests])
         except BaseException:
@@ -487,7 +502,7 @@ class SpecDecoder:
                 max_waiting=max_waiting,
                 kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
                 prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, CHUNK),
-                reuse=True,
+                prefixes=PrefixStore(),
                 disk=disk,
                 learn=self.learning,
             )

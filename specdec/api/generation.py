@@ -45,6 +45,7 @@ class DecoderOptions(TypedDict, total=False):
     expert_cache: float | None
     expert_prefetch: bool
     learn: bool | None
+    prefix_reuse: bool
     packed: bool
 
 

@@ -58,7 +58,8 @@ class Decoders:
         if self._base is None or self._base[0] != cell.loading:
             self._base, self._loaded = None, {}  # free the previous model first
             how = {name: value for name, value in cell.loading.items() if name != "model"}
-            self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", learn=False, **how)
+            how |= {"learn": False, "prefix_reuse": False}  # every answer runs its whole prompt
+            self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", **how)
         return self._base[1]
 
     def method(self, cell: Cell) -> Method:

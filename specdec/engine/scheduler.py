@@ -63,7 +63,7 @@ class PrefillBatch:
 class Scheduler:
     """Queues and memory of an engine.
 
-    max_rows, kv_memory, chunk (``prefill_chunk``), reuse, disk: as in ``Engine``.
+    max_rows, kv_memory, chunk (``prefill_chunk``), prefixes, disk: as in ``Engine``.
     token_bytes: size of a token's keys and values; state_bytes: of a row's recurrent states, or a checkpoint. 0 without
         a limit of memory.
 
@@ -77,14 +77,14 @@ class Scheduler:
         max_rows: int,
         kv_memory: int | None,
         chunk: int,
-        reuse: bool,
+        prefixes: PrefixStore | None,
         disk: PrefixDisk | None = None,
     ) -> None:
         self.batch, self.max_rows, self.kv_memory, self.chunk = batch, max_rows, kv_memory, chunk
-        self.reuse, self.disk = reuse, disk
+        self.prefixes, self.disk = prefixes, disk
         self.waiting: deque[Request] = deque()
         self.turns = dict[Party, int]()  # the number of the last admission from a party, the earliest first
-        self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
+        self.prefilling = PrefillBatch()
         self.awaited: tuple[Request, Request, int, int] | None = None  # as ``_should_wait`` found
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self.timed, self.saved_seconds = (0, 0.0), 0.0  # tokens of prompts that were timed, and their seconds
@@ -98,14 +98,15 @@ class Scheduler:
 
     def used(self) -> int:
         """Bytes of the buffers of keys and values, of running rows and cached prefixes, and of recurrent states."""
-        return self._running_bytes() + self._prefix_bytes()
+        return self._running_bytes() + self.prefix_bytes()
 
     def _running_bytes(self) -> int:
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
         return sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
 
-    def _prefix_bytes(self) -> int:
-        return self.prefixes.nbytes + self.state_bytes * self.prefixes.states
+    def prefix_bytes(self) -> int:
+        """Bytes of the cached prefixes."""
+        return 0 if self.prefixes is None else self.prefixes.nbytes
 
     def _room(self, tokens: int, new: Sequence[int] = ()) -> float:
         """Bytes left for cached prefixes beside so many more tokens of each row, and new rows with so many slots.
@@ -119,8 +120,9 @@ class Scheduler:
     def _fits(self, tokens: int, new: Sequence[int] = ()) -> bool:
         """Drop cached prefixes until they have ``_room``; return whether there is any."""
         room = self._room(tokens, new)
-        while self._prefix_bytes() > room and self.prefixes.drop():
-            pass
+        if (prefixes := self.prefixes) is not None:
+            while prefixes.nbytes > min(room, prefixes.max_bytes) and prefixes.drop():
+                pass
         return room >= 0
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
@@ -235,7 +237,7 @@ class Scheduler:
         if all(row.background for row in (*waiting, *self.batch.rows, *self.prefilling.rows)):
             return
         for row in [row for row in self.prefilling.rows if row.background]:
-            if (cache := self.prefilling.remove([row])) is not None and self.reuse:
+            if (cache := self.prefilling.remove([row])) is not None and self.prefixes is not None:
                 self.prefixes.add(row.ids, cache, row.scope)
             row.set_status(Status.WAITING)
             row.put_off = True
@@ -264,7 +266,7 @@ class Scheduler:
 
     def _expected_slots(self, row: Request) -> int:
         """Slots that a row's cache is allocated for at first: of limited memory, no more than its share."""
-        new = min(row.remaining, NEW_SLOTS) if self.reuse else row.remaining
+        new = min(row.remaining, NEW_SLOTS) if self.prefixes is not None else row.remaining
         if self.kv_memory is not None:
             share = self.kv_memory // max(self.token_bytes * self.max_rows, 1)
             new = min(new, max(share - len(row.ids) - DRAFTED, HEADROOM))
@@ -277,13 +279,13 @@ class Scheduler:
 
         Returns a function that makes a cache of it, its length, and the number of tokens shared with any text.
         """
-        if not self.reuse:
+        if (prefixes := self.prefixes) is None:
             return None, 0, 0
-        prefix, most, shared = self.prefixes.longest(ids, scope)
+        prefix, most, shared = prefixes.longest(ids, scope)
         source: Callable[[int, int], KVCache] | None = None
         if prefix is not None:
             whole, cache = most == len(prefix.ids), prefix.cache
-            source = (lambda count, capacity: self.prefixes.take(prefix)) if whole else partial(cache.copy, 0)
+            source = (lambda count, capacity: prefixes.take(prefix)) if whole else partial(cache.copy, 0)
         for b, other in enumerate(self.batch.rows):
             if other.scope != scope:
                 continue
@@ -304,7 +306,7 @@ class Scheduler:
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
         """Whether a request had better wait for a prompt that is being run, to begin with more of it than is cached."""
         self.awaited = None
-        if not self.reuse:
+        if self.prefixes is None:
             return False
         prefilling = self.prefilling
         for b, other in enumerate((*prefilling.rows, *fresh)):
@@ -329,7 +331,7 @@ class Scheduler:
         return cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED
 
     def _count_hits(self, row: Request, found: int) -> None:
-        if self.reuse and not row.put_off:
+        if self.prefixes is not None and not row.put_off:
             self.prefix_queries += len(row.ids)
             self.prefix_hits += found
             if self.disk is not None:
@@ -356,7 +358,9 @@ class Scheduler:
         complete = self.batch.prefill(prefilling.rows, cache, counts)
         self._count_saved(complete, sum(counts), time.perf_counter() - began)
         for b, (row, n) in enumerate(zip(prefilling.rows, cache.rows, strict=True)):
-            if self.reuse and (n in row.fork_positions or n - cache.resumable(b, n - 1) >= max(CHECKPOINT, n // 4)):
+            if self.prefixes is not None and (
+                n in row.fork_positions or n - cache.resumable(b, n - 1) >= max(CHECKPOINT, n // 4)
+            ):
                 cache.checkpoint(b)
         if complete and (own := prefilling.remove(complete)) is not None:
             self.batch.join(complete, own)
@@ -377,7 +381,7 @@ class Scheduler:
     def remove(self, rows: Sequence[Request], keep: bool = True) -> None:
         """Remove rows that have ended or are preempted. keep: cache their texts for others to begin with."""
         batch = self.batch
-        if keep and self.reuse:
+        if keep and self.prefixes is not None:
             for b, row in enumerate(batch.rows):
                 if row in rows and row.error is None:
                     text = self.prefixes.add(row.ids, batch.cache.take_compact(b), row.scope)
@@ -388,9 +392,9 @@ class Scheduler:
         self._fits(0)
 
     def clear(self) -> None:
-        """Drop all rows and all cached prefixes."""
+        """Drop all rows."""
         self.batch.keep([])
-        self.prefilling, self.prefixes, self.awaited = PrefillBatch(), PrefixStore(), None
+        self.prefilling, self.awaited = PrefillBatch(), None
 
 
 @torch.inference_mode()

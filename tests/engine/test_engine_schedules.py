@@ -232,7 +232,7 @@ class Schedules(RuleBasedStateMachine):
             alternating(self.drafter, depth) if self.makers else Varied(depth),
             max_rows=rows,
             kv_memory=memory * token + 16 * state,
-            reuse=reuse,
+            prefixes=PrefixStore() if reuse else None,
         )
 
     # -- what comes ---------------------------------------------------------------------------------------------------
