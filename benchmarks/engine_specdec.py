@@ -10,7 +10,7 @@ from peers import Put
 
 from specdec import SpecDecoder
 from specdec.bench.pass_times import time_scoring
-from specdec.verify.certificate import replay
+from specdec.verify.replay import replay
 
 
 class Specdec:

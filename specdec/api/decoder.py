@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, SkipValidation
 from torch import Tensor
 
-from specdec.api import drafter_use
+from specdec.api import drafter_learning, drafter_use
 from specdec.api.asynchronous import SharedEngine, SharedRequest
 from specdec.api.generation import (
     DecoderOptions,
@@ -39,12 +39,13 @@ from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore
 from specdec.models import catalogue, identity, loading, packed, prepare
+from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.select import make_target, needs_cpu
-from specdec.runtimes.target import CHUNK
 from specdec.speculation import registry
 from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import RowSampler, eos_token_ids, logits_processors, own_sampling, streams
+from specdec.speculation.generation_config import eos_token_ids, logits_processors, own_sampling
+from specdec.speculation.sampling import RowSampler, streams
 from specdec.speculation.warpers import MinNewTokens, NoBadWords, Processor
 
 Named = str | Path | Drafter | registry.Choice
@@ -501,7 +502,7 @@ class SpecDecoder:
                 max_rows=max_rows,
                 max_waiting=max_waiting,
                 kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
-                prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, CHUNK),
+                prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, PASS_TOKENS),
                 prefixes=PrefixStore(),
                 disk=disk,
                 learn=self.learning,
@@ -564,14 +565,14 @@ class SpecDecoder:
         finally:
             release()
         if self.learning and self.drafter.learns:
-            drafter_use.learn_when_idle(self.drafter)
+            drafter_learning.learn_when_idle(self.drafter)
 
     def learn(self, seconds: float = math.inf) -> bool:
         """Let the drafter learn from earlier texts now, for at most about ``seconds``, and keep what it has learned.
 
         Returns whether it has more to learn from. Raises SpecDecError while a generation or an engine is open.
         """
-        return drafter_use.learn(self.drafter, seconds)
+        return drafter_learning.learn(self.drafter, seconds)
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as in ``model.generate``."""

@@ -24,8 +24,9 @@ from specdec.base.options import (
 )
 from specdec.base.settings import Whole
 from specdec.engine.engine import Engine
+from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.metrics import RequestMetrics
-from specdec.engine.request import Request, TokenLogprob
+from specdec.engine.request import Request
 from specdec.runtimes.native.experts import Counters
 from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.draft import Verifier

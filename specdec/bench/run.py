@@ -31,7 +31,7 @@ from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_p
 from specdec.models import loading
 from specdec.speculation import registry
 from specdec.speculation.sampling import Sampler, streams
-from specdec.verify.certificate import first_difference
+from specdec.verify.replay import first_difference
 
 Record = dict[str, Any]  # a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}
 Chat = tuple[Conversation, list[str]]  # a conversation, and its texts so far: user turns and answers, alternating

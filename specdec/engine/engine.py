@@ -25,7 +25,8 @@ from specdec.engine.request import Handle, Request, Status, check_prompt, failur
 from specdec.engine.scheduler import Scheduler
 from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore
-from specdec.runtimes.target import CHUNK, Target
+from specdec.runtimes.prefill import PASS_TOKENS
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
 
 __all__ = ["Engine", "EngineStats", "QueueFullError"]
@@ -95,7 +96,7 @@ class Engine:
         max_rows: int = 16,
         max_waiting: float = math.inf,
         kv_memory: int | None = None,
-        prefill_chunk: int = CHUNK,
+        prefill_chunk: int = PASS_TOKENS,
         prefixes: PrefixStore | None = None,
         disk: PrefixDisk | None = None,
         learn: bool = False,
@@ -322,8 +323,8 @@ class Engine:
         """End all requests but those that wait, after a failed step."""
         self._finish([row for row in self._all_requests() if row.status is not Status.WAITING], "error", failure(error))
         self.scheduler.clear()
-        if self.scheduler.prefixes is not None:
-            self.scheduler.prefixes.clear()
+        if self.scheduler.memory.prefixes is not None:
+            self.scheduler.memory.prefixes.clear()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -374,7 +375,7 @@ class Engine:
             self.scheduler.clear()
             if not self._closed:
                 self._closed = True
-                self.scheduler.prefixes = None
+                self.scheduler.memory.prefixes = None
                 if self.scheduler.disk is not None:
                     self.scheduler.disk.close()
                 self.on_close()
@@ -393,11 +394,11 @@ class Engine:
         return EngineStats(
             running=scheduler.running,
             waiting=len(scheduler.waiting),
-            kv_bytes=scheduler.used(),
-            kv_budget=scheduler.kv_memory,
+            kv_bytes=scheduler.memory.used(),
+            kv_budget=scheduler.memory.limit,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
-            prefix_bytes=scheduler.prefix_bytes(),
+            prefix_bytes=scheduler.memory.prefix_bytes(),
             saved_seconds=scheduler.saved_seconds,
             preemptions=scheduler.preemptions,
             steps=self.steps_done,

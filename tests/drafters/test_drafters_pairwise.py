@@ -31,7 +31,8 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
-from specdec.engine.request import Request, TokenLogprob
+from specdec.engine.logprobs import TokenLogprob
+from specdec.engine.request import Request
 from specdec.kvcache.prefix import PrefixStore
 from specdec.models import drafter_folder
 from specdec.runtimes.native import library

@@ -59,7 +59,7 @@ def answer(engine: Engine, made: SpecDecoder, prompt: list[int], **how: Any) -> 
 
 def forget(engine: Engine) -> None:
     """Drop what is in memory, as a restart does."""
-    while engine.scheduler.prefixes.drop():
+    while engine.scheduler.memory.prefixes.drop():
         pass
 
 

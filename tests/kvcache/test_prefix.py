@@ -122,7 +122,7 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
     engine.submit(Request([9, 8, 7, *range(3, 20)], 40))
     engine.step()
     stats = engine.stats()
-    engine.scheduler.kv_memory = stats.kv_bytes + 40 * engine.scheduler.token_bytes
+    engine.scheduler.memory.limit = stats.kv_bytes + 40 * engine.scheduler.memory.token_bytes
     looked = spied(monkeypatch, PrefixStore, "longest")
     waiting = Request([*PROMPTS[0], *range(40, 80)], 2)
     engine.submit(waiting)
