@@ -148,7 +148,7 @@ def main() -> None:
     prompts = [conversation.turns[0] for conversation in conversations]
     how: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
     how["num_speculative_tokens"] = "auto" if args.depth == "auto" else int(args.depth)
-    plain = SpecDecoder.from_pretrained(args.model, drafter="none", learn=False)
+    plain = SpecDecoder.from_pretrained(args.model, drafter="none", learn=False, prefix_reuse=False)
     decoder, end = opened(plain, now), time.monotonic() + 60 * args.minutes
     learner = learner_of(decoder)
     texts = texts_after(args.texts, learner.fits.progress.texts)

@@ -31,7 +31,7 @@ from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_p
 from specdec.models import loading
 from specdec.speculation import registry
 from specdec.speculation.sampling import Sampler, streams
-from specdec.verify.certificate import first_difference
+from specdec.verify.replay import first_difference
 
 Record = dict[str, Any]  # a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}
 Chat = tuple[Conversation, list[str]]  # a conversation, and its texts so far: user turns and answers, alternating
@@ -58,7 +58,8 @@ class Decoders:
         if self._base is None or self._base[0] != cell.loading:
             self._base, self._loaded = None, {}  # free the previous model first
             how = {name: value for name, value in cell.loading.items() if name != "model"}
-            self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", learn=False, **how)
+            how |= {"learn": False, "prefix_reuse": False}  # every answer runs its whole prompt
+            self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", **how)
         return self._base[1]
 
     def method(self, cell: Cell) -> Method:

@@ -8,6 +8,7 @@ its middle, the part of it up to there is in the index, too.
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
@@ -24,7 +25,7 @@ class Prefix:
     """A text, and a cache of one row with exactly its tokens.
 
     scope: of the requests that may begin with it. points: the keys of its parts that can be resumed, its own included.
-    nbytes: of the buffers of keys and values. states: number of recurrent states of a layer.
+    nbytes: of the buffers of keys and values, and of recurrent states.
     """
 
     def __init__(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
@@ -32,18 +33,20 @@ class Prefix:
         if count > len(ids):
             raise ValueError(f"a cache of {count} tokens does not belong to a text of {len(ids)}")
         self.ids, self.cache, self.scope = list(ids[:count]), cache, scope
-        self.key, self.nbytes, self.states = _key(self.ids, scope), cache.nbytes, cache.num_states
+        self.key = _key(self.ids, scope)
+        self.nbytes = cache.nbytes + cache.state_bytes * cache.num_states
         self.points = [self.key[: SCOPE + TOKEN * n] for n in {count} | cache.checkpoints(0) if 0 < n <= count]
 
 
 class PrefixStore:
     """Prefixes by key, the least recently used first.
 
-    nbytes, states: sums of those of its prefixes.
+    nbytes: the sum of those of its prefixes. max_bytes: the limit that an engine keeps to by ``drop``.
     """
 
     def __init__(self) -> None:
-        self.nbytes = self.states = 0
+        self.nbytes = 0
+        self.max_bytes = math.inf
         self._texts = OrderedDict[bytes, Prefix]()
         self._points = list[bytes]()  # sorted
         self._holders = dict[bytes, dict[Prefix, None]]()  # of each point
@@ -63,7 +66,6 @@ class PrefixStore:
                 self.drop()
             self._texts[made.key] = made
             self.nbytes += made.nbytes
-            self.states += made.states
             for point in made.points:
                 if point not in self._holders:
                     self._points.insert(bisect_left(self._points, point), point)
@@ -102,10 +104,14 @@ class PrefixStore:
         self._remove(next(iter(self._texts.values())))
         return True
 
+    def clear(self) -> None:
+        """Remove all texts."""
+        while self.drop():
+            pass
+
     def _remove(self, prefix: Prefix) -> None:
         del self._texts[prefix.key]
         self.nbytes -= prefix.nbytes
-        self.states -= prefix.states
         for point in prefix.points:
             del self._holders[point][prefix]
             if not self._holders[point]:

@@ -371,7 +371,7 @@ def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama, mon
 
 def test_a_decoder_that_is_told_not_to_learn_keeps_nothing(llama, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("specdec.api.decoder.LEARN", True)
-    monkeypatch.setattr("specdec.api.drafter_use.IDLE", 0.0)
+    monkeypatch.setattr("specdec.api.drafter_learning.IDLE", 0.0)
     decoder = SpecDecoder(llama, drafter="m2r2", learn=False)
     with decoder.engine(num_speculative_tokens=2) as engine:
         list(engine.submit(decoder.request([5, 6], max_new_tokens=8)))

@@ -36,12 +36,15 @@ from specdec.engine import guard, metrics, scheduler
 from specdec.engine.batch import Batch
 from specdec.engine.depth import DepthChoice, FixedDepth, History
 from specdec.engine.engine import Engine
-from specdec.engine.request import Handle, Request, TokenLogprob, prompt_logprobs, token_logprobs
-from specdec.engine.scheduler import PrefillBatch, Scheduler
+from specdec.engine.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
+from specdec.engine.memory import PrefillBatch, cache_sizes
+from specdec.engine.request import Handle, Request
+from specdec.engine.scheduler import Scheduler
 from specdec.kvcache.prefix import Prefix, PrefixStore
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Target, run_tokens
+from specdec.runtimes.prefill import run_tokens
+from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
@@ -231,7 +234,7 @@ class Schedules(RuleBasedStateMachine):
             alternating(self.drafter, depth) if self.makers else Varied(depth),
             max_rows=rows,
             kv_memory=memory * token + 16 * state,
-            reuse=reuse,
+            prefixes=PrefixStore() if reuse else None,
         )
 
     # -- what comes ---------------------------------------------------------------------------------------------------
@@ -313,10 +316,10 @@ class Schedules(RuleBasedStateMachine):
     @rule(room=st.sampled_from([0, 0, 40, 80]))
     def squeeze(self, room: int) -> None:
         """One step with hardly any memory: kept texts go, and the younger rows give way."""
-        whole = self.engine.scheduler.kv_memory
-        self.engine.scheduler.kv_memory = room * self.engine.scheduler.token_bytes
+        whole = self.engine.scheduler.memory.limit
+        self.engine.scheduler.memory.limit = room * self.engine.scheduler.memory.token_bytes
         self.advance()
-        self.engine.scheduler.kv_memory = whole
+        self.engine.scheduler.memory.limit = whole
 
     @precondition(lambda self: self.engine.batch.rows)
     @rule(data=st.data(), first=st.sampled_from([2, 3, 5]), then=st.sampled_from([1, 7, 40]))
@@ -339,11 +342,11 @@ class Schedules(RuleBasedStateMachine):
         stats, scheduled = self.engine.stats(), self.engine.scheduler
         caches = filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))
         checkpoints = sum(own.num_states - own.batch for own in caches)  # for them, room is made in the next step
-        over = stats.kv_bytes - scheduled.state_bytes * checkpoints > scheduled.kv_memory
+        over = stats.kv_bytes - scheduled.memory.state_bytes * checkpoints > scheduled.memory.limit
         assert not over or (stats.running <= 1 and not self.kept())  # alone, a row has what it takes
 
     def kept(self) -> list[Prefix]:
-        return self.engine.scheduler.prefixes.entries
+        return self.engine.scheduler.memory.prefixes.entries
 
     # -- what has to be so --------------------------------------------------------------------------------------------
 
@@ -551,7 +554,7 @@ def self_taught(target: Target, kind: str, hybrid: bool = False, **shape: Any) -
     return drafter
 
 
-tokens_bytes = functools.cache(lambda kind: scheduler._sizes(target_of(kind)))
+tokens_bytes = functools.cache(lambda kind: cache_sizes(target_of(kind)))
 
 
 @pytest.fixture(autouse=True)
