@@ -1,9 +1,8 @@
-"""A cache of keys, values and recurrent states with roll-back: append, trim, commit a path, select rows.
+"""The KV cache: keys, values and recurrent states of a batch of rows, with roll-back.
 
-Each row has buffers of its own, so that rows come and go without copying the others. A row's committed slots are
-numbered by their positions, and its draft's slots follow them: no row has holes. Layers may be filled to different
-lengths while a draft is under way; ``commit`` drops or compacts the draft's slots. Knows nothing about models, tokens
-or acceptance.
+Each row has its own buffers, so that rows join and leave the batch without a copy of the others. The slot of a
+committed token is its position, and the draft's slots follow: a row has no holes. Layers may be filled to different
+lengths during a draft; ``commit`` drops or compacts the draft's slots. The cache knows no models, tokens or acceptance.
 """
 
 from __future__ import annotations
@@ -19,60 +18,66 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kvcache.mask import RowMask
-from specdec.kvcache.recurrent import Advance, RowStates, StateShape, run_rows
+from specdec.kvcache.recurrent import Advance, KernelStates, LayerStates, RowStates, StateShape, run_rows
 
-GROUP = 32  # numbers of an 8-bit row that share a scale
+GROUP = 32  # 8-bit codes that share a scale
 BLOCK = 256  # slots that a buffer grows by
-PAGE = 16  # the buffer of a copy has a multiple of so many slots
+PAGE = 16  # the buffer of a copy has a multiple of this many slots
 MAX_EXPECTED = 1 << 30  # maximum bytes that buffers allocate for expected slots
-WHOLE = "kv"  # the name of a buffer of all layers
+WHOLE = "kv"  # the name of the buffer that holds all layers
 
 
 class RowEntries:
-    """Keys and values of a row's tokens, and its recurrent states.
+    """One row of a ``KVCache``: keys and values of its tokens, and its recurrent states.
 
     count: number of committed tokens.
-    expected: number of slots that it will need; on a CPU, buffers begin with them.
-    buffers: by name, [..., slots, d]: "kv" of all layers, [2, N', H, slots, d], or "k3" and "v3" of a layer.
-    place: slots of "kv", and pointers to its keys and values.
-    states: the states of recurrent layers; None: there are none.
-    lent: whether "kv" is memory of the runtime, which others do not share.
+    expected: number of slots that the row will need; 0: unknown. On a CPU, new buffers have this capacity.
+    buffers: tensors by name: either "kv" of all attention layers, [2 (keys, values), N', H, slots, d], or for each
+        layer, such as layer 3, "k3" and "v3", [H, slots, d].
+    pointers: capacity in slots of "kv", and the addresses of its keys and of its values.
+    states: the states of the recurrent layers; None: the model has no recurrent layers.
+    lent: whether "kv" is a graph buffer of the runtime, which other caches must copy and not share.
     """
 
     def __init__(self, states: RowStates | None = None) -> None:
         self.count = self.expected = 0
         self.buffers = dict[str, Tensor]()
-        self.place, self.states, self.lent = (0, 0, 0), states, False
+        self.pointers = (0, 0, 0)
+        self.states = states
+        self.lent = False
 
     @property
     def slots(self) -> int:
-        """Capacity of the buffers."""
+        """Return the capacity of the largest buffer in slots."""
         return max((buffer.shape[-2] for buffer in self.buffers.values()), default=0)
 
     def shared(self) -> RowEntries:
-        """The row as it is now, with the same buffers: committed entries never change."""
+        """Return this row as it is now, with the same buffers: committed entries never change."""
         made = copy.copy(self)
         made.buffers = dict(self.buffers)
         return made
 
     def put(self, name: str, buffer: Tensor, lent: bool = False) -> None:
+        """Set the buffer ``name``. lent: as the attribute."""
         self.buffers[name], self.lent = buffer, lent
         if name == WHOLE:
             begin = buffer.data_ptr()
-            self.place = buffer.shape[-2], begin, begin + buffer.nbytes // 2
+            self.pointers = buffer.shape[-2], begin, begin + buffer.nbytes // 2
 
 
 class KVCache:
-    """Keys and values of all layers, and recurrent states, for a batch of rows.
+    """Keys and values of all layers, and recurrent states, for a batch of B rows.
 
-    Runtimes append entries, or claim slots and write them themselves. The former get those of all rows in one tensor.
+    A runtime appends keys and values by ``append``, which returns those of all rows in one tensor, or it counts slots
+    as filled by ``claim`` and writes them itself.
 
-    layers: those with keys and values, N', if a row has one buffer for all of them; None: one for each.
-    recurrent: the recurrent layers. shape: the shape of their states, where a runtime takes pointers to them.
-    int8: whether entries are rows of ``quantize_rows``.
-    entries: of each row.
+    layers: numbers of the N' attention layers, which have one buffer "kv" per row; None: each layer has its own.
+    recurrent: numbers of the recurrent layers.
+    shape: size of the recurrent states, if native kernels change them in place; None: PyTorch runs these layers.
+    int8: whether keys and values are stored in 8 bits (``quantize_rows``).
+    entries: the rows.
     lengths: number of filled slots of each layer, in the row with most committed tokens.
-    draft_positions: positions of uncommitted slots [B, U].
+    draft_positions: positions of the uncommitted slots, int64 [B, U].
     """
 
     def __init__(
@@ -85,14 +90,20 @@ class KVCache:
         recurrent: Sequence[int] = (),
         shape: StateShape | None = None,
     ) -> None:
-        self.block, self.device, self.int8 = BLOCK, torch.device(device), int8
-        self.layers, self.recurrent, self.shape = layers, list(recurrent), shape
+        self.block = BLOCK
+        self.device = torch.device(device)
+        self.int8 = int8
+        self.layers = layers
+        self.recurrent = list(recurrent)
+        self.shape = shape
         self.lengths = [0] * num_layers
         self.entries = [RowEntries(self._no_states()) for _ in range(batch)]
         self.draft_positions = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
 
     def _no_states(self) -> RowStates | None:
-        return RowStates(len(self.recurrent), self.shape) if self.recurrent else None
+        if not self.recurrent:
+            return None
+        return LayerStates(len(self.recurrent)) if self.shape is None else KernelStates(self.shape)
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
@@ -102,59 +113,61 @@ class KVCache:
 
     @property
     def rows(self) -> list[int]:
-        """Number of committed tokens of each row."""
+        """Return the number of committed tokens of each row."""
         return [row.count for row in self.entries]
 
     @property
     def committed(self) -> int:
-        """The largest of them."""
+        """Return the number of committed tokens of the row that has most; 0 without rows."""
         return max((row.count for row in self.entries), default=0)
 
     @property
     def data(self) -> list[Tensor]:
-        """The rows' buffers of all layers."""
+        """Return the buffer "kv" of each row."""
         return [row.buffers[WHOLE] for row in self.entries]
 
     @property
     def states(self) -> list[RowStates]:
-        """The rows' recurrent states."""
+        """Return the recurrent states of each row; [] without recurrent layers."""
         return [row.states for row in self.entries if row.states is not None]
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token's keys and values in all layers; 0 before any are stored."""
+        """Return the bytes of one token's keys and values in all layers; 0 before any are stored."""
         return max((sum(x.nbytes // x.shape[-2] for x in row.buffers.values()) for row in self.entries), default=0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers of keys and values."""
+        """Return the bytes of all buffers of keys and values, without recurrent states."""
         return sum(buffer.nbytes for row in self.entries for buffer in row.buffers.values())
 
     @property
     def num_states(self) -> int:
-        """Number of recurrent states of a layer, if there are any: those of the rows, and checkpoints."""
+        """Return the number of row states that are stored: one for each row, and one for each checkpoint."""
         return self.batch + sum(len(states.checkpoints) for states in self.states)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of a row's recurrent states in all layers; 0 before any are stored."""
+        """Return the bytes of one row's recurrent states in all layers; 0 before any are stored."""
         return max((states.nbytes for states in self.states), default=0)
 
     def expect(self, slots: Sequence[int]) -> None:
-        """So many slots will be needed for each row."""
+        """Tell the cache the number of slots that each row will need, so that buffers need not grow."""
         for row, count in zip(self.entries, slots, strict=True):
             row.expected = count
 
     def capacities(self, ends: Sequence[int]) -> list[int]:
-        """The number of slots of each row's buffers once they have room for so many tokens of each row."""
+        """Return the capacity in slots that each row's buffers would have after growing to ``ends`` tokens."""
         pairs = list(zip(self.entries, ends, strict=True))
         return [
             row.slots if end <= row.slots else self._slots(row, end, row.slots, self.token_bytes) for row, end in pairs
         ]
 
     def _slots(self, row: RowEntries, end: int, have: int, size: int) -> int:
-        """The capacity of larger buffers of a row than for ``have`` slots, for ``end``. size: bytes of a token in all
-        layers."""
+        """Return the capacity that a row's buffers grow to.
+
+        end, have: slots that are needed, and those that there are. size: bytes of one token in all layers.
+        """
         # A text may end early, so the memory of expected slots is bounded.
         expected = min(row.expected, MAX_EXPECTED // max(self.batch * size, 1)) if self.device.type == "cpu" else 0
         # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
@@ -170,18 +183,20 @@ class KVCache:
         counts: Sequence[int] | None = None,
         trees: Sequence[Tensor | None] | None = None,
     ) -> RowMask:
-        """Register the next T slots of ``layer`` at ``positions`` [B, T] and return their mask.
+        """Return the mask of the next T tokens of each row, whose pass begins in ``layer``.
 
-        They see every committed token of their row, and of the U uncommitted slots (theirs included) those that
-        ``tree`` (bool [T, U] or [B, T, U]) marks; None: all earlier ones and themselves (a chain).
+        A token attends to all committed tokens of its row, and to the uncommitted tokens that its tree marks.
 
-        counts: so many tokens of each row instead, row behind row (positions [1, T]). trees: of each of these rows,
-            bool [count, count], or None for a chain; nothing else may be uncommitted. Without ``trees``, all the tokens
-            are to be committed.
+        positions: int64 [B, T].
+        tree: bool [T, U] for all rows or [B, T, U], where U counts the uncommitted slots, the T new ones included;
+            None: a chain, in which each token attends to all earlier ones and to itself.
+        counts: number of tokens of each row, for a pass over rows of different lengths. Then ``positions`` is [1, T]
+            with the rows one after the other, no other token may be uncommitted, and ``trees`` replaces ``tree``.
+        trees: for each row bool [count, count], or None for a chain. Without ``trees``, the caller commits all tokens.
         """
         if counts is not None:
-            places = positions[0].split(list(counts))
-            return RowMask(positions, self.rows, counts, trees or [None] * self.batch, 0, places, trees is None)
+            drafted = positions[0].split(list(counts))
+            return RowMask(positions, self.rows, counts, trees or [None] * self.batch, 0, drafted, trees is None)
         (batch, t), ahead = positions.shape, self.lengths[layer] - self.committed
         self.draft_positions = torch.cat((self.draft_positions[:, :ahead], positions), 1) if ahead else positions
         each = [tree] * batch if tree is None or tree.dim() == 2 else list(tree)
@@ -190,30 +205,33 @@ class KVCache:
         return mask
 
     def claim(self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Count the next ``counts`` slots of the rows as filled in layers [lo, hi), for a runtime to write them."""
+        """Count the next slots as filled in layers [lo, hi); the runtime then writes their keys and values itself.
+
+        counts: number of slots of each row. heads, head_dim, dtype: those of the keys.
+        """
         ahead, layers = self.lengths[lo] - self.committed, self.layers or ()
         for row, count in zip(self.entries, counts, strict=True):
-            if (end := max(row.count + ahead + count, 1)) > row.place[0]:  # a row without tokens has a buffer, too
+            if (end := max(row.count + ahead + count, 1)) > row.pointers[0]:  # a row without tokens also has a buffer
                 self._grow(row, WHOLE, (2, len(layers), heads), end, head_dim, dtype)
         self.lengths[lo:hi] = [self.committed + ahead + max(counts)] * (hi - lo)
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """Add ``k``, ``v`` [B, H, T, d] to ``layer``; return all its keys and values [B, H, S, d].
+        """Append keys ``k`` and values ``v`` [B, H, T, d] to ``layer``; return all keys and values [B, H, S, d].
 
-        S is that of the longest row, rounded up to ``multiple``; slots behind a row's own have old or zero entries,
-        which the caller masks. Of a single row they are views.
+        S is the length of the longest row, rounded up to ``multiple``. Slots after a row's own have old or zero
+        entries, which the caller must mask. With one row, the results are views of the buffers.
         """
         ahead, t, made = self.lengths[layer] - self.committed, k.shape[2], list[Tensor]()
         if self.layers is not None:
             self.claim(layer, layer + 1, [t] * self.batch, k.shape[1], k.shape[3], k.dtype)
         self.lengths[layer] = self.committed + ahead + t
         end = -(-self.lengths[layer] // multiple) * multiple
-        for place, (name, new) in enumerate((("k", k), ("v", v))):
+        for part, (name, new) in enumerate((("k", k), ("v", v))):
             stored, views = quantize_rows(new) if self.int8 else new, list[Tensor]()
             for row, own in zip(self.entries, stored, strict=True):
                 start = row.count + ahead
                 if self.layers is not None:
-                    view = row.buffers[WHOLE][place, self.layers.index(layer)]  # (H, slots, d)
+                    view = row.buffers[WHOLE][part, self.layers.index(layer)]  # (H, slots, d)
                 else:
                     held = row.buffers.get(f"{name}{layer}")
                     if held is None or held.shape[1] < start + t:
@@ -228,7 +246,7 @@ class KVCache:
     def _grow(
         self, row: RowEntries, name: str, outer: Sequence[int], end: int, head_dim: int, dtype: torch.dtype
     ) -> None:
-        """Let a buffer [*outer, slots, head_dim] of a row have at least ``end`` slots."""
+        """Grow the buffer ``name`` [*outer, slots, head_dim] of a row to at least ``end`` slots."""
         if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // GROUP, torch.int8
         old, size = row.buffers.get(name), math.prod(outer) * head_dim * dtype.itemsize
@@ -240,27 +258,35 @@ class KVCache:
         row.put(name, grown)
 
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
-        """Run a recurrent layer on the next T tokens ``x`` [B, T, D], and store what roll-back needs."""
+        """Run recurrent ``layer`` on the next T tokens ``x`` [B, T, D]; return its outputs [B, T, D].
+
+        tree: as in ``register``. advance: runs the layer's mixer. Stores what roll-back needs.
+        """
         held = self.lengths[layer] - self.committed
-        return run_rows(self.states, self.recurrent.index(layer), x, held, tree, advance)
+        rows = [states for states in self.states if isinstance(states, LayerStates)]
+        return run_rows(rows, self.recurrent.index(layer), x, held, tree, advance)
 
     def trim(self, count: int, lo: int = 0, hi: int | None = None) -> None:
-        """Drop the last ``count`` slots of layers [lo, hi). Committed slots cannot be dropped (ValueError)."""
+        """Drop the last ``count`` slots of layers [lo, hi). hi: None: all layers from ``lo`` on.
+
+        Raises ValueError for committed slots, which cannot be dropped.
+        """
         for layer in range(lo, len(self.lengths) if hi is None else hi):
             if self.lengths[layer] - count < self.committed:
                 raise ValueError(f"cannot trim {count} slots of layer {layer}: only uncommitted ones can be dropped")
             self.lengths[layer] -= count
 
     def roll_back(self) -> None:
-        """Drop everything that is not committed, in all layers."""
+        """Drop all uncommitted slots and states, in all layers and rows."""
         self._settle()
         for states in self.states:
             states.ahead = {}
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
-        """Commit, for each row, the uncommitted slots listed in ``paths`` (ascending indices), and drop the others.
+        """Commit the accepted tokens of each row, and drop its other uncommitted ones.
 
-        All layers must have run the whole block.
+        paths: for each row, ascending indices of the accepted tokens among the uncommitted ones; [] accepts none.
+        All layers must have run all uncommitted tokens.
         """
         for row, path in zip(self.entries, paths, strict=True):
             n, count = row.count, len(path)
@@ -273,7 +299,7 @@ class KVCache:
         self._settle()
 
     def _settle(self) -> None:
-        """Nothing is uncommitted."""
+        """Set the length of all layers to the committed tokens."""
         self.lengths = [self.committed] * len(self.lengths)
 
     # -- rows come and go ---------------------------------------------------------------------------------------------
@@ -292,31 +318,34 @@ class KVCache:
         self.roll_back()
 
     def resumable(self, row: int, count: int) -> int:
-        """The number of the first ``count`` committed tokens of ``row`` that another text can begin with."""
+        """Return how many of the first ``count`` committed tokens of ``row`` another text can begin with.
+
+        That is ``count``, or with recurrent layers the largest number with a checkpoint; 0: none.
+        """
         if not self.recurrent or count == self.entries[row].count:
             return count
         return max((n for n in self.checkpoints(row) if n <= count), default=0)
 
     def checkpoints(self, row: int) -> set[int]:
-        """The numbers of tokens after which recurrent states of ``row`` are stored."""
+        """Return the numbers of tokens after which recurrent states of ``row`` are stored."""
         states = self.entries[row].states
         return set() if states is None else set(states.checkpoints)
 
     def checkpoint(self, row: int) -> None:
-        """Store a checkpoint of the recurrent states of ``row``; keys and values need none."""
+        """Store a checkpoint of the recurrent states of ``row`` after its committed tokens; no effect without any."""
         if (states := self.entries[row].states) is not None:
             states.checkpoint(self.entries[row].count)
 
     def of(self, entries: list[RowEntries]) -> Self:
-        """A cache like this one, with these rows, of which nothing is uncommitted."""
+        """Return a cache of the same kind with the rows ``entries``, of which nothing may be uncommitted."""
         made = copy.copy(self)
         made._place(entries)
         return made
 
     def copy(self, row: int, count: int, capacity: int = 0) -> Self:
-        """A cache of one row: the first ``count`` committed tokens of ``row``.
+        """Return a cache of one row with a copy of the first ``count`` committed tokens of ``row``.
 
-        count: as ``resumable`` returns it. capacity: number of slots that it will need.
+        count: as ``resumable`` returns it; ValueError for another one. capacity: minimum number of slots of the copy.
         """
         own = self.entries[row]
         if count and count != self.resumable(row, count):
@@ -330,48 +359,53 @@ class KVCache:
         return self.of([made])
 
     def _fill(self, row: RowEntries, name: str, parts: Sequence[Tensor], capacity: int) -> None:
-        """Make a buffer with ``parts`` one behind the other, and room for ``capacity`` slots."""
+        """Set the buffer ``name`` of a row to ``parts`` [..., slots, d], joined, with room for ``capacity`` slots."""
         counts, first = [part.shape[-2] for part in parts], parts[0]
         slots = -(-max(sum(counts), capacity) // PAGE) * PAGE
         made = zeros((*first.shape[:-2], slots, first.shape[-1]), first.dtype, self.device)
-        for part, place in zip(parts, made[..., : sum(counts), :].split(counts, -2), strict=True):
-            place.copy_(part)
+        for part, view in zip(parts, made[..., : sum(counts), :].split(counts, -2), strict=True):
+            view.copy_(part)
         row.put(name, made)
 
     def take(self, row: int) -> Self:
-        """The row as a cache of its own, which shares its buffers."""
+        """Return a cache of one row that shares the buffers of ``row``, or has a copy of a graph buffer."""
         own = self.entries[row]
         return self.copy(row, own.count) if own.lent else self.of([own.shared()])
 
     def take_compact(self, row: int) -> Self:
-        """``take`` for a cached prefix: the buffers have little more capacity than the tokens need."""
+        """Return a cache of one row like ``take``; a copy if over a fifth of the buffers' capacity is unused."""
         count = self.entries[row].count
         spare = self.entries[row].slots > count + count // 4 + PAGE
         return self.copy(row, count) if spare else self.take(row)
 
     def reference(self) -> Self:
-        """This cache as it is now, for another thread to read: it shares the committed entries, which never change."""
+        """Return this cache as it is now, for another thread to read. It shares the committed entries."""
         made = copy.copy(self)
         made.entries = [row.shared() for row in self.entries]
         return made
 
-    # -- entries as numbers -------------------------------------------------------------------------------------------
+    # -- reading and writing entries ----------------------------------------------------------------------------------
 
     def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:
-        """A copy, on the CPU, of the keys and values of the committed tokens [start, end) of ``row``."""
+        """Return a copy on the CPU of the buffers of ``row`` for the committed tokens [start, end), by name."""
         found = self.entries[row].buffers.items()
         return {name: buffer[..., start:end, :].to("cpu", copy=True).contiguous() for name, buffer in found}
 
     def read_states(self, row: int, count: int) -> dict[str, Tensor]:
-        """A copy, on the CPU, of the recurrent states of ``row`` after ``count`` tokens; {} without a checkpoint."""
+        """Return the recurrent states of ``row`` after ``count`` tokens on the CPU, by key as text.
+
+        {} if there is no checkpoint after ``count`` tokens.
+        """
         states = self.entries[row].states
         found = {} if states is None else states.checkpoints.get(count, {})
         return {" ".join(map(str, key)): state.cpu().contiguous() for key, state in found.items()}
 
     def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
-        """Fill this cache, which is empty and has one row, with ``parts`` of a text of ``count`` tokens.
+        """Fill this empty cache of one row with a text of ``count`` tokens.
 
-        states: its recurrent states, as ``read_states`` returns them.
+        parts: the text's consecutive parts, each as ``read`` returns it.
+        states: the recurrent states after the text, as ``read_states`` returns them.
+        capacity: minimum number of slots of the buffers.
         """
         [row] = self.entries
         for name in parts[0]:
@@ -383,12 +417,15 @@ class KVCache:
         self._settle()
 
     def of_layer(self, layer: int, row: int) -> dict[str, Tensor]:
-        """Keys "k" and values "v" of the filled slots of a row [S, H, d], views perhaps; may be empty."""
+        """Return the keys "k" and values "v" of a row's filled slots in ``layer``, each [S, H, d].
+
+        The tensors may be views. {} if the layer stores no keys.
+        """
         own, found = self.entries[row], dict[str, Tensor]()
-        for place, name in enumerate("kv"):
+        for part, name in enumerate("kv"):
             held = own.buffers.get(f"{name}{layer}")
             if self.layers is not None and layer in self.layers and WHOLE in own.buffers:
-                held = own.buffers[WHOLE][place, self.layers.index(layer)]
+                held = own.buffers[WHOLE][part, self.layers.index(layer)]
             if held is not None:
                 filled = held[:, : self.lengths[layer] - self.committed + own.count]
                 found[name] = (dequantize_rows(filled, torch.bfloat16) if self.int8 else filled).transpose(0, 1)
@@ -396,7 +433,7 @@ class KVCache:
 
 
 def quantize_rows(x: Tensor) -> Tensor:
-    """``x`` [..., d] in 8 bits: int8 [..., d + d / 16], the codes and then their scales, a bf16 for 32 codes."""
+    """Quantize ``x`` [..., d] to int8 [..., d + d / 16]: d codes, then the bytes of a bf16 scale for each 32 codes."""
     parts = x.float().unflatten(-1, (-1, GROUP))  # (..., d / 32, 32)
     scales = (parts.abs().amax(-1, keepdim=True) / 127).bfloat16()
     codes = (parts / scales.float().clamp_min(1e-30)).round().to(torch.int8)
@@ -404,14 +441,14 @@ def quantize_rows(x: Tensor) -> Tensor:
 
 
 def dequantize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of ``quantize_rows``: [..., d]."""
+    """Return the values [..., d] of ``rows``, which ``quantize_rows`` made, in ``dtype``."""
     d = rows.shape[-1] * 16 // 17
     parts, scales = rows[..., :d].unflatten(-1, (-1, GROUP)), rows[..., d:].contiguous().view(torch.bfloat16)
     return (parts * scales[..., None].float()).flatten(-2).to(dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.zeros``; on a CPU from untouched pages, which take memory only when they are written."""
+    """Return ``torch.zeros``; on a CPU, its pages take memory only when they are written."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)

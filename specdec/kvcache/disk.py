@@ -1,8 +1,7 @@
-"""Cached prefixes on disk: keys and values of texts in chunks, with which later requests and processes begin.
+"""Cached prefixes on disk: keys and values of texts in chunks, which later requests and processes load.
 
-The file of a chunk is named by a hash of what its numbers depend on (``identity``), the scope of its text, and all
-tokens up to its end. So a chunk is found only by the text, and only after those before it. Recurrent states after a
-chunk are a file of their own.
+The name of a chunk's file is a hash of the model's identity (``identity.numbers``), the scope of its text, and all
+tokens up to its end. So a chunk is found only by its text. Recurrent states after a chunk have a file of their own.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.files import write_atomically
 from specdec.kvcache.cache import KVCache
 
-CHUNK = 64  # tokens; a prompt computes up to so many that were known
+CHUNK = 64  # tokens of a chunk; a prompt computes fewer than that many again
 READERS = 4  # threads
-MAX_PENDING = 1 << 30  # bytes that wait to be written; of texts beyond them, only one is kept
-BUSY = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors that pass
+MAX_PENDING = 1 << 30  # bytes of caches that wait to be written; one text may be larger
+BUSY = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # temporary errors
 SUFFIX = ".safetensors"
 _NAME, _LEFT = re.compile(rf"([0-9a-f]{{64}}){SUFFIX}"), re.compile(rf"\.[0-9a-f]{{64}}{SUFFIX}\..*")
 Cache = TypeVar("Cache", bound=KVCache)
@@ -48,23 +47,34 @@ Tensors = dict[str, Tensor]
 
 
 class PrefixDisk:
-    """Chunks in a folder, of at most ``limit`` bytes; those that were not used for longest go first.
+    """The prefix cache on disk: files of chunks in one folder, which only one process uses. ``close`` ends it.
 
-    A thread reads texts from their caches and writes them. After an error in writing, such as in a folder that may only
-    be read, nothing more is written, with one warning. A file that is damaged is removed, with a warning. One that
-    cannot be opened stays as it is.
+    A thread writes the texts. After an error in writing, it writes nothing more, with one warning. A damaged file is
+    removed with a warning. A file that cannot be opened stays.
 
-    recurrent: the model has recurrent states: a text can be begun with only up to a chunk that has them.
-    sizes: bytes of each file by its name, the least recently used first. held: their sum.
-    queries, hits: tokens that were looked for, and found.
-    pending: bytes of the caches that are still to be written.
+    folder: the folder; it is made if it is missing.
+    limit: maximum bytes of all files; the least recently used ones are evicted.
+    identity: text that identifies the model and the runtime; files with another identity are not found.
+    recurrent: whether the model has recurrent layers, so that a text can be resumed only after a chunk with states.
+    sizes: bytes of each file by its name, the least recently used first.
+    held: bytes of all files.
+    queries, hits: number of tokens that were looked up, and of those that were loaded.
+    pending: bytes of the KV caches that wait to be written.
+    writable: whether files may still be written.
+
+    Raises SpecDecError if another process uses the folder.
     """
 
     def __init__(self, folder: Path, limit: int, identity: str, recurrent: bool = False) -> None:
-        self.folder, self.limit, self.identity, self.recurrent = folder, limit, identity, recurrent
+        self.folder = folder
+        self.limit = limit
+        self.identity = identity
+        self.recurrent = recurrent
         self.chunk = CHUNK
-        self.sizes, self.held, self.queries, self.hits = OrderedDict[str, int](), 0, 0, 0
-        self.pending, self.writable, self.lock = 0, True, threading.Lock()
+        self.sizes = OrderedDict[str, int]()
+        self.held = self.queries = self.hits = self.pending = 0
+        self.writable = True
+        self.lock = threading.Lock()
         self.jobs = queue.SimpleQueue[Callable[[], None] | None]()
         self.owner = filelock.FileLock(folder / ".lock", thread_local=False)
         try:
@@ -82,7 +92,7 @@ class PrefixDisk:
         self.thread.start()
 
     def _scan(self) -> None:
-        """Read what there is, and make it fit."""
+        """Read the sizes of the files, and evict files above the limit."""
         found = list[tuple[int, str, int]]()
         for entry in os.scandir(self.folder):
             if match := _NAME.fullmatch(entry.name):
@@ -97,17 +107,18 @@ class PrefixDisk:
             self._make_room(0)
 
     def figures(self) -> dict[str, int]:
-        """Its part of ``EngineStats``."""
+        """Return the fields of ``EngineStats`` for the disk: tokens looked up, tokens loaded, bytes stored."""
         return {"disk_queries": self.queries, "disk_hits": self.hits, "disk_bytes": self.held}
 
     def longest(self, ids: Sequence[int], scope: str | None) -> int:
-        """The number of the first ``ids`` that are there."""
+        """Return how many of the first tokens of ``ids`` are stored for ``scope``, a multiple of ``CHUNK``."""
         return CHUNK * len(self._there(ids, scope))
 
     def load(self, cache: Cache, ids: Sequence[int], scope: str | None, capacity: int) -> Cache:
-        """Fill ``cache``, which is empty and has one row, with what is there of ``ids``, and return it.
+        """Fill ``cache``, an empty one of one row, with the stored beginning of ``ids``, and return it.
 
-        capacity: as in ``KVCache.copy``. A chunk that cannot be read ends the text.
+        scope: tenant of the request. capacity: minimum number of slots of the row.
+        The beginning ends before a chunk that cannot be read.
         """
         names, states = self._there(ids, scope), dict[str, Tensor]()
         with ThreadPoolExecutor(READERS) as pool:
@@ -125,9 +136,10 @@ class PrefixDisk:
         return cache
 
     def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
-        """Write, in the thread, the chunks of a text that are not there yet.
+        """Let the thread write the chunks of the text ``ids`` that are not stored yet. Returns at once.
 
-        cache: of one row, with the text ``ids``. Its buffers are shared until they are written, so little waits.
+        cache: one row with the text. Its buffers stay shared until they are written. A text is skipped if more than
+        ``MAX_PENDING`` bytes would wait.
         """
         size = cache.nbytes + cache.num_states * cache.state_bytes
         if self.writable and len(ids) >= CHUNK and (not self.pending or self.pending + size <= MAX_PENDING):
@@ -136,20 +148,20 @@ class PrefixDisk:
             self.jobs.put(partial(self._keep, ids, cache.reference(), scope, size))
 
     def close(self) -> None:
-        """Write what is pending, and end."""
+        """Write the pending texts, end the thread, and release the folder."""
         self.jobs.put(None)
         if self.thread is not threading.current_thread():
             self.thread.join()
 
     def _names(self, ids: Sequence[int], scope: str | None) -> Iterator[str]:
-        """The names of the whole chunks of a text."""
+        """Yield the names of the whole chunks of a text."""
         digest = hashlib.sha256(f"{self.identity}\n{CHUNK}\n{scope or ''}\n".encode())
         for end in range(CHUNK, len(ids) + 1, CHUNK):
             digest.update(np.asarray(ids[end - CHUNK : end], np.int64).tobytes())
             yield digest.hexdigest()
 
     def _there(self, ids: Sequence[int], scope: str | None) -> list[str]:
-        """The names of the chunks with which ``ids`` can begin."""
+        """Return the names of the stored chunks with which ``ids`` can begin."""
         names = list(takewhile(self.sizes.__contains__, self._names(ids, scope)))
         while self.recurrent and names and _states(names[-1]) not in self.sizes:
             names.pop()
@@ -159,7 +171,7 @@ class PrefixDisk:
         return self.folder / (name + SUFFIX)
 
     def _read(self, name: str) -> Tensors | None:
-        """A chunk; None if it cannot be read, is damaged, or has made room since it was found."""
+        """Return the tensors of a file; None if it is damaged, cannot be read, or has been evicted meanwhile."""
         size, path = self.sizes.get(name), self._path(name)
         if size is None:
             return None
@@ -194,10 +206,10 @@ class PrefixDisk:
             while (job := self.jobs.get()) is not None:
                 try:
                     job()
-                except Exception as error:  # of the disk, of memory, of a device: requests go on
+                except Exception as error:  # requests must not fail
                     if getattr(error, "errno", None) not in BUSY:
                         self._stop_writing(error)
-                del job  # it shares buffers
+                del job  # the job shares buffers
         finally:
             self.owner.release()
 
@@ -209,9 +221,9 @@ class PrefixDisk:
                 self.pending -= size
 
     def _write(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
-        """Write the chunks of a text that are not there, and note that all are used, the last one first.
+        """Write the chunks of a text that are not stored, and mark all as used, the last one first.
 
-        Chunks for which the text's own earlier ones would have to go are not written.
+        Stops before a chunk that would evict earlier chunks of the same text.
         """
         chunks, used = [*self._names(ids, scope)], dict[str, None]()
         self._note(chunks)
@@ -244,7 +256,7 @@ class PrefixDisk:
                         os.utime(self._path(name), ns=(now, now))
 
     def _make_room(self, size: int, used: Container[str] = ()) -> bool:
-        """Remove other chunks than ``used`` to make room for so many bytes; return whether there is room."""
+        """Evict files, but not ``used``, to make room for ``size`` bytes; return whether there is room."""
         with self.lock:
             more, old = self.held + size - self.limit, list[str]()
             for name, each in self.sizes.items():
@@ -267,7 +279,7 @@ class PrefixDisk:
 
 
 def _states(chunk: str) -> str:
-    """The name of the recurrent states after a chunk."""
+    """Return the name of the file with the recurrent states after a chunk."""
     return hashlib.sha256(f"{chunk} states".encode()).hexdigest()
 
 

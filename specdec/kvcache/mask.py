@@ -11,17 +11,19 @@ from specdec.base.devices import upload
 
 
 class Chunk(int):
-    """Used as a window: positions are divided into chunks of this size, and queries see the keys of their own."""
+    """The window of chunked attention: a query attends only to keys whose position // chunk size equals its own."""
 
 
 class Mask:
-    """Which of S keys each query may attend to.
+    """Which of S keys each of T queries in B rows may attend to. A runtime makes one for each pass.
 
-    query, keys: positions [B, T] and [B, S].
-    visible: bool [B, T, S], or None: every key is visible to every query.
-    causal: whether each query sees just the keys up to its own, the last T of S, and keys stand in order.
-    ancestors: the ``tree`` of ``KVCache.register``, [T, U] or [B, T, U].
-    memo: what runtimes derive from the mask; one mask serves many layers.
+    query: positions of the queries, int64 [B, T].
+    keys: positions of the keys, int64 [B, S].
+    visible: bool [B, T, S]; None: each query may attend to all keys.
+    length: S.
+    causal: whether the queries are the last T of the S keys, in order, and each attends to the keys up to itself.
+    ancestors: the ``tree`` of ``KVCache.register``, bool [T, U] or [B, T, U]; None: chains.
+    memo: tensors that runtimes derive from the mask, because one mask serves many layers.
     """
 
     causal = False
@@ -31,17 +33,17 @@ class Mask:
         self.query, self.length, self._given = query, keys.shape[1], (keys, visible)
         self.memo: dict[object, Tensor | None] = {}
 
-    def _numbers(self) -> tuple[Tensor, Tensor | None]:
-        """``keys`` and ``visible``."""
+    def _keys_and_visible(self) -> tuple[Tensor, Tensor | None]:
         return self._given
 
     def bool_mask(self, window: int | None = None) -> Tensor | None:
-        """The mask as bool [B, 1, T, S] (True: attend), or None if nothing is hidden.
+        """Return the mask as bool [B, 1, T, S], True where a query attends; None if all queries attend to all keys.
 
-        window: a query sees only the last ``window`` positions, itself included, or those of its own ``Chunk``.
+        window: a query attends only to the last ``window`` positions, its own included, or to those of its chunk if
+            ``window`` is a ``Chunk``; None: no limit.
         """
         if window not in self.memo:
-            keys, visible = self._numbers()
+            keys, visible = self._keys_and_visible()
             if window is not None:
                 query, keys = self.query[:, :, None], keys[:, None, :]
                 chunked = isinstance(window, Chunk)
@@ -55,16 +57,17 @@ class Mask:
 
 
 class RowMask(Mask):
-    """The slots that the tokens of a pass over the rows of a cache may attend to. Its tensors are made when needed.
+    """The mask of a pass over the rows of a ``KVCache``. Its tensors are made when they are needed.
 
-    query: positions [B, T], or [1, T] if rows differ in their number of tokens and lie one behind the other; there is
-        no ``bool_mask`` then.
+    query: positions of the tokens, int64 [B, T]; [1, T] if the rows have different numbers of tokens and lie one after
+        the other. ``bool_mask`` is then not available.
     committed: number of committed tokens of each row.
     counts: number of tokens of each row in the pass.
-    trees: of each row, bool [its tokens, its uncommitted slots]; None: each token sees the slots up to its own.
-    ahead: number of uncommitted slots before the tokens.
-    places: positions of each row's uncommitted slots, [U] each.
-    whole: whether all tokens are committed together.
+    trees: for each row, bool [its tokens, its uncommitted slots]; None: a chain.
+    ahead: number of uncommitted slots before the tokens of the pass.
+    drafted: positions of each row's U uncommitted slots, int64 [B, U] or a tensor [U] for each row.
+    whole: whether the caller commits all tokens of the pass.
+    chains: whether no row has a tree.
     """
 
     def __init__(
@@ -74,33 +77,38 @@ class RowMask(Mask):
         counts: Sequence[int],
         trees: Sequence[Tensor | None],
         ahead: int,
-        places: Sequence[Tensor] | Tensor,
+        drafted: Sequence[Tensor] | Tensor,
         whole: bool = False,
     ) -> None:
-        self.query, self.committed, self.counts, self.trees = query, committed, counts, trees
-        self.ahead, self.places, self.whole = ahead, places, whole
+        self.query = query
+        self.committed = committed
+        self.counts = counts
+        self.trees = trees
+        self.ahead = ahead
+        self.drafted = drafted
+        self.whole = whole
         self.chains = all(tree is None for tree in trees)
         self.causal = self.chains and len(set(committed)) == 1
         self.length = max(committed) + ahead + max(counts)
         self.memo = {}
 
     def tree(self, row: int, window: int | None) -> Tensor | None:
-        """The contiguous tree of a row within ``window``."""
+        """Return the tree of a row with the slots outside ``window`` masked, contiguous; None: a chain."""
         key = row, window
         if key not in self.memo:
             tree = self.trees[row]
             if tree is not None and window is not None and window < tree.shape[1]:
-                place = self.places[row]  # (U,)
-                tree = tree & (place[-tree.shape[0] :, None] - place < window)
+                positions = self.drafted[row]  # (U,)
+                tree = tree & (positions[-tree.shape[0] :, None] - positions < window)
             self.memo[key] = None if tree is None else tree.contiguous()
         return self.memo[key]
 
-    def _numbers(self) -> tuple[Tensor, Tensor | None]:
+    def _keys_and_visible(self) -> tuple[Tensor, Tensor | None]:
         (batch, t), device, u = self.query.shape, self.query.device, self.ahead + self.query.shape[1]
         n, every = upload([[n] for n in self.committed], device), torch.arange(self.length, device=device)
         slots = n + torch.arange(u, device=device)  # (B, U), of uncommitted tokens
-        places = self.places if isinstance(self.places, Tensor) else torch.stack([*self.places])
-        keys = every.repeat(batch, 1).scatter_(1, slots, places)  # (B, S)
+        drafted = self.drafted if isinstance(self.drafted, Tensor) else torch.stack([*self.drafted])
+        keys = every.repeat(batch, 1).scatter_(1, slots, drafted)  # (B, S)
         if self.causal and t == 1:
             return keys, None
         chain = torch.ones(t, u, dtype=torch.bool, device=device).tril(self.ahead)

@@ -1,8 +1,8 @@
-"""Cached prefixes: texts whose keys and values stay cached after their requests, for prompts that begin alike.
+"""Cached prefixes: texts whose keys and values stay cached after their requests, for prompts with the same beginning.
 
-An index has the texts in sorted order, as bytes: the text that shares most with another one stands beside its place.
-So a search makes a few comparisons, whatever the number of texts. Where a text with recurrent states can be resumed in
-its middle, the part of it up to there is in the index, too.
+An index holds the texts as sorted bytes, so that the text with the longest common prefix is a neighbor of the search
+position: a search makes few comparisons. A text with recurrent states can be resumed at its checkpoints, and the part
+of the text up to each checkpoint is also in the index.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from collections.abc import Iterator, Sequence
 from specdec.base.sequences import common_prefix
 from specdec.kvcache.cache import KVCache
 
-MAX_PREFIXES = 1024  # bounds the memory of what is beside keys and values
+MAX_PREFIXES = 1024  # bounds the memory of the index
 SCOPE, TOKEN = 32, array("I").itemsize  # bytes of a key: for its scope, and for each token
 
 
 class Prefix:
-    """A text, and a cache of one row with exactly its tokens.
+    """A cached text, and a KV cache of one row with exactly its tokens.
 
-    scope: of the requests that may begin with it. points: the keys of its parts that can be resumed, its own included.
-    nbytes: of the buffers of keys and values, and of recurrent states.
+    ids: the token ids. scope: name of the tenant whose requests may begin with the text; None: the default tenant.
+    key: the text as bytes in the index. points: the keys of all parts that can be resumed, ``key`` included.
+    nbytes: size of the buffers of keys and values, and of the recurrent states.
     """
 
     def __init__(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
@@ -56,7 +57,10 @@ class PrefixStore:
         return [*self._texts.values()]
 
     def add(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> Prefix:
-        """Add a text, unless it is empty. Texts that it begins with are removed."""
+        """Add the text ``ids``, which ``cache`` of one row holds, unless it is empty; return its entry.
+
+        Removes texts that are a beginning of the new one and, at ``MAX_PREFIXES``, the least recently used text.
+        """
         made = Prefix(ids, cache, scope)
         if made.ids:
             for point in list(self._beginnings(made.key)):
@@ -73,10 +77,14 @@ class PrefixStore:
         return made
 
     def longest(self, ids: Sequence[int], scope: str | None = None) -> tuple[Prefix | None, int, int]:
-        """The text from which most of ``ids`` can be resumed, their number, and the most shared with any text."""
+        """Find the text with which most of ``ids`` can begin, and mark it as used.
+
+        Returns the text (None: there is none), the number of tokens that can be resumed from it, and the length of the
+        longest common prefix with any text.
+        """
         key = _key(ids, scope)
-        place = bisect_right(self._points, key)
-        near = self._points[max(place - 1, 0) : place + 1]
+        index = bisect_right(self._points, key)
+        near = self._points[max(index - 1, 0) : index + 1]
         shared, point = max(
             ((_tokens(common_prefix(each, key)), each) for each in near), default=(0, b""), key=lambda p: p[0]
         )
@@ -92,7 +100,7 @@ class PrefixStore:
         return best, most, shared
 
     def take(self, prefix: Prefix) -> KVCache:
-        """Remove a text and return its cache, for a row to go on with."""
+        """Remove a text and return its cache, which a row of the batch then extends."""
         if self._texts.get(prefix.key) is prefix:
             self._remove(prefix)
         return prefix.cache
@@ -118,19 +126,19 @@ class PrefixStore:
                 del self._holders[point], self._points[bisect_left(self._points, point)]
 
     def _beginnings(self, key: bytes) -> Iterator[bytes]:
-        """The points that ``key`` begins with, the longest first."""
-        place = bisect_right(self._points, key)
-        while place:
-            place -= 1
-            point = self._points[place]
+        """Yield the points that are beginnings of ``key``, the longest first."""
+        index = bisect_right(self._points, key)
+        while index:
+            index -= 1
+            point = self._points[index]
             if (alike := common_prefix(point, key)) == len(point):
                 yield point
-            else:  # shorter ones do not stand behind what both begin with
-                place = bisect_right(self._points, key[:alike], hi=place)
+            else:  # shorter beginnings are sorted before the common prefix
+                index = bisect_right(self._points, key[:alike], hi=index)
 
 
 def blocks(tokens: int, block: int) -> int:
-    """The number of slots of the blocks that hold so many tokens."""
+    """Round ``tokens`` up to a multiple of ``block``, the slots that a buffer grows by."""
     return -(-tokens // block) * block
 
 
@@ -139,5 +147,5 @@ def _key(ids: Sequence[int], scope: str | None) -> bytes:
 
 
 def _tokens(count: int) -> int:
-    """The number of whole tokens in the first ``count`` bytes of a key."""
+    """Return the number of whole tokens in the first ``count`` bytes of a key."""
     return max(count - SCOPE, 0) // TOKEN

@@ -1,156 +1,208 @@
 """The states of recurrent layers (linear attention, state space, convolution) of a row, with roll-back.
 
-A scan returns only its last state. So the states after the committed tokens stay as they are, and the layers' inputs
-of later tokens lie beside them. Roll-back drops inputs; accepted ones ("pending") are run again, only through the
-layer's mixer, before the next tokens.
+A scan returns only its last state. So the states after the committed tokens stay unchanged while a draft is verified,
+and the inputs of the drafted tokens are stored. Roll-back drops inputs. Inputs of accepted tokens are "pending":
+the next pass runs these inputs again, only through the layer's mixer, before its own tokens.
 """
 
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 
-BRANCH_TOKENS = 1024  # tokens of branches that run at once: bounds memory
-RERUN_TOKENS = 16  # so many tokens are cheaper to run again than states to write
-SLOT_MULTIPLE = 16  # the buffer of inputs has a multiple of so many slots
-EVERY = "states"  # the name of the states of all layers in one piece
-States = dict[tuple[str, int], Tensor]  # of a layer, by kind and number, each [B, ...]; empty before the first token
-# Inputs [B, T, D], the states before them, whether adapters act -> outputs, and the states after them.
+BRANCH_TOKENS = 1024  # maximum tokens of a tree's branches that run at once: bounds memory
+RERUN_TOKENS = 16  # to run up to this many tokens again is cheaper than to write their states
+INPUT_MULTIPLE = 16  # the capacity of the buffer of inputs is a multiple of this many tokens
+ALL_LAYERS = "states"  # the key of the states of all layers in one tensor
+States = dict[tuple[str, int], Tensor]  # of one layer, by kind and number, each [B, ...]; {} before the first token
+StatesByKey = dict[tuple[Hashable, ...], Tensor]  # of all layers of a row
+# Inputs [B, T, D], the states before them, whether adapters act -> outputs [B, T, D], the states after the inputs.
 Advance = Callable[[Tensor, States, bool], tuple[Tensor, States]]
 
 
 class StateShape(NamedTuple):
-    """Number of recurrent layers, bytes of a state, and numbers (bf16) of a token's inputs in a layer."""
+    """The sizes of a row's recurrent states in the native runtime.
+
+    layers: number of recurrent layers.
+    state_bytes: bytes of the states of one layer.
+    width: number of bf16 values that the kernels store as the inputs of one token in one layer.
+    """
 
     layers: int
     state_bytes: int
     width: int
 
 
-class RowStates:
-    """States of one row.
+class RowStates(ABC):
+    """The recurrent states of one row: what ``LayerStates`` and ``KernelStates`` have in common.
 
     layers: number of recurrent layers.
-    states: after the committed tokens that are not pending: by number of the layer, kind and number there, [1, ...],
-        or, for a runtime that takes pointers, those of all layers as uint8 [layers, bytes]. Tensors never change.
-    inputs: [layers, slots, width], of pending tokens, or of uncommitted ones in layers where nothing is pending.
-    pending: of each layer, how many accepted tokens its states lack. A pass sets it to 0.
-    ahead: by number of the layer, or of all: states after uncommitted tokens, and the number of these.
-    checkpoints: states by number of tokens. due: the number of the next one.
+    states: states after the committed tokens that are not pending. The keys are the subclass's.
+    inputs: [layers, capacity, width]: inputs of the pending tokens or, in layers without pending tokens, of the
+        uncommitted ones.
+    pending: for each layer, number of accepted tokens that ``states`` does not contain yet. A pass sets it to 0.
+    ahead: by layer number, or ``ALL_LAYERS``: number of uncommitted tokens that ran, and the states after them.
+    checkpoints: copies of ``states`` by number of tokens.
+    next_checkpoint: number of tokens of a checkpoint to store when no token is pending; None: there is none.
     """
 
-    def __init__(self, layers: int, shape: StateShape | None = None) -> None:
-        self.layers, self.shape = layers, shape
-        self.states = dict[tuple[Hashable, ...], Tensor]()
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.states: StatesByKey = {}
         self.inputs = torch.empty(layers, 0, 0)
-        if shape is not None:
-            self.states[EVERY,] = torch.zeros(layers, shape.state_bytes, dtype=torch.uint8)
-            self.inputs = torch.empty(layers, 0, shape.width, dtype=torch.bfloat16)
         self.pending = (ctypes.c_int32 * layers)()
-        self.ahead = dict[Hashable, tuple[int, dict[tuple[Hashable, ...], Tensor]]]()
-        self.checkpoints = dict[int, dict[tuple[Hashable, ...], Tensor]]()
-        self.due: int | None = None
+        self.ahead = dict[Hashable, tuple[int, StatesByKey]]()
+        self.checkpoints = dict[int, StatesByKey]()
+        self.next_checkpoint: int | None = None
+
+    @abstractmethod
+    def empty(self) -> Self:
+        """Return states of the same kind and size for a row without tokens."""
+
+    @abstractmethod
+    def snapshot(self) -> StatesByKey:
+        """Return ``states`` as they are now; later passes do not change the returned tensors."""
+
+    @abstractmethod
+    def _take_ahead(self, path: Sequence[int]) -> bool:
+        """Make the states in ``ahead`` the row's if they are those after the tokens of ``path``; return whether."""
 
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
 
-    def make_room(self, slots: int, like: Tensor | None = None) -> None:
-        """Let ``inputs`` have so many slots. like: inputs [..., width] of a layer."""
+    def make_room(self, tokens: int, like: Tensor | None = None) -> None:
+        """Let ``inputs`` have room for ``tokens`` tokens. like: a tensor [..., width] with the width and dtype."""
         have, like = self.inputs.shape[1], self.inputs if like is None else like
-        if slots > have:
-            grown = like.new_zeros(self.layers, -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE, like.shape[-1])
+        if tokens > have:
+            grown = like.new_zeros(self.layers, -(-tokens // INPUT_MULTIPLE) * INPUT_MULTIPLE, like.shape[-1])
             if have:
                 grown[:, :have] = self.inputs
             self.inputs = grown
 
-    def place(self, held: int, count: int, whole: bool) -> tuple[int | None, ...]:
-        """What kernels need for the next ``count`` tokens behind ``held`` uncommitted ones: numbers and pointers.
-
-        whole: whether they are committed together. Then the states after them are written, and no inputs.
-        """
-        if not (whole and count > RERUN_TOKENS and not held):
-            self.ahead = {}
-            self.make_room(held + count)
-        elif EVERY not in self.ahead or self.ahead[EVERY][0] != count:  # else layers before these began with it
-            self.ahead = {EVERY: (count, {(EVERY,): torch.empty_like(self.states[EVERY,])})}
-        ahead = self.ahead[EVERY][1][EVERY,].data_ptr() if self.ahead else None
-        buffers = self.states[EVERY,].data_ptr(), ahead, self.inputs.data_ptr(), ctypes.addressof(self.pending)
-        return held, self.inputs.shape[1], *buffers
-
     def commit(self, path: Sequence[int]) -> None:
-        """Accept the uncommitted tokens listed in ``path``, and drop the others."""
-        behind, count = any(self.pending), len(path)
-        if self.due is not None and not behind:
-            self.checkpoints[self.due], self.due = self._kept(), None
-        if count and (after := self._after(path)) is not None:
-            self.states |= after
-            if self.shape is None:  # the inputs of a long prompt are large
-                self.inputs = self.inputs.new_empty(self.layers, 0, 0)
-        elif count:
-            if behind:
+        """Accept the uncommitted tokens with the ascending indices ``path``, and drop the others."""
+        was_pending, count = any(self.pending), len(path)
+        if self.next_checkpoint is not None and not was_pending:
+            self.checkpoints[self.next_checkpoint], self.next_checkpoint = self.snapshot(), None
+        if count and not self._take_ahead(path):
+            if was_pending:
                 raise ValueError("cannot commit tokens that did not run through all layers")
             if path[-1] != count - 1:  # else they are in place
                 self.inputs[:, :count] = self.inputs[:, list(path)]
             self.pending = type(self.pending)(*[count] * self.layers)
         self.ahead = {}
 
-    def _after(self, path: Sequence[int]) -> dict[tuple[Hashable, ...], Tensor] | None:
-        """The states after the tokens of ``path``, if a pass has made them."""
-        counts, whole = {count for count, _ in self.ahead.values()}, EVERY in self.ahead
-        if whole and counts != {len(path)}:
-            raise ValueError(f"cannot commit {len(path)} of {max(counts)} tokens: their pass was to be committed whole")
-        if not whole and (counts != {path[-1] + 1} or path[-1] >= len(path) or len(self.ahead) < self.layers):
-            return None
-        return {key: state for _, states in self.ahead.values() for key, state in states.items()}
-
-    def _kept(self) -> dict[tuple[Hashable, ...], Tensor]:
-        """A copy of the states that kernels change in place; others never change."""
-        return dict(self.states) if self.shape is None else {key: state.clone() for key, state in self.states.items()}
-
     def checkpoint(self, count: int) -> None:
-        """Store a checkpoint of the states after all ``count`` committed tokens, once none is pending."""
+        """Store a checkpoint of the states after all ``count`` committed tokens, when no token is pending."""
         if count not in self.checkpoints:
-            self.due = count
+            self.next_checkpoint = count
 
-    def begin(self, count: int, states: dict[tuple[Hashable, ...], Tensor]) -> None:
-        """Begin with ``states``, those after ``count`` tokens, which are a checkpoint."""
+    def begin(self, count: int, states: StatesByKey) -> None:
+        """Set the states to ``states``, those after ``count`` tokens, and store them as a checkpoint."""
         self.states = self.checkpoints[count] = states
-        self.states = self._kept()
+        self.states = self.snapshot()
 
-    def restored(self, count: int) -> RowStates:
-        """The states at the checkpoint after ``count`` tokens."""
-        made = RowStates(self.layers, self.shape)
+    def restored(self, count: int) -> Self:
+        """Return a copy of the states at the checkpoint after ``count`` tokens."""
+        made = self.empty()
         made.begin(count, self.checkpoints[count])
         made.checkpoints = {n: states for n, states in self.checkpoints.items() if n <= count}
         return made
 
-    def copy(self) -> RowStates:
-        """A copy; nothing may be uncommitted."""
-        made, pending = RowStates(self.layers, self.shape), max(self.pending, default=0)
-        made.states = self._kept()
+    def copy(self) -> Self:
+        """Return a copy. Nothing may be uncommitted."""
+        made, pending = self.empty(), max(self.pending, default=0)
+        made.states = self.snapshot()
         made.inputs, made.pending = self.inputs[:, :pending].clone(), type(self.pending)(*self.pending)
-        made.checkpoints, made.due = dict(self.checkpoints), self.due
+        made.checkpoints, made.next_checkpoint = dict(self.checkpoints), self.next_checkpoint
         return made
 
+
+class LayerStates(RowStates):
+    """The states of layers that PyTorch runs: tensors [1, ...] by (layer number, kind, number), which never change."""
+
+    def empty(self) -> LayerStates:
+        return LayerStates(self.layers)
+
+    def snapshot(self) -> StatesByKey:
+        return dict(self.states)
+
     def of_layer(self, layer: int) -> States:
-        """The states of a layer."""
+        """Return the states of one layer, without the layer number in the keys."""
         return {key[1:]: state for key, state in self.states.items() if key[0] == layer}  # type: ignore[misc]
+
+    def _take_ahead(self, path: Sequence[int]) -> bool:
+        counts = {count for count, _ in self.ahead.values()}
+        if counts != {path[-1] + 1} or path[-1] >= len(path) or len(self.ahead) < self.layers:
+            return False
+        self.states |= {key: state for _, states in self.ahead.values() for key, state in states.items()}
+        self.inputs = self.inputs.new_empty(self.layers, 0, 0)  # those of a long prompt are large
+        return True
+
+
+class KernelStates(RowStates):
+    """The states that the native kernels change in place: one uint8 tensor [layers, bytes] with key ``ALL_LAYERS``."""
+
+    def __init__(self, shape: StateShape) -> None:
+        super().__init__(shape.layers)
+        self.shape = shape
+        self.states[ALL_LAYERS,] = torch.zeros(shape.layers, shape.state_bytes, dtype=torch.uint8)
+        self.inputs = torch.empty(shape.layers, 0, shape.width, dtype=torch.bfloat16)
+
+    def empty(self) -> KernelStates:
+        return KernelStates(self.shape)
+
+    def snapshot(self) -> StatesByKey:
+        return {key: state.clone() for key, state in self.states.items()}
+
+    def arguments(self, uncommitted: int, count: int, whole: bool) -> tuple[int | None, ...]:
+        """Prepare the next ``count`` tokens of the row, and return the kernels' arguments for them.
+
+        uncommitted: number of uncommitted tokens before them.
+        whole: whether the tokens are committed together. The kernels then write the states after them, and no inputs.
+
+        Returns the fields ``held`` ... ``pending`` of ``SequenceArgs``: numbers and pointers.
+        """
+        if not (whole and count > RERUN_TOKENS and not uncommitted):
+            self.ahead = {}
+            self.make_room(uncommitted + count)
+        elif (
+            ALL_LAYERS not in self.ahead or self.ahead[ALL_LAYERS][0] != count
+        ):  # else earlier layers have begun with it
+            self.ahead = {ALL_LAYERS: (count, {(ALL_LAYERS,): torch.empty_like(self.states[ALL_LAYERS,])})}
+        ahead = self.ahead[ALL_LAYERS][1][ALL_LAYERS,].data_ptr() if self.ahead else None
+        buffers = self.states[ALL_LAYERS,].data_ptr(), ahead, self.inputs.data_ptr(), ctypes.addressof(self.pending)
+        return uncommitted, self.inputs.shape[1], *buffers
+
+    def _take_ahead(self, path: Sequence[int]) -> bool:
+        if not self.ahead:
+            return False
+        count, states = self.ahead[ALL_LAYERS]
+        if count != len(path):
+            raise ValueError(f"cannot commit {len(path)} of {count} tokens: their pass was to be committed whole")
+        self.states |= states
+        return True
 
 
 def run_rows(
-    rows: Sequence[RowStates], layer: int, x: Tensor, held: int, tree: Tensor | None, advance: Advance
+    rows: Sequence[LayerStates], layer: int, x: Tensor, held: int, tree: Tensor | None, advance: Advance
 ) -> Tensor:
-    """The outputs of recurrent layer number ``layer`` for ``x`` [B, T, D], behind ``held`` uncommitted tokens.
+    """Run a recurrent layer on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
-    tree: bool [T, held + T], as in ``KVCache.register``, one for all rows.
+    layer: number of the layer among the recurrent ones.
+    held: number of uncommitted tokens before ``x``, U.
+    tree: bool [T, U + T] as in ``KVCache.register``, one for all rows; None: chains.
+    advance: runs the layer's mixer.
+    Stores the inputs of ``x`` for roll-back. Raises SpecDecError for a tree for each row.
     """
     if tree is not None and tree.dim() == 3:
         raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
@@ -175,7 +227,7 @@ def run_rows(
 
 
 def _together(rows: Sequence[States]) -> States:
-    """The states of several rows [B, ...]; zeros for one that has none yet."""
+    """Stack the states of several rows to [B, ...]; a row without states gets zeros."""
     if len(rows) == 1:
         return rows[0]
     some = max(rows, key=len)
@@ -185,9 +237,9 @@ def _together(rows: Sequence[States]) -> States:
     }
 
 
-def _absorb(rows: Sequence[RowStates], layer: int, advance: Advance) -> None:
-    """Run the pending inputs; rows with equally many tokens together."""
-    groups: dict[int, list[RowStates]] = defaultdict(list)
+def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
+    """Run the pending inputs of each row; rows with the same number of pending tokens run as one batch."""
+    groups: dict[int, list[LayerStates]] = defaultdict(list)
     for row in rows:
         if row.pending[layer]:
             groups[row.pending[layer]].append(row)
@@ -200,7 +252,7 @@ def _absorb(rows: Sequence[RowStates], layer: int, advance: Advance) -> None:
 
 
 def _branches(inputs: Tensor, states: States, tree: Tensor, advance: Advance) -> Tensor:
-    """The outputs for the last T of ``inputs`` [B, U, D]; each branch of their ``tree`` is run as a row of its own."""
+    """Run each branch of ``tree`` [T, U] as a batch row; return the outputs of the last T of ``inputs`` [B, U, D]."""
     (batch, _, width), (t, u) = inputs.shape, tree.shape
     paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
     for node, path in enumerate(paths, start=u - t):

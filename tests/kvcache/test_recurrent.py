@@ -24,7 +24,7 @@ from specdec.engine.engine import Engine
 from specdec.engine.memory import cache_sizes
 from specdec.engine.request import Request
 from specdec.kvcache.prefix import PrefixStore
-from specdec.kvcache.recurrent import EVERY, RowStates
+from specdec.kvcache.recurrent import ALL_LAYERS, RowStates
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
@@ -196,7 +196,7 @@ def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         make_room(self, slots, like)
 
     def everything(self: RowStates, path: Sequence[int]) -> None:
-        commit(self, range(counts[id(self)]) if path and EVERY not in self.ahead else path)
+        commit(self, range(counts[id(self)]) if path and ALL_LAYERS not in self.ahead else path)
 
     monkeypatch.setattr(RowStates, "make_room", counted)
     monkeypatch.setattr(RowStates, "commit", everything)

@@ -23,6 +23,7 @@ from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import RowMask
+from specdec.kvcache.recurrent import KernelStates
 from specdec.models import families, identity
 from specdec.models.gguf.blocks import (
     BlockExperts,
@@ -349,9 +350,9 @@ class NativeTarget(Target):
         sequences = (SequenceArgs * len(rows))()
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
             sequence.tokens, sequence.start, sequence.committed = count, row.count + ahead, row.count
-            sequence.capacity, sequence.keys, sequence.values = row.place
-            if row.states is not None:
-                held = row.states.place(ahead, count, whole)
+            sequence.capacity, sequence.keys, sequence.values = row.pointers
+            if isinstance(row.states, KernelStates):
+                held = row.states.arguments(ahead, count, whole)
                 sequence.held, sequence.slots, sequence.states, sequence.ahead, sequence.inputs, sequence.pending = held
         rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
         call.count, call.tokens, call.cache = len(rows), sum(counts), cache.int8

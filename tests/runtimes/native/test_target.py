@@ -32,7 +32,7 @@ from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.recurrent import EVERY
+from specdec.kvcache.recurrent import ALL_LAYERS
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes.decoder_layer import recurrent
 from specdec.runtimes.draft_path import DraftRoots, Masks, TreeLimits
@@ -347,7 +347,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
             Pass(positions[:, :1], each.register(0, positions[:, :1]), each),
         )
     assert all(
-        torch.equal(*(each.states[EVERY,] for each in both)) for both in zip(cache.states, again.states, strict=True)
+        torch.equal(*(each.states[ALL_LAYERS,] for each in both)) for both in zip(cache.states, again.states, strict=True)
     )
 
 
