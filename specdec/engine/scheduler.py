@@ -101,7 +101,8 @@ class Scheduler:
 
     def _running_bytes(self) -> int:
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
-        return sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
+        rows = sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
+        return rows + self.batch.target.spare_bytes
 
     def _prefix_bytes(self) -> int:
         return self.prefixes.nbytes + self.state_bytes * self.prefixes.states
