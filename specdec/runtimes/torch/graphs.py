@@ -105,7 +105,6 @@ class CapturedTarget(TorchTarget):
         self.captured: OrderedDict[Any, _Captured] = OrderedDict()
         self._inputs = dict[tuple[int, int], _Inputs]()
         self._states, self._chains = dict[int, Tensor](), dict[tuple[int, int], Tensor]()
-        self._over: Tensor | None = None  # the static cache that passes are captured over
         super().__init__(model)
 
     @functools.cached_property
@@ -117,7 +116,11 @@ class CapturedTarget(TorchTarget):
         if self.recurrent_layers or routes or chunked or not isinstance(first, Attention):
             return None
         shape = self.num_layers, first.kv_heads, first.size
-        return StaticCache(shape, self.dtype, self.device, self.lock)
+        return StaticCache(shape, self.dtype, self.device, self.lock, self._forget)
+
+    def _forget(self) -> None:
+        """Drop what is captured over the static cache."""
+        self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] != "layers")
 
     @property
     def spare_bytes(self) -> int:
@@ -142,9 +145,6 @@ class CapturedTarget(TorchTarget):
         ahead = cache.lengths[lo] - cache.committed
         lanes = static.place(cache.entries, cache.committed + ahead + t)
         cache.claim(lo, hi, [t] * batch, *static.shape[1:], self.dtype)
-        if self._over is not static.whole:  # the addresses have changed
-            self._over = static.whole
-            self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] != "layers")
         size = bucket(max(lanes) + 1), bucket(t)
         inputs = self._fill(size, lanes, x, ahead, mask)
         rows = slice(batch) if inputs.order is None else inputs.order
@@ -225,8 +225,8 @@ class CapturedTarget(TorchTarget):
                 k, v = (each[index, :count].scatter_(2, to, new) for each, new in ((keys, k), (values, v)))
                 return k, v, terms[self.windows[index]]
 
-            seen, factors = dict.fromkeys(tapped, inputs.x), {n: each[positions] for n, each in tables.items()}
-            rotary = {each: factor.unbind(-1) for each, factor in factors.items()}
+            seen = dict.fromkeys(tapped, inputs.x)
+            rotary: Any = {n: each[positions].unbind(-1) for n, each in tables.items()}
             given: Any = Pass(positions, None, None, seen)  # type: ignore[arg-type]  # else it would keep the rows alive
             y = run(inputs.x, lo, layers, given, rotary, attend)
             return [y, *(seen[layer] for layer in tapped)]

@@ -6,7 +6,7 @@ The lanes and their slots grow by doubling. What is larger than ``KEPT`` is rele
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,23 @@ def bucket(count: int) -> int:
 class StaticCache:
     """The lanes of a target's rows.
 
-    whole: [2, N, L, H, slots, d]; None: nothing is allocated. What is captured over it is void once it is another one.
+    shape: numbers of layers and heads, and the size of a head.
+    whole: [2, N, L, H, slots, d]; None: nothing is allocated.
     lock: the target's.
+    forget: called when what is captured over ``whole`` is void.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, lock: Any) -> None:
-        self.shape, self.dtype, self.device, self.lock = shape, dtype, device, lock  # layers, heads, head size
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        lock: Any,
+        forget: Callable[[], None],
+    ) -> None:
+        self.shape, self.dtype, self.device, self.lock, self.forget = shape, dtype, device, lock, forget
         self.whole: Tensor | None = None
+        self.placing = False
         self.rows = list[weakref.ref[RowEntries] | None]()  # of each lane
 
     @property
@@ -52,6 +62,13 @@ class StaticCache:
 
     def place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
         """Let each of ``rows`` have a lane with room for ``end`` tokens; return the lanes."""
+        self.placing = True
+        try:
+            return self._place(rows, end)
+        finally:
+            self.placing = False
+
+    def _place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
         users, slots = self._users(), bucket(max(end + SPARE, SLOTS))
         lane_of = {id(row): lane for lane, row in users.items()}
         others = [row for row in users.values() if all(row is not own for own in rows)]
@@ -71,6 +88,7 @@ class StaticCache:
     def _allocate(self, rows: Sequence[RowEntries], slots: int) -> None:
         layers, heads, size = self.shape
         shape = 2, layers, bucket(len(rows)), heads, slots, size
+        self.forget()
         self.whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.rows = [None] * shape[2]
         for lane, row in enumerate(rows):
@@ -88,9 +106,10 @@ class StaticCache:
 
     def _ended(self, _row: object) -> None:
         """Release the memory after the last row. Of another thread that holds the lock the rows are alive."""
-        if self.lock.acquire(blocking=False):
+        if not self.placing and self.lock.acquire(blocking=False):
             try:
                 if self.whole is not None and self.whole.nbytes > KEPT and not self._users():
                     self.whole, self.rows = None, []
+                    self.forget()
             finally:
                 self.lock.release()

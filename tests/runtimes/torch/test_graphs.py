@@ -181,8 +181,9 @@ def test_the_cache_doubles_counts_and_is_released(monkeypatch: pytest.MonkeyPatc
     assert target.spare_bytes == 6 * lane
     assert static.whole is not None and target.captured
     monkeypatch.setattr(static_cache, "KEPT", 0)
+    memory = weakref.ref(static.whole)
     del cache
-    assert static.whole is None and target.spare_bytes == 0
+    assert static.whole is None and memory() is None and target.spare_bytes == 0
     next_logits(target, target.new_cache(1), torch.tensor([[5]]))
 
 
