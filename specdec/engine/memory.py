@@ -100,7 +100,8 @@ class Memory:
 
     def _running_bytes(self) -> int:
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
-        return sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
+        rows = sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
+        return rows + self.batch.target.spare_bytes
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
         """Return the bytes that buffers and states grow by."""

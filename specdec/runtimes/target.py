@@ -127,6 +127,11 @@ class Target(ABC):
         cuda = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
 
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes for keys and values that no row has."""
+        return 0
+
     def new_cache(self, batch: int = 1) -> KVCache:
         return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
 

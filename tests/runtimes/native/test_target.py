@@ -347,7 +347,8 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
             Pass(positions[:, :1], each.register(0, positions[:, :1]), each),
         )
     assert all(
-        torch.equal(*(each.states[ALL_LAYERS,] for each in both)) for both in zip(cache.states, again.states, strict=True)
+        torch.equal(*(each.states[ALL_LAYERS,] for each in both))
+        for both in zip(cache.states, again.states, strict=True)
     )
 
 
