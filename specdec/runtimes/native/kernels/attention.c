@@ -86,14 +86,17 @@ static void score_rows8(const uint8_t *rows, const Attention *a, int d, int colu
 static void score_block(const Reading *r, int s, int count, int once, int equal) {
     const int64_t row = cache_row(r->kind, r->d);
     Attention *a = r->a;
-    for (int k = 0; k < count; k += 16) {
+    for (int k = 0, some; k < count; k += some) {
         const uint8_t *rows = r->keys + (s + k) * row;
         float *to = a->scores[0][k];
         const uint8_t *keys = once ? rows + KEYS * row : NULL, *values = once ? r->values + (s + k + KEYS) * row : NULL;
-        const int tiles = r->kind == CACHE16 && !equal && tiles_score((const bf16 *)rows, r->d, a->queries, r->columns, to, 16 * KEYS);
-        if (r->kind == CACHE8) score_rows8(rows, a, r->d, r->columns, to);
-        else if (!tiles) score_rows16((const bf16 *)rows, r->d, a->queries, r->columns, to, keys, values);
-        for (int i = 0; once && (r->kind == CACHE8 || tiles) && i < 16 * row; i += 64) {
+        const int bf16s = r->kind == CACHE16, tiles = bf16s && !equal && tiles_score((const bf16 *)rows, r->d, a->queries, r->columns, to, 16 * KEYS);
+        some = bf16s && !tiles ? score_few((const bf16 *)rows, count - k, r->d, a->queries, r->columns, to, keys, values) : 0;
+        if (some) continue;
+        some = 16;
+        if (bf16s && !tiles) score_rows16((const bf16 *)rows, r->d, a->queries, r->columns, to, keys, values);
+        else if (!bf16s) score_rows8(rows, a, r->d, r->columns, to);
+        for (int i = 0; once && (!bf16s || tiles) && i < 16 * row; i += 64) {
             _mm_prefetch((const char *)keys + i, _MM_HINT_T1);
             _mm_prefetch((const char *)values + i, _MM_HINT_T1);
         }
