@@ -1,7 +1,7 @@
-"""Work in threads: whoever holds a ``Work`` owns it and takes its result, or stops it.
+"""Background threads that can be stopped. The owner of a ``Work`` waits for its result, or stops it.
 
-A thread that still runs while the interpreter ends can read what is freed there. So the end of the process stops all
-work, and waits for it: work asks ``Stop`` between short steps whether it goes on.
+A thread that runs while the interpreter ends may read freed memory. So the end of the process stops all work and waits
+for it. Work must call ``Stop.check`` between short steps.
 """
 
 from __future__ import annotations
@@ -17,25 +17,23 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """Ends work that was stopped. No ``except Exception`` in the work takes it for a failure."""
+    """Raised in work that was stopped. A BaseException, so that no ``except Exception`` in the work catches it."""
 
 
 class Stop(threading.Event):
-    """Set when work is to end."""
+    """An event that tells work to end. The work calls ``check`` between its steps."""
 
     def check(self) -> None:
-        """Raise Stopped if the work is to end."""
+        """Raise Stopped if the event is set."""
         if self.is_set():
             raise Stopped
 
 
 class Work(Generic[T]):
-    """Work that a thread does from now on, until it is done or stopped. It is stopped, too, when this object goes.
-
-    work: is given the ``Stop`` to ask between its steps.
-    """
+    """A function that runs in a new thread until it returns or is stopped. Deleting this object also stops it."""
 
     def __init__(self, work: Callable[[Stop], T], name: str) -> None:
+        """Start the thread ``name``. work: the function; it gets the ``Stop`` to check between its steps."""
         self._stop, self._future = Stop(), Future[T]()
         self._thread = threading.Thread(target=_run, args=(work, self._stop, self._future), daemon=True, name=name)
         weakref.finalize(self, self._stop.set).atexit = False
@@ -47,21 +45,21 @@ class Work(Generic[T]):
 
     @property
     def running(self) -> bool:
-        """Whether the work has not ended."""
+        """Return whether the thread is still running."""
         return self._thread.is_alive()
 
     def join(self, seconds: float | None = None) -> None:
-        """Wait for the end, at most so long. Returns at once in the work's own thread."""
+        """Wait until the thread ends, at most ``seconds`` (None: no limit). No effect in the work's own thread."""
         if self._thread is not threading.current_thread():
             self._thread.join(seconds)
 
     def result(self) -> T:
-        """Wait for the result. Raises what the work raises, and CancelledError if it was stopped."""
+        """Wait for the work; return its result or raise its exception; CancelledError if it was stopped."""
         self.join()
         return self._future.result()
 
     def stop(self) -> None:
-        """Let the work end early, and wait until it has."""
+        """Tell the work to end, and wait until it has ended."""
         self._stop.set()
         self.join()
 
@@ -77,13 +75,13 @@ def _run(work: Callable[[Stop], T], stop: Stop, future: Future[T]) -> None:
 
 
 _starting = threading.Lock()
-_threads = weakref.WeakKeyDictionary[threading.Thread, Stop]()  # those that run, and maybe others
+_threads = weakref.WeakKeyDictionary[threading.Thread, Stop]()  # running threads, and maybe ended ones
 _ended = threading.Event()
 
 
 @atexit.register
 def end() -> None:
-    """Stop all work for good, and wait until it has ended."""
+    """Stop all work, also work that starts later, and wait until it has ended. Called at the end of the process."""
     _ended.set()
     with _starting:
         threads = dict(_threads)

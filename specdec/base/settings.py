@@ -1,6 +1,6 @@
-"""Validation by annotations, with pydantic. An error is ``NAME must be WHAT; got VALUE``, with what pydantic says.
+"""Validation of settings and arguments by their annotations, with pydantic. Knows no particular setting.
 
-Knows no particular setting.
+An error is a SpecDecError ``NAME must be WHAT; got VALUE``, in which WHAT comes from pydantic's message.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from specdec.base.errors import SpecDecError, did_you_mean
 P = ParamSpec("P")
 R = TypeVar("R")
 UNKNOWN, MISSING = "extra_forbidden", "missing"  # types of pydantic's errors
-PLAIN_WORDS = {  # in place of what pydantic says, which names types of this program
+PLAIN_WORDS = {  # messages by type of error that replace pydantic's, which name Python types
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
     "union_tag_not_found": "must be an object with a 'type'",
@@ -28,15 +28,15 @@ PLAIN_WORDS = {  # in place of what pydantic says, which names types of this pro
     MISSING: "is missing",
 }
 A_LIST = "an instance of Sequence", "a list"
-# Of "Input should be ..." and "List should have ... after validation, not 5".
+# Parts of pydantic's messages "Input should be ..." and "List should have ... after validation, not 5".
 SUBJECT, COUNTED = re.compile(r"^[A-Z]\w+ should "), re.compile(r" after validation, not (\w+)$")
-Place = tuple[str | int, ...]  # of a value in what is validated
+Place = tuple[str | int, ...]  # keys and indices that lead to a value in the validated one
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-_building = threading.RLock()  # pydantic resolves annotations in a state that belongs to one thread
+_building = threading.RLock()  # pydantic is not safe to use in two threads while it resolves annotations
 
 
 def _whole(value: Any) -> Any:
-    """Convert NumPy's integers; True and False are none."""
+    """Convert an integer, such as NumPy's, to int; return other values, bool included, unchanged."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
@@ -52,12 +52,13 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 def explain(errors: Sequence[Any], given: Any) -> tuple[Any, Place, str]:
-    """The first of pydantic's errors in ``given``, its place there, and what it says, such as "must be a valid string".
+    """Choose the error to report: return it, its place in ``given``, and its message, such as "must be a valid string".
 
-    Of a union's errors it is the first one that is no mismatch of types, else the innermost one, if it is of one type.
+    errors: pydantic's errors for ``given``. It is the first one. For a union, it is the first error that is no mismatch
+    of types, or else the innermost error if only one type of the union has errors there.
     """
     steps = [_steps(given, each["loc"], each["type"]) for each in errors]
-    union = next((n for n, step in enumerate(steps[0]) if n != step), len(steps[0]))  # where a type follows a place
+    union = next((n for n, step in enumerate(steps[0]) if n != step), len(steps[0]))  # index of a union's type
     same = [n for n, each in enumerate(errors) if each["loc"][:union] == errors[0]["loc"][:union]]
     found = next((n for n in same if not errors[n]["type"].endswith("_type")), None)
     if found is None:
@@ -77,10 +78,9 @@ def _wording(error: Any) -> str:
 
 
 def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
-    """The numbers of the parts of a location that lead into ``given``; pydantic names types of unions between them.
-
-    Of several ways the one with most parts, and of these one that reaches the end.
-    """
+    """Return the indices of the parts of pydantic's ``location`` that are keys or indices in ``given``.
+    The other parts are names of a union's types. Among several interpretations, it is one with most keys, and among
+    these one that reaches the end. kind: type of the error. begin: index of the first part to use."""
     if begin == len(location):
         return ()
     part, ways = location[begin], [_steps(given, location, kind, begin + 1)]
@@ -93,13 +93,13 @@ def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int,
 
 
 def _refusal(place: Place, said: str, value: Any, near: str = "") -> SpecDecError:
-    """The error for a value: where it is wrong, and why."""
+    """Return the error for a wrong ``value`` at ``place``. said: why it is wrong. near: a suggestion, or ""."""
     name = ".".join(map(str, place))
     return SpecDecError(f"{name}{' ' if said.startswith('must ') else ': '}{said}{near}; got {short_repr(value)}")
 
 
 def short_repr(value: Any) -> str:
-    """``value`` for a message: its repr if that is short, else its type."""
+    """Return ``value`` as text for a message: its repr if that has at most 60 characters, else its type."""
     if value is None or isinstance(value, bool | int | float | str | bytes | list | tuple | dict):
         text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
         if len(text) <= 60:
@@ -108,7 +108,10 @@ def short_repr(value: Any) -> str:
 
 
 def validate(name: str, value: Any, kind: Any) -> Any:
-    """``value``, validated. Raises SpecDecError if it is not of this ``kind``, an annotated type."""
+    """Return ``value``, validated and converted by pydantic as the annotated type ``kind``.
+
+    name: of the value, for messages. Raises SpecDecError if the value is not of this type.
+    """
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)
     except ValidationError as error:
@@ -118,7 +121,7 @@ def validate(name: str, value: Any, kind: Any) -> Any:
 
 @functools.cache
 def keywords(method: Callable[..., Any]) -> list[str]:
-    """The names of a method's keyword arguments, also those of a ``TypedDict`` that it unpacks."""
+    """Return the names of a method's keyword arguments, also those of a ``TypedDict`` that it unpacks."""
     names = list[str]()
     for p in inspect.signature(method).parameters.values():
         if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("self", "cls"):
@@ -134,11 +137,11 @@ def _hints(method: Callable[..., Any]) -> dict[str, Any]:
 
 
 def checked(method: Callable[P, R]) -> Callable[P, R]:
-    """Make a method raise SpecDecError for arguments of a wrong type or value and for unknown keywords."""
+    """Decorate ``method`` to raise SpecDecError for arguments of a wrong type or value, and for unknown keywords."""
     name, signature = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
     free = any(p.kind is p.VAR_KEYWORD and "Unpack" not in str(p.annotation) for p in signature.parameters.values())
 
-    @functools.cache  # at the first call: it takes milliseconds, and annotations may name what comes later in a module
+    @functools.cache  # made at the first call: it takes milliseconds, and annotations may name later classes
     def validator() -> Callable[..., Any]:
         @validate_call(config=STRICT)
         @functools.wraps(method)
@@ -173,13 +176,16 @@ T = TypeVar("T")
 
 
 def checked_class(made: type[T]) -> type[T]:
-    """``checked`` for the fields of a dataclass."""
+    """Decorate a dataclass to check the arguments of its constructor as ``checked`` does."""
     made.__init__ = checked(made.__init__)  # type: ignore[method-assign]
     return made
 
 
 class Settings(BaseModel):
-    """Immutable settings. Raises SpecDecError for an unknown name, a wrong type or a value out of range."""
+    """Base class of immutable settings, whose fields are keyword arguments.
+
+    Raises SpecDecError for an unknown name, a wrong type or a value out of range.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

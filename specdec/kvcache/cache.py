@@ -165,9 +165,7 @@ class KVCache:
 
     def _slots(self, row: RowEntries, end: int, have: int, size: int) -> int:
         """Return the capacity that a row's buffers grow to.
-
-        end, have: slots that are needed, and those that there are. size: bytes of one token in all layers.
-        """
+        end, have: slots that are needed, and those that there are. size: bytes of one token in all layers."""
         # A text may end early, so the memory of expected slots is bounded.
         expected = min(row.expected, MAX_EXPECTED // max(self.batch * size, 1)) if self.device.type == "cpu" else 0
         # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
@@ -299,7 +297,6 @@ class KVCache:
         self._settle()
 
     def _settle(self) -> None:
-        """Set the length of all layers to the committed tokens."""
         self.lengths = [self.committed] * len(self.lengths)
 
     # -- rows come and go ---------------------------------------------------------------------------------------------
@@ -403,9 +400,8 @@ class KVCache:
     def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
         """Fill this empty cache of one row with a text of ``count`` tokens.
 
-        parts: the text's consecutive parts, each as ``read`` returns it.
-        states: the recurrent states after the text, as ``read_states`` returns them.
-        capacity: minimum number of slots of the buffers.
+        parts: the text's consecutive parts, each as ``read`` returns it. states: the recurrent states after the text,
+        as ``read_states`` returns them. capacity: minimum number of slots of the buffers.
         """
         [row] = self.entries
         for name in parts[0]:

@@ -154,14 +154,12 @@ class PrefixDisk:
             self.thread.join()
 
     def _names(self, ids: Sequence[int], scope: str | None) -> Iterator[str]:
-        """Yield the names of the whole chunks of a text."""
         digest = hashlib.sha256(f"{self.identity}\n{CHUNK}\n{scope or ''}\n".encode())
         for end in range(CHUNK, len(ids) + 1, CHUNK):
             digest.update(np.asarray(ids[end - CHUNK : end], np.int64).tobytes())
             yield digest.hexdigest()
 
     def _there(self, ids: Sequence[int], scope: str | None) -> list[str]:
-        """Return the names of the stored chunks with which ``ids`` can begin."""
         names = list(takewhile(self.sizes.__contains__, self._names(ids, scope)))
         while self.recurrent and names and _states(names[-1]) not in self.sizes:
             names.pop()
@@ -222,9 +220,7 @@ class PrefixDisk:
 
     def _write(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
         """Write the chunks of a text that are not stored, and mark all as used, the last one first.
-
-        Stops before a chunk that would evict earlier chunks of the same text.
-        """
+        Stops before a chunk that would evict earlier chunks of the same text."""
         chunks, used = [*self._names(ids, scope)], dict[str, None]()
         self._note(chunks)
         for n, chunk in enumerate(chunks):
@@ -279,7 +275,6 @@ class PrefixDisk:
 
 
 def _states(chunk: str) -> str:
-    """Return the name of the file with the recurrent states after a chunk."""
     return hashlib.sha256(f"{chunk} states".encode()).hexdigest()
 
 

@@ -147,5 +147,4 @@ def _key(ids: Sequence[int], scope: str | None) -> bytes:
 
 
 def _tokens(count: int) -> int:
-    """Return the number of whole tokens in the first ``count`` bytes of a key."""
     return max(count - SCOPE, 0) // TOKEN

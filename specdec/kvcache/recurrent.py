@@ -198,11 +198,9 @@ def run_rows(
 ) -> Tensor:
     """Run a recurrent layer on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
-    layer: number of the layer among the recurrent ones.
-    held: number of uncommitted tokens before ``x``, U.
-    tree: bool [T, U + T] as in ``KVCache.register``, one for all rows; None: chains.
-    advance: runs the layer's mixer.
-    Stores the inputs of ``x`` for roll-back. Raises SpecDecError for a tree for each row.
+    layer: number of the layer among the recurrent ones. held: number of uncommitted tokens before ``x``, U. tree: bool
+    [T, U + T] as in ``KVCache.register``, one for all rows; None: chains. advance: runs the layer's mixer. Stores the
+    inputs of ``x`` for roll-back. Raises SpecDecError for a tree for each row.
     """
     if tree is not None and tree.dim() == 3:
         raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
@@ -227,7 +225,6 @@ def run_rows(
 
 
 def _together(rows: Sequence[States]) -> States:
-    """Stack the states of several rows to [B, ...]; a row without states gets zeros."""
     if len(rows) == 1:
         return rows[0]
     some = max(rows, key=len)

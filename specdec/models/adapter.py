@@ -1,7 +1,7 @@
-"""LoRA adapters: changes of a model's linear maps by products of two narrow matrices, merged when the model is loaded.
+"""LoRA adapters: low-rank changes of a model's linear layers, merged when the model is loaded.
 
 An adapter is a folder of PEFT (``adapter_config.json``, ``adapter_model.safetensors``) or, for GGUF models, a GGUF file
-(``gguf.lora``). What it cannot be merged exactly for is refused. Knows no runtimes.
+(``gguf.lora``). Settings that merging would ignore are refused. Knows no runtimes.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from specdec.models.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_place
 if TYPE_CHECKING:
     from specdec.models.gguf.file import GGUFFile
 
-# Settings of PEFT that change no number of a merged model, or that the tensors say themselves.
-BESIDE = {
+# Settings of PEFT that do not change a merged model, or that the tensors show.
+IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type"),
     *("inference_mode", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "r", "lora_alpha", "alpha_pattern", "use_rslora", "eva_config", "loftq_config", "megatron_core"),
     *("runtime_config", "qalora_group_size", "init_lora_weights"),
 }
 MERGE = "merge it into its model with PEFT's merge_and_unload, and load that"
-NAME = re.compile(r"[\w.]+")  # the end of a map's name
-LARGEST = 1e30  # alpha
+NAME = re.compile(r"[\w.]+")  # the end of a module's name
+LARGEST = 1e30  # maximum of alpha
 STARTS = True, False, "gaussian", "eva", "orthogonal"  # other values of init_lora_weights change the base model, too
 _STORED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")  # a weight of the base model
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -48,7 +48,7 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weigh
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The change of one map: scale * up @ down, with down [r, in] and up [out, r]."""
+    """The change of one linear layer's weight: scale * up @ down, with down [r, in] and up [out, r]."""
 
     down: Tensor
     up: Tensor
@@ -57,7 +57,11 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter that was read. fingerprint: a hash of its weights. base: the base model it names, or ""."""
+    """A LoRA adapter that was read.
+
+    name: as the user gave it. fingerprint: hash of its weights. maps: the changes by module path.
+    base: name of the base model in the adapter's config; "": unknown.
+    """
 
     name: str
     fingerprint: str
@@ -67,10 +71,10 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """What a model with a merged adapter, its ``merged_adapter``, knows of the adapter and of itself without it.
+    """The record of a merged adapter, in the model's attribute ``merged_adapter``.
 
-    fingerprint: the adapter's. base: the fingerprint of the model without the adapter.
-    samples: ``identity.samples`` of the changed weights before they were.
+    name, fingerprint: those of the adapter. base: fingerprint of the model without the adapter.
+    samples: ``identity.samples_of`` the changed weights before the merge.
     """
 
     name: str
@@ -80,13 +84,16 @@ class Merged:
 
 
 def find(name: str) -> Path:
-    """The folder or GGUF file of an adapter, downloaded if need be. Raises SpecDecError if there is none."""
-    place = adapter_place(name)
-    if isinstance(place, Path):
-        return place
+    """Return the folder or GGUF file of the adapter ``name``, downloaded if need be.
+
+    Raises SpecDecError if there is none.
+    """
+    found = adapter_place(name)
+    if isinstance(found, Path):
+        return found
     from specdec.models import hub
 
-    repository, revision, member = place
+    repository, revision, member = found
     if member is None:
         folder = hub.fetch("adapter", repository, revision, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
         return Path(adapter_place(str(folder)))  # type: ignore[arg-type]
@@ -94,9 +101,9 @@ def find(name: str) -> Path:
 
 
 def merge(model: Any, adapter: Adapter) -> list[Tensor]:
-    """Merge an adapter into a model, whose changed maps get weights in its dtype; return these in their order.
+    """Merge an adapter into ``model``; return the changed weights, [out, in] in the model's dtype, in their order.
 
-    Raises SpecDecError if the adapter does not fit the model.
+    Weights in blocks become dense. Raises SpecDecError if the adapter does not fit the model.
     """
     own = dict(model.named_modules())
     for path, change in adapter.maps.items():
@@ -129,7 +136,7 @@ def merge(model: Any, adapter: Adapter) -> list[Tensor]:
 
 
 def _same_name(one: str, other: str) -> bool:
-    """Whether two names may be those of one model: files and copies add to the name of a repository."""
+    """Return whether two names may be of one model: the name of a file or copy contains that of the repository."""
     short, long = sorted(
         (re.sub(r"[\W_]", "", name.rstrip("/").rpartition("/")[2]).lower() for name in (one, other)), key=len
     )
@@ -137,14 +144,13 @@ def _same_name(one: str, other: str) -> bool:
 
 
 def _values(weight: Tensor | Blocks) -> Tensor:
-    """The weight of a map in float32, a copy."""
     if isinstance(weight, Blocks):
         return dequantize(weight, None, torch.float32)
     return weight.to(torch.float32, copy=True)
 
 
 def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, change: LowRank) -> None:
-    """Raise SpecDecError unless a change fits the map at ``path``."""
+    """Raise SpecDecError unless ``change`` fits the module at ``path``. own: the model's modules by path."""
     what = f"adapter '{adapter.name}' does not fit model '{model.config._name_or_path}'"
     made_for = f"; load the model it was made for{f' ({adapter.base})' if adapter.base else ''}"
     module = own.get(path)
@@ -163,7 +169,7 @@ def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, chan
 
 
 def fingerprint(maps: Mapping[str, LowRank]) -> str:
-    """32 hex digits that identify the changes: SHA-256 of every number."""
+    """Return 32 hex digits that identify the changes ``maps`` (by module path): SHA-256 of all their numbers."""
     digest = hashlib.sha256()
     for path, change in sorted(maps.items()):
         digest.update(f"{path} {change.scale!r} {tuple(change.up.shape)} {tuple(change.down.shape)}\n".encode())
@@ -176,9 +182,10 @@ def fingerprint(maps: Mapping[str, LowRank]) -> str:
 
 
 def read(name: str, path: Path, model: Any, file: GGUFFile | None) -> Adapter:
-    """The adapter of a folder or GGUF file, for a model with the names of transformers.
+    """Read the adapter in the folder or GGUF file ``path``.
 
-    file: that of the model, if it is of one. Raises SpecDecError for one that is broken or of an unsupported kind.
+    name: of the adapter, for messages. model: the base model, with transformers' module names. file: the model's GGUF
+    file; None: it has none. Raises SpecDecError for an adapter that is broken or of an unsupported kind.
     """
     if path.is_dir():
         maps, base = _read_folder(name, path)
@@ -223,13 +230,12 @@ def _read_folder(name: str, folder: Path) -> tuple[dict[str, LowRank], str]:
 
 
 def _refuse(name: str, config: Mapping[str, Any]) -> None:
-    """Raise SpecDecError for what PEFT's config asks for and merging would ignore."""
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind != "LORA" or task not in (None, "CAUSAL_LM"):
         raise SpecDecError(
             f"adapter '{name}' is of the kind {kind} for the task {task}; LoRA for CAUSAL_LM is supported"
         )
-    wrong = [key for key, value in config.items() if value and key not in BESIDE and (key, value) != ("bias", "none")]
+    wrong = [key for key, value in config.items() if value and key not in IGNORED and (key, value) != ("bias", "none")]
     if config.get("init_lora_weights", True) not in STARTS:
         wrong.append("init_lora_weights")
     if wrong:
@@ -238,7 +244,7 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _scale(name: str, config: Mapping[str, Any], path: str, rank: int) -> float:
-    """The factor of a change: alpha / r, or alpha / sqrt(r)."""
+    """Return the factor of the change at ``path``: alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
     alphas, rooted = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
     if not isinstance(alphas, dict):
         raise _broken(name, f"alpha_pattern is {short_repr(alphas)}")

@@ -1,7 +1,7 @@
-"""The models in the cache: what each takes, and deleting one.
+"""The models in the cache: their sizes, and deleting one.
 
-A GGUF file that was downloaded as ``ORG/REPO:file.gguf`` is in Hugging Face's cache and counts as the model's, too; a
-file or folder of the user's own and a whole repository, which other programs may use, do not.
+A GGUF file that was downloaded as ``ORG/REPO:file.gguf`` lies in Hugging Face's cache and belongs to the model. A file
+or folder of the user, and a whole repository, which other programs may use, do not.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
 
 @dataclass(frozen=True)
 class CachedModel:
-    """name: for ``--model``. paths: all that is the model's alone: folders, files and links to them."""
+    """A model in the cache. name: for ``--model``. paths: folders, files and links that belong only to the model."""
 
     name: str
     paths: tuple[Path, ...]
 
     @property
     def bytes(self) -> int:
+        """Return the bytes that deleting the model frees."""
         return size_of(*(path for path in self.paths if not path.is_symlink()))
 
 
 def cached_models() -> list[CachedModel]:
-    """All that are in the cache, those that are incomplete, too."""
+    """Return all models in the cache, incomplete ones included."""
     found = [CachedModel(name, paths) for name in EMBEDDED if (paths := _embedded(name))]
     for manifest in sorted(cache_dir().glob(f"models/*/{MANIFEST}")):
         try:
@@ -50,7 +51,7 @@ def cached_models() -> list[CachedModel]:
 
 
 def remove(name: str) -> int:
-    """Delete a model from the cache; return the bytes that this frees. Raises SpecDecError if it is not there."""
+    """Delete the model ``name`` from the cache; return the freed bytes. Raises SpecDecError if it is not there."""
     known = {model.name: model for model in cached_models()}
     found = known.get(name) or known.get(str(Path(name).expanduser().resolve()))
     if found is None:
@@ -73,7 +74,7 @@ def _embedded(name: str) -> tuple[Path, ...]:
 
 
 def _in_hub(file: Path) -> tuple[str, list[Path]]:
-    """The name of a GGUF file, and what of Hugging Face's cache is its alone; nothing for a file of the user's own."""
+    """Return the name of a GGUF file, and its files and links in Hugging Face's cache; [] for a file elsewhere."""
     root = hub_folder(file)
     files = [] if root is None else sorted(root.glob("snapshots/*/**/*.gguf"))
     if root is None or not (links := [link for link in files if link.resolve() == file]):

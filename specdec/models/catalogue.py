@@ -14,9 +14,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model published as one GGUF file. "{n}" in ``package`` and ``member`` is the number of the piece, from 1.
+    """An embedded model: one GGUF file, published in pieces in packages.
 
-    "{before}" in ``member``: that number less 1.
+    In ``package`` and ``member``, "{n}" is the number of the piece from 1 on, and "{before}" the number from 0 on.
     """
 
     package: str
@@ -33,16 +33,19 @@ class Embedded:
 
     @property
     def pieces(self) -> int:
+        """Return the number of pieces."""
         return -(-self.file_bytes // self.piece_bytes)
 
     def size(self, number: int) -> int:
+        """Return the bytes of piece ``number``, from 1 on."""
         return min(self.piece_bytes, self.file_bytes - (number - 1) * self.piece_bytes)
 
     def part(self, number: int) -> str:
-        """The path of a piece in its wheel."""
+        """Return the path of piece ``number``, from 1 on, in its wheel."""
         return self.member.format(n=number, before=number - 1)
 
     def wheel(self, number: int) -> str:
+        """Return the file name of the wheel with piece ``number``, from 1 on."""
         return f"{self.package.format(n=number).replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
@@ -103,7 +106,7 @@ EMBEDDED: dict[str, Embedded] = {
 
 
 def shipped_drafters() -> dict[str, list[str]]:
-    """The drafters in the package, each with the names of its models."""
+    """Return the trained drafters in the package: {drafter: names of the models that it was trained for}."""
     root, found = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained", dict[str, list[str]]()
     for path in sorted(root.glob("*/*/config.json")):
         found.setdefault(path.parent.parent.name, []).append(path.parent.name)

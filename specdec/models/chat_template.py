@@ -16,7 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 REASONING = "reasoning_content", "thinking", "reasoning"  # names of a message's reasoning; templates read the first
-MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # behind the text that the answer goes on with
+MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # follows the text that the answer continues
 
 
 def render(
@@ -28,17 +28,17 @@ def render(
     continue_final_message: bool = False,
     **more: Any,
 ) -> str:
-    """The text of a chat.
+    """Return the text of a chat, rendered by the Jinja ``template``.
 
-    add_generation_prompt: the answer's turn is opened.
-    continue_final_message: the text ends within the last message, which the answer goes on with.
-    more: other names that the template sees.
-    Raises ValueError for a chat that cannot be rendered so, and whatever the template raises.
+    messages: mappings such as {"role": "user", "content": "..."}. tools, documents: JSON values for the template; None:
+    there are none. add_generation_prompt: whether the text opens the answer's turn. continue_final_message: whether the
+    text ends within the last message, which the answer continues. more: further variables of the template. Raises
+    ValueError for a chat that cannot be rendered in this way, and all errors of the template.
     """
     if not messages:
         raise ValueError("the chat has no messages")
     if continue_final_message and add_generation_prompt:
-        raise ValueError("the last message cannot be continued behind the prompt of a new one")
+        raise ValueError("the last message cannot be continued after the prompt of a new one")
     compiled = _compiled(template)
     chat = [_with_reasoning({k: v for k, v in _plain(message).items() if v is not None}) for message in messages]
     last = _mark_last(chat[-1], template) if continue_final_message else ""
@@ -58,7 +58,6 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mark_last(message: dict[str, Any], template: str) -> str:
-    """Add the mark to the content of the last message, and return that content."""
     content = message.get("content")
     if content is None or "content" not in template:
         raise ValueError("the last message has no content to continue")
@@ -81,7 +80,7 @@ def _until_mark(text: str, last: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` of plain JSON types: others have methods that a sandbox does not know."""
+    """Return ``value`` as plain JSON types, because other types have methods that the sandbox does not know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):
@@ -98,7 +97,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Generation(Extension):
-    """``{% generation %} ... {% endgeneration %}``: what the model says, for training; here as its content."""
+    """The tag ``{% generation %} ... {% endgeneration %}``, which marks answers for training; renders its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -112,7 +111,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """``dict`` of a template: only a function, not the class with its attributes."""
+    """The global ``dict`` of templates: callable, but without the attributes of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -122,7 +121,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A namespace whose attributes have no leading underscore."""
+    """The global ``namespace`` of templates; refuses attributes with a leading underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # as jinja's: "self" may be an attribute
         self, fields = args[0], dict(*args[1:], **kwargs)

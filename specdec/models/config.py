@@ -11,7 +11,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 class Config:
-    """The fields of a text model's config as attributes, with all defaults: what ``to_dict`` of transformers gives."""
+    """A text model's config: its fields as attributes, with all defaults, as ``to_dict`` of transformers gives them."""
 
     is_encoder_decoder = False
     architectures: list[str] | None = None
@@ -33,7 +33,7 @@ class Config:
 
 
 class GenerationSettings:
-    """The fields of a ``generation_config.json`` that are given; others are None."""
+    """The fields of a ``generation_config.json`` as attributes; a field that is not given is None."""
 
     eos_token_id: int | list[int] | None = None
     repetition_penalty: float | None = None
@@ -47,12 +47,12 @@ class GenerationSettings:
         return None
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The fields that are given, by name."""
+        """Return the fields that are not None, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def read_config(folder: Path) -> Config:
-    """The config that ``write_config`` wrote."""
+    """Read the config that ``write_config`` wrote into ``folder``."""
     return Config(**json.loads((folder / CONFIG).read_text("utf-8")))
 
 
@@ -61,7 +61,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def write_generation(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Write a generation config with these fields; those that are None are not given."""
+    """Write a generation config with ``fields`` into ``folder``, without those that are None."""
     given = {name: value for name, value in fields.items() if value is not None}
     (folder / GENERATION).write_text(json.dumps(given, indent=1) + "\n", "utf-8")
 

@@ -1,11 +1,11 @@
 """Trained drafters on disk: a folder with ``config.json`` and ``model.safetensors``.
 
-Files are untrusted data, JSON and safetensors. Counts in a config are bounded, its module is built without memory and
-compared with the header of the weights, and weights must be finite. A config names its drafter (``drafter``) and its
-base model: by a fingerprint of that model's weights and, for other precisions, by sampled values. Knows no particular
+Files are untrusted data. Counts in a config are bounded, the drafter's module is built without memory and compared with
+the header of the weights, and weights must be finite. A config names its drafter (``drafter``) and its base model
+(``base``): by a fingerprint of the model's weights and, for other precisions, by sampled values. Knows no particular
 drafter.
 
-A matrix NAME may be quantised to 8 bits: ``NAME.codes`` int8 [..., n] and ``NAME.scales`` bf16 [..., n / g], a scale
+A matrix NAME may be quantized to 8 bits: ``NAME.codes`` int8 [..., n] and ``NAME.scales`` bf16 [..., n / g], one scale
 for g inputs. It is read as bf16.
 """
 
@@ -31,17 +31,17 @@ from specdec.models.names import display_name
 from specdec.models.tensor_file import PLAIN
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-CONFIG_BYTES = 4_000_000  # more than any config.json has
-WIDEST = 16  # bound of a drafter's inner size, in hidden sizes of its target
+CONFIG_BYTES = 4_000_000  # no config.json is larger
+WIDEST = 16  # maximum of a drafter's inner size / the hidden size of its target
 INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 FLAGS = {"BOOL": torch.bool}
 CODES, SCALES = ".codes", ".scales"
-LARGE, GROUP = 1 << 10, 32  # elements from which on a matrix is quantised, and those that share a scale
+LARGE, GROUP = 1 << 10, 32  # matrices with this many elements are quantized; elements that share a scale
 M = TypeVar("M", bound=nn.Module)
 
 
 class Identified(Protocol):
-    """A loaded model, its sizes and the fingerprint of its weights."""
+    """A loaded model, the base of a drafter: its sizes and the fingerprint of its weights. A ``Target`` is one."""
 
     model: Any
     fingerprint: str
@@ -51,9 +51,10 @@ class Identified(Protocol):
 
 
 def read_config(folder: Path, drafter: str | None = None, base: Identified | None = None) -> dict[str, Any]:
-    """The folder's ``config.json``, also one in the speculators format.
+    """Return the ``config.json`` of a drafter folder, also one in the speculators format.
 
-    Raises SpecDecError if it is missing or broken, or of another ``drafter`` or another ``base`` than given here.
+    drafter: the drafter that it must describe; None: any. base: the model that it must be trained for; None: any.
+    Raises SpecDecError if the config is missing or broken, or of another drafter or base.
     """
     if not folder.is_dir():
         raise SpecDecError(f"drafter folder '{folder}' does not exist")
@@ -75,15 +76,15 @@ def read_config(folder: Path, drafter: str | None = None, base: Identified | Non
 
 
 def read_json(path: Path) -> Any:
-    """The value in a small JSON file. Raises SpecDecError if it cannot be read or is larger than any config.json."""
+    """Return the value in a JSON file of at most ``CONFIG_BYTES``. Raises SpecDecError if it cannot be read."""
     with errors_as(f"cannot read '{path}'", ValueError):
         return inputs.parse_json(inputs.read_text(path, CONFIG_BYTES))
 
 
 class StoredTensors:
-    """The tensors of a safetensors file. A quantised matrix is one tensor.
+    """The tensors of an open safetensors file. A quantized matrix is one tensor.
 
-    header: a tensor without memory for each, with its shape and dtype.
+    header: by name, a tensor on "meta" with the shape and dtype. coded: names of the quantized matrices.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -101,7 +102,6 @@ class StoredTensors:
         self.header = parts
 
     def _part(self, name: str) -> Tensor:
-        """A stored tensor without memory."""
         part, known = self.file.get_slice(name), PLAIN | INTEGERS | FLAGS
         dtype = torch.int8 if name.endswith(CODES) and part.get_dtype() == "I8" else known.get(part.get_dtype())
         if dtype is None:
@@ -115,7 +115,7 @@ class StoredTensors:
             raise SpecDecError(f"tensor '{name}' in '{self.path}' has {what}") from None
 
     def read(self, name: str) -> Tensor:
-        """One tensor. Raises SpecDecError if it holds NaN or infinite values."""
+        """Return the tensor ``name``, dequantized. Raises SpecDecError if it holds NaN or infinite values."""
         if name in self.coded:
             codes, scales = self.file.get_tensor(name + CODES), self.file.get_tensor(name + SCALES)
             tensor, finite = dequantize(codes, scales), (128 * scales.float()).isfinite()  # codes are not above 128
@@ -128,7 +128,6 @@ class StoredTensors:
 
 
 def _scaled(codes: Tensor, scales: Tensor) -> bool:
-    """Whether the shapes and dtypes are those of codes and scales of one matrix."""
     return (
         codes.dtype == torch.int8
         and scales.is_floating_point()
@@ -140,8 +139,10 @@ def _scaled(codes: Tensor, scales: Tensor) -> bool:
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix [..., n] as codes int8 [..., n] and scales bf16 [..., n / g]: g is ``GROUP`` or, if that does not divide
-    n, n itself."""
+    """Quantize a matrix [..., n] to 8 bits: return codes int8 [..., n] and scales bf16 [..., n / g].
+
+    g is ``GROUP``, or n if ``GROUP`` does not divide n.
+    """
     size = values.shape[-1]
     groups = values.detach().float().unflatten(-1, (-1, GROUP if size % GROUP == 0 else size))
     scales = (groups.abs().amax(-1) / 127).bfloat16()
@@ -151,7 +152,7 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """The matrix of codes and scales, in bf16."""
+    """Return the matrix bf16 [..., n] with codes [..., n] and scales [..., n / g]."""
     values = codes.unflatten(-1, (scales.shape[-1], -1)).bfloat16()  # exact
     values *= scales[..., None]
     return values.flatten(-2)
@@ -168,7 +169,7 @@ def open_tensors(path: Path) -> Iterator[StoredTensors]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The folder's tensors. Raises SpecDecError if the file is missing or broken, or if a tensor is not finite."""
+    """Return all tensors in ``folder`` by name. Raises SpecDecError if the file is missing, broken or not finite."""
     with open_tensors(folder / WEIGHTS) as stored:
         return {name: stored.read(name) for name in stored.header}
 
@@ -176,11 +177,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def load(
     folder: Path, vocab_size: int, make: Callable[[Tensor | None], M], rename: Callable[[str], str] = lambda name: name
 ) -> M:
-    """The module that ``make`` builds for a draft vocabulary (int [V'] or None), with the folder's tensors.
+    """Return the drafter's module with the weights in ``folder``.
 
-    The module is built without memory and compared with the file's header before tensors are read.
-    rename: maps a tensor's name in the file to the module's.
-    Raises SpecDecError, naming the tensor, if file and module do not fit, and for impossible values.
+    vocab_size: vocabulary size of the target. make: builds the module, without memory, for a draft vocabulary, int [V']
+    (None: all tokens). rename: maps the name of a tensor in the file to its name in the module.
+    The module is compared with the file's header before tensors are read. Raises SpecDecError, with the name of the
+    tensor, if file and module do not fit, and for impossible values.
     """
     with open_tensors(folder / WEIGHTS) as stored:
         names = {rename(name): name for name in stored.header}
@@ -196,13 +198,20 @@ def load(
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Tensor | None:
-    """The folder's draft vocabulary, int [V'], or None: all tokens. Raises SpecDecError if it is impossible."""
+    """Return the draft vocabulary in ``folder``, int [V']; None: all tokens. Raises SpecDecError if it is impossible.
+
+    vocab_size: vocabulary size of the target.
+    """
     with open_tensors(folder / WEIGHTS) as stored:
         return draft_vocabulary(folder, stored, vocab_size)
 
 
 def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name: str = "draft_vocab") -> Tensor | None:
-    """The draft vocabulary in the tensor ``name``, int [V'], or None: there is none. As ``read_vocabulary``."""
+    """Return the draft vocabulary in the tensor ``name``, int [V']; None: the file has none.
+
+    folder: for messages. stored: the open file. vocab_size: vocabulary size of the target. Raises SpecDecError if the
+    tensor is no list of token ids.
+    """
     if (found := stored.header.get(name)) is None:
         return None
     if found.dtype not in INTEGERS.values() or found.dim() != 1 or not 1 <= len(found) <= vocab_size:
@@ -217,7 +226,7 @@ def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name:
 
 
 def check_fit(folder: Path, needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise SpecDecError unless ``found`` has the names, shapes and kinds of numbers of ``needed``."""
+    """Raise SpecDecError unless ``found`` has the names, shapes and kinds (float, integer) of ``needed``."""
     for name in sorted(needed.keys() | found.keys()):
         kinds = [_kind(part[name]) if name in part else "missing" for part in (needed, found)]
         if kinds[0] != kinds[1]:
@@ -232,14 +241,18 @@ def _kind(tensor: Tensor) -> str:
 
 
 def check_inner_size(name: str, value: Any, hidden_size: int) -> int:
-    """``value``, if it is a possible inner size of a drafter for this hidden size. Raises SpecDecError otherwise."""
+    """Return ``value`` if it is an int from 1 to ``WIDEST`` hidden sizes, else raise SpecDecError.
+
+    name: of the field in the drafter's config.
+    """
     return options.check_int(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], storage: str = "") -> None:
-    """Write a drafter folder, each file atomically. Raises SpecDecError if it cannot be written.
+    """Write a drafter folder with ``config`` and ``tensors``, each file atomically.
 
-    storage: format of the floating-point tensors: a dtype's name, or "int8" to quantise large matrices; "": unchanged.
+    storage: format of the floating-point tensors: the name of a dtype, or "int8" to quantize large matrices; "": as
+    they are. Raises SpecDecError if the folder cannot be written.
     """
     text = json.dumps(config, indent=2) + "\n"
     kept = dict[str, Tensor]()
@@ -260,7 +273,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
 
 
 def describe_base(base: Identified, name: str) -> dict[str, Any]:
-    """The ``base`` of a drafter's config for the model of that name."""
+    """Return the entry ``base`` of a drafter's config for a model. name: of the model, for messages."""
     return {
         "fingerprint": base.fingerprint,
         "name": name,
@@ -273,7 +286,10 @@ def describe_base(base: Identified, name: str) -> dict[str, Any]:
 
 
 def find_shipped(drafter: str, base: Identified) -> Path | None:
-    """The folder of the drafter in the package for the model, else for another precision of it, else None."""
+    """Return the folder of a trained drafter in the package for the model ``base``; None: there is none.
+
+    drafter: name of the drafter. A folder for exactly this model goes before one for another precision of the model.
+    """
     found = list(_shipped(drafter))
     own = (folder for folder, trained in found if _is_of(trained, base))
     near = (folder for folder, trained in found if _difference(trained, base, str(folder)) is None)
@@ -281,12 +297,12 @@ def find_shipped(drafter: str, base: Identified) -> Path | None:
 
 
 def may_be_shipped(drafter: str, config: Any) -> bool:
-    """Whether the package has a drafter for a model of the architecture and size of ``config``."""
+    """Return whether the package has a trained ``drafter`` for a model with the architecture and size of ``config``."""
     return any(_of_size(trained, config) for _, trained in _shipped(drafter))
 
 
 def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folders ``pretrained/DRAFTER/MODEL`` in the package, each with the ``base`` in its config."""
+    """Yield the folders ``pretrained/DRAFTER/MODEL`` in the package, each with the ``base`` in its config."""
     root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
     for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):
         yield path.parent, read_config(path.parent).get("base", {})
@@ -299,16 +315,14 @@ def _of_size(trained: Mapping[str, Any], config: Any) -> bool:
 
 
 def _is_of(trained: Mapping[str, Any], base: Identified) -> bool:
-    """Whether the ``base`` in a drafter's config is this model, or this one without its merged adapter."""
+    """Return whether the ``base`` in a drafter's config is this model, or this model without its merged adapter."""
     merged = identity.merged_adapter(base.model)
     return trained.get("fingerprint") in (base.fingerprint, None if merged is None else merged.base)
 
 
 def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str | None:
-    """How the model differs, by more than rounding, from the base in a drafter's config; None if it does not.
-
-    "" if the config has no samples, so that this is unknown.
-    """
+    """Return how ``base`` differs, by more than rounding, from the model ``trained`` in a drafter's config.
+    None: it does not differ. "": unknown, because the config has no samples."""
     if not _of_size(trained, base.model.config):
         return "it is of another architecture or size"
     return identity.difference(trained["samples"], base.model, where) if "samples" in trained else ""
@@ -317,7 +331,7 @@ def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str
 def check_base(config: dict[str, Any], base: Identified, where: str) -> None:
     """Raise SpecDecError if the drafter of ``config`` was trained for another model than ``base``.
 
-    Another precision of the same model is accepted, with a line on stderr.
+    Accepts another precision of the same model, with a note on stderr. where: the drafter's folder, for messages.
     """
     trained = config.get("base", {})
     if _is_of(trained, base):

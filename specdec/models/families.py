@@ -55,30 +55,32 @@ SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_wi
 
 @dataclass(frozen=True)
 class Family:
-    """What a layer of a model type computes.
+    """What the layers of one model type compute, and how its files describe it. ``FAMILIES`` has one for each type.
 
-    norms: names of the norms of attention's input and result, and of the MLP's; "": there is none.
-    rounds_once: whether norms round after their weights only, not before them, too.
-    around_zero: whether 1 + weight is the factor of a norm.
-    norm_over_heads: whether queries and keys have norms over all heads. norm_by_head: over each.
-    qkv_bias: whether queries, keys and values have biases. attention_bias, mlp_bias: whether a config's field of that
-        name gives all maps of attention, or of MLPs, biases. joined: queries, keys and values are one map, gates and
-        ups, too.
-    mixer: in the place of attention in layers that are recurrent; "": there are none. gated: attention's results are
-        multiplied with gates, which come with the queries.
-    shared: beside the experts that a token takes, there is one for all tokens, with a gate.
-    half_tables: transformers' tables have each cosine and sine once, not twice.
-    wide: these tables are not rounded to the model's dtype.
-    partial: ``partial_rotary_factor`` may leave a part of each head as it is.
-    fields: config fields of this family beside ``COMMON``, with "rope_parameters." before those there. only: those of
-        which one value is known.
-    gguf: architecture of GGUF files. interleaved: rows of queries and keys are in the order of pairs that rotate there.
-        tiled_heads: the first value heads of all key heads come before the second ones there.
-    keys: the config field of each metadata key of these files, beside ``KEYS``.
+    norms: module names of the norms of attention's input, attention's result, the MLP's input and the MLP's result;
+        "": there is no such norm.
+    round_after_weight: whether norms round only after their weight, not also before it.
+    around_zero: whether the factor of a norm is 1 + weight.
+    norm_over_heads, norm_by_head: whether queries and keys have a norm over all heads together, or over each head.
+    qkv_bias: whether queries, keys and values always have biases.
+    attention_bias, mlp_bias: whether the config field of that name gives all linear layers there biases.
+    joined: whether queries, keys and values are one linear layer, and gate and up projections also.
+    mixer: what recurrent layers have instead of attention; "": there are no recurrent layers.
+    gated: whether attention's results are multiplied by gates, which the query projection also computes.
+    shared: whether one more expert, with a gate, serves all tokens.
+    half_tables: whether transformers' rotary tables have each cosine and sine once, not twice.
+    wide: whether these tables are not rounded to the model's dtype.
+    partial: whether ``partial_rotary_factor`` may exclude a part of each head from rotation.
+    fields: config fields that this family supports besides ``COMMON``; "rope_parameters.NAME" for a nested one.
+    only: config fields of which only the given value is supported.
+    gguf: architecture name in GGUF files; "": not supported.
+    interleaved: whether GGUF files store the rows of queries and keys in interleaved rotary order.
+    tiled_heads: whether GGUF files store the first value heads of all key heads, then the second ones, and so on.
+    keys: config field by GGUF metadata key, besides ``KEYS``.
     """
 
     norms: tuple[str, str, str, str] = BEFORE
-    rounds_once: bool = False
+    round_after_weight: bool = False
     around_zero: bool = False
     norm_over_heads: bool = False
     norm_by_head: bool = False
@@ -132,7 +134,7 @@ LINEAR = {f"linear_{name}" for name in ("key_head_dim", "num_key_heads", "num_va
 GRIDS = "rope_parameters.mrope_interleaved", "rope_parameters.mrope_section"  # of images: text has one position
 PREDICTS = "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"  # of a layer that is no part of the model
 DELTA_RULE = Family(
-    rounds_once=True,
+    round_after_weight=True,
     around_zero=True,
     norm_by_head=True,
     mixer="gated delta rule",
@@ -182,7 +184,7 @@ FAMILIES = {
         keys=WINDOW,
     ),
     "granite": Family(mlp_bias=True, fields=frozenset(SCALED.values()), gguf="granite", interleaved=True, keys=SCALED),
-    "olmo2": Family(AFTER, rounds_once=True, norm_over_heads=True, wide=True, gguf="olmo2"),
+    "olmo2": Family(AFTER, round_after_weight=True, norm_over_heads=True, wide=True, gguf="olmo2"),
     "smollm3": Family(
         mlp_bias=True, fields=frozenset({"no_rope_layers", "no_rope_layer_interval"}), gguf="smollm3", interleaved=True
     ),
@@ -202,13 +204,13 @@ FAMILIES = {
         keys=HEAD | ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
     ),
     "gpt_oss": Family(
-        rounds_once=True,
+        round_after_weight=True,
         half_tables=True,
         fields=EXPERTS | CLAMPED | {"experts_per_token", "initial_context_length"},  # two that others repeat
         gguf="gpt-oss",
         keys=HEAD | ROUTED | WINDOW | {"expert_feed_forward_length": "intermediate_size"},
     ),
-    "gemma": Family(rounds_once=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
+    "gemma": Family(round_after_weight=True, around_zero=True, fields=GEMMA, gguf="gemma", keys=HEAD),
     "gemma2": Family(AROUND, True, True, fields=TWICE_CAPPED, gguf="gemma2", keys=WINDOWED),
     "gemma3_text": Family(
         AROUND,
@@ -226,8 +228,10 @@ FAMILIES = {
 
 
 class Numbers(NamedTuple):
-    """Factors of embeddings, of what is added to the residual and of logits; caps (tanh) of scores and logits, or 0.
+    """Constants of a model's arithmetic.
 
+    embeddings, results, logits: factors of the embeddings, of what layers add to the residual, and of the logits.
+    scores_cap, logits_cap: attention scores and logits x become cap tanh(x / cap); 0: no cap.
     limit, alpha: parameters of the activation "clamped".
     """
 
@@ -241,7 +245,7 @@ class Numbers(NamedTuple):
 
 
 def numbers_of(config: Any) -> Numbers:
-    """The factors and caps of a model. Those of embeddings are rounded to its dtype, bfloat16."""
+    """Return the factors and caps of the model with this ``config``. The embedding factor is rounded to bfloat16."""
     family = FAMILIES[config.model_type]
     known = {name: getattr(config, name) for name in family.fields if hasattr(config, name)}
     width = float(torch.tensor(config.hidden_size**0.5).bfloat16()) if family.fields >= GEMMA else 1.0
@@ -257,15 +261,20 @@ def numbers_of(config: Any) -> Numbers:
 
 
 class Mixture(NamedTuple):
-    """Numbers of experts, and of those that a token takes. share: whether their weights are made to add up to 1."""
+    """The sizes of a mixture of experts.
+
+    experts: number of experts of a layer; 0: the model has no experts.
+    top_k: number of experts that a token uses.
+    normalize_top_k: whether the weights of a token's experts are scaled to sum to 1.
+    """
 
     experts: int = 0
-    taken: int = 0
-    share: bool = False
+    top_k: int = 0
+    normalize_top_k: bool = False
 
 
 def mixture_of(config: Any) -> Mixture:
-    """The experts of a model in the place of MLPs, if it has any."""
+    """Return the sizes of a model's mixture of experts; ``Mixture()`` if it has none."""
     if not FAMILIES[config.model_type].fields >= EXPERTS:
         return Mixture()
     count = getattr(config, "num_experts", None) or config.num_local_experts
@@ -273,7 +282,12 @@ def mixture_of(config: Any) -> Mixture:
 
 
 class Mixer(NamedTuple):
-    """Number of recurrent layers, their heads, and the taps of their convolutions."""
+    """The sizes of a model's recurrent layers (gated delta rule).
+
+    layers: number of recurrent layers; 0: there are none.
+    key_heads, value_heads: number of heads. key_dim, value_dim: sizes of a head.
+    taps: tokens that the convolution covers, the newest included.
+    """
 
     layers: int = 0
     key_heads: int = 0
@@ -284,12 +298,12 @@ class Mixer(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Inputs of a convolution: queries, keys and values."""
+        """Return the number of inputs of the convolution: all queries, keys and values of a token."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 def mixer_of(config: Any) -> Mixer:
-    """The recurrent layers of a model, if it has any."""
+    """Return the sizes of a model's recurrent layers; ``Mixer()`` if it has none."""
     if not FAMILIES[config.model_type].mixer:
         return Mixer()
     heads = config.linear_num_key_heads, config.linear_num_value_heads
@@ -298,9 +312,11 @@ def mixer_of(config: Any) -> Mixer:
 
 
 class Rotation(NamedTuple):
-    """Which cosines and sines: those of a layer type, or "": there are no others.
+    """One rotary table that layers use.
 
-    beta, span: they are times 1 + beta log(1 + position // span). half_tables: as in ``Family``.
+    layer_type: the layer type whose parameters the table has; "": all layers have the same.
+    beta, span: the table is multiplied by 1 + beta log(1 + position // span).
+    half_tables: as in ``Family``.
     """
 
     layer_type: str = ""
@@ -309,7 +325,10 @@ class Rotation(NamedTuple):
     half_tables: bool = False
 
     def tables(self, rotary: Any, count: int, dtype: torch.dtype) -> Tensor:
-        """Cosines and sines [count, 2, rotated / 2] (float32) that the model's ``rotary`` makes in ``dtype``."""
+        """Return cosines and sines, float32 [count, 2, rotated / 2], for positions 0 ... count - 1.
+
+        rotary: the model's rotary embedding. dtype: dtype in which ``rotary`` makes the table.
+        """
         positions = torch.arange(count)
         with torch.no_grad():
             made = rotary(torch.empty(0, dtype=dtype), positions[None], *filter(None, [self.layer_type]))
@@ -319,7 +338,7 @@ class Rotation(NamedTuple):
 
 
 def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
-    """What rotates each layer's queries and its keys; None: nothing does."""
+    """Return for each layer the rotary tables of its queries and of its keys; None: the layer has no rotation."""
     count, rope = int(config.num_hidden_layers), config.rope_parameters
     nested = all(isinstance(value, dict) for value in rope.values())
     found = list[tuple[Rotation, Rotation] | None]()
@@ -335,13 +354,14 @@ def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
 
 
 def activation(config: Any) -> str:
+    """Return the name of the MLP's activation, such as "silu"; "clamped" for that of gpt-oss."""
     if FAMILIES[config.model_type].fields >= CLAMPED:
         return "clamped"
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
 def check_fields(config: Any) -> None:
-    """Raise SpecDecError, with its name, for a field of a model's config that its family does not know."""
+    """Raise SpecDecError for a config field that may change the output and that the model's family does not support."""
     family = FAMILIES[config.model_type]
     for name, value in _fields(config):
         known = name in COMMON | IGNORED | family.fields or family.only.get(name) == value
@@ -355,7 +375,7 @@ def check_fields(config: Any) -> None:
 
 
 def _fields(config: Any) -> Iterator[tuple[str, Any]]:
-    """The fields of a config and those inside ``rope_parameters`` that make no tables, by name."""
+    """Yield the fields of a config with their names, and those in ``rope_parameters`` that are not in ``ROPE``."""
     for name, value in config.to_dict().items():
         if not name.startswith("_") and not name.endswith("_token_id"):
             yield name, value
@@ -365,7 +385,7 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_sizes(name: str, config: Any) -> None:
-    """Raise SpecDecError for sizes in the config of the model ``name`` that are no sizes, or too large."""
+    """Raise SpecDecError for impossible or too large sizes in the ``config`` of the model called ``name``."""
     text = config.get_text_config()
     values = {key: getattr(text, key, None) for key in SIZES}
     if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):

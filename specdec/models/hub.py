@@ -1,7 +1,4 @@
-"""Downloads from the Hugging Face Hub. A drafter is ``ORG/NAME[@revision]``.
-
-Of a drafter's repository only the configuration and the safetensors file are downloaded.
-"""
+"""Downloads from the Hugging Face Hub. A drafter is ``ORG/NAME[@revision]``; only its config and weights are read."""
 
 from __future__ import annotations
 
@@ -20,14 +17,20 @@ TIMEOUT = 10  # seconds for the Hub to answer
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
-    """The repository and the revision in ``text``; None if it is not a repository's name."""
+    """Split ``text``, ``ORG/NAME[@revision]``, into repository and revision (None: the latest).
+
+    Returns None if ``text`` is not the name of a repository.
+    """
     found = _ID.fullmatch(text)
     return None if found is None else (found[1], found[2])
 
 
 @functools.lru_cache(maxsize=64)
 def fetch_drafter(text: str) -> Path:
-    """Download a drafter; return its folder in Hugging Face's cache. Raises SpecDecError if that fails."""
+    """Download the drafter ``text``, ``ORG/NAME[@revision]``; return its folder in Hugging Face's cache.
+
+    Raises SpecDecError if that fails or the repository is no drafter.
+    """
     named = parse_repo_id(text)
     if named is None:
         raise SpecDecError(f"drafter folder '{text}' does not exist; give a folder or ORG/NAME")
@@ -45,9 +48,9 @@ def snapshot_download(*args: Any, **more: Any) -> str:
 
 
 def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[str], str]:
-    """The files of a repository, and the commit that has them; without a network those of it in Hugging Face's cache.
+    """Return the paths of a repository's files, and the commit; without a network, from Hugging Face's cache.
 
-    Arguments: as of ``fetch``.
+    Arguments as in ``fetch``.
     """
     from huggingface_hub import HfApi  # heavy
     from huggingface_hub.errors import HfHubHTTPError
@@ -64,11 +67,11 @@ def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[s
 
 
 def fetch(kind: str, repository: str, revision: str | None, files: list[str], hint: str = "") -> Path:
-    """Download ``files`` (patterns); return their folder in Hugging Face's cache. Without a network, use the cache.
-    Files of a commit that are in the cache need no network.
+    """Download files of a repository; return their folder in Hugging Face's cache. Without a network, use the cache.
 
-    kind: "model" or "drafter", for messages. hint: the end of messages. Raises SpecDecError if the repository or the
-    revision does not exist or cannot be downloaded.
+    kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
+    the latest. Cached files of a commit need no network. files: glob patterns. hint: the end of error messages.
+    Raises SpecDecError if the repository or the revision does not exist or cannot be downloaded.
     """
     from huggingface_hub.errors import (  # heavy
         HFValidationError,
@@ -94,7 +97,10 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
 
 
 def fetch_file(kind: str, repository: str, revision: str | None, name: str, hint: str = "") -> Path:
-    """One file of a repository, and of a split GGUF file all parts. Arguments and errors: as of ``fetch``."""
+    """Download the file ``name`` of a repository, and all parts of a split GGUF file; return its path.
+
+    Other arguments and errors as in ``fetch``.
+    """
     path = fetch(kind, repository, revision, [str(part) for part in part_paths(Path(name))], hint) / name
     if not path.is_file():
         raise SpecDecError(f"'{repository}' has no file '{name}' on Hugging Face")
@@ -102,9 +108,8 @@ def fetch_file(kind: str, repository: str, revision: str | None, name: str, hint
 
 
 def _cached(repository: str, commit: str, files: list[str]) -> Path | None:
-    """The folder of a commit in Hugging Face's cache, if it has all ``files``."""
     from huggingface_hub import try_to_load_from_cache  # heavy
 
     found = [try_to_load_from_cache(repository, file, revision=commit) for file in files]
-    places = [Path(path) for path in found if isinstance(path, str)]
-    return places[0].parents[files[0].count("/")] if places and len(places) == len(files) else None
+    paths = [Path(path) for path in found if isinstance(path, str)]
+    return paths[0].parents[files[0].count("/")] if paths and len(paths) == len(files) else None

@@ -1,9 +1,8 @@
-"""Whether a model is the one that a drafter was trained for, in the same or in another precision, and whether keys and
-values are those that it would compute.
+"""The identity of a model, for trained drafters, which need their model in any precision, and for stored KV caches.
 
-A fingerprint is of sampled values; ``content`` is of all. For unequal fingerprints, sampled values decide whether one
-model is the other in another precision: quantised weights of a block lie on a grid, whose step a few values show, and
-quantisation moves a value by at most half a step. Smaller changes of a model are not detected.
+A ``fingerprint`` is a hash of sampled weights, ``content`` a hash of all. For unequal fingerprints, ``samples`` decide
+whether one model is the other in another precision: quantized weights of a block lie on a grid whose step a few values
+show, and quantization moves a value by at most half a step. Smaller changes of a model are not detected.
 """
 
 from __future__ import annotations
@@ -23,42 +22,44 @@ from specdec.base.errors import SpecDecError
 from specdec.models.gguf.blocks import Blocks, named_weights
 
 SAMPLES = 512  # elements of a parameter in a fingerprint
-VECTORS, MATRICES = 4, 12  # tensors that are sampled
-WINDOWS, WINDOW = 2, 16  # windows of a tensor, and consecutive values of one block in a window
-MAX_TENSORS, MAX_TEXT = 64, 4096  # of samples that are read; characters of a tensor's values
+VECTORS, MATRICES = 4, 12  # maximum number of sampled vectors and matrices
+WINDOWS, WINDOW = 2, 16  # windows of a sampled tensor, and consecutive values of one block in a window
+MAX_TENSORS, MAX_TEXT = 64, 4096  # limits of samples that are read: tensors, and characters of a tensor's values
 FINE = 160  # rounding to 8 bits or bfloat16 moves a value by at most 1 / FINE of the largest value of its window
 HASHED = 1 << 24  # values that are hashed at a time
-NAMES = {"_name_or_path", "transformers_version"}  # fields of a config that change no number
-BEYOND, BEYOND_ONE = 0.05, 0.5  # share of all values, and of one tensor's, that may differ by more (clipped ones do)
+NAMES = {"_name_or_path", "transformers_version"}  # config fields that change no result
+# Share of all sampled values, and of one tensor's, that may differ by more than rounding, as clipped values do.
+BEYOND, BEYOND_ONE = 0.05, 0.5
 
 
 def sample_positions(size: int) -> Tensor:
-    """Evenly strided indices of up to ``SAMPLES`` of ``size`` elements."""
+    """Return up to ``SAMPLES`` evenly strided indices below ``size``, int64 [n]."""
     count = min(size, SAMPLES)
     return torch.arange(count) * size // max(count, 1)
 
 
 def sample(parameter: Tensor | Blocks) -> Tensor:
-    """Up to ``SAMPLES`` evenly strided elements of a parameter, [n]. Leaves no pages of a mapped file in memory."""
+    """Return up to ``SAMPLES`` evenly strided elements of a parameter, [n], and release its pages of a mapped file."""
     positions = sample_positions(parameter.shape.numel())
     if isinstance(parameter, Blocks):
         found = parameter.at(positions // parameter.shape[-1], positions % parameter.shape[-1])
         memory.release(*parameter.memory)
         return found
-    index, places = positions.to(parameter.device), list[Tensor]()
+    flat, index = positions.to(parameter.device), list[Tensor]()
     for size in parameter.shape[::-1]:  # torch.unravel_index imports SymPy
-        places.append(index % size)
-        index = index // size
-    values: Tensor = parameter.detach()[tuple(places[::-1])]
+        index.append(flat % size)
+        flat = flat // size
+    values: Tensor = parameter.detach()[tuple(index[::-1])]
     memory.release(parameter.detach())
     return values
 
 
 def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = sample) -> str:
-    """32 hex digits that identify a model's weights, whatever their dtype and device. sample: has the same result.
+    """Return 32 hex digits that identify a model's weights, whatever their dtype and device.
 
-    SHA-256 of every parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names. Of
-    parameters with equal content, such as tied ones, only the first counts. Of a merged adapter, every number counts.
+    SHA-256 of each parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names. Among
+    parameters with equal content, such as tied ones, only the first counts. All numbers of a merged adapter count.
+    sample: a faster function with the result of ``identity.sample``.
     """
     digest, seen = hashlib.sha256(), set()
     if (merged := merged_adapter(model)) is not None:
@@ -75,15 +76,17 @@ def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = 
 
 
 def merged_adapter(model: nn.Module) -> Any:
-    """What a model knows of the adapter that is merged into it (``adapter.Merged``); None: there is none."""
+    """Return the ``adapter.Merged`` of a model with a merged adapter; None: no adapter is merged."""
     return getattr(model, "merged_adapter", None)
 
 
 def numbers(target: Any, *more: object) -> str:
-    """64 hex digits that identify what the keys, values and logits of a target depend on: equal ones are equal bits.
+    """Return 64 hex digits: targets with equal ones compute keys, values and logits with equal bits.
 
-    SHA-256 of the fingerprint of the weights, the text config, what the model keeps beside its weights (the frequencies
-    of rotary embeddings), the formats, and the kernels with their versions. more: what else they depend on.
+    SHA-256 of the fingerprint of the weights, the text config, the model's buffers (such as rotary frequencies), the
+    formats, and the kernels with their versions.
+
+    target: a ``runtimes.target.Target``. more: further values that are hashed.
     """
     model = target.model
     config = model.config.get_text_config()
@@ -103,10 +106,10 @@ def numbers(target: Any, *more: object) -> str:
 
 
 def content(model: nn.Module) -> str:
-    """64 hex digits that identify all weights of a model, bit for bit: equal ones are equal weights.
+    """Return 64 hex digits that identify all weights of a model, bit for bit.
 
-    SHA-256 of the weights. Those that are mapped from a file are known by the file's stamp: reading all takes seconds a
-    gigabyte.
+    SHA-256 of the weights. For weights that are mapped from a file, the file's stamp is hashed instead, because reading
+    them takes seconds per gigabyte.
     """
     digest, origin = hashlib.sha256(), getattr(model, "origin", None)
     if origin is not None:
@@ -122,7 +125,7 @@ def content(model: nn.Module) -> str:
 
 
 def samples(model: nn.Module) -> dict[str, Any]:
-    """Samples of a model for its drafters: some tensors by name, each with its shape and values at fixed places."""
+    """Return samples of some tensors for drafters' configs: {name: {"shape": [...], "values": "text"}}."""
     weights, found = dict(named_weights(model)), dict[str, Any]()
     for dimensions, most in ((1, VECTORS), (2, MATRICES)):
         names = sorted(name for name, weight in weights.items() if len(weight.shape) == dimensions)
@@ -132,15 +135,15 @@ def samples(model: nn.Module) -> dict[str, Any]:
 
 
 def samples_of(weights: Mapping[str, Tensor | Blocks]) -> dict[str, Any]:
-    """Samples of tensors by name."""
+    """Return samples of tensors by name: {name: {"shape": [...], "values": "text"}}."""
     return {n: {"shape": list(weight.shape), "values": _text(_values(weight))} for n, weight in weights.items()}
 
 
 def difference(given: Any, model: nn.Module, where: str) -> str | None:
-    """How the model differs by more than rounding from the one of the ``samples`` in ``given``; None if it does not.
+    """Return how ``model`` differs by more than rounding from the model of the samples ``given``, as text.
 
-    A model with a merged adapter may also be, without the adapter, the one of the samples. Raises SpecDecError for
-    broken samples. where: their file, for messages.
+    None: it does not differ, or it does not differ without its merged adapter.
+    given: ``samples`` from an untrusted file. where: the file, for messages. Raises SpecDecError for broken samples.
     """
     wanted, own = _read(given, where), dict(named_weights(model))
     found = _difference(wanted, own, {}, where)
@@ -155,7 +158,7 @@ def _difference(
     before: Mapping[str, tuple[list[int], Tensor]],
     where: str,
 ) -> str | None:
-    """As ``difference``. before: samples that stand for those of the weights with these names."""
+    """Compare ``wanted`` samples with the weights ``own``, or with the samples ``before`` for the names in these."""
     beyond, count = 0, 0
     for name, (shape, values) in wanted.items():
         if name not in own:
@@ -175,12 +178,12 @@ def _difference(
 
 
 def _values(weight: Tensor | Blocks) -> Tensor:
-    """The values of a tensor at fixed places, float32: ``WINDOWS`` windows of up to ``WINDOW`` values."""
+    """Return the values of a tensor at fixed indices, float32: ``WINDOWS`` windows of up to ``WINDOW`` values."""
     rows, columns = (1, *weight.shape)[-2:]
     width = min(WINDOW, columns)
-    places = [(n * rows // WINDOWS, n * (columns // width) // WINDOWS * width) for n in range(WINDOWS)]
-    row = torch.tensor([row for row, _ in places]).repeat_interleave(width)
-    column = torch.tensor([start + i for _, start in places for i in range(width)])
+    starts = [(n * rows // WINDOWS, n * (columns // width) // WINDOWS * width) for n in range(WINDOWS)]
+    row = torch.tensor([row for row, _ in starts]).repeat_interleave(width)
+    column = torch.tensor([start + i for _, start in starts for i in range(width)])
     if isinstance(weight, Blocks):
         return weight.at(row, column)
     values = weight.detach().view(rows, columns) if weight.dim() == 1 else weight.detach()
@@ -188,7 +191,7 @@ def _values(weight: Tensor | Blocks) -> Tensor:
 
 
 def _beyond(found: Tensor, given: Tensor) -> int:
-    """How many values differ by more than the rounding of both models explains."""
+    """Return how many values differ by more than the rounding of both models explains."""
     count = 0
     for pair in zip(found.chunk(WINDOWS), given.chunk(WINDOWS), strict=True):
         largest = float(torch.stack(pair).abs().max())
@@ -198,7 +201,7 @@ def _beyond(found: Tensor, given: Tensor) -> int:
 
 
 def _step(values: Tensor) -> float:
-    """The step of the grid of a few values of one block; 0 if there is none or it is too fine to be seen."""
+    """Return the step of the grid on which a few values of one block lie; 0: there is none, or it is too fine."""
     largest = float(values.abs().max())
     gaps = values.unique().diff()
     if not len(gaps) or float(gaps.min()) <= largest / FINE:
@@ -214,7 +217,6 @@ def _text(values: Tensor) -> str:
 
 
 def _read(given: Any, where: str) -> Mapping[str, tuple[list[int], Tensor]]:
-    """The shape and the values of each tensor in ``given``, which is untrusted. Raises SpecDecError if it is broken."""
     try:
         if not 0 < len(given) <= MAX_TENSORS or any(len(each["values"]) > MAX_TEXT for each in given.values()):
             raise ValueError

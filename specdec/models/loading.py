@@ -1,7 +1,7 @@
-"""Load a model, frozen, and its tokenizer; the names of dtypes and devices. Knows no runtimes and no decoding.
+"""Loads a model, frozen, and its tokenizer; finds dtypes and devices by name. Knows no runtimes and no decoding.
 
 GGUF files of known architectures, and folders of models of known families in bfloat16 on the CPU, become a
-``NativeModel`` without transformers; it loads all other models.
+``NativeModel``. Transformers loads all other models.
 """
 
 from __future__ import annotations
@@ -48,13 +48,11 @@ def load(
     dtype is bfloat16, the device is the CPU and ``gguf.model`` supports the architecture.
 
     name_or_path: an embedded model (downloaded at first use), a folder, a ``.gguf`` file, a Hugging Face id, or
-    ``ORG/REPO:file.gguf``.
-    dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
-    device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device.
-    revision: of a Hugging Face id.
-    adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id.
-    check: called with the model's config before the weights are read; may raise.
-    Raises SpecDecError, in one line, for what is unknown, missing, broken or too large for this machine.
+    ``ORG/REPO:file.gguf``. dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
+    device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device. revision: of a
+    Hugging Face id. adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging
+    Face id. check: called with the model's config before the weights are read; may raise. Raises SpecDecError, in one
+    line, for what is unknown, missing, broken or too large for this machine.
     """
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
@@ -86,7 +84,7 @@ def load(
 
 
 def read_config(name: str) -> Any:
-    """The config of the model ``name``. Downloads the model if need be; reads no weights."""
+    """Return the config of the model ``name``, a ``Config`` or one of transformers. May download; reads no weights."""
     return _config(find_source(name))
 
 
@@ -112,7 +110,8 @@ def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def _merge(model: Any, change: tuple[str, Path] | None, file: GGUFFile | None = None) -> list[torch.Tensor]:
-    """Merge an adapter, by its name and place, into a model; return the matrices that it has changed."""
+    """Merge an adapter into ``model``; return the changed matrices. change: name and path of the adapter; None: none.
+    file: the GGUF file of the model, if it is one."""
     return [] if change is None else adapters.merge(model, adapters.read(*change, model, file))
 
 
@@ -124,7 +123,7 @@ def _native(
     place: torch.device,
     change: tuple[str, Path] | None,
 ) -> NativeModel | None:
-    """The model whose config is in ``entry``; None: its safetensors files do not fit it tensor by tensor."""
+    """Return the ``NativeModel`` whose config is in ``entry``; None: the safetensors files have other tensors."""
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
         file: TensorFile
@@ -147,14 +146,17 @@ def _native(
 
 
 def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """The dtype, or "auto". Raises SpecDecError for an unknown name."""
+    """Return PyTorch's dtype for a name such as "bf16", or "auto". Raises SpecDecError for an unknown name."""
     name = dtype_name(str(dtype).removeprefix("torch."))
     found: torch.dtype | str = name if name == "auto" else getattr(torch, name)
     return found
 
 
 def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
-    """The device by name. Raises SpecDecError if it is unknown, missing, or cannot compute in ``dtype``."""
+    """Return the device with this name; "auto" is the first CUDA device that can compute in ``dtype``, else the CPU.
+
+    Raises SpecDecError if the device is unknown or missing, or cannot compute in ``dtype``.
+    """
     if device == "auto":
         with contextlib.suppress(SpecDecError):  # this PyTorch does not support the driver or the GPU
             return find_device("cuda", dtype)

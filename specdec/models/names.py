@@ -1,4 +1,4 @@
-"""Names of models, dtypes and GGUF files, checked before anything heavy is imported."""
+"""Names of models, adapters, dtypes and GGUF files, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_model(name: str, revision: str | None = None) -> None:
-    """Raise SpecDecError for a name that no model can have, and for a file or folder that is none.
+    """Raise SpecDecError if ``name`` cannot be a model, or names a file or folder that is no model.
 
-    Whether a repository exists is known when it is asked.
+    revision: of a Hugging Face id; an error with other names. Does not ask whether a repository exists.
     """
     path = Path(name).expanduser()
     if revision is not None and (name in EMBEDDED or path.exists()):
@@ -44,9 +44,10 @@ ADAPTER_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+)
 
 
 def adapter_place(name: str) -> Path | tuple[str, str | None, str | None]:
-    """Where an adapter is: a folder of PEFT, a GGUF file, or repository, revision and file (None: of PEFT) on the Hub.
+    """Return where the adapter ``name`` is: the path of a PEFT folder or GGUF file, or its place on the Hub.
 
-    Raises SpecDecError for what is none of them.
+    The latter is (repository, revision, GGUF file); revision None: the latest; file None: PEFT's files.
+    Raises SpecDecError if it is none of these.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -67,14 +68,14 @@ def adapter_place(name: str) -> Path | tuple[str, str | None, str | None]:
 
 
 def guess_model(name: str) -> str:
-    """What the end of a message suggests for an unknown name."""
+    """Return the end of a message that suggests an embedded model for an unknown ``name``; "" without a suggestion."""
     return did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
 
 
 def gguf_in(folder: Path) -> Path:
-    """The only GGUF file in a folder, or the first part that is there of the only split one.
+    """Return the only GGUF file in ``folder``, or of the only split file the first part that exists.
 
-    Raises SpecDecError if there is none, and names them if there are several.
+    Raises SpecDecError if there is none or several.
     """
     found = dict[str, Path]()
     for path in sorted(folder.glob("*.gguf")):
@@ -88,15 +89,15 @@ def gguf_in(folder: Path) -> Path:
 
 
 def whole_name(name: str) -> str:
-    """A GGUF file's name without the number of its part."""
+    """Return the name of a GGUF file without the number of its part."""
     part = PART.fullmatch(name)
     return f"{part[1]}.gguf" if part else name
 
 
 def part_paths(path: Path) -> list[Path]:
-    """All parts of the split file that ``path`` is a part of, by its name; else only the path.
+    """Return the paths of all parts of the split GGUF file of which ``path`` is one, by its name; else only ``path``.
 
-    Raises SpecDecError for a name that no part has.
+    Raises SpecDecError for an impossible number of a part.
     """
     if (part := PART.fullmatch(path.name)) is None:
         return [path]
@@ -107,24 +108,24 @@ def part_paths(path: Path) -> list[Path]:
 
 
 def hub_folder(path: Path) -> Path | None:
-    """The folder of the repository in Hugging Face's cache that ``path`` is in."""
+    """Return the folder of the repository in Hugging Face's cache that contains ``path``; None: it is elsewhere."""
     return next((each for each in (path, *path.parents) if each.name.startswith("models--")), None)
 
 
 def display_name(path: Path) -> str:
-    """A path for messages; of one in Hugging Face's cache, its repository."""
+    """Return ``path`` as text for messages, or the repository's name for a path in Hugging Face's cache."""
     folder = hub_folder(path)
     return str(path) if folder is None else folder.name.removeprefix("models--").replace("--", "/")
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file has GGUF's magic number."""
+    """Return whether the file begins with GGUF's magic number."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def dtype_name(name: str) -> str:
-    """The full name of a dtype, or "auto". Raises SpecDecError for an unknown one."""
+    """Return the full name of a dtype, such as "bfloat16" for "bf16", or "auto". Raises SpecDecError if unknown."""
     if name == "auto" or SHORT.get(name, name) in DTYPES:
         return SHORT.get(name, name)
     known = ["auto", *DTYPES, *SHORT]

@@ -1,8 +1,7 @@
 """A model as its config, weights and generation config, without transformers' modelling classes.
 
-The modules have the names, parameters and shapes of transformers' own; runtimes read the weights there and compute.
-``transformers`` is the model of transformers over the same weights, made where it is asked for. A test compares both
-for every family.
+The modules have the names, parameters and shapes of transformers' modules. Runtimes read the weights and compute.
+``NativeModel.transformers`` makes the model of transformers with the same weights. A test compares both.
 """
 
 from __future__ import annotations
@@ -29,12 +28,13 @@ _making = threading.Lock()
 
 
 class NativeModel(nn.Module):
-    """A decoder-only model of a known family. ``forward`` and ``generate`` are those of transformers.
+    """A decoder-only model of a family in ``families.FAMILIES``. ``forward`` and ``generate`` call transformers.
 
-    config, generation_config: as plain values.
-    origin: the file that the matrices are mapped from.
-    merged_adapter: the adapter that is merged into the weights (``adapter.Merged``).
-    dtype: of the weights, or of the values of those in blocks.
+    config, generation_config: the fields of the model's config files.
+    model: the ``Decoder``. lm_head: the output head.
+    origin: the file that the matrices are mapped from; None: the weights are in memory.
+    merged_adapter: the ``adapter.Merged`` of the adapter that is merged into the weights; None: none is merged.
+    dtype: dtype of the weights; for weights in blocks, of the dequantized values.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype, generation_config: GenerationSettings | None = None) -> None:
@@ -79,7 +79,10 @@ class NativeModel(nn.Module):
         self.lm_head = head  # type: ignore[assignment]
 
     def transformers(self) -> PreTrainedModel:
-        """The model of transformers, with the modules and parameters that this one has now."""
+        """Return the model of transformers with the weights that this model has now: shared, not copied.
+
+        Weights in blocks stay in blocks; ``state_dict`` and ``save_pretrained`` dequantize them.
+        """
         with _making:
             if not self._made:
                 theirs = transformers_config(self.config.to_dict())
@@ -102,7 +105,7 @@ class NativeModel(nn.Module):
 
 
 def as_transformers(model: Any) -> PreTrainedModel:
-    """The model of transformers that is ``model``, or that has its weights."""
+    """Return ``model``, or for a ``NativeModel`` the model of transformers with the same weights."""
     made: PreTrainedModel = model.transformers() if isinstance(model, NativeModel) else model
     return made
 
@@ -111,7 +114,7 @@ def as_transformers(model: Any) -> PreTrainedModel:
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm. rotary_emb: makes cosines and sines."""
+    """The model without its output head: token embeddings, decoder layers, final norm and rotary embedding."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -124,23 +127,23 @@ class Decoder(nn.Module):
 
 
 class Norm(nn.Module):
-    """An RMS norm."""
+    """The RMS norm of a ``family`` over the last dimension, of ``size`` features."""
 
     def __init__(self, size: int, eps: float, family: Family) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = self.variance_epsilon = eps
-        self.once, self.around_zero = family.rounds_once, family.around_zero
+        self.round_after_weight, self.around_zero = family.round_after_weight, family.around_zero
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         if self.around_zero:
             return (wide * (1 + self.weight.float())).to(x.dtype)
-        return (self.weight * wide).to(x.dtype) if self.once else self.weight * wide.to(x.dtype)
+        return (self.weight * wide).to(x.dtype) if self.round_after_weight else self.weight * wide.to(x.dtype)
 
 
 class MLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``; gate and up are one map or two."""
+    """The MLP ``down(act(gate(x)) * up(x))`` with ``inner`` neurons; gate and up are one linear layer or two."""
 
     def __init__(self, config: Config, inner: int) -> None:
         super().__init__()
@@ -162,7 +165,11 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of a layer. is_transposed: inputs are rows, gates and ups come in turn, and there are biases."""
+    """The weights of a layer's experts, E of them.
+
+    gate_up_proj: [E, 2 inner, width]. down_proj: [E, width, inner].
+    is_transposed: whether the last two dimensions are swapped, gate and up outputs alternate, and experts have biases.
+    """
 
     def __init__(self, experts: int, width: int, inner: int, is_transposed: bool) -> None:
         super().__init__()
@@ -177,7 +184,7 @@ class Experts(nn.Module):
 
 
 class Attention(nn.Module):
-    """head_dim, scaling: the size of a head, and the factor of scores."""
+    """The weights of an attention layer. head_dim: size of a head. scaling: factor of attention scores."""
 
     def __init__(self, config: Config, family: Family) -> None:
         super().__init__()
@@ -205,7 +212,7 @@ class Attention(nn.Module):
 
 
 class DeltaRule(nn.Module):
-    """The mixer of a recurrent layer."""
+    """The weights of a recurrent layer's mixer, the gated delta rule (Qwen3-Next, Qwen3.5)."""
 
     def __init__(self, config: Config, family: Family) -> None:
         super().__init__()
@@ -239,7 +246,6 @@ def _layer(config: Config, family: Family, index: int) -> nn.Module:
 
 
 def _routes(config: Config, index: int) -> bool:
-    """Whether a layer's MLP is a mixture of experts."""
     if not mixture_of(config).experts:
         return False
     step = getattr(config, "decoder_sparse_step", 1)
@@ -248,13 +254,13 @@ def _routes(config: Config, index: int) -> bool:
 
 def _mixture(config: Config, family: Family) -> nn.Module:
     mlp, router = nn.Module(), nn.Module()
-    count, width, turned = mixture_of(config).experts, config.hidden_size, config.model_type == "gpt_oss"
+    count, width, transposed = mixture_of(config).experts, config.hidden_size, config.model_type == "gpt_oss"
     router.weight = nn.Parameter(torch.empty(count, width))
-    if turned:
+    if transposed:
         router.bias = nn.Parameter(torch.empty(count))
-    setattr(mlp, "router" if turned else "gate", router)
+    setattr(mlp, "router" if transposed else "gate", router)
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    mlp.experts = Experts(count, width, inner, turned)
+    mlp.experts = Experts(count, width, inner, transposed)
     if family.shared:
         mlp.shared_expert = MLP(config, config.shared_expert_intermediate_size)
         mlp.shared_expert_gate = nn.Linear(width, 1, bias=False)
@@ -265,14 +271,14 @@ def _mixture(config: Config, family: Family) -> nn.Module:
 
 
 def transformers_config(fields: Mapping[str, Any]) -> Any:
-    """The config of transformers with these fields."""
+    """Return the config of transformers with these ``fields``, "model_type" included."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of transformers for its ``config``, without memory for its parameters."""
+    """Return transformers' model for ``config``, a ``Config`` or one of transformers, with parameters on "meta"."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -284,12 +290,11 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _add_blocks(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Add the weights in blocks to a model's ``state_dict``, dequantised. Raises SpecDecError without room."""
     state.update((prefix + name, values) for name, values in dense_weights(model).items())
 
 
 def _share(own: NativeModel, made: Any) -> None:
-    """Give ``made`` the modules with weights, the other parameters and the settings that ``own`` has now."""
+    """Give transformers' model ``made`` the modules with weights, other parameters and settings of ``own``."""
     from transformers import GenerationConfig
 
     made.merged_adapter = own.merged_adapter

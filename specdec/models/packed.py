@@ -1,7 +1,7 @@
-"""Where a model's packed weights are kept: files in the folder of its cache entry, written once and read ever after.
+"""The files of a model's packed weights in the folder of its cache entry: which there are, and reading them in threads.
 
-Knows which file of the user they are made from, not what is in them. Imports nothing heavy: reading begins before
-PyTorch is imported.
+Knows the user's file that they are made from, but not their content. Imports nothing heavy, because reading begins
+before PyTorch is imported.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 SUFFIX = ".packed"
 WEIGHTS = f"weights{SUFFIX}"
-PIECE, PAGE, READERS = 16 << 20, 2 << 20, 2  # bytes that a thread reads at a time; of a large page; threads
+CHUNK, PAGE, READERS = 16 << 20, 2 << 20, 2  # bytes that a thread reads at a time; bytes of a large page; threads
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
     """The GGUF or safetensors file that a model's matrices are mapped from.
 
-    folder: of the model's cache entry.
-    paths: the parts of a split file, or the file itself.
-    stamp: differs after any change of the file, and in another file that takes its place.
-    maps: the mapped bytes of each part.
-    adapter: fingerprint of an adapter that is merged into the model.
-    made: weights that were made of the file's, in another dtype or by the adapter, always in the same order.
+    folder: the model's cache entry.
+    paths: the parts of a split file, or the one file.
+    stamp: ``packed.stamp`` of ``paths``, which differs after any change of the file.
+    maps: the mapped bytes of each part, uint8.
+    adapter: fingerprint of the adapter that is merged into the model; "": none.
+    made: weights that were converted from the file's, to another dtype or by the adapter, always in the same order.
     """
 
     folder: Path
@@ -46,15 +46,17 @@ class Origin:
 
     @property
     def size(self) -> int:
-        """Bytes of the file, and of what was made of it."""
+        """Return the bytes of the file and of the converted weights."""
         return sum(part.nbytes for part in (*self.maps, *self.made))
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
 
     def place(self, matrix: Tensor) -> int | None:
-        """The first byte of a matrix in the file, whose parts lie one behind the other, and behind them what was made;
-        None: the matrix is not, or not as a whole, there."""
+        """Return the offset of a matrix in all parts of the file followed by ``made``, in bytes.
+
+        None: the matrix lies elsewhere, or is not contiguous.
+        """
         begin = 0
         for part in (*self.maps, *self.made):
             if matrix.untyped_storage().data_ptr() == part.data_ptr():
@@ -64,32 +66,32 @@ class Origin:
 
 
 def stamp(files: Iterable[Path | int]) -> tuple[int, ...]:
-    """Size, times of change and number of files, by path or open. Their owner cannot set the last time, that of any
-    change."""
+    """Return size, modification time, change time and inode of each file, given by path or descriptor.
+
+    A file's owner cannot set the change time, so equal stamps mean an unchanged file.
+    """
     found = [os.stat(file) for file in files]
     return tuple(n for each in found for n in (each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino))
 
 
 def packed_bytes(folder: Path) -> int:
-    """Bytes of the packed weights in a folder."""
+    """Return the bytes of the packed weights in ``folder``."""
     return sum(file.stat().st_size for file in folder.glob(f"*{SUFFIX}"))
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read it. Raises OSError for what is no file: opening a FIFO would wait for a writer."""
+    """Open a file to read it. Raises OSError for a FIFO or device, because opening one may wait for ever."""
     if path.exists() and not path.is_file():
         raise OSError("it is no file")
     return path.open("rb")
 
 
 class Reading:
-    """A file that threads read into large pages.
+    """A file that threads read into memory of large pages, from which a pass is some per cent faster than from a map.
 
-    A mapped file has small pages, from which a pass takes some per cent longer; reading a gigabyte takes a quarter of a
-    second.
-
-    state: of the file as it is read.
-    offset: of its first byte in ``pages``, at the beginning of a large page.
+    state: ``stamp`` of the file when reading began.
+    pages: the memory.
+    offset: index of the file's first byte in ``pages``, at the start of a large page.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,13 +102,13 @@ class Reading:
         with suppress(AttributeError, OSError):  # a system without large pages
             self.pages.madvise(mmap.MADV_HUGEPAGE)
         self.offset = -ctypes.addressof(ctypes.c_char.from_buffer(self.pages)) % PAGE
-        self.pieces = iter(range(0, self.size, PIECE))
+        self.starts = iter(range(0, self.size, CHUNK))
         self.threads = [Work(self._read, "specdec reading") for _ in range(READERS)]
 
     def _read(self, stop: Stop) -> None:
         view = memoryview(self.pages)[self.offset : self.offset + self.size]
-        for start in self.pieces:
-            end = min(start + PIECE, self.size)
+        for start in self.starts:
+            end = min(start + CHUNK, self.size)
             while start < end:
                 stop.check()
                 if not (count := os.preadv(self.file.fileno(), [view[start:end]], start)):
@@ -115,7 +117,7 @@ class Reading:
                 start += count
 
     def wait(self) -> None:
-        """Return when all is read. Raises OSError."""
+        """Wait until the whole file is read. Raises OSError if reading fails or the file is truncated."""
         try:
             for thread in self.threads:
                 thread.result()
@@ -125,7 +127,7 @@ class Reading:
             raise OSError("it is truncated")
 
     def stop(self) -> None:
-        """Read no more."""
+        """Stop reading, and close the file."""
         for thread in self.threads:
             thread.stop()
         self.file.close()
@@ -135,7 +137,7 @@ _begun: dict[Path, Reading] = {}
 
 
 def begin(folder: Path) -> None:
-    """Begin to read the packed weights in a folder, if there are any."""
+    """Begin to read the packed weights in ``folder``, if there are any, for a later ``take``."""
     path = folder / WEIGHTS
     with suppress(OSError):
         if path not in _begun:
@@ -143,7 +145,10 @@ def begin(folder: Path) -> None:
 
 
 def take(path: Path, file: BinaryIO) -> Reading:
-    """What reads the file at ``path``, which is open: begun earlier, or now."""
+    """Return the ``Reading`` of the file at ``path`` that ``begin`` has started, or start one.
+
+    file: the same file, open; a reading of an older version of it is stopped.
+    """
     reading = _begun.pop(path, None)
     if reading is not None and reading.state != stamp([file.fileno()]):
         reading.stop()
@@ -152,14 +157,14 @@ def take(path: Path, file: BinaryIO) -> Reading:
 
 
 def forget(path: Path) -> None:
-    """Stop reading the file at ``path``, if that has begun: nobody takes it."""
+    """Stop the reading of the file at ``path`` that ``begin`` has started, if any."""
     if (reading := _begun.pop(path, None)) is not None:
         reading.stop()
 
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Forget, at the end, what was begun and not taken."""
+    """At the end of the ``with`` block, stop all readings that were begun and not taken."""
     try:
         yield
     finally:

@@ -1,12 +1,11 @@
 """The folders of models in the user's cache.
 
-The folder of an embedded model has its GGUF file, config, tokenizer and chat template; that of a GGUF file or a model
-folder given by path has the last three. torch is imported when a folder is made, transformers where it is needed.
-Knows nothing about loading a model.
+The cache has ``models/<name>/`` for embedded models (GGUF file, config, tokenizer, chat template),
+``models/<name>-<hash>/`` for GGUF files and model folders given by path (only the last three), ``downloads/`` for files
+that the user puts there, and ``specdec-work/`` for work in progress. The cache may be a folder with other content: only
+the content of a ``specdec-work/`` with our marker, and models with our manifest, are deleted.
 
-The cache has ``models/<name>/`` for embedded models, ``models/<name>-<hash>/`` for files and folders given by path,
-``downloads/`` for files that the user puts there, and ``specdec-work/`` for work in progress. The cache may be a folder
-with other content: only what is in ``specdec-work/`` beside our marker, and models with our manifest, are deleted.
+Imports torch when a folder is made, and transformers where it is needed. Loads no model.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ if TYPE_CHECKING:
     from specdec.models.gguf.file import GGUFFile
 
 GGUF, MANIFEST = "model.gguf", "specdec.json"
-LAYOUT = 4  # of the files in a folder: folders of another one are made again
+LAYOUT = 4  # version of a folder's content; folders of another version are made again
 WORK, MARKER = "specdec-work", "specdec.txt"
-VOCABULARY_BYTES = 64_000_000  # more than any tokenizer.json has
-NVIDIA = Path("/proc/driver/nvidia")  # there is a CUDA device, before PyTorch is asked
-# Settings with which packed weights are read: the usual one first.
-OF_PACKED: dict[str, tuple[Any, ...]] = {
+VOCABULARY_BYTES = 64_000_000  # no tokenizer.json is larger
+NVIDIA = Path("/proc/driver/nvidia")  # exists if there is a CUDA device, which is known before PyTorch is imported
+# Values of settings with which a load reads packed weights; the default comes first.
+PACKED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "runtime": ("auto", "native"),
     "weights": ("auto",),
     "packed": (True,),
@@ -51,13 +50,16 @@ PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
 def embedded_folder(name: str) -> Path | None:
-    """The folder of an embedded model, if it is in the cache."""
+    """Return the folder of the embedded model ``name``; None: it is not in the cache, or incomplete."""
     folder = cache_dir() / "models" / name
     return folder if _defect(folder, _key(name)) is None else None
 
 
 def prepare_embedded(name: str) -> Path:
-    """The folder of an embedded model, made now if it is not in the cache. Raises SpecDecError if that fails."""
+    """Return the folder of the embedded model ``name``, downloaded if it is not in the cache.
+
+    Raises SpecDecError if that fails.
+    """
     entry, folder, downloads = EMBEDDED[name], cache_dir() / "models" / name, cache_dir() / "downloads"
 
     def make(draft: Path) -> None:
@@ -77,7 +79,10 @@ def prepare_embedded(name: str) -> Path:
 
 
 def prepare_gguf(name: str, file: GGUFFile) -> Path:
-    """The folder with config and tokenizer of a GGUF file. name: of the model, for messages."""
+    """Return the cache's folder with config and tokenizer of a GGUF file, made if need be.
+
+    name: of the model, for messages. Raises SpecDecError if that fails.
+    """
     path, *others = [path.resolve() for path in file.paths]
     key = {"gguf": str(path), "stamp": [*packed.stamp([path])], "layout": LAYOUT}
     if others:  # parts of a split file
@@ -86,13 +91,14 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
 
 
 def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Path | None:
-    """The folder with config and tokenizer of a model folder, which ``write`` writes into the one that it is given.
+    """Return the cache's folder with config and tokenizer of a model folder, made by ``write`` if need be.
 
-    None: it raises an error that is none of the disk, or, with a note, there is no place for the folder.
+    name: of the model, for messages. write: writes the files into the folder that it gets.
+    None: ``write`` raises an error that is no OSError, or the cache cannot hold the folder (a note says so).
     """
-    place, refused = folder.resolve(), list[Exception]()
-    files = sorted({path for pattern in PARTS for path in place.glob(pattern)})
-    key = {"folder": str(place), "stamps": [[path.name, *packed.stamp([path])] for path in files], "layout": LAYOUT}
+    path, refused = folder.resolve(), list[Exception]()
+    files = sorted({file for pattern in PARTS for file in path.glob(pattern)})
+    key = {"folder": str(path), "stamps": [[file.name, *packed.stamp([file])] for file in files], "layout": LAYOUT}
 
     def make(draft: Path) -> None:
         try:
@@ -102,7 +108,7 @@ def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Pa
             raise
 
     try:
-        return _made(name, _folder(place), key, make)
+        return _made(name, _folder(path), key, make)
     except SpecDecError as error:
         if not refused:
             terminal.say(f"note: {error}; until then, transformers loads the model at each start")
@@ -110,19 +116,19 @@ def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Pa
 
 
 def _folder(path: Path) -> Path:
-    """The folder of the GGUF file or model folder at an absolute path."""
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     return cache_dir() / "models" / f"{path.name.removesuffix('.gguf')[:48]}-{mark}"
 
 
 def read_ahead(name: str, settings: Mapping[str, Any]) -> None:
-    """Begin to read the packed weights of a model, if an earlier load has kept them and one with these settings takes
-    them. settings: as of ``SpecDecoder.from_pretrained``.
+    """Begin to read the packed weights of the model ``name``, if there are any and a load with ``settings`` uses them.
+
+    settings: keyword arguments of ``SpecDecoder.from_pretrained``.
     """
     device, dtype = (str(settings.get(key, "auto")).removeprefix("torch.") for key in ("device", "dtype"))
     taken = device == "cpu" or (device == "auto" and not NVIDIA.exists())
     taken = taken and dtype_name(dtype) in ("auto", "bfloat16")
-    if not taken or any(settings.get(key, values[0]) not in values for key, values in OF_PACKED.items()):
+    if not taken or any(settings.get(key, values[0]) not in values for key, values in PACKED_SETTINGS.items()):
         return
     if name in EMBEDDED:
         packed.begin(cache_dir() / "models" / name)
@@ -132,7 +138,7 @@ def read_ahead(name: str, settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def disk_space(need: int) -> Iterator[None]:
-    """Raise SpecDecError if the cache has less than ``need`` bytes free, now or when the disk fills up later."""
+    """Raise SpecDecError if the cache's disk has less than ``need`` bytes free, or fills up in the ``with`` block."""
     root = cache_dir()
     try:
         if shutil.disk_usage(root).free < need:
@@ -154,11 +160,9 @@ def disk_space(need: int) -> Iterator[None]:
 
 
 def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    """``folder``, if it is complete and has this ``key``; else ``make`` fills a work folder, which is renamed to it.
-
-    One process at a time holds the lock of the cache, which the system releases when the process dies. So everything in
-    the work folder belongs to a dead process, and a folder with its final name is always complete.
-    """
+    """Return ``folder`` if it is complete and has this ``key``; else let ``make`` fill a work folder and rename that.
+    One process at a time holds the lock of the cache, which the system releases when the process dies. So all earlier
+    work folders belong to dead processes, and a folder with its final name is always complete."""
     if _defect(folder, key) is None:
         return folder
     root = cache_dir()
@@ -196,7 +200,10 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
 
 
 def work_folder(root: Path) -> Path:
-    """The folder for work in progress. Raises SpecDecError if a folder of that name lacks our marker."""
+    """Return the folder for work in progress in the cache ``root``, made if need be.
+
+    Raises SpecDecError if a folder of that name lacks our marker.
+    """
     folder = root / WORK
     folder.mkdir(parents=True, exist_ok=True)
     if (names := os.listdir(folder)) and MARKER not in names:
@@ -209,7 +216,6 @@ def work_folder(root: Path) -> Path:
 
 
 def _finish(draft: Path, folder: Path, key: dict[str, Any]) -> None:
-    """Add the manifest to ``draft`` and rename it to ``folder``."""
     sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps(key | {"files": sizes}, indent=2) + "\n", "utf-8")
     for path in draft.iterdir():
@@ -227,7 +233,7 @@ def _key(name: str) -> dict[str, Any]:
 
 
 def _defect(folder: Path, key: dict[str, Any]) -> str | None:
-    """What is wrong with a folder, by the key and the file sizes in its manifest; None if nothing is."""
+    """Return what is wrong with a folder, by the key and the file sizes in its manifest; None: it is complete."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         if manifest.get("layout") != LAYOUT or not manifest.keys() >= key.keys():
@@ -249,7 +255,6 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
 
 
 def _describe(name: str, file: GGUFFile, folder: Path) -> None:
-    """Write config and tokenizer of a GGUF file into ``folder``."""
     from specdec.models.gguf import model as gguf_model
 
     with disk_space(VOCABULARY_BYTES), terminal.status(f"Reading {name}"):
@@ -258,6 +263,7 @@ def _describe(name: str, file: GGUFFile, folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path`` in the ``with`` block; says so if another process holds it, and waits."""
     from filelock import FileLock, Timeout  # imports asyncio, which is slow
 
     lock = FileLock(path)

@@ -1,4 +1,4 @@
-"""Models and tokenizers of safetensors folders that transformers loads."""
+"""Loads models and tokenizers of safetensors folders by transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from specdec.models.source import Source, explain_errors
 
 
 def read_config(source: Source, trust_remote_code: bool = False) -> Any:
-    """The config of transformers. Raises SpecDecError unless the model is decoder-only."""
+    """Load the config of a model by transformers. Raises SpecDecError unless the model is decoder-only."""
     with quiet_transformers(f"Loading {source.name}"), explain_errors(source.name):
         config = AutoConfig.from_pretrained(source.folder, **_options(source, trust_remote_code))
     if config.is_encoder_decoder:
@@ -31,7 +31,7 @@ def read_config(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of transformers. Raises SpecDecError if there is none."""
+    """Load the tokenizer of a model by transformers. Raises SpecDecError if there is none that can be used."""
     try:
         with quiet_transformers(f"Loading {source.name}"):
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **_options(source, trust_remote_code))
@@ -47,10 +47,14 @@ def load(
     source: Source,
     config: Any,
     kind: str | torch.dtype,
-    place: torch.device,
+    device: torch.device,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of a folder."""
+    """Load the model of a safetensors folder by transformers.
+
+    config: as ``read_config`` returns it. kind: the dtype, or "auto": the config's.
+    Raises SpecDecError if it is broken or too large, or if weights are missing.
+    """
     options = _options(source, trust_remote_code) | text_part(config)
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
     name, config, fused = source.name, options["config"], 0
@@ -64,19 +68,20 @@ def load(
             check_memory(name, fused * dtype.itemsize)
         load: Any = AutoModelForCausalLM.from_pretrained
         loaded = load(source.folder, dtype=kind, output_loading_info=True, **options)
-        model: PreTrainedModel = loaded[0].to(place)  # type: ignore[arg-type]
+        model: PreTrainedModel = loaded[0].to(device)  # type: ignore[arg-type]
     _check_fit(name, model, loaded[1])
     return model
 
 
 def _options(source: Source, trust_remote_code: bool) -> dict[str, Any]:
-    """Arguments for transformers' ``from_pretrained``."""
     return {"trust_remote_code": trust_remote_code} | ({} if source.remote else {"local_files_only": True})
 
 
 def text_part(config: Any) -> dict[str, Any]:
-    """Options that load the text model alone of a multimodal checkpoint, where transformers would load all of it and
-    the native runtime knows the text model; else ``config``."""
+    """Return arguments for ``from_pretrained``: ``config``, or what loads only the text model of a multimodal one.
+
+    Only the text model is loaded if the native runtime knows its type and transformers would load the whole model.
+    """
     text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
     if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
         return {"config": config}
@@ -85,11 +90,9 @@ def text_part(config: Any) -> dict[str, Any]:
 
 
 def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
-    """Raise SpecDecError if ``config`` describes over twice the weights of files whose tensors have so many
-    ``numbers``: transformers would allocate those, too. ``_check_fit`` names what else is missing.
-
-    Returns how many weights transformers makes of several tensors: a layer's experts. Others stay mapped.
-    """
+    """Raise SpecDecError if ``config`` describes over twice as many weights as the files have.
+    numbers: number of values of each tensor in the files. Returns the number of weights that transformers joins from
+    several tensors, a layer's experts: only these need memory, because other weights stay mapped."""
     stored = sum(numbers.values())
     fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
     if fits:
@@ -107,7 +110,7 @@ def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
 
 
 def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise SpecDecError if weights are missing in the checkpoint: transformers would leave them random."""
+    """Raise SpecDecError if the checkpoint lacks weights, which transformers would leave random."""
     names = {key for key, _ in model.named_parameters()}
     unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if unfit:

@@ -1,4 +1,4 @@
-"""What transformers prints is hidden while it works here."""
+"""Hides what transformers prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from specdec.base import terminal
 
 @contextlib.contextmanager
 def quiet_transformers(status: str = "") -> Iterator[None]:
-    """Hide progress bars and warnings of transformers, which this imports, and show ``status`` if there is one."""
+    """Hide progress bars and warnings of transformers in the ``with`` block; show ``status`` instead, unless "".
+
+    Imports transformers.
+    """
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Rotary embeddings: cosines and sines by position, for all ways to scale them whose tables depend on nothing else."""
+"""Rotary embeddings: cosines and sines by position, for all scaling types whose tables depend only on the position."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ TYPES = "default", "linear", "llama3", "yarn"
 
 
 class Rotary:
-    """Cosines and sines of a model, equal to those of transformers' modules bit by bit.
+    """The rotary embedding of a model, equal to transformers' module bit by bit.
 
-    inv_freq: by layer type, or by "" where all layers have the same. scaling: of the tables, likewise.
-    rope_type: the type, or those by layer type.
+    inv_freq: inverse frequencies, float32 [rotated / 2], by layer type; the key is "" if all layers have the same.
+    scaling: factor of the cosines and sines, with the same keys.
+    rope_type: the scaling type, such as "yarn", or a mapping from layer type to scaling type.
+    halved: whether tables have each cosine and sine once, not twice.
+    wide: whether tables are float32, not in the dtype of the input.
     """
 
     def __init__(self, config: Any, halved: bool = False, wide: bool = False) -> None:
@@ -34,9 +37,9 @@ class Rotary:
                 self.inv_freq[kind], self.scaling[kind] = _frequencies(config, part, kinds[kind])
 
     def __call__(self, x: Tensor, positions: Tensor, layer_type: str = "") -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, T, rotated] for positions [B, T], in the dtype of ``x``.
+        """Return cosines and sines [B, T, rotated] for ``positions`` [B, T]; [B, T, rotated / 2] if ``halved``.
 
-        halved: each once. wide: in float32.
+        x: gives the dtype, unless ``wide``. Raises SpecDecError for a scaling type that is not supported.
         """
         if layer_type not in self.inv_freq:
             raise SpecDecError(f"rotary embeddings of type '{self.rope_type}' are not supported here")
@@ -47,12 +50,12 @@ class Rotary:
         return (angles.cos() * scaling).to(kind), (angles.sin() * scaling).to(kind)
 
     def divide(self, factors: Tensor) -> None:
-        """Divide the frequencies of all layers by ``factors``."""
+        """Divide the inverse frequencies of all layers by ``factors`` [rotated / 2]."""
         self.inv_freq[""] = self.inv_freq[""] / factors.to(self.inv_freq[""].dtype)
 
 
 def _frequencies(config: Any, rope: dict[str, Any], kind: str) -> tuple[Tensor, float]:
-    """The inverse frequencies, and the factor of the tables."""
+    """Return the inverse frequencies, float32 [rotated / 2], and the factor of cosines and sines."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dim = int(head * (rope.get("partial_rotary_factor") or 1.0))
     powers = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
@@ -67,7 +70,7 @@ def _frequencies(config: Any, rope: dict[str, Any], kind: str) -> tuple[Tensor, 
 
 
 def _llama3(rope: dict[str, Any], frequencies: Tensor) -> Tensor:
-    """Long waves are stretched, short ones are not, and those between are in between."""
+    """Divide low frequencies by the factor, keep high ones, and interpolate between them (Llama 3.1)."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     context, waves = rope["original_max_position_embeddings"], 2 * math.pi / frequencies
     found = torch.where(waves > context / low, frequencies / factor, frequencies)

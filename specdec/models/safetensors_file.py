@@ -1,4 +1,4 @@
-"""The headers of safetensors files, and what tensors are called there."""
+"""Reads the headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors import safe_open
 from specdec.models import packed
 from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
 
-# Names of the tensors of a multimodal checkpoint's text model, in the text model alone.
+# Names of the text model's tensors in a multimodal checkpoint (patterns), and in a text checkpoint.
 TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_model\.(model\.)?": "model."}
 
 
 def read_header(paths: Iterable[Path]) -> TensorFile:
-    """The tensors of safetensors files. Raises SafetensorError for a broken file."""
+    """Return the description of the tensors in safetensors files. Raises SafetensorError for a broken file."""
     every, tensors = tuple(paths), dict[str, TensorInfo]()
     state = packed.stamp(every)
     for part, path in enumerate(every):
@@ -35,9 +35,10 @@ def read_header(paths: Iterable[Path]) -> TensorFile:
 
 
 def numbers_in(paths: Iterable[Path]) -> dict[str, int]:
-    """How many numbers each tensor of safetensors files holds; of types that may be packed up to eight a byte.
+    """Return the number of values of each tensor in safetensors files, by name.
 
-    Raises SafetensorError for a broken file.
+    For types in which a byte may pack several values, it is the maximum of eight for each byte. Raises SafetensorError
+    for a broken file.
     """
     infos = read_header(paths).tensors
     return {

@@ -1,8 +1,7 @@
 """Models of folders with safetensors files, without transformers' modelling classes.
 
-``write_parts`` writes config, generation config, tokenizer and chat template into a folder once, as transformers reads
-them. ``build`` makes the model of that config, whose weights are mapped from the files. What either does not support
-is loaded by transformers.
+``write_parts`` writes config, generation config, tokenizer and chat template into a folder once. ``build`` makes the
+model of that config, with weights mapped from the files. Transformers loads the models that they do not support.
 """
 
 from __future__ import annotations
@@ -26,16 +25,19 @@ from specdec.models.source import Source
 from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
 from specdec.models.tokenizer import FILE, Tokenizer
 
-MIXTRAL = {r"\.block_sparse_moe\.": ".mlp."}  # what that family's tensors are called here
+MIXTRAL = {r"\.block_sparse_moe\.": ".mlp."}  # names in Mixtral's files (patterns), and in ``NativeModel``
 MIXTRAL |= {rf"(\.experts\.\d+)\.w{n}\.": rf"\1.{name}_proj." for n, name in enumerate(("gate", "down", "up"), 1)}
 APART = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # matrices of one expert
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Texts for a comparison of tokenizers. Some remove spaces before signs when they decode.
+# Texts that compare two tokenizers. Some tokenizers remove spaces before punctuation when they decode.
 SAMPLES = "It's 1,234.5 naïve  tests:\n\tπ ≠ 3 🙂 </s> {x}", "Are n't they , or ?"
 
 
 def is_supported(folder: Path, dtype: str | torch.dtype) -> bool:
-    """Whether the native runtime may serve the model of a folder in this dtype, or "auto": that of its config."""
+    """Return whether the model in ``folder`` can become a ``NativeModel`` in ``dtype``, by its config.
+
+    dtype: "auto" is the config's.
+    """
     try:
         whole = json.loads((folder / CONFIG).read_text("utf-8"))
         text = whole.get("text_config") or whole
@@ -50,9 +52,9 @@ def is_supported(folder: Path, dtype: str | torch.dtype) -> bool:
 
 
 def write_parts(source: Source, folder: Path) -> None:
-    """Write config, generation config, tokenizer and chat template into ``folder``.
+    """Write config, generation config, tokenizer and chat template of ``source`` into ``folder``.
 
-    Raises SpecDecError for what ``config.Config`` and ``tokenizer.Tokenizer`` do not support.
+    Raises SpecDecError for a model or tokenizer that ``Config`` and ``Tokenizer`` do not support.
     """
     from transformers import GenerationConfig, TokenizersBackend
 
@@ -79,7 +81,6 @@ def write_parts(source: Source, folder: Path) -> None:
 
 
 def _read_back(tokenizer: Any, text: str) -> Any:
-    """The token ids of a text, and their text; None if there are none."""
     try:
         ids = tokenizer(text).input_ids
         return ids, tokenizer.decode(ids)
@@ -88,10 +89,11 @@ def _read_back(tokenizer: Any, text: str) -> Any:
 
 
 def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, list[Tensor]] | None:
-    """The model of ``config`` with the weights of ``file`` in bfloat16, and those that are not mapped from it.
+    """Return the model of ``config`` with the weights of ``file`` in bfloat16, and the weights that are not mapped.
 
-    Experts stay in the file, in its type. None: the tensors are not those of the model. Raises SpecDecError without
-    memory for what is not mapped.
+    name: of the model, for messages. Experts stay in the file, in the file's type.
+    None: the names or shapes of the tensors are not those of the model. Raises SpecDecError if the weights that are not
+    mapped need more memory than is free.
     """
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
     if config.num_hidden_layers > len(tensors):
@@ -111,8 +113,8 @@ def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, lis
 def _tensors_of(
     parameter: str, shape: tuple[int, ...], model: NativeModel, tensors: Mapping[str, TensorInfo]
 ) -> list[TensorInfo] | None:
-    """The tensor of a parameter; of experts, also their matrices apart. None: it is not there, or of another shape or
-    type."""
+    """Return the tensors that make up a parameter: one, or for experts also a matrix for each expert.
+    None: a tensor is missing, or has another shape or type."""
     path, _, leaf = parameter.rpartition(".")
     module, kinds = model.get_submodule(path), (*PLAIN,)
     names: Iterable[str] = [parameter]

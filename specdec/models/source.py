@@ -1,7 +1,4 @@
-"""Where a model is: embedded, a local folder, a GGUF file, or a Hugging Face id, which is downloaded.
-
-Finds folders and files. Reads no weights.
-"""
+"""Finds the files of a model by its name: an embedded one, a folder, a GGUF file, or a Hugging Face id to download."""
 
 from __future__ import annotations
 
@@ -31,19 +28,19 @@ from specdec.models.names import (
 )
 from specdec.models.prepare import GGUF, PARTS, prepare_embedded, prepare_gguf
 
-WEIGHTS = ["model*.safetensors"]  # of a repository; they are downloaded when they are read, all others first
+WEIGHTS = ["model*.safetensors"]  # files of a repository that are downloaded only when they are read
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the model ``name`` is.
+    """The files of a model.
 
-    folder: with its config and tokenizer.
-    entry: the folder of the cache that has them as ``config`` and ``tokenizer`` read them; None: transformers reads
-    them.
-    file: the GGUF file with its weights, if these stay in blocks.
-    remote: the folder is in Hugging Face's cache, named by the commit, and may lack the weights.
+    name: the name by which the user gave the model.
+    folder: the folder with config and tokenizer.
+    entry: the folder in specdec's cache with config and tokenizer in specdec's form; None: transformers reads them.
+    file: the header of the GGUF file with the weights; None: they are in safetensors files.
+    remote: whether ``folder`` lies in Hugging Face's cache. It then has the commit as its name, and may lack weights.
     """
 
     name: str
@@ -53,28 +50,29 @@ class Source:
     remote: bool = False
 
     def fetch_weights(self) -> None:
-        """Download the weights of a Hugging Face id, unless all are there."""
+        """Download the safetensors files of a Hugging Face id, unless all exist. No effect on other models."""
         files = self.weight_files() if self.remote else []
         if self.remote and not (files and all(file.is_file() for file in files)):
             hub.fetch("model", self.name, self.folder.name, WEIGHTS)
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files in the folder; empty if the weights have another format."""
+        """Return the paths of the safetensors files, which may still have to be downloaded; [] for other formats."""
         if self.file is not None:
             return []
         if (only := self.folder / ONE_FILE).is_file():
             return [only]
         if (index := self.folder / INDEX).is_file():
             with explain_errors(self.name):
-                places: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-                return [self.folder / name for name in sorted(set(places.values()))]
+                files: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+                return [self.folder / name for name in sorted(set(files.values()))]
         return []
 
 
 def find_source(name: str, revision: str | None = None) -> Source:
-    """Find a model; of a Hugging Face id, download all but the weights.
+    """Find the files of the model ``name``; for a Hugging Face id, download all files but the weights.
 
-    Raises SpecDecError if it is unknown, missing or broken.
+    revision: branch, tag or commit of a Hugging Face id; None: the latest.
+    Raises SpecDecError if the model is unknown, missing or broken.
     """
     check_model(name, revision)
     path = Path(name).expanduser()
@@ -104,20 +102,20 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
 
 def _file_in_repository(repository: str, member: str, revision: str | None) -> Path:
-    """A GGUF file of a repository, downloaded with all its parts. member: its path, or how ``_named`` finds it."""
+    """Download a GGUF file of a repository with all its parts; return the path of ``member``, or of its first part.
+    member: path in the repository, or a name for ``_named``."""
     if not member.endswith(".gguf"):
         files, revision = hub.list_files("model", repository, revision)
         member = _named(repository, member, files)
-    place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
-    by_hand = f"; get {place} by hand and give the path of the file instead"
+    url = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
+    by_hand = f"; get {url} by hand and give the path of the file instead"
     return hub.fetch_file("model", repository, revision, member, by_hand)
 
 
 def _named(repository: str, wanted: str, files: list[str]) -> str:
-    """The GGUF file that is called, or whose name ends with, ``wanted``, in any case; the first part of a split one.
-
-    wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M". Raises SpecDecError unless there is exactly one.
-    """
+    """Return the one of ``files`` that is a GGUF file named ``wanted``, or whose name ends with it, ignoring case.
+    wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M". The first part stands for a split file.
+    Raises SpecDecError unless exactly one file fits."""
     every = dict[str, str]()
     for file in sorted(file for file in files if file.endswith(".gguf")):
         every.setdefault(whole_name(file).removesuffix(".gguf").lower(), file)
@@ -134,7 +132,7 @@ def _named(repository: str, wanted: str, files: list[str]) -> str:
 
 
 def weight_files(name: str, revision: str | None = None) -> list[Path]:
-    """The safetensors files of the model ``name``, downloaded if it is a Hugging Face id; empty for other formats."""
+    """Return the safetensors files of a model, downloaded if ``name`` is a Hugging Face id; [] for other formats."""
     local = name in EMBEDDED or Path(name).expanduser().exists()
     source = find_source(name, None if local else revision)
     source.fetch_weights()
@@ -142,22 +140,22 @@ def weight_files(name: str, revision: str | None = None) -> list[Path]:
 
 
 def public_name(name: str, adapter: str | None = None) -> str:
-    """The name of a model, with that of its adapter, for files that are published: never a path of this machine.
+    """Return the name of a model, and of its ``adapter``, for published files: never a path of this machine.
 
-    Embedded models and Hugging Face ids keep their name. A file or folder has its own, without the path.
+    Embedded models and Hugging Face ids keep their name. For a file or folder, it is the last part of the path.
     """
     if adapter is not None:
         return f"{public_name(name)} with {public_name(adapter)}"
     path = Path(name).expanduser()
     if name in EMBEDDED or not path.exists():
         return name
-    place = path.resolve()
-    return place.name if hub_folder(place) is None else display_name(place)
+    path = path.resolve()
+    return path.name if hub_folder(path) is None else display_name(path)
 
 
 @contextlib.contextmanager
 def explain_errors(name: str) -> Iterator[None]:
-    """Turn any exception that transformers raises as it reads a model into a SpecDecError of one line."""
+    """Turn any exception in the ``with`` block, which reads the model ``name``, into a SpecDecError of one line."""
     try:
         yield
     except SpecDecError:

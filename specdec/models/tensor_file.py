@@ -14,12 +14,13 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F6
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file.
+    """The description of a tensor in a ``TensorFile``.
 
-    kind: one of ``PLAIN``, another type of safetensors files, or a ``gguf.GGMLQuantizationType``.
+    kind: name of the type: one of ``PLAIN``, another type of safetensors, or a ``gguf.GGMLQuantizationType``.
     shape: in PyTorch's order.
-    offset: of its first byte in its part.
-    part: the number of the part that has it, from 0 on.
+    offset: position of the first byte in its part of the file.
+    nbytes: size in bytes.
+    part: index of the part of a split file that holds the tensor.
     """
 
     kind: str
@@ -31,7 +32,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """paths: all parts of a split file, or the file itself. state: ``packed.stamp`` of them before they were read."""
+    """A GGUF or safetensors file, or all parts of a split one.
+
+    paths: the parts, or the one file. state: ``packed.stamp`` of ``paths`` before they were read.
+    tensors: descriptions of the tensors by name.
+    """
 
     paths: tuple[Path, ...]
     state: tuple[int, ...]
@@ -39,11 +44,11 @@ class TensorFile:
 
     @functools.cached_property
     def maps(self) -> tuple[Tensor, ...]:
-        """The bytes of each part, uint8, mapped into memory."""
+        """Return the bytes of each part, uint8, mapped into memory."""
         sizes = [path.stat().st_size for path in self.paths]
         pairs = zip(self.paths, sizes, strict=True)
         return tuple(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) for path, size in pairs)
 
     def data(self, info: TensorInfo) -> Tensor:
-        """The bytes of a tensor."""
+        """Return the bytes of a tensor, uint8 [nbytes], mapped into memory."""
         return self.maps[info.part][info.offset : info.offset + info.nbytes]

@@ -1,7 +1,7 @@
-"""The tokenizer of a folder with a tokenizer.json, only through ``tokenizers``.
+"""The tokenizer of a folder with a tokenizer.json, through ``tokenizers`` alone.
 
-Token ids and chats are those of transformers' ``AutoTokenizer``, which a test compares. What else that one does, it
-does here, too: it is loaded when an attribute or an argument needs it.
+Token ids and chats equal those of transformers' ``AutoTokenizer``; a test compares them. The tokenizer of transformers
+is loaded only for an attribute or an argument that this one does not have.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 CONFIG, FILE, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
-# Of ``__call__``: what is done here. ``verbose`` warns of long texts.
+# Keyword arguments of ``__call__`` that need no transformers. ``verbose``, which warns of long texts, has no effect.
 ARGUMENTS = {"add_special_tokens", "split_special_tokens", "verbose"}
 NAMED = "unk_token", "bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token"
 
 
 @dataclass
 class Encoding:
-    """The token ids of a text, or of each of several."""
+    """What ``Tokenizer.__call__`` returns. input_ids: the token ids of a text, or a list of them for each text."""
 
     input_ids: list[Any]
 
@@ -39,9 +39,12 @@ class Encoding:
 
 
 class Tokenizer:
-    """backend_tokenizer: of ``tokenizers``. chat_template: None if there is none. name_or_path: the folder.
+    """A tokenizer with the interface of transformers' fast tokenizers.
 
-    bos_token, bos_token_id, and so on (``NAMED``): named tokens and their ids, or None.
+    backend_tokenizer: the tokenizer of ``tokenizers``.
+    chat_template: the Jinja template as text; None: there is none.
+    name_or_path: the folder.
+    bos_token, bos_token_id, and so on (``NAMED``): the special tokens and their ids; None: there is no such token.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +68,7 @@ class Tokenizer:
 
     @functools.cached_property
     def transformers(self) -> Any:
-        """The tokenizer of transformers."""
+        """Load the tokenizer of transformers for the same folder."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.name_or_path, local_files_only=True)
@@ -74,7 +77,10 @@ class Tokenizer:
         return int(self.backend_tokenizer.get_vocab_size())
 
     def __call__(self, text: Any = None, *args: Any, **how: Any) -> Any:
-        """Token ids of a text or of several. With other arguments than ``ARGUMENTS``: what transformers returns."""
+        """Return the token ids of ``text``, a string or a list of strings, as an ``Encoding``.
+
+        how: as in transformers. With other arguments than ``ARGUMENTS``, the result is that of transformers.
+        """
         several = isinstance(text, list | tuple)
         plain = isinstance(text, str) or (several and all(isinstance(each, str) for each in text))
         if args or not plain or how.keys() - ARGUMENTS:
@@ -114,18 +120,21 @@ class Tokenizer:
 
     @functools.cached_property
     def added_tokens_decoder(self) -> dict[int, Any]:
-        """Tokens that are found before the text is split, by id."""
+        """Return the tokens that are matched before the text is split, by id."""
         return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The named tokens that there are."""
+        """Return the special tokens that exist, by name, such as "bos_token"."""
         return {name: getattr(self, name) for name in NAMED if getattr(self, name) is not None}
 
     # -- chats --------------------------------------------------------------------------------------------------------
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
-        """The template as text. Raises ValueError without one."""
+        """Return the chat template as text: ``chat_template`` or the tokenizer's own. tools: has no effect.
+
+        Raises ValueError if there is none.
+        """
         if chat_template is None and self.chat_template is None:
             raise ValueError("this tokenizer has no chat template")
         return str(self.chat_template if chat_template is None else chat_template)
@@ -141,7 +150,11 @@ class Tokenizer:
         tokenize: bool = True,
         **more: Any,
     ) -> Any:
-        """The text of a chat; with ``tokenize`` what transformers makes of it. more: names that the template sees."""
+        """Return the text of the chat ``conversation``, as transformers renders it; with ``tokenize`` its token ids.
+
+        conversation: messages {"role": ..., "content": ...}. add_generation_prompt: whether the text opens the answer's
+        turn. continue_final_message: whether the text ends within the last message. more: variables of the template.
+        """
         from specdec.models.chat_template import render  # imports jinja2
 
         how: dict[str, Any] = {"documents": documents, "add_generation_prompt": add_generation_prompt}

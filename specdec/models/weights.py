@@ -1,7 +1,7 @@
-"""The weights of a model from tensors in mapped files, in the same way for GGUF and safetensors files.
+"""Fills a model with weights from the tensors of a mapped GGUF or safetensors file.
 
-A file's own module finds the tensors of each parameter and compares their shapes. Matrices in blocks, and experts, stay
-in the file; other weights of the model's dtype are mapped from it.
+The module of the file format finds the tensors of each parameter. Matrices in blocks, and experts, stay in the file;
+other weights of the model's dtype are mapped from it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear
 from specdec.models.native_model import Experts, NativeModel
 from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
 
-EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parts of a parameter of experts
-NUMBERS = "BF16", "F16", "F32"  # single numbers in which experts may stay in a file
-Found = Mapping[str, Sequence[TensorInfo]]  # the tensors of each parameter
+EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # the matrices in a parameter of experts
+NUMBERS = "BF16", "F16", "F32"  # types without blocks in which experts may stay in a file
+Found = Mapping[str, Sequence[TensorInfo]]  # the tensors of each parameter, by its name
 Matrix = Tensor | Blocks
-Restore = Callable[[str, Matrix], Matrix]
+Restore = Callable[[str, Matrix], Matrix]  # name of a parameter, the tensor of the file -> the parameter
 
 
 def fill(
     name: str, file: TensorFile, model: NativeModel, found: Found, keep: bool, restore: Restore | None = None
 ) -> list[Tensor]:
-    """Give ``model`` its weights; return those that are not mapped, in the order of its parameters.
+    """Set the weights of ``model``; return those that are not mapped from ``file``, in the order of its parameters.
 
-    found: several tensors of a matrix are below each other. Those of experts are gates, ups (or both in one) and downs,
-        [E, out, in] or a matrix for each expert; without ``restore``, transposed experts are parameters as others.
+    name: of the model, for messages.
+    found: tensors of each parameter. Several tensors of a matrix are joined by rows. Experts have gates and ups (or
+        both in one tensor) and downs, each [E, out, in] or a matrix for each expert.
     keep: whether matrices in blocks, and experts, stay in the file.
-    restore: makes what the model has of what the file has for a parameter.
-    Raises SpecDecError without memory for what does not stay.
+    restore: converts a tensor of the file to a parameter of the model. Without it, transposed experts are ordinary
+        parameters.
+    Raises SpecDecError if the weights that do not stay need more memory than is free.
     """
     dtype, made = model.dtype, list[Tensor]()
     experts = {
@@ -51,7 +53,7 @@ def fill(
         if path in experts and leaf in EXPERTS:
             continue
         module, parts = model.get_submodule(path), [_stored(file, info) for info in infos]
-        if path in experts:  # biases of gates and ups come in turn
+        if path in experts:  # biases of gates and ups alternate
             each = torch.cat([_values(part, dtype) for part in parts], 1)
             matrix: Matrix = torch.stack(each.chunk(len(EXPERTS[leaf.removesuffix("_bias")]), 1), -1).flatten(1)
         else:
@@ -75,7 +77,10 @@ def fill(
 
 
 def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
-    """The tensors of a parameter; of a matrix of experts those of all of them: they stay in the file together."""
+    """Return the tensors of a parameter of ``module``; for a matrix of experts, all tensors of the experts.
+
+    The experts of a layer stay in the file together, or not at all.
+    """
     path, _, leaf = parameter.rpartition(".")
     if isinstance(module, Experts) and leaf in EXPERTS:
         return [info for each in EXPERTS for info in found[f"{path}.{each}"]]
@@ -83,7 +88,10 @@ def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[Tens
 
 
 def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
-    """Whether the weights of a module, in these tensors, can stay as they are. Those of a router cannot."""
+    """Return whether the weights of ``module``, which are the tensors ``infos``, can stay in the file's blocks.
+
+    Weights of a router cannot.
+    """
     kinds = {info.kind for info in infos}
     if isinstance(module, Experts):
         return kinds <= {*blocks.KINDS, *NUMBERS}
@@ -92,13 +100,13 @@ def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
 
 
 def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -> int:
-    """Bytes that the weights take. Experts that stay count nothing: they may stay on the disk. mapped: nor do others
-    of the model's dtype."""
+    """Return the bytes of memory that the weights need. Experts that stay in the file need none.
+    mapped: whether other weights of the model's dtype stay in the file, too."""
     need, dtype = 0, model.dtype
     for parameter, values in model.named_parameters():
         path, _, leaf = parameter.rpartition(".")
         module = model.get_submodule(path)
-        apart = mapped and isinstance(module, Experts) and module.is_transposed  # parameters as others
+        apart = mapped and isinstance(module, Experts) and module.is_transposed  # ordinary parameters
         infos = found[parameter] if apart else tensors_of(parameter, module, found)
         if apart or not (keep and stays(module, infos)):
             as_they_are = all(PLAIN.get(info.kind) == dtype and is_aligned(info) for info in infos)
@@ -113,7 +121,6 @@ def is_aligned(info: TensorInfo) -> bool:
 
 
 def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype: torch.dtype) -> BlockExperts:
-    """The experts of a layer in the place of the module ``own``."""
     matrices, count = list[Blocks](), len(own.get_parameter("down_proj"))
     for info in infos:
         rows = file.data(info).view(math.prod(info.shape[:-2]), info.shape[-2], -1)
@@ -123,7 +130,6 @@ def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype:
 
 
 def _stored(file: TensorFile, info: TensorInfo) -> Matrix:
-    """A tensor of the file."""
     part = file.data(info)
     if info.kind in PLAIN:
         return (part if is_aligned(info) else part.clone()).view(PLAIN[info.kind]).view(info.shape)
@@ -131,8 +137,7 @@ def _stored(file: TensorFile, info: TensorInfo) -> Matrix:
 
 
 def _joined(parts: list[Matrix], dtype: torch.dtype) -> Matrix:
-    """Matrices one below the other, if there are several: in blocks where one type has the numbers of all, else in
-    ``dtype``."""
+    """Join matrices by rows: in blocks if one type can represent all of them exactly, else in ``dtype``."""
     if len(parts) == 1:
         return parts[0]
     packed = blocks.of_one_kind([part for part in parts if isinstance(part, Blocks)])
@@ -157,7 +162,6 @@ def _in_blocks(module: nn.Module, packed: Blocks, dtype: torch.dtype) -> nn.Modu
 
 
 def _tie(model: NativeModel) -> None:
-    """Make the output head share the embedding's weights."""
     embedding: Any = model.get_input_embeddings()
     if isinstance(embedding, BlockEmbedding):
         model.set_output_embeddings(BlockLinear(embedding.blocks, None, embedding.dtype))

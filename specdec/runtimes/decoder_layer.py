@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: linear maps by slot, and low-rank adapters."""
+"""The parts of a decoder layer: its linear layers by slot, and low-rank adapters."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from specdec.models.gguf.blocks import BlockLinear
 
 
 class Adapters(nn.Module):
-    """What drafts change in layers: ``y += up(down(x))`` beside linear maps, and MLPs with some of their neurons.
+    """Changes of a model's layers for drafts: ``y += up(down(x))`` for linear layers, and MLPs with fewer neurons.
 
-    Runtimes may round the result. The rank-r factors are keyed by layer and module path. ``up`` starts at zero, so
-    untrained adapters change nothing.
+    Runtimes may round the result. ``up`` starts at zero, so untrained adapters change nothing.
 
-    shapes[layer][path]: (in_features, out_features).
-    neurons: by layer, how many neurons of its MLP a pass runs (``kept``); of other layers all.
-    lasting: whether they are those of a trained drafter, so that a runtime may keep what it makes of them.
+    rank: inner size r of the low-rank factors.
+    paths: by layer number, module paths of the linear layers that are changed.
+    neurons: by layer number, how many neurons of the MLP a pass runs; in other layers, all neurons run.
+    lasting: whether the adapters are those of a trained drafter, so that a runtime may store what it derives from them.
     """
 
     lasting = False
@@ -29,6 +29,7 @@ class Adapters(nn.Module):
     def __init__(
         self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int, neurons: Mapping[int, int] | None = None
     ) -> None:
+        """shapes: ``{layer: {module path: (in_features, out_features)}}`` of the linear layers to change."""
         super().__init__()
         self.neurons = dict(neurons or {})
         for layer, count in self.neurons.items():
@@ -46,18 +47,18 @@ class Adapters(nn.Module):
         return f"{layer}/{path.replace('.', '/')}"
 
     def factors(self, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """``{module path: (down [r, in], up [out, r])}`` of one layer; empty if it has none."""
+        """Return ``{module path: (down [r, in], up [out, r])}`` of one layer; {} if it has no adapters."""
         return {
             path: (getattr(self, self._key(layer, path) + "/down"), getattr(self, self._key(layer, path) + "/up"))
             for path in self.paths.get(layer, ())
         }
 
     def kept(self, layer: int) -> Tensor | None:
-        """The neurons of a layer's MLP that a pass runs, rising, int64 [I']; None: all."""
+        """Return the indices of the neurons of a layer's MLP that a pass runs, ascending, int64 [I']; None: all."""
         return getattr(self, f"{layer}/neurons").long() if layer in self.neurons else None
 
     def digest(self) -> str:
-        """Identifies their values."""
+        """Return a SHA-256 of all values, 64 hex digits."""
         found = hashlib.sha256()
         for name, values in self.state_dict().items():
             found.update(f"{name} {tuple(values.shape)} {values.dtype} ".encode())
@@ -65,6 +66,7 @@ class Adapters(nn.Module):
         return found.hexdigest()
 
     def changes(self, layer: int) -> bool:
+        """Return whether the adapters change ``layer``."""
         return layer in self.paths or layer in self.neurons
 
 
@@ -77,22 +79,29 @@ def check_rotary(rotary: Any) -> None:
 
 
 def recurrent(layer: Any) -> bool:
-    """Whether the layer has the gated delta rule instead of attention, with its maps in the slots "qkv" and "out"."""
+    """Return whether a decoder layer has the gated delta rule instead of attention."""
     return hasattr(layer, "linear_attn")
 
 
 def has_experts(layer: Any) -> bool:
-    """Whether the MLP routes to experts; it then runs as the model's own module."""
+    """Return whether the MLP of a decoder layer is a mixture of experts."""
     return hasattr(layer.mlp, "experts")
 
 
 def router(mlp: Any) -> Any:
-    """Of an MLP with experts: gives the logits of all, the shares of those with the largest, and which these are."""
+    """Return the router module of a mixture of experts.
+
+    Its outputs are the logits of all experts [T, E], and the weights and indices [T, k] of those that tokens use.
+    """
     return mlp.router if hasattr(mlp, "router") else mlp.gate
 
 
 def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """``{slot: [(module path, module), ...]}`` of a decoder layer, in the order of the fused rows."""
+    """Return the linear layers of a decoder layer, ``{slot: [(module path, module), ...]}``, outputs in packed order.
+
+    The slots are "qkv", "out", "gate_up" and "down". A recurrent layer has its inputs in "qkv"; a mixture of experts
+    has no "gate_up" and "down". Raises SpecDecError for modules other than linear layers.
+    """
     if recurrent(layer):
         parts = ("qkvz", "ba") if hasattr(layer.linear_attn, "in_proj_qkvz") else ("qkv", "z", "b", "a")
         maps_in, out = [f"linear_attn.in_proj_{part}" for part in parts], "linear_attn.out_proj"

@@ -1,4 +1,4 @@
-"""What a runtime takes to draft along a path, and what it returns."""
+"""The arguments of ``Target.draft_rows``, by which a runtime drafts along a path of layers, and its result."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from torch import Tensor, nn
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.torch.linear import UnitMap
 
-WIDTH = 4  # nodes of a level that get children: together they cost about what one costs
+WIDTH = 4  # nodes of a level that get children: running them together costs about what one costs
 
-Masks = Callable[[Sequence[int]], Tensor | None]  # tokens behind the root -> allowed next ones, bool [V]; None: none
-# Scores, tokens, parents, and of each source what it says: as in ``speculation.candidates.Candidates``.
+# Tokens after the root -> the tokens that may follow, bool [V]; None: none may follow.
+Masks = Callable[[Sequence[int]], Tensor | None]
+# Scores, tokens, parents, and the raw probabilities of each source: as in ``speculation.candidates.Candidates``.
 Nodes = tuple[list[float], list[int], list[int], list[list[float]]]
 
 
 @dataclass(eq=False)
 class DraftPath:
-    """The way of a drafting residual from a token's embedding to the logits of the next token.
+    """How a draft's residual gets from the embedding of a token to the logits of the next token (M2R2).
 
-    projections: number s maps [residual; previous final state; previous state at ``lo``], each divided by its RMS, to
-        the input of segment s; a further one maps [residual; previous final state] to the final state.
-    segments: layers [lo, hi), which run with ``adapters``.
-    heads: read out the final state, one behind the other (None: the model's own); they grow with the context.
-    tokens: the tokens of the heads' outputs, int64 [V'] (None: the outputs are the tokens); another
-        tensor for other heads.
-    made: objects that runtimes derive from the path.
+    projections: linear layers. Number s maps [residual; previous final state; previous input of segment s], each
+        divided by its RMS, to the input of segment s. The last one maps [residual; previous final state] to the final
+        state. "Previous" is the token before.
+    segments: ranges of layers [lo, hi) that run with ``adapters``.
+    adapters: changes of these layers.
+    heads: output heads for the final state, whose outputs are joined; None: the model's own. The last one may grow.
+    tokens: token id of each output, int64 [V']; None: the outputs are the token ids. It is replaced if heads change.
+    made: cache of objects that runtimes derive from the path.
     """
 
     projections: Sequence[UnitMap]
@@ -40,12 +42,11 @@ class DraftPath:
 
 
 class Sampled(NamedTuple):
-    """How a row's tokens are sampled (``SamplingParams``), and the noise that decides.
+    """How the tokens of a row are sampled, so that drafts use the same noise.
 
-    seed, stream: the row's noise depends on them. place: the length of its text, which is the position of the token
-        after the root.
-    temperature: 0: greedy.
-    top_k: 0: all.
+    seed, stream: key of the row's noise.
+    place: position of the token after the root, which is the length of the text.
+    temperature: 0: greedy. top_k: 0: all tokens. top_p, min_p: as in ``SamplingParams``.
     """
 
     seed: int
@@ -59,13 +60,14 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True)
 class TreeLimits:
-    """How far to grow a tree.
+    """How far to grow a draft tree.
 
     levels: maximum number of levels.
-    width: number of children of a node, and in the tree of a single row of the nodes of a level that get any.
-    level, node, rates: another level is drafted while it brings ``level`` tokens or more: the sum, over the nodes that
-        get children, of their probability times its entry of ``rates``, as far as it exceeds ``node``. In the tree of a
-        single row, the nodes that do not exceed it get none.
+    width: number of children of a node; with one row, also the maximum number of nodes of a level that get children.
+    level: cost of drafting a level, in accepted tokens. Another level is drafted while its expected gain is at least
+        ``level``: the sum of max(0, probability of the node's path * rate of the level - ``node``) over the nodes.
+    node: cost of a node, in accepted tokens. With one row, nodes whose term is 0 get no children.
+    rates: acceptance rate of each level after accepted levels; (): 1 for all. The last one holds for further levels.
     """
 
     levels: int
@@ -75,22 +77,23 @@ class TreeLimits:
     rates: Sequence[float] = ()
 
     def rate(self, level: int) -> float:
-        """How likely that level, from 0 on, has the right token after a right path of levels."""
+        """Return the probability that a token of ``level``, from 0 on, is accepted after an accepted path."""
         return self.rates[min(level, len(self.rates) - 1)] if self.rates else 1.0
 
 
 @dataclass
 class DraftRoots:
-    """The root token of each row, and the states of the token before it.
+    """The root token of each of B rows, and the states of the token before it.
 
-    final: final states [B, T, D].
-    carried: for each segment of the path, its input states [B, T, D].
-    place: index of the token before the root among these T; T is 1 for several rows.
+    tokens: token ids of the roots. positions: their positions.
+    final: final states of the last T tokens [B, T, D]. T is 1 for several rows.
+    carried: for each segment of the path, its input states of these tokens [B, T, D].
+    place: index of the token before the root among the T tokens.
     forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
-    sampled: how each row is sampled; None: all are greedy.
-    tables: for each row, calibrated probabilities (calibrate.h) of three things: what the path's heads say, what the
-        other source says where they have no candidates, and what it says where they have some. None: not calibrated.
-    given: for each row, the tree of another source; a runtime may also draft behind its nodes. None: there is none.
+    sampled: how each row is sampled; None: all rows are greedy.
+    tables: for each row, three calibration tables (calibrate.h): for the raw probabilities of the path's heads, of the
+        other source where the heads have no candidates, and of the other source elsewhere. None: no calibration.
+    given: for each row, the tree of another source, whose nodes the runtime may also extend. None: there is none.
     """
 
     tokens: Sequence[int]

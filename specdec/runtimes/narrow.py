@@ -1,4 +1,4 @@
-"""Some neurons of a decoder layer's MLP in place of all: nearly the same result from a fraction of the weights."""
+"""MLPs with a selection of their neurons, for drafts: nearly the same result from a fraction of the weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from specdec.models.gguf.blocks import DEQUANTIZE_CHUNK, BlockLinear, weight_row
 
 
 class GatedMLP(NamedTuple):
-    """An MLP ``down(act(gate(x)) * up(x))``.
+    """The linear layers of an MLP ``down(act(gate(x)) * up(x))``.
 
-    ins: its maps of the input, by path in the layer: gate and up, or one of both. out: the path of the last map.
-    size: number of its neurons, I.
+    ins: gate and up, or one linear layer for both, by path in the decoder layer.
+    out: path of ``down``.
+    down: the last linear layer.
+    size: number of neurons, I.
     """
 
     ins: dict[str, nn.Module]
@@ -24,17 +26,17 @@ class GatedMLP(NamedTuple):
     size: int
 
     def rows(self, kept: Tensor) -> Tensor:
-        """The rows of each of ``ins`` that compute the neurons ``kept`` [I']."""
+        """Return the rows of each layer in ``ins`` that compute the neurons ``kept``, int64 [I']."""
         return kept if len(self.ins) == 2 else torch.cat((kept, kept + self.size))
 
     def shapes(self, count: int) -> dict[str, tuple[int, int]]:
-        """``{path: (in, out)}`` of the maps with ``count`` neurons."""
+        """Return ``{path: (in_features, out_features)}`` of the linear layers of an MLP with ``count`` neurons."""
         wide: Any = next(iter(self.ins.values()))
         d = int(wide.in_features)
         return dict.fromkeys(self.ins, (d, 2 * count // len(self.ins))) | {self.out: (count, d)}
 
     def weight(self, path: str, kept: Tensor) -> Tensor:
-        """The weight of the map ``path`` with only the neurons ``kept`` [I'], in the model's dtype."""
+        """Return the weight [out, in] of the linear layer ``path`` with only the neurons ``kept``, int64 [I']."""
         if path in self.ins:
             return weight_rows(self.ins[path], self.rows(kept))
         down: Any = self.down
@@ -42,7 +44,7 @@ class GatedMLP(NamedTuple):
         return found
 
     def bias(self, path: str, kept: Tensor) -> Tensor | None:
-        """The bias of that map."""
+        """Return the bias of the linear layer ``path`` with only the neurons ``kept``; None: there is none."""
         module: Any = self.ins.get(path, self.down)
         if module.bias is None or path not in self.ins:
             return None if module.bias is None else module.bias.detach()
@@ -51,7 +53,7 @@ class GatedMLP(NamedTuple):
 
 
 def gated_mlp(block: nn.Module) -> GatedMLP | None:
-    """The MLP of a decoder layer; None if it is none of plain linear maps."""
+    """Return the linear layers of a decoder layer's MLP; None if it is a mixture of experts or of another form."""
     mlp: Any = getattr(block, "mlp", None)
     names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
     maps: list[Any] = [getattr(mlp, name, None) for name in (*names, "down_proj")]
@@ -63,7 +65,10 @@ def gated_mlp(block: nn.Module) -> GatedMLP | None:
 
 
 def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the maps of a decoder layer's MLP with the neurons ``kept``, by path; None: none, all run."""
+    """Return weight and bias of a decoder layer's MLP with only the neurons ``kept``, int64 [I'], by module path.
+
+    {} if ``kept`` is None or the MLP has another form: all neurons run.
+    """
     mlp = gated_mlp(block)
     if kept is None or mlp is None:
         return {}
@@ -71,11 +76,12 @@ def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor
 
 
 def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
-    """How much each neuron adds to the residual: sum over rows of h of |down[:, i] a_i|^2, [I], float32.
+    """Return how much each neuron of a decoder layer's MLP adds to the residual, float32 [I].
 
-    The neurons are those for the layer's input, without its attention, which changes their order little.
+    For neuron i, it is the sum of |down[:, i] a_i|^2 over the rows of ``h``, where a_i is the neuron's activation.
 
-    h: [n, D].
+    h: inputs of the layer [n, D]. The MLP runs on them without attention, which changes the order of neurons little.
+    model_type: the model's type, which gives the name of the norm before the MLP.
     """
     mlp = gated_mlp(block)
     assert mlp is not None

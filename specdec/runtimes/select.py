@@ -1,4 +1,4 @@
-"""Choosing the runtime of a model: the fastest that supports it here, or the one named."""
+"""Chooses the runtime of a model: the fastest one that supports it on this machine, or the one named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONLY_NATIVE = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache",
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
-    """Whether these settings run only on the CPU."""
+    """Return whether these settings, as in ``make_target``, run only on the CPU."""
     return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
 
 
@@ -46,21 +46,19 @@ def make_target(
     expert_prefetch: bool = False,
     packed: bool = True,
 ) -> tuple[Target, str]:
-    """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
+    """Return ``model`` in a runtime, and a one-line note on why a faster runtime is not used, or "".
 
-    Raises SpecDecError if the model is unsupported, or does not fit the settings. Its ``model`` is the one given or, in
-    the runtime "transformers", that of transformers.
+    runtime: "native", "torch", "transformers", or "auto": native (CPUs) if it supports the model on this machine, else
+        torch (not on mps), else transformers.
+    weights: "auto": as loaded; GGUF blocks stay, and the native runtime multiplies them with activations in 8 bits.
+        "dense": dequantized to 16 or 32 bits. "int8", "int4" (native runtime): layers are quantized, also in ``model``.
+    kv_cache: "auto": in the model's dtype. "int8" (native runtime): 8 bits.
+    expert_cache: share (float) or bytes (int) of a mixture's experts that stays in memory (native runtime); None: all
+        experts, or as many as there is memory for.
+    expert_prefetch: whether experts are read ahead by forecasts.
+    packed: whether the native runtime stores packed weights in the model's cache entry and reads stored ones.
 
-    runtime: "auto" is native (CPUs) if it supports the model on this machine, else torch (not on mps), else
-        transformers; the note then says why.
-    weights: "auto" (as loaded, GGUF blocks as they are; the native runtime multiplies them with
-        activations in 8 bits), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
-        (layers are quantised, in the model too: the quantised model is the base; in the native runtime).
-    kv_cache: "auto" (in the model's dtype) or "int8" (in the native runtime).
-    expert_cache: the share (float) or bytes (int) of a mixture's experts that stays in memory (in the native runtime);
-        None: all, or those for which there is room.
-    expert_prefetch: read experts ahead, by forecasts.
-    packed: whether the native runtime keeps packed weights beside a model's cache entry, and reads them where it did.
+    Raises SpecDecError if the runtime does not support the model or the settings.
     """
     check_names(runtime, weights, kv_cache)
     asked = {"weights": weights, "kv_cache": kv_cache, "expert_cache": expert_cache}
@@ -93,7 +91,6 @@ def make_target(
 
 
 def _other(name: str, model: NativeModel | PreTrainedModel) -> Target:
-    """The target in another runtime than native."""
     if name == "torch":
         return CapturedTarget(model) if model.device.type == "cuda" else TorchTarget(model)
     from specdec.runtimes.transformers import TransformersTarget  # heavy

@@ -35,13 +35,13 @@ _finding = threading.Lock()
 
 
 def lock_of(model: nn.Module) -> Any:
-    """The reentrant lock of a model: whoever changes it, even for one call, or needs it unchanged, holds it."""
+    """Return the reentrant lock of ``model``. A caller that changes the model, or needs it unchanged, holds it."""
     with _finding:
         return _locks.setdefault(model, threading.RLock())
 
 
 def largest(logits: Tensor) -> Tensor:
-    """Logits [B, T, V] -> int64 [B, T]: the first of the largest, or -1 where they are not finite."""
+    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1 if it is not finite."""
     best = logits.argmax(-1)
     finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
     return best.masked_fill(~finite, -1)
@@ -49,17 +49,16 @@ def largest(logits: Tensor) -> Tensor:
 
 @dataclass
 class Pass:
-    """The context of a pass over tokens of each row.
+    """The context of a pass of T tokens of each of B rows through layers [lo, hi).
 
     positions: int64 [B, T].
-    mask: from ``cache.register(lo, positions, ...)``.
-    cache: where keys and values are appended.
-    taps: each key l with lo <= l <= hi is filled with the input of layer l (l = hi: the result).
-    adapters: applied to all tokens.
-    routed: filled with the logits of the routers of layers [lo, hi) by a runtime that does not call the model's own;
-        float32 [B T, hi, experts].
-    choose: the experts [B T, k] that tokens take, by layer and its router's logits [B T, E], in such a runtime; None:
-        those with the largest.
+    mask: the result of ``cache.register(lo, positions, ...)``.
+    cache: the KV cache that the pass appends keys and values to.
+    taps: for each key l with lo <= l <= hi, the pass sets the value to the input of layer l (l = hi: the result).
+    adapters: changes of the layers for all tokens; None: none.
+    routed: float32 [B T, hi, experts], which the pass fills with router logits, if the runtime has its own routers.
+    choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
+        has its own routers; None: the experts with the largest logits.
     """
 
     positions: Tensor
@@ -71,26 +70,27 @@ class Pass:
     choose: Callable[[int, Tensor], Tensor] | None = None
 
 
-# Bytes that memory delivers over products that are made in the same time.
+# Bytes that are read from memory / multiplications in the same time.
 TOKEN_RATIO = {"cpu": 0.1, "gpu": 0.007}
 
 
 class Target(ABC):
-    """A causal language model with N layers, run in pieces.
+    """A causal language model in one runtime: embed tokens, run a range of layers, read out logits.
 
-    Several threads may use it, each with caches of its own. What is made once for all is made under the model's lock.
+    Several threads may use it, each with its own caches. Shared state is made under the model's lock.
 
-    model: the unmodified model of transformers or, in the native runtime, that or a ``NativeModel``.
+    model: the model of transformers, or a ``NativeModel``.
     num_layers, hidden_size, vocab_size: N, D, V.
     context: maximum number of positions.
-    windows: attention window of each layer; None: full.
-    fingerprint: of the weights as loaded.
-    ragged: whether a pass takes rows with different numbers of tokens, one behind the other.
-    weight_format, kv_cache, activations: formats of the layers' weights, keys and values, and inputs of products.
+    windows: attention window of each layer in tokens; None: no limit.
+    fingerprint: identifies the weights as loaded (``identity.fingerprint``).
+    own_head: the model's output head.
+    ragged: whether a pass takes rows with different numbers of tokens, one row after the other.
+    weight_format, kv_cache, activations: formats of weights, of keys and values, and of activations, for reports.
     logit_difference: difference from the model's own logits in the self-check, relative to the largest logit.
-    tokenizer: the model's, where known, for drafters with a model of their own.
-    recurrent_layers: with them, a text can be resumed only at checkpoints.
-    experts: loads experts from slow memory, if there are any there.
+    tokenizer: the model's tokenizer, for drafters with a model of their own; None: unknown.
+    recurrent_layers: numbers of the recurrent layers, with which a text can be resumed only at checkpoints.
+    experts: the expert cache; None: all experts are in memory.
     """
 
     runtime: str
@@ -123,7 +123,7 @@ class Target(ABC):
 
     @property
     def kernels(self) -> str:
-        """What computes: results of another one may differ in rounding."""
+        """Return what computes, such as the name of the processor: other kernels may round differently."""
         cuda = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
 
@@ -137,7 +137,7 @@ class Target(ABC):
 
     @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids and positions [B, T] -> the input of layer 0 [B, T, D]."""
+        """Return the input of layer 0 [B, T, D] for token ids and positions, both int64 [B, T]."""
 
     @abstractmethod
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
@@ -145,54 +145,56 @@ class Target(ABC):
 
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
+        """Return the logits [B, T, V] of final states ``x`` [B, T, D]: final norm, output head, logit cap.
+
+        head: an output head with V outputs; None: the model's own.
+        """
 
     def preparing(self, head: nn.Linear) -> Generator[None]:
-        """Make what ``readout`` needs of ``head``, in pieces of work; else its first call does."""
+        """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""
         yield from ()
 
     @property
     def token_ratio(self) -> float:
-        """About the seconds of multiplying a token by the weights over those of reading the weights from memory."""
+        """Return the estimated time of multiplying one token by the weights / the time of reading the weights."""
         return TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize
 
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
-        """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].
+        """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.
 
-        -1 where the logits are not finite. Before it come the lists of ``also`` (int64 [B, n]): one read of the
-        device.
+        x: final states [B, T, D]. The greedy token is the first with the largest logit; -1 if that is not finite.
         """
         return download(*also, largest(self.readout(x)))
 
     def draft_rows(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> list[Nodes] | None:
-        """Draft along ``path`` for each row of ``cache``, which is left as it was: a tree for a single row, chains with
-        siblings for several. What a sampled row may draw is drafted by its noise.
+        """Draft along ``path`` in one call: a tree if ``cache`` has one row, chains with siblings if it has several.
 
-        masks: the tokens that a single row may draft; None: all.
-        None: this runtime cannot do so in one call.
+        roots: last tokens and states of the rows. limits: how far to grow. masks: the tokens that a single row may
+        draft; None: all. Rows that are sampled draft with their noise. The cache is unchanged afterwards.
+        Returns the candidates of each row; None: this runtime cannot draft in one call.
         """
         return None
 
     @abstractmethod
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
-        """``{module path: (in, out)}`` of the linear maps of a layer that adapters can sit beside."""
+        """Return ``{module path: (in_features, out_features)}`` of a layer's linear layers that adapters can change."""
 
     def block(self, layer: int) -> nn.Module:
-        """A decoder layer of the model, by default where Llama-like models have them."""
+        """Return the module of a decoder layer; by default ``model.model.layers[layer]``."""
         found: nn.Module = self.model.model.layers[layer]  # type: ignore[union-attr, index]
         return found
 
     def reduced_head(self, token_ids: Tensor, lasting: bool = False) -> nn.Linear:
-        """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V'].
+        """Return the output head restricted to ``token_ids``, int [V']: ``readout(x, head)`` gives [B, T, V'].
 
-        lasting: whether later processes want the same, so that a runtime may keep what it makes of it.
+        lasting: whether later processes will need the same head, so that a runtime may store what it derives from it.
         """
         return GivenLinear(*self._head_rows(token_ids))
 
     def extended_head(self, head: GrowingLinear | None, token_ids: Tensor) -> GrowingLinear:
-        """``head`` (None: one without outputs) with those of further tokens behind its own; reads only their rows."""
+        """Return ``head`` (None: no outputs) with further outputs for ``token_ids``, int [n]; reads only their rows."""
         return GrowingLinear(head, *self._head_rows(token_ids))
 
     def _head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -202,7 +204,7 @@ class Target(ABC):
 
 
 class GivenLinear(nn.Linear):
-    """A linear map of given values, without the cost of random ones."""
+    """A linear layer with given values, without the cost of random ones."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
@@ -212,9 +214,10 @@ class GivenLinear(nn.Linear):
 
 
 class RowMemory:
-    """Memory for the rows of a matrix that grows: values [capacity, in].
+    """Memory for the rows of a growing matrix, shared by ``GrowingLinear`` of different lengths.
 
-    packed: what a runtime derives from the rows, which never change.
+    values: [capacity, in]. used: number of rows that are set; these never change.
+    packed: what a runtime derives from the rows; None: nothing yet.
     """
 
     def __init__(self, rows: Tensor, capacity: int) -> None:
@@ -225,7 +228,10 @@ class RowMemory:
 
 
 class GrowingLinear(GivenLinear):
-    """``before`` with further outputs behind its own, in the same memory where there is room; else in twice as much."""
+    """The linear layer ``before`` (None: no outputs) with further outputs ``weight`` [n, in] after its own.
+
+    Uses the memory of ``before`` if that has room, else a copy with twice the rows. memory: the rows.
+    """
 
     memory: RowMemory
 
@@ -247,7 +253,7 @@ class GrowingLinear(GivenLinear):
 
 
 def _windows(config: Any) -> list[int | None]:
-    """Attention window of each layer. Raises SpecDecError for layer kinds that are not known."""
+    """Return the attention window of each layer in tokens; None: no limit. Raises SpecDecError for unknown kinds."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:

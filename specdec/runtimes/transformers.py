@@ -1,6 +1,6 @@
 """The fallback runtime: any decoder-only Hugging Face model, through its own ``forward``.
 
-During a call the model's decoder layers are wrapped in gates that skip, inject or record hidden states, so position
+During a call, gates replace the model's decoder layers and skip layers, or set or record hidden states. Position
 embeddings, rotary tables, final norms and logit caps are the model's own.
 """
 
@@ -29,13 +29,13 @@ from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.target import GivenLinear, Pass, Target
 
-STEPPED_TOKENS = 16  # so many tokens take less time one by one than a scan of a whole chunk
+STEPPED_TOKENS = 16  # up to this many tokens, running them one by one is faster than a scan of a whole chunk
 
 
 class _Bridge(Cache):
-    """Our cache for Hugging Face's attention layers and recurrent mixers.
+    """A ``KVCache`` with the interface of transformers' ``Cache``, for attention layers and recurrent mixers.
 
-    states: of the recurrent layer that runs.
+    states: states of the recurrent layer that runs.
     adapted: whether adapters act.
     """
 
@@ -51,7 +51,7 @@ class _Bridge(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.kv.lengths[layer_idx]
 
-    # A recurrent mixer reads its states here, conv and recurrent ones, and stores those after its tokens.
+    # A recurrent mixer reads its convolution and recurrent states here, and stores the states after its tokens.
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return True  # else one token's convolution changes its state in place
@@ -82,7 +82,7 @@ class _Bridge(Cache):
         return recurrent_states
 
     def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
-        """``mixer`` as a function of its states. most: maximum tokens that run one by one behind earlier ones."""
+        """Return ``mixer`` as a function of its states. most: maximum tokens that run one by one after earlier ones."""
 
         def run(x: Tensor, states: States, adapted: bool) -> tuple[Tensor, States]:
             self.states, self.adapted, single = dict(states), adapted, bool(states) and x.shape[1] <= most
@@ -91,7 +91,7 @@ class _Bridge(Cache):
                     return mixer(x), self.states
                 return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
             finally:
-                self.adapted = True  # in what follows in the layer
+                self.adapted = True  # for the rest of the layer
 
         return run
 
@@ -100,8 +100,8 @@ class _Bridge(Cache):
 class _Call:
     """One call of the model on layers [lo, hi).
 
-    x: the input of layer ``lo``; None: the model's own embeddings, which are the result.
-    taps: as in ``Pass``.
+    x: input of layer ``lo`` [B, T, D]; None: the model's embeddings, which are then the result.
+    mask, taps: as in ``Pass``. result: the output, set by the gates.
     """
 
     x: Tensor | None = None
@@ -113,7 +113,7 @@ class _Call:
 
 
 class _Wrapper(nn.Module):
-    """Replaces the module ``inner`` during one call, and has its other attributes."""
+    """A module that replaces ``inner`` during one call. Other attributes are those of ``inner``."""
 
     def __init__(self, inner: nn.Module, *others: Any) -> None:
         super().__init__()
@@ -149,13 +149,12 @@ class _Gate(_Wrapper):
 
 
 class _Mixer(_Wrapper):
-    """Replaces the recurrent mixer of layer ``index``: its state is in our cache."""
+    """Replaces the recurrent mixer of layer ``index``, whose states are then in the ``KVCache``."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         inner, index, bridge, tree = self.parts
         arguments = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
-        # Mamba (recognised by its map of time steps) scans several tokens from an empty state only; the scan of Mamba 2
-        # pads them to a whole chunk.
+        # Mamba (recognized by ``dt_proj``) scans several tokens only from an empty state; Mamba 2 pads them to a chunk.
         most = math.inf if hasattr(inner, "dt_proj") else 1.0
         if most == 1 and hasattr(inner, "A_log") and hasattr(inner, "D"):
             most = STEPPED_TOKENS
@@ -167,11 +166,13 @@ class _Mixer(_Wrapper):
 class TransformersTarget(Target):
     """The fallback runtime: exact on any decoder-only Hugging Face model, checked on load.
 
-    A call changes the model while it runs, under the model's lock: threads take turns. Raises SpecDecError for
-    encoder-decoder or otherwise unsupported models, with the reason.
+    A call changes the model while it runs, under the model's lock, so threads take turns. Raises SpecDecError with the
+    reason for unsupported models.
 
-    extra_outputs: number of results of a layer beside hidden states; None: only these, not in a tuple.
-    probed: whether that is known.
+    extra_outputs: number of results of a layer besides hidden states; None: hidden states alone, not in a tuple.
+    probed: whether ``extra_outputs`` is known.
+    bridge: the cache of the call that runs; None: none runs.
+    mixers: for each layer, name of its recurrent mixer; None: it has attention.
     """
 
     runtime = "transformers"
@@ -236,21 +237,18 @@ class TransformersTarget(Target):
     def block(self, layer: int) -> nn.Module:
         return self.blocks[layer]
 
-    # -- how it is done -----------------------------------------------------------------------------------------
-
     def as_output(self, hidden: Tensor) -> Any:
-        """``hidden`` in the form that layers return."""
+        """Return ``hidden`` in the form in which the model's layers return it: a tensor or a tuple."""
         return hidden if self.extra_outputs is None else (hidden, *[None] * self.extra_outputs)
 
     def _probe(self, ids: Tensor, positions: Tensor) -> None:
-        """Run the first layer on the model's own embeddings, to find what layers return."""
+        """Run the first layer on the model's own embeddings to find the form of its outputs."""
         cache = self.new_cache(ids.shape[0])
         mask = cache.register(0, positions)
         self._pass(_Call(hi=1, mask=mask), Pass(positions, mask, cache))
         self.probed = True
 
     def _pass(self, call: _Call, ctx: Pass) -> Tensor:
-        """Run ``call``; keys and values go to our cache."""
         ids, bridge = torch.zeros_like(ctx.positions), _Bridge(ctx.cache)
         start, self.bridge = ctx.cache.lengths[call.lo], bridge
         with ExitStack() as stack:
@@ -260,13 +258,12 @@ class TransformersTarget(Target):
                     mixer = _Mixer(getattr(self.blocks[layer], name), layer, bridge, ctx.mask.ancestors)
                     stack.enter_context(_replaced(self.blocks[layer], name, mixer))
             self._run(call, self.base, ids, ctx.positions, cache=bridge, use_cache=True)
-        # Layers without attention count their tokens too.
+        # Layers without attention also count their tokens.
         ctx.cache.lengths[call.lo : call.hi] = [start + ids.shape[1]] * (call.hi - call.lo)
         assert call.result is not None
         return call.result
 
     def _run(self, call: _Call, module: nn.Module, ids: Tensor, positions: Tensor, **arguments: Any) -> Any:
-        """Call ``module`` with gates for layers."""
         (batch, count), arguments = ids.shape, {"use_cache": False} | arguments
         # Hugging Face's forwards pass a 4D mask on unchanged; the gates replace it by the real one.
         mask = torch.ones(1, dtype=torch.bool, device=ids.device).expand(batch, 1, count, count)
@@ -290,7 +287,7 @@ class TransformersTarget(Target):
             yield
 
     def _narrowed(self, adapters: Adapters, layer: int) -> dict[str, nn.Module]:
-        """The maps of a layer's MLP with the neurons that ``adapters`` keep, by path. Made once."""
+        """Return the linear layers of a layer's MLP with the neurons that ``adapters`` keep, by path. Cached."""
         made = self._narrow.setdefault(adapters, {})
         if layer not in made:
             maps = narrow_maps(self.blocks[layer], adapters.kept(layer))
@@ -300,7 +297,7 @@ class TransformersTarget(Target):
     def with_mask(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Mask | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Put ``mask``, as ``layer`` needs it, among the arguments of that layer."""
+        """Return the arguments of ``layer`` with ``mask`` in the layer's form as the attention mask."""
         assert mask is not None
         window, (batch, t), length = self.windows[layer], mask.query.shape, mask.length
         key = ("hf", window)
@@ -329,7 +326,7 @@ def _adapter_hook(target: TransformersTarget, down: Tensor, up: Tensor) -> Any:
 
 
 def _mixer(block: nn.Module) -> str | None:
-    """The name of the recurrent mixer of a layer: what holds a convolution over time."""
+    """Return the name of the child module with a convolution over time, the recurrent mixer; None: there is none."""
     for name, child in block.named_children():
         if any(isinstance(part, nn.Conv1d) for part in child.children()):
             return name
@@ -337,7 +334,8 @@ def _mixer(block: nn.Module) -> str | None:
 
 
 def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple[nn.Module, str]:
-    """The first module that is ``wanted``, as its owner and its name there."""
+    """Return the owner of the first module that is ``wanted``, and the module's name in it.
+    problem: the end of the SpecDecError if there is none."""
     for owner in root.modules():
         for name, child in owner.named_children():
             if wanted(child):
@@ -347,7 +345,6 @@ def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple
 
 @contextmanager
 def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Replace one of ``owner``'s modules by another within the context."""
     own = getattr(owner, name)
     setattr(owner, name, module)
     try:

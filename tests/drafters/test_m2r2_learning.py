@@ -271,7 +271,7 @@ class Work:
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(fits, "VOCABULARY", 64)
-    monkeypatch.setattr(linear, "PACKED", 1)  # 16 rows
+    monkeypatch.setattr(linear, "CHUNK_WEIGHTS", 1)  # 16 rows
     decoder = SpecDecoder(model_of("llama", num_hidden_layers=9), drafter="m2r2", runtime="native", learn=False)
     work, most, swaps = Work(monkeypatch), dict[str, int](), 0
     for number in range(14):

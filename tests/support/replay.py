@@ -147,8 +147,8 @@ class Recording:
             first = part.end
         self.read(at + Linear.bias.offset, each.bias, 4 * each.out)
         size = self.kernels.specdec_tiles_bytes(library.Q4, each.out // 16, each.inp // 32)
-        self.read(at + Linear.rough.offset, each.rough, size)
-        self.read(at + Linear.gaps.offset, each.gaps, 4 * each.out)
+        self.read(at + Linear.proxy.offset, each.proxy, size)
+        self.read(at + Linear.error_bounds.offset, each.error_bounds, 4 * each.out)
 
     def maps(self, at: int, address: int | None, count: int = 1) -> None:
         for place, each in self.structs(at, address, Linear, count):

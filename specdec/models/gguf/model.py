@@ -1,8 +1,7 @@
 """Models of GGUF files without conversion: matrices stay in the file's blocks.
 
-``write_parts`` writes config, generation config, tokenizer and chat template into a folder once; transformers makes
-what is not known here. ``build`` makes the model of that config with the weights of the file.
-Supports the architectures of the native runtime.
+``write_parts`` writes config, generation config, tokenizer and chat template into a folder once. ``build`` makes the
+model of that config with the weights of the file. Supports the architectures of the native runtime.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from specdec.models.tensor_file import PLAIN, TensorInfo
 from specdec.models.weights import EXPERTS
 
 ARCHITECTURES = {family.gguf: kind for kind, family in families.FAMILIES.items() if family.gguf}
-# Numbers in a config that are not whole.
+# Config fields that are floats.
 FLOATS = {
     *("rope_theta", "rope_local_base_freq", "rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"),
     *("llama_4_scaling_beta", *families.SCALED.values()),
 }
-# Metadata of an architecture that says nothing that a config has not.
-BESIDE = {
+# Metadata keys that need no config field.
+IGNORED = {
     *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length"),
     *("rope.dimension_sections", "tensor_data_layout"),
 }
-SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
+SCALING = {  # metadata keys after "rope.scaling.", and the fields of a config's ``rope_parameters``
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
     "attn_factor": "attention_factor",
@@ -47,16 +46,18 @@ SCALING = {  # of ``rope.scaling``: fields of a config's ``rope_parameters``
     "yarn_beta_slow": "beta_slow",
     "yarn_log_multiplier": "mscale_all_dim",
 }
-LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those that scale scores by hidden size and heads
+LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of the models that scale scores by hidden size and heads
 ROPE_FACTORS = "rope_freqs.weight"
-CONTROL = 3  # the type of tokens that are not text
+CONTROL = 3  # GGUF's type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
 END_TOKENS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
-HARMONY = {"<|return|>", "<|call|>"}  # these, too; where there are both, "<|end|>" ends one of several messages
+HARMONY = {
+    "<|return|>",
+    "<|call|>",
+}  # also end tokens; if a model has both, "<|end|>" ends only one of several messages
 
 
 def _kind(file: GGUFFile) -> str:
-    """The model type of a file of a known architecture."""
     kind = ARCHITECTURES[file.architecture]
     return "mixtral" if kind == "llama" and file.metadata.get("llama.expert_count") else kind
 
@@ -65,7 +66,10 @@ def _kind(file: GGUFFile) -> str:
 
 
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
-    """Write config, generation config, tokenizer and chat template into ``folder``."""
+    """Write config, generation config, tokenizer and chat template of a GGUF file into ``folder``.
+
+    name: of the model, for messages. Raises SpecDecError for a file that is broken or not supported.
+    """
     kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     with errors_as(f"cannot load model '{name}': its GGUF file describes no model", *kinds):
         config = config_of(name, file)
@@ -77,7 +81,10 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
 
 
 def config_of(name: str, file: GGUFFile) -> Config:
-    """The config from the metadata."""
+    """Return the config of a GGUF file, made from its metadata. Raises SpecDecError for unknown or impossible metadata.
+
+    name: of the model, for messages.
+    """
     kind, prefix = _kind(file), file.architecture + "."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     keys, values = families.KEYS | families.FAMILIES[kind].keys, dict[str, Any]()
@@ -88,7 +95,7 @@ def config_of(name: str, file: GGUFFile) -> Config:
     for key, value in own.items():
         if key in keys:
             values[keys[key]] = value
-        elif value and key not in BESIDE:
+        elif value and key not in IGNORED:
             raise SpecDecError(f"cannot load model '{name}': it is unknown what {prefix}{key} in its GGUF file means")
     if kind == "phi3" and not values.get("sliding_window"):  # 0: there is none
         values.pop("sliding_window", None)
@@ -131,10 +138,11 @@ def config_of(name: str, file: GGUFFile) -> Config:
 
 
 def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
-    """Set how much of each head rotates. Raises SpecDecError if a model of this kind has no such part."""
+    """Set the share of each head that rotates in ``values``, fields of a config of model type ``kind``.
+    Raises SpecDecError if the model type does not support the share."""
     family = families.FAMILIES[kind]
     if "rotated" in values and families.HEAD.items() <= family.keys.items() and not family.partial:
-        values.setdefault("head_dim", values["rotated"])  # older files do not say it twice
+        values.setdefault("head_dim", values["rotated"])  # older files have only one of both
     size = values.get("head_dim") or values.get("hidden_size", 0) // (values.get("num_attention_heads") or 1) or 1
     rotated = values.pop("rotated", size)
     if rotated != size and not (family.partial and rotated < size and rotated % 2 == 0):
@@ -147,7 +155,8 @@ def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
 
 
 def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """``rope_scaling`` of a config from the metadata ``rope.scaling``. Takes what belongs there from ``values``."""
+    """Return ``rope_scaling`` of a config for the scaling type ``kind`` and the metadata ``scaling``.
+    Moves fields that belong into ``rope_scaling`` from ``values``. Raises SpecDecError for an unknown kind."""
     found = {SCALING[key]: value for key, value in scaling.items() if key in SCALING}
     bad = [key for key, value in found.items() if not _positive(value)]
     if kind not in ("linear", "yarn") or "factor" not in found or bad:
@@ -166,7 +175,7 @@ def _positive(value: Any) -> bool:
 
 
 def _eos_token_ids(file: GGUFFile) -> int | list[int]:
-    """The tokens that end a turn or a text: those that the file names, and known control tokens."""
+    """Return the ids of the tokens that end a turn or a text: those that the file names, and known control tokens."""
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     named = [id for key in ("eos", "eot", "eom") if type(id := metadata.get(f"{key}_token_id")) is int]
     kinds = zip(metadata.get("tokens", ()), metadata.get("token_type", ()), strict=False)
@@ -181,7 +190,11 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
 
 
 def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
-    """The tensors in ``file`` of each parameter of ``model``. Raises SpecDecError unless all fit."""
+    """Return the names of the tensors in ``file`` that make up each parameter of ``model``.
+
+    name: of the model, for messages. Raises SpecDecError if tensors are missing, superfluous, or of another shape or an
+    unknown type.
+    """
     found = tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
     unfit = list[str]()
@@ -205,8 +218,8 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
             f"the weights of '{name}' do not fit its config: {len(unfit)} missing or of another shape, such as "
             f"'{unfit[0]}'"
         )
-    beside = {key for key in file.tensors if _layer(key) >= model.config.num_hidden_layers}  # they predict more tokens
-    if more := sorted(file.tensors.keys() - beside.union({ROPE_FACTORS}, *found.values())):
+    further = {key for key in file.tensors if _layer(key) >= model.config.num_hidden_layers}  # for multi-token drafts
+    if more := sorted(file.tensors.keys() - further.union({ROPE_FACTORS}, *found.values())):
         raise SpecDecError(
             f"'{name}' has {len(more)} tensors that do not belong to a {model.config.model_type} model of its config, "
             f"such as '{more[0][:60]}'"
@@ -224,7 +237,7 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
 
 
 def tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
-    """The names of ``gguf`` for the parameters of ``model``; "" for unknown ones."""
+    """Return the tensor names of each parameter of ``model`` by the conventions of ``gguf``; "" for an unknown name."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), dict[str, tuple[str, ...]]()
     for parameter, _ in model.named_parameters():
@@ -248,22 +261,23 @@ def tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...
 
 
 def _layer(tensor: str) -> int:
-    """The number of the layer of a tensor in a file; -1: none's."""
+    """Return the layer number in the name of a tensor; -1: the tensor belongs to no layer."""
     number = tensor.removeprefix("blk.").partition(".")[0]
     return int(number) if tensor.startswith("blk.") and number.isdecimal() and len(number) < 9 else -1
 
 
 def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep: bool) -> NativeModel:
-    """The model of ``config`` with the weights of ``file``, in ``dtype``. keep: as of ``weights.fill``.
+    """Return the model of ``config`` with the weights of ``file`` in ``dtype``.
 
-    Raises SpecDecError without memory for them.
+    name: of the model, for messages. keep: as in ``weights.fill``. Raises SpecDecError if the weights need more memory
+    than is free.
     """
     model = NativeModel(config, dtype)
     names = check_tensors(name, file, model)
     found = {parameter: [file.tensors[tensor] for tensor in tensors] for parameter, tensors in names.items()}
-    places = {parameter: model.get_submodule(parameter.rpartition(".")[0]) for parameter in found}
-    groups = {tuple(weights.tensors_of(parameter, place, found)): place for parameter, place in places.items()}
-    unpacked = [infos for infos, place in groups.items() if not weights.stays(place, infos)]
+    owners = {parameter: model.get_submodule(parameter.rpartition(".")[0]) for parameter in found}
+    groups = {tuple(weights.tensors_of(parameter, owner, found)): owner for parameter, owner in owners.items()}
+    unpacked = [infos for infos, owner in groups.items() if not weights.stays(owner, infos)]
     weights.fill(name, file, model, found, keep, lambda key, stored: _restored(config, key, stored, len(found[key])))
     if ROPE_FACTORS in file.tensors:
         info = file.tensors[ROPE_FACTORS]  # of Llama 3.1
@@ -274,7 +288,8 @@ def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep: b
 
 
 def _restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int) -> Tensor | Blocks:
-    """A parameter from what the converter made of it. tensors: how many."""
+    """Undo what the GGUF converter did to a parameter: order of rows and columns, offset of norms.
+    stored: the file's values. tensors: number of tensors that were joined to ``stored``."""
     family, (path, _, leaf) = families.FAMILIES[config.model_type], parameter.rpartition(".")
     rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
     columns = None
@@ -293,7 +308,8 @@ def _restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: 
 
 
 def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torch.dtype) -> None:
-    """Say what it costs that there are no kernels for some of the matrices, which have one or several tensors each."""
+    """Print a note about the memory that matrices need because there are no kernels for their types.
+    unpacked: the tensors of each such matrix."""
     kinds, stored, numbers = set[str](), 0, 0
     for infos in unpacked:
         kind = " with ".join(each := dict.fromkeys(info.kind for info in infos))
@@ -311,7 +327,10 @@ def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torc
 
 
 def rows_of(config: Config, path: str, count: int) -> Tensor | None:
-    """The row of the file's tensor for each of the ``count`` rows of the model's; None: the same."""
+    """Return which row of the file's tensor each of the ``count`` rows of the model's is, int32 [count].
+
+    path: module path of the linear layer. None: the order is the same.
+    """
     names = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if (heads := names.get(path.rpartition(".")[2])) is None:
         return None

@@ -1,9 +1,9 @@
-"""The experts of a native model in a file that is mapped into memory, of which each layer keeps a share there.
+"""An expert cache: the experts of a native model lie in a mapped file, and each layer keeps some of them in memory.
 
-They lie there in tiles, as the kernels read them. What a layer's router chose and is not there is read at once, and the
-least recently used experts are dropped when the next layer has chosen. A pass that takes more than the share, such as
-that over a prompt, keeps them meanwhile. The file has no name: it is gone with the process. With forecasts, the system
-is told to read what the next layers are likely to take; what a layer then does not take is dropped.
+The file holds tiles as the kernels read them. When a layer's router has chosen experts, those not in memory are read;
+when the next layer chooses, the least recently used experts above the limit are evicted. So a pass that needs more than
+the limit, such as a prompt's, keeps them until then. The file has no name and is deleted with the process. With
+forecasts, the system reads likely experts of the next layers ahead; those that are then not chosen are evicted.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import FLOAT, INT
 
 _WILL_NEED, _DONT_NEED, _POPULATE_READ = 3, 4, 22  # of madvise
-CHUNK = 128 << 10  # bytes that the system is told of at a time; it ignores the end of long ranges
-NUMBERS = ctypes.POINTER(FLOAT)
-Demand = ctypes.CFUNCTYPE(INT, INT, INT, ctypes.POINTER(INT), INT, NUMBERS, NUMBERS)  # as in native.h
+ADVISE_BYTES = 128 << 10  # range of one call of madvise; the system ignores the end of longer ranges
+FLOATS = ctypes.POINTER(FLOAT)
+Demand = ctypes.CFUNCTYPE(INT, INT, INT, ctypes.POINTER(INT), INT, FLOATS, FLOATS)  # as in native.h
 
 
 @dataclass
 class Counters:
-    """Statistics of experts, counted per layer and pass.
+    """Statistics of the expert cache since it was made. An expert counts once for each layer and pass that uses it.
 
-    demanded: experts that passes took. misses: those of them that were read then.
-    ahead, used: experts that were read ahead, and those of them that the layer then took.
-    evictions: experts that were dropped. bytes_read, stall_seconds: what reading took.
+    demanded: experts that passes used.
+    misses: demanded experts that were neither in memory nor read ahead.
+    ahead: experts that were read ahead.
+    used: experts that were read ahead and then demanded.
+    evictions: experts that were evicted.
+    bytes_read: bytes read from the file, also ahead.
+    stall_seconds: time in which passes waited for experts.
     """
 
     demanded: int = 0
@@ -55,15 +59,18 @@ class Counters:
     stall_seconds: float = 0.0
 
     def since(self, earlier: Counters) -> Counters:
+        """Return the differences from ``earlier`` counters."""
         old = asdict(earlier)
         return Counters(**{name: value - old[name] for name, value in asdict(self).items()})
 
 
 class _Layer:
-    """The experts of a layer: a part of the file from ``begin`` on, and its mapping.
+    """The experts of one layer in the file.
 
-    places: offset and bytes of each expert there. there: the experts in memory, the least recently used first.
-    ahead: those that are read ahead.
+    begin: offset of the layer's part in the file, in bytes. memory: the mapped part, uint8.
+    places: offset in the part and bytes of each expert.
+    there: numbers of the experts in memory, the least recently used first.
+    ahead: numbers of the experts that are being read ahead.
     """
 
     def __init__(self, file: BinaryIO, begin: int, most: int) -> None:
@@ -74,7 +81,10 @@ class _Layer:
         self.places, self.there, self.ahead = list[tuple[int, int]](), dict[int, None](), set[int]()
 
     def allocate(self, size: int) -> Tensor:
-        """``size`` bytes of the expert that is written, aligned to a cache line. Raises SpecDecError without space."""
+        """Return ``size`` bytes for the expert that is being written, aligned to a cache line.
+
+        Raises SpecDecError if the disk is full.
+        """
         start, self.used = self.used, self.used + -(-size // 64) * 64
         if hasattr(os, "posix_fallocate"):
             with errors_as(f"cannot write experts to '{files.cache_dir()}'"):
@@ -82,7 +92,7 @@ class _Layer:
         return self.memory[start : start + size]
 
     def written(self) -> None:
-        """End of an expert: it is on the disk from now on."""
+        """Write the expert whose memory was allocated to the disk, and evict it from memory."""
         start = sum(self.places[-1]) if self.places else 0
         self.used = -(-self.used // mmap.PAGESIZE) * mmap.PAGESIZE
         self.places.append((start, self.used - start))
@@ -90,7 +100,7 @@ class _Layer:
         self.drop(len(self.places) - 1)
 
     def advise(self, expert: int, advice: int, step: int = 1 << 62) -> int:
-        """Returns the system's error number, or 0."""
+        """Call madvise for an expert's memory, ``step`` bytes at a time; return the system's error number, or 0."""
         (start, size), madvise = self.places[expert], ctypes.CDLL(None, use_errno=True).madvise
         for at in range(start, start + size, step):
             address = ctypes.c_void_p(self.memory.data_ptr() + at)
@@ -99,6 +109,7 @@ class _Layer:
         return 0
 
     def drop(self, expert: int) -> None:
+        """Evict an expert from memory and from the system's file cache."""
         self.advise(expert, _DONT_NEED)
         start, size = self.places[expert]
         with suppress(AttributeError, OSError):  # a system without it keeps what it has room for
@@ -106,12 +117,16 @@ class _Layer:
 
 
 class MappedExperts:
-    """A share of the experts of each layer in memory, the rest in a file. Raises SpecDecError if there is no place.
+    """The expert cache of a native model: ``add`` all layers, then ``begin``. Raises SpecDecError if the disk is full.
 
-    budget: the share (float), or bytes (int) of all layers.
-    layers: by number, the layers with experts.
-    call: for the kernels. unread: whether experts of the last pass could not be read.
-    forecasts: None: nothing is read ahead.
+    budget: the share of the experts in (0, 1] (float), or bytes of all layers (int), that stays in memory.
+    layers: the layers with experts, by layer number.
+    slots: number of experts of a layer that stay in memory.
+    shape: number of layers with experts, experts of a layer, and bytes of the largest expert.
+    counters: statistics since the start.
+    call: the function that the kernels call before they read a layer's experts.
+    unread: whether experts of the last pass could not be read.
+    forecasts: forecasts of the experts to read ahead; None: nothing is read ahead.
     """
 
     def __init__(self, budget: float) -> None:
@@ -119,7 +134,7 @@ class MappedExperts:
             raise SpecDecError(f"an expert cache is a share in (0, 1] or a number of bytes; got {budget}")
         self.budget, self.layers, self.counters = budget, dict[int, _Layer](), Counters()
         self.slots, self.shape = 0, (0, 0, 0)
-        self.last, self.lock = list[_Layer](), threading.Lock()  # the layer that was taken last
+        self.last, self.lock = list[_Layer](), threading.Lock()  # the layer whose experts were demanded last
         self.call: Any = Demand(self._demand)
         self.forecasts: Forecasts | None = None
         self.unread = False
@@ -129,7 +144,11 @@ class MappedExperts:
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as this)
 
     def add(self, layer: int, count: int, weights: int, pack: Callable[[int, _Layer], None]) -> None:
-        """Write the experts of a layer, of so many weights in all: ``pack`` allocates the memory of an expert."""
+        """Write the experts of a layer to the file.
+
+        count: number of experts. weights: number of weights of all of them.
+        pack: writes the expert with this number into memory that it allocates from its second argument.
+        """
         begin = sum(each.begin + len(each.memory) for each in [*self.layers.values()][-1:])
         most = 4 * weights + count * (mmap.PAGESIZE + 4096)  # of tiles in any format
         self.layers[layer] = made = _Layer(self.file, begin, -(-most // mmap.PAGESIZE) * mmap.PAGESIZE)
@@ -138,7 +157,10 @@ class MappedExperts:
             made.written()
 
     def begin(self, top_k: int) -> None:
-        """All layers are written. Raises SpecDecError if the budget does not hold what one token takes."""
+        """Set the number of experts in memory after all layers are added. top_k: experts of a token in a layer.
+
+        Raises SpecDecError if the budget is too small for the experts of one token.
+        """
         sizes = [size for layer in self.layers.values() for _, size in layer.places]
         self.shape = len(self.layers), len(sizes) // len(self.layers), max(sizes)
         rows, experts, each = self.shape
@@ -153,14 +175,15 @@ class MappedExperts:
 
     @property
     def resident_bytes(self) -> int:
+        """Return the maximum bytes of the experts in memory between passes."""
         return self.slots * self.shape[0] * self.shape[2]
 
     def describe(self) -> str:
-        """One line for reports."""
+        """Return one line for reports, such as "3 of 6 experts per layer in memory (40 MB)"."""
         return f"{self.slots} of {self.shape[1]} experts per layer in memory ({self.resident_bytes / 1e6:.0f} MB)"
 
     def figures(self, start: Counters, new_tokens: int) -> dict[str, float]:
-        """What reading experts cost since ``start``, and per new token."""
+        """Return statistics since ``start`` for reports, by name; those per token are divided by ``new_tokens``."""
         c, tokens = self.counters.since(start), max(new_tokens, 1)
         return {
             "demanded": c.demanded,
@@ -174,7 +197,7 @@ class MappedExperts:
         }
 
     def end_pass(self) -> None:
-        """Raise SpecDecError if experts of the last pass could not be read."""
+        """End a pass: refine forecasts. Raises SpecDecError if experts of the pass could not be read."""
         if self.forecasts is not None:
             with self.lock:
                 self.forecasts.work()
@@ -185,10 +208,9 @@ class MappedExperts:
             )
 
     def _demand(self, number: int, count: int, groups: Any, rows: int, x: Any, logits: Any) -> int:
-        """A pass takes the experts of ``groups`` (Grouped, in mixture.c) in a layer: they are in memory afterwards.
-
-        Returns 1 if the disk fails. The kernels would end the process if they read them then.
-        """
+        """Load the experts that a pass uses in layer ``number``. The kernels call it. Returns 0, or 1 if reading fails.
+        groups: ``count`` structures Grouped of mixture.c. rows: number of tokens. x, logits: as in ``Model.demand`` of
+        native.h."""
         layer, counters, wanted = self.layers[number], self.counters, groups[: 3 * count : 3]
         with self.lock:
             for before in self.last:
@@ -221,12 +243,11 @@ class MappedExperts:
         return 0
 
     def _read(self, layer: _Layer, expert: int) -> None:
-        """Let the system begin to read an expert."""
-        layer.advise(expert, _WILL_NEED, CHUNK)
+        layer.advise(expert, _WILL_NEED, ADVISE_BYTES)
         self.counters.bytes_read += layer.places[expert][1]
 
     def _read_ahead(self, forecasts: Forecasts, number: int, rows: int, x: Any, logits: Any) -> None:
-        """Begin to read what later layers are likely to take, at most as many experts as they keep."""
+        """Begin to read the experts that later layers will likely use, at most ``slots`` for each layer."""
         of = forecasts.width, self.shape[1]
         for later, experts in forecasts.seen(number, *map(partial(_by_token, rows), (x, logits), of)):
             layer = self.layers[later]
@@ -237,7 +258,7 @@ class MappedExperts:
                     self._read(layer, expert)
 
 
-def _by_token(rows: int, numbers: Any, width: int) -> Tensor:
-    """A copy of what the kernels hold feature by feature, [blocks][width in whole tiles][16]: [rows, width]."""
+def _by_token(rows: int, values: Any, width: int) -> Tensor:
+    """Copy ``values``, a pointer to float [rows / 16][width in whole tiles][16], to a tensor [rows, width]."""
     shape = -(-rows // 16), -(-width // 16) * 16, 16
-    return torch.from_numpy(np.ctypeslib.as_array(numbers, shape)).transpose(1, 2).flatten(0, 1)[:rows, :width].clone()
+    return torch.from_numpy(np.ctypeslib.as_array(values, shape)).transpose(1, 2).flatten(0, 1)[:rows, :width].clone()

@@ -1,8 +1,7 @@
-"""Forecasts of the experts that later layers take, from the residual at a layer's router.
+"""Forecasts of the experts that later layers will use, from the residual at a layer's router.
 
-One matrix for each layer maps the residual there, at unit RMS, to the logits of the next two layers' routers: it is the
-projection onto the residual that such a router sees, and the router, merged, as both are linear. It begins as the
-routers themselves. Ridge regression corrects it, in closed form, by what passes compute anyway. A wrong forecast costs
+For each layer, one matrix maps the residual at unit RMS to the router logits of the next two layers. The matrix starts
+as these routers and is refined by ridge regression on the logits that passes compute anyway. A wrong forecast costs
 time and changes no result.
 """
 
@@ -17,33 +16,41 @@ from torch import Tensor
 from specdec.base.ridge import RIDGE, Sums, result
 from specdec.runtimes.torch.linear import rms_unit
 
-AHEAD = 2  # layers that are forecast
-FORECAST_TOKENS = 16  # tokens of a pass that is forecast; more take most experts anyway
-LIKELY = 0.4  # least probability of an expert that is read ahead
-ROWS = 64  # that are added to the sums at once
-FIRST, LAST = 256, 8192  # rows at the first fit, each further one at twice as many; then no more are learned from
+AHEAD = 2  # number of later layers that are forecast
+FORECAST_TOKENS = 16  # a pass with more tokens uses most experts and is not forecast
+LIKELY = 0.4  # experts with at least this probability are read ahead
+ROWS = 64  # rows that are added to the sums at once
+FIRST, LAST = 256, 8192  # rows at the first fit, and at the last one; the number doubles between fits
 
 
 class Forecast:
-    """What one layer says of later ones.
+    """Predicts from the residual at one layer's router which experts later layers will use.
 
-    targets: these layers. routers: theirs, [n, E, D], for residuals at unit RMS. top_k: experts that a token takes.
+    targets: numbers of the later layers, n of them.
+    routers: weights of their routers [n, E, D], for residuals at unit RMS.
+    top_k: number of experts that a token uses in a layer.
     """
 
     def __init__(self, targets: list[int], routers: Tensor, top_k: int) -> None:
-        self.targets, self.top_k, self.experts = targets, top_k, routers.shape[1]
+        self.targets = targets
+        self.top_k = top_k
+        self.experts = routers.shape[1]
         self.routers = self.weight = routers.flatten(0, 1)  # (n E, D)
         self.bias = torch.zeros(len(self.weight))
         self.slope = 4 / float(self.weight.norm(dim=1).mean().clamp_min(1e-6))  # log-odds of a need per unit of a logit
         self.sums: Sums | None = Sums(self.weight.shape[1], len(self.weight))
-        self.rows, self.count, self.due = list[tuple[Tensor, Tensor]](), 0, FIRST
+        self.rows, self.count = list[tuple[Tensor, Tensor]](), 0
+        self.next_fit = FIRST  # rows
 
     def logits(self, x: Tensor) -> Tensor:
-        """Estimated logits [T, n, E] of the targets' routers, from residuals [T, D] at unit RMS."""
+        """Return estimated logits [T, n, E] of the targets' routers for residuals ``x`` [T, D] at unit RMS."""
         return torch.addmm(self.bias, x, self.weight.T).view(len(x), len(self.targets), self.experts)
 
     def likely(self, x: Tensor) -> list[tuple[int, list[int]]]:
-        """The experts that any of the tokens x [T, D] is likely to take in each target, the likeliest first."""
+        """Return (target layer, experts) pairs: the experts that some token is likely to use, the likeliest first.
+
+        x: residuals [T, D] at unit RMS.
+        """
         logits = self.logits(x)
         ranked = logits.topk(min(self.top_k + 1, self.experts)).values
         middle = ranked[..., -2:].mean(-1, keepdim=True)  # between the last expert that is taken and the next one
@@ -56,42 +63,51 @@ class Forecast:
         ]
 
     def learn(self, x: Tensor, logits: Tensor) -> None:
-        """Rows to learn from: residuals [T, D] at unit RMS, and the targets' logits [T, n E]."""
+        """Store training rows for the next fit: residuals ``x`` [T, D] at unit RMS, the targets' logits [T, n E]."""
         if self.sums is not None:
             self.rows.append((x, logits))
             self.count += len(x)
 
     def work(self) -> bool:
-        """Add what was learned, and fit the map if that is due; whether it was."""
+        """Add the stored training rows to the sums, and fit the matrix at ``FIRST`` rows and each doubling.
+
+        Returns whether a fit was made.
+        """
         if self.sums is None or self.count < ROWS:
             return False
         x, logits = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
         self.sums.add(x, logits - x @ self.routers.T)
         self.rows, self.count = [], 0
-        if self.sums.rows < self.due:
+        if self.sums.rows < self.next_fit:
             return False
         found = result(self.sums.solve(RIDGE))
         self.weight, self.bias = self.routers + found[:, :-1], found[:, -1].clone()
-        self.due *= 2
+        self.next_fit *= 2
         if self.sums.rows >= LAST:
             self.sums = None
         return True
 
 
 class Forecasts:
-    """Those of all layers. routers: [E, D] by layer, in order. width: D."""
+    """The forecasts of all layers with experts. Several threads may use it; ``work`` needs the caller's lock.
+
+    of: the forecast by layer. width: the hidden size, D.
+    """
 
     def __init__(self, routers: dict[int, Tensor], top_k: int) -> None:
+        """routers: weights [E, D] by layer, in order of the layers. top_k: experts that a token uses in a layer."""
         layers, self.width = list(routers), next(iter(routers.values())).shape[1]
         self.of = dict[int, Forecast]()
-        for place, layer in enumerate(layers[:-1]):
-            targets = layers[place + 1 : place + 1 + AHEAD]
+        for n, layer in enumerate(layers[:-1], 1):
+            targets = layers[n : n + AHEAD]
             self.of[layer] = Forecast(targets, torch.stack([routers[target] for target in targets]), top_k)
-        self.local = threading.local()  # passes of several threads run side by side
+        self.local = threading.local()
 
     def seen(self, layer: int, x: Tensor, logits: Tensor) -> list[tuple[int, list[int]]]:
-        """A pass has the residual x [T, D] and the logits [T, E] at a layer's router. Returns what later layers are
-        likely to take."""
+        """Learn from a pass at the router of ``layer``; return (later layer, experts that it will likely use) pairs.
+
+        x: residuals at the router [T, D]. logits: the router's logits [T, E]. [] for passes of many tokens.
+        """
         trail: deque[tuple[Forecast, Tensor, list[Tensor]]] = self.local.__dict__.setdefault("trail", deque())
         unit = rms_unit(x)
         for forecast, before, found in trail:
@@ -109,7 +125,7 @@ class Forecasts:
         return own.likely(unit) if len(unit) <= FORECAST_TOKENS else []
 
     def work(self) -> None:
-        """Between two passes: learn; at most one map is fitted."""
+        """Fit at most one forecast on the stored training rows. Called between two passes, because it takes time."""
         for forecast in self.of.values():
             if forecast.work():
                 return

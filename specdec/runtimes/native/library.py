@@ -1,4 +1,4 @@
-"""The compiled kernels: finding and loading them, and the structures that they read (``native.h``)."""
+"""The compiled kernels: finds and loads them, and defines the structures that they read (``native.h``)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEVEL = "SPECDEC_NATIVE"  # environment variable: the best instruction set that 
 ARM = platform.machine() in ("aarch64", "arm64")
 LEVELS = ("", "neon", "i8mm") if ARM else ("", "avx2", "avxvnni", "avx512", "amx")  # as specdec_open counts
 SUFFIXES = {"amx": "avx512"}  # of the kernels' names, where they are not the instruction set's
-KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction set: what it returns, what it takes
+KERNELS: dict[str, tuple[Any, ...]] = {  # compiled for every instruction set: type of the result, of the arguments
     "layers": (INT, POINTER, POINTER),
     "linear": (INT, POINTER, POINTER, FLOAT, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT),
     "draft_tree": (INT, POINTER),
@@ -47,7 +47,7 @@ class Linear(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("rounded", "out", "inp", "count")),
         *((name, FLOAT) for name in ("scale", "cap")),
-        *((name, POINTER) for name in ("parts", "bias", "rough", "gaps")),
+        *((name, POINTER) for name in ("parts", "bias", "proxy", "error_bounds")),
     )
 
 
@@ -73,7 +73,17 @@ class Model(ctypes.Structure):
         *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated")),
         *(
             (n, INT)
-            for n in ("rounded", "experts", "taken", "share", "once", "activation", "across", "tables", "gated")
+            for n in (
+                "rounded",
+                "experts",
+                "top_k",
+                "normalize_top_k",
+                "round_after_weight",
+                "activation",
+                "across",
+                "tables",
+                "gated",
+            )
         ),
         *((n, INT) for n in ("recurrent", "key_heads", "value_heads", "key_dim", "value_dim", "taps")),
         *((n, FLOAT) for n in ("eps", "scale", "cap", "limit", "alpha")),
@@ -128,7 +138,7 @@ MaskCall = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(INT))  # 
 
 
 def could_run(cpuinfo: Path = machine.CPUINFO) -> bool:
-    """Whether this CPU has what the kernels need, as far as the system tells; they may not be built."""
+    """Return whether this CPU supports the kernels, as far as the system tells. The kernels may not be built."""
     features = machine.features(cpuinfo)
     apple = ARM and sys.platform == "darwin"  # all of them have dot products
     return {"avx2", "fma", "f16c"} <= features or "asimddp" in features or apple
@@ -144,7 +154,6 @@ def _notice() -> None:
 
 
 def _most() -> int:
-    """The best instruction set that may be used: an index of ``LEVELS``."""
     name = os.environ.get(LEVEL) or LEVELS[-1]
     if name not in LEVELS[1:]:
         raise SettingError(f"{LEVEL}='{name}' is unknown; it is {', '.join(LEVELS[1:-1])} or {LEVELS[-1]}")
@@ -153,8 +162,11 @@ def _most() -> int:
 
 @functools.cache
 def load() -> Any:
-    """The compiled kernels, by ``specdec_`` and their name. Raises SpecDecError if they are missing, or this CPU cannot
-    run them."""
+    """Load the compiled kernels: a library with a function ``specdec_NAME`` for each of ``KERNELS``. Cached.
+
+    ``level`` of the library is the instruction set. Raises SpecDecError if the kernels are missing or this CPU cannot
+    run them, and SettingError for an unknown instruction set in the environment.
+    """
     most = _most()
     if not LIBRARY.exists():
         _notice()
@@ -188,12 +200,15 @@ def load() -> Any:
 
 
 def version() -> str:
-    """The instruction set, and a digest of the compiled kernels: equal ones compute equal bits."""
+    """Return the instruction set and a digest of the compiled kernels. Equal versions compute equal bits."""
     return f"{load().level} {hashlib.sha256(LIBRARY.read_bytes()).hexdigest()}"
 
 
 def openmp() -> str | None:
-    """The OpenMP library that PyTorch runs in: a second one would fight it for the cores. None: there is none."""
+    """Return the name of the OpenMP library that PyTorch uses, because a second one would compete for the cores.
+
+    None: PyTorch has none.
+    """
     torch_itself, process = ctypes.CDLL(torch._C.__file__), ctypes.CDLL(None)
     try:
         name = "GOMP_parallel" if sys.platform == "linux" else "__kmpc_fork_call"  # gcc's, clang's
@@ -211,7 +226,7 @@ class _Symbol(ctypes.Structure):  # Dl_info
 
 @functools.cache
 def runs() -> bool:
-    """Whether the kernels are there, and this CPU runs them."""
+    """Return whether the kernels are built and this CPU can run them. Cached."""
     try:
         load()
     except SettingError:
@@ -222,10 +237,11 @@ def runs() -> bool:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's data; None for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def done(code: int) -> None:
-    """Raise MemoryError for what a kernel returns when it had no memory."""
+    """Raise MemoryError if a kernel's return code is negative: it could not allocate memory."""
     if code < 0:
         raise MemoryError("can't allocate memory for a pass of the native runtime")

@@ -1,4 +1,4 @@
-"""Linear maps in tiles for the compiled kernels, and tables of rows."""
+"""Linear layers in tiles for the compiled kernels, and tables of rows."""
 
 from __future__ import annotations
 
@@ -20,50 +20,46 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Linear, LinearPart, Table, done, pointer, runs
 from specdec.runtimes.native.packed_file import OTHER, ModelFile, PackedFile
 
-LARGE = 800_000  # a matrix for drafts with more weights is limited by reading them: 4 bits are faster
-PACKED = 1 << 20  # weights that are quantised in a piece of work: some 20 ms on one core
+LARGE = 800_000  # reading limits the speed of a draft matrix with more weights: 4 bits are then faster than 8
+CHUNK_WEIGHTS = 1 << 20  # weights that ``packing`` quantizes between two yields: some 20 ms on one core
 
 
 class Memory(Protocol):
-    """Allocates the memory of tiles, aligned to a cache line."""
+    """Allocates the memory of tiles."""
 
-    def allocate(self, size: int) -> Tensor: ...
+    def allocate(self, size: int) -> Tensor:
+        """Return ``size`` bytes, uint8 [size], aligned to a cache line."""
 
 
 class _Arena:
-    """Allocates memory in large pieces, on large pages: most maps are smaller than such a page."""
+    """Allocates from large chunks on large pages, because most weights are smaller than a large page."""
 
-    PIECE, PAGE = 32 << 20, 2 << 20
+    CHUNK, PAGE = 32 << 20, 2 << 20
 
     def __init__(self) -> None:
-        self.piece, self.used, self.lock = torch.empty(0, dtype=torch.uint8), 0, threading.Lock()
+        self.chunk, self.used, self.lock = torch.empty(0, dtype=torch.uint8), 0, threading.Lock()
 
     def allocate(self, size: int) -> Tensor:
-        """Allocate ``size`` bytes, aligned to a cache line."""
         with self.lock:
-            if self.used + size > self.piece.numel():
-                memory = torch.empty(max(size, self.PIECE) + self.PAGE, dtype=torch.uint8)
+            if self.used + size > self.chunk.numel():
+                memory = torch.empty(max(size, self.CHUNK) + self.PAGE, dtype=torch.uint8)
                 library.load().specdec_large_pages(memory.data_ptr(), memory.numel())
-                self.piece, self.used = memory[-memory.data_ptr() % self.PAGE :], 0
+                self.chunk, self.used = memory[-memory.data_ptr() % self.PAGE :], 0
             begin, self.used = self.used, self.used + -(-size // 64) * 64
-            return self.piece[begin : begin + size]
+            return self.chunk[begin : begin + size]
 
 
 _arena = _Arena()
 
 
 class Packed:
-    """A linear map ``cap tanh(scale (x W.T + bias) / cap)`` in tiles; cap 0: ``scale (x W.T + bias)``.
+    """A linear layer in tiles for the kernels: y = ``scale (x W.T + bias)``, or with a cap ``cap tanh(y / cap)``.
 
-    Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
-
-    weights: stacked: bf16 [out_i, in], or GGUF blocks, which keep codes, scales and the order of columns.
-    rounded: whether products take activations in 8 bits, as those of blocks do. Beside a bf16 weight, blocks are
-        unpacked to bf16.
-    draft_only: whether bf16 weights are quantised to 8 bits, large ones to 4: drafts need not be exact.
-    memory: where the tiles lie, if not with all others.
-    made: the tiles of such a weight and their format, where they are there (``packing``, ``GrowingTiles``).
-    kept: the file that has the tiles of the model's matrices, or gets them.
+    inp, width: number of inputs and outputs.
+    tiles: the memory of each weight's tiles, uint8.
+    rounded: whether activations are quantized to 8 bits, as they are for weights in blocks.
+    proxy: the weights in 4 bits, for ``bound_argmax``; None: there is no proxy.
+    struct: the layer for the kernels.
     """
 
     def __init__(
@@ -77,6 +73,18 @@ class Packed:
         made: tuple[int, Tensor] | None = None,
         kept: ModelFile | None = None,
     ) -> None:
+        """Pack ``weights``, whose outputs are joined.
+
+        weights: each bf16 [out_i, in] or GGUF blocks, which keep codes, scales and the order of columns. If some are
+            bf16, blocks are unpacked to bf16.
+        bias: [sum of out_i]; None: there is none.
+        draft_only: whether bf16 weights are quantized to 8 bits, large ones to 4, because drafts need not be exact.
+        memory: allocates the tiles; None: from the common memory.
+        made: kind and tiles of the only weight, if it is packed already (``packing``, ``GrowingTiles``).
+        kept: the file to read the tiles from, or to add them to.
+
+        Raises SpecDecError unless ``in`` is a multiple of 32, and each out_i but the last one is a multiple of 16.
+        """
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
             raise SpecDecError(
@@ -101,50 +109,55 @@ class Packed:
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
         self.rounded = BF16 not in self.kinds
-        self.rough: Tensor | None = None  # tiles, for ``largest``
+        self.proxy: Tensor | None = None
         pointers = ctypes.addressof(self.parts), pointer(self.bias), None, None
         self.struct = Linear(self.rounded, 16 * end, self.inp, len(weights), scale, cap, *pointers)
 
     @property
     def kinds(self) -> set[int]:
-        """The formats of its tiles."""
+        """Return the kinds of its tiles: ``library.BF16``, ``Q8``, ..."""
         return {part.kind for part in self.parts}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tiles; those that ``largest`` always reads, where it is screened."""
-        return sum(tiles.numel() for tiles in self.tiles) if self.rough is None else self.rough.numel()
+        """Return the bytes that a product reads: all tiles, or with a proxy the tiles of the proxy."""
+        return sum(tiles.numel() for tiles in self.tiles) if self.proxy is None else self.proxy.numel()
 
-    def screen(self, weight: Blocks, kept: ModelFile | None = None) -> None:
-        """Let ``largest`` read ``weight``, the only one, in 4 bits, and in full only what may then be the largest.
+    def bound_argmax(self, weight: Blocks, kept: ModelFile | None = None) -> None:
+        """Let ``largest`` read a 4-bit proxy of the only ``weight``, and the full weight only where it may be largest.
 
-        It finds the same. Maps whose weights have other than 8 bits, or whose outputs are changed, stay as they are.
+        An error bound of each output makes the result exact. kept: as in ``__init__``. No effect unless the weight has
+        8 bits and the layer has no bias and no cap.
         """
         if self.rounded and self.kinds == {Q8} and self.bias is None and not self.struct.cap and self.struct.scale > 0:
-            self.rough, self.gaps = _rough(weight, kept)
-            self.struct.rough, self.struct.gaps = self.rough.data_ptr(), self.gaps.data_ptr()
+            self.proxy, self.error_bounds = _proxy(weight, kept)
+            self.struct.proxy, self.struct.error_bounds = self.proxy.data_ptr(), self.error_bounds.data_ptr()
 
-    def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, once: bool = False) -> Tensor:
-        """bf16 [..., in] -> [..., out]; with ``eps`` after an RMS norm with weight ``norm`` [in] (float32).
+    def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, after_weight: bool = False) -> Tensor:
+        """Return the outputs bf16 [..., out] of ``x`` bf16 [..., in].
 
-        once: as in ``Family``.
+        eps: if above 0, an RMS norm with this epsilon comes before the product. norm: weight of the RMS norm, float32
+        [in]; None: ones. after_weight: whether the norm rounds only after its weight (``Family.round_after_weight``).
         """
-        return self._run((x,), norm, eps, once)
+        return self._run((x,), norm, eps, after_weight)
 
-    def of_normalised(self, parts: Sequence[Tensor], eps: float) -> Tensor:
-        """bf16 parts [..., in / n], each divided by its RMS, side by side -> [..., out]."""
+    def of_normalized(self, parts: Sequence[Tensor], eps: float) -> Tensor:
+        """Return the outputs [..., out] of n ``parts`` bf16 [..., in / n], each divided by its RMS, then joined."""
         return self._run(parts, None, eps, False)
 
-    def largest(self, x: Tensor, norm: Tensor | None, eps: float, once: bool = False) -> list[int]:
-        """The flat argmax of ``self(x, norm, eps, once)`` (the first of equals, never NaN; -1 if an input is not
-        finite), without storing the outputs."""
+    def largest(self, x: Tensor, norm: Tensor | None, eps: float, after_weight: bool = False) -> list[int]:
+        """Return the index of the largest output of each row of ``x`` [..., in], as a flat list of all rows.
+
+        The first of equal outputs; -1 if an input of the row is not finite. Outputs are not stored. norm, eps,
+        after_weight: as in ``__call__``.
+        """
         found = (ctypes.c_int64 * (x.numel() // self.inp))()
-        self._call((x,), (norm, eps, once), len(found), None, ctypes.addressof(found))
+        self._call((x,), (norm, eps, after_weight), len(found), None, ctypes.addressof(found))
         return found[:]
 
-    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, once: bool) -> Tensor:
+    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, after_weight: bool) -> Tensor:
         made = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
-        self._call(parts, (norm, eps, once), made.numel() // self.width, made.data_ptr(), None)
+        self._call(parts, (norm, eps, after_weight), made.numel() // self.width, made.data_ptr(), None)
         return made
 
     def _call(
@@ -165,9 +178,12 @@ class Packed:
 def packing(
     weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, cap: float = 0.0
 ) -> Generator[None, None, Packed]:
-    """Return ``Packed`` of a bf16 weight for drafts, after pieces of work."""
+    """Pack a bf16 ``weight`` [out, in] for drafts; yield after each chunk of some 20 ms, and return the layer.
+
+    bias, scale, cap: as in ``Packed``.
+    """
     (out, inp), tiles = weight.shape, GrowingTiles(*weight.shape)
-    step = max(PACKED // inp // 16, 1) * 16  # rows
+    step = max(CHUNK_WEIGHTS // inp // 16, 1) * 16  # rows
     for end in range(step, out + step, step):
         made = tiles.extend(weight[:end])
         yield
@@ -175,9 +191,9 @@ def packing(
 
 
 class GrowingTiles:
-    """Tiles of a bf16 matrix for drafts, whose rows come one after the other; of ``capacity`` rows at most.
+    """Tiles of a bf16 matrix [rows, inp] for drafts that gets more rows; at most ``capacity`` rows.
 
-    rows: number of rows that are there.
+    kind: format of the tiles. rows: number of rows that are packed. tiles: their memory, uint8.
     """
 
     def __init__(self, capacity: int, inp: int) -> None:
@@ -186,19 +202,22 @@ class GrowingTiles:
         self.tiles = _arena.allocate(-(-capacity // 16) * self.size)
 
     def extend(self, weight: Tensor) -> tuple[int, Tensor]:
-        """Pack the rows of ``weight`` that are not there, with those of the tile that the first one joins."""
+        """Pack the rows of ``weight`` [rows, inp] that are not packed yet; return kind and tiles of all rows."""
         if len(weight) > self.rows:
-            first = self.rows // 16
-            rows, place = weight.detach()[16 * first :], self.tiles.data_ptr() + first * self.size
+            first = self.rows // 16  # a tile that is not full is packed again
+            rows, address = weight.detach()[16 * first :], self.tiles.data_ptr() + first * self.size
             table = RowTable(rows)
-            given = ctypes.byref(table.struct), len(rows), self.kind, place, None, cores.threads()
+            given = ctypes.byref(table.struct), len(rows), self.kind, address, None, cores.threads()
             done(library.load().specdec_pack_rounded(*given))
             self.rows = len(weight)
         return self.kind, self.tiles
 
 
 class RowTable:
-    """A matrix [rows, columns], in bf16 or GGUF blocks, whose rows are read as bf16, times ``scale``."""
+    """A table of rows, such as token embeddings: ``weight`` [rows, columns], bf16 or GGUF blocks.
+
+    Rows are read as bf16 and multiplied by ``scale``. struct: the table for the kernels.
+    """
 
     def __init__(self, weight: Tensor | Blocks, scale: float = 1.0) -> None:
         self.columns = weight.shape[1]
@@ -211,7 +230,7 @@ class RowTable:
             self.struct = Table(-1, self.columns, 2 * self.columns, *map(pointer, self.alive), scale)
 
     def __call__(self, index: Tensor) -> Tensor:
-        """Integers [...] -> bf16 [..., columns]. Indices must be in range."""
+        """Return the rows bf16 [..., columns] with the indices ``index``, int [...]. Indices must be in range."""
         index = index.long().contiguous()
         rows = torch.empty(*index.shape, self.columns, dtype=torch.bfloat16)
         read = library.load().specdec_read_rows
@@ -220,21 +239,21 @@ class RowTable:
 
 
 def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``blocks.dequantize``, faster in bf16."""
+    """Return the rows ``index`` (None: all) of ``blocks`` in ``dtype``: ``dequantize``, but faster in bf16."""
     if dtype != torch.bfloat16:
         return dequantize(blocks, index, dtype)
     return blocks.in_order(RowTable(blocks)(torch.arange(blocks.shape[0]) if index is None else index))
 
 
 def unpack_here(model: nn.Module) -> None:
-    """Let the kernels unpack the model's blocks, if they run here."""
+    """Set the kernels' ``unpack`` in all modules of ``model`` with weights in blocks, if the kernels run here."""
     for module in model.modules() if runs() else ():
         if isinstance(module, BlockLinear | BlockEmbedding | BlockExperts):
             module.unpack = unpack
 
 
 def _kept(weight: Tensor | Blocks, kept: ModelFile | None, memory: Memory) -> tuple[int, Tensor]:
-    """The format and the tiles of a matrix that is not only for drafts, from the file ``kept`` or for it."""
+    """Return kind and tiles of a matrix that is not only for drafts; read from the file ``kept``, or added to it."""
     make = _block_tiles if isinstance(weight, Blocks) else _dense_tiles
     if kept is None or (name := kept.name(weight)) is None:
         return make(weight, memory)  # type: ignore[arg-type]
@@ -247,34 +266,37 @@ def _kept(weight: Tensor | Blocks, kept: ModelFile | None, memory: Memory) -> tu
     return kept.add(name, *make(weight, memory))  # type: ignore[arg-type]
 
 
-def _rough(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
-    """The tiles of ``Packed.screen``, and by how much they may change an output, float32."""
+def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
+    """Return the 4-bit tiles of ``Packed.bound_argmax``, and the error bound of each output for an input of length 1.
+    The bounds are float32 [out in whole tiles]."""
     name = None if kept is None else kept.name(weight)
-    tiles, gaps = (f"{part} {name}" for part in ("rough", "gaps"))
-    gap_bytes = 4 * (weight.shape[0] + -weight.shape[0] % 16)
+    tiles, bounds = (f"{part} {name}" for part in ("rough", "gaps"))  # names in the file
+    bound_bytes = 4 * (weight.shape[0] + -weight.shape[0] % 16)
     if kept is not None and name is not None:
-        found = kept.find(tiles, {Q4: _bytes(weight.shape, Q4)}), kept.find(gaps, {OTHER: gap_bytes})
+        found = kept.find(tiles, {Q4: _bytes(weight.shape, Q4)}), kept.find(bounds, {OTHER: bound_bytes})
         if found[0] is not None and found[1] is not None:
             return found[0][1], found[1][1].view(torch.float32)
-    made = torch.empty(gap_bytes // 4)
-    rough = _tiles(weight, Q4, _arena, made)
+    made = torch.empty(bound_bytes // 4)
+    proxy = _tiles(weight, Q4, _arena, made)
     if kept is not None and name is not None:
-        kept.add(tiles, Q4, rough)
-        kept.add(gaps, OTHER, made)
-    return rough, made
+        kept.add(tiles, Q4, proxy)
+        kept.add(bounds, OTHER, made)
+    return proxy, made
 
 
 def draft_tiles(
     shape: Sequence[int], weight: Callable[[], Tensor | Blocks], name: str, kept: PackedFile
 ) -> tuple[int, Tensor]:
-    """Format and tiles of a weight [out, in] for drafts, from the file ``kept`` or for it."""
+    """Return kind and tiles of a draft weight, read from the file ``kept`` or made and added to it.
+
+    shape: [out, in]. weight: returns the weight; called only if the file does not have the tiles. name: of the entry.
+    """
     kind = _draft_kind(*shape)
     found = kept.find(name, {kind: _bytes(shape, kind)})
     return found or kept.add(name, kind, _tiles(weight(), kind, _arena))
 
 
 def _bytes(shape: Sequence[int], kind: int) -> int:
-    """Bytes of the tiles of a weight [out, in]."""
     out, inp = shape
     size: int = library.load().specdec_tiles_bytes(kind, -(-out // 16), inp // 32)
     return size
@@ -287,11 +309,8 @@ def _dense_tiles(weight: Tensor | Blocks, memory: Memory) -> tuple[int, Tensor]:
 
 
 def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
-    """The format and the tiles of a matrix in GGUF blocks; bf16 if its numbers are too large for the blocks' own
-    format.
-
-    Raises SpecDecError if the kernels read other values than ``gguf`` in the first and the last row.
-    """
+    """Return kind and tiles of a matrix in GGUF blocks; bf16 tiles if its scales are too large for the blocks' kind.
+    Raises SpecDecError if the kernels read other values than ``gguf`` in the first and the last row."""
     lib, kind, table = library.load(), INT(), RowTable(blocks)
     ends = torch.tensor([0, blocks.shape[0] - 1])
     if not torch.equal(blocks.in_order(table(ends)), dequantize(blocks, ends, torch.bfloat16)):
@@ -303,17 +322,15 @@ def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
     return _dense_tiles(blocks, memory)
 
 
-def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, gaps: Tensor | None = None) -> Tensor:
-    """``weight`` [out, in] in tiles of ``kind``: BF16 (a tensor), or quantised to Q8 or Q4.
-
-    gaps: float32 [out in whole tiles], filled as ``Linear.gaps`` of native.h.
-    """
+def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, bounds: Tensor | None = None) -> Tensor:
+    """Pack ``weight`` [out, in] in tiles of ``kind``: BF16 (only of a tensor), or quantized to Q8 or Q4.
+    bounds: float32 [out in whole tiles], filled like ``Linear.error_bounds`` of native.h."""
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
     tiles = memory.allocate(_bytes(weight.shape, kind))
     if kind == BF16:
         lib.specdec_pack(table.struct.data, out, inp, tiles.data_ptr(), cores.threads())
     else:
-        given = ctypes.byref(table.struct), out, kind, tiles.data_ptr(), pointer(gaps), cores.threads()
+        given = ctypes.byref(table.struct), out, kind, tiles.data_ptr(), pointer(bounds), cores.threads()
         done(lib.specdec_pack_rounded(*given))
     return tiles
 
@@ -323,5 +340,5 @@ def _draft_kind(out: int, inp: int) -> int:
 
 
 def serves(weight: Tensor) -> bool:
-    """Whether a linear map with this weight [out, in] can be ``Packed`` here."""
+    """Return whether the kernels run here and a linear layer with ``weight`` [out, in] can be ``Packed``."""
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.shape[1] % 32 and runs()

@@ -1,4 +1,4 @@
-"""What the kernels of recurrent layers take: sizes of their states, their parameters, and the order of their rows."""
+"""Arguments of the kernels for recurrent layers: sizes of the states, parameters, and the order of packed rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from specdec.models.gguf.blocks import Blocks
 from specdec.runtimes import decoder_layer
 
 MOST_TAPS = 8  # as in delta_rule.c
-RATES = "_b", "_a", "_ba"  # ends of the names of what gives strengths and rates
+RATES = "_b", "_a", "_ba"  # ends of the names of the linear layers that compute write strengths and decay rates
 
 
 def state_shape(mixer: Mixer) -> StateShape | None:
-    """The sizes of a sequence's states; None: there are no recurrent layers. Raises SpecDecError for other sizes than
-    the kernels take."""
+    """Return the sizes of a row's recurrent states; None: the model has no recurrent layers.
+
+    Raises SpecDecError for sizes that the kernels do not support.
+    """
     if not mixer.layers:
         return None
     bad = mixer.key_dim % 16 or mixer.value_dim % 16 or mixer.value_heads % mixer.key_heads
@@ -37,8 +39,11 @@ def state_shape(mixer: Mixer) -> StateShape | None:
 
 
 def slots(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """As ``decoder_layer.modules``, with an expert for all tokens as the MLP of a mixture; what gives the strengths and
-    rates of a recurrent layer is a map of its own."""
+    """Return the linear layers that the kernels run, ``{slot: [(module path, module), ...]}``.
+
+    As ``decoder_layer.modules``, but the shared expert of a mixture takes the MLP's slots, and write strengths and
+    decay rates of a recurrent layer have a slot "rates".
+    """
     found = decoder_layer.modules(layer)
     if hasattr(layer.mlp, "shared_expert"):
         paths = {"gate_up": ["gate_proj", "up_proj"], "down": ["down_proj"]}
@@ -51,7 +56,10 @@ def slots(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
 
 
 def row_orders(layer: Any) -> dict[str, Tensor]:
-    """Maps whose rows are packed in another order, by path: which row of the map each packed row is; -1: zeros."""
+    """Return, by module path, the row of the weight that each packed row is, int64 [rows]; -1: a row of zeros.
+
+    Only linear layers whose rows are packed in another order are included.
+    """
     if not decoder_layer.recurrent(layer):
         return {}
     tile: Callable[[Tensor], Tensor] = lambda rows: F.pad(rows.flatten(), (0, -rows.numel() % 16), value=-1)  # noqa: E731
@@ -66,7 +74,10 @@ def row_orders(layer: Any) -> dict[str, Tensor]:
 
 
 def ordered(matrix: Any, rows: Tensor | None) -> Any:
-    """The rows of a tensor or of blocks in another order; -1: zeros, only of a tensor. None: as they are."""
+    """Return ``matrix``, a tensor or ``Blocks`` [out, in], with only the given ``rows`` in their order.
+
+    rows: int [n]; -1: a row of zeros (tensors only). None: all rows in their order.
+    """
     if rows is None:
         return matrix
     if isinstance(matrix, Blocks):
@@ -75,12 +86,15 @@ def ordered(matrix: Any, rows: Tensor | None) -> Any:
 
 
 def columns(matrix: Any) -> Any:
-    """An index of the columns of a last map as they are packed."""
+    """Return an index that puts the columns of ``matrix``, a tensor or ``Blocks``, into the order that is packed."""
     return slice(None) if not isinstance(matrix, Blocks) or matrix.columns is None else matrix.columns
 
 
 def parameters(mixer: Any, eps: float) -> dict[str, Tensor]:
-    """What a recurrent layer has beside its maps, float32, by field of ``Layer``. eps: of the model's norms."""
+    """Return the parameters of a recurrent mixer that are no linear layers, float32, by field of ``library.Layer``.
+
+    eps: epsilon of the model's norms. Raises SpecDecError for a convolution with a bias, or another epsilon.
+    """
     if mixer.conv1d.bias is not None or mixer.norm.variance_epsilon != eps:
         raise SpecDecError(
             "the native runtime takes no recurrent layers whose convolutions have a bias or whose norms have another "

@@ -92,14 +92,14 @@ typedef struct {       /* output rows of a map in one kind of tiles */
     const uint8_t *tiles; /* [outputs / 16][in / 32] */
 } LinearPart;
 
-typedef struct {       /* y = W x (+ bias), times `scale`, and then cap tanh(y / cap) unless `cap` is 0 */
-    /* rounded: activations are in 8 bits, and no part is bf16; out: multiple of 16; in: of 32; count: of parts */
+typedef struct {       /* a linear layer: y = scale (W x (+ bias)), and then cap tanh(y / cap) unless `cap` is 0 */
+    /* rounded: activations are in 8 bits, and no part is bf16; out: a multiple of 16; in: a multiple of 32; count: number of parts */
     int32_t rounded, out, in, count;
     float scale, cap;
     const LinearPart *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
-    const uint8_t *rough; /* the weights of a map in Q8 once more, as Q4 tiles; NULL: none */
-    const float *gaps;    /* [out]: by how much the rough weights may change an output of an input of length 1, at most */
+    const uint8_t *proxy;      /* Q4 tiles of weights in Q8, for the argmax by bounds; NULL: none */
+    const float *error_bounds; /* [out]: largest difference of an output by the proxy, for an input of length 1 */
 } Linear;
 
 typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */
@@ -125,21 +125,22 @@ typedef struct {
     const float *decay, *decay_bias;         /* [value_heads] of it: minus the factor of the rate of decay, and what is added before */
     const float *norm_mixed;                 /* [value_dim] of it: of each head's result, before the gate */
     int32_t rotary_q, rotary_k;              /* which of a call's tables rotates them; -1: none */
-    int32_t place, tiled;                    /* its number among the layers with keys and values, or among the recurrent ones;
-                                              * `out` takes the results of the first value heads of all key heads, then of the
-                                              * second ones, and so on */
+    int32_t place, tiled;                    /* place: index of the layer among the layers with keys and values, or among the
+                                              * recurrent ones; tiled: `out` takes the results of the first value heads of all key
+                                              * heads, then of the second ones, and so on */
 } Layer;
 
 typedef struct {
     int32_t hidden, heads, kv_heads, head_dim, inner, rotated; /* rotated: rotary dimensions of a head */
     int32_t rounded; /* activations in 8 bits: attention is then the same, to the last bit, in every instruction set */
-    int32_t experts, taken, share; /* of a mixture, of them for a token; share: the weights of these are made to add up to 1 */
-    int32_t once, activation, across, tables; /* norms round once, after their weights; queries and keys are normed across heads; number */
-    int32_t gated;                            /* of rotary tables; behind each query head comes a gate of its result */
-    int32_t recurrent, key_heads, value_heads, key_dim, value_dim, taps; /* number of recurrent layers; their heads; of the convolution */
-    float eps, scale, cap, limit, alpha;      /* scale of scores, and their cap as in Linear; of CLAMPED */
-    /* Called before a layer's experts are read; not 0: they cannot be, and the pass goes on without them. NULL: they are in memory.
-     * x, logits: the residual and the router's outputs, [block][hidden][16] and [block][features][16]. */
+    int32_t experts, top_k, normalize_top_k; /* experts of a layer; experts that a token uses; whether their weights are scaled to sum 1 */
+    /* round_after_weight: norms round only after their weights. across: one norm covers all heads of the queries, or of the keys.
+     * tables: number of rotary tables. gated: each query head is followed by a gate for its result. */
+    int32_t round_after_weight, activation, across, tables, gated;
+    int32_t recurrent, key_heads, value_heads, key_dim, value_dim, taps; /* number of recurrent layers; their heads; convolution taps */
+    float eps, scale, cap, limit, alpha; /* of norms; scale of scores, and their cap as in Linear; limit, alpha: of CLAMPED */
+    /* Called before a layer's experts are read; NULL: all experts are in memory. If it returns other than 0, experts cannot be read,
+     * and the pass goes on without them. x, logits: the residual [block][hidden][16] and the router's outputs [block][features][16]. */
     int (*demand)(int layer, int count, const int32_t *grouped, int rows, const float *x, const float *logits);
     const Layer *layers;
 } Model;
@@ -150,10 +151,11 @@ typedef struct {                 /* a sequence of a call; the tokens of its sequ
     uint8_t *keys, *values;      /* [layers with them][kv_heads][capacity] rows of the cache */
     const uint8_t *const *trees; /* by window kind: [tokens][start + tokens - committed], 1 = visible, every slot before is in
                                   * sight of the window alone; NULL: a token sees the slots up to its own, within its window */
-    int32_t held, slots;         /* in recurrent layers: number of its uncommitted tokens before the call's; of `inputs` */
-    uint8_t *states, *ahead;     /* [recurrent layers][state_bytes]: after the committed tokens that are not pending; NULL, or those */
-    bf16 *inputs;                /* after the call's tokens, whose inputs are then not kept. [recurrent layers][slots][input_width]: */
-    int32_t *pending;            /* inputs of pending or else of uncommitted tokens. [recurrent layers]: number of pending ones */
+    int32_t held, slots;         /* in recurrent layers: number of uncommitted tokens before the call's; slots of `inputs` */
+    uint8_t *states, *ahead;     /* [recurrent layers][state_bytes]: states after the committed tokens that are not pending; out, or
+                                  * NULL: states after the call's tokens, whose inputs are then not stored */
+    bf16 *inputs;                /* [recurrent layers][slots][input_width]: of the pending tokens, or else of the uncommitted ones */
+    int32_t *pending;            /* [recurrent layers]: number of pending tokens */
 } Sequence;
 
 typedef struct {
@@ -177,7 +179,7 @@ typedef struct {        /* a projection, and the layers after it */
     const Call *call;       /* for a token of each sequence at its first free slot, without trees */
 } Stage;
 
-/* how a sequence's tokens are sampled: the largest of logits / temperature + Gumbel noise (speculation/sampling.py) */
+/* how a sequence's tokens are sampled: the argmax of logits / temperature + Gumbel noise (speculation/sampling.py) */
 typedef struct {
     uint64_t seed, stream;
     int64_t place;          /* the text's length up to the root: the noise's position of the next token */
@@ -205,14 +207,14 @@ typedef struct {        /* a tree that grows from one root, level by level, or a
     float level, node;      /* growing ends when the next level is expected to bring less than `level`: over the nodes that get children, */
                             /* the probability of the path times `rates`, as far as it exceeds `node` */
     const float *rates;     /* [levels]: how likely a level has the right token after a right path */
-    /* [sequences][3][KNOTS], calibrated probabilities (calibrate.h), or NULL: as they are: of what the heads say, */
+    /* [sequences][3][KNOTS], calibration tables (calibrate.h), or NULL: no calibration. Of the heads' probabilities; of the other
+     * source's where the heads have no candidates; and of the other source's where the heads have candidates. */
     const float *tables;
-                            /* of what the other source says where they have no other candidates, and where they have */
     const Given *given;     /* [sequences], or NULL: no other source */
-    /* out: [levels * width * most of width and sequences, and all given nodes]: log-probabilities of the candidates' */
+    /* out: [levels * width * max(width, sequences) + all given nodes]: log-probabilities of the candidates' paths, and each
+     * candidate's raw probability after its parent by the heads (0: only the other source has the candidate). */
     float *scores, *raw;
-                            /* paths, and what the heads say of each after its parent (0: it is another source's alone) */
-    int32_t *ids, *parents; /* out: their tokens; i + 1: candidate i, -r: the root of sequence r */
+    int32_t *ids, *parents; /* out: tokens of the candidates; parents: i + 1 is candidate i, -r is the root of sequence r */
     int (*mask)(int rows, const int32_t *nodes); /* NULL: all tokens are allowed. Called before a level's pass, by one thread, to set */
     const uint8_t *const *allowed;  /* `allowed`, the mask of each of its nodes (NULL: no token); returns 0, or else growing ends */
     const uint8_t *forbidden; /* [sequences, outputs of the second head]: those that a sequence may not draft, or NULL */

@@ -1,10 +1,9 @@
-"""Packed weights in a file: the first load of a model writes them as the kernels read them, later ones read them.
+"""Packed weights in a file: the first load of a model writes the tiles of its weights, later loads read them.
 
-The file has entries, each at a multiple of ``PART`` bytes, an index in
-JSON, and an end of fixed size with the index's size and checksum. The index has the key (the state of the model's file,
-and the kernels that packed), notes, the size and checksum of all entries, and of each its kind of tiles, place and
-size. All of it is untrusted: checksums are compared at every start, and sizes with those of the file and with what the
-model needs. So a file needs no flush: what a crash spoils is made again.
+The file has entries, each at a multiple of ``PART`` bytes, an index in JSON, and a trailer of fixed size with the size
+and checksum of the index. The index has the key (state of the model's file, digest of the kernels), notes, size and
+checksum of all entries, and kind, offset and size of each entry. The file is untrusted: each load compares checksums,
+and sizes with those that the model needs. So the file needs no flush: a file that a crash has damaged is made again.
 """
 
 from __future__ import annotations
@@ -35,13 +34,14 @@ from specdec.runtimes.native import library
 
 T = TypeVar("T")
 F = TypeVar("F", bound="PackedFile")
-MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # and size and checksum of the index
-MOST_INDEX = 64 << 20  # more than any model's entries take
-PART = 4096  # bytes of a part of the checksum; entries begin at a multiple of it
+MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # the trailer: magic, size and checksum of the index
+MOST_INDEX = 64 << 20  # bytes; no model's index is larger
+PART = 4096  # bytes of a part of the checksum; the offsets of entries are multiples of it
 TOGETHER = 128  # entries that are written together
-OTHER, NUMBERS = -1, 1 << 64  # the kind of what is not tiles; checksums are below it
-DRAFTS, MOST_DRAFTS = "drafts-", 4  # files of drafters that a model keeps, the latest ones
-ADAPTED, MOST_ADAPTED = "weights-", 2  # of the model with adapters
+OTHER = -1  # kind of an entry that is not tiles
+MODULUS = 1 << 64  # checksums are below it
+DRAFTS, MOST_DRAFTS = "drafts-", 4  # begin of the names, and maximum number, of a model's files for drafters
+ADAPTED, MOST_ADAPTED = "weights-", 2  # the same for the model with adapters
 
 
 class Damaged(Exception):
@@ -49,18 +49,23 @@ class Damaged(Exception):
 
 
 class Entry(NamedTuple):
+    """An entry of the file. kind: of its tiles, or ``OTHER``. offset, size: in bytes."""
+
     kind: int
     offset: int
     size: int
 
 
 class PackedFile:
-    """One such file, which is read if it is there and can be used, else written.
+    """A file of packed weights: ``open`` reads it, or begins to write it if it is missing or cannot be used.
 
-    key: what the content depends on. need: bytes that must be free to write it.
-    entries, notes: what is in it; ``find`` and ``add`` read and write entries.
-    writes: whether it is being written, under the name ``part``, only by this process.
-    complete: whether it had all that was looked for.
+    path: the file. part: its name while it is written.
+    key: what the content depends on; a file with another key is made again.
+    need: bytes that must be free on the disk before it is written.
+    entries: the entries by name; ``find`` reads them, ``add`` writes them.
+    notes: further JSON values in the index.
+    writes: whether this process is writing the file.
+    complete: whether every entry that was looked up was in the file.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any], need: int) -> None:
@@ -76,11 +81,11 @@ class PackedFile:
         self.added, self.writings = list[tuple[Tensor, int]](), list[Future[None]]()
 
     def open(self) -> None:
-        """Read the file, or begin to write it. Where that cannot be, it stays empty."""
+        """Read the file, or begin to write it. If neither is possible, it has no entries, and ``add`` has no effect."""
         self._forget()
         if self._read() is None:
             return
-        packed.forget(self.path)  # packing takes its memory, too
+        packed.forget(self.path)  # packing needs the memory
         try:
             self._closing.enter_context(locked(self.path.with_suffix(".lock")))
             if (defect := self._read()) is None:  # another process has written it meanwhile
@@ -100,9 +105,9 @@ class PackedFile:
             self._fail(error)
 
     def find(self, name: str, sizes: Mapping[int, int]) -> tuple[int, Tensor] | None:
-        """Kind and data of an entry; None if there is none. sizes: of each kind that it may have.
+        """Return kind and data, uint8 [size], of the entry ``name``; None if the file does not have it.
 
-        Raises Damaged if it has another kind or size.
+        sizes: the expected bytes, by allowed kind. Raises Damaged if the entry has another kind or size.
         """
         if self.writes or (entry := self.entries.get(name)) is None:
             self.complete = False
@@ -112,23 +117,23 @@ class PackedFile:
         return entry.kind, self.memory[entry.offset : entry.offset + entry.size]
 
     def add(self, name: str, kind: int, data: Tensor) -> tuple[int, Tensor]:
-        """Write an entry, if the file is being written, at the next ``write``. Returns kind and data."""
+        """Add an entry for the next ``write``, if the file is being written. Returns ``kind`` and ``data``."""
         if self.writes:
             raw = data.flatten().view(torch.uint8)
             offset = -(-self.used // PART) * PART
             self.entries[name], self.used = Entry(kind, offset, len(raw)), offset + len(raw)
-            self.sum = (self.sum + _checksum(raw, offset)) % NUMBERS
+            self.sum = (self.sum + _checksum(raw, offset)) % MODULUS
             self.added.append((raw, offset))
         return kind, data
 
     def write(self) -> None:
-        """Begin to write what was added. Packing takes all cores, and what comes behind it often one."""
+        """Begin to write the added entries in a thread. Called after packing, which uses all cores."""
         while self.added:
             together, self.added = self.added[:TOGETHER], self.added[TOGETHER:]
             self.writings.append(self.writer.submit(_write, self.file, together))
 
     def finish(self) -> None:
-        """All is written: give the file its name."""
+        """Write the index, wait until everything is written, and give the file its name."""
         if not self.writes:
             return
         found = {"key": self.key, "notes": self.notes, "data": [self.used, self.sum], "entries": self.entries}
@@ -146,7 +151,7 @@ class PackedFile:
         self.close()
 
     def close(self) -> None:
-        """Delete what is not finished, and let others write. What was read stays."""
+        """Delete an unfinished file, and release the lock. Entries that were read stay in memory."""
         if self.writes:
             self._forget()
         self._closing.close()
@@ -154,11 +159,11 @@ class PackedFile:
     def _fail(self, error: Exception | str) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         note(f"packed weights cannot be kept in {self.path.parent} ({reason}); each start packs them again")
-        self.writes = True  # nothing is of use
+        self.writes = True  # ``close`` then deletes the part
         self.close()
 
     def _read(self) -> str | None:
-        """Read the file; return why it cannot be used, "" if it is not there, None if it can."""
+        """Read the file; return None, or the reason why it cannot be used; "" if it does not exist."""
         try:
             with packed.open_file(self.path) as file:
                 self._read_from(file)
@@ -205,7 +210,7 @@ class PackedFile:
 
 
 class ModelFile(PackedFile):
-    """The packed weights of a model whose matrices are mapped from a file."""
+    """The file with the packed weights of a model whose matrices are mapped from a GGUF or safetensors file."""
 
     def __init__(self, origin: Origin) -> None:
         config = hashlib.sha256((origin.folder / CONFIG).read_bytes()).hexdigest()[:32]
@@ -223,16 +228,18 @@ class ModelFile(PackedFile):
         drop_old(self.origin.folder, ADAPTED, MOST_ADAPTED)
 
     def name(self, weight: Tensor | Blocks) -> str | None:
-        """The name of the entry of a matrix: where it is in the model's file, and how it is read there. None: it is
-        not from that file."""
+        """Return the name of a matrix's entry: its offset in the model's file, kind, shape and order of rows.
+
+        None: the matrix does not lie in the model's file.
+        """
         kind, rows = (weight.kind, weight.rows) if isinstance(weight, Blocks) else (str(weight.dtype), None)
-        if (place := self.origin.place(weight.data)) is None:
+        if (offset := self.origin.place(weight.data)) is None:
             return None
         order = "" if rows is None else hashlib.sha256(rows.int().numpy().tobytes()).hexdigest()[:32]
-        return " ".join(map(str, (place, kind, *weight.shape, *weight.data.shape, order)))
+        return " ".join(map(str, (offset, kind, *weight.shape, *weight.data.shape, order)))
 
     def sample(self, parameter: Tensor | Blocks) -> Tensor:
-        """``identity.sample``, in bf16; of matrices of the model's file, it is an entry, too."""
+        """Return ``identity.sample(parameter)`` in bf16. Samples of the file's matrices are also entries."""
         name = self.name(parameter) if len(parameter.shape) == 2 else None
         if name is None:
             return identity.sample(parameter).to(torch.bfloat16)
@@ -242,14 +249,20 @@ class ModelFile(PackedFile):
         return self.add(f"sample {name}", OTHER, identity.sample(parameter).to(torch.bfloat16))[1]
 
     def of_drafts(self, digest: str, need: int) -> PackedFile:
-        """A file beside this one for what a drafter makes of the model's weights. digest: of what it depends on."""
+        """Return a file in the same folder for weights that a drafter derives from the model's.
+
+        digest: identifies what the derived weights depend on. need: bytes that must be free.
+        """
         if self.origin.adapter:
             digest = hashlib.sha256(f"{digest} {self.origin.adapter}".encode()).hexdigest()
         return PackedFile(self.path.with_name(f"{DRAFTS}{digest[:32]}{SUFFIX}"), self.key | {"drafts": digest}, need)
 
 
 def using(file: F | None, make: Callable[[F | None], T]) -> T:
-    """``make`` with the file open; once more if it is damaged."""
+    """Return what ``make`` returns, called with the open ``file``; called again if the file is damaged.
+
+    ``make`` gets None if ``file`` is None or a damaged file cannot be deleted.
+    """
     while file is not None:
         try:
             file.open()
@@ -268,7 +281,7 @@ def using(file: F | None, make: Callable[[F | None], T]) -> T:
 
 
 def drop_old(folder: Path, begin: str, most: int) -> None:
-    """Delete all but the ``most`` latest files in a folder whose names begin so."""
+    """Delete all but the ``most`` latest packed files in ``folder`` whose names begin with ``begin``."""
     with contextlib.suppress(OSError):
         found = sorted(folder.glob(f"{begin}*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
         for path in found[:-most]:
@@ -278,26 +291,24 @@ def drop_old(folder: Path, begin: str, most: int) -> None:
 
 @functools.cache
 def note(text: str) -> None:
-    """Print a note, once."""
+    """Print a note, once for each text."""
     terminal.say(f"note: {text}")
 
 
 @functools.cache
 def _kernels() -> str:
-    """Identifies the kernels, and so the layout of tiles and what was checked."""
     return hashlib.sha256(library.LIBRARY.read_bytes()).hexdigest()[:32]
 
 
 def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
-    """The checksum of data whose first part is at an offset. threads: 0: all."""
+    """Return the checksum of ``data``, uint8, that begins at ``offset`` of the file. threads: 0: all."""
     threads = threads or cores.threads()
     found: int = library.load().specdec_checksum(data.data_ptr(), data.numel(), offset // PART, threads)
     return found
 
 
 def _write(file: BinaryIO, entries: list[tuple[Tensor, int]]) -> None:
-    """Write entries that lie one behind the other, with zeros between them: in one call, since a thread that is back
-    from a call waits for others."""
+    """Write consecutive entries (data, offset) with zeros between them, in one call, because each call may wait."""
     begin, views = entries[0][1], list[memoryview]()
     end = begin
     for data, offset in entries:
@@ -313,6 +324,6 @@ def _write(file: BinaryIO, entries: list[tuple[Tensor, int]]) -> None:
 
 
 def _whole(value: Any) -> int:
-    if type(value) is not int or not -1 <= value < NUMBERS:
+    if type(value) is not int or not -1 <= value < MODULUS:
         raise ValueError
     return value

@@ -27,7 +27,7 @@ def norm_of(module: Any, family: Family, weight: Tensor | None = None) -> Norm:
     if family.around_zero:
         one_more = 1 + weight.float()
         return lambda x: (torch.rms_norm(x.float(), shape, None, eps) * one_more).to(x.dtype)
-    if weight.dim() == 1 and (family.rounds_once or weight.dtype == torch.float32):
+    if weight.dim() == 1 and (family.round_after_weight or weight.dtype == torch.float32):
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     return lambda x: torch.rms_norm(x, shape, None, eps) * weight
 

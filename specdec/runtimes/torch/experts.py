@@ -28,7 +28,7 @@ class Experts:
         self.numbers, self.act = numbers, act
         self.shared, self.gate = shared, None if shared is None else mlp.shared_expert_gate
         own = mlp.experts
-        self.turned = bool(own.turned if isinstance(own, BlockExperts) else own.is_transposed)
+        self.is_transposed = bool(own.transposed if isinstance(own, BlockExperts) else own.is_transposed)
 
     def __call__(self, x: Tensor, routed: Tensor | None = None, choose: Choose | None = None) -> Tensor:
         """Tokens [B, T, D] -> [B, T, D].
@@ -41,16 +41,16 @@ class Experts:
         if routed is not None:
             routed.copy_(logits)
         probabilities = logits.softmax(-1)
-        taken = probabilities.topk(self.mixture.taken).indices if choose is None else choose(logits)
+        taken = probabilities.topk(self.mixture.top_k).indices if choose is None else choose(logits)
         shares = probabilities.gather(1, taken)
-        shares = shares / shares.sum(-1, keepdim=True) if self.mixture.share else shares
+        shares = shares / shares.sum(-1, keepdim=True) if self.mixture.normalize_top_k else shares
         places = dict[int, list[int]]()  # of each expert that is taken
         for place, number in enumerate(taken.flatten().tolist()):
             places.setdefault(number, []).append(place)
         out, shares = torch.zeros(flat.shape, device=x.device), shares.flatten()
         for number in sorted(places):
             index = torch.tensor(places[number], device=x.device)
-            rows = index // self.mixture.taken
+            rows = index // self.mixture.top_k
             out.index_add_(0, rows, self._run(number, flat[rows]).float() * shares[index, None])
         if self.shared is not None and self.gate is not None:
             out = out + self.gate(flat).sigmoid() * self.shared(flat)
@@ -63,10 +63,10 @@ class Experts:
             gate_up, down = own.expert(number)
         else:
             gate_up, down = own.gate_up_proj[number], own.down_proj[number]
-        if self.turned:
+        if self.is_transposed:
             gate_up, down, biases = gate_up.mT, down.mT, [getattr(own, name)[number].to(x.dtype) for name in BIASES]
         inner = F.linear(x, gate_up, biases[0])
-        gate, up = (inner[..., ::2], inner[..., 1::2]) if self.turned else inner.chunk(2, -1)
+        gate, up = (inner[..., ::2], inner[..., 1::2]) if self.is_transposed else inner.chunk(2, -1)
         if limit := self.numbers.limit:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
             return F.linear(gate * torch.sigmoid(gate * self.numbers.alpha) * (up + 1), down, biases[1])

@@ -67,7 +67,7 @@ def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
         return demand(layer, count, groups, *more)
 
     call = type(experts.call)(noted)
-    target._model.demand = ctypes.cast(call, ctypes.c_void_p)
+    target.packed.struct.demand = ctypes.cast(call, ctypes.c_void_p)
     before, cache = experts.counters.since(type(experts.counters)()), target.new_cache()
     ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(7))
     for begin, end in ((0, 20), *((at, at + 1) for at in range(20, 40))):

@@ -74,14 +74,14 @@ def maps(recording: Recording) -> None:
     dense, narrow = linear.Packed([weight], torch.randn(1003)), x[:, :64]
     for tokens in (1, 5, 17, 37):
         dense(narrow[:tokens])
-        dense(narrow[:tokens], norm[:64], 1e-5, once=True)
+        dense(narrow[:tokens], norm[:64], 1e-5, after_weight=True)
         dense.largest(narrow[:tokens], norm[:64], 1e-5)
-    recording.title = "a screened map"
+    recording.title = "an argmax by bounds"
     blocks = random_blocks("Q8_0", 1003, 256)
-    screened = linear.Packed([blocks], scale=0.5)
-    screened.screen(blocks)
+    bounded = linear.Packed([blocks], scale=0.5)
+    bounded.bound_argmax(blocks)
     for tokens in (1, 2, 7):
-        screened.largest(x[:tokens, :256], norm[:256], 1e-5)
+        bounded.largest(x[:tokens, :256], norm[:256], 1e-5)
     for outputs in (50, 11002):  # 8 and 4 bits
         recording.title = f"{outputs} outputs for drafts"
         draft_only = linear.Packed([torch.randn(outputs, 192).bfloat16()], torch.randn(outputs), draft_only=True)

@@ -205,7 +205,7 @@ def test_a_screened_map_finds_the_same_largest_output(rows: int, monkeypatch: py
     codes[100:400, :, 2:] ^= torch.randint(0, 4, (300, 8, 32), generator=random, dtype=torch.uint8)
     codes[700:] = codes[:303].clone()
     packed, full = linear.Packed([blocks], scale=0.5), linear.Packed([blocks], scale=0.5)
-    packed.screen(blocks)
+    packed.bound_argmax(blocks)
     assert packed.nbytes < 0.6 * full.nbytes
     near, norm = blocks.dequantized()[100], torch.rand(256, generator=random) + 0.5
     x = ((near / near.std() + torch.randn(40, 256, generator=random)) / norm).bfloat16()
@@ -230,7 +230,7 @@ def test_a_screened_map_finds_the_same_largest_output(rows: int, monkeypatch: py
 def test_a_screened_map_does_not_read_what_cannot_be_largest() -> None:
     blocks = random_blocks("Q8_0", 640, 256)
     packed, numbers = linear.Packed([blocks]), blocks.dequantized()
-    packed.screen(blocks)
+    packed.bound_argmax(blocks)
     x = (numbers[70] / numbers.std())[None].bfloat16()
     assert packed.largest(x, None, 0.0) == [70]
     tiles = packed.tiles[0].view(40, 8, 544)
@@ -247,5 +247,5 @@ def test_norms_round_as_transformers_does(rows: int) -> None:
     scaled = x.float() * (1 / (x.float().square().mean(-1, keepdim=True) + 0.25).sqrt())
     packed = linear.Packed([torch.eye(64).bfloat16()])
     twice, once = (scaled.bfloat16().float() * weight).bfloat16(), (scaled * weight).bfloat16()
-    assert torch.equal(packed(x, weight, 0.25), twice) and torch.equal(packed(x, weight, 0.25, once=True), once)
+    assert torch.equal(packed(x, weight, 0.25), twice) and torch.equal(packed(x, weight, 0.25, after_weight=True), once)
     assert not torch.equal(twice, once)

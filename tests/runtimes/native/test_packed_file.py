@@ -435,7 +435,7 @@ def test_weights_that_are_read_ahead_are_those_that_a_load_takes(path, monkeypat
 
 
 def test_reading_that_is_stopped_reads_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "PIECE", 10)
+    monkeypatch.setattr(packed, "CHUNK", 10)
     (tmp_path / packed.WEIGHTS).write_bytes(bytes(100_000))
     real, stopping, count = os.preadv, threading.Event(), itertools.count()
 
@@ -520,7 +520,7 @@ def test_what_is_read_ahead_for_another_runtime_is_forgotten(path):
 
 
 def test_entries_of_any_size_come_back(tmp_path, kernels, monkeypatch):
-    monkeypatch.setattr(packed, "PIECE", 10_000)
+    monkeypatch.setattr(packed, "CHUNK", 10_000)
     given = {str(size): torch.randint(256, (size,), dtype=torch.uint8) for size in (0, 1, 63, 64, 5000, 9000, 70_001)}
     file = PackedFile(tmp_path / "it.packed", {"file": [1]}, 0)
     file.open()

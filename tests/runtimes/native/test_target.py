@@ -36,8 +36,7 @@ from specdec.kvcache.recurrent import ALL_LAYERS
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes.decoder_layer import recurrent
 from specdec.runtimes.draft_path import DraftRoots, Masks, TreeLimits
-from specdec.runtimes.native import library, linear
-from specdec.runtimes.native import target as native_target
+from specdec.runtimes.native import library, linear, packing
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
@@ -171,7 +170,7 @@ def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> Non
         cache, start, out = target.new_cache(), 0, []
         for end in ends:
             positions, taps = torch.arange(start, end)[None], {1: torch.empty(0)}
-            mask, routed = cache.register(0, positions), torch.zeros(end - start, 4, target.mixture.experts)
+            mask, routed = cache.register(0, positions), torch.zeros(end - start, 4, target.packed.mixture.experts)
             given = Pass(positions, mask, cache, taps, routed=routed)
             x = target.layers(target.embed(ids[:, start:end], positions), 0, 4, given)
             out.append(torch.cat((taps[1], target.readout(x), routed.flatten(1)[None]), -1))
@@ -229,7 +228,7 @@ def test_experts_with_biases_are_rounded_like_others() -> None:
     experts = model.model.layers[0].mlp.experts
     before, biases = experts.gate_up_proj.clone(), experts.gate_up_proj_bias.clone()
     target = NativeTarget(model, "int8")  # agrees with the model's own pass
-    assert all(item.kinds == {library.Q8} for item in target._experts)
+    assert all(item.kinds == {library.Q8} for item in target.packed.expert_maps)
     assert target.bytes_read < NativeTarget(model_of("gpt_oss")).bytes_read
     after = model.model.layers[0].mlp.experts.dense()
     assert 0 < apart(after.gate_up_proj, before) < 0.01 and torch.equal(after.gate_up_proj_bias, biases)
@@ -552,7 +551,7 @@ def test_rows_are_read_by_integers_of_any_width() -> None:
 def test_a_map_is_packed_in_pieces_as_it_is_at_once(monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
     torch.manual_seed(8)
     monkeypatch.setattr(linear, "LARGE", 0 if kind == linear.Q4 else 10**9)
-    monkeypatch.setattr(linear, "PACKED", 64 * 33)
+    monkeypatch.setattr(linear, "CHUNK_WEIGHTS", 64 * 33)
     weight, bias = torch.randn(171, 64).bfloat16(), torch.randn(171)
     pieces = linear.packing(weight, bias, 2.0, 3.0)
     count, made = 0, None
@@ -590,15 +589,15 @@ def test_the_largest_output_is_found_without_the_outputs(rows: int, monkeypatch:
 
 
 @torch.inference_mode()
-def test_a_large_head_in_8_bits_is_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_head_in_8_bits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = in_blocks(kinds=["Q4_1"])
     size = model.config.hidden_size
     model.lm_head = BlockLinear(random_blocks("Q8_0", 97, size), None, torch.bfloat16)
     small = NativeTarget(model)
-    monkeypatch.setattr(native_target, "SCREENED_BYTES", 1000)
-    monkeypatch.setattr(native_target, "SCREENED_SHARE", 0.001)
+    monkeypatch.setattr(packing, "BOUNDED_BYTES", 1000)
+    monkeypatch.setattr(packing, "BOUNDED_SHARE", 0.001)
     large = NativeTarget(model)
-    assert small.head(None).rough is None and large.head(None).rough is not None
+    assert small.head(None).proxy is None and large.head(None).proxy is not None
     x = torch.randn(1, 5, size).bfloat16()
     assert small.greedy_tokens(x) == large.greedy_tokens(x) == [large.readout(x).argmax(-1).tolist()]
     assert large.bytes_read < small.bytes_read - 0.3 * 97 * size

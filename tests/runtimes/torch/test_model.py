@@ -20,6 +20,7 @@ from specdec.models.gguf.blocks import Blocks
 from specdec.models.native_model import NativeModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.native import library, linear
+from specdec.runtimes.native.packing import PackedModel
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import _windows
 from specdec.runtimes.torch.model import logits_of
@@ -116,7 +117,7 @@ def unrotated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms have no weights."""
-    monkeypatch.setattr(NativeTarget, "_norm", lambda self, module: torch.ones(module.weight.shape))
+    monkeypatch.setattr(PackedModel, "_norm", lambda self, module: torch.ones(module.weight.shape))
 
 
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [swapped, unordered, misread, unrotated, unscaled]

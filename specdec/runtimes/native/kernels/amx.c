@@ -97,7 +97,7 @@ INLINE void amx_row_of_tiles(int kind, int tokens, const uint8_t *at, int count,
     enter_tiles();
 }
 
-/* As few_rows. */
+/* As dot_few_tokens. */
 static void amx_row_of_kind(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
     switch (kind) {
     case Q8: amx_row_of_tiles(Q8, tokens, tiles, count, x, to); break;
@@ -124,7 +124,7 @@ EXPORT int KERNEL(amx_agrees)(void) {
         x[i].less[0] = -32 * half_[0], x[i].less[1] = -32 * half_[1];
     }
     for (int kind = Q8; kind < KINDS; kind++) {
-        few_rows(kind, TOKENS, tiles, TILES, x, rows);
+        dot_few_tokens(kind, TOKENS, tiles, TILES, x, rows);
         enter_tiles();
         amx_row_of_kind(kind, TOKENS, tiles, TILES, x, amx);
         leave_tiles();
@@ -135,10 +135,10 @@ EXPORT int KERNEL(amx_agrees)(void) {
 
 /* --- what the algorithms call: AMX where it is, or else rows --- */
 
-/* As few_rows. */
-static void row_of_blocks(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
+/* As dot_few_tokens. */
+static void dot_tokens(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
     if (amx_blocks && tokens >= MANY) amx_row_of_kind(kind, tokens, tiles, count, x, to);
-    else few_rows(kind, tokens, tiles, count, x, to);
+    else dot_few_tokens(kind, tokens, tiles, count, x, to);
 }
 
 /* sums[block][16 outputs][16 lanes] of one output tile in bf16. Lanes without a token are 0. */

@@ -6,8 +6,8 @@ enum { ROWS = 3, CHUNK = 32 };
 static inline void enter_tiles(void) {}
 static inline void leave_tiles(void) {}
 
-static void row_of_blocks(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
-    few_rows(kind, tokens, tiles, count, x, to);
+static void dot_tokens(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
+    dot_few_tokens(kind, tokens, tiles, count, x, to);
 }
 
 /* sum[4 outputs][tokens] += rows 4 quad .. of a tile times `tokens` tokens, `stride` floats apart. wide: the rows, in floats

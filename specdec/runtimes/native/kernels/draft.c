@@ -69,7 +69,7 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
         best->floor[lane] = NEVER;
         for (int i = 0; i < count; i++) best->values[lane][i] = NEVER, best->ids[lane][i] = 0;
     }
-    norm(p->x, g->norm, p->m->hidden, g->eps, p->m->once, (uint32_t *)mine);
+    norm(p->x, g->norm, p->m->hidden, g->eps, p->m->round_after_weight, (uint32_t *)mine);
     for (int h = 0; h < 2 && g->head[h]; h++) {
         const uint32_t *input = input_of(g->head[h], (uint32_t *)mine, p->rows, mine + p->input);
         int from, to, first = h ? g->outputs[0] : 0;

@@ -200,7 +200,7 @@ INLINE void rows_of_kind(int kind, int tokens, const uint8_t *tiles, int count, 
 }
 
 /* to [tokens][16 outputs] = a row of tiles in blocks times `tokens` rounded tokens, 16 at most. */
-static void few_rows(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
+static void dot_few_tokens(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
     switch (kind) {
     case Q8: rows_of_kind(Q8, tokens, tiles, count, x, to); break;
     case Q4: rows_of_kind(Q4, tokens, tiles, count, x, to); break;

@@ -174,7 +174,7 @@ static const uint32_t *inputs_of(Pass *p, const Linear *map, const float *weight
     if (shared) split(p->blocks, me, n, &from, &to);
     for (int b = from; b < to; b++) {
         int tokens = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
-        if (!x && weight) norm(p->x + (int64_t)b * hidden * 16, weight, hidden, p->m->eps, p->m->once, normed + (int64_t)b * hidden * 8);
+        if (!x && weight) norm(p->x + (int64_t)b * hidden * 16, weight, hidden, p->m->eps, p->m->round_after_weight, normed + (int64_t)b * hidden * 8);
         else if (!x) to_pairs(p->x + (int64_t)b * hidden * 16, hidden, normed + (int64_t)b * hidden * 8);
         uint8_t *out = shared ? p->inputs + b * block_bytes(map) : mine + p->input;
         input_of(map, (x ? x : normed) + (int64_t)b * map->in * 8, tokens, out);
@@ -222,7 +222,7 @@ static void store_heads(Pass *p, int index, int me, int n) {
         if (weight) {
             F factor = m->across ? load16(p->factors + 16 * (b + (kv < 0 ? 0 : p->blocks))) : inverse_rms(fm, d, m->eps);
             if (m->across) weight += (kv < 0 ? head : kv) * d;
-            for (int i = 0; i < d; i++) store16(fm + 16 * i, rounded(normed16(load16(fm + 16 * i), factor, weight + i, m->once)));
+            for (int i = 0; i < d; i++) store16(fm + 16 * i, rounded(normed16(load16(fm + 16 * i), factor, weight + i, m->round_after_weight)));
         }
         int64_t at = ((int64_t)table * p->blocks + b) * (m->rotated / 2) * 16;
         if (table >= 0) rotate(fm, m->rotated / 2, p->cos + at, p->sin + at);
@@ -323,7 +323,7 @@ static void add_normed(Pass *p, const float *weight, int me, int n) {
         const F factor = inverse_rms(result, hidden, p->m->eps);
         for (int i = shared ? 0 : from; i < (shared ? hidden : to); i++)
             store16(x + 16 * i, rounded(add16(load16(x + 16 * i),
-                rounded(normed16(load16(result + 16 * i), factor, weight + i, p->m->once)))));
+                rounded(normed16(load16(result + 16 * i), factor, weight + i, p->m->round_after_weight)))));
     }
     wait_for_team(&p->barrier, n);
 }
@@ -431,7 +431,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int widest) {
     p->sin = allocate(64 * rotated + 1);
     p->factors = allocate(128 * blocks);
     p->attended = allocate(32 * blocks * attended);
-    const size_t groups = m->experts ? (size_t)most_groups(m, p->rows) : 0, taken = (size_t)p->rows * m->taken;
+    const size_t groups = m->experts ? (size_t)most_groups(m, p->rows) : 0, taken = (size_t)p->rows * m->top_k;
     p->inner = allocate(32 * (blocks > groups ? blocks : groups) * m->inner);
     p->queries = allocate(2 * (size_t)p->rows * m->heads * m->head_dim);
     p->sequence_of = allocate(64 * blocks);

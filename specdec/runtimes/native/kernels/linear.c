@@ -3,7 +3,7 @@
 /* sums[16 outputs][16 lanes] of a row of quantised tiles and a block of `tokens` rounded tokens. Lanes without a token are 0. */
 static void integer_product(int kind, const uint8_t *tiles, int count, const Rounded *x, int tokens, float *sums) {
     float to[16][16] __attribute__((aligned(64)));
-    row_of_blocks(kind, tokens, tiles, count, x, to);
+    dot_tokens(kind, tokens, tiles, count, x, to);
     if (tokens == 1) {
         for (int o = 0; o < 16; o++) store16(sums + 16 * o, first16(to[0] + o));
         return;
@@ -49,7 +49,7 @@ static void product(const Linear *map, int t, const uint32_t *x, int tokens, flo
     for (int i = 0; map->cap > 0 && i < 256 * blocks; i += 16) store16(sums + i, capped16(load16(sums + i), map->cap));
 }
 
-enum { SCREENED = WIDE == 16 ? 10 : 7 }; /* most tokens for which two readings of some weights cost less than one of all */
+enum { BOUNDED = WIDE == 16 ? 10 : 7 }; /* most tokens for which two readings of some weights cost less than one of all */
 
 /* Put the 16 outputs `sums` from number `first` on, of which `left` are there, among the largest of each lane so far. */
 static void keep_largest(const float *sums, int first, int left, float *tops, int32_t *which) {
@@ -63,13 +63,13 @@ static void keep_largest(const float *sums, int first, int left, float *tops, in
     store16(tops, top), store_u(which, at);
 }
 
-/* The largest of a thread's outputs for up to SCREENED tokens, as keep_largest of all tiles. Outputs that the rough weights rule out are
+/* The largest of a thread's outputs for up to BOUNDED tokens, as keep_largest of all tiles. Outputs that the proxy rules out are
  * not computed: the likeliest ones say how large the largest one is at least. most: scratch [out / 16][tokens]; seeds: [threads][16]. */
-static void screen(const Linear *map, const uint32_t *x, int tokens, int width, float *most, float *seeds, Barrier *barrier, float *tops,
-    int32_t *which, int me, int n) {
+static void argmax_by_bounds(const Linear *map, const uint32_t *x, int tokens, int width, float *most, float *seeds, Barrier *barrier,
+    float *tops, int32_t *which, int me, int n) {
     float outputs[16][16] __attribute__((aligned(64))), sums[256] __attribute__((aligned(64))), floors[16] __attribute__((aligned(64)));
-    float length[SCREENED] = {0}, high[SCREENED];
-    int32_t likeliest[SCREENED], unread[16] __attribute__((aligned(64))) = {0};
+    float length[BOUNDED] = {0}, high[BOUNDED];
+    int32_t likeliest[BOUNDED], unread[16] __attribute__((aligned(64))) = {0};
     const int count = map->in / 32;
     int from, to;
     split(map->out / 16, me, n, &from, &to);
@@ -82,11 +82,11 @@ static void screen(const Linear *map, const uint32_t *x, int tokens, int width, 
         }
     for (int r = 0; r < tokens; r++) length[r] = __builtin_sqrtf(length[r]) * 1.001f, high[r] = -__builtin_inff(), likeliest[r] = from;
     for (int t = from; t < to; t++) {
-        few_rows(Q4, tokens, map->rough + tiles_bytes(Q4, count) * t, count, (const Rounded *)x, outputs);
+        dot_few_tokens(Q4, tokens, map->proxy + tiles_bytes(Q4, count) * t, count, (const Rounded *)x, outputs);
         for (int r = 0; r < tokens; r++) {
             const F v = load16(outputs[r]);
             const float best = largest16(v);
-            most[tokens * t + r] = map->scale * largest16(fma16(load16(map->gaps + 16 * t), set16(length[r]), v));
+            most[tokens * t + r] = map->scale * largest16(fma16(load16(map->error_bounds + 16 * t), set16(length[r]), v));
             if (best > high[r]) high[r] = best, likeliest[r] = t;
         }
     }
@@ -118,17 +118,17 @@ static int all_finite(const bf16 *const *x, int parts, int r, int piece) {
 }
 
 /* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
- * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones; once: as in Model). `best` [rows], if not NULL, is made
+ * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones; after_weight: as in Model.round_after_weight). `best` [rows], if not NULL, is made
  * instead: the first of each row's largest outputs, -1 if an input is not finite. Returns 0, or -1 without memory. */
-EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int once, const bf16 *const *x, int parts, int rows,
+EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int after_weight, const bf16 *const *x, int parts, int rows,
                    bf16 *out, int64_t *best, int width, int threads) {
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
     float *fm = allocate(64 * (size_t)blocks * piece);
     uint32_t *vnni = allocate(32 * (size_t)blocks * features);
     uint8_t *scratch = allocate((size_t)blocks * block_bytes(map));
-    float *tops = allocate(192 * (size_t)blocks * threads); /* by thread and row: the largest output so far, which; seeds of `screen` */
-    const int screened = best && map->rough && rows <= SCREENED;
-    float *most = allocate(screened ? 4 * (size_t)rows * (map->out / 16) : 1);
+    float *tops = allocate(192 * (size_t)blocks * threads); /* by thread and row: the largest output so far, which; seeds of argmax_by_bounds */
+    const int bounded = best && map->proxy && rows <= BOUNDED;
+    float *most = allocate(bounded ? 4 * (size_t)rows * (map->out / 16) : 1);
     Barrier barrier;
     memset(&barrier, 0, sizeof barrier);
     if (fm && vnni && scratch && tops && most) {
@@ -140,7 +140,7 @@ EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int
             for (int b = 0; b < blocks; b++) {
                 const float *from = fm + (int64_t)b * piece * 16;
                 uint32_t *to = vnni + ((int64_t)b * features + part * piece) * 8;
-                if (eps > 0) norm(from, weight, piece, eps, once, to);
+                if (eps > 0) norm(from, weight, piece, eps, after_weight, to);
                 else to_pairs(from, piece, to);
             }
         }
@@ -153,9 +153,9 @@ EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int
             if (!me) team = n;
             enter_tiles();
             split(map->out / 16, me, n, &from, &to);
-            if (screened) screen(map, input, rows, width, most, (float *)(which + 16 * blocks * threads), &barrier, tops + 16 * me,
+            if (bounded) argmax_by_bounds(map, input, rows, width, most, (float *)(which + 16 * blocks * threads), &barrier, tops + 16 * me,
                 which + 16 * me, me, n);
-            for (int b0 = 0; !screened && b0 < blocks; b0 += MOST_BLOCKS) {
+            for (int b0 = 0; !bounded && b0 < blocks; b0 += MOST_BLOCKS) {
                 int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
                 for (int t = from; t < to; t++) {
                     product(map, t, from_block(map, input, b0), tokens < 16 * some ? tokens : 16 * some, sums);

@@ -4,7 +4,7 @@
 
 /* The maximum number of blocks of tokens, grouped by expert. */
 static int most_groups(const Model *m, int rows) {
-    int taken = rows * m->taken;
+    int taken = rows * m->top_k;
     return taken / 16 + (taken < m->experts ? taken : m->experts);
 }
 
@@ -16,7 +16,7 @@ static void choose_experts(const Model *m, const float *logits, float *rest, int
         if (rest[e] > most) most = rest[e];
     }
     for (int e = 0; e < m->experts; e++) all += exp1(rest[e] - most);
-    for (int i = 0; i < m->taken; i++) {
+    for (int i = 0; i < m->top_k; i++) {
         int best = -1;
         for (int e = 0; e < m->experts; e++) {
             int there = 0;
@@ -25,7 +25,7 @@ static void choose_experts(const Model *m, const float *logits, float *rest, int
         }
         experts[i] = best, shares[i] = exp1(rest[best] - most) / all, some += shares[i];
     }
-    for (int i = 0; i < m->taken; i++) shares[i] = widen(narrow(m->share ? shares[i] / some : shares[i]));
+    for (int i = 0; i < m->top_k; i++) shares[i] = widen(narrow(m->normalize_top_k ? shares[i] / some : shares[i]));
 }
 
 /* Group all tokens by the experts that a layer's router chooses. */
@@ -35,10 +35,10 @@ static void group_tokens(Pass *p, int index, int features) {
     int blocks = 0;
     memset(g->count, 0, 4 * (size_t)m->experts);
     for (int r = 0; r < p->rows; r++) {
-        choose_experts(m, g->logits + (int64_t)(r / 16) * features * 16 + r % 16, g->rest, g->experts + r * m->taken,
-            g->shares + r * m->taken);
+        choose_experts(m, g->logits + (int64_t)(r / 16) * features * 16 + r % 16, g->rest, g->experts + r * m->top_k,
+            g->shares + r * m->top_k);
         if (p->c->routed) memcpy(p->c->routed + ((int64_t)r * p->c->hi + index) * m->experts, g->rest, 4 * (size_t)m->experts);
-        for (int i = 0; i < m->taken; i++) g->count[g->experts[r * m->taken + i]]++;
+        for (int i = 0; i < m->top_k; i++) g->count[g->experts[r * m->top_k + i]]++;
     }
     for (int e = g->groups = 0; e < m->experts; e++) {
         if (!g->count[e]) continue;
@@ -47,9 +47,9 @@ static void group_tokens(Pass *p, int index, int features) {
         g->count[e] = 16 * g->group[g->groups - 1].block; /* from here on: its next lane */
     }
     g->blocks = blocks;
-    for (int at = 0; at < p->rows * m->taken; at++) {
+    for (int at = 0; at < p->rows * m->top_k; at++) {
         int lane = g->count[g->experts[at]]++;
-        g->row[lane] = at / m->taken, g->share[lane] = g->shares[at];
+        g->row[lane] = at / m->top_k, g->share[lane] = g->shares[at];
     }
 }
 

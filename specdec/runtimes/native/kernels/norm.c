@@ -12,20 +12,20 @@ static F inverse_rms(const float *x, int features, float eps) {
     return div16(set16(1.0f), sqrt16(add16(mean, set16(eps))));
 }
 
-/* A feature times 1 / RMS and its weight (NULL: 1), still to be rounded. Rounds in between as transformers does, unless `once`. */
-INLINE F normed16(F v, F factor, const float *weight, int once) {
+/* A feature times 1 / RMS and its weight (NULL: 1), still to be rounded. Rounds in between as transformers does, unless `after_weight`. */
+INLINE F normed16(F v, F factor, const float *weight, int after_weight) {
     v = mul16(v, factor);
-    if (!once) v = rounded(v);
+    if (!after_weight) v = rounded(v);
     return weight ? mul16(v, set16(*weight)) : v;
 }
 
 /* RMS norm over the features of feature_major `x`, to vnni_bf16. weight NULL: ones. */
-static void norm(const float *x, const float *weight, int features, float eps, int once, uint32_t *out) {
+static void norm(const float *x, const float *weight, int features, float eps, int after_weight, uint32_t *out) {
     const F factor = inverse_rms(x, features, eps);
     for (int i = 0; i < features; i += 2) {
         const float *w = weight ? weight + i : NULL;
-        store_u(out + 8 * i, paired(normed16(load16(x + 16 * i), factor, w, once),
-            normed16(load16(x + 16 * i + 16), factor, w ? w + 1 : w, once)));
+        store_u(out + 8 * i, paired(normed16(load16(x + 16 * i), factor, w, after_weight),
+            normed16(load16(x + 16 * i + 16), factor, w ? w + 1 : w, after_weight)));
     }
 }
 

@@ -237,9 +237,9 @@ static float fit(int kind, const bf16 *weights, uint8_t *codes, uint16_t *scale,
     return best;
 }
 
-/* Round the rows [out, columns] of a table to tiles of `kind`, Q8 or Q4; rows up to the next multiple of 16 are zero. gaps, if not
+/* Round the rows [out, columns] of a table to tiles of `kind`, Q8 or Q4; rows up to the next multiple of 16 are zero. bounds, if not
  * NULL: as in Linear. Returns 0, or -1 without memory. */
-EXPORT int KERNEL(pack_rounded)(const Table *table, int out, int kind, uint8_t *tiles, float *gaps, int threads) {
+EXPORT int KERNEL(pack_rounded)(const Table *table, int out, int kind, uint8_t *tiles, float *bounds, int threads) {
     const Group g = GROUPS[kind];
     const int in = table->columns;
     int failed = 0;
@@ -263,7 +263,7 @@ EXPORT int KERNEL(pack_rounded)(const Table *table, int out, int kind, uint8_t *
             put_codes(kind, codes, head + g.head);
         }
         /* A row was rounded to bf16 (at most 1 / 512 of each weight), and sums in float are, too. */
-        for (int row = 0; gaps && row < 16; row++) gaps[16 * t + row] = __builtin_sqrtf(lost[row])
+        for (int row = 0; bounds && row < 16; row++) bounds[16 * t + row] = __builtin_sqrtf(lost[row])
             * 1.001f + __builtin_sqrtf(total(squares[row])) * 0.0022f;
         if (!rows) __atomic_store_n(&failed, -1, __ATOMIC_RELAXED);
         free(rows);

@@ -1,0 +1,428 @@
+"""A model's weights as the native kernels read them: structures of ``native.h``, and the tiles that these point to.
+
+Packs layers, experts, output heads, and layers with merged adapters. GGUF blocks keep their codes and scales.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Generator, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from specdec.base import memory
+from specdec.base.errors import SpecDecError
+from specdec.models import families
+from specdec.models.gguf.blocks import (
+    BlockExperts,
+    BlockLinear,
+    Blocks,
+    ExpertBlocks,
+    bits,
+    expert,
+    matrix,
+    named_weights,
+    quantize,
+    quantize_experts,
+)
+from specdec.models.native_model import NativeModel
+from specdec.models.tensor_file import PLAIN
+from specdec.runtimes import decoder_layer
+from specdec.runtimes.decoder_layer import Adapters
+from specdec.runtimes.narrow import gated_mlp
+from specdec.runtimes.native import linear, mixer
+from specdec.runtimes.native.experts import MappedExperts
+from specdec.runtimes.native.forecasts import Forecasts
+from specdec.runtimes.native.library import POINTER, Layer, Linear, Model
+from specdec.runtimes.native.linear import Memory, Packed, RowTable
+from specdec.runtimes.native.mixer import ordered
+from specdec.runtimes.native.packed_file import DRAFTS, MOST_DRAFTS, ModelFile, PackedFile, drop_old, using
+from specdec.runtimes.target import GrowingLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantized to, by ``weights``
+EXPERT_SHARE = 0.8  # share of the free memory that a mixture's experts may take
+# The argmax of a head with more than this share of the layers' bytes, and with more than this many bytes, is found by
+# bounds (``Packed.bound_argmax``). A smaller head may be in the CPU's cache, from where reading is fast.
+BOUNDED_SHARE, BOUNDED_BYTES = 0.1, 64 << 20
+BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6, MX
+
+
+class PackedModel:
+    """A model's weights as the native kernels read them. ``NativeTarget`` owns one.
+
+    struct: the model, for the kernels.
+    embedding: the table of token embeddings.
+    final_norm: factors of the final norm, float32 [D].
+    eps: epsilon of all RMS norms.
+    rotations: the distinct rotary tables that layers use; a layer's structure has their indices.
+    numbers: factors and caps of the model.
+    mixture: number of experts, and of those that a token uses.
+    experts: the experts, if only a share of them is in memory; else None.
+    kinds: the tile formats of all layers' weights (``library.BF16`` ...).
+    rounded: whether some products quantize activations to 8 bits.
+    """
+
+    def __init__(
+        self,
+        model: NativeModel | PreTrainedModel,
+        lock: Any,
+        own_head: nn.Module,
+        kept: ModelFile | None = None,
+        rounding: str | None = None,
+        expert_cache: float | None = None,
+        expert_prefetch: bool = False,
+    ) -> None:
+        """Pack all weights of ``model``.
+
+        lock: held while weights are packed later. own_head: the output head. kept: file to read tiles from, or to add
+        them to. rounding: block format that layers are quantized to; None: none. expert_cache, expert_prefetch: as in
+        ``make_target``.
+        """
+        self.config = config = model.config
+        self.decoder: Any = model.model
+        layers = self.decoder.layers
+        recurrent = [decoder_layer.recurrent(layer) for layer in layers]
+        if rounding is not None:
+            for layer in layers:
+                _round(layer, rounding, paged=expert_cache is not None)
+        self.lock = lock
+        self.own_head = own_head
+        self.kept = kept
+        self.family = families.FAMILIES[config.model_type]
+        self.numbers = families.numbers_of(config)
+        self.mixture = families.mixture_of(config)
+        self._orders = [mixer.row_orders(layer) for layer in layers]
+        self._layers = (Layer * len(layers))()
+        self._alive: list[Any] = []  # objects that the structures point to
+        self.expert_maps: list[Packed] = []
+        if expert_cache is not None and not self.mixture.experts:
+            raise SpecDecError(f"model type '{config.model_type}' has no experts; leave out the expert cache")
+        if expert_cache is None:
+            expert_cache = _room_for_experts(model)
+        self.experts = None if expert_cache is None else MappedExperts(expert_cache)
+        rotations = families.rotations(config)
+        self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
+        for n, (layer, struct, pair) in enumerate(zip(layers, self._layers, rotations, strict=True)):
+            struct.place = recurrent[:n].count(recurrent[n])
+            self._pack_layer(n, layer, rounding)
+            struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
+        if self.experts is not None:
+            self.experts.begin(self.mixture.top_k)
+            if expert_prefetch:
+                self.experts.forecasts = Forecasts(self._routers(layers), self.mixture.top_k)
+            self._alive.append(self.experts)
+        inner = max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self.expert_maps), 0)
+        attention: Any = layers[recurrent.index(False)].self_attn
+        head_dim = int(attention.head_dim)
+        rotated = [2 * each.tables(self.decoder.rotary_emb, 8, model.dtype).shape[2] for each in self.rotations]
+        if max(rotated, default=0) < head_dim and any(each.beta for each in self.rotations):
+            raise SpecDecError(
+                "the native runtime scales queries by position only if whole heads rotate; here a part of each rotates"
+            )
+        self.final_norm, self.eps = self._norm(self.decoder.norm), float(config.rms_norm_eps)
+        packed = [*self.expert_maps, *self._maps()]
+        self.kinds = set().union(*(item.kinds for item in packed))
+        self.rounded = any(item.rounded for item in packed)
+        demand = None if self.experts is None else ctypes.cast(self.experts.call, POINTER)
+        self._sizes = (
+            *(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim, inner),
+            *(max(rotated, default=0), self.rounded, *self.mixture, self.family.round_after_weight),
+            *(families.ACTIVATIONS.index(families.activation(config)), self.family.norm_over_heads),
+            *(len(self.rotations), self.family.gated, *families.mixer_of(config)),
+            *(self.eps, float(attention.scaling), self.numbers.scores_cap, *self.numbers[-2:], demand),
+        )
+        self.struct = Model(*self._sizes, ctypes.addressof(self._layers))
+        self.embedding = RowTable(matrix(self.decoder.embed_tokens), self.numbers.embeddings)
+        self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+        self._own_head: Packed | None = None
+        # With adapters merged: the model, its layers, and the linear layers that differ, by layer.
+        self._changed: WeakKeyDictionary[Adapters, tuple[Model, Any, dict[int, Any]]] = WeakKeyDictionary()
+
+    def _maps(self) -> list[Packed]:
+        return [item for item in self._alive if isinstance(item, Packed)]
+
+    @property
+    def bytes_of_layers(self) -> int:
+        """Return the bytes of weights that a pass of one token through all layers reads, without the output head."""
+        experts, taken, _ = self.mixture
+        own = sum(item.nbytes for item in self._maps())
+        return own + sum(item.nbytes for item in self.expert_maps) * taken // max(experts, 1)
+
+    @property
+    def weights_per_byte(self) -> float:
+        """Return the mean number of weights in a byte, without experts and output heads."""
+        maps = self._maps()
+        return sum(item.inp * item.width for item in maps) / max(sum(item.nbytes for item in maps), 1)
+
+    @property
+    def weight_format(self) -> str:
+        """Return the bits of the layers' weights as text, such as "4 and 6 bits"."""
+        return " and ".join(str(width) for width in sorted({BITS[kind] for kind in self.kinds})) + " bits"
+
+    def head(self, head: nn.Linear | None) -> Packed:
+        """Return the output head ``head``, packed at its first use; None: the model's own."""
+        if head is None and self._own_head is not None:
+            return self._own_head
+        module: Any = self.own_head if head is None else head
+        with self.lock:
+            packed = self._heads.get(module)
+            if packed is None:
+                packed = self._pack_head(module) if head is None else self._pack_draft_head(head)
+                self._heads[module] = packed
+            if head is None:
+                self._own_head = packed
+        return packed
+
+    def prepare_head(self, head: nn.Linear) -> Generator[None]:
+        """Pack ``head`` for drafts, unless it is packed. Yields after each chunk of some 20 ms."""
+        if head in self._heads:
+            return
+        packed = yield from linear.packing(head.weight, head.bias, self.numbers.logits, self.numbers.logits_cap)
+        with self.lock:
+            self._heads.setdefault(head, packed)
+
+    def _pack_head(self, module: Any) -> Packed:
+        weight, numbers = matrix(module), (self.numbers.logits, self.numbers.logits_cap)
+        packed = Packed([weight], module.bias, False, *numbers, kept=self.kept)
+        if isinstance(weight, Blocks) and packed.nbytes > max(BOUNDED_SHARE * self.bytes_of_layers, BOUNDED_BYTES):
+            packed.bound_argmax(weight, self.kept)
+        self.release(weight)
+        return packed
+
+    def _pack_draft_head(self, module: Any) -> Packed:
+        """Pack a head for drafts. The tiles of a head in blocks go to a file, for later processes."""
+        weight, name = matrix(module), None
+        if isinstance(weight, Blocks) and self.kept is not None:
+            name = self.kept.name(weight)
+
+        def pack(file: PackedFile | None) -> Packed:
+            made = None
+            if isinstance(module, GrowingLinear):
+                module.memory.packed = module.memory.packed or linear.GrowingTiles(*module.memory.values.shape)
+                made = module.memory.packed.extend(weight)
+            elif file is not None:
+                made = linear.draft_tiles(weight.shape, lambda: weight, "head", file)
+            numbers = self.numbers.logits, self.numbers.logits_cap
+            packed = Packed([weight], module.bias, draft_only=True, scale=numbers[0], cap=numbers[1], made=made)
+            release(weight)
+            return packed
+
+        return self._keeping(name, weight.shape.numel(), pack)
+
+    def _keeping(self, name: str | None, weights: int, pack: Callable[[PackedFile | None], T]) -> T:
+        """Return what ``pack`` makes, given an open file with room for ``weights`` draft weights, or None.
+        name: identifies what the weights depend on; None: there is no file."""
+        if self.kept is None or name is None:
+            return pack(None)
+        digest = hashlib.sha256(f"{metadata.version('specdec-m2r2')} {name}".encode()).hexdigest()
+        made = using(self.kept.of_drafts(digest, 2 * weights), pack)
+        drop_old(self.kept.path.parent, DRAFTS, MOST_DRAFTS)
+        return made
+
+    def _pack_layer(self, index: int, layer: Any, rounding: str | None) -> None:
+        struct, orders = self._layers[index], self._orders[index]
+        for slot, pairs in mixer.slots(layer).items():
+            rates = slot == "rates"  # few weights, which stay exact: in 16 bits
+            whole = [module.weight.detach() if rates else matrix(module) for _, module in pairs]
+            weights = [ordered(weight, orders.get(path)) for (path, _), weight in zip(pairs, whole, strict=True)]
+            biases = [module.bias for _, module in pairs]
+            bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+            if any(weight.shape[0] % (16 if rates else 32) for weight in weights):
+                raise SpecDecError(
+                    f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
+                )
+            packed = Packed(weights, bias, scale=self._scale(slot), kept=self.kept)
+            self.release(*(matrix(module) for _, module in pairs))
+            self._alive.append(packed)
+            setattr(struct, slot, packed.struct)
+        if decoder_layer.has_experts(layer):
+            self._pack_experts(index, layer.mlp, rounding)
+        if decoder_layer.recurrent(layer):
+            struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
+            for name, values in mixer.parameters(layer.linear_attn, self.config.rms_norm_eps).items():
+                self._alive.append(values)
+                setattr(struct, name, values.data_ptr())
+        attention = getattr(layer, "self_attn", None)
+        fields = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
+        norms = {field: getattr(layer, name) for field, name in fields if name}
+        norms |= {n: getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
+        for name, module in norms.items():
+            weight = self._norm(module)
+            self._alive.append(weight)
+            setattr(struct, f"norm_{name}", weight.data_ptr())
+        if attention is not None and hasattr(attention, "sinks"):
+            self._alive.append(attention.sinks.detach().float())
+            struct.sinks = self._alive[-1].data_ptr()
+
+    def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
+        """Pack the router and the experts of a layer. rounding: the block format of experts that are not in blocks."""
+        struct = self._layers[index]
+        module = decoder_layer.router(mlp)
+        weight = module.weight.detach()
+        if hasattr(mlp, "shared_expert_gate"):
+            weight = torch.cat((weight, mlp.shared_expert_gate.weight.detach()))
+        router = Packed([weight], getattr(module, "bias", None))
+        struct.router = router.struct
+        self._alive.append(router)
+        gates, sums = list[Packed](), list[Packed]()
+
+        def matrices(number: int) -> tuple[Any, ...]:
+            gate_up, down, *biases = expert(mlp.experts, number)
+            if rounding is not None and isinstance(down, Tensor):
+                gate_up, down = [quantize(each, rounding) for each in gate_up], quantize(down, rounding)
+            return gate_up, down, *biases
+
+        def pack(number: int, memory: Memory | None = None) -> None:
+            gate_up, down, *biases = matrices(number)
+            gates.append(Packed(gate_up, biases[0], memory=memory))
+            sums.append(Packed([down], biases[1], scale=self.numbers.results, memory=memory))
+            release(*gate_up, down)
+
+        if self.experts is not None:
+            gate_up, down, *_ = matrices(0)
+            weights = sum(math.prod(each.shape) for each in (*gate_up, down)) * self.mixture.experts
+            self.experts.add(index, self.mixture.experts, weights, pack)
+        else:
+            for number in range(self.mixture.experts):
+                pack(number)
+        for each in gates, sums:
+            if len({item.rounded for item in each}) > 1:
+                raise SpecDecError("the native runtime takes a layer's experts all in 16 bits or none; these are mixed")
+        made = [(Linear * len(each))(*(item.struct for item in each)) for each in (gates, sums)]
+        struct.gates, struct.sums = map(ctypes.addressof, made)
+        self.expert_maps += gates + sums
+        self._alive.append(made)
+
+    def _routers(self, layers: Any) -> dict[int, Tensor]:
+        """Return the routers [E, D] by layer, multiplied by the norm before them: they act on residuals at unit RMS."""
+        norm = dict(zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True))["mlp"]
+        routers = {
+            n: decoder_layer.router(layer.mlp) for n, layer in enumerate(layers) if decoder_layer.has_experts(layer)
+        }
+        return {n: each.weight.detach().float() * self._norm(getattr(layers[n], norm)) for n, each in routers.items()}
+
+    def _norm(self, module: Any) -> Tensor:
+        weight: Tensor = module.weight.detach().float()
+        return 1 + weight if self.family.around_zero else weight
+
+    def _scale(self, slot: str) -> float:
+        """Return the factor of the outputs of a slot's linear layers."""
+        return self.numbers.results if slot in ("out", "down") else 1.0
+
+    def merged(self, adapters: Adapters | None, lo: int, hi: int) -> Model:
+        """Return the model with ``adapters`` merged into layers [lo, hi) and quantized, for drafts. Cached."""
+        if adapters is None or not any(adapters.changes(layer) for layer in range(lo, hi)):
+            return self.struct
+        with self.lock:
+            if adapters not in self._changed:
+                own = (Layer * len(self._layers))(*self._layers)
+                self._changed[adapters] = Model(*self._sizes, ctypes.addressof(own)), own, {}
+            model, layers, packed = self._changed[adapters]
+            if missing := [layer for layer in range(lo, hi) if layer not in packed]:
+
+                def merge(file: PackedFile | None) -> dict[int, Any]:
+                    return {layer: self._merge(layer, adapters, file) for layer in missing}
+
+                modules = [
+                    each for layer in missing for each in decoder_layer.modules(self.decoder.layers[layer]).values()
+                ]
+                weights = sum(module.in_features * module.out_features for each in modules for _, module in each)
+                name = f"{missing} {adapters.digest()}" if adapters.lasting else None
+                for layer, (struct, maps) in self._keeping(name, weights, merge).items():
+                    layers[layer], packed[layer] = struct, maps
+        return model
+
+    def _merge(self, layer: int, adapters: Adapters, file: PackedFile | None) -> tuple[Layer, list[Packed]]:
+        struct = Layer.from_buffer_copy(self._layers[layer])
+        factors, block, alive = adapters.factors(layer), self.decoder.layers[layer], list[Packed]()
+        neurons, orders = adapters.kept(layer), self._orders[layer]
+        mlp = None if neurons is None else gated_mlp(block)
+        narrow = {} if mlp is None or neurons is None else mlp.shapes(len(neurons))
+
+        def merged(pairs: Sequence[tuple[str, nn.Linear]]) -> Tensor:
+            """Return the weight of a slot, with adapters, rows and columns in packed order."""
+            parts = list[Tensor]()
+            for path, module in pairs:
+                given = mlp.weight(path, neurons) if path in narrow else module.weight.detach()  # type: ignore
+                weight = given.float()
+                if path in factors:
+                    down, up = (factor.detach().float() for factor in factors[path])
+                    weight = weight + up @ down
+                weight = weight[:, mixer.columns(matrix(block.get_submodule(path)))]
+                parts.append(ordered(weight.bfloat16(), orders.get(path)))
+                release(matrix(module))
+            memory.trim_heap()  # freed memory would add to the peak of the next slot
+            return torch.cat(parts)
+
+        for slot, pairs in mixer.slots(block).items():
+            changes = any(path in factors for path, _ in pairs) or pairs[0][0] in narrow
+            if not changes and all(isinstance(module, BlockLinear) for _, module in pairs):
+                continue  # it is read in its own bits
+            biases = [mlp.bias(path, neurons) if path in narrow else module.bias for path, module in pairs]  # type: ignore
+            bias = None if biases[0] is None else torch.cat([each.detach() for each in biases])  # type: ignore[union-attr]
+            sizes = [narrow.get(path) or (module.in_features, module.out_features) for path, module in pairs]
+            outs = [len(orders.get(path, range(out))) for (path, _), (_, out) in zip(pairs, sizes, strict=True)]
+            shape, weight = (sum(outs), sizes[0][0]), functools.partial(merged, pairs)
+            of_file = file is not None and all(self._is_kept(module) for _, module in pairs)
+            made = linear.draft_tiles(shape, weight, f"{layer} {slot}", file) if file and of_file else None
+            whole = weight() if made is None else torch.empty(*shape, device="meta")
+            alive.append(Packed([whole], bias, draft_only=True, scale=self._scale(slot), made=made))
+            setattr(struct, slot, alive[-1].struct)
+        return struct, alive
+
+    def release(self, *matrices: Tensor | Blocks) -> None:
+        """Release the memory of a mapped file that packing has read."""
+        if self.kept is None or not self.kept.complete:  # else packing has not read it
+            release(*matrices)
+
+    def _is_kept(self, module: nn.Module) -> bool:
+        """Return whether a module's weight lies in the model's file."""
+        return self.kept is not None and self.kept.name(matrix(module)) is not None
+
+
+def _round(layer: nn.Module, kind: str, paged: bool) -> None:
+    """Quantize the linear layers of a decoder layer to block format ``kind``, except those in as few or fewer bits.
+    paged: whether experts stay on disk. Experts in a file are then quantized one by one when they are packed."""
+    for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
+        if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
+            made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
+            layer.set_submodule(path, made)
+    mlp: Any = layer.mlp
+    if not decoder_layer.has_experts(layer):
+        return
+    of_file = isinstance(mlp.experts, BlockExperts)
+    if not of_file or (mlp.experts.down[0].kind in PLAIN and not paged):
+        mlp.experts = quantize_experts(mlp.experts, kind)
+
+
+def _room_for_experts(model: nn.Module) -> int | None:
+    """Return the bytes that are free for a mixture's experts if all of them need more; else None."""
+    experts = others = 0
+    for name, weight in named_weights(model):
+        parts = weight.matrices if isinstance(weight, ExpertBlocks) else (weight,)
+        size = sum(part.data.nbytes for part in parts)
+        experts, others = experts + size * (".experts." in name), others + size * (".experts." not in name)
+    room = memory.free_memory(torch.device("cpu")) - others
+    return max(int(EXPERT_SHARE * room), 2) if experts > EXPERT_SHARE * room and experts else None
+
+
+def release(*matrices: Tensor | Blocks) -> None:
+    """Release the memory of matrices in mapped files."""
+    memory.release(*(each.data if isinstance(each, Blocks) else each for each in matrices))
+
+
+def mapped(module: nn.Module) -> list[Tensor]:
+    """Return the tensors that hold the weights of ``module``, also those of weights in blocks."""
+    weights = (weight for _, weight in named_weights(module))
+    return [part for each in weights for part in (each.memory if isinstance(each, Blocks) else (each,))]
