@@ -149,34 +149,33 @@ class MedusaDrafter(Drafter):
 
     def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
         logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
-        return [self._likeliest(state, row, logits[row]) for row in range(len(state.ids))]
+        tables = [
+            state.prices.tables[b][0] if state.prices and state.prices.tables else None for b in range(len(logits))
+        ]
+        every = _best(logits, self.vocabulary.tokens, tables)  # one read
+        return [self._likeliest(state, b, logits[b], *own) for b, own in enumerate(zip(tables, every, strict=True))]
 
-    def _likeliest(self, state: State, row: int, logits: Tensor) -> Candidates:
-        """A row's likeliest paths, from its logits [K, V'], under the masks of its constraint."""
-        constraint, vocab, prices = state.sampler.rows[row].constraint, self.vocabulary.tokens, state.prices
-        table = prices.tables[row][0] if prices and prices.tables else None
+    def _likeliest(
+        self, state: State, row: int, logits: Tensor, table: Sequence[float] | None, best: list[list[list[float]]]
+    ) -> Candidates:
+        """A row's likeliest paths, from its logits [K, V'], under the masks of its constraint.
+
+        best: as ``_best`` returns it, for a row without one.
+        """
+        constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
         tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
         said: dict[tuple[int, ...], float] = {}
-
-        def best(scores: Tensor) -> tuple[list[list[float]], list[list[float]], list[list[int]]]:
-            """The probabilities, also calibrated, and the tokens of the best of scores [n, V']."""
-            p, found = scores.softmax(-1).nan_to_num(0.0).topk(min(RANKS, scores.shape[-1]))  # NaN: nothing is allowed
-            return p.tolist(), calibrated(p, table).tolist(), (found if vocab is None else vocab[found]).tolist()
-
-        raw, sure, found = best(logits) if constraint is None else ([], [], [])
 
         def after(path: tuple[int, ...]) -> list[float]:
             depth = len(path)
             if depth == len(logits):
                 return []
-            if constraint is None:
-                own, likely, ids = raw[depth], sure[depth], found[depth]
-            else:
+            own, likely, ids = best[depth]
+            if constraint is not None:
                 text = [tokens[path[:n]] for n in range(1, depth + 1)]
-                [own], [likely], [ids] = best(
-                    constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
-                )
-            tokens.update({(*path, rank): token for rank, token in enumerate(ids)})
+                scores = constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
+                [[[own, likely, ids]]] = _best(scores[None], vocab, [table])
+            tokens.update({(*path, rank): int(token) for rank, token in enumerate(ids)})
             said.update({(*path, rank): p for rank, p in enumerate(own)})
             return likely
 
@@ -201,6 +200,17 @@ class MedusaDrafter(Drafter):
         for number, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
                 row.final = states[number : number + 1, path[-1] : path[-1] + 1]
+
+
+def _best(
+    logits: Tensor, vocab: Tensor | None, tables: Sequence[Sequence[float] | None]
+) -> list[list[list[list[float]]]]:
+    """The best of logits [B, K, V'] as lists [B][K]: their probabilities, also calibrated, and the tokens."""
+    p, found = logits.softmax(-1).nan_to_num(0.0).topk(min(RANKS, logits.shape[-1]))  # NaN: nothing is allowed
+    sure = torch.stack([calibrated(own, table) for own, table in zip(p, tables, strict=True)])
+    ids = found if vocab is None else vocab[found]
+    read: list[list[list[list[float]]]] = torch.stack((p, sure, ids.float()), 2).tolist()  # float32 holds 2^24 tokens
+    return read
 
 
 def final_norm(target: Target) -> nn.Linear:

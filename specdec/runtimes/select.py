@@ -51,8 +51,8 @@ def make_target(
     Raises SpecDecError if the model is unsupported, or does not fit the settings. Its ``model`` is the one given or, in
     the runtime "transformers", that of transformers.
 
-    runtime: "auto" is native (CPUs) if it supports the model on this machine, else torch (not on mps), else
-        transformers; the note then says why.
+    runtime: "auto" is native (CPUs) if it supports the model on this machine, else torch, else transformers;
+        the note then says why.
     weights: "auto" (as loaded, GGUF blocks as they are; the native runtime multiplies them with
         activations in 8 bits), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
         (layers are quantised, in the model too: the quantised model is the base; in the native runtime).
@@ -72,8 +72,8 @@ def make_target(
     if expert_prefetch and expert_cache is None:
         raise SpecDecError("expert_prefetch goes with expert_cache; give its size, such as 0.25")
     native = ["native"] if special or model.dtype == torch.bfloat16 else []
-    first = {"cpu": [*native, "torch"], "mps": []}.get(model.device.type, ["torch"])
-    every = [runtime] if runtime != "auto" else native if special else [*first, "transformers"]
+    first = native if model.device.type == "cpu" else []
+    every = [runtime] if runtime != "auto" else native if special else [*first, "torch", "transformers"]
     reasons = list[str]()
     with lock_of(model):  # a runtime may put its own form of the weights into the model
         for name in every:
