@@ -93,35 +93,35 @@ class MedusaDrafter(Drafter):
 
     def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
         logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
-        each = enumerate(zip(logits, state.depths, strict=True))
-        return [self._likeliest(state, row, own[:most]) if most else Candidates.none() for row, (own, most) in each]
+        priced = state.prices.tables if state.prices and state.prices.tables else [()] * len(logits)
+        tables = [own[0] if own else None for own in priced]
+        every = _best(logits, self.vocabulary.tokens, tables)  # one read
+        rows = enumerate(zip(state.depths, tables, every, strict=True))
+        return [
+            self._likeliest(state, b, logits[b, :most], *own) if most else Candidates.none() for b, (most, *own) in rows
+        ]
 
-    def _likeliest(self, state: State, row: int, logits: Tensor) -> Candidates:
-        """A row's likeliest paths, from its logits [K, V'], under the masks of its constraint."""
-        constraint, vocab, prices = state.sampler.rows[row].constraint, self.vocabulary.tokens, state.prices
-        table = prices.tables[row][0] if prices and prices.tables else None
+    def _likeliest(
+        self, state: State, row: int, logits: Tensor, table: Sequence[float] | None, best: list[list[list[float]]]
+    ) -> Candidates:
+        """Return the likeliest paths of a row, from its logits [K, V'], under the masks of its constraint.
+
+        table: calibrates probabilities (``calibrated``); None: they stay. best: of the row, as ``_best`` returns it.
+        """
+        constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
         tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
         said: dict[tuple[int, ...], float] = {}
-
-        def best(scores: Tensor) -> tuple[list[list[float]], list[list[float]], list[list[int]]]:
-            """The probabilities, also calibrated, and the tokens of the best of scores [n, V']."""
-            p, found = scores.softmax(-1).nan_to_num(0.0).topk(min(RANKS, scores.shape[-1]))  # NaN: nothing is allowed
-            return p.tolist(), calibrated(p, table).tolist(), (found if vocab is None else vocab[found]).tolist()
-
-        raw, sure, found = best(logits) if constraint is None else ([], [], [])
 
         def after(path: tuple[int, ...]) -> list[float]:
             depth = len(path)
             if depth == len(logits):
                 return []
-            if constraint is None:
-                own, likely, ids = raw[depth], sure[depth], found[depth]
-            else:
+            own, likely, ids = best[depth]
+            if constraint is not None:
                 text = [tokens[path[:n]] for n in range(1, depth + 1)]
-                [own], [likely], [ids] = best(
-                    constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
-                )
-            tokens.update({(*path, rank): token for rank, token in enumerate(ids)})
+                scores = constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
+                [[[own, likely, ids]]] = _best(scores[None], vocab, [table])
+            tokens.update({(*path, rank): int(token) for rank, token in enumerate(ids)})
             said.update({(*path, rank): p for rank, p in enumerate(own)})
             return likely
 
@@ -151,3 +151,17 @@ class MedusaDrafter(Drafter):
 def final_norm(target: Target) -> nn.Linear:
     """The identity: a readout with this head is only the model's final norm."""
     return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
+
+
+def _best(
+    logits: Tensor, vocab: Tensor | None, tables: Sequence[Sequence[float] | None]
+) -> list[list[list[list[float]]]]:
+    """Return the likeliest tokens of logits [B, K, V'] as lists [B][K]: probabilities, calibrated ones, and token ids.
+
+    vocab: the token id of each logit; None: its index. tables: calibrate each row's probabilities.
+    """
+    p, found = logits.softmax(-1).nan_to_num(0.0).topk(min(RANKS, logits.shape[-1]))  # NaN: nothing is allowed
+    sure = torch.stack([calibrated(own, table) for own, table in zip(p, tables, strict=True)])
+    ids = found if vocab is None else vocab[found]
+    read: list[list[list[list[float]]]] = torch.stack((p, sure, ids.float()), 2).tolist()  # float32 holds 2^24 tokens
+    return read

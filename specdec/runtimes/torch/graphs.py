@@ -184,7 +184,7 @@ class CapturedTarget(TorchTarget):
         else:
             inputs.tree.zero_()
             assert mask.ancestors is not None
-            inputs.tree[rows, :own, : mask.ancestors.shape[-1]] = mask.ancestors.to(self.device)
+            inputs.tree[rows, :own, : mask.ancestors.shape[-1]] = upload(mask.ancestors, self.device, torch.bool)
         inputs.filled = mask, lanes, ahead
         return inputs
 
