@@ -22,7 +22,7 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError, one_line, out_of_memory
 from specdec.base.terminal import OnProgress
 from specdec.bench import figures
-from specdec.bench.cell import EXTERNAL_METHODS, Cell
+from specdec.bench.cell import EXTERNAL_METHODS, Cell, method_label
 from specdec.bench.environment import environment
 from specdec.bench.figures import BenchRequest, summarize
 from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory, Reply
@@ -138,9 +138,10 @@ class BenchRun:
         }
 
     def _load(self, cell: Cell) -> None:
-        """Load the method of ``cell`` and register it under a unique name: its drafter, if needed with a suffix."""
-        names = chain(("", f"@{cell.num_speculative_tokens}"), (f" ({number})" for number in count(2)))
-        name = next(name for more in names if (name := f"{cell.drafter}{more}") not in self.methods)
+        """Load the method of ``cell`` and register it under its label, if needed with a number."""
+        label = method_label(cell.as_dict())
+        numbers = (f" ({number})" for number in count(2))
+        name = next(name for more in chain(("",), numbers) if (name := f"{label}{more}") not in self.methods)
         method = self.decoders.method(cell)
         if not method.lossless:
             figures.require_rouge_score()
