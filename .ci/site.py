@@ -20,7 +20,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to sources lead somewhere in the repository, not on the site."""
-    return re.sub(r"\[([^\]]+)\]\(\.\./[\w/]+\.py\)", r"\1", markdown)
+    return re.sub(r"\[([^\]]+)\]\(\.\./[\w/]+(?:\.py)?\)", r"\1", markdown)
 
 
 def moved(text: str) -> str:

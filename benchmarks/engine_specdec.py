@@ -10,7 +10,7 @@ from peers import Put
 
 from specdec import SpecDecoder
 from specdec.bench.pass_times import time_scoring
-from specdec.verify.certificate import replay
+from specdec.verify.replay import replay
 
 
 class Specdec:
@@ -22,7 +22,7 @@ class Specdec:
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         torch.set_num_threads(threads)
         how = {"dtype": mode, "runtime": "transformers"} if mode == "float32" else {"weights": mode} if mode else {}
-        self.decoder = SpecDecoder.from_pretrained(path, drafter="none", device="cpu", **how)
+        self.decoder = SpecDecoder.from_pretrained(path, drafter="none", device="cpu", prefix_reuse=False, **how)
         target: Any = self.decoder.target
         return {
             "runtime": target.runtime,

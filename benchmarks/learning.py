@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from specdec.api.decoder import SpecDecoder
 from specdec.base import inputs
 from specdec.bench.prompts import evenly_spaced, load_prompts
-from specdec.drafters import learned
-from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.m2r2 import learned
+from specdec.drafters.m2r2.learning import Learner
 from specdec.models import drafter_folder
 
 Figures = dict[str, dict[str, Any]]
@@ -148,7 +148,7 @@ def main() -> None:
     prompts = [conversation.turns[0] for conversation in conversations]
     how: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
     how["num_speculative_tokens"] = "auto" if args.depth == "auto" else int(args.depth)
-    plain = SpecDecoder.from_pretrained(args.model, drafter="none", learn=False)
+    plain = SpecDecoder.from_pretrained(args.model, drafter="none", learn=False, prefix_reuse=False)
     decoder, end = opened(plain, now), time.monotonic() + 60 * args.minutes
     learner = learner_of(decoder)
     texts = texts_after(args.texts, learner.fits.progress.texts)

@@ -13,7 +13,7 @@ from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
 from specdec.speculation.ngram import built
 
-from .m2r2_learning import why_not
+from .m2r2.learning import why_not
 
 
 class AutoDrafter(Drafter):

@@ -16,8 +16,9 @@ from specdec.base.errors import SpecDecError
 from specdec.base.sequences import common_prefix
 from specdec.kvcache.cache import KVCache
 from specdec.models import loading
+from specdec.runtimes.prefill import prefill
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Pass, Target, prefill
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, State
 
 from .chain import ChainDrafter, ChainRow, Readout

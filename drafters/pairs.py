@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.devices import is_asynchronous, upload
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes.target import CHUNK, Target
+from specdec.runtimes.prefill import PASS_TOKENS
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
 from .chain import ChainDrafter, ChainRow, Readout
@@ -132,8 +133,8 @@ def _chunks(state: State, states: Sequence[Tensor], shift: int) -> Iterator[tupl
     positions, int64 [B, T].
     """
     device, last = state.cache.device, state.target.context - 1
-    for start in range(0, max(map(len, states)), CHUNK):
-        parts = [each[start : start + CHUNK] for each in states]
+    for start in range(0, max(map(len, states)), PASS_TOKENS):
+        parts = [each[start : start + PASS_TOKENS] for each in states]
         counts = list(map(len, parts))
         first = [len(ids) - len(each) + start for ids, each in zip(state.ids, states, strict=True)]
         texts = [ids[at : at + n] for ids, at, n in zip(state.ids, first, counts, strict=True)]

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from specdec.base.errors import SpecDecError
     from specdec.base.options import SamplingParams
     from specdec.engine.engine import Engine
+    from specdec.engine.logprobs import TokenLogprob
     from specdec.engine.metrics import RequestMetrics
-    from specdec.engine.request import Event, Handle, Request, TokenLogprob
+    from specdec.engine.request import Event, Handle, Request
     from specdec.speculation.constraints import Choice, Grammar, Json, Regex
     from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
 
@@ -57,8 +58,9 @@ _MODULES = {
     "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
     "base.errors": ("SpecDecError",),
     "engine.engine": ("Engine",),
+    "engine.logprobs": ("TokenLogprob",),
     "engine.metrics": ("RequestMetrics",),
-    "engine.request": ("Event", "Handle", "Request", "TokenLogprob"),
+    "engine.request": ("Event", "Handle", "Request"),
     "base.options": ("SamplingParams",),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from specdec.cli import app
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.runtimes.torch import static_cache
+from specdec.runtimes.torch.graphs import CapturedTarget
 from specdec.runtimes.transformers import TransformersTarget
 
 DEVICE = torch.device("cuda:0")
@@ -39,7 +42,7 @@ def generated(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("runtime", ["transformers", "torch"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "mixtral", "qwen3_next"])
 def test_every_drafter_returns_the_models_own_tokens(runtime: str, family: str) -> None:
     model = tiny_model(family).to(DEVICE)
     expected = [generated(model, prompt, ROWS) for prompt in zoo.PROMPTS]
@@ -71,6 +74,29 @@ def test_in_bfloat16_every_other_token_is_a_near_tie(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     command = ["verify", "--model", str(folder), "--drafter", "prompt-lookup", "--dtype", "bfloat16"]
     result = CliRunner().invoke(app, [*command, "--device", "cuda", "--runtime", "torch"])
+    assert result.exit_code == 0, result.output
+
+
+@torch.inference_mode()
+def test_captured_passes_are_few_and_their_cache_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = SpecDecoder(tiny_model("llama").to(DEVICE), drafter=PromptLookupDrafter())
+    target = decoder.target
+    assert isinstance(target, CapturedTarget) and target.static is not None
+    target.captured.clear()
+    for rows in (1, 2, 3, 1):
+        decoder.generate_batch(zoo.PROMPTS[:rows], max_new_tokens=ROWS)
+    assert 0 < len(target.captured) <= 24
+    monkeypatch.setattr(static_cache, "KEPT", 0)
+    decoder.generate(zoo.PROMPTS[0], max_new_tokens=ROWS)
+    gc.collect()
+    assert target.static.whole is None
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    command = ["bench", "--model", str(folder), "--drafters", "hf,none,prompt-lookup", "--device", "cuda"]
+    result = CliRunner().invoke(app, [*command, "--prompts", str(tmp_path / "prompts.txt"), "--limit", "2"])
     assert result.exit_code == 0, result.output
 
 

@@ -136,7 +136,7 @@ def test_any_drafts(
     def draft(text: list[int], limit: int) -> Tree:
         """A function of the text; the levels within a limit are the same under a larger one."""
         rng, tokens, parents, level = random.Random(f"{text}"), list[int](), list[int](), [0]
-        ahead = next(own for own in texts if own[: len(text)] == text)[len(text) :]
+        ahead = next((own for own in texts if own[: len(text)] == text), text)[len(text) :]
         for place in range(min(limit, len(ahead))):
             before, level = level, []
             for _ in range(rng.randint(1, width) if before else 0):

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, SkipValidation
 from torch import Tensor
 
-from specdec.api import drafter_use
+from specdec.api import drafter_learning, drafter_use
 from specdec.api.asynchronous import SharedEngine, SharedRequest
 from specdec.api.generation import (
     DecoderOptions,
@@ -32,18 +32,20 @@ from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
 from specdec.base.settings import Whole, checked, short_repr
-from specdec.drafters.learned import first_use
+from specdec.drafters.m2r2.learned import first_use
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, kept
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
+from specdec.kvcache.prefix import PrefixStore
 from specdec.models import catalogue, identity, loading, packed, prepare
+from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.select import make_target, needs_cpu
-from specdec.runtimes.target import CHUNK
 from specdec.speculation import registry
 from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import RowSampler, eos_token_ids, logits_processors, own_sampling, streams
+from specdec.speculation.generation_config import eos_token_ids, logits_processors, own_sampling
+from specdec.speculation.sampling import RowSampler, streams
 from specdec.speculation.warpers import MinNewTokens, NoBadWords, Processor
 
 Named = str | Path | Drafter | registry.Choice
@@ -54,6 +56,7 @@ PREFILL_CHUNK = {"cpu": 96}  # tokens of new prompts in a step of an engine, by 
 KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
 _shared = weakref.WeakKeyDictionary["SpecDecoder", SharedEngine]()  # engines of calls on event loops
+PREFIX_SHARE = 4  # the part of the free memory that texts of earlier calls may take: one in so many bytes
 LEARN = True  # whether a drafter that teaches itself learns where nothing is said
 
 
@@ -83,6 +86,8 @@ class SpecDecoder:
     expert_prefetch: read experts ahead, by forecasts that teach themselves.
     learn: whether a drafter that teaches itself learns, while no generation runs, from the texts that were read and
     generated. None is yes.
+    prefix_reuse: keep the keys and values of the last texts, in at most a quarter of the free memory, so that a prompt
+    that begins like one of them runs only its new tokens. A verifier that accepts drafts without scores keeps none.
     packed: keep packed weights in the cache folder, where later loads find them; native runtime.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
@@ -103,6 +108,7 @@ class SpecDecoder:
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
         learn: bool | None = None,
+        prefix_reuse: bool = True,
         packed: bool = True,
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
@@ -117,6 +123,8 @@ class SpecDecoder:
         self.model: Any = self.target.model
         self.target.tokenizer = tokenizer
         self.drafter = self._drafter(drafter, dict(drafter_options or {}))
+        self.prefix_reuse = prefix_reuse
+        self.prefixes = self._new_prefixes()
         self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements
         if self.learning and self.drafter.learns:
             first_use()
@@ -191,8 +199,13 @@ class SpecDecoder:
         """
         other = copy.copy(self)
         other.drafter = other._drafter(drafter, dict(drafter_options or {}))
+        other.prefixes = other._new_prefixes()  # the other decoder may run in another thread
         other._auto, other._kept_at = None, -KEEP_EVERY
         return other
+
+    def _new_prefixes(self) -> PrefixStore | None:
+        """Return an empty store for texts of this decoder; None if it keeps none."""
+        return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
     def _drafter(self, drafter: str | Path | Drafter | registry.Choice, given: dict[str, Any]) -> Drafter:
         """Load a named drafter, and bind it to the target."""
@@ -327,7 +340,10 @@ class SpecDecoder:
         if (rule := given.get("constraint")) is not None:
             given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
         requests = [self.request(row, stream=n, scope=scope, **given) for row, n in zip(ids, streams(ids), strict=True)]
-        engine = self.stepped_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
+        if (prefixes := self.prefixes) is not None:
+            prefixes.max_bytes = (free_memory(self.device) + prefixes.nbytes) // PREFIX_SHARE
+        rows = max_rows or len(ids)
+        engine = self.stepped_engine(num_speculative_tokens, max_rows=rows, max_waiting=len(ids), prefixes=prefixes)
         try:
             return Generation(engine, requests, [self.text(given) for _ in requests])
         except BaseException:
@@ -492,8 +508,8 @@ class SpecDecoder:
                 max_rows=max_rows,
                 max_waiting=max_waiting,
                 kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
-                prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, CHUNK),
-                reuse=True,
+                prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, PASS_TOKENS),
+                prefixes=PrefixStore(),
                 disk=disk,
                 learn=self.learning,
             )
@@ -555,14 +571,14 @@ class SpecDecoder:
         finally:
             release()
         if self.learning and self.drafter.learns:
-            drafter_use.learn_when_idle(self.drafter)
+            drafter_learning.learn_when_idle(self.drafter)
 
     def learn(self, seconds: float = math.inf) -> bool:
         """Let the drafter learn from earlier texts now, for at most about ``seconds``, and keep what it has learned.
 
         Returns whether it has more to learn from. Raises SpecDecError while a generation or an engine is open.
         """
-        return drafter_use.learn(self.drafter, seconds)
+        return drafter_learning.learn(self.drafter, seconds)
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as in ``model.generate``."""

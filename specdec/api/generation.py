@@ -24,8 +24,9 @@ from specdec.base.options import (
 )
 from specdec.base.settings import Whole
 from specdec.engine.engine import Engine
+from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.metrics import RequestMetrics
-from specdec.engine.request import Request, TokenLogprob
+from specdec.engine.request import Request
 from specdec.runtimes.native.experts import Counters
 from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.draft import Verifier
@@ -45,6 +46,7 @@ class DecoderOptions(TypedDict, total=False):
     expert_cache: float | None
     expert_prefetch: bool
     learn: bool | None
+    prefix_reuse: bool
     packed: bool
 
 

@@ -48,8 +48,10 @@ def without_memory() -> Iterator[None]:
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """Return ``torch.tensor(values, dtype=dtype, device=device)`` without waiting for the device."""
-    tensor = torch.tensor(values, dtype=dtype)
+    """Return ``torch.as_tensor(values, dtype=dtype, device=device)`` without waiting for the device."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if tensor.device == device:
+        return tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

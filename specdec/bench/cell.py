@@ -18,7 +18,7 @@ of ``EXTERNAL_METHODS``: ``model.generate``, plain or with prompt lookup (``hf``
 
 FIGURES of a method (a request is one batch of prompts, answered once; tokens are raw ids):
 
-    name, requests, tokens, lossless
+    name (``method_label``), requests, tokens, lossless
     engine          version and settings of an external engine; else None
     tokens_per_second         EST, over whole calls, prefill included
     prefill_ms, first_token_ms, decode_ms_per_token     EST; the prefill yields the first token
@@ -96,6 +96,8 @@ EXTERNAL_METHODS = {"hf": ExternalMethod(drafts=False), "hf-lookup": ExternalMet
 
 Text = Annotated[str, Field(min_length=1)]
 GROUPS = ("drafter", "verifier")  # settings whose values have options
+DRAFT_LENGTH = "num_speculative_tokens"
+SHORT = {"max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}  # names of settings in labels
 
 
 def _baseline(name: str) -> str:
@@ -203,6 +205,33 @@ def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
         group = name.removesuffix("_options")
         out |= {name: value} if group == name else _flattened(f"{group}.{cell[group]}.", value)
     return out
+
+
+def as_yaml(value: Any) -> str:
+    """Return a JSON value as YAML on one line; None is the empty text."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def short_name(axis: str) -> str:
+    """Return the name of an axis for display: without ``drafter.NAME.`` or ``verifier.NAME.``, or abbreviated."""
+    name = axis.rpartition(".")[2] if axis.startswith(tuple(f"{group}." for group in GROUPS)) else axis
+    return SHORT.get(name, name)
+
+
+def method_label(cell: Mapping[str, Any]) -> str:
+    """Return what decodes in a cell (``Cell.as_dict()``), such as ``m2r2@2 nodes=8 confident exit_threshold=0.8``.
+
+    The label is the drafter, the draft length unless it is "auto", the options of the drafter, and the verifier with
+    its options unless it is ``exact``. Cells of one group have different labels if their methods differ.
+    """
+    length = cell[DRAFT_LENGTH]
+    own: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name, value in axes(cell).items():
+        if "." in name:
+            own[name.partition(".")[0]].append(f"{short_name(name)}={as_yaml(value)}")
+    drafter = cell["drafter"] if length == "auto" else f"{cell['drafter']}@{length}"
+    verifier = [] if cell["verifier"] == "exact" else [cell["verifier"]]
+    return " ".join([drafter, *own["drafter"], *verifier, *own["verifier"]])
 
 
 def _flattened(prefix: str, options: Mapping[str, Any]) -> dict[str, Any]:

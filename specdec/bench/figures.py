@@ -20,7 +20,7 @@ from specdec.bench.methods import Method, Reply
 from specdec.bench.prompts import Conversation
 from specdec.engine.metrics import RequestMetrics
 from specdec.runtimes.target import Target
-from specdec.verify.certificate import replay
+from specdec.verify.replay import replay
 
 RESAMPLES = 1000
 TAIL = 2.5  # percent on each side

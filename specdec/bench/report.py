@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from specdec import __version__
 from specdec.base.files import write_atomically
+from specdec.bench.cell import method_label
 from specdec.bench.results import NAMES, Estimate, Record, Results
 
 PAGE = "report.html"  # also the name of the template
@@ -138,7 +139,8 @@ def _quality(records: Sequence[Record]) -> Picture:
     """Draw quality against speed of lossy verifiers as points, with one panel per measure of quality."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["method"]["speedup"]["none"]["value"]):
-        groups.setdefault(f"{record['cell']['drafter']}, {record['cell']['verifier']}", []).append(record)
+        cell = record["cell"]
+        groups.setdefault(method_label(cell | {"verifier_options": {}}), []).append(record)
     figure = Figure(figsize=(WIDTH, 2.5 * len(MEASURES) + 0.2 * len(groups) + 0.3), layout="constrained")
     panels = figure.subplots(len(MEASURES), 1, sharex=True)
     for ax, (measure, title) in zip(panels, MEASURES.items(), strict=True):

@@ -6,17 +6,15 @@ cell that failed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specdec.base.errors import SpecDecError
-from specdec.bench.cell import GROUPS, axes
+from specdec.bench.cell import DRAFT_LENGTH, GROUPS, as_yaml, method_label, short_name
 from specdec.bench.store import Store
 
-SHORT = {"num_speculative_tokens": "depth", "max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}
 NAMES = {"none": "plain", "hf": "model.generate"}  # of baselines, in tables
 Record = Mapping[str, Any]
 Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
@@ -25,40 +23,28 @@ Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
 # Differences of cells (``Cell.as_dict()``).
 
 
-def as_yaml(value: Any) -> str:
-    """Return a JSON value as YAML on one line; None is the empty text."""
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def varying_axes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names of the axes (see ``specdec.bench.cell.axes``) on which these cells differ."""
-    by_axis: dict[str, list[Any]] = {}
-    for cell in cells:
-        for name, value in axes(cell).items():
-            if value not in by_axis.setdefault(name, []):
-                by_axis[name].append(value)
-    return [name for name, values in by_axis.items() if len(values) > 1]
-
-
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a label for each cell (``Cell.as_dict()``), such as ``m2r2 depth=4``.
+    """Return a label for each cell (``Cell.as_dict()``), such as ``m2r2@4 tokens=64``.
 
-    A label is the drafter and the settings in which the cells of this drafter differ.
+    A label is ``method_label`` and the other settings in which the cells of the same drafter differ.
     """
     drafters = {cell["drafter"] for cell in cells}
-    differing = {drafter: varying_axes([cell for cell in cells if cell["drafter"] == drafter]) for drafter in drafters}
-    out = []
-    for cell in cells:
-        point = axes(cell)
-        own = [f"{short_name(name)}={as_yaml(point[name])}" for name in differing[cell["drafter"]] if name in point]
-        out.append(" ".join([cell["drafter"], *own]))
-    return out
+    differing = {name: other_axes([cell for cell in cells if cell["drafter"] == name]) for name in drafters}
+    return [
+        " ".join(
+            [
+                method_label(cell),
+                *(f"{short_name(name)}={as_yaml(cell.get(name))}" for name in differing[cell["drafter"]]),
+            ]
+        )
+        for cell in cells
+    ]
 
 
-def short_name(axis: str) -> str:
-    """Return the name of an axis for display: without ``drafter.NAME.`` or ``verifier.NAME.``, or abbreviated."""
-    name = axis.rpartition(".")[2] if axis.startswith(tuple(f"{group}." for group in GROUPS)) else axis
-    return SHORT.get(name, name)
+def other_axes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the settings in which these cells (``Cell.as_dict()``) differ and which ``method_label`` does not show."""
+    settings = [name for name in cells[0] if name != DRAFT_LENGTH and not name.startswith(GROUPS)]
+    return [name for name in settings if any(cell.get(name) != cells[0][name] for cell in cells)]
 
 
 # Tables.

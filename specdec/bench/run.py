@@ -22,7 +22,7 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError, one_line, out_of_memory
 from specdec.base.terminal import OnProgress
 from specdec.bench import figures
-from specdec.bench.cell import EXTERNAL_METHODS, Cell
+from specdec.bench.cell import EXTERNAL_METHODS, Cell, method_label
 from specdec.bench.environment import environment
 from specdec.bench.figures import BenchRequest, summarize
 from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory, Reply
@@ -31,7 +31,7 @@ from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_p
 from specdec.models import loading
 from specdec.speculation import registry
 from specdec.speculation.sampling import Sampler, streams
-from specdec.verify.certificate import first_difference
+from specdec.verify.replay import first_difference
 
 Record = dict[str, Any]  # a result of ``specdec.bench.cell``, or {"key", "cell", "error", "seconds"}
 Chat = tuple[Conversation, list[str]]  # a conversation, and its texts so far: user turns and answers, alternating
@@ -58,7 +58,8 @@ class Decoders:
         if self._base is None or self._base[0] != cell.loading:
             self._base, self._loaded = None, {}  # free the previous model first
             how = {name: value for name, value in cell.loading.items() if name != "model"}
-            self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", learn=False, **how)
+            how |= {"learn": False, "prefix_reuse": False}  # every answer runs its whole prompt
+            self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", **how)
         return self._base[1]
 
     def method(self, cell: Cell) -> Method:
@@ -137,9 +138,10 @@ class BenchRun:
         }
 
     def _load(self, cell: Cell) -> None:
-        """Load the method of ``cell`` and register it under a unique name: its drafter, if needed with a suffix."""
-        names = chain(("", f"@{cell.num_speculative_tokens}"), (f" ({number})" for number in count(2)))
-        name = next(name for more in names if (name := f"{cell.drafter}{more}") not in self.methods)
+        """Load the method of ``cell`` and register it under its label, if needed with a number."""
+        label = method_label(cell.as_dict())
+        numbers = (f" ({number})" for number in count(2))
+        name = next(name for more in chain(("",), numbers) if (name := f"{label}{more}") not in self.methods)
         method = self.decoders.method(cell)
         if not method.lossless:
             figures.require_rouge_score()

@@ -293,16 +293,16 @@ def report(
 
 
 def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
-    from specdec.bench.cell import axes
-    from specdec.bench.results import as_yaml, short_name, varying_axes
+    from specdec.bench.cell import as_yaml, method_label, short_name
+    from specdec.bench.results import other_axes
 
     cells = [cell.as_dict() for cell in plan.cells]
-    differing = [name for name in varying_axes(cells) if name != "drafter"]
+    differing = other_axes(cells)
     rows = []
     for cell, values in zip(plan.cells, cells, strict=True):
-        point, record = axes(values), records.get(cell.key())
+        record = records.get(cell.key())
         state = "to do" if record is None else "failed" if "error" in record else "done"
-        rows.append([cell.key()[:8], cell.drafter, *(as_yaml(point.get(name)) for name in differing), state])
-    terminal.print_table(["cell", "drafter", *map(short_name, differing), "state"], rows)
+        rows.append([cell.key()[:8], method_label(values), *(as_yaml(values[name]) for name in differing), state])
+    terminal.print_table(["cell", "method", *map(short_name, differing), "state"], rows)
     waiting = sum(row[-1] != "done" for row in rows)
     say(f"{plan.name}: {len(rows)} cells, {waiting} to do")

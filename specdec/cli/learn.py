@@ -16,7 +16,7 @@ from specdec.cli import shared
 from specdec.models.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from specdec.drafters.learned import Progress
+    from specdec.drafters.m2r2.learned import Progress
     from specdec.runtimes.target import Target
 
 
@@ -90,7 +90,7 @@ def ahead(
 @app.command("status", epilog="Example: specdec learn status --json")
 def status(as_json: shared.JsonLine = False) -> None:
     """Show what was learned for each model: from how many tokens, since when, and how well drafts agree."""
-    from specdec.drafters import learned
+    from specdec.drafters.m2r2 import learned
 
     found = learned.all_progress()
     if as_json:
@@ -120,7 +120,7 @@ def reset(
     named: shared.ModelOption = None,
 ) -> None:
     """Forget what was learned."""
-    from specdec.drafters import learned
+    from specdec.drafters.m2r2 import learned
 
     model = None if argument is None and named is None else shared.one_model(argument, named)
     if model is None:
@@ -161,8 +161,8 @@ def export(
 
 def _begin_from(target: Target, base: str) -> None:
     """Copy what was learned for the model ``base`` as a start for ``target``. Raises SpecDecError if not possible."""
-    from specdec.drafters import learned
-    from specdec.drafters.m2r2_fits import learned_path
+    from specdec.drafters.m2r2 import learned
+    from specdec.drafters.m2r2.fits import learned_path
 
     own, path = str(target.model.config._name_or_path), str(learned_path(target))
     store = learned.Store(target.fingerprint, path)
@@ -176,7 +176,7 @@ def _begin_from(target: Target, base: str) -> None:
 
 def _learned_for(model: str) -> list[tuple[Path, Progress]]:
     """Return (file, progress) of what was learned for the model of this name. Raises SpecDecError if nothing was."""
-    from specdec.drafters import learned
+    from specdec.drafters.m2r2 import learned
 
     names = model, learned.whole_name(model)
     found = [(path, each) for path, each in learned.all_progress() if each and each.model in names]

@@ -104,7 +104,7 @@ def compare(
     logit_gap: distance from the best logit there; None without one, and if it is infinite.
     plain: the output of plain decoding.
     """
-    from specdec.verify.certificate import first_difference, margins  # heavy
+    from specdec.verify.replay import first_difference, margins  # heavy
 
     difference = agreement = None
     identical, outcome = ours.token_ids == plain.token_ids, "yes"

@@ -14,11 +14,13 @@ from torch import Tensor
 from specdec.base.errors import NotFiniteError
 from specdec.engine.depth.policy import DepthChoice, DepthPolicy, StepReport
 from specdec.engine.guard import DrafterGuard
+from specdec.engine.logprobs import prompt_logprobs, token_logprobs
 from specdec.engine.metrics import PhaseTimer
-from specdec.engine.request import Request, prompt_logprobs, token_logprobs
+from specdec.engine.request import Request
 from specdec.engine.scoring import score
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes.target import Target, run_tokens
+from specdec.runtimes.prefill import run_tokens
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import Acceptance, Draft, Drafter, State, Verifier, check_draft
 from specdec.speculation.sampling import Sampler
 

@@ -24,7 +24,9 @@ from specdec.engine.guard import Outage
 from specdec.engine.request import Handle, Request, Status, check_prompt, failure
 from specdec.engine.scheduler import Scheduler
 from specdec.kvcache.disk import PrefixDisk
-from specdec.runtimes.target import CHUNK, Target
+from specdec.kvcache.prefix import PrefixStore
+from specdec.runtimes.prefill import PASS_TOKENS
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
 
 __all__ = ["Engine", "EngineStats", "QueueFullError"]
@@ -78,8 +80,9 @@ class Engine:
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
     prefill_chunk: maximum prompt tokens that run between two steps of the running rows.
-    reuse: whether the keys and values of earlier texts serve prompts that begin alike. disk: keeps them for later
-        processes, too; it is closed with the engine.
+    prefixes: the keys and values of earlier texts, which prompts that begin alike go on with. Texts of this engine are
+        added, and the caller may hand them to a later engine of the target. None: none are kept. disk: keeps them for
+        later processes, too; it is closed with the engine.
     learn: whether the engine's thread does the drafter's work (``Drafter.learn``) when there is nothing else to do.
     """
 
@@ -93,8 +96,8 @@ class Engine:
         max_rows: int = 16,
         max_waiting: float = math.inf,
         kv_memory: int | None = None,
-        prefill_chunk: int = CHUNK,
-        reuse: bool = False,
+        prefill_chunk: int = PASS_TOKENS,
+        prefixes: PrefixStore | None = None,
         disk: PrefixDisk | None = None,
         learn: bool = False,
         on_close: Callable[[], object] = lambda: None,
@@ -102,7 +105,7 @@ class Engine:
         self.target, self.max_waiting, self.on_close = target, max_waiting, on_close
         self.learns, self._saved = learn and drafter.learns, 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
-        self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, reuse, disk)
+        self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, prefixes, disk)
         self.timer = self.batch.timer
         self.steps_done = self.drafted = self.accepted = 0
         self.positions: Counter[int] = Counter()
@@ -320,6 +323,8 @@ class Engine:
         """End all requests but those that wait, after a failed step."""
         self._finish([row for row in self._all_requests() if row.status is not Status.WAITING], "error", failure(error))
         self.scheduler.clear()
+        if self.scheduler.memory.prefixes is not None:
+            self.scheduler.memory.prefixes.clear()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -370,6 +375,7 @@ class Engine:
             self.scheduler.clear()
             if not self._closed:
                 self._closed = True
+                self.scheduler.memory.prefixes = None
                 if self.scheduler.disk is not None:
                     self.scheduler.disk.close()
                 self.on_close()
@@ -388,11 +394,11 @@ class Engine:
         return EngineStats(
             running=scheduler.running,
             waiting=len(scheduler.waiting),
-            kv_bytes=scheduler.used(),
-            kv_budget=scheduler.kv_memory,
+            kv_bytes=scheduler.memory.used(),
+            kv_budget=scheduler.memory.limit,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
-            prefix_bytes=scheduler.prefixes.nbytes,
+            prefix_bytes=scheduler.memory.prefix_bytes(),
             saved_seconds=scheduler.saved_seconds,
             preemptions=scheduler.preemptions,
             steps=self.steps_done,

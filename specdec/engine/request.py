@@ -1,7 +1,4 @@
-"""A request, the handle that its sender gets (events, metrics, cancellation), and log-probabilities of its tokens.
-
-Log-probabilities are those of the model's own distribution: before logits processors, temperature and masks.
-"""
+"""A request, and the handle that its sender gets: events, metrics, cancellation."""
 
 from __future__ import annotations
 
@@ -11,15 +8,14 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field, SkipValidation
-from torch import Tensor
 
-from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError
 from specdec.base.options import SamplingParams
 from specdec.base.settings import Whole, checked_class
+from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.metrics import RequestMetrics
 from specdec.runtimes.target import Target
 from specdec.speculation.sampling import RowSampler
@@ -93,7 +89,7 @@ class Request:
     error: SpecDecError | None = field(init=False, default=None)
     cancelled: bool = field(init=False, default=False)
     preempted: bool = field(init=False, default=False)
-    put_off: bool = field(init=False, default=False)  # from its prompt, as others came
+    deferred: bool = field(init=False, default=False)  # while its prompt ran, because others came
     submit_time: float = field(init=False, default=0.0)
     phases_at_start: dict[str, float] | None = field(init=False, default=None)  # the engine's, at admission
     new_tokens: list[int] = field(init=False, default_factory=list)  # of the last step
@@ -110,8 +106,8 @@ class Request:
         self.sampler = self.sampler or RowSampler(self.params, self.processors, self.stream, start=len(self.prompt))
 
     @property
-    def party(self) -> tuple[str | None, str | None]:
-        """Whose request it is: rows and the queue are fair between parties."""
+    def client(self) -> tuple[str | None, str | None]:
+        """Whose request it is: rows and the queue are fair between clients."""
         return self.scope, self.sender
 
     @property
@@ -282,38 +278,3 @@ class Handle:
                     async with asyncio.timeout(POLL):
                         await flag.wait()
                 flag.clear()
-
-
-CHUNK = 64  # prompt positions whose logits are computed at once
-
-
-class TokenLogprob(NamedTuple):
-    """A token with its log-probability. top: (token, log-probability) of the likeliest at its position, best first."""
-
-    token_id: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-    def as_dict(self) -> dict[str, Any]:
-        return self._asdict()
-
-
-def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """The log-probabilities of n ``tokens`` under logits [n, V], each with the ``top`` likeliest tokens there."""
-    if not tokens:
-        return []
-    logs = logits.float().log_softmax(-1)
-    chosen = upload([[token] for token in tokens], logs.device)
-    own = logs.gather(-1, chosen)[:, 0].tolist()
-    values, ids = logs.topk(min(top, logs.shape[-1]))
-    likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [TokenLogprob(*each) for each in zip(tokens, own, likeliest, strict=True)]
-
-
-def prompt_logprobs(target: Target, states: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """The log-probabilities of at most n ``tokens``, each of which follows one of the final states [n, D]."""
-    found = list[TokenLogprob]()
-    for start in range(0, len(tokens), CHUNK):
-        part = tokens[start : start + CHUNK]
-        found += token_logprobs(target.readout(states[None, start : start + len(part)])[0], part, top)
-    return found

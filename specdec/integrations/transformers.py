@@ -28,7 +28,8 @@ from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
 from specdec.speculation.draft import Drafter
-from specdec.speculation.sampling import RowSampler, Transforms, refuse_stateful, streams
+from specdec.speculation.generation_config import refuse_stateful
+from specdec.speculation.sampling import RowSampler, Transforms, streams
 
 # Processors that do not read the tokens, so that they can process all positions at once.
 WARPERS: tuple[type[LogitsProcessor], ...] = (

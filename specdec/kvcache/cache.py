@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.base.devices import upload
 from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import Advance, KernelStates, LayerStates, RowStates, StateShape, run_rows
 
@@ -289,8 +290,9 @@ class KVCache:
         for row, path in zip(self.entries, paths, strict=True):
             n, count = row.count, len(path)
             if count and path[-1] != count - 1:  # else the slots are in place
+                index = upload([n + slot for slot in path], self.device)
                 for buffer in row.buffers.values():
-                    buffer[..., n : n + count, :] = buffer[..., [n + slot for slot in path], :]
+                    buffer[..., n : n + count, :] = buffer[..., index, :]
             if row.states is not None:
                 row.states.commit(path)
             row.count += count

@@ -112,6 +112,6 @@ class RowMask(Mask):
         if self.causal and t == 1:
             return keys, None
         chain = torch.ones(t, u, dtype=torch.bool, device=device).tril(self.ahead)
-        trees = torch.stack([chain if tree is None else tree.to(device) for tree in self.trees])  # (B, T, U)
+        trees = [chain if tree is None else upload(tree, device, torch.bool) for tree in self.trees]
         seen = (every < n)[:, None].repeat(1, t, 1)  # (B, T, S)
-        return keys, seen.scatter_(2, slots[:, None].expand(-1, t, -1), trees)
+        return keys, seen.scatter_(2, slots[:, None].expand(-1, t, -1), torch.stack(trees))  # (B, T, U)

@@ -8,6 +8,7 @@ of the text up to each checkpoint is also in the index.
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
@@ -25,7 +26,7 @@ class Prefix:
 
     ids: the token ids. scope: name of the tenant whose requests may begin with the text; None: the default tenant.
     key: the text as bytes in the index. points: the keys of all parts that can be resumed, ``key`` included.
-    nbytes: of the buffers of keys and values. states: number of recurrent states of a layer.
+    nbytes: size of the buffers of keys and values, and of the recurrent states.
     """
 
     def __init__(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
@@ -33,18 +34,20 @@ class Prefix:
         if count > len(ids):
             raise ValueError(f"a cache of {count} tokens does not belong to a text of {len(ids)}")
         self.ids, self.cache, self.scope = list(ids[:count]), cache, scope
-        self.key, self.nbytes, self.states = _key(self.ids, scope), cache.nbytes, cache.num_states
+        self.key = _key(self.ids, scope)
+        self.nbytes = cache.nbytes + cache.state_bytes * cache.num_states
         self.points = [self.key[: SCOPE + TOKEN * n] for n in {count} | cache.checkpoints(0) if 0 < n <= count]
 
 
 class PrefixStore:
     """Prefixes by key, the least recently used first.
 
-    nbytes, states: sums of those of its prefixes.
+    nbytes: the sum of those of its prefixes. max_bytes: the limit that an engine keeps to by ``drop``.
     """
 
     def __init__(self) -> None:
-        self.nbytes = self.states = 0
+        self.nbytes = 0
+        self.max_bytes = math.inf
         self._texts = OrderedDict[bytes, Prefix]()
         self._points = list[bytes]()  # sorted
         self._holders = dict[bytes, dict[Prefix, None]]()  # of each point
@@ -67,7 +70,6 @@ class PrefixStore:
                 self.drop()
             self._texts[made.key] = made
             self.nbytes += made.nbytes
-            self.states += made.states
             for point in made.points:
                 if point not in self._holders:
                     self._points.insert(bisect_left(self._points, point), point)
@@ -110,10 +112,14 @@ class PrefixStore:
         self._remove(next(iter(self._texts.values())))
         return True
 
+    def clear(self) -> None:
+        """Remove all texts."""
+        while self.drop():
+            pass
+
     def _remove(self, prefix: Prefix) -> None:
         del self._texts[prefix.key]
         self.nbytes -= prefix.nbytes
-        self.states -= prefix.states
         for point in prefix.points:
             del self._holders[point][prefix]
             if not self._holders[point]:

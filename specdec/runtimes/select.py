@@ -70,8 +70,8 @@ def make_target(
     if expert_prefetch and expert_cache is None:
         raise SpecDecError("expert_prefetch goes with expert_cache; give its size, such as 0.25")
     native = ["native"] if special or model.dtype == torch.bfloat16 else []
-    first = {"cpu": [*native, "torch"], "mps": []}.get(model.device.type, ["torch"])
-    every = [runtime] if runtime != "auto" else native if special else [*first, "transformers"]
+    first = native if model.device.type == "cpu" else []
+    every = [runtime] if runtime != "auto" else native if special else [*first, "torch", "transformers"]
     reasons = list[str]()
     with lock_of(model):  # a runtime may put its own form of the weights into the model
         for name in every:

@@ -1,12 +1,10 @@
-"""The target model as embed / layers [lo, hi) / readout over our cache: the interface of all runtimes.
-
-With runs of known tokens: prompts, and text that a second model has not seen.
-"""
+"""The target model as embed / layers [lo, hi) / readout over our cache: the interface of all runtimes."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -29,11 +27,6 @@ if TYPE_CHECKING:
 
     from specdec.models.native_model import NativeModel
     from specdec.runtimes.native.experts import MappedExperts
-from collections.abc import Callable, Generator, Sequence
-
-from torch.nn.utils.rnn import pad_sequence
-
-from specdec.base.devices import upload
 
 LEAST_ROWS = 64  # of a matrix that grows, for which there is memory
 UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe", "experts")
@@ -133,6 +126,11 @@ class Target(ABC):
         """Return the name of the processor or of the kernels: targets with another name may round differently."""
         cuda = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes for keys and values that no row has."""
+        return 0
 
     def new_cache(self, batch: int = 1) -> KVCache:
         return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
@@ -269,70 +267,3 @@ def _windows(config: Any) -> list[int | None]:
                 "use a model with full, sliding-window or chunked attention, or recurrent layers"
             )
     return [known[kind] for kind in kinds]
-
-
-CHUNK = 512  # maximum tokens of a row per pass: bounds the memory of masks and activations
-
-
-def prefill(target: Target, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Run each row's tokens (at least one) after its cached ones, and commit them.
-
-    Returns the final states [B, 1, D] of each row's last token.
-    """
-    last: Tensor | None = None
-    for start in range(0, max(map(len, rows)), CHUNK):
-        parts = [row[start : start + CHUNK] for row in rows]
-        x = run_tokens(target, cache, parts)
-        alive = upload([[[bool(part)]] for part in parts], cache.device, torch.bool)  # (B, 1, 1)
-        last = x if last is None else torch.where(alive, x, last)
-    assert last is not None
-    return last
-
-
-def run_tokens(
-    target: Target,
-    cache: KVCache,
-    rows: Sequence[Sequence[int]],
-    taps: dict[int, Tensor] | None = None,
-    whole: bool = False,
-    every: list[Tensor] | None = None,
-) -> Tensor:
-    """Run tokens of each row (some may have none) in one pass, and commit them.
-
-    Returns the final states [B, 1, D] of each row's last token.
-
-    taps: filled with the states [B, 1, D] of the last tokens or, if ``whole``, [B, T, D] of all, padded on the right.
-    every: gets each row's final states [n, D] of all its tokens.
-    """
-    counts, device = list(map(len, rows)), cache.device
-    mask: Mask
-    if target.ragged:
-        tokens = upload([[token for row in rows for token in row]], device)  # (1, T)
-        places = [range(n, n + count) for n, count in zip(cache.rows, counts, strict=True)]
-        positions = upload([[place for row in places for place in row]], device)
-        mask, ends, end = cache.register(0, positions, counts=counts), list[int](), 0
-        for count in counts:
-            end += count
-            ends.append(max(end - 1, 0))
-        index = [0] * len(rows), ends
-    else:
-        width = max(counts)
-        tokens = upload([[*row, *[0] * (width - len(row))] for row in rows], device)  # (B, T), padded on the right
-        positions = upload([[n] for n in cache.rows], device) + torch.arange(width, device=device)
-        positions.clamp_(max=target.context - 1)  # padding may point past the end
-        mask = cache.register(0, positions)
-        index = list(range(len(rows))), [max(count - 1, 0) for count in counts]
-    x = target.embed(tokens, positions)
-    x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps))
-    cache.commit([range(count) for count in counts])
-    packed = len(rows) > 1 and len(x) == 1  # rows lie one behind the other
-    if every is not None:
-        every += x[0].split(counts) if packed else [row[:count] for row, count in zip(x, counts, strict=True)]
-    for layer, states in (taps or {}).items():
-        if taps is None or states.dim() < 2:
-            continue
-        if not whole:
-            taps[layer] = states[index][:, None]
-        elif packed:
-            taps[layer] = pad_sequence(states[0].split(counts), batch_first=True)
-    return x[index][:, None]

@@ -10,8 +10,9 @@ from typing import Any
 from anyio.to_thread import run_sync
 from pydantic_core import to_json
 
-from specdec.serve.choice import ResponseChoice, merge_pieces, sse
+from specdec.serve.choice import ResponseChoice, merge_pieces
 from specdec.serve.errors import ApiError
+from specdec.serve.events import sse
 from specdec.serve.parts import AnswerParser, Block
 from specdec.serve.request import GenerationRequest
 from specdec.speculation.constraints import CompiledConstraint

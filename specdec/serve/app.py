@@ -22,9 +22,10 @@ from specdec.engine.engine import Engine
 from specdec.serve.answer import Answer, Prepared
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, JsonRoute
 from specdec.serve.chat import OpenAIAnswer
-from specdec.serve.choice import EventStream, ResponseChoice, until_disconnect
+from specdec.serve.choice import ResponseChoice
 from specdec.serve.clients import Client
 from specdec.serve.errors import ErrorBody, add_handlers
+from specdec.serve.events import EventStream, until_disconnect
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
 from specdec.serve.middleware import IGNORED, AccessLog, AllowedHosts, ApiKey
 from specdec.serve.page import build

@@ -14,8 +14,9 @@ from pydantic_core import to_json
 from specdec import __version__
 from specdec.api.text import Piece
 from specdec.serve.answer import Answer, Prepared
-from specdec.serve.choice import DONE, ResponseChoice, merge_pieces, sse
+from specdec.serve.choice import ResponseChoice, merge_pieces
 from specdec.serve.errors import ApiError
+from specdec.serve.events import DONE, sse
 from specdec.serve.logprobs import chat_logprobs, completion_logprobs
 from specdec.serve.parts import AnswerParser, Part, merged
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import suppress
-from typing import Any, TypeVar
-
-from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
-from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from collections.abc import AsyncIterator, Sequence
 
 from specdec.api.text import REASONS, AnswerText, Detokenizer, Piece
 from specdec.base.errors import ConstraintError
-from specdec.engine.request import Handle, TokenLogprob
+from specdec.engine.logprobs import TokenLogprob
+from specdec.engine.request import Handle
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 
@@ -111,57 +105,3 @@ async def merge_pieces(
     finally:
         for task in tasks:
             task.cancel()
-
-
-DONE = b"data: [DONE]\n\n"
-T = TypeVar("T")
-
-
-def sse(value: dict[str, Any]) -> bytes:
-    """A server-sent event."""
-    return b"data: " + to_json(value) + b"\n\n"
-
-
-class EventStream(StreamingResponse):
-    """A response of server-sent events.
-
-    end: called after the last event, or when the client disconnects, or does not read for ``timeout`` seconds.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, events: AsyncIterator[bytes], end: Callable[[], object], headers: dict[str, str], timeout: float
-    ) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers)
-        self.end, self.timeout = end, timeout
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self.timeout):
-                    await send(message)
-            except TimeoutError:
-                raise ClientDisconnect from None
-
-        try:
-            with suppress(ClientDisconnect):
-                await super().__call__(scope, receive, send_in_time)
-        finally:  # also if the client disconnects before the first event
-            self.end()
-
-
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of ``work``; if the client disconnects first, cancel it and return None."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, gone = asyncio.create_task(work), asyncio.create_task(watch())
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()
-        gone.cancel()

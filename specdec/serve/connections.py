@@ -26,13 +26,13 @@ RETRY = 1.0  # seconds until a client is accepted again after the system has ref
 
 
 def raise_descriptors(wanted: int) -> int | None:
-    """Raise the process's limit of descriptors to ``wanted``, if the system lets it; return it. None: there is none."""
+    """Raise the process's limit of descriptors to ``wanted``, as far as it may; return it. None: there is none."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY in (soft, hard) and soft in (resource.RLIM_INFINITY, -1):
+    if soft == resource.RLIM_INFINITY:
         return None
     if soft < wanted:
         more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -46,7 +46,7 @@ class Connection(H11Protocol):
     """A connection over which requests come.
 
     expiry: when it is closed, unless the head of a request arrives; None while a request is answered.
-    changed: called when it becomes idle and when it is closed.
+    changed: called when it becomes idle and when it is closed. unsent: bytes of the last answer, when last looked at.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Server(uvicorn.Server):
     async def _make_room(self) -> None:
         """Make room for another connection: close an idle one, or wait until there is one or one is closed.
 
-        With descriptors for more than ``max_connections``, one more is served if none is idle: it is told so.
+        If there are descriptors, a client beyond ``max_connections`` does not wait: its request gets 503.
         """
         connections, most = self.server_state.connections, self.settings.max_connections
         if len(connections) >= most and self._close_idle():
@@ -177,10 +177,10 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0)
 
     def _close_idle(self) -> bool:
-        """Close the connection that has been idle longest; return whether there was one."""
+        """Close the connection that has been idle longest, those with unread answers last. Returns whether it did."""
         idle: list[Any] = [c for c in self.server_state.connections if isinstance(c, Connection) and c.expiry]
         if idle:
-            min(idle, key=lambda connection: connection.expiry.when()).close()
+            min(idle, key=lambda c: (c.transport.get_write_buffer_size() > 0, c.expiry.when())).close()
         return bool(idle)
 
     async def _until_change(self, seconds: float | None = None) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from specdec.engine.request import TokenLogprob
+from specdec.engine.logprobs import TokenLogprob
 
 MIN_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")

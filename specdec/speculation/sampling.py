@@ -6,35 +6,24 @@ sampled depends neither on the drafter nor on the depth of drafts nor on other r
 decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose (Daliri
 et al. 2024, arXiv 2408.07978). The transforms are those of ``generate``, in its order, and the penalties and the bias
 of OpenAI's interface. Knows nothing about drafts.
-
-A model's ``generation_config`` is applied as in ``model.generate(do_sample=False)``: end tokens, and all that changes
-logits (penalties, suppressed, forced and bad words, minimum lengths, biases). The caller sets sampling and length.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.base.errors import SpecDecError, one_line
 from specdec.base.options import SamplingParams
-from specdec.models.native_model import as_transformers
 from specdec.runtimes.draft_path import Sampled
 from specdec.runtimes.target import largest
 from specdec.speculation import library
 from specdec.speculation.constraints import ConstraintState
 from specdec.speculation.warpers import MinP, Penalties, Processor, RepetitionPenalty, Temperature, TopK, TopP
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from specdec.models.native_model import NativeModel
 
 Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
 
@@ -299,92 +288,3 @@ def streams(prompts: Sequence[Sequence[int]]) -> list[int]:
         found.append(seen[prompt])
         seen[prompt] += 1
     return found
-
-
-# Fields of a generation_config that change no logits, or that a request has of its own.
-PLAIN = {
-    *("_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"),
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "max_length", "max_new_tokens", "repetition_penalty"),
-    *("output_attentions", "output_hidden_states", "return_dict_in_generate", "cache_implementation"),
-}
-# Processors of transformers with a state.
-STATEFUL = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"
-
-
-def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a generation."""
-    eos: Any = model.generation_config.eos_token_id if model.generation_config else None
-    if eos is None:
-        eos = getattr(tokenizer, "eos_token_id", None)
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def own_sampling(model: NativeModel | PreTrainedModel) -> dict[str, Any]:
-    """The sampling options of a model's ``generation_config``, as ``model.generate`` uses them."""
-    config: Any = model.generation_config
-    given = {} if config is None else config.to_diff_dict()
-    if not given.get("do_sample"):
-        return {}
-    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # as transformers has them
-    return {name: value if given.get(name) is None else given[name] for name, value in usual.items()}
-
-
-def logits_processors(
-    model: NativeModel | PreTrainedModel,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    repetition_penalty: float | None = None,
-    others: Sequence[Callable[..., Any]] = (),
-) -> list[Processor]:
-    """The logits processors of a request; transformers makes them if the config asks for more than a penalty.
-
-    repetition_penalty: replaces the config's.
-    others: the caller's; one of the same class as one of the config replaces it.
-    Raises SpecDecError for a config that cannot be used.
-    """
-    config: Any = model.generation_config
-    given = {} if config is None else config.to_diff_dict()
-    penalty = given.get("repetition_penalty", 1.0) if repetition_penalty is None else repetition_penalty
-    if not others and given.keys() <= PLAIN and isinstance(penalty, int | float) and penalty > 0:
-        return [] if penalty == 1 else [RepetitionPenalty(float(penalty))]
-    found = _of_transformers(as_transformers(model), prompt, max_new_tokens, repetition_penalty, others)
-    refuse_stateful(found, "remove it from the model's generation_config or from logits_processor")
-    return found
-
-
-def _of_transformers(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    repetition_penalty: float | None,
-    others: Sequence[Callable[..., Any]],
-) -> list[Processor]:
-    from transformers import GenerationConfig
-
-    config: Any = copy.copy(model.generation_config) or GenerationConfig()
-    config.do_sample, config.max_length = False, len(prompt) + max_new_tokens
-    if config.min_new_tokens is not None:
-        config.min_length = len(prompt) + config.min_new_tokens
-    if repetition_penalty is not None:
-        config.repetition_penalty = repetition_penalty
-    eos = config.eos_token_id
-    try:
-        config._eos_token_tensor = None if eos is None else torch.tensor(eos, device=model.device).reshape(-1)
-        make: Any = model._get_logits_processor
-        found = make(
-            config,
-            input_ids_seq_length=len(prompt),
-            encoder_input_ids=torch.tensor([list(prompt)], device=model.device),
-            logits_processor=list(others),
-            device=model.device,
-        )
-    except Exception as error:  # the type depends on the setting
-        raise SpecDecError(f"the model's generation_config cannot be used: {one_line(error)}") from None
-    return list(found)
-
-
-def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
-    """Raise SpecDecError if one of ``processors`` remembers what it has seen."""
-    for processor in processors:
-        if (name := type(processor).__name__) in STATEFUL:
-            raise SpecDecError(f"{name} has a state that cannot be rolled back after a rejected draft; {remedy}")

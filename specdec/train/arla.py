@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.base.errors import SpecDecError
-from specdec.drafters.m2r2_network import M2R2, load_network
+from specdec.drafters.m2r2.network import M2R2, load_network
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.train.batches import TrainingBatch

@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
-from specdec.drafters.m2r2_network import M2R2, current_name
-from specdec.drafters.m2r2_path import M2R2Path
+from specdec.drafters.m2r2.network import M2R2, current_name
+from specdec.drafters.m2r2.path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.target import Target

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from specdec.base import files
-from specdec.drafters.m2r2_network import narrow_mlp
-from specdec.drafters.m2r2_path import M2R2Path
+from specdec.drafters.m2r2.network import narrow_mlp
+from specdec.drafters.m2r2.path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.narrow import strengths
 from specdec.runtimes.target import Target

@@ -2,7 +2,7 @@
 
 Draft step s = 1, 2, ... at position t drafts the token after t, s tokens past the last verified one. It attends to the
 base model's keys and values up to t - s and to the drafter's own ones after that. It reads the states that step s - 1
-had at t - 1 (``Carry``; for step 1, those of the base model). The network is ``specdec.drafters.m2r2_network``.
+had at t - 1 (``Carry``; for step 1, those of the base model). The network is ``specdec.drafters.m2r2.network``.
 
 Projections start in closed form, by ridge regression between states of the base model.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.ridge import Sums
-from specdec.drafters.m2r2_network import M2R2, Carry, router_taps
+from specdec.drafters.m2r2.network import M2R2, Carry, router_taps
 from specdec.kvcache.mask import Mask
 from specdec.runtimes.target import Pass, Target
 from specdec.train.batches import TrainingBatch

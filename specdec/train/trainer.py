@@ -28,7 +28,7 @@ from specdec.models.native_model import empty_model
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.sampling import eos_token_ids
+from specdec.speculation.generation_config import eos_token_ids
 from specdec.train import data, states
 from specdec.train.answers import answer_prompts
 from specdec.train.method import RunContext, lookup

@@ -1,9 +1,4 @@
-"""Proof that drafts change nothing: tokens compared with those of plain decoding under the same random numbers.
-
-In float32 two correct decoders agree token for token. In bfloat16 a pass over one row and a pass over several rows
-round differently, so tokens whose logits nearly tie may flip. Replay (the model's logits at the positions of all
-generated tokens, in one forward pass) distinguishes such a near-tie from a fault.
-"""
+"""Proof that drafts change nothing: tokens compared with those of plain decoding under the same random numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.generation import GenerationOutput
@@ -21,107 +15,11 @@ from specdec.base.options import Depth, SamplingParams
 from specdec.base.terminal import OnProgress
 from specdec.models.gguf.blocks import temporarily_dense
 from specdec.models.native_model import as_transformers
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 from specdec.speculation.sampling import Sampler, streams
+from specdec.verify.replay import NEAR_TIE, first_difference, is_near_tie, margins
 
-# Largest gap between the best logit and a token's logit (natural-log units) that rounding explains, by dtype. Measured
-# on a 135M model: bfloat16 logits lie 0.1 from the float32 ones on average and up to 1.1; winners within 0.25.
-NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.06}
 MAX_DETAILS = 10  # faults that are described in a certificate
-
-
-@torch.inference_mode()
-def replay(
-    target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None, raised: float = 0.0
-) -> Tensor:
-    """Run ``target`` once over ``prompt`` and n ``tokens``; return the logits with which it would choose each token.
-
-    The result is float32 [n, V]: row i predicts the token at the position of ``tokens[i]``.
-    sampler: the sampler of one row; it processes the logits and adds its noise, so that the argmax is the token that it
-    chooses. None: the raw logits.
-    raised: a number added to the logit of the last of ``tokens``.
-    """
-    ids = torch.tensor([prompt + tokens], device=target.device)
-    positions = torch.arange(ids.shape[1], device=target.device)[None]
-    cache = target.new_cache()
-    x = target.embed(ids, positions)
-    x = target.layers(x, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache))
-    logits = target.readout(x[:, len(prompt) - 1 : -1]).float()  # (1, n, V)
-    logits[0, -1, tokens[-1]] += raised
-    if sampler is None:
-        return logits[0]
-    scores = sampler.scores(logits, lambda: [[prompt + tokens[:i] for i in range(len(tokens))]])
-    return sampler.perturb(scores, [range(len(prompt), len(prompt) + len(tokens))], scores.shape[-1])[0]
-
-
-def margins(target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None) -> Tensor:
-    """Return the best logit minus the logit of each of n ``tokens`` in ``replay``, [n]; 0 where it is the choice."""
-    logits = replay(target, prompt, tokens, sampler)
-    chosen = torch.tensor(tokens, device=logits.device)[:, None]
-    return logits.amax(-1) - logits.gather(1, chosen)[:, 0]
-
-
-def is_near_tie(
-    target: Target, prompt: list[int], tokens: list[int], gap: float, sampler: Sampler | None = None
-) -> bool:
-    """Return whether rounding explains the gap between the best logit and the logit of the last of ``tokens``.
-
-    gap: the difference of these logits, as ``margins`` computes it. An infinite gap means that top-k, top-p or min-p
-    removed the token; the filters are then applied again with a logit that is larger by the rounding error.
-    """
-    limit = NEAR_TIE[target.dtype]
-    if sampler is not None and sampler.filters and math.isinf(gap):
-        scores = replay(target, prompt, tokens, sampler, limit)[-1]
-        gap = float(scores.max() - scores[tokens[-1]])
-    return gap <= limit * (1.0 if sampler is None else sampler.sharpness)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first difference between an output with drafts and that of plain decoding.
-
-    index: position among the new tokens. ours, plain: token ids with drafts and without; None: the output has ended.
-    margin: the larger of the two tokens' distances to the best logit; infinite if one output has ended.
-    near_tie: whether rounding explains the difference; if not, it is a fault.
-    """
-
-    index: int
-    ours: int | None
-    plain: int | None
-    margin: float
-    near_tie: bool
-
-    def __str__(self) -> str:
-        kind = "near-tie" if self.near_tie else "FAULT"
-        return f"first difference at token {self.index}: {kind}, logit gap {self.margin:.3g}"
-
-
-def first_difference(
-    target: Target, prompt: list[int], ours: list[int], plain: list[int], sampler: Sampler | None = None
-) -> Difference | None:
-    """Compare the new tokens of two outputs for one prompt; return their first difference, None if they are equal.
-
-    sampler: the sampler of one row that chose the tokens; None: greedy decoding. A difference in length alone is a
-    fault with an infinite margin.
-    """
-    if ours == plain:
-        return None
-    common = min(len(ours), len(plain))
-    index = next((i for i in range(common) if ours[i] != plain[i]), common)
-    if index == common:
-        ends = [row[index] if len(row) > common else None for row in (ours, plain)]
-        return Difference(index, ends[0], ends[1], float("inf"), False)
-    logits, pair = replay(target, prompt, plain[: index + 1], sampler)[index], (ours[index], plain[index])
-    # Both must be near the top: two equally unlikely tokens are no tie.
-    gaps = [float(logits.max() - logits[token]) for token in pair]
-    near = [
-        is_near_tie(target, prompt, [*plain[:index], token], gap, sampler)
-        for token, gap in zip(pair, gaps, strict=True)
-    ]
-    return Difference(index, *pair, max(gaps), all(near))
-
-
-# The certificate.
 
 
 @dataclass

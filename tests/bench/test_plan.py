@@ -249,7 +249,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(sweep, tmp_path: Path) -> 
     assert len(outcome.stdout.splitlines()) == 1 + CELLS and outcome.stdout.count("to do") == CELLS
     assert f"{CELLS} cells, {CELLS} to do" in outcome.stderr
     outcome = sweep("--dry-run", "drafter=none,early-exit@5", "drafter.early-exit@5.exit_layer=1,3")
-    assert "3 cells, 3 to do" in outcome.stderr and "early-exit\t5\t1" in outcome.stdout
+    assert "3 cells, 3 to do" in outcome.stderr and "early-exit@5 exit_layer=1\t" in outcome.stdout
 
 
 # --- a golden sweep --------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(sweep, tmp_path: Pat
     (broken,) = [record for record in records.values() if "error" in record]
     assert broken["cell"]["drafter"] == "medusa" and "train one" in broken["error"] and len(records) == 3
     again = sweep(*args, "--resume")
-    assert "2 of 3 cells are done already" in again.stderr and "[3/3] medusa: failed" in again.stderr
+    assert "2 of 3 cells are done already" in again.stderr and "[3/3] medusa@2: failed" in again.stderr
     lines = (tmp_path / "out" / RECORDS).read_text().splitlines()
     assert len(lines) == 4 and Counter(json.loads(line)["key"] for line in lines)[broken["key"]] == 2
     only = sweep("drafter=medusa", "limit=1", output="none")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from specdec import cli
 from specdec.bench.cell import Cell
 from specdec.bench.plan import Plan, Resources
-from specdec.bench.results import Results
+from specdec.bench.results import Results, labels
 from specdec.bench.store import Store
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -96,6 +96,23 @@ def test_notes_name_what_ran_and_leave_out_what_is_unknown(device: str, name: st
     _, ran, versions, *_ = Results("", "", "", [record], 0).notes()
     assert ran.endswith(f" on {device}, 2 threads, {name}")
     assert versions == "specdec 0.1.0, torch 2.9, transformers 5.24, python 3.11, system Linux"
+
+
+def test_labels_tell_what_ran() -> None:
+    def named(*cells: Cell) -> list[str]:
+        return labels([cell.as_dict() for cell in cells])
+
+    assert named(Cell(drafter="m2r2", num_speculative_tokens=2)) == ["m2r2@2"]  # also where no other cell differs
+    assert named(*(Cell(drafter="m2r2", num_speculative_tokens=k) for k in (2, 4, "auto"))) == [
+        "m2r2@2",
+        "m2r2@4",
+        "m2r2",
+    ]
+    lossy = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.8}}
+    assert named(Cell(drafter="none"), Cell(drafter="m2r2", **lossy)) == ["none", "m2r2 confident exit_threshold=0.8"]
+    joined = Cell(drafter="a+m2r2", drafter_options={"a": {"continuations": 2}}, num_speculative_tokens=3)
+    assert named(joined) == ["a+m2r2@3 continuations=2"]
+    assert named(*(Cell(drafter="m2r2", max_new_tokens=n) for n in (8, 9))) == ["m2r2 tokens=8", "m2r2 tokens=9"]
 
 
 def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:

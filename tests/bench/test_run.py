@@ -86,7 +86,7 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
         "early-exit.exit_layer=2",
         drafters=METHODS,
     )
-    summary, names = measured(result), METHODS.split(",")
+    summary, names = measured(result), ["hf", "hf-lookup@3", "none", "prompt-lookup@3", "early-exit@3 exit_layer=2"]
     records = [json.loads(line) for line in (tmp_path / "out/cells.jsonl").read_text().splitlines()]
     assert [record["method"] | record["cell"] for record in records] == [
         record["cell"] | method for record, method in zip(records, summary["methods"], strict=True)
@@ -184,7 +184,7 @@ def test_what_a_method_remembers_is_its_own_and_of_one_repetition(cell) -> None:
         steps.setdefault((request.method, request.repetition), []).extend(
             metrics.num_spec_steps for metrics in request.reply.metrics
         )
-    for method in ("ngram", "ngram@5"):
+    for method in ("ngram@4", "ngram@5"):
         assert steps[method, 0] == steps[method, 1] and max(steps[method, 0]) > NEW // 5
 
 
@@ -250,7 +250,7 @@ def test_a_lossy_rule_is_compared_with_the_full_model_and_named(cell, folder: Pa
 
     model, agreed, nll, count = AutoModelForCausalLM.from_pretrained(folder), 0, 0.0, 0
     for request in made:
-        if request.method == "early-exit":
+        if request.method.startswith("early-exit"):
             prompt, answer = request.prompts[0], torch.tensor(request.reply.tokens[0])
             logits = model(torch.tensor([prompt + answer.tolist()])).logits[0, len(prompt) - 1 : -1].detach()
             agreed += int((logits.argmax(-1) == answer).sum())

@@ -83,7 +83,7 @@ def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path, mon
     assert result.exit_code == 0, result.output
     summary = side_by_side(result.stdout)
     plain, other, lookup = summary["methods"]
-    assert [plain["name"], other["name"], lookup["name"]] == ["none", "llama.cpp", "prompt-lookup"]
+    assert [plain["name"], other["name"], lookup["name"]] == ["none", "llama.cpp", "prompt-lookup@3"]
     assert other["engine"]["version"] == "scripted 1.0" and other["engine"]["depth"] is None
     assert plain["engine"] is None and lookup["num_speculative_tokens"] == 3
     assert f"llama.cpp: scripted 1.0, threads {other['engine']['threads']}" in result.stdout

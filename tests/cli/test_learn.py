@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
 from specdec.api import priming
-from specdec.drafters import learned
+from specdec.drafters.m2r2 import learned
 from specdec.models import drafter_folder
 
 

@@ -25,13 +25,15 @@ from specdec import Regex, SpecDecoder
 from specdec.api.text import Detokenizer
 from specdec.drafters.auto import AutoDrafter
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.m2r2.learning import Learner
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
-from specdec.engine.request import Request, TokenLogprob
+from specdec.engine.logprobs import TokenLogprob
+from specdec.engine.request import Request
+from specdec.kvcache.prefix import PrefixStore
 from specdec.models import drafter_folder
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
@@ -173,7 +175,9 @@ def check(target: Target, drafter: Drafter, case: Mapping[str, Any], seed: int) 
                 stop, expected = stopped(expected)
             rows.append((number, request_of(prompt, stream, case, stop), expected))
     policy = alternating(drafter, seed)
-    with Engine(target, drafter, ExactVerifier(), policy, max_rows=3 if later else 16, reuse=later) as engine:
+    with Engine(
+        target, drafter, ExactVerifier(), policy, max_rows=3 if later else 16, prefixes=PrefixStore() if later else None
+    ) as engine:
         for step in itertools.count():
             for number, request, _ in rows:
                 if (ARRIVALS[number] if later else 0) == step:

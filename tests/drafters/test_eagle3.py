@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.drafters.eagle3_network import Eagle3, Eagle3Config
+from specdec.drafters.eagle3.network import Eagle3, Eagle3Config
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request

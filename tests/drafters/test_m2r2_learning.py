@@ -19,12 +19,11 @@ from transformers import PreTrainedModel
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import SpecDecWarning
 from specdec.base.ridge import Sums
-from specdec.drafters import learned, m2r2_fits, m2r2_learning, m2r2_replay
-from specdec.drafters.m2r2 import M2R2Drafter
-from specdec.drafters.m2r2_fits import learned_path
-from specdec.drafters.m2r2_learning import Learner, why_not
-from specdec.drafters.m2r2_network import Carry
-from specdec.drafters.m2r2_replay import Text
+from specdec.drafters.m2r2 import M2R2Drafter, fits, learned, learning, replay
+from specdec.drafters.m2r2.fits import learned_path
+from specdec.drafters.m2r2.learning import Learner, why_not
+from specdec.drafters.m2r2.network import Carry
+from specdec.drafters.m2r2.replay import Text
 from specdec.engine.depth.calibration import Tally
 from specdec.kvcache import recurrent
 from specdec.runtimes.native import library, linear
@@ -93,7 +92,7 @@ def target_of(kind: str, runtime: str) -> Target:
 def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, runtime: str, seconds: float) -> None:  # type: ignore[no-untyped-def]
     target = target_of(kind, runtime)
     learner = taught(target, 12)
-    monkeypatch.setattr(m2r2_replay, "PIECE", seconds)
+    monkeypatch.setattr(replay, "PIECE", seconds)
     monkeypatch.setattr(recurrent, "BRANCH_TOKENS", 30)  # few branches run at once
     text = texts(target, 1, length=30, seed=5)[0]
     with torch.inference_mode():
@@ -136,7 +135,7 @@ def test_the_oldest_states_make_room(quick: Target, monkeypatch: pytest.MonkeyPa
     sizes = [text.states.nbytes for text in learner.latest if text.states]
     assert len(sizes) == len(learner.latest) == 8
     most = 12 * max(sizes)
-    monkeypatch.setattr(m2r2_learning, "STATES", most)
+    monkeypatch.setattr(learning, "STATES", most)
     fits = learner.fits.progress.fits
     read(learner, texts(quick, 24, seed=9))
     kept = [text.states.nbytes if text.states else 0 for text in learner.latest]
@@ -146,8 +145,8 @@ def test_the_oldest_states_make_room(quick: Target, monkeypatch: pytest.MonkeyPa
 
 def test_only_the_end_of_a_long_prompt_is_run_again() -> None:
     text = Text.of(list(range(3000)), 2000)
-    assert text.ids[: text.start] == list(range(2000 - m2r2_replay.CONTEXT, 2000))
-    assert len(text.ids) == m2r2_replay.LONGEST
+    assert text.ids[: text.start] == list(range(2000 - replay.CONTEXT, 2000))
+    assert len(text.ids) == replay.LONGEST
 
 
 # --- when a fit serves -----------------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_on
 def test_a_fit_that_is_better_on_one_text_alone_does_not_serve(target: Target, monkeypatch, every: int) -> None:  # type: ignore[no-untyped-def]
     """It would serve if the first fits were compared on the first text alone."""
     for name, value in {"HELD_OUT": every, "HELD": 1000, "FIRST": 300, "GROWTH": 100.0}.items():
-        monkeypatch.setattr(m2r2_learning, name, value)
+        monkeypatch.setattr(learning, name, value)
     learner, solve = taught(target, 14), Sums.solve
     assert learner.fits.progress.fits == 1 and len(learner.latest.held) == (5 if every == 3 else 1)
 
@@ -271,7 +270,7 @@ class Work:
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(m2r2_fits, "VOCABULARY", 64)
+    monkeypatch.setattr(fits, "VOCABULARY", 64)
     monkeypatch.setattr(linear, "CHUNK_WEIGHTS", 1)  # 16 rows
     decoder = SpecDecoder(model_of("llama", num_hidden_layers=9), drafter="m2r2", runtime="native", learn=False)
     work, most, swaps = Work(monkeypatch), dict[str, int](), 0
@@ -330,7 +329,7 @@ def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target
     with monkeypatch.context() as changed:
         changed.setattr(TransformersTarget, "experts", object())
         assert why_not(target) == "some of its experts are on the disk"
-    monkeypatch.setattr(m2r2_learning, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(learning, "free_memory", lambda device: 1000)
     with pytest.raises(SpecDecError, match=r"cannot teach itself: it would need 0\.1 GB of memory"):
         SpecDecoder(target.model, drafter="m2r2")
     with pytest.warns(SpecDecWarning, match="no trained drafter is shipped"):
@@ -372,7 +371,7 @@ def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama, mon
 
 def test_a_decoder_that_is_told_not_to_learn_keeps_nothing(llama, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("specdec.api.decoder.LEARN", True)
-    monkeypatch.setattr("specdec.api.drafter_use.IDLE", 0.0)
+    monkeypatch.setattr("specdec.api.drafter_learning.IDLE", 0.0)
     decoder = SpecDecoder(llama, drafter="m2r2", learn=False)
     with decoder.engine(num_speculative_tokens=2) as engine:
         list(engine.submit(decoder.request([5, 6], max_new_tokens=8)))
@@ -397,7 +396,7 @@ def test_all_is_kept_at_most_once_in_ten_minutes_and_at_the_end(quick: Target, m
     monkeypatch.setattr(learned.Store, "save", lambda self, *what: (written.append(what[0].texts), save(self, *what)))
     learner = taught(quick, 12)
     assert written == [1]
-    learner.fits.kept_at -= m2r2_learning.KEPT
+    learner.fits.kept_at -= learning.KEPT
     while learner.work():
         pass
     learner.save()

@@ -28,21 +28,23 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from zoo import EOS, EVERY, alike, new_tokens
 
 from specdec import Regex, SpecDecError
-from specdec.drafters import m2r2_fits, m2r2_learning, m2r2_replay
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.m2r2 import M2R2Drafter
-from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.m2r2 import M2R2Drafter, fits, learning, replay
+from specdec.drafters.m2r2.learning import Learner
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import guard, metrics, scheduler
 from specdec.engine.batch import Batch
 from specdec.engine.depth import DepthChoice, FixedDepth, History
 from specdec.engine.engine import Engine
-from specdec.engine.request import Handle, Request, TokenLogprob, prompt_logprobs, token_logprobs
-from specdec.engine.scheduler import PrefillBatch, Scheduler
+from specdec.engine.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
+from specdec.engine.memory import PrefillBatch, cache_sizes
+from specdec.engine.request import Handle, Request
+from specdec.engine.scheduler import Scheduler
 from specdec.kvcache.prefix import Prefix, PrefixStore
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Target, run_tokens
+from specdec.runtimes.prefill import run_tokens
+from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
@@ -232,7 +234,7 @@ class Schedules(RuleBasedStateMachine):
             alternating(self.drafter, depth) if self.makers else Varied(depth),
             max_rows=rows,
             kv_memory=memory * token + 16 * state,
-            reuse=reuse,
+            prefixes=PrefixStore() if reuse else None,
         )
 
     # -- what comes ---------------------------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ class Schedules(RuleBasedStateMachine):
     )
     def step(self, right: int, chunk: int, count: int, pieces: int = 1000, vocabulary: int = 64) -> None:
         self.oracle.hits, self.engine.scheduler.chunk, self.pieces = right, chunk, pieces
-        m2r2_fits.VOCABULARY = vocabulary
+        fits.VOCABULARY = vocabulary
         for _ in range(count):
             self.advance()
 
@@ -314,10 +316,10 @@ class Schedules(RuleBasedStateMachine):
     @rule(room=st.sampled_from([0, 0, 40, 80]))
     def squeeze(self, room: int) -> None:
         """One step with hardly any memory: kept texts go, and the younger rows give way."""
-        whole = self.engine.scheduler.kv_memory
-        self.engine.scheduler.kv_memory = room * self.engine.scheduler.token_bytes
+        whole = self.engine.scheduler.memory.limit
+        self.engine.scheduler.memory.limit = room * self.engine.scheduler.memory.token_bytes
         self.advance()
-        self.engine.scheduler.kv_memory = whole
+        self.engine.scheduler.memory.limit = whole
 
     @precondition(lambda self: self.engine.batch.rows)
     @rule(data=st.data(), first=st.sampled_from([2, 3, 5]), then=st.sampled_from([1, 7, 40]))
@@ -340,11 +342,11 @@ class Schedules(RuleBasedStateMachine):
         stats, scheduled = self.engine.stats(), self.engine.scheduler
         caches = filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))
         checkpoints = sum(own.num_states - own.batch for own in caches)  # for them, room is made in the next step
-        over = stats.kv_bytes - scheduled.state_bytes * checkpoints > scheduled.kv_memory
+        over = stats.kv_bytes - scheduled.memory.state_bytes * checkpoints > scheduled.memory.limit
         assert not over or (stats.running <= 1 and not self.kept())  # alone, a row has what it takes
 
     def kept(self) -> list[Prefix]:
-        return self.engine.scheduler.prefixes.entries
+        return self.engine.scheduler.memory.prefixes.entries
 
     # -- what has to be so --------------------------------------------------------------------------------------------
 
@@ -552,14 +554,14 @@ def self_taught(target: Target, kind: str, hybrid: bool = False, **shape: Any) -
     return drafter
 
 
-tokens_bytes = functools.cache(lambda kind: scheduler._sizes(target_of(kind)))
+tokens_bytes = functools.cache(lambda kind: cache_sizes(target_of(kind)))
 
 
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What happens in long texts happens in short ones."""
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
-    monkeypatch.setattr(m2r2_fits, "VOCABULARY", 64)
+    monkeypatch.setattr(fits, "VOCABULARY", 64)
     for name, value in {"HEADROOM": 0, "SHARED": 4, "CHECKPOINT": 6, "DRAFTED": 24}.items():
         monkeypatch.setattr(scheduler, name, value)
     yield
@@ -569,7 +571,7 @@ def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What happens in a schedule does not depend on the machine's speed."""
     made = Clock(tick=1e-3)
-    for module in guard, scheduler, metrics, m2r2_fits, m2r2_learning, m2r2_replay:
+    for module in guard, scheduler, metrics, fits, learning, replay:
         monkeypatch.setattr(module, "time", made)
     return made
 
@@ -623,7 +625,7 @@ def every_fit_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Learner, "_hits", better)
     for name, value in {"FIRST": 40, "EVERY": 30, "RECENT": 30, "AGAIN": 60, "HELD": 20}.items():
-        monkeypatch.setattr(m2r2_learning, name, value)
+        monkeypatch.setattr(learning, name, value)
 
 
 @pytest.mark.usefixtures("every_fit_serves")

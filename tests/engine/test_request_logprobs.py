@@ -15,6 +15,7 @@ from zoo import EOS, EVERY, PROMPTS, new_tokens, together
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
+from specdec.kvcache.prefix import PrefixStore
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
@@ -80,7 +81,7 @@ def test_of_the_prompt_in_parts_and_after_a_kept_prefix(native: bool) -> None:
     target = NativeTarget(model.bfloat16()) if native else TransformersTarget(model)
     prompt = list(range(3, 60))
     rows = [Request(prompt, limit, logprobs=2, prompt_logprobs=limit != 5) for limit in (5, 0, 3)]
-    together(target, NoDrafter(), rows, FixedDepth(0), prefill_chunk=7, reuse=True)
+    together(target, NoDrafter(), rows, FixedDepth(0), prefill_chunk=7, prefixes=PrefixStore())
     logs = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
     expected = logs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     for row in rows[1:]:

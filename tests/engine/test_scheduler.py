@@ -19,9 +19,10 @@ from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import QueueFullError
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.engine import batch, scheduler
+from specdec.engine import batch, memory, scheduler
 from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
+from specdec.engine.memory import PrefillBatch, cache_sizes
 from specdec.engine.request import Handle, Request, Status
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import MAX_PREFIXES, PrefixStore
@@ -43,7 +44,7 @@ def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
 
 def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedModel) -> None:
     target = TransformersTarget(llama)
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), reuse=True)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefixes=PrefixStore())
     prompt, known = list(range(3, 60)), []
     for scope in (None, "a", "b", "a", None):
         request = Request(prompt, 3, scope=scope)
@@ -63,12 +64,14 @@ def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedMod
 def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     target = NativeTarget(tiny_model("llama", **sizes).bfloat16())
-    token_bytes, _ = scheduler._sizes(target)
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=600 * token_bytes, reuse=True)
+    token_bytes, _ = cache_sizes(target)
+    engine = Engine(
+        target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=600 * token_bytes, prefixes=PrefixStore()
+    )
     for first in range(5, 45):
         engine.submit(Request([first, *range(10, 30)], 4))  # room for many more tokens is made for each
         finish(engine)
-        kept = engine.scheduler.prefixes.entries
+        kept = engine.scheduler.memory.prefixes.entries
         held = [data.nbytes for prefix in kept for data in prefix.cache.data if data is not None]  # type: ignore[attr-defined]
         assert sum(held) == engine.stats().kv_bytes <= 600 * token_bytes
     assert len(kept) > 8
@@ -82,16 +85,20 @@ def test_running_rows_count_what_they_hold(native: bool, monkeypatch: pytest.Mon
     target = (
         NativeTarget(tiny_model("llama", **sizes).bfloat16()) if native else TransformersTarget(tiny_model("llama"))
     )
-    memory = 400 * scheduler._sizes(target)[0]
+    memory = 400 * cache_sizes(target)[0]
     requests = [Request([5 + n, *range(3, 96 if n == 3 else 10)], 28) for n in range(12)]
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=8, kv_memory=memory, reuse=True)
+    engine = Engine(
+        target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=8, kv_memory=memory, prefixes=PrefixStore()
+    )
     for request in requests:
         engine.submit(request)
     most = 0
     for _ in engine.steps():
         scheduled = engine.scheduler
         caches = [engine.batch.cache, scheduled.prefilling.cache]
-        held = sum(map(buffers, [*filter(None, caches), *(prefix.cache for prefix in scheduled.prefixes.entries)]))
+        held = sum(
+            map(buffers, [*filter(None, caches), *(prefix.cache for prefix in scheduled.memory.prefixes.entries)])
+        )
         assert held == engine.stats().kv_bytes <= memory
         most = max(most, engine.stats().running)
     assert most >= 3 and all(new_tokens(request) == alone(target, request)[0] for request in requests)
@@ -105,7 +112,7 @@ def buffers(cache: KVCache) -> int:
 def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel) -> None:
     """The next turn of a chat reads only what is new, and so does a request beside a running one."""
     target, drafter = TransformersTarget(llama), PromptLookupDrafter()
-    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3), reuse=True)
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3), prefixes=PrefixStore())
     first = Request(list(range(3, 40)), 12)
     finish(engine, first)
     second = Request([*first.ids, 50, 51, 52], 12)
@@ -124,7 +131,15 @@ def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
 ) -> None:
     monkeypatch.setattr(scheduler, "TIMED", 8)
     target = TransformersTarget(llama)
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=16, max_rows=1, reuse=reuse)
+    engine = Engine(
+        target,
+        NoDrafter(),
+        ExactVerifier(),
+        FixedDepth(0),
+        prefill_chunk=16,
+        max_rows=1,
+        prefixes=PrefixStore() if reuse else None,
+    )
     prompt = [3 + n * n % 90 for n in range(80)]
     warm, asked, other = Request(prompt, 0), Request([*prompt[:30], 7, 8], 6), Request([9, 8, 7], 3)
     warm.background = True
@@ -151,7 +166,9 @@ def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
 
 
 def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: PreTrainedModel) -> None:
-    engine = Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8, reuse=True)
+    engine = Engine(
+        TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8, prefixes=PrefixStore()
+    )
     warm, asked = Request(list(range(3, 60)), 0), Request([9, 8, 7], 3)
     warm.background = True
     handle = engine.submit(warm)
@@ -345,13 +362,13 @@ def test_an_admission_that_fails_ends_its_request_and_those_that_wait_go_on(
     where: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = TransformersTarget(llama)
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=2, reuse=True)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=2, prefixes=PrefixStore())
     finish(engine, Request(PROMPTS[0], 3))
     owner, name = {
         "new_cache": (target, "new_cache"),
         "begin": (engine.batch, "begin"),
         "load": (PrefixStore, "take"),
-        "join": (scheduler.PrefillBatch, "add"),
+        "join": (PrefillBatch, "add"),
     }[where]
 
     def broken(*arguments: Any, **named: Any) -> None:
@@ -359,7 +376,7 @@ def test_an_admission_that_fails_ends_its_request_and_those_that_wait_go_on(
         raise MemoryError("no memory")
 
     monkeypatch.setattr(owner, name, broken)
-    same = engine.scheduler.prefixes.entries[0].ids
+    same = engine.scheduler.memory.prefixes.entries[0].ids
     first, beside, waits = Request([*same, 5], 3), Request([9, 8, 7], 3), Request([3, 4], 3)
     handles = [engine.submit(request) for request in (first, beside, waits)]
     with pytest.raises(MemoryError):
@@ -501,17 +518,23 @@ def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: Pr
     """Also a prompt where no row decodes."""
     target = TransformersTarget(llama)
     engine = Engine(
-        target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 20, prefill_chunk=chunk, reuse=True
+        target,
+        NoDrafter(),
+        ExactVerifier(),
+        FixedDepth(0),
+        kv_memory=1 << 20,
+        prefill_chunk=chunk,
+        prefixes=PrefixStore(),
     )
     rows = [Request([5, 6, 7], 4), Request([8, 9, 10], 4)]
     for row in rows:
         engine.submit(row)
     engine.step()
     assert [row.status for row in rows] == [status, status]
-    engine.scheduler.kv_memory = 0
+    engine.scheduler.memory.limit = 0
     engine.step()
     assert [row.status for row in rows] == [status, "waiting"] and engine.stats().preemptions == 1
-    engine.scheduler.kv_memory = 1 << 20
+    engine.scheduler.memory.limit = 1 << 20
     finish(engine)
     assert all((new_tokens(row), row.finish_reason) == alone(target, row) for row in rows)
 
@@ -519,18 +542,19 @@ def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: Pr
 @needs_native
 def test_an_admission_leaves_room_for_the_next_step_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
-    monkeypatch.setattr(scheduler, "HEADROOM", 0)
-    monkeypatch.setattr(scheduler, "DRAFTED", 24)
+    for place in (scheduler, memory):
+        monkeypatch.setattr(place, "HEADROOM", 0)
+        monkeypatch.setattr(place, "DRAFTED", 24)
     target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
-    memory, preemptions = 112 * scheduler._sizes(target)[0], 0
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4, kv_memory=memory)
+    most, preemptions = 112 * cache_sizes(target)[0], 0
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4, kv_memory=most)
     engine.submit(Request(list(range(3, 17)), 50))
     engine.step()
     for count in (5, 14, 23):
         engine.submit(Request(list(range(5, 14)), count))
     for _ in engine.steps():
         stats = engine.stats()
-        assert stats.kv_bytes <= memory or stats.running <= 1
+        assert stats.kv_bytes <= most or stats.running <= 1
         preemptions = stats.preemptions
     assert preemptions
 
@@ -568,7 +592,9 @@ def test_the_queue_is_fair_between_senders_of_one_scope() -> None:
 @pytest.mark.parametrize("reuse", [False, True])
 def test_who_holds_all_rows_makes_room_for_others(reuse: bool, llama: PreTrainedModel) -> None:
     target = TransformersTarget(llama)
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4, reuse=reuse)
+    engine = Engine(
+        target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4, prefixes=PrefixStore() if reuse else None
+    )
     many = [Request([5 + n, 6, 7], 40, sender="a") for n in range(6)]
     late = [Request([9 + n, 8], 10, sender="b") for n in range(4)]
     for request in many:

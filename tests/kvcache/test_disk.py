@@ -24,6 +24,7 @@ from specdec.engine.engine import Engine
 from specdec.kvcache import disk
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.disk import PrefixDisk
+from specdec.kvcache.prefix import PrefixStore
 
 PROMPT = [(7 * n * n + 3) % 90 + 3 for n in range(70)]
 ASK: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
@@ -58,7 +59,7 @@ def answer(engine: Engine, made: SpecDecoder, prompt: list[int], **how: Any) -> 
 
 def forget(engine: Engine) -> None:
     """Drop what is in memory, as a restart does."""
-    while engine.scheduler.prefixes.drop():
+    while engine.scheduler.memory.prefixes.drop():
         pass
 
 
@@ -319,7 +320,7 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
     made = decoder()
     kept = PrefixDisk(tmp_path, 1 << 20, "x")
     writer = kept.thread
-    engine = made.stepped_engine(reuse=True, disk=kept)
+    engine = made.stepped_engine(prefixes=PrefixStore(), disk=kept)
     del kept
     if started:
         engine.start()

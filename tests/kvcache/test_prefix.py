@@ -73,10 +73,8 @@ def test_a_search_finds_what_comparing_all_texts_would(recurrent: bool) -> None:
         held = [(each.scope, each.ids) for each in store.entries]
         assert len({(scope, *ids) for scope, ids in held}) == len(held)
         assert store.nbytes == sum(each.cache.nbytes for each in store.entries)
-        assert store.states == sum(each.cache.num_states for each in store.entries)
-    while store.drop():
-        pass
-    assert (store.nbytes, store.states, store.entries, store._points, store._holders) == (0, 0, [], [], {})
+    store.clear()
+    assert (store.nbytes, store.entries, store._points, store._holders) == (0, [], [], {})
 
 
 @pytest.mark.parametrize("stops", [None, [300]])
@@ -98,7 +96,7 @@ def test_a_search_compares_few_texts_and_totals_none(stops: list[int] | None, mo
         best, most, shared = store.longest(ids)
         assert len(compared) <= 6 and (most == shared or stops)
         assert (most, shared) == (0, 0) if ids[0] == 5 else shared >= most >= 300 and best is not None
-    assert store.nbytes == 100 * 600 * 1024 and store.states == 1024 and Counted.asked <= 4
+    assert store.nbytes == 100 * 600 * 1024 and Counted.asked <= 4
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[int]:
@@ -118,13 +116,13 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
 ) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     target = TransformersTarget(tiny_model())
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 30, reuse=True)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 30, prefixes=PrefixStore())
     engine.submit(Request(PROMPTS[0], 1))
     engine.step()
     engine.submit(Request([9, 8, 7, *range(3, 20)], 40))
     engine.step()
     stats = engine.stats()
-    engine.scheduler.kv_memory = stats.kv_bytes + 40 * engine.scheduler.token_bytes
+    engine.scheduler.memory.limit = stats.kv_bytes + 40 * engine.scheduler.memory.token_bytes
     looked = spied(monkeypatch, PrefixStore, "longest")
     waiting = Request([*PROMPTS[0], *range(40, 80)], 2)
     engine.submit(waiting)

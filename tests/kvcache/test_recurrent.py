@@ -21,7 +21,9 @@ from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import scheduler
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
+from specdec.engine.memory import cache_sizes
 from specdec.engine.request import Request
+from specdec.kvcache.prefix import PrefixStore
 from specdec.kvcache.recurrent import ALL_LAYERS, RowStates
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
@@ -114,7 +116,7 @@ SERVED = pytest.mark.parametrize(
 def engine_of(kind: tuple[str, str], drafter: Drafter, kv_memory: int | None = None) -> Engine:
     target = served(*kind)[1]
     drafter.bind(target)
-    return Engine(target, drafter, ExactVerifier(), FixedDepth(4), kv_memory=kv_memory, reuse=True)
+    return Engine(target, drafter, ExactVerifier(), FixedDepth(4), kv_memory=kv_memory, prefixes=PrefixStore())
 
 
 @SERVED
@@ -139,7 +141,7 @@ def test_checkpoints_are_kept_every_so_many_tokens(
     engine.scheduler.chunk = chunk
     prompt = [3 + n % 90 for n in range(100)]
     assert cached(engine, [prompt]) == [0]
-    [text] = engine.scheduler.prefixes.entries
+    [text] = engine.scheduler.memory.prefixes.entries
     kept = [text.cache.resumable(0, count) for count in (15, 16, 40, 99)]
     assert kept == ([0, 16, 32, 88] if chunk == 8 else [0, 0, 40, 80])
     assert cached(engine, [[*prompt[:42], 5]]) == [32 if chunk == 8 else 40]
@@ -148,14 +150,14 @@ def test_checkpoints_are_kept_every_so_many_tokens(
 @SERVED
 def test_recurrent_states_count_as_memory(kind: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
-    token_bytes, state_bytes = scheduler._sizes(served(*kind)[1])
+    token_bytes, state_bytes = cache_sizes(served(*kind)[1])
     assert state_bytes > 10 * token_bytes > 0
     memory = 3 * state_bytes + 200 * token_bytes
     engine = engine_of(kind, NoDrafter(), kv_memory=memory)
     for first in range(5, 10):
         cached(engine, [[first, *range(10, 40)]])
-    kept, held = len(engine.scheduler.prefixes.entries), engine.stats().kv_bytes
-    assert 1 < kept < 5 and held == kept * state_bytes + engine.scheduler.prefixes.nbytes <= memory
+    kept, held = len(engine.scheduler.memory.prefixes.entries), engine.stats().kv_bytes
+    assert 1 < kept < 5 and kept * state_bytes < held == engine.scheduler.memory.prefixes.nbytes <= memory
 
 
 @SERVED
@@ -164,7 +166,7 @@ def test_checkpoints_of_prompts_take_memory_where_no_row_decodes(
 ) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     monkeypatch.setattr(scheduler, "CHECKPOINT", 8)
-    token_bytes, state_bytes = scheduler._sizes(served(*kind)[1])
+    token_bytes, state_bytes = cache_sizes(served(*kind)[1])
     memory = 4 * state_bytes + 200 * token_bytes  # of two rows, and of two checkpoints
     engine = engine_of(kind, NoDrafter(), kv_memory=memory)
     engine.scheduler.chunk = 8

@@ -15,7 +15,7 @@ from tiny import tiny_model
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2, M2R2Path
-from specdec.drafters.m2r2_network import load_network
+from specdec.drafters.m2r2.network import load_network
 from specdec.models import drafter_folder, identity
 from specdec.models.gguf.blocks import BlockLinear, quantize
 from specdec.models.identity import fingerprint

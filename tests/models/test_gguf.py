@@ -42,8 +42,8 @@ from specdec.models.gguf.blocks import (
 from specdec.models.gguf.file import read_header
 from specdec.models.native_model import NativeModel, transformers_config
 from specdec.models.tensor_file import PLAIN
+from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import run_tokens
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
 WIDE |= {"linear_value_head_dim": 64, "head_dim": 64}

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.models import identity, loading
 from specdec.runtimes.native import library
+from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Target, run_tokens
+from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 
 IDS = [(7 * n * n + 3) % 90 + 3 for n in range(40)]

@@ -12,7 +12,7 @@ from specdec import SpecDecoder
 from specdec.api.text import encode
 from specdec.base import files
 from specdec.models.catalogue import DEFAULT_MODEL
-from specdec.verify.certificate import NEAR_TIE, margins
+from specdec.verify.replay import NEAR_TIE, margins
 
 pytestmark = pytest.mark.model
 

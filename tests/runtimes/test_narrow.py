@@ -12,8 +12,8 @@ from passes import adapted_pass
 from tiny import model_of, rough_model, tiny_model
 
 from specdec import SpecDecError
-from specdec.drafters.m2r2_network import M2R2, load_network
-from specdec.drafters.m2r2_path import M2R2Path
+from specdec.drafters.m2r2.network import M2R2, load_network
+from specdec.drafters.m2r2.path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import GatedMLP, gated_mlp, strengths

@@ -245,14 +245,14 @@ def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(
             gate.let()
             assert engine.batch.rows == [staying] and not scheduler.waiting and not scheduler.prefilling.rows
             assert all(row.finish_reason == "cancelled" for row in rows)
-            assert engine.stats().kv_bytes == engine.batch.cache.nbytes + scheduler.prefixes.nbytes
+            assert engine.stats().kv_bytes == engine.batch.cache.nbytes + scheduler.memory.prefixes.nbytes
             until(lambda: any("cancelled" in line for line in server.lines))
             gate.open()
             stays.join(60)
             assert answers == [text[:60]]
             stats = engine.stats()
             assert (stats.running, stats.waiting) == (0, 0)
-            assert stats.kv_bytes == scheduler.prefixes.nbytes  # for texts that begin alike
+            assert stats.kv_bytes == scheduler.memory.prefixes.nbytes  # for texts that begin alike
     finally:
         engine.close(drain=False)
     assert engine.stats().kv_bytes == 0

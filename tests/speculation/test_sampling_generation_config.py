@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.speculation.sampling import Sampler
-from specdec.verify.certificate import expected, first_difference, margins
+from specdec.verify.certificate import expected
+from specdec.verify.replay import first_difference, margins
 
 PROMPT, COUNT = [5, 6, 7, 8], 24
 PLAIN = greedy_reference(tiny_model(), PROMPT, COUNT)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from zoo import finish
 
-from specdec.drafters import m2r2_fits, m2r2_learning
-from specdec.drafters.m2r2_learning import Learner
-from specdec.drafters.m2r2_replay import Text
+from specdec.drafters.m2r2 import fits, learning
+from specdec.drafters.m2r2.learning import Learner
+from specdec.drafters.m2r2.replay import Text
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
@@ -25,9 +25,9 @@ NEW = Text(list(range(3, 40)), 4)  # 33 tokens that the model has not chosen
 def learn_soon(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let M2R2 fit its projections after few tokens, and store what it learns in ``folder``."""
     monkeypatch.setenv("SPECDEC_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(m2r2_fits, "RIDGE", 1.0)
+    monkeypatch.setattr(fits, "RIDGE", 1.0)
     for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50, "HELD": 60}.items():
-        monkeypatch.setattr(m2r2_learning, name, value)
+        monkeypatch.setattr(learning, name, value)
 
 
 def texts(target: Target, count: int, length: int = 24, seed: int = 0) -> list[Text]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
-from specdec.runtimes.target import Target, run_tokens
+from specdec.runtimes.prefill import run_tokens
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train import states

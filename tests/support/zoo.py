@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.drafters.eagle3_network import Eagle3, Eagle3Config, default_taps
+from specdec.drafters.eagle3.network import Eagle3, Eagle3Config, default_taps
 from specdec.drafters.exits import (
     DeedDrafter,
     EarlyExitDrafter,
@@ -26,7 +26,7 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter
-from specdec.drafters.m2r2_network import Router
+from specdec.drafters.m2r2.network import Router
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.drafters.mtp import MTPDrafter, MTPHead
 from specdec.drafters.ngram import NgramDrafter

@@ -18,7 +18,8 @@ from specdec import SpecDecoder, cli
 from specdec.base.options import SamplingParams
 from specdec.speculation.sampling import Sampler
 from specdec.verifiers.exact import ExactVerifier
-from specdec.verify.certificate import Certificate, Check, expected, is_near_tie
+from specdec.verify.certificate import Certificate, Check, expected
+from specdec.verify.replay import is_near_tie
 
 PROMPT = [5, 17, 9, 3, 21, 17, 9]
 PROMPTS = [("a", PROMPT), ("b", PROMPT[2:]), ("c", PROMPT)]  # equal prompts draw different texts

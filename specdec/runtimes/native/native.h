@@ -4,7 +4,7 @@
  * They exist because a token's result must not depend on what else is in its pass. Speculative decoding scores several
  * tokens at once and compares them with what one at a time would have given; usual libraries choose another order of sums
  * for another number of rows. Here every token is computed by the same operations in the same order whatever is scored
- * beside it: attention adds the visible keys one by one, and an invisible one adds an exact zero. So a token's logits do
+ * beside it: attention adds the visible keys in their order, and an invisible one adds an exact zero. So a token's logits do
  * not depend, to the last bit, on how many tokens a pass has, nor on the cache slots of a tree's branches. A model in blocks
  * whose activations are rounded to 8 bits has the same logits in every instruction set, too. Those of bf16 products differ.
  *

@@ -1,181 +1,272 @@
-"""The PyTorch runtime by CUDA graphs: on a GPU, launching a step's small kernels takes longer than running them.
+"""The PyTorch runtime by captured passes: on a GPU, launching a step's small kernels takes longer than running them.
 
-A pass is captured once for each number of rows, range of layers and capacity of the cache, and then replayed. Its
-inputs (states, rotary factors, masks and the cache slots to write) are copied into its own buffers. Attention runs over
-the whole capacity, with slots masked that are not filled. When the cache grows, passes are captured again. Long blocks
-(prompts), drafters' heads, mixtures and recurrent layers run as they are. Knows nothing about drafting.
+Numbers of rows and of tokens are rounded up to buckets, and a pass is captured once for each pair of them, and for a
+range of layers. Its inputs are copied into buffers; masks and rotary factors are made inside it. Attention runs over
+all slots of the static cache, with those masked that are not filled. When the cache grows, passes are captured again.
+Long blocks (prompts), drafters' heads, mixtures and recurrent layers run as they are. Knows nothing about drafting.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from specdec.base.devices import upload
+from specdec.base.devices import download, upload
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.cache import WHOLE, KVCache, RowEntries
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Chunk, RowMask
 from specdec.models.native_model import NativeModel
-from specdec.runtimes.target import Pass
-from specdec.runtimes.torch.attention import Attention, additive
-from specdec.runtimes.torch.target import TorchTarget
+from specdec.runtimes.target import Pass, largest
+from specdec.runtimes.torch.attention import Attention
+from specdec.runtimes.torch.model import Layer
+from specdec.runtimes.torch.static_cache import SPARE, StaticCache, bucket
+from specdec.runtimes.torch.target import TorchTarget, explain_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = 64  # passes over more tokens are not captured
-STEPS = 64  # maximum number of captured passes; the least recently used ones are dropped
+TOKENS = 64  # passes over more tokens are not captured
+CAPTURES = 64  # that are kept; the least recently used ones are dropped
 
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]  # a function -> its replay, on the same memory
-
-
-def record_cuda(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Record ``run`` on a CUDA device. It must neither read its results nor depend on the host."""
-    with torch.cuda.device(device):  # streams belong to the current device
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            run()  # libraries allocate memory at first use, which cannot be recorded
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
-            run()
-    return graph.replay
+Record = Callable[[Callable[[], None]], Callable[[], None]]  # a function -> its replay, on the same memory
 
 
-class _Step:
-    """A recorded function of tensors of fixed shapes."""
+class CudaRecorder:
+    """Captures functions on a CUDA device; they share one memory pool, and one stream on which they warm up. A function
+    must neither read its results nor depend on the host."""
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], record: Recorder) -> None:
-        self.inputs = [x.clone() for x in inputs]
-        self.outputs = [torch.empty_like(y) for y in function(*self.inputs)]
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):  # streams belong to the current device
+            self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(self.device):
+            self.aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.aside):
+                run()  # libraries allocate memory at first use, which cannot be captured
+            torch.cuda.current_stream().wait_stream(self.aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others use the device
+                run()
+        return graph.replay
+
+
+class _Captured:
+    """A captured function of tensors at fixed addresses. It keeps alive what the function reads."""
+
+    def __init__(self, function: Callable[[], Sequence[Tensor]], record: Record) -> None:
+        self.function, self.outputs = function, [torch.empty_like(y) for y in function()]
 
         def run() -> None:
-            for out, y in zip(self.outputs, function(*self.inputs), strict=True):
+            for out, y in zip(self.outputs, function(), strict=True):
                 out.copy_(y)
 
         self.replay = record(run)
 
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        for buffer, x in zip(self.inputs, inputs, strict=True):
-            buffer.copy_(x)
-        self.replay()
-        return [out.clone() for out in self.outputs]  # the next replay writes over them
+
+@dataclass(eq=False)
+class _Inputs:
+    """The inputs of captured passes over L lanes and T tokens. All but the first are filled once for a mask.
+
+    x: [L, T, D].
+    numbers: of each lane how many slots are committed, and where uncommitted ones begin; then how many of these come
+        before the tokens: [2 L + 1].
+    places: positions of uncommitted slots [L, SPARE]. tree: which of them a token sees, bool [L, T, SPARE].
+    order: the lanes of the rows, if these are not the first ones in order, [B].
+    """
+
+    x: Tensor
+    numbers: Tensor
+    places: Tensor
+    tree: Tensor
+    order: Tensor | None = None
+    filled: tuple[Any, ...] = ()
 
 
 class CapturedTarget(TorchTarget):
-    """The PyTorch runtime by recorded passes. Raises SpecDecError as ``TorchTarget``, and without a GPU.
+    """The PyTorch runtime by captured passes. Raises SpecDecError as ``TorchTarget``, and without a GPU.
 
-    For each number of rows there is one buffer, which is lent to the cache that runs, so that passes stay recorded from
-    one generation to the next. Recorded passes share their buffers, so threads take turns under the model's lock.
+    Captured passes share their buffers, so threads take turns under the model's lock.
 
     record: the recorder; None: CUDA graphs.
     """
 
-    def __init__(self, model: NativeModel | PreTrainedModel, record: Recorder | None = None) -> None:
+    def __init__(self, model: NativeModel | PreTrainedModel, record: Record | None = None) -> None:
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
-        self.record = record or functools.partial(record_cuda, device=model.device)
-        self._steps: OrderedDict[Any, _Step] = OrderedDict()
-        # By number of rows: the buffer, its part for each row, and whose these are.
-        self._lent: dict[int, tuple[Tensor, list[Tensor], list[weakref.ref[RowEntries]]]] = {}
+        self.record = record or CudaRecorder(model.device)
+        self.captured: OrderedDict[Any, _Captured] = OrderedDict()
+        self._inputs = dict[tuple[int, int], _Inputs]()
+        self._states, self._chains = dict[int, Tensor](), dict[tuple[int, int], Tensor]()
         super().__init__(model)
 
     @functools.cached_property
-    def captures(self) -> bool:
-        """Whether nothing in the layers depends on the host."""
-        return not self.recurrent_layers and all(layer.experts is None for layer in self.network.layers)
+    def static(self) -> StaticCache | None:
+        """The keys and values of captured passes; None: something in the layers depends on the host."""
+        mixers = [layer.mixer for layer in self.network.layers]
+        routes = any(layer.experts is not None for layer in self.network.layers)
+        first, chunked = mixers[0], any(isinstance(window, Chunk) for window in self.windows)
+        if self.recurrent_layers or routes or chunked or not isinstance(first, Attention):
+            return None
+        shape = self.num_layers, first.kv_heads, first.size
+        return StaticCache(shape, self.dtype, self.device, self.lock, self._forget)
+
+    def _forget(self) -> None:
+        """Drop what is captured over the static cache."""
+        self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] != "layers")
+
+    @property
+    def spare_bytes(self) -> int:
+        return 0 if self.static is None else self.static.spare_bytes
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        if not self.captures:
+        if self.static is None:
             return super().new_cache(batch)
         return KVCache(self.num_layers, batch, self.device, layers=range(self.num_layers))
 
+    @explain_memory
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
-        if lo >= hi or not self.captures or x.shape[0] * x.shape[1] > ROWS or not torch.is_inference_mode_enabled():
+        (batch, t, _), mask, cache = x.shape, ctx.mask, ctx.cache
+        short = lo < hi and batch * t <= TOKENS and cache.lengths[lo] - cache.committed + bucket(t) <= SPARE
+        if self.static is None or not short or not isinstance(mask, RowMask) or not torch.is_inference_mode_enabled():
             return super().layers(x, lo, hi, ctx)
         with self.lock:
-            return self._recorded(x, lo, hi, ctx)
+            return self._run(x, lo, hi, ctx, mask, self.static)
 
-    def _lend(self, rows: list[RowEntries]) -> Tensor:
-        """The buffer [2, N, B, Hkv, capacity, d], with the entries of ``rows`` in it."""
-        whole, parts, users = self._lent.get(len(rows), (None, list[Tensor](), list[weakref.ref[RowEntries]]()))
-        capacity = max(row.slots for row in rows)
-        if whole is None or whole.shape[4] < capacity:
-            two, layers, heads, _, d = rows[0].buffers[WHOLE].shape
-            whole = torch.zeros(two, layers, len(rows), heads, capacity, d, dtype=self.dtype, device=self.device)
-            self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != len(rows))
-            new = list(whole.unbind(2))
-        elif all(row.buffers[WHOLE] is part for row, part in zip(rows, parts, strict=True)):
-            return whole
-        else:
-            new = parts
-        for user, part in zip(users, parts, strict=True):
-            if (other := user()) is not None and other.buffers[WHOLE] is part:
-                other.put(WHOLE, part.clone())
-        for row, part in zip(rows, new, strict=True):
-            own = row.buffers[WHOLE]
-            part[..., : own.shape[3], :] = own
-            part[..., own.shape[3] :, :] = 0  # a mask does not hide NaN
-            row.put(WHOLE, part, lent=True)
-        self._lent[len(rows)] = whole, new, [weakref.ref(row) for row in rows]
-        return whole
-
-    def _recorded(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
-        """``layers`` on the buffer for as many rows."""
-        (batch, t, _), mask, cache = x.shape, ctx.mask, ctx.cache
-        taps, ahead = {} if ctx.taps is None else ctx.taps, cache.lengths[lo] - cache.committed
-        layers, windows = self.select_layers(lo, hi, ctx.adapters), sorted(set(self.windows[lo:hi]), key=str)
-        mixer = layers[0].mixer
-        assert isinstance(mixer, Attention)
-        cache.claim(lo, hi, [t] * batch, mixer.kv_heads, mixer.size, self.dtype)
-        keys, values = whole = self._lend(cache.entries)  # (N, B, Hkv, capacity, d)
-        tapped = sorted(layer for layer in taps if lo <= layer <= hi)
-        tables = self.network.tables_of(ctx)
-
-        def function(x: Tensor, slots: Tensor, *others: Tensor) -> list[Tensor]:
-            masks = dict(zip(windows, others, strict=False))
-            pairs = zip(others[len(windows) :: 2], others[len(windows) + 1 :: 2], strict=True)
-
-            def attend(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                place = slots[:, None, :, None].expand_as(k)
-                k, v = keys[index].scatter_(2, place, k), values[index].scatter_(2, place, v)
-                return k, v, masks[self.windows[index]]
-
-            seen = dict.fromkeys(tapped, x)
-            given = replace(ctx, taps=seen)
-            y = self.network.run(x, lo, layers, given, dict(zip(tables, pairs, strict=True)), attend)
-            return [y, *(seen[layer] for layer in tapped)]
-
-        shape, terms = (batch, 1, t * mixer.groups, whole.shape[4]), []
-        for window in windows:
-            term = additive(mask, window, mixer.groups, self.dtype, shape[3])
-            terms.append(x.new_zeros(shape) if term is None else term)  # None: every slot is filled
-        slots = upload([[n + ahead] for n in cache.rows], self.device) + torch.arange(t, device=self.device)  # (B, T)
-        # As keys, layers live as long as the recorded pass, which reads their tensors.
-        key = batch, t, lo, hi, *tapped, *layers
-        y, *seen = self._step(key, function, [x, slots, *terms, *(each for pair in tables.values() for each in pair)])
+    def _run(self, x: Tensor, lo: int, hi: int, ctx: Pass, mask: RowMask, static: StaticCache) -> Tensor:
+        (batch, t, _), cache, taps = x.shape, ctx.cache, {} if ctx.taps is None else ctx.taps
+        ahead = cache.lengths[lo] - cache.committed
+        lanes = static.place(cache.entries, cache.committed + ahead + t)
+        cache.claim(lo, hi, [t] * batch, *static.shape[1:], self.dtype)
+        size = bucket(max(lanes) + 1), bucket(t)
+        inputs = self._fill(size, lanes, x, ahead, mask)
+        rows = slice(batch) if inputs.order is None else inputs.order
+        inputs.x[rows, :t] = x
+        layers, tapped = self.select_layers(lo, hi, ctx.adapters), sorted(n for n in taps if lo <= n <= hi)
+        key = "layers", *size, lo, hi, *tapped, *layers  # layers live as long as what is captured of them
+        outputs = self._replay(key, lambda: self._pass(inputs, lo, layers, tapped))
+        y, *seen = (out[:batch, :t].clone() if inputs.order is None else out[rows, :t] for out in outputs)
         taps.update(zip(tapped, seen, strict=True))
         return y
 
-    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        readout, (batch, t, _) = super().readout, x.shape
-        if head is not None or batch * t > ROWS or not torch.is_inference_mode_enabled():
-            return readout(x, head)
-        with self.lock:
-            return self._step((None, batch, t), lambda x: [readout(x)], [x])[0]
+    def _fill(self, size: tuple[int, int], lanes: list[int], x: Tensor, ahead: int, mask: RowMask) -> _Inputs:
+        """The inputs of this size, without ``x``, for rows in ``lanes``."""
+        (count, t), (batch, own, width) = size, x.shape
+        if size not in self._inputs:
+            whole, ints = x.new_zeros(count, t, width), x.new_zeros(2 * count + 1, dtype=torch.long)
+            places, tree = ints.new_zeros(count, SPARE), ints.new_zeros(count, t, SPARE, dtype=torch.bool)
+            self._inputs[size] = _Inputs(whole, ints, places, tree)
+        inputs = self._inputs[size]
+        if (batch, own) != size:
+            inputs.x.zero_()  # padding is finite: a mask does not hide NaN
+        if inputs.filled and inputs.filled[0] is mask and inputs.filled[1:] == (lanes, ahead):
+            return inputs
+        assert self.static is not None and self.static.whole is not None
+        committed, starts = [0] * count, [self.static.whole.shape[4] - SPARE] * count  # of a lane without a row
+        for lane, n in zip(lanes, mask.committed, strict=True):
+            committed[lane] = starts[lane] = n
+        in_order = lanes == list(range(batch))
+        ints = upload([*committed, *starts, ahead, *(() if in_order else lanes)], self.device)
+        inputs.numbers.copy_(ints[: 2 * count + 1])
+        inputs.order = None if in_order else ints[2 * count + 1 :]
+        rows = slice(batch) if inputs.order is None else inputs.order
+        places = mask.places if isinstance(mask.places, Tensor) else torch.stack([*mask.places])
+        inputs.places[rows, : places.shape[1]] = places
+        if mask.chains:
+            inputs.tree.copy_(self._chain(t, ahead))
+        else:
+            inputs.tree.zero_()
+            assert mask.ancestors is not None
+            inputs.tree[rows, :own, : mask.ancestors.shape[-1]] = upload(mask.ancestors, self.device, torch.bool)
+        inputs.filled = mask, lanes, ahead
+        return inputs
 
-    def _step(self, key: Any, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
-        step = self._steps.get(key)
-        if step is None:
-            step = self._steps[key] = _Step(function, inputs, self.record)
-        self._steps.move_to_end(key)
-        if len(self._steps) > STEPS:
-            self._steps.popitem(last=False)
-        return step(inputs)
+    def _chain(self, t: int, ahead: int) -> Tensor:
+        """The tree [T, SPARE] of a chain behind ``ahead`` uncommitted slots."""
+        if (t, ahead) not in self._chains:
+            self._chains[t, ahead] = torch.ones(t, SPARE, dtype=torch.bool, device=self.device).tril(ahead)
+        return self._chains[t, ahead]
+
+    def _pass(
+        self, inputs: _Inputs, lo: int, layers: Sequence[Layer], tapped: Sequence[int]
+    ) -> Callable[[], list[Tensor]]:
+        """A pass over ``layers`` as a function without arguments."""
+        assert self.static is not None and self.static.whole is not None and isinstance(layers[0].mixer, Attention)
+        keys, values = whole = self.static.whole  # (N, lanes, H, slots, d)
+        (count, t, _), slots, groups, run = inputs.x.shape, whole.shape[4], layers[0].mixer.groups, self.network.run
+        every, block = torch.arange(slots, device=self.device), torch.arange(SPARE, device=self.device)
+        tables = {each: self.network.table(each, slots) for each in self.network.used}
+        windows = {self.windows[n] for n in range(lo, lo + len(layers))}
+        hidden = torch.finfo(self.dtype).min / 2
+
+        def function() -> list[Tensor]:
+            committed, starts, ahead = inputs.numbers.split((count, count, 1))
+            own = (ahead + block[:t]).expand(count, -1)  # (L, T), among uncommitted slots
+            place = starts[:, None] + own
+            positions, uncommitted = inputs.places.gather(1, own), starts[:, None] + block
+            at = every.repeat(count, 1).scatter_(1, uncommitted, inputs.places)  # (L, slots), positions of keys
+            visible = (every < committed[:, None])[:, None].repeat(1, t, 1)  # (L, T, slots)
+            visible = visible.scatter_(2, uncommitted[:, None].expand(-1, t, -1), inputs.tree)
+            terms = dict[int | None, Tensor]()
+            for window in windows:
+                near = visible if window is None else visible & (positions[:, :, None] - at[:, None] < window)
+                term = torch.zeros(near.shape, dtype=self.dtype, device=self.device).masked_fill_(~near, hidden)
+                terms[window] = term.repeat_interleave(groups, 1)[:, None]
+
+            def attend(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                to = place[:, None, :, None].expand_as(k)
+                k, v = (each[index, :count].scatter_(2, to, new) for each, new in ((keys, k), (values, v)))
+                return k, v, terms[self.windows[index]]
+
+            seen = dict.fromkeys(tapped, inputs.x)
+            rotary: Any = {n: each[positions].unbind(-1) for n, each in tables.items()}
+            given: Any = Pass(positions, None, None, seen)  # type: ignore[arg-type]  # else it would keep the rows alive
+            y = run(inputs.x, lo, layers, given, rotary, attend)
+            return [y, *(seen[layer] for layer in tapped)]
+
+        return function
+
+    @explain_memory
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        if head is not None or not self._reads(x):
+            return super().readout(x, head)
+        with self.lock:
+            return self._read("logits", x, super().readout).clone()
+
+    @explain_memory
+    def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
+        if not self._reads(x):
+            return super().greedy_tokens(x, *also)
+        readout = super().readout
+        with self.lock:
+            return download(*also, self._read("largest", x, lambda states: largest(readout(states))))
+
+    def _reads(self, x: Tensor) -> bool:
+        return x.shape[0] * x.shape[1] <= TOKENS and torch.is_inference_mode_enabled()
+
+    def _read(self, name: str, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``read`` makes of states [B, T, D], captured for as many tokens; written over by the next call."""
+        count, size = x.shape[0] * x.shape[1], bucket(x.shape[0] * x.shape[1])
+        if size not in self._states:
+            self._states[size] = x.new_zeros(1, size, x.shape[2])
+        states = self._states[size]
+        states[0, :count] = x.flatten(0, 1)
+        [found] = self._replay((name, size), lambda: lambda: [read(states)])
+        return found[0, :count].view(*x.shape[:2], *found.shape[2:])
+
+    def _replay(self, key: Any, make: Callable[[], Callable[[], Sequence[Tensor]]]) -> list[Tensor]:
+        """Replay what is captured under ``key``, or capture what ``make`` makes; return its buffers."""
+        if key not in self.captured:
+            self.captured[key] = _Captured(make(), self.record)
+        self.captured.move_to_end(key)
+        if len(self.captured) > CAPTURES:
+            self.captured.popitem(last=False)
+        self.captured[key].replay()
+        return self.captured[key].outputs

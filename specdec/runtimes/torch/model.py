@@ -91,6 +91,7 @@ class Network:
         scale = config.hidden_size**0.5 if is_gemma else self.numbers.embeddings
         self.scale = None if scale == 1 else torch.tensor(scale, dtype=self.dtype)
         self.rotations = families.rotations(config)
+        self.used = {each for pair in self.rotations if pair is not None for each in pair}
         self.tables = dict[Rotation, Tensor]()
         each = zip(decoder.layers, self.rotations, windows, strict=True)
         self.layers = [self._layer(config, *parts, make) for parts in each]
@@ -129,7 +130,8 @@ class Network:
         tables: rotary ones of the pass, if they are made.
         attend: stores new keys and values of a layer, and returns all of them and the mask; None: in the cache.
         """
-        cache, taps, start, end = ctx.cache, ctx.taps, ctx.cache.lengths[lo : lo + 1], lo + len(layers)
+        cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
+        start = cache.lengths[lo] if layers and attend is None else None
         tables = self.tables_of(ctx) if tables is None else tables
         for index, layer in enumerate(layers, lo):
             if taps is not None and index in taps:
@@ -157,8 +159,8 @@ class Network:
             x = self._add(x, h, norm_out)
         if taps is not None and end in taps:
             taps[end] = x
-        if start and attend is None:  # recurrent layers count their tokens, too
-            cache.lengths[lo:end] = [start[0] + x.shape[1]] * (end - lo)
+        if start is not None:  # recurrent layers count their tokens, too
+            cache.lengths[lo:end] = [start + x.shape[1]] * (end - lo)
         return x
 
     def _add(self, x: Tensor, h: Tensor, norm: Norm | None) -> Tensor:
@@ -176,11 +178,10 @@ class Network:
         """The tables for the positions of a pass. Consecutive calls with one mask share them."""
         memo: dict[Any, Any] = ctx.mask.memo if ctx.positions is ctx.mask.query else {}
         if "rotary" not in memo:
-            every = {each for pair in self.rotations if pair is not None for each in pair}
-            memo["rotary"] = {each: self._table(each, ctx.mask.length)[ctx.positions].unbind(-1) for each in every}
+            memo["rotary"] = {each: self.table(each, ctx.mask.length)[ctx.positions].unbind(-1) for each in self.used}
         return memo["rotary"]  # type: ignore[no-any-return]
 
-    def _table(self, rotation: Rotation, count: int) -> Tensor:
+    def table(self, rotation: Rotation, count: int) -> Tensor:
         """Cosines and signed sines [positions, 1, rotated, 2] for at least ``count`` positions, and some beyond."""
         table = self.tables.get(rotation)
         if table is None or len(table) < count + POSITIONS // 2:

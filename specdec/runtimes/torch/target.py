@@ -6,15 +6,16 @@ of the stacked weights. Knows nothing about drafting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, one_line
 from specdec.models import families
 from specdec.models.gguf.blocks import densify
 from specdec.models.native_model import NativeModel
@@ -29,6 +30,22 @@ from specdec.runtimes.torch.model import Layer, Network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+
+def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
+    """``call``, with a SpecDecError where a device has no memory left."""
+
+    @functools.wraps(call)
+    def explained(self: Target, *given: Any, **named: Any) -> T:
+        try:
+            return call(self, *given, **named)
+        except torch.OutOfMemoryError as error:
+            what = "the memory of this device is full; lower --kv-memory or --max-rows, or take a smaller model"
+            raise SpecDecError(f"{self.device}: {what} ({one_line(error)})") from error
+
+    return explained
 
 
 class TorchTarget(Target):
@@ -63,9 +80,11 @@ class TorchTarget(Target):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.network.embed(ids)
 
+    @explain_memory
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
         return self.network.run(x, lo, self.select_layers(lo, hi, ctx.adapters), ctx)
 
+    @explain_memory
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         module = self.own_head if head is None else head
         if module not in self._heads:

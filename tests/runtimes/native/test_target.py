@@ -198,7 +198,7 @@ def test_a_model_in_blocks_gives_the_logits_of_its_bf16_values() -> None:
     assert (rounded.activations, whole.activations) == ("8 bits", "as computed")
     assert rounded.bytes_read < 0.7 * whole.bytes_read
     ours, theirs = play(rounded), play(whole)
-    assert all(0 < apart(a.float(), b.float()) < 0.15 for a, b in zip(ours, theirs, strict=True))
+    assert all(0 < apart(a.float(), b.float()) < 0.2 for a, b in zip(ours, theirs, strict=True))
     exact = NativeTarget(model, "dense")
     assert exact.weight_format == "16 bits"
     assert all(torch.equal(a, b) for a, b in zip(play(exact), theirs, strict=True))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from builds import build
 from passes import IN_BLOCKS, in_blocks, next_logits
 
 from specdec.base import machine
@@ -22,19 +21,6 @@ if not library.runs():
     pytest.skip("no native kernels here", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("two_threads")
-
-
-@contextmanager
-def build(level: str) -> Iterator[bool]:
-    """The kernels of ``level`` for a while; whether this CPU has them."""
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(library.LEVEL, level)
-            library.load.cache_clear()
-            yield library.load().level == level
-    finally:
-        library.load.cache_clear()
-        library.load()
 
 
 @torch.inference_mode()

@@ -14,8 +14,7 @@ typedef struct { /* scratch of a thread; vectors have 16 columns */
     float out[MOST_COLUMNS * 256];                                   /* [column][d] */
     float base[VECTORS][16], sum[VECTORS][16];
     float first[VECTORS][16], end[VECTORS][16]; /* each column sees the slots [first, end), and those of the tree */
-    uint8_t codes[MOST_COLUMNS * 256];          /* with rows of 8 bits: queries [WIDE columns][d / 4][WIDE][4], plus 128, */
-    float scales[MOST_COLUMNS * 8];             /* and [WIDE columns][d / TOGETHER][WIDE] */
+    bf16 keys[KEYS * 256] __attribute__((aligned(64))); /* of rows of 8 bits */
     uint16_t tree[][VECTORS];                   /* of each slot behind the committed ones: the columns that see it, as bits */
 } Attention;
 
@@ -64,39 +63,31 @@ static void score_rows16(const bf16 *rows, int d, const uint32_t *queries, int c
     }
 }
 
-/* The same of rows of 8 bits and rounded queries: the sums of TOGETHER products are whole numbers. */
-static void score_rows8(const uint8_t *rows, const Attention *a, int d, int columns, float *to) {
-    for (int i = 0; i < 16; i++, rows += cache_row(CACHE8, d))
-        for (int b = 0; b < d / TOGETHER; b++) {
-            const int8_t *key = (const int8_t *)rows + TOGETHER * b;
-            const W scale = set_w(widen(((const bf16 *)(rows + d))[b]));
-            int32_t all = 0;
-            for (int k = 0; k < TOGETHER; k++) all += key[k];
-            for (int v = 0; v * WIDE < columns; v++) {
-                const uint8_t *from = a->codes + (v * (d / TOGETHER) + b) * TOGETHER * WIDE;
-                float *sum = to + v * WIDE / 16 * 16 * KEYS + 16 * i + v * WIDE % 16;
-                Codes codes[8];
-                for (int k = 0; k < 8; k++) codes[k] = load_codes(from + 4 * WIDE * k);
-                const W product = mul_w(whole_w(sum_codes(255, 2, codes, 8, key, -128 * all)), scale);
-                store_w(sum, fma_w(product, load_w(a->scales + (v * (d / TOGETHER) + b) * WIDE), b ? load_w(sum) : set_w(0)));
-            }
-        }
+/* Numbers `at` to `at` + 15 of a row of 8 bits. */
+INLINE F cached16(const Reading *r, const uint8_t *row, int at) {
+    uint32_t scale; /* in the upper half */
+    memcpy(&scale, row + r->d + 2 * (at / TOGETHER) - 2, 4);
+    return mul16(load_int8(row + at), to_f(and_u(set_u(scale), set_u(0xffff0000))));
 }
 
 static void score_block(const Reading *r, int s, int count, int once, int equal) {
     const int64_t row = cache_row(r->kind, r->d);
     Attention *a = r->a;
-    for (int k = 0; k < count; k += 16) {
-        const uint8_t *rows = r->keys + (s + k) * row;
+    for (int k = 0; r->kind == CACHE8 && k < count; k++)
+        for (int i = 0; i < r->d; i += 16) store_h(a->keys + k * r->d + i, narrow16(cached16(r, r->keys + (s + k) * row, i)));
+    for (int k = 0, some; k < count; k += some) {
+        const uint8_t *row_of = r->keys + (s + k) * row;
+        const bf16 *rows = r->kind == CACHE16 ? (const bf16 *)row_of : a->keys + k * r->d;
         float *to = a->scores[0][k];
-        const uint8_t *keys = once ? rows + KEYS * row : NULL, *values = once ? r->values + (s + k + KEYS) * row : NULL;
-        const int tiles = r->kind == CACHE16 && !equal && tiles_score((const bf16 *)rows, r->d, a->queries, r->columns, to, 16 * KEYS);
-        if (r->kind == CACHE8) score_rows8(rows, a, r->d, r->columns, to);
-        else if (!tiles) score_rows16((const bf16 *)rows, r->d, a->queries, r->columns, to, keys, values);
-        for (int i = 0; once && (r->kind == CACHE8 || tiles) && i < 16 * row; i += 64) {
-            _mm_prefetch((const char *)keys + i, _MM_HINT_T1);
-            _mm_prefetch((const char *)values + i, _MM_HINT_T1);
-        }
+        const uint8_t *keys = once ? row_of + KEYS * row : NULL, *values = once ? r->values + (s + k + KEYS) * row : NULL;
+        some = 16;
+        if (!equal && tiles_score(rows, r->d, a->queries, r->columns, to, 16 * KEYS)) {
+            for (int i = 0; once && i < 16 * row; i += 64) {
+                _mm_prefetch((const char *)keys + i, _MM_HINT_T1);
+                _mm_prefetch((const char *)values + i, _MM_HINT_T1);
+            }
+        } else if (!(some = score_few(rows, count - k, r->d, a->queries, r->columns, to, keys, values)))
+            score_rows16(rows, r->d, a->queries, r->columns, to, keys, values), some = 16;
     }
 }
 
@@ -158,13 +149,6 @@ INLINE int weigh(const Reading *r, int v, int s, int count, int all) {
     if (bits16(more16(most, add16(base, set16(FAR))))) return 1;
     store16(a->sum[v], sum);
     return 0;
-}
-
-/* Numbers `at` to `at` + 15 of a row of the cache. */
-INLINE F cached16(const Reading *r, const uint8_t *row, int at) {
-    uint32_t scale; /* in the upper half */
-    memcpy(&scale, row + r->d + 2 * (at / TOGETHER) - 2, 4);
-    return mul16(load_int8(row + at), to_f(and_u(set_u(scale), set_u(0xffff0000))));
 }
 
 /* The values of a block, in pairs of keys. */
@@ -247,20 +231,6 @@ static void add_seen_values(const Reading *r, int v, int s, int count, int colum
         }
 }
 
-/* Round the queries to 8 bits. */
-static void round_queries(Attention *a, int d, int columns) {
-    Rounded rounded[16 * 256 / TOGETHER];
-    for (int v = 0; 16 * v < columns; v++) {
-        round_inputs(a->queries + v * 8 * d, d, 16, rounded);
-        for (int i = 0; i < 16 * d / TOGETHER; i++) {
-            const int b = i / 16, column = 16 * v + i % 16, at = column / WIDE * (d / TOGETHER) + b;
-            a->scales[at * WIDE + column % WIDE] = rounded[i].scale;
-            for (int k = 0; k < TOGETHER; k++)
-                a->codes[((at * 8 + k / 4) * WIDE + column % WIDE) * 4 + k % 4] = (uint8_t)rounded[i].x[k] ^ 0x80;
-        }
-    }
-}
-
 /* Let the columns, whose queries and visible slots are in r->a, read the keys; r->a->out [column][d] is the result.
  * sinks: scores of nothing, of each column, or NULL. once: no other columns read these keys: they are prefetched. equal: to the
  * last bit, in every instruction set. Memory of 16 whole keys is read. */
@@ -269,7 +239,6 @@ static void attend(const Reading *r, const float *sinks, int once, int equal) {
     const int vectors = (r->columns + 15) / 16, d = r->d;
     float firsts[VECTORS], ends[VECTORS]; /* [from the last first slot, to the first end) all columns see all */
     memset(a->out, 0, 4 * (size_t)r->columns * d);
-    if (r->kind == CACHE8) round_queries(a, d, r->columns);
     for (int v = 0; v < vectors; v++) {
         float *base = a->base[v], *sum = a->sum[v];
         firsts[v] = 0, ends[v] = 1e30f;

@@ -120,3 +120,6 @@ static void to_rows(const uint32_t *vnni, int features, int tokens, uint8_t *out
 static inline int reads_vnni(const Linear *map) { return 0; }
 
 static inline int tiles_score(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to, int stride) { return 0; }
+
+static inline int score_few(const bf16 *rows, int left, int d, const uint32_t *queries, int columns, float *to, const uint8_t *one,
+    const uint8_t *other) { return 0; }

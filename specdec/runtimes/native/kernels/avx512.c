@@ -92,3 +92,54 @@ EXPORT int KERNEL(pairs_agree)(void) {
     }
     return 1;
 }
+
+/* Scores of `keys` rows and up to `lanes` columns, 16 / lanes keys in a vector; else as score_rows16, whose order of sums it has. */
+INLINE void score_few_rows(int lanes, int keys, const bf16 *rows, int d, const uint32_t *queries, float *to, const uint8_t *one,
+    const uint8_t *other) {
+    const int together = 16 / lanes, vectors = keys / together;
+    __m512i four[16]; /* pairs of each key, in its lanes */
+    W sum[16];
+    for (int i = 0; i < vectors; i++) sum[i] = set_w(0);
+    for (int k = 0; k < d; k += 8) {
+        for (int i = 0; one && i < keys * 16; i += 64) {
+            _mm_prefetch((const char *)one + keys * 2 * k + i, _MM_HINT_T1);
+            _mm_prefetch((const char *)other + keys * 2 * k + i, _MM_HINT_T1);
+        }
+        for (int i = 0; i < vectors; i++) {
+            four[i] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(rows + together * i * d + k)));
+            for (int j = 1; j < together; j++)
+                four[i] = _mm512_mask_broadcast_i32x4(four[i], (__mmask16)(0xffff << lanes * j),
+                    _mm_loadu_si128((const __m128i *)(rows + (together * i + j) * d + k)));
+        }
+#define ADD(PAIR)                                                                                                      \
+    do {                                                                                                               \
+        const uint32_t *from = queries + 8 * k + 16 * PAIR;                                                            \
+        const __m512i query = lanes == 8 ? _mm512_broadcast_i64x4(_mm256_load_si256((const __m256i *)from))            \
+                                         : _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)from));              \
+        for (int i = 0; i < vectors; i++) sum[i] = add_pairs(_mm512_shuffle_epi32(four[i], 0x55 * PAIR), query, sum[i]); \
+    } while (0)
+        ADD(0);
+        ADD(1);
+        ADD(2);
+        ADD(3);
+#undef ADD
+    }
+    for (int i = 0; i < vectors; i++)
+        for (int j = 0; j < together; j++) {
+            float *at = to + 16 * (together * i + j);
+            if (lanes == 8) _mm256_store_ps(at, _mm512_extractf32x8_ps(sum[i], j & 1));
+            else _mm_store_ps(at, j == 0 ? _mm512_castps512_ps128(sum[i]) : j == 1 ? _mm512_extractf32x4_ps(sum[i], 1)
+                : j == 2 ? _mm512_extractf32x4_ps(sum[i], 2) : _mm512_extractf32x4_ps(sum[i], 3));
+        }
+}
+
+/* Scores of up to `left` keys of few columns. Returns of how many keys, 0 if there are more columns. */
+static int score_few(const bf16 *rows, int left, int d, const uint32_t *queries, int columns, float *to, const uint8_t *one,
+    const uint8_t *other) {
+    if (columns > 8) return 0;
+    if (columns <= 4 && left > 16) score_few_rows(4, 32, rows, d, queries, to, one, other);
+    else if (columns <= 4) score_few_rows(4, 16, rows, d, queries, to, one, other);
+    else if (left > 16) score_few_rows(8, 32, rows, d, queries, to, one, other);
+    else score_few_rows(8, 16, rows, d, queries, to, one, other);
+    return left > 16 ? 32 : 16;
+}

@@ -6,7 +6,7 @@ typedef struct { int32x4_t a, b; } __m256i;
 typedef float32x4_t __m128;
 typedef int32x4_t __m128i;
 
-enum { _CMP_GT_OQ, _CMP_NLE_UQ, _CMP_UNORD_Q };
+enum { _CMP_GT_OQ, _CMP_UNORD_Q };
 #define _MM_HINT_T0 3
 #define _MM_HINT_T1 2
 #define _mm_prefetch(address, hint) __builtin_prefetch(address, 0, hint)
@@ -64,7 +64,6 @@ NEON_SHIFT(_mm256_slli_epi32, uint32x4_t, <<)
 NEON_SHIFT(_mm256_srli_epi32, uint32x4_t, >>)
 NEON_SHIFT(_mm256_slli_epi16, uint16x8_t, <<)
 NEON_SHIFT(_mm256_srli_epi16, uint16x8_t, >>)
-NEON_SHIFT(_mm256_srai_epi16, int16x8_t, >>)
 
 static inline __m256 _mm256_and_ps(__m256 a,
     __m256 b) { return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), _mm256_castps_si256(b))); }
@@ -74,8 +73,7 @@ static inline __m256 _mm256_round_ps(__m256 v, int nearest) { return (__m256){vr
 static inline __m256 _mm256_blendv_ps(__m256 a, __m256 b,
     __m256 m) { return (__m256){vbslq_f32((uint32x4_t)m.a, b.a, a.a), vbslq_f32((uint32x4_t)m.b, b.b, a.b)}; }
 static inline int32x4_t neon_compare(float32x4_t a, float32x4_t b, int how) {
-    return (int32x4_t)(how == _CMP_GT_OQ ? vcgtq_f32(a, b)
-        : vmvnq_u32(how == _CMP_NLE_UQ ? vcleq_f32(a, b) : vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b))));
+    return (int32x4_t)(how == _CMP_GT_OQ ? vcgtq_f32(a, b) : vmvnq_u32(vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b))));
 }
 static inline __m256 _mm256_cmp_ps(__m256 a, __m256 b,
     int how) { return (__m256){(float32x4_t)neon_compare(a.a, b.a, how), (float32x4_t)neon_compare(a.b, b.b, how)}; }
@@ -118,8 +116,6 @@ static inline __m256i _mm256_blend_epi16(__m256i a, __m256i b, int odd) {
     return (__m256i){(int32x4_t)vtrn1q_s16((int16x8_t)a.a, (int16x8_t)vshrq_n_u32((uint32x4_t)b.a, 16)),
         (int32x4_t)vtrn1q_s16((int16x8_t)a.b, (int16x8_t)vshrq_n_u32((uint32x4_t)b.b, 16))};
 }
-static inline __m256i _mm256_sll_epi16(__m256i v, __m128i n) { return _mm256_slli_epi16(v, n[0]); }
-static inline int _mm256_testz_si256(__m256i a, __m256i b) { return !vmaxvq_u32((uint32x4_t)((a.a & b.a) | (a.b & b.b))); }
 static inline int _mm256_movemask_ps(__m256 v) {
     const int32x4_t at = {0, 1, 2, 3};
     return (int)(vaddvq_u32(vshlq_u32(vshrq_n_u32((uint32x4_t)v.a, 31), at)) | vaddvq_u32(vshlq_u32(vshrq_n_u32((uint32x4_t)v.b, 31),
@@ -136,7 +132,6 @@ static inline __m128 _mm_movehl_ps(__m128 a, __m128 b) { return (__m128)vzip2q_s
 static inline __m128 _mm_movehdup_ps(__m128 v) { return vtrn2q_f32(v, v); }
 static inline __m128i _mm_loadu_si128(const void *p) { return (int32x4_t)vld1q_u8(p); }
 static inline __m128i _mm_loadl_epi64(const void *p) { return (int32x4_t)vcombine_u8(vld1_u8(p), vdup_n_u8(0)); }
-static inline __m128i _mm_cvtsi32_si128(int v) { return vdupq_n_s32(v); }
 static inline int _mm_cvtsi128_si32(__m128i v) { return v[0]; }
 static inline __m128i _mm_max_epi32(__m128i a, __m128i b) { return vmaxq_s32(a, b); }
 static inline __m128i _mm_shuffle_epi32(__m128i v,

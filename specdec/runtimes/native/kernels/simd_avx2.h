@@ -43,7 +43,6 @@ static inline F column16(const float *p) {
 }
 
 static inline U load_u(const void *p) { return (U){_mm256_load_si256(p), _mm256_load_si256((const __m256i *)p + 1)}; }
-static inline U load_bytes_u(const void *p) { return (U){_mm256_loadu_si256(p), _mm256_loadu_si256((const __m256i *)p + 1)}; }
 static inline __m256i column8(const uint32_t *p) {
     return _mm256_setr_epi32((int)p[0], (int)p[16], (int)p[32], (int)p[48], (int)p[64], (int)p[80], (int)p[96], (int)p[112]);
 }
@@ -79,20 +78,10 @@ static inline M mask16(uint32_t bits) { return (M){mask8(bits), mask8(bits >> 8)
 static inline uint32_t bits16(M m) { return (uint32_t)(_mm256_movemask_ps(m.a) | _mm256_movemask_ps(m.b) << 8); }
 static inline M both16(M a, M b) { PAIRWISE(M, _mm256_and_ps); }
 static inline M more16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ), _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ)}; }
-static inline M not_less16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_NLE_UQ), _mm256_cmp_ps(a.b, b.b, _CMP_NLE_UQ)}; }
 static inline F pick16(M m, F a, F b) { return (F){_mm256_blendv_ps(b.a, a.a, m.a), _mm256_blendv_ps(b.b, a.b, m.b)}; }
 static inline U pick_u(M m, U a, U b) { return to_u(pick16(m, to_f(a), to_f(b))); }
 static inline F keep16(M m, F v) { return (F){_mm256_and_ps(m.a, v.a), _mm256_and_ps(m.b, v.b)}; }
 
-static inline int any_h(const uint16_t *p) {
-    __m256i v = _mm256_loadu_si256((const __m256i *)p);
-    return !_mm256_testz_si256(v, v);
-}
-static inline M bit_h(const uint16_t *p, int bit) {
-    __m256i v = _mm256_srai_epi16(_mm256_sll_epi16(_mm256_loadu_si256((const __m256i *)p), _mm_cvtsi32_si128(15 - bit)), 15);
-    return (M){_mm256_castsi256_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v))),
-               _mm256_castsi256_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1)))};
-}
 static inline __m256 load_bf16_8(const bf16 *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
@@ -186,7 +175,6 @@ static inline Codes left_codes(Codes v, int n) { return _mm256_slli_epi16(v, n);
 static inline Codes right_codes(Codes v, int n) { return _mm256_srli_epi16(v, n); }
 static inline Codes pick_codes(const uint8_t *table,
     Codes at) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), at); }
-static inline void transpose_codes(Codes *a) { transpose8(a); } /* WIDE rows of as many dwords to their columns */
 static inline W even_w(Codes pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 static inline W odd_w(Codes pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000))); }
 static inline W load_w(const float *p) { return _mm256_loadu_ps(p); }

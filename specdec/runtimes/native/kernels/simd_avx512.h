@@ -30,7 +30,6 @@ static inline F column16(const float *p) { /* every 16th number */
 }
 
 static inline U load_u(const void *p) { return _mm512_load_si512(p); }
-static inline U load_bytes_u(const void *p) { return _mm512_loadu_si512(p); } /* at any address */
 static inline U column_u(const uint32_t *p) { /* every 16th dword */
     return _mm512_setr_epi32((int)p[0], (int)p[16], (int)p[32], (int)p[48], (int)p[64], (int)p[80], (int)p[96], (int)p[112],
                              (int)p[128], (int)p[144], (int)p[160], (int)p[176], (int)p[192], (int)p[208], (int)p[224], (int)p[240]);
@@ -54,18 +53,10 @@ static inline M mask16(uint32_t bits) { return (M)bits; }
 static inline uint32_t bits16(M m) { return m; }
 static inline M both16(M a, M b) { return a & b; }
 static inline M more16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-static inline M not_less16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); } /* not a <= b */
 static inline F pick16(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); } /* a where m, else b */
 static inline U pick_u(M m, U a, U b) { return _mm512_mask_mov_epi32(b, m, a); }
 static inline F keep16(M m, F v) { return _mm512_maskz_mov_ps(m, v); }
 
-static inline int any_h(const uint16_t *p) { /* is one of 16 words not 0? */
-    __m256i v = _mm256_loadu_si256((const __m256i *)p);
-    return !_mm256_testz_si256(v, v);
-}
-static inline M bit_h(const uint16_t *p, int bit) { /* which of 16 words have this bit */
-    return _mm256_movepi16_mask(_mm256_sll_epi16(_mm256_loadu_si256((const __m256i *)p), _mm_cvtsi32_si128(15 - bit)));
-}
 static inline F load_bf16(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
@@ -137,9 +128,6 @@ static inline Codes right_codes(Codes v, int n) { return _mm512_srli_epi16(v, (u
 /* of 16 bytes */
 static inline Codes pick_codes(const uint8_t *table,
     Codes at) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), at); }
-static inline void transpose_codes(Codes *a) { transpose(a); } /* WIDE rows of as many dwords to their columns */
-static inline W even_w(Codes pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); } /* of pairs of bf16 */
-static inline W odd_w(Codes pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
 static inline W load_w(const float *p) { return _mm512_loadu_ps(p); }
 static inline void store_w(float *p, W v) { _mm512_storeu_ps(p, v); }
 static inline W set_w(float v) { return _mm512_set1_ps(v); }

@@ -14,8 +14,8 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Pass, Target
 
-from .m2r2_network import M2R2, Carry
-from .m2r2_path import M2R2Path
+from .network import M2R2, Carry
+from .path import M2R2Path
 
 CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
 PIECE = 0.025  # seconds that a piece of work should take

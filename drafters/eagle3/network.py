@@ -172,7 +172,7 @@ class Eagle3(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, maps in their fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self._rotary = [self.config.rotary()]
+        self._rotary = [self.config.rotary().to(target.device)]
         layer: Any = self.layers[0]
         attention, mlp = layer.self_attn, layer.mlp
         groups: dict[str, list[nn.Linear]] = {

@@ -23,10 +23,10 @@ from specdec.runtimes.target import Target
 from specdec.runtimes.torch.linear import UnitMap
 from specdec.speculation.ngram import built
 
-from .corpus import corpus
+from ..corpus import corpus
 from .learned import Progress, Stamp, Store, UnusableError, as_start, read_progress, read_tensors, whole_name
-from .m2r2_network import M2R2
-from .m2r2_path import M2R2Path
+from .network import M2R2
+from .path import M2R2Path
 
 VOCABULARY = 8192  # tokens that are drafted
 

@@ -22,9 +22,9 @@ from specdec.base.memory import free_memory
 from specdec.base.ridge import Sums, Weighted
 from specdec.runtimes.target import Target
 
-from .m2r2_fits import Fits
-from .m2r2_network import M2R2, Carry
-from .m2r2_replay import PIECE, Replay, Text
+from .fits import Fits
+from .network import M2R2, Carry
+from .replay import PIECE, Replay, Text
 
 FIRST = 1000  # tokens before the first fit
 EVERY = 300  # tokens between two fits: some ten requests, so that a new kind of them is soon learned

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny import model_of, tiny_model
 
 from specdec.base.errors import SpecDecWarning
-from specdec.drafters import learned, m2r2_fits, m2r2_learning
-from specdec.drafters.m2r2_learning import Learner
+from specdec.drafters.m2r2 import fits, learned, learning
+from specdec.drafters.m2r2.learning import Learner
 from specdec.models import adapter as adapters
 from specdec.models.adapter import LowRank
 from specdec.runtimes.native import library
@@ -44,7 +44,7 @@ def same(one: Learner, other: Learner) -> bool:
 
 def test_another_process_goes_on_where_this_one_ended(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     learner = ended(target)
-    monkeypatch.setattr(m2r2_learning, "EVERY", 10**6)  # a fit would scale the sums
+    monkeypatch.setattr(learning, "EVERY", 10**6)  # a fit would scale the sums
     other = Learner(target)
     assert same(learner, other) and other.fits.progress == learner.fits.progress
     read(other, [NEW])
@@ -88,7 +88,7 @@ def test_a_model_with_an_adapter_starts_with_what_was_learned_without_it(target:
     learner = ended(target)
     before, tokens = learner.fits.store.path.read_bytes(), learner.fits.progress.tokens
     monkeypatch.setattr(learned, "PRIOR", tokens // 2)
-    monkeypatch.setattr(m2r2_learning, "EVERY", 10**6)  # a fit would scale the sums
+    monkeypatch.setattr(learning, "EVERY", 10**6)  # a fit would scale the sums
     started = Learner(adapted)
     assert same(learner, started) and started.fits.version == learner.fits.version > 0
     read(started, [NEW])
@@ -111,7 +111,7 @@ def test_a_model_with_an_adapter_starts_with_what_was_learned_without_it(target:
 
 @pytest.mark.parametrize("how", ["truncated", "another shape", "missing sums"])
 def test_a_file_that_cannot_be_used_makes_learning_start_anew(target: Target, monkeypatch, how: str) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(m2r2_fits, "VOCABULARY", 64)
+    monkeypatch.setattr(fits, "VOCABULARY", 64)
     learner = ended(target)
     damage(learner.fits.store.path, how)
     with pytest.warns(SpecDecWarning, match="learning starts anew") as warned:
@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_read_here_is_not_written_over(target: Target, mon
 def test_a_process_that_learns_notices_that_all_was_deleted(target: Target, monkeypatch, before: bool) -> None:  # type: ignore[no-untyped-def]
     with monkeypatch.context() as patched:
         if not before:  # it has kept nothing yet
-            patched.setattr(m2r2_fits.Fits, "keep", lambda self: setattr(self, "kept", self.progress.texts))
+            patched.setattr(fits.Fits, "keep", lambda self: setattr(self, "kept", self.progress.texts))
         learner = taught(target, 24)
     assert bool(learned.all_progress()) == before and learner.fits.version
     assert learned.forget() is True
@@ -237,7 +237,7 @@ def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch, step
     def full(*args: object, **more: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(f"specdec.drafters.learned.{step}", full)
+    monkeypatch.setattr(f"specdec.drafters.m2r2.learned.{step}", full)
     with pytest.warns(SpecDecWarning, match="cannot be kept: No space left") as warned:
         learner = taught(target, 24)
         learner.save()

@@ -31,14 +31,11 @@ from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.tree_builder import draft_best
 
-from .chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
-from .m2r2_learning import Learner, why_not
-from .m2r2_network import M2R2, Carry, load_network
-from .m2r2_pass import PathPass
-from .m2r2_path import M2R2Path
-from .vocabulary import DraftVocabulary
-
-__all__ = ["M2R2", "M2R2Drafter", "M2R2Path", "PaperM2R2Drafter", "load_network"]
+from ..chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
+from ..vocabulary import DraftVocabulary
+from .learning import Learner, why_not
+from .network import M2R2, Carry, load_network
+from .path_pass import PathPass
 
 
 class M2R2Row(ChainRow):

@@ -1,9 +1,4 @@
-"""EAGLE-3 (arXiv 2503.01840): one decoder layer over the states of three layers drafts a chain, or a tree of tokens.
-
-The head runs pairs: a token's embedding, and the features of the token before it, which are made of the tapped layers'
-states, or for a drafted token the head's own output. It has its own keys and values of each pair. Heads in the
-``speculators`` format are read as they are.
-"""
+"""The drafter that grows a chain, or a tree, with the head."""
 
 from __future__ import annotations
 
@@ -28,8 +23,8 @@ from specdec.speculation.draft import Draft, State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.tree_drafting import by_levels
 
-from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network
-from .pairs import PairDrafter
+from ..pairs import PairDrafter
+from .network import KIND, Eagle3, Eagle3Config, read_network
 
 
 class Eagle3Drafter(PairDrafter):

@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Pass, Target
 
-from .m2r2_network import M2R2, Carry
+from .network import M2R2, Carry
 
 
 @dataclass

@@ -1,118 +1,24 @@
-"""Drafting through the model's first layers: one drafter, whose presets say where a token leaves.
-
-A drafted token runs layer by layer and leaves at an exit; its readout there is the draft. Its states are exact, so
-scoring resumes where the deepest token left. When a later token goes deeper, the layers that earlier tokens of the
-draft have not run are run for all of them at once. Knows nothing of acceptance.
-
-    early-exit         every token leaves at one exit (LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710)
-    deed               each at the first exit with enough confidence (Tang et al. 2023, arXiv 2311.08623)
-    skip-decode        the later in the answer, the earlier (Del Corro et al. 2023, arXiv 2307.02628)
-    mixture-of-depths  a router at each layer lets a token run or skip it (Raposo et al. 2024, arXiv 2404.02258)
-"""
+"""The drafters that run the model's first layers: what they share, and one class for each exit rule."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.base.settings import keywords
-from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
-from specdec.runtimes.target import Pass, Target
-from specdec.runtimes.torch.linear import rms_unit
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, Drafter, State
 
-from .chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
-from .vocabulary import DraftVocabulary
-
-
-class PartialPass:
-    """The tokens of a draft, each run through some of the layers; earlier tokens at least as far as later ones."""
-
-    def __init__(self, target: Target, cache: KVCache) -> None:
-        self.target, self.cache = target, cache
-        self.groups: list[tuple[int, Tensor, Tensor]] = []  # (layer reached, states [B, n, D], positions [B, n])
-        self.count = 0  # number of tokens
-
-    def push(self, token: Tensor, positions: Tensor) -> None:
-        """Add a token, int64 [B, 1], at layer 0."""
-        self.count += 1
-        self.groups.append((0, self.target.embed(token, positions), positions))
-
-    def to(self, layer: int) -> Tensor:
-        """Run every token that is below ``layer`` up to it; return the last token's states there [B, 1, D]."""
-        while (level := self.groups[-1][0]) < layer:
-            _, x, positions = self.groups.pop()
-            above = self.groups[-1][0] if self.groups else layer
-            goal = min(above, layer)
-            x = self.target.layers(x, level, goal, Pass(positions, self.cache.register(level, positions), self.cache))
-            if self.groups and above == goal:
-                _, earlier, before = self.groups.pop()
-                x, positions = torch.cat((earlier, x), 1), torch.cat((before, positions), 1)
-            self.groups.append((goal, x, positions))
-        return self.groups[-1][1][:, -1:]
-
-    def finish(self) -> tuple[Tensor | None, int]:
-        """All tokens' states [B, n, D] at the deepest layer that any of them has reached, and that layer."""
-        if not self.groups:
-            return None, 0
-        deepest = self.groups[0][0]
-        self.to(deepest)
-        return self.groups[0][1], deepest
-
-
-class ExitHeads(nn.Module):
-    """A small trained module at each exit, from h[E] towards h[N]; they share the output head.
-
-    final = map(u) + up(silu(down(u))) with u = h / rms(h). map is the identity at first: untrained, h is read out.
-
-    exits: layers, in rising order.
-    draft_vocab: int32 [V'], or None for the full vocabulary.
-    """
-
-    def __init__(self, exits: Sequence[int], width: int, target: Target, draft_vocab: Tensor | None = None) -> None:
-        super().__init__()
-        self.exits, self.width, d = check_exits(exits, target.num_layers), width, target.hidden_size
-        self.map = nn.ModuleList(nn.Linear(d, d) for _ in self.exits)
-        self.down = nn.ModuleList(nn.Linear(d, width) for _ in self.exits)
-        self.up = nn.ModuleList(nn.Linear(width, d, bias=False) for _ in self.exits)
-        for parameter in (*self.map.parameters(), *self.up.parameters()):
-            nn.init.zeros_(parameter)
-        for straight in self.map:
-            nn.init.eye_(straight.get_parameter("weight"))
-        self.register_buffer("draft_vocab", draft_vocab)
-        self.draft_vocab: Tensor | None
-
-    def forward(self, index: int, h: Tensor) -> Tensor:
-        """States h [B, T, D] at exit ``index`` -> the estimate of h[N] [B, T, D] that the head reads."""
-        unit = rms_unit(h)
-        out: Tensor = self.map[index](unit) + self.up[index](F.silu(self.down[index](unit)))
-        return out
-
-    def config(self) -> dict[str, Any]:
-        """The entries of a drafter folder's config.json."""
-        return {"exits": list(self.exits), "width": self.width}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
-        """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
-        width = drafter_folder.check_inner_size("width", config.get("width"), target.hidden_size)
-        return cls(config.get("exits", ()), width, target, draft_vocab)
-
-
-def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
-    """``exits``, if they rise within the model. Raises SpecDecError otherwise."""
-    layers = options.check_ints("exits", exits, 1)
-    if not layers or max(layers) >= num_layers or list(layers) != sorted(set(layers)):
-        raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(layers)}")
-    return layers
+from ..chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
+from ..vocabulary import DraftVocabulary
+from .networks import ExitHeads, Routers
+from .passes import PartialPass, RoutedPass
 
 
 class ExitDrafter(ChainDrafter):
@@ -277,76 +183,6 @@ class SkipDecodeDrafter(ExitDrafter):
         done = min(new) + tokens.count - 1  # all rows run the layers of the row with the fewest new tokens
         layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
         return self.read(tokens, layer)
-
-
-# --- depth routers ---------------------------------------------------------------------------------------------------
-
-
-class Routers(nn.Module):
-    """One linear score of the residual for each layer from ``first`` on; a token runs the layer if it is positive.
-
-    first: number of layers that are always run, 1 <= first < N.
-    draft_vocab: int32 [V'], or None for the full vocabulary.
-    """
-
-    def __init__(self, first: int, target: Target, draft_vocab: Tensor | None = None) -> None:
-        super().__init__()
-        self.first = options.check_int("first", first, 1, target.num_layers - 1)
-        count = target.num_layers - first
-        self.weight = nn.Parameter(torch.zeros(count, target.hidden_size))
-        self.bias = nn.Parameter(torch.ones(count))  # untrained, every layer is run
-        self.register_buffer("draft_vocab", draft_vocab)
-        self.draft_vocab: Tensor | None
-
-    def score(self, layer: int, x: Tensor) -> Tensor:
-        """Residual x [B, T, D] before ``layer`` -> score [B, T, 1]."""
-        return F.linear(rms_unit(x), self.weight[layer - self.first, None], self.bias[layer - self.first, None])
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
-        """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
-        return cls(config.get("first", 0), target, draft_vocab)
-
-
-class RoutedPass:
-    """The tokens of a draft, each run through the first layers, which are exact, and those that a router chooses.
-
-    A token that skips a layer leaves keys and values there as soon as a later token runs it.
-
-    states: [B, 1, D] of each token behind the first layers.
-    skipped: by layer, the inputs of tokens that have skipped it so far.
-    last, layers_run: final state [B, 1, D] of the last token, and number of layers that it ran.
-    """
-
-    def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:
-        self.target, self.cache, self.routers = target, cache, routers
-        self.states: list[Tensor] = []
-        self.skipped: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
-
-    def push(self, token: Tensor, positions: Tensor) -> None:
-        """Run a token, int64 [B, 1]."""
-        target, cache, first = self.target, self.cache, self.routers.first
-        ctx = Pass(positions, cache.register(0, positions), cache)
-        x = target.layers(target.embed(token, positions), 0, first, ctx)
-        self.states.append(x)
-        self.layers_run = first
-        for layer, waiting in self.skipped.items():
-            waiting.append(x)
-            if bool((self.routers.score(layer, x) > 0).any()):
-                block = torch.cat(waiting, 1)  # (B, n, D)
-                own = positions + torch.arange(1 - block.shape[1], 1, device=positions.device)
-                x = target.layers(block, layer, layer + 1, Pass(own, cache.register(layer, own), cache))[:, -1:]
-                waiting.clear()
-                self.layers_run += 1
-        self.last = x
-
-    def finish(self) -> tuple[Tensor | None, int]:
-        """All tokens' states [B, n, D] behind the first layers, and their number; drops provisional entries above."""
-        if not self.states:
-            return None, 0
-        for layer, waiting in self.skipped.items():
-            self.cache.trim(len(self.states) - len(waiting), layer, layer + 1)
-        return torch.cat(self.states, 1), self.routers.first
 
 
 class MixtureOfDepthsDrafter(ExitDrafter):

@@ -20,7 +20,7 @@ from specdec.runtimes.narrow import GatedMLP, gated_mlp
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.torch.linear import UnitMap, rms_unit
 
-from .m2r2_path import M2R2Path
+from .path import M2R2Path
 
 NEURONS = 32  # their number is a multiple of it, for the kernels
 

@@ -1,0 +1,89 @@
+"""The trained modules of drafters that exit early: heads at exits, and routers of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.runtimes.target import Target
+from specdec.runtimes.torch.linear import rms_unit
+
+
+class ExitHeads(nn.Module):
+    """A small trained module at each exit, from h[E] towards h[N]; they share the output head.
+
+    final = map(u) + up(silu(down(u))) with u = h / rms(h). map is the identity at first: untrained, h is read out.
+
+    exits: layers, in rising order.
+    draft_vocab: int32 [V'], or None for the full vocabulary.
+    """
+
+    def __init__(self, exits: Sequence[int], width: int, target: Target, draft_vocab: Tensor | None = None) -> None:
+        super().__init__()
+        self.exits, self.width, d = check_exits(exits, target.num_layers), width, target.hidden_size
+        self.map = nn.ModuleList(nn.Linear(d, d) for _ in self.exits)
+        self.down = nn.ModuleList(nn.Linear(d, width) for _ in self.exits)
+        self.up = nn.ModuleList(nn.Linear(width, d, bias=False) for _ in self.exits)
+        for parameter in (*self.map.parameters(), *self.up.parameters()):
+            nn.init.zeros_(parameter)
+        for straight in self.map:
+            nn.init.eye_(straight.get_parameter("weight"))
+        self.register_buffer("draft_vocab", draft_vocab)
+        self.draft_vocab: Tensor | None
+
+    def forward(self, index: int, h: Tensor) -> Tensor:
+        """States h [B, T, D] at exit ``index`` -> the estimate of h[N] [B, T, D] that the head reads."""
+        unit = rms_unit(h)
+        out: Tensor = self.map[index](unit) + self.up[index](F.silu(self.down[index](unit)))
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """The entries of a drafter folder's config.json."""
+        return {"exits": list(self.exits), "width": self.width}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
+        """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
+        width = drafter_folder.check_inner_size("width", config.get("width"), target.hidden_size)
+        return cls(config.get("exits", ()), width, target, draft_vocab)
+
+
+def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
+    """``exits``, if they rise within the model. Raises SpecDecError otherwise."""
+    layers = options.check_ints("exits", exits, 1)
+    if not layers or max(layers) >= num_layers or list(layers) != sorted(set(layers)):
+        raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(layers)}")
+    return layers
+
+
+class Routers(nn.Module):
+    """One linear score of the residual for each layer from ``first`` on; a token runs the layer if it is positive.
+
+    first: number of layers that are always run, 1 <= first < N.
+    draft_vocab: int32 [V'], or None for the full vocabulary.
+    """
+
+    def __init__(self, first: int, target: Target, draft_vocab: Tensor | None = None) -> None:
+        super().__init__()
+        self.first = options.check_int("first", first, 1, target.num_layers - 1)
+        count = target.num_layers - first
+        self.weight = nn.Parameter(torch.zeros(count, target.hidden_size))
+        self.bias = nn.Parameter(torch.ones(count))  # untrained, every layer is run
+        self.register_buffer("draft_vocab", draft_vocab)
+        self.draft_vocab: Tensor | None
+
+    def score(self, layer: int, x: Tensor) -> Tensor:
+        """Residual x [B, T, D] before ``layer`` -> score [B, T, 1]."""
+        return F.linear(rms_unit(x), self.weight[layer - self.first, None], self.bias[layer - self.first, None])
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
+        """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
+        return cls(config.get("first", 0), target, draft_vocab)

@@ -1,0 +1,167 @@
+"""The drafter that makes a tree of the heads' probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specdec.base import options
+from specdec.models import drafter_folder
+from specdec.runtimes.target import GivenLinear, Target
+from specdec.runtimes.torch.linear import rms_unit
+from specdec.speculation.candidates import Candidates, calibrated
+from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.tree_builder import draft_best
+from specdec.speculation.trees import MOST_NODES, grow_best_first
+
+from ..vocabulary import Context, DraftVocabulary
+from . import public
+from .network import Medusa
+
+RANKS = 8  # number of choices of a head that a tree may have
+
+
+class MedusaRow:
+    """The state of a row. final: final state of the last verified token, [1, 1, D]."""
+
+    def __init__(self) -> None:
+        self.context = Context()
+        self.final = torch.empty(0)
+
+
+class MedusaDrafter(Drafter):
+    """Drafts the tree with the most expected accepted tokens for its number of nodes.
+
+    Raises SpecDecError if no trained heads fit the target.
+
+    nodes: nodes of the tree; None: those that are worth their price (``Prices``), or as many as the draft may be deep.
+    output_heads: output heads of a public checkpoint, [V, D] each, whose blocks read the normalised state; None: the
+        model's.
+    """
+
+    name: ClassVar[str] = public.KIND
+    summary: ClassVar[str] = "extra heads on the final state, which draft a tree; trained, or public checkpoints"
+    training: ClassVar[str] = "specdec train medusa"
+    needs_training: ClassVar[bool] = True
+    has_probabilities = True
+
+    def __init__(self, network: Medusa, nodes: int | None = None, output_heads: Sequence[Tensor] | None = None) -> None:
+        self.network, self.output_heads = network, output_heads
+        self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MedusaDrafter:
+        """From a folder, public heads ORG/NAME[@revision] on Hugging Face, or the folder shipped for the model.
+
+        Raises SpecDecError for anything missing, broken or made for another model.
+        """
+        options.check_names(cls.name, kwargs, ("nodes",))
+        folder, nodes = cls.find(target, None) if source is None else public.find_folder(source), kwargs.get("nodes")
+        if (theirs := public.read_config(folder)) is not None:
+            network, own = public.read_checkpoint(folder, theirs, target)
+            return cls(network, nodes, own)
+        config = drafter_folder.read_config(folder, cls.name, target)
+        heads, layers = public.check_sizes(config.get("heads"), config.get("layers"))
+        make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
+        return cls(drafter_folder.load(folder, target.vocab_size, make), nodes)
+
+    def bind(self, target: Target) -> None:
+        self.taps = (target.num_layers,)
+        network = self.network
+        network.freeze(target)
+        self.vocabulary = DraftVocabulary(target, network.draft_vocab)
+        if self.output_heads is not None:
+            self.output_heads = [weight.to(target.device, target.dtype) for weight in self.output_heads]
+            self.norm = final_norm(target)
+        vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
+        self.path = f"{shapes} {self.output_heads is not None} {None if vocab is None else len(vocab)}"
+        self.start()
+
+    def start(self) -> None:
+        self.vocabulary.start()
+
+    def begin(self) -> MedusaRow:
+        return MedusaRow()
+
+    def propose(self, state: State, limit: int) -> Draft:
+        return draft_best(self.candidates(state, limit), limit, self.nodes, state)
+
+    def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
+        logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
+        priced = state.prices.tables if state.prices and state.prices.tables else [()] * len(logits)
+        tables = [own[0] if own else None for own in priced]
+        every = _best(logits, self.vocabulary.tokens, tables)  # one read
+        rows = enumerate(zip(state.depths, tables, every, strict=True))
+        return [
+            self._likeliest(state, b, logits[b, :most], *own) if most else Candidates.none() for b, (most, *own) in rows
+        ]
+
+    def _likeliest(
+        self, state: State, row: int, logits: Tensor, table: Sequence[float] | None, best: list[list[list[float]]]
+    ) -> Candidates:
+        """Return the likeliest paths of a row, from its logits [K, V'], under the masks of its constraint.
+
+        table: calibrates probabilities (``calibrated``); None: they stay. best: of the row, as ``_best`` returns it.
+        """
+        constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
+        tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
+        said: dict[tuple[int, ...], float] = {}
+
+        def after(path: tuple[int, ...]) -> list[float]:
+            depth = len(path)
+            if depth == len(logits):
+                return []
+            own, likely, ids = best[depth]
+            if constraint is not None:
+                text = [tokens[path[:n]] for n in range(1, depth + 1)]
+                scores = constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
+                [[[own, likely, ids]]] = _best(scores[None], vocab, [table])
+            tokens.update({(*path, rank): int(token) for rank, token in enumerate(ids)})
+            said.update({(*path, rank): p for rank, p in enumerate(own)})
+            return likely
+
+        tree = grow_best_first(after, self.nodes or MOST_NODES)
+        chosen, own = [tokens[path] for path in tree.paths], [said[path] for path in tree.paths]
+        return Candidates([math.log(value) for value in tree.values], chosen, tree.parents, [own])
+
+    def _logits(self, state: State) -> Tensor:
+        """Each head's logits [B, K, V'], over the vocabulary's tokens."""
+        finals = [row.final for row in state.row_states]  # (1, 1, D) each
+        final = finals[0] if len(finals) == 1 else torch.cat(finals)
+        target = state.target
+        if self.output_heads is not None:
+            y = self.network(target.readout(final, self.norm)[:, 0])  # (B, K, D)
+            return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.output_heads)], 1)
+        root = rms_unit(target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
+        self.vocabulary.follow(state, [row.context for row in state.row_states])
+        return self.vocabulary.logits(self.network(rms_unit(final)[:, 0], root))
+
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        states = taps[self.taps[0]]
+        for number, (row, path) in enumerate(zip(row_states, paths, strict=True)):
+            if path:
+                row.final = states[number : number + 1, path[-1] : path[-1] + 1]
+
+
+def final_norm(target: Target) -> nn.Linear:
+    """The identity: a readout with this head is only the model's final norm."""
+    return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
+
+
+def _best(
+    logits: Tensor, vocab: Tensor | None, tables: Sequence[Sequence[float] | None]
+) -> list[list[list[list[float]]]]:
+    """Return the likeliest tokens of logits [B, K, V'] as lists [B][K]: probabilities, calibrated ones, and token ids.
+
+    vocab: the token id of each logit; None: its index. tables: calibrate each row's probabilities.
+    """
+    p, found = logits.softmax(-1).nan_to_num(0.0).topk(min(RANKS, logits.shape[-1]))  # NaN: nothing is allowed
+    sure = torch.stack([calibrated(own, table) for own, table in zip(p, tables, strict=True)])
+    ids = found if vocab is None else vocab[found]
+    read: list[list[list[list[float]]]] = torch.stack((p, sure, ids.float()), 2).tolist()  # float32 holds 2^24 tokens
+    return read

@@ -1,0 +1,53 @@
+"""The blocks of Medusa's heads, and their forward pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specdec.runtimes.target import Target
+from specdec.runtimes.torch.linear import Linear, for_drafting
+
+
+class Medusa(nn.Module):
+    """The residual blocks of ``heads`` heads, ``layers`` each, on states of ``width`` D. Zero blocks change nothing.
+
+    rooted: whether the first block also reads the root's embedding.
+    draft_vocab: int32 [V'], or None: the full vocabulary.
+    inference_maps: the first block's map in its fastest format, once nothing is trained any more.
+    """
+
+    def __init__(
+        self, width: int, heads: int, layers: int = 1, rooted: bool = False, draft_vocab: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.width, self.heads, self.layers, self.rooted = width, heads, layers, rooted
+        ins = [2 * width if rooted and n == 0 else width for n in range(layers)]
+        self.weights = nn.ParameterList(torch.zeros(heads, width, n) for n in ins)
+        self.biases = nn.ParameterList(torch.zeros(heads, width) for _ in ins)
+        self.inference_maps: Linear | None = None
+        self.register_buffer("draft_vocab", draft_vocab)
+        self.draft_vocab: Tensor | None
+
+    def forward(self, x: Tensor, root: Tensor | None = None) -> Tensor:
+        """States [..., D], and their roots' embeddings if ``rooted`` -> inputs of the output heads [..., K, D]."""
+        seen = x if root is None else torch.cat((x, root), -1)
+        y = x.unsqueeze(-2)
+        for n, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if n:
+                inner = torch.einsum("...ki,koi->...ko", y, weight) + bias
+            else:  # all heads have one input: one product
+                both = (
+                    self.inference_maps(seen)
+                    if self.inference_maps
+                    else F.linear(seen, weight.flatten(0, 1), bias.flatten())
+                )
+                inner = both.unflatten(-1, bias.shape)
+            y = y + F.silu(inner)
+        return y
+
+    def freeze(self, target: Target) -> None:
+        """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
+        self.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.inference_maps = for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())

@@ -1,0 +1,59 @@
+"""Drafters that teach themselves: in a process, each learns while no engine has it."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import math
+import threading
+import time
+import weakref
+
+from specdec.api.drafter_use import check_free, in_use, work_lock
+from specdec.base import background
+from specdec.base.background import Stop, Work
+from specdec.speculation.draft import Drafter
+
+IDLE = 0.2  # seconds after a generation before a drafter learns
+_starting = threading.Lock()
+_learners = weakref.WeakKeyDictionary[Drafter, Work[None]]()  # the work of drafters outside of engines
+
+
+def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
+    """Let a drafter learn now, for at most about ``seconds`` or until an engine takes it, and keep what it has learned.
+
+    Returns whether it has more to learn from. Raises SpecDecError if an engine has it.
+    """
+    check_free(drafter)
+    end, more = time.monotonic() + seconds, drafter.learns
+    while True:
+        with work_lock:
+            free = not in_use(drafter)
+            if free and more and time.monotonic() < end:
+                more = drafter.learn()
+                continue
+            if free:
+                drafter.save()
+            return more
+
+
+def learn_when_idle(drafter: Drafter) -> None:
+    """Start a thread that lets a drafter learn, piece by piece, while no engine has it, until no decoder has it."""
+    with _starting:
+        if drafter not in _learners:
+            _learners[drafter] = Work(functools.partial(_work, weakref.ref(drafter)), "specdec learning")
+
+
+def _work(reference: weakref.ref[Drafter], stop: Stop) -> None:
+    more = False
+    while not stop.wait(0 if more else IDLE) and (drafter := reference()) is not None:
+        with work_lock:
+            more = not in_use(drafter) and drafter.learn()
+        del drafter
+
+
+@atexit.register
+def _keep_what_was_learned() -> None:
+    background.end()
+    for drafter in [*_learners]:
+        drafter.save()

@@ -1,0 +1,60 @@
+"""Whose request is next: rows and admissions are shared out fairly between clients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from specdec.engine.request import Request
+
+CLIENTS = 1024  # most clients whose last admission is remembered
+Client = tuple[str | None, str | None]  # ``Request.client``
+
+
+class Fairness:
+    """The order in which waiting requests of several clients begin. A scheduler has one."""
+
+    def __init__(self) -> None:
+        self._turns = dict[Client, int]()  # the number of each client's last admission, the earliest first
+
+    def count_turn(self, client: Client) -> None:
+        """Note that a request of a client has begun."""
+        number = next(reversed(self._turns.values()), 0) + 1
+        self._turns.pop(client, None)
+        self._turns[client] = number
+        if len(self._turns) > CLIENTS:
+            del self._turns[next(iter(self._turns))]
+
+    def next(self, waiting: Sequence[Request], rows: Sequence[Request]) -> Request | None:
+        """Return the request of ``waiting`` that begins next beside the running ``rows``; None if none may run.
+
+        Preempted requests come first. Of the highest priority, the client with the fewest rows is next, and of those
+        with equally many the one that has waited longest for a turn; within a client, the first that came. Requests in
+        the background begin only if there are no others.
+        """
+        running, scopes = Counter(row.client for row in rows), Counter(row.scope for row in rows)
+        idle = all(row.background for row in (*rows, *waiting))
+        best: tuple[tuple[int, ...], Request] | None = None
+        for row in waiting:
+            if row.background and not idle:
+                continue
+            if row.preempted:
+                return row
+            if row.scope_rows is None or scopes[row.scope] < row.scope_rows:
+                rank = -row.priority, running[row.client], self._turns.get(row.client, 0)
+                if best is None or rank < best[0]:
+                    best = rank, row
+        return None if best is None else best[1]
+
+    def row_to_defer(self, new: Request, decoding: Sequence[Request], rows: Sequence[Request]) -> Request | None:
+        """Return the row that waits so that ``new`` can begin, with all ``rows`` taken; None: ``new`` waits.
+
+        It is the youngest ``decoding`` row of the client with most rows, if ``new`` is of a client with at least two
+        fewer and the row's priority is not higher.
+        """
+        running = Counter(row.client for row in rows)
+        most = max(running, key=running.__getitem__)
+        own = [row for row in decoding if row.client == most and row.priority <= new.priority]
+        if new.preempted or not own or running[most] <= running[new.client] + 1:
+            return None
+        return max(own, key=lambda row: row.submit_time)

@@ -1,0 +1,115 @@
+"""Keys and values at fixed addresses, which captured passes read and write: each row of a batch has a lane.
+
+The lanes and their slots grow by doubling. What is larger than ``KEPT`` is released when the last of its rows ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.kvcache.cache import WHOLE, RowEntries
+
+SLOTS = 256  # fewest of a lane
+SPARE = 128  # slots behind those of a row, for drafted tokens and padding
+KEPT = 512 << 20  # bytes that stay for the next request, with the passes that are captured over them
+
+
+def bucket(count: int) -> int:
+    """The smallest power of two that is at least ``count``."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+class StaticCache:
+    """The lanes of a target's rows.
+
+    shape: numbers of layers and heads, and the size of a head.
+    whole: [2, N, L, H, slots, d]; None: nothing is allocated.
+    lock: the target's.
+    forget: called when what is captured over ``whole`` is void.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        lock: Any,
+        forget: Callable[[], None],
+    ) -> None:
+        self.shape, self.dtype, self.device, self.lock, self.forget = shape, dtype, device, lock, forget
+        self.whole: Tensor | None = None
+        self.placing = False
+        self.rows = list[weakref.ref[RowEntries] | None]()  # of each lane
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of the lanes that no row has."""
+        whole = self.whole
+        return 0 if whole is None else whole.nbytes // whole.shape[2] * (whole.shape[2] - len(self._users()))
+
+    def _users(self) -> dict[int, RowEntries]:
+        """The rows by lane."""
+        rows = ((lane, None if row is None else row()) for lane, row in enumerate(self.rows))
+        return {lane: row for lane, row in rows if row is not None and row.place[1] == self._begin(lane)}
+
+    def _begin(self, lane: int) -> int:
+        return 0 if self.whole is None else self.whole[:, :, lane].data_ptr()
+
+    def place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
+        """Let each of ``rows`` have a lane with room for ``end`` tokens; return the lanes."""
+        self.placing = True
+        try:
+            return self._place(rows, end)
+        finally:
+            self.placing = False
+
+    def _place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
+        users, slots = self._users(), bucket(max(end + SPARE, SLOTS))
+        lane_of = {id(row): lane for lane, row in users.items()}
+        others = [row for row in users.values() if all(row is not own for own in rows)]
+        if self.whole is None or self.whole.shape[4] < slots or self.whole.shape[2] < len(rows) + len(others):
+            slots = max([slots, *(row.slots for row in others)])
+            self._allocate([*rows, *others], slots)
+            return list(range(len(rows)))
+        limit, free = bucket(len(rows)), [lane for lane in range(self.whole.shape[2]) if lane not in users]
+        for row in rows:
+            lane = lane_of.get(id(row))
+            if lane is None or (lane >= limit and free and free[0] < limit):
+                lane_of[id(row)] = free.pop(0)
+                self._move(row, lane_of[id(row)])
+                free = free if lane is None else sorted([*free, lane])
+        return [lane_of[id(row)] for row in rows]
+
+    def _allocate(self, rows: Sequence[RowEntries], slots: int) -> None:
+        layers, heads, size = self.shape
+        shape = 2, layers, bucket(len(rows)), heads, slots, size
+        self.forget()
+        self.whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.rows = [None] * shape[2]
+        for lane, row in enumerate(rows):
+            self._move(row, lane)
+
+    def _move(self, row: RowEntries, lane: int) -> None:
+        assert self.whole is not None
+        own, part = row.buffers.get(WHOLE), self.whole[:, :, lane]
+        count = 0 if own is None else min(own.shape[-2], part.shape[-2])
+        if own is not None:
+            part[..., :count, :] = own[..., :count, :]
+        part[..., count:, :] = 0  # a mask does not hide NaN
+        row.put(WHOLE, part, lent=True)
+        self.rows[lane] = weakref.ref(row, self._ended)
+
+    def _ended(self, _row: object) -> None:
+        """Release the memory after the last row. Of another thread that holds the lock the rows are alive."""
+        if not self.placing and self.lock.acquire(blocking=False):
+            try:
+                if self.whole is not None and self.whole.nbytes > KEPT and not self._users():
+                    self.whole, self.rows = None, []
+                    self.forget()
+            finally:
+                self.lock.release()
