@@ -37,7 +37,7 @@ class Embedded:
         return -(-self.file_bytes // self.piece_bytes)
 
     def size(self, number: int) -> int:
-        """Return the bytes of piece ``number``, from 1 on."""
+        """Return the size in bytes of piece ``number``, from 1 on."""
         return min(self.piece_bytes, self.file_bytes - (number - 1) * self.piece_bytes)
 
     def part(self, number: int) -> str:

@@ -30,10 +30,12 @@ def render(
 ) -> str:
     """Return the text of a chat, rendered by the Jinja ``template``.
 
-    messages: mappings such as {"role": "user", "content": "..."}. tools, documents: JSON values for the template; None:
-    there are none. add_generation_prompt: whether the text opens the answer's turn. continue_final_message: whether the
-    text ends within the last message, which the answer continues. more: further variables of the template. Raises
-    ValueError for a chat that cannot be rendered in this way, and all errors of the template.
+    messages: mappings such as {"role": "user", "content": "..."}.
+    tools, documents: JSON values for the template; None: there are none.
+    add_generation_prompt: whether the text opens the answer's turn.
+    continue_final_message: whether the text ends within the last message, which the answer continues.
+    more: further variables of the template.
+    Raises ValueError for a chat that cannot be rendered in this way, and all errors of the template.
     """
     if not messages:
         raise ValueError("the chat has no messages")

@@ -69,7 +69,7 @@ class Family:
     gated: whether attention's results are multiplied by gates, which the query projection also computes.
     shared: whether one more expert, with a gate, serves all tokens.
     half_tables: whether transformers' rotary tables have each cosine and sine once, not twice.
-    wide: whether these tables are not rounded to the model's dtype.
+    wide: whether rotary tables stay in float32 and are not rounded to the model's dtype.
     partial: whether ``partial_rotary_factor`` may exclude a part of each head from rotation.
     fields: config fields that this family supports besides ``COMMON``; "rope_parameters.NAME" for a nested one.
     only: config fields of which only the given value is supported.

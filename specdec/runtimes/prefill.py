@@ -1,4 +1,4 @@
-"""Runs of known tokens through a model: prompts, and text that a second model has not seen."""
+"""Runs known tokens through a model: prompts, and text that a second model has not seen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PASS_TOKENS = 512  # maximum tokens of a row per pass: bounds the memory of mask
 
 
 def prefill(target: Target, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Run each row's tokens (at least one) after its cached ones, and commit them.
+    """Run the tokens of each row (at least one) in passes of ``PASS_TOKENS``, and commit them to ``cache``.
 
     Returns the final states [B, 1, D] of each row's last token.
     """
@@ -39,12 +39,13 @@ def run_tokens(
     whole: bool = False,
     every: list[Tensor] | None = None,
 ) -> Tensor:
-    """Run tokens of each row (some may have none) in one pass, and commit them.
+    """Run the tokens of each row (some rows may have none) in one pass, and commit them to ``cache``.
 
     Returns the final states [B, 1, D] of each row's last token.
 
-    taps: filled with the states [B, 1, D] of the last tokens or, if ``whole``, [B, T, D] of all, padded on the right.
-    every: gets each row's final states [n, D] of all its tokens.
+    taps: by layer (as in ``Pass``), set to the states [B, 1, D] of the last tokens or, if ``whole``, to those of all
+        tokens [B, T, D], padded on the right; None: no states.
+    every: a list that gets, for each row, the final states [n, D] of its n tokens; None: no states.
     """
     counts, device = list(map(len, rows)), cache.device
     mask: Mask

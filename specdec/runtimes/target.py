@@ -123,7 +123,7 @@ class Target(ABC):
 
     @property
     def kernels(self) -> str:
-        """Return what computes, such as the name of the processor: other kernels may round differently."""
+        """Return the name of the processor or of the kernels: targets with another name may round differently."""
         cuda = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
 

@@ -127,7 +127,7 @@ class _Wrapper(nn.Module):
 
 
 class _Gate(_Wrapper):
-    """Replaces decoder layer ``index``."""
+    """Replaces decoder layer ``index`` during a call: runs it if it is in [lo, hi), and sets and records states."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         inner, owner, index, call = self.parts

@@ -136,8 +136,9 @@ class Packed:
     def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, after_weight: bool = False) -> Tensor:
         """Return the outputs bf16 [..., out] of ``x`` bf16 [..., in].
 
-        eps: if above 0, an RMS norm with this epsilon comes before the product. norm: weight of the RMS norm, float32
-        [in]; None: ones. after_weight: whether the norm rounds only after its weight (``Family.round_after_weight``).
+        eps: if above 0, an RMS norm with this epsilon comes before the product.
+        norm: weight of the RMS norm, float32 [in]; None: ones.
+        after_weight: whether the norm rounds only after its weight (``Family.round_after_weight``).
         """
         return self._run((x,), norm, eps, after_weight)
 

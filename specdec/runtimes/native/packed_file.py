@@ -105,7 +105,7 @@ class PackedFile:
             self._fail(error)
 
     def find(self, name: str, sizes: Mapping[int, int]) -> tuple[int, Tensor] | None:
-        """Return kind and data, uint8 [size], of the entry ``name``; None if the file does not have it.
+        """Return kind (format of tiles) and data, uint8 [size], of the entry ``name``; None: it is not in the file.
 
         sizes: the expected bytes, by allowed kind. Raises Damaged if the entry has another kind or size.
         """

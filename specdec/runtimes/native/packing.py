@@ -317,7 +317,7 @@ class PackedModel:
         return 1 + weight if self.family.around_zero else weight
 
     def _scale(self, slot: str) -> float:
-        """Return the factor of the outputs of a slot's linear layers."""
+        """Return the factor by which the kernels multiply the outputs of the linear layers in ``slot``."""
         return self.numbers.results if slot in ("out", "down") else 1.0
 
     def merged(self, adapters: Adapters | None, lo: int, hi: int) -> Model:
@@ -418,7 +418,7 @@ def _room_for_experts(model: nn.Module) -> int | None:
 
 
 def release(*matrices: Tensor | Blocks) -> None:
-    """Release the memory of matrices in mapped files."""
+    """Let the system drop the pages of matrices that are mapped from files. No effect on matrices in memory."""
     memory.release(*(each.data if isinstance(each, Blocks) else each for each in matrices))
 
 

@@ -177,7 +177,7 @@ class CapturedTarget(TorchTarget):
         inputs.numbers.copy_(ints[: 2 * count + 1])
         inputs.order = None if in_order else ints[2 * count + 1 :]
         rows = slice(batch) if inputs.order is None else inputs.order
-        places = mask.places if isinstance(mask.places, Tensor) else torch.stack([*mask.places])
+        places = mask.drafted if isinstance(mask.drafted, Tensor) else torch.stack([*mask.drafted])
         inputs.places[rows, : places.shape[1]] = places
         if mask.chains:
             inputs.tree.copy_(self._chain(t, ahead))

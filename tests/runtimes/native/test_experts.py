@@ -141,7 +141,7 @@ def test_without_room_for_all_experts_some_stay_on_the_disk(tmp_path: Path, monk
         NativeTarget(model),
         sum(each.blocks.data.nbytes for each in model.modules() if hasattr(each, "blocks")),
     )
-    experts = sum(item.nbytes for item in whole._experts)
+    experts = sum(item.nbytes for item in whole.packed.expert_maps)
     for free, slots in ((size + 2 * experts, None), (size + int(0.8 * experts), 3), (size + experts // 10, 0)):
         monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
         assert memory.free_memory(torch.device("cpu")) == free

@@ -67,7 +67,7 @@ def test_passes_teach_the_forecasts(monkeypatch: pytest.MonkeyPatch) -> None:
     after = layers.recall()
     assert before < 0.6 and after > 0.75, (before, after)
     first, second = layers.made.of.values()
-    assert first.targets == [3, 4] and second.targets == [4] and first.due > forecasts.FIRST
+    assert first.targets == [3, 4] and second.targets == [4] and first.next_fit > forecasts.FIRST
     monkeypatch.setattr(forecasts, "LAST", 600)
     for seed in range(20):
         layers.run(drawn(64, WIDTH, seed=200 + seed))
@@ -104,7 +104,7 @@ def test_what_the_kernels_hold_by_feature_is_read_by_token() -> None:
     held = torch.frombuffer(numbers, dtype=torch.float32).view(2, 32, 16)
     for row in range(rows):
         held[row // 16, :width, row % 16] = values[row]
-    pointer = ctypes.cast(numbers, experts.NUMBERS)
+    pointer = ctypes.cast(numbers, experts.FLOATS)
     assert torch.equal(_by_token(rows, pointer, width), values)
 
 
@@ -131,7 +131,7 @@ def test_logits_stay_and_experts_are_read_ahead(monkeypatch: pytest.MonkeyPatch)
     assert plain.experts is not None and plain.experts.counters.ahead == 0
     assert found.counters.ahead >= found.counters.used > 0
     assert found.counters.misses < plain.experts.counters.misses
-    assert all(each.due > 8 for each in found.forecasts.of.values())  # they have been fitted
+    assert all(each.next_fit > 8 for each in found.forecasts.of.values())  # they have been fitted
 
 
 @native

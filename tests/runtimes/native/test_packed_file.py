@@ -115,7 +115,7 @@ def test_a_later_load_reads_no_matrix_of_the_models_file(path, monkeypatch):
     model = loading.load(path)[0]
     for module in model.modules():
         if hasattr(module, "blocks") and module is not model.model.embed_tokens:
-            monkeypatch.setattr(type(module.blocks), "numbers", None)
+            monkeypatch.setattr(type(module.blocks), "dequantized", None)
             monkeypatch.setattr(type(module.blocks), "at", None)
             break
     assert torch.equal(logits(make_target(model)[0]), expected)

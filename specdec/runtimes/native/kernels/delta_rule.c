@@ -11,7 +11,7 @@ enum { COLUMNS = WIDE / 4, AT_ONCE = 64, MOST_TAPS = 8 }; /* vectors of columns,
 
 typedef struct {                   /* tokens of a head, prepared: [tokens][...] */
     float *q, *k, *v, *out;        /* [key_dim], [key_dim], [value_dim], [value_dim] */
-    float *decay, *beta, *qk;      /* what is left of the state; how much is written; q k */
+    float *decay, *beta, *qk;      /* factor of the old state; strength of writing; q k */
     float *states;                 /* [states of branches][COLUMNS][key_dim][16] */
 } Steps;
 
@@ -101,7 +101,7 @@ static const bf16 *inputs_at(const Pass *p, const Sequence *sequence, const Laye
         + (int64_t)(m->taps - 1 + pending + u) * channels_of(m);
 }
 
-/* out = silu(the convolution) of `count` channels from `at` on. rows: the inputs of a token and of those before it, the last one first. */
+/* out = silu(the convolution) of `count` channels from `at` on. rows: inputs of a token and of the tokens before it, newest first. */
 static void convolve(const Model *m, const Layer *layer, const bf16 *const *rows, int at, int count, float *out) {
     const int channels = channels_of(m);
     for (int i = at; i < at + count; i += 16, out += 16) {
@@ -233,7 +233,7 @@ static void run_head(const Pass *p, int index, int number, int head, uint8_t *sc
     }
 }
 
-/* Move the last inputs of the convolution, channels [from, to), behind `count` more tokens, whose inputs are `rows`. */
+/* Set the stored last inputs of the convolution, channels [from, to), to those after `count` more tokens with the inputs `rows`. */
 static void move_tail(const Model *m, const bf16 *tail, const bf16 *rows, int count, int from, int to, bf16 *out) {
     const int channels = channels_of(m), more = m->taps - 1;
     for (int i = 0; i < more && from < to; i++) {

@@ -14,7 +14,7 @@ typedef struct {        /* the best of a thread's outputs, by lane */
 
 static const float NEVER = -1e30f; /* logit of a token that is not allowed */
 
-/* The lanes for which each of `some` outputs from number `first` on is allowed; returns those with any. */
+/* Set, for each of `some` outputs from number `first` on, the lanes in which it is allowed; return the lanes with any. */
 static uint32_t allowed_lanes(const TreeDraft *g, int rows, int first, int some, uint32_t *lanes) {
     uint32_t any = 0;
     for (int o = 0; o < some; o++) {
@@ -139,7 +139,7 @@ static void draw_candidates(const TreeDraft *g, Best *best, int lane, const Samp
 
 typedef struct { int32_t token, place; float raw, p; } Candidate; /* place: of the given tree, or -1 */
 
-/* The candidates after a node, the likeliest first: those of its lane and those of the given tree after `place`. */
+/* The candidates after a node, the likeliest first: those of the node's lane, and those after node `place` of the given tree. */
 static int candidates_of(const TreeDraft *g, const Best *best, int lane, int sequence, int place, Candidate *found) {
     const float *table = g->tables ? g->tables + 3 * KNOTS * sequence : NULL;
     const Given *given = g->given ? g->given + sequence : NULL;

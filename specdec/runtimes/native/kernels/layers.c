@@ -5,7 +5,7 @@ typedef struct {
 } Item;
 
 typedef struct {
-    int32_t expert, block, tokens; /* its first block among those of all experts; how many tokens take it */
+    int32_t expert, block, tokens; /* number of the expert; index of its first block among all experts' blocks; its tokens */
 } Grouped;
 
 typedef struct {                   /* tokens by expert; arrays by lane are [blocks][16] */
@@ -47,7 +47,7 @@ typedef struct {
 } Pass;
 
 enum { SLICE = 512 };          /* maximum tokens of a prompt in one pass */
-enum { MOST_EXPECTED = 1024 }; /* up to so many cached slots are prefetched during the projections */
+enum { MOST_EXPECTED = 1024 }; /* maximum number of cached slots that are prefetched during the projections */
 
 /* The columns of a sequence, in blocks of equal width: few enough for a key head's cached keys to be read once, and enough for
  * all threads. */
@@ -404,7 +404,7 @@ static void lay_out(Pass *p, const Call *c) {
     for (; row < 16 * p->blocks; row++) p->sequence_of[row] = c->count - 1; /* lanes without a token */
 }
 
-/* The maximum number of slots behind the committed ones of a sequence of the call. */
+/* The maximum number of uncommitted slots of a sequence of the call. */
 static int most_behind(const Call *c) {
     int most = 0;
     for (const Sequence *each = c->sequences; each < c->sequences + c->count; each++)

@@ -1,6 +1,6 @@
 /* Linear maps: one output tile for all tokens, and whole maps for callers of their own. */
 
-/* sums[16 outputs][16 lanes] of a row of quantised tiles and a block of `tokens` rounded tokens. Lanes without a token are 0. */
+/* sums[16 outputs][16 lanes] of a row of quantized tiles and a block of `tokens` rounded tokens. Lanes without a token are 0. */
 static void integer_product(int kind, const uint8_t *tiles, int count, const Rounded *x, int tokens, float *sums) {
     float to[16][16] __attribute__((aligned(64)));
     dot_tokens(kind, tokens, tiles, count, x, to);
