@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from specdec.api.generation import GenerationOutput
 
 WARM_UP = 8  # tokens that --compare decodes in both ways before timing
+TURNS = 3  # how often --compare decodes in each way
 LEARNING = 5.0  # seconds after the text that a drafter may learn from it
 
 _model, _text, _sampling, _output = map(panel, ("Model", "Text", "Sampling", "Output"))
@@ -63,7 +64,12 @@ def generate(
     sampling: shared.AllSamplingFlags = shared.AllSamplingFlags(),
     logit_bias: Annotated[list[str] | None, _sampling("--logit-bias", options.LogitBias, "TOKEN=BIAS")] = None,
     compare: Annotated[
-        bool, _output("--compare", "Also decode plainly; print the speedup and whether the output is identical.")
+        bool,
+        _output(
+            "--compare",
+            "Decode with and without drafts in turns, three times each; print the speedup and whether the output is "
+            "identical.",
+        ),
     ] = False,
     as_json: Annotated[bool, _output("--json", "Print one JSON object instead of streaming.")] = False,
     quiet: Annotated[bool, _output("--quiet", "Print no statistics.")] = False,
@@ -123,18 +129,27 @@ def generate(
                     ids[-64:], **own | {"max_new_tokens": WARM_UP, "stop": [], "constraint": None}, ignore_eos=True
                 )
 
-    output, failed = _decode(decoder, ids, settings, _discard if as_json else terminal.write, silent)
+    # Turns have scopes of their own, so none drafts from the text of another one, or reuses its keys and values.
+    scope = {"scope": "turn 1"} if compare else {}
+    output, failed = _decode(decoder, ids, settings | scope, _discard if as_json else terminal.write, silent)
     if not as_json:
         terminal.write("\n")
     comparison, interrupted = None, output.finish_reason == "interrupted"
-    if plain is not None and not interrupted:
-        if not silent:
-            terminal.note("decoding plainly, to compare ...")  # no spinner: its thread would slow decoding
-        baseline, failed = _decode(plain, ids, baseline_settings, _discard, silent)
-        interrupted = baseline.finish_reason == "interrupted"
-        if not interrupted:
+    if plain is not None and not interrupted and failed is None:
+        if not silent:  # no spinner: its thread would slow decoding
+            terminal.note(f"decoding with and without drafts in turns, {TURNS} times each, to compare ...")
+        decoded = [output]
+        for turn in range(1, 2 * TURNS):
+            either, own = (plain, baseline_settings) if turn % 2 else (decoder, settings)
+            made, failed = _decode(either, ids, own | {"scope": f"turn {turn // 2 + 1}"}, _discard, silent)
+            interrupted = made.finish_reason == "interrupted"
+            if interrupted or failed is not None:
+                break
+            decoded.append(made)
+        else:
             sampler = Sampler.of([decoder.request(ids, **asked).sampler])
-            comparison = statistics.compare(decoder, ids, sampler, output, baseline)
+            turns = list(zip(decoded[::2], decoded[1::2], strict=True))
+            comparison = statistics.compare(decoder, ids, sampler, turns)
 
     if as_json:
         chat = not raw and bool(getattr(decoder.tokenizer, "chat_template", None))
@@ -150,7 +165,7 @@ def generate(
             "lossless": rule.lossless,
             "verifier": statistics.rule(decoder),
             "settings": settings | {"system": system, "chat": chat, "json_schema": json_schema and str(json_schema)},
-            "note": statistics.nothing_accepted(decoder, output) or None,
+            "note": statistics.advice(decoder, output, comparison) or None,
         }
         if comparison is not None:
             result["compare"] = comparison

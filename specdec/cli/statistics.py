@@ -6,6 +6,8 @@ On a terminal the figures are a table, in a pipe lines of ``label: value``.
 from __future__ import annotations
 
 import math
+import statistics as numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -16,10 +18,12 @@ from specdec.base.terminal import as_text, stderr
 if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
+    from specdec.engine.metrics import RequestMetrics
     from specdec.speculation.sampling import Sampler
 
 Facts = list[tuple[str, str]]  # (label, value) each
 MIN_DRAFTED = 8  # drafted tokens from which a note says that none was accepted
+TIMED_DRAFTED = 16  # drafted tokens in an output from which a comparison gives a speedup
 
 
 def statistics(
@@ -67,7 +71,7 @@ def statistics(
         blocks.append(experts(decoder.target.experts.describe(), m.experts))
     if comparison is not None:
         blocks.append(_compared(comparison))
-    if hint := nothing_accepted(decoder, output) or slower(output):
+    if hint := advice(decoder, output, comparison):
         blocks.append([("note", hint)])
     if verbose:
         blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.phases.items()])
@@ -91,21 +95,28 @@ def statistics(
 
 
 def compare(
-    decoder: SpecDecoder, prompt: list[int], sampler: Sampler, ours: GenerationOutput, plain: GenerationOutput
+    decoder: SpecDecoder,
+    prompt: list[int],
+    sampler: Sampler,
+    turns: Sequence[tuple[GenerationOutput, GenerationOutput]],
 ) -> dict[str, Any]:
-    """Compare the output with drafts, ``ours``, with that of plain decoding; return JSON values.
+    """Compare outputs with drafts with those of plain decoding; return JSON values.
 
-    sampler: a sampler like the one that chose the tokens of both.
-    speedup: None if either output has no token after its first. identical: whether the tokens are equal; outcome says
-    so in words.
+    turns: (output with drafts, output of plain decoding) of each turn. sampler: a sampler like the one that chose the
+    tokens of all outputs.
+    speedup, speedup_range, speedup_note: as in ``speedup``.
+    identical: whether the tokens are equal in each turn; outcome says so in words.
     fault: whether the tokens differ in a way that neither rounding nor a lossy verifier explains.
     agreement: the share of tokens that the full model would choose, too; None for a lossless verifier.
     first_difference: index of the first different token; None without one or with a lossy verifier.
     logit_gap: distance from the best logit there; None without one, and if it is infinite.
-    plain: the output of plain decoding.
+    plain: the output of plain decoding, of the first turn that differs, else of the first turn.
+    plain_tokens_per_second: the median of plain decoding over the turns.
     """
     from specdec.verify.replay import first_difference, margins  # heavy
 
+    ours, plain = next((turn for turn in turns if turn[0].token_ids != turn[1].token_ids), turns[0])
+    timed, plainly = ([turn[way].metrics for turn in turns] for way in (0, 1))
     difference = agreement = None
     identical, outcome = ours.token_ids == plain.token_ids, "yes"
     if not decoder.verifier.lossless:
@@ -114,10 +125,11 @@ def compare(
     elif not identical:
         difference = first_difference(decoder.target, prompt, ours.token_ids, plain.token_ids, sampler)
         outcome = f"no ({difference})"
-    speeds = [output.metrics.tokens_per_second for output in (ours, plain)]
     return {
         "outcome": outcome,
-        "speedup": speeds[0] / speeds[1] if min(speeds) > 0 else None,
+        "turns": len(turns),
+        **speedup(timed, plainly, decoder.drafter.drafts),
+        "plain_tokens_per_second": numbers.median(metrics.tokens_per_second for metrics in plainly),
         "identical": identical,
         "fault": difference is not None and not difference.near_tie,
         "agreement": agreement,
@@ -127,11 +139,34 @@ def compare(
     }
 
 
+def speedup(ours: Sequence[RequestMetrics], plain: Sequence[RequestMetrics], drafts: bool) -> dict[str, Any]:
+    """Return the speedup of decoding with drafts, ``ours``, over plain decoding, turn by turn, as JSON values.
+
+    drafts: whether the decoder has a drafter.
+    speedup: median over the turns; speedup_range: the lowest and the highest; both None if they would say nothing.
+    speedup_note: why they are None, else None.
+    """
+    note, drafted = None, min(metrics.num_draft_tokens for metrics in ours)
+    if not drafts:
+        note = "none: the decoder has no drafter"
+    elif not all(metrics.tokens_per_second for metrics in (*ours, *plain)):
+        note = "none: there is no decode step to time"
+    elif drafted < TIMED_DRAFTED:
+        note = f"none: only {drafted} tokens were drafted, and {TIMED_DRAFTED} are the least that say something"
+    if note is not None:
+        return {"speedup": None, "speedup_range": None, "speedup_note": note}
+    ratios = [ours.tokens_per_second / plain.tokens_per_second for ours, plain in zip(ours, plain, strict=True)]
+    return {"speedup": numbers.median(ratios), "speedup_range": [min(ratios), max(ratios)], "speedup_note": None}
+
+
 def _compared(comparison: dict[str, Any]) -> Facts:
-    speedup, agreement = comparison["speedup"], comparison["agreement"]
+    agreement, gain = comparison["agreement"], comparison["speedup_note"]
+    if gain is None:
+        low, high = comparison["speedup_range"]
+        gain = f"{comparison['speedup']:.2f}x [{low:.2f}–{high:.2f}], median and range of {comparison['turns']}"
     facts = [
-        ("speedup over plain decoding", "no decode step to time" if speedup is None else f"{speedup:.2f}x"),
-        ("plain tokens/s", f"{comparison['plain']['metrics']['tokens_per_second']:.1f}"),
+        ("speedup over plain decoding", gain),
+        ("plain tokens/s", f"{comparison['plain_tokens_per_second']:.1f}"),
         ("output identical to plain decoding", comparison["outcome"]),
     ]
     return facts + ([] if agreement is None else [("agreement with the full model", f"{agreement:.0%}")])
@@ -153,16 +188,25 @@ def experts(what: str, figures: dict[str, float]) -> Facts:
     return facts
 
 
+def advice(decoder: SpecDecoder, output: GenerationOutput, comparison: dict[str, Any] | None) -> str:
+    """Return a sentence about drafts that bring nothing; "" if there is no drafter, or if they bring something.
+
+    comparison: the result of ``compare``, whose speedup decides; None: there was none.
+    """
+    faster = comparison is not None and (comparison["speedup"] or 0.0) > 1
+    return "" if faster or not decoder.drafter.drafts else nothing_accepted(decoder, output) or slower(output)
+
+
 def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
     """Return advice if no drafted token was accepted; "" if one was, or if fewer than ``MIN_DRAFTED`` were drafted."""
     m = output.metrics
     if m.num_draft_tokens < MIN_DRAFTED or m.num_accepted_draft_tokens:
         return ""
     training = decoder.drafter.training
-    advice = f"train one for this model ({training})" if training else "'specdec drafters' lists others"
+    other = f"train one for this model ({training})" if training else "'specdec drafters' lists others"
     return (
         f"none of the {m.num_draft_tokens} tokens that {decoder.drafter.label} drafted was accepted: it does not fit "
-        f"this model or this prompt; {advice}, or decode plainly (--drafter none)"
+        f"this model or this prompt; {other}, or decode plainly (--drafter none)"
     )
 
 

@@ -27,6 +27,8 @@ from specdec import cli
 from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError
 from specdec.cli import generate, train
+from specdec.cli.statistics import speedup
+from specdec.engine.metrics import RequestMetrics
 from specdec.models import catalogue
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft
@@ -162,15 +164,47 @@ def test_sampling_options_and_seed_reach_the_sampler(run, said: str) -> None:
 
 
 def test_compare_says_identical_and_the_speedup(run) -> None:
-    line = run("hello", "--compare").stderr.splitlines()[1]
-    assert re.search(r"speedup over plain decoding: \d+\.\d\dx; plain tokens/s: [\d.]+", line)
+    line = run("hello", "--compare", "--num-speculative-tokens", "4").stderr.splitlines()[1]
+    number = r"\d+\.\d\d"
+    assert re.search(
+        f"speedup over plain decoding: {number}x \\[{number}–{number}\\], median and range of 3; plain", line
+    )
     assert line.endswith("output identical to plain decoding: yes")
-    out = json.loads(run("hello", "--compare", "--json").stdout)
+    out = json.loads(run("hello", "--compare", "--json", "--num-speculative-tokens", "4").stdout)
     both = out["compare"]
     assert both["identical"] is True and both["fault"] is False and both["plain"]["token_ids"] == out["token_ids"]
     assert both["plain"]["metrics"]["num_draft_tokens"] == 0 < out["metrics"]["num_draft_tokens"]
-    speeds = out["metrics"]["tokens_per_second"], both["plain"]["metrics"]["tokens_per_second"]
-    assert both["speedup"] == pytest.approx(speeds[0] / speeds[1])
+    assert out["metrics"]["num_draft_tokens"] >= 16  # every turn drafts alike: none knows the text of another one
+    low, high = both["speedup_range"]
+    assert low <= both["speedup"] <= high and both["speedup_note"] is None
+
+
+def decoded(seconds: float, drafted: int = 20) -> RequestMetrics:
+    return RequestMetrics(num_new_tokens=11, num_draft_tokens=drafted, phases={"score": seconds})
+
+
+def test_a_comparison_is_the_median_of_turns_with_its_range() -> None:
+    ours, plain = map(decoded, (1.0, 2.0, 1.0)), map(decoded, (2.0, 2.0, 3.0))
+    found = speedup(list(ours), list(plain), drafts=True)
+    assert found == {"speedup": 2.0, "speedup_range": [1.0, 3.0], "speedup_note": None}
+
+
+def test_a_comparison_without_drafts_claims_no_speedup(run) -> None:
+    for drafted, drafts, why in ((15, True, "only 15 tokens were drafted"), (0, False, "has no drafter")):
+        found = speedup([decoded(1.0, drafted)], [decoded(2.0, 0)], drafts=drafts)
+        assert found["speedup"] is found["speedup_range"] is None and why in found["speedup_note"]
+    said = run("hello", "--compare", "--drafter", "none").stderr
+    assert "has no drafter" in said and "note:" not in said and "identical to plain decoding: yes" in said
+
+
+def test_no_note_contradicts_the_measured_speedup(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RequestMetrics, "draft_note", "few drafts are accepted")
+    faster, slower = ({"speedup": value, "speedup_range": [value] * 2, "speedup_note": None} for value in (1.5, 0.9))
+    noted = {}
+    for found in (faster, slower):
+        monkeypatch.setattr("specdec.cli.statistics.speedup", lambda *_, found=found, **__: found)
+        noted[found["speedup"]] = "drafting gained nothing" in run("hello", "--compare").stderr
+    assert noted == {1.5: False, 0.9: True}
 
 
 def test_sampled_text_is_that_of_plain_decoding(run) -> None:
