@@ -34,6 +34,7 @@ from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.torch.linear import UNIT_EPS
 
 KNOTS = 11  # numbers of a table of calibrated probabilities (calibrate.h)
+NEAR = 1024  # a drafted token attends to so many tokens before it, and to the first ones, so that its cost has a bound
 MOST_GIVEN = 64  # nodes of a tree of another source
 
 
@@ -87,7 +88,7 @@ class TreeDrafter:
             stage.projection = ctypes.addressof(projection.struct)
         for stage, (lo, hi) in zip(self.stages, path.segments, strict=False):
             model, call = target.draft_call(lo, hi, path.adapters)
-            call.positions = ctypes.addressof(self.positions)
+            call.positions, call.near = ctypes.addressof(self.positions), NEAR
             stage.model, stage.call = ctypes.addressof(model), ctypes.addressof(call)
             self.calls.append(call)
             self.alive.append(model)

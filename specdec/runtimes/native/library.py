@@ -102,7 +102,7 @@ class SequenceArgs(ctypes.Structure):
 
 class Call(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "windows", "cache")),
+        *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "windows", "cache", "near")),
         *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "rotary", "window", "taps", "routed")),
     )
 

@@ -162,6 +162,7 @@ typedef struct {
     int32_t count, tokens;       /* number of sequences, and of all their tokens */
     int32_t lo, hi, threads;     /* layers [lo, hi); number of threads */
     int32_t windows, cache;      /* number of window kinds; CACHE16 or CACHE8 */
+    int32_t near;                /* committed slots but the first ones (attention.c: KEYS) and the last `near` are not seen; 0: all are */
     const Sequence *sequences;
     const int32_t *spans;        /* by window kind: how many of the last slots are seen; 0: all */
     bf16 *x;                     /* [tokens, hidden], in and out; unused when drafting */

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, TreeLimits
-from specdec.runtimes.native import library
+from specdec.runtimes.native import drafting, library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation import tree_drafting
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.tree_drafting import Step, along, tree_by_passes
@@ -177,3 +177,32 @@ def test_a_path_whose_vocabulary_changes_drafts_as_a_new_one() -> None:
         found = drafted(target, cache, roots, route, limits)
         assert found == drafted(target, cache, roots, replace(route, made={}), limits)
         assert set(found.tokens) <= set(tokens.tolist())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.inference_mode()
+def test_a_draft_reads_the_first_keys_and_the_last_ones(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "NEAR", 40)
+    target = NativeTarget(model_of("llama", max_position_embeddings=512))
+    route, limits = random_route(target, heads=2), TreeLimits(4, 2)
+    ids, positions = torch.randint(3, 97, (1, 200)), torch.arange(200)[None]
+    cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
+    given = Pass(positions, cache.register(0, positions), cache, taps)
+    final = target.layers(target.embed(ids, positions), 0, 4, given)
+    cache.commit([list(range(200))])
+    cache.select([0] * rows)
+    final, *carried = (x[:, -1:].repeat(rows, 1, 1) for x in (final, *taps.values()))
+    roots = DraftRoots([5] * rows, [200] * rows, final, carried)
+
+    def draft() -> list[Candidates] | None:
+        return along(target, cache, roots, route, limits)
+
+    expected = draft()
+    for far in range(64, 160):  # the root and its draft are at 200 to 203
+        cache.data[0][..., far, :] = torch.nan
+    assert draft() == expected
+    for near in 20, 170:
+        kept = cache.data[0][..., near, :].clone()
+        cache.data[0][..., near, :] = 3
+        assert draft() != expected
+        cache.data[0][..., near, :] = kept

@@ -13,7 +13,7 @@ typedef struct { /* scratch of a thread; vectors have 16 columns */
     uint32_t weights[VECTORS][KEYS / 2][16], values[KEYS / 2 * 256]; /* pairs of keys, the first one above; values: [pair][d] */
     float out[MOST_COLUMNS * 256];                                   /* [column][d] */
     float base[VECTORS][16], sum[VECTORS][16];
-    float first[VECTORS][16], end[VECTORS][16]; /* each column sees the slots [first, end), and those of the tree */
+    float first[VECTORS][16], end[VECTORS][16]; /* each column sees the slots [first, end), `begin` ones and those of the tree */
     bf16 keys[KEYS * 256] __attribute__((aligned(64))); /* of rows of 8 bits */
     uint16_t tree[][VECTORS];                   /* of each slot behind the committed ones: the columns that see it, as bits */
 } Attention;
@@ -21,7 +21,8 @@ typedef struct { /* scratch of a thread; vectors have 16 columns */
 typedef struct { /* what the columns of `a` read */
     Attention *a;
     const uint8_t *keys, *values;
-    int kind, d, columns, first, end, committed; /* no column sees a slot outside [first, end); committed: where `tree` begins */
+    /* No column sees a slot outside [0, begin) and [first, end), and all see the former; committed: where `tree` begins. */
+    int kind, d, columns, begin, first, end, committed;
     float scale, cap;
 } Reading;
 
@@ -95,6 +96,7 @@ static void score_block(const Reading *r, int s, int count, int once, int equal)
 INLINE M seen(const Reading *r, int v, int s) {
     const F at = set16((float)s + 0.5f);
     const M committed = both16(more16(at, load16(r->a->first[v])), more16(load16(r->a->end[v]), at));
+    if (s < r->begin) return mask16(0xffff);
     return s < r->committed || s >= r->end ? committed : mask16(r->a->tree[s - r->committed][v]);
 }
 
@@ -252,12 +254,13 @@ static void attend(const Reading *r, const float *sinks, int once, int equal) {
         const F x = load16(base), n = round16(x);
         store16(sum, power16(x, n, n)), store16(base, n);
     }
-    for (int s = r->first / KEYS * KEYS; s < r->end; s += KEYS) {
+    for (int s = r->begin ? 0 : r->first / KEYS * KEYS, next; s < r->end; s = next) {
+        next = s + KEYS > r->first ? s + KEYS : r->first / KEYS * KEYS; /* begin is at most KEYS */
         const int count = r->end - s < KEYS ? r->end - s : KEYS;
         score_block(r, s, count, once, equal);
         pair_values(r, s, count);
         for (int v = 0; v < vectors; v++) {
-            const int all = (float)s >= firsts[v] && (float)(s + KEYS) <= ends[v], columns = r->columns - 16 * v < 16 ? r->columns - 16 * v : 16;
+            const int all = s + KEYS <= r->begin || ((float)s >= firsts[v] && (float)(s + KEYS) <= ends[v]), columns = r->columns - 16 * v < 16 ? r->columns - 16 * v : 16;
             while (all ? weigh(r, v, s, count, 1) : weigh(r, v, s, count, 0)) raise_bases(r, v, s, count, all);
             if (all) add_values(columns, a->weights[v][0], a->values, (count + 1) / 2, d, a->out + 16 * v * d);
             else add_seen_values(r, v, s, count, columns);

@@ -246,7 +246,9 @@ static void store_heads(Pass *p, int index, int me, int n) {
 static void set_columns(const Pass *p, const Sequence *sequence, int kind, int begin, int kv, int first, Reading *r) {
     const Model *m = p->m;
     Attention *a = r->a;
-    const int d = m->head_dim, slots = sequence->start + sequence->tokens, behind = slots - sequence->committed, span = p->c->spans[kind];
+    const int d = m->head_dim, slots = sequence->start + sequence->tokens, behind = slots - sequence->committed;
+    const int window = p->c->spans[kind], near = p->c->near, span = window && (!near || window <= near) ? window : near;
+    r->begin = span == window || sequence->committed < KEYS ? 0 : KEYS;
     r->first = slots, r->end = sequence->trees ? slots : 0, r->committed = sequence->trees ? sequence->committed : slots;
     memset(a->queries, 0, (size_t)(r->columns + 15) / 16 * 32 * d);
     if (sequence->trees) memset(a->tree, 0, sizeof *a->tree * (size_t)behind);
@@ -281,7 +283,7 @@ static void attend_all(Pass *p, int index, Attention *a, int me, int n) {
         if (together) split(end, me, n, &bit, &end); /* by columns */
         const int first = width * item.block + bit;
         const int64_t cached = ((int64_t)m->layers[index].place * m->kv_heads + kv) * sequence->capacity * cache_row(c->cache, d);
-        Reading r = {a, sequence->keys + cached, sequence->values + cached, c->cache, d, end - bit, 0, 0, 0, m->scale, m->cap};
+        Reading r = {a, sequence->keys + cached, sequence->values + cached, c->cache, d, end - bit, 0, 0, 0, 0, m->scale, m->cap};
         if (r.columns <= 0) continue;
         set_columns(p, sequence, c->window[index], begin, kv, first, &r);
         for (int col = 0; own && col < r.columns; col++) sinks[col] = own[kv * p->group + (first + col) % p->group];
