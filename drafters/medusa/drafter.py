@@ -96,9 +96,9 @@ class MedusaDrafter(Drafter):
         priced = state.prices.tables if state.prices and state.prices.tables else [()] * len(logits)
         tables = [own[0] if own else None for own in priced]
         every = _best(logits, self.vocabulary.tokens, tables)  # one read
-        rows = enumerate(zip(state.depths, tables, every, strict=True))
         return [
-            self._likeliest(state, b, logits[b, :most], *own) if most else Candidates.none() for b, (most, *own) in rows
+            self._likeliest(state, b, logits[b, :most], table, best) if most else Candidates.none()
+            for b, (most, table, best) in enumerate(zip(state.depths, tables, every, strict=True))
         ]
 
     def _likeliest(
