@@ -25,7 +25,7 @@ from specdec.drafters.m2r2_fits import learned_path
 from specdec.drafters.m2r2_learning import Learner, why_not
 from specdec.drafters.m2r2_network import Carry
 from specdec.drafters.m2r2_replay import Text
-from specdec.engine.depth.calibration import Tally
+from specdec.engine.depth.calibration import DecayedCounts
 from specdec.kvcache import recurrent
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
@@ -397,7 +397,7 @@ def test_all_is_kept_at_most_once_in_ten_minutes_and_at_the_end(quick: Target, m
     monkeypatch.setattr(learned.Store, "save", lambda self, *what: (written.append(what[0].texts), save(self, *what)))
     learner = taught(quick, 12)
     assert written == [1]
-    learner.fits.kept_at -= m2r2_learning.KEPT
+    learner.fits.kept_at -= m2r2_learning.COUNT_AFTER_CHANGE
     while learner.work():
         pass
     learner.save()
@@ -421,7 +421,7 @@ def test_a_decoder_learns_between_generations(llama: PreTrainedModel) -> None:
 def test_what_was_known_of_the_old_drafts_is_forgotten_when_a_fit_serves(llama, monkeypatch, within: bool) -> None:  # type: ignore[no-untyped-def]
     """Within a generation, and between two."""
     decoder, forgotten = SpecDecoder(llama, drafter="m2r2", learn=False), dict[int, None]()
-    monkeypatch.setattr(Tally, "forget", lambda self: forgotten.setdefault(decoder.drafter.version))
+    monkeypatch.setattr(DecayedCounts, "forget", lambda self: forgotten.setdefault(decoder.drafter.version))
     for number in range(14):
         with decoder.open([[5 + number, 7]], max_new_tokens=30) as generation:
             for step, _ in enumerate(generation.steps()):
