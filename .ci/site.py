@@ -23,6 +23,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """A page without links to source files, which are not part of the site."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\.py\)", r"\1", markdown)
+
+
 def moved(text: str) -> str:
     """A page of the repository's root with links that work in the folder of documents."""
     for page, source in BESIDE.items():
