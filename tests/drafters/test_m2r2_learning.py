@@ -397,7 +397,7 @@ def test_all_is_kept_at_most_once_in_ten_minutes_and_at_the_end(quick: Target, m
     monkeypatch.setattr(learned.Store, "save", lambda self, *what: (written.append(what[0].texts), save(self, *what)))
     learner = taught(quick, 12)
     assert written == [1]
-    learner.fits.kept_at -= m2r2_learning.COUNT_AFTER_CHANGE
+    learner.fits.kept_at -= m2r2_learning.KEPT
     while learner.work():
         pass
     learner.save()
