@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 
 from specdec import SpecDecoder
 from specdec.base import files, inputs
-from specdec.engine.depth import AutoDepth, StepReport, kept
+from specdec.engine.depth import AutoDepth, StepReport, cost_cache
 from specdec.models import catalogue, loading, prepare, wheels
 from specdec.runtimes.native import library
 
@@ -134,8 +134,8 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     observe = AutoDepth.observe
     monkeypatch.setattr(AutoDepth, "observe", by_formula)
-    monkeypatch.setattr(kept, "load", lambda *args: None)
-    monkeypatch.setattr(kept, "store", lambda *args: None)
+    monkeypatch.setattr(cost_cache, "load", lambda *args: None)
+    monkeypatch.setattr(cost_cache, "store", lambda *args: None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import greedy_reference, tiny_model
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from zoo import EOS, PROMPTS, m2r2
+from zoo import EOS, PROMPTS, m2r2, step
 
 from specdec.drafters.m2r2 import PaperM2R2Drafter
 from specdec.engine.depth import FixedDepth
@@ -22,7 +22,7 @@ from specdec.engine.request import Request
 from specdec.reference import M2R2, DraftLogits, Sampling, Tree, decode, draft_chain, draft_tree
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Acceptance, Draft, Drafter, State
-from specdec.speculation.sampling import SamplingParams
+from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.speculation.tree_builder import in_one_shape
 from specdec.verifiers.exact import ExactVerifier
 
@@ -72,13 +72,16 @@ def by_engine(family: str, drafter: Drafter, rows: Sequence[Row], depth: int) ->
     """The steps after the prefill of each row of a batch."""
     verifier = Watching()
     engine = Engine(target_of(family), drafter, verifier, FixedDepth(depth))
-    requests = [Request(prompt, COUNT, WAYS[way][0], stream=WAYS[way][1].stream, eos=ENDS) for prompt, way in rows]
+    requests = [
+        Request(prompt, COUNT, RowSampler(WAYS[way][0], stream=WAYS[way][1].stream, start=len(prompt)), eos=ENDS)
+        for prompt, way in rows
+    ]
     steps: dict[Request, list[Recorded]] = {request: [] for request in requests}
     for request in requests:
         engine.submit(request)
-    engine.step()  # the prefill
+    step(engine)  # the prefill
     while running := list(engine.batch.rows):
-        engine.step()
+        step(engine)
         for b, row in enumerate(running):
             tokens, path = verifier.draft.lists()[b], verifier.accepted.paths[b]
             accepted = [tokens[node - 1] for node in path[1:]]

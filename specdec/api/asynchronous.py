@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from specdec.api.generation import GenerationOutput
-from specdec.api.text import AnswerText, Detokenizer
+from specdec.api.text import text_of
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 
@@ -27,7 +27,7 @@ class SharedEngine:
         self.users, self.lock = 0, threading.Lock()
 
     def enter(self, start: Callable[[], Engine]) -> Engine:
-        """The engine for one more user; ``start`` starts it if there is none."""
+        """Return the engine for one more user; ``start`` starts it if there is none."""
         with self.lock:
             self.engine = self.engine or start()
             self.users += 1
@@ -45,17 +45,11 @@ class SharedEngine:
 class SharedRequest:
     """A request in a shared engine, from ``async with`` to its end; iterating yields its new text as it comes.
 
-    make: makes the request, start: the engine, text: what reads the new tokens; each may raise SpecDecError.
+    make: makes the request. start: starts the engine. Both may raise SpecDecError.
     """
 
-    def __init__(
-        self,
-        shared: SharedEngine,
-        start: Callable[[], Engine],
-        make: Callable[[], Request],
-        text: Callable[[], Detokenizer],
-    ) -> None:
-        self.shared, self._start, self._make, self._text = shared, start, make, text
+    def __init__(self, shared: SharedEngine, start: Callable[[], Engine], make: Callable[[], Request]) -> None:
+        self.shared, self._start, self._make = shared, start, make
         self._entered = False
 
     async def __aenter__(self) -> SharedRequest:
@@ -68,7 +62,7 @@ class SharedRequest:
         return self
 
     def _enter(self) -> None:
-        self._request, self._answer = self._make(), AnswerText(self._text())
+        self._request = self._make()
         engine = self.shared.enter(self._start)
         self._entered = True
         self._handle = engine.submit(self._request)
@@ -82,21 +76,21 @@ class SharedRequest:
         return self
 
     async def __anext__(self) -> str:
-        """The next new text. Raises the SpecDecError that ends the request."""
+        """Return the next new text. Raises the SpecDecError that ends the request."""
         while True:
             event = await anext(self._events)
             if event.error is not None:
                 raise event.error
-            if text := "".join(piece.text for piece in self._answer.read(event)):
+            if text := "".join(piece.text for piece in text_of(self._request).read(event)):
                 return text
 
     def output(self) -> GenerationOutput:
-        """The output so far."""
-        return GenerationOutput.of(self._request, self._answer.detokenizer)
+        """Return the output so far."""
+        return GenerationOutput.of(self._request)
 
 
 async def _in_thread(run: Callable[[], T]) -> T:
-    """``asyncio.to_thread`` that ends when the thread has ended, even if the task is cancelled."""
+    """Run a function in a thread and return its result once the thread has ended, even if the task is cancelled."""
     job, cancelled = asyncio.get_running_loop().run_in_executor(None, run), False
     while not job.done():
         try:

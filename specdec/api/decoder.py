@@ -33,7 +33,7 @@ from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
 from specdec.base.settings import Whole, checked, short_repr
 from specdec.drafters.m2r2.learned import first_use
-from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, kept
+from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth, cost_cache
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
@@ -193,7 +193,7 @@ class SpecDecoder:
 
     @checked
     def with_drafter(self, drafter: str | Path | Drafter, drafter_options: Options = None) -> SpecDecoder:
-        """A decoder with another drafter and this one's model, tokenizer, target and verifier.
+        """Return a decoder with another drafter and this one's model, tokenizer, target and verifier.
 
         drafter, drafter_options: as in the constructor.
         """
@@ -228,10 +228,11 @@ class SpecDecoder:
         self,
         prompt: SkipValidation[Prompt],
         *,
-        stream: Annotated[Whole, Field(ge=0)] = 0,
+        stream: Annotated[Whole, Field(ge=0, le=2**64 - 1)] = 0,
         num_speculative_tokens: Annotated[Whole, Field(ge=0)] | None = None,
         scope: str | None = None,
         sampler: RowSampler | None = None,
+        shown: Sequence[str] = (),
         **given: Unpack[RequestOptions],
     ) -> Request:
         """Make a request for an engine, with the penalties and end tokens of the model's ``generation_config``.
@@ -240,13 +241,28 @@ class SpecDecoder:
         num_speculative_tokens: as in ``Request``; 0 decodes plainly.
         scope: as in ``Request``.
         sampler: chooses the tokens instead of the sampling options, the processors and the config.
+        shown: special tokens that stay in the text.
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
-        context, ignore_eos, logprobs = self.target.context, given.get("ignore_eos", False), given.get("logprobs")
-        ids = encode(self.tokenizer, prompt, given.get("apply_chat_template"), given.get("system"), context=context)
+        how = given.get("apply_chat_template"), given.get("system")
+        ids = encode(self.tokenizer, prompt, *how, context=self.target.context)
+        return self._request(ids, given, stream, num_speculative_tokens, scope, sampler, shown)
+
+    def _request(
+        self,
+        ids: list[int],
+        given: RequestOptions,
+        stream: int = 0,
+        num_speculative_tokens: int | None = None,
+        scope: str | None = None,
+        sampler: RowSampler | None = None,
+        shown: Sequence[str] = (),
+    ) -> Request:
+        """Make a request of an encoded prompt."""
         check_prompt(ids, self.target)
-        max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), context - len(ids))
-        text = self.text(given)
+        ignore_eos, logprobs = given.get("ignore_eos", False), given.get("logprobs")
+        max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), self.target.context - len(ids))
+        text = self._text(given, shown)
         if given.get("prompt_logprobs") and logprobs is None:
             raise SpecDecError("prompt_logprobs needs logprobs, the number of likeliest tokens, such as 1; set it")
         if logprobs is not None:
@@ -266,18 +282,18 @@ class SpecDecoder:
         return Request(
             ids,
             max_new_tokens,
+            sampler,
             eos=frozenset() if ignore_eos else self.eos_ids(),
             stop_token_ids=text.hidden,
-            stop=text.push if text.stop else None,
+            text=text,
             num_speculative_tokens=num_speculative_tokens,
-            sampler=sampler,
             logprobs=logprobs,
             prompt_logprobs=given.get("prompt_logprobs", False),
             scope=scope,
         )
 
-    def text(self, given: RequestOptions, shown: Sequence[str] = ()) -> Detokenizer:
-        """The text of a request with these options. shown: as in ``Detokenizer``. Raises SpecDecError."""
+    def _text(self, given: RequestOptions, shown: Sequence[str]) -> Detokenizer:
+        """Return the empty text of a request. shown: as in ``Detokenizer``. Raises SpecDecError."""
         stop = given.get("stop", ())
         if stop and self.tokenizer is None:
             raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
@@ -285,7 +301,7 @@ class SpecDecoder:
         return Detokenizer(self.tokenizer, stops, shown, hidden, given.get("min_new_tokens", 0))
 
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
-        """Which tokens may come after a prompt of ``start`` tokens. Raises SpecDecError."""
+        """Return which tokens may come after a prompt of ``start`` tokens. Raises SpecDecError."""
         found = list[Processor]()
         if least := given.get("min_new_tokens", 0):
             if least > (most := given.get("max_new_tokens", MAX_NEW_TOKENS)):
@@ -339,13 +355,14 @@ class SpecDecoder:
             given["seed"] = new_seed()  # of all rows
         if (rule := given.get("constraint")) is not None:
             given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
-        requests = [self.request(row, stream=n, scope=scope, **given) for row, n in zip(ids, streams(ids), strict=True)]
+        numbered = zip(ids, streams(ids), strict=True)
+        requests = [self._request(row, given, stream, scope=scope) for row, stream in numbered]
         if (prefixes := self.prefixes) is not None:
             prefixes.max_bytes = (free_memory(self.device) + prefixes.nbytes) // PREFIX_SHARE
         rows = max_rows or len(ids)
         engine = self.stepped_engine(num_speculative_tokens, max_rows=rows, max_waiting=len(ids), prefixes=prefixes)
         try:
-            return Generation(engine, requests, [self.text(given) for _ in requests])
+            return Generation(engine, requests)
         except BaseException:
             engine.close()
             raise
@@ -445,9 +462,9 @@ class SpecDecoder:
         num_speculative_tokens: int | None = None,
         **given: Unpack[RequestOptions],
     ) -> GenerationOutput:
-        """``generate`` for an event loop. Calls that overlap are decoded together; see ``Request`` for the depth.
+        """Generate as ``generate`` does, on an event loop. Calls that overlap are decoded together.
 
-        Raises SpecDecError as ``generate`` does.
+        num_speculative_tokens: as in ``Request``. Raises SpecDecError as ``generate`` does.
         """
         async with self._submit(prompt, num_speculative_tokens, given) as running:
             async for _ in running:
@@ -461,7 +478,7 @@ class SpecDecoder:
         num_speculative_tokens: int | None = None,
         **given: Unpack[RequestOptions],
     ) -> AsyncIterator[str]:
-        """``stream`` for an event loop: ``async for piece in decoder.astream(prompt)``.
+        """Yield text as ``stream`` does, on an event loop: ``async for piece in decoder.astream(prompt)``.
 
         Raises SpecDecError as ``generate`` does.
         """
@@ -470,10 +487,10 @@ class SpecDecoder:
                 yield piece
 
     def _submit(self, prompt: Prompt, depth: int | None, given: RequestOptions) -> SharedRequest:
-        """A request in the engine that calls on event loops share."""
+        """Return a request in the engine that calls on event loops share."""
         make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
-        return SharedRequest(shared, self.engine, make, functools.partial(self.text, given))
+        return SharedRequest(shared, self.engine, make)
 
     @checked
     def engine(
@@ -520,7 +537,10 @@ class SpecDecoder:
         return engine.start()
 
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
-        """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""
+        """Return an engine whose steps the caller runs, and which has the drafter until it is closed.
+
+        how: options of ``Engine``.
+        """
         claimed = drafter_use.claim(self.drafter)
         try:
             policy = self._policy(num_speculative_tokens)
@@ -559,14 +579,14 @@ class SpecDecoder:
         if not self.verifier.lossless:
             return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, which timings must not choose
         if self._auto is None:
-            self._auto = AutoDepth.of(self.drafter, self.target.token_ratio, kept.load(self.target, self.drafter))
+            self._auto = AutoDepth.of(self.drafter, self.target.token_ratio, cost_cache.load(self.target, self.drafter))
         return self._auto
 
     def _engine_closed(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
         """Save the costs that an engine measured, and release the drafter."""
         try:
             if isinstance(policy, AutoDepth) and time.monotonic() - self._kept_at >= KEEP_EVERY:
-                kept.store(self.target, self.drafter, policy.costs())
+                cost_cache.store(self.target, self.drafter, policy.costs())
                 self._kept_at = time.monotonic()
         finally:
             release()
@@ -581,5 +601,5 @@ class SpecDecoder:
         return drafter_learning.learn(self.drafter, seconds)
 
     def eos_ids(self) -> frozenset[int]:
-        """Token ids that end a generation, as in ``model.generate``."""
+        """Return token ids that end a generation, as in ``model.generate``."""
         return eos_token_ids(self.model, self.tokenizer)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from specdec.api.text import Detokenizer
+from specdec.api.text import text_of
 from specdec.base.options import (
     BadWords,
     Count,
@@ -119,17 +119,18 @@ class GenerationOutput:
     prompt_logprobs: list[TokenLogprob] | None = None
 
     @classmethod
-    def of(cls, request: Request, text: Detokenizer) -> GenerationOutput:
-        """The output of a request so far, with its text."""
+    def of(cls, request: Request) -> GenerationOutput:
+        """Return the output of a request so far."""
+        text = text_of(request)
         text.finish()
         reason = request.finish_reason if request.error is None else None
         reason = "interrupted" if reason in (None, "cancelled") else reason
         own = None if request.logprobs is None else list(request.token_logprobs)
         before = list(request.prompt_token_logprobs) if request.prompt_logprobs else None
-        return cls(text.text, list(text.ids), reason, request.metrics, own, before)
+        return cls(text.text, request.ids[len(request.prompt) :], reason, request.metrics, own, before)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         found = {name: value for name, value in vars(self).items() if value is not None}
         for name in ("logprobs", "prompt_logprobs"):
             if name in found:
@@ -143,22 +144,21 @@ class Generation:
     ``steps`` runs the same steps without decoding text; ``outputs`` returns the text at the end.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], texts: Sequence[Detokenizer]) -> None:
-        self.engine, self.requests, self.texts = engine, list(requests), list(texts)
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self.engine, self.requests = engine, list(requests)
         self.row = {request: row for row, request in enumerate(requests)}
-        for request, text in zip(requests, self.texts, strict=True):
-            request.stop = text.push
-            engine.enqueue(request)
+        for request in requests:
+            engine.submit(request)
         self.loads: Counters | None = None  # of experts, after the prefill
         self.open = True
         self._turn, self._closing = threading.RLock(), False  # closing waits for another thread's step
 
     def __iter__(self) -> Iterator[list[str]]:
         for events in self.steps():
-            timer, pieces = self.engine.timer, [""] * len(self.texts)
+            timer, pieces = self.engine.timer, [""] * len(self.requests)
             timer.restart()
             for row, _ in events:
-                text = self.texts[row]
+                text = text_of(self.requests[row])
                 pieces[row] = text.take() if self.requests[row].finish_reason is None else text.finish()
             timer.mark("detokenise")
             yield pieces
@@ -169,7 +169,7 @@ class Generation:
             yield events
 
     def _step(self) -> list[tuple[int, list[int]]] | None:
-        """One step, or None at the end."""
+        """Run one step and return its events; None at the end."""
         with self._turn:
             if not self.open or self._closing:
                 self.close()
@@ -181,19 +181,18 @@ class Generation:
                 return None
             events = list[tuple[int, list[int]]]()
             while not events and self.engine.busy:  # a long prompt takes several steps
-                events = [(self.row[request], tokens) for request, tokens in self.engine.step()]
+                events = [(self.row[request], tokens) for request, tokens in next(self.engine.steps())]
             if self.loads is None and (experts := self.engine.target.experts) is not None:
                 self.loads = replace(experts.counters)
             return events
 
     def outputs(self) -> list[GenerationOutput]:
-        """The output of every row so far."""
+        """Return the output of every row so far."""
         if self.loads is not None and (experts := self.engine.target.experts) is not None:
-            decoded = sum(len(text.ids) - 1 for text in self.texts)  # the prefill decodes the first token of each row
+            decoded = sum(r.metrics.num_new_tokens - 1 for r in self.requests)  # prefills decode the first tokens
             for request in self.requests:
                 request.metrics.experts = experts.figures(self.loads, decoded)
-        pairs = zip(self.requests, self.texts, strict=True)
-        return [GenerationOutput.of(request, text) for request, text in pairs]
+        return [GenerationOutput.of(request) for request in self.requests]
 
     def close(self) -> None:
         """End the generation and free its cache; ``outputs`` stays available."""

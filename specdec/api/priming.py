@@ -58,7 +58,7 @@ def prime(
 
 
 def _questions(decoder: SpecDecoder, count: int) -> list[list[int]]:
-    """Prompts of at most ``count`` made-up first turns; beginnings of texts if there is no chat template."""
+    """Return prompts of at most ``count`` made-up first turns; beginnings of texts if there is no chat template."""
     tokenizer, seed = decoder.tokenizer, time.time_ns() % 2**31
     start = [next(iter(sorted(decoder.eos_ids())), 0)]
     chat = bool(getattr(tokenizer, "chat_template", None))
@@ -85,7 +85,7 @@ def _generate(
     try:
         for request in requests:
             request.learn = learn
-            engine.enqueue(request)
+            engine.submit(request)
         for _ in engine.steps():
             pass
     finally:

@@ -20,17 +20,13 @@ from torch import Tensor
 
 from specdec.base.errors import PromptTooLongError, SpecDecError
 from specdec.base.settings import checked, short_repr
-from specdec.engine.request import Event
+from specdec.engine.request import Event, Request
 
 Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 
 CONTEXT = 16  # earlier tokens that are decoded with new ones, since a token's text depends on its context
 LONG_TOKEN = 16  # characters; a text of at most so many per token of the context is tokenised without a check
 PLACEHOLDERS = range(0xF0000, 0xFFFFE)  # private code points that replace the text of special tokens in a template
-
-
-class TokenIds(list[int]):
-    """Token ids that ``encode`` has returned: it returns them as they are if it gets them again."""
 
 
 class SharedTokenizer:
@@ -47,7 +43,7 @@ class SharedTokenizer:
         self.tokenizer = tokenizer
 
     def encode(self, text: str, add_special: bool = True, split_special: bool = False) -> list[int]:
-        """The token ids of a text.
+        """Return the token ids of a text.
 
         add_special: put tokens around the text, as the tokenizer does by default. split_special: special tokens in it
         are text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does.
@@ -59,7 +55,7 @@ class SharedTokenizer:
             raise SpecDecError(f"the tokenizer cannot encode this text: {error}") from None
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """The text of ``ids``. special: with special tokens."""
+        """Return the text of ``ids``. special: with special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def _copy(self) -> Any:
@@ -82,7 +78,7 @@ def encode(
     template: Mapping[str, Any] | None = None,
     continue_last: bool = False,
 ) -> list[int]:
-    """Token ids of a prompt.
+    """Return token ids of a prompt.
 
     In chat messages, special tokens are text: only the template adds special ones. In plain text they are special.
 
@@ -95,10 +91,8 @@ def encode(
     continue_last: the answer goes on with the last message instead of a new one.
     Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
     """
-    if isinstance(prompt, TokenIds):
-        return prompt
     if (ids := _given_ids(prompt, name)) is not None:
-        return TokenIds(ids)
+        return ids
     if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise SpecDecError(f"the {name} is empty; give some text")
     if tokenizer is None:
@@ -108,17 +102,19 @@ def encode(
         if system is not None:
             raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
         _check_length(tokenizer, len(prompt), context)
-        return TokenIds(SharedTokenizer(tokenizer).encode(prompt))
+        return SharedTokenizer(tokenizer).encode(prompt)
     if not has_template:
         raise SpecDecError("this tokenizer has no chat template; use plain text (apply_chat_template=False, --raw)")
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return TokenIds(_encode_chat(tokenizer, messages, context, tools, template or {}, continue_last))
+    return _encode_chat(tokenizer, messages, context, tools, template or {}, continue_last)
 
 
 def _given_ids(prompt: Any, name: str) -> list[int] | None:
-    """The token ids of a prompt that consists of them; None for text and messages. Raises SpecDecError for others."""
+    """Return the ids of a prompt of token ids; None for text and messages. Raises SpecDecError for anything else."""
+    if type(prompt) is list and set(map(type, prompt)) == {int}:  # the usual case, which may be long
+        return prompt
     if isinstance(prompt, Tensor | np.ndarray):
         if isinstance(prompt, np.ndarray) and prompt.dtype.kind not in "iu":
             raise _wrong(name, f"an array of {prompt.dtype}")
@@ -143,7 +139,7 @@ def _encode_chat(
     template: Mapping[str, Any],
     continue_last: bool,
 ) -> list[int]:
-    """Token ids of chat messages, rendered by the tokenizer's template."""
+    """Return token ids of chat messages, rendered by the tokenizer's template."""
     contents = [message.get("content") for message in messages]  # templates may ignore other keys
     _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
     special = _SpelledTokens(tokenizer, [messages, tools, template])
@@ -158,7 +154,7 @@ def _encode_chat(
 
 
 def special_tokens(tokenizer: Any) -> dict[int, Any]:
-    """The special tokens of a tokenizer by id; ``skip_special_tokens`` leaves them out of text."""
+    """Return the special tokens of a tokenizer by id; ``skip_special_tokens`` leaves them out of text."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     return {int(i): token for i, token in added.items() if token.special and str(token)}
 
@@ -180,7 +176,7 @@ class _SpelledTokens:
         self.stand_ins = dict[str, str]()
 
     def hidden(self, messages: Any) -> Any:
-        """``messages`` with the private characters. Raises SpecDecError if there are not enough of them."""
+        """Return ``messages`` with the private characters. Raises SpecDecError if there are not enough of them."""
         if isinstance(messages, str):
             return self.spelled.sub(self._stand_in, messages) if self.tokens else messages
         if isinstance(messages, Mapping):
@@ -198,7 +194,7 @@ class _SpelledTokens:
         return self.stand_ins[found[0]]
 
     def encode(self, text: str) -> list[int]:
-        """The rendered chat as token ids."""
+        """Return the rendered chat as token ids."""
         if not self.stand_ins:
             return self._ids(text)
         back = {stand_in: token for token, stand_in in self.stand_ins.items()}
@@ -225,7 +221,7 @@ class _SpelledTokens:
 
 @functools.lru_cache(16)
 def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
-    """A regular expression that matches the longest of ``words``, without backtracking."""
+    """Return a regular expression that matches the longest of ``words``, without backtracking."""
     tree: dict[str, Any] = {}
     for word in words:
         place = tree
@@ -242,7 +238,7 @@ def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in chat messages."""
+    """Yield all strings in chat messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -281,16 +277,35 @@ def _check_length(tokenizer: Any, length: int, context: int | None) -> None:
         )
 
 
-class Detokenizer:
-    """The text of one output as its tokens arrive, up to a stop string. Without a tokenizer, it is empty.
+REASONS = {"eos": "stop", "stop": "stop", "length": "length"}  # OpenAI's finish reason for the engine's
 
-    ``push`` takes tokens. ``take`` returns the new text that is certain: complete characters that cannot begin a stop
-    string. ``finish`` returns the rest.
+
+@dataclass(frozen=True)
+class Piece:
+    """New text.
+
+    depth: of its last token in a draft; 0 if the model chose that token.
+    finish: the finish reason, in the last piece.
+    """
+
+    text: str
+    depth: int = 0
+    finish: str | None = None
+
+
+class Detokenizer:
+    """The text of one request as its tokens arrive, up to a stop string. Without a tokenizer, the text is empty.
+
+    The engine calls ``push`` with each new token, in its own thread if it has one. The reader of the request calls the
+    other methods. With stop strings ``push`` decodes the tokens, otherwise the reader does.
 
     stop: strings that end the text; they may contain special tokens.
-    shown: special tokens to keep in the text. hidden: tokens that have no text.
-    min_new_tokens: before so many tokens, no stop string ends the text.
+    shown: special tokens that stay in the text.
+    hidden: tokens that have no text.
+    min_new_tokens: number of tokens before which no stop string ends the text.
     stopped: the stop string that has come, or None.
+    num_read: number of tokens in the events that ``read`` got.
+    finish_reason: OpenAI's finish reason after the last event, or None.
     """
 
     def __init__(
@@ -305,7 +320,11 @@ class Detokenizer:
         self.hidden, self.min_new_tokens = frozenset(hidden), min_new_tokens
         self.special = {i: str(token) for i, token in special_tokens(tokenizer).items()}
         self.matched = {i for i, t in self.special.items() if any(t in s for s in [*self.stop, *shown])}
-        self.ids: list[int] = []
+        self.ids: list[int] = []  # all new tokens
+        self.num_added = 0  # number of tokens that are in the window or the text
+        self.certain: list[int] = []  # with stop strings: how much text is certain after each token
+        self.num_read = 0
+        self.finish_reason: str | None = None
         self.window: list[int] = []  # tokens with text: earlier ones as context, then new ones
         self.old, self.context = 0, ""  # number of earlier tokens in the window, and their text
         self.text = ""  # all complete text, up to the stop string
@@ -315,26 +334,61 @@ class Detokenizer:
         self.stopped: str | None = None
 
     def push(self, token: int) -> str | None:
-        """Add a token; return "stop" if the text ends with it. This is the ``stop`` of a ``Request``."""
+        """Add a token; return "stop" if a stop string ends the text with it."""
         self.ids.append(token)
-        if token in self.hidden:
+        if not self.stop:
             return None
-        if token not in self.special:
-            self.window.append(token)
-        elif token in self.matched and self.stopped is None:
-            self._read(complete=False)
-            self._extend(self.special[token], seen=self.special[token] in self.shown)
-        if self.stop:
-            self._read()
+        self._add(len(self.ids))
+        self._decode_window()
+        hold = max((n for s in self.stop for n in range(1, len(s)) if self.whole.endswith(s[:n])), default=0)
+        self.certain.append(len(self.text) if self.stopped is not None else self._place(len(self.whole) - hold))
         return None if self.stopped is None else "stop"
 
-    def take(self) -> str:
-        if not self.stop:
-            self._read()
-        hold = max((n for s in self.stop for n in range(1, len(s)) if self.whole.endswith(s[:n])), default=0)
-        return self._send(len(self.text) if self.stopped is not None else self._place(len(self.whole) - hold))
+    def read(self, event: Event, per_token: bool = False) -> Iterator[Piece]:
+        """Yield the new text of ``event``, as one piece or one ``per_token``. The last piece has the finish reason."""
+        depth = 0
+        for depth in event.depths:
+            self.num_read += 1
+            if per_token and (text := self.take(self.num_read)):
+                yield Piece(text, depth)
+        if event.finish_reason is not None:
+            self.finish_reason = REASONS.get(event.finish_reason, event.finish_reason)
+            yield Piece(self.finish(), depth, self.finish_reason)
+        elif not per_token and (text := self.take(self.num_read)):
+            yield Piece(text, depth)
 
-    def _read(self, complete: bool = True) -> None:
+    def take(self, count: int | None = None) -> str:
+        """Return the new text of the first ``count`` tokens (None: all tokens) that is certain.
+
+        These are complete characters that cannot begin a stop string.
+        """
+        count = len(self.ids) if count is None else count
+        if self.stop:
+            return self._send(self.certain[count - 1] if count else 0)
+        self._add(count)
+        self._decode_window()
+        return self._send(len(self.text))
+
+    def finish(self) -> str:
+        """Return the rest of the text, at the end of the output."""
+        self._add(len(self.ids))
+        if self.stopped is None:
+            self._decode_window(complete=False)
+        return self._send(len(self.text))
+
+    def _add(self, count: int) -> None:
+        """Put tokens into the window, up to number ``count``."""
+        for token in self.ids[self.num_added : count]:
+            if token in self.hidden:
+                continue
+            if token not in self.special:
+                self.window.append(token)
+            elif token in self.matched and self.stopped is None:
+                self._decode_window(complete=False)
+                self._extend(self.special[token], seen=self.special[token] in self.shown)
+        self.num_added = max(self.num_added, count)
+
+    def _decode_window(self, complete: bool = True) -> None:
         if len(self.window) == self.old:
             return
         text = self._decode(self.window)
@@ -359,12 +413,6 @@ class Detokenizer:
                 self.old, self.context = 0, ""
                 return
 
-    def finish(self) -> str:
-        """The rest of the text, at the end of the output."""
-        if self.stopped is None:
-            self._read(complete=False)
-        return self._send(len(self.text))
-
     def _decode(self, ids: list[int]) -> str:
         return SharedTokenizer(self.tokenizer).decode(ids) if ids and self.tokenizer else ""
 
@@ -382,7 +430,7 @@ class Detokenizer:
             self.text = self.text[: self._place(at)]
 
     def _place(self, place: int) -> int:
-        """The position in the text of a position in ``whole``."""
+        """Return the position in the text of a position in ``whole``."""
         return place - sum(min(length, place - at) for at, length in self.unseen if at < place)
 
     def _send(self, end: int) -> str:
@@ -391,46 +439,7 @@ class Detokenizer:
         return piece
 
 
-REASONS = {"eos": "stop", "stop": "stop", "length": "length"}  # OpenAI's finish reason for the engine's
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New text.
-
-    depth: of its last token in a draft; 0 if the model chose that token.
-    finish: the finish reason, in the last piece.
-    """
-
-    text: str
-    depth: int = 0
-    finish: str | None = None
-
-
-class AnswerText:
-    """The text of one request so far. finish: OpenAI's finish reason, once the request has ended."""
-
-    def __init__(self, detokenizer: Detokenizer) -> None:
-        self.detokenizer = detokenizer
-        self.finish: str | None = None
-
-    @property
-    def text(self) -> str:
-        return self.detokenizer.text
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.detokenizer.ids)
-
-    def read(self, event: Event, per_token: bool = False) -> Iterator[Piece]:
-        """The new text of ``event``, as one piece or one ``per_token``. The last event's last piece has the reason."""
-        depth = 0
-        for token, depth in zip(event.tokens, event.depths, strict=True):
-            self.detokenizer.push(token)
-            if per_token and (text := self.detokenizer.take()):
-                yield Piece(text, depth)
-        if event.finish_reason is not None:
-            self.finish = REASONS.get(event.finish_reason, event.finish_reason)
-            yield Piece(self.detokenizer.finish(), depth, self.finish)
-        elif not per_token and (text := self.detokenizer.take()):
-            yield Piece(text, depth)
+def text_of(request: Request) -> Detokenizer:
+    """Return the text of a request that ``SpecDecoder.request`` has made."""
+    assert isinstance(request.text, Detokenizer)
+    return request.text

@@ -153,7 +153,7 @@ class ChatSession:
 
         Raises SpecDecError if the conversation exceeds the context or decoding fails; the message is then dropped.
         """
-        from specdec.api.text import AnswerText, Detokenizer, encode
+        from specdec.api.text import encode, text_of
 
         messages = [*self.messages, {"role": "user", "content": text}]
         context = self.decoder.target.context
@@ -167,7 +167,7 @@ class ChatSession:
             ids, num_speculative_tokens=most, max_new_tokens=self.max_new_tokens, **vars(self.params)
         )
         handle = self.engine.submit(request)
-        answer, write = AnswerText(Detokenizer(self.decoder.tokenizer)), _writer(self.quiet)
+        answer, write = text_of(request), _writer(self.quiet)
         failed: BaseException | None = None
         with shared.interrupting(handle.cancel, every=True):
             for event in handle:
@@ -180,9 +180,9 @@ class ChatSession:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         if not self.quiet:
             m, ended = handle.metrics, {"cancelled": "stopped", "length": "cut at --max-new-tokens"}
-            why = ended.get(answer.finish or "", "")
+            why = ended.get(answer.finish_reason or "", "")
             figures = (
-                f"{answer.num_tokens} tokens, {m.mean_acceptance_length:.2f} a step, {m.tokens_per_second:.1f} tokens/s"
+                f"{answer.num_read} tokens, {m.mean_acceptance_length:.2f} a step, {m.tokens_per_second:.1f} tokens/s"
             )
             note(", ".join(filter(None, [figures, why, "" if self.draft else "plain decoding"])))
 

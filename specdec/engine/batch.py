@@ -211,7 +211,7 @@ class Batch:
         self.timer.mark("overhead")
 
     def _deepest(self, b: int) -> int:
-        """How deep a draft of row ``b`` may be."""
+        """Return how deep a draft of row ``b`` may be."""
         row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
             depth = min(depth, row.num_speculative_tokens)
@@ -219,7 +219,7 @@ class Batch:
         return max(min(depth, row.remaining - 1) if self.verifier.lossless else depth, 0)
 
     def _forced_tokens(self) -> list[list[int]]:
-        """The tokens that each row's constraint leaves no choice about. They take the place of the drafter's."""
+        """Return the tokens that each row's constraint leaves no choice about. They take the place of the drafter's."""
         if self.drafter is None or self.drafter_behind or not self.drafter.drafts:
             return [[] for _ in self.rows]
         found = []
@@ -229,7 +229,7 @@ class Batch:
         return found
 
     def _draft(self) -> Draft:
-        """The drafter's proposal, as deep as the rows' ``State.depths``, if it can be scored; else nothing."""
+        """Return the drafter's proposal, as deep as the rows' ``State.depths``, if it can be scored; else nothing."""
         state, limit = self.state, max(self.state.depths)
 
         def propose(drafter: Drafter) -> Draft | None:
@@ -280,7 +280,7 @@ class Batch:
         self.timer.mark("overhead")
 
     def _sources(self, draft: Draft, b: int, tokens: list[int]) -> list[str]:
-        """What proposed each of the accepted ``tokens`` of row ``b``."""
+        """Return what proposed each of the accepted ``tokens`` of row ``b``."""
         if draft.found is None:
             return [self.guard.configured.label] * len(tokens)
         found, names = draft.found.rows[b], self.guard.configured.sources
@@ -304,14 +304,14 @@ class Batch:
 
 
 def not_finite(target: Target, row: Request, number: int | None) -> NotFiniteError:
-    """The error of a row whose next token cannot be chosen. number: of the row, if there are several."""
+    """Return the error of a row whose next token cannot be chosen. number: of the row, if there are several."""
     where = f"position {len(row.ids)}" + (f" of row {number}" if number is not None else "")
     remedy = "use --dtype float32" if target.dtype == torch.float16 else "the checkpoint may be damaged; get it again"
     return NotFiniteError(f"the model's logits are not finite at {where} ({target.dtype}); {remedy}")
 
 
 def compact_order(alive: list[int]) -> list[int]:
-    """The rows ``alive``, in an order that moves few of them: the last ones take the places of those that are gone."""
+    """Return the rows ``alive`` in an order that moves few rows: the last rows fill the gaps."""
     count = len(alive)
     stay, last = {b for b in alive if b < count}, iter([b for b in alive if b >= count])
     return [b if b in stay else next(last) for b in range(count)]

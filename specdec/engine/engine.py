@@ -122,12 +122,6 @@ class Engine:
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises QueueFullError if too many wait, and SpecDecError if it cannot run."""
-        request.handle = Handle(request, self._advance)
-        self.enqueue(request)
-        return request.handle
-
-    def enqueue(self, request: Request) -> None:
-        """``submit`` without a handle, for callers that run the steps themselves."""
         check_prompt(request.prompt, self.target)
         if request.sampler.transforms.highest >= self.target.vocab_size:
             raise SpecDecError(f"logit_bias has token ids outside the model's vocabulary of {self.target.vocab_size}")
@@ -141,9 +135,11 @@ class Engine:
             if len(waiting) - (self.scheduler.max_rows - self.scheduler.running) >= self.max_waiting:
                 raise QueueFullError(f"{len(waiting)} requests are waiting already; try again later")
             request.submit_time = time.perf_counter()
+            request.handle = Handle(request, self._check)
             self.requests[request] = None
             waiting.append(request)
             self._queue.notify_all()
+        return request.handle
 
     @property
     def closed(self) -> bool:
@@ -165,37 +161,34 @@ class Engine:
         """Whether any request runs or waits."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def _advance(self, request: Request) -> bool:
-        """Run a step, or return True if a thread runs them. If the thread has died, end the request."""
+    def _check(self, request: Request) -> None:
+        """End a request whose engine has ended. Raises SpecDecError if the engine has no thread that serves it."""
         work = self._work
         if work is not None and work.running:
-            return True
+            return
         with self._stepping:
-            if work is None and self.busy:
-                self.step()
-            elif request.status is not Status.FINISHED:
-                self._finish([request], "error", SpecDecError("the engine has ended; start another"))
-        return False
-
-    def steps(self) -> Iterator[Events]:
-        """Run steps until every request has ended; yield the events of each."""
-        while self.busy:
-            yield self.step()
+            if request.status is Status.FINISHED:
+                return
+            if work is None and not self._closing:
+                raise SpecDecError("this engine has no thread, so nothing comes; call start, or run its steps")
+            self._finish([request], "error", SpecDecError("the engine has ended; start another"))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def step(self) -> Events:
-        """Admit, prefill, decode and deliver; return the new tokens of each row that got any.
+    def steps(self) -> Iterator[Events]:
+        """Run steps in the caller's thread until every request has ended; yield the new tokens of each step's rows.
 
-        A step that fails ends all requests but those that wait, and raises the error.
+        A step admits, prefills, decodes and delivers. A step that fails ends all requests but those that wait, and its
+        error is raised.
         """
-        events, error = self._try_step()
-        if error is not None:
-            raise error
-        return events
+        while self.busy:
+            events, error = self._try_step()
+            if error is not None:
+                raise error
+            yield events
 
     def _try_step(self) -> tuple[Events, Exception | None]:
-        """A step's events, or the error by which it has failed."""
+        """Return a step's events, or the error by which it has failed."""
         with self._stepping:
             try:
                 return self._step(), None
@@ -292,12 +285,12 @@ class Engine:
                 self._cancel(row)
 
     def _all_requests(self) -> list[Request]:
-        """All requests that run or wait."""
+        """Return all requests that run or wait."""
         with self._queue:
             return list(self.requests)
 
     def _forget(self, rows: Sequence[Request]) -> None:
-        """Nothing is to come of requests whose last event is there."""
+        """Forget requests whose last event is there."""
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)
@@ -389,7 +382,7 @@ class Engine:
     # -- figures ------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """The engine's current figures."""
+        """Return the engine's current figures."""
         scheduler = self.scheduler
         return EngineStats(
             running=scheduler.running,
@@ -413,6 +406,6 @@ class Engine:
 
 
 def _run(engine: weakref.ref[Engine], stop: Stop) -> None:
-    """The engine's thread. It does not keep the engine alive while there is nothing to do."""
+    """Run steps in the engine's thread, without keeping the engine alive while there is nothing to do."""
     while not stop.is_set() and (alive := engine()) is not None and alive._step_or_wait():
         del alive

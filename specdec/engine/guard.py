@@ -52,7 +52,7 @@ class DrafterGuard:
         self.call(lambda drafter: drafter.start())
 
     def call(self, use: Callable[[Drafter], T]) -> T | None:
-        """``use(drafter)``; None if the drafter is off, or fails."""
+        """Return ``use(drafter)``; None if the drafter is off, or fails."""
         if self.drafter is None:
             return None
         try:

@@ -25,7 +25,7 @@ class TokenLogprob(NamedTuple):
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """The log-probabilities of n ``tokens`` under logits [n, V], each with the ``top`` likeliest tokens there."""
+    """Return log-probabilities of n ``tokens`` under logits [n, V], each with the ``top`` likeliest tokens."""
     if not tokens:
         return []
     logs = logits.float().log_softmax(-1)
@@ -37,7 +37,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 def prompt_logprobs(target: Target, states: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """The log-probabilities of at most n ``tokens``, each of which follows one of the final states [n, D]."""
+    """Return the log-probabilities of at most n ``tokens``, each of which follows one of the final states [n, D]."""
     found = list[TokenLogprob]()
     for start in range(0, len(tokens), LOGIT_ROWS):
         part = tokens[start : start + LOGIT_ROWS]

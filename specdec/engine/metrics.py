@@ -142,7 +142,7 @@ class RequestMetrics:
             self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything above as plain numbers and lists, for JSON."""
+        """Return everything above as plain numbers and lists, for JSON."""
         names = (
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "

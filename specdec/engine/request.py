@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field, SkipValidation
 
@@ -40,17 +40,23 @@ ALLOWED_CHANGES = {  # a preempted request waits again
 }
 
 
+class TextSink(Protocol):
+    """The text of a request, as the engine sees it."""
+
+    def push(self, token: int) -> str | None:
+        """Read the next token; return a finish reason if the text ends with it, else None."""
+
+
 @checked_class
 @dataclass(eq=False)
 class Request:
     """A row of the engine's batch. Raises SpecDecError for a value of the wrong type.
 
-    params, processors, stream: how tokens are chosen; requests with one seed draw alike unless their streams differ.
+    sampler: how tokens are chosen; by default greedily.
     eos: tokens that end it. stop_token_ids: others that do; the finish reason is then "stop".
-    stop: the engine calls it with each new token in order; it returns a finish reason, or None.
+    text: reads each new token in order, and may end the request; None: nothing does.
     num_speculative_tokens: most drafted tokens in depth; 0: none; None: as many as pay. Where all rows have a number,
         they are drafted as deep.
-    sampler: takes the place of params, processors and stream.
     logprobs: number of top tokens that go with the log-probability of each new token; None: no log-probabilities.
     prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
     scope: cached prefixes are shared only between requests of one scope.
@@ -62,14 +68,11 @@ class Request:
 
     prompt: Ids
     max_new_tokens: Annotated[Whole, Field(ge=0)]
-    params: SamplingParams = field(default_factory=SamplingParams)
-    processors: SkipValidation[Sequence[Callable[..., Any]]] = ()
-    stream: Annotated[Whole, Field(ge=0, le=2**64 - 1)] = 0
+    sampler: RowSampler = field(default_factory=lambda: RowSampler(SamplingParams()))
     eos: frozenset[Whole] = frozenset()
     stop_token_ids: frozenset[Whole] = frozenset()
-    stop: Callable[[int], str | None] | None = None
+    text: SkipValidation[TextSink | None] = None
     num_speculative_tokens: Annotated[Whole, Field(ge=0)] | None = None
-    sampler: RowSampler = None  # type: ignore[assignment]  # set below
     logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: bool = False
     scope: str | None = None
@@ -103,7 +106,6 @@ class Request:
         self.prompt = list(self.prompt)
         self.ids = list(self.prompt)
         self.metrics = RequestMetrics(len(self.prompt))
-        self.sampler = self.sampler or RowSampler(self.params, self.processors, self.stream, start=len(self.prompt))
 
     @property
     def client(self) -> tuple[str | None, str | None]:
@@ -121,7 +123,7 @@ class Request:
         return self.prompt_logprobs and len(self.prompt_token_logprobs) < len(self.prompt) - 1
 
     def set_status(self, status: Status) -> None:
-        """The one place where the status changes."""
+        """Change the status. Nothing else changes it."""
         if status not in ALLOWED_CHANGES[self.status]:
             raise ValueError(f"a request that is {self.status} cannot become {status}")
         self.status = status
@@ -145,7 +147,7 @@ class Request:
             self.metrics.num_new_tokens += 1
             try:
                 reason, error = self._finish_reason(token), None
-            except Exception as raised:  # of its stop rule: it must not end other requests
+            except Exception as raised:  # of its text: it must not end other requests
                 reason, error = "error", failure(raised)
             if reason is not None:
                 self.finish(reason, error)
@@ -160,7 +162,7 @@ class Request:
         self.metrics.phases = {phase: seconds - start.get(phase, 0.0) for phase, seconds in seconds_by_phase.items()}
 
     def _finish_reason(self, token: int) -> str | None:
-        reason = None if self.stop is None else self.stop(token)
+        reason = None if self.text is None else self.text.push(token)
         if token in self.eos:
             return "eos"
         if token in self.stop_token_ids:
@@ -182,7 +184,7 @@ def check_prompt(prompt: Sequence[int], target: Target) -> None:
 
 
 def failure(error: BaseException) -> SpecDecError:
-    """The error that a request ends with."""
+    """Return the error that a request ends with."""
     if isinstance(error, SpecDecError):
         return error
     return SpecDecError(f"decoding failed ({type(error).__name__}: {error})")
@@ -192,7 +194,7 @@ def failure(error: BaseException) -> SpecDecError:
 class Event:
     """What has happened to a request since its last event.
 
-    finish_reason: "eos", "stop" (or what its stop rule returns), "length", "cancelled" or "error"; None: it goes on.
+    finish_reason: "eos", "stop" (or what its text returns), "length", "cancelled" or "error"; None: it goes on.
     depths: for each token, its depth in the draft that it was accepted from; 0: the model chose it itself.
     """
 
@@ -215,12 +217,11 @@ class Handle:
 
     At most one event waits for a slow reader; new tokens are added to it.
 
-    advance: runs a step if the engine has no thread, and returns whether it has one. Ends a request that is served no
-        longer.
+    check: ends the request if its engine serves it no longer.
     """
 
-    def __init__(self, request: Request, advance: Callable[[Request], bool]) -> None:
-        self.request, self._advance = request, advance
+    def __init__(self, request: Request, check: Callable[[Request], None]) -> None:
+        self.request, self._check = request, check
         self._pending: Event | None = None
         self._change = threading.Condition()
         self._waker: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
@@ -262,7 +263,8 @@ class Handle:
         while not self._ended:
             if (event := self._take()) is not None:
                 yield event
-            elif self._advance(self.request):
+            else:
+                self._check(self.request)
                 with self._change:
                     self._change.wait_for(lambda: self._pending is not None, POLL)
 
@@ -273,7 +275,8 @@ class Handle:
         while not self._ended:
             if (event := self._take()) is not None:
                 yield event
-            elif self._advance(self.request):
+            else:
+                self._check(self.request)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL):
                         await flag.wait()

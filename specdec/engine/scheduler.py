@@ -64,7 +64,7 @@ class Scheduler:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def preempt(self) -> bool:
-        """Before a step: let the youngest rows wait until the others have memory to grow; return whether any does."""
+        """Let the youngest rows wait until the others have memory to grow; return whether any row does."""
         before = self.preemptions
         while not self.memory.make_room(DRAFTED) and self.running > 1:
             youngest = max(self.rows, key=lambda row: row.submit_time)
@@ -126,7 +126,7 @@ class Scheduler:
         row.set_status(Status.PREFILL)
 
     def _share_rows(self) -> None:
-        """With all rows taken, let a row of the client with most rows wait for a client with fewer.
+        """Let a row of the client with most rows wait for a client with fewer, if all rows are taken.
 
         The row goes on when it is its client's turn, with its keys and values if they are still cached.
         """
@@ -166,7 +166,7 @@ class Scheduler:
     def _longest_prefix(
         self, ids: Sequence[int], scope: str | None
     ) -> tuple[Callable[[int, int], KVCache] | None, int, int]:
-        """The longest prefix of ``ids`` that is cached.
+        """Return the longest prefix of ``ids`` that is cached.
 
         Returns a function that makes a cache of it, its length, and the number of tokens shared with any text.
         """
@@ -195,7 +195,7 @@ class Scheduler:
         row.fork_positions |= {count} if self.disk is None else {count, count // self.disk.chunk * self.disk.chunk}
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
-        """Whether a request had better wait for a prompt that is being run, to begin with more of it than is cached."""
+        """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens."""
         self.awaited = None
         if self.memory.prefixes is None:
             return False
@@ -204,21 +204,21 @@ class Scheduler:
             if other.scope != row.scope or (shared := common_prefix(other.ids, ids)) <= found + SHARED:
                 continue
             cache = prefilling.cache if b < len(prefilling.rows) else None
-            if self._worth(cache, b, shared, found):
+            if self._will_help(cache, b, shared, found):
                 self._fork(other, shared)
                 self.awaited = row, other, shared, found
         return self.awaited is not None
 
     def _still_waits(self, row: Request) -> bool:
-        """Whether a request waits for the same prompt as before, so that nothing else need be looked up."""
+        """Return whether a request waits for the same prompt as before, so that nothing else need be looked up."""
         prefilling = self.prefilling
         if self.awaited is None or self.awaited[0] is not row or self.awaited[1] not in prefilling.rows:
             return False
         _, other, shared, found = self.awaited
-        return self._worth(prefilling.cache, prefilling.rows.index(other), shared, found)
+        return self._will_help(prefilling.cache, prefilling.rows.index(other), shared, found)
 
-    def _worth(self, cache: KVCache | None, b: int, shared: int, found: int) -> bool:
-        """Whether row ``b`` of prompts that are run will have more than ``found`` of ``shared`` tokens for others."""
+    def _will_help(self, cache: KVCache | None, b: int, shared: int, found: int) -> bool:
+        """Return whether row ``b`` of ``cache`` will give others more than ``found`` of the ``shared`` tokens."""
         return cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED
 
     def _count_hits(self, row: Request, found: int) -> None:

@@ -38,7 +38,7 @@ class Scores:
     fault: str | None = None
 
     def slots(self, paths: list[list[int]]) -> list[list[int]]:
-        """The indices of ``paths``' tokens among the uncommitted slots of their rows."""
+        """Return the indices of ``paths``' tokens among the uncommitted slots of their rows."""
         if self.nodes is None:
             return paths
         return [[own.index(node) for node in path] for own, path in zip(self.nodes, paths, strict=True)]
@@ -111,7 +111,7 @@ class _Scorer:
         return Scores(chosen, p, taps, len(chosen) * (1 + len(draft.parents)), None, row_logits, fault)
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The block's states [B, 1 + M, D] at the draft's exit layer: those the draft has, and the others run now."""
+        """Return the block's states [B, 1 + M, D] at the draft's exit layer, and run those that the draft lacks."""
         draft, target, cache, exit_layer = self.draft, self.state.target, self.state.cache, self.draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]
         if draft.states is not None and done == tokens.shape[1]:
@@ -171,7 +171,7 @@ class _Scorer:
         return Scores(chosen, torch.cat(p) if p else None, taps, sum(counts), nodes, row_logits)
 
     def _read_out(self, x: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Sequence[Tensor]:
-        """Logits [1, n, V] of each of ``rows``, whose tokens are among those of all rows in ``x`` [1, T, D]."""
+        """Return logits [1, n, V] of each of ``rows``, whose tokens are among those of all rows in ``x`` [1, T, D]."""
         if not rows:
             return ()
         parts = x.split(list(counts), 1)
@@ -189,7 +189,7 @@ class _Scorer:
                     row.constraint.mask([*self.state.ids[b][row.constraint.start :], *path])
 
     def _choose_along(self, b: int, nodes: Sequence[int], logits: Tensor, best: list[int] | None) -> list[int]:
-        """The target's choices after the block tokens ``nodes`` of row ``b`` [T].
+        """Return the target's choices after the block tokens ``nodes`` of row ``b`` [T].
 
         logits: [T, V], raw. best: [T], the largest, of a row that takes the best one that its constraint allows. Logits
         are processed only along accepted tokens: choices after other tokens do not count.
@@ -213,7 +213,7 @@ class _Scorer:
         return chosen
 
     def _prefixes(self, b: int, nodes: Sequence[int]) -> Sequence[Sequence[int]]:
-        """The tokens up to and including each of the block tokens ``nodes`` of row ``b``: what processors read."""
+        """Return the text up to and including each of the block tokens ``nodes`` of row ``b``, for processors."""
         block = [self.state.ids[b]]
         for token, parent in zip(self.draft.lists()[b], self.draft.parents, strict=True):
             block.append([*block[parent], max(token, 0)])
@@ -221,7 +221,7 @@ class _Scorer:
 
 
 def _best_allowed(row: RowSampler, text: Sequence[int], logits: Tensor, best: int) -> int:
-    """The best token in ``logits`` [1, 1, V] that the row's constraint allows after ``text``; -1: there is none.
+    """Return the best token in ``logits`` [1, 1, V] that the row's constraint allows after ``text``; -1: there is none.
 
     best: the best of all.
     """
@@ -236,12 +236,12 @@ def _best_allowed(row: RowSampler, text: Sequence[int], logits: Tensor, best: in
 
 
 def _point_masses(chosen: Tensor, size: int) -> Tensor:
-    """The distributions of greedy decoding, [B, T, V]: all at the tokens ``chosen`` [B, T]; nothing where it is -1."""
+    """Return one-hot distributions [B, T, V] of the tokens ``chosen`` [B, T]; all zero where the token is -1."""
     return F.one_hot(chosen.clamp_min(0), size).float() * (chosen >= 0)[..., None]
 
 
 def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:
-    """The block tokens that a row has: the root, and the nodes with a token whose parents are there."""
+    """Return the block tokens that a row has: the root, and the nodes with a token whose parents are there."""
     own, there = [0], {0}
     for node, (token, parent) in enumerate(zip(row, parents, strict=True), start=1):
         if token >= 0 and parent in there:
@@ -251,13 +251,13 @@ def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:
 
 
 def _tree(parents: tuple[int, ...], own: list[int]) -> Tensor | None:
-    """Which of a row's block tokens are ancestors of each other, bool [n, n]; None for a chain."""
+    """Return which of a row's block tokens are ancestors of each other, bool [n, n]; None for a chain."""
     place = {node: at for at, node in enumerate(own)}
     return ancestors(tuple(place[parents[node - 1]] for node in own[1:]))
 
 
 def _padded(x: Tensor, nodes: Sequence[Sequence[int]], count: int) -> Tensor:
-    """``x`` [1, T, D], the rows' tokens one behind the other -> [B, count, D]."""
+    """Return ``x`` [1, T, D], the rows' tokens one behind the other -> [B, count, D]."""
     out = x.new_zeros(len(nodes), count, x.shape[2])
     rows = [b for b, own in enumerate(nodes) for _ in own]
     out[rows, [node for own in nodes for node in own]] = x[0]
@@ -265,5 +265,5 @@ def _padded(x: Tensor, nodes: Sequence[Sequence[int]], count: int) -> Tensor:
 
 
 def _after(count: int, x: Tensor) -> Tensor:
-    """``x`` [B, T, ...] without the first ``count`` tokens. A slice costs as much if it takes everything."""
+    """Return ``x`` [B, T, ...] without the first ``count`` tokens. A slice costs as much if it takes everything."""
     return x[:, count:] if count else x

@@ -265,7 +265,7 @@ class _GenerateCall:
         if streamer is not None:
             streamer.put(self.sequences.cpu())
         for request in requests:
-            engine.enqueue(request)
+            engine.submit(request)
         for _ in engine.steps():
             if error := next((request.error for request in requests if request.error is not None), None):
                 raise error

@@ -3,88 +3,74 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from anyio.to_thread import run_sync
 from pydantic_core import to_json
 
-from specdec.serve.choice import ResponseChoice, merge_pieces
+from specdec.serve.choice import Choice, merge_pieces
 from specdec.serve.errors import ApiError
 from specdec.serve.events import sse
-from specdec.serve.parts import AnswerParser, Block
+from specdec.serve.parts import Block
 from specdec.serve.request import GenerationRequest
-from specdec.speculation.constraints import CompiledConstraint
 
 Events = Iterator[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request that is ready to run: token ids of its prompts, the constraint on its answers, and how these are read.
-
-    parser: makes the reader of an answer. shown: special tokens that have to be in its text.
-    echoes: the texts of the prompts, if they come before the answers.
-    """
-
-    asked: GenerationRequest
-    prompts: list[list[int]]
-    constraint: CompiledConstraint | None
-    parser: Callable[[], AnswerParser]
-    shown: Sequence[str] = ()
-    echoes: Sequence[str] = ()
 
 
 class Answer(ABC):
     """The answer to a request."""
 
-    def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str) -> None:
-        self.prepared, self.asked, self.choices, self.model = prepared, prepared.asked, choices, model
+    def __init__(self, asked: GenerationRequest, choices: list[Choice], model: str) -> None:
+        self.asked, self.choices, self.model = asked, choices, model
 
     @abstractmethod
     async def json(self) -> bytes:
-        """The whole answer, once all choices have finished."""
+        """Return the whole answer, once all choices have finished."""
 
     @abstractmethod
     def events(self) -> AsyncIterator[bytes]:
-        """The answer as a stream."""
+        """Return the answer as a stream."""
 
     async def _finished(self) -> None:
         async for _ in merge_pieces(self.choices, per_token=False):
             pass
 
     def counts(self) -> tuple[int, int, int]:
-        """Prompt tokens, those of them that were cached, and new tokens. A prompt counts once for its choices."""
-        prompts = {id(choice.prompt): choice for choice in self.choices}.values()
-        cached = sum(choice.handle.metrics.num_cached_tokens for choice in prompts)
-        return sum(len(c.prompt) for c in prompts), cached, sum(c.answer.num_tokens for c in self.choices)
+        """Return the numbers of prompt tokens, of cached ones among them, and of new tokens.
+
+        A prompt counts once for all its choices.
+        """
+        prompts = [choice.handle.metrics for choice in self.choices[self.asked.n - 1 :: self.asked.n]]
+        cached = sum(metrics.num_cached_tokens for metrics in prompts)
+        new = sum(choice.text.num_read for choice in self.choices)
+        return sum(metrics.num_prompt_tokens for metrics in prompts), cached, new
 
     def time_saved(self) -> dict[str, int]:
-        """About how many milliseconds the cached tokens would have taken; no protocol has a place of its own for it."""
+        """Return about how many milliseconds the cached tokens would have taken, as a member of ``usage``."""
         return {"time_saved_ms": round(1e3 * sum(choice.handle.metrics.saved_seconds for choice in self.choices))}
 
     def summary(self) -> str:
-        """The end of the request's line in the log."""
+        """Return the end of the request's line in the log."""
         (before, _, new), steps = self.counts(), sum(c.handle.metrics.num_spec_steps for c in self.choices)
         accepted = sum(c.handle.metrics.num_accepted_draft_tokens for c in self.choices)
         length = 1 + accepted / steps if steps else 1.0
-        reasons = "+".join(sorted({c.answer.finish or "cancelled" for c in self.choices}))
+        reasons = "+".join(sorted({c.text.finish_reason or "cancelled" for c in self.choices}))
         return f"{before} prompt + {new} new tokens, {length:.2f} per step, {reasons}"
 
     def metrics(self) -> dict[str, Any]:
-        """The member ``metrics``, unless the client wants none."""
+        """Return the member ``metrics``, unless the client wants none."""
         if not self.asked.include_metrics:
             return {}
         return {"metrics": _response_metrics(self.choices, self.asked.per_step_metrics)}
 
 
-def _response_metrics(choices: Sequence[ResponseChoice], per_step: bool) -> dict[str, Any]:
-    """The ``metrics`` of a response with one choice. As in vLLM there are none for several choices."""
+def _response_metrics(choices: Sequence[Choice], per_step: bool) -> dict[str, Any]:
+    """Return the ``metrics`` of a response with one choice. As in vLLM there are none for several choices."""
     if len(choices) != 1:
         return {"speculative_decoding": None}
     choice, metrics = choices[0], choices[0].handle.metrics
-    seconds, gaps = choice.last_token_at - choice.first_token_at, choice.answer.num_tokens - 1
+    seconds, gaps = choice.last_token_at - choice.first_token_at, choice.text.num_read - 1
     deepest, histogram = max(metrics.per_step_drafted, default=0), metrics.acceptance_histogram
     names = ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "mean_acceptance_length")
     speculation: dict[str, Any] = {
@@ -113,17 +99,17 @@ class BlockAnswer(Answer):
     A subclass returns the events of each; their ``type`` is their name. blocks: so far.
     """
 
-    def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str) -> None:
-        super().__init__(prepared, choices, model)
+    def __init__(self, asked: GenerationRequest, choices: list[Choice], model: str) -> None:
+        super().__init__(asked, choices, model)
         [self.choice] = self.choices
-        self.parser, self.blocks = prepared.parser(), list[Block]()
+        self.parser, self.blocks = asked.new_parser(), list[Block]()
 
     async def json(self) -> bytes:
         await self._finished()
         return await run_sync(self._whole)
 
     def _whole(self) -> bytes:
-        for _ in self._read(self.choice.answer.text, last=True):
+        for _ in self._read(self.choice.text.text, last=True):
             pass
         return to_json(self.result() | self.metrics())
 
@@ -140,7 +126,7 @@ class BlockAnswer(Answer):
             yield self._written(self.failure(error))
 
     def _read(self, text: str, last: bool) -> Events:
-        """The events of more text."""
+        """Yield the events of more text."""
         for part in self.parser.push(text, last):
             if not self.blocks or not self.blocks[-1].takes(part):
                 if self.blocks:
@@ -160,28 +146,28 @@ class BlockAnswer(Answer):
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the whole answer."""
 
     @abstractmethod
     def begin(self) -> Events:
-        """Events before the first block."""
+        """Return events before the first block."""
 
     @abstractmethod
     def begin_block(self, block: Block) -> Events:
-        """Events of a new block, which is empty."""
+        """Return events of a new block, which is empty."""
 
     @abstractmethod
     def delta(self, block: Block, text: str) -> Events:
-        """Events of new text at the end of a block."""
+        """Return events of new text at the end of a block."""
 
     @abstractmethod
     def end_block(self, block: Block, last: bool = False) -> Events:
-        """Events of a block that is complete, or that was cut, if it is the last one."""
+        """Return events of a block that is complete, or that was cut, if it is the last one."""
 
     @abstractmethod
     def end(self) -> Events:
-        """Events after the last block."""
+        """Return events after the last block."""
 
     @abstractmethod
     def failure(self, error: ApiError) -> dict[str, Any]:
-        """The event of an error."""
+        """Return the event of an error."""

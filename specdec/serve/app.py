@@ -19,10 +19,10 @@ from specdec import __version__
 from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
-from specdec.serve.answer import Answer, Prepared
+from specdec.serve.answer import Answer
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, JsonRoute
 from specdec.serve.chat import OpenAIAnswer
-from specdec.serve.choice import ResponseChoice
+from specdec.serve.choice import Choice
 from specdec.serve.clients import Client
 from specdec.serve.errors import ErrorBody, add_handlers
 from specdec.serve.events import EventStream, until_disconnect
@@ -36,7 +36,7 @@ from specdec.serve.service import Service
 from specdec.serve.settings import ServerSettings
 
 DRAFTER = "X-Specdec-Drafter"
-MakeAnswer = Callable[[Prepared, list[ResponseChoice], str], Answer]
+MakeAnswer = Callable[[GenerationRequest, list[Choice], str], Answer]
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is refused."},
     "5XX": {"model": ErrorBody, "description": "The server cannot answer."},
@@ -46,7 +46,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(
     decoder: SpecDecoder, engine: Engine, settings: ServerSettings, write: Callable[[str], None] = say
 ) -> FastAPI:
-    """The application that serves ``decoder`` through ``engine``. write: prints the log line of a request."""
+    """Return the application that serves ``decoder`` through ``engine``. write: prints the log line of a request."""
     service = Service(decoder, engine, settings)
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.settings, app.router.route_class = settings, JsonRoute
@@ -72,8 +72,8 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
     async def answered(request: Request, translate: Callable[[], GenerationRequest], make: MakeAnswer) -> HTTPResponse:
         """Run a request until it ends or the client disconnects."""
         client: Client = request.state.client
-        prepared, choices = await run_sync(service.start, translate, client)
-        asked, answer = prepared.asked, make(prepared, choices, service.settings.name)
+        asked, choices = await run_sync(service.start, translate, client)
+        answer = make(asked, choices, service.settings.name)
         headers = {DRAFTER: service.drafter_label(asked)}
 
         def end() -> None:
@@ -81,7 +81,10 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
             service.finish(choices, client)
             if service.settings.log_requests:
                 for choice in choices:
-                    text = {"prompt": service.decode(choice.prompt, special=True), "answer": choice.answer.text}
+                    text = {
+                        "prompt": service.decode(choice.handle.request.prompt, special=True),
+                        "answer": choice.text.text,
+                    }
                     write(json.dumps({"id": request.state.request_id} | text, ensure_ascii=True))
 
         if asked.stream:

@@ -13,12 +13,13 @@ from pydantic_core import to_json
 
 from specdec import __version__
 from specdec.api.text import Piece
-from specdec.serve.answer import Answer, Prepared
-from specdec.serve.choice import ResponseChoice, merge_pieces
+from specdec.serve.answer import Answer
+from specdec.serve.choice import Choice, merge_pieces
 from specdec.serve.errors import ApiError
 from specdec.serve.events import DONE, sse
 from specdec.serve.logprobs import chat_logprobs, completion_logprobs
 from specdec.serve.parts import AnswerParser, Part, merged
+from specdec.serve.request import GenerationRequest
 
 
 class Chat:
@@ -26,38 +27,38 @@ class Chat:
 
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.parsers = defaultdict[int, AnswerParser](prepared.parser)  # by the number of the choice
+    def __init__(self, asked: GenerationRequest) -> None:
+        self.parsers = defaultdict[int, AnswerParser](asked.new_parser)  # by the number of the choice
         self.begun = defaultdict[int, list[str]](list)  # ids of the calls that have been sent
 
-    def first_delta(self, choice: ResponseChoice) -> dict[str, Any] | None:
-        """The content of a choice's first chunk."""
+    def first_delta(self, choice: Choice) -> dict[str, Any] | None:
+        """Return the content of a choice's first chunk."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def deltas(self, choice: ResponseChoice, piece: Piece) -> list[dict[str, Any]]:
+    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         parts = self.parsers[choice.index].push(piece.text, last=piece.finish is not None)
         return [{"delta": _delta(part, self.begun[choice.index])} for part in parts]
 
     def last_delta(self) -> dict[str, Any]:
-        """The content of the chunk with the finish reason."""
+        """Return the content of the chunk with the finish reason."""
         return {"delta": {}}
 
-    def content(self, choice: ResponseChoice) -> dict[str, Any]:
-        """The content of a choice in a whole response."""
-        parts = self.parsers[choice.index].push(choice.answer.text, last=True)
+    def content(self, choice: Choice) -> dict[str, Any]:
+        """Return the content of a choice in a whole response."""
+        parts = self.parsers[choice.index].push(choice.text.text, last=True)
         return {"message": {"role": "assistant", "refusal": None} | message(parts)}
 
-    def finish_reason(self, choice: ResponseChoice) -> str | None:
-        called = choice.answer.finish == "stop" and self.parsers[choice.index].called
-        return "tool_calls" if called else choice.answer.finish
+    def finish_reason(self, choice: Choice) -> str | None:
+        called = choice.text.finish_reason == "stop" and self.parsers[choice.index].called
+        return "tool_calls" if called else choice.text.finish_reason
 
-    def logprobs(self, choice: ResponseChoice, start: int) -> dict[str, Any]:
-        """Log-probabilities of the new tokens from number ``start`` on."""
-        return chat_logprobs(choice.tokenizer, choice.logprobs(start))
+    def logprobs(self, choice: Choice, start: int) -> dict[str, Any]:
+        """Return log-probabilities of the new tokens from number ``start`` on."""
+        return chat_logprobs(choice.text.tokenizer, choice.logprobs(start))
 
 
 def _delta(part: Part, calls: list[str]) -> dict[str, Any]:
-    """A part as a delta. calls: ids of those that have begun."""
+    """Return a part as a delta. calls: ids of those that have begun."""
     if part.kind != "call":
         return {"content" if part.kind == "text" else "reasoning_content": part.text}
     if part.id in calls:
@@ -68,7 +69,7 @@ def _delta(part: Part, calls: list[str]) -> dict[str, Any]:
 
 
 def message(parts: Iterable[Part]) -> dict[str, Any]:
-    """The content of the message that consists of ``parts``."""
+    """Return the content of the message that consists of ``parts``."""
     blocks = merged(parts)
     text, reasoning = ("".join(b.text for b in blocks if b.kind == kind) for kind in ("text", "reasoning"))
     calls = [
@@ -87,39 +88,39 @@ class Completion:
     id_prefix = "cmpl"
     object = chunk_object = "text_completion"
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.echoes = [text for text in prepared.echoes for _ in range(prepared.asked.n)]
+    def __init__(self, asked: GenerationRequest) -> None:
+        self.echoes = [text for text in asked.echoes for _ in range(asked.n)]
 
-    def first_delta(self, choice: ResponseChoice) -> dict[str, Any] | None:
+    def first_delta(self, choice: Choice) -> dict[str, Any] | None:
         return {"text": self.echoes[choice.index]} if self.echoes else None
 
-    def deltas(self, choice: ResponseChoice, piece: Piece) -> list[dict[str, Any]]:
+    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         return [{"text": piece.text}] if piece.text else []
 
     def last_delta(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def content(self, choice: ResponseChoice) -> dict[str, Any]:
-        return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.answer.text}
+    def content(self, choice: Choice) -> dict[str, Any]:
+        return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.text.text}
 
-    def finish_reason(self, choice: ResponseChoice) -> str | None:
-        return choice.answer.finish
+    def finish_reason(self, choice: Choice) -> str | None:
+        return choice.text.finish_reason
 
-    def logprobs(self, choice: ResponseChoice, start: int) -> dict[str, Any]:
-        """Log-probabilities of the new tokens from number ``start`` on; at 0 an echoed prompt's come first."""
+    def logprobs(self, choice: Choice, start: int) -> dict[str, Any]:
+        """Return log-probabilities of the new tokens from number ``start`` on; at 0 an echoed prompt's come first."""
         echoed = bool(self.echoes) and not start
         scored = [*(choice.handle.request.prompt_token_logprobs if echoed else []), *choice.logprobs(start)]
-        first = choice.prompt[0] if echoed else None
-        found, choice.text_offset = completion_logprobs(choice.tokenizer, scored, first, choice.text_offset)
+        first = choice.handle.request.prompt[0] if echoed else None
+        found, choice.text_offset = completion_logprobs(choice.text.tokenizer, scored, first, choice.text_offset)
         return found
 
 
 class OpenAIAnswer(Answer):
     """An answer in one of the two shapes."""
 
-    def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str) -> None:
-        super().__init__(prepared, choices, model)
-        shape = self.shape = (Completion if self.asked.chat is None else Chat)(prepared)
+    def __init__(self, asked: GenerationRequest, choices: list[Choice], model: str) -> None:
+        super().__init__(asked, choices, model)
+        shape = self.shape = (Completion if self.asked.chat is None else Chat)(asked)
         self.head = {
             "id": f"{shape.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -133,11 +134,11 @@ class OpenAIAnswer(Answer):
         head, rest = {"object": self.shape.object}, {"usage": self.usage()} | self.metrics()
         return to_json(self.head | head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + to_json(rest)[1:]
 
-    def _written(self, choice: ResponseChoice) -> bytes:
+    def _written(self, choice: Choice) -> bytes:
         return to_json(self._choice(choice, self.shape.content(choice), self.shape.finish_reason(choice)))
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The stream: a first chunk per choice, the text, the usage if requested, and ``[DONE]``."""
+        """Yield the stream: a first chunk per choice, the text, the usage if requested, and ``[DONE]``."""
         more: dict[str, Any] = {"usage": None} if self.asked.include_usage else {}
         running = len(self.choices)
         try:
@@ -171,18 +172,16 @@ class OpenAIAnswer(Answer):
     def _chunk_head(self) -> dict[str, Any]:
         return self.head | {"object": self.shape.chunk_object}
 
-    def _chunk(
-        self, choice: ResponseChoice, content: dict[str, Any], finish: str | None, more: dict[str, Any]
-    ) -> bytes:
+    def _chunk(self, choice: Choice, content: dict[str, Any], finish: str | None, more: dict[str, Any]) -> bytes:
         return sse(self._chunk_head() | {"choices": [self._choice(choice, content, finish)]} | more)
 
-    def _choice(self, choice: ResponseChoice, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    def _choice(self, choice: Choice, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
         return {"index": choice.index, **content, "logprobs": self._logprobs(choice), "finish_reason": finish}
 
-    def _logprobs(self, choice: ResponseChoice) -> dict[str, Any] | None:
-        """Log-probabilities of the tokens since the last call."""
-        start, end = choice.logprobs_sent, choice.answer.num_tokens
-        if self.asked.num_logprobs is None or (start == end and (start or choice.answer.finish is None)):
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Return log-probabilities of the tokens since the last call."""
+        start, end = choice.logprobs_sent, choice.text.num_read
+        if self.asked.num_logprobs is None or (start == end and (start or choice.text.finish_reason is None)):
             return None
         choice.logprobs_sent = end
         return self.shape.logprobs(choice, start)

@@ -1,4 +1,4 @@
-"""One choice of a response: a request of the engine, its text as it is generated, its latencies, and its events."""
+"""The choices of a response: requests of the engine, with their text as it is generated, and their latencies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from specdec.api.text import REASONS, AnswerText, Detokenizer, Piece
+from specdec.api.text import REASONS, Piece, text_of
 from specdec.base.errors import ConstraintError
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Handle
@@ -14,29 +14,25 @@ from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 
 
-class ResponseChoice:
-    """The choice with number ``index``.
+class Choice:
+    """A request of the engine as a choice of a response.
 
+    index: number of the choice. text: of the request.
     started, first_token_at, last_token_at: times of ``time.perf_counter``; 0.0 before there are tokens.
-    logprobs_sent, text_offset: tokens whose log-probabilities have been sent, and the length of their text.
+    logprobs_sent: number of tokens whose log-probabilities have been sent. text_offset: characters of their text.
     """
 
-    def __init__(
-        self,
-        index: int,
-        handle: Handle,
-        prompt: list[int],
-        text: Detokenizer,
-        metrics: Metrics,
-    ) -> None:
-        self.index, self.handle, self.prompt, self.metrics = index, handle, prompt, metrics
-        self.tokenizer, self.answer = text.tokenizer, AnswerText(text)
+    def __init__(self, index: int, handle: Handle, metrics: Metrics) -> None:
+        self.index = index
+        self.handle = handle
+        self.metrics = metrics
+        self.text = text_of(handle.request)
         self.logprobs_sent = self.text_offset = 0
         self.started = time.perf_counter()
         self.first_token_at = self.last_token_at = 0.0
 
     async def pieces(self, per_token: bool = False) -> AsyncIterator[Piece]:
-        """The text, a piece per step or ``per_token``. The last piece has a finish reason.
+        """Yield the text, a piece per step or ``per_token``. The last piece has a finish reason.
 
         Raises ApiError if the engine fails. Leaving the loop early cancels the request.
         """
@@ -45,14 +41,14 @@ class ResponseChoice:
                 self._record_latency(len(event.tokens))
                 if event.finish_reason is not None and event.finish_reason not in REASONS:
                     raise _failure(event.finish_reason, event.error)
-                for piece in self.answer.read(event, per_token):
+                for piece in self.text.read(event, per_token):
                     yield piece
         finally:
             self.close()
 
     def logprobs(self, start: int) -> list[TokenLogprob]:
-        """The log-probabilities of the new tokens from number ``start`` on."""
-        return self.handle.request.token_logprobs[start : self.answer.num_tokens]
+        """Return the log-probabilities of the new tokens from number ``start`` on."""
+        return self.handle.request.token_logprobs[start : self.text.num_read]
 
     def close(self) -> None:
         """Cancel the request, unless it has finished."""
@@ -73,17 +69,15 @@ def _failure(finished: str, error: BaseException | None) -> ApiError:
     return ApiError(500, f"decoding failed: {error}")
 
 
-async def merge_pieces(
-    choices: Sequence[ResponseChoice], per_token: bool
-) -> AsyncIterator[tuple[ResponseChoice, Piece]]:
-    """The pieces of all choices, in the order in which they are generated."""
+async def merge_pieces(choices: Sequence[Choice], per_token: bool) -> AsyncIterator[tuple[Choice, Piece]]:
+    """Yield the pieces of all choices, in the order in which they are generated."""
     if len(choices) == 1:
         async for piece in choices[0].pieces(per_token):
             yield choices[0], piece
         return
-    arrived: asyncio.Queue[tuple[ResponseChoice, Piece] | Exception | None] = asyncio.Queue(maxsize=len(choices))
+    arrived: asyncio.Queue[tuple[Choice, Piece] | Exception | None] = asyncio.Queue(maxsize=len(choices))
 
-    async def forward(choice: ResponseChoice) -> None:
+    async def forward(choice: Choice) -> None:
         try:
             async for piece in choice.pieces(per_token):
                 await arrived.put((choice, piece))

@@ -39,7 +39,7 @@ class Key(BaseModel):
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys in a YAML file, a list of mappings. Raises SpecDecError for anything else."""
+    """Return the keys in a YAML file, a list of mappings. Raises SpecDecError for anything else."""
     try:
         if path.stat().st_size > MAX_FILE:
             raise SpecDecError(f"'{path}' is larger than {MAX_FILE} bytes; a file of keys is small")
@@ -73,7 +73,7 @@ class Client:
 
 
 def find_client(keys: Sequence[Key], given: str, address: str | None = None) -> Client | None:
-    """Who has the key ``given``, in a time that does not depend on it; None if nobody has. Without keys everybody may.
+    """Return the client with the key ``given``, in a time that does not depend on it; None if no client has it.
 
     address: the sender's address, which identifies the client if the server has no keys.
     """

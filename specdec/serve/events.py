@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def sse(value: dict[str, Any]) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
@@ -51,7 +51,7 @@ class EventStream(StreamingResponse):
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of ``work``; if the client disconnects first, cancel it and return None."""
+    """Return the result of ``work``; if the client disconnects first, cancel it and return None."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -14,7 +14,7 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def chat_logprobs(tokenizer: Any, scored: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """The ``logprobs`` of a choice of ``/v1/chat/completions``."""
+    """Return the ``logprobs`` of a choice of ``/v1/chat/completions``."""
     content = []
     for token_id, logprob, top in scored:
         likely = [_entry(tokenizer, *each) for each in top]
@@ -30,7 +30,7 @@ def _entry(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:
 def completion_logprobs(
     tokenizer: Any, scored: Sequence[TokenLogprob], first: int | None = None, offset: int = 0
 ) -> tuple[dict[str, Any], int]:
-    """The ``logprobs`` of a choice of ``/v1/completions``, and the offset of the text after them.
+    """Return the ``logprobs`` of a choice of ``/v1/completions``, and the offset of the text after them.
 
     first: the first token of a prompt, which has no log-probability; None if the prompt is not included.
     offset: characters of text before these tokens.
@@ -50,7 +50,7 @@ def completion_logprobs(
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
-    """A token as a dictionary key: its text, or ``bytes:`` and its bytes if it is a part of a character."""
+    """Return a token as a dictionary key: its text, or ``bytes:`` and its bytes if it is a part of a character."""
     found = token_bytes(tokenizer, token_id)
     try:
         return found.decode()
@@ -60,7 +60,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 @functools.lru_cache(1 << 16)  # an answer has thousands of tokens, few of them different
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """The bytes of a token."""
+    """Return the bytes of a token."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:  # the output head is wider than the vocabulary
         return b""
@@ -77,7 +77,7 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
 
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """The byte of each character of byte-level vocabularies."""
+    """Return the byte of each character of byte-level vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -216,9 +216,8 @@ class MessagesAnswer(BlockAnswer):
 
     @property
     def _stop(self) -> dict[str, str | None]:
-        answer = self.choice.answer
-        sequence = answer.detokenizer.stopped
-        if answer.finish == "length":
+        sequence = self.choice.text.stopped
+        if self.choice.text.finish_reason == "length":
             reason = "max_tokens"
         else:
             reason = "tool_use" if self.parser.called else "end_turn" if sequence is None else "stop_sequence"

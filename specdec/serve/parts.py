@@ -54,7 +54,7 @@ class Block:
 
 
 def merged(parts: Iterable[Part]) -> list[Block]:
-    """The blocks that consist of ``parts``."""
+    """Return the blocks that consist of ``parts``."""
     blocks = list[Block]()
     for part in parts:
         if not blocks or not blocks[-1].takes(part):
@@ -64,7 +64,7 @@ def merged(parts: Iterable[Part]) -> list[Block]:
 
 
 def new_id() -> str:
-    """Nine letters and digits, as Mistral's templates require."""
+    """Return nine letters and digits, as Mistral's templates require."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
@@ -121,7 +121,7 @@ class Source:
 
 
 def _held(text: str, mark: str) -> int:
-    """Characters at the end of ``text`` with which ``mark`` may begin."""
+    """Return characters at the end of ``text`` with which ``mark`` may begin."""
     return max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
 
 
@@ -244,14 +244,14 @@ class AnswerParser:
             yield TEXT(mark)
 
     def _may_be_calls(self, kind: str, body: str) -> bool:
-        """Whether what a fence of a ``kind`` begins with may become calls."""
+        """Return whether what a fence of a ``kind`` begins with may become calls."""
         if kind not in FENCED or body.lstrip()[:1] not in ("", "{", "["):
             return False
         name = NAME.search(body)
         return name[1] in self.tools if name and name[2] else len(body) < LONGEST_HEAD
 
     def _fenced_calls(self, text: str) -> list[Part]:
-        """The calls, whole; none if anything else is there."""
+        """Return the calls, whole; none if anything else is there."""
         found, decoder, text = list[Any](), json.JSONDecoder(), text.strip()
         try:
             while text:
@@ -322,7 +322,7 @@ class _JsonCall:
             self.head, self.sent = head, head.end()
 
     def parts(self) -> Iterator[Part]:
-        """The new parts of the call since the last time."""
+        """Yield the new parts of the call since the last time."""
         if self.head is not None:
             end = self.end or len(self.raw)
             if end > self.sent or not self.begun:
@@ -334,7 +334,7 @@ class _JsonCall:
             yield _whole_call(*found, self.id)
 
     def _whole(self) -> tuple[str, dict[str, Any]] | None:
-        """Name and arguments of a call that has them in another order."""
+        """Return name and arguments of a call that has them in another order."""
         try:
             return call_of(json.loads(self.raw), self.tools)
         except (ValueError, RecursionError):
@@ -342,7 +342,7 @@ class _JsonCall:
 
 
 def call_of(value: Any, tools: Schemas) -> tuple[str, dict[str, Any]] | None:
-    """Name and arguments of a JSON value that calls a tool."""
+    """Return name and arguments of a JSON value that calls a tool."""
     if not isinstance(value, dict):
         return None
     name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
@@ -354,7 +354,7 @@ def _whole_call(name: str, arguments: Any, id: str = "") -> Part:
 
 
 def begun_object(text: str) -> dict[str, Any]:
-    """The arguments of a call that may have been cut: what is there of them."""
+    """Return the arguments of a call that may have been cut: what is there of them."""
     try:
         found = from_json(text or "{}", allow_partial="trailing-strings")
     except ValueError:

@@ -76,7 +76,7 @@ class Replica:
 
 
 def app(options: Options) -> Application:
-    """The application that ``serve run`` builds."""
+    """Return the application that ``serve run`` builds."""
     router: Any = ROUTER  # Ray imports a class by its name
     deployment: Any = serve.deployment(
         Replica,

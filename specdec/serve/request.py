@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.api.generation import GenerationOptions
 from specdec.serve.errors import ApiError
-from specdec.serve.parts import Schemas
-from specdec.speculation.constraints import Constraint
+from specdec.serve.parts import AnswerParser, Schemas
+from specdec.serve.tools import PLAIN
+from specdec.speculation.constraints import CompiledConstraint, Constraint
 
 
 def thought(text: str) -> dict[str, Any]:
-    """The reasoning of a message as chat templates expect it; the second name is gpt-oss's."""
+    """Return the reasoning of a message as chat templates expect it; the second name is gpt-oss's."""
     return dict.fromkeys(("reasoning_content", "thinking"), text)
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call of a message as chat templates expect it."""
+    """Return a call of a message as chat templates expect it."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -87,6 +88,10 @@ class GenerationRequest:
     n: choices for each prompt. echo: put the prompt before the answer.
     include_usage, include_draft_depth: what a stream has beside the text.
     include_metrics, per_step_metrics: figures of the request and of each step in the answer.
+
+    The service adds what the answers need:
+    ids: token ids of each prompt. echoes: the texts of the prompts, if they come before the answers.
+    new_parser: makes the reader of an answer. shown: special tokens that stay in its text.
     """
 
     model: str
@@ -94,21 +99,25 @@ class GenerationRequest:
     chat: ChatPrompt | None = None
     prompts: Sequence[str | list[int]] = ()
     n: int = 1
-    constraint: Constraint | None = None
+    constraint: Constraint | CompiledConstraint | None = None
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
     include_draft_depth: bool = False
     include_metrics: bool = False
     per_step_metrics: bool = False
+    ids: Sequence[list[int]] = ()
+    new_parser: Callable[[], AnswerParser] = lambda: AnswerParser(PLAIN)
+    shown: Sequence[str] = ()
+    echoes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        forced = self.chat is not None and bool(self.chat.forced)
+        forced = self.chat is not None and bool(self.chat.forced)  # the compiled constraint is then that of the call
         if self.options.get("min_new_tokens") and (forced or self.constraint is not None):
             raise _wrong(
                 "min_tokens", "'min_tokens' cannot be combined with a format, which ends the text; leave one out"
             )
-        if forced and self.constraint is not None:
+        if forced and self.constraint is not None and not isinstance(self.constraint, CompiledConstraint):
             raise _wrong(
                 "tool_choice",
                 "a tool_choice that forces a call cannot be combined with a format of text; leave one out",

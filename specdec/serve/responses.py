@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from specdec.api.text import SharedTokenizer
-from specdec.serve.answer import BlockAnswer, Events, Prepared
-from specdec.serve.choice import ResponseChoice
+from specdec.serve.answer import BlockAnswer, Events
+from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
 from specdec.serve.parts import Block, begun_object
 from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
@@ -76,7 +76,7 @@ Input = str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=Tru
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages for a template that items stand for: reasoning, text and calls in a row are one message."""
+    """Return the messages for a template that items stand for: reasoning, text and calls in a row are one message."""
     found = list[dict[str, Any]]()
     for item in items:
         last = found[-1] if found and found[-1]["role"] == "assistant" else {}
@@ -146,7 +146,7 @@ class ResponsesBody(Options):
     metadata: dict[str, Any] | None = None
 
     def chat(self) -> ChatPrompt:
-        """The chat in this body. Raises ApiError."""
+        """Return the chat in this body. Raises ApiError."""
         text = self.input
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else messages_of(text)
         if self.instructions:
@@ -162,7 +162,7 @@ class ResponsesBody(Options):
         )
 
     def request(self) -> GenerationRequest:
-        """The request in this body. Raises ApiError."""
+        """Return the request in this body. Raises ApiError."""
         form = self.text.format if self.text else None
         rule = json_of(form.type, form) if form else None
         return self.generation(rule, {"max_new_tokens": self.max_output_tokens}, model=self.model, chat=self.chat())
@@ -171,13 +171,13 @@ class ResponsesBody(Options):
 class ResponsesAnswer(BlockAnswer):
     """A response."""
 
-    def __init__(self, prepared: Prepared, choices: list[ResponseChoice], model: str, body: ResponsesBody) -> None:
-        super().__init__(prepared, choices, model)
+    def __init__(self, asked: GenerationRequest, choices: list[Choice], model: str, body: ResponsesBody) -> None:
+        super().__init__(asked, choices, model)
         self.body, self.number, self.key = body, 0, uuid.uuid4().hex
         self.created = int(time.time())
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        """The members that OpenAI's schema requires, and those of ``more``."""
+        """Return the members that OpenAI's schema requires, and those of ``more``."""
         found: dict[str, Any] = {"id": f"resp_{self.key}", "object": "response", "created_at": self.created}
         found |= {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": []}
         return found | {name: getattr(self.body, name) for name in ECHOED} | {
@@ -188,10 +188,10 @@ class ResponsesAnswer(BlockAnswer):
         } | more  # fmt: skip
 
     def result(self) -> dict[str, Any]:
-        cut = self.choice.answer.finish == "length"
+        cut = self.choice.text.finish_reason == "length"
         output = [self._item(n, block, self._status(n == self._index)) for n, block in enumerate(self.blocks)]
         before, cached, new = self.counts()
-        encode = SharedTokenizer(self.choice.tokenizer).encode
+        encode = SharedTokenizer(self.choice.text.tokenizer).encode
         thought = sum(len(encode(b.text, add_special=False)) for b in self.blocks if b.kind == "reasoning")
         usage = {
             "input_tokens": before,
@@ -210,8 +210,8 @@ class ResponsesAnswer(BlockAnswer):
         )
 
     def _status(self, last: bool) -> str:
-        """The status of an item that has ended. last: it is the last one."""
-        return "incomplete" if last and self.choice.answer.finish == "length" else "completed"
+        """Return the status of an item that has ended. last: it is the last one."""
+        return "incomplete" if last and self.choice.text.finish_reason == "length" else "completed"
 
     def _item(self, index: int, block: Block, status: str) -> dict[str, Any]:
         item: dict[str, Any] = {"id": f"{PREFIXES[block.kind]}_{self.key}{index}", "status": status}
@@ -260,7 +260,7 @@ class ResponsesAnswer(BlockAnswer):
         return super()._written(event)
 
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
-        """An event of the last item."""
+        """Return an event of the last item."""
         block = self.blocks[-1]
         place = {"item_id": self._item(self._index, block, "")["id"], "output_index": self._index}
         return {"type": kind} | place | ({} if block.kind == "call" else {"content_index": 0}) | more
@@ -272,7 +272,7 @@ NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function
 
 
 def _part(block: Block) -> dict[str, Any]:
-    """The part of a message or of reasoning that holds its text."""
+    """Return the part of a message or of reasoning that holds its text."""
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": block.text}
     return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}

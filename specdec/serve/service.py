@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -16,8 +17,7 @@ from specdec.api.text import SharedTokenizer, encode
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.serve.answer import Prepared
-from specdec.serve.choice import ResponseChoice
+from specdec.serve.choice import Choice
 from specdec.serve.clients import Client
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
@@ -60,12 +60,12 @@ class Service:
 
     def start(
         self, translate: Callable[[], GenerationRequest], client: Client
-    ) -> tuple[Prepared, list[ResponseChoice]]:
-        """Translate a body to a request, and run that. Raises ApiError."""
+    ) -> tuple[GenerationRequest, list[Choice]]:
+        """Translate a body to a request, and submit it; return the request and its choices. Raises ApiError."""
         asked = translate()
         self.check_limits(asked)
-        prepared = self.prepare(asked) if asked.chat is None else self.prepare_chat(asked, asked.chat)
-        return prepared, self.submit(prepared, client)
+        asked = self.prepare(asked) if asked.chat is None else self.prepare_chat(asked, asked.chat)
+        return asked, self.submit(asked, client)
 
     def check_limits(self, asked: GenerationRequest) -> None:
         """Raise ApiError if a count exceeds this server's limits, before anything of that size is made."""
@@ -104,18 +104,18 @@ class Service:
         limits = asked.max_new_tokens, self.settings.max_tokens, self.context
         return min(limit for limit in limits if limit is not None)
 
-    def prepare(self, asked: GenerationRequest) -> Prepared:
-        """Encode the prompts, and compile what the answers must be."""
+    def prepare(self, asked: GenerationRequest) -> GenerationRequest:
+        """Return the request with encoded prompts and a compiled constraint. Raises ApiError."""
         prompts = [self.encode_text(prompt) for prompt in asked.prompts]
         if asked.echo:
             new = self._max_new_tokens(asked)
             self._check_logprobs(asked, asked.n * len(prompts), asked.n * sum(len(ids) + new for ids in prompts))
         texts = [p if isinstance(p, str) else self.decode(p) for p in asked.prompts if asked.echo]
         constraint = self.compile(asked, asked.constraint, "response_format")
-        return Prepared(asked, prompts, constraint, partial(AnswerParser, PLAIN), echoes=texts)
+        return replace(asked, ids=prompts, constraint=constraint, echoes=texts)
 
-    def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> Prepared:
-        """The same for a chat."""
+    def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> GenerationRequest:
+        """Return the request of a chat with its prompt encoded, and with what reads its answers. Raises ApiError."""
         template, tools, forced = self.template(chat), chat.schemas, chat.forced
         form, thoughts = template.form, template.thoughts
         if tools and form is PLAIN:
@@ -135,7 +135,8 @@ class Service:
             end = self.decode(prompt[-PROMPT_END:], special=True).rstrip()
             inside = thoughts is not None and end.endswith(thoughts[0].rstrip())
         parser = partial(AnswerParser, form, forced or tools, chat.single, thoughts, inside)
-        return Prepared(asked, [prompt], constraint, parser, [*form.special, *(thoughts or ())])
+        shown = [*form.special, *(thoughts or ())]
+        return replace(asked, ids=[prompt], constraint=constraint, new_parser=parser, shown=shown)
 
     def tokenize(self, body: TokenizeBody) -> list[int]:
         if body.messages is None:
@@ -205,7 +206,9 @@ class Service:
         """The text of ``ids``. special: keep special tokens."""
         return SharedTokenizer(self.tokenizer).decode(ids, special)
 
-    def compile(self, asked: GenerationRequest, rule: Constraint | None, name: str) -> CompiledConstraint | None:
+    def compile(
+        self, asked: GenerationRequest, rule: Constraint | CompiledConstraint | None, name: str
+    ) -> CompiledConstraint | None:
         """``rule``, compiled, which may take a second. name: the parameter it comes from."""
         try:
             ignore_eos = asked.options.get("ignore_eos", False)
@@ -213,17 +216,15 @@ class Service:
         except SpecDecError as error:
             raise ApiError(400, str(error), name, "invalid_value") from None
 
-    def submit(self, prepared: Prepared, client: Client) -> list[ResponseChoice]:
+    def submit(self, asked: GenerationRequest, client: Client) -> list[Choice]:
         """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted."""
-        asked, constraint = prepared.asked, prepared.constraint
-        text = partial(self.decoder.text, asked.options, prepared.shown)
         seed = asked.options.get("seed", secrets.randbelow(SEEDS))
-        rows = [prompt for prompt in prepared.prompts for _ in range(asked.n)]
-        choices: list[ResponseChoice] = []
+        rows = [prompt for prompt in asked.ids for _ in range(asked.n)]
+        choices: list[Choice] = []
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                handle = self.engine.submit(self._request(prompt, asked, client, constraint, seed=seed, stream=stream))
-                choices.append(ResponseChoice(index, handle, prompt, text(), self.metrics))
+                handle = self.engine.submit(self._request(prompt, asked, client, seed=seed, stream=stream))
+                choices.append(Choice(index, handle, self.metrics))
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
         finally:
@@ -237,14 +238,16 @@ class Service:
         on = asked.options.get("num_speculative_tokens") != 0 and self.engine.drafting == "on"
         return quote(self.decoder.drafter.label if on else "none", safe="+=-. /")
 
-    def finish(self, choices: Sequence[ResponseChoice], client: Client) -> None:
+    def finish(self, choices: Sequence[Choice], client: Client) -> None:
         """Close the choices of a request, which has finished or whose client has disconnected, and count them."""
         now = time.perf_counter()
         for choice in choices:
             choice.close()
-            self.metrics.record_finished(choice.handle.metrics, choice.answer.finish or "abort", now - choice.started)
+            self.metrics.record_finished(
+                choice.handle.metrics, choice.text.finish_reason or "abort", now - choice.started
+            )
         if client.key is not None:
-            used = sum(choice.handle.metrics.num_prompt_tokens + choice.answer.num_tokens for choice in choices)
+            used = sum(choice.handle.metrics.num_prompt_tokens + choice.text.num_read for choice in choices)
             self.metrics.record_key(client.key.name, len(choices), used)
 
     def _request(
@@ -252,15 +255,13 @@ class Service:
         prompt: list[int],
         asked: GenerationRequest,
         client: Client,
-        constraint: CompiledConstraint | None,
         **options: Any,
     ) -> Request:
         max_new_tokens = self._max_new_tokens(asked)
         options = {"temperature": TEMPERATURE, **asked.options, **options, "max_new_tokens": max(max_new_tokens, 1)}
         scored = asked.echo and asked.num_logprobs is not None
-        request = self.decoder.request(
-            prompt, **options, constraint=constraint, scope=client.scope, prompt_logprobs=scored
-        )
+        options |= {"constraint": asked.constraint, "shown": asked.shown, "scope": client.scope}
+        request = self.decoder.request(prompt, **options, prompt_logprobs=scored)
         request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 only scores the prompt
         request.background = not max_new_tokens and asked.num_logprobs is None
         request.sender = client.sender

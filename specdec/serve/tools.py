@@ -195,7 +195,7 @@ class ChatTemplate:
 
 
 def find_format(template: str) -> Format:
-    """The format that a chat template asks for; ``PLAIN`` if it has no tools or an unknown format."""
+    """Return the format that a chat template asks for; ``PLAIN`` if it has no tools or an unknown format."""
     if "<|channel|>" in template and "<|message|>" in template:
         return HARMONY
     if "tools" not in template or "<arg_key>" in template:
@@ -211,12 +211,12 @@ def find_format(template: str) -> Format:
 
 
 def find_thoughts(template: str) -> tuple[str, str] | None:
-    """The marks around reasoning in a chat template; None without reasoning."""
+    """Return the marks around reasoning in a chat template; None without reasoning."""
     return next((marks for marks in THOUGHTS if marks[1] in template), None)
 
 
 def abilities(tokenizer: Any) -> str:
-    """One line that says what clients can ask of a model: chats, tools, reasoning and structured output."""
+    """Return one line that says what clients can ask of a model: chats, tools, reasoning and structured output."""
     chats = bool(getattr(tokenizer, "chat_template", None))
     template = str(tokenizer.get_chat_template(tools=[{}])) if chats else ""
     found = {
@@ -229,7 +229,7 @@ def abilities(tokenizer: Any) -> str:
 
 
 def tool_grammar(tools: Schemas) -> Grammar:
-    """A grammar of one call, a JSON object with a name and arguments, whatever the model's own format (as in vLLM)."""
+    """Return a grammar of one call as a JSON object, whatever the model's own format is (as in vLLM)."""
     lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
     for n, (name, schema) in enumerate(tools.items()):
         head = json.dumps(f'{{"name": "{name}", "arguments": ')
@@ -239,7 +239,7 @@ def tool_grammar(tools: Schemas) -> Grammar:
 
 
 def types(schema: Any) -> set[str]:
-    """The JSON types that a schema names at its top."""
+    """Return the JSON types that a schema names at its top."""
     if not isinstance(schema, dict):
         return set()
     own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]
@@ -252,7 +252,7 @@ def _call(name: str, id: str, text: str) -> Part:
 
 
 def _escaped(text: str) -> str:
-    """``text`` as a part of a JSON string."""
+    """Return ``text`` as a part of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 

@@ -17,7 +17,7 @@ from specdec.base.terminal import Progress
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.speculation.sampling import SamplingParams
+from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.train.data import Prompt, TrainingAnswer, prompt_hash, records
 from specdec.train.output import ANSWERS, writing
 from specdec.train.settings import TrainSettings
@@ -73,7 +73,8 @@ def _generate(
         sampled = key % 10_000 < settings.sampled * 10_000
         params = SamplingParams(settings.temperature if sampled else 0.0, seed=settings.seed)
         stream = (settings.seed + key) % 2**32
-        engine.enqueue(Request(list(prompt), settings.max_new_tokens, params, stream=stream, eos=ends))
+        sampler = RowSampler(params, stream=stream, start=len(prompt))
+        engine.submit(Request(list(prompt), settings.max_new_tokens, sampler, eos=ends))
     for events in engine.steps():
         for request, _ in events:
             if request.error is not None:

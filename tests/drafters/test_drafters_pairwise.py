@@ -19,7 +19,7 @@ from policies import alternating
 from scripted import OnlyOddAfterEven, made
 from tiny import model_of, tiny_model
 from tiny_tokenizers import letters
-from zoo import CHAINS, EOS, EVERY, alike, finish, m2r2, medusa, new_tokens
+from zoo import CHAINS, EOS, EVERY, alike, finish, m2r2, medusa, new_tokens, step
 
 from specdec import Regex, SpecDecoder
 from specdec.api.text import Detokenizer
@@ -157,7 +157,7 @@ def request_of(prompt: list[int], stream: int, case: Mapping[str, Any], stop: st
         COUNT,
         eos=frozenset([EOS]) if case["constraint"] else frozenset(),
         sampler=sampler(prompt, stream, case),
-        stop=None if stop is None else Detokenizer(tokenizer(), [stop]).push,
+        text=None if stop is None else Detokenizer(tokenizer(), [stop]),
         logprobs=None if case["reported"] == "tokens" else TOP,
         prompt_logprobs=case["reported"] == "echo",
     )
@@ -178,15 +178,15 @@ def check(target: Target, drafter: Drafter, case: Mapping[str, Any], seed: int) 
     with Engine(
         target, drafter, ExactVerifier(), policy, max_rows=3 if later else 16, prefixes=PrefixStore() if later else None
     ) as engine:
-        for step in itertools.count():
+        for turn in itertools.count():
             for number, request, _ in rows:
-                if (ARRIVALS[number] if later else 0) == step:
+                if (ARRIVALS[number] if later else 0) == turn:
                     handle = engine.submit(request)
-                if later and number == CANCELLED and step == ARRIVALS[number] + 3:
+                if later and number == CANCELLED and turn == ARRIVALS[number] + 3:
                     request.cancelled = True
-            if not engine.busy and step > max(ARRIVALS):
+            if not engine.busy and turn > max(ARRIVALS):
                 break
-            engine.step()
+            step(engine)
         assert engine.drafting == ("on" if drafter.drafts else "none") and handle is not None
     found = Counter[str]()
     for number, request, expected in rows:

@@ -21,7 +21,6 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 TEXT = [5, 6, 7, 8, 5, 6, 9, 3, 12]
@@ -182,10 +181,10 @@ def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: Tra
     drafter.bind(target)
     steps = zoo.watched(drafter)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4), prefill_chunk=2)
-    engine.submit(Request([9, 10], 30, SamplingParams()))
+    engine.submit(Request([9, 10], 30))
     for _ in range(3):
-        engine.step()
-    zoo.finish(engine, Request(TEXT, 9, SamplingParams()))
+        zoo.step(engine)
+    zoo.finish(engine, Request(TEXT, 9))
     seen = [draft.lists()[b] for texts, draft in steps for b, ids in enumerate(texts) if ids[: len(TEXT)] == TEXT]
     assert len(seen) >= len(alone) > 1
     for mine, [theirs] in zip(seen, alone, strict=False):  # the last drafts are as deep as the longest row's may be

@@ -24,7 +24,7 @@ from specdec.drafters.m2r2.fits import learned_path
 from specdec.drafters.m2r2.learning import Learner, why_not
 from specdec.drafters.m2r2.network import Carry
 from specdec.drafters.m2r2.replay import Text
-from specdec.engine.depth.calibration import Tally
+from specdec.engine.depth.calibration import DecayedCounts
 from specdec.kvcache import recurrent
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
@@ -420,7 +420,7 @@ def test_a_decoder_learns_between_generations(llama: PreTrainedModel) -> None:
 def test_what_was_known_of_the_old_drafts_is_forgotten_when_a_fit_serves(llama, monkeypatch, within: bool) -> None:  # type: ignore[no-untyped-def]
     """Within a generation, and between two."""
     decoder, forgotten = SpecDecoder(llama, drafter="m2r2", learn=False), dict[int, None]()
-    monkeypatch.setattr(Tally, "forget", lambda self: forgotten.setdefault(decoder.drafter.version))
+    monkeypatch.setattr(DecayedCounts, "forget", lambda self: forgotten.setdefault(decoder.drafter.version))
     for number in range(14):
         with decoder.open([[5 + number, 7]], max_new_tokens=30) as generation:
             for step, _ in enumerate(generation.steps()):

@@ -20,14 +20,14 @@ from specdec import SpecDecoder
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine.depth import FixedDepth
-from specdec.engine.depth.calibration import SAID
+from specdec.engine.depth.calibration import RAW_PROBABILITIES
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, Texts
-from specdec.speculation.sampling import Noise, Sampler, SamplingParams
+from specdec.speculation.sampling import Noise, RowSampler, Sampler, SamplingParams
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 from specdec.verifiers.exact import ExactVerifier
@@ -312,7 +312,7 @@ def pair(
 
 
 def prices_of(level: float, rate: float = 0.6, rows: int = 1) -> Prices:
-    tables = [[SAID] * 3] * rows
+    tables = [[RAW_PROBABILITIES] * 3] * rows
     return Prices([0.01 * n for n in range(200)], level, rates=[[rate] * 8] * rows, tables=tables)
 
 
@@ -382,6 +382,6 @@ def test_sampled_tokens_are_drafted_by_the_learned_drafter(
     drafter = HybridDrafter([NgramDrafter(9), second])
     drafter.bind(target)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))
-    request = Request([5, 6, 7, 5, 6, 7, 5, 6], 12, SamplingParams(temperature=1.0, seed=3))
+    request = Request([5, 6, 7, 5, 6, 7, 5, 6], 12, RowSampler(SamplingParams(temperature=1.0, seed=3)))
     finish(engine, request)
     assert len(calls) == sum(drafted > 0 for drafted in request.metrics.per_step_drafted) > 0

@@ -97,7 +97,7 @@ def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
 
     drafter = Scripted(script)  # the broken position lies inside an accepted draft
     drafter.bind(target)
-    requests = [Request(prompt, 20, SamplingParams(temperature)) for prompt in prompts]
+    requests = [Request(prompt, 20, RowSampler(SamplingParams(temperature))) for prompt in prompts]
     with pytest.raises(SpecDecError, match=r"logits are not finite at position 9.*float32"):
         together(target, drafter, requests, FixedDepth(3))
     out = [new_tokens(request) for request in requests]

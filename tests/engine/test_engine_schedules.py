@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -25,7 +26,7 @@ from scripted import Clock, OnlyOddAfterEven, made
 from tiny import model_of, tiny_model
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
-from zoo import EOS, EVERY, alike, new_tokens
+from zoo import EOS, EVERY, alike, new_tokens, step
 
 from specdec import Regex, SpecDecError
 from specdec.drafters.hybrid import HybridDrafter
@@ -282,7 +283,7 @@ class Schedules(RuleBasedStateMachine):
                 scope=scope,
             )
             case = Case(found, request, ends, at)
-            request.stop = case.stop
+            request.text = SimpleNamespace(push=case.stop)
             self.oracle.texts[request.sampler] = [*prompt, *found.tokens]
             case.handle = self.engine.submit(request)
             self.cases.append(case)
@@ -334,7 +335,7 @@ class Schedules(RuleBasedStateMachine):
     def advance(self) -> None:
         """A step, and pieces of a drafter's work, at most until another fit serves."""
         version, pieces = self.drafter.version, self.pieces
-        self.engine.step()
+        step(self.engine)
         while self.engine.batch.rows and pieces and self.drafter.version == version and self.engine.batch.learn():
             pieces -= 1
         self.swapped[self.kind] += self.drafter.version - version
@@ -346,7 +347,8 @@ class Schedules(RuleBasedStateMachine):
         assert not over or (stats.running <= 1 and not self.kept())  # alone, a row has what it takes
 
     def kept(self) -> list[Prefix]:
-        return self.engine.scheduler.memory.prefixes.entries
+        prefixes = self.engine.scheduler.memory.prefixes
+        return [] if prefixes is None else prefixes.entries
 
     # -- what has to be so --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import pytest
 from scripted import Clock, Scripted
 from tiny import greedy_reference
 from transformers import PreTrainedModel
-from zoo import PROMPTS, finish, new_tokens
+from zoo import PROMPTS, finish, new_tokens, step
 
 from specdec.drafters.none import NoDrafter
 from specdec.engine import guard
@@ -74,9 +74,9 @@ def test_a_drafter_comes_back_in_the_middle_of_the_rows(
     for request in long:
         engine.submit(request)
     for _ in range(4):
-        engine.step()
+        step(engine)
     drafter.faulty = True
-    engine.step()
+    step(engine)
     clock.now += 0.4
     stats, drafted = engine.stats(), long[0].metrics.num_draft_tokens
     assert (stats.drafter, stats.drafter_failures) == ("off", 1) and stats.outage is not None
@@ -84,12 +84,12 @@ def test_a_drafter_comes_back_in_the_middle_of_the_rows(
     assert (stats.outage.since, round(stats.outage.seconds_left, 6)) == (1000.0, 0.6)
     drafter.faulty = False
     for _ in range(4):
-        engine.step()
+        step(engine)
     assert engine.drafting == "off" and long[0].metrics.num_draft_tokens == drafted
     clock.now += 0.7
-    engine.step()  # it sees the rows
+    step(engine)  # it sees the rows
     assert long[0].metrics.num_draft_tokens == drafted
-    engine.step()
+    step(engine)
     assert engine.drafting == "on" and engine.outage is None
     assert long[0].metrics.num_draft_tokens == drafted + 2
     finish(engine)
@@ -109,17 +109,17 @@ def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(
     drafter.faulty, pauses = True, []
     for _ in range(9):
         while engine.outage is None:
-            engine.step()
+            step(engine)
         pauses.append(engine.outage.seconds_left)
         clock.now += engine.outage.seconds_left
-        engine.step()
+        step(engine)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert engine.stats().drafter_failures == len(lines(caplog)) == 9  # no returns at this level
     drafter.faulty = False
-    engine.step()
+    step(engine)
     clock.now += 60
     drafter.faulty = True
-    engine.step()
+    step(engine)
     assert engine.outage is not None and engine.outage.seconds_left == 1
 
 
@@ -130,9 +130,9 @@ def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
     caplog.set_level(logging.INFO, "specdec")
     request, calls = Request(PROMPTS[0], 50), itertools.count()
     engine.submit(request)
-    engine.step()
+    step(engine)
     drafter.faulty = True
-    engine.step()
+    step(engine)
     drafter.faulty = False
 
     def fails(*args: object) -> None:
@@ -141,7 +141,7 @@ def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
 
     setattr(drafter, method, fails)
     clock.now += 1
-    engine.step()
+    step(engine)
     assert engine.drafting == "off" and engine.stats().drafter_failures == 2
     clock.now += 2
     finish(engine)
@@ -173,6 +173,6 @@ def test_where_warnings_are_errors_a_failure_is_one(llama: PreTrainedModel, draf
     engine.submit(Request(PROMPTS[0], 5))
     with warnings.catch_warnings():
         warnings.simplefilter("error", DrafterWarning)
-        engine.step()
+        step(engine)
         with pytest.raises(DrafterWarning, match="as told"):
-            engine.step()
+            step(engine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from scripted import Scripted
@@ -43,8 +45,8 @@ def test_the_timer_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMod
     policy = FixedDepth(3)
     monkeypatch.setattr(policy, "observe", takes(0.5, policy.observe))
     monkeypatch.setattr(policy, "choose", takes(0.25, policy.choose))
-    stop = takes(0.125, lambda token: None)
-    request, engine = Request([5, 6], 10, stop=stop), Engine(target, drafter, verifier, policy)
+    text = SimpleNamespace(push=takes(0.125, lambda token: None))
+    request, engine = Request([5, 6], 10, text=text), Engine(target, drafter, verifier, policy)
     engine.submit(request)
     away = 0.0
     for _ in engine.steps():

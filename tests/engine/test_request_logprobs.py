@@ -22,6 +22,7 @@ from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.serve.logprobs import token_bytes, token_text
 from specdec.speculation.draft import Drafter
+from specdec.speculation.sampling import RowSampler
 
 PARAMS = [SamplingParams(), SamplingParams(0.9, top_k=20, repetition_penalty=1.3, seed=3), SamplingParams(1.5)]
 SOME = ("none", "prompt-lookup", "medusa (tree)")
@@ -32,7 +33,7 @@ def ran(target: Target, drafter: Drafter, count: int = 20, **more: Any) -> list[
     drafter.bind(target)
     eos, tops = frozenset([EOS]), (2, None, 0)
     rows = [
-        Request(prompt, count, params, eos=eos, logprobs=top)
+        Request(prompt, count, RowSampler(params), eos=eos, logprobs=top)
         for prompt, params, top in zip(PROMPTS * 2, PARAMS * 2, [*tops, None, 3, 1], strict=True)
     ]
     together(target, drafter, rows, FixedDepth(4), **more)

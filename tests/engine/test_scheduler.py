@@ -13,7 +13,7 @@ import torch
 from scripted import Clock, Scripted
 from tiny import tiny_model
 from transformers import PreTrainedModel
-from zoo import PROMPTS, finish, new_tokens, run, together
+from zoo import PROMPTS, finish, new_tokens, run, step, together
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import QueueFullError
@@ -37,7 +37,7 @@ needs_native = pytest.mark.skipif(not library.runs(), reason="there are no nativ
 
 
 def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
-    own = Request(request.prompt, request.max_new_tokens, request.params, stream=request.stream, eos=request.eos)
+    own = Request(request.prompt, request.max_new_tokens, request.sampler, eos=request.eos)
     together(target, NoDrafter(), [own], FixedDepth(0))
     return new_tokens(own), own.finish_reason
 
@@ -53,7 +53,7 @@ def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedMod
     assert known == [0, 0, 0, 56, 56]
     running = Request(prompt[:40], 30, scope="c")  # nor do running texts serve others, whose prompts wait for none
     engine.submit(running)
-    engine.step()
+    step(engine)
     both = [Request(prompt[:41], 3, scope=scope) for scope in ("d", "c", "e")]
     finish(engine, *both)
     assert [request.metrics.num_cached_tokens for request in both] == [0, 40, 0]
@@ -117,7 +117,7 @@ def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel)
     finish(engine, first)
     second = Request([*first.ids, 50, 51, 52], 12)
     engine.submit(second)
-    engine.step()
+    step(engine)
     beside = Request([*second.prompt[:30], 60], 12)
     finish(engine, beside)
     assert second.metrics.num_cached_tokens == len(first.ids) - 1 and beside.metrics.num_cached_tokens == 30
@@ -143,21 +143,21 @@ def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
     prompt = [3 + n * n % 90 for n in range(80)]
     warm, asked, other = Request(prompt, 0), Request([*prompt[:30], 7, 8], 6), Request([9, 8, 7], 3)
     warm.background = True
-    engine.enqueue(warm)
-    engine.step()
-    engine.step()
+    engine.submit(warm)
+    step(engine)
+    step(engine)
     assert warm.status is Status.PREFILL and engine.scheduler.prefilling.cache.rows == [32]
-    engine.enqueue(asked)
-    engine.enqueue(other)
+    engine.submit(asked)
+    engine.submit(other)
     while asked.status is not Status.FINISHED or other.status is not Status.FINISHED:
-        engine.step()
+        step(engine)
         assert warm.status is Status.WAITING
     finish(engine)
     assert warm.finish_reason == "length" and warm.metrics.num_cached_tokens == 0
     assert asked.metrics.num_cached_tokens == 30 * reuse
     assert (new_tokens(asked), asked.finish_reason) == alone(target, asked)
     last = Request([*prompt, 5], 3)
-    engine.enqueue(last)
+    engine.submit(last)
     finish(engine)
     assert last.metrics.num_cached_tokens == 80 * reuse and new_tokens(last) == alone(target, last)[0]
     saved = [request.metrics.saved_seconds for request in (warm, asked, other, last)]
@@ -172,9 +172,9 @@ def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: Pr
     warm, asked = Request(list(range(3, 60)), 0), Request([9, 8, 7], 3)
     warm.background = True
     handle = engine.submit(warm)
-    engine.step()
-    engine.enqueue(asked)
-    engine.step()
+    step(engine)
+    engine.submit(asked)
+    step(engine)
     handle.cancel()
     finish(engine)
     assert warm.finish_reason == "cancelled" and asked.finish_reason == "length" and not engine.scheduler.running
@@ -194,14 +194,14 @@ def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8)
     running = Request(PROMPTS[0], 40)
     engine.submit(running)
-    engine.step()
+    step(engine)
     parts.clear()
     for length in (50, 30):
         engine.submit(Request(list(range(3, 3 + length)), 4))
     went_on = 0
     while engine.scheduler.waiting or engine.scheduler.prefilling.rows:
         before = len(running.ids)
-        engine.step()
+        step(engine)
         went_on += len(running.ids) == before + 1
     assert sum(parts) == 80 and max(parts) == 8 and went_on == len(parts)
 
@@ -289,12 +289,14 @@ def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrain
     with pytest.raises(QueueFullError, match="requests are waiting already"):
         engine.submit(Request(PROMPTS[0], 9))
     handles[1].cancel()
-    engine.step()
+    step(engine)
     assert [event.finish_reason for event in handles[1]] == ["cancelled"]
     third = engine.submit(Request(PROMPTS[1], 9))
-    assert [event.finish_reason for event in third][-1] == "length"  # who reads runs the steps
+    with pytest.raises(SpecDecError, match="this engine has no thread"):
+        next(iter(third))
     handles[0].cancel()
-    engine.close()
+    finish(engine)
+    assert [event.finish_reason for event in third] == ["length"]
 
 
 def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -> None:
@@ -380,7 +382,7 @@ def test_an_admission_that_fails_ends_its_request_and_those_that_wait_go_on(
     first, beside, waits = Request([*same, 5], 3), Request([9, 8, 7], 3), Request([3, 4], 3)
     handles = [engine.submit(request) for request in (first, beside, waits)]
     with pytest.raises(MemoryError):
-        engine.step()
+        step(engine)
     ended = [request for request in (first, beside) if request.finish_reason]
     assert ended and all("MemoryError: no memory" in str(request.error) for request in ended)
     finish(engine)
@@ -404,6 +406,7 @@ def test_a_loop_that_is_closed_ends_no_request(llama: PreTrainedModel) -> None:
 
     request = Request(PROMPTS[0], 6)
     handle, loop = engine.submit(request), Closing()
+    step(engine)
     loop.run_until_complete(leave(handle))
     asyncio.SelectorEventLoop.close(loop)
     finish(engine)
@@ -418,12 +421,12 @@ def test_a_request_in_the_background_is_answered_under_load(
     monkeypatch.setattr("specdec.engine.engine.time", clock)
     engine = Engine(TransformersTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1)
     warm = Request(PROMPTS[0], 0, background=True)
-    engine.enqueue(warm)
+    engine.submit(warm)
     for _ in range(60):  # there is always another request
         if not engine.scheduler.waiting or all(row is warm for row in engine.scheduler.waiting):
-            engine.enqueue(Request(PROMPTS[1], 3))
-            engine.enqueue(Request(PROMPTS[2], 3))
-        engine.step()
+            engine.submit(Request(PROMPTS[1], 3))
+            engine.submit(Request(PROMPTS[2], 3))
+        step(engine)
         clock.now += 0.5
         assert (warm.finish_reason is None) or clock.now - warm.submit_time > scheduler.PATIENCE
     assert warm.finish_reason == "length"
@@ -448,10 +451,8 @@ def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
         ("max_new_tokens", 3.5),
         ("max_new_tokens", math.nan),
         ("max_new_tokens", "9"),
-        ("stream", -1),
         ("eos", 2),
         ("eos", {"a"}),
-        ("stop", "word"),
         ("logprobs", -1),
         ("num_speculative_tokens", -1),
         ("scope", 3),
@@ -475,7 +476,7 @@ def test_events_say_which_tokens_were_drafted(llama: PreTrainedModel) -> None:
     )
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))
     handle = engine.submit(Request(PROMPTS[0], 9))
-    events = list(handle)
+    events = [next(iter(handle)) for _ in engine.steps()]
     assert [(event.depths, event.accepted) for event in events] == [([0], 0), ([1, 2, 3, 0], 3), ([1, 2, 3, 0], 3)]
 
 
@@ -505,7 +506,7 @@ def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:
         engine.submit(request)
     while engine.busy:
         seen.append((first.status, second.status))
-        engine.step()
+        step(engine)
     seen.append((first.status, second.status))
     assert list(dict.fromkeys(a for a, _ in seen)) == ["waiting", "prefill", "running", "finished"]
     assert list(dict.fromkeys(b for _, b in seen)) == ["waiting", "finished"]  # its prompt and only token are one step
@@ -529,10 +530,10 @@ def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: Pr
     rows = [Request([5, 6, 7], 4), Request([8, 9, 10], 4)]
     for row in rows:
         engine.submit(row)
-    engine.step()
+    step(engine)
     assert [row.status for row in rows] == [status, status]
     engine.scheduler.memory.limit = 0
-    engine.step()
+    step(engine)
     assert [row.status for row in rows] == [status, "waiting"] and engine.stats().preemptions == 1
     engine.scheduler.memory.limit = 1 << 20
     finish(engine)
@@ -549,7 +550,7 @@ def test_an_admission_leaves_room_for_the_next_step_of_all_rows(monkeypatch: pyt
     most, preemptions = 112 * cache_sizes(target)[0], 0
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=4, kv_memory=most)
     engine.submit(Request(list(range(3, 17)), 50))
-    engine.step()
+    step(engine)
     for count in (5, 14, 23):
         engine.submit(Request(list(range(5, 14)), count))
     for _ in engine.steps():
@@ -600,7 +601,7 @@ def test_who_holds_all_rows_makes_room_for_others(reuse: bool, llama: PreTrained
     for request in many:
         engine.submit(request)
     for _ in range(3):
-        engine.step()
+        step(engine)
     for request in late:
         engine.submit(request)
     ended = list[str | None]()

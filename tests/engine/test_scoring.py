@@ -18,7 +18,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.sampling import SamplingParams, Transforms
+from specdec.speculation.sampling import RowSampler, SamplingParams, Transforms
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
 
@@ -38,7 +38,8 @@ def test_sampled_rows_process_logits_after_accepted_tokens_alone(monkeypatch: py
 
     monkeypatch.setattr(Transforms, "__call__", spy)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
-    rows = [Request([5, 6, 7, 5, 6, 7, 5, 6], 24, SamplingParams(temperature=0.3, seed=seed)) for seed in (1, 2)]
+    samplers = [RowSampler(SamplingParams(temperature=0.3, seed=seed)) for seed in (1, 2)]
+    rows = [Request([5, 6, 7, 5, 6, 7, 5, 6], 24, sampler) for sampler in samplers]
     finish(engine, *rows)
     drafted, accepted, new = (
         sum(getattr(row.metrics, name) for row in rows)
@@ -62,8 +63,12 @@ def test_typical_acceptance_takes_only_the_tokens_of_plain_decoding_in_a_greedy_
     target = kind(model_of("llama") if kind is NativeTarget else tiny_model("llama"))  # type: ignore[call-arg]
 
     def requests(greedy: int, sampled: int) -> list[Request]:
-        hot = [Request([9, 10, number], 24, SamplingParams(temperature=5.0)) for number in range(3, 3 + sampled)]
-        made = [Request([5, 6, number], 24, processors=[Threes()] * (number % 2)) for number in range(3, 3 + greedy)]
+        sampled_row, rules = RowSampler(SamplingParams(temperature=5.0)), [[], [Threes()]]
+        hot = [Request([9, 10, number], 24, sampled_row) for number in range(3, 3 + sampled)]
+        made = [
+            Request([5, 6, number], 24, RowSampler(SamplingParams(), rules[number % 2]))
+            for number in range(3, 3 + greedy)
+        ]
         return made + hot
 
     plain = requests(2, 0)

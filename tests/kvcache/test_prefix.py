@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tiny import tiny_model
-from zoo import PROMPTS, finish
+from zoo import PROMPTS, finish, step
 
 from specdec import SpecDecoder
 from specdec.base.sequences import common_prefix
@@ -118,9 +118,9 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
     target = TransformersTarget(tiny_model())
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 30, prefixes=PrefixStore())
     engine.submit(Request(PROMPTS[0], 1))
-    engine.step()
+    step(engine)
     engine.submit(Request([9, 8, 7, *range(3, 20)], 40))
-    engine.step()
+    step(engine)
     stats = engine.stats()
     engine.scheduler.memory.limit = stats.kv_bytes + 40 * engine.scheduler.memory.token_bytes
     looked = spied(monkeypatch, PrefixStore, "longest")
@@ -128,7 +128,7 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
     engine.submit(waiting)
     steps = 0
     while engine.scheduler.waiting and steps < 10:
-        engine.step()
+        step(engine)
         steps += 1
     assert steps == 10 and not looked and engine.stats().prefix_bytes == stats.prefix_bytes > 0
     finish(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import inspect
 import re
@@ -219,3 +220,25 @@ def test_every_shipped_drafter_has_a_model_card() -> None:
 def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == specdec.__version__
+
+
+STOP = re.compile(r"\[`([^`]+\.py)`\]\(\.\./([^)]+)\)|`([A-Za-z_.]+)`")
+
+
+def test_the_walk_of_a_prompt_enters_nine_files_and_its_functions_are_there() -> None:
+    """Each name in backticks after a link is defined in the file of the link, a method in its class."""
+    page, file, names, missing = ROOT / "docs/one-prompt.md", "", dict[str, set[str]](), list[str]()
+    walk = page.read_text("utf-8").partition("\n## ")[2]
+    for shown, link, name in STOP.findall(walk):
+        if link:
+            assert shown == link
+            file, tree = link, ast.parse((ROOT / link).read_text("utf-8"))
+            tops = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+            inner = {
+                f"{top.name}.{each.name}" for top in tops for each in top.body if isinstance(each, ast.FunctionDef)
+            }
+            names[file] = {top.name for top in tops} | inner
+        elif "." in name or name in ("encode", "score"):
+            missing += [name] if name not in names[file] else []
+    assert not missing and len(names) <= 9 and len(STOP.findall(walk)) > 20
+    assert words(page) <= 600

@@ -43,7 +43,7 @@ from specdec.speculation.constraints import (
     compile_constraint,
 )
 from specdec.speculation.draft import Drafter, State
-from specdec.speculation.sampling import Sampler
+from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.verifiers.exact import ExactVerifier
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
@@ -66,9 +66,16 @@ class Way(BaseModel):
 SERVED = {"vocab_size": 97, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}  # by the native runtime
 
 
-def request(prompt: list[int], rule: CompiledConstraint | None, count: int = 60, **more: object) -> Request:
+def request(
+    prompt: list[int],
+    rule: CompiledConstraint | None,
+    count: int = 60,
+    params: SamplingParams = SamplingParams(),  # noqa: B008
+    stream: int = 0,
+    **more: object,
+) -> Request:
     processors = [] if rule is None else [rule.state(prompt)]
-    return Request(prompt, count, processors=processors, eos=frozenset([EOS]), **more)  # type: ignore[arg-type]
+    return Request(prompt, count, RowSampler(params, processors, stream), eos=frozenset([EOS]), **more)  # type: ignore[arg-type]
 
 
 def bound(name: str, target: Target) -> Drafter:
@@ -217,7 +224,7 @@ def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, 
     row = request(PROMPTS[0], rule)
     if not alone:
         state = rule.state(PROMPTS[0])
-        row = Request(PROMPTS[0], 60, processors=[state, Unchanged()], eos=frozenset([EOS]))
+        row = Request(PROMPTS[0], 60, RowSampler(SamplingParams(), [state, Unchanged()]), eos=frozenset([EOS]))
     constraint = row.sampler.constraint
     assert constraint is not None and row.sampler.masked_greedy == alone
     together(TransformersTarget(model), Scripted(script), [row], FixedDepth(2))
@@ -311,7 +318,7 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     assert all(int(state.mask(block[:n]).sum()) == 96 for n in range(1, len(block)))  # type: ignore[union-attr]
     assert state.forced(ids + block, 9) == [*xy, EOS]
     target = TransformersTarget(tiny_model())
-    row = Request(ids, 100, processors=[state], eos=frozenset([EOS]))
+    row = Request(ids, 100, RowSampler(SamplingParams(), [state]), eos=frozenset([EOS]))
     together(target, EVERY["prompt-lookup"](target), [row], FixedDepth(4))
     new = new_tokens(row)
     answer = new[new.index(end) + 1 :] if reasons != "not" and end in new else new

@@ -18,6 +18,7 @@ from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.engine.depth import FixedDepth
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.speculation.sampling import RowSampler
 
 COUNT = 16
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,7 +49,9 @@ def test_rows_of_a_batch_have_their_own() -> None:
     target = TransformersTarget(model)
     rows = [(prompt, asked) for prompt in PROMPTS[:2] for asked in ({}, *SETTINGS.values())]
     for drafter in ("prompt-lookup", "medusa", "m2r2 (tree)"):
-        requests = [Request(prompt, COUNT, SamplingParams(**asked)) for prompt, asked in rows]
+        requests = [
+            Request(prompt, COUNT, RowSampler(SamplingParams(**asked), start=len(prompt))) for prompt, asked in rows
+        ]
         drafting = EVERY[drafter](target)
         drafting.bind(target)
         together(target, drafting, requests, FixedDepth(3), max_rows=5)  # rows come and go
@@ -88,5 +91,5 @@ def test_a_token_that_the_model_lacks_is_refused_on_every_way_in() -> None:
     with pytest.raises(SpecDecError, match="logit_bias has token ids outside the model's vocabulary of 97"):
         decoder.generate(PROMPTS[0], logit_bias={97: 1})
     with decoder.engine() as engine, pytest.raises(SpecDecError, match="logit_bias has token ids outside"):
-        engine.submit(Request([5], 3, SamplingParams(logit_bias={10**6: 1})))
+        engine.submit(Request([5], 3, RowSampler(SamplingParams(logit_bias={10**6: 1}))))
     assert decoder.generate(PROMPTS[0], max_new_tokens=3, logit_bias={96: 1}).token_ids

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from specdec.engine.depth import DepthChoice, FixedDepth, History
-from specdec.engine.depth.calibration import SAID
+from specdec.engine.depth.calibration import RAW_PROBABILITIES
 from specdec.engine.depth.policy import NEVER
 from specdec.speculation.draft import Drafter
 from specdec.speculation.trees import Prices
@@ -35,7 +35,11 @@ def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth
         depths[rng.randrange(len(caps))] = rng.randint(1, deepest)
         depths = [min(depth, cap) for depth, cap in zip(depths, caps, strict=True)]
         nodes, rates = [0.02 * count for count in range(25)], [[0.8] * min(deepest, cap) for cap in caps]
-        tables = [[SAID if cap else NEVER] * len(drafter.sources) for cap in caps] if drafter.has_probabilities else ()
+        tables = (
+            [[RAW_PROBABILITIES if cap else NEVER] * len(drafter.sources) for cap in caps]
+            if drafter.has_probabilities
+            else ()
+        )
         return DepthChoice(depths, exit, None if level is None else Prices(nodes, level, rates=rates, tables=tables))
 
     turns = list[tuple[int | None, float | None] | None]()

@@ -65,16 +65,16 @@ class Gate:
     """
 
     def __init__(self, engine: Any) -> None:
-        self.engine, self.step, self.rows = engine, engine.step, 0
+        self.engine, self.step, self.rows = engine, engine._step, 0
         self.permits, self.done, self.free = threading.Semaphore(0), threading.Semaphore(0), False
 
     def __enter__(self) -> Gate:
-        self.engine.step = self._step
+        self.engine._step = self._step
         return self
 
     def __exit__(self, *error: object) -> None:
         self.open()
-        del self.engine.step
+        del self.engine._step
 
     def _step(self) -> Any:
         if not self.free:
@@ -174,23 +174,19 @@ class Replay:
     """An engine without a model: a request gets the events that ``script(request)`` returns.
 
     A script that waits holds it.
-    handles: the handles of all requests so far. enqueued: requests without a handle. refuse: raised by ``submit``.
+    handles: the handles of all requests so far. refuse: raised by ``submit``.
     """
 
     drafting, outage = "on", None
 
     def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
         self.script, self.refuse, self.handles, self.closed = script, refuse, list[Any](), False
-        self.enqueued = list[Request]()
 
     def submit(self, request: Request) -> Any:
         if self.refuse is not None:
             raise self.refuse
         self.handles.append(_Replayed(request, self.script(request)))
         return self.handles[-1]
-
-    def enqueue(self, request: Request) -> None:
-        self.enqueued.append(request)
 
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 0, None, 0, 0, 0, 0, 0, 0)
@@ -205,10 +201,14 @@ class _Replayed:
         self.cancelled = True
 
     def __iter__(self) -> Iterator[Event]:
-        return iter(self.script)
+        for event in self.script:
+            for token in event.tokens:
+                if self.request.text is not None:
+                    self.request.text.push(token)
+            yield event
 
     async def __aiter__(self) -> Any:
-        for event in self.script:
+        for event in self:
             await asyncio.sleep(0)
             yield event
 
@@ -225,7 +225,8 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
         adapter=None,
         eos_ids=lambda: frozenset({0}),
     )
-    made.text = lambda *given: SpecDecoder.text(made, *given)
+    made._text = lambda *given: SpecDecoder._text(made, *given)
+    made._request = lambda *given: SpecDecoder._request(made, *given)
     made.request = lambda prompt, **given: SpecDecoder.request(
         made, prompt, sampler=RowSampler(SamplingParams()), **given
     )

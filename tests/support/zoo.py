@@ -40,7 +40,7 @@ from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft, Drafter, State, Verifier
-from specdec.speculation.sampling import SamplingParams, streams
+from specdec.speculation.sampling import RowSampler, SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]
@@ -65,7 +65,7 @@ def run(
     drafter.bind(target)
     params, ends = SamplingParams(**sampling), frozenset() if eos is None else frozenset([eos])  # type: ignore[arg-type]
     requests = [
-        Request(prompt, count, params, stream=stream, eos=ends)
+        Request(prompt, count, RowSampler(params, stream=stream, start=len(prompt)), eos=ends)
         for prompt, stream in zip(prompts, streams(prompts), strict=True)
     ]
     together(target, drafter, requests, FixedDepth(depth, exit), verifier)
@@ -111,6 +111,11 @@ def together(
         if error := next((request.error for request in requests if request.error is not None), None):
             raise error
     return engine
+
+
+def step(engine: Engine) -> list[tuple[Request, list[int]]]:
+    """Run one step of an engine that has something to do, and return the new tokens of its rows."""
+    return next(engine.steps(), [])
 
 
 def finish(engine: Engine, *requests: Request) -> None:

@@ -74,7 +74,7 @@ class CostModel:
         return self.state[0]
 
     def passing(self, rows: int, most: int) -> list[float]:
-        """Seconds of passes over ``rows`` roots and 0, 1, .. ``most`` drafted tokens."""
+        """Return seconds of passes over ``rows`` roots and 0, 1, .. ``most`` drafted tokens."""
         to = slice(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1)
         errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
         for formula, (below, share) in zip(self.formula[to], self.place[to], strict=True):
@@ -83,15 +83,15 @@ class CostModel:
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def level(self, exit: int, rows: int) -> float:
-        """Seconds of drafting a level for ``rows``."""
+        """Return seconds of drafting a level for ``rows``."""
         return self._other(LEVEL, exit, rows)
 
     def first(self, exit: int, rows: int) -> float:
-        """Seconds that the first level takes beyond that."""
+        """Return seconds that the first level takes beyond that."""
         return self._other(FIRST, exit, rows)
 
     def drafting(self, rows: int) -> float:
-        """Seconds of a draft beside its levels."""
+        """Return seconds of a draft beside its levels."""
         return self._other(DRAFT, 0, rows)
 
     def add_pass(self, tokens: int, seconds: float) -> None:
@@ -145,12 +145,12 @@ class CostModel:
             self.others.setdefault(part, {})[rows] = [own + gain * error / total, left]
 
     def _other(self, kind: str, exit: int, rows: int) -> float:
-        """Seconds of such a part of a draft, as far as is known."""
+        """Return seconds of such a part of a draft, as far as is known."""
         share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, rows)[0])
 
     def _error(self, kind: str, exit: int, rows: int) -> list[float]:
-        """The error of that share, as a logarithm, and its variance: those of the nearest number of rows."""
+        """Return the error of that share, as a logarithm, and its variance: those of the nearest number of rows."""
         known = self.others.get((kind, exit), {})
         if rows in known:
             return known[rows]
@@ -158,14 +158,14 @@ class CostModel:
         return [known.get(nearest, [0.0])[0], OTHER_SPREAD**2]
 
     def kept(self) -> Costs:
-        """What later processes begin with, without ``hits`` and ``trials``."""
+        """Return what later processes begin with, without ``hits`` and ``trials``."""
         each = ((*key, rows, error) for key, known in self.others.items() for rows, (error, _) in known.items())
         others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
         return Costs([round(error, 4) for error in self.state] if self.known else [], others)
 
 
 def _doubt(error: float, variance: float, noise: float) -> float:
-    """The variance that what is known lacks, if a time is much shorter than expected.
+    """Return the variance that what is known lacks, if a time is much shorter than expected.
 
     Other work makes steps slow, and nothing makes them fast: then what is known is wrong.
     """

@@ -3,7 +3,7 @@
 Every candidate node has a calibrated probability, whoever proposes it. A node is taken, and a level drafted, while the
 tokens that it is expected to add exceed the seconds that it adds times the present speed in tokens per second. What a
 step cost and what it accepted corrects the costs and the calibration. Each choice that is not made is tried now and
-then (``TRIED``).
+then (``EXPLORATION_SHARE``).
 
 The policy sets the prices, by which drafters choose their nodes (``Prices``). Tokens of a drafter that has no
 probabilities have those of their positions.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.engine.depth.calibration import MEMORY, History, Seen, rates, table, worth
+from specdec.engine.depth.calibration import MEMORY, History, Outcome, expected_gain, rates, table
 from specdec.engine.depth.costs import CostModel, Costs
 from specdec.speculation.candidates import KNOTS, Candidates
 from specdec.speculation.draft import Drafter, Found
@@ -26,7 +26,7 @@ from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
-TRIED = 0.008  # share of the time in which each choice that is not made is tried
+EXPLORATION_SHARE = 0.008  # share of the time that may be lost by exploring each choice that seems worse
 FADE = 0.9  # weight of the past per step in the present speed
 PLAIN, DRAFT, NODES = "plain", "draft", "nodes"  # choices, beside the levels of each exit
 NEVER = [0.0] * len(KNOTS)  # the table of a row that does not draft
@@ -103,7 +103,7 @@ class AutoDepth:
     earlier: what earlier processes knew.
     passes: expected seconds of a pass of the present rows with 0, 1, .. drafted tokens.
     tokens, spent: of recent steps; spent in tokens that plain decoding yields in that time.
-    idle: seconds since each choice was last made.
+    since_tried: seconds since each choice was last made.
     """
 
     has_probabilities: bool = False
@@ -117,7 +117,7 @@ class AutoDepth:
     choice: DepthChoice = field(default_factory=DepthChoice)
     width: float = 1.0  # nodes of a level, of a drafter without probabilities
     version: int | None = None  # of the drafter
-    idle: defaultdict[str | int, float] = field(default_factory=lambda: defaultdict(float))
+    since_tried: defaultdict[str | int, float] = field(default_factory=lambda: defaultdict(float))
 
     def __post_init__(self) -> None:
         self.max_depth = MAX_PRICED_DEPTH if self.has_probabilities else MAX_DEPTH
@@ -126,19 +126,20 @@ class AutoDepth:
         self.size = self.tables if self.has_probabilities else 0, len(self.shares), self.max_depth
         self.common, self.rows = History(*self.size, memory=MEMORY), weakref.WeakSet[History]()
         if self.earlier is not None:
-            for tally, hits, trials in zip(self.common.tallies(), self.earlier.hits, self.earlier.trials, strict=False):
-                count = min(len(hits), len(trials), len(tally.hits))
-                tally.hits[:count], tally.trials[:count] = hits[:count], trials[:count]
-                tally.forget()  # of other texts, and perhaps of a busy machine
+            earlier = self.earlier.hits, self.earlier.trials
+            for counts, hits, trials in zip(self.common.all_counts(), *earlier, strict=False):
+                count = min(len(hits), len(trials), len(counts.hits))
+                counts.hits[:count], counts.trials[:count] = hits[:count], trials[:count]
+                counts.forget()  # of other texts, and perhaps of a busy machine
 
     @classmethod
     def of(cls, drafter: Drafter, ratio: float, earlier: Costs | None = None) -> AutoDepth:
-        """The policy for ``drafter``."""
+        """Return the policy for ``drafter``."""
         shares = (*drafter.level_share, *drafter.level_share[-1:] * drafter.num_exits)[: drafter.num_exits]
         return cls(drafter.has_probabilities, len(drafter.sources), shares, ratio, earlier)
 
     def begin(self) -> History:
-        """The history of a new request."""
+        """Return the history of a new request."""
         row = History(*self.size)
         self.rows.add(row)
         return row
@@ -147,9 +148,9 @@ class AutoDepth:
         """Let what was known of another version of the drafter count little."""
         if self.version not in (None, version):
             for row in (self.common, *self.rows):
-                for tally in [*row.by_source[-1:], *row.by_position, row.worth]:
-                    tally.forget()
-            self.idle |= dict.fromkeys((DRAFT, NODES, *self.exits), float("inf"))
+                for counts in [*row.by_source[-1:], *row.by_position, row.gains]:
+                    counts.forget()
+            self.since_tried |= dict.fromkeys((DRAFT, NODES, *self.exits), float("inf"))
         self.version = version
 
     @property
@@ -163,7 +164,7 @@ class AutoDepth:
         return max(self.tokens / self.spent, 1.0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
-        """What to draft in the next step of ``rows``.
+        """Return what to draft in the next step of ``rows``.
 
         rows: the histories of all rows of the batch. caps: the depth that each row's draft may have; a row with 0 does
             not draft, and waits for the pass as well.
@@ -174,22 +175,22 @@ class AutoDepth:
             return self.choice
         passes = self.passes = self.model.passing(count, len(drafting) * MOST_NODES)
         speed = self.speedup * count / passes[0]
-        added = sum(worth(row, self.common, count) for row in drafting)
+        added = sum(expected_gain(row, self.common, count) for row in drafting)
         gain = added / speed - self.model.drafting(count)  # in seconds
         if gain > 0:
-            drafts = not self._due(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
+            drafts = not self._explores(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
         else:
-            drafts = self._due(DRAFT, -gain)
+            drafts = self._explores(DRAFT, -gain)
         if drafts:
             self.choice = self._best(rows, caps, speed)
         return self.choice
 
-    def _due(self, what: str | int, loss: float) -> bool:
-        """Whether ``what`` has not been tried for so long that it may lose ``loss`` seconds."""
-        return TRIED * self.idle[what] >= loss
+    def _explores(self, what: str | int, loss: float) -> bool:
+        """Return whether the choice ``what`` is due for exploration, at an expected loss of ``loss`` seconds."""
+        return EXPLORATION_SHARE * self.since_tried[what] >= loss
 
     def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:
-        """The prices at the exit whose levels bring most, or at one that is due; and the depths that they are worth."""
+        """Return the depths and prices at the exit whose levels bring most, or at one that is explored."""
         count, sources = len(rows), range(self.size[0])
         tables = [
             [table(row, self.common, source) if cap else NEVER for source in sources]
@@ -203,19 +204,19 @@ class AutoDepth:
                 first=speed * self.model.first(exit, count),
                 rates=[rates(row, self.common, exit)[:cap] for row, cap in zip(rows, caps, strict=True)],
                 tables=tables if self.has_probabilities else (),
-                allowance=speed * TRIED * self.idle[NODES],
-                level_allowance=speed * TRIED * self.idle[exit],
+                allowance=speed * EXPLORATION_SHARE * self.since_tried[NODES],
+                level_allowance=speed * EXPLORATION_SHARE * self.since_tried[exit],
             )
             every.append((max(prices.best_levels()[0], 0.0) if len(self.exits) > 1 else 0.0, exit, prices))
         best = max(every, key=itemgetter(0))
         others = [own for own in every if own is not best and own[2].levels()]
-        due = [own for own in others if self._due(own[1], (best[0] - own[0]) / speed)]
-        _, exit, prices = due[0] if due else best
+        explored = [own for own in others if self._explores(own[1], (best[0] - own[0]) / speed)]
+        _, exit, prices = explored[0] if explored else best
         depths = [min(self.max_depth, cap) for cap in caps] if self.has_probabilities else self._depths(prices)
         return DepthChoice(depths, exit if len(self.exits) > 1 else None, prices)
 
     def _depths(self, prices: Prices) -> list[int]:
-        """How deep a drafter without probabilities drafts for each row: its tokens have those of their positions."""
+        """Return how deep a drafter without probabilities drafts for each row, by the rates of the positions."""
         prices = replace(prices, nodes=prices.nodes[:: max(round(self.width), 1)])
         levels = prices.levels()
         chains = [Candidates.chain(row[:levels]) for row in prices.rates]
@@ -235,7 +236,7 @@ class AutoDepth:
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
         made = [NODES if nodes else PLAIN] + [DRAFT] * (choice.depth > 0) + [exit] * (levels > 0)
         for what in (PLAIN, DRAFT, NODES, *self.exits):
-            self.idle[what] = 0.0 if what in made else self.idle[what] + seconds
+            self.since_tried[what] = 0.0 if what in made else self.since_tried[what] + seconds
         if not choice.depth:
             return
         model.add_draft(exit, count, levels, step.drafting)
@@ -247,20 +248,20 @@ class AutoDepth:
             if not most:
                 continue
             if found is None:
-                seen = Seen.of(right, step.drafted[b])
+                outcome = Outcome.of(right, step.drafted[b])
             else:
                 first = 0 if found.free is None else len(found.free[b].path(step.tokens[b]))
-                seen = Seen.of(right, min(levels, most), first, found.rows[b], step.tokens[b])
+                outcome = Outcome.of(right, min(levels, most), first, found.rows[b], step.tokens[b])
             for history in (row, self.common):
-                history.add(seen, exit, count, right - price)
+                history.add(outcome, exit, count, right - price)
         if found is None and levels:
             self.width = 0.8 * self.width + 0.2 * nodes / (rows * levels)
 
     def costs(self) -> Costs:
-        """What is known, for later processes."""
-        tallies = self.common.tallies()
-        hits = [[round(hits, 3) for hits in tally.hits] for tally in tallies]
-        trials = [[round(trials, 3) for trials in tally.trials] for tally in tallies]
+        """Return what is known, for later processes."""
+        all_counts = self.common.all_counts()
+        hits = [[round(hits, 3) for hits in counts.hits] for counts in all_counts]
+        trials = [[round(trials, 3) for trials in counts.trials] for counts in all_counts]
         return replace(self.model.kept(), hits=hits, trials=trials)
 
 

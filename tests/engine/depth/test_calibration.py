@@ -9,7 +9,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from specdec.engine.depth.calibration import FIRST, KEPT, MEMORY, SAID, History, Seen, Tally, rates, table
+from specdec.engine.depth.calibration import (
+    COUNT_AFTER_CHANGE,
+    FIRST,
+    MEMORY,
+    RAW_PROBABILITIES,
+    DecayedCounts,
+    History,
+    Outcome,
+    rates,
+    table,
+)
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 
 
@@ -32,7 +42,7 @@ def teach(right: Callable[[float], float], count: int, *into: History, source: i
         hit = rng.random() < right(p)
         found = Candidates([0.0], [7], [0], [[p if n == source else 0.0] for n in range(2)])
         for history in into:
-            history.add(Seen.of(int(hit), 0, 0, found, [7 if hit else 8]), 0, 1, 0.0)
+            history.add(Outcome.of(int(hit), 0, 0, found, [7 if hit else 8]), 0, 1, 0.0)
 
 
 def read(p: float, row: History, common: History, source: int = 0) -> float:
@@ -42,7 +52,8 @@ def read(p: float, row: History, common: History, source: int = 0) -> float:
 @pytest.mark.parametrize("p", [0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])
 def test_what_an_unknown_source_says_counts(p: float) -> None:
     assert read(p, *histories()) == pytest.approx(p, abs=0.012)
-    assert [read(said, *histories()) for said in SAID[:-1]] == pytest.approx(SAID[:-1], abs=1e-3)
+    raw = RAW_PROBABILITIES[:-1]
+    assert [read(said, *histories()) for said in raw] == pytest.approx(raw, abs=1e-3)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.5])
@@ -65,16 +76,19 @@ def test_a_row_is_judged_by_all_rows_first_and_by_itself_later() -> None:
 
 
 def test_what_was_seen_long_ago_counts_little_and_so_does_what_is_forgotten() -> None:
-    old = Tally(1, 50.0)
+    old = DecayedCounts(1, 50.0)
     for hit in [1.0] * 500 + [0.0] * 50:
         old.add(0, hit)
     assert old.trials[0] == pytest.approx(50) and 0.25 < old.mean(0, 0.5, 0.0) < 0.45
-    other = Tally(2, 1000.0)
+    other = DecayedCounts(2, 1000.0)
     for _ in range(800):
         other.add(0, 1.0)
     other.add(1, 1.0)
     other.forget()
-    assert other.trials == [pytest.approx(KEPT), 1.0] and other.hits == [pytest.approx(KEPT), 1.0]
+    assert other.trials == [pytest.approx(COUNT_AFTER_CHANGE), 1.0] and other.hits == [
+        pytest.approx(COUNT_AFTER_CHANGE),
+        1.0,
+    ]
     for _ in range(40):
         other.add(0, 0.0)
     assert other.mean(0, 0.5, 4.0) < 0.4
@@ -82,7 +96,7 @@ def test_what_was_seen_long_ago_counts_little_and_so_does_what_is_forgotten() ->
 
 def test_candidates_behind_wrong_ones_say_nothing_and_siblings_do() -> None:
     found = tree((7, 0, 0.5), (8, 0, 0.3), (9, 1, 0.6), (10, 2, 0.7), (11, 4, 0.9))
-    seen = Seen.of(2, 0, 0, found, [8, 10, 5])
+    seen = Outcome.of(2, 0, 0, found, [8, 10, 5])
     near = {0.5: 4, 0.3: 3, 0.7: 4, 0.9: 6}  # the lower of the two knots
     assert {(knot, hit) for _, knot, weight, hit in seen.candidates if weight > 0.5} <= {
         *((near[p], 0.0) for p in (0.5, 0.9)),
@@ -94,21 +108,21 @@ def test_candidates_behind_wrong_ones_say_nothing_and_siblings_do() -> None:
 
 
 def test_a_level_counts_where_the_free_draft_has_nothing_right() -> None:
-    assert Seen.of(2, 3).levels == [(0, 1.0), (1, 1.0), (2, 0.0)] and Seen.of(0, 0).levels == []
-    assert Seen.of(2, 3, 1).levels == [(0, 1.0), (1, 0.0)]
-    assert Seen.of(2, 2, 1).levels == [(0, 1.0)] and Seen.of(2, 3, 3).levels == []
+    assert Outcome.of(2, 3).levels == [(0, 1.0), (1, 1.0), (2, 0.0)] and Outcome.of(0, 0).levels == []
+    assert Outcome.of(2, 3, 1).levels == [(0, 1.0), (1, 0.0)]
+    assert Outcome.of(2, 2, 1).levels == [(0, 1.0)] and Outcome.of(2, 3, 3).levels == []
 
 
 def test_a_level_whose_token_was_right_but_not_scored_added_nothing() -> None:
     found = tree((7, 0, 0.5), (8, 0, 0.3))
-    assert Seen.of(0, 1, 0, found, [8]).levels == [(0, 0.0)]
+    assert Outcome.of(0, 1, 0, found, [8]).levels == [(0, 0.0)]
 
 
 def test_positions_never_reached_are_taken_to_be_like_the_one_before() -> None:
     row, common = histories()
     assert rates(row, common, 0) == [FIRST] * 4
     for _ in range(400):
-        common.add(Seen.of(1, 2), 0, 1, 0.0)
+        common.add(Outcome.of(1, 2), 0, 1, 0.0)
     first, second, *rest = rates(row, common, 0)
     assert first > 0.95 and second < 0.15 and rest == [pytest.approx(second)] * 2
-    assert len(KNOTS) == len(SAID)
+    assert len(KNOTS) == len(RAW_PROBABILITIES)

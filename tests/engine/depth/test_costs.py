@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from specdec import SpecDecoder
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.engine.depth import AutoDepth, Costs, StepReport, kept
-from specdec.engine.depth.calibration import KEPT
+from specdec.engine.depth import AutoDepth, Costs, StepReport, cost_cache
+from specdec.engine.depth.calibration import COUNT_AFTER_CHANGE
+from specdec.engine.depth.cost_cache import load, store
 from specdec.engine.depth.costs import MOST_TOKENS, CostModel
-from specdec.engine.depth.kept import load, store
 from specdec.runtimes.transformers import TransformersTarget
 
 Curve = Callable[[int], float]  # seconds of a pass over so many tokens
@@ -169,9 +169,9 @@ def test_costs_and_acceptance_are_kept_for_the_next_process_and_corrected_there(
     assert again.model.known and again.model.state == pytest.approx([speed, *(e / 2 for e in errors)], abs=1e-3)
     formula = 0.2 * math.exp(speed)
     assert again.model.level(0, 1) == pytest.approx(math.sqrt(formula * policy.model.level(0, 1)), rel=1e-3)
-    for own, tally in zip(again.common.tallies(), policy.common.tallies(), strict=True):
-        assert max(own.trials) <= KEPT
-        means = [[each.mean(n, 0.5, 1e-9) for n in range(len(each.hits))] for each in (own, tally)]
+    for own, counts in zip(again.common.all_counts(), policy.common.all_counts(), strict=True):
+        assert max(own.trials) <= COUNT_AFTER_CHANGE
+        means = [[each.mean(n, 0.5, 1e-9) for n in range(len(each.hits))] for each in (own, counts)]
         assert means[0] == pytest.approx(means[1], abs=0.01)
     before = again.model.passing(1, 2)[2]
     for _ in range(40):
@@ -214,7 +214,7 @@ def test_what_requests_find_out_is_kept_at_most_once_a_minute(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = list[Costs]()
-    monkeypatch.setattr(kept, "store", lambda target, drafter, costs: found.append(costs))
+    monkeypatch.setattr(cost_cache, "store", lambda target, drafter, costs: found.append(costs))
     decoder = SpecDecoder(llama, None, drafter="prompt-lookup")
     for _ in range(3):
         decoder.generate([5, 6, 5, 6, 5], max_new_tokens=8)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, FixedDepth, StepReport
-from specdec.engine.depth.calibration import worth
+from specdec.engine.depth.calibration import expected_gain
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Found
 from specdec.speculation.tree_builder import worth_scoring
@@ -324,9 +324,9 @@ def test_rows_that_never_draft_say_nothing_of_the_drafter(others: int) -> None:
         choice = policy.choose(rows, [MOST, *[0] * others])
         drafted = [choice.depths[0], *[0] * others]
         policy.observe(StepReport(rows, drafted, drafted, len(rows) + sum(drafted), 0.1, 20.0))
-    assert worth(rows[0], policy.common, len(rows)) > 5 and choice.depth > 4
+    assert expected_gain(rows[0], policy.common, len(rows)) > 5 and choice.depth > 4
     fresh = policy.begin()
-    assert all(row.worth.trials == fresh.worth.trials for row in rows[1:])
+    assert all(row.gains.trials == fresh.gains.trials for row in rows[1:])
 
 
 def test_a_row_says_nothing_of_levels_deeper_than_it_may_draft() -> None:

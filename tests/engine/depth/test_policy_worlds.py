@@ -19,7 +19,7 @@ from simulated import DEPTH, Free, Levels, Row, World, state_of
 
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.engine.depth import AutoDepth, StepReport
-from specdec.engine.depth.calibration import SAID
+from specdec.engine.depth.calibration import RAW_PROBABILITIES
 from specdec.speculation.candidates import Candidates
 
 REQUEST = 200  # tokens of a request
@@ -65,7 +65,7 @@ def run(world: World, seed: int) -> list[float]:
 def fixed(world: World, seed: int) -> list[dict[str, float]]:
     """Seconds of the fixed choices in each phase, which know how likely each source is right."""
     free, levelled, found = Free(), Levels(), list[dict[str, float]]()
-    true = [[said**power for said in SAID] for power in world.powers]
+    true = [[said**power for said in RAW_PROBABILITIES] for power in world.powers]
     for phase, kinds in enumerate(world.phases, start=1):
         some = min(world.rows, 2)  # of the rows, which do not depend on each other
         rows, spent = [Row(world, kinds, 1000 * seed + 20 * phase + b) for b in range(some)], dict[str, float]()

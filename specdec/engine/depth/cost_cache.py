@@ -22,7 +22,7 @@ FORMAT, FILE = 7, TypeAdapter(Costs)
 
 
 def load(target: Target, drafter: Drafter) -> Costs | None:
-    """What earlier processes knew about ``drafter`` on ``target``, on this machine."""
+    """Return what earlier processes knew about ``drafter`` on ``target``, on this machine."""
     with suppress(OSError, ValueError):  # no file, or not one of ``store``
         return FILE.validate_json(_file(target, drafter).read_bytes())
     return None
@@ -37,7 +37,7 @@ def store(target: Target, drafter: Drafter, costs: Costs) -> None:
 
 
 def _file(target: Target, drafter: Drafter) -> Path:
-    """The file of the costs: its name is a hash of everything that they depend on."""
+    """Return the file of the costs: its name is a hash of everything that they depend on."""
     device, processor = target.device, f"{torch.get_num_threads()} threads of {machine.processor_name()}"
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     experts = None if target.experts is None else target.experts.describe()  # more tokens load more experts
