@@ -112,7 +112,7 @@ def generate(
             expert_prefetch=expert_prefetch,
             learn=bool(learn),  # else the command would end after its text only
         )
-    source = "" if drafter in ("auto", decoder.drafter.label) else drafter  # a folder or NAME=SOURCE
+    source = "" if drafter in ("auto", decoder.drafter.traits.label) else drafter  # a folder or NAME=SOURCE
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
     if compare:
@@ -133,7 +133,7 @@ def generate(
         baseline, failed = _decode(plain, ids, baseline_settings, _discard, silent)
         interrupted = baseline.finish_reason == "interrupted"
         if not interrupted:
-            sampler = Sampler.of([decoder.request(ids, **asked).sampler])
+            sampler = Sampler([decoder.request(ids, **asked).sampler])
             comparison = statistics.compare(decoder, ids, sampler, output, baseline)
 
     if as_json:
@@ -142,7 +142,7 @@ def generate(
         result: dict[str, Any] = {
             **output.as_dict(),
             "model": model,
-            "drafter": decoder.drafter.label,
+            "drafter": decoder.drafter.traits.label,
             "drafter_source": source or None,
             "drafter_options": drafter_options,
             **statistics.runtime(decoder),
@@ -159,7 +159,7 @@ def generate(
         statistics.statistics(decoder, output, comparison, verbose, source)
     if failed is not None:
         raise failed
-    if learn and decoder.drafter.learns and not interrupted:
+    if learn and decoder.drafter.learner is not None and not interrupted:
         with terminal.status("learning", silent):
             decoder.learn(LEARNING)
     if interrupted:

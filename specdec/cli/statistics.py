@@ -46,7 +46,7 @@ def statistics(
             ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
             ("acceptance rate", rate),
             ("steps", f"{m.num_spec_steps}, {m.num_drafted_steps} with drafts"),
-            ("drafter", decoder.drafter.label + (f" (from {source})" if source else "")),
+            ("drafter", decoder.drafter.traits.label + (f" (from {source})" if source else "")),
             ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", {_formats(decoder)}"),
         ]
     ]
@@ -161,8 +161,8 @@ def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
     training = decoder.drafter.training
     advice = f"train one for this model ({training})" if training else "'specdec drafters' lists others"
     return (
-        f"none of the {m.num_draft_tokens} tokens that {decoder.drafter.label} drafted was accepted: it does not fit "
-        f"this model or this prompt; {advice}, or decode plainly (--drafter none)"
+        f"none of the {m.num_draft_tokens} tokens that {decoder.drafter.traits.label} drafted was accepted: it does "
+        f"not fit this model or this prompt; {advice}, or decode plainly (--drafter none)"
     )
 
 

@@ -25,7 +25,8 @@ from specdec.engine.request import Handle, Request, Status, check_prompt, failur
 from specdec.engine.scheduler import Scheduler
 from specdec.kvcache.disk import PrefixDisk
 from specdec.runtimes.target import CHUNK, Target
-from specdec.speculation.draft import Drafter, Verifier
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.verifier import Verifier
 
 __all__ = ["Engine", "EngineStats", "QueueFullError"]
 
@@ -80,7 +81,7 @@ class Engine:
     prefill_chunk: maximum prompt tokens that run between two steps of the running rows.
     reuse: whether the keys and values of earlier texts serve prompts that begin alike. disk: keeps them for later
         processes, too; it is closed with the engine.
-    learn: whether the engine's thread does the drafter's work (``Drafter.learn``) when there is nothing else to do.
+    learn: whether the engine's thread does the drafter's work (``Learner.work``) when there is nothing else to do.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class Engine:
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
         self.target, self.max_waiting, self.on_close = target, max_waiting, on_close
-        self.learns, self._saved = learn and drafter.learns, 0.0  # seconds that the drafter's work may take
+        self.learns = learn and drafter.learner is not None
+        self._saved = 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
         self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, reuse, disk)
         self.timer = self.batch.timer

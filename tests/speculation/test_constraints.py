@@ -42,8 +42,9 @@ from specdec.speculation.constraints import (
     ConstraintState,
     compile_constraint,
 )
-from specdec.speculation.draft import Drafter, State
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import Sampler
+from specdec.speculation.state import State
 from specdec.verifiers.exact import ExactVerifier
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
@@ -115,7 +116,7 @@ def marked(text: str, tokens: list[int], rule: CompiledConstraint | None) -> tup
     """Where the one row stands that has read ``text`` and these new ``tokens``."""
     prompt = letters()(text).input_ids
     target, row = TransformersTarget(tiny_model()), request(prompt, rule)
-    return State(target, target.new_cache(), Sampler.of([row.sampler]), [prompt + tokens]), prompt
+    return State(target, target.new_cache(), Sampler([row.sampler]), [prompt + tokens]), prompt
 
 
 def test_what_is_looked_up_ends_where_the_constraint_rules_it_out() -> None:
@@ -165,7 +166,7 @@ def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, native: boo
     model = tiny_model(**(SERVED if native else {}))
     target = NativeTarget(model.bfloat16()) if native else TransformersTarget(model)
     for name, drafter in every(target).items():
-        if name in ("none", "lookahead (tree)", "hybrid (tree)"):
+        if name in ("none", "lookahead (tree)"):
             continue
         drafter.bind(target)
         drafted, texts = watched(drafter), list[list[int]]()
@@ -482,7 +483,7 @@ def test_a_constraint_that_cannot_be_kept_is_an_error_of_the_client() -> None:
 
 
 def test_a_pydantic_model_is_a_schema(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, letters(), "prompt-lookup", runtime="reference")
+    decoder = SpecDecoder(llama, letters(), "prompt-lookup", runtime="transformers")
     asked = {"max_new_tokens": 60, "temperature": 1.5, "seed": 3}
     text = decoder.generate([5, 6, 7], constraint=Json(Way), **asked).text
     assert Way.model_validate_json(text)

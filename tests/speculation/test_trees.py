@@ -55,7 +55,7 @@ def test_no_other_draft_of_all_rows_candidates_is_worth_more_than_the_one_that_i
     nodes = [0.0]
     for _ in range(16):  # a price may rise by steps
         nodes.append(nodes[-1] + rng.choice([0.0, 0.1, 0.3]))
-    state: Any = SimpleNamespace(prices=Prices(nodes), cache=SimpleNamespace(device="cpu"))
+    state: Any = SimpleNamespace(prices=Prices(nodes), cache=SimpleNamespace(device="cpu"), depths=[12] * len(rows))
     draft = draft_best(rows, 12, None, state, levels=1)
 
     def worth(taken: tuple[tuple[int, ...], ...]) -> float:

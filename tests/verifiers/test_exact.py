@@ -11,8 +11,9 @@ import torch
 from sampled import AcceptsAll, p_value
 from torch import Tensor
 
-from specdec.speculation.draft import Acceptance, Draft, Verifier
-from specdec.speculation.sampling import Noise, Sampler, SamplingParams, streams
+from specdec.speculation.draft import Draft
+from specdec.speculation.sampling import Noise, RowSampler, Sampler, SamplingParams, streams
+from specdec.speculation.verifier import Acceptance, Verifier
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
 
@@ -122,7 +123,7 @@ def test_rare_tokens_are_drawn_as_rarely_as_they_should() -> None:
     """A noise of too few bits would draw some token of a large vocabulary out of turn."""
     scores = torch.full((1, 1, 50_000), -40.0)
     scores[..., 7] = 0.0
-    sampler = Sampler(SamplingParams(1.0))
+    sampler = Sampler([RowSampler(SamplingParams(1.0))])
     drawn_ = [int(sampler.choose(scores, [[position]])[0, 0]) for position in range(300)]
     assert set(drawn_) == {7}
 
@@ -134,7 +135,7 @@ def test_a_draw_is_the_largest_of_all_scores_plus_noise(count: int, spread: floa
     scores = spread * torch.randn(1, 60, count, generator=torch.Generator().manual_seed(count))
     scores[0, ::2, count // 2 :] += 20.0
     scores[0, 1::3, 1 : count // 3] = -torch.inf
-    positions, sampler = [[*range(60)]], Sampler(SamplingParams(1.0, seed=7))
+    positions, sampler = [[*range(60)]], Sampler([RowSampler(SamplingParams(1.0, seed=7))])
     noisy = sampler.perturb(scores, positions, count)
     chosen = sampler.choose(scores, positions)
     assert torch.equal(chosen, noisy.argmax(-1)) and (count < 99 or len(chosen.unique()) > 20)
@@ -144,15 +145,15 @@ def test_rows_of_a_batch_may_differ_and_are_those_of_a_row_alone() -> None:
     logits = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(0))
     at = [[4, 5], [9, 10], [4, 5]]
     params = (SamplingParams(0.8, top_k=5, seed=3), SamplingParams(), SamplingParams(0.8, top_k=5, seed=4))
-    together = Sampler(params[0])
+    together = Sampler([RowSampler(params[0])])
     for more in params[1:]:
-        together.rows += Sampler(more).rows
+        together.rows += Sampler([RowSampler(more)]).rows
     chosen = together.choose(together.scores(logits, lambda: []), at)
     for b, own in enumerate(params):
-        alone = Sampler(own)
+        alone = Sampler([RowSampler(own)])
         assert torch.equal(alone.choose(alone.scores(logits[b : b + 1], lambda: []), [at[b]])[0], chosen[b])
     assert torch.equal(chosen[1], logits[1].argmax(-1)) and not together.plain_greedy
-    together = Sampler.of([together.rows[2], together.rows[1]])
+    together = Sampler([together.rows[2], together.rows[1]])
     assert torch.equal(together.choose(together.scores(logits[[2, 1]], lambda: []), [at[2], at[1]]), chosen[[2, 1]])
 
 
@@ -161,7 +162,12 @@ def test_logits_that_are_not_finite_give_no_token() -> None:
     scores[0, 1, 2], scores[0, 2, 3] = float("nan"), float("inf")
     scores[0, 3] = float("-inf")
     for params in (SamplingParams(), SamplingParams(1.0)):
-        assert (Sampler(params).choose(scores, [[1, 2, 3, 4]])[0] < 0).tolist() == [False, True, True, True]
+        assert (Sampler([RowSampler(params)]).choose(scores, [[1, 2, 3, 4]])[0] < 0).tolist() == [
+            False,
+            True,
+            True,
+            True,
+        ]
 
 
 def test_streams_tell_equal_prompts_apart_and_nothing_else() -> None:
