@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
@@ -85,7 +84,8 @@ class JoinedDrafter(Drafter):
     def _proposed(self, state: State, limit: int) -> list[Candidates]:
         """Return the nodes that the other drafter proposes, as candidates of each row."""
         draft = self.other.propose(state, limit)
-        _drop_states(draft, state.cache)
+        if draft.states is not None:  # of a tree of other nodes, scoring begins at layer 0
+            state.cache.trim(draft.states.shape[1], 0, draft.exit_layer)
         for row_state in state.row_states:  # nodes get other places in the joined tree
             self.other.withdraw(row_state)
         if draft.found is not None:
@@ -100,10 +100,3 @@ class JoinedDrafter(Drafter):
             )
             rows.append(every.only([node for node, own in enumerate(there[1:]) if own]))
         return rows
-
-
-def _drop_states(draft: Draft, cache: KVCache) -> None:
-    """Remove the states of ``draft``, and their entries in the cache: scoring begins at layer 0."""
-    if draft.states is not None:
-        cache.trim(draft.states.shape[1], 0, draft.exit_layer)
-        draft.states, draft.exit_layer = None, 0

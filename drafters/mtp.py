@@ -112,7 +112,7 @@ class MTPDrafter(PairDrafter):
     shift = 1
 
     def __init__(self, head: MTPHead) -> None:
-        self.head = head
+        self.head, self.cost_key = head, head.draft_target.fingerprint
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
@@ -126,9 +126,6 @@ class MTPDrafter(PairDrafter):
             raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
         self.layers = (target.num_layers,)
         super().bind(target)
-
-    def cost_key(self) -> str:
-        return self.head.draft_target.fingerprint
 
     def new_cache(self) -> KVCache:
         return self.head.draft_target.new_cache()

@@ -43,15 +43,13 @@ class PairDrafter(ChainDrafter):
     shift: the position of a pair's token minus the position that its layers see.
     layers: the layers whose input states, side by side, are a pair's state; N: the final state.
     tokens: the draft vocabulary, int64 [V']; None: all tokens.
+    cost_key: as in ``Traits``.
     """
 
     shift: ClassVar[int]
     layers: tuple[int, ...]
     tokens: Tensor | None = None
-
-    @abstractmethod
-    def cost_key(self) -> str:
-        """Return ``Traits.cost_key``."""
+    cost_key: str
 
     @abstractmethod
     def new_cache(self) -> KVCache:
@@ -90,7 +88,7 @@ class PairDrafter(ChainDrafter):
             taps=tuple(sorted(set(self.layers))),
             whole_prompts=True,
             has_probabilities=not is_asynchronous(target.device),
-            cost_key=self.cost_key(),
+            cost_key=self.cost_key,
         )
 
     def begin(self) -> PairRow:

@@ -44,6 +44,7 @@ class Eagle3Drafter(PairDrafter):
 
     def __init__(self, network: Eagle3, width: int = WIDTH, nodes: int | None = None) -> None:
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
+        self.cost_key = str(network.config)
         self.network, self.width = network, options.check_int("width", width, 1)
 
     @classmethod
@@ -69,9 +70,6 @@ class Eagle3Drafter(PairDrafter):
         first = torch.arange(config.vocab, device=target.device) if few else None
         self.tokens = network.tokens if network.d2t is not None else first
         super().bind(target)
-
-    def cost_key(self) -> str:
-        return str(self.network.config)
 
     def new_cache(self) -> KVCache:
         return KVCache(1, 1, self.device)

@@ -27,12 +27,13 @@ class ExitDrafter(ChainDrafter):
     """Drafts a chain of tokens that leave the model early. A subclass chooses the exit (``run_to_exit``).
 
     network: trained modules; None: the model's own norm and head read out.
-    level_shares: as in ``Traits``.
+    level_shares, cost_key: as in ``Traits``.
     """
 
     network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
     network: Any = None
     level_shares: tuple[float, ...] = (0.1,)
+    cost_key = ""
     vocabulary: DraftVocabulary
 
     @classmethod
@@ -58,11 +59,7 @@ class ExitDrafter(ChainDrafter):
         if self.network is not None:
             self.network.to(target.device, target.dtype).requires_grad_(False).eval()
         self.vocabulary = DraftVocabulary(target, None if self.network is None else self.network.draft_vocab)
-        self.traits = Traits((self.name,), level_shares=self.level_shares, leaves_early=True, cost_key=self.cost_key())
-
-    def cost_key(self) -> str:
-        """Return ``Traits.cost_key``."""
-        return ""
+        self.traits = Traits((self.name,), level_shares=self.level_shares, leaves_early=True, cost_key=self.cost_key)
 
     def begin_draft(self, state: State) -> Any:
         """Return the pass that runs the draft's tokens, with the methods ``push`` and ``finish`` of ``PartialPass``."""
@@ -111,10 +108,8 @@ class EarlyExitDrafter(ExitDrafter):
         layer = max(count // 3, 1) if self.requested is None else self.requested
         self.exit_layer = options.check_int("exit_layer", layer, 1, count - 1)
         self.level_shares = (self.exit_layer / count,)
+        self.cost_key = str(self.exit_layer)
         super().bind(target)
-
-    def cost_key(self) -> str:
-        return str(self.exit_layer)
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         return self.read(tokens, self.exit_layer)
@@ -141,10 +136,8 @@ class DeedDrafter(ExitDrafter):
 
     def bind(self, target: Target) -> None:
         self.level_shares = tuple(layer / target.num_layers for layer in self.exits)
+        self.cost_key = f"{self.exits} {self.exit_confidence}"
         super().bind(target)
-
-    def cost_key(self) -> str:
-        return f"{self.exits} {self.exit_confidence}"
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
@@ -182,10 +175,8 @@ class SkipDecodeDrafter(ExitDrafter):
         self.high = options.check_int("deepest", max(4 * count // 5, 1) if high is None else high, 1, count - 1)
         if self.low > self.high:
             raise SpecDecError(f"the exit falls from deepest to shallowest; got {self.high} and {self.low}")
+        self.cost_key = f"{self.low} {self.high} {self.horizon}"
         super().bind(target)
-
-    def cost_key(self) -> str:
-        return f"{self.low} {self.high} {self.horizon}"
 
     def begin(self) -> SkipDecodeRow:
         return SkipDecodeRow()
@@ -215,9 +206,7 @@ class MixtureOfDepthsDrafter(ExitDrafter):
 
     def __init__(self, network: Routers) -> None:
         self.network = network
-
-    def cost_key(self) -> str:
-        return f"{self.network.first} {float(self.network.weight.sum())}"
+        self.cost_key = f"{network.first} {float(network.weight.sum())}"
 
     def begin_draft(self, state: State) -> RoutedPass:
         return RoutedPass(state.target, state.cache, self.network)

@@ -5,7 +5,7 @@ from their softmax. The noise of a token depends on the request's seed and only 
 sampled depends neither on the drafter nor on the depth of drafts nor on other rows: acceptance is the walk of greedy
 decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose (Daliri
 et al. 2024, arXiv 2408.07978). The transforms are those of ``generate``, in its order, and the penalties and the bias
-of OpenAI's interface.
+of OpenAI's interface. Knows nothing about drafts.
 
 A model's ``generation_config`` is applied as in ``model.generate(do_sample=False)``: end tokens, and all that changes
 logits (penalties, suppressed, forced and bad words, minimum lengths, biases). The caller sets sampling and length.
@@ -310,7 +310,7 @@ STATEFUL = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWaterma
 
 
 def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Return the token ids that end a generation."""
+    """Token ids that end a generation."""
     eos: Any = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
@@ -318,13 +318,13 @@ def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> froze
 
 
 def own_sampling(model: NativeModel | PreTrainedModel) -> dict[str, Any]:
-    """Return the sampling options of the model's ``generation_config``, as ``model.generate`` uses them."""
+    """The sampling options of a model's ``generation_config``, as ``model.generate`` uses them."""
     config: Any = model.generation_config
     given = {} if config is None else config.to_diff_dict()
     if not given.get("do_sample"):
         return {}
-    default = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # as transformers has them
-    return {name: value if given.get(name) is None else given[name] for name, value in default.items()}
+    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # as transformers has them
+    return {name: value if given.get(name) is None else given[name] for name, value in usual.items()}
 
 
 def logits_processors(
@@ -334,11 +334,10 @@ def logits_processors(
     repetition_penalty: float | None = None,
     others: Sequence[Callable[..., Any]] = (),
 ) -> list[Processor]:
-    """Return the logits processors of a request, of the model's ``generation_config`` and the caller.
+    """The logits processors of a request; transformers makes them if the config asks for more than a penalty.
 
-    transformers makes them if the config has more than a repetition penalty.
-    repetition_penalty: used instead of the config's; None: the config's.
-    others: the caller's processors. One of the same class as a processor of the config replaces that.
+    repetition_penalty: replaces the config's.
+    others: the caller's; one of the same class as one of the config replaces it.
     Raises SpecDecError for a config that cannot be used.
     """
     config: Any = model.generation_config
@@ -383,7 +382,7 @@ def _of_transformers(
 
 
 def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
-    """Raise SpecDecError if one of ``processors`` remembers what it has seen. remedy: the end of the error."""
+    """Raise SpecDecError if one of ``processors`` remembers what it has seen."""
     for processor in processors:
         if (name := type(processor).__name__) in STATEFUL:
             raise SpecDecError(f"{name} has a state that cannot be rolled back after a rejected draft; {remedy}")
