@@ -12,16 +12,8 @@ draft have not run are run for all of them at once.
 
 from __future__ import annotations
 
-from .drafter import DeedDrafter, EarlyExitDrafter, ExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
+from .drafter import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
 from .networks import ExitHeads, Routers, check_exits
 
-__all__ = [
-    "DeedDrafter",
-    "EarlyExitDrafter",
-    "ExitDrafter",
-    "ExitHeads",
-    "MixtureOfDepthsDrafter",
-    "Routers",
-    "SkipDecodeDrafter",
-    "check_exits",
-]
+__all__ = ["DeedDrafter", "EarlyExitDrafter", "MixtureOfDepthsDrafter", "SkipDecodeDrafter"]
+__all__ += ["ExitHeads", "Routers", "check_exits"]
