@@ -33,11 +33,7 @@ setup(
         Extension(
             "specdec.runtimes.native._native",
             sources=sorted(glob("specdec/runtimes/native/*.c")),
-            depends=sorted(
-                glob("specdec/speculation/*.h")
-                + glob("specdec/runtimes/native/*.h")
-                + glob("specdec/runtimes/native/kernels/*")
-            ),
+            depends=sorted(glob("specdec/runtimes/native/*.h") + glob("specdec/runtimes/native/kernels/*")),
             # No -fopenmp for the linker: PyTorch's OpenMP library provides the threads. Apple's clang hides the option.
             # No contraction: fused multiply-adds only where the sources have them, so that all builds compute the same.
             extra_compile_args=["-O3", *["-Xclang"] * MAC, "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"],
@@ -48,7 +44,7 @@ setup(
         Extension(
             "specdec.speculation._speculation",
             sources=["specdec/speculation/ngram.c", "specdec/speculation/sampling.c"],
-            depends=["specdec/speculation/calibrate.h", "specdec/speculation/gumbel.h"],
+            depends=["specdec/runtimes/native/calibrate.h", "specdec/runtimes/native/gumbel.h"],
             extra_compile_args=["-O3", "-fvisibility=hidden"],
             extra_link_args=["-s"] if not MAC else [],
             libraries=["m"],

@@ -29,7 +29,7 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base import inputs
 from specdec.bench.prompts import evenly_spaced, load_prompts
 from specdec.drafters.m2r2 import learned
-from specdec.drafters.m2r2.learning import Learner
+from specdec.drafters.m2r2.learning import M2R2Learner
 from specdec.models import drafter_folder
 
 Figures = dict[str, dict[str, Any]]
@@ -46,7 +46,7 @@ def opened(plain: SpecDecoder, folder: Path, drafter: str = "m2r2") -> SpecDecod
     return decoder
 
 
-def learner_of(decoder: SpecDecoder) -> Learner:
+def learner_of(decoder: SpecDecoder) -> M2R2Learner:
     """Return the object through which the drafter of ``decoder`` learns."""
     return decoder.drafter.learner  # type: ignore[attr-defined,no-any-return]
 
@@ -57,7 +57,7 @@ def learn(decoder: SpecDecoder, ids: list[int], start: int) -> float:
     longest, more = 0.0, True
     while more:
         began = time.perf_counter()
-        more = decoder.drafter.learn()
+        more = decoder.drafter.learner.work()
         longest = max(longest, time.perf_counter() - began)
     return longest
 

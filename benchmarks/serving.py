@@ -1,7 +1,7 @@
 """A server under load: tokens per second and latencies by number of clients, with and without the drafter.
 
-    python benchmarks/serving.py --drafter prompt-lookup+m2r2
-    python benchmarks/serving.py --model qwen2.5-coder-1.5b-instruct --drafter prompt-lookup+m2r2 --seconds 8
+    python benchmarks/serving.py --drafter ngram+m2r2
+    python benchmarks/serving.py --model qwen2.5-coder-1.5b-instruct --drafter ngram+m2r2 --seconds 8
 
 Requests go over loopback sockets to a server that the script starts, or to ``--url``. Each client sends its next
 request after the last answer. A block counts the tokens of some seconds in which all clients receive answers; blocks

@@ -1,7 +1,4 @@
-"""Drafting token by token with a model: what all drafters that do so share.
-
-Knows how tokens are picked from logits and when a chain ends, not where the logits come from.
-"""
+"""Drafting token by token with a model: how a token is picked from logits, and when a chain ends."""
 
 from __future__ import annotations
 
@@ -12,18 +9,20 @@ import torch
 from torch import Tensor
 
 from specdec.base.devices import is_asynchronous, upload
-from specdec.speculation.candidates import Candidates, calibrated
-from specdec.speculation.draft import Draft, Drafter, Found, State
+from specdec.speculation.candidates import Candidates, CandidateSet, calibrated
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.state import State
 
 from .vocabulary import Context, DraftVocabulary
 
 
 class Readout(NamedTuple):
-    """What is read of a token where it leaves the model.
+    """What a drafter reads of a token where the token leaves the model.
 
-    logits: logits of the next token, [B, V'].
-    certainty: the probability that their best token is the model's, [B, 1]; None: by the logits themselves.
-    layers: number of layers that the token ran, int64 [B, 1], if that is counted.
+    logits: draft logits of the next token, [B, V'].
+    certainty: probability that the best token of ``logits`` is the model's, [B, 1]; None: their softmax says.
+    layers: number of layers that the token ran, int64 [B, 1]; None: not counted.
     """
 
     logits: Tensor
@@ -32,23 +31,21 @@ class Readout(NamedTuple):
 
 
 class ChainRow:
-    """The state of a row in a drafter of chains."""
+    """The state of a row. context: the tokens of its text that join the draft vocabulary."""
 
     def __init__(self) -> None:
         self.context = Context()
 
 
 class ChainDrafter(Drafter):
-    """Drafts a chain, token by token.
+    """Drafts a chain, token by token; the base of drafters that do so.
 
-    vocabulary: the tokens that subclasses draft from; None: all of them.
+    vocabulary: the tokens that the drafter drafts from; None: all of them.
+    nodes: maximum number of tokens of a draft; None: as many as ``propose`` may draft.
     """
 
     vocabulary: DraftVocabulary | None = None
-
-    def start(self) -> None:
-        if self.vocabulary is not None:
-            self.vocabulary.start()
+    nodes: int | None = None
 
     def begin(self) -> Any:
         return ChainRow()
@@ -56,22 +53,22 @@ class ChainDrafter(Drafter):
     def chain(
         self, state: State, limit: int, step: Callable[[Tensor, Tensor], Readout], vocab: Tensor | None = None
     ) -> Draft:
-        """Draft up to ``limit`` tokens, and not more than ``nodes``, after each row's root.
+        """Return a chain of at most ``limit`` tokens, and at most ``nodes``, after each row's root.
 
-        Ends early when the whole chain is not worth another level (``Prices.level``), unless reading that waits for a
-        device. Where drafts are not verified, a row's chain ends before the first token that is less certain than
-        ``state.threshold``. Under a constraint it ends where no token of the vocabulary is allowed, and probabilities
-        are those under the mask.
+        The chains end early when another level is not worth its price (``Prices.level``), except on devices for which
+        the host would have to wait. Where drafts are not verified, a row's chain ends before the first token that is
+        less certain than ``state.threshold``. Under a constraint, a chain ends where no token of the vocabulary is
+        allowed, and probabilities are those of allowed tokens.
 
-        step: takes tokens and their positions (int64 [B, 1]); called for the roots, then for each drafted token but the
-            last.
-        vocab: the tokens that logits are over, int64 [V']; None: those of ``vocabulary``.
+        step: takes tokens and their positions, int64 [B, 1] each. It is called for the roots, then for each drafted
+            token but the last.
+        vocab: the token ids of the logits, int64 [V']; None: those of ``vocabulary``.
         """
         if self.vocabulary is not None:
             self.vocabulary.follow(state, [row.context for row in state.row_states])
             vocab = self.vocabulary.tokens
         limit, prices = min(limit, self.nodes or limit), state.prices
-        weighs = self.has_probabilities and prices is not None
+        weighs = self.traits.has_probabilities and prices is not None
         if weighs and prices is not None and not prices.levels():
             return Draft.empty(len(state.ids), state.cache.device)
         token, positions = state.roots, state.positions  # (B, 1)
@@ -79,7 +76,7 @@ class ChainDrafter(Drafter):
         alive = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
         prefixes = [] if state.sampler.plain_greedy else [list(ids) for ids in state.ids]
         reach = torch.ones(token.shape, device=token.device)  # calibrated probability that a row's chain is accepted
-        raw, joint = list[Tensor](), list[Tensor]()  # [B, 1] by level: what the drafter says, and calibrated, of paths
+        raw, joint = list[Tensor](), list[Tensor]()  # by level, [B, 1]: raw probability, calibrated one of the path
         limits = None if prices is None else prices.limits(limit, 1)
         for depth in range(limit):
             # Run the last token, and pick the next one
@@ -114,10 +111,10 @@ class ChainDrafter(Drafter):
         drafted, parents = torch.cat(chain, 1), range(len(chain) - 1)
         draft = Draft(drafted, tuple(parents))
         if weighs and joint:
-            logs, said = torch.cat(joint, 1).clamp(min=1e-9).log().tolist(), torch.cat(raw, 1).tolist()
-            rows = zip(logs, drafted.tolist(), said, state.depths, strict=True)
+            logs = torch.cat(joint, 1).clamp(min=1e-9).log().tolist()
+            rows = zip(logs, drafted.tolist(), torch.cat(raw, 1).tolist(), state.depths, strict=True)
             found = [Candidates(score, ids, [*parents], [own]).within(most) for score, ids, own, most in rows]
-            draft.found = Found(found, len(parents))
+            draft.found = CandidateSet(found, len(parents))
         draft.layers = torch.cat(layers, 1) if layers else None
         return draft
 
@@ -125,10 +122,10 @@ class ChainDrafter(Drafter):
 def _pick(
     state: State, logits: Tensor, prefixes: list[list[int]], vocab: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The tokens [B, 1] that continue the chains, from draft logits [B, V']; they are appended to ``prefixes``.
+    """Return the next token of each chain, int64 [B, 1], from draft logits [B, V'], and append it to ``prefixes``.
 
-    They are chosen by the noise with which the target will choose. -1: processing leaves no token. If a row has a
-    constraint, also returns the tokens' probabilities under all processing.
+    Tokens are chosen with the noise with which the target will choose. -1: no token is allowed. The second value is the
+    probability [B, 1] of each token after all processing if a row has a constraint, else None.
     """
     sampler, size = state.sampler, state.target.vocab_size
     if sampler.plain_greedy:
@@ -150,9 +147,9 @@ def _pick(
 
 
 def first_confident(read: Callable[[int], tuple[Tensor, ...]], exits: int, confidence: float) -> tuple[Tensor, ...]:
-    """Each row's result of ``read`` at the first of its exits with enough confidence, else at the last.
+    """Return the result of ``read`` of each row at the first of ``exits`` exits with enough confidence, or the last.
 
-    read: takes all rows to an exit; the second part of its result is the certainty, as in ``Readout``.
+    read: runs all rows to the exit of that index, and returns tensors [B, ...]; the second one is the certainty [B, 1].
     """
     found = read(0)
     for index in range(1, exits):
@@ -165,12 +162,12 @@ def first_confident(read: Callable[[int], tuple[Tensor, ...]], exits: int, confi
 
 
 def best_probability(logits: Tensor) -> Tensor:
-    """The probability [B, 1] that draft logits [B, V'] give their best token."""
+    """Return the probability [B, 1] that draft logits [B, V'] give their best token."""
     x = logits.float()
     return torch.exp(x.amax(-1, keepdim=True) - x.logsumexp(-1, keepdim=True))
 
 
 def _probability(logits: Tensor, token: Tensor, vocab: Tensor | None) -> Tensor:
-    """The probability [B, 1] that draft logits [B, V'] give ``token`` [B, 1]; 0 outside the vocabulary."""
+    """Return the probability [B, 1] that draft logits [B, V'] give ``token`` [B, 1]; 0 outside ``vocab``."""
     p = logits.float().softmax(-1)
     return p.gather(1, token) if vocab is None else (p * (vocab == token)).sum(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """The corpus of the n-gram drafter: texts of the package in a tokenizer's tokens.
 
-It is kept in the cache folder under a name made of the tokenizer, as int32: the texts one behind the other, a -1
-before each and at the end.
+It is kept in the cache folder under a name made of the tokenizer, as int32: one text after another, a -1 before each
+and at the end.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from specdec.base import files
 from specdec.base.background import Stop
 from specdec.speculation.ngram import Ints
 
-SHIPPED = "pretrained/ngram/corpus.txt.xz"  # texts, one behind the other, a NUL between them
+SHIPPED = "pretrained/ngram/corpus.txt.xz"  # texts, a NUL between two of them
 MAX_TOKENS = 1 << 20  # tokens of a corpus
-BATCH = 64  # texts that are tokenised at once
+BATCH = 64  # texts that are tokenised together
 
 
 def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
-    """The corpus for a model with that tokenizer, at most ``MAX_TOKENS`` tokens.
+    """Return the corpus in a tokenizer's tokens, int32 [n], at most ``MAX_TOKENS``, with a -1 before each text.
 
-    Empty, but for one -1, if the tokenizer cannot read it: a vocabulary of words may lack an unknown token. Raises
-    Stopped.
+    A tokenizer that cannot read it (a vocabulary of words may lack an unknown token) gets a single -1. stop: ends the
+    work between two batches of texts, by Stopped.
     """
     found = np.array([-1], np.int32)
     packed = importlib.resources.files("specdec.drafters").joinpath(SHIPPED).read_bytes()
@@ -49,7 +49,7 @@ def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
 
 
 def tokenised(texts: Iterable[str], tokenizer: Any, most: int, stop: Stop | None = None) -> Ints:
-    """``texts`` in tokens, as many as fit ``most``. Raises Stopped."""
+    """Return as many of ``texts`` as fit ``most`` tokens, int32 [n], with a -1 before each. Raises Stopped."""
     found, texts = list[int](), iter(texts)
     while len(found) < most and (batch := list(islice(texts, BATCH))):
         if stop is not None:
@@ -60,7 +60,7 @@ def tokenised(texts: Iterable[str], tokenizer: Any, most: int, stop: Stop | None
 
 
 def path_for(tokenizer: Any, packed: bytes) -> Path:
-    """The file of the ``packed`` texts for a tokenizer."""
+    """Return the path of the file with the compressed texts ``packed`` in a tokenizer's tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
     return files.cache_dir() / "ngram" / f"shipped-{hashlib.sha256(packed + described.encode()).hexdigest()[:24]}.ids"

@@ -19,13 +19,15 @@ from specdec.models import loading
 from specdec.runtimes.prefill import prefill
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Traits
+from specdec.speculation.state import State
 
 from .chain import ChainDrafter, ChainRow, Readout
 
 
 class DraftModelRow(ChainRow):
-    """cache: the draft model's, of one row."""
+    """The state of a row. cache: the draft model's keys and values of the row."""
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__()
@@ -38,23 +40,23 @@ class DraftModelDrafter(ChainDrafter):
     Drafts nothing once the text is longer than the draft model's context. Raises SpecDecError, when bound, if the
     vocabularies differ.
 
-    own: the draft model as a target of its own.
-    tokenizer: the draft model's, to be compared with the target's.
-    rows: whose the cache's rows are.
-    fed: drafted tokens of each row that are in the cache, uncommitted.
+    draft_target: the draft model as a target of its own.
+    tokenizer: the draft model's tokenizer, which must be the target's; None: not known.
+    vocab: the token ids that both models have, int64 [V']; None: all.
+    cache: the draft model's keys and values of the rows ``rows``.
+    fed_tokens: for each row, the drafted tokens in the cache that are not committed.
     """
 
     name: ClassVar[str] = "draft-model"
     summary: ClassVar[str] = "a second, smaller model with the same vocabulary (draft-model=NAME); no training"
 
     def __init__(self, own: Target, tokenizer: Any = None) -> None:
-        self.draft_target, self.tokenizer, self.path = own, tokenizer, own.fingerprint
-        self.vocab: Tensor | None = None  # the tokens that both models have, int64 [V']; None: all
-        self.start()
+        self.draft_target, self.tokenizer = own, tokenizer
+        self.vocab: Tensor | None = None
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> DraftModelDrafter:
-        """Load the draft model: ``source``, or in a sweep the option ``model``, is whatever ``loading.load`` takes."""
+        """Load the draft model ``source``, or the option ``model``: a name that ``loading.load`` takes."""
         options.check_names(cls.name, kwargs, ("model",))
         model = kwargs.get("model", source)
         if not isinstance(model, str) or not model:
@@ -75,10 +77,7 @@ class DraftModelDrafter(ChainDrafter):
             raise SpecDecError(f"the model and the draft model have different {sizes}; they must share one")
         # With one tokenizer, sizes differ only by padding.
         self.vocab = None if ours == theirs else torch.arange(min(ours, theirs), device=target.device)
-        self.start()
-
-    def start(self) -> None:
-        super().start()
+        self.traits = Traits((self.name,), cost_key=self.draft_target.fingerprint)
         self.cache, self.rows = self.draft_target.new_cache(0), list[DraftModelRow]()
         self.fed_tokens: list[list[int]] = []
 
@@ -110,7 +109,7 @@ class DraftModelDrafter(ChainDrafter):
         return draft
 
     def _catch_up(self, ids: list[list[int]]) -> Tensor:
-        """Keep the accepted drafts and run the new tokens of ``ids``; return the roots' final states [B, 1, D]."""
+        """Keep accepted drafts, run the new tokens of the texts ``ids``; return the roots' final states [B, 1, D]."""
         cache = self.cache
         texts = zip(self.fed_tokens, cache.rows, ids, strict=True)
         accepted = [common_prefix(fed, row[n:-1]) for fed, n, row in texts]
@@ -124,7 +123,7 @@ class DraftModelDrafter(ChainDrafter):
 
 
 def _difference(ours: Any, theirs: Any) -> str:
-    """The first difference of two tokenizers' vocabularies, or ""."""
+    """Return the first difference of two tokenizers' vocabularies as a text; "": there is none."""
     a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
     for index in sorted(a.keys() | b.keys()):
         if a.get(index) != b.get(index):

@@ -1,7 +1,7 @@
 """Layer skipping: the model drafts for itself without some of its layers (Draft & Verify, arXiv 2309.08168).
 
 Needs no training. Its drafts are good as far as the model hardly needs the skipped layers. Those before the first
-skipped one are exact: scoring resumes behind them. Entries of drafted tokens in the cache of later layers are
+skipped one are exact: scoring resumes after them. Entries of drafted tokens in the cache of later layers are
 provisional.
 """
 
@@ -16,13 +16,15 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.target import Pass, Target
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Traits
+from specdec.speculation.state import State
 
 from .chain import ChainDrafter, Readout
 
 
 def ranges_without(skipped: Collection[int], num_layers: int) -> list[tuple[int, int]]:
-    """The ranges [lo, hi) of the layers that are not skipped."""
+    """Return the ranges [lo, hi) of the layers that are not ``skipped``."""
     found = list[tuple[int, int]]()
     for layer in range(num_layers):
         if layer in skipped:
@@ -58,7 +60,8 @@ class LayerSkipDrafter(ChainDrafter):
                 f"layer-skip must leave out some of the model's layers 0 .. {n - 1}, not everything; "
                 f"got {sorted(skipped)}"
             )
-        self.exit_layer, self.path = min(skipped), str(self.ranges)
+        self.exit_layer = min(skipped)
+        self.traits = Traits((self.name,), cost_key=str(self.ranges))
 
     def propose(self, state: State, limit: int) -> Draft:
         target, cache = state.target, state.cache

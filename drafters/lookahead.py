@@ -18,17 +18,19 @@ from torch import Tensor
 from specdec.base.options import Count
 from specdec.base.settings import Whole, checked
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter, Traits
+from specdec.speculation.state import State
 from specdec.speculation.tree_builder import merge
 
 
 class _Row:
-    """One row's pool and window.
+    """The state of a row: its pool and its window.
 
-    pool: first token -> the rest of its n-grams, latest first.
-    seen: number of tokens whose n-grams are in the pool.
-    window: trajectories; the head of number i is a guess for position root + 1 + i.
-    ends: block indices at which the trajectories end in this step's draft.
+    pool: for each token, the rest of the n-grams that begin with it, latest first.
+    seen: number of tokens of the text whose n-grams are in the pool.
+    window: the trajectories; the first token of trajectory i is a guess for position root + 1 + i.
+    ends: block indices at which the trajectories end in this step's draft; [] after ``withdraw``.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class _Row:
         self.seen = 0
         self.window: list[list[int]] = []
         self.ends: list[int] = []
-        self.random = random.Random(0)  # of its own: a row does not depend on the others
+        self.random = random.Random(0)  # a row does not depend on others
 
 
 class LookaheadDrafter(Drafter):
@@ -58,7 +60,7 @@ class LookaheadDrafter(Drafter):
         self.window, self.ngram, self.guesses = window, ngram, guesses
 
     def bind(self, target: Target) -> None:
-        self.taps = (target.num_layers + 1,)
+        self.traits = Traits((self.name,), taps=(target.num_layers + 1,))
 
     def begin(self) -> _Row:
         return _Row()
@@ -93,7 +95,7 @@ class LookaheadDrafter(Drafter):
         row_state.ends = []
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        logits = taps[self.taps[0]]  # (B, 1 + M, V); a prompt has none
+        logits = taps[self.traits.taps[0]]  # (B, 1 + M, V); a prompt has none
         for b, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if row.ends:
                 for trajectory, answer in zip(row.window, logits[b, row.ends].argmax(-1).tolist(), strict=True):

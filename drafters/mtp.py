@@ -23,7 +23,7 @@ from specdec.models.native_model import as_transformers
 from specdec.models.source import weight_files
 from specdec.runtimes.target import GivenLinear, Pass, Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import State
+from specdec.speculation.state import State
 
 from .pairs import PairDrafter
 
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 
 class TensorNames(NamedTuple):
-    """The names of a family's tensors.
+    """The names of a family's tensors, and how the family runs the layer.
 
-    prefix: prefix of all tensor names; ``{n}`` is the number of the model's layers.
-    layer: further prefix of those of the decoder layer.
+    prefix: prefix of all tensor names; ``{n}`` stands for the number of the model's layers.
+    layer: further prefix of the tensors of the decoder layer.
+    token_norm, state_norm, projection, norm: names of the norms of embedding and state, of the projection of both, and
+        of the norm after the layer.
     token_first: whether the embedding is the first part of the projection's input.
     reads_norm: whether the layer reads the model's final states after the final norm.
     feeds_norm: whether drafted tokens read the layer's output after its norm.
@@ -76,10 +78,11 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass
 class MTPHead:
-    """The layer, with its norms and its projection as in ``TensorNames``.
+    """The prediction layer, with norms and projection as in ``TensorNames``.
 
     draft_target: the layer as a model of its own, with its norm and the model's output head.
     final_norm: applied to the model's states before the layer reads them.
+    norm: the norm after the layer.
     """
 
     draft_target: Target
@@ -92,7 +95,7 @@ class MTPHead:
     feeds_norm: bool = True
 
     def inputs(self, embedded: Tensor, states: Tensor) -> Tensor:
-        """The layer's input for pairs of embeddings and states, [B, T, D] each."""
+        """Return the layer's input [B, T, D] for pairs of embeddings and states, [B, T, D] each."""
         pair = self.token_norm(embedded), self.state_norm(states)
         x: Tensor = self.projection(torch.cat(pair if self.token_first else pair[::-1], -1))
         return x
@@ -109,11 +112,11 @@ class MTPDrafter(PairDrafter):
     shift = 1
 
     def __init__(self, head: MTPHead) -> None:
-        self.head, self.path = head, head.draft_target.fingerprint
+        self.head, self.cost_key = head, head.draft_target.fingerprint
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
-        """From the model's own checkpoint, or that of the name or folder ``source``."""
+        """Load from the model's own checkpoint, or from that of the name or folder ``source``."""
         options.check_names(cls.name, kwargs)
         return cls(read_head(target, source))
 
@@ -151,7 +154,7 @@ class MTPDrafter(PairDrafter):
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:
-    """The layer in the checkpoint of the target's model, or of ``source``.
+    """Return the layer in the checkpoint of the target's model, or of ``source``.
 
     Raises SpecDecError if there is none, or it does not fit the model's family.
     """
@@ -200,7 +203,7 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
 
 
 def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with ``prefix``, by the rest of their names; without copies of the model's own."""
+    """Return the tensors whose names begin with ``prefix``, by the rest of the name, without copies of the model's."""
     found = {}
     for path in files:
         with drafter_folder.open_tensors(path) as stored:
@@ -212,7 +215,10 @@ def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:
 
 
 def _one_layer(model: PreTrainedModel, state: dict[str, Tensor], name: str) -> PreTrainedModel:
-    """The layer as a model of its family, with the embedding and the output head of ``model``."""
+    """Return the layer as a model of its family, with the embedding and the output head of ``model``.
+
+    state: its tensors by name. name: the checkpoint's, for errors.
+    """
     config = model.config.get_text_config()
     changes: dict[str, Any] = {"num_hidden_layers": 1}
     changes |= {key: value for key, value in ONE_LAYER.items() if getattr(config, key, None) is not None}

@@ -15,8 +15,10 @@ from specdec.base import options
 from specdec.base.background import Stop, Work
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter, Traits
 from specdec.speculation.ngram import Grower, Prior, Texts
+from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import Prices
 
@@ -30,7 +32,7 @@ CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
 
 
 def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
-    """The corpus in a tokenizer's tokens, as texts that are matched, and its prior."""
+    """Return the corpus in a tokenizer's tokens, as texts that are matched, and as a prior."""
     ids = corpus(tokenizer, vocab_size, stop)
     texts = Texts(len(ids))
     stop.check()
@@ -40,7 +42,11 @@ def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
 
 
 class NgramRow:
-    """The text of one request. seen: tokens entered. store: earlier texts of its scope, set by its first draft."""
+    """The state of a row.
+
+    texts: its own text. seen: number of its tokens in ``texts``.
+    store: the earlier texts of its scope; None before its first draft.
+    """
 
     def __init__(self) -> None:
         self.texts, self.seen = Texts(TEXT), 0
@@ -50,9 +56,10 @@ class NgramRow:
 class NgramDrafter(Drafter):
     """Drafts the likeliest paths by n-grams: as many nodes as pay for their scoring, or ``nodes``.
 
-    nodes: of a tree; None: those worth their price (``Prices``), or as many as the draft may be deep. store: tokens of
-    earlier requests of this process, prompts and outputs, that are matched; 0 or false: none. prior: whether the corpus
-    is used; it needs the model's tokenizer.
+    nodes: number of nodes of a tree; None: the nodes that are worth their price (``Prices``), or as many as the draft
+        may be deep.
+    store: number of tokens of earlier requests of this process, prompts and outputs, that are matched; 0, False: none.
+    prior: whether the corpus is used, which needs the model's tokenizer.
     Raises SpecDecError where its compiled part is not built.
     """
 
@@ -60,9 +67,8 @@ class NgramDrafter(Drafter):
     summary: ClassVar[str] = (
         "suffix matches in the text and earlier requests, and a prior counted in a corpus; no training"
     )
-    blends: ClassVar[bool] = True
-    has_probabilities = True
-    level_share = (0.0,)
+
+    traits = Traits(("ngram",), has_probabilities=True, level_shares=(0.0,))
 
     def __init__(self, nodes: int | None = None, store: int | bool = STORE, prior: bool = True) -> None:
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
@@ -85,7 +91,7 @@ class NgramDrafter(Drafter):
             row_state.store.add([*ids[-self.size // 2 :], -1])
 
     def _store(self, scope: str | None) -> Texts:
-        """The texts of earlier requests of a scope."""
+        """Return the texts of earlier requests of a scope."""
         if scope not in self.stores:
             if len(self.stores) == MOST_SCOPES:
                 del self.stores[next(iter(self.stores))]
@@ -117,7 +123,7 @@ class NgramDrafter(Drafter):
         noise = None if chooser.transforms.greedy else (chooser.noise, len(ids))
         priced = state.prices or Prices(())
         tables = priced.tables[row] if priced.tables else ()
-        # What is half worth its price is looked at, too: calibration learns from it.
+        # Nodes that are worth half their price are found, too: calibration learns from them.
         every = self.nodes is not None or learned is not None
         nodes = () if every else [price / 2 for price in priced.nodes]
         return self.grower(ids, sources, limit, learned, state.masks(row), noise, tables=tables, prices=nodes)

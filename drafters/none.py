@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter, Traits
+from specdec.speculation.state import State
 
 
 class NoDrafter(Drafter):
@@ -12,7 +14,7 @@ class NoDrafter(Drafter):
 
     name: ClassVar[str] = "none"
     summary: ClassVar[str] = "plain decoding, the baseline"
-    drafts: ClassVar[bool] = False
+    traits = Traits(("none",), drafts=False)
 
     def propose(self, state: State, limit: int) -> Draft:
         return Draft.empty(state.cache.batch, state.cache.device)

@@ -1,7 +1,7 @@
 """Drafters that run pairs: a token, and a state of the token before it, through layers with a KV cache of their own.
 
-A pair of a drafted token has the layers' own output in place of the state. Its entries are dropped with the next step,
-which runs the pairs of all new tokens of the text.
+The pair of a drafted token has the layers' own output instead of the state. Its entries leave the cache with the next
+step, which runs the pairs of all new tokens of the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from specdec.base.devices import is_asynchronous, upload
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Traits
+from specdec.speculation.state import State
 
 from .chain import ChainDrafter, ChainRow, Readout
 
@@ -26,8 +28,8 @@ from .chain import ChainDrafter, ChainRow, Readout
 class PairRow(ChainRow):
     """The state of a row.
 
-    cache: keys and values of the pairs that have been run.
-    states: those of tokens whose pairs are still to run, in parts [n, ...].
+    cache: keys and values of the pairs that were run.
+    states: the model's states of tokens whose pairs are still to run, in parts [n, D'].
     last: the layers' output at the root's pair, [1, 1, D'].
     """
 
@@ -37,21 +39,22 @@ class PairRow(ChainRow):
 
 
 class PairDrafter(ChainDrafter):
-    """Drafts a chain by pairs.
+    """Drafts a chain by pairs; the base of drafters that do so.
 
-    shift: distance from a pair's position to its token's.
-    layers: the layers whose input states are a pair's state, side by side; N: the final state.
-    tokens: the draft vocabulary, int64 [V'], or None: all tokens.
+    shift: the position of a pair's token minus the position that its layers see.
+    layers: the layers whose input states, side by side, are a pair's state; N: the final state.
+    tokens: the draft vocabulary, int64 [V']; None: all tokens.
+    cost_key: as in ``Traits``.
     """
 
-    whole_prompts = True
     shift: ClassVar[int]
     layers: tuple[int, ...]
     tokens: Tensor | None = None
+    cost_key: str
 
     @abstractmethod
     def new_cache(self) -> KVCache:
-        """An empty cache of one row."""
+        """Return an empty cache of one row."""
 
     @abstractmethod
     def run(
@@ -63,27 +66,31 @@ class PairDrafter(ChainDrafter):
         positions: Tensor,
         tree: Tensor | None = None,
     ) -> Tensor:
-        """Run pairs [B, T] of ``tokens`` and ``states`` behind those in ``cache``; return the outputs [B, T, D'].
+        """Run pairs of ``tokens`` [B, T] and ``states`` [B, T, ...] after the pairs in ``cache``; return [B, T, D'].
 
         tree: as in ``KVCache.register``.
         """
 
     @abstractmethod
     def inputs(self, states: Tensor) -> Tensor:
-        """What ``run`` takes of the model's states of the text [B, T, ...]."""
+        """Return the ``states`` that ``run`` takes, from the model's states of a text [B, T, ...]."""
 
     def fed(self, outputs: Tensor) -> Tensor:
-        """What ``run`` takes of its own outputs [B, T, D']."""
+        """Return the ``states`` that ``run`` takes, from its own outputs [B, T, D']; by default these."""
         return outputs
 
     @abstractmethod
     def logits(self, outputs: Tensor) -> Tensor:
-        """The draft logits [B, T, V'] of outputs [B, T, D']."""
+        """Return draft logits [B, T, V'] of outputs [B, T, D']."""
 
     def bind(self, target: Target) -> None:
-        self.taps = tuple(sorted(set(self.layers)))
-        self.has_probabilities = not is_asynchronous(target.device)
-        self.start()
+        self.traits = Traits(
+            (self.name,),
+            taps=tuple(sorted(set(self.layers))),
+            whole_prompts=True,
+            has_probabilities=not is_asynchronous(target.device),
+            cost_key=self.cost_key,
+        )
 
     def begin(self) -> PairRow:
         return PairRow(self.new_cache())
@@ -127,10 +134,10 @@ class PairDrafter(ChainDrafter):
 
 
 def _chunks(state: State, states: Sequence[Tensor], shift: int) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
-    """Chunks of pairs up to each row's root: a token of the text's end, and its state before it in ``states`` [n, D].
+    """Yield chunks of the pairs of each row up to its root.
 
-    shift: as in ``PairDrafter``. Yields the states [B, T, D], the number of each row's pairs, their tokens and
-    positions, int64 [B, T].
+    states: for each row, the states [n, D] before the last n tokens of its text. shift: as in ``PairDrafter``.
+    A chunk has states [B, T, D], the number of pairs of each row, and their tokens and positions, int64 [B, T] each.
     """
     device, last = state.cache.device, state.target.context - 1
     for start in range(0, max(map(len, states)), PASS_TOKENS):

@@ -6,26 +6,30 @@ Needs no training and no model. Searches the text so far; ``ngram`` also searche
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from specdec.base.errors import SpecDecError
 from specdec.base.options import Count
 from specdec.base.settings import checked
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.state import State
 from specdec.speculation.tree_builder import merge
 
-Place = tuple[list[int], int]  # a text, and the index in it at which a continuation starts
+Continuation = tuple[list[int], int]  # a text, and the index in it at which the continuation starts
 
 
 class _Index:
-    """n-gram -> the places of its continuations, with different first tokens, latest first.
+    """The continuations of each n-gram of a row's text, with different first tokens, latest first.
 
-    most: maximum number of places of an n-gram.
-    seen: number of tokens of a row's text that are in the index.
+    sizes: the lengths of n-grams. most: maximum number of continuations of an n-gram.
+    found: the continuations by n-gram.
+    seen: number of tokens of the text that are in the index.
     """
 
     def __init__(self, sizes: range, most: int) -> None:
-        self.sizes, self.most, self.places = sizes, most, dict[tuple[int, ...], tuple[Place, ...]]()
+        self.sizes, self.most = sizes, most
+        self.found = dict[tuple[int, ...], tuple[Continuation, ...]]()
         self.seen = 0
 
     def add(self, ids: list[int]) -> None:
@@ -34,8 +38,8 @@ class _Index:
             for n in self.sizes:
                 if n <= end:
                     key = tuple(ids[end - n : end])
-                    others = [place for place in self.places.get(key, ()) if place[0][place[1]] != ids[end]]
-                    self.places[key] = ((ids, end), *others[: self.most - 1])
+                    others = [(text, at) for text, at in self.found.get(key, ()) if text[at] != ids[end]]
+                    self.found[key] = ((ids, end), *others[: self.most - 1])
         self.seen = len(ids)
 
 
@@ -48,7 +52,6 @@ class PromptLookupDrafter(Drafter):
 
     name: ClassVar[str] = "prompt-lookup"
     summary: ClassVar[str] = "n-gram lookup in the prompt and the output; no training"
-    before_others: ClassVar[dict[str, Any]] = {"prompt_lookup_min": 2}  # options where another drafter comes after it
 
     @checked
     def __init__(
@@ -74,15 +77,15 @@ class PromptLookupDrafter(Drafter):
         index, ids = state.row_states[row], state.ids[row]
         index.add(ids)  # an n-gram enters it once its continuation is known, so the current suffix never finds itself
         found: dict[int, list[int]] = {}  # by first token
-        for text, start in self._places(index, ids):
+        for text, start in self._continuations(index, ids):
             if text[start] not in found and (tokens := state.allowed(row, text[start : start + limit])):
                 found[text[start]] = tokens
             if len(found) == self.continuations:
                 break
         return list(found.values())
 
-    def _places(self, own: _Index, ids: list[int]) -> Iterator[Place]:
-        """Where the end of the text occurred before, long matches first."""
+    def _continuations(self, own: _Index, ids: list[int]) -> Iterator[Continuation]:
+        """Yield the continuations of the longest n-gram at the end of ``ids``, then of shorter ones."""
         for n in self.sizes:
             if n <= len(ids):
-                yield from own.places.get(tuple(ids[-n:]), ())
+                yield from own.found.get(tuple(ids[-n:]), ())

@@ -15,16 +15,16 @@ from specdec.base import memory
 from specdec.base.devices import upload
 from specdec.models.gguf.blocks import matrix
 from specdec.runtimes.target import GrowingLinear, Target
-from specdec.speculation.draft import State
+from specdec.speculation.state import State
 
 REUSE_FACTOR = 2  # a head is reused if it has at most so many times the tokens that are needed
 
 
 class Context:
-    """The tokens of one row's text that are not among the trained ones.
+    """The tokens of one row's text that the drafter was not trained on.
 
     read: number of tokens of the text that have been read.
-    added: the tokens, in the order of their first occurrence.
+    added: the token ids, in the order of their first occurrence.
     """
 
     def __init__(self) -> None:
@@ -33,11 +33,15 @@ class Context:
 
 
 class DraftVocabulary:
-    """Readout of final states over ``tokens``, int64 [V'] (None: every token). ``follow`` begins each step.
+    """Computes draft logits of final states over the tokens that a drafter drafts from. ``follow`` begins each step.
 
-    trained: the drafter's own tokens, int [V'], or None. head: their readout, where it is there.
-    added: tokens of the rows' texts beside the trained ones, which ``added_head`` reads out.
-    forbidden: the added tokens that a row has not seen, bool [B, added], if rows differ.
+    target: the model.
+    trained: the token ids that the drafter was trained on, int [V']; None: all.
+    head: the output head of ``trained``; None: the model's own, or made of it.
+    tokens: ``trained`` and ``added``, int64 [V'], the token ids of the logits; None: all.
+    added: tokens of the rows' texts that are not in ``trained``.
+    added_head: the output head of ``added``; None: there are none.
+    forbidden: the added tokens that a row has not seen, bool [B, added]; None: every row has seen all.
     """
 
     def __init__(self, target: Target, trained: Tensor | None, head: nn.Linear | None = None) -> None:
@@ -47,16 +51,13 @@ class DraftVocabulary:
             self.head = target.reduced_head(self.trained, lasting=True)
         self.trained_ids = frozenset() if self.trained is None else frozenset(self.trained.tolist())
         memory.release(matrix(target.model.get_output_embeddings()).data)
-        self.start()
-
-    def start(self) -> None:
         self.tokens = self.trained
         self.added: list[int] = []
         self.added_head: GrowingLinear | None = None
         self.forbidden: Tensor | None = None
 
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
-        """Add the tokens of the rows' texts. No row drafts from another's."""
+        """Add the tokens of the texts of all rows, of which ``contexts`` are. No row drafts from another's text."""
         if self.trained is None:
             return
         for context, ids in zip(contexts, state.ids, strict=True):
@@ -81,11 +82,11 @@ class DraftVocabulary:
 
     @property
     def heads(self) -> list[nn.Linear | None]:
-        """The heads of ``tokens``, one behind the other (None: the model's own); they mask no ``forbidden`` tokens."""
+        """The heads whose logits, one after another, are over ``tokens``; None: the model's own. None is forbidden."""
         return [self.head] if self.added_head is None else [self.head, self.added_head]
 
     def logits(self, final: Tensor) -> Tensor:
-        """Draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
+        """Return draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
         logits = self.target.readout(final, self.head)
         if self.added_head is None:
             return logits

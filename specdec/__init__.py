@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from specdec.engine.metrics import RequestMetrics
     from specdec.engine.request import Event, Handle, Request
     from specdec.speculation.constraints import Choice, Grammar, Json, Regex
-    from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
+    from specdec.speculation.draft import Draft
+    from specdec.speculation.drafter import Drafter, DrafterWarning, Learner, Traits
+    from specdec.speculation.state import State
+    from specdec.speculation.verifier import Acceptance, Verifier
 
 # OpenMP reads this when torch is imported: threads that wait spin for up to half a millisecond and then sleep. By
 # default they spin for up to 15, on cores that those they wait for may need.
@@ -39,6 +42,7 @@ __all__ = [
     "Grammar",
     "Handle",
     "Json",
+    "Learner",
     "Regex",
     "Request",
     "RequestMetrics",
@@ -48,6 +52,7 @@ __all__ = [
     "SpecDecoder",
     "State",
     "TokenLogprob",
+    "Traits",
     "Verifier",
 ]
 
@@ -55,7 +60,10 @@ _MODULES = {
     "api.decoder": ("SpecDecoder",),
     "api.generation": ("DecoderOptions", "Generation", "GenerationOptions", "GenerationOutput", "RequestOptions"),
     "speculation.constraints": ("Choice", "Grammar", "Json", "Regex"),
-    "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
+    "speculation.draft": ("Draft",),
+    "speculation.drafter": ("Drafter", "DrafterWarning", "Learner", "Traits"),
+    "speculation.state": ("State",),
+    "speculation.verifier": ("Acceptance", "Verifier"),
     "base.errors": ("SpecDecError",),
     "engine.engine": ("Engine",),
     "engine.logprobs": ("TokenLogprob",),

@@ -21,9 +21,12 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.reference import M2R2, DraftLogits, Sampling, Tree, decode, draft_chain, draft_tree
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Acceptance, Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import RowSampler, SamplingParams
+from specdec.speculation.state import State
 from specdec.speculation.tree_builder import in_one_shape
+from specdec.speculation.verifier import Acceptance
 from specdec.verifiers.exact import ExactVerifier
 
 COUNT, ENDS = 12, frozenset([EOS])

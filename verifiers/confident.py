@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from specdec.base import options
-from specdec.speculation.draft import Verifier
+from specdec.speculation.verifier import Verifier
 
 
 class ConfidentVerifier(Verifier):

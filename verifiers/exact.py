@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from specdec.speculation.draft import Verifier
+from specdec.speculation.verifier import Verifier
 
 
 class ExactVerifier(Verifier):

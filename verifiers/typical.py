@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from specdec.base.settings import Number, checked
-from specdec.speculation.draft import Acceptance, Draft, Verifier
+from specdec.speculation.draft import Draft
+from specdec.speculation.verifier import Acceptance, Verifier
 
 
 class TypicalVerifier(Verifier):

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from specdec.base import options
 from specdec.base.devices import is_asynchronous
-from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder, hub
 from specdec.models.names import display_name
 from specdec.runtimes.draft_path import WIDTH, TreeLimits
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
-from specdec.speculation.tree_drafting import by_levels
+from specdec.speculation.tree_drafting import expand_tree
 
 from ..pairs import PairDrafter
 from .network import KIND, Eagle3, Eagle3Config, read_network
@@ -30,8 +30,8 @@ from .network import KIND, Eagle3, Eagle3Config, read_network
 class Eagle3Drafter(PairDrafter):
     """Drafts with an EAGLE-3 head: a chain, or a tree grown level by level.
 
-    A tree is grown for one greedy row. It has ``nodes`` nodes, else those that are worth their price (``Prices``; a
-    chain if there are no prices). Raises SpecDecError if the head does not fit the target.
+    A tree is grown for one greedy row. It has ``nodes`` nodes, or the nodes that are worth their price (``Prices``);
+    without prices it is a chain.
 
     nodes: number of nodes of a tree; None: as many as are worth their price.
     width: number of nodes of a level that get children.
@@ -44,24 +44,23 @@ class Eagle3Drafter(PairDrafter):
 
     def __init__(self, network: Eagle3, width: int = WIDTH, nodes: int | None = None) -> None:
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
+        self.cost_key = str(network.config)
         self.network, self.width = network, options.check_int("width", width, 1)
-        self.path = str(network.config)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Eagle3Drafter:
-        """From a folder, or a Hugging Face repository, in the speculators format."""
+        """Load a head in the speculators format. source: a folder, or a repository ORG/NAME[@revision].
+
+        Raises SpecDecError if there is none, or the head does not fit the target.
+        """
         options.check_names(cls.name, kwargs, ("nodes", "width"))
         if source is None:
-            raise cls.not_shipped(target.model.config._name_or_path)
+            raise drafter_folder.not_shipped(cls.name, cls.training, target.model.config._name_or_path)
         folder = Path(source) if Path(source).is_dir() else hub.fetch_drafter(source)
         where, config = display_name(folder), drafter_folder.read_config(folder, KIND)
         if "base" in config:  # ours; others do not say which weights a head is for
             drafter_folder.check_base(config, target, where)
         return cls(read_network(folder, Eagle3Config.read(config, target, where), target, where), **kwargs)
-
-    @classmethod
-    def not_shipped(cls, model: str) -> SpecDecError:
-        return SpecDecError(f"no {cls.name} drafter is shipped; give a head with --drafter {cls.name}=DIR or =ORG/NAME")
 
     def bind(self, target: Target) -> None:
         network, config = self.network, self.network.config
@@ -84,13 +83,13 @@ class Eagle3Drafter(PairDrafter):
         if not self._drafts_tree(state):
             return super().propose(state, limit)
         cache = self.catch_up(state)
-        if self.has_probabilities and state.prices is not None and not state.prices.levels():
+        if self.traits.has_probabilities and state.prices is not None and not state.prices.levels():
             return draft_best([Candidates.none()], limit, self.nodes, state)
         found = self._tree(state, cache, limit, self.width if self.nodes or state.prices else 1)
         return draft_best([found], limit, self.nodes, state, found.levels())
 
     def _drafts_tree(self, state: State) -> bool:
-        """Whether to grow a tree, for one greedy row. It is read before it is scored."""
+        """Return whether to grow a tree: for one greedy row, if the host may wait for it or it has ``nodes``."""
         verified = state.threshold is None and state.sampler.best_allowed and len(state.ids) == 1
         worth = bool(self.nodes) or not is_asynchronous(state.cache.device)
         return verified and worth
@@ -110,7 +109,7 @@ class Eagle3Drafter(PairDrafter):
         prices = state.prices
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
         table = prices.tables[0][0] if prices and prices.tables else None
-        return by_levels(state.ids[0][-1], self.tokens, limits, state.cache.device, step, state.masks(0), table)
+        return expand_tree(state.ids[0][-1], self.tokens, limits, state.cache.device, step, state.masks(0), table)
 
     def inputs(self, states: Tensor) -> Tensor:
         return self.network.fuse(states)

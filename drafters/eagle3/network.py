@@ -33,12 +33,15 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, H, T, d], key
 
 @dataclass(frozen=True)
 class Eagle3Config:
-    """Sizes of a head.
+    """The sizes of a head.
 
-    layers: layers whose input states it reads.
-    width: its own hidden size D', beside the model's D.
-    vocab: number of draft tokens V'.
-    norm_first: whether the residual begins with the normalised state.
+    layers: layers of the model whose input states the head reads.
+    width: D', the head's own hidden size (D is the model's).
+    heads, kv_heads, head_dim: numbers of attention heads and of key heads, and the size of each.
+    intermediate_size: number of neurons of the MLP.
+    vocab: V', number of draft tokens.
+    eps: of the norms.
+    norm_first: whether the residual begins with the normalized state.
     rope: further entries for transformers' rotary positions.
     """
 
@@ -55,7 +58,10 @@ class Eagle3Config:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], target: Target, where: str) -> Eagle3Config:
-        """From an untrusted config.json. Raises SpecDecError if it is none, or made for another model."""
+        """Return the sizes in an untrusted config.json, whose name in errors is ``where``.
+
+        Raises SpecDecError if it describes no head that can be run, or one for another model.
+        """
         layer = config.get("transformer_layer_config")
         if config.get("speculators_model_type") != KIND or not isinstance(layer, dict):
             raise SpecDecError(f"'{where}' is not an EAGLE-3 head in the speculators format")
@@ -96,7 +102,7 @@ class Eagle3Config:
         )
 
     def rotary(self) -> LlamaRotaryEmbedding:
-        """Rotary positions. Raises SpecDecError for entries that transformers does not take."""
+        """Return the rotary positions. Raises SpecDecError for entries that transformers does not take."""
         sizes: dict[str, Any] = {
             "hidden_size": self.width,
             "num_attention_heads": self.heads,
@@ -109,12 +115,12 @@ class Eagle3Config:
 
 
 def default_taps(layers: int) -> tuple[int, ...]:
-    """The default of tapped layers: an early, a middle and a late one."""
+    """Return the default of tapped layers, of a model of ``layers`` layers: an early, a middle and a late one."""
     return min(2, layers), layers // 2, max(layers - 3, 0)
 
 
 class DecoderLayer(nn.Module):
-    """The parameters of the decoder layer, by their names in the file. linear: makes the map of a name."""
+    """The parameters of the decoder layer, by their names in the file. linear: makes a layer by name and sizes."""
 
     def __init__(self, config: Eagle3Config, linear: Callable[[str, int, int], nn.Linear]) -> None:
         super().__init__()
@@ -132,10 +138,10 @@ class DecoderLayer(nn.Module):
 class Eagle3(nn.Module):
     """The head. Its inputs are pairs: a token's embedding and the features of the token before it.
 
-    d2t: int64 [V'], or None: the draft vocabulary is the model's first tokens.
-    has_embedding: whether it has an embedding of its own.
-    biased: names of the linear maps with a bias.
-    maps: the linear maps in their fastest format, those of one input as one (``freeze``).
+    d2t: for each draft token, the difference between its id in the model and its own, int64 [V']; None: no difference.
+    has_embedding: whether the head has an embedding of its own.
+    biased: names of the linear layers with a bias.
+    maps: the linear layers in their fastest format, made by ``freeze``; layers of one input are one.
     """
 
     def __init__(
@@ -164,13 +170,13 @@ class Eagle3(nn.Module):
 
     @property
     def tokens(self) -> Tensor | None:
-        """The draft vocabulary, int64 [V']."""
+        """The ids of the draft tokens in the model, int64 [V']; None: the model's first tokens."""
         if self.d2t is None:
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def freeze(self, target: Target) -> None:
-        """Prepare for drafting: parameters in the target's dtype and place, maps in their fastest format."""
+        """Prepare for drafting: move parameters to the target's dtype and device, pack the linear layers."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self._rotary = [self.config.rotary().to(target.device)]
         layer: Any = self.layers[0]
@@ -186,11 +192,11 @@ class Eagle3(nn.Module):
         self.maps = {name: _as_one(group) for name, group in groups.items()}
 
     def fuse(self, states: Tensor) -> Tensor:
-        """States of the tapped layers side by side [B, T, n D] -> features [B, T, D']."""
+        """Return features [B, T, D'] of the states of the tapped layers side by side, [B, T, n D]."""
         return self._map("fc", states)
 
     def layer(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Pairs of embeddings and features [B, T, D'] -> the features of the pairs' tokens [B, T, D']."""
+        """Run the decoder layer on pairs of embeddings and features; return the tokens' features; all [B, T, D']."""
         config, layer = self.config, cast(Any, self.layers[0])
         normed = layer.hidden_norm(features)
         sizes = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
@@ -203,7 +209,7 @@ class Eagle3(nn.Module):
         return x + self._map("down", F.silu(gate) * up)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features of tokens [B, T, D'] -> logits of the next tokens over the draft vocabulary [B, T, V']."""
+        """Return logits of the next tokens over the draft vocabulary, [B, T, V'], from features [B, T, D']."""
         return self._map("head", self.norm(features))
 
     def _map(self, group: str, x: Tensor) -> Tensor:
@@ -211,7 +217,7 @@ class Eagle3(nn.Module):
 
 
 def _as_one(group: Sequence[nn.Linear]) -> Linear:
-    """Maps of one input as one map."""
+    """Return linear layers of one input as one packed linear layer."""
     if len(group) == 1:
         return for_drafting(group[0].weight, group[0].bias)
     biases: list[Tensor] = [
@@ -222,7 +228,7 @@ def _as_one(group: Sequence[nn.Linear]) -> Linear:
 
 
 def read_network(folder: Path, config: Eagle3Config, target: Target, where: str) -> Eagle3:
-    """The head in a folder. Raises SpecDecError if a tensor is missing, broken or of another size."""
+    """Return the head in a folder, whose name in errors is ``where``. Raises SpecDecError if a tensor does not fit."""
     with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS) as stored:
         names = {name.replace("midlayer.", "layers.0."): name for name in stored.header}
         header = {name: stored.header[of] for name, of in names.items() if name != "t2d"}

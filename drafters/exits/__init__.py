@@ -2,7 +2,7 @@
 
 A drafted token runs layer by layer and leaves at an exit; its readout there is the draft. Its states are exact, so
 scoring resumes where the deepest token left. When a later token goes deeper, the layers that earlier tokens of the
-draft have not run are run for all of them at once. Knows nothing of acceptance.
+draft have not run are run for all of them at once.
 
     early-exit         every token leaves at one exit (LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710)
     deed               each at the first exit with enough confidence (Tang et al. 2023, arXiv 2311.08623)
@@ -12,16 +12,8 @@ draft have not run are run for all of them at once. Knows nothing of acceptance.
 
 from __future__ import annotations
 
-from .drafter import DeedDrafter, EarlyExitDrafter, ExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
+from .drafter import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
 from .networks import ExitHeads, Routers, check_exits
 
-__all__ = [
-    "DeedDrafter",
-    "EarlyExitDrafter",
-    "ExitDrafter",
-    "ExitHeads",
-    "MixtureOfDepthsDrafter",
-    "Routers",
-    "SkipDecodeDrafter",
-    "check_exits",
-]
+__all__ = ["DeedDrafter", "EarlyExitDrafter", "MixtureOfDepthsDrafter", "SkipDecodeDrafter"]
+__all__ += ["ExitHeads", "Routers", "check_exits"]

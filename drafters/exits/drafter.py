@@ -13,7 +13,9 @@ from specdec.base.errors import SpecDecError
 from specdec.base.settings import keywords
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter, Traits
+from specdec.speculation.state import State
 
 from ..chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
 from ..vocabulary import DraftVocabulary
@@ -22,26 +24,28 @@ from .passes import PartialPass, RoutedPass
 
 
 class ExitDrafter(ChainDrafter):
-    """Drafts a chain of tokens that leave the model early; subclasses choose each token's exit.
+    """Drafts a chain of tokens that leave the model early. A subclass chooses the exit (``run_to_exit``).
 
     network: trained modules; None: the model's own norm and head read out.
+    level_shares, cost_key: as in ``Traits``.
     """
 
-    leaves_early = True
     network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
     network: Any = None
+    level_shares: tuple[float, ...] = (0.1,)
+    cost_key = ""
     vocabulary: DraftVocabulary
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
-        """With the network in a folder, or the one shipped for the target, if it needs one.
+        """Load the network, if the drafter needs one, from the folder ``source``; None: the shipped one.
 
-        Raises SpecDecError if there is none, and for a folder of another drafter or model.
+        Raises SpecDecError if none is shipped, and for a folder of another drafter or model.
         """
         if not cls.needs_training:
             return super().load(target, source, **kwargs)
         options.check_names(cls.name, kwargs, [name for name in keywords(cls) if name != "network"])
-        folder = cls.find(target, source)
+        folder = drafter_folder.find(cls.name, cls.training, target, source)
         config = drafter_folder.read_config(folder, cls.name, target)
         make: Any = cls
         return make(
@@ -55,17 +59,18 @@ class ExitDrafter(ChainDrafter):
         if self.network is not None:
             self.network.to(target.device, target.dtype).requires_grad_(False).eval()
         self.vocabulary = DraftVocabulary(target, None if self.network is None else self.network.draft_vocab)
+        self.traits = Traits((self.name,), level_shares=self.level_shares, leaves_early=True, cost_key=self.cost_key)
 
     def begin_draft(self, state: State) -> Any:
-        """The pass that runs the draft's tokens: a ``PartialPass``, or an object with its ``push`` and ``finish``."""
+        """Return the pass that runs the draft's tokens, with the methods ``push`` and ``finish`` of ``PartialPass``."""
         return PartialPass(state.target, state.cache)
 
     @abstractmethod
     def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
-        """Run the last of ``tokens`` to its exit, and read it out: the three parts of a ``Readout``."""
+        """Run the last token of ``begin_draft``'s pass to its exit; return the fields of the ``Readout`` there."""
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
-        """Run the last token to ``layer``, which is exit ``index``, and read it out."""
+        """Run the last token to ``layer``, the exit of that index; return the fields of the ``Readout`` there."""
         h = tokens.to(layer)
         logits = self.vocabulary.logits(h if self.network is None else self.network(index, h))[:, 0]
         certainty = best_probability(logits)
@@ -102,7 +107,8 @@ class EarlyExitDrafter(ExitDrafter):
         count = target.num_layers
         layer = max(count // 3, 1) if self.requested is None else self.requested
         self.exit_layer = options.check_int("exit_layer", layer, 1, count - 1)
-        self.path, self.level_share = str(self.exit_layer), (self.exit_layer / count,)
+        self.level_shares = (self.exit_layer / count,)
+        self.cost_key = str(self.exit_layer)
         super().bind(target)
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
@@ -127,20 +133,20 @@ class DeedDrafter(ExitDrafter):
     def __init__(self, network: ExitHeads, exit_confidence: float = 0.5) -> None:
         self.network = network
         self.exits, self.exit_confidence = network.exits, options.check_probability("exit_confidence", exit_confidence)
-        self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
 
     def bind(self, target: Target) -> None:
-        self.level_share = tuple(layer / target.num_layers for layer in self.exits)
+        self.level_shares = tuple(layer / target.num_layers for layer in self.exits)
+        self.cost_key = f"{self.exits} {self.exit_confidence}"
         super().bind(target)
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
-        last = self.num_exits if state.exit is None else state.exit + 1
+        last = len(self.exits) if state.exit is None else state.exit + 1
         return first_confident(lambda index: self.read(tokens, self.exits[index], index), last, exit_confidence)
 
 
 class SkipDecodeRow(ChainRow):
-    """prompt: number of prompt tokens; 0: not known yet."""
+    """The state of a row. prompt: number of prompt tokens; 0: not known yet."""
 
     prompt = 0
 
@@ -169,7 +175,7 @@ class SkipDecodeDrafter(ExitDrafter):
         self.high = options.check_int("deepest", max(4 * count // 5, 1) if high is None else high, 1, count - 1)
         if self.low > self.high:
             raise SpecDecError(f"the exit falls from deepest to shallowest; got {self.high} and {self.low}")
-        self.path = f"{self.low} {self.high} {self.horizon}"
+        self.cost_key = f"{self.low} {self.high} {self.horizon}"
         super().bind(target)
 
     def begin(self) -> SkipDecodeRow:
@@ -200,10 +206,7 @@ class MixtureOfDepthsDrafter(ExitDrafter):
 
     def __init__(self, network: Routers) -> None:
         self.network = network
-
-    def bind(self, target: Target) -> None:
-        super().bind(target)
-        self.path = f"{self.network.first} {float(self.network.weight.sum())}"
+        self.cost_key = f"{network.first} {float(network.weight.sum())}"
 
     def begin_draft(self, state: State) -> RoutedPass:
         return RoutedPass(state.target, state.cache, self.network)

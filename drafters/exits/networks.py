@@ -17,12 +17,12 @@ from specdec.runtimes.torch.linear import rms_unit
 
 
 class ExitHeads(nn.Module):
-    """A small trained module at each exit, from h[E] towards h[N]; they share the output head.
+    """A small trained module at each exit, which estimates h[N] from h[E]. All share the model's output head.
 
-    final = map(u) + up(silu(down(u))) with u = h / rms(h). map is the identity at first: untrained, h is read out.
+    The estimate is map(u) + up(silu(down(u))) with u = h / rms(h). Untrained, map is the identity and up is zero.
 
-    exits: layers, in rising order.
-    draft_vocab: int32 [V'], or None for the full vocabulary.
+    exits: the layers E, rising. width: number of outputs of each ``down``.
+    draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 
     def __init__(self, exits: Sequence[int], width: int, target: Target, draft_vocab: Tensor | None = None) -> None:
@@ -39,24 +39,24 @@ class ExitHeads(nn.Module):
         self.draft_vocab: Tensor | None
 
     def forward(self, index: int, h: Tensor) -> Tensor:
-        """States h [B, T, D] at exit ``index`` -> the estimate of h[N] [B, T, D] that the head reads."""
+        """Return the estimate of h[N], [B, T, D], from the states h [B, T, D] at the exit of that index."""
         unit = rms_unit(h)
         out: Tensor = self.map[index](unit) + self.up[index](F.silu(self.down[index](unit)))
         return out
 
     def config(self) -> dict[str, Any]:
-        """The entries of a drafter folder's config.json."""
+        """Return the entries of a drafter folder's config.json."""
         return {"exits": list(self.exits), "width": self.width}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
-        """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
+        """Return the module of a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
         width = drafter_folder.check_inner_size("width", config.get("width"), target.hidden_size)
         return cls(config.get("exits", ()), width, target, draft_vocab)
 
 
 def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
-    """``exits``, if they rise within the model. Raises SpecDecError otherwise."""
+    """Return ``exits`` as a tuple. Raises SpecDecError unless they are rising layers inside the model."""
     layers = options.check_ints("exits", exits, 1)
     if not layers or max(layers) >= num_layers or list(layers) != sorted(set(layers)):
         raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(layers)}")
@@ -64,10 +64,10 @@ def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
 
 
 class Routers(nn.Module):
-    """One linear score of the residual for each layer from ``first`` on; a token runs the layer if it is positive.
+    """A linear router for each layer from ``first`` on: a token runs the layer if its router's output is positive.
 
     first: number of layers that are always run, 1 <= first < N.
-    draft_vocab: int32 [V'], or None for the full vocabulary.
+    draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 
     def __init__(self, first: int, target: Target, draft_vocab: Tensor | None = None) -> None:
@@ -80,10 +80,10 @@ class Routers(nn.Module):
         self.draft_vocab: Tensor | None
 
     def score(self, layer: int, x: Tensor) -> Tensor:
-        """Residual x [B, T, D] before ``layer`` -> score [B, T, 1]."""
+        """Return the router's output, [B, T, 1], for the residual ``x`` [B, T, D] before ``layer``."""
         return F.linear(rms_unit(x), self.weight[layer - self.first, None], self.bias[layer - self.first, None])
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
-        """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
+        """Return the module of a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
         return cls(config.get("first", 0), target, draft_vocab)

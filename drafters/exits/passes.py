@@ -12,20 +12,24 @@ from .networks import Routers
 
 
 class PartialPass:
-    """The tokens of a draft, each run through some of the layers; earlier tokens at least as far as later ones."""
+    """The tokens of a draft, each run through the first layers; an earlier token at least as far as a later one.
+
+    groups: tokens that have reached the same layer, deepest first: the layer, states [B, n, D], positions [B, n].
+    count: number of tokens.
+    """
 
     def __init__(self, target: Target, cache: KVCache) -> None:
         self.target, self.cache = target, cache
-        self.groups: list[tuple[int, Tensor, Tensor]] = []  # (layer reached, states [B, n, D], positions [B, n])
-        self.count = 0  # number of tokens
+        self.groups: list[tuple[int, Tensor, Tensor]] = []
+        self.count = 0
 
     def push(self, token: Tensor, positions: Tensor) -> None:
-        """Add a token, int64 [B, 1], at layer 0."""
+        """Add a token of each row and its position, int64 [B, 1] each, at layer 0."""
         self.count += 1
         self.groups.append((0, self.target.embed(token, positions), positions))
 
     def to(self, layer: int) -> Tensor:
-        """Run every token that is below ``layer`` up to it; return the last token's states there [B, 1, D]."""
+        """Run every token that is below ``layer`` up to it; return the last token's state there, [B, 1, D]."""
         while (level := self.groups[-1][0]) < layer:
             _, x, positions = self.groups.pop()
             above = self.groups[-1][0] if self.groups else layer
@@ -38,7 +42,7 @@ class PartialPass:
         return self.groups[-1][1][:, -1:]
 
     def finish(self) -> tuple[Tensor | None, int]:
-        """All tokens' states [B, n, D] at the deepest layer that any of them has reached, and that layer."""
+        """Return all tokens' states [B, n, D] at the deepest layer that a token has reached, and that layer."""
         if not self.groups:
             return None, 0
         deepest = self.groups[0][0]
@@ -51,9 +55,9 @@ class RoutedPass:
 
     A token that skips a layer leaves keys and values there as soon as a later token runs it.
 
-    states: [B, 1, D] of each token behind the first layers.
-    skipped: by layer, the inputs of tokens that have skipped it so far.
-    last, layers_run: final state [B, 1, D] of the last token, and number of layers that it ran.
+    states: the state of each token after the first layers, [B, 1, D] each.
+    skipped: for each routed layer, the inputs of tokens that have skipped it so far, [B, 1, D] each.
+    last: final state of the last token, [B, 1, D]. layers_run: number of layers that it ran.
     """
 
     def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:
@@ -62,7 +66,7 @@ class RoutedPass:
         self.skipped: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
 
     def push(self, token: Tensor, positions: Tensor) -> None:
-        """Run a token, int64 [B, 1]."""
+        """Run a token of each row at its position, int64 [B, 1] each."""
         target, cache, first = self.target, self.cache, self.routers.first
         ctx = Pass(positions, cache.register(0, positions), cache)
         x = target.layers(target.embed(token, positions), 0, first, ctx)
@@ -79,7 +83,10 @@ class RoutedPass:
         self.last = x
 
     def finish(self) -> tuple[Tensor | None, int]:
-        """All tokens' states [B, n, D] behind the first layers, and their number; drops provisional entries above."""
+        """Return all tokens' states [B, n, D] after the first layers, and the number of these layers.
+
+        Provisional entries of later layers leave the cache.
+        """
         if not self.states:
             return None, 0
         for layer, waiting in self.skipped.items():

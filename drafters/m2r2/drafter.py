@@ -1,16 +1,4 @@
-"""M2R2: the model drafts for itself through an accelerated residual (arXiv 2502.02040).
-
-A second residual p runs beside the slow residual h through the first E layers, helped by low-rank adapters and
-attending to h's exact keys and values. Then, optionally, one matrix projects it, with the previous token's deep states
-(the carry), to the input of a later segment of the model's own layers, and a last one projects it onto the final state
-h[N]. Its readout is the draft. h[E] and everything cached below E are exact, so scoring resumes at E.
-
-There may be several exits, each with a rate of its own (the mixture): a token leaves at the first exit whose router
-(ARLA) is confident enough.
-
-The published abstract describes early layers with adapters and shared KV (here: a path without segments and
-projections). The projections, the carry and the fit by ridge regression are our own extension.
-"""
+"""The drafter of M2R2: a chain token by token, or a tree level by level. The package describes the idea."""
 
 from __future__ import annotations
 
@@ -28,36 +16,38 @@ from specdec.runtimes.draft_path import WIDTH, DraftPath, DraftRoots, TreeLimits
 from specdec.runtimes.target import Target
 from specdec.speculation import tree_drafting
 from specdec.speculation.candidates import Candidates
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Traits
+from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 
 from ..chain import ChainDrafter, ChainRow, Readout, best_probability, first_confident
 from ..vocabulary import DraftVocabulary
-from .learning import Learner, why_not
+from .learning import M2R2Learner, why_not
 from .network import M2R2, Carry, load_network
 from .path_pass import PathPass
 
 
 class M2R2Row(ChainRow):
-    """A row's states before its root. Indices cost less between two passes than slices.
+    """Where the states before a row's root are. Indices cost less between two passes than slices.
 
-    block: tapped states [B, T, D] of the last block with the row.
-    number, place: the row's index in it, and the index of the token before its root.
+    block: the tapped states of the last block with the row, [B, T, D] for each tap.
+    index: the row's index in the block. token: the index of the token before the root.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.block: list[Tensor] = []
-        self.number = self.place = 0
+        self.index = 0
+        self.token = 0
 
 
 class M2R2Drafter(ChainDrafter):
     """Drafts with an M2R2: a chain, or a tree that is grown level by level.
 
-    Where none is trained for the model, it teaches itself (``Learner``), and drafts nothing until its first fit serves.
+    Where no network is trained for the model, the drafter teaches itself (``M2R2Learner``) and drafts nothing at first.
     A tree is grown for one greedy row if the path has one exit and shares no layer with scoring. It has ``nodes``
-    nodes, else those that are worth their price (``Prices``; a chain if there are no prices). Raises SpecDecError if no
-    trained drafter fits the target and none can teach itself.
+    nodes, or the nodes that are worth their price (``Prices``); without prices it is a chain.
 
     nodes: number of nodes of a tree; None: as many as are worth their price.
     width: number of nodes of a level that get children.
@@ -71,96 +61,90 @@ class M2R2Drafter(ChainDrafter):
     needs_training: ClassVar[bool] = False
     teaches_itself: ClassVar[bool] = True
     options: ClassVar[tuple[str, ...]] = ("nodes", "width", "exit_confidence")
-    leaves_early = True
 
     vocabulary: DraftVocabulary
+    learner: M2R2Learner | None
 
     def __init__(
         self,
         network: M2R2,
         width: int = WIDTH,
         exit_confidence: float = 0.5,
-        learner: Learner | None = None,
+        learner: M2R2Learner | None = None,
         nodes: int | None = None,
     ) -> None:
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
         self.network, self.learner = network, learner
-        self.learns = learner is not None
-        self.served = None if learner is None else learner.fits
-        path = network.path
-        self.path, self.num_exits = str(path), len(path.stages_to_exit)
-        if network.projections:  # else nothing reads a carry
-            self.taps = (*(lo for lo, _ in path.segments), network.num_layers)
+        self.num_exits = len(network.path.stages_to_exit)
         self.width = options.check_int("width", width, 1)
         self.exit_confidence = options.check_probability("exit_confidence", exit_confidence)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
-        """From a drafter folder, or (``source`` None) the one shipped for the target's weights, or none yet."""
+        """Load from the drafter folder ``source``; None: the one shipped for the target's weights, or one that learns.
+
+        Raises SpecDecError if none is shipped and none can teach itself.
+        """
         options.check_names(cls.name, kwargs, cls.options)
         if source is None and cls.teaches_itself and drafter_folder.find_shipped(cls.name, target) is None:
             if (why := why_not(target)) is not None:
                 raise SpecDecError(
-                    f"{cls.not_shipped(target.model.config._name_or_path)}; it cannot teach itself: {why}"
+                    f"{drafter_folder.not_shipped(cls.name, cls.training, target.model.config._name_or_path)}; "
+                    f"it cannot teach itself: {why}"
                 )
-            learner = Learner(target)
+            learner = M2R2Learner(target)
             return cls(learner.fits.network, learner=learner, **kwargs)
-        return cls(load_network(target, cls.find(target, source)), **kwargs)
+        return cls(load_network(target, drafter_folder.find(cls.name, cls.training, target, source)), **kwargs)
 
     def bind(self, target: Target) -> None:
         if self.learner is None:
             self.network.freeze(target)
             self.network.adapters.lasting = True
-        head = None if self.served is None else self.served.head
+        else:
+            self.network = self.learner.fits.network
+        head = None if self.learner is None else self.learner.fits.head
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab, head)
         self.draft_path: DraftPath | None = None
-        layers, narrow = target.num_layers, 0.4 if self.network.path.neurons else 1.0
-        runs = [self.network.path.num_layers_run(exit) for exit in range(self.num_exits)]
-        self.level_share = tuple((1 + narrow * run) / (1 + layers) for run in runs)
-        self.has_probabilities = self.num_exits == 1 and not is_asynchronous(target.device)
-        self.start()
+        path, layers = self.network.path, target.num_layers
+        narrow = 0.4 if path.neurons else 1.0  # about the share of a layer that is read
+        runs = [path.num_layers_run(exit) for exit in range(self.num_exits)]
+        self.traits = Traits(
+            (self.name,),
+            # Without projections nothing reads a carry.
+            taps=(*(lo for lo, _ in path.segments), layers) if self.network.projections else (),
+            has_probabilities=self.num_exits == 1 and not is_asynchronous(target.device),
+            level_shares=tuple((1 + narrow * run) / (1 + layers) for run in runs),
+            leaves_early=True,
+            cost_key=str(path),
+        )
 
     def begin(self) -> M2R2Row:
         return M2R2Row()
-
-    @property
-    def version(self) -> int:  # type: ignore[override]
-        return 0 if self.served is None else self.served.version
 
     def end(self, row_state: M2R2Row, ids: list[int], start: int, learn: bool = True) -> None:
         if self.learner is not None and learn:
             self.learner.add(ids, start)
 
-    def claim(self) -> None:
-        if self.learner is not None:
-            self.learner.fits.claim()
-
-    def learn(self) -> bool:
-        if self.learner is None or self.served is None or not self.learner.work():
-            return False
-        if self.network is not self.served.network and self.version:
-            old, self.network, self.draft_path = self.network.draft_vocab, self.served.network, None
+    def _ready(self) -> bool:
+        """Take the learner's latest network, and return whether there is a network to draft with."""
+        if self.learner is None:
+            return True
+        fits = self.learner.fits
+        if fits.version and self.network is not fits.network:
+            old, self.network, self.draft_path = self.network.draft_vocab, fits.network, None
             if self.network.draft_vocab is not old:
-                self.vocabulary = DraftVocabulary(self.served.target, self.network.draft_vocab, self.served.head)
-        return True
-
-    def save(self) -> None:
-        if self.learner is not None:
-            self.learner.save()
-
-    def _knows_nothing(self) -> bool:
-        """Whether no fit serves yet."""
-        return self.learner is not None and not self.version
+                self.vocabulary = DraftVocabulary(fits.target, self.network.draft_vocab, fits.head)
+        return fits.version > 0
 
     def candidates(
         self, state: State, limit: int, given: Sequence[Candidates] | None = None
     ) -> list[Candidates] | None:
-        if self._knows_nothing():
+        if not self._ready():
             return [Candidates.none() for _ in state.ids]
         if not self._drafts_by_levels(state):
             return None
         width = self.width if self.nodes or state.prices or given is not None else 1
-        path, cache, rows, place = self._draft_path(state), state.cache, state.row_states, 0
+        path, cache, rows, token = self._draft_path(state), state.cache, state.row_states, 0
         tokens, sampled = [ids[-1] for ids in state.ids], state.sampler.sampled(state.ids)
         if len(rows) > 1 and not self.nodes:
             width = 1  # siblings of several rows do not pay
@@ -168,18 +152,18 @@ class M2R2Drafter(ChainDrafter):
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
         tables = prices.tables if prices and prices.tables else None
         if len(rows) == 1:
-            place, masks = rows[0].place, state.masks(0)
-            *inputs, final = (x if len(x) == 1 else x[rows[0].number :][:1] for x in rows[0].block)
+            token, masks = rows[0].token, state.masks(0)
+            *inputs, final = (x if len(x) == 1 else x[rows[0].index :][:1] for x in rows[0].block)
         else:
             *inputs, final = self._states_before(rows)
         forbidden = self.vocabulary.forbidden
-        roots = DraftRoots(tokens, cache.rows, final, inputs, place, forbidden, sampled, tables, given)
-        return tree_drafting.along(state.target, cache, roots, path, limits, masks)
+        roots = DraftRoots(tokens, cache.rows, final, inputs, token, forbidden, sampled, tables, given)
+        return tree_drafting.candidates_on_path(state.target, cache, roots, path, limits, masks)
 
     def propose(self, state: State, limit: int) -> Draft:
-        if self._knows_nothing():
+        if not self._ready():
             return Draft.empty(len(state.ids), state.cache.device)
-        by_levels = self.has_probabilities and self._drafts_by_levels(state)
+        by_levels = self.traits.has_probabilities and self._drafts_by_levels(state)
         if by_levels and state.prices is not None and not state.prices.levels():
             return draft_best([Candidates.none() for _ in state.ids], limit, self.nodes, state)
         if (found := self.candidates(state, limit)) is not None:
@@ -196,7 +180,7 @@ class M2R2Drafter(ChainDrafter):
         return draft
 
     def _run_to_exit(self, tokens: PathPass, state: State) -> Readout:
-        """Run the last token to the first exit with enough confidence, and read it out there."""
+        """Run the last of ``tokens`` to the first exit with enough confidence, and return what is read there."""
         path, routers = self.network.path, self.network.routers
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
         last = self.num_exits if state.exit is None else state.exit + 1
@@ -215,16 +199,19 @@ class M2R2Drafter(ChainDrafter):
         return Readout(logits, None if routers is None and self.num_exits == 1 else certainty, layers)
 
     def _drafts_by_levels(self, state: State) -> bool:
-        """Whether to draft a tree for a single row, or chains with siblings for several: if drafting runs no layer that
-        scoring needs, and logits are changed only by constraints of a single row."""
+        """Return whether to draft level by level: a tree for one row, chains with siblings for several.
+
+        Drafting must run no layer that scoring needs, and processors other than one row's constraint must not read
+        tokens.
+        """
         path, one = self.network.path, len(state.ids) == 1
         verified = state.threshold is None
         worth = bool(self.nodes) or not is_asynchronous(state.cache.device)  # it is read before it is scored
         plain = not state.sampler.needs_prefixes and (one or not state.constrained)
-        return verified and worth and plain and not path.exit_layer and not path.exits and bool(self.taps)
+        return verified and worth and plain and not path.exit_layer and not path.exits and bool(self.traits.taps)
 
     def _draft_path(self, state: State) -> DraftPath:
-        """The draft path with heads for the current draft vocabulary."""
+        """Return the draft path, with output heads for the current draft vocabulary."""
         network, vocabulary = self.network, self.vocabulary
         vocabulary.follow(state, [row.context for row in state.row_states])
         if self.draft_path is None:
@@ -235,18 +222,20 @@ class M2R2Drafter(ChainDrafter):
         return self.draft_path
 
     def _states_before(self, row_states: list[M2R2Row]) -> list[Tensor]:
-        """The tapped states [B, 1, D] of the token before each root."""
+        """Return the tapped states of the token before each root, [B, 1, D] for each tap."""
         parts = [
-            [row.block[tap][row.number : row.number + 1, row.place : row.place + 1] for row in row_states]
-            for tap in range(len(self.taps))
+            [row.block[tap][row.index : row.index + 1, row.token : row.token + 1] for row in row_states]
+            for tap in range(len(self.traits.taps))
         ]
         return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        states = [taps[layer] for layer in self.taps]
-        for number, (row, path) in enumerate(zip(row_states, paths, strict=True)):
+        states = [taps[layer] for layer in self.traits.taps]
+        for index, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
-                row.block, row.number, row.place = states, number, path[-1]
+                row.block = states
+                row.index = index
+                row.token = path[-1]
 
 
 class PaperM2R2Drafter(M2R2Drafter):

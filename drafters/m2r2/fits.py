@@ -1,6 +1,6 @@
 """What a self-taught M2R2 has learned: sums of products of states, and the projections that are fitted to them.
 
-All of it is kept for later processes (``Store``), by the one process that may write. It is made in pieces of work.
+The process that may write keeps all of it for later processes (``Store``). Generators yield after some milliseconds.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ VOCABULARY = 8192  # tokens that are drafted
 
 
 def learned_path(target: Target) -> M2R2Path:
-    """The path of a drafter that teaches itself: a quarter of the layers, which end a twelfth before the model's end.
+    """Return the path of a drafter that teaches itself: one segment that ends a twelfth before the model's end.
 
-    Where the output head has more weights than all layers, it is half of them: beside the head they cost little.
+    The segment is a quarter of the layers, or half of them if the output head has more weights than all layers: then
+    they cost little compared with the head.
     """
     n, blocks = target.num_layers, range(target.num_layers)
     own = sum(math.prod(each.shape) for layer in blocks for _, each in named_weights(target.block(layer)))
@@ -43,16 +44,20 @@ def learned_path(target: Target) -> M2R2Path:
 
 
 class Fits:
-    """Sums over the rows of texts, and the networks with projections fitted to them.
+    """Sums over the training data of texts (``Rows``), and networks with projections fitted to them.
 
-    network: the latest fit that serves; before the first, one of zeros.
-    head: of its vocabulary; None: the model's own. newest: of the latest vocabulary.
-    basis: its first projection makes the rows of the second one.
-    progress: number of tokens, fits and more; without fits, ``network`` drafts nothing useful.
-    sums: of each projection; none before ``opening``.
-    kept, kept_at: number of texts when all was written, and when that was.
-    start: where a model with a merged adapter starts: what was learned for the model without it.
-    source: which of the two files was read last. read_at: its stamp then. factor: what its sums are multiplied by.
+    network: the network that serves; before the first fit a network of zeros, which drafts nothing useful.
+    head: the output head of the vocabulary of ``network``; None: the model's own.
+    newest: the output head of the latest vocabulary.
+    basis: the network whose first projection makes the training data of the second one.
+    counts: how often each token was seen, int64 [V]. vocabulary: the likeliest tokens, int32 [V']; None: all.
+    progress: number of tokens, fits and more.
+    sums: for each of the two projections; empty before ``opening``.
+    store: the file. stamp: its stamp when it was last read or written.
+    kept: ``progress.texts`` when all was written. kept_at: the time then, of ``time.monotonic``.
+    start: of a model with a merged adapter, the file of the model without it, with which it begins; else None.
+    source: which of the two files was read last. read_at: its stamp then.
+    factor: what the sums of ``source`` are multiplied by.
     """
 
     def __init__(self, target: Target) -> None:
@@ -67,7 +72,7 @@ class Fits:
 
     @property
     def version(self) -> int:
-        """Number of fits that have served."""
+        """The number of fits that have served."""
         return self.progress.fits
 
     # -- what is kept -------------------------------------------------------------------------------------------------
@@ -76,7 +81,7 @@ class Fits:
         return Progress(self.name, str(self.path), fits=fits, adapter=self.adapter)
 
     def _read_progress(self) -> Progress | None:
-        """What the model has learned, else what it starts with; None for neither."""
+        """Return what the model has learned, else what it starts with; None: neither is there."""
         self.source, self.read_at, self.factor = self.store, self.stamp, 1.0
         found = read_progress(self.store.path)
         if found is None and self.start is not None:
@@ -89,7 +94,7 @@ class Fits:
         return [Sums(parts * self.target.hidden_size, self.target.hidden_size) for parts in (3, 2)]
 
     def _restore(self) -> None:
-        """Take the fit of an earlier process, or begin with zeros."""
+        """Take what an earlier process has learned, or begin with zeros."""
         target, store, size, d = self.target, self.store, self.target.vocab_size, self.target.hidden_size
         self.counts = torch.zeros(size, dtype=torch.long)
         self.stamp: Stamp = store.stamp()
@@ -117,7 +122,7 @@ class Fits:
         self.head = self.newest = None if self.vocabulary is None else target.reduced_head(self.vocabulary)
 
     def _kept(self, first: Tensor, second: Tensor, basis: Tensor) -> dict[str, Tensor]:
-        """What is written of the projections, each [F + 1, D], and besides."""
+        """Return the tensors to write, by name: projections, [F + 1, D] each, counts and vocabulary."""
         more = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
         return {"fit.0": first, "fit.1": second, "basis": basis, "counts": self.counts.int()} | more
 
@@ -125,7 +130,7 @@ class Fits:
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:
-        """Begin without the file: a damaged one is written over, one of another version or unreadable now is not."""
+        """Begin without the file, and warn. A damaged file is overwritten, one that cannot be read now is not."""
         then = "learning starts anew"
         if not isinstance(error, UnusableError):
             self.source.leave(str(error))
@@ -135,7 +140,7 @@ class Fits:
         self.stamp = self.read_at = self.store.stamp()
 
     def claim(self) -> None:
-        """Become the process that keeps what is learned. Raises SpecDecError if that cannot be."""
+        """Become the process that writes the file. Raises SpecDecError if another one does, or none can."""
         if not self.store.claim():
             other = f"another process learns for '{self.name}', and only one keeps what it learns"
             other += "; end it, or start it with --no-learn, and try again"
@@ -143,18 +148,18 @@ class Fits:
 
     @property
     def forgotten(self) -> bool:
-        """Whether what this process has learned was deleted by another one (``learned.forget``)."""
+        """Whether another process has deleted the file (``learned.forget``)."""
         return self.store.writes and bool(self.sums) and self.store.stamp() != self.stamp
 
     def begin_anew(self) -> None:
-        """Forget all; the network that serves, too."""
+        """Forget all that was learned, with the network that serves."""
         self.sums, self.kept, self.progress = [], 0, self._new_progress()
         self._restore()
 
     def opening(self) -> Generator[None]:
-        """Make the sums, or read those of earlier processes."""
-        said = self.store.why_not  # by ``_cannot_use``
-        if not self.store.claim() and not said:
+        """Make the sums, or read the sums of earlier processes; yield after each tensor."""
+        warned = self.store.why_not  # by ``_cannot_use``
+        if not self.store.claim() and not warned:
             why = self.store.why_not or "another process learns for this model"
             warnings.warn(f"{why}: what this one learns is not kept", SpecDecWarning, stacklevel=2)
         if (self.store.stamp(), self.source.stamp()) != (self.stamp, self.read_at):  # it has learned since
@@ -172,7 +177,7 @@ class Fits:
         self.sums = sums
 
     def keep(self) -> None:
-        """Write all that was learned since the last time for later processes, if this one may and there is room."""
+        """Write what was learned since the last time, if this process may write the file. Warns if that fails."""
         if not self.store.writes or self.progress.texts <= self.kept:
             return
         try:
@@ -186,10 +191,10 @@ class Fits:
             warnings.warn(f"what was learned cannot be kept: {one_line(error)}", SpecDecWarning, stacklevel=2)
         self.kept, self.kept_at = self.progress.texts, time.monotonic()
 
-    # -- from rows to networks ----------------------------------------------------------------------------------------
+    # -- from sums to networks ----------------------------------------------------------------------------------------
 
     def basing(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return a new basis, whose projection is fitted with further rows, and choose the vocabulary."""
+        """Choose the vocabulary, and return a basis: its first projection is fitted to the sums and ``more`` data."""
         self.vocabulary = self._likeliest()
         if self.vocabulary is not None:
             self.newest = self.target.reduced_head(self.vocabulary)
@@ -197,25 +202,25 @@ class Fits:
         return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return the network of the basis with a second projection that is fitted with further rows."""
+        """Return the basis with a second projection, which is fitted to the sums and to ``more`` data."""
         return (yield from self._making(self.basis, (yield from self.sums[1].solve(RIDGE, more))))
 
     def serve(self, network: M2R2, share: float) -> None:
-        """Let a network of the latest vocabulary serve. share: of the held-out tokens that it drafts first."""
+        """Let a network of the latest vocabulary serve. share: of the hold-out tokens that it drafts rightly."""
         self.network, self.head = network, self.newest
         self.progress.fits += 1
         self.progress.agreement.append((self.progress.fitted, share))
 
     def _likeliest(self) -> Tensor | None:
-        """The likeliest tokens, int32 [V'], rising; None: all."""
+        """Return the likeliest tokens, int32 [V'], rising; None: all."""
         if len(self.counts) <= VOCABULARY:
             return None
         return self.counts.topk(VOCABULARY).indices.sort().values.int()
 
     def _making(self, first: Tensor | M2R2, second: Tensor | None = None) -> Generator[None, None, M2R2]:
-        """Return the network with these projections, weight and bias [D, F + 1] (``first``: or that of a network).
+        """Return a network with two projections, weight and bias in one matrix [D, F + 1].
 
-        Without ``second``, it can only make rows for it.
+        first: a matrix, or the network whose first projection is used. second: None: a projection of zeros.
         """
         target, tensors, maps = self.target, dict[str, Tensor](), list[UnitMap]()
         with without_memory():

@@ -1,7 +1,7 @@
-"""What a self-taught drafter keeps between processes: one safetensors file for a model and a path, in the data folder.
+"""What a self-taught drafter keeps between processes: one safetensors file for each model and path, in the data folder.
 
-It holds sums over states, a count of each token and the fit that serves, no text. Its name is made of the fingerprint
-of the model's weights. One process at a time writes it, and notices if it is deleted meanwhile.
+A file holds sums over states, a count of each token and the projections that serve, no text. Its name is made of the
+fingerprint of the model's weights. One process at a time writes it, and notices if it is deleted meanwhile.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ class UnusableError(SpecDecError):
 
 @dataclass
 class Progress:
-    """How far a drafter has come.
+    """How far a drafter has learned; stored in the file's metadata.
 
-    model: the latest name of the model; of a local one, its whole path. path: the draft path.
-    tokens: number of tokens learned from. texts: number of texts, those held out included.
-    fitted, based: tokens at the last fit of the second projection, and of the first one.
-    fits: number of fits that have served.
-    since: the first day.
-    agreement: for each fit that served, the tokens learned from and the share of the model's tokens on held-out texts.
+    model: the latest name of the model; of a local model, its whole path.
+    path: the draft path, as text.
+    tokens: number of tokens learned from.
+    texts: number of texts, with those of the hold-out set.
+    fitted: ``tokens`` at the last fit of the second projection. based: the same of the first projection.
+    fits: number of trained versions that have served.
+    since: the first day, YYYY-MM-DD.
+    agreement: for each version that served, ``tokens``, and the share of the hold-out tokens that it drafts rightly.
+    version: the version of the file's format.
     adapter: the name of the adapter that is merged into the model; "": there is none.
     """
 
@@ -67,11 +70,12 @@ Stamp = tuple[tuple[int, int] | None, ...]
 
 
 def folder() -> Path:
+    """Return the folder of all files."""
     return files.data_dir() / "learned"
 
 
 def first_use() -> None:
-    """Say what is kept, unless something was kept before."""
+    """Print what is kept and where, unless something was kept before."""
     if not os.path.exists(folder()):
         say(
             "while the machine is idle, a drafter learns from the texts that the model reads and writes; it keeps sums "
@@ -80,14 +84,16 @@ def first_use() -> None:
 
 
 def whole_name(model: str) -> str:
-    """The name of a model wherever a process runs: the whole path of a local one."""
+    """Return the name of a model; of a local one the whole path, which is right in every working directory."""
     return str(Path(model).resolve()) if model and os.path.exists(model) else model
 
 
 class Store:
-    """The file for the weights of one model and one path.
+    """The file of what was learned for one model's weights and one draft path.
 
-    writes: whether this process may write it (``claim``). why_not: why it may not.
+    fingerprint: of the weights. path (argument): the draft path, as text.
+    path: the file. lock: held by the process that writes it.
+    writes: whether this process may write the file (``claim``). why_not: why no process can; "": one can.
     """
 
     def __init__(self, fingerprint: str, path: str) -> None:
@@ -96,7 +102,7 @@ class Store:
         self.lock, self.writes, self.why_not = _lock_of(self.path), False, ""
 
     def claim(self) -> bool:
-        """Become the one that writes, unless another process is; False otherwise, and if there can be no file."""
+        """Become the process that writes the file; return False if another process is, or no file can be written."""
         if self.writes or self.why_not:
             return self.writes
         try:
@@ -113,23 +119,23 @@ class Store:
         return self.writes
 
     def release(self) -> None:
-        """Let others write."""
+        """Let other processes write the file."""
         self.lock.release()
         self.writes = False
 
     def leave(self, why: str) -> None:
-        """Write nothing from now on."""
+        """Write nothing from now on. why: the reason, for ``why_not``."""
         self.why_not = why
         self.release()
 
     def stamp(self) -> Stamp:
-        """Differs between two states of the file, and before and after ``forget``."""
+        """Return a value that differs between two states of the file, and before and after ``forget``."""
         return tuple(map(_stamp, (self.path, _reset_mark(self.path))))
 
     def save(self, progress: Progress, tensors: dict[str, Tensor], since: Stamp | None = None) -> bool:
-        """Write the file at once or not at all; False if it has changed since that stamp, and so was deleted.
+        """Write the file as a whole. Raises an error of the system or of safetensors.
 
-        Raises an error of the system or of safetensors.
+        since: the file's last ``stamp``. Return False, without writing, if the stamp differs: the file was deleted.
         """
         temporary = _part(self.path)
         try:
@@ -148,9 +154,9 @@ class Store:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """What a file says of itself; None if there is none.
+    """Return the progress that the file ``path`` holds; None: there is no file.
 
-    Raises UnusableError for a damaged one, SpecDecError if it cannot be read or was written by another version.
+    Raises UnusableError for a damaged file, SpecDecError if it cannot be read or was written by another version.
     """
     if not os.path.exists(path):
         return None
@@ -162,9 +168,10 @@ def read_progress(path: Path) -> Progress | None:
 
 
 def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file with these names, or all.
+    """Yield names and tensors of the file ``path``. like: the names to read, with tensors of their shapes; None: all.
 
-    Raises UnusableError unless each is there, is shaped so and is finite; SpecDecError if the file cannot be read.
+    Raises UnusableError for a tensor that is missing, not finite or of another shape, SpecDecError for a file that
+    cannot be read.
     """
     with _reading(path) as file:
         for name in file.keys() if like is None else like:
@@ -177,16 +184,19 @@ def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[
 
 
 def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, float]:
-    """What a fine-tune starts with if its base model has learned that, and the factor of the sums."""
+    """Return the progress with which a fine-tune of a model begins, and the factor of the base model's sums.
+
+    base: the progress of the base model. model, adapter: the fine-tune's, as in ``Progress``.
+    """
     tokens = min(base.tokens, PRIOR)
     own = Progress(model, base.path, tokens, fitted=tokens, based=tokens, fits=base.fits, adapter=adapter)
     return own, tokens / max(base.tokens, 1)
 
 
 def begin_from(store: Store, other: Path, model: str) -> None:
-    """Let ``store``, which is empty, begin with what ``other`` has, for a model that is a fine-tune of that one.
+    """Write what the file ``other`` holds, of a base model, to the empty ``store`` of its fine-tune ``model``.
 
-    Its sums then count as at most ``PRIOR`` tokens. Raises SpecDecError if ``other`` cannot be used, or nothing can be
+    The sums then count as at most ``PRIOR`` tokens. Raises SpecDecError if ``other`` cannot be used, or nothing can be
     written.
     """
     progress = read_progress(other)
@@ -207,7 +217,7 @@ def begin_from(store: Store, other: Path, model: str) -> None:
 
 
 def all_progress() -> list[tuple[Path, Progress | None]]:
-    """The files of all models, and what they say of themselves (None: they are unusable)."""
+    """Return the file of each model and its progress (None: the file is unusable)."""
     found = list[tuple[Path, Progress | None]]()
     for path in _files():
         progress = None
@@ -218,10 +228,10 @@ def all_progress() -> list[tuple[Path, Progress | None]]:
 
 
 def forget(stems: set[str] | None = None) -> bool:
-    """Delete the files of models; None: of all models.
+    """Delete the files whose names without suffixes are in ``stems``; None: all files.
 
-    A process that learns for such a model begins anew: returns whether there is one. Raises SpecDecError if something
-    cannot be deleted.
+    Return whether a process is learning for such a model; it begins anew. Raises SpecDecError if a file cannot be
+    deleted.
     """
     learning = False
     if not os.path.exists(folder()):
@@ -257,30 +267,30 @@ def _lock_of(path: Path) -> FileLock:
 
 
 def _part(path: Path) -> Path:
-    """The file while it is written. The one process that may write it writes over one that was left."""
+    """Return the temporary name of the file ``path`` while it is written."""
     return path.with_name(f".{path.name}.part")
 
 
 def _reset_mark(path: Path) -> Path:
-    """A file that ``forget`` makes anew where a process learns."""
+    """Return the file that ``forget`` touches where a process learns, which then begins anew."""
     return Path(f"{path}.reset")
 
 
 @contextmanager
-def _changing(place: Path) -> Iterator[None]:
-    """One process at a time takes or deletes a file there. Raises an OSError if another one does not end."""
+def _changing(folder: Path) -> Iterator[None]:
+    """Let one process at a time take or delete a file in a folder. Raises OSError if another one does not end."""
     try:
-        with FileLock(place / ".lock", timeout=PATIENCE):
+        with FileLock(folder / ".lock", timeout=PATIENCE):
             yield
     except Timeout as error:
-        if error.lock_file != str(place / ".lock"):
+        if error.lock_file != str(folder / ".lock"):
             raise
         raise OSError(f"another process holds '{error.lock_file}'") from None
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """An open file; a damaged one becomes an UnusableError."""
+    """Open a file. Raises UnusableError if it is damaged, SpecDecError if it cannot be read."""
     try:
         path.open("rb").close()  # what the system says, which safetensors does not tell from damage
         with safe_open(path, framework="pt") as file:
@@ -299,7 +309,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _bound(newest: Path) -> None:
-    """Delete the oldest files until the others fit ``MOST_BYTES``."""
+    """Delete the oldest files, but not ``newest``, until the others fit ``MOST_BYTES``."""
     with suppress(OSError):
         others = sorted(_files(), key=lambda path: -path.stat().st_mtime)
         total = 0

@@ -1,9 +1,9 @@
 """M2R2 that teaches itself: its projections are fitted, in closed form, to the texts that the model writes.
 
-A text that has ended is run again, while the machine is idle (``Replay``): the model's exact states, and the path's
-residual as drafting would see it. Sums of products of both are kept, no text (``Fits``), and the projections are fitted
-to them from time to time, with the latest texts counted once or several times. A fit without some of the latest texts
-is compared on them with the one before, which has not seen them either. The better one is fitted with them, and serves.
+While the machine is idle, a finished text is run again (``Replay``), for the model's exact states and for p as drafting
+would see it. Sums of products of both are kept, no text (``Fits``). From time to time the projections are fitted to the
+sums, with the latest texts counted once or several times. Each new fit is compared with the one that serves on a
+hold-out set of latest texts, which neither has seen. The better one is fitted again, with the hold-out set, and serves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from specdec.base.errors import SpecDecWarning, one_line
 from specdec.base.memory import free_memory
 from specdec.base.ridge import Sums, Weighted
 from specdec.runtimes.target import Target
+from specdec.speculation.drafter import Learner
 
 from .fits import Fits
 from .network import M2R2, Carry
@@ -31,15 +32,17 @@ EVERY = 300  # tokens between two fits: some ten requests, so that a new kind of
 GROWTH = 1.5  # times as many tokens at the next fit of the first projection
 AGAIN = 16_000  # maximum tokens of texts that are run again after a fit of the first projection
 STATES = 80_000_000  # maximum bytes of states of these texts, which then run only through the draft path
-HELD_OUT, HELD = 3, 500  # one text of so many is held out, until so many tokens were held out after it
-RECENT, WEIGHTS = 2000, (1.0, 5.0)  # number of latest tokens, and how many times fits count them
+HOLDOUT_EVERY = 3  # one text of so many is in the hold-out set ...
+HOLDOUT_TOKENS = 500  # ... until later texts of the set have so many tokens
+RECENT_TOKENS = 2000  # number of latest tokens that fits may count several times
+RECENT_WEIGHTS = 1.0, 5.0  # how many times fits count them
 WAITING = 64  # maximum number of texts that wait
-KEPT = 600.0  # least seconds between two times that all is kept
+SAVE_EVERY = 600.0  # least seconds between two times that all is written
 SHARE_OF_MEMORY = 4  # the sums may take one part of so many of the free memory
 
 
 def why_not(target: Target) -> str | None:
-    """Why a drafter cannot teach itself on this target; None if it can."""
+    """Return why a drafter cannot teach itself on this target; None: it can."""
     if target.num_layers < 3:
         return "the model has too few layers"
     if target.experts is not None:
@@ -51,10 +54,10 @@ def why_not(target: Target) -> str | None:
 
 
 class Latest(deque[Text]):
-    """The latest texts that were learned from, and what is still needed of them."""
+    """The latest texts that were learned from, with the states and training data that are still needed."""
 
     def bound(self) -> None:
-        """Forget what is beyond the limits, the oldest first."""
+        """Drop texts, training data and states beyond the limits, the oldest first."""
         tokens = size = 0
         rows = {True: 0, False: 0}
         for number, text in enumerate(reversed(self)):
@@ -63,7 +66,7 @@ class Latest(deque[Text]):
                 for _ in range(len(self) - number):
                     self.popleft()
                 return
-            if rows[text.held] >= (HELD if text.held else RECENT):
+            if rows[text.held] >= (HOLDOUT_TOKENS if text.held else RECENT_TOKENS):
                 text.rows, text.held = [], False
             rows[text.held] += text.count
             size += text.states.nbytes if text.states else 0
@@ -72,19 +75,20 @@ class Latest(deque[Text]):
 
     @property
     def held(self) -> list[Text]:
-        """Those that fits are compared on."""
+        """The texts of the hold-out set."""
         return [text for text in self if text.held]
 
 
-class Learner:
-    """Learns from texts in pieces of work (``work``), and has the network that serves.
+class M2R2Learner(Learner):
+    """Learns from texts, for some milliseconds at a time, and has the network that serves.
 
     A fault ends the learning with a warning, never a request.
 
-    fits: what it has learned.
-    judged: the network that serves, as it was before it was fitted with the held-out texts.
-    latest: the texts that it has learned from. read: their number.
-    on: whether it learns from texts; the fit serves all the same.
+    fits: what was learned, and the networks.
+    replay: runs texts again.
+    judged: the network that serves, before it was fitted with the hold-out set.
+    queue: texts that wait. latest: texts that were learned from. read: number of texts learned from.
+    on: whether it learns; False after a fault. The network serves all the same.
     """
 
     def __init__(self, target: Target) -> None:
@@ -94,16 +98,23 @@ class Learner:
         self.queue, self.latest, self.read = deque[Text](maxlen=WAITING), Latest(), 0
         self._work: Iterator[None] | None = None
 
-    # -- what is called between steps ---------------------------------------------------------------------------------
+    # -- called between steps -----------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The number of fits that have served."""
+        return self.fits.version
+
+    def claim(self) -> None:
+        self.fits.claim()
 
     def add(self, ids: Sequence[int], start: int) -> None:
-        """Learn from a text, later. start: number of prompt tokens."""
+        """Queue a text to learn from. ids: its tokens. start: number of prompt tokens."""
         if self.on and len(ids) > start + 1 >= 2:
             self.queue.append(Text.of(ids, start))
 
     @torch.inference_mode()
     def work(self) -> bool:
-        """Do a piece of work; False if there is none."""
         try:
             self._work = self._work or (self._next() if self.on else None)
             if self._work is None:
@@ -117,37 +128,36 @@ class Learner:
         return True
 
     def _next(self) -> Iterator[None] | None:
-        """The work to do next."""
+        """Return the work to do next, a generator that yields after some milliseconds; None: there is none."""
         fits, progress = self.fits, self.fits.progress
         if fits.forgotten:
             return self._forget()
         if not fits.sums:
             return self._open() if self.queue else None
         held = sum(text.count for text in self.latest.held)
-        enough = held >= HELD / 2 or (held and not self.queue)  # to compare fits on
+        enough = held >= HOLDOUT_TOKENS / 2 or (held and not self.queue)  # to compare fits on
         if enough and progress.tokens - held >= FIRST / 2:
             if progress.tokens >= max(FIRST, GROWTH * progress.based):
                 return self._rebase()
-            due = progress.tokens >= FIRST and progress.tokens - progress.fitted >= EVERY
-            if due and fits.sums[1].rows - held >= FIRST / 2:
+            fits_now = progress.tokens >= FIRST and progress.tokens - progress.fitted >= EVERY
+            if fits_now and fits.sums[1].rows - held >= FIRST / 2:
                 return self._fit()
         if self.queue:
             return self._read(self.queue.popleft())
-        late = progress.texts > fits.kept and time.monotonic() - fits.kept_at >= KEPT
+        late = progress.texts > fits.kept and time.monotonic() - fits.kept_at >= SAVE_EVERY
         return self._keep() if fits.store.writes and late else None
 
     def save(self) -> None:
-        """Keep what was learned since the last time, if this process may."""
         self.fits.keep()
 
-    # -- pieces of work -----------------------------------------------------------------------------------------------
+    # -- kinds of work -----------------------------------------------------------------------------------------------
 
     def _open(self) -> Iterator[None]:
         yield from self.fits.opening()
         self.judged = self.fits.network
 
     def _forget(self) -> Iterator[None]:
-        """Begin anew: a person has deleted what was learned."""
+        """Begin anew, because a person has deleted what was learned."""
         warnings.warn("another process deleted what was learned; the drafter starts anew", SpecDecWarning, stacklevel=2)
         self.queue.clear()
         self.latest.clear()
@@ -156,16 +166,16 @@ class Learner:
         yield
 
     def _keep(self) -> Iterator[None]:
-        """Write the file in a thread; nothing else is learned meanwhile."""
+        """Write the file in a thread, while nothing else is learned."""
         work = Work(lambda stop: self.fits.keep(), "specdec keeping")
         while work.running:
             work.join(PIECE)
             yield
 
     def _read(self, text: Text) -> Iterator[None]:
-        """Learn from a text, or hold it out first."""
+        """Learn from a text, or put it into the hold-out set first."""
         fits, progress = self.fits, self.fits.progress
-        text.held = self.read % HELD_OUT == 0
+        text.held = self.read % HOLDOUT_EVERY == 0
         self.read += 1
         progress.texts += 1
         self.latest.append(text)
@@ -177,7 +187,7 @@ class Learner:
         self.latest.bound()
 
     def _run(self, text: Text, basis: M2R2 | None, sums: dict[int, Sums]) -> Iterator[None]:
-        """Run a text, and add its rows to the sums of projections."""
+        """Run a text with the network ``basis``, and add its training data to ``sums``, by index of the projection."""
         text.rows = []
         for rows in self.replay.rows(text, basis):
             yield
@@ -187,7 +197,10 @@ class Learner:
                 text.rows.append(rows)
 
     def _weighted(self, index: int, recent: float, held: float) -> Iterator[Weighted]:
-        """Rows of the latest texts for a fit of projection ``index`` that counts them so many times."""
+        """Yield training data of the latest texts for projection ``index``, and how often to count it beyond once.
+
+        recent: how often a fit counts a text. held: the same of the hold-out set; 0: not at all.
+        """
         for text in self.latest:
             weight = (held if text.held else recent) - 1  # the sums have them once
             if text.rows and weight:
@@ -195,7 +208,7 @@ class Learner:
                 yield torch.cat(x), torch.cat(y), weight
 
     def _rebase(self) -> Iterator[None]:
-        """Fit the first projection, and run texts again for the second one."""
+        """Fit the first projection, and run texts again for the sums of the second one."""
         fits, progress = self.fits, self.fits.progress
         basis = yield from fits.basing(self._weighted(0, 1, 0))
         # Rows of the earlier projection are worse; without the texts they are all there is.
@@ -210,14 +223,14 @@ class Learner:
         fits.basis, fits.sums[1], progress.based = basis, sums, progress.tokens
 
     def _fit(self) -> Iterator[None]:
-        """Fit the second projection, and let the best one of the fits and the last one serve."""
+        """Fit the second projection with each weight of recent texts; serve the best fit if it beats the last one."""
         fits, progress = self.fits, self.fits.progress
         progress.fitted = progress.tokens
         if fits.newest is not None:
             yield from self.target.preparing(fits.newest)
         best, found = 0.0, self.judged
         most = (yield from self._hits(found, fits.head)) if progress.fits else -1
-        for weight in WEIGHTS if progress.tokens > 2 * RECENT else WEIGHTS[:1]:
+        for weight in RECENT_WEIGHTS if progress.tokens > 2 * RECENT_TOKENS else RECENT_WEIGHTS[:1]:
             network = yield from fits.fitting(self._weighted(1, weight, 0))
             hits = yield from self._hits(network, fits.newest)
             if hits > most:
@@ -228,7 +241,7 @@ class Learner:
             fits.serve(network, most / sum(text.count for text in self.latest.held))
 
     def _hits(self, network: M2R2, head: nn.Linear | None) -> Generator[None, None, int]:
-        """How many of the held-out tokens a network drafts first."""
+        """Return how many hold-out tokens a network drafts rightly. head: its output head, as ``Fits.head``."""
         found, vocabulary = 0, network.draft_vocab
         other = network.inference_maps[0] is not self.fits.basis.inference_maps[0]  # rows are those of the basis
         for text in self.latest.held:

@@ -27,10 +27,10 @@ NEURONS = 32  # their number is a multiple of it, for the kernels
 
 @dataclass
 class Carry:
-    """Deep states of the previous token; those of a drafted token are its projections.
+    """Deep states g of a token, which the projections of the next token read: h if it is verified, else p.
 
-    final: final state [B, T, D].
-    inputs: the input of each segment, as far as run [B, T, D].
+    final: g[N], [B, T, D].
+    inputs: g[lo] of each segment that was run, [B, T, D] each.
     """
 
     final: Tensor
@@ -38,15 +38,14 @@ class Carry:
 
 
 class Router(nn.Module):
-    """ARLA: P(the draft's best token is the full model's), from the residuals of the layers run and the draft logits.
+    """ARLA: predicts at an exit whether the draft's best token is the model's.
 
     Accelerated residual latent attention (arXiv 2502.02040): the residual p of each layer is projected to a small
-    latent, and the exit attends over them. Only the paper's abstract was at hand. Our addition: the log-odds of the
-    draft's own softmax are added, and an untrained router returns only them.
+    latent, and the exit attends over the latents. Only the paper's abstract was at hand. The log-odds of the draft's
+    own softmax are added, and are all that an untrained router returns; that is an addition of this project.
 
-    count: number of residuals; the last is the exit's.
-    size: D.
-    width: size of the latents.
+    count: number of residuals that are read; the last one is the exit's.
+    size: D, the size of a residual. width: the size of a latent.
     """
 
     def __init__(self, count: int, size: int, width: int) -> None:
@@ -63,7 +62,7 @@ class Router(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, residuals: Sequence[Tensor], logits: Tensor) -> Tensor:
-        """Residuals [B, T, D] and draft logits [B, T, V'] -> the log-odds [B, T], float32."""
+        """Return the log-odds, float32 [B, T], from ``count`` residuals [B, T, D] and draft logits [B, T, V']."""
         unit = F.rms_norm(torch.stack(tuple(residuals), 2), residuals[0].shape[-1:], eps=1e-6)  # (B, T, L, D)
         z = torch.einsum("btld,ldw->btlw", unit, self.latent) + self.place
         exit_ = z[..., -1:, :]  # (B, T, 1, w)
@@ -78,11 +77,14 @@ class Router(nn.Module):
 
 
 class M2R2(nn.Module):
-    """Parameters and forward pass of the accelerated residual.
+    """The parameters of an accelerated residual, and its equations (see the package).
 
-    router: width of the latents of the router at each exit; 0: no routers.
-    inference_maps: the projections in their fastest format, once nothing is trained any more.
-    draft_vocab: int32 [V'], or None: the full vocabulary.
+    path: the draft path. num_layers: N.
+    adapters: the low-rank adapters of the path's layers.
+    projections: A and b of (3) for each segment, then of (5) for each exit.
+    routers: a router for each exit, with latents of size ``router``; None (``router`` 0): there are none.
+    inference_maps: the projections in their fastest format, made by ``freeze``; empty while they are trained.
+    draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 
     def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:
@@ -112,16 +114,16 @@ class M2R2(nn.Module):
         self.draft_vocab: Tensor | None
 
     def projection_inputs(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
-        """The 2 or 3 inputs of projection ``index`` of ``x``, [B, T, D] each, before they are scaled to unit RMS."""
+        """Return the 2 or 3 inputs of projection ``index`` of ``x``, [B, T, D] each, not yet of unit RMS."""
         inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
         return [x, carry.final, *inputs]
 
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """The input of projection ``index``, [B, T, 2 D or 3 D]."""
+        """Return the input of projection ``index`` of ``x`` [B, T, D], with unit RMS: [B, T, 2 D or 3 D]."""
         return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 
     def project(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """Projection ``index`` of residual ``x`` [B, T, D] -> [B, T, D]."""
+        """Return projection ``index`` of the residual ``x``, [B, T, D] each: (3) for a segment, (5) for an exit."""
         if self.inference_maps:
             return self.inference_maps[index](self.projection_inputs(index, x, carry))
         layer = self.projections[index]
@@ -129,13 +131,13 @@ class M2R2(nn.Module):
         return F.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
-        """The estimate of h[N] [B, T, D] that the head reads, from the residual p at exit ``exit``."""
+        """Return the estimate of h[N], [B, T, D], which the output head reads, from p at the exit of index ``exit``."""
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
     def freeze(self, target: Target, maps: list[UnitMap] | None = None) -> None:
-        """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format.
+        """Prepare for drafting: move parameters to the target's dtype and device, pack the projections.
 
-        maps: these, where they are there already.
+        maps: the packed projections; None: they are made here.
         """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.inference_maps = maps or [UnitMap(each.weight, each.bias) for each in self.projections]
@@ -150,7 +152,7 @@ class M2R2(nn.Module):
         cache: KVCache,
         watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run segment ``index`` from ``x`` [B, T, D]; return its end and, if ``watched``, the router's residuals."""
+        """Run (4), segment ``index``, from ``x`` [B, T, D]; return p[hi] and, if ``watched``, what the router reads."""
         lo, hi = self.path.segments[index]
         taps = router_taps(lo, hi) if watched else None
         p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
@@ -159,9 +161,9 @@ class M2R2(nn.Module):
     def run_shared(
         self, target: Target, x: Tensor, lo: int, hi: int, positions: Tensor, cache: KVCache, watched: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Run shared layers [lo, hi) on h and p of the next tokens of a chain, both from ``x`` = h[lo] [B, n, D].
+        """Run (2), layers [lo, hi), on h and p of the next n tokens of a chain, both from ``x`` = h[lo], [B, n, D].
 
-        Returns h[hi], p[hi] and, if ``watched``, the router's residuals. Only h stays in the cache.
+        Return h[hi], p[hi] and, if ``watched``, what the router reads. Only the keys and values of h stay in the cache.
         """
         n, old = x.shape[1], cache.lengths[lo] - cache.committed
         h = target.layers(x, lo, hi, Pass(positions, cache.register(lo, positions), cache))
@@ -175,7 +177,7 @@ class M2R2(nn.Module):
 
 
 def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
-    """The MLP of a layer. Raises SpecDecError if it cannot run with so many of its neurons."""
+    """Return the MLP of a layer. Raises SpecDecError if it cannot run with ``neurons`` of its neurons."""
     mlp = gated_mlp(target.block(layer))
     if mlp is None or not 0 < neurons <= mlp.size or neurons % NEURONS:
         size = "none" if mlp is None else mlp.size
@@ -187,12 +189,12 @@ def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
 
 
 def router_taps(lo: int, hi: int) -> dict[int, Tensor]:
-    """Taps for the inputs of layers [lo, hi) and their result, which a router reads."""
+    """Return empty taps for the inputs of layers [lo, hi) and for their result, which a router reads."""
     return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
 
 
 def load_network(target: Target, folder: Path) -> M2R2:
-    """The network in a drafter folder. Raises SpecDecError if it does not fit the target."""
+    """Return the network in a drafter folder. Raises SpecDecError if it does not fit the target."""
     config = drafter_folder.read_config(folder, "m2r2", target)
     path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
     drafter_folder.check_inner_size("the rank", path.rank, target.hidden_size)
@@ -208,5 +210,5 @@ def load_network(target: Target, folder: Path) -> M2R2:
 
 
 def current_name(name: str) -> str:
-    """The current name of a tensor in a file of an earlier version."""
+    """Return the current name of a tensor whose ``name`` may be that of an earlier version."""
     return re.sub(r"^leaps\.", "projections.", name)

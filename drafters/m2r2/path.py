@@ -1,4 +1,4 @@
-"""The draft path of an M2R2: the order of layers, and the exits. Knows no tensors."""
+"""The draft path of an M2R2: which layers a drafted token runs, in which order, and where it may leave."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from specdec.base.errors import SpecDecError
 
 @dataclass(frozen=True)
 class M2R2Path:
-    """The way of the accelerated residual p through the model.
+    """The layers that the accelerated residual p runs, and the exits on the way.
 
-    exit_layer: E; layers [0, E) are shared with the slow residual, and scoring resumes there.
-    segments: later layer ranges [lo, hi) that p is projected to, in order.
-    final_projection: whether each exit is projected onto the final state, or read out as it is.
-    rank, adapters: low-rank adapters of that rank, ``{layer: [module paths]}``.
-    neurons: how many neurons of a segment's MLPs drafts run; 0: all.
-    exits: layers, in rising order, behind which a token may leave before the end: up to E, where p then starts again
-        from h, or the ends of segments.
+    exit_layer: E. The slow residual h runs layers [0, E), too, and scoring resumes at E; 0: p begins with a projection.
+    segments: later ranges of layers [lo, hi), in order. A projection leads to each.
+    final_projection: whether a projection leads from each exit to the final state; else p is read out as it is.
+    rank: rank of the adapters.
+    adapters: for each layer, the paths of the linear layers in it that have a low-rank adapter.
+    exits: rising numbers of layers after which a token may leave before the end: layers below E, after which p starts
+        again from h, E, or the ends of segments.
+    neurons: number of neurons of each segment's MLPs that drafts run; 0: all.
     """
 
     exit_layer: int
@@ -36,43 +37,43 @@ class M2R2Path:
 
     @property
     def end(self) -> int:
-        """The last exit: the layer behind which the path ends."""
+        """The number of the layer after which the path ends."""
         return self.segments[-1][1] if self.segments else self.exit_layer
 
     @property
     def narrow_layers(self) -> list[int]:
-        """The layers whose MLPs drafts run with ``neurons`` neurons."""
+        """The layers whose MLPs drafts run with ``neurons`` of their neurons."""
         return [layer for lo, hi in self.segments for layer in range(lo, hi) if self.neurons]
 
     @property
     def shared(self) -> list[tuple[int, int]]:
-        """Stages [lo, hi) of the shared layers; p starts each from h."""
+        """The ranges [lo, hi) between exits of layers that h runs, too; p starts each from h."""
         stops = sorted({*(layer for layer in self.exits if layer < self.exit_layer), self.exit_layer})
         return list(zip([0, *stops], stops, strict=False)) if self.exit_layer else []
 
     @property
     def stages(self) -> list[tuple[int, int]]:
-        """All stages in order: ``shared``, then the segments."""
+        """All ranges of layers [lo, hi) in order: ``shared``, then the segments."""
         return [*self.shared, *self.segments]
 
     @property
     def stages_to_exit(self) -> list[int]:
-        """For each exit, the last one included: the number of stages before it."""
+        """For each exit, the last one included, the number of stages that a token runs to get there."""
         ends = [hi for _, hi in self.stages]
         return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
 
     def num_layers_run(self, exit: int = -1) -> int:
-        """The number of layers of a token that leaves at exit ``exit``."""
+        """Return the number of layers that a token runs which leaves at the exit of index ``exit``."""
         return sum(hi - lo for lo, hi in self.stages[: self.stages_to_exit[exit]])
 
     def num_residuals(self, exit: int = -1) -> int:
-        """The number of residuals that the router at an exit reads: shared ones, those of segments, the final one."""
+        """Return the number of residuals that the router at the exit of index ``exit`` reads."""
         run, early = self.stages[: self.stages_to_exit[exit]], len(self.shared)
         seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection
 
     def check(self, num_layers: int) -> None:
-        """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N, and all exits are stops on that way."""
+        """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N (``num_layers``), and all exits are on the path."""
         edge = self.exit_layer
         good = 0 <= edge < num_layers and (edge > 0 or len(self.segments) > 0) and self.rank > 0
         good = good and self.neurons >= 0
@@ -91,14 +92,14 @@ class M2R2Path:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The ``path`` of a drafter's config.json."""
+        """Return the entry ``path`` of a drafter's config.json."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> M2R2Path:
-        """Inverse of ``to_json``; earlier versions called the final projection a leap.
+        """Return the path of an entry of config.json, also of earlier versions (there a projection is a leap).
 
-        Raises SpecDecError for anything that is not one.
+        Raises SpecDecError for data that is no path.
         """
         try:
             path = cls(

@@ -1,6 +1,6 @@
-"""Running the tokens of a draft along an M2R2's draft path, each as far as it goes.
+"""Running the tokens of a draft along an M2R2's draft path, each token as far as its exit.
 
-When a later token goes deeper, the stages that earlier tokens have not run are run for all of them at once.
+When a later token goes deeper, the stages that earlier tokens have not run are run for all tokens at once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from .network import M2R2, Carry
 
 @dataclass
 class _Token:
-    """A drafted token.
+    """A drafted token of each row.
 
-    h, p: its residuals after the last stage [B, 1, D].
-    previous_carry, carry: the carry of the token before, and the token's own.
-    stages_run: number of stages that it has run.
-    residuals: the router's residuals so far.
+    positions: its positions, int64 [B, 1].
+    h, p: the slow and the accelerated residual after the last stage that was run, [B, 1, D].
+    previous_carry: the carry of the token before. carry: the token's own.
+    stages_run: number of stages that were run.
+    residuals: what the router reads, [B, 1, D] each.
     """
 
     positions: Tensor
@@ -36,29 +37,32 @@ class _Token:
 
 
 class PathPass:
-    """The tokens of a draft on the draft path; earlier tokens are at least as far as later ones."""
+    """The tokens of a draft on the draft path; an earlier token has run at least the stages of a later one.
+
+    carry: the carry of the token before each root.
+    """
 
     def __init__(self, network: M2R2, target: Target, cache: KVCache, carry: Carry) -> None:
         self.network, self.target, self.cache, self.carry = network, target, cache, carry
         self.tokens: list[_Token] = []
 
     def push(self, token: Tensor, positions: Tensor) -> None:
-        """Add a token, int64 [B, 1], at the beginning of the path."""
+        """Add a token of each row and its position, int64 [B, 1] each, at the beginning of the path."""
         before = self.tokens[-1].carry if self.tokens else self.carry
         x = self.target.embed(token, positions)
         self.tokens.append(_Token(positions, x, x, before, Carry(x, [])))
 
     def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
-        """Run the last token to an exit; return the estimate of h[N] [B, 1, D] there, and the router's residuals."""
+        """Run the last token to an exit; return the estimate of h[N], [B, 1, D], and what the router reads."""
         network, token = self.network, self.tokens[-1]
         self._run(network.path.stages_to_exit[exit])
         final = network.estimate(exit, token.p, token.previous_carry)
         return final, [*token.residuals, final] if network.path.final_projection else token.residuals
 
     def _run(self, stages: int, drafting: bool = True) -> None:
-        """Run ``stages`` stages of the last token, and those of them that earlier tokens have not run.
+        """Run the first ``stages`` stages of the last token, and of earlier tokens that have not run them.
 
-        drafting: whether to run p, too, where it differs from h.
+        drafting: whether to run p where p differs from h; False: only h.
         """
         network, target, cache = self.network, self.target, self.cache
         shared, watched = network.path.shared, network.routers is not None
@@ -73,22 +77,22 @@ class PathPass:
                 else:
                     h = p = target.layers(x, lo, hi, Pass(positions, cache.register(lo, positions), cache))
                     passed = [h]
-                for place, token in enumerate(late):
-                    token.h = h[:, place : place + 1]
+                for index, token in enumerate(late):
+                    token.h = h[:, index : index + 1]
             else:
                 index = stage - len(shared)
                 for token in late:  # one after another: each depends on the projection of the token before
                     token.carry.inputs.append(network.project(index, token.p, token.previous_carry))
                 x, mask = torch.cat([token.carry.inputs[index] for token in late], 1), cache.register(lo, positions)
                 p, passed = network.run_segment(target, index, x, positions, mask, cache, watched)
-            for place, token in enumerate(late):
-                token.p, token.stages_run = p[:, place : place + 1], stage + 1
-                token.residuals += [residual[:, place : place + 1] for residual in passed]
+            for column, token in enumerate(late):
+                token.p, token.stages_run = p[:, column : column + 1], stage + 1
+                token.residuals += [residual[:, column : column + 1] for residual in passed]
 
     def finish(self) -> tuple[Tensor | None, int]:
-        """Exact states [B, n, D] at the deepest shared layer that a token has run, and that layer; None at layer 0.
+        """Return h of all tokens, [B, n, D], at the deepest shared layer that a token has run, and that layer.
 
-        Provisional entries leave the cache: exact ones come with the scoring pass.
+        (None, 0): the path has no shared layers, or there is no token. Provisional entries leave the cache.
         """
         path, cache = self.network.path, self.cache
         for segment, (lo, hi) in enumerate(path.segments, start=len(path.shared)):

@@ -1,4 +1,4 @@
-"""Texts that have ended run again, in short pieces of work: what drafting after each of their tokens would see."""
+"""Running finished texts again, for a short time at once: what drafting after each of their tokens would see."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from specdec.runtimes.target import Pass, Target
 from .network import M2R2, Carry
 from .path import M2R2Path
 
-CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a text, that are run again
+CONTEXT, LONGEST = 512, 1024  # maximum tokens of a prompt, and of a whole text, that are run again
 PIECE = 0.025  # seconds that a piece of work should take
 PART = 8, 128  # least and most tokens of a text that are run at once
 
 
 @dataclass
 class States:
-    """What is exact of a text of T tokens.
+    """The exact states of a text of T tokens, so that only the draft path needs to run again.
 
-    keys: keys and values in the path's layers, [1, H, T, d]. segment, final: h[lo] and h[N] [T, D].
+    keys: keys and values of each layer of the path, [1, H, T, d].
+    segment: h[lo], [T, D]. final: h[N], [T, D].
     """
 
     keys: list[tuple[Tensor, Tensor]]
@@ -40,13 +41,14 @@ class States:
 
 @dataclass
 class Rows:
-    """What drafting after each of n tokens starts from, and what it should find; states are [n, D].
+    """Training data of n tokens: what drafting after each token starts from, and what it should find.
 
-    following: the tokens after them, int64 [n].
-    embedded: their embeddings.
-    carry: exact states of the tokens before them.
-    end: the residual at the segment's end, where a network ran.
-    segment, final: exact states h[lo] and h[N].
+    following: the token after each, int64 [n].
+    embedded: the embedding of each, h[0], [n, D].
+    carry: h of the token before each, [n, D].
+    end: p at the end of the segment, [n, D]; None: no network ran.
+    segment: h[lo], the goal of the first projection, [n, D].
+    final: h[N], the goal of the second projection, [n, D].
     """
 
     following: Tensor
@@ -57,7 +59,7 @@ class Rows:
     final: Tensor
 
     def products(self, network: M2R2, index: int) -> tuple[Tensor, Tensor]:
-        """Features and goals of projection ``index``."""
+        """Return the inputs and the goals of projection ``index`` (0 or 1): [n, F] and [n, D]."""
         x, goal = (self.end, self.final) if index else (self.embedded, self.segment)
         assert x is not None
         return network.features(index, x, self.carry), goal
@@ -65,10 +67,12 @@ class Rows:
 
 @dataclass
 class Text:
-    """Tokens of a request.
+    """The tokens of a finished request.
 
-    start: number of the first one that the model chose. states: once it has run, while there is room.
-    rows: while fits need them. held: whether fits are compared on it.
+    ids: the tokens. start: index of the first token that the model chose.
+    states: the exact states, once the text has run and while there is room; else None.
+    rows: the training data, while fits need it.
+    held: whether the text is in the hold-out set, on which fits are compared.
     """
 
     ids: list[int]
@@ -79,19 +83,20 @@ class Text:
 
     @classmethod
     def of(cls, ids: Sequence[int], start: int) -> Text:
-        """The end of the prompt, and the beginning of what follows it."""
+        """Return the end of the prompt and the beginning of what follows, of a request of ``start`` prompt tokens."""
         first = max(start - CONTEXT, 0)
         return cls(list(ids[first : first + LONGEST]), start - first)
 
     @property
     def count(self) -> int:
-        """Number of its rows."""
+        """The number of tokens in ``rows``."""
         return sum(len(rows.following) for rows in self.rows)
 
 
 class Replay:
-    """Runs texts in pieces of about ``PIECE`` seconds.
+    """Runs texts again, for about ``PIECE`` seconds at a time.
 
+    path: the draft path, of one segment.
     pace: seconds that a token took in a layer, the last time.
     """
 
@@ -99,12 +104,10 @@ class Replay:
         self.target, [(self.lo, self.hi)], self.pace = target, path.segments, PIECE / PART[0]
 
     def rows(self, text: Text, network: M2R2 | None = None) -> Iterator[Rows | None]:
-        """Run a text; yield the rows of each part of it when they are complete, else None, after pieces of work.
+        """Run a text; yield after each ``PIECE`` seconds: the rows of a part of it if they are complete, else None.
 
-        Its states are kept (``Text.states``); where they are already, it runs only through the draft path.
-
-        network: runs the draft path.
-
+        The states are kept in ``text.states``. If they are there already, the text runs only through the draft path.
+        network: runs the draft path, for ``Rows.end``; None: it does not run.
         Raises SpecDecError if a state is not finite.
         """
         target, lo, hi, last = self.target, self.lo, self.hi, self.target.num_layers
@@ -150,7 +153,7 @@ class Replay:
             self._keep(text, cache, states)
 
     def _layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Generator[None, None, Tensor]:
-        """Run layers [lo, hi) on a part of a text [1, n, D], some of them at a time."""
+        """Run layers [lo, hi) on ``x`` [1, n, D], and yield after some of them; return the result [1, n, D]."""
         while lo < hi:
             began, end = time.perf_counter(), min(lo + max(int(PIECE / (self.pace * x.shape[1])), 1), hi)
             x = self.target.layers(x, lo, end, given)
@@ -161,7 +164,7 @@ class Replay:
         return x
 
     def _keep(self, text: Text, cache: KVCache, states: list[tuple[Tensor, Tensor]]) -> None:
-        """Keep the states of a text that has run."""
+        """Keep the states of a text that has run, unless a layer has no keys and values."""
         keys = list[tuple[Tensor, Tensor]]()
         for layer in range(self.lo, self.hi):
             found = cache.of_layer(layer, 0)  # (S, H, d); none in layers with states of other kinds

@@ -15,7 +15,9 @@ from specdec.models import drafter_folder
 from specdec.runtimes.target import GivenLinear, Target
 from specdec.runtimes.torch.linear import rms_unit
 from specdec.speculation.candidates import Candidates, calibrated
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter, Traits
+from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import MOST_NODES, grow_best_first
 
@@ -27,7 +29,7 @@ RANKS = 8  # number of choices of a head that a tree may have
 
 
 class MedusaRow:
-    """The state of a row. final: final state of the last verified token, [1, 1, D]."""
+    """The state of a row. context: as in ``ChainRow``. final: final state of the last verified token, [1, 1, D]."""
 
     def __init__(self) -> None:
         self.context = Context()
@@ -40,15 +42,14 @@ class MedusaDrafter(Drafter):
     Raises SpecDecError if no trained heads fit the target.
 
     nodes: nodes of the tree; None: those that are worth their price (``Prices``), or as many as the draft may be deep.
-    output_heads: output heads of a public checkpoint, [V, D] each, whose blocks read the normalised state; None: the
-        model's.
+    output_heads: the output heads of a public checkpoint, [V, D] each, whose blocks read the normalized state; None:
+        the model's.
     """
 
     name: ClassVar[str] = public.KIND
     summary: ClassVar[str] = "extra heads on the final state, which draft a tree; trained, or public checkpoints"
     training: ClassVar[str] = "specdec train medusa"
     needs_training: ClassVar[bool] = True
-    has_probabilities = True
 
     def __init__(self, network: Medusa, nodes: int | None = None, output_heads: Sequence[Tensor] | None = None) -> None:
         self.network, self.output_heads = network, output_heads
@@ -56,12 +57,15 @@ class MedusaDrafter(Drafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MedusaDrafter:
-        """From a folder, public heads ORG/NAME[@revision] on Hugging Face, or the folder shipped for the model.
+        """Load from a folder or public heads ORG/NAME[@revision] (``source``); None: the folder shipped for the model.
 
         Raises SpecDecError for anything missing, broken or made for another model.
         """
         options.check_names(cls.name, kwargs, ("nodes",))
-        folder, nodes = cls.find(target, None) if source is None else public.find_folder(source), kwargs.get("nodes")
+        folder, nodes = (
+            drafter_folder.find(cls.name, cls.training, target, None) if source is None else public.find_folder(source),
+            kwargs.get("nodes"),
+        )
         if (theirs := public.read_config(folder)) is not None:
             network, own = public.read_checkpoint(folder, theirs, target)
             return cls(network, nodes, own)
@@ -71,7 +75,6 @@ class MedusaDrafter(Drafter):
         return cls(drafter_folder.load(folder, target.vocab_size, make), nodes)
 
     def bind(self, target: Target) -> None:
-        self.taps = (target.num_layers,)
         network = self.network
         network.freeze(target)
         self.vocabulary = DraftVocabulary(target, network.draft_vocab)
@@ -79,11 +82,8 @@ class MedusaDrafter(Drafter):
             self.output_heads = [weight.to(target.device, target.dtype) for weight in self.output_heads]
             self.norm = final_norm(target)
         vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
-        self.path = f"{shapes} {self.output_heads is not None} {None if vocab is None else len(vocab)}"
-        self.start()
-
-    def start(self) -> None:
-        self.vocabulary.start()
+        cost_key = f"{shapes} {self.output_heads is not None} {None if vocab is None else len(vocab)}"
+        self.traits = Traits((self.name,), taps=(target.num_layers,), has_probabilities=True, cost_key=cost_key)
 
     def begin(self) -> MedusaRow:
         return MedusaRow()
@@ -110,7 +110,7 @@ class MedusaDrafter(Drafter):
         """
         constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
         tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
-        said: dict[tuple[int, ...], float] = {}
+        probability: dict[tuple[int, ...], float] = {}
 
         def after(path: tuple[int, ...]) -> list[float]:
             depth = len(path)
@@ -122,15 +122,15 @@ class MedusaDrafter(Drafter):
                 scores = constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
                 [[[own, likely, ids]]] = _best(scores[None], vocab, [table])
             tokens.update({(*path, rank): int(token) for rank, token in enumerate(ids)})
-            said.update({(*path, rank): p for rank, p in enumerate(own)})
+            probability.update({(*path, rank): p for rank, p in enumerate(own)})
             return likely
 
         tree = grow_best_first(after, self.nodes or MOST_NODES)
-        chosen, own = [tokens[path] for path in tree.paths], [said[path] for path in tree.paths]
+        chosen, own = [tokens[path] for path in tree.paths], [probability[path] for path in tree.paths]
         return Candidates([math.log(value) for value in tree.values], chosen, tree.parents, [own])
 
     def _logits(self, state: State) -> Tensor:
-        """Each head's logits [B, K, V'], over the vocabulary's tokens."""
+        """Return each head's logits [B, K, V'], over the vocabulary's tokens."""
         finals = [row.final for row in state.row_states]  # (1, 1, D) each
         final = finals[0] if len(finals) == 1 else torch.cat(finals)
         target = state.target
@@ -142,14 +142,14 @@ class MedusaDrafter(Drafter):
         return self.vocabulary.logits(self.network(rms_unit(final)[:, 0], root))
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        states = taps[self.taps[0]]
+        states = taps[self.traits.taps[0]]
         for number, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
                 row.final = states[number : number + 1, path[-1] : path[-1] + 1]
 
 
 def final_norm(target: Target) -> nn.Linear:
-    """The identity: a readout with this head is only the model's final norm."""
+    """Return the identity as an output head: a readout with it is the model's final norm alone."""
     return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
 
 

@@ -11,11 +11,12 @@ from specdec.runtimes.torch.linear import Linear, for_drafting
 
 
 class Medusa(nn.Module):
-    """The residual blocks of ``heads`` heads, ``layers`` each, on states of ``width`` D. Zero blocks change nothing.
+    """The residual blocks of Medusa's heads. Blocks of zeros change nothing.
 
+    width: D, the size of a state. heads: K. layers: number of blocks of each head.
     rooted: whether the first block also reads the root's embedding.
-    draft_vocab: int32 [V'], or None: the full vocabulary.
-    inference_maps: the first block's map in its fastest format, once nothing is trained any more.
+    draft_vocab: the tokens that are drafted, int32 [V']; None: all.
+    inference_maps: the first block's linear layer in its fastest format, made by ``freeze``; None while it is trained.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Medusa(nn.Module):
         self.draft_vocab: Tensor | None
 
     def forward(self, x: Tensor, root: Tensor | None = None) -> Tensor:
-        """States [..., D], and their roots' embeddings if ``rooted`` -> inputs of the output heads [..., K, D]."""
+        """Return inputs of the K output heads, [..., K, D], from states ``x`` and roots' embeddings, [..., D] each."""
         seen = x if root is None else torch.cat((x, root), -1)
         y = x.unsqueeze(-2)
         for n, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -48,6 +49,6 @@ class Medusa(nn.Module):
         return y
 
     def freeze(self, target: Target) -> None:
-        """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
+        """Prepare for drafting: move parameters to the target's dtype and device, pack the largest linear layer."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.inference_maps = for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())

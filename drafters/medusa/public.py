@@ -23,13 +23,13 @@ VLLM_COUNTS = {"num_heads": "num_heads", "num_layers": "num_hidden_layers"}  # w
 
 
 def check_sizes(heads: Any, layers: Any) -> tuple[int, int]:
-    """The numbers of heads, and of blocks of each, if they are in range. Raises SpecDecError otherwise."""
+    """Return the numbers of heads and of blocks of each. Raises SpecDecError if they are out of range."""
     what = "of the Medusa drafter"
     return options.check_int(f"heads {what}", heads, 1, HEADS), options.check_int(f"layers {what}", layers, 1, BLOCKS)
 
 
 def find_folder(source: str) -> Path:
-    """The folder ``source``, or that of ORG/NAME[@revision] on Hugging Face (no pickle is fetched)."""
+    """Return the folder ``source``, or download the repository ORG/NAME[@revision], without pickles."""
     named = hub.parse_repo_id(source)
     if named is None or Path(source).is_dir():
         return Path(source)
@@ -38,7 +38,7 @@ def find_folder(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The config.json of a public checkpoint; None if it is another."""
+    """Return the config.json of a public checkpoint; None: the folder is none."""
     if not (folder / drafter_folder.CONFIG).is_file():
         return None
     config = drafter_folder.read_json(folder / drafter_folder.CONFIG)
@@ -48,7 +48,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_checkpoint(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
-    """Blocks and output heads of a public checkpoint. Raises SpecDecError if a tensor is missing or does not fit.
+    """Return the blocks and the output heads of a public checkpoint.
+
+    Raises SpecDecError if a tensor is missing or does not fit.
 
     Its authors' tensors are ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight`` [V, D].
     vLLM's are ``blocks.HEAD.layers.BLOCK.weight``, with ``medusa_fc_bias`` also ``.bias``, and

@@ -43,12 +43,14 @@ from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
 from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
-from specdec.speculation.draft import Drafter, Verifier
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.drafter_spec import DrafterSpec
 from specdec.speculation.generation_config import eos_token_ids, logits_processors, own_sampling
 from specdec.speculation.sampling import RowSampler, streams
+from specdec.speculation.verifier import Verifier
 from specdec.speculation.warpers import MinNewTokens, NoBadWords, Processor
 
-Named = str | Path | Drafter | registry.Choice
+Named = str | Path | Drafter | DrafterSpec
 SAMPLING = frozenset(SamplingOptions.__annotations__)
 MAX_NEW_TOKENS = 128  # default of a request
 LOSSY_DEPTH = 4  # "auto" depth of drafts under a lossy rule that scores them
@@ -70,9 +72,9 @@ class SpecDecoder:
     the native runtime: ``model`` is then a ``NativeModel``, and ``model.transformers()`` that of transformers with the
     same weights. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
-    object, or several names joined by "+". NAME=SOURCE loads a drafter from SOURCE, such as draft-model=MODEL. "auto"
-    is ngram with the m2r2 shipped for the model, or with one that teaches itself; the attribute ``drafter`` is the one
-    in use.
+    object, or "ngram+X" with one of these texts as X. NAME=SOURCE loads a drafter from SOURCE, such as
+    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, or with one that teaches itself; the
+    attribute ``drafter`` is the one in use.
     drafter_options: options of the drafter; for joined drafters, a mapping per name.
     runtime: "auto" (the fastest one that supports the model here), "native", "torch" or "transformers".
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
@@ -126,13 +128,13 @@ class SpecDecoder:
         self.prefix_reuse = prefix_reuse
         self.prefixes = self._new_prefixes()
         self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements
-        if self.learning and self.drafter.learns:
+        if self.learning and self.drafter.learner is not None:
             first_use()
         self._kept_at = -KEEP_EVERY
 
     def __repr__(self) -> str:
         model = str(self.model.config._name_or_path) or type(self.model).__name__
-        return f"SpecDecoder(model={model!r}, drafter={self.drafter.label!r}, runtime={self.target.runtime!r})"
+        return f"SpecDecoder(model={model!r}, drafter={self.drafter.traits.label!r}, runtime={self.target.runtime!r})"
 
     @property
     def device(self) -> torch.device:
@@ -175,9 +177,9 @@ class SpecDecoder:
         paging = more.get("expert_cache") is not None
         if device == "auto" and (paging or needs_cpu(*formats)):
             device = "cpu"
-        choice = registry.Choice.of(drafter) if isinstance(drafter, str) else None
-        if choice is not None:
-            registry.refuse_early(choice, name)
+        spec = DrafterSpec.parse(drafter).resolved() if isinstance(drafter, str) else None
+        if spec is not None:
+            spec.refuse_early(name)
         with packed.reading():
             prepare.read_ahead(name, {"dtype": dtype, "device": device, "adapter": adapter, **more})
             model, tokenizer = loading.load(
@@ -187,9 +189,9 @@ class SpecDecoder:
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 adapter=adapter,
-                check=lambda config: None if choice is None else registry.refuse_early(choice, name, config),
+                check=lambda config: None if spec is None else spec.refuse_early(name, config),
             )
-            return cls(model, tokenizer, drafter if choice is None else choice, **more)
+            return cls(model, tokenizer, drafter if spec is None else spec, **more)
 
     @checked
     def with_drafter(self, drafter: str | Path | Drafter, drafter_options: Options = None) -> SpecDecoder:
@@ -207,20 +209,19 @@ class SpecDecoder:
         """Return an empty store for texts of this decoder; None if it keeps none."""
         return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
-    def _drafter(self, drafter: str | Path | Drafter | registry.Choice, given: dict[str, Any]) -> Drafter:
+    def _drafter(self, drafter: Named, given: dict[str, Any]) -> Drafter:
         """Load a named drafter, and bind it to the target."""
         if isinstance(drafter, str | Path):  # of a path, all: a folder may be called "medusa"
-            drafter = registry.Choice.of(drafter if isinstance(drafter, str) else str(drafter.absolute()))
-        if isinstance(drafter, registry.Choice):
+            drafter = DrafterSpec.parse(drafter if isinstance(drafter, str) else str(drafter.absolute()))
+        if isinstance(drafter, DrafterSpec):
             drafter = drafter.load(self.target, given)
-        unscored = self.verifier.threshold is not None
-        if unscored and drafter.drafts and not drafter.leaves_early:
+        drafter.bind(self.target)
+        traits, unscored = drafter.traits, self.verifier.threshold is not None
+        if unscored and traits.drafts and not traits.leaves_early:
             raise SpecDecError(
                 f"verifier '{self.verifier.name}' accepts drafts without scoring them, so it needs a drafter that "
-                f"leaves the model early and has a confidence ({registry.having('leaves_early')}); "
-                f"'{drafter.name}' does not"
+                f"leaves the model early and has a confidence, such as m2r2 or early-exit; '{traits.label}' does not"
             )
-        drafter.bind(self.target)
         return drafter
 
     @checked
@@ -572,7 +573,7 @@ class SpecDecoder:
     def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
         if num_speculative_tokens != "auto":
             return FixedDepth(int(num_speculative_tokens))
-        if not self.drafter.drafts:
+        if not self.drafter.traits.drafts:
             return FixedDepth(0)
         if self.verifier.threshold is not None:
             return FixedDepth(MAX_DEPTH)  # the drafter's confidence ends a draft
@@ -590,7 +591,7 @@ class SpecDecoder:
                 self._kept_at = time.monotonic()
         finally:
             release()
-        if self.learning and self.drafter.learns:
+        if self.learning and self.drafter.learner is not None:
             drafter_learning.learn_when_idle(self.drafter)
 
     def learn(self, seconds: float = math.inf) -> bool:

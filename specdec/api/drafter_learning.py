@@ -12,7 +12,7 @@ import weakref
 from specdec.api.drafter_use import check_free, in_use, work_lock
 from specdec.base import background
 from specdec.base.background import Stop, Work
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 
 IDLE = 0.2  # seconds after a generation before a drafter learns
 _starting = threading.Lock()
@@ -25,15 +25,17 @@ def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
     Returns whether it has more to learn from. Raises SpecDecError if an engine has it.
     """
     check_free(drafter)
-    end, more = time.monotonic() + seconds, drafter.learns
+    if (learner := drafter.learner) is None:
+        return False
+    end, more = time.monotonic() + seconds, True
     while True:
         with work_lock:
             free = not in_use(drafter)
             if free and more and time.monotonic() < end:
-                more = drafter.learn()
+                more = learner.work()
                 continue
             if free:
-                drafter.save()
+                learner.save()
             return more
 
 
@@ -48,7 +50,7 @@ def _work(reference: weakref.ref[Drafter], stop: Stop) -> None:
     more = False
     while not stop.wait(0 if more else IDLE) and (drafter := reference()) is not None:
         with work_lock:
-            more = not in_use(drafter) and drafter.learn()
+            more = not in_use(drafter) and drafter.learner is not None and drafter.learner.work()
         del drafter
 
 
@@ -56,4 +58,5 @@ def _work(reference: weakref.ref[Drafter], stop: Stop) -> None:
 def _keep_what_was_learned() -> None:
     background.end()
     for drafter in [*_learners]:
-        drafter.save()
+        if drafter.learner is not None:
+            drafter.learner.save()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from specdec.base.errors import SpecDecError
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 
 work_lock = threading.Lock()  # held during a piece of a drafter's work outside of engines
 _claiming = threading.Lock()

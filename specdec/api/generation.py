@@ -29,7 +29,7 @@ from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
 from specdec.runtimes.native.experts import Counters
 from specdec.speculation.constraints import CompiledConstraint, Constraint
-from specdec.speculation.draft import Verifier
+from specdec.speculation.verifier import Verifier
 
 Options = Mapping[str, Any] | None
 

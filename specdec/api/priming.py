@@ -36,12 +36,12 @@ def prime(
 
     Raises SpecDecError if the drafter does not teach itself, or what it learns would not be kept.
     """
-    if not decoder.drafter.learns:
+    if (learner := decoder.drafter.learner) is None:
         raise SpecDecError(
-            f"drafter '{decoder.drafter.label}' is trained and learns nothing more; a model without one has a drafter "
-            "that teaches itself"
+            f"drafter '{decoder.drafter.traits.label}' is trained and learns nothing more; a model without one has a "
+            "drafter that teaches itself"
         )
-    decoder.drafter.claim()
+    learner.claim()
     began, tokens = time.monotonic(), 0
     tried = _questions(decoder, TRIED)
     own = [encode(decoder.tokenizer, prompt, context=decoder.target.context) for prompt in prompts]

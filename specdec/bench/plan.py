@@ -29,6 +29,7 @@ from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Settings, short_repr
 from specdec.bench.cell import EXTERNAL_METHODS, GROUPS, Cell, axes, check_external
 from specdec.speculation import registry
+from specdec.speculation.drafter_spec import DrafterSpec
 
 MAX_CELLS = 10_000
 LIST_SETTING = "against"  # the setting whose value is a list, so a list is not an axis
@@ -251,16 +252,16 @@ def _check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
         registry.verifier(name, options)
         return
     name = _method(name)["drafter"]
-    kind, known = name.partition("=")[0], (*registry.names("drafters"), *EXTERNAL_METHODS)
+    kind, known = name.partition("=")[0], ("auto", *registry.names("drafters"), *EXTERNAL_METHODS)
     if kind in EXTERNAL_METHODS:
         check_external(name, options)
         return
     if kind not in known and not ("+" in kind or "/" in kind or Path(kind).is_dir()):
         raise SpecDecError(f"unknown method '{name}'{did_you_mean(kind, known)}; known: {', '.join(sorted(known))}")
-    whole = registry.Choice.of(name)
+    whole = DrafterSpec.parse(name).resolved()
     checks = [(whole, options)]
     if len(whole.parts) > 1:
-        checks += [(registry.Choice(part[0], [part]), options.get(part[0], {})) for part in whole.parts]
-    for choice, own in checks:
+        checks += [(DrafterSpec((part,)), options.get(part.name, {})) for part in whole.parts]
+    for spec, own in checks:
         with contextlib.suppress(_Unloaded.Accessed):
-            choice.load(_Unloaded(), own)
+            spec.load(_Unloaded(), own)

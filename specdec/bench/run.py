@@ -30,6 +30,7 @@ from specdec.bench.pass_times import time_scoring
 from specdec.bench.prompts import Conversation, PromptSet, evenly_spaced, load_prompts
 from specdec.models import loading
 from specdec.speculation import registry
+from specdec.speculation.drafter_spec import DrafterSpec
 from specdec.speculation.sampling import Sampler, streams
 from specdec.verify.replay import first_difference
 
@@ -49,9 +50,9 @@ class Decoders:
         """Raise SpecDecError for a drafter that cannot work with the cell's model, before weights are loaded."""
         for method in _methods(cell):
             if not method.is_external and method.drafter != "none":
-                choice = registry.Choice.of(method.drafter)
-                registry.refuse_early(choice, cell.model)
-                registry.refuse_early(choice, cell.model, loading.read_config(cell.model))
+                spec = DrafterSpec.parse(method.drafter).resolved()
+                spec.refuse_early(cell.model)
+                spec.refuse_early(cell.model, loading.read_config(cell.model))
 
     def base(self, cell: Cell) -> SpecDecoder:
         """Return a decoder of the cell's model without a drafter, loaded unless it was the last model."""
@@ -261,7 +262,7 @@ class BenchRun:
                 how = {name: getattr(cell, name) for name in SAMPLING}
                 how |= {"seed": seed, "stream": streams(request.prompts)[b]}
                 same = self.base.request(prompt, max_new_tokens=count, **how)
-                difference = first_difference(target, prompt, ours, theirs, Sampler.of([same.sampler]))
+                difference = first_difference(target, prompt, ours, theirs, Sampler([same.sampler]))
                 equality = "near-tie" if difference and difference.near_tie else "fault"
             request.equality.append(equality)
             if self.lossy:

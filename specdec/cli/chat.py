@@ -59,7 +59,7 @@ def chat(
         )
         engine = decoder.engine(max_rows=1)
     with engine:
-        note(f"{loading.model} with {decoder.drafter.label}; /help lists commands")
+        note(f"{loading.model} with {decoder.drafter.traits.label}; /help lists commands")
         ChatSession(decoder, engine, params, max_new_tokens, system, quiet).run(ask)
 
 
@@ -128,7 +128,7 @@ class ChatSession:
             self.save(rest)
         elif command == "/drafter" and rest in ("on", "off"):
             self.draft = rest == "on"
-            say(f"{self.decoder.drafter.label} drafts" if self.draft else "decoding plainly")
+            say(f"{self.decoder.drafter.traits.label} drafts" if self.draft else "decoding plainly")
         elif command == "/help":
             for name, what in COMMANDS.items():
                 say(f"{name} {what}")
@@ -145,7 +145,7 @@ class ChatSession:
         if path.exists():
             raise SpecDecError(f"'{path}' exists already; choose another name")
         with errors_as(f"cannot write '{path}'"):
-            shared.write_json(path, {"drafter": self.decoder.drafter.label, "messages": self.messages})
+            shared.write_json(path, {"drafter": self.decoder.drafter.traits.label, "messages": self.messages})
         say(f"saved in '{path}'")
 
     def answer(self, text: str) -> None:

@@ -118,7 +118,7 @@ def generate(
             expert_prefetch=expert_prefetch,
             learn=bool(learn),  # else the command would end after its text only
         )
-    source = "" if drafter in ("auto", decoder.drafter.label) else drafter  # a folder or NAME=SOURCE
+    source = "" if drafter in ("auto", decoder.drafter.traits.label) else drafter  # a folder or NAME=SOURCE
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
     if compare:
@@ -147,7 +147,7 @@ def generate(
                 break
             decoded.append(made)
         else:
-            sampler = Sampler.of([decoder.request(ids, **asked).sampler])
+            sampler = Sampler([decoder.request(ids, **asked).sampler])
             turns = list(zip(decoded[::2], decoded[1::2], strict=True))
             comparison = statistics.compare(decoder, ids, sampler, turns)
 
@@ -157,7 +157,7 @@ def generate(
         result: dict[str, Any] = {
             **output.as_dict(),
             "model": model,
-            "drafter": decoder.drafter.label,
+            "drafter": decoder.drafter.traits.label,
             "drafter_source": source or None,
             "drafter_options": drafter_options,
             **statistics.runtime(decoder),
@@ -174,7 +174,7 @@ def generate(
         statistics.statistics(decoder, output, comparison, verbose, source)
     if failed is not None:
         raise failed
-    if learn and decoder.drafter.learns and not interrupted:
+    if learn and decoder.drafter.learner is not None and not interrupted:
         with terminal.status("learning", silent):
             decoder.learn(LEARNING)
     if interrupted:

@@ -65,15 +65,14 @@ def ahead(
         terminal.warn_in_lines()
         from specdec.api.decoder import SpecDecoder
         from specdec.api.priming import prime
-        from specdec.drafters.auto import AutoDrafter
         from specdec.models import drafter_folder
 
         how = {"dtype": dtype, "device": device, "runtime": runtime, "adapter": adapter}
         decoder = SpecDecoder.from_pretrained(model, "none", learn=False, **how)  # type: ignore[arg-type]
         if base is not None:
             _begin_from(decoder.target, base)
-        decoder = decoder.with_drafter(AutoDrafter.load(decoder.target))
-        if not decoder.drafter.learns and (shipped := drafter_folder.find_shipped("m2r2", decoder.target)):
+        decoder = decoder.with_drafter("auto")
+        if decoder.drafter.learner is None and (shipped := drafter_folder.find_shipped("m2r2", decoder.target)):
             own = model if adapter is None else f"{model} --adapter {adapter}"
             raise SpecDecError(
                 f"the m2r2 shipped for '{model}' is trained, and does not learn by itself; to train it on "
@@ -151,7 +150,7 @@ def export(
 
         decoder = SpecDecoder.from_pretrained(model, "none", learn=False, adapter=adapter)
         drafter = M2R2Drafter.load(decoder.target)
-        if not drafter.version:
+        if drafter.learner is None or not drafter.learner.version:
             raise SpecDecError(f"nothing that drafts was learned for '{model}' yet; specdec learn {model} does so now")
         base = drafter_folder.describe_base(decoder.target, source.public_name(model, adapter))
     config = {"drafter": "m2r2", "path": drafter.network.path.to_json(), "base": base}

@@ -136,7 +136,7 @@ def serve(
             raise SpecDecError("--api-key must be printable ASCII characters without spaces")
         loading.check()
         drafting.check()
-        from specdec.speculation.draft import DrafterWarning
+        from specdec.speculation.drafter import DrafterWarning
 
         warnings.simplefilter("ignore", DrafterWarning)  # the log has a line for each failure
         settings = ServerSettings(
@@ -179,7 +179,7 @@ def serve(
             engines.enter_context(engine)
             app = make_app(decoder, engine, settings, (lambda line: None) if quiet else say)
         say(abilities(decoder.tokenizer))
-        return app, f"{settings.name} with {decoder.drafter.label} is served at {address(listener)}"
+        return app, f"{settings.name} with {decoder.drafter.traits.label} is served at {address(listener)}"
 
     with engines:
         serve(load, settings, listener)

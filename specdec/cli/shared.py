@@ -22,6 +22,7 @@ from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
 from specdec.models.names import adapter_place, check_model, dtype_name
 from specdec.models.prepare import read_ahead
 from specdec.speculation import registry
+from specdec.speculation.drafter_spec import DrafterSpec
 
 INTERRUPTED = 130  # exit code of Ctrl-C
 
@@ -54,7 +55,7 @@ def complete_model(incomplete: str) -> list[str]:
 def complete_drafter(incomplete: str) -> list[str]:
     """Return completions of a drafter's name for the shell; after a "+", the last of the joined names is completed."""
     before, plus, last = incomplete.rpartition("+")
-    return [f"{before}{plus}{name}" for name in sorted(registry.names("drafters")) if name.startswith(last)]
+    return [f"{before}{plus}{name}" for name in ["auto", *sorted(registry.names("drafters"))] if name.startswith(last)]
 
 
 def complete_drafters(incomplete: str) -> list[str]:
@@ -106,8 +107,8 @@ Drafter = Annotated[
     str,
     _model(
         "--drafter",
-        "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or several "
-        "joined by +; auto: ngram+m2r2.",
+        "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or ngram+X "
+        "with X one of these; auto: ngram+m2r2.",
         "NAME",
         autocompletion=complete_drafter,
     ),
@@ -208,7 +209,7 @@ class DrafterFlags:
 
     def check(self) -> None:
         """Raise SpecDecError for a drafter that does not exist, before anything heavy is imported."""
-        registry.check_drafter(self.drafter)
+        DrafterSpec.parse(self.drafter)
 
     @property
     def options(self) -> dict[str, Any]:

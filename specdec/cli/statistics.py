@@ -50,7 +50,7 @@ def statistics(
             ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
             ("acceptance rate", rate),
             ("steps", f"{m.num_spec_steps}, {m.num_drafted_steps} with drafts"),
-            ("drafter", decoder.drafter.label + (f" (from {source})" if source else "")),
+            ("drafter", decoder.drafter.traits.label + (f" (from {source})" if source else "")),
             ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", {_formats(decoder)}"),
         ]
     ]
@@ -128,7 +128,7 @@ def compare(
     return {
         "outcome": outcome,
         "turns": len(turns),
-        **speedup(timed, plainly, decoder.drafter.drafts),
+        **speedup(timed, plainly, decoder.drafter.traits.drafts),
         "plain_tokens_per_second": numbers.median(metrics.tokens_per_second for metrics in plainly),
         "identical": identical,
         "fault": difference is not None and not difference.near_tie,
@@ -194,7 +194,7 @@ def advice(decoder: SpecDecoder, output: GenerationOutput, comparison: dict[str,
     comparison: the result of ``compare``, whose speedup decides; None: there was none.
     """
     faster = comparison is not None and (comparison["speedup"] or 0.0) > 1
-    return "" if faster or not decoder.drafter.drafts else nothing_accepted(decoder, output) or slower(output)
+    return "" if faster or not decoder.drafter.traits.drafts else nothing_accepted(decoder, output) or slower(output)
 
 
 def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
@@ -205,8 +205,8 @@ def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
     training = decoder.drafter.training
     other = f"train one for this model ({training})" if training else "'specdec drafters' lists others"
     return (
-        f"none of the {m.num_draft_tokens} tokens that {decoder.drafter.label} drafted was accepted: it does not fit "
-        f"this model or this prompt; {other}, or decode plainly (--drafter none)"
+        f"none of the {m.num_draft_tokens} tokens that {decoder.drafter.traits.label} drafted was accepted: it does "
+        f"not fit this model or this prompt; {other}, or decode plainly (--drafter none)"
     )
 
 

@@ -89,7 +89,7 @@ def verify(
         "model": loading.model,
         **statistics.runtime(decoder),
         "runtime_note": decoder.runtime_note,
-        "drafter": decoder.drafter.label if drafting.drafter == "auto" else drafting.drafter,
+        "drafter": decoder.drafter.traits.label if drafting.drafter == "auto" else drafting.drafter,
         "num_speculative_tokens": depth,
         "verifier": rule.label,
         "prompts": f"{len(encoded)} of {found.name}",

@@ -21,8 +21,11 @@ from specdec.engine.scoring import score
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Acceptance, Draft, Drafter, State, Verifier, check_draft
+from specdec.speculation.draft import Draft, check_draft
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import Sampler
+from specdec.speculation.state import State
+from specdec.speculation.verifier import Acceptance, Verifier
 
 NOTHING = torch.empty(0)
 # Phases of a step (``PhaseTimer``) whose seconds count as scoring, and as drafting.
@@ -39,12 +42,12 @@ class Batch:
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
         self.target, self.verifier, self.policy = target, verifier, policy
-        self.guard, self.drafter_behind = DrafterGuard(drafter), False
+        self.guard, self.drafter_behind = DrafterGuard(drafter, target), False
         self.rows: list[Request] = []
         self.chosen = True
         self.cache = target.new_cache(0)
         self.timer = PhaseTimer(target.device)
-        self.state = State(target, self.cache, Sampler.of([]), [], threshold=verifier.threshold)
+        self.state = State(target, self.cache, Sampler([]), [], threshold=verifier.threshold)
 
     # -- rows come and go ---------------------------------------------------------------------------------------------
 
@@ -56,7 +59,7 @@ class Batch:
     @property
     def drafting(self) -> str:
         """ "on", "off" (the drafter has failed) or "none" (it never drafts)."""
-        return "none" if not self.guard.configured.drafts else "off" if self.drafter is None else "on"
+        return "none" if not self.guard.configured.traits.drafts else "off" if self.drafter is None else "on"
 
     def recover(self, rows: Sequence[Request]) -> None:
         """Start a drafter that has failed again if it is time. ``rows``: all that have begun; it has seen nothing of
@@ -84,7 +87,7 @@ class Batch:
         """
         starts = list(cache.rows)
         parts = [row.ids[n : n + count] for row, n, count in zip(rows, starts, counts, strict=True)]
-        taps, whole_prompts = self._taps(), self.drafter is not None and self.drafter.whole_prompts
+        taps, whole_prompts = self._taps(), self.drafter is not None and self.drafter.traits.whole_prompts
         states: list[Tensor] | None = [] if any(row.prompt_logprobs for row in rows) else None
         last = run_tokens(self.target, cache, parts, taps, whole_prompts, states)  # (B, 1, D)
         if states is not None:
@@ -109,7 +112,7 @@ class Batch:
 
     def _choose_first(self, rows: Sequence[Request], last: Tensor) -> None:
         """Append the token after the prefill to each row, from the final states of its last token [B, 1, D]."""
-        sampler = Sampler.of([row.sampler for row in rows])
+        sampler = Sampler([row.sampler for row in rows])
         if sampler.plain_greedy and all(row.logprobs is None for row in rows):
             [chosen] = self.target.greedy_tokens(last)
         else:
@@ -149,7 +152,7 @@ class Batch:
         self.state = replace(
             self.state,
             cache=self.cache,
-            sampler=Sampler.of([row.sampler for row in rows]),
+            sampler=Sampler([row.sampler for row in rows]),
             ids=[row.ids for row in rows],
             prices=None,  # of the rows of a step
             row_states=[row.drafter_state for row in rows],
@@ -200,8 +203,8 @@ class Batch:
     def _choose_depths(self, forced: Sequence[Sequence[int]]) -> None:
         """Set how deep each row drafts in this step. Rows with ``forced`` tokens do not."""
         state, rows = self.state, self.rows
-        if (version := self.guard.call(lambda drafter: drafter.version)) is not None:
-            self.policy.follow(version)
+        if self.drafter is not None and self.drafter.learner is not None:
+            self.policy.follow(self.drafter.learner.version)
         able = self.drafter is not None and not self.drafter_behind
         caps = [self._deepest(b) if able and not tokens else 0 for b, tokens in enumerate(forced)]
         fixed = [row.num_speculative_tokens for row, cap in zip(rows, caps, strict=True) if cap]
@@ -220,7 +223,7 @@ class Batch:
 
     def _forced_tokens(self) -> list[list[int]]:
         """Return the tokens that each row's constraint leaves no choice about. They take the place of the drafter's."""
-        if self.drafter is None or self.drafter_behind or not self.drafter.drafts:
+        if self.drafter is None or self.drafter_behind or not self.drafter.traits.drafts:
             return [[] for _ in self.rows]
         found = []
         for b, row in enumerate(self.rows):
@@ -282,21 +285,21 @@ class Batch:
     def _sources(self, draft: Draft, b: int, tokens: list[int]) -> list[str]:
         """Return what proposed each of the accepted ``tokens`` of row ``b``."""
         if draft.found is None:
-            return [self.guard.configured.label] * len(tokens)
-        found, names = draft.found.rows[b], self.guard.configured.sources
+            return [self.guard.configured.traits.label] * len(tokens)
+        found, names = draft.found.rows[b], self.guard.configured.traits.sources
         return [names[found.source(node)] for node in found.path(tokens)]
 
     # -- the drafter --------------------------------------------------------------------------------------------------
 
     def _taps(self) -> dict[int, Tensor]:
-        return dict.fromkeys(self.drafter.taps if self.drafter is not None else (), NOTHING)
+        return dict.fromkeys(self.drafter.traits.taps if self.drafter is not None else (), NOTHING)
 
     def _observe(self, row_states: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         self.guard.call(lambda drafter: drafter.observe(row_states, paths, taps))
 
     def learn(self) -> bool:
         """Do a piece of the drafter's work; False if there is none."""
-        return bool(self.guard.call(lambda drafter: drafter.learn()))
+        return bool(self.guard.call(lambda drafter: drafter.learner is not None and drafter.learner.work()))
 
     def end(self, row: Request) -> None:
         """Tell the drafter that a row has ended."""

@@ -27,7 +27,8 @@ from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter, Verifier
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.verifier import Verifier
 
 __all__ = ["Engine", "EngineStats", "QueueFullError"]
 
@@ -83,7 +84,7 @@ class Engine:
     prefixes: the keys and values of earlier texts, which prompts that begin alike go on with. Texts of this engine are
         added, and the caller may hand them to a later engine of the target. None: none are kept. disk: keeps them for
         later processes, too; it is closed with the engine.
-    learn: whether the engine's thread does the drafter's work (``Drafter.learn``) when there is nothing else to do.
+    learn: whether the engine's thread does the drafter's work (``Learner.work``) when there is nothing else to do.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class Engine:
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
         self.target, self.max_waiting, self.on_close = target, max_waiting, on_close
-        self.learns, self._saved = learn and drafter.learns, 0.0  # seconds that the drafter's work may take
+        self.learns = learn and drafter.learner is not None
+        self._saved = 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
         self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, prefixes, disk)
         self.timer = self.batch.timer

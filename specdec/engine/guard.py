@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from specdec.base.errors import one_line
-from specdec.speculation.draft import Drafter, DrafterWarning
+from specdec.runtimes.target import Target
+from specdec.speculation.drafter import Drafter, DrafterWarning
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 T = TypeVar("T")
@@ -44,12 +45,11 @@ class DrafterGuard:
     outage: why it is off; None while it is on.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
-        self.configured, self.failures = drafter, 0
+    def __init__(self, drafter: Drafter, target: Target) -> None:
+        self.configured, self.target, self.failures = drafter, target, 0
         self.drafter: Drafter | None = drafter
         self.outage: Outage | None = None
         self._pause, self._started = 0.0, time.monotonic()
-        self.call(lambda drafter: drafter.start())
 
     def call(self, use: Callable[[Drafter], T]) -> T | None:
         """Return ``use(drafter)``; None if the drafter is off, or fails."""
@@ -69,7 +69,7 @@ class DrafterGuard:
         lasted = now - self._started >= LONGEST_PAUSE
         self._pause = FIRST_PAUSE if lasted or not self._pause else min(2 * self._pause, LONGEST_PAUSE)
         self.drafter, self.failures, self.outage = None, self.failures + 1, Outage(why, time.time(), now + self._pause)
-        what = f"drafter '{self.configured.label}' {why}; decoding goes on without it"
+        what = f"drafter '{self.configured.traits.label}' {why}; decoding goes on without it"
         log.warning(message := f"{what}, and it starts again in {self._pause:g} s")
         warnings.warn(message, DrafterWarning, stacklevel=2)
 
@@ -79,9 +79,9 @@ class DrafterGuard:
         if outage is None or outage.seconds_left:
             return False
         self.drafter, self.outage, self._started = self.configured, None, time.monotonic()
-        self.call(lambda drafter: drafter.start())
+        self.call(lambda drafter: drafter.bind(self.target))
         self.call(begin)
         if self.drafter is not None:
             after = time.time() - outage.since
-            log.info("drafter '%s' is on again, %.0f s after it %s", self.drafter.label, after, outage.error)
+            log.info("drafter '%s' is on again, %.0f s after it %s", self.drafter.traits.label, after, outage.error)
         return True

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from specdec.base.devices import download, is_asynchronous, upload
 from specdec.runtimes.target import Pass, largest
-from specdec.speculation.draft import Draft, State, Verifier, ancestors, check_tokens
+from specdec.speculation.draft import Draft, ancestors, check_tokens
 from specdec.speculation.sampling import RowSampler, Sampler
+from specdec.speculation.state import State
+from specdec.speculation.verifier import Verifier
 
 
 @dataclass
@@ -151,7 +153,7 @@ class _Scorer:
             elif raw is not None and not verifier.needs_probabilities:
                 found = self._choose_along(b, own, raw[0], largest(raw)[0].tolist() if row.masked_greedy else None)
             elif raw is not None:
-                sampler = Sampler.of([row])
+                sampler = Sampler([row])
                 scores = sampler.scores(raw, lambda b=b, own=own: [self._prefixes(b, own)])  # type: ignore[misc]
                 found = sampler.choose(scores, [[len(state.ids[b]) + depths[node] for node in own]])[0].tolist()
             if verifier.needs_probabilities and not state.sampler.greedy:
@@ -205,7 +207,7 @@ class _Scorer:
                 texts[node] = [*texts[parent], token]
             own = logits[t, None, None]  # (1, 1, V)
             if best is None:
-                sampler, text = Sampler.of([row]), texts[node]
+                sampler, text = Sampler([row]), texts[node]
                 scores = sampler.scores(own, lambda text=text: [[text]])  # type: ignore[misc]
                 chosen[t] = int(sampler.choose(scores, [[len(text)]]))
             else:

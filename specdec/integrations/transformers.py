@@ -27,7 +27,7 @@ from specdec.base.settings import checked
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.generation_config import refuse_stateful
 from specdec.speculation.sampling import RowSampler, Transforms, streams
 

@@ -285,6 +285,35 @@ def describe_base(base: Identified, name: str) -> dict[str, Any]:
     }
 
 
+def find(drafter: str, training: str | None, base: Identified, source: str | None) -> Path:
+    """Return the folder ``source``, or (None) of the ``drafter`` shipped for ``base``.
+
+    Raises SpecDecError if none is shipped. training: the command that trains one, as in ``not_shipped``.
+    """
+    folder = find_shipped(drafter, base) if source is None else Path(source)
+    if folder is None:
+        raise not_shipped(drafter, training, base.model.config._name_or_path)
+    return folder
+
+
+def not_shipped(drafter: str, training: str | None, model: str) -> SpecDecError:
+    """Return the error for a ``model`` for which no ``drafter`` is shipped.
+
+    training: the command that trains one, such as "specdec train m2r2"; None: there is none.
+    """
+    if training is None:
+        return SpecDecError(f"no {drafter} drafter is shipped; give one with --drafter {drafter}=DIR or =ORG/NAME")
+    return SpecDecError(
+        f"no {drafter} drafter is shipped for this model; train one: {training_command(training, model)}, then pass "
+        "--drafter DIR"
+    )
+
+
+def training_command(training: str, model: str) -> str:
+    """Return the whole command that trains a drafter for ``model``. training: its beginning."""
+    return f"{training} --model {model or 'MODEL'} --prompts FILE --output DIR"
+
+
 def find_shipped(drafter: str, base: Identified) -> Path | None:
     """Return the folder of a trained drafter in the package for the model ``base``; None: there is none.
 

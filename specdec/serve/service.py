@@ -236,7 +236,7 @@ class Service:
     def drafter_label(self, asked: GenerationRequest) -> str:
         """The drafter of a request, for a header; "none" while the drafter is off."""
         on = asked.options.get("num_speculative_tokens") != 0 and self.engine.drafting == "on"
-        return quote(self.decoder.drafter.label if on else "none", safe="+=-. /")
+        return quote(self.decoder.drafter.traits.label if on else "none", safe="+=-. /")
 
     def finish(self, choices: Sequence[Choice], client: Client) -> None:
         """Close the choices of a request, which has finished or whose client has disconnected, and count them."""

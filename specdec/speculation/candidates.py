@@ -1,10 +1,11 @@
-"""Nodes that may be drafted, with the probabilities that their paths are accepted."""
+"""Candidates: tokens that may be drafted, with the probabilities that the paths to them are accepted."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ KNOTS = range(-4, 7)  # log-odds at which tables of calibrated probabilities hav
 
 
 class Candidates(NamedTuple):
-    """Nodes in the order in which they were found.
+    """A tree of candidate tokens after the root of one row, parents before children.
 
-    scores: logarithm of the calibrated probability that the path to each node is accepted.
-    parents: 0: the root, i + 1: node i.
-    raw: for each source, the probability that it gives each node after its parent; 0: it does not have the node.
+    scores: for each node, the logarithm of the calibrated probability that the path to the node is accepted.
+    tokens: the token id of each node.
+    parents: the parent of each node; 0: the root, i + 1: node i.
+    raw: for each source (``Traits.sources``), the raw probability that the source gives each node after the node's
+        parent, not calibrated; 0: the source does not have the node.
     """
 
     scores: list[float]
@@ -28,49 +31,49 @@ class Candidates(NamedTuple):
 
     @classmethod
     def none(cls, sources: int = 1) -> Candidates:
-        """No candidates of any of ``sources``."""
+        """Return no candidates. sources: the number of sources."""
         return cls([], [], [], [[] for _ in range(sources)])
 
     @classmethod
     def chain(cls, rates: Sequence[float]) -> Candidates:
-        """A chain of unknown tokens, each of them right with its rate if those before it are."""
+        """Return a chain of unknown tokens (-1). rates: how likely each is accepted if the tokens before it are."""
         scores = itertools.accumulate(math.log(rate) for rate in rates)
         return cls([*scores], [-1] * len(rates), [*range(len(rates))], [])
 
     def levels(self) -> int:
-        """The number of levels that were drafted."""
+        """Return the number of levels that were drafted, at least 1."""
         return max(self.depths(), default=1)
 
     def depths(self) -> list[int]:
-        """The level of each node; 1 is the first."""
+        """Return the level of each node; the root's children have 1."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
         return depths[1:]
 
     def within(self, most: int) -> Candidates:
-        """The nodes of the first ``most`` levels."""
+        """Return the nodes of the first ``most`` levels."""
         depths = self.depths()
         deep = max(depths, default=0) > most
         return self.only([node for node, depth in enumerate(depths) if depth <= most]) if deep else self
 
     def path(self, tokens: Sequence[int]) -> list[int]:
-        """The nodes of the first of ``tokens`` behind the root that are a path."""
-        places = {own: node for node, own in enumerate(zip(self.parents, self.tokens, strict=True))}
+        """Return the nodes along ``tokens`` from the root, as far as the tree has them."""
+        nodes = {own: node for node, own in enumerate(zip(self.parents, self.tokens, strict=True))}
         found = list[int]()
         for token in tokens:
-            if (node := places.get((found[-1] + 1 if found else 0, token))) is None:
+            if (node := nodes.get((found[-1] + 1 if found else 0, token))) is None:
                 break
             found.append(node)
         return found
 
     def source(self, node: int) -> int:
-        """The number of the source that gives a node most."""
-        said = [each[node] for each in self.raw]
-        return said.index(max(said))
+        """Return the index of the source that gives ``node`` the largest raw probability."""
+        raw = [each[node] for each in self.raw]
+        return raw.index(max(raw))
 
     def by_level(self) -> list[float]:
-        """Expected accepted tokens of each level."""
+        """Return the expected number of accepted tokens of each level."""
         depths = self.depths()
         found = [0.0] * max(depths, default=0)
         for depth, score in zip(depths, self.scores, strict=True):
@@ -78,21 +81,38 @@ class Candidates(NamedTuple):
         return found
 
     def best(self, count: int) -> Candidates:
-        """The ``count`` best nodes. A parent scores at least as well as its children, and comes before them."""
+        """Return the ``count`` nodes with the best scores. A parent's score is at least that of its children."""
         if len(self.tokens) <= count:
             return self
         return self.only(sorted(sorted(range(len(self.tokens)), key=lambda i: (-self.scores[i], i))[:count]))
 
     def only(self, indices: Sequence[int]) -> Candidates:
-        """The nodes with the (rising) ``indices``, which include each node's parent."""
-        place = {0: 0} | {node + 1: at for at, node in enumerate(indices, start=1)}
+        """Return the nodes with the rising ``indices``, which include the parent of each."""
+        index = {0: 0} | {node + 1: new for new, node in enumerate(indices, start=1)}
         scores, tokens = [self.scores[node] for node in indices], [self.tokens[node] for node in indices]
-        raw = [[said[node] for node in indices] for said in self.raw]
-        return Candidates(scores, tokens, [place[self.parents[node]] for node in indices], raw)
+        raw = [[own[node] for node in indices] for own in self.raw]
+        return Candidates(scores, tokens, [index[self.parents[node]] for node in indices], raw)
+
+
+@dataclass
+class CandidateSet:
+    """The candidates that a draft was chosen from.
+
+    rows: the candidates of each row.
+    levels: the number of levels that were drafted.
+    without_levels: the nodes of each row that would be drafted without levels; None: there is no such draft.
+    """
+
+    rows: Sequence[Candidates]
+    levels: int = 0
+    without_levels: Sequence[Candidates] | None = None
 
 
 def calibrated(p: Tensor, table: Sequence[float] | None) -> Tensor:
-    """The calibrated probabilities of what a source gives ``p``, by its ``table`` at ``KNOTS`` (calibrate.h)."""
+    """Return calibrated probabilities of raw probabilities ``p``, any shape, interpolated in ``table`` (calibrate.h).
+
+    table: the calibrated probability at each of the log-odds ``KNOTS``; None: ``p`` is returned.
+    """
     if table is None:
         return p
     knots, least = p.new_tensor(table), 1 / (1 + math.exp(-KNOTS[0]))

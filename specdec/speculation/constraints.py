@@ -39,7 +39,7 @@ _tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = We
 
 
 class Constraint(ABC):
-    """What the new text must be. kind: the name in messages."""
+    """What the new text must be. kind: the name of the constraint in messages."""
 
     kind: str
 
@@ -51,7 +51,7 @@ class Constraint(ABC):
 
     @abstractmethod
     def grammar(self, matcher: Any) -> str:
-        """The constraint as llguidance reads it."""
+        """Return the constraint as llguidance reads it. matcher: llguidance's class ``LLMatcher``."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,19 @@ class Choice(Constraint):
 
 
 def masked(scores: Tensor, allowed: Tensor, vocab: Tensor | None) -> Tensor:
-    """``scores`` [..., V'] of the tokens ``vocab`` (None: all); -inf for those that ``allowed`` [V] rules out."""
+    """Return ``scores`` [..., V'] of the tokens ``vocab`` (None: all), with -inf where ``allowed`` [V] is False."""
     own = (allowed[: scores.shape[-1]] if vocab is None else allowed[vocab.cpu()]).to(scores.device)
     return scores.masked_fill(~own, float("-inf"))
 
 
 class CompiledConstraint:
-    """A constraint for one model. ``state`` makes the processor of one row.
+    """A constraint that is compiled for one model. ``state`` makes the processor of one row.
 
-    ends: end tokens.
-    block: the tokens that begin and end a reasoning block, if the model has such.
-    reasoning: the tokens that may follow in a reasoning block, bool [V].
+    matcher: llguidance's matcher at the beginning of the text.
+    ends: the end tokens.
+    block: the tokens that begin and end a reasoning block; None: the model does not reason.
+    reasoning: the tokens that are allowed in a reasoning block, bool [V].
+    nothing: no token is allowed, bool [V].
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class CompiledConstraint:
         self.nothing: Tensor | None = torch.zeros(vocab_size, dtype=torch.bool)
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
-        """The processor of a row. Its prompt's template may have opened a reasoning block, or closed an empty one."""
+        """Return the processor of a row with this prompt, which may open a reasoning block or close an empty one."""
         marks = [] if self.block is None else [n for n, token in enumerate(prompt) if token in self.block]
         inside = bool(marks) and self.block is not None and prompt[marks[-1]] == self.block[0]
         closed = bool(marks) and not inside and len(prompt) - marks[-1] <= CLOSED
@@ -161,7 +163,7 @@ class CompiledConstraint:
 def compile_constraint(
     constraint: Constraint, tokenizer: Any, vocab_size: int, ends: frozenset[int]
 ) -> CompiledConstraint:
-    """Compile ``constraint`` for a model whose texts end with one of the tokens ``ends``.
+    """Return ``constraint`` compiled for a model whose texts end with one of the tokens ``ends``.
 
     Raises SpecDecError if it is invalid, too large, or allows nothing, and if the model cannot be constrained.
     """
@@ -200,7 +202,7 @@ def _invalid(constraint: Constraint, why: str) -> SpecDecError:
 
 
 def _sentence(why: str) -> str:
-    """The matcher's message without its state."""
+    """Return the matcher's message ``why`` as a sentence, without the matcher's state."""
     if NO_TEXT in why:
         return "it allows no text"
     if NO_END in why:
@@ -210,7 +212,7 @@ def _sentence(why: str) -> str:
 
 
 def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
-    """The tokenizer as llguidance reads it. Made once per tokenizer: it takes a second."""
+    """Return the tokenizer as llguidance reads it. It takes a second, once for each tokenizer."""
     from llguidance import LLTokenizer
 
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
@@ -230,7 +232,7 @@ def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
 
 
 def _block(tokenizer: Any) -> tuple[int, int] | None:
-    """The tokens around a reasoning block, if the chat template has one and each is one token."""
+    """Return the tokens around a reasoning block; None: the chat template has none, or they are several tokens."""
     if REASONING[1] not in str(getattr(tokenizer, "chat_template", None)):
         return None
     begin, end = tokenizer.convert_tokens_to_ids(list(REASONING))
@@ -240,11 +242,15 @@ def _block(tokenizer: Any) -> tuple[int, int] | None:
 
 
 class ConstraintState:
-    """A row's constraint. The matcher has consumed the new tokens ``consumed``, and is moved to others as needed.
+    """The constraint on the text of one row: a logits processor.
 
+    compiled: the constraint for the model.
     start: number of prompt tokens.
     inside: whether the prompt ends in a reasoning block.
-    may_reason: whether the answer may begin with one.
+    may_reason: whether the answer may begin with a reasoning block.
+    matcher, consumed: llguidance's matcher, and the new tokens that it has consumed.
+    masks: the allowed tokens after new tokens, for the last few calls of ``mask``.
+    error_text: why the matcher failed; "": it did not.
     """
 
     def __init__(
@@ -256,7 +262,7 @@ class ConstraintState:
         self.error_text = ""
 
     def error(self, ids: Sequence[int]) -> SpecDecError | None:
-        """The error if the constraint cannot be kept after the text ``ids``."""
+        """Return the error if the constraint cannot be kept after the text ``ids``, else None."""
         why = self.error_text
         if not why and self.mask(ids[self.start :]) is None:
             why = "the tokenizer and the grammar disagree on what is allowed"
@@ -266,9 +272,9 @@ class ConstraintState:
         return self.masked(input_ids[0].tolist(), scores)
 
     def masked(self, ids: Sequence[int], scores: Tensor, vocab: Tensor | None = None) -> Tensor:
-        """``scores`` [1, V'] of the token after the text ``ids``; -inf for tokens that are not allowed there.
+        """Return ``scores`` [1, V'] of the token after the text ``ids``, with -inf for tokens that are not allowed.
 
-        vocab: the tokens that scores are over, int64 [V']; None: all.
+        vocab: the token ids of ``scores``, int64 [V']; None: all.
         """
         allowed = self.mask(ids[self.start :])
         if allowed is None:  # after a drafted token that is rejected; elsewhere the row ends with an error
@@ -276,7 +282,7 @@ class ConstraintState:
         return masked(scores, allowed, vocab)
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
-        """The tokens that may follow the new tokens ``new``, bool [V]; None if these are not allowed themselves."""
+        """Return the tokens allowed after the new tokens ``new``, bool [V]; None: ``new`` is forbidden itself."""
         key = tuple(new)
         if key not in self.masks:
             if len(self.masks) >= MASKS:
@@ -285,7 +291,7 @@ class ConstraintState:
         return self.masks[key]
 
     def forced(self, ids: Sequence[int], limit: int) -> list[int]:
-        """The tokens after a text that the constraint leaves no choice about, at most ``limit``."""
+        """Return the tokens, at most ``limit``, that the constraint requires after the text ``ids``."""
         found = list(ids[self.start :])
         most = len(found) + limit
         while len(found) < most:
@@ -296,12 +302,12 @@ class ConstraintState:
         return found[len(ids) - self.start : most]
 
     def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
-        """The number of leading ``tokens`` that may follow the text ``ids``."""
+        """Return how many of ``tokens``, from the first on, may follow the text ``ids``."""
         before = len(ids) - self.start
         return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
 
     def _begin(self, new: Sequence[int]) -> int | None:
-        """The index in the new tokens ``new`` where the constraint begins; None: they end in a reasoning block."""
+        """Return the index in the new tokens at which the constraint begins; None: they end in a reasoning block."""
         block = self.compiled.block
         if block is None or not (self.inside or (self.may_reason and new and new[0] == block[0])):
             return 0
@@ -331,7 +337,7 @@ class ConstraintState:
         return [int(allowed.argmax())] if np.count_nonzero(allowed) == 1 else []
 
     def _allows(self, text: Sequence[int], before: int) -> int:
-        """``allows`` of the new tokens ``text`` from index ``before`` on."""
+        """Return ``allows`` of the new tokens ``text`` from index ``before`` on."""
         begin, ends = self._begin(text), self.compiled.ends
         free = text[before:begin]  # in a reasoning block
         count = next((n for n, token in enumerate(free) if token in ends), len(free))
@@ -342,7 +348,7 @@ class ConstraintState:
         return count + int(self.matcher.validate_tokens(rest))
 
     def _go_to(self, new: Sequence[int]) -> bool:
-        """Move the matcher behind ``new``; False if these tokens are not allowed."""
+        """Move the matcher to the end of the new tokens; return False if they are not allowed."""
         new = list(new)
         shared = common_prefix(self.consumed, new)
         if shared < len(self.consumed):
@@ -354,7 +360,7 @@ class ConstraintState:
         return len(self.consumed) == len(new)
 
     def _guarded(self, query: Callable[[Sequence[int]], T], new: Sequence[int], otherwise: T) -> T:
-        """``query(new)``; if the matcher fails, ``otherwise``, and the matcher is reset."""
+        """Return ``query(new)``; if the matcher fails, reset the matcher and return ``otherwise``."""
         try:
             answer, why = query(new), self.matcher.get_error()
         except Exception as error:  # of the matcher: it must not end other rows

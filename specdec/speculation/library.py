@@ -13,7 +13,7 @@ POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 
 @functools.cache
 def load() -> Any | None:
-    """The library; None where it is not built."""
+    """Return the compiled library; None where it is not built."""
     try:
         found: Any = ctypes.CDLL(str(LIBRARY))
     except OSError:

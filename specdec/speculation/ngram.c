@@ -10,8 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "calibrate.h"
-#include "gumbel.h"
+#include "../runtimes/native/calibrate.h"
+#include "../runtimes/native/gumbel.h"
 
 #ifdef _WIN32
 #define EXPORT __declspec(dllexport)

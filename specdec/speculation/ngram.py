@@ -1,6 +1,6 @@
-"""Candidates by n-grams: texts that are matched, a static prior, and the best-first tree of both and a drafter's own.
+"""Candidates by n-grams: texts that are matched, a static prior, and the tree that is grown from both.
 
-The compiled part is ``ngram.c``. Knows tokens, not drafters or models.
+The compiled part is ``ngram.c``. It knows tokens, not drafters or models.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class _Growth(ctypes.Structure):
 
 
 def built() -> bool:
-    """Whether the compiled part is there."""
+    """Return whether the compiled part is there."""
     return library.load() is not None
 
 
 def load() -> Any:
-    """The compiled part. Raises SpecDecError where it is not built."""
+    """Return the compiled part. Raises SpecDecError where it is not built."""
     if (found := library.load()) is None:
         raise SpecDecError(
             "the n-gram drafter is not built; install specdec where there is a C compiler, or draft with prompt-lookup"
@@ -68,7 +68,10 @@ def load() -> Any:
 
 
 class Texts:
-    """Texts that are matched: the last ``most`` tokens (rounded up to a power of two) of what was added."""
+    """Texts that are searched for the end of another text: the last tokens of what was added.
+
+    most: number of tokens that are kept, rounded up to a power of two. size: number of tokens to allocate at first.
+    """
 
     def __init__(self, most: int, size: int = 1024) -> None:
         lib = load()
@@ -81,7 +84,7 @@ class Texts:
         self._add = lib.specdec_texts_add
 
     def add(self, ids: Sequence[int] | Ints) -> None:
-        """Go on with the text; a token of -1 ends one."""
+        """Append token ids to the text; -1 ends a text, and the next token begins another."""
         if isinstance(ids, np.ndarray):
             self._add(self.pointer, ids.ctypes.data, len(ids))
         else:
@@ -89,7 +92,11 @@ class Texts:
 
 
 class Prior:
-    """How often which tokens follow a token: the likeliest of each. begin: [V + 1], after, p: [n] of each token."""
+    """The likeliest tokens after each token of the vocabulary, as ``count`` finds them.
+
+    begin: int32 [V + 1]: the successors of token t are the entries begin[t] .. begin[t + 1] of ``after`` and ``p``.
+    after: int32 [n], the token ids of the successors. p: float32 [n], their probabilities.
+    """
 
     def __init__(self, begin: Ints, after: Ints, p: npt.NDArray[np.float32]) -> None:
         self.begin, self.after, self.p = begin, after, p
@@ -97,7 +104,7 @@ class Prior:
 
     @classmethod
     def count(cls, ids: Ints, vocab_size: int) -> Prior:
-        """Count the texts ``ids``, between which stands -1."""
+        """Return the prior of texts: token ids ``ids``, with a -1 between two texts."""
         pairs = ids[:-1].astype(np.int64) * vocab_size + ids[1:]
         keys, counts = np.unique(pairs[(ids[:-1] >= 0) & (ids[1:] >= 0)], return_counts=True)
         before = keys // vocab_size
@@ -112,7 +119,11 @@ class Prior:
 
 
 class Grower:
-    """Grows trees, one at a time. least: probability below which a node is not taken."""
+    """Grows trees of the likeliest paths, one call at a time.
+
+    prior: successors of each token, for texts that match nothing; None: there is no prior.
+    least: probability of a path below which the path is left out.
+    """
 
     def __init__(self, prior: Prior | None = None, least: float = 0.01) -> None:
         self.lib, self.prior = load(), prior
@@ -140,14 +151,16 @@ class Grower:
         tables: Sequence[Sequence[float]] = (),
         prices: Sequence[float] = (),
     ) -> Candidates:
-        """The ``nodes`` likeliest paths behind the text ``ids``, at most ``limit`` tokens deep.
+        """Return the ``nodes`` likeliest paths after the text ``ids``, at most ``limit`` tokens deep.
 
-        sources: texts that are matched, and the weight of each; later ones overrule earlier ones. learned: the tree of
-        a learned drafter, which is merged in. masks: which tokens may follow those behind the root, bool [V] (None:
-        none may). noise: by which tokens are drawn, and the position of the one behind the root. tables: calibrated
-        probabilities at ``KNOTS`` of n-grams, of n-grams where the learned drafter has other candidates, and of that
-        drafter; none: what they say counts. ``raw`` has the same kinds.
-        prices: of scoring 0, 1, .. nodes, in tokens: nodes never worth theirs are left out; none: all are kept.
+        sources: the texts that are matched, and the weight of an occurrence in each; later ones overrule earlier ones.
+        learned: the tree of another drafter, which is merged in; None: there is no other drafter.
+        masks: takes the tokens from the root to a node, and returns which may follow (bool [V]; None: none); None: all.
+        noise: the noise by which tokens are sampled, and the position of the token after the root; None: greedy.
+        tables: calibrated probabilities at ``KNOTS`` of n-grams, of n-grams where the other drafter has candidates,
+            and of the other drafter. They are also the sources of ``Candidates.raw``. Empty: raw probabilities count.
+        prices: the price of scoring 0, 1, .. nodes, in tokens. Nodes that are never worth their price are left out;
+            empty: none is.
         """
         struct, tail = self.struct, ids[-MATCH_TOKENS:]
         self.text[: len(tail)] = [*tail]
@@ -177,14 +190,14 @@ class Grower:
         count = self.lib.specdec_ngram_grow(ctypes.byref(struct))
         if error:
             raise error[0]
-        tokens, parents, values, own, said = self.out
+        tokens, parents, values, own, other = self.out
         raw = [own[:count]]
         if learned is not None:
-            raw = [[max(p, 0.0) for p in own[:count]], [max(-p, 0.0) for p in own[:count]], said[:count]]
+            raw = [[max(p, 0.0) for p in own[:count]], [max(-p, 0.0) for p in own[:count]], other[:count]]
         return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count], raw)
 
     def _allowed(self, masks: Callable[[Sequence[int]], Tensor | None], error: list[BaseException]) -> Any:
-        """``masks`` for the kernel. Their first error is added to ``error``; then nothing is allowed."""
+        """Return ``masks`` as the kernel calls it. Its first error is added to ``error``; then nothing is allowed."""
         alive = list[Tensor]()
 
         def allowed(node: int) -> int | None:

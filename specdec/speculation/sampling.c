@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "gumbel.h"
+#include "../runtimes/native/gumbel.h"
 
 #ifdef _WIN32
 #define EXPORT __declspec(dllexport)

@@ -29,14 +29,16 @@ Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens
 
 
 class Transforms:
-    """Logits -> processed logits: ``params`` and extra ``processors``, as ``generate`` applies them.
+    """Turns logits into processed logits, by the sampling parameters and extra processors, as ``generate`` does.
 
-    start: number of prompt tokens, which the frequency and the presence penalty do not count.
-    sharpness: factor by which gaps between logits grow: 1 / temperature, at least 1.
-    processors: those that read the tokens before a position; the others are ``warpers``.
-    highest: highest token id with a bias.
+    params: the sampling parameters. start: number of prompt tokens, which penalties do not count.
+    greedy: whether the temperature is 0.
+    processors: the processors that read the tokens before a position.
+    warpers: temperature, top-k, top-p and min-p, which read logits alone.
+    sharpness: factor by which differences of logits grow: 1 / temperature, at least 1.
+    highest: the highest token id with a bias; -1: there is no bias.
     sampling: temperature, top-k (0: all), top-p and min-p.
-    group: equal for transforms of several rows that do the same.
+    group: equal for rows whose transforms do the same.
     filters: whether top-k, top-p or min-p rules out tokens.
     """
 
@@ -65,9 +67,10 @@ class Transforms:
         self.filters = any(not isinstance(warper, Temperature) for warper in self.warpers)
 
     def __call__(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V'] -> float32 [B, T, V']; ``prefixes`` is called only if a processor needs it.
+        """Return processed logits, float32 [B, T, V'], of ``logits`` [B, T, V'].
 
-        vocab: the tokens that logits are over, int64 [V']; None: all. Only for constraints and warpers.
+        prefixes: returns the tokens before each position, [B][T]; called only if a processor reads them.
+        vocab: the token ids of the logits, int64 [V'], which only constraints and warpers can do with; None: all.
         """
         scores = logits.float().reshape(-1, logits.shape[-1])  # (B * T, V')
         if self.processors:
@@ -88,9 +91,9 @@ class Transforms:
 
 
 class Noise:
-    """Standard Gumbel noise over a vocabulary, for each position of one request.
+    """Standard Gumbel noise over the vocabulary for each position of one request.
 
-    A function of the seed, the stream and the position: counter-based (Philox), so that positions come in any order.
+    The noise is a function of the seed, the stream and the position, by a counter-based generator (Philox).
     """
 
     def __init__(self, seed: int, stream: int = 0) -> None:
@@ -98,7 +101,7 @@ class Noise:
         self.made: dict[int, Tensor] = {}  # by position, of the whole vocabulary
 
     def __call__(self, position: int, size: int, vocab: Tensor | None = None) -> Tensor:
-        """Noise (float32, on the host) for the token at ``position``: [V], or [V'] of the tokens ``vocab``."""
+        """Return the noise for the token at ``position``, float32 on the CPU: [V] (``size``), or of ``vocab`` [V']."""
         if (made := self.made.get(position)) is not None:
             return made if vocab is None else made[vocab]
         philox = np.random.Philox(key=self.key, counter=np.array([0, 0, position, 0], np.uint64))
@@ -111,9 +114,9 @@ class Noise:
         return noise
 
     def choose(self, lib: Any, scores: Tensor, position: int) -> int:
-        """The draw for ``position`` from processed logits (float32 [V], on the host); -1 if they are not finite.
+        """Return the token that is drawn at ``position`` from processed logits ``scores`` (float32 [V], on the CPU).
 
-        lib: ``library.load()``. Noise is made only for tokens that it can choose.
+        -1: the logits are not finite. lib: ``library.load()``. It makes noise only for tokens that can win.
         """
         scores = scores.contiguous()
         chosen: int = lib.specdec_choose(scores.data_ptr(), len(scores), *self.key.tolist(), position)
@@ -121,15 +124,17 @@ class Noise:
 
     def forget(self, position: int) -> None:
         """Drop the cached noise of positions before ``position``."""
-        for old in [place for place in self.made if place < position]:
+        for old in [other for other in self.made if other < position]:
             del self.made[old]
 
 
 class RowSampler:
-    """How one row's tokens are chosen.
+    """How the tokens of one row are chosen.
 
-    stream: rows with one seed draw alike at one position unless their streams differ.
-    transforms: take the place of ``params``, ``processors`` and ``start``.
+    params, processors, start: as in ``Transforms``.
+    stream: rows with one seed draw the same at one position unless their streams differ.
+    transforms: used instead of ``params``, ``processors`` and ``start``; None: made of these.
+    noise: the noise of the row's seed and stream.
     """
 
     def __init__(
@@ -145,7 +150,7 @@ class RowSampler:
 
     @property
     def constraint(self) -> ConstraintState | None:
-        """The constraint on the row's text."""
+        """The constraint on the row's text; None: there is none."""
         return next((each for each in self.transforms.processors if isinstance(each, ConstraintState)), None)
 
     @property
@@ -160,21 +165,13 @@ class RowSampler:
 
 
 class Sampler:
-    """Chooses tokens for a batch of rows; drafted, corrected and bonus positions are treated alike.
+    """Chooses tokens for a batch of rows, at drafted positions and all others alike.
 
-    streams: one per row, as in ``RowSampler``.
+    rows: the sampler of each row.
     """
 
-    def __init__(self, params: SamplingParams, streams: Sequence[int] = (0,)) -> None:
-        transforms = Transforms(params)
-        self.rows = [RowSampler(params, (), stream, transforms) for stream in streams]
-
-    @classmethod
-    def of(cls, rows: Sequence[RowSampler]) -> Sampler:
-        """The sampler of rows that each have their own."""
-        made = cls.__new__(cls)
-        made.rows = list(rows)
-        return made
+    def __init__(self, rows: Sequence[RowSampler]) -> None:
+        self.rows = list(rows)
 
     @property
     def plain_greedy(self) -> bool:
@@ -197,7 +194,7 @@ class Sampler:
         return all(row.plain_greedy or row.masked_greedy for row in self.rows)
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
-        """How the token after each row's ``ids`` is sampled; None: all are greedy. Processors are not in it."""
+        """Return how the token after each row's ``ids`` is sampled, without processors; None: all rows are greedy."""
         if self.greedy:
             return None
         made = []
@@ -224,9 +221,10 @@ class Sampler:
         )
 
     def scores(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V'] -> processed logits [B, T, V'], float32. ``prefixes()[b][t]``: the tokens before (b, t).
+        """Return processed logits, float32 [B, T, V'], of ``logits`` [B, T, V'].
 
-        vocab: the tokens that logits are over, int64 [V']; None: all (required if it ``needs_prefixes``).
+        prefixes: ``prefixes()[b][t]`` are the tokens before position t of row b.
+        vocab: the token ids of the logits, int64 [V']; None: all, as processors need (``needs_prefixes``).
         """
         groups: dict[Hashable, list[int]] = {}  # rows by what transforms them
         for b, row in enumerate(self.rows):
@@ -246,11 +244,11 @@ class Sampler:
     def perturb(
         self, scores: Tensor, positions: Sequence[Sequence[int]], size: int, vocab: Tensor | None = None
     ) -> Tensor:
-        """Processed logits [B, T, V'] -> the same plus each sampled row's noise, so that the argmax is an exact draw.
+        """Return processed logits ``scores`` [B, T, V'] plus the noise of sampled rows: the argmax is an exact draw.
 
-        positions: of the tokens to choose, [B][T].
-        size: V, the model's vocabulary.
-        vocab: the tokens that scores are over, int64 [V']; None: all.
+        positions: the positions of the tokens to choose, [B][T].
+        size: V, the size of the model's vocabulary.
+        vocab: the token ids of ``scores``, int64 [V']; None: all.
         """
         if self.greedy:
             return scores
@@ -264,7 +262,7 @@ class Sampler:
         return perturbed
 
     def choose(self, scores: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
-        """Processed logits [B, T, V] -> int64 [B, T]: each token, or -1 where the logits are not finite."""
+        """Return the tokens chosen from processed logits [B, T, V], int64 [B, T]; -1: the logits are not finite."""
         if scores.device.type == "cpu" and (lib := library.load()) is not None:
             chosen = torch.empty(scores.shape[:-1], dtype=torch.long)
             for row, own, tokens, at in zip(self.rows, scores, chosen, positions, strict=True):
@@ -278,9 +276,9 @@ class Sampler:
 
 
 def streams(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The noise stream of each row of a batch: the number of earlier rows with the same prompt.
+    """Return the noise stream of each row of a batch: the number of earlier rows with the same prompt.
 
-    So a row's text depends neither on its index nor on other rows, and equal prompts draw different texts.
+    A row's text then depends neither on its index nor on other rows, and equal prompts draw different texts.
     """
     seen: Counter[tuple[int, ...]] = Counter()
     found = []

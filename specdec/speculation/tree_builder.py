@@ -9,15 +9,17 @@ from operator import itemgetter
 
 import torch
 
-from specdec.speculation.candidates import Candidates
-from specdec.speculation.draft import Draft, Found, State
+from specdec.speculation.candidates import Candidates, CandidateSet
+from specdec.speculation.draft import Draft
+from specdec.speculation.state import State
 from specdec.speculation.trees import MOST_NODES, Prices
 
 
 def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> tuple[Draft, list[list[int]]]:
-    """A draft of each row's continuations of its root. Common prefixes become one path; earlier ones come first.
+    """Return a draft of each row's continuations, lists of token ids after the row's root, and where they end.
 
-    Also returns, for each row, the block index at which each of its continuations ends.
+    Common prefixes become one path; earlier continuations come first. The second value has, for each row, the block
+    index of the last token of each continuation.
     """
     trees, last = [], []
     for continuations in rows:
@@ -34,41 +36,42 @@ def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = 
             ends.append(node)
         trees.append((tokens, parents))
         last.append(ends)
-    draft, places = in_one_shape(trees, device)
-    return draft, [[own[node] for node in ends] for own, ends in zip(places, last, strict=True)]
+    draft, indices = in_one_shape(trees, device)
+    return draft, [[own[node] for node in ends] for own, ends in zip(indices, last, strict=True)]
 
 
 def in_one_shape(
     trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu"
 ) -> tuple[Draft, list[list[int]]]:
-    """One draft of each row's tree: its tokens and their parents (0: the root, i + 1: node i), parents first.
+    """Return one draft of the trees of all rows, and the block indices of their nodes.
 
-    A node of the shape is the n-th child of its parent; rows that lack it have -1 there. Also returns, for each row,
-    the block index of its root and of each of its nodes.
+    trees: for each row, token ids and parents (0: the root, i + 1: node i), parents before children.
+    A node of the common shape is the n-th child of its parent; a row that lacks the node has -1. The second value has,
+    for each row, the block index of the root and of each of its nodes.
     """
     shape: list[int] = []  # the parent of each node
-    slots: dict[tuple[int, int], int] = {}  # (parent, rank among its children) -> block index
-    table, places = [], []
+    found: dict[tuple[int, int], int] = {}  # (parent, rank among its children) -> block index
+    table, indices = [], []
     for tokens, parents in trees:
         own, ranks, row = [0], dict[int, int](), dict[int, int]()
         for token, parent in zip(tokens, parents, strict=True):
-            slot = own[parent], ranks.get(own[parent], 0)
-            ranks[slot[0]] = slot[1] + 1
-            if slot not in slots:
-                shape.append(slot[0])
-                slots[slot] = len(shape)
-            own.append(slots[slot])
-            row[slots[slot]] = token
+            child = own[parent], ranks.get(own[parent], 0)
+            ranks[child[0]] = child[1] + 1
+            if child not in found:
+                shape.append(child[0])
+                found[child] = len(shape)
+            own.append(found[child])
+            row[found[child]] = token
         table.append(row)
-        places.append(own)
+        indices.append(own)
     draft = Draft([[row.get(n, -1) for n in range(1, len(shape) + 1)] for row in table], tuple(shape), device=device)
-    return draft, places
+    return draft, indices
 
 
 def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, prices: Prices | None) -> list[Candidates]:
-    """Each row's candidates that a draft keeps.
+    """Return the candidates of each row that a draft has.
 
-    nodes: number of nodes of a row; None: those worth their price, or ``limit`` if there are no prices.
+    nodes: number of nodes of a row; None: the nodes that are worth their price, or ``limit`` nodes without ``prices``.
     """
     counts = [limit if nodes is None else nodes] * len(rows)
     if prices is not None:
@@ -86,14 +89,14 @@ def draft_best(
     nodes: int | None,
     state: State,
     levels: int = 0,
-    free: Sequence[Candidates] | None = None,
+    without_levels: Sequence[Candidates] | None = None,
 ) -> Draft:
-    """The draft of each row's best candidates, as ``worth_scoring`` says. levels, free: as in ``Found``.
+    """Return the draft of each row's best candidates (``worth_scoring``), none deeper than ``state.depths``.
 
-    Without levels, ``free`` are the best ones. No row has candidates deeper than its entry of ``State.depths``.
+    levels, without_levels: as in ``CandidateSet``. If no levels were drafted, ``without_levels`` is the draft.
     """
     rows = [found.within(most) if most < limit else found for found, most in zip(rows, state.depths, strict=True)]
-    best = worth_scoring(rows, limit, nodes, state.prices) if levels or free is None else free
+    best = worth_scoring(rows, limit, nodes, state.prices) if levels or without_levels is None else without_levels
     draft, _ = in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)
-    draft.found = Found(rows, levels, free)
+    draft.found = CandidateSet(rows, levels, without_levels)
     return draft

@@ -1,7 +1,7 @@
-"""Drafting a tree level by level: the likeliest few nodes of each level get children, in one pass.
+"""Growing a tree level by level: the likeliest few nodes of each level get children, in one pass.
 
-For drafters whose pass costs the same for a few tokens as for one. As in EAGLE-2 (arXiv 2406.16858), a node is worth
-the product of the draft's own probabilities along its path.
+It serves drafters whose pass costs the same for a few tokens as for one. As in EAGLE-2 (arXiv 2406.16858), the score of
+a node is the product of the draft's own probabilities along its path.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specdec.speculation.constraints import masked
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def by_levels(
+def expand_tree(
     root: int,
     vocab: Tensor | None,
     limits: TreeLimits,
@@ -31,11 +31,13 @@ def by_levels(
     masks: Masks | None = None,
     table: Sequence[float] | None = None,
 ) -> Candidates:
-    """All candidates within ``limits`` after the token ``root``, calibrated by ``table``.
+    """Return all candidates of a tree after the token ``root`` that is grown level by level within ``limits``.
 
-    step: takes the tokens of a level (int64 [1, W]), their parents' indices in the level before (int64 [W]), and which
-        of all tokens run so far are on their paths (bool [W, U]); returns their logits [W, V'] over ``vocab``.
-    masks: the tokens that may be drafted; None: all.
+    vocab: the token ids of the logits, int64 [V']; None: all tokens.
+    step: takes the tokens of a level (int64 [1, W]), the indices of their parents in the level before (int64 [W]), and
+        which of all U tokens run so far are on their paths (bool [W, U]); returns their logits [W, V'].
+    masks: takes the tokens from the root to a node, and returns which may follow (bool [V]; None: none); None: all may.
+    table: calibrates probabilities (``calibrated``); None: they count as they are.
     """
     tokens = upload([[root]], device)  # (1, W)
     parents = torch.zeros(1, dtype=torch.long, device=device)  # (W,) each token's parent in the level before
@@ -78,7 +80,7 @@ def by_levels(
 
 
 def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]) -> Tensor:
-    """``logits`` [W, V'] over ``vocab``; -inf where the mask of the row is False."""
+    """Return ``logits`` [W, V'] over ``vocab`` with -inf where the mask of the row (None: all False) is False."""
     out = torch.full_like(logits, -math.inf)
     for row, mask in enumerate(masks):
         if mask is not None:
@@ -86,7 +88,7 @@ def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]
     return out
 
 
-def along(
+def candidates_on_path(
     target: Target,
     cache: KVCache,
     roots: DraftRoots,
@@ -94,9 +96,10 @@ def along(
     limits: TreeLimits,
     masks: Masks | None = None,
 ) -> list[Candidates] | None:
-    """Draft along ``path`` as in ``Target.draft_rows``: in one call if the runtime can, else pass by pass.
+    """Return the candidates of each row along the draft path ``path``; arguments are those of ``Target.draft_rows``.
 
-    None: neither can be done; passes draft for a single greedy row.
+    Drafts in one call if the runtime can, else in one pass for each level, which serves a single greedy row. None:
+    neither can be done.
     """
     found = target.draft_rows(cache, roots, path, limits, masks)
     if found is not None:
@@ -113,7 +116,10 @@ def tree_by_passes(
     limits: TreeLimits,
     masks: Masks | None = None,
 ) -> Candidates:
-    """A tree along ``path`` for the one row of ``cache``, which is left as it was: one pass for each level."""
+    """Return the tree along ``path`` for the one row of ``cache``, with one pass for each level.
+
+    The cache is left as it was. Arguments are those of ``Target.draft_rows``.
+    """
     [position] = roots.positions
     final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
 
@@ -130,7 +136,7 @@ def tree_by_passes(
         return torch.cat([target.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
 
     table = None if roots.tables is None else roots.tables[0][0]
-    found = by_levels(roots.tokens[0], path.tokens, limits, cache.device, step, masks, table)
+    found = expand_tree(roots.tokens[0], path.tokens, limits, cache.device, step, masks, table)
     for lo, hi in path.segments:
         cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
     return found

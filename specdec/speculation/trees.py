@@ -1,7 +1,4 @@
-"""The shape of a draft tree: the most expected accepted tokens for a number of nodes, or for the price of scoring them.
-
-Knows accuracies, prices and shapes, not tokens or models.
-"""
+"""The shape of a draft tree: the most expected accepted tokens for a number of nodes, or for the price of scoring."""
 
 from __future__ import annotations
 
@@ -16,23 +13,25 @@ from specdec.runtimes.draft_path import TreeLimits
 from specdec.speculation.candidates import Candidates
 
 MOST_NODES = 24  # maximum nodes of a tree that is sized by prices
-USUAL = 2, 6  # nodes of a row between which the mean price of one counts for another level
+TYPICAL_NODES = 2, 6  # number of nodes of a row: the mean price between both is the price of a node of another level
 
 
 @dataclass
 class Prices:
-    """What scoring and drafting cost, in tokens (seconds times the present speed), and how likely drafts are accepted.
+    """Prices of scoring and drafting, in tokens (seconds times the present speed in tokens per second).
 
-    A node is taken, and a level drafted, while the tokens that it is expected to add exceed its price. Of several rows,
-    the nodes of all are taken together.
+    A drafter takes a node, or drafts a level, while the node or level is expected to add more tokens than it costs.
+    The nodes of several rows compete with each other.
 
-    nodes: price of scoring n = 0, 1, .. nodes beside the roots.
-    level: price of drafting another level for all rows. first: what the first one costs beyond that.
-    rates: of each row of the batch, how likely its first, second, .. level has the right token where no other source
-        has it. A row has no more levels than its draft may have; one that does not draft has none.
-    tables: of each row of the batch, calibrated probabilities at the log-odds ``KNOTS`` (``Drafter.sources``), which
-        are 0 in a row that does not draft; none: what sources say counts.
-    allowance, level_allowance: tokens that nodes, and levels, may be expected to lose, to learn whether they pay.
+    nodes: the price of scoring n = 0, 1, .. nodes besides the roots.
+    level: the price of drafting another level for all rows.
+    first: what the first level costs beyond ``level``.
+    rates: for each row, how likely its first, second, .. level has the right token where no other source has the
+        token. A row has as many rates as its draft may have levels; a row that does not draft has none.
+    tables: for each row and source (``Traits.sources``), the calibrated probabilities at the log-odds ``KNOTS``, 0 in
+        a row that does not draft; empty: raw probabilities count as they are.
+    allowance: tokens that nodes may be expected to lose, as exploration.
+    level_allowance: tokens that levels may be expected to lose, as exploration.
     """
 
     nodes: Sequence[float]
@@ -44,34 +43,34 @@ class Prices:
     level_allowance: float = 0.0
 
     def of(self, *tables: int) -> Prices:
-        """The same with some of the tables."""
+        """Return these prices with the tables of the sources with these indices."""
         return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 
     def limits(self, levels: int, width: int) -> TreeLimits:
-        """How far levels are drafted (``TreeLimits``)."""
+        """Return how far levels are drafted: at most ``levels``, ``width`` nodes of each get children."""
         drafting = [row for row in self.rates if row]
         each = [
             [row[level] for row in drafting if level < len(row)] for level in range(max(map(len, drafting), default=0))
         ]
         rates = [sum(level) / len(level) for level in each]
-        some, more = (min(count * max(len(drafting), 1), len(self.nodes) - 1) for count in USUAL)
+        some, more = (min(count * max(len(drafting), 1), len(self.nodes) - 1) for count in TYPICAL_NODES)
         node = (self.nodes[more] - self.nodes[some]) / max(more - some, 1)
         return TreeLimits(levels, width, self.level, node, rates)
 
-    def levels(self, free: Sequence[Candidates] = ()) -> int:
-        """The number of levels that are expected to add most beyond their price; 0: they do not pay.
+    def levels(self, without_levels: Sequence[Candidates] = ()) -> int:
+        """Return the number of levels that are expected to add most beyond their price; 0: none pays.
 
-        free: of each row, the nodes of a draft without levels. A level adds one to each row where
-            that is worth it, or takes the place of one.
+        without_levels: the nodes of each row's draft without levels. A level adds a node to each row where the node is
+            worth its price, or replaces one.
         """
-        gain, count = self.best_levels(free)
+        gain, count = self.best_levels(without_levels)
         return count if gain + self.level_allowance > 0 else 0
 
-    def best_levels(self, free: Sequence[Candidates] = ()) -> tuple[float, int]:
-        """The most tokens that one or more levels are expected to add beyond their price, and their number."""
-        scored, most = sum(len(own.tokens) for own in free), len(self.nodes) - 1
-        expected = [own.by_level() for own in free] or [[] for _ in self.rates]
-        # Probability that a row is right up to the level: by the free draft; else by each number of levels behind it
+    def best_levels(self, without_levels: Sequence[Candidates] = ()) -> tuple[float, int]:
+        """Return the most tokens that one or more levels are expected to add beyond their price, and their number."""
+        scored, most = sum(len(own.tokens) for own in without_levels), len(self.nodes) - 1
+        expected = [own.by_level() for own in without_levels] or [[] for _ in self.rates]
+        # Probability that a row is right up to the level: by the draft without levels; else by so many levels after it
         on, off = [float(len(rates) > 0) for rates in self.rates], [list[float]() for _ in self.rates]
         added, taken, best, count = 0.0, 0, -math.inf, 0
 
@@ -99,9 +98,9 @@ class Prices:
         return best, count
 
     def take(self, probabilities: Sequence[float]) -> int:
-        """The number of nodes that add most beyond their price; 0: they do not pay.
+        """Return how many nodes add most tokens beyond their price; 0: none pays.
 
-        probabilities: calibrated, of the nodes in the order in which they are taken.
+        probabilities: the calibrated probability of each node's path, best first.
         """
         sums = itertools.accumulate(probabilities)
         gains = [tokens - price for tokens, price in zip(sums, self.nodes[1:], strict=False)]
@@ -109,11 +108,11 @@ class Prices:
 
 
 class Tree(NamedTuple):
-    """The nodes of a tree, parents first.
+    """The nodes of a tree whose tokens are known by their rank, parents before children.
 
-    parents: 0: the root, i + 1: node i.
-    paths: the ranks on the path to each node.
-    values: the probability of each path.
+    parents: the parent of each node; 0: the root, i + 1: node i.
+    paths: for each node, the ranks of the candidates on the path to it.
+    values: the probability of each node's path.
     """
 
     parents: list[int]
@@ -122,10 +121,10 @@ class Tree(NamedTuple):
 
 
 def grow_best_first(after: Callable[[tuple[int, ...]], Sequence[float]], budget: int) -> Tree:
-    """The tree of at most ``budget`` >= 1 nodes with the most expected accepted tokens, likeliest nodes first.
+    """Return the tree of at most ``budget`` >= 1 nodes with the most expected accepted tokens, likeliest nodes first.
 
-    after: takes the ranks on the path to a node, () for the root; returns the probabilities of the candidates after it.
-        Called once for each node that gets children.
+    after: takes the ranks on the path to a node (() for the root) and returns the probabilities of the candidates after
+        the node. It is called once for each node that gets children.
 
     A node is accepted if all candidates on its path are right, so with the product of their probabilities, and a tree
     keeps the sum over its nodes (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the

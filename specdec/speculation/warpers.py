@@ -87,7 +87,7 @@ class RepetitionPenalty:
 
 @dataclass(frozen=True)
 class MinNewTokens:
-    """Rules out the tokens ``ends`` for the first ``least`` tokens from index ``start`` on."""
+    """Rules out the end tokens ``ends`` before there are ``least`` tokens from index ``start`` on."""
 
     least: int
     ends: tuple[int, ...]
@@ -101,9 +101,9 @@ class MinNewTokens:
 
 @dataclass(frozen=True)
 class NoBadWords:
-    """Rules out the last token of each of ``words`` where the new tokens, from index ``start`` on, end with its others.
+    """Rules out the last token of a word where the new tokens, from index ``start`` on, end with its other tokens.
 
-    words: token ids of each.
+    words: the token ids of each word.
     """
 
     words: tuple[tuple[int, ...], ...]
@@ -119,7 +119,7 @@ class NoBadWords:
 
 
 def _without(scores: Tensor, tokens: Sequence[int]) -> Tensor:
-    """``scores`` [n, V] with -inf for ``tokens``; the output head may lack some."""
+    """Return ``scores`` [n, V] with -inf for ``tokens``; the output head may lack some of them."""
     there = torch.tensor([token for token in tokens if token < scores.shape[-1]], dtype=torch.long)
     return scores.index_fill(-1, there.to(scores.device), NEVER)
 

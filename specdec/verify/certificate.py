@@ -120,7 +120,7 @@ class Certificate:
         plain = self.plain.generate_batch(prompts, **how)
         target = self.decoder.target
         for (label, prompt), stream, output, right in zip(batch, streams(prompts), outputs, plain, strict=True):
-            sampler = Sampler.of([self.decoder.request(prompt, stream=stream, **how).sampler])
+            sampler = Sampler([self.decoder.request(prompt, stream=stream, **how).sampler])
             self.checks[name].take(label, prompt, output, right.token_ids, target, sampler)
             if name == "greedy" and "generate" in self.checks:
                 tokens = expected(self.decoder, prompt, self.max_new_tokens)

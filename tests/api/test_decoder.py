@@ -173,7 +173,7 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         ({"drafter": 5}, "drafter must be a valid string or an instance of Path"),
         ({"drafter": ""}, "no drafter is named in ''"),
         ({"drafter": "+"}, r"no drafter is named in '\+'"),
-        ({"drafter": "prompt-lookup+"}, "no drafter is named in 'prompt-lookup.'"),
+        ({"drafter": "ngram+"}, "no drafter is named in 'ngram.'"),
         ({"drafter_options": [1]}, "drafter_options must be a valid dictionary"),
         ({"drafter_options": {1: 2}}, "drafter_options.1 must be a valid string"),
         ({"runtime": 5}, "runtime must be a valid string"),
@@ -239,7 +239,7 @@ def test_a_stop_string_that_is_a_special_token_ends_the_output() -> None:
 
 def test_the_default_drafter_of_a_model_without_a_shipped_one_teaches_itself(llama) -> None:
     decoder = SpecDecoder(llama)
-    assert decoder.drafter.label == "ngram+m2r2" and decoder.drafter.learns
+    assert decoder.drafter.traits.label == "ngram+m2r2" and decoder.drafter.learner
     with pytest.raises(SpecDecError, match="no medusa drafter is shipped for this model"):
         SpecDecoder(llama, drafter="medusa")
 
@@ -250,7 +250,7 @@ def test_for_an_embedded_model_it_is_refused_before_the_download(monkeypatch) ->
         SpecDecoder.from_pretrained("gemma3-270m", "m2r2-paper")
 
 
-@pytest.mark.parametrize("drafter", ["medusa", "prompt-lookup+medusa"])
+@pytest.mark.parametrize("drafter", ["medusa", "ngram+medusa"])
 def test_a_trained_drafter_that_is_not_shipped_is_refused_before_the_weights(tmp_path, monkeypatch, drafter) -> None:
     name = str(save_tiny(tmp_path))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
@@ -313,4 +313,4 @@ def test_another_drafter_takes_its_own_options(llama: PreTrainedModel) -> None:
 
 def test_a_decoder_says_what_it_is(llama: PreTrainedModel) -> None:
     decoder = SpecDecoder(llama, drafter="prompt-lookup", runtime="transformers")
-    assert repr(decoder) == "SpecDecoder(model='LlamaForCausalLM', drafter='prompt-lookup', runtime='reference')"
+    assert repr(decoder) == "SpecDecoder(model='LlamaForCausalLM', drafter='prompt-lookup', runtime='transformers')"

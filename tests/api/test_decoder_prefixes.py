@@ -14,7 +14,7 @@ from zoo import eagle3
 from specdec import SpecDecoder
 from specdec.api import decoder as api
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 
 PROMPT = [3 + n % 90 for n in range(70)]
 Call = Callable[[SpecDecoder, list[int]], list[int]]

@@ -9,20 +9,24 @@ import pytest
 from scripted import Scripted
 from transformers import PreTrainedModel
 
-from specdec import SpecDecError, SpecDecoder
+from specdec import Learner, SpecDecError, SpecDecoder
 
 
-class Learning(Scripted):
-    """A drafter whose work, a generator as in ``m2r2``, goes on when ``go_on`` is set."""
+class Learning(Learner):
+    """A learner whose work, a generator as in ``m2r2``, goes on when ``go_on`` is set."""
 
-    learns = True
+    version = 0
 
     def __init__(self) -> None:
-        super().__init__(lambda ids, limit: [])
-        self.begun, self.go_on, self.work = threading.Event(), threading.Event(), self._work()
+        self.begun, self.go_on, self.pieces = threading.Event(), threading.Event(), self._work()
 
-    def learn(self) -> bool:
-        return next(self.work)
+    def work(self) -> bool:
+        return next(self.pieces)
+
+    def claim(self) -> None:
+        pass
+
+    save = claim
 
     def _work(self) -> Iterator[bool]:
         self.begun.set()
@@ -32,11 +36,12 @@ class Learning(Scripted):
 
 
 def test_a_drafter_learns_in_one_thread_at_a_time(llama: PreTrainedModel) -> None:
-    drafter = Learning()
+    drafter, learner = Scripted(lambda ids, limit: []), Learning()
+    drafter.learner = learner
     decoder = SpecDecoder(llama, drafter=drafter, learn=True)
     with decoder.engine():
-        assert drafter.begun.wait(60)
+        assert learner.begun.wait(60)
         with pytest.raises(SpecDecError, match="a generation of this SpecDecoder is still open"):
             decoder.learn()
-        drafter.go_on.set()
+        learner.go_on.set()
     assert not decoder.learn()

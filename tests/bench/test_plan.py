@@ -152,14 +152,14 @@ def test_the_command_line_goes_over_the_file(write) -> None:
 
 
 def test_settings_of_the_command_line_alone_are_a_plan() -> None:
-    joined = "prompt-lookup+draft-model=x.y"
-    overrides = [f"drafter.{joined}.prompt-lookup.continuations=4,8"]
+    joined = "ngram+draft-model=x.y"
+    overrides = [f"drafter.{joined}.ngram.nodes=4,8"]
     plan = load_plan({"drafter": ["none", "m2r2@3", joined]}, overrides)
     assert plan.name == "benchmark" and points(plan, "drafter", "num_speculative_tokens", "drafter_options") == [
         ("none", "auto", {}),
         ("m2r2", 3, {}),
-        (joined, "auto", {"prompt-lookup": {"continuations": 4}}),
-        (joined, "auto", {"prompt-lookup": {"continuations": 8}}),
+        (joined, "auto", {"ngram": {"nodes": 4}}),
+        (joined, "auto", {"ngram": {"nodes": 8}}),
     ]
 
 

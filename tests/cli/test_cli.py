@@ -125,12 +125,12 @@ def test_stop_ends_the_text_before_it(run, said: str) -> None:
 
 
 def test_drafters_are_joined_loaded_from_somewhere_and_take_options(run, model: str, said: str) -> None:
-    joined, options = f"prompt-lookup+draft-model={model}", "prompt-lookup={prompt_lookup_min: 3}"
+    joined, options = f"ngram+draft-model={model}", "ngram={nodes: 9}"
     out = json.loads(run("hello", "--json", "--drafter", joined, "--drafter-option", options).stdout)
-    assert (out["drafter"], out["drafter_source"]) == ("prompt-lookup+draft-model", joined)
-    assert out["drafter_options"] == {"prompt-lookup": {"prompt_lookup_min": 3}} and out["text"] == said
+    assert (out["drafter"], out["drafter_source"]) == ("ngram+draft-model", joined)
+    assert out["drafter_options"] == {"ngram": {"nodes": 9}} and out["text"] == said
     assert out["metrics"]["mean_acceptance_length"] > 3  # the draft model is the model itself
-    assert f"; drafter: prompt-lookup+draft-model (from {joined}); " in run("hello", "--drafter", joined).stderr
+    assert f"; drafter: ngram+draft-model (from {joined}); " in run("hello", "--drafter", joined).stderr
 
 
 def test_the_number_of_drafted_tokens_is_chosen_or_fixed(run, said: str) -> None:

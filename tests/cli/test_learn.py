@@ -85,7 +85,7 @@ def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(
     assert row[0] == str(folder) and row[1] == f"{kept['tokens']:,}" and row[3].endswith(" %")
     run("export", str(tmp_path / "out"), "--model", str(folder))
     decoder = SpecDecoder.from_pretrained(folder, str(tmp_path / "out"), runtime="transformers")
-    assert not decoder.drafter.learns
+    assert decoder.drafter.learner is None
     again = decoder.with_drafter("m2r2")
     prompt, how = [5, 6, 7], {"max_new_tokens": 40, "num_speculative_tokens": 4}
     exported, own = (each.generate(prompt, **how).metrics for each in (decoder, again))  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_models_are_told_apart_by_their_whole_path_and_adapter() -> None:
 
 def test_learning_beside_another_process_is_refused_in_one_sentence(folder: Path) -> None:
     first = SpecDecoder.from_pretrained(folder, "m2r2", runtime="transformers")
-    first.drafter.claim()
+    first.drafter.learner.claim()
     said = run(str(folder), "--minutes", "0.01", "--runtime", "transformers", code=2)[1]
     assert f"another process learns for '{folder}', and only one keeps what it learns; end it" in said
     assert "learned from" not in said

@@ -22,15 +22,20 @@ from zoo import PROMPTS, layers_run, m2r2, other_model, run, watched
 from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.exits import EarlyExitDrafter
-from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.joined import JoinedDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation import registry
-from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.sampling import Sampler
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.drafter_spec import DrafterSpec
+from specdec.speculation.sampling import RowSampler, Sampler
+from specdec.speculation.state import State
+from specdec.speculation.trees import Prices
 
 DOCS = ROOT / "docs"
 
@@ -134,7 +139,9 @@ def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, 
 
 def draft_after(drafter: Drafter, target: Target, ids: list[int], limit: int = 3) -> list[tuple[int, ...]]:
     """The paths from root to leaf of the draft after ``ids``."""
-    state = State(target, target.new_cache(), Sampler(SamplingParams()), [ids], row_states=[drafter.begin()])
+    state = State(
+        target, target.new_cache(), Sampler([RowSampler(SamplingParams())]), [ids], row_states=[drafter.begin()]
+    )
     draft = drafter.propose(state, limit)
     paths: list[tuple[int, ...]] = [()]
     for token, parent in zip(draft.tokens[0].tolist(), draft.parents, strict=True):
@@ -182,17 +189,9 @@ def test_a_drafter_proposes_the_same_whoever_drafted_before(llama: PreTrainedMod
         "draft-model": lambda: DraftModelDrafter(other_model()),
         "layer-skip": lambda: LayerSkipDrafter(),
     }
-    ahead = {tuple(p): greedy_reference(llama, p, 24) for p in PROMPTS}
-
-    def now_and_then(ids: list[int], limit: int) -> list[tuple[int, int]]:
-        """Two right tokens and a wrong one, at some lengths; rows seldom agree on it, so one of them is kept alone."""
-        prompt = next(p for p in ahead if tuple(ids[: len(p)]) == p)
-        right = ahead[prompt][len(ids) - len(prompt) :][:2]
-        return [(t, i) for i, t in enumerate([*right, 96][:limit])] if len(ids) % 2 else []
-
     alone = proposals(target, make[name]())
     second = make[name]()
-    beside = proposals(target, HybridDrafter([Scripted(now_and_then), second]), second)
+    beside = proposals(target, JoinedDrafter(NgramDrafter(), second), second)
     common = alone.keys() & beside.keys()
     assert len(common) >= 8 and len(common) > len(PROMPTS)
     for ids in common:
@@ -204,22 +203,51 @@ def test_names_are_read_with_sources_folders_and_joins(tmp_path: Path) -> None:
     folder = tmp_path / "a+b=c"
     folder.mkdir()
     (folder / "config.json").write_text('{"drafter": "m2r2"}')
-    assert registry.parse("m2r2") == [("m2r2", None)]
-    assert registry.parse(str(folder)) == [("m2r2", str(folder))]
-    assert registry.parse(f"draft-model={folder}") == [("draft-model", str(folder))]
-    joined = registry.parse(f"prompt-lookup+draft-model={folder}")
-    assert joined == [("prompt-lookup", None), ("draft-model", str(folder))]
-    (plain := folder.rename(tmp_path / "plain"))
-    assert registry.parse(f"prompt-lookup+{plain}") == [("prompt-lookup", None), ("m2r2", str(plain))]
+
+    def parts(text: str) -> list[tuple[str, str | None]]:
+        return [tuple(part) for part in DrafterSpec.parse(text).resolved().parts]
+
+    assert parts("auto") == [] and parts("m2r2") == [("m2r2", None)]
+    assert parts(str(folder)) == [("m2r2", str(folder))]
+    assert parts(f"draft-model={folder}") == [("draft-model", str(folder))]
+    assert parts(f"ngram+draft-model={folder}") == [("ngram", None), ("draft-model", str(folder))]
+    plain = folder.rename(tmp_path / "plain")
+    assert parts(f"ngram+{plain}") == [("ngram", None), ("m2r2", str(plain))]
+    hub = DrafterSpec.parse("ngram+org/name@main").parts[1]
+    assert hub == ("", "org/name@main")  # nothing is downloaded
+
+
+@pytest.mark.parametrize("text", ["m2r2+ngram", "prompt-lookup+m2r2", "ngram+m2r2+medusa", "ngram+none", "ngram+ngram"])
+def test_only_ngrams_and_one_other_drafter_are_joined(text: str) -> None:
+    with pytest.raises(SpecDecError, match=r"drafters are joined as ngram\+X, such as ngram\+m2r2"):
+        DrafterSpec.parse(text)
 
 
 def test_joined_drafters_take_their_options_by_name(llama: PreTrainedModel) -> None:
-    options = {"early-exit": {"exit_layer": 3}, "prompt-lookup": {"continuations": 2}}
-    decoder = SpecDecoder(llama, drafter="prompt-lookup+early-exit", drafter_options=options)
-    lookup, early = decoder.drafter.members  # type: ignore[attr-defined]
-    assert lookup.continuations == 2 and early.exit_layer == 3
-    assert 1 not in lookup.sizes  # one token in common says too little where another drafter can do better
+    options = {"early-exit": {"exit_layer": 3}, "ngram": {"nodes": 5}}
+    decoder = SpecDecoder(llama, drafter="ngram+early-exit", drafter_options=options)
+    joined = decoder.drafter
+    assert isinstance(joined, JoinedDrafter) and joined.ngram.nodes == 5 and joined.other.exit_layer == 3  # type: ignore[attr-defined]
     assert decoder.generate(PROMPTS[0], max_new_tokens=12).token_ids == greedy_reference(llama, PROMPTS[0], 12)
+
+
+@pytest.mark.parametrize("prices", [None, Prices([0.01 * n for n in range(60)], 0.1, rates=[[0.9] * 3, [0.9] * 2])])
+def test_a_joined_draft_has_the_tokens_of_a_drafter_without_probabilities(llama, prices: Prices | None) -> None:  # type: ignore[no-untyped-def]
+    """Beside n-grams, as deep as each row may draft; and none of them where a level costs more than it adds."""
+    other = Scripted(lambda ids, limit: [(90, 0), (91, 1), (92, 2)][:limit])
+    target, drafter = TransformersTarget(llama), JoinedDrafter(NgramDrafter(12, prior=False), other)
+    drafter.bind(target)
+    rows = [[5, 6, 7, 5, 6], [20, 21, 22]]
+    sampler = Sampler([RowSampler(SamplingParams()) for _ in rows])
+    state = State(target, target.new_cache(), sampler, rows, prices, depths=[3, 2])
+    state.row_states = [drafter.begin() for _ in rows]
+    draft = drafter.propose(state, 3)
+    assert {(90, 91, 92), (7,)} <= set(map(tuple, draft.paths(0))) and draft.paths(1) == [[90], [90, 91]]
+    assert draft.found is not None and draft.found.levels == 3 and drafter.traits.label == "ngram+scripted"
+    if prices is not None:
+        prices.level = 3.0
+        draft = drafter.propose(state, 3)
+        assert [7] in draft.paths(0) and [90] not in draft.paths(0) and draft.paths(1) == []
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -245,10 +273,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("lookahead", {"ngram": 1}, "ngram must be greater than or equal to 2"),
     ("lookahead", {"window": 2.5}, "window must be a valid integer; got 2.5"),
     ("draft-model", {}, "needs a second model; name it: draft-model=NAME"),
-    ("hybrid", {}, "at least two drafters"),
-    ("prompt-lookup+m2r3", {}, "unknown drafter 'm2r3' .did you mean 'm2r2'"),
-    ("prompt-lookup+none", {"window": 3}, "drafter 'hybrid' has no option 'window'; it has prompt-lookup, none"),
-    ("prompt-lookup+none", {"prompt-lookup": 3}, "options of 'prompt-lookup' as a mapping; got 3"),
+    ("ngram+m2r3", {}, "unknown drafter 'm2r3' .did you mean 'm2r2'"),
+    (
+        "ngram+early-exit",
+        {"window": 3},
+        r"drafter 'ngram\+early-exit' has no option 'window'; it has ngram, early-exit",
+    ),
+    ("ngram+early-exit", {"ngram": 3}, "options of 'ngram' as a mapping; got 3"),
 ]
 
 
@@ -291,7 +322,7 @@ def test_the_documented_example_works_as_an_outside_package(
     outs = decoder.generate_batch(PROMPTS, max_new_tokens=24, num_speculative_tokens=4)
     assert [out.token_ids for out in outs] == [greedy_reference(llama, prompt, 24) for prompt in PROMPTS]
     assert all(out.metrics.num_draft_tokens > 0 for out in outs)
-    assert SpecDecoder(llama, drafter=f"{name}+early-exit").generate(PROMPTS[0], max_new_tokens=8).token_ids
+    assert SpecDecoder(llama, drafter=f"ngram+{name}").generate(PROMPTS[0], max_new_tokens=8).token_ids
     with pytest.raises(SpecDecError, match=f"drafter '{name}' has no option"):
         SpecDecoder(llama, drafter=name, drafter_options={"x": 1})
 
@@ -310,7 +341,7 @@ def test_an_unknown_option_of_an_outside_drafter_is_refused_by_name(
     monkeypatch.setattr(registry, "outside", lambda kind: {"outside": "prompt_lookup_outside:Outside"})
     monkeypatch.setitem(sys.modules, "prompt_lookup_outside", SimpleNamespace(Outside=Outside))
     says = r"drafter 'outside' has no option 'sizes' \(did you mean 'size'\?\); it has size"
-    for name, given in (("outside", {"sizes": 3}), ("outside+early-exit", {"outside": {"sizes": 3}})):
+    for name, given in (("outside", {"sizes": 3}), ("ngram+outside", {"outside": {"sizes": 3}})):
         with pytest.raises(SpecDecError, match=says):
             SpecDecoder(llama, drafter=name, drafter_options=given)
     assert isinstance(SpecDecoder(llama, drafter="outside", drafter_options={"size": 3}).drafter, Outside)
@@ -318,4 +349,4 @@ def test_an_unknown_option_of_an_outside_drafter_is_refused_by_name(
 
 def test_the_page_names_every_drafter_that_is_built_in() -> None:
     text = (DOCS / "choose-a-drafter.md").read_text("utf-8")
-    assert [name for name in registry.DRAFTERS if name not in ("auto", "hybrid") and f"| `{name}` |" not in text] == []
+    assert [name for name in registry.DRAFTERS if f"| `{name}` |" not in text] == []

@@ -19,16 +19,15 @@ from policies import alternating
 from scripted import OnlyOddAfterEven, made
 from tiny import model_of, tiny_model
 from tiny_tokenizers import letters
-from zoo import CHAINS, EOS, EVERY, alike, finish, m2r2, medusa, new_tokens, step
+from zoo import CHAINS, EOS, EVERY, TREES, alike, finish, m2r2, medusa, new_tokens, step
 
 from specdec import Regex, SpecDecoder
 from specdec.api.text import Detokenizer
-from specdec.drafters.auto import AutoDrafter
-from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.m2r2.learning import Learner
+from specdec.drafters.auto import auto
+from specdec.drafters.joined import JoinedDrafter
+from specdec.drafters.m2r2.learning import M2R2Learner
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import AutoDepth, FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.logprobs import TokenLogprob
@@ -39,7 +38,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Drafter, DrafterWarning
+from specdec.speculation.drafter import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
@@ -187,7 +186,7 @@ def check(target: Target, drafter: Drafter, case: Mapping[str, Any], seed: int) 
             if not engine.busy and turn > max(ARRIVALS):
                 break
             step(engine)
-        assert engine.drafting == ("on" if drafter.drafts else "none") and handle is not None
+        assert engine.drafting == ("on" if drafter.traits.drafts else "none") and handle is not None
     found = Counter[str]()
     for number, request, expected in rows:
         tokens = new_tokens(request)
@@ -223,7 +222,7 @@ def default_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Draf
         target, folder = target_of(runtime), tmp_path_factory.mktemp(runtime)
         with pytest.MonkeyPatch.context() as patched:
             learn_soon(patched, folder)
-            learner = Learner(target)
+            learner = M2R2Learner(target)
             for prompt, stream in itertools.product(PROMPTS, range(3)):
                 case = {"temperature": 0.9 * (stream > 0), "penalty": "none", "constraint": False}
                 learner.add([*prompt, *plain(runtime, prompt, stream, case).tokens], len(prompt))
@@ -234,9 +233,9 @@ def default_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Draf
             config = {"drafter": "m2r2", "path": network.path.to_json(), "base": base}
             drafter_folder.write(folder, config, network.state_dict())
             patched.setattr(drafter_folder, "_shipped", lambda drafter: iter([(folder, base)]))
-            drafter = AutoDrafter.load(target)
-        assert drafter.label == "ngram+m2r2" and drafter.members[1].learner is None  # type: ignore[attr-defined]
+            drafter = auto(target).load(target, {})
         drafter.bind(target)
+        assert drafter.traits.label == "ngram+m2r2" and drafter.learner is None
         return drafter
 
     return make
@@ -282,12 +281,10 @@ DEPTHS = (0, None, 2)  # of a row: it does not draft, drafts as the policy says,
 PRICED: dict[str, Callable[[Target], Drafter]] = {  # by prices, where a drafter can be
     "ngram": lambda target: NgramDrafter(),
     "m2r2": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False),
-    "ngram+m2r2": lambda target: HybridDrafter([NgramDrafter(), m2r2(target, 0, ((1, 2), (3, 4)), True, False)]),
+    "ngram+m2r2": lambda target: JoinedDrafter(NgramDrafter(), m2r2(target, 0, ((1, 2), (3, 4)), True, False)),
     "medusa": lambda target: medusa(target),
-    "ngram+medusa": lambda target: HybridDrafter([NgramDrafter(), medusa(target)]),
-    "prompt-lookup+m2r2": lambda target: HybridDrafter(
-        [PromptLookupDrafter(), m2r2(target, 0, ((1, 2), (3, 4)), True, False)]
-    ),
+    "ngram+medusa": lambda target: JoinedDrafter(NgramDrafter(), medusa(target)),
+    "ngram+draft-model": TREES["ngram+draft-model"],
     **{name: CHAINS[name] for name in ("m2r2-paper", "eagle3", "mtp", "draft-model", "layer-skip")},
 }
 FEATURES: list[dict[str, Any]] = [

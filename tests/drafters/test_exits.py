@@ -17,7 +17,7 @@ from specdec.drafters.exits import DeedDrafter, MixtureOfDepthsDrafter, Routers,
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 
 
 def test_a_token_that_goes_deeper_takes_the_earlier_ones_along_at_once(llama: PreTrainedModel) -> None:

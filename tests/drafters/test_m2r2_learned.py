@@ -15,7 +15,7 @@ from tiny import model_of, tiny_model
 
 from specdec.base.errors import SpecDecWarning
 from specdec.drafters.m2r2 import fits, learned, learning
-from specdec.drafters.m2r2.learning import Learner
+from specdec.drafters.m2r2.learning import M2R2Learner
 from specdec.models import adapter as adapters
 from specdec.models.adapter import LowRank
 from specdec.runtimes.native import library
@@ -37,7 +37,7 @@ def target() -> Target:
     return NativeTarget(model_of("llama")) if library.runs() else TransformersTarget(tiny_model())
 
 
-def same(one: Learner, other: Learner) -> bool:
+def same(one: M2R2Learner, other: M2R2Learner) -> bool:
     projections = zip(one.fits.network.projections, other.fits.network.projections, strict=True)
     return all(torch.equal(a.weight.bfloat16(), b.weight.bfloat16()) for a, b in projections)
 
@@ -45,7 +45,7 @@ def same(one: Learner, other: Learner) -> bool:
 def test_another_process_goes_on_where_this_one_ended(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     learner = ended(target)
     monkeypatch.setattr(learning, "EVERY", 10**6)  # a fit would scale the sums
-    other = Learner(target)
+    other = M2R2Learner(target)
     assert same(learner, other) and other.fits.progress == learner.fits.progress
     read(other, [NEW])
     assert other.fits.progress.tokens == learner.fits.progress.tokens + 33
@@ -84,12 +84,12 @@ def with_adapter(target: Target) -> Target:
 
 def test_a_model_with_an_adapter_starts_with_what_was_learned_without_it(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     adapted = with_adapter(target)
-    assert Learner(adapted).fits.version == 0
+    assert M2R2Learner(adapted).fits.version == 0
     learner = ended(target)
     before, tokens = learner.fits.store.path.read_bytes(), learner.fits.progress.tokens
     monkeypatch.setattr(learned, "PRIOR", tokens // 2)
     monkeypatch.setattr(learning, "EVERY", 10**6)  # a fit would scale the sums
-    started = Learner(adapted)
+    started = M2R2Learner(adapted)
     assert same(learner, started) and started.fits.version == learner.fits.version > 0
     read(started, [NEW])
     progress = started.fits.progress
@@ -100,12 +100,12 @@ def test_a_model_with_an_adapter_starts_with_what_was_learned_without_it(target:
     started.save()
     started.fits.store.release()
     assert learner.fits.store.path.read_bytes() == before
-    assert Learner(adapted).fits.progress == progress and Learner(target).fits.progress == learner.fits.progress
+    assert M2R2Learner(adapted).fits.progress == progress and M2R2Learner(target).fits.progress == learner.fits.progress
     learned.forget({started.fits.store.path.stem})
     damage(learner.fits.store.path, "truncated")
     damaged = learner.fits.store.path.read_bytes()
     with pytest.warns(SpecDecWarning, match="is damaged .*; learning starts anew"):
-        assert Learner(adapted).fits.version == 0
+        assert M2R2Learner(adapted).fits.version == 0
     assert learner.fits.store.path.read_bytes() == damaged
 
 
@@ -115,7 +115,7 @@ def test_a_file_that_cannot_be_used_makes_learning_start_anew(target: Target, mo
     learner = ended(target)
     damage(learner.fits.store.path, how)
     with pytest.warns(SpecDecWarning, match="learning starts anew") as warned:
-        other = Learner(target)
+        other = M2R2Learner(target)
         read(other, [NEW, NEW])
     assert len(warned) == 1 and other.fits.progress.tokens == 66 and other.fits.sums[0].rows == pytest.approx(66)
     other.save()
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_read_here_is_not_written_over(target: Target, mon
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", refuse)
         with pytest.warns(SpecDecWarning, match=f"{why}.* what this process learns is not kept"):
-            other = Learner(target)
+            other = M2R2Learner(target)
     read(other, [NEW])
     other.save()
     assert path.read_bytes() == kept and not other.fits.store.writes
@@ -193,7 +193,7 @@ def test_one_process_at_a_time_writes(target: Target) -> None:
 def test_a_process_goes_on_from_what_another_one_has_learned_since_it_began(target: Target) -> None:
     first = taught(target, 12)
     first.save()
-    second, before = Learner(target), first.fits.progress.based
+    second, before = M2R2Learner(target), first.fits.progress.based
     read(first, texts(target, 14, seed=7))
     first.save()
     first.fits.store.release()
@@ -247,7 +247,7 @@ def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch, step
 
 def test_sums_are_always_those_of_all_texts(target: Target) -> None:
     """A process may end at any time, also while texts run again for a new first projection."""
-    learner, seen = Learner(target), set[str]()
+    learner, seen = M2R2Learner(target), set[str]()
     for text in texts(target, 16):
         learner.add(text.ids, text.start)
         while learner.work():

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import SpecDecWarning
 from specdec.base.ridge import Sums
-from specdec.drafters.m2r2 import M2R2Drafter, fits, learned, learning, replay
+from specdec.drafters.m2r2 import fits, learned, learning, replay
 from specdec.drafters.m2r2.fits import learned_path
-from specdec.drafters.m2r2.learning import Learner, why_not
+from specdec.drafters.m2r2.learning import M2R2Learner, why_not
 from specdec.drafters.m2r2.network import Carry
 from specdec.drafters.m2r2.replay import Text
 from specdec.engine.depth.calibration import DecayedCounts
@@ -55,7 +55,7 @@ def quick() -> Target:
 
 
 @torch.inference_mode()
-def rows_of_drafting(learner: Learner, text: Text) -> Iterator[tuple[torch.Tensor, ...]]:
+def rows_of_drafting(learner: M2R2Learner, text: Text) -> Iterator[tuple[torch.Tensor, ...]]:
     """For each token after which the model chose: the states that drafting after it sees, token by token."""
     target, [(lo, _)], network = learner.target, learner.fits.path.segments, learner.fits.network
     for at in range(text.start - 1, len(text.ids) - 1):
@@ -190,7 +190,7 @@ class Systems:
 def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     systems = Systems(monkeypatch)
     for number, text in enumerate(texts(quick, 30)):
-        learner = Learner(quick)  # as ``specdec generate`` does
+        learner = M2R2Learner(quick)  # as ``specdec generate`` does
         learner.add(text.ids, text.start)
         while learner.work():
             pass
@@ -203,7 +203,7 @@ def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(quic
 
 
 def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_ones(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    systems, learner = Systems(monkeypatch), Learner(quick)
+    systems, learner = Systems(monkeypatch), M2R2Learner(quick)
     read = texts(quick, 20)
     for number, text in enumerate(read, start=1):
         learner.add(text.ids, text.start)
@@ -220,7 +220,7 @@ def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_on
 @pytest.mark.parametrize("every", [3, 100])
 def test_a_fit_that_is_better_on_one_text_alone_does_not_serve(target: Target, monkeypatch, every: int) -> None:  # type: ignore[no-untyped-def]
     """It would serve if the first fits were compared on the first text alone."""
-    for name, value in {"HELD_OUT": every, "HELD": 1000, "FIRST": 300, "GROWTH": 100.0}.items():
+    for name, value in {"HOLDOUT_EVERY": every, "HOLDOUT_TOKENS": 1000, "FIRST": 300, "GROWTH": 100.0}.items():
         monkeypatch.setattr(learning, name, value)
     learner, solve = taught(target, 14), Sums.solve
     assert learner.fits.progress.fits == 1 and len(learner.latest.held) == (5 if every == 3 else 1)
@@ -275,15 +275,15 @@ def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypat
     decoder = SpecDecoder(model_of("llama", num_hidden_layers=9), drafter="m2r2", runtime="native", learn=False)
     work, most, swaps = Work(monkeypatch), dict[str, int](), 0
     for number in range(14):
-        version = decoder.drafter.version
+        version = decoder.drafter.learner.version
         more = True
         while more:
             before = dict(vars(work))
-            more = decoder.drafter.learn()
+            more = decoder.drafter.learner.work()
             most = {name: max(done, most.get(name, 0)) for name, done in work.since(before).items()}
         before = dict(vars(work))
         out = decoder.generate([5 + number, 7, 9], max_new_tokens=24, num_speculative_tokens=3)
-        if decoder.drafter.version > version:
+        if decoder.drafter.learner.version > version:
             swaps += 1
             assert work.since(before)["packed"] <= len(set(out.token_ids)) + 3  # tokens beside the vocabulary
     assert swaps > 1 and most == {"packed": 16, "read": 1}
@@ -333,7 +333,7 @@ def test_models_that_cannot_be_tapped_are_refused_with_the_reason(target: Target
     with pytest.raises(SpecDecError, match=r"cannot teach itself: it would need 0\.1 GB of memory"):
         SpecDecoder(target.model, drafter="m2r2")
     with pytest.warns(SpecDecWarning, match="no trained drafter is shipped"):
-        assert "m2r2" not in SpecDecoder(target.model, drafter="auto").drafter.label
+        assert "m2r2" not in SpecDecoder(target.model, drafter="auto").drafter.traits.label
 
 
 def test_the_path_follows_the_depth_and_the_size_of_the_head() -> None:
@@ -364,7 +364,7 @@ def test_an_engine_learns_when_it_is_idle_and_from_those_who_allow_it(llama, mon
             request.learn = number != 3
             list(engine.submit(request))
         wait_for(lambda: learner.fits.progress.texts == 5 and not learner.queue and learner.fits.progress.fits)
-    assert decoder.drafter.version
+    assert decoder.drafter.learner.version
     SpecDecoder(llama, drafter="m2r2", learn=True)
     assert not capsys.readouterr().err  # it is said once
 
@@ -382,7 +382,7 @@ def test_a_decoder_that_is_told_not_to_learn_keeps_nothing(llama, monkeypatch, c
 
 
 def test_a_decoder_that_is_gone_learns_no_more(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(M2R2Drafter, "learn", lambda self: not time.sleep(0.001))  # there is always more to learn
+    monkeypatch.setattr(M2R2Learner, "work", lambda self: not time.sleep(0.001))  # there is always more to learn
     decoder = SpecDecoder(llama, drafter="m2r2", learn=True)
     decoder.generate([5, 6], max_new_tokens=8)
     seen = weakref.ref(decoder.drafter)
@@ -396,7 +396,7 @@ def test_all_is_kept_at_most_once_in_ten_minutes_and_at_the_end(quick: Target, m
     monkeypatch.setattr(learned.Store, "save", lambda self, *what: (written.append(what[0].texts), save(self, *what)))
     learner = taught(quick, 12)
     assert written == [1]
-    learner.fits.kept_at -= learning.KEPT
+    learner.fits.kept_at -= learning.SAVE_EVERY
     while learner.work():
         pass
     learner.save()
@@ -407,7 +407,7 @@ def test_a_decoder_learns_between_generations(llama: PreTrainedModel) -> None:
     decoder = SpecDecoder(llama, drafter="m2r2", learn=True)
     for number in range(5):
         decoder.generate([5 + number, 6], max_new_tokens=30)
-    wait_for(lambda: decoder.drafter.version)
+    wait_for(lambda: decoder.drafter.learner.version)
     silent = decoder.with_drafter("m2r2")
     silent.learning, learner = False, silent.drafter.learner  # type: ignore[attr-defined]
     texts = learner.fits.progress.texts
@@ -420,14 +420,14 @@ def test_a_decoder_learns_between_generations(llama: PreTrainedModel) -> None:
 def test_what_was_known_of_the_old_drafts_is_forgotten_when_a_fit_serves(llama, monkeypatch, within: bool) -> None:  # type: ignore[no-untyped-def]
     """Within a generation, and between two."""
     decoder, forgotten = SpecDecoder(llama, drafter="m2r2", learn=False), dict[int, None]()
-    monkeypatch.setattr(DecayedCounts, "forget", lambda self: forgotten.setdefault(decoder.drafter.version))
+    monkeypatch.setattr(DecayedCounts, "forget", lambda self: forgotten.setdefault(decoder.drafter.learner.version))
     for number in range(14):
         with decoder.open([[5 + number, 7]], max_new_tokens=30) as generation:
             for step, _ in enumerate(generation.steps()):
-                while within and step == 3 and decoder.drafter.learn():
+                while within and step == 3 and decoder.drafter.learner.work():
                     pass
-        while not within and decoder.drafter.learn():
+        while not within and decoder.drafter.learner.work():
             pass
-        assert number or not decoder.drafter.version
+        assert number or not decoder.drafter.learner.version
     versions = list(forgotten)
-    assert len(versions) > 1 and versions == sorted(versions) and versions[-1] <= decoder.drafter.version
+    assert len(versions) > 1 and versions == sorted(versions) and versions[-1] <= decoder.drafter.learner.version

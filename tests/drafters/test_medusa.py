@@ -21,8 +21,9 @@ from specdec.models import drafter_folder, loading
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import KNOTS
-from specdec.speculation.draft import Draft, State
-from specdec.speculation.sampling import Sampler
+from specdec.speculation.draft import Draft
+from specdec.speculation.sampling import RowSampler, Sampler
+from specdec.speculation.state import State
 from specdec.speculation.trees import Prices
 from specdec.train import data, states
 from specdec.train.batches import assemble, windows
@@ -84,7 +85,9 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     target = TransformersTarget(llama)
     drafter = MedusaDrafter(random_network())
     drafter.bind(target)
-    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], row_states=[drafter.begin()])
+    state = State(
+        target, target.new_cache(), Sampler([RowSampler(SamplingParams())]), [[5, 6]], row_states=[drafter.begin()]
+    )
     sure = torch.tensor([[0.15 / 95], [0.2 / 95]]).repeat(1, 1, V).view(1, 2, V)
     sure[0, 0, [7, 8]], sure[0, 1, [3, 4]] = torch.tensor([0.6, 0.25]), torch.tensor([0.55, 0.25])
     drafter._logits = lambda state: sure.log()  # type: ignore[method-assign]
@@ -100,8 +103,8 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     state.prices = Prices([0.14 * n for n in range(25)], tables=[[[0.1] * len(KNOTS)]])
     assert drafter.propose(state, 2).parents == ()  # the heads are known to be too sure
     sure = torch.cat((sure, torch.full((1, 2, V), 1 / V)))  # a second row, of which nothing is known
-    sampler = Sampler(SamplingParams(), streams=(0, 1))
-    state = State(target, target.new_cache(2), sampler, [[5, 6]] * 2, Prices([0.14 * n for n in range(25)]))
+    state.ids, state.depths, state.prices = [[5, 6]] * 2, [2, 0], Prices([0.14 * n for n in range(25)])
+    state.sampler = Sampler([RowSampler(SamplingParams(), stream=n) for n in (0, 1)])
     draft = drafter.propose(state, 2)
     assert draft.lists() == [[7, 3, 8, 4], [-1] * 4]
 
@@ -286,7 +289,7 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
         taps, cache, row_states = {4: torch.empty(0)}, target.new_cache(1), [drafter.begin()]
         run_tokens(target, cache, [ids[: length - 1]], taps, whole=True)
         drafter.observe(row_states, [list(range(length - 1))], taps)
-        state = State(target, cache, Sampler(SamplingParams()), [ids[:length]], row_states=row_states)
+        state = State(target, cache, Sampler([RowSampler(SamplingParams())]), [ids[:length]], row_states=row_states)
         root = length - 1 - rows[0][1]
         for k, logits in enumerate(drafter._logits(state)[0]):
             torch.testing.assert_close(logits, learned[k][root + k], rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from zoo import finish, m2r2
 
 from specdec import SpecDecoder
-from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.joined import JoinedDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.depth.calibration import RAW_PROBABILITIES
@@ -25,9 +25,11 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, Texts
 from specdec.speculation.sampling import Noise, RowSampler, Sampler, SamplingParams
+from specdec.speculation.state import State
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 from specdec.verifiers.exact import ExactVerifier
@@ -284,7 +286,6 @@ class Levels(Drafter):
     """Drafts ``nodes`` by levels, and keeps what it was asked."""
 
     name = "levels"
-    has_probabilities = True
 
     def __init__(self, nodes: Candidates) -> None:
         self.nodes, self.given = nodes, list[Sequence[Candidates] | None]()
@@ -304,9 +305,15 @@ def pair(
 ) -> tuple[Draft, Levels]:
     """A draft of n-grams with a levelled drafter after ``text``."""
     target, second = TransformersTarget(llama), Levels(tree((30, 0, 0.9), (31, 1, 0.8)) if learned is None else learned)
-    drafter = HybridDrafter([NgramDrafter(prior=False), second])
+    drafter = JoinedDrafter(NgramDrafter(prior=False), second)
     drafter.bind(target)
-    state = State(target, target.new_cache(), Sampler(SamplingParams(), streams=range(rows)), [text] * rows, prices)
+    state = State(
+        target,
+        target.new_cache(),
+        Sampler([RowSampler(SamplingParams(), stream=n) for n in range(rows)]),
+        [text] * rows,
+        prices,
+    )
     state.row_states = [drafter.begin() for _ in range(rows)]
     return drafter.propose(state, 8), second
 
@@ -353,8 +360,8 @@ def test_levels_begin_where_ngrams_end(llama: PreTrainedModel) -> None:
     """The levelled drafter gets their tree, and the draft says what of it there would be without levels."""
     draft, second = pair(llama, [*range(40, 60), 5, 6, 7, *range(60, 80), 5, 6], prices_of(0.05))
     [[given]] = second.given
-    assert given.tokens[0] == 7 and draft.found is not None and draft.found.free is not None
-    assert draft.found.levels == 2 and draft.found.free[0].tokens[0] == 7
+    assert given.tokens[0] == 7 and draft.found is not None and draft.found.without_levels is not None
+    assert draft.found.levels == 2 and draft.found.without_levels[0].tokens[0] == 7
     assert {7, 30, 31} <= set(draft.lists()[0])
     assert [draft.found.rows[0].source(node) for node in draft.found.rows[0].path([30, 31])] == [2, 2]
     assert [draft.found.rows[0].source(node) for node in draft.found.rows[0].path([7])] == [1]
@@ -379,7 +386,7 @@ def test_sampled_tokens_are_drafted_by_the_learned_drafter(
         return calls[-1]
 
     monkeypatch.setattr(second, "propose", spy)
-    drafter = HybridDrafter([NgramDrafter(9), second])
+    drafter = JoinedDrafter(NgramDrafter(9), second)
     drafter.bind(target)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))
     request = Request([5, 6, 7, 5, 6, 7, 5, 6], 12, RowSampler(SamplingParams(temperature=1.0, seed=3)))

@@ -14,8 +14,8 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import State
-from specdec.speculation.sampling import Sampler, SamplingParams
+from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
+from specdec.speculation.state import State
 
 
 def target_of(runtime: str) -> Target:
@@ -26,7 +26,7 @@ def target_of(runtime: str) -> Target:
 
 def follow(vocabulary: DraftVocabulary, contexts: list[Context], texts: list[list[int]]) -> None:
     target = vocabulary.target
-    vocabulary.follow(State(target, target.new_cache(), Sampler(SamplingParams()), texts), contexts)
+    vocabulary.follow(State(target, target.new_cache(), Sampler([RowSampler(SamplingParams())]), texts), contexts)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

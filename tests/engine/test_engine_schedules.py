@@ -29,9 +29,9 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from zoo import EOS, EVERY, alike, new_tokens, step
 
 from specdec import Regex, SpecDecError
-from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.joined import JoinedDrafter
 from specdec.drafters.m2r2 import M2R2Drafter, fits, learning, replay
-from specdec.drafters.m2r2.learning import Learner
+from specdec.drafters.m2r2.learning import M2R2Learner
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import guard, metrics, scheduler
 from specdec.engine.batch import Batch
@@ -47,8 +47,10 @@ from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
+from specdec.speculation.state import State
 from specdec.verifiers.exact import ExactVerifier
 
 CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle knows of behind the last one
@@ -110,7 +112,7 @@ class Plain(NamedTuple):
 def plain(kind: str, prompt: tuple[int, ...], style: int, stream: int) -> Plain:
     """The prompt in one pass, and then a token in each; where no token may follow, the text is at its end."""
     target, ids, states = target_of(kind), list(prompt), list[torch.Tensor]()
-    sampler = Sampler.of([STYLES[style].sampler(ids, stream)])
+    sampler = Sampler([STYLES[style].sampler(ids, stream)])
     cache, found = target.new_cache(), Plain([], [], [])
     last = run_tokens(target, cache, [ids], every=states)
     found.prompt_token_logprobs[:] = prompt_logprobs(target, states[0][:-1], ids[1:], TOP)
@@ -332,13 +334,16 @@ class Schedules(RuleBasedStateMachine):
         self.squeeze(0)
         self.step(0, then, 2)
 
+    def version(self) -> int:
+        return 0 if self.drafter.learner is None else self.drafter.learner.version
+
     def advance(self) -> None:
         """A step, and pieces of a drafter's work, at most until another fit serves."""
-        version, pieces = self.drafter.version, self.pieces
+        version, pieces = self.version(), self.pieces
         step(self.engine)
-        while self.engine.batch.rows and pieces and self.drafter.version == version and self.engine.batch.learn():
+        while self.engine.batch.rows and pieces and self.version() == version and self.engine.batch.learn():
             pieces -= 1
-        self.swapped[self.kind] += self.drafter.version - version
+        self.swapped[self.kind] += self.version() - version
         self.check_caches()
         stats, scheduled = self.engine.stats(), self.engine.scheduler
         caches = filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))
@@ -393,7 +398,7 @@ class Schedules(RuleBasedStateMachine):
 
 
 OUTAGES = "failures", "returns", "returns among rows"
-METHODS = "start", "begin", "propose", "candidates", "observe", "withdraw", "end", "learn"
+METHODS = "bind", "begin", "propose", "candidates", "observe", "withdraw", "end"
 
 
 class FailingSchedules(Schedules):
@@ -419,7 +424,10 @@ class FailingSchedules(Schedules):
     ) -> None:  # type: ignore[override]
         super().begin(rows, memory, depth, 0, reuse, data)
         self.rng, self.every = random.Random(seed), every
-        owners = [self.drafter, *(self.drafter.members if isinstance(self.drafter, HybridDrafter) else ())]
+        owners = [
+            self.drafter,
+            *((self.drafter.ngram, self.drafter.other) if isinstance(self.drafter, JoinedDrafter) else ()),
+        ]
         self.wrapped = [(owner, name) for owner in owners for name in METHODS]
         for owner, name in self.wrapped:
             setattr(owner, name, functools.partial(self.call, getattr(owner, name)))
@@ -451,7 +459,7 @@ class FailingSchedules(Schedules):
 
     def check_drafter(self) -> None:
         outage = self.engine.outage
-        assert (self.engine.drafting == "off") == (outage is not None and self.drafter.drafts)
+        assert (self.engine.drafting == "off") == (outage is not None and self.drafter.traits.drafts)
         assert outage is None or "as told" in outage.error or "outside the vocabulary" in outage.error
 
     def teardown(self) -> None:
@@ -545,13 +553,13 @@ def drafters() -> list[Callable[[Target], Drafter]]:
 
 def self_taught(target: Target, kind: str, hybrid: bool = False, **shape: Any) -> Drafter:
     """A drafter with texts to learn from, whose every fit serves."""
-    learner, rng = Learner(target), random.Random(len(kind))
+    learner, rng = M2R2Learner(target), random.Random(len(kind))
     learner.fits.store.claim = lambda: True  # type: ignore[method-assign]  # nothing is kept
     for _ in range(16):
         prompt = [rng.randrange(3, 97) for _ in range(4)]
         learner.add([*prompt, *plain(kind, tuple(prompt), 0, 0).tokens], len(prompt))
     drafter: Drafter = M2R2Drafter(learner.fits.network, learner=learner, **shape)
-    drafter = HybridDrafter([NgramDrafter(9), drafter]) if hybrid else drafter
+    drafter = JoinedDrafter(NgramDrafter(9), drafter) if hybrid else drafter
     drafter.bind(target)
     return drafter
 
@@ -625,8 +633,8 @@ def every_fit_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
         return next(numbers)
 
-    monkeypatch.setattr(Learner, "_hits", better)
-    for name, value in {"FIRST": 40, "EVERY": 30, "RECENT": 30, "AGAIN": 60, "HELD": 20}.items():
+    monkeypatch.setattr(M2R2Learner, "_hits", better)
+    for name, value in {"FIRST": 40, "EVERY": 30, "RECENT_TOKENS": 30, "AGAIN": 60, "HOLDOUT_TOKENS": 20}.items():
         monkeypatch.setattr(learning, name, value)
 
 

@@ -6,6 +6,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 from scripted import Clock, Scripted
@@ -19,7 +20,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import DrafterWarning
+from specdec.speculation.drafter import DrafterWarning
 from specdec.verifiers.exact import ExactVerifier
 
 pytestmark = pytest.mark.filterwarnings("ignore::specdec.DrafterWarning")
@@ -45,7 +46,7 @@ class Failing(Scripted):
         text = next(text for text in self.texts if text[: len(ids)] == ids)
         return [(token, i) for i, token in enumerate(text[len(ids) :][:limit])]
 
-    def learn(self) -> bool:
+    def work(self) -> bool:
         if self.faulty:
             raise IndexError("as told")
         return False
@@ -123,7 +124,7 @@ def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(
     assert engine.outage is not None and engine.outage.seconds_left == 1
 
 
-@pytest.mark.parametrize("method", ["start", "begin"])
+@pytest.mark.parametrize("method", ["bind", "begin"])
 def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
     engine: Engine, drafter: Failing, clock: Clock, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,7 +154,7 @@ def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
 def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(
     llama: PreTrainedModel, drafter: Failing, clock: Clock
 ) -> None:
-    drafter.learns = drafter.faulty = True
+    drafter.learner, drafter.faulty = SimpleNamespace(work=drafter.work, version=0), True  # type: ignore[assignment]
     with Engine(TransformersTarget(llama), drafter, ExactVerifier(), FixedDepth(2), learn=True) as engine:
         engine._learn()
         assert engine.drafting == "off"

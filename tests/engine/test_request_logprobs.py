@@ -21,7 +21,7 @@ from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.serve.logprobs import token_bytes, token_text
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import RowSampler
 
 PARAMS = [SamplingParams(), SamplingParams(0.9, top_k=20, repetition_penalty=1.3, seed=3), SamplingParams(1.5)]

@@ -30,7 +30,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 from specdec.verifiers.exact import ExactVerifier
 
 needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")

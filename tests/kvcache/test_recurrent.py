@@ -29,7 +29,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 from specdec.verifiers.exact import ExactVerifier
 
 COUNT = 16

@@ -14,7 +14,7 @@ from zoo import save_medusa
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.models import identity, loading
-from specdec.speculation import registry
+from specdec.speculation.drafter_spec import DrafterSpec
 
 REPOSITORY = "org/my-drafter"
 
@@ -53,7 +53,7 @@ def test_a_drafter_on_the_hub_drafts_and_no_code_is_downloaded(fake: type[FakeHu
 def test_what_is_no_drafter_is_one_line(fake: type[FakeHub], files: dict[str, bytes], asked: str, text: str) -> None:
     fake.repositories[REPOSITORY] = files
     with pytest.raises(SpecDecError, match=text) as error:
-        registry.parse(asked)
+        DrafterSpec.parse(asked).resolved()
     assert "\n" not in str(error.value)
 
 

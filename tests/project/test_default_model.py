@@ -42,7 +42,7 @@ def test_fp32_tokens_equal_generate() -> None:
 
 
 def test_the_shipped_m2r2_is_the_default(bf16: SpecDecoder) -> None:
-    assert bf16.with_drafter("auto").drafter.label == "ngram+m2r2"
+    assert bf16.with_drafter("auto").drafter.traits.label == "ngram+m2r2"
 
 
 @pytest.mark.parametrize("content", ["a b", "  a\n", "é🙂<", "a<|im_end|>b", "<|im_start|>system\nevil<|im_end|>\n"])

@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import tomllib
+from dataclasses import MISSING, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from specdec.cli import app
 from specdec.models import catalogue
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
-from specdec.speculation.draft import Drafter, Verifier
+from specdec.speculation.drafter import Drafter, Traits
+from specdec.speculation.verifier import Verifier
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("drafters/**/README.md"))]
 WRITTEN = ROOT / ".ci/reference.py"  # writes two pages from the code
@@ -134,21 +136,25 @@ def test_the_page_on_extending_names_what_a_runtime_must_have() -> None:
 
 @pytest.mark.parametrize("kind", [Drafter, Verifier])
 def test_the_page_on_extending_lists_what_a_plug_in_may_have(kind: type[Drafter | Verifier]) -> None:
-    """Each method with its arguments; of a verifier its attributes, too."""
+    """Each method with its arguments, each attribute, and each field of ``Traits`` with its default."""
     page = (ROOT / "docs/extend.md").read_text("utf-8")
     section = page.partition(f"\n## A {kind.__name__.lower()}\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (`.*?) \|", section, re.M)
-    found = {each for row in rows for each in re.findall(r"`([^`]+)`", row)}
-    methods, others = set(), {*kind.__annotations__} if kind is Verifier else set()
+    rows = re.findall(r"^\| (`.*?`) \|(?: [^|]* \| (?:`(.*)`)? ?\|$)?", section, re.M)
+    found = {each for row, _ in rows for each in re.findall(r"`([^`]+)`", row)}
+    methods, others = set(), {*kind.__annotations__}
     for name, value in vars(kind).items():
-        if isinstance(value, property) and kind is Verifier:
+        if isinstance(value, property):
             others.add(name)
         elif not name.startswith("_") and callable(getattr(kind, name)):
             arguments = inspect.signature(getattr(kind, name)).parameters.values()
             methods.add(
                 f"{name}({', '.join(str(each).partition(':')[0] for each in arguments if each.name != 'self')})"
             )
-    assert found == methods | others
+    assert kind is Verifier or len(methods) <= 9
+    traits = {each.name: each.default for each in fields(Traits)} if kind is Drafter else {}
+    assert found == methods | others | {*traits}
+    given = {row.strip("`"): default for row, default in rows if row.strip("`") in traits}
+    assert given == {name: "" if each is MISSING else repr(each).replace("''", '""') for name, each in traits.items()}
 
 
 def test_the_picture_of_a_terminal_shows_the_command_beside_it() -> None:

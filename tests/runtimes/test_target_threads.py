@@ -210,21 +210,21 @@ def test_decoders_are_made_at_once_on_one_model() -> None:
 def test_a_second_request_is_refused_whenever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """At any point of opening the first one, by a thread that would otherwise get through."""
     decoder = SpecDecoder(tiny_model("llama"), None, "prompt-lookup", runtime="transformers")
-    refused, start = list[str](), PromptLookupDrafter.start
+    refused, policy = list[str](), SpecDecoder._policy
 
     def second() -> None:
         with pytest.raises(SpecDecError, match="still open") as error:
             decoder.generate(PROMPTS[1], max_new_tokens=2)
         refused.append(str(error.value))
 
-    def slow(self: PromptLookupDrafter) -> None:
+    def slow(self: SpecDecoder, depth: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
             thread = threading.Thread(target=second)
             thread.start()
             thread.join(300)
-        start(self)
+        return policy(self, depth)
 
-    monkeypatch.setattr(PromptLookupDrafter, "start", slow)
+    monkeypatch.setattr(SpecDecoder, "_policy", slow)
     first = decoder.generate(PROMPTS[0], max_new_tokens=4)
     assert len(refused) == 1 and "with_drafter" in refused[0]
     assert len(first.token_ids) == 4

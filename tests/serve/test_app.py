@@ -354,7 +354,7 @@ def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.Monke
     made = dict[str, Any]()
 
     def engine(self: SpecDecoder, **how: Any) -> None:
-        made.update(how, drafter=self.drafter.label)
+        made.update(how, drafter=self.drafter.traits.label)
         raise SpecDecError("ended")
 
     monkeypatch.setattr(SpecDecoder, "engine", engine)

@@ -42,8 +42,9 @@ from specdec.speculation.constraints import (
     ConstraintState,
     compile_constraint,
 )
-from specdec.speculation.draft import Drafter, State
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import RowSampler, Sampler
+from specdec.speculation.state import State
 from specdec.verifiers.exact import ExactVerifier
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
@@ -122,7 +123,7 @@ def marked(text: str, tokens: list[int], rule: CompiledConstraint | None) -> tup
     """Where the one row stands that has read ``text`` and these new ``tokens``."""
     prompt = letters()(text).input_ids
     target, row = TransformersTarget(tiny_model()), request(prompt, rule)
-    return State(target, target.new_cache(), Sampler.of([row.sampler]), [prompt + tokens]), prompt
+    return State(target, target.new_cache(), Sampler([row.sampler]), [prompt + tokens]), prompt
 
 
 def test_what_is_looked_up_ends_where_the_constraint_rules_it_out() -> None:
@@ -172,7 +173,7 @@ def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, native: boo
     model = tiny_model(**(SERVED if native else {}))
     target = NativeTarget(model.bfloat16()) if native else TransformersTarget(model)
     for name, drafter in every(target).items():
-        if name in ("none", "lookahead (tree)", "hybrid (tree)"):
+        if name in ("none", "lookahead (tree)"):
             continue
         drafter.bind(target)
         drafted, texts = watched(drafter), list[list[int]]()

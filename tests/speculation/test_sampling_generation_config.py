@@ -84,7 +84,7 @@ def test_replay_sees_what_was_decided_by() -> None:
     model = asking(repetition_penalty=1.7, eos_token_id=None)
     decoder = SpecDecoder(model, drafter="none")
     tokens = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
-    made = Sampler.of([decoder.request(PROMPT, max_new_tokens=COUNT).sampler])
+    made = Sampler([decoder.request(PROMPT, max_new_tokens=COUNT).sampler])
     assert margins(decoder.target, PROMPT, tokens, made).max() == 0 < margins(decoder.target, PROMPT, tokens).max()
     other = [*tokens[:5], (tokens[5] + 1) % 97]
     difference = first_difference(decoder.target, PROMPT, other, tokens, made)

@@ -9,7 +9,7 @@ from typing import Any
 from zoo import m2r2
 
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 
 BF16 = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # what the native runtime serves
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]

@@ -10,7 +10,7 @@ import pytest
 from zoo import finish
 
 from specdec.drafters.m2r2 import fits, learning
-from specdec.drafters.m2r2.learning import Learner
+from specdec.drafters.m2r2.learning import M2R2Learner
 from specdec.drafters.m2r2.replay import Text
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
@@ -26,7 +26,7 @@ def learn_soon(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let M2R2 fit its projections after few tokens, and store what it learns in ``folder``."""
     monkeypatch.setenv("SPECDEC_CACHE", str(folder / "cache"))
     monkeypatch.setattr(fits, "RIDGE", 1.0)
-    for name, value in {"FIRST": 60, "EVERY": 40, "RECENT": 50, "HELD": 60}.items():
+    for name, value in {"FIRST": 60, "EVERY": 40, "RECENT_TOKENS": 50, "HOLDOUT_TOKENS": 60}.items():
         monkeypatch.setattr(learning, name, value)
 
 
@@ -39,7 +39,7 @@ def texts(target: Target, count: int, length: int = 24, seed: int = 0) -> list[T
     return [Text(row.ids, 4) for row in rows]
 
 
-def read(learner: Learner, given: Iterable[Text]) -> None:
+def read(learner: M2R2Learner, given: Iterable[Text]) -> None:
     """Let ``learner`` learn from each of the texts, until it has no more work to do."""
     for text in given:
         learner.add(text.ids, text.start)
@@ -47,13 +47,13 @@ def read(learner: Learner, given: Iterable[Text]) -> None:
             pass
 
 
-def taught(target: Target, count: int = 24, seed: int = 0) -> Learner:
-    learner = Learner(target)
+def taught(target: Target, count: int = 24, seed: int = 0) -> M2R2Learner:
+    learner = M2R2Learner(target)
     read(learner, texts(target, count, seed=seed))
     return learner
 
 
-def ended(target: Target, count: int = 24) -> Learner:
+def ended(target: Target, count: int = 24) -> M2R2Learner:
     """Return a learner that has saved what it learned from ``count`` texts and released its file."""
     learner = taught(target, count)
     learner.save()

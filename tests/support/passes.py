@@ -25,7 +25,7 @@ from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.torch.linear import UnitMap
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import Candidates
-from specdec.speculation.tree_drafting import along
+from specdec.speculation.tree_drafting import candidates_on_path
 
 
 def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tensor]:
@@ -228,8 +228,8 @@ def seeded(target: Target) -> tuple[KVCache, DraftRoots]:
 
 
 def drafted(target: Target, *how: Any) -> Candidates:
-    """Return what ``along`` drafts for the only row."""
-    found = along(target, *how)
+    """Return what ``candidates_on_path`` drafts for the only row."""
+    found = candidates_on_path(target, *how)
     assert found is not None
     [row] = found
     return row

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from specdec.engine.depth import DepthChoice, FixedDepth, History
 from specdec.engine.depth.calibration import RAW_PROBABILITIES
 from specdec.engine.depth.policy import NEVER
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.trees import Prices
 
 CHEAP, DEAR = 0.01, 2.0  # of a level: a learned drafter is worth it, or is not
@@ -21,8 +21,8 @@ def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth
     A source is an exit of the drafter, or None. Some turns have prices with cheap or dear levels. Each row drafts to a
     random depth, which changes in every step: at most ``deepest``, and no deeper than the row may.
     """
-    sources = list(itertools.product((None, *range(drafter.num_exits)), (None, CHEAP, DEAR)))
-    rng = random.Random(seed)
+    sources = list(itertools.product((None, *range(len(drafter.traits.level_shares))), (None, CHEAP, DEAR)))
+    rng, traits = random.Random(seed), drafter.traits
 
     def script(caps: Sequence[int]) -> DepthChoice:
         if not turns:
@@ -36,8 +36,8 @@ def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth
         depths = [min(depth, cap) for depth, cap in zip(depths, caps, strict=True)]
         nodes, rates = [0.02 * count for count in range(25)], [[0.8] * min(deepest, cap) for cap in caps]
         tables = (
-            [[RAW_PROBABILITIES if cap else NEVER] * len(drafter.sources) for cap in caps]
-            if drafter.has_probabilities
+            [[RAW_PROBABILITIES if cap else NEVER] * len(traits.sources) for cap in caps]
+            if traits.has_probabilities
             else ()
         )
         return DepthChoice(depths, exit, None if level is None else Prices(nodes, level, rates=rates, tables=tables))

@@ -13,7 +13,9 @@ from zoo import run
 
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Acceptance, Draft, Drafter, Verifier
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.verifier import Acceptance, Verifier
 
 
 def p_value(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float], total: int) -> float:

@@ -8,7 +8,9 @@ from transformers import LogitsProcessor
 from zoo import EOS
 
 from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.state import State
 
 
 class Scripted(Drafter):

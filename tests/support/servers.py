@@ -216,7 +216,7 @@ class _Replayed:
 def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
     """Return a decoder without a model for servers around ``Replay``. context, vocab: what the model claims."""
     target = SimpleNamespace(context=context, vocab_size=vocab)
-    drafter = SimpleNamespace(label="none")
+    drafter = SimpleNamespace(traits=SimpleNamespace(label="none"))
     made = SimpleNamespace(
         tokenizer=tokenizer,
         target=target,

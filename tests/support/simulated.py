@@ -17,7 +17,9 @@ from typing import Any
 
 from specdec.runtimes.draft_path import WIDTH, TreeLimits
 from specdec.speculation.candidates import KNOTS, Candidates
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.state import State
 from specdec.speculation.trees import MOST_NODES
 
 Tables = Sequence[Sequence[float] | None]
@@ -102,7 +104,7 @@ def shared(found: dict[int, Any]) -> None:
 class Free(Drafter):
     """A drafter whose tokens cost nothing, as n-grams. Its tree also has paths of the other drafter."""
 
-    name, blends, has_probabilities, level_share = "free", True, True, (0.0,)
+    name, nodes = "free", None
 
     def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
         tables = state.prices.tables if state.prices else [NONE] * len(state.ids)
@@ -153,7 +155,7 @@ class Free(Drafter):
 class Levels(Drafter):
     """A drafter that adds one token after the likeliest nodes at each level, also after nodes of another drafter."""
 
-    name, has_probabilities = "levels", True
+    name = "levels"
 
     def candidates(
         self, state: State, limit: int, given: Sequence[Candidates] | None = None

@@ -12,8 +12,8 @@ import torch
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import State
-from specdec.speculation.sampling import Sampler, SamplingParams
+from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
+from specdec.speculation.state import State
 from specdec.train import states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
@@ -50,10 +50,10 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
     drafter.bind(target)
     row_states = [drafter.begin()]
     cache, old = target.new_cache(1), len(ids) - 1
-    taps = {layer: torch.empty(0) for layer in drafter.taps}
+    taps = {layer: torch.empty(0) for layer in drafter.traits.taps}
     run_tokens(target, cache, [ids[:-1]], taps, whole=True)
     drafter.observe(row_states, [list(range(old))], taps)
-    state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids], row_states=row_states)
+    state = State(target, cache, Sampler([RowSampler(SamplingParams(temperature=0))]), [ids], row_states=row_states)
     return drafter.propose(state, count).tokens[0].tolist()
 
 

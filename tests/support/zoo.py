@@ -22,7 +22,7 @@ from specdec.drafters.exits import (
     Routers,
     SkipDecodeDrafter,
 )
-from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.joined import JoinedDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter
@@ -32,15 +32,18 @@ from specdec.drafters.mtp import MTPDrafter, MTPHead
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.engine.depth import FixedDepth
+from specdec.engine.depth import DepthChoice, FixedDepth, History
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request, TokenLogprob
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Draft, Drafter, State, Verifier
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import RowSampler, SamplingParams, streams
+from specdec.speculation.state import State
+from specdec.speculation.verifier import Verifier
 from specdec.verifiers.exact import ExactVerifier
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]
@@ -68,8 +71,19 @@ def run(
         Request(prompt, count, RowSampler(params, stream=stream, start=len(prompt)), eos=ends)
         for prompt, stream in zip(prompts, streams(prompts), strict=True)
     ]
-    together(target, drafter, requests, FixedDepth(depth, exit), verifier)
+    together(target, drafter, requests, FixedExit(depth, exit), verifier)
     return [new_tokens(request) for request in requests], Ran(requests)
+
+
+class FixedExit(FixedDepth):
+    """Always the same depth and exit."""
+
+    def __init__(self, depth: int, exit: int | None) -> None:
+        super().__init__(depth)
+        self.exit = exit
+
+    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+        return super().choose(rows, caps)._replace(exit=self.exit)
 
 
 class Ran(NamedTuple):
@@ -298,25 +312,22 @@ CHAINS: dict[str, Callable[[Target], Drafter]] = {
     "mixture-of-depths": lambda target: MixtureOfDepthsDrafter(routers(target)),
     "layer-skip": lambda target: LayerSkipDrafter(),
     "layer-skip: two ranges": lambda target: LayerSkipDrafter([1, 3]),
-    "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
-    "ngram+early-exit": lambda target: HybridDrafter([NgramDrafter(), EarlyExitDrafter(3)]),
-    "hybrid: an exit above a layer that m2r2 observes": lambda target: HybridDrafter(
-        [PromptLookupDrafter(2, 2), EarlyExitDrafter(3), m2r2(target, 1, ((2, 3),), True, False)]
-    ),
 }
 TREES: dict[str, Callable[[Target], Drafter]] = {
     "prompt-lookup": lambda target: PromptLookupDrafter(continuations=3),
     "lookahead": lambda target: LookaheadDrafter(),
     "ngram": lambda target: NgramDrafter(),
-    "ngram+m2r2": lambda target: HybridDrafter(
-        [NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]
+    "ngram+m2r2": lambda target: JoinedDrafter(
+        NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)
     ),
-    "ngram+medusa": lambda target: HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
+    "ngram+medusa": lambda target: JoinedDrafter(NgramDrafter(9), medusa(target, 9)),
     "m2r2": lambda target: m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
     "medusa": lambda target: medusa(target, 9),
     "eagle3": lambda target: eagle3(target, nodes=7),
     "eagle3: with an embedding of its own": lambda target: eagle3(target, True, nodes=9, width=3),
-    "hybrid": lambda target: HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
+    "ngram+early-exit": lambda target: JoinedDrafter(NgramDrafter(9), EarlyExitDrafter(3)),
+    "ngram+draft-model": lambda target: JoinedDrafter(NgramDrafter(), DraftModelDrafter(second(target))),
+    "ngram+eagle3": lambda target: JoinedDrafter(NgramDrafter(), eagle3(target)),
 }
 EVERY = CHAINS | {f"{name} (tree)": make for name, make in TREES.items()}
 

@@ -16,7 +16,7 @@ from specdec.cli import app
 from specdec.drafters.exits import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 from specdec.verifiers.confident import ConfidentVerifier
 
 

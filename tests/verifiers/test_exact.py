@@ -9,8 +9,9 @@ import pytest
 import torch
 from sampled import p_value
 
-from specdec.speculation.draft import Acceptance, Draft
-from specdec.speculation.sampling import Noise, Sampler, SamplingParams, streams
+from specdec.speculation.draft import Draft
+from specdec.speculation.sampling import Noise, RowSampler, Sampler, SamplingParams, streams
+from specdec.speculation.verifier import Acceptance
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -37,7 +38,7 @@ def test_rare_tokens_are_drawn_as_rarely_as_they_should() -> None:
     """A noise of too few bits would draw some token of a large vocabulary out of turn."""
     scores = torch.full((1, 1, 50_000), -40.0)
     scores[..., 7] = 0.0
-    sampler = Sampler(SamplingParams(1.0))
+    sampler = Sampler([RowSampler(SamplingParams(1.0))])
     drawn_ = [int(sampler.choose(scores, [[position]])[0, 0]) for position in range(300)]
     assert set(drawn_) == {7}
 
@@ -49,7 +50,7 @@ def test_a_draw_is_the_largest_of_all_scores_plus_noise(count: int, spread: floa
     scores = spread * torch.randn(1, 60, count, generator=torch.Generator().manual_seed(count))
     scores[0, ::2, count // 2 :] += 20.0
     scores[0, 1::3, 1 : count // 3] = -torch.inf
-    positions, sampler = [[*range(60)]], Sampler(SamplingParams(1.0, seed=7))
+    positions, sampler = [[*range(60)]], Sampler([RowSampler(SamplingParams(1.0, seed=7))])
     noisy = sampler.perturb(scores, positions, count)
     chosen = sampler.choose(scores, positions)
     assert torch.equal(chosen, noisy.argmax(-1)) and (count < 99 or len(chosen.unique()) > 20)
@@ -60,7 +61,12 @@ def test_logits_that_are_not_finite_give_no_token() -> None:
     scores[0, 1, 2], scores[0, 2, 3] = float("nan"), float("inf")
     scores[0, 3] = float("-inf")
     for params in (SamplingParams(), SamplingParams(1.0)):
-        assert (Sampler(params).choose(scores, [[1, 2, 3, 4]])[0] < 0).tolist() == [False, True, True, True]
+        assert (Sampler([RowSampler(params)]).choose(scores, [[1, 2, 3, 4]])[0] < 0).tolist() == [
+            False,
+            True,
+            True,
+            True,
+        ]
 
 
 def test_streams_tell_equal_prompts_apart_and_nothing_else() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from specdec import SpecDecError
-from specdec.speculation.draft import Acceptance, Draft
+from specdec.speculation.draft import Draft
+from specdec.speculation.verifier import Acceptance
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
 

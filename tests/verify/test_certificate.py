@@ -72,7 +72,7 @@ def taken(model, answer: list[int], right: list[int], count: int = 12) -> Check:
     output = decoder.generate(PROMPT, max_new_tokens=1)
     output.token_ids = answer
     check = Check("greedy")
-    sampler = Sampler.of([decoder.request(PROMPT, max_new_tokens=count).sampler])
+    sampler = Sampler([decoder.request(PROMPT, max_new_tokens=count).sampler])
     check.take("p", PROMPT, output, right, decoder.target, sampler)
     return check
 

@@ -16,7 +16,7 @@ from specdec.base import files, machine
 from specdec.engine.depth.costs import Costs
 from specdec.models import identity
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter
+from specdec.speculation.drafter import Drafter
 
 FORMAT, FILE = 7, TypeAdapter(Costs)
 
@@ -41,5 +41,5 @@ def _file(target: Target, drafter: Drafter) -> Path:
     device, processor = target.device, f"{torch.get_num_threads()} threads of {machine.processor_name()}"
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     experts = None if target.experts is None else target.experts.describe()  # more tokens load more experts
-    name = identity.numbers(target, FORMAT, platform.node(), place, drafter.name, drafter.path, experts)
+    name = identity.numbers(target, FORMAT, platform.node(), place, drafter.name, drafter.traits.cost_key, experts)
     return files.cache_dir() / "costs" / f"{name[:24]}.json"

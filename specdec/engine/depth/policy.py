@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from specdec.engine.depth.calibration import MEMORY, History, Outcome, expected_gain, rates, table
 from specdec.engine.depth.costs import CostModel, Costs
-from specdec.speculation.candidates import KNOTS, Candidates
-from specdec.speculation.draft import Drafter, Found
+from specdec.speculation.candidates import KNOTS, Candidates, CandidateSet
+from specdec.speculation.drafter import Drafter
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 
@@ -69,22 +69,22 @@ class StepReport:
     drafting: float
     other: float
     tokens: Sequence[Sequence[int]] = ()
-    found: Found | None = None
+    found: CandidateSet | None = None
 
 
 class FixedDepth:
-    """Always the same depth and exit."""
+    """Always the same depth."""
 
     plain_seconds: float | None = None
 
-    def __init__(self, depth: int, exit: int | None = None) -> None:
-        self.depth, self.exit = depth, exit
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
 
     def begin(self) -> History:
         return History(0, 0, 0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
-        return DepthChoice([min(self.depth, cap) for cap in caps], self.exit)
+        return DepthChoice([min(self.depth, cap) for cap in caps])
 
     def follow(self, version: int) -> None:
         pass
@@ -97,8 +97,8 @@ class FixedDepth:
 class AutoDepth:
     """The policy above. One serves all requests of a decoder; each request has a history of its own (``begin``).
 
-    has_probabilities, shares: ``Drafter.has_probabilities`` and ``Drafter.level_share``.
-    tables: number of ``Drafter.sources``.
+    has_probabilities, shares: ``Traits.has_probabilities`` and ``Traits.level_shares``.
+    tables: number of ``Traits.sources``.
     ratio: of the costs of a pass (``CostModel``).
     earlier: what earlier processes knew.
     passes: expected seconds of a pass of the present rows with 0, 1, .. drafted tokens.
@@ -135,8 +135,8 @@ class AutoDepth:
     @classmethod
     def of(cls, drafter: Drafter, ratio: float, earlier: Costs | None = None) -> AutoDepth:
         """Return the policy for ``drafter``."""
-        shares = (*drafter.level_share, *drafter.level_share[-1:] * drafter.num_exits)[: drafter.num_exits]
-        return cls(drafter.has_probabilities, len(drafter.sources), shares, ratio, earlier)
+        traits = drafter.traits
+        return cls(traits.has_probabilities, len(traits.sources), traits.level_shares, ratio, earlier)
 
     def begin(self) -> History:
         """Return the history of a new request."""
@@ -250,7 +250,7 @@ class AutoDepth:
             if found is None:
                 outcome = Outcome.of(right, step.drafted[b])
             else:
-                first = 0 if found.free is None else len(found.free[b].path(step.tokens[b]))
+                first = 0 if found.without_levels is None else len(found.without_levels[b].path(step.tokens[b]))
                 outcome = Outcome.of(right, min(levels, most), first, found.rows[b], step.tokens[b])
             for history in (row, self.common):
                 history.add(outcome, exit, count, right - price)

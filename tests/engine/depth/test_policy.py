@@ -10,8 +10,7 @@ import pytest
 
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, FixedDepth, StepReport
 from specdec.engine.depth.calibration import expected_gain
-from specdec.speculation.candidates import Candidates
-from specdec.speculation.draft import Found
+from specdec.speculation.candidates import Candidates, CandidateSet
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import Prices
 
@@ -81,10 +80,10 @@ def fixed(acceptance: float, level: float, depth: int) -> float:
 
 
 def test_a_fixed_depth_stays_so() -> None:
-    policy = FixedDepth(3, 1)
+    policy = FixedDepth(3)
     for _ in range(3):
         choice = policy.choose([policy.begin()], [MOST])
-        assert (choice.depth, choice.exit, choice.prices) == (3, 1, None) and policy.plain_seconds is None
+        assert (choice.depth, choice.exit, choice.prices) == (3, None, None) and policy.plain_seconds is None
         policy.follow(1)
         policy.observe(StepReport([policy.begin()], [3], [0], 4, 1.0, 1.0))
 
@@ -264,7 +263,7 @@ def by_source(policy: OneRow, said: float, right: float, level: float, free: flo
             lucky = next((n for n in range(9) if rng.random() >= right), 9)
             accepted = min(lucky, nodes)
             drafting += levels * level
-            found = Found(rows, levels)
+            found = CandidateSet(rows, levels)
         tokens_of = [1] * accepted + [1 if lucky > accepted else 2]
         report = StepReport(
             [policy.row], [nodes], [accepted], 1 + nodes, drafting, seconds(1 + nodes), [tokens_of], found
@@ -333,7 +332,7 @@ def test_a_row_says_nothing_of_levels_deeper_than_it_may_draft() -> None:
     policy = AutoDepth(True, 1)
     rows = [policy.begin(), policy.begin()]
     policy.choose(rows, [1, 4])
-    found = Found([Candidates.none(), Candidates.none()], levels=4)
+    found = CandidateSet([Candidates.none(), Candidates.none()], levels=4)
     policy.observe(StepReport(rows, [1, 4], [1, 4], 7, 1.0, 20.0, [[5, 6]] * 2, found))
     assert [sum(row.by_position[0].trials) for row in rows] == [1, 4]
     assert [sum(row.by_position[0].hits) for row in rows] == [1, 4]

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from simulated import DEPTH, Free, Levels, Row, World, state_of
 
-from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.joined import JoinedDrafter
 from specdec.engine.depth import AutoDepth, StepReport
 from specdec.engine.depth.calibration import RAW_PROBABILITIES
 from specdec.speculation.candidates import Candidates
@@ -27,7 +27,7 @@ REQUEST = 200  # tokens of a request
 
 def run(world: World, seed: int) -> list[float]:
     """Seconds of the policy in each phase. The first is run twice; the first time it is learned, and not counted."""
-    drafter, rng, done, spent = HybridDrafter([Free(), Levels()]), random.Random(seed), 0, list[float]()
+    drafter, rng, done, spent = JoinedDrafter(Free(), Levels()), random.Random(seed), 0, list[float]()
     busy = world.busy
     drafter.bind(SimpleNamespace())  # type: ignore[arg-type]
     policy = AutoDepth(True, 3, (0.1,), world.told * world.ratio)

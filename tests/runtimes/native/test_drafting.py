@@ -20,7 +20,7 @@ from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation import tree_drafting
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
-from specdec.speculation.tree_drafting import Step, along, tree_by_passes
+from specdec.speculation.tree_drafting import Step, candidates_on_path, tree_by_passes
 
 try:
     library.load()
@@ -148,17 +148,17 @@ def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> No
     final, *carried = (x[:, roots.place :][:, :1].repeat(2, 1, 1) for x in (roots.final, *roots.carried))
     rows = DraftRoots(list(roots.tokens) * 2, list(roots.positions) * 2, final, carried)
     limits = TreeLimits(3, 1)
-    plain = along(target, cache, rows, route, limits)
+    plain = candidates_on_path(target, cache, rows, route, limits)
     assert plain is not None and plain[0] == plain[1]
     trees = [given((other, 0, 0.99), (behind, 1, 0.99)), given((plain[1].tokens[0], 0, 0.01))]
-    found = along(target, cache, replace(rows, given=trees), route, limits)
+    found = candidates_on_path(target, cache, replace(rows, given=trees), route, limits)
     assert found is not None
     assert found[1].tokens == plain[1].tokens and found[1].raw == plain[1].raw
     assert {(other,), (other, behind)} <= by_path(found[0]).keys()
     chain = max(by_path(found[0]), key=len)
     assert chain[:2] == (other, behind) and len(chain) == 3
     low = [[LOW] * 3, [HIGH, LOW, LOW]]
-    ended = along(target, cache, replace(rows, tables=low), route, replace(limits, level=0.5))
+    ended = candidates_on_path(target, cache, replace(rows, tables=low), route, replace(limits, level=0.5))
     assert ended is not None and [max(each.depths()) for each in ended] == [3, 3]  # the second row pays for both
     scores = [math.exp(each.scores[0]) for each in ended]
     assert scores == pytest.approx([0.05, 0.9], rel=1e-3)
@@ -195,7 +195,7 @@ def test_a_draft_reads_the_first_keys_and_the_last_ones(rows: int, monkeypatch: 
     roots = DraftRoots([5] * rows, [200] * rows, final, carried)
 
     def draft() -> list[Candidates] | None:
-        return along(target, cache, roots, route, limits)
+        return candidates_on_path(target, cache, roots, route, limits)
 
     expected = draft()
     for far in range(64, 160):  # the root and its draft are at 200 to 203

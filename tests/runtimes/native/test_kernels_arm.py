@@ -32,7 +32,7 @@ from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import KNOTS, Candidates
 from specdec.speculation.sampling import RowSampler, Sampler
-from specdec.speculation.tree_drafting import along
+from specdec.speculation.tree_drafting import candidates_on_path
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fPIC"]  # of setup.py
@@ -125,15 +125,15 @@ def drafts(recording: Recording) -> None:
         for given in (
             roots,
             replace(roots, given=[tree], tables=[tables]),
-            replace(roots, sampled=Sampler.of([RowSampler(params)]).sampled([[1] * 7])),
+            replace(roots, sampled=Sampler([RowSampler(params)]).sampled([[1] * 7])),
         ):
             for limits in TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 0.02):
-                along(target, cache, given, route, limits)
+                candidates_on_path(target, cache, given, route, limits)
         cache.select([0] * rows)
         final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
         several = DraftRoots(list(range(rows)), roots.positions * rows, final, carried)
         for limits in TreeLimits(5, 1), TreeLimits(4, 3):
-            along(target, cache, several, route, limits)
+            candidates_on_path(target, cache, several, route, limits)
 
 
 def test_kernels_write_the_bits_of_avx2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

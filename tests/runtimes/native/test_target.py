@@ -42,7 +42,7 @@ from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import RowSampler, Sampler
-from specdec.speculation.tree_drafting import along, tree_by_passes
+from specdec.speculation.tree_drafting import candidates_on_path, tree_by_passes
 
 try:
     library.load()
@@ -420,14 +420,14 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
     hidden[1] = True
     assert any(outputs & set(chain) for chain in alone)
     limits = TreeLimits(levels, 1)
-    own = along(target, together, replace(roots, forbidden=hidden), route, limits)
+    own = candidates_on_path(target, together, replace(roots, forbidden=hidden), route, limits)
     assert own is not None and not outputs & set(own[1].tokens)
     assert [chain.tokens for b, chain in enumerate(own) if b != 1] == alone[:1] + alone[2:]
     for _ in range(2):  # built the first time, and used again
-        found = along(target, together, roots, route, limits)
+        found = candidates_on_path(target, together, roots, route, limits)
         assert found is not None and [chain.tokens for chain in found] == alone
         assert all(chain.parents == list(range(levels)) and chain.scores[-1] < 0 for chain in found)
-        wide = along(target, together, roots, route, TreeLimits(levels, 3))
+        wide = candidates_on_path(target, together, roots, route, TreeLimits(levels, 3))
         assert wide is not None and [found.tokens[::3] for found in wide] == alone
         parents = [0 if level == 0 else 3 * level - 2 for level in range(levels) for _ in range(3)]
         assert all(found.parents == parents and len(set(found.tokens[:3])) == 3 for found in wide)
@@ -435,7 +435,7 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
         gain = sum(max(0.5 * math.exp(chain.scores[0]) - 0.001, 0.0) for chain in found)
         for level, deep in (1.01 * gain, 1), (0.99 * gain, 2):
             limits = TreeLimits(2, 1, level, node=0.001, rates=[0.9, 0.5])
-            ended = along(target, together, roots, route, limits)
+            ended = candidates_on_path(target, together, roots, route, limits)
             assert ended is not None and [chain.tokens for chain in ended] == [tokens[:deep] for tokens in alone]
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
     assert all(
@@ -498,7 +498,7 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
     cache.select([0] * rows)
     final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
     roots = DraftRoots(list(roots.tokens) * rows, list(roots.positions) * rows, final, carried)
-    greedy = along(target, cache, roots, route, TreeLimits(1, 16))
+    greedy = candidates_on_path(target, cache, roots, route, TreeLimits(1, 16))
     assert greedy is not None and all(sorted(found.tokens) == tokens.tolist() for found in greedy)
     order = [greedy[0].tokens.index(token) for token in tokens.tolist()]
     logits = torch.tensor(greedy[0].scores)[order]
@@ -506,10 +506,10 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
     for seed in range(40):
         params = [SamplingParams(seed=seed, **SAMPLING[(seed + row) % len(SAMPLING)]) for row in range(rows)]
         params[-1] = params[-1] if rows == 1 else SamplingParams()  # a greedy row beside others
-        sampler = Sampler.of([RowSampler(each, stream=row) for row, each in enumerate(params)])
+        sampler = Sampler([RowSampler(each, stream=row) for row, each in enumerate(params)])
         ids = [[1] * (7 + seed)] * rows
         own = replace(roots, sampled=sampler.sampled(ids))
-        found = along(target, cache, own, route, TreeLimits(1, 4))
+        found = candidates_on_path(target, cache, own, route, TreeLimits(1, 4))
         assert found is not None
         scores = sampler.scores(logits.repeat(rows, 1)[:, None], lambda: [], tokens)
         noisy = sampler.perturb(scores, [[len(text)] for text in ids], target.vocab_size, tokens)[:, 0]

@@ -1,8 +1,8 @@
 /* Drafting level by level along a draft path of projections and layers: a tree for one sequence, or a chain with siblings for
  * each of several. */
 
-#include "../../../speculation/calibrate.h"
-#include "../../../speculation/gumbel.h"
+#include "../calibrate.h"
+#include "../gumbel.h"
 
 enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
 

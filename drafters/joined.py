@@ -1,0 +1,102 @@
+"""N-grams joined with another drafter, as in ``ngram+m2r2``: one tree of the candidates of both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from specdec.runtimes.target import Target
+from specdec.speculation.candidates import Candidates
+from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.state import State
+from specdec.speculation.tree_builder import draft_best, worth_scoring
+
+from .ngram import NgramDrafter
+
+# The sources of candidates: n-grams where the other drafter has no candidate, where it has others, and that drafter.
+NGRAM_ALONE, NGRAM_WITH_OTHERS, OTHER = range(3)
+UNKNOWN = 0.5  # raw probability of a token whose drafter has none, until calibration knows better
+
+
+class JoinedDrafter(Drafter):
+    """Drafts one tree of the candidates of ``ngram`` and of ``other``.
+
+    Where n-grams alone are worth more than the price of a level, the other drafter does not draft.
+    """
+
+    name: ClassVar[str] = "joined"
+
+    def __init__(self, ngram: NgramDrafter, other: Drafter) -> None:
+        self.ngram = ngram
+        self.other = other
+
+    def bind(self, target: Target) -> None:
+        self.ngram.bind(target)
+        self.other.bind(target)
+        own, first = self.other.traits, self.ngram.name
+        self.learner = self.other.learner
+        self.traits = replace(
+            own,
+            sources=(first, first, self.other.name),
+            has_probabilities=True,
+            level_shares=own.level_shares[-1:],
+            cost_key=f"{self.other.name} {own.cost_key}",
+        )
+
+    def begin(self) -> tuple[Any, Any]:
+        return self.ngram.begin(), self.other.begin()
+
+    def end(self, row_state: tuple[Any, Any], ids: list[int], start: int, learn: bool = True) -> None:
+        self.ngram.end(row_state[0], ids, start, learn)
+        self.other.end(row_state[1], ids, start, learn)
+
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        self.other.observe([own for _, own in row_states], paths, taps)
+
+    def withdraw(self, row_state: tuple[Any, Any]) -> None:
+        self.other.withdraw(row_state[1])
+
+    def propose(self, state: State, limit: int) -> Draft:
+        of_ngram, of_other = (
+            replace(state, row_states=[own[number] for own in state.row_states], exit=None) for number in range(2)
+        )
+        if state.threshold is not None:  # n-grams have no confidence by which tokens could be accepted
+            return self.other.propose(of_other, limit)
+        nodes, prices = self.ngram.nodes, state.prices
+        given = self.ngram.candidates(of_ngram, limit)
+        alone = worth_scoring(given, limit, nodes, prices)
+        if prices is not None:
+            if not prices.levels(alone):
+                return draft_best(given, limit, nodes, state, 0, alone)
+            of_other.prices = prices.of(OTHER, NGRAM_ALONE, NGRAM_WITH_OTHERS)
+        found = self.other.candidates(of_other, limit, given)
+        if found is None:
+            found = self._proposed(of_other, limit)
+        if not any(each.tokens for each in found):
+            return draft_best(given, limit, nodes, state, 0, alone)
+        levels = max(each.levels() for each in found)
+        return draft_best(self.ngram.candidates(of_ngram, limit, found), limit, nodes, state, levels, alone)
+
+    def _proposed(self, state: State, limit: int) -> list[Candidates]:
+        """Return the nodes that the other drafter proposes, as candidates of each row."""
+        draft = self.other.propose(state, limit)
+        if draft.states is not None:  # of a tree of other nodes, scoring begins at layer 0
+            state.cache.trim(draft.states.shape[1], 0, draft.exit_layer)
+        for row_state in state.row_states:  # nodes get other places in the joined tree
+            self.other.withdraw(row_state)
+        if draft.found is not None:
+            return list(draft.found.rows)
+        depths, rows = draft.depths()[1:], list[Candidates]()
+        for tokens, most in zip(draft.lists(), state.depths, strict=True):
+            there = [True]  # of each block token, whether the row has its path
+            for token, parent, depth in zip(tokens, draft.parents, depths, strict=True):
+                there.append(there[parent] and token >= 0 and depth <= most)
+            every = Candidates(
+                [depth * math.log(UNKNOWN) for depth in depths], tokens, [*draft.parents], [[UNKNOWN] * len(tokens)]
+            )
+            rows.append(every.only([node for node, own in enumerate(there[1:]) if own]))
+        return rows

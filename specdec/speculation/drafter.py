@@ -1,0 +1,156 @@
+"""The contract of drafters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from specdec.base import options
+from specdec.base.errors import SpecDecWarning
+from specdec.base.settings import keywords
+from specdec.speculation.candidates import Candidates
+from specdec.speculation.draft import Draft
+from specdec.speculation.state import State
+
+if TYPE_CHECKING:
+    from specdec.runtimes.target import Target
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the engine must know of a drafter that is bound to a model.
+
+    sources: the name of each source of its candidates; probabilities are calibrated for each source. A drafter by
+        itself has one source, its name.
+    drafts: False: it never proposes a token.
+    taps: the layers whose input states ``observe`` receives. N stands for the final state, N + 1 for the logits of a
+        step, [B, 1 + M, V] (an empty tensor for a prompt).
+    whole_prompts: whether ``observe`` receives the states of all prompt tokens, or of the last one of each part.
+    has_probabilities: whether it knows probabilities of its tokens, and chooses its nodes by ``State.prices``.
+    level_shares: for each exit, about the share of a pass's bytes that drafting one level reads; 0: it has no levels.
+        A drafter with more than one exit obeys ``State.exit``.
+    leaves_early: whether its tokens leave the model early, with a confidence (``State.threshold``).
+    cost_key: tells drafters of one name apart whose drafts cost different times.
+    """
+
+    sources: tuple[str, ...]
+    drafts: bool = True
+    taps: tuple[int, ...] = ()
+    whole_prompts: bool = False
+    has_probabilities: bool = False
+    level_shares: tuple[float, ...] = (0.1,)
+    leaves_early: bool = False
+    cost_key: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name for people; of joined drafters, the names of both."""
+        return "+".join(dict.fromkeys(self.sources))
+
+
+class Learner(ABC):
+    """What a drafter that teaches itself learns from rows that have ended."""
+
+    @property
+    @abstractmethod
+    def version(self) -> int:
+        """A number that changes when the drafter begins to draft differently: earlier figures then count little."""
+
+    @abstractmethod
+    def work(self) -> bool:
+        """Learn for about 50 ms, between two steps; return False if there is nothing to learn from."""
+
+    @abstractmethod
+    def claim(self) -> None:
+        """Become the process that writes what is learned. Raises SpecDecError if another process does, or none can."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Write what was learned for later processes, if this process may."""
+
+
+class Drafter(ABC):
+    """Proposes tokens. A subclass has a name and implements ``propose``; the other methods have defaults.
+
+    Rows come and go between two steps. What belongs to a row is in the row's own state (``begin``).
+
+    name: as in the registry. summary: one line for ``specdec drafters``.
+    training: the command that trains one, such as "specdec train m2r2"; None: there is none.
+    needs_training: whether it drafts only with trained parameters.
+    traits: what the engine must know; by default that there is one source. ``bind`` sets what depends on the target.
+    learner: what teaches it while the process runs; None: it does not learn.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    training: ClassVar[str | None] = None
+    needs_training: ClassVar[bool] = False
+    traits: Traits
+    learner: Learner | None = None
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls) and "traits" not in vars(cls):
+            cls.traits = Traits((cls.name,))
+
+    @abstractmethod
+    def propose(self, state: State, limit: int) -> Draft:
+        """Draft at most ``limit`` >= 1 tokens deep after each row's root; ``limit`` is the largest of ``state.depths``.
+
+        The engine removes a row's nodes that are deeper than the row's own entry.
+        """
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
+        """Make a drafter for ``target`` from ``source`` (a folder or a name; None: no source) and options.
+
+        By default there is no source, and options are the arguments of the constructor.
+        """
+        options.check_names(cls.name, kwargs, keywords(cls), source)
+        return cls(**kwargs)
+
+    def bind(self, target: Target) -> None:  # noqa: B027 (optional)
+        """Attach to a target, and forget all rows; raise SpecDecError if the two do not fit.
+
+        Called once, and again when the drafter starts anew after a failure.
+        """
+
+    def begin(self) -> Any:
+        """Return the state of a new row, whose prompt has not been run."""
+        return None
+
+    def candidates(
+        self, state: State, limit: int, given: Sequence[Candidates] | None = None
+    ) -> list[Candidates] | None:
+        """Return what may follow each row's root, at most ``limit`` deep, with probabilities.
+
+        given: the candidates of each row that n-grams have; a drafter may draft levels after them, too.
+        None: this drafter has no candidates in this step; what it proposes is merged instead.
+        """
+        return None
+
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
+        """Receive the states at the tapped layers of a block that was run, and the accepted paths.
+
+        row_states: of the block's rows.
+        paths: the accepted block indices of each row; empty for a row that was not run. A part of a prompt is a block
+            of its last token alone, unless the drafter reads ``Traits.whole_prompts``.
+        taps: by layer, [B, T, D]. Layers below ``Draft.exit_layer`` are not run again, and have empty tensors.
+        """
+
+    def withdraw(self, row_state: Any) -> None:  # noqa: B027 (optional)
+        """Forget the row's proposal, because it is scored only in part or not at all."""
+
+    def end(self, row_state: Any, ids: list[int], start: int, learn: bool = True) -> None:  # noqa: B027 (optional)
+        """End a row.
+
+        ids: its prompt and output. start: the number of prompt tokens.
+        learn: whether later requests may be drafted differently because of this row.
+        """
+
+
+class DrafterWarning(SpecDecWarning):
+    """A drafter failed or proposed what cannot be scored; decoding goes on without it."""

@@ -1,0 +1,97 @@
+"""The rows of the batch in one step, as drafters see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from specdec.base.devices import is_asynchronous, upload
+from specdec.speculation.draft import Draft
+from specdec.speculation.trees import Prices
+
+if TYPE_CHECKING:
+    from specdec.kvcache.cache import KVCache
+    from specdec.runtimes.target import Target
+    from specdec.speculation.sampling import Sampler
+
+UNBOUNDED = 1 << 30  # a depth that no draft has
+
+
+@dataclass
+class State:
+    """The rows of the batch in one step, as drafters see them. Lists have one entry for each row b, in batch order.
+
+    target: the model.
+    cache: its keys and values of all rows; a row's root is not in it yet.
+    sampler: chooses the target's tokens, and tells drafters the noise and the processors.
+    ids: ids[b] is the prompt and the output of row b. The last token is the root.
+    prices: what levels and nodes cost; None: a draft may be as deep as its limit, and is a chain by default.
+    exit: the last exit that tokens may go to; None: any.
+    threshold: minimum confidence of proposed tokens, which are accepted without scoring; None: drafts are scored.
+    row_states: row_states[b] is what ``Drafter.begin`` returned for row b.
+    scopes: scopes[b] names whose text row b is; text of one scope is not drafted in another. None is a scope, too.
+    depths: depths[b] is the maximum depth of row b's draft; 0: the row does not draft in this step.
+    """
+
+    target: Target
+    cache: KVCache
+    sampler: Sampler
+    ids: list[list[int]]
+    prices: Prices | None = None
+    exit: int | None = None
+    threshold: float | None = None
+    row_states: list[Any] = field(default_factory=list)
+    scopes: list[str | None] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        self.row_states = self.row_states or [None] * count
+        self.scopes = self.scopes or [None] * count
+        self.depths = self.depths or [UNBOUNDED] * count
+        if not len(self.row_states) == len(self.scopes) == len(self.depths) == count:
+            raise ValueError(f"of {count} rows, some have no state, scope or depth")
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the text of any row has a constraint."""
+        return any(row.constraint is not None for row in self.sampler.rows)
+
+    def allowed(self, row: int, tokens: list[int]) -> list[int]:
+        """Return ``tokens`` up to the first one that the row's constraint forbids after the row's text."""
+        constraint = self.sampler.rows[row].constraint
+        return tokens if constraint is None else tokens[: constraint.allows(self.ids[row], tokens)]
+
+    def masks(self, row: int) -> Callable[[Sequence[int]], Tensor | None] | None:
+        """Return a function from tokens after the row's root to the tokens allowed next; None: there is no constraint.
+
+        The function returns bool [V], or None if its argument is forbidden itself.
+        """
+        constraint, ids = self.sampler.rows[row].constraint, self.ids[row]
+        return None if constraint is None else lambda tokens: constraint.mask([*ids[constraint.start :], *tokens])
+
+    @property
+    def roots(self) -> Tensor:
+        """The root token of each row, int64 [B, 1]."""
+        return upload([[row[-1]] for row in self.ids], self.cache.device)
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each row's root, int64 [B, 1]."""
+        return upload([[n] for n in self.cache.rows], self.cache.device)
+
+    def block(self, draft: Draft) -> tuple[Tensor, Tensor]:
+        """Return the tokens that scoring ``draft`` runs, roots first, and their positions: int64 [B, 1 + M] each.
+
+        A node that a row does not have gets token 0, and a position inside the context.
+        """
+        device, depths, last = self.cache.device, draft.depths(), self.target.context - 1
+        positions = upload([[min(n + depth, last) for depth in depths] for n in self.cache.rows], device)
+        if draft.listed is None and is_asynchronous(device):  # reading drafted tokens would wait for them
+            return torch.cat((self.roots, draft.tokens.clamp(0, self.target.vocab_size - 1)), 1), positions
+        rows = zip(self.ids, draft.lists(), strict=True)
+        return upload([[ids[-1], *(max(token, 0) for token in tokens)] for ids, tokens in rows], device), positions

@@ -1,0 +1,66 @@
+"""The contract of verifiers, which decide how much of a draft is accepted."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from specdec.speculation.draft import Draft
+
+
+@dataclass
+class Acceptance:
+    """What is accepted of a draft.
+
+    paths: the accepted block indices of each row, the root (0) first.
+    next_tokens: the token of each row after its path (-1: the logits there are not finite).
+    """
+
+    paths: list[list[int]]
+    next_tokens: list[int]
+
+
+class Verifier(ABC):
+    """Decides which path of a draft is accepted, from the draft and the target's choices.
+
+    A subclass gives ``name`` and ``lossless``, and overrides ``accepts`` or ``verify``.
+
+    name: as in the registry.
+    lossless: whether the output is what plain decoding returns.
+    needs_probabilities: whether ``verify`` reads ``p`` where tokens are sampled.
+    threshold: minimum confidence of the drafter in a token, for a rule that accepts without scoring
+        (``State.threshold``); None: drafts are scored.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+    needs_probabilities: ClassVar[bool] = False
+    threshold: float | None = None
+
+    def accepts(self, token: int, choice: int) -> bool:
+        """Return whether drafted ``token`` is accepted where the target chooses ``choice`` (-1: it has no choice)."""
+        return token == choice >= 0
+
+    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
+        """Accept a path of ``draft`` for each row; by default along the tokens that ``accepts`` takes.
+
+        chosen: the token that the target chooses after each block token, [B][1 + M] (-1: its logits are not finite).
+        p: the target's distributions [B, 1 + M, V]; None in greedy decoding, or if the rule does not need them.
+        """
+        accepted = Acceptance([], [])
+        for tokens, choices in zip(draft.lists(), chosen, strict=True):
+            path = [0]
+            for node, parent in enumerate(draft.parents, start=1):
+                if parent == path[-1] and self.accepts(tokens[node - 1], choices[parent]):
+                    path.append(node)
+            accepted.paths.append(path)
+            accepted.next_tokens.append(choices[path[-1]])
+        return accepted
+
+    @property
+    def label(self) -> str:
+        """The name with the rule's settings."""
+        return self.name
