@@ -34,6 +34,7 @@ from specdec.cli import (
     verify,
 )
 from specdec.cli.shared import INTERRUPTED
+from specdec.speculation import registry
 
 DEBUG = "SPECDEC_DEBUG"  # environment variable: print tracebacks
 # Imported modules are a million objects that live as long as the process. Looking for garbage among them takes a fifth
@@ -68,6 +69,13 @@ class Commands(TyperGroup):
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, and write the names of installed plug-ins to ``formatter``, which is printed after it."""
+        super().format_help(ctx, formatter)
+        installed = [f"{name} ({kind[:-1]})" for kind in ("drafters", "verifiers") for name in registry.outside(kind)]
+        if installed:
+            formatter.write(f"Installed plug-ins: {', '.join(installed)}\n")
 
 
 def _explain(error: Exception, debug: bool) -> int:

@@ -114,7 +114,12 @@ def bench(
 
 def sweep(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A YAML file of settings, or a shipped one: quick, paper, dynamic.")
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A YAML file of settings, or a shipped one: quick, paper, dynamic.",
+            autocompletion=shared.complete_config("sweeps"),
+        ),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -8,9 +8,10 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
+from glob import escape, glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -62,6 +63,32 @@ def complete_drafters(incomplete: str) -> list[str]:
     """Return completions of a comma-separated list of drafters for the shell: its last name is completed."""
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{name}" for name in complete_drafter(last)]
+
+
+def complete_verifier(incomplete: str) -> list[str]:
+    """Return the names of verifiers that begin with ``incomplete``, for the shell."""
+    return [name for name in sorted(registry.names("verifiers")) if name.startswith(incomplete)]
+
+
+def complete_prompts(incomplete: str) -> list[str]:
+    """Return the names of prompt sets and the paths that begin with ``incomplete``, for the shell."""
+    from specdec.bench.prompts import PACKAGED, PROMPT_SETS
+
+    return _names_and_paths([*PACKAGED, *PROMPT_SETS], incomplete)
+
+
+def complete_config(kind: str) -> Callable[[str], list[str]]:
+    """Return the completion of a YAML file: a shipped one of ``kind`` ("sweeps" or "train"), or a path."""
+
+    def complete(incomplete: str) -> list[str]:
+        return _names_and_paths(files.shipped_configs(kind), incomplete)
+
+    return complete
+
+
+def _names_and_paths(names: Iterable[str], incomplete: str) -> list[str]:
+    paths = (f"{path}/" if Path(path).is_dir() else path for path in sorted(glob(f"{escape(incomplete)}*")))
+    return [*(name for name in names if name.startswith(incomplete)), *paths]
 
 
 MODEL = "Name (see 'specdec models'), Hugging Face id, folder or GGUF file."
@@ -124,7 +151,15 @@ Learn = Annotated[
         "Let m2r2 learn from the texts while the machine is idle; serve and chat do so by default.",
     ),
 ]
-Verifier = Annotated[str, _model("--verifier", "exact, or a lossy verifier: typical, confident.", "NAME")]
+Verifier = Annotated[
+    str,
+    _model(
+        "--verifier",
+        "exact, or a lossy verifier: typical, confident.",
+        "NAME",
+        autocompletion=complete_verifier,
+    ),
+]
 VerifierOption = Annotated[
     list[str] | None,
     _model("--verifier-option", "An option of the verifier, such as epsilon=0.1; repeatable.", "KEY=VALUE"),
@@ -136,6 +171,7 @@ Prompts = Annotated[
         metavar="FILE|NAME",
         help="JSONL with turns and category, plain lines, or own, work, mt-bench, koala, self-instruct, wizardlm, "
         "spec-bench, humaneval, gsm8k.",
+        autocompletion=complete_prompts,
     ),
 ]
 FirstTurns = Annotated[
@@ -143,6 +179,7 @@ FirstTurns = Annotated[
     typer.Option(
         metavar="FILE|NAME",
         help="A file or a name, as for 'specdec bench'; only the first turn of each conversation is used.",
+        autocompletion=complete_prompts,
     ),
 ]
 Limit = Annotated[

@@ -41,7 +41,11 @@ def run(
     ] = None,
     adapter: shared.Adapter = None,
     preset: Annotated[
-        str | None, typer.Option(help="Settings: a preset's name or a YAML file; default: the method's preset.")
+        str | None,
+        typer.Option(
+            help="Settings: a preset's name or a YAML file; default: the method's preset.",
+            autocompletion=shared.complete_config("train"),
+        ),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes of gradient training, in total.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of updates, instead of --minutes.")] = None,

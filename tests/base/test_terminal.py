@@ -77,6 +77,17 @@ def test_names_are_escaped_and_are_no_markup_wherever_a_terminal_shows_them(monk
     assert "\x1b]0;" not in shown and "\x07" not in shown and shown.count("x\\x1b]0;[bold]y\\x07") >= 4
 
 
+def test_a_narrow_terminal_breaks_no_name_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Tty()
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", out)
+    name, path = "organisation/quite-a-long-name-of-a-model-7b", "/a/folder" * 15
+    terminal.print_table(("name", "licence", "drafters", "where"), [(name, "Apache-2.0", "m2r2, m2r2-paper", path)] * 2)
+    shown = re.sub(r"\x1b\[\d*m", "", out.getvalue())
+    assert shown.count(name) == shown.count("m2r2-paper") == shown.count("Apache-2.0") == 2
+    assert max(map(len, shown.splitlines())) <= 100 and path not in shown
+
+
 # --- progress --------------------------------------------------------------------------------------------------------
 
 

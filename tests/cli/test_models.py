@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from specdec import cli
 from specdec.models import hub, loading, prepare
 from specdec.models.gguf.file import read_header
+from specdec.speculation import registry
 
 
 def models(*args: str, code: int = 0) -> str:
@@ -103,17 +104,33 @@ def test_an_unknown_model_is_one_line_with_a_suggestion(cache: SimpleNamespace, 
         ("specdec models p", {"pull"}),
         ("specdec generate --drafter ngram+m2", {"ngram+m2r2", "ngram+m2r2-paper"}),
         ("specdec bench --drafters none,ngram+m2", {"none,ngram+m2r2", "none,ngram+m2r2-paper"}),
+        ("specdec generate --verifier t", {"typical"}),
+        ("specdec chat --runtime na", {"native"}),
+        ("specdec train m2r2 --preset m2r2-", {"m2r2-paper"}),
+        ("specdec sweep qu", {"quick"}),
+        ("specdec bench --prompts spec", {"spec-bench", "specific.jsonl"}),
+        ("specdec verify --prompts spec", {"spec-bench", "specific.jsonl"}),
         ("specdec chat --model /", None),
     ],
 )
 def test_commands_and_names_of_models_and_drafters_are_completed(
-    cache: SimpleNamespace, tmp_path: Path, words: str, expected: set[str] | None
+    cache: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, expected: set[str] | None
 ) -> None:
     write_gguf(tmp_path / "own.gguf")
     prepare.prepare_gguf("it", read_header(tmp_path / "own.gguf"))
+    monkeypatch.chdir(tmp_path)
+    Path("specific.jsonl").touch()
     env = {"_SPECDEC_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     result = CliRunner().invoke(cli.app, [], env=env, prog_name="specdec")
     assert set(result.output.split()) == ({str(tmp_path / "own.gguf")} if expected is None else expected)
+
+
+def test_help_lists_installed_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"drafters": {"oracle": "elsewhere:Oracle"}, "verifiers": {}}
+    monkeypatch.setattr(registry, "outside", installed.__getitem__)
+    assert "Installed plug-ins: oracle (drafter)" in CliRunner().invoke(cli.app, ["--help"]).output
+    installed["drafters"] = {}
+    assert "plug-ins" not in CliRunner().invoke(cli.app, ["--help"]).output
 
 
 def test_a_shell_is_told_how_to_complete(monkeypatch: pytest.MonkeyPatch) -> None:
