@@ -157,7 +157,7 @@ def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, chan
     if module is None:
         raise SpecDecError(f"{what}: it changes '{path}', which the model does not have{made_for}")
     if type(module) not in (nn.Linear, BlockLinear):
-        raise SpecDecError(f"{what}: it changes '{path}', and only changes of linear maps are supported")
+        raise SpecDecError(f"{what}: it changes '{path}', and only changes of linear layers are supported")
     if path == "lm_head" and model.config.get_text_config().tie_word_embeddings:
         raise SpecDecError(f"{what}: it changes the output head, which shares its weights with the embedding")
     if (inner := change.down.shape[0]) != change.up.shape[1]:

@@ -64,7 +64,7 @@ def test_bits_depend_on_the_visible_keys_alone(
             if not there:
                 continue
             target = NativeTarget(model, kv_cache=kv_cache)
-            target._model.scale *= sharpness
+            target.packed.struct.scale *= sharpness
             single = chain(target, x, list(range(1, LENGTH + 1)))
             found.append(single)
             assert single.isfinite().all() and single.std() > 0
