@@ -206,7 +206,7 @@ class MixtureOfDepthsDrafter(ExitDrafter):
 
     def __init__(self, network: Routers) -> None:
         self.network = network
-        self.cost_key = f"{network.first} {float(network.weight.sum())}"
+        self.cost_key = f"{network.first} {float(network.weight.detach().sum())}"
 
     def begin_draft(self, state: State) -> RoutedPass:
         return RoutedPass(state.target, state.cache, self.network)

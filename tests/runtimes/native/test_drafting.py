@@ -55,7 +55,7 @@ def route_of(target: Target, seed: int = 0) -> tuple[DraftPath, list[int]]:
 
 
 def by_loop(roots: DraftRoots, limits: TreeLimits, vocab: Tensor | None, step: Step) -> Candidates:
-    """What the kernel does, written plainly. step: as of ``by_levels``."""
+    """What the kernel does, written plainly. step: as of ``expand_tree``."""
     heads, alone, beside = roots.tables[0] if roots.tables else (None, None, None)
     tree = roots.given[0] if roots.given else Candidates.none()
     found = Candidates.none()
@@ -125,7 +125,7 @@ def test_drafts_with_another_tree_and_tables_are_those_of_a_plain_loop(monkeypat
         with monkeypatch.context() as patched:
             patched.setattr(
                 tree_drafting,
-                "by_levels",
+                "expand_tree",
                 lambda root, vocab, limits, device, step, *_, own=own: by_loop(own, limits, vocab, step),
             )
             expected = tree_by_passes(target, cache, own, route, limits)
