@@ -124,13 +124,15 @@ INLINE void score_few_rows(int lanes, int keys, const bf16 *rows, int d, const u
         ADD(3);
 #undef ADD
     }
-    for (int i = 0; i < vectors; i++)
-        for (int j = 0; j < together; j++) {
-            float *at = to + 16 * (together * i + j);
-            if (lanes == 8) _mm256_store_ps(at, _mm512_extractf32x8_ps(sum[i], j & 1));
-            else _mm_store_ps(at, j == 0 ? _mm512_castps512_ps128(sum[i]) : j == 1 ? _mm512_extractf32x4_ps(sum[i], 1)
-                : j == 2 ? _mm512_extractf32x4_ps(sum[i], 2) : _mm512_extractf32x4_ps(sum[i], 3));
+    for (int i = 0; i < vectors; i++) {
+        float *at = to + 16 * together * i;
+        if (lanes == 8) {
+            _mm256_store_ps(at, _mm512_castps512_ps256(sum[i])), _mm256_store_ps(at + 16, _mm512_extractf32x8_ps(sum[i], 1));
+        } else {
+            _mm_store_ps(at, _mm512_castps512_ps128(sum[i])), _mm_store_ps(at + 16, _mm512_extractf32x4_ps(sum[i], 1));
+            _mm_store_ps(at + 32, _mm512_extractf32x4_ps(sum[i], 2)), _mm_store_ps(at + 48, _mm512_extractf32x4_ps(sum[i], 3));
         }
+    }
 }
 
 /* Scores of up to `left` keys of few columns. Returns of how many keys, 0 if there are more columns. */
