@@ -36,7 +36,9 @@ def test_the_last_batch_is_as_small_as_the_time_left(
     monkeypatch.setattr(priming, "_generate", clock.generate)
     monkeypatch.setattr(priming, "_questions", lambda decoder, count: [[1]] * count)
     monkeypatch.setattr(priming, "_tokens_a_step", lambda decoder, prompts: 1.0)
-    decoder: Any = SimpleNamespace(drafter=SimpleNamespace(learns=True, claim=lambda: None), learn=lambda: None)
+    decoder: Any = SimpleNamespace(
+        drafter=SimpleNamespace(learner=SimpleNamespace(claim=lambda: None)), learn=lambda: None
+    )
     found = priming.prime(decoder, [], 60.0, lambda spent, *rest: shown.append(spent))
     assert clock.batches == batches and found.tokens == 3 * sum(batches)
     assert shown == sorted(shown) and shown[-1] <= 60

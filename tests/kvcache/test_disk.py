@@ -54,6 +54,8 @@ def engine_of(made: SpecDecoder, folder: Path, size: int = 1 << 30) -> Iterator[
 def answer(engine: Engine, made: SpecDecoder, prompt: list[int], **how: Any) -> tuple[list[int], int]:
     """The new tokens, and how many of the prompt were cached."""
     handle = engine.submit(made.request(prompt, **ASK | how))
+    if engine._work is None:
+        list(engine.steps())
     return [token for event in handle for token in event.tokens], handle.metrics.num_cached_tokens
 
 

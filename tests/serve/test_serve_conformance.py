@@ -134,7 +134,7 @@ def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
 ) -> None:
     """Also where drafts are longer than what may still come."""
     text, how, accepted = known(server.decoder, GREEDY), GREEDY, 0
-    monkeypatch.setattr(batch.Batch, "_bounded", lambda self, b, most: most)
+    monkeypatch.setattr(batch.Batch, "_deepest", lambda self, b: 8)
     for limit in (1, 2, 3, 4, 5, 7, 30):
         whole = server.chat(**how, max_completion_tokens=limit).json()
         found = events(server.chat(**how, max_tokens=limit, stream=True, stream_options={"include_usage": True}))

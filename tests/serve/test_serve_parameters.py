@@ -97,7 +97,7 @@ def test_a_prompt_is_encoded_once_for_all_its_choices(server: Server, monkeypatc
     read, given_ids = list[Any](), api_text._given_ids
     monkeypatch.setattr(api_text, "_given_ids", lambda prompt, name: read.append(prompt) or given_ids(prompt, name))
     assert server.complete(n=3, max_tokens=2).status_code == server.chat(n=2, max_tokens=2).status_code == 200
-    assert len(read) == 2
+    assert len([prompt for prompt in read if not isinstance(prompt[0], int)]) == 2  # token ids are taken as they are
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("gpu")  # type: ignore[no-untyped-call]
-DEVICE = torch.device("gpu:0")
+_setup_privateuseone_for_python_backend("standin")  # type: ignore[no-untyped-call]
+DEVICE = torch.device("standin:0")
 READS = "_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"
 INDEXED = "index", "index_put_", "index_put", "_index_put_impl_"
 # Operations that launch nothing.
@@ -115,7 +115,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         launches[name] += 1
     made = bool(own)
     if (target := kwargs.get("device")) is not None:
-        made, kwargs = torch.device(target).type == "gpu", kwargs | {"device": torch.device("cpu")}
+        made, kwargs = torch.device(target).type == "standin", kwargs | {"device": torch.device("cpu")}
         if name == "_to_copy" and own and not made:
             reads["to"] += 1
         if name == "_to_copy" and made and not own:
@@ -143,7 +143,7 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -
     if isinstance(values, Remote):
         return values
     made = torch.as_tensor(values, dtype=dtype)
-    return Remote(made) if device.type == "gpu" else made
+    return Remote(made) if device.type == "standin" else made
 
 
 def move(module: Any) -> None:

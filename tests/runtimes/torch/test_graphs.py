@@ -31,7 +31,7 @@ from specdec.runtimes.target import Pass
 from specdec.runtimes.torch import graphs, static_cache
 from specdec.runtimes.torch.graphs import CapturedTarget
 from specdec.runtimes.torch.target import TorchTarget
-from specdec.speculation import draft, tree_drafting
+from specdec.speculation import draft, state, tree_drafting
 
 
 @pytest.fixture(autouse=True)
@@ -267,9 +267,9 @@ class _Waits(TorchFunctionMode):
             self.uploading = False
             return out
 
-        for module in (draft, mask, graphs, tree_drafting, vocabulary):
+        for module in (draft, mask, graphs, state, tree_drafting, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
-        for module in (chain, draft, m2r2_drafter, tree_drafting):
+        for module in (chain, draft, m2r2_drafter, state, tree_drafting):
             monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
 
     def mark(self, out: Any) -> Any:
