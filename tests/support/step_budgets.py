@@ -1,7 +1,7 @@
-"""Tests of what a step costs beside the device's own work: reads, uploads that wait, operations outside captured passes.
+"""Tests of what a step costs beside the device's own work: reads, uploads that wait, operations outside captures.
 
-``fake_device`` registers a device for the whole process, so ``tests/runtimes/torch/test_graphs_budgets.py`` runs them in
-a process of their own.
+``fake_device`` registers a device for the whole process: ``tests/runtimes/torch/test_graphs_budgets.py`` runs these
+tests in a process of their own.
 """
 
 from __future__ import annotations
