@@ -34,7 +34,7 @@ from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.torch.linear import UNIT_EPS
 
 KNOTS = 11  # numbers of a table of calibrated probabilities (calibrate.h)
-NEAR = 1024  # a drafted token attends to so many tokens before it, and to the first ones, so that its cost has a bound
+NEAR = 2048  # a drafted token attends to so many tokens before it, and to the first ones, so that its cost has a bound
 MOST_GIVEN = 64  # nodes of a tree of another source
 
 
