@@ -667,7 +667,7 @@ def test_no_request_is_lost_wherever_a_step_fails(kind: str, monkeypatch: pytest
         owner = next(each for each in type(target_of(kind)).__mro__ if name in vars(each)) if owner is Target else owner
         monkeypatch.setattr(owner, name, BrokenSteps.wrapped(name, getattr(owner, name)))
     run_schedules(kind, (), examples(kind, 12), machine=BrokenSteps)
-    assert len(BrokenSteps.failed) > 8, BrokenSteps.failed
+    assert len(BrokenSteps.failed) > 5, BrokenSteps.failed
 
 
 @pytest.mark.slow

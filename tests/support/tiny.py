@@ -11,7 +11,6 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from specdec.models import identity
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -273,6 +272,8 @@ def without(model: PreTrainedModel, *layers: int) -> PreTrainedModel:
 
 def change_unseen(model: Any) -> None:
     """Change two rows of a model's embedding where its fingerprint does not see it."""
+    from specdec.models import identity  # ``systems`` imports this module before specdec
+
     table = model.get_input_embeddings().weight.data
     seen = set(identity.sample_positions(table.numel()).tolist())
     width, (first, last) = table.shape[1], (7, 20)
