@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from specdec.base import options
 from specdec.base.background import Stop, Work
+from specdec.runtimes.draft_path import Choice
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
@@ -102,7 +103,13 @@ class NgramDrafter(Drafter):
         found = self.candidates(state, limit)
         return draft_best(found, limit, self.nodes, state)
 
-    def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
+    def candidates(
+        self,
+        state: State,
+        limit: int,
+        given: Sequence[Candidates] | None = None,
+        choice: Choice | None = None,
+    ) -> list[Candidates]:
         if self.reading is not None:
             self.corpus, counted = self.reading.result()
             self.reading, self.grower = None, Grower(counted)

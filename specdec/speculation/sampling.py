@@ -200,7 +200,7 @@ class Sampler:
         made = []
         for row, own in zip(self.rows, ids, strict=True):
             seed, stream = row.noise.key.tolist()
-            made.append(Sampled(seed, stream, len(own), *row.transforms.sampling))
+            made.append(Sampled(seed, stream, len(own), *row.transforms.sampling, row.noise))
         return made
 
     @property
