@@ -35,32 +35,23 @@ NAMES = {  # what other protocols call parameters of chats; "" if they have none
         "stop": "",
     },
 }
-INSTEAD = {  # parameters of chats that do what others, which are refused, ask for
-    "do_sample": "temperature",
-    "enable_thinking": "chat_template_kwargs",
-    "format": "response_format",
-    "function_call": "tool_choice",
-    "functions": "tools",
-    "grammar": "structured_outputs",
-    "guided_choice": "structured_outputs",
-    "guided_grammar": "structured_outputs",
-    "guided_json": "structured_outputs",
-    "guided_regex": "structured_outputs",
-    "instructions": "messages",
-    "json_schema": "response_format",
-    "max_completion_tokens": "max_tokens",
-    "max_new_tokens": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "n_predict": "max_tokens",
-    "num_predict": "max_tokens",
-    "num_return_sequences": "n",
-    "output_config": "response_format",
-    "reasoning": "reasoning_effort",
-    "repeat_penalty": "repetition_penalty",
-    "stop_sequences": "stop",
-    "system": "messages",
-    "text": "response_format",
-    "thinking": "reasoning_effort",
+INSTEAD = {  # the parameter of chats that does what another one asks for, which is refused
+    name: same
+    for same, names in {
+        "max_tokens": "max_completion_tokens max_new_tokens max_output_tokens n_predict num_predict",
+        "messages": "instructions system",
+        "response_format": "format json_schema output_config text",
+        "reasoning_effort": "reasoning thinking",
+        "structured_outputs": "grammar guided_choice guided_grammar guided_json guided_regex",
+        "chat_template_kwargs": "enable_thinking",
+        "n": "num_return_sequences",
+        "repetition_penalty": "repeat_penalty",
+        "stop": "stop_sequences",
+        "temperature": "do_sample",
+        "tool_choice": "function_call",
+        "tools": "functions",
+    }.items()
+    for name in names.split()
 }
 ANTHROPIC_TYPES = {
     401: "authentication_error",
