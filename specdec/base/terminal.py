@@ -26,7 +26,6 @@ from rich.text import Text
 from specdec.base.errors import SpecDecError, SpecDecWarning
 
 LINE_INTERVAL = 30.0  # seconds between two lines of progress in a pipe
-NARROW = 8  # characters that a column of a table has at least
 SILENCE = 1.0  # seconds without output on a terminal before a line says what is running
 _python_warns = warnings.showwarning
 
@@ -116,29 +115,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             print("\t".join(row))  # rich would expand the tabs
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    header, rows = [printable(name) for name in header], [[printable(cell) for cell in row] for row in rows]
-    words = [[cell_len(word) for cell in column for word in cell.split()] for column in zip(header, *rows, strict=True)]
-    longest = [max(lengths, default=0) for lengths in words]
-    whole = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
-    for name, width in zip(header, _widths(longest, whole, console.width - 2 * (len(header) - 1)), strict=True):
-        table.add_column(Text(name), overflow="fold", width=width)
+    for number, name in enumerate(header):
+        # The first column has names, which stay whole; the widest of the others, such as paths, are broken first.
+        words = [cell_len(word) for row in (header, *rows) for word in printable(row[number]).split()]
+        table.add_column(Text(printable(name)), overflow="fold", min_width=max(words, default=0) if not number else 1)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
-
-
-def _widths(longest: Sequence[int], whole: Sequence[int], room: int) -> list[int]:
-    """Return the widths of a table's columns, which fit in ``room`` characters if ``NARROW`` for each column does.
-
-    longest: length of the longest word of each column. whole: length of its longest cell. Words stay whole in the first
-    column, which has the names, and then in the columns with the shortest words; others, such as paths, are broken.
-    """
-    widths = [min(length, NARROW) for length in longest]
-    order = sorted(range(len(widths)), key=lambda column: (column > 0, longest[column]))
-    for wanted in (longest, whole):
-        for column in order:
-            widths[column] += max(0, min(wanted[column] - widths[column], room - sum(widths)))
-    return widths
 
 
 # --- standard streams ------------------------------------------------------------------------------------------------

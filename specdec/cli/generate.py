@@ -46,34 +46,33 @@ def generate(
     verifier_option: shared.VerifierOption = None,
     loading: shared.HubFlags = shared.HubFlags(),
     expert_cache: Annotated[
-        str | None,
-        _model("--expert-cache", "Keep this share (0.25) or size (300MB) of a mixture's experts in memory.", "SIZE"),
+        str | None, _model("Keep this share (0.25) or size (300MB) of a mixture's experts in memory.", "SIZE")
     ] = None,
     expert_prefetch: Annotated[
         bool,
-        _model("--expert-prefetch", "Read experts ahead of their use; forecasts are learned while the model runs."),
+        _model(
+            "Read experts ahead of their use; forecasts are learned while the model runs.", names=["--expert-prefetch"]
+        ),
     ] = False,
-    system: Annotated[str | None, _text("--system", options.System, "TEXT")] = None,
-    raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
-    stop: Annotated[list[str] | None, _text("--stop", options.Stop, "TEXT", show_default=False)] = None,
-    json_schema: Annotated[
-        Path | None, _text("--json-schema", "Constrain the text to JSON that this schema allows.", "FILE")
-    ] = None,
-    max_new_tokens: Annotated[int, _text("--max-new-tokens", options.MaxNewTokens, "N", min=1)] = 128,
+    system: Annotated[str | None, _text(options.System, "TEXT")] = None,
+    raw: Annotated[bool, _text("Use the prompt as it is, without the chat template.", names=["--raw"])] = False,
+    stop: Annotated[list[str] | None, _text(options.Stop, "TEXT", show_default=False)] = None,
+    json_schema: Annotated[Path | None, _text("Constrain the text to JSON that this schema allows.", "FILE")] = None,
+    max_new_tokens: Annotated[int, _text(options.MaxNewTokens, "N", min=1)] = 128,
     num_speculative_tokens: shared.Depth = "auto",
     sampling: shared.AllSamplingFlags = shared.AllSamplingFlags(),
-    logit_bias: Annotated[list[str] | None, _sampling("--logit-bias", options.LogitBias, "TOKEN=BIAS")] = None,
+    logit_bias: Annotated[list[str] | None, _sampling(options.LogitBias, "TOKEN=BIAS")] = None,
     compare: Annotated[
         bool,
         _output(
-            "--compare",
             "Decode with and without drafts in turns, three times each; print the speedup and whether the output is "
             "identical.",
+            names=["--compare"],
         ),
     ] = False,
-    as_json: Annotated[bool, _output("--json", "Print one JSON object instead of streaming.")] = False,
-    quiet: Annotated[bool, _output("--quiet", "Print no statistics.")] = False,
-    verbose: Annotated[bool, _output("--verbose", "Print more statistics, warnings and tracebacks.")] = False,
+    as_json: Annotated[bool, _output("Print one JSON object instead of streaming.", names=["--json"])] = False,
+    quiet: Annotated[bool, _output("Print no statistics.", names=["--quiet"])] = False,
+    verbose: Annotated[bool, _output("Print more statistics, warnings and tracebacks.", names=["--verbose"])] = False,
 ) -> None:
     """Generate text. Text streams to stdout; statistics go to stderr."""
     given = words or []
@@ -100,7 +99,7 @@ def generate(
     with terminal.status("starting", silent):
         terminal.warn_in_lines(verbose)
         from specdec.api.decoder import SpecDecoder
-        from specdec.api.text import encode
+        from specdec.api.prompts import encode
         from specdec.speculation.constraints import Json
         from specdec.speculation.sampling import Sampler
 

@@ -8,7 +8,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from glob import escape, glob
@@ -31,13 +31,13 @@ INTERRUPTED = 130  # exit code of Ctrl-C
 def panel(title: str) -> Callable[..., Any]:
     """Return a function that creates typer options in the help panel ``title``.
 
-    Its parameters: name, such as "--top-k"; help, a text or an option type of ``base.options`` with a description;
-    metavar; also, a second name, by which users of vLLM know the option.
+    Its parameters: help, a text or an option type of ``base.options`` with a description; metavar; names, such as
+    "--top-k" and others by which users of vLLM know the option (none: typer makes one of the parameter's name).
     """
 
-    def option(name: str, help: Any, metavar: str | None = None, also: str | None = None, **more: Any) -> Any:
+    def option(help: Any, metavar: str | None = None, names: Sequence[str] = (), **more: Any) -> Any:
         text = help if isinstance(help, str) else options.description(help)
-        return typer.Option(name, *filter(None, [also]), help=text, metavar=metavar, rich_help_panel=title, **more)
+        return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=title, **more)
 
     return option
 
@@ -92,48 +92,37 @@ def _names_and_paths(names: Iterable[str], incomplete: str) -> list[str]:
 
 
 MODEL = "Name (see 'specdec models'), Hugging Face id, folder or GGUF file."
-Model = Annotated[str, _model("--model", MODEL, "NAME", autocompletion=complete_model)]
+Model = Annotated[str, _model(MODEL, "NAME", autocompletion=complete_model)]
 ModelArgument = Annotated[
     str | None,
     typer.Argument(metavar="[MODEL]", help="The same as --model.", autocompletion=complete_model, show_default=False),
 ]
-ModelOption = Annotated[str | None, _model("--model", "The same as MODEL.", "NAME", autocompletion=complete_model)]
-Dtype = Annotated[str, _model("--dtype", "auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")]
-Device = Annotated[
-    str, _model("--device", "auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")
+ModelOption = Annotated[
+    str | None, _model("The same as MODEL.", "NAME", names=["--model"], autocompletion=complete_model)
 ]
+Dtype = Annotated[str, _model("auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")]
+Device = Annotated[str, _model("auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")]
 Adapter = Annotated[
-    str | None,
-    _model(
-        "--adapter", "LoRA adapter to merge into the weights: folder of PEFT, GGUF file or Hugging Face id.", "NAME"
-    ),
+    str | None, _model("LoRA adapter to merge into the weights: folder of PEFT, GGUF file or Hugging Face id.", "NAME")
 ]
 Runtime = Annotated[
-    options.Runtime,
-    _model("--runtime", "auto (the fastest that serves the model), native, torch or transformers.", "NAME"),
+    options.Runtime, _model("auto (the fastest that serves the model), native, torch or transformers.", "NAME")
 ]
-Revision = Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")]
-TrustRemoteCode = Annotated[bool, _model("--trust-remote-code", "Run Python code that comes with the model.")]
+Revision = Annotated[str | None, _model("Branch, tag or commit of a Hugging Face id.", "REV")]
+TrustRemoteCode = Annotated[bool, _model("Run Python code that comes with the model.", names=["--trust-remote-code"])]
 Weights = Annotated[
     options.Weights,
-    _model(
-        "--weights",
-        "auto or dense (as loaded), or int8 or int4 (layers rounded to 8 or 4 bits; native runtime).",
-        "KIND",
-    ),
+    _model("auto or dense (as loaded), or int8 or int4 (layers rounded to 8 or 4 bits; native runtime).", "KIND"),
 ]
 KVCache = Annotated[
-    options.KVCacheFormat,
-    _model("--kv-cache", "auto (the model's dtype) or int8 (half the memory; lossy; native runtime).", "KIND"),
+    options.KVCacheFormat, _model("auto (the model's dtype) or int8 (half the memory; lossy; native runtime).", "KIND")
 ]
 Packed = Annotated[
-    bool,
-    _model("--packed/--no-packed", "Keep packed weights on disk, so that later starts are faster."),
+    bool, _model("Keep packed weights on disk, so that later starts are faster.", names=["--packed/--no-packed"])
 ]
 Drafter = Annotated[
     str,
     _model(
-        "--drafter",
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or ngram+X "
         "with X one of these; auto: ngram+m2r2.",
         "NAME",
@@ -141,28 +130,20 @@ Drafter = Annotated[
     ),
 ]
 DrafterOption = Annotated[
-    list[str] | None,
-    _model("--drafter-option", "An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE"),
+    list[str] | None, _model("An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE")
 ]
 Learn = Annotated[
     bool | None,
     _model(
-        "--learn/--no-learn",
         "Let m2r2 learn from the texts while the machine is idle; serve and chat do so by default.",
+        names=["--learn/--no-learn"],
     ),
 ]
 Verifier = Annotated[
-    str,
-    _model(
-        "--verifier",
-        "exact, or a lossy verifier: typical, confident.",
-        "NAME",
-        autocompletion=complete_verifier,
-    ),
+    str, _model("exact, or a lossy verifier: typical, confident.", "NAME", autocompletion=complete_verifier)
 ]
 VerifierOption = Annotated[
-    list[str] | None,
-    _model("--verifier-option", "An option of the verifier, such as epsilon=0.1; repeatable.", "KEY=VALUE"),
+    list[str] | None, _model("An option of the verifier, such as epsilon=0.1; repeatable.", "KEY=VALUE")
 ]
 
 Prompts = Annotated[
@@ -192,11 +173,11 @@ Depth = Annotated[
         "--num-speculative-tokens", metavar="K", help="Tokens that are drafted in a step; auto chooses the number."
     ),
 ]
-Temperature = Annotated[float, _sampling("--temperature", options.Temperature, "T")]
-TopP = Annotated[float, _sampling("--top-p", options.TopP, "P")]
-TopK = Annotated[int, _sampling("--top-k", options.TopK, "N")]
-Seed = Annotated[int | None, _sampling("--seed", options.Seed, "N", show_default=False)]
-JsonLine = Annotated[bool, _output("--json", "Print all results as one line of JSON at the end.")]
+Temperature = Annotated[float, _sampling(options.Temperature, "T")]
+TopP = Annotated[float, _sampling(options.TopP, "P")]
+TopK = Annotated[int, _sampling(options.TopK, "N")]
+Seed = Annotated[int | None, _sampling(options.Seed, "N", show_default=False)]
+JsonLine = Annotated[bool, _output("Print all results as one line of JSON at the end.", names=["--json"])]
 
 
 @dataclass(frozen=True)
@@ -275,12 +256,10 @@ class AllSamplingFlags(SamplingFlags):
     """``SamplingFlags`` with filters and penalties that are used less often."""
 
     seed: Seed = None
-    min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0
-    repetition_penalty: Annotated[float | None, _sampling("--repetition-penalty", options.RepetitionPenalty, "R")] = (
-        None
-    )
-    frequency_penalty: Annotated[float, _sampling("--frequency-penalty", options.FrequencyPenalty, "P")] = 0.0
-    presence_penalty: Annotated[float, _sampling("--presence-penalty", options.PresencePenalty, "P")] = 0.0
+    min_p: Annotated[float, _sampling(options.MinP, "P")] = 0.0
+    repetition_penalty: Annotated[float | None, _sampling(options.RepetitionPenalty, "R")] = None
+    frequency_penalty: Annotated[float, _sampling(options.FrequencyPenalty, "P")] = 0.0
+    presence_penalty: Annotated[float, _sampling(options.PresencePenalty, "P")] = 0.0
 
 
 def check_adapter(name: str | None) -> None:

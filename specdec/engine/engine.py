@@ -242,8 +242,8 @@ class Engine:
                 constraint = row.sampler.constraint
                 row.error = None if constraint is None else constraint.error(row.ids)
                 row.error = row.error or not_finite(self.target, row, number if len(rows) > 1 else None)
-            if not row.metrics.first_token_seconds:
-                row.metrics.first_token_seconds = now - row.submit_time
+            row.metrics.last_token_seconds = now - row.submit_time
+            row.metrics.first_token_seconds = row.metrics.first_token_seconds or now - row.submit_time
         ended = [row for row in rows if row.finish_reason is not None]
         if ended:
             self._end(ended)

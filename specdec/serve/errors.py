@@ -111,6 +111,11 @@ class ApiError(HTTPException):
         return ApiError(self.status, self.message.replace(f"'{param}'", f"'{name}'", 1), name, self.code)
 
 
+def invalid(param: str, message: str) -> ApiError:
+    """Return the error for a parameter ``param`` that is there and has a value that cannot be used."""
+    return ApiError(400, message, param, "invalid_value")
+
+
 def _names(path: str) -> dict[str, str]:
     """What the protocol of a path calls parameters of chats."""
     return next((names for start, names in NAMES.items() if path.startswith(start)), {})

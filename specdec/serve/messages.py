@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
-from specdec.serve.parts import Block, begun_object
+from specdec.serve.parts import Part, begun_object
 from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
 from specdec.serve.schema import (
     MAX_MESSAGES,
@@ -216,11 +216,11 @@ class MessagesAnswer(BlockAnswer):
 
     @property
     def _stop(self) -> dict[str, str | None]:
-        sequence = self.choice.text.stopped
-        if self.choice.text.finish_reason == "length":
+        sequence = self.text.stopped
+        if self.text.finish_reason == "length":
             reason = "max_tokens"
         else:
-            reason = "tool_use" if self.parser.called else "end_turn" if sequence is None else "stop_sequence"
+            reason = "tool_use" if self.parsers[0].called else "end_turn" if sequence is None else "stop_sequence"
         return {"stop_reason": reason, "stop_sequence": sequence if reason == "stop_sequence" else None}
 
     @property
@@ -234,7 +234,7 @@ class MessagesAnswer(BlockAnswer):
         } | self.time_saved()
 
     def _message(self, content: list[Any], stop: dict[str, str | None]) -> dict[str, Any]:
-        head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": self.model}
+        head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": self.asked.model}
         return head | {"content": content} | stop | {"usage": self._usage}
 
     def result(self) -> dict[str, Any]:
@@ -245,10 +245,10 @@ class MessagesAnswer(BlockAnswer):
         yield {"type": "message_start", "message": message}
         yield {"type": "ping"}
 
-    def begin_block(self, block: Block) -> Events:
+    def begin_block(self, block: Part) -> Events:
         yield {"type": "content_block_start", "index": self._index, "content_block": _content(block, whole=False)}
 
-    def delta(self, block: Block, text: str) -> Events:
+    def delta(self, block: Part, text: str) -> Events:
         kind, name = {
             "text": ("text_delta", "text"),
             "reasoning": ("thinking_delta", "thinking"),
@@ -256,7 +256,7 @@ class MessagesAnswer(BlockAnswer):
         }[block.kind]
         yield {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, name: text}}
 
-    def end_block(self, block: Block, last: bool = False) -> Events:
+    def end_block(self, block: Part, last: bool = False) -> Events:
         if block.kind == "reasoning":
             signature = {"type": "signature_delta", "signature": SIGNATURE}
             yield {"type": "content_block_delta", "index": self._index, "delta": signature}
@@ -273,7 +273,7 @@ class MessagesAnswer(BlockAnswer):
 SIGNATURE = "c3BlY2RlYw=="  # thoughts are not signed; clients send back only those with a signature
 
 
-def _content(block: Block, whole: bool) -> dict[str, Any]:
+def _content(block: Part, whole: bool) -> dict[str, Any]:
     """A block of content. whole: with what is in it."""
     if block.kind == "text":
         return {"type": "text", "text": block.text}

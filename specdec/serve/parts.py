@@ -7,9 +7,9 @@ import re
 import secrets
 import string
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic_core import from_json
 
@@ -26,13 +26,25 @@ _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"(?:arguments|parameters
 NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
 
 
-class Part(NamedTuple):
-    """New output of one kind. Of a call: new text of its arguments, its name and id; its first part begins it."""
+@dataclass
+class Part:
+    """A part of an answer: new output of one kind, or all of it.
+
+    kind: "reasoning", "text" or "call".
+    text: of a call, its arguments as JSON, or new text of these.
+    name, id: of a call; "" for the other kinds.
+    begins: whether it is the first part of its call.
+    """
 
     kind: Kind
     text: str
     name: str = ""
     id: str = ""
+    begins: bool = False
+
+    def takes(self, part: Part) -> bool:
+        """Return whether ``part`` goes on with this one."""
+        return (self.kind, self.id) == (part.kind, part.id)
 
 
 Parts = Generator[Part | None, None, T]  # None: more text is needed
@@ -40,25 +52,12 @@ Make = Callable[[str], Part]
 TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
 
 
-@dataclass
-class Block:
-    """A complete part of the output. For a call, text is its arguments, and name and id are the call's."""
-
-    kind: Kind
-    text: str = ""
-    name: str = ""
-    id: str = ""
-
-    def takes(self, part: Part) -> bool:
-        return (self.kind, self.id) == (part.kind, part.id)
-
-
-def merged(parts: Iterable[Part]) -> list[Block]:
-    """Return the blocks that consist of ``parts``."""
-    blocks = list[Block]()
+def merged(parts: Iterable[Part]) -> list[Part]:
+    """Return the whole parts that consist of ``parts``."""
+    blocks = list[Part]()
     for part in parts:
         if not blocks or not blocks[-1].takes(part):
-            blocks.append(Block(part.kind, "", part.name, part.id))
+            blocks.append(replace(part, text=""))
         blocks[-1].text += part.text
     return blocks
 
@@ -174,6 +173,7 @@ class AnswerParser:
                 if self.single and self.called and part.id != self.called[0]:
                     continue
                 if part.id not in self.called:
+                    part.begins = True
                     self.called.append(part.id)
             found.append(part)
         return found

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from specdec.api.generation import GenerationOptions
 from specdec.base import options
-from specdec.serve.errors import ApiError
+from specdec.serve.errors import invalid
 from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
 from specdec.speculation.constraints import Choice, Constraint, Grammar, Json, Regex
 
@@ -144,8 +144,7 @@ class Options(Strict):
         rules = self.structured_outputs.rules if self.structured_outputs else []
         rules += [] if form is None else [form]
         if len(rules) > 1:
-            what = "the text can have one format only; leave the others out"
-            raise ApiError(400, what, "response_format", "invalid_value")
+            raise invalid("response_format", "the text can have one format only; leave the others out")
         chosen = self.model_dump(include=OPTIONS) | {"min_new_tokens": self.min_tokens}
         return GenerationRequest(
             options=cast(GenerationOptions, {k: v for k, v in (chosen | dict(limits)).items() if v is not None}),
