@@ -271,7 +271,7 @@ def status(message: str, quiet: bool = False) -> Iterator[None]:
 OnProgress = Callable[[int, int, int], None]  # steps done, all steps, tokens so far
 
 
-class Bar:
+class Bar(Progress):
     """A progress bar for one task on stderr; a context manager, and a function to call with the progress.
 
     what: name of the task. unit: text after the counts until a rate is known.
@@ -280,21 +280,14 @@ class Bar:
 
     def __init__(self, what: str, unit: str = "") -> None:
         columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}"))
-        self.progress = Progress(*columns, progress.TimeRemainingColumn(), transient=True)
-        self.task = self.progress.add_task(what, total=None, rate=unit)
-        self.start = time.perf_counter()
-
-    def __enter__(self) -> Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        super().__init__(*columns, progress.TimeRemainingColumn(), transient=True)
+        self.task = self.add_task(what, total=None, rate=unit)
+        self.began = time.perf_counter()
 
     def __call__(self, done: float, total: int, tokens: int | None = None) -> None:
-        self.progress.update(self.task, completed=done, total=total)
+        self.update(self.task, completed=done, total=total)
         if tokens is not None:
-            self.progress.update(self.task, rate=f"{tokens / (time.perf_counter() - self.start):.1f} tok/s")
+            self.update(self.task, rate=f"{tokens / (time.perf_counter() - self.began):.1f} tok/s")
 
 
 def pace(task: progress.Task) -> str:

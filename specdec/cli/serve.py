@@ -24,9 +24,7 @@ _server, _limits = map(panel, ("Server", "Limits"))
 
 @shared.grouped
 def serve(
-    loading: shared.HubFlags = shared.HubFlags(),
-    drafting: shared.DrafterFlags = shared.DrafterFlags(),
-    learn: shared.Learn = None,
+    loading: shared.DecoderFlags = shared.DecoderFlags(),
     host: Annotated[str, _server("Address to listen on; 0.0.0.0 admits other machines.", "HOST")] = "127.0.0.1",
     port: Annotated[int, _server("Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
     name: Annotated[
@@ -93,8 +91,8 @@ def serve(
     """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, metrics. Needs the extra 'serve'."""
     model = loading.model
     if speculative_config is not None:
-        drafter, num_speculative_tokens = _speculative(speculative_config, drafting.drafter, num_speculative_tokens)
-        drafting = replace(drafting, drafter=drafter)
+        drafter, num_speculative_tokens = _speculative(speculative_config, loading.drafter, num_speculative_tokens)
+        loading = replace(loading, drafter=drafter)
     cors = [origin for text in cors or [] for origin in _listed("--cors", text)]
     for origin in cors:
         if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
@@ -122,7 +120,6 @@ def serve(
         if api_key is not None and not KEY.fullmatch(api_key):
             raise SpecDecError("--api-key must be printable ASCII characters without spaces")
         loading.check()
-        drafting.check()
         from specdec.speculation.drafter import DrafterWarning
 
         warnings.simplefilter("ignore", DrafterWarning)  # the log has a line for each failure
@@ -152,9 +149,7 @@ def serve(
             except ModuleNotFoundError as error:
                 raise _not_installed(error) from None
 
-            decoder = SpecDecoder.from_pretrained(
-                model, drafting.drafter, **loading.keywords, drafter_options=drafting.options, learn=learn
-            )
+            decoder = SpecDecoder.from_pretrained(model, loading.drafter, **loading.keywords)
             engine = decoder.engine(
                 max_rows=max_rows,
                 max_waiting=max_waiting,

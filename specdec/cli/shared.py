@@ -45,51 +45,49 @@ def panel(title: str) -> Callable[..., Any]:
 _model, _sampling, _output = map(panel, ("Model", "Sampling", "Output"))
 
 
-def complete_model(incomplete: str) -> list[str]:
-    """Return the names of embedded models and models in the cache that begin with ``incomplete``, for the shell."""
-    from specdec.models.cached import cached_models
+def completing(
+    names: Callable[[], Iterable[str]], separators: str = "", paths: bool = False
+) -> Callable[[str], list[str]]:
+    """Return the function by which the shell completes an argument: it takes the text so far and returns the ways on.
 
-    known = [*EMBEDDED, *(model.name for model in cached_models())]
-    return [name for name in dict.fromkeys(known) if name.startswith(incomplete)]
-
-
-def complete_drafter(incomplete: str) -> list[str]:
-    """Return completions of a drafter's name for the shell; after a "+", the last of the joined names is completed."""
-    before, plus, last = incomplete.rpartition("+")
-    return [f"{before}{plus}{name}" for name in ["auto", *sorted(registry.names("drafters"))] if name.startswith(last)]
-
-
-def complete_drafters(incomplete: str) -> list[str]:
-    """Return completions of a comma-separated list of drafters for the shell: its last name is completed."""
-    before, comma, last = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in complete_drafter(last)]
-
-
-def complete_verifier(incomplete: str) -> list[str]:
-    """Return the names of verifiers that begin with ``incomplete``, for the shell."""
-    return [name for name in sorted(registry.names("verifiers")) if name.startswith(incomplete)]
-
-
-def complete_prompts(incomplete: str) -> list[str]:
-    """Return the names of prompt sets and the paths that begin with ``incomplete``, for the shell."""
-    from specdec.bench.prompts import PACKAGED, PROMPT_SETS
-
-    return _names_and_paths([*PACKAGED, *PROMPT_SETS], incomplete)
-
-
-def complete_config(kind: str) -> Callable[[str], list[str]]:
-    """Return the completion of a YAML file: a shipped one of ``kind`` ("sweeps" or "train"), or a path."""
+    names: returns what can be named; it is called when the shell asks.
+    separators: characters between several names, of which the last one is completed.
+    paths: whether a path can stand there, too.
+    """
 
     def complete(incomplete: str) -> list[str]:
-        return _names_and_paths(files.shipped_configs(kind), incomplete)
+        begin = max(incomplete.rfind(separator) for separator in separators or "\0") + 1
+        found = [incomplete[:begin] + name for name in names() if name.startswith(incomplete[begin:])]
+        there = sorted(glob(f"{escape(incomplete)}*")) if paths else ()
+        return [*found, *(f"{path}/" if Path(path).is_dir() else path for path in there)]
 
     return complete
 
 
-def _names_and_paths(names: Iterable[str], incomplete: str) -> list[str]:
-    paths = (f"{path}/" if Path(path).is_dir() else path for path in sorted(glob(f"{escape(incomplete)}*")))
-    return [*(name for name in names if name.startswith(incomplete)), *paths]
+def _models() -> Iterable[str]:
+    from specdec.models.cached import cached_models
 
+    return dict.fromkeys([*EMBEDDED, *(model.name for model in cached_models())])
+
+
+def _drafters() -> Iterable[str]:
+    return ["auto", *sorted(registry.names("drafters"))]
+
+
+def _prompt_sets() -> Iterable[str]:
+    from specdec.bench.prompts import PACKAGED, PROMPT_SETS
+
+    return [*PACKAGED, *PROMPT_SETS]
+
+
+def complete_config(kind: str) -> Callable[[str], list[str]]:
+    """Return the completion of a YAML file: a shipped one of ``kind`` ("sweeps" or "train"), or a path."""
+    return completing(functools.partial(files.shipped_configs, kind), paths=True)
+
+
+complete_model = completing(_models)
+complete_drafters = completing(_drafters, "+,")
+complete_prompts = completing(_prompt_sets, paths=True)
 
 MODEL = "Name (see 'specdec models'), Hugging Face id, folder or GGUF file."
 Model = Annotated[str, _model(MODEL, "NAME", autocompletion=complete_model)]
@@ -97,9 +95,9 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(metavar="[MODEL]", help="The same as --model.", autocompletion=complete_model, show_default=False),
 ]
-ModelOption = Annotated[
-    str | None, _model("The same as MODEL.", "NAME", names=["--model"], autocompletion=complete_model)
-]
+_same = _model("The same as MODEL.", "NAME", ["--model"], autocompletion=complete_model, show_default=False)
+ModelOption = Annotated[str | None, _same]
+NamedModel = Annotated[str, _same]  # "": no model is named, which ``grouped`` refuses
 Dtype = Annotated[str, _model("auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")]
 Device = Annotated[str, _model("auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")]
 Adapter = Annotated[
@@ -126,7 +124,7 @@ Drafter = Annotated[
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or ngram+X "
         "with X one of these; auto: ngram+m2r2.",
         "NAME",
-        autocompletion=complete_drafter,
+        autocompletion=completing(_drafters, "+"),
     ),
 ]
 DrafterOption = Annotated[
@@ -140,7 +138,12 @@ Learn = Annotated[
     ),
 ]
 Verifier = Annotated[
-    str, _model("exact, or a lossy verifier: typical, confident.", "NAME", autocompletion=complete_verifier)
+    str,
+    _model(
+        "exact, or a lossy verifier: typical, confident.",
+        "NAME",
+        autocompletion=completing(lambda: sorted(registry.names("verifiers"))),
+    ),
 ]
 VerifierOption = Annotated[
     list[str] | None, _model("An option of the verifier, such as epsilon=0.1; repeatable.", "KEY=VALUE")
@@ -205,20 +208,6 @@ class LoadingFlags:
 
 
 @dataclass(frozen=True)
-class HubFlags(LoadingFlags):
-    """``LoadingFlags`` with options for models of the Hugging Face Hub and for packed weights in the cache."""
-
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    packed: Packed = True
-
-    def check(self) -> None:
-        """Check the options as ``LoadingFlags`` does, then start reading the weights in the background."""
-        super().check()
-        read_ahead(self.model, self.keywords)
-
-
-@dataclass(frozen=True)
 class DrafterFlags:
     """The options of a command that choose its drafter."""
 
@@ -233,6 +222,28 @@ class DrafterFlags:
     def options(self) -> dict[str, Any]:
         """The options of the drafter, parsed. Raises SpecDecError for texts that are not KEY=VALUE."""
         return options.parse_assignments("--drafter-option", self.drafter_option or [])
+
+
+@dataclass(frozen=True)
+class DecoderFlags(LoadingFlags, DrafterFlags):
+    """The options of a command that decodes with a model, which may be downloaded, and a drafter."""
+
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    packed: Packed = True
+    learn: Learn = None
+
+    def check(self) -> None:
+        """Check the model and the drafter, then start reading the weights in the background. Raises SpecDecError."""
+        super().check()
+        DrafterFlags.check(self)
+        read_ahead(self.model, self.keywords)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """All options but the names of model and drafter, as keyword arguments of ``SpecDecoder.from_pretrained``."""
+        own = {name: value for name, value in super().keywords.items() if name not in ("drafter", "drafter_option")}
+        return own | {"drafter_options": self.options}
 
 
 @dataclass(frozen=True)
@@ -276,7 +287,7 @@ def one_model(argument: str | None, option: str | None, default: str | None = No
     """
     if argument is not None and option not in (None, default, argument):
         raise SpecDecError(f"the model is named twice, as '{argument}' and with --model '{option}'; leave one out")
-    if (model := argument or option or default) is None:
+    if not (model := argument or option or default):
         raise SpecDecError("no model is named; give one, such as --model " + DEFAULT_MODEL)
     return model
 
@@ -290,7 +301,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Return ``command`` in the form that typer needs, for use as a decorator.
 
     Each parameter whose default is a dataclass (such as ``LoadingFlags``) is replaced by options, one per field. A
-    command with ``LoadingFlags`` and without positional arguments also takes the model as an argument.
+    command with an option ``model`` and without positional arguments also takes the model as an argument.
     """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {n: p.default for n, p in signature.parameters.items() if is_dataclass(p.default)}
@@ -303,17 +314,17 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             default = getattr(groups[name], field)
             parameters.append(inspect.Parameter(field, parameter.kind, default=default, annotation=kind))
 
-    if loads := [name for name, group in groups.items() if isinstance(group, LoadingFlags)]:
-        positional = not any(map(_is_argument, parameters))
-        if positional:
-            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            parameters.insert(0, inspect.Parameter("model_argument", kind, default=None, annotation=ModelArgument))
-        default_model = groups[loads[0]].model
+    named = next((parameter for parameter in parameters if parameter.name == "model"), None)
+    if named is not None and any(map(_is_argument, parameters)):
+        named = None
+    if named is not None:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters.insert(0, inspect.Parameter("model_argument", kind, default=None, annotation=ModelArgument))
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        if loads and positional:
-            given["model"] = one_model(given.pop("model_argument"), given["model"], default_model)
+        if named is not None:
+            given["model"] = one_model(given.pop("model_argument"), given["model"], named.default)
         for name, group in groups.items():
             given[name] = replace(group, **{field: given.pop(field) for field in vars(group)})
         command(**given)
