@@ -28,7 +28,7 @@ from specdec.api.generation import (
     RequestOptions,
 )
 from specdec.api.prompts import Prompt, encode
-from specdec.api.text import Detokenizer, SharedTokenizer
+from specdec.api.text import Detokenizer, token_ids
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
@@ -311,8 +311,8 @@ class SpecDecoder:
         if words := given.get("bad_words", ()):
             if self.tokenizer is None:
                 raise SpecDecError("bad_words need a tokenizer; give SpecDecoder one")
-            encode = SharedTokenizer(self.tokenizer).encode
-            ways = {tuple(encode(space + word.lstrip(), add_special=False)) for word in words for space in ("", " ")}
+            spelled = (space + word.lstrip() for word in words for space in ("", " "))
+            ways = {tuple(token_ids(self.tokenizer, text, add_special=False)) for text in spelled}
             found.append(NoBadWords(tuple(sorted(ways - {()})), start))
         return found
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import SkipValidation
 from torch import Tensor
 
-from specdec.api.text import SharedTokenizer, special_tokens
+from specdec.api.text import special_tokens, token_ids
 from specdec.base.errors import PromptTooLongError, SpecDecError
 from specdec.base.settings import checked, short_repr
 
@@ -60,7 +60,7 @@ def encode(
         if system is not None:
             raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
         _check_length(tokenizer, len(prompt), context)
-        return SharedTokenizer(tokenizer).encode(prompt)
+        return token_ids(tokenizer, prompt)
     if not has_template:
         raise SpecDecError("this tokenizer has no chat template; use plain text (apply_chat_template=False, --raw)")
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -120,7 +120,7 @@ class _SpelledTokens:
     """
 
     def __init__(self, tokenizer: Any, messages: Any) -> None:
-        self.tokenizer = SharedTokenizer(tokenizer)
+        self.tokenizer = tokenizer
         self.tokens = {str(token): token for token in special_tokens(tokenizer).values()}
         self.spelled = _any_of(tuple(self.tokens))
         used = set[str]().union(*_texts(messages))
@@ -168,7 +168,7 @@ class _SpelledTokens:
         return ids + self._ids("".join(clean))
 
     def _ids(self, text: str, split_special: bool = False) -> list[int]:
-        return self.tokenizer.encode(text, add_special=False, split_special=split_special) if text else []
+        return token_ids(self.tokenizer, text, add_special=False, split_special=split_special) if text else []
 
 
 @functools.lru_cache(16)

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from specdec.base.errors import SpecDecError
 from specdec.engine.request import Event, Request
@@ -15,41 +15,34 @@ from specdec.engine.request import Event, Request
 CONTEXT = 16  # earlier tokens that are decoded with new ones, since a token's text depends on its context
 
 
-class SharedTokenizer:
-    """A tokenizer that threads may use side by side.
+_splitting = weakref.WeakKeyDictionary[Any, Any]()  # by tokenizer, a copy that splits special tokens
+_copying = threading.Lock()
 
-    That special tokens in a text are split is a state of transformers' fast tokenizers, which a call sets for all
-    threads. Here a copy splits them, made at first use, and neither ever changes its state.
+
+def token_ids(tokenizer: Any, text: str, add_special: bool = True, split_special: bool = False) -> list[int]:
+    """Return the token ids of a text. Threads may share a tokenizer of transformers this way.
+
+    That special tokens in a text are split is a state of a fast tokenizer, which a call sets for all threads. So a copy
+    splits them, made at first use, and neither ever changes its state.
+    add_special: put tokens around the text, as the tokenizer does by default. split_special: special tokens in the text
+    are tokenised as text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does.
     """
+    how = {"split_special_tokens": True} if split_special else {}
+    if split_special:
+        with _copying:
+            copied = _splitting.get(tokenizer)
+            if copied is None or len(copied) != len(tokenizer):  # tokens were added to it
+                copied = _splitting[tokenizer] = copy.deepcopy(tokenizer)
+            tokenizer = copied
+    try:
+        return [int(t) for t in tokenizer(text, add_special_tokens=add_special, **how).input_ids]
+    except Exception as error:
+        raise SpecDecError(f"the tokenizer cannot encode this text: {error}") from None
 
-    _copies: ClassVar = weakref.WeakKeyDictionary[Any, Any]()
-    _copying = threading.Lock()
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def encode(self, text: str, add_special: bool = True, split_special: bool = False) -> list[int]:
-        """Return the token ids of a text.
-
-        add_special: put tokens around the text, as the tokenizer does by default. split_special: special tokens in it
-        are text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does.
-        """
-        source, how = (self._copy(), {"split_special_tokens": True}) if split_special else (self.tokenizer, {})
-        try:
-            return [int(t) for t in source(text, add_special_tokens=add_special, **how).input_ids]
-        except Exception as error:
-            raise SpecDecError(f"the tokenizer cannot encode this text: {error}") from None
-
-    def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """Return the text of ``ids``. special: with special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
-
-    def _copy(self) -> Any:
-        with self._copying:
-            found = self._copies.get(self.tokenizer)
-            if found is None or len(found) != len(self.tokenizer):  # tokens were added to it
-                found = self._copies[self.tokenizer] = copy.deepcopy(self.tokenizer)
-            return found
+def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
+    """Return the text of token ids. special: with special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
 def special_tokens(tokenizer: Any) -> dict[int, Any]:
@@ -97,8 +90,11 @@ class Detokenizer:
         hidden: Iterable[int] = (),
         min_new_tokens: int = 0,
     ) -> None:
-        self.tokenizer, self.stop, self.shown = tokenizer, [s for s in stop if s], list(shown)
-        self.hidden, self.min_new_tokens = frozenset(hidden), min_new_tokens
+        self.tokenizer = tokenizer
+        self.stop = [s for s in stop if s]
+        self.shown = list(shown)
+        self.hidden = frozenset(hidden)
+        self.min_new_tokens = min_new_tokens
         self.special = {i: str(token) for i, token in special_tokens(tokenizer).items()}
         self.matched = {i for i, t in self.special.items() if any(t in s for s in [*self.stop, *shown])}
         self.ids: list[int] = []  # all new tokens
@@ -121,7 +117,7 @@ class Detokenizer:
             return None
         self._add(len(self.ids))
         self._decode_window()
-        hold = max((n for s in self.stop for n in range(1, len(s)) if self.whole.endswith(s[:n])), default=0)
+        hold = num_held(self.whole, self.stop)
         self.certain.append(len(self.text) if self.stopped is not None else self._place(len(self.whole) - hold))
         return None if self.stopped is None else "stop"
 
@@ -195,7 +191,7 @@ class Detokenizer:
                 return
 
     def _decode(self, ids: list[int]) -> str:
-        return SharedTokenizer(self.tokenizer).decode(ids) if ids and self.tokenizer else ""
+        return decode_ids(self.tokenizer, ids) if ids and self.tokenizer else ""
 
     def _extend(self, piece: str, seen: bool = True) -> None:
         old = len(self.whole)
@@ -218,6 +214,11 @@ class Detokenizer:
         piece = self.text[self.sent : end]
         self.sent = max(self.sent, end)
         return piece
+
+
+def num_held(text: str, marks: Iterable[str]) -> int:
+    """Return how many characters at the end of ``text`` may be the beginning of one of ``marks``."""
+    return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
 
 
 def text_of(request: Request) -> Detokenizer:

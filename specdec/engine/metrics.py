@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specdec.base.devices import DeviceEvent, record_event
+from specdec.base.devices import record_event
 
 MANY_ROWS = 3  # that decode together, from which on drafts may not pay for their number
 
@@ -167,8 +167,8 @@ class PhaseTimer:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device, self.seconds, self.step = device, dict[str, float](), dict[str, float]()
         self._last = time.perf_counter()
-        self._begin: DeviceEvent | None = None
-        self._behind: tuple[str, float, DeviceEvent, DeviceEvent] | None = None
+        self._begin: torch.cuda.Event | None = None
+        self._behind: tuple[str, float, torch.cuda.Event, torch.cuda.Event] | None = None
 
     def restart(self) -> None:
         """Restart the clock; the time since the last mark belongs to no phase."""
