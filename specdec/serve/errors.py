@@ -1,4 +1,7 @@
-"""Errors in the protocol of a path: OpenAI's ``{"error": {message, type, param, code}}``, or Anthropic's."""
+"""Errors as HTTP responses, in the protocol of the request's path: OpenAI's, or Anthropic's.
+
+OpenAI's are ``{"error": {message, type, param, code}}``, Anthropic's ``{"type": "error", "error": {type, message}}``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.settings import UNKNOWN, explain
 
 ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors begin with it
-NAMES = {  # what other protocols call parameters of chats; "" if they have none
+NAMES = {  # by beginning of the path: what other protocols call parameters of chats; "" if they have none
     ANTHROPIC: {
         "n": "",
         "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
@@ -53,7 +56,7 @@ INSTEAD = {  # the parameter of chats that does what another one asks for, which
     }.items()
     for name in names.split()
 }
-ANTHROPIC_TYPES = {
+ANTHROPIC_TYPES = {  # Anthropic's ``type`` by status
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -68,6 +71,8 @@ LONGEST = 300  # characters of what pydantic says, which may quote the client
 
 
 class ErrorObject(BaseModel):
+    """The fields of ``ApiError`` in OpenAI's protocol, for the schema of the HTTP interface."""
+
     message: str
     type: str
     param: str | None
@@ -75,36 +80,46 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
+    """The body of a response with an error in OpenAI's protocol, for the schema of the HTTP interface."""
+
     error: ErrorObject
 
 
 class ApiError(HTTPException):
-    """What the client gets instead of an answer.
+    """Raised where the client gets an error instead of an answer.
 
-    param: the parameter that is wrong. code: the kind of error, for programs.
+    status: the HTTP status.
+    message: one sentence that says what is wrong and what to do.
+    param: the name of the wrong parameter in chats of OpenAI; None: the error is not about one.
+    code: the kind of error, for programs; None: it has no name.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(status, message, HEADERS.get(status))
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
 
     def body(self) -> dict[str, Any]:
+        """Return the body of the response in OpenAI's protocol."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def anthropic_body(self) -> dict[str, Any]:
+        """Return the body of the response in Anthropic's protocol."""
         kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def response(self, scope: Scope) -> JSONResponse:
-        """The answer to the request of ``scope``."""
+        """Return the response to the ASGI request ``scope``, in the protocol of its path."""
         body = self.body()
         if scope["path"].startswith(ANTHROPIC):
             body = self.anthropic_body() | {"request_id": scope.get("state", {}).get("request_id")}
         return JSONResponse(body, self.status, self.headers)
 
     def as_sent(self, path: str) -> ApiError:
-        """The error with the client's name for a parameter of chats."""
+        """Return the error with the name that the protocol of ``path`` has for the parameter, also in the message."""
         param = self.param or ""
         if not (name := _names(path).get(param.partition(".")[0])):
             return self
@@ -117,12 +132,12 @@ def invalid(param: str, message: str) -> ApiError:
 
 
 def _names(path: str) -> dict[str, str]:
-    """What the protocol of a path calls parameters of chats."""
+    """Return what the protocol of a path calls parameters of chats: an entry of ``NAMES``, or {}."""
     return next((names for start, names in NAMES.items() if path.startswith(start)), {})
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every error of ``app``."""
+    """Make ``app`` answer every exception that an endpoint raises with an ``ApiError``."""
 
     @app.exception_handler(ApiError)
     def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -152,7 +167,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError, path: str) -> ApiError:
-    """The answer to a body that is no JSON object, or has a parameter that is wrong."""
+    """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter."""
     if not isinstance(error.body, dict):
         return ApiError(400, NOT_JSON, code="invalid_json")
     found, place, said = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)

@@ -49,7 +49,7 @@ class ThinkingBlock(Strict):
 
 
 class RedactedBlock(Strict):
-    """What other models have thought; it is not given to this one."""
+    """Encrypted reasoning of another model. It is accepted and left out of the prompt."""
 
     type: Literal["redacted_thinking"]
     data: str
@@ -78,7 +78,7 @@ def _text(given: Texts | None) -> str:
 
 
 class Turn(Strict):
-    """A message."""
+    """A message of the conversation, whose content is text or a list of blocks."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[AnyBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -100,7 +100,7 @@ class Turn(Strict):
         return self
 
     def messages(self) -> list[dict[str, Any]]:
-        """The messages for a template that it stands for: tool results come before the text beside them."""
+        """Return the messages that a chat template needs for this one: tool results come first, then the text."""
         text = _text(self.of(TextBlock))
         if self.role != "assistant":
             found: list[dict[str, Any]] = [
@@ -156,7 +156,7 @@ class OutputConfig(Strict):
 
 
 class CountBody(Options):
-    """What the two endpoints have in common."""
+    """The body of ``/v1/messages/count_tokens``, which is also a part of the body of ``/v1/messages``."""
 
     unused = PROMPT
     model: str
@@ -169,7 +169,7 @@ class CountBody(Options):
 
     @model_validator(mode="after")
     def _join_turns(self) -> CountBody:
-        """Join turns of one role in a row, as Anthropic does."""
+        """Join successive messages of the same role into one, as Anthropic does."""
         joined = list[Turn]()
         for role, group in itertools.groupby(self.messages, key=lambda turn: turn.role):
             turns = list(group)
@@ -180,7 +180,7 @@ class CountBody(Options):
         return self
 
     def chat(self) -> ChatPrompt:
-        """The chat in this body. Raises ApiError."""
+        """Return the chat in this body. Raises ApiError if its parts do not fit together."""
         head = [{"role": "system", "content": _text(self.system)}] if self.system else []
         effort = EFFORTS.get(self.thinking.type) if self.thinking else None
         if self.output_config is not None:
@@ -199,20 +199,22 @@ class CountBody(Options):
 
 
 class MessagesBody(CountBody):
+    """The body of ``/v1/messages``. max_tokens: most new tokens. stop_sequences: texts that end the answer."""
+
     unused = UNUSED | PROMPT
 
     max_tokens: Annotated[int, Field(ge=0)]
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
 
     def request(self) -> GenerationRequest:
-        """The request in this body. Raises ApiError."""
+        """Return the request in this body. Raises ApiError if its parts do not fit together."""
         form = self.output_config.format if self.output_config else None
         limits = {"max_new_tokens": self.max_tokens, "stop": self.stop_sequences}
         return self.generation(Json(form.schema_) if form else None, limits, model=self.model, chat=self.chat())
 
 
 class MessagesAnswer(BlockAnswer):
-    """A message of the assistant."""
+    """The answer to a request of ``/v1/messages``: a message of the assistant."""
 
     @property
     def _stop(self) -> dict[str, str | None]:
@@ -270,11 +272,11 @@ class MessagesAnswer(BlockAnswer):
         return error.anthropic_body()
 
 
-SIGNATURE = "c3BlY2RlYw=="  # thoughts are not signed; clients send back only those with a signature
+SIGNATURE = "c3BlY2RlYw=="  # of all reasoning: clients send back only reasoning that has one
 
 
 def _content(block: Part, whole: bool) -> dict[str, Any]:
-    """A block of content. whole: with what is in it."""
+    """Return a part of an answer as a block of content. whole: with its text or arguments; else it is empty."""
     if block.kind == "text":
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from specdec.api.text import SharedTokenizer
+from specdec.api.text import token_ids
 from specdec.engine.request import Handle
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
@@ -170,14 +170,22 @@ class ResponsesBody(Options):
 
 
 class ResponsesAnswer(BlockAnswer):
-    """A response."""
+    """The answer to a request of ``/v1/responses``.
+
+    body: the request's body, some members of which the answer repeats.
+    created: Unix time in seconds.
+    key: a part of all ids in the answer.
+    number: number of events so far.
+    """
 
     def __init__(
         self, asked: GenerationRequest, handles: Sequence[Handle], counters: Metrics, body: ResponsesBody
     ) -> None:
         super().__init__(asked, handles, counters)
-        self.body, self.number, self.key = body, 0, uuid.uuid4().hex
+        self.body = body
         self.created = int(time.time())
+        self.key = uuid.uuid4().hex
+        self.number = 0
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
         """Return the members that OpenAI's schema requires, and those of ``more``."""
@@ -194,8 +202,8 @@ class ResponsesAnswer(BlockAnswer):
         cut = self.text.finish_reason == "length"
         output = [self._item(n, block, self._status(n == self._index)) for n, block in enumerate(self.blocks)]
         before, cached, new = self.counts()
-        encode = SharedTokenizer(self.text.tokenizer).encode
-        thought = sum(len(encode(b.text, add_special=False)) for b in self.blocks if b.kind == "reasoning")
+        thoughts = [block.text for block in self.blocks if block.kind == "reasoning"]
+        thought = sum(len(token_ids(self.text.tokenizer, text, add_special=False)) for text in thoughts)
         usage = {
             "input_tokens": before,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0} | self.time_saved(),

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.prompts import encode
-from specdec.api.text import SharedTokenizer, text_of
+from specdec.api.text import decode_ids, text_of
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request
@@ -40,14 +40,23 @@ MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 
 
 
 class Service:
-    """One model and its engine. started: Unix time in seconds."""
+    """Turns clients' requests into requests of one engine.
+
+    context: most tokens of a prompt and its answer.
+    metrics: what ``/metrics`` shows.
+    started: Unix time in seconds.
+    templates: what is known of each chat template, by its text.
+    """
 
     def __init__(self, decoder: SpecDecoder, engine: Engine, settings: ServerSettings) -> None:
-        self.decoder, self.engine, self.settings = decoder, engine, settings
-        self.tokenizer, self.context = decoder.tokenizer, decoder.target.context
+        self.decoder = decoder
+        self.engine = engine
+        self.settings = settings
+        self.tokenizer = decoder.tokenizer
+        self.context = decoder.target.context
         self.metrics = Metrics(settings.name, engine.stats)
         self.started = int(time.time())
-        self.templates = dict[str, ChatTemplate]()  # by their text
+        self.templates = dict[str, ChatTemplate]()
 
     def check_engine(self) -> None:
         if self.engine.closed:
@@ -202,7 +211,7 @@ class Service:
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of ``ids``. special: keep special tokens."""
-        return SharedTokenizer(self.tokenizer).decode(ids, special)
+        return decode_ids(self.tokenizer, ids, special)
 
     def compile(
         self, asked: GenerationRequest, rule: Constraint | CompiledConstraint | None, name: str
