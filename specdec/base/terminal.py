@@ -177,18 +177,15 @@ def _stdout_failed(error: OSError) -> None:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
-class Description(progress.ProgressColumn):
-    """A column of a progress bar: the description of the task as plain text, with escaped control characters."""
+class Words(progress.ProgressColumn):
+    """A column of a progress bar: what ``text`` returns for a task, as plain text with escaped control characters."""
+
+    def __init__(self, text: Callable[[progress.Task], str]) -> None:
+        super().__init__()
+        self.text = text
 
     def render(self, task: progress.Task) -> Text:
-        return Text(printable(task.description))
-
-
-class Pace(progress.ProgressColumn):
-    """A column of a progress bar: the rate and the remaining time of a task that has a ``unit``."""
-
-    def render(self, task: progress.Task) -> Text:
-        return Text(pace(task))
+        return Text(printable(self.text(task)))
 
 
 class Progress(progress.Progress):
@@ -204,8 +201,9 @@ class Progress(progress.Progress):
         self, *columns: progress.ProgressColumn, console: Console | None = None, later: bool = False, **more: Any
     ) -> None:
         console = console or stderr()
+        name = Words(lambda task: task.description)
         self._shown_from = _begun + SILENCE if later else 0.0
-        super().__init__(Description(), *columns, Pace(), console=console, disable=not console.is_terminal, **more)
+        super().__init__(name, *columns, Words(pace), console=console, disable=not console.is_terminal, **more)
         self._ended, self._thread = Event(), Thread(target=self._lines, daemon=True)
 
     def get_renderables(self) -> Iterable[RenderableType]:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
 from specdec.serve.parts import Part, begun_object
-from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, joined, thought
 from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -73,10 +73,6 @@ AnyBlock = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUse | ToolR
 Texts = str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-def _text(given: Texts | None) -> str:
-    return given if isinstance(given, str) else "\n".join(block.text for block in given or ())
-
-
 class Turn(Strict):
     """A message of the conversation, whose content is text or a list of blocks."""
 
@@ -101,10 +97,10 @@ class Turn(Strict):
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the messages that a chat template needs for this one: tool results come first, then the text."""
-        text = _text(self.of(TextBlock))
+        text = joined(self.of(TextBlock), "\n")
         if self.role != "assistant":
             found: list[dict[str, Any]] = [
-                {"role": "tool", "tool_call_id": result.tool_use_id, "content": _text(result.content)}
+                {"role": "tool", "tool_call_id": result.tool_use_id, "content": joined(result.content, "\n")}
                 for result in self.of(ToolResult)
             ]
             return found + ([{"role": self.role, "content": text}] if text or not found else [])
@@ -181,7 +177,7 @@ class CountBody(Options):
 
     def chat(self) -> ChatPrompt:
         """Return the chat in this body. Raises ApiError if its parts do not fit together."""
-        head = [{"role": "system", "content": _text(self.system)}] if self.system else []
+        head = [{"role": "system", "content": joined(self.system, "\n")}] if self.system else []
         effort = EFFORTS.get(self.thinking.type) if self.thinking else None
         if self.output_config is not None:
             effort = self.output_config.effort or effort

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,11 @@ from specdec.speculation.constraints import CompiledConstraint, Constraint
 def thought(text: str) -> dict[str, Any]:
     """Return the reasoning of a message as chat templates expect it; the second name is gpt-oss's."""
     return dict.fromkeys(("reasoning_content", "thinking"), text)
+
+
+def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
+    """Return the text of a message's content: text, or parts with a ``text`` each, with ``between`` between them."""
+    return content if isinstance(content, str) else between.join(part.text for part in content or ())
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 from specdec.serve.parts import Part, begun_object
-from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, joined, thought
 from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -37,10 +37,6 @@ class TextItem(Strict):
 
 
 Texts = Annotated[list[TextItem], Field(max_length=MAX_PARTS, fail_fast=True)]
-
-
-def _text(given: str | Sequence[TextItem] | None) -> str:
-    return given if isinstance(given, str) else "".join(part.text for part in given or ())
 
 
 class MessageItem(Strict):
@@ -83,18 +79,18 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
         last = found[-1] if found and found[-1]["role"] == "assistant" else {}
         bare = bool(last) and not last["content"] and "tool_calls" not in last
         if isinstance(item, OutputItem):
-            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
         elif isinstance(item, MessageItem) and not (item.role == "assistant" and bare):
             role = "system" if item.role == "developer" else item.role
-            found.append({"role": role, "content": _text(item.content)})
+            found.append({"role": role, "content": joined(item.content)})
         elif isinstance(item, MessageItem):
-            last["content"] = _text(item.content)
+            last["content"] = joined(item.content)
         else:
             if not last or (isinstance(item, ReasoningItem) and not bare):
                 last = {"role": "assistant", "content": ""}
                 found.append(last)
             if isinstance(item, ReasoningItem):
-                last |= thought(_text(item.content or item.summary))
+                last |= thought(joined(item.content or item.summary))
             else:
                 last.setdefault("tool_calls", []).append(called(item.call_id, item.name, begun_object(item.arguments)))
     return found

@@ -83,11 +83,11 @@ class Starting:
     app: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self.app or self._loading(scope["path"]))(scope, receive, send)
-
-    def _loading(self, path: str) -> JSONResponse:
-        error = ApiError(503, "the model is loading; try again in a few seconds", code="loading")
-        return JSONResponse({"status": "loading"} if path == "/health" else error.body(), 503, error.headers)
+        if (app := self.app) is None:
+            error = ApiError(503, "the model is loading; try again in a few seconds", code="loading")
+            body = {"status": "loading"} if scope["path"] == "/health" else error.body()
+            app = JSONResponse(body, 503, error.headers)
+        await app(scope, receive, send)
 
 
 class _Server(connections.Server):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from specdec.api.generation import GenerationOptions
 from specdec.base import options
 from specdec.serve.errors import invalid
-from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, joined, thought
 from specdec.speculation.constraints import Choice, Constraint, Grammar, Json, Regex
 
 ignored = ContextVar[set[str] | None]("ignored", default=None)  # names of members that a request's body has in vain
@@ -302,9 +302,8 @@ class Message(Strict):
 
     def for_template(self) -> dict[str, Any]:
         """Return the message as chat templates expect it."""
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        found: dict[str, Any] = {"role": role, "content": joined(self.content)}
         found |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key))}
         if self.reasoning_content is not None:
             found |= thought(self.reasoning_content)
