@@ -20,7 +20,8 @@ def thought(text: str) -> dict[str, Any]:
 
 def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
     """Return the text of a message's content: text, or parts with a ``text`` each, with ``between`` between them."""
-    return content if isinstance(content, str) else between.join(part.text for part in content or ())
+    parts: Iterable[Any] = () if isinstance(content, str) else content or ()
+    return content if isinstance(content, str) else between.join(part.text for part in parts)
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
