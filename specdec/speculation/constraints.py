@@ -128,8 +128,13 @@ class Choice(Constraint):
         return str(matcher.grammar_from_lark(self.source))
 
 
-def masked(scores: Tensor, allowed: Tensor, vocab: Tensor | None) -> Tensor:
-    """Return ``scores`` [..., V'] of the tokens ``vocab`` (None: all), with -inf where ``allowed`` [V] is False."""
+def masked(scores: Tensor, allowed: Tensor | None, vocab: Tensor | None) -> Tensor:
+    """Return ``scores`` [..., V'] of the tokens ``vocab`` (None: all), with -inf where ``allowed`` [V] is False.
+
+    allowed: None: no token is.
+    """
+    if allowed is None:
+        return torch.full_like(scores, float("-inf"))
     own = (allowed[: scores.shape[-1]] if vocab is None else allowed[vocab.cpu()]).to(scores.device)
     return scores.masked_fill(~own, float("-inf"))
 
@@ -274,12 +279,10 @@ class ConstraintState:
     def masked(self, ids: Sequence[int], scores: Tensor, vocab: Tensor | None = None) -> Tensor:
         """Return ``scores`` [1, V'] of the token after the text ``ids``, with -inf for tokens that are not allowed.
 
+        No token is allowed after a drafted token that is rejected; elsewhere the row ends with an error.
         vocab: the token ids of ``scores``, int64 [V']; None: all.
         """
-        allowed = self.mask(ids[self.start :])
-        if allowed is None:  # after a drafted token that is rejected; elsewhere the row ends with an error
-            return torch.full_like(scores, float("-inf"))
-        return masked(scores, allowed, vocab)
+        return masked(scores, self.mask(ids[self.start :]), vocab)
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
         """Return the tokens allowed after the new tokens ``new``, bool [V]; None: ``new`` is forbidden itself."""
