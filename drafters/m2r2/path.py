@@ -11,6 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from specdec.base.errors import SpecDecError
 from specdec.base.settings import explain
 
+INVALID = "the drafter's config.json has no valid M2R2 path"
+REQUIRED = {"exit_layer", "segments", "final_projection", "rank", "adapters"}  # entries of all versions
+
 
 @dataclass(frozen=True)
 class M2R2Path:
@@ -107,9 +110,11 @@ class M2R2Path:
         """
         if isinstance(data, dict):
             data = {"final_projection" if name == "final_leap" else name: each for name, each in data.items()}
+            if missing := REQUIRED - data.keys():
+                raise SpecDecError(f"{INVALID}: {min(missing)} is missing")
         try:
             return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
             _, place, said = explain(error.errors(), data)
             what = " ".join([".".join(map(str, place)), said]).strip()
-            raise SpecDecError(f"the drafter's config.json has no valid M2R2 path: {what}") from None
+            raise SpecDecError(f"{INVALID}: {what}") from None
