@@ -250,7 +250,8 @@ class ConstraintState:
     """
 
     def __init__(self, compiled: CompiledConstraint, prompt: Sequence[int]) -> None:
-        self.compiled, self.start, block = compiled, len(prompt), compiled.block or ()
+        self.compiled, self.start = compiled, len(prompt)
+        block: Sequence[int] = compiled.block or ()
         marks = [n for n, token in enumerate(prompt) if token in block]
         self.inside = bool(marks) and prompt[marks[-1]] == block[0]
         closed = bool(marks) and not self.inside and len(prompt) - marks[-1] <= CLOSED
