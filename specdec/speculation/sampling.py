@@ -169,8 +169,11 @@ class Sampler:
         """Return how the token after each row's ``ids`` is sampled, without processors; None: all rows are greedy."""
         if self.greedy:
             return None
-        rows = zip(self.rows, ids, strict=True)
-        return [Sampled(*row.noise.key.tolist(), len(own), *row.sampling) for row, own in rows]
+        made = []
+        for row, own in zip(self.rows, ids, strict=True):
+            seed, stream = row.noise.key.tolist()
+            made.append(Sampled(seed, stream, len(own), *row.sampling))
+        return made
 
     def scores(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
         """Return processed logits, float32 [B, T, V'], of ``logits`` [B, T, V'].
