@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from specdec.base import options
 from specdec.base.background import Stop, Work
-from specdec.runtimes.draft_path import Choice
+from specdec.runtimes.draft_path import DeviceChoice
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
@@ -108,7 +108,7 @@ class NgramDrafter(Drafter):
         state: State,
         limit: int,
         given: Sequence[Candidates] | None = None,
-        choice: Choice | None = None,
+        choice: DeviceChoice | None = None,
     ) -> list[Candidates]:
         if self.reading is not None:
             self.corpus, counted = self.reading.result()
@@ -127,7 +127,7 @@ class NgramDrafter(Drafter):
         row_state.seen = len(ids)
         texts = (self.corpus, CORPUS_WEIGHT), (row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)
         sources = [(each, weight) for each, weight in texts if each is not None]
-        noise = None if chooser.transforms.greedy else (chooser.noise, len(ids))
+        noise = None if chooser.greedy else (chooser.noise, len(ids))
         priced = state.prices or Prices(())
         tables = priced.tables[row] if priced.tables else ()
         # Nodes that are worth half their price are found, too: calibration learns from them.

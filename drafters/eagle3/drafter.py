@@ -13,9 +13,10 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import is_asynchronous, upload
 from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Mask
 from specdec.models import drafter_folder, hub
 from specdec.models.names import display_name
-from specdec.runtimes.draft_path import WIDTH, Choice, DeviceTree, TreeLimits
+from specdec.runtimes.draft_path import WIDTH, DeviceChoice, DeviceTree, TreeLimits
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.draft import Rules, given_of, grow, states_of, taken
 from specdec.speculation.candidates import Candidates
@@ -80,7 +81,7 @@ class Eagle3Drafter(PairDrafter):
         state: State,
         limit: int,
         given: Sequence[Candidates] | None = None,
-        choice: Choice | None = None,
+        choice: DeviceChoice | None = None,
     ) -> list[Candidates] | DeviceTree | None:
         if not self._drafts_tree(state):
             return None
@@ -111,7 +112,7 @@ class Eagle3Drafter(PairDrafter):
         cache: KVCache,
         limit: int,
         width: int,
-        choice: Choice | None,
+        choice: DeviceChoice | None,
         given: Sequence[Candidates] | None = None,
     ) -> list[Candidates] | DeviceTree:
         [row] = state.row_states
@@ -122,7 +123,8 @@ class Eagle3Drafter(PairDrafter):
             if level:
                 positions = torch.full_like(tokens, position + level)
                 tree = None if paths is None else paths[..., 1:]
-                features = self.run(state, cache, tokens, states_of(features, parents), positions, tree)
+                embedded, mask = self.embed(state.target, tokens, positions), cache.register(0, positions, tree)
+                features = self.run(embedded, states_of(features, parents), positions, mask, cache)
             level += 1
             return self.network.logits(features)
 
@@ -140,21 +142,14 @@ class Eagle3Drafter(PairDrafter):
     def logits(self, outputs: Tensor) -> Tensor:
         return self.network.logits(outputs)
 
-    def run(
-        self,
-        state: State,
-        cache: KVCache,
-        tokens: Tensor,
-        states: Tensor,
-        positions: Tensor,
-        tree: Tensor | None = None,
-    ) -> Tensor:
-        network, mask = self.network, cache.register(0, positions, tree)
+    def embed(self, target: Target, tokens: Tensor, positions: Tensor) -> Tensor:
+        own = self.network.embed_tokens
+        embedded: Tensor = super().embed(target, tokens, positions) if own is None else own(tokens)
+        return embedded
 
+    def run(self, embedded: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.append(0, k, v)
             return F.scaled_dot_product_attention(q, keys, values, mask.bool_mask(), enable_gqa=True)
 
-        own = network.embed_tokens
-        embedded = state.target.embed(tokens, positions) if own is None else own(tokens)
-        return network.layer(embedded, states, positions, attend)
+        return self.network.layer(embedded, states, positions, attend)

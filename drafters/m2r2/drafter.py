@@ -12,7 +12,7 @@ from specdec.base import options
 from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder
-from specdec.runtimes.draft_path import WIDTH, Choice, DeviceTree, DraftPath, DraftRoots, TreeLimits
+from specdec.runtimes.draft_path import WIDTH, DeviceChoice, DeviceTree, DraftPath, DraftRoots, TreeLimits
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
@@ -142,7 +142,7 @@ class M2R2Drafter(ChainDrafter):
         state: State,
         limit: int,
         given: Sequence[Candidates] | None = None,
-        choice: Choice | None = None,
+        choice: DeviceChoice | None = None,
     ) -> list[Candidates] | DeviceTree | None:
         if not self._ready():
             return [Candidates.none() for _ in state.ids]

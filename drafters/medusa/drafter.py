@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from specdec.base import options
 from specdec.base.devices import upload
 from specdec.models import drafter_folder
-from specdec.runtimes.draft_path import Choice, DeviceTree, TreeLimits, calibrated
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, TreeLimits, calibrated
 from specdec.runtimes.target import GivenLinear, Target
 from specdec.runtimes.torch.draft import Rules, choose, given_of, grow, limits_of
 from specdec.runtimes.torch.linear import rms_unit
@@ -23,7 +22,7 @@ from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter, Traits
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
-from specdec.speculation.trees import MOST_NODES, grow_best_first
+from specdec.speculation.trees import MOST_NODES, Choice, likeliest_paths
 
 from ..vocabulary import Context, DraftVocabulary
 from . import public
@@ -104,7 +103,7 @@ class MedusaDrafter(Drafter):
         state: State,
         limit: int,
         given: Sequence[Candidates] | None = None,
-        choice: Choice | None = None,
+        choice: DeviceChoice | None = None,
     ) -> list[Candidates] | DeviceTree:
         logits, prices = self._logits(state)[:, : min(limit, self.network.heads)].float(), state.prices  # (B, K, V')
         tables = upload(prices.tables, logits.device, torch.float32) if prices and prices.tables else None
@@ -120,7 +119,12 @@ class MedusaDrafter(Drafter):
         ]
 
     def _on_device(
-        self, state: State, logits: Tensor, tables: Tensor | None, given: Sequence[Candidates] | None, choice: Choice
+        self,
+        state: State,
+        logits: Tensor,
+        tables: Tensor | None,
+        given: Sequence[Candidates] | None,
+        choice: DeviceChoice,
     ) -> DeviceTree:
         """Let the device take nodes from logits [B, K, V']: what a head says is the same after all paths."""
         levels = iter(logits.split(1, 1))
@@ -138,25 +142,18 @@ class MedusaDrafter(Drafter):
         best: of the row, as ``_best`` returns it.
         """
         constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
-        tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
-        probability: dict[tuple[int, ...], float] = {}
 
-        def after(path: tuple[int, ...]) -> list[float]:
+        def after(path: Sequence[int]) -> Iterable[Choice]:
             depth = len(path)
             if depth == len(logits):
-                return []
+                return ()
             own, likely, ids = best[depth]
             if constraint is not None:
-                text = [tokens[path[:n]] for n in range(1, depth + 1)]
-                scores = constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
+                scores = constraint.masked([*state.ids[row], *path], logits[depth : depth + 1], vocab)
                 [[[own, likely, ids]]] = _best(scores[None], vocab, table)
-            tokens.update({(*path, rank): int(token) for rank, token in enumerate(ids)})
-            probability.update({(*path, rank): p for rank, p in enumerate(own)})
-            return likely
+            return zip(map(int, ids), own, likely, strict=True)
 
-        tree = grow_best_first(after, self.nodes or MOST_NODES)
-        chosen, own = [tokens[path] for path in tree.paths], [probability[path] for path in tree.paths]
-        return Candidates([math.log(value) for value in tree.values], chosen, tree.parents, [own])
+        return likeliest_paths(after, self.nodes or MOST_NODES)
 
     def _logits(self, state: State) -> Tensor:
         """Return each head's logits [B, K, V'], over the vocabulary's tokens."""

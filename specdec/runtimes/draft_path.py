@@ -15,6 +15,7 @@ from specdec.runtimes.torch.linear import UnitMap
 
 KNOTS = range(-4, 7)  # log-odds at which tables of calibrated probabilities have entries (calibrate.h)
 WIDTH = 4  # nodes of a level that get children: running them together costs about what one costs
+NEAR = 2048  # a drafted token attends to so many tokens before it, and to the first ones, so that its cost has a bound
 
 # Tokens after the root -> the tokens that may follow, bool [V]; None: none may follow.
 Masks = Callable[[Sequence[int]], Tensor | None]
@@ -151,7 +152,7 @@ class LevelNodes(NamedTuple):
         )
 
 
-class Choice(NamedTuple):
+class DeviceChoice(NamedTuple):
     """How many nodes of each row's candidates a device takes, the likeliest first.
 
     nodes: maximum number for a row, M.

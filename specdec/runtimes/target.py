@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from specdec.kvcache.mask import Chunk, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import Choice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.torch.draft import PathStep, grow, rules_of, taken
 
 if TYPE_CHECKING:
@@ -69,6 +69,19 @@ class Pass:
     adapters: Adapters | None = None
     routed: Tensor | None = None
     choose: Callable[[int, Tensor], Tensor] | None = None
+
+
+class TokenCosts(NamedTuple):
+    """Estimated times of one token in a pass, over the time of reading the weights.
+
+    multiply: of multiplying a token by the weights.
+    read: of reading the keys and values of a cached token; 0: unknown.
+    attend: of multiplying a token by those of a cached one; 0: unknown.
+    """
+
+    multiply: float
+    read: float = 0.0
+    attend: float = 0.0
 
 
 # Bytes that are read from memory / multiplications in the same time.
@@ -156,9 +169,9 @@ class Target(ABC):
         yield from ()
 
     @property
-    def token_ratio(self) -> float:
-        """Return the estimated time of multiplying one token by the weights / the time of reading the weights."""
-        return TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize
+    def token_costs(self) -> TokenCosts:
+        """Return what a token is expected to cost in a pass."""
+        return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
 
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
         """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.
@@ -174,7 +187,7 @@ class Target(ABC):
         path: DraftPath,
         limits: TreeLimits,
         masks: Masks | None = None,
-        choice: Choice | None = None,
+        choice: DeviceChoice | None = None,
     ) -> list[Nodes] | DeviceTree:
         """Draft along ``path``: a tree if ``cache`` has one row, chains with siblings if it has several.
 

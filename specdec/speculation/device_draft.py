@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specdec.base.devices import is_asynchronous
-from specdec.runtimes.draft_path import Choice, DeviceTree, LevelNodes
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, LevelNodes
 from specdec.speculation.candidates import Candidates, CandidateSet
 from specdec.speculation.draft import Draft
 from specdec.speculation.state import State
@@ -13,7 +13,7 @@ from specdec.speculation.tree_builder import in_one_shape
 from specdec.speculation.trees import MOST_NODES
 
 
-def choice_of(state: State, levels: int, nodes: int | None, width: int) -> Choice | None:
+def choice_of(state: State, levels: int, nodes: int | None, width: int) -> DeviceChoice | None:
     """Return which nodes a device takes itself; None: the host had better choose.
 
     levels: number of levels that are drafted. nodes: number of nodes of a row; None: those that are worth their price.
@@ -33,7 +33,7 @@ def choice_of(state: State, levels: int, nodes: int | None, width: int) -> Choic
         worth = (n for n in range(1, len(price)) if n * (price[n] - price[n - 1]) > levels * rows)
         most = min(-(-max(next(worth, len(price)) - 1, 1) // rows), most)
     own = () if prices is None else tuple(prices.nodes)
-    return Choice(most, list(state.depths), own, 0.0 if prices is None else prices.allowance)
+    return DeviceChoice(most, list(state.depths), own, 0.0 if prices is None else prices.allowance)
 
 
 class DeviceDraft(Draft):

@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.errors import SpecDecWarning
 from specdec.base.settings import keywords
-from specdec.runtimes.draft_path import Choice, DeviceTree
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
 from specdec.speculation.state import State
@@ -128,7 +128,7 @@ class Drafter(ABC):
         state: State,
         limit: int,
         given: Sequence[Candidates] | None = None,
-        choice: Choice | None = None,
+        choice: DeviceChoice | None = None,
     ) -> list[Candidates] | DeviceTree | None:
         """Return what may follow each row's root, at most ``limit`` deep, with probabilities.
 

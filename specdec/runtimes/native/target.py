@@ -25,19 +25,20 @@ from specdec.models.native_model import NativeModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import Choice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Packed
 from specdec.runtimes.native.packed_file import ModelFile, using
 from specdec.runtimes.native.packing import ROUNDED, PackedModel, mapped
-from specdec.runtimes.target import TOKEN_RATIO, Pass, Target
+from specdec.runtimes.target import TOKEN_RATIO, Pass, Target, TokenCosts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES = tuple(families.FAMILIES)
+ATTENTION_COST = 2.0  # of multiplying by a key or value, in multiplications by a weight
 
 
 class NativeTarget(Target):
@@ -162,7 +163,7 @@ class NativeTarget(Target):
         path: DraftPath,
         limits: TreeLimits,
         masks: Masks | None = None,
-        choice: Choice | None = None,
+        choice: DeviceChoice | None = None,
     ) -> list[Nodes] | DeviceTree:
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
@@ -201,8 +202,10 @@ class NativeTarget(Target):
         return self.packed.bytes_of_layers + self.head(None).nbytes
 
     @property
-    def token_ratio(self) -> float:
-        return TOKEN_RATIO["cpu"] * self.packed.weights_per_byte
+    def token_costs(self) -> TokenCosts:
+        multiply, size = TOKEN_RATIO["cpu"] * self.packed.weights_per_byte, len(self._attention) * self.head_dim
+        attend = ATTENTION_COST * TOKEN_RATIO["cpu"] * 2 * size * self.heads / self.bytes_read
+        return TokenCosts(multiply, (2 - self.int8_cache) * 2 * size * self.kv_heads / self.bytes_read, attend)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:

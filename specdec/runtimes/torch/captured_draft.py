@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specdec.base.devices import upload
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import Choice, DeviceTree, DraftPath, DraftRoots, LevelNodes, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, LevelNodes, Nodes, TreeLimits
 from specdec.runtimes.target import GrowingLinear
 from specdec.runtimes.torch.draft import (
     Given,
@@ -61,7 +61,7 @@ class CapturedDraft:
     """
 
     def __init__(
-        self, target: Passes, roots: DraftRoots, path: DraftPath, limits: TreeLimits, choice: Choice | None
+        self, target: Passes, roots: DraftRoots, path: DraftPath, limits: TreeLimits, choice: DeviceChoice | None
     ) -> None:
         self.target, self.roots, self.path, self.limits, self.choice = target, roots, path, limits, choice
         last = path.heads[-1]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec.base.devices import upload
 from specdec.runtimes.draft_path import (
-    Choice,
+    DeviceChoice,
     DeviceTree,
     DraftPath,
     DraftRoots,
@@ -300,12 +300,12 @@ class _OtherSource:
 # -- choosing nodes ---------------------------------------------------------------------------------------------------
 
 
-def taken(grown: LevelNodes, choice: Choice | None) -> list[Nodes] | DeviceTree:
+def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | DeviceTree:
     """The candidates of each row, read by the host, or what the device takes by ``choice``."""
     return grown.lists() if choice is None else choose(grown, choice.nodes, *limits_of(choice, grown.tokens.device))
 
 
-def limits_of(choice: Choice, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def limits_of(choice: DeviceChoice, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The arguments ``most`` and ``prices`` of ``choose``, with one price for each number of nodes."""
     count = 1 + 2 * choice.nodes * len(choice.depths)  # rows may be padded to twice as many
     most = upload([[most] for most in choice.depths], device)
@@ -318,7 +318,7 @@ def limits_of(choice: Choice, device: torch.device) -> tuple[Tensor, Tensor | No
 def choose(grown: LevelNodes, count: int, most: Tensor, prices: Tensor | None) -> DeviceTree:
     """Take the likeliest ``count`` nodes of each row that are at most ``most`` [B, 1] deep and worth their price.
 
-    prices: as in ``Choice``, then the allowance, [2 + B count]; None: all nodes are worth it.
+    prices: as in ``DeviceChoice``, then the allowance, [2 + B count]; None: all nodes are worth it.
     """
     grown = _only(grown, _best(grown.scores, max(count, FOUND)))
     values, order = grown.scores.masked_fill(grown.depths > most, -math.inf).sort(dim=1, descending=True, stable=True)

@@ -22,7 +22,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, RowMask
 from specdec.models.native_model import NativeModel
-from specdec.runtimes.draft_path import Choice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.target import Pass, largest
 from specdec.runtimes.torch.attention import Attention
 from specdec.runtimes.torch.captured_draft import CapturedDraft
@@ -271,7 +271,7 @@ class CapturedTarget(TorchTarget):
         path: DraftPath,
         limits: TreeLimits,
         masks: Masks | None = None,
-        choice: Choice | None = None,
+        choice: DeviceChoice | None = None,
     ) -> list[Nodes] | DeviceTree:
         draft = CapturedDraft(self, roots, path, limits, choice)
         if self.static is None or masks is not None or not draft.fits or not torch.is_inference_mode_enabled():

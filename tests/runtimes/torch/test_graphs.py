@@ -39,7 +39,7 @@ from specdec.engine.batch import Batch
 from specdec.kvcache import mask
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes import target as target_module
-from specdec.runtimes.draft_path import Choice, DeviceTree, DraftRoots, TreeLimits
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftRoots, TreeLimits
 from specdec.runtimes.target import Pass
 from specdec.runtimes.torch import captured_draft, graphs, static_cache
 from specdec.runtimes.torch import draft as torch_draft
@@ -228,7 +228,7 @@ def test_drafts_are_those_of_the_eager_runtime(rows: int) -> None:
             )
             prices = Prices([0.03 * n for n in range(40)])
             for count, priced in (2, None), (5, None), (9, prices):
-                choice = Choice(count, [2] * rows, () if priced is None else priced.nodes)
+                choice = DeviceChoice(count, [2] * rows, () if priced is None else priced.nodes)
                 held = targets[0].draft_rows(cache, replace(roots, **how), path, limits, None, choice)
                 assert isinstance(held, DeviceTree)
                 draft = DeviceDraft(held, state, limits.levels)
