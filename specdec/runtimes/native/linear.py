@@ -133,18 +133,20 @@ class Packed:
             self.proxy, self.error_bounds = _proxy(weight, kept)
             self.struct.proxy, self.struct.error_bounds = self.proxy.data_ptr(), self.error_bounds.data_ptr()
 
-    def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, after_weight: bool = False) -> Tensor:
+    def __call__(
+        self, x: Tensor | Sequence[Tensor], norm: Tensor | None = None, eps: float = 0.0, after_weight: bool = False
+    ) -> Tensor:
         """Return the outputs bf16 [..., out] of ``x`` bf16 [..., in].
 
+        x: also n parts [..., in / n], which are joined; each has an RMS norm of its own.
         eps: if above 0, an RMS norm with this epsilon comes before the product.
         norm: weight of the RMS norm, float32 [in]; None: ones.
         after_weight: whether the norm rounds only after its weight (``Family.round_after_weight``).
         """
-        return self._run((x,), norm, eps, after_weight)
-
-    def of_normalized(self, parts: Sequence[Tensor], eps: float) -> Tensor:
-        """Return the outputs [..., out] of n ``parts`` bf16 [..., in / n], each divided by its RMS, then joined."""
-        return self._run(parts, None, eps, False)
+        parts = [x] if isinstance(x, Tensor) else x
+        made = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
+        self._call(parts, norm, eps, after_weight, made.numel() // self.width, made.data_ptr(), None)
+        return made
 
     def largest(self, x: Tensor, norm: Tensor | None, eps: float, after_weight: bool = False) -> list[int]:
         """Return the index of the largest output of each row of ``x`` [..., in], as a flat list of all rows.
@@ -153,26 +155,22 @@ class Packed:
         after_weight: as in ``__call__``.
         """
         found = (ctypes.c_int64 * (x.numel() // self.inp))()
-        self._call((x,), (norm, eps, after_weight), len(found), None, ctypes.addressof(found))
+        self._call([x], norm, eps, after_weight, len(found), None, ctypes.addressof(found))
         return found[:]
-
-    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, after_weight: bool) -> Tensor:
-        made = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
-        self._call(parts, (norm, eps, after_weight), made.numel() // self.width, made.data_ptr(), None)
-        return made
 
     def _call(
         self,
         parts: Sequence[Tensor],
-        norm: tuple[Tensor | None, float, bool],
+        norm: Tensor | None,
+        eps: float,
+        after_weight: bool,
         rows: int,
         out: int | None,
         best: int | None,
     ) -> None:
-        weight, *norms = norm
         parts = [part.contiguous() for part in parts]
         sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
-        given = ctypes.byref(self.struct), pointer(weight), *norms, sources, len(parts), rows
+        given = ctypes.byref(self.struct), pointer(norm), eps, after_weight, sources, len(parts), rows
         done(library.load().specdec_linear(*given, out, best, self.width, cores.threads()))
 
 
@@ -222,13 +220,12 @@ class RowTable:
 
     def __init__(self, weight: Tensor | Blocks, scale: float = 1.0) -> None:
         self.columns = weight.shape[1]
-        if isinstance(weight, Blocks):
-            self.alive = weight.data, weight.rows
-            kind = gguf.GGMLQuantizationType[weight.kind]
-            self.struct = Table(kind, self.columns, weight.data.stride(0), *map(pointer, self.alive), scale)
-        else:
-            self.alive = weight.detach().contiguous(), None
-            self.struct = Table(-1, self.columns, 2 * self.columns, *map(pointer, self.alive), scale)
+        rows = weight.rows if isinstance(weight, Blocks) else None
+        kind = gguf.GGMLQuantizationType[weight.kind] if isinstance(weight, Blocks) else -1
+        self.alive = weight.data.contiguous(), rows
+        self.struct = Table(
+            kind, self.columns, self.alive[0].stride(0) * self.alive[0].itemsize, *map(pointer, self.alive), scale
+        )
 
     def __call__(self, index: Tensor) -> Tensor:
         """Return the rows bf16 [..., columns] with the indices ``index``, int [...]. Indices must be in range."""
@@ -262,9 +259,7 @@ def _kept(weight: Tensor | Blocks, kept: ModelFile | None, memory: Memory) -> tu
     if isinstance(weight, Blocks):
         size = library.load().specdec_block_tiles(RowTable(weight).struct.type, *weight.shape, ctypes.byref(kind))
         sizes[kind.value] = size
-    if (found := kept.find(name, sizes)) is not None:
-        return found
-    return kept.add(name, *make(weight, memory))  # type: ignore[arg-type]
+    return kept.find(name, sizes) or kept.add(name, *make(weight, memory))  # type: ignore[arg-type]
 
 
 def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
@@ -293,8 +288,7 @@ def draft_tiles(
     shape: [out, in]. weight: returns the weight; called only if the file does not have the tiles. name: of the entry.
     """
     kind = _draft_kind(*shape)
-    found = kept.find(name, {kind: _bytes(shape, kind)})
-    return found or kept.add(name, kind, _tiles(weight(), kind, _arena))
+    return kept.find(name, {kind: _bytes(shape, kind)}) or kept.add(name, kind, _tiles(weight(), kind, _arena))
 
 
 def _bytes(shape: Sequence[int], kind: int) -> int:
