@@ -134,8 +134,9 @@ class PackedFile:
 
     def write(self) -> None:
         """Begin to write the added entries in a thread. Called after packing, which uses all cores."""
-        self.writings.append(self.writer.submit(_write, self.file, self.added))
-        self.added = []
+        if self.writes:
+            self.writings.append(self.writer.submit(_write, self.file, self.added))
+            self.added = []
 
     def finish(self) -> None:
         """Write the index, wait until everything is written, and give the file its name."""
