@@ -225,11 +225,11 @@ class KVCache:
         """
         name, index = self._place_of(layer)
         ahead, (_, heads, t, size) = self.lengths[layer] - self.committed, k.shape
-        for row, *new in zip(self.entries, k, v, strict=True):
+        for row, *parts in zip(self.entries, k, v, strict=True):
             start = row.count + ahead
             if name not in row.buffers or row.buffers[name].shape[3] < start + t:
                 self._grow(row, name, heads, start + t, max(size, v.shape[3]), k.dtype)
-            for part, own in enumerate(new):  # (H, T, d)
+            for part, own in enumerate(parts):  # (H, T, d)
                 row.buffers[name][part, index, :, start : start + t, : own.shape[2]] = own
         self.lengths[layer] = self.committed + ahead + t
         end = -(-self.lengths[layer] // multiple) * multiple

@@ -19,13 +19,11 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
+from specdec.models.native_model import AnyModel
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from specdec.models.native_model import NativeModel
     from specdec.runtimes.native.experts import MappedExperts
 
 LEAST_ROWS = 64  # of a matrix that grows, for which there is memory
@@ -90,7 +88,7 @@ class Target(ABC):
 
     def __init__(
         self,
-        model: NativeModel | PreTrainedModel,
+        model: AnyModel,
         sample: Callable[[Tensor | Blocks], Tensor] = identity.sample,
     ) -> None:
         self.model = model
