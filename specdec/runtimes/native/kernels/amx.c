@@ -99,15 +99,7 @@ INLINE void amx_row_of_tiles(int kind, int tokens, const uint8_t *at, int count,
 
 /* As dot_few_tokens. */
 static void amx_row_of_kind(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
-    switch (kind) {
-    case Q8: amx_row_of_tiles(Q8, tokens, tiles, count, x, to); break;
-    case Q4: amx_row_of_tiles(Q4, tokens, tiles, count, x, to); break;
-    case Q5: amx_row_of_tiles(Q5, tokens, tiles, count, x, to); break;
-    case K4: amx_row_of_tiles(K4, tokens, tiles, count, x, to); break;
-    case K5: amx_row_of_tiles(K5, tokens, tiles, count, x, to); break;
-    case MX: amx_row_of_tiles(MX, tokens, tiles, count, x, to); break;
-    default: amx_row_of_tiles(K6, tokens, tiles, count, x, to);
-    }
+    BY_KIND(amx_row_of_tiles, tokens, tiles, count, x, to)
 }
 
 /* Whether products of whole numbers in AMX equal those of rows, bit by bit: checked once, before AMX is used for them. */
