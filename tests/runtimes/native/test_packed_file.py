@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -255,15 +255,12 @@ def full(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 def fills_up(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    own, written = os.pwritev, [0]
+    def write(file: BinaryIO, entries: list[tuple[torch.Tensor, int]]) -> None:
+        own(file, entries[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def write(file: int, data: list[memoryview], offset: int) -> int:
-        written[0] += sum(map(len, data))
-        if written[0] > 100_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return own(file, data, offset)
-
-    monkeypatch.setattr(os, "pwritev", write)
+    own = packed_file._write
+    monkeypatch.setattr(packed_file, "_write", write)
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
