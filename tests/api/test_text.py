@@ -139,12 +139,6 @@ def test_ids_come_in_many_forms(prompt) -> None:
     assert ids == [5, 6] and all(type(token) is int for token in ids)
 
 
-@pytest.mark.parametrize("options", [{"chat": 1}, {"chat": "yes"}, {"system": 5}, {"system": b"s"}])
-def test_options_of_prompts_are_checked(options) -> None:
-    with pytest.raises(SpecDecError, match=f"{next(iter(options))} must be a valid .*; got "):
-        encode(Chat(), "a", **options)
-
-
 # --- special tokens ------------------------------------------------------------------------------------------------
 
 

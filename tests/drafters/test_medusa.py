@@ -172,22 +172,6 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
         MedusaDrafter(random_network(), nodes=0)
 
 
-def test_heads_from_the_hub_are_those_of_the_revision(
-    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, target = public(tmp_path / ("c" * 40), random_network(), torch.randn(2, V, D)), TransformersTarget(llama)
-    asked: list[str | None] = []
-
-    def download(name: str, revision: str | None = None, **given: Any) -> str:
-        asked.append(revision)
-        return str(folder)
-
-    monkeypatch.setattr("specdec.models.hub.snapshot_download", download)
-    for source in ("some/heads", "some/heads@v1"):
-        assert MedusaDrafter.load(target, source).output_heads is not None
-    assert asked == [None, "v1"]
-
-
 # --- vLLM's format -------------------------------------------------------------------------------------------------
 
 

@@ -18,12 +18,11 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
-from specdec.speculation.state import State
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -154,32 +153,6 @@ def test_a_draft_of_other_tensors_ends_no_request(llama: PreTrainedModel, draft:
     with pytest.warns(DrafterWarning, match=why):
         out, _ = run(TransformersTarget(llama), drafter, PROMPTS[:1], 8)
     assert out == [greedy_reference(llama, PROMPTS[0], 8)]
-
-
-@pytest.mark.parametrize("method", ["begin", "observe", "end"])
-def test_a_drafter_that_fails_elsewhere_is_dropped_too(llama: PreTrainedModel, method: str) -> None:
-    right = [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
-    drafter = Scripted(lambda ids, limit: [(right[0][len(ids) - 4], 0)] if ids[:4] == PROMPTS[0] else [])  # ends first
-
-    def fails(*args: object) -> None:
-        raise IndexError("index 9 is out of bounds")
-
-    setattr(drafter, method, fails)
-    with pytest.warns(DrafterWarning, match="IndexError: index 9"):
-        assert run(TransformersTarget(llama), drafter, PROMPTS, 20)[0] == right
-
-
-def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTrainedModel) -> None:
-    target = TransformersTarget(llama)
-
-    class HalfWay(Scripted):
-        def propose(self, state: State, limit: int) -> Draft:
-            x = state.target.embed(state.roots, state.positions)
-            state.target.layers(x, 0, 2, Pass(state.positions, state.cache.register(0, state.positions), state.cache))
-            raise RuntimeError("half way")
-
-    with pytest.warns(DrafterWarning, match="half way"):
-        assert run(target, HalfWay(None), PROMPTS, 20)[0] == [greedy_reference(llama, p, 20) for p in PROMPTS]
 
 
 # -- seeds ------------------------------------------------------------------------------------------------------------

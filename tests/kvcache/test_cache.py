@@ -44,18 +44,6 @@ def test_trim_touches_only_its_layers_and_never_committed_slots() -> None:
         cache.trim(1)
 
 
-def test_keep_compacts_a_tree_path_and_growth_keeps_contents() -> None:
-    cache = KVCache(3, 1)
-    expected: list[int] = []
-    for step in range(5):
-        tokens = [10 * step + i for i in range(4)]
-        fill(cache, [tokens])
-        cache.commit([[0, 3]])
-        expected += [tokens[0], tokens[3]]
-    for layer in range(3):
-        assert contents(cache, layer, 0) == expected
-
-
 def test_a_single_token_after_an_even_batch_needs_no_mask_until_the_window_bites() -> None:
     cache = KVCache(1, 1)
     fill(cache, [[1, 2, 3]], 0, 1)

@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not library.runs(), reason="the native kernels do not run here"),
     pytest.mark.usefixtures("two_threads"),
 ]
-PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
 # Experts change at near ties.
 DENSE = [f for f in FAMILIES if f not in ALIKE and not families.FAMILIES[f].fields >= families.EXPERTS]
 

@@ -39,14 +39,6 @@ def change(folder: Path, **entries: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | entries))
 
 
-def test_a_folder_loads_by_path_and_drafts(folder: Path) -> None:
-    decoder = SpecDecoder(tiny_model(), drafter=folder)
-    out = decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=3)
-    assert out.token_ids == SpecDecoder(tiny_model(), drafter="none").generate([5, 6, 7], max_new_tokens=12).token_ids
-    assert out.metrics.num_draft_tokens > 0
-    assert M2R2Path.from_json(json.loads((folder / "config.json").read_text())["path"]) == PATH
-
-
 def test_a_folder_of_an_earlier_version_loads_alike(folder: Path) -> None:
     target = TransformersTarget(tiny_model())
     now, path = load_network(target, folder), PATH.to_json()
@@ -199,16 +191,6 @@ def test_matrices_in_8_bits_are_read_as_matrices_within_half_a_step(tmp_path: Pa
         groups = given[name].unflatten(-1, (kept[f"{name}.scales"].shape[-1], -1))
         most = groups.abs().amax(-1, keepdim=True).expand_as(groups).flatten(-2)
         assert bool(((read[name].float() - given[name]).abs() <= most / 254 + most / 256).all())
-
-
-def test_a_drafter_in_8_bits_drafts_and_is_smaller(folder: Path) -> None:
-    before, size = drafter_folder.read_tensors(folder), (folder / "model.safetensors").stat().st_size
-    drafter_folder.write(folder, drafter_folder.read_config(folder), before, "int8")
-    assert (folder / "model.safetensors").stat().st_size < size / 2
-    decoder = SpecDecoder(tiny_model(), drafter=folder)
-    plain = SpecDecoder(tiny_model(), drafter="none").generate([5, 6, 7], max_new_tokens=12)
-    out = decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=3)
-    assert out.token_ids == plain.token_ids and out.metrics.num_draft_tokens > 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import gguf
 import pytest
 import torch
 from passes import apart
-from tiny import ROPES, SMALL, rough_model, save_native, sizes_of, tiny_model
+from tiny import SMALL, rough_model, save_native, sizes_of, tiny_model
 from tiny_gguf import write_family, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -19,7 +19,7 @@ from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, families, loading
 from specdec.models.config import Config, GenerationSettings
 from specdec.models.gguf.blocks import BlockExperts, temporarily_dense
-from specdec.models.native_model import NativeModel, as_transformers, empty_model, transformers_config
+from specdec.models.native_model import NativeModel, as_transformers, empty_model
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
@@ -79,18 +79,6 @@ def test_modules_are_those_of_transformers(kind: str, changes: dict[str, object]
                 assert module.eps == (getattr(norm, "variance_epsilon", None) or norm.eps)
 
 
-@pytest.mark.parametrize("kind", families.FAMILIES)
-def test_tables_are_those_of_transformers(kind: str) -> None:
-    changes = {"rope_parameters": copy.deepcopy(ROPES[kind])} if kind in ROPES else {}
-    config = config_of(kind, **changes)
-    own, theirs = NativeModel(config, torch.bfloat16), empty_model(config, torch.bfloat16)
-    for pair in filter(None, families.rotations(config)):
-        for rotation in pair:
-            for dtype in (torch.bfloat16, torch.float32):
-                tables = [rotation.tables(model.model.rotary_emb, 100, dtype) for model in (own, theirs)]
-                assert torch.equal(*tables)
-
-
 @pytest.mark.parametrize("kind", SCALED)
 def test_scaled_tables_are_those_of_transformers(kind: str) -> None:
     rope = SCALED[kind] | {"rope_type": kind.partition(",")[0]}
@@ -135,14 +123,6 @@ def test_experts_that_become_dense_are_those_of_transformers(cache: Path, tmp_pa
         assert apart(model(ids).logits.float(), expected.float()) < 0.02
         assert not any(isinstance(module, BlockExperts) for module in model.transformers().modules())
     assert torch.equal(model(ids).logits, expected)
-
-
-def test_a_config_is_that_of_transformers_again() -> None:
-    config = config_of("gemma3_text")
-    theirs = transformers_config(config.to_dict())
-    assert theirs.to_dict() == AutoConfig.for_model("gemma3_text", **{**SMALL, **sizes_of("gemma3_text")}).to_dict()
-    with pytest.raises(AttributeError, match="this 'gemma3_text' config has no nonsense"):
-        _ = config.nonsense
 
 
 WITHOUT = """

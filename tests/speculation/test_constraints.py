@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,10 +10,9 @@ import pytest
 import torch
 from click.testing import Result
 from pydantic import BaseModel, ConfigDict, Field
-from sampled import p_value
 from scripted import Scripted, made
 from servers import Replay, byte_tokenizer, serving, stand_in
-from tiny import model_of, tiny_model
+from tiny import tiny_model
 from tiny_tokenizers import letters
 from transformers import LogitsProcessor, PreTrainedModel
 from typer.testing import CliRunner
@@ -25,7 +22,6 @@ from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecD
 from specdec.base.errors import ConstraintError
 from specdec.cli import app
 from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scoring
 from specdec.engine.depth import FixedDepth
@@ -33,7 +29,6 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Event
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.constraints import (
     LONGEST,
@@ -77,12 +72,6 @@ def request(
 ) -> Request:
     processors = [] if rule is None else [rule.state(prompt)]
     return Request(prompt, count, RowSampler(params, processors, stream), eos=frozenset([EOS]), **more)  # type: ignore[arg-type]
-
-
-def bound(name: str, target: Target) -> Drafter:
-    drafter = EVERY[name](target)
-    drafter.bind(target)
-    return drafter
 
 
 def plainly(model: PreTrainedModel, prompt: list[int], rule: CompiledConstraint, count: int = 60) -> list[int]:
@@ -262,41 +251,6 @@ def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -
     assert len(steps) > 2 and all(step.split()[-1] == "read" and "mask" in step for step in steps[:-1])
 
 
-def test_constrained_and_free_rows_share_a_batch() -> None:
-    model, rule = tiny_model(), made(Json(SCHEMA))
-    target = TransformersTarget(model)
-    drafter = EVERY["prompt-lookup"](target)
-    alone = request(PROMPTS[1], None, 20)
-    together(target, drafter, [alone], FixedDepth(4))
-    rows = [
-        request(PROMPTS[0], rule),
-        request(PROMPTS[1], None, 20),
-        request(PROMPTS[2], rule, num_speculative_tokens=0),
-    ]
-    together(target, drafter, rows, FixedDepth(4))
-    assert new_tokens(rows[1]) == new_tokens(alone)
-    assert [new_tokens(rows[b]) for b in (0, 2)] == [plainly(model, PROMPTS[b], rule) for b in (0, 2)]
-    assert not rows[2].metrics.num_draft_tokens
-
-
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
-def test_the_native_runtime_gives_plain_constrained_decoding(family: str) -> None:
-    target = NativeTarget(model_of(family))
-    rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
-    plain = [request(*case) for case in product(PROMPTS, rules)]
-    for row in plain:
-        together(target, NoDrafter(), [row], FixedDepth(0))
-    own = ["ngram (tree)", "ngram+m2r2 (tree)", "mtp"] if target.recurrent_layers else []
-    for name in ("none", "prompt-lookup", "early-exit", "medusa (tree)", *own):
-        drafter = EVERY[name](target)
-        drafter.bind(target)
-        rows = [request(*case) for case in product(PROMPTS, rules)]
-        together(target, drafter, rows, FixedDepth(4))
-        assert [new_tokens(row) for row in rows] == [new_tokens(row) for row in plain], name
-        assert any(row.metrics.num_draft_tokens for row in rows) == (name != "none"), name
-
-
 @pytest.mark.parametrize(
     ("prompt", "reasons"),
     [("a<think>", "inside"), ("a", "may"), ("a<think>b</think>ccccc", "may"), ("a<think></think>", "not")],
@@ -324,50 +278,6 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     new = new_tokens(row)
     answer = new[new.index(end) + 1 :] if reasons != "not" and end in new else new
     assert answer == [*xy, EOS] if row.finish_reason == "eos" else reasons != "not"
-
-
-# --- sampling --------------------------------------------------------------------------------------------------------
-
-VOCAB, ROWS, PROMPT = 7, 512, [3, 4, 3, 4]  # three special tokens and the characters !, ", #, $
-ABC = Regex('(!["#]|"[!$]|#)[!#]?"')
-
-
-def expected(model: PreTrainedModel, rule: CompiledConstraint, temperature: float) -> dict[tuple[int, ...], float]:
-    """The distribution of the first three tokens under the masks."""
-    p = {}
-    for outcome in product(range(VOCAB), repeat=3):
-        share, ids = 1.0, list(PROMPT)
-        for n, token in enumerate(outcome):
-            mask = rule.state(PROMPT).mask(outcome[:n])
-            if mask is None or not mask[token]:
-                share = 0.0
-                break
-            logits = model(torch.tensor([ids])).logits[0, -1].double() / temperature
-            share *= float(logits.masked_fill(~mask, float("-inf")).softmax(-1)[token])
-            ids.append(token)
-        p[outcome] = share
-    return p
-
-
-def fit(model: PreTrainedModel, name: str, rule: CompiledConstraint, masks: CompiledConstraint | None = None) -> float:
-    target = TransformersTarget(model)
-    drafter = EVERY[name](target)
-    drafter.bind(target)
-    params = SamplingParams(temperature=2.0, seed=5)
-    rows = [request(PROMPT, masks or rule, 3, params=params, stream=stream) for stream in range(ROWS)]
-    together(target, drafter, rows, FixedDepth(2), max_rows=ROWS)
-    return p_value(Counter(tuple(new_tokens(row)) for row in rows), expected(model, rule, 2.0), ROWS)
-
-
-@pytest.mark.parametrize("name", ["none", "medusa (tree)"])
-def test_sampling_follows_the_model_under_the_masks(name: str) -> None:
-    """(With every drafter, a seed gives the tokens of plain decoding: test_drafters_pairwise.)"""
-    assert fit(tiny_model(vocab_size=VOCAB), name, made(ABC, VOCAB)) > 1e-4
-
-
-def test_another_constraint_fails_the_test_of_sampling() -> None:
-    other = made(Regex('(!["#]|"[!$]|#)[!#]"'), VOCAB)
-    assert fit(tiny_model(vocab_size=VOCAB), "early-exit", made(ABC, VOCAB), other) < 1e-4
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

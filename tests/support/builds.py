@@ -1,4 +1,4 @@
-"""Builds of the native kernels."""
+"""The native kernels: what needs them, and builds of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from specdec.runtimes.native import library
+
+needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 
 
 @contextmanager

@@ -28,7 +28,9 @@ LAUNCHES = {"none": 25, "m2r2: projection": 300}  # of a step with one row, once
 READS = {
     "none": (1, 1),
     "ngram (tree)": (1, 1),
+    "prompt-lookup": (1, 1),
     "m2r2: projection": (1, 1),
+    "m2r2-paper": (1, 1),
     "m2r2 (tree)": (2, 2),
     "ngram+m2r2 (tree)": (2, 2),
     "medusa": (2, 2),

@@ -127,6 +127,11 @@ def together(
     return engine
 
 
+def plain_engine(target: Target, **options: Any) -> Engine:
+    """Return an engine that decodes plainly. options: of the engine."""
+    return Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), **options)
+
+
 def step(engine: Engine) -> list[tuple[Request, list[int]]]:
     """Run one step of an engine that has something to do, and return the new tokens of its rows."""
     return next(engine.steps(), [])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, FixedDepth, StepReport
+from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, StepReport
 from specdec.engine.depth.calibration import expected_gain
 from specdec.speculation.candidates import Candidates, CandidateSet
 from specdec.speculation.tree_builder import worth_scoring
@@ -77,15 +77,6 @@ def simulate(
 def fixed(acceptance: float, level: float, depth: int) -> float:
     """Seconds per token at a fixed depth, in expectation."""
     return (level * depth + seconds(1 + depth)) / sum(acceptance**i for i in range(depth + 1))
-
-
-def test_a_fixed_depth_stays_so() -> None:
-    policy = FixedDepth(3)
-    for _ in range(3):
-        choice = policy.choose([policy.begin()], [MOST])
-        assert (choice.depth, choice.exit, choice.prices) == (3, None, None) and policy.plain_seconds is None
-        policy.follow(1)
-        policy.observe(StepReport([policy.begin()], [3], [0], 4, 1.0, 1.0))
 
 
 def test_tokens_go_where_they_bring_most_and_levels_serve_all_rows() -> None:

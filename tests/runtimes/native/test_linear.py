@@ -110,12 +110,6 @@ def test_integer_products_are_those_of_the_algorithm(kind: str, scales: tuple[fl
         assert torch.equal(packed(x[-tokens:]), expected[-tokens:]), tokens
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 7, 20, 70])
-def test_products_in_bf16_do_not_depend_on_other_tokens(tokens: int) -> None:
-    packed, x = linear.Packed([torch.randn(48, 512).bfloat16()]), torch.randn(tokens, 512).bfloat16()
-    assert torch.equal(packed(x)[-1:], packed(x[-1:]))
-
-
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
 def test_wide_maps_fit_the_stack(kind: str) -> None:
     blocks, x = random_blocks(kind, 16, 1 << 17), torch.randn(40, 1 << 17).bfloat16()

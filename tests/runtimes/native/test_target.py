@@ -138,23 +138,6 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
     assert torch.equal(target.readout(x)[0, path], single[0, 20:])
 
 
-@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
-@torch.inference_mode()
-def test_a_branch_that_is_not_finite_changes_no_other(kv_cache: str) -> None:
-    target = NativeTarget(model_of("llama"), kv_cache=kv_cache)
-    cache, prompt = target.new_cache(), torch.arange(5, 25)[None]
-    next_logits(target, cache, prompt)
-    tree = torch.tensor([[True, False, False], [True, True, False], [True, False, True]])
-    positions, found = 20 + torch.tensor([[0, 1, 1]]), list[torch.Tensor]()
-    for bad in (0.0, math.inf, math.nan):
-        x = target.embed(torch.tensor([[30, 31, 32]]), positions)
-        x[0, 1] += bad
-        x = target.layers(x, 0, 4, Pass(positions, cache.register(0, positions, tree), cache))
-        cache.commit([[]])
-        found.append(target.readout(x)[0])
-    assert all(torch.equal(each[[0, 2]], found[0][[0, 2]]) and each[1].isnan().all() for each in found[1:])
-
-
 @pytest.mark.parametrize(
     ("family", "kv_cache"),
     [("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")],
