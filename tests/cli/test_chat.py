@@ -37,9 +37,7 @@ def conversation(decoder: SpecDecoder) -> Iterator[ChatSession]:
     engine.close()
 
 
-def test_a_conversation_goes_on_with_what_was_said(
-    conversation: ChatSession, decoder: SpecDecoder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_conversation_goes_on_with_what_was_said(conversation: ChatSession, decoder: SpecDecoder, capsys) -> None:
     conversation.take("Name three colours.")
     conversation.take("Three more.")
     said = conversation.messages
@@ -50,9 +48,7 @@ def test_a_conversation_goes_on_with_what_was_said(
     assert capsys.readouterr().out == f"{said[1]['content']}\n{said[3]['content']}\n"
 
 
-def test_commands_change_the_conversation(
-    conversation: ChatSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_change_the_conversation(conversation: ChatSession, tmp_path, capsys) -> None:
     conversation.take("/system Be brief.")
     assert capsys.readouterr().err == "started again with this system message\n"
     conversation.take("Hello")
@@ -106,9 +102,7 @@ def test_an_error_while_decoding_is_said(decoder: SpecDecoder, tokens: list[int]
 
 
 @pytest.mark.parametrize("presses", [1, 3])
-def test_ctrl_c_stops_the_answer_and_not_the_chat(
-    conversation: ChatSession, monkeypatch: pytest.MonkeyPatch, presses: int
-) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_chat(conversation: ChatSession, monkeypatch, presses: int) -> None:
     conversation.max_new_tokens = 3500
     written: list[str] = []
 

@@ -247,9 +247,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("args", "expected"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_and_exit_code_2(
-    run, args: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(run, args: list[str], expected: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert expected in one_line_error(run(*args))
 
@@ -340,9 +338,7 @@ def test_ctrl_c_while_modules_are_imported_prints_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("saved", [[], ["answers.jsonl", "states"], ["answers.jsonl", "checkpoint.pt"]])
-def test_ctrl_c_in_train_says_what_is_saved_and_how_to_go_on(
-    saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_in_train_says_what_is_saved_and_how_to_go_on(saved: list[str], tmp_path, monkeypatch) -> None:
     def interrupted(name: str) -> None:
         for each in saved:
             (output / each).touch()
@@ -544,9 +540,7 @@ def test_a_broken_plug_in_does_not_hide_the_other_drafters(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("key", [[], ["--api-key", "abc"]])
-def test_a_server_for_the_pages_of_all_origins_says_so_without_a_key(
-    key: list[str], model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_for_the_pages_of_all_origins_says_so_without_a_key(key: list[str], model: str, monkeypatch) -> None:
     """Also on the address of this machine: its browsers call it for any page."""
     monkeypatch.setattr(specdec.serve.run, "serve", lambda *what: None)
     done = CliRunner().invoke(cli.app, ["serve", model, "--port", "0", "--cors", "*", *key])

@@ -23,9 +23,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_json_holds_what_the_lines_print_and_neither_a_secret(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_holds_what_the_lines_print_and_neither_a_secret(empty_cache: Path, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("SPECDEC_API_KEY", "SPECDEC_SOMETHING", "OMP_TOKEN", "HF_TOKEN", "CUDA_VISIBLE_DEVICES_KEY"):
         monkeypatch.setenv(name, f"secret-of-{name}")

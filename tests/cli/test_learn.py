@@ -127,9 +127,7 @@ def test_the_sums_of_a_base_model_count_as_few_tokens(monkeypatch: pytest.Monkey
     assert found is not None and (found.tokens, found.fitted, found.based, found.fits) == (40, 40, 40, before.fits)
 
 
-def test_a_trained_drafter_does_not_learn_and_how_to_train_it_is_said(
-    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trained_drafter_does_not_learn_and_how_to_train_it_is_said(taught: Path, tmp_path, monkeypatch) -> None:
     folder, out = taught, tmp_path / "out"
     run("export", str(out), "--model", str(folder))
     base = drafter_folder.read_config(out)["base"]

@@ -303,9 +303,7 @@ def test_a_class_that_is_not_a_drafter_is_refused_by_name(monkeypatch: pytest.Mo
         registry.lookup("drafters", "other")
 
 
-def test_the_documented_example_works_as_an_outside_package(
-    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documented_example_works_as_an_outside_package(llama: PreTrainedModel, tmp_path, monkeypatch) -> None:
     text = (DOCS / "extend.md").read_text("utf-8")
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class BigramDrafter" in block)
     project = tomllib.loads(next(b for b in re.findall(r"```toml\n(.*?)```", text, re.S)))
@@ -327,9 +325,7 @@ def test_the_documented_example_works_as_an_outside_package(
         SpecDecoder(llama, drafter=name, drafter_options={"x": 1})
 
 
-def test_an_unknown_option_of_an_outside_drafter_is_refused_by_name(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_option_of_an_outside_drafter_is_refused_by_name(llama: PreTrainedModel, monkeypatch) -> None:
     class Outside(Scripted):
         def __init__(self, size: int = 4) -> None:
             super().__init__(lambda ids, limit: [])

@@ -196,9 +196,7 @@ def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: Tra
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_folder_in_the_speculators_format_drafts_as_it_did(
-    target: TransformersTarget, tmp_path: Path, own: bool
-) -> None:
+def test_a_folder_in_the_speculators_format_drafts_as_it_did(target: TransformersTarget, tmp_path, own: bool) -> None:
     made = zoo.eagle3(target, own)
     folder = save(tmp_path / "head", made.network, target)
     decoder = SpecDecoder(tiny_model(), drafter=str(folder))

@@ -115,9 +115,7 @@ def test_folders_bring_back_the_drafter(llama: PreTrainedModel, tmp_path: Path) 
         ({"base": {"fingerprint": "other"}}, "trained for base weights other"),
     ],
 )
-def test_damaged_folders_are_refused(
-    llama: PreTrainedModel, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_damaged_folders_are_refused(llama: PreTrainedModel, tmp_path, change: dict[str, Any], message: str) -> None:
     target = TransformersTarget(llama)
     network = heads(target, 1, 3)
     folder(tmp_path, target, "deed", network, network.config() | change)

@@ -99,11 +99,7 @@ PATHS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_exits_and_their_routers_are_trained_and_draft(
-    path: dict[str, Any],
-    answers: Path,
-    tmp_path: Path,
-) -> None:
+def test_exits_and_their_routers_are_trained_and_draft(path: dict[str, Any], answers: Path, tmp_path) -> None:
     model = loading.load("tiny")[0]
     first, second = tmp_path / "drafter", tmp_path / "routed"
     recipe = common(answers, first) | {"method": "m2r2", "draft_vocab": 60, "relative_rate": 0.1} | path

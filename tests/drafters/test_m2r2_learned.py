@@ -207,9 +207,7 @@ def test_a_process_goes_on_from_what_another_one_has_learned_since_it_began(targ
 
 
 @pytest.mark.parametrize("how", ["no folder", "no locks"])
-def test_where_nothing_can_be_written_it_learns_for_itself(
-    target: Target, tmp_path: Path, monkeypatch, how: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_where_nothing_can_be_written_it_learns_for_itself(target: Target, tmp_path, monkeypatch, how: str) -> None:  # type: ignore[no-untyped-def]
     if how == "no folder":
         (tmp_path / "file").touch()
         monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))

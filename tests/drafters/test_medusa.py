@@ -109,9 +109,7 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     assert draft.lists() == [[7, 3, 8, 4], [-1] * 4]
 
 
-def test_a_folder_may_be_called_as_a_drafter_is(
-    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_may_be_called_as_a_drafter_is(llama: PreTrainedModel, tmp_path, monkeypatch) -> None:
     target = TransformersTarget(llama)
     base = {"fingerprint": target.fingerprint}
     config = {"drafter": "medusa", "heads": 2, "layers": 1, "rooted": False, "base": base}

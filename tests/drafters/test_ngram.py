@@ -374,9 +374,7 @@ def test_a_draft_without_learned_candidates_is_one_of_ngrams_alone(llama: PreTra
         assert second.given and draft.found is not None and draft.found.levels == levels and draft.lists()[0]
 
 
-def test_sampled_tokens_are_drafted_by_the_learned_drafter(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampled_tokens_are_drafted_by_the_learned_drafter(llama: PreTrainedModel, monkeypatch) -> None:
     target = TransformersTarget(llama)
     second = m2r2(target, 0, ((1, 2), (3, 4)), True, False)
     calls, propose = list[Draft](), second.propose

@@ -67,9 +67,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == guard.__name__]
 
 
-def test_a_drafter_comes_back_in_the_middle_of_the_rows(
-    engine: Engine, drafter: Failing, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_drafter_comes_back_in_the_middle_of_the_rows(engine: Engine, drafter: Failing, clock: Clock, caplog) -> None:
     caplog.set_level(logging.INFO, "specdec")
     long = [Request(prompt, 50) for prompt in PROMPTS]
     for request in long:

@@ -145,9 +145,7 @@ def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: Pr
     assert warm.finish_reason == "cancelled" and asked.finish_reason == "length" and not engine.scheduler.running
 
 
-def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_rows_wait_for_a_bounded_part_of_a_prompt(llama: PreTrainedModel, monkeypatch) -> None:
     target, parts = TransformersTarget(llama), list[int]()
     run_tokens = batch.run_tokens
 
@@ -229,9 +227,7 @@ def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -
     assert [event.tokens for event in events] == [new_tokens(request)] and events[0].finish_reason == "length"
 
 
-def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(
-    decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(decoder: SpecDecoder, monkeypatch) -> None:
     engine, layers = decoder.engine(), decoder.target.layers
 
     def broken(*arguments: Any) -> torch.Tensor:
@@ -246,9 +242,7 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
-    decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(decoder: SpecDecoder, monkeypatch) -> None:
     def fail(error: BaseException) -> None:
         raise MemoryError("also here")
 
@@ -302,9 +296,7 @@ def test_a_loop_that_is_closed_ends_no_request(llama: PreTrainedModel) -> None:
     assert request.finish_reason == "length"
 
 
-def test_a_request_in_the_background_is_answered_under_load(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_in_the_background_is_answered_under_load(llama: PreTrainedModel, monkeypatch) -> None:
     clock = Clock()
     monkeypatch.setattr(scheduler, "time", clock)
     monkeypatch.setattr("specdec.engine.engine.time", clock)

@@ -160,9 +160,7 @@ def test_a_damaged_file_is_skipped_and_replaced(how: str, tmp_path: Path) -> Non
         assert answer(engine, made, PROMPT) == (right, 64)
 
 
-def test_a_chunk_that_made_room_since_it_was_found_is_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_that_made_room_since_it_was_found_is_no_damage(tmp_path, monkeypatch) -> None:
     made = decoder()
     with engine_of(made, tmp_path) as engine:
         right, _ = answer(engine, made, PROMPT)
@@ -341,9 +339,7 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_an_error_of_any_kind_ends_writing_and_no_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
-) -> None:
+def test_an_error_of_any_kind_ends_writing_and_no_thread(tmp_path, monkeypatch, ignored: bool) -> None:
     """Also where its warning is an error."""
 
     def broken(cache: KVCache, *place: int) -> dict[str, torch.Tensor]:

@@ -111,9 +111,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[int]:
     return found
 
 
-def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped_for_it(monkeypatch) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     target = TransformersTarget(tiny_model())
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 30, prefixes=PrefixStore())

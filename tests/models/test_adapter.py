@@ -87,9 +87,7 @@ def test_it_equals_pefts_merged_model(cache: SimpleNamespace, tmp_path: Path) ->
         ("me/my-model", "Qwen/Qwen2.5-0.5B", False),
     ],
 )
-def test_another_base_by_name_is_noted(
-    tmp_path: Path, recorded: str, loaded: str, same: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_base_by_name_is_noted(tmp_path, recorded: str, loaded: str, same: bool, capsys) -> None:
     model = tiny_model("llama")
     save_lora(tmp_path / "lora", model, base_model_name_or_path=recorded)
     model.config._name_or_path = loaded
@@ -114,9 +112,7 @@ def test_prefixes_learned_drafters_and_packed_weights_are_its_own(base: Path, lo
     assert merged.base == decoders[0].target.fingerprint and merged.name == str(lora)
 
 
-def test_packed_weights_are_kept_for_each_adapter(
-    cache: SimpleNamespace, base: Path, lora: Path, tmp_path: Path
-) -> None:
+def test_packed_weights_are_kept_for_each_adapter(cache: SimpleNamespace, base: Path, lora: Path, tmp_path) -> None:
     if not library.runs():
         pytest.skip("no native kernels here")
     plain, wanted = text(base), text(base, lora)
@@ -193,9 +189,7 @@ def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path) -> None
         ({"rank": 0}, "it.gguf.*is truncated or broken"),
     ],
 )
-def test_a_gguf_adapter_of_another_kind_is_refused(
-    base: Path, tmp_path: Path, how: dict[str, Any], reason: str
-) -> None:
+def test_a_gguf_adapter_of_another_kind_is_refused(base: Path, tmp_path, how: dict[str, Any], reason: str) -> None:
     name = how.get("name", "blk.0.attn_q.weight")
     shapes = {"lora_a": (4, how.get("width", 128)), "lora_b": (how.get("height", 128), how.get("rank", 4))}
     tensors = {

@@ -309,9 +309,7 @@ def test_broken_samples_are_refused(folder: Path, samples) -> None:
         SpecDecoder(tiny_model(), drafter=folder)
 
 
-def test_a_shipped_drafter_is_found_by_fingerprint_then_by_samples(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_drafter_is_found_by_fingerprint_then_by_samples(folder: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("importlib.resources.files", lambda name: tmp_path)
     sampled(folder, FORMS["Q4_0"]())
     near, own = (tmp_path / "pretrained" / "m2r2" / name for name in ("a-other", "b-own"))

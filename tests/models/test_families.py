@@ -91,9 +91,7 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 @NATIVE
 @pytest.mark.parametrize("kind", MULTIMODAL)
-def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path, monkeypatch, kind: str) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     text, eyes = MULTIMODAL[kind]
     config = AutoConfig.for_model(kind, text_config=model_of(text).config, vision_config=eyes)

@@ -38,9 +38,7 @@ def text(model: Any) -> list[int]:
     return decoder.generate([3, 5, 7], max_new_tokens=12, ignore_eos=True).token_ids
 
 
-def test_any_part_and_the_folder_are_the_unsplit_file(
-    cache: SimpleNamespace, parts: list[Path], tmp_path: Path
-) -> None:
+def test_any_part_and_the_folder_are_the_unsplit_file(cache: SimpleNamespace, parts: list[Path], tmp_path) -> None:
     whole = loading.load(tmp_path / "tiny.gguf")[0]
     wanted = text(tmp_path / "tiny.gguf")
     for given in (*parts, parts[0].parent):
@@ -76,9 +74,7 @@ def test_a_missing_part_is_named(cache: SimpleNamespace, parts: list[Path], numb
         assert "\n" not in str(error.value)
 
 
-def test_parts_that_do_not_belong_together_are_refused(
-    cache: SimpleNamespace, parts: list[Path], tmp_path: Path
-) -> None:
+def test_parts_that_do_not_belong_together_are_refused(cache: SimpleNamespace, parts: list[Path], tmp_path) -> None:
     kept = parts[1].read_bytes()
     shutil.copy(parts[2], parts[1])
     with pytest.raises(SpecDecError, match=r"'tiny-00002-of-00003.gguf' says that it is part 2 of 3, counted from 0"):

@@ -185,9 +185,7 @@ def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelli
 @pytest.mark.parametrize(
     ("kind", "tied"), [("llama", True), ("llama", False), ("qwen3_moe", False), ("gpt_oss", False)]
 )
-def test_a_saved_model_has_its_weights_in_blocks(
-    kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saved_model_has_its_weights_in_blocks(kind: str, tied: bool, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     theirs = tiny_model(kind, **sizes_of(kind) | {"tie_word_embeddings": tied})
     model = loading.load(write_family(tmp_path / "it.gguf", theirs, "Q8_0"))[0]

@@ -283,9 +283,7 @@ def test_a_changed_config_is_checked_again(folder: Path, monkeypatch: pytest.Mon
     assert len(checks) == 2
 
 
-def test_without_a_place_for_its_entry_transformers_loads_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_place_for_its_entry_transformers_loads_it(folder: Path, monkeypatch, capsys) -> None:
     def refuse(*given: Any) -> Any:
         raise OSError(30, os.strerror(30))
 

@@ -64,9 +64,7 @@ def test_what_is_wrong_many_times_is_found_once(case: str) -> None:
 
 
 @pytest.mark.parametrize("more", [{"n": 2**40, "echo": True}, {"prompt": ["a"] * 65}])
-def test_choices_are_counted_before_anything_is_made(
-    server: Server, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_choices_are_counted_before_anything_is_made(server: Server, more: dict[str, Any], monkeypatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(service.Service, "encode_text", lambda self, prompt: made.append(prompt))
     monkeypatch.setattr("specdec.serve.chat.Completion", made.append)

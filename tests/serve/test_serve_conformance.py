@@ -129,9 +129,7 @@ def test_2_a_character_of_several_tokens_arrives_whole() -> None:
                 assert spec(found[-1])["num_accepted_draft_tokens"] > 0
 
 
-def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(server: Server, monkeypatch) -> None:
     """Also where drafts are longer than what may still come."""
     text, how, accepted = known(server.decoder, GREEDY), GREEDY, 0
     monkeypatch.setattr(batch.Batch, "_deepest", lambda self, b: 8)
@@ -145,9 +143,7 @@ def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
     assert accepted > 20
 
 
-def test_4_nothing_follows_the_end_of_sequence_inside_an_accepted_draft(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_4_nothing_follows_the_end_of_sequence_inside_an_accepted_draft(server: Server, monkeypatch) -> None:
     text, how, depths = known(server.decoder, SAMPLED), SAMPLED, list[int]()
     for place in (2, 5, 8, 11):
         [end] = server.decoder.tokenizer(text[place]).input_ids
@@ -171,9 +167,7 @@ def test_4_the_text_of_the_end_of_sequence_is_not_in_the_answer() -> None:
     assert spec(response)["num_accepted_draft_tokens"] >= 3
 
 
-def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(
-    other: SpecDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(other: SpecDecoder, monkeypatch) -> None:
     prompt = [{"role": "user", "content": "Is a draft accepted? Say it in four words."}]
     how, parts = {"temperature": 0.9, "seed": 5}, list[int]()
     texts = [text[:24] for text in known(other, how, prompt, n=4)]
@@ -408,9 +402,7 @@ def test_12_a_slow_reader_is_given_up_with_a_bounded_buffer_and_others_go_on(oth
         slow.close()
 
 
-def test_12_a_prompt_ahead_of_time_is_answered_while_another_request_runs(
-    other: SpecDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_12_a_prompt_ahead_of_time_is_answered_while_another_request_runs(other: SpecDecoder, monkeypatch) -> None:
     monkeypatch.setattr(scheduler, "PATIENCE", 0.0)
     engine, statuses = other.engine(max_rows=2), list[int]()
     try:

@@ -93,9 +93,7 @@ def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch:
         file.write_text(kept)
 
 
-def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(tmp_path, monkeypatch) -> None:
     with pytest.raises(SpecDecError, match="a prompt has 200 tokens, the model's context 128"):
         made(tmp_path, [[3] * 200])
 

@@ -182,9 +182,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
     assert all(t.isfinite().all() for t in checkpoint_of(tmp_path / "out").values())
 
 
-def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(tmp_path, monkeypatch, capsys) -> None:
     """In the dtype that this CPU multiplies faster; what it learns from is what the blocks compute."""
     opened, dtypes = trainer.training_target, list[torch.dtype]()
     monkeypatch.setattr(trainer, "float32_is_faster", lambda: True)

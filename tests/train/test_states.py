@@ -91,9 +91,7 @@ def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path:
         train(recipe(answers, out, steps=1), resume=True)
 
 
-def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(tmp_path, monkeypatch) -> None:
     target = training_target(tiny_model("llama"))
     some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.StateSelection((2,), (4,))

@@ -6,7 +6,6 @@ import json
 import math
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -157,9 +156,7 @@ def learned() -> AutoDepth:
     return policy
 
 
-def test_costs_and_acceptance_are_kept_for_the_next_process_and_corrected_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_costs_and_acceptance_are_kept_for_the_next_process_and_corrected_there(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     target, drafter, policy = TransformersTarget(tiny_model()), PromptLookupDrafter(), learned()
     assert load(target, drafter) is None
@@ -179,9 +176,7 @@ def test_costs_and_acceptance_are_kept_for_the_next_process_and_corrected_there(
     assert before > 3 and again.model.passing(1, 2)[2] == pytest.approx(2.0, rel=0.1)
 
 
-def test_a_file_of_something_else_or_of_another_machine_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_something_else_or_of_another_machine_is_not_used(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     target, drafter = TransformersTarget(tiny_model()), PromptLookupDrafter()
     costs = Costs([0.5, 0.1], {"level 0 1": 0.2})
@@ -200,9 +195,7 @@ def test_a_file_of_something_else_or_of_another_machine_is_not_used(
     assert policy.choose([policy.begin()], [99]).depth >= 0 and len(policy.passes) > 8
 
 
-def test_a_cache_that_cannot_be_written_only_makes_the_next_process_begin_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_only_makes_the_next_process_begin_anew(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
     target = TransformersTarget(tiny_model())
@@ -210,9 +203,7 @@ def test_a_cache_that_cannot_be_written_only_makes_the_next_process_begin_anew(
     assert load(target, NoDrafter()) is None
 
 
-def test_what_requests_find_out_is_kept_at_most_once_a_minute(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_requests_find_out_is_kept_at_most_once_a_minute(llama: PreTrainedModel, monkeypatch) -> None:
     found = list[Costs]()
     monkeypatch.setattr(cost_cache, "store", lambda target, drafter, costs: found.append(costs))
     decoder = SpecDecoder(llama, None, drafter="prompt-lookup")
@@ -225,9 +216,7 @@ def test_what_requests_find_out_is_kept_at_most_once_a_minute(
 
 
 @pytest.mark.parametrize("drafter", ["prompt-lookup", "ngram", "m2r2"])
-def test_no_request_waits_for_a_measurement(
-    llama: PreTrainedModel, drafter: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_request_waits_for_a_measurement(llama: PreTrainedModel, drafter: str, monkeypatch) -> None:
     """The first one runs a pass for its prompt, and one for each step."""
     passes, choose = [0], TransformersTarget.greedy_tokens
 

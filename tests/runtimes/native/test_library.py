@@ -41,9 +41,7 @@ def test_a_library_of_other_structures_is_refused(name: str, missing: None, monk
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_missing_kernels_give_one_notice_where_they_could_run(
-    missing: None, able: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_kernels_give_one_notice_where_they_could_run(missing: None, able: bool, monkeypatch, caplog) -> None:
     monkeypatch.setattr(library, "could_run", lambda: able)
     for _ in range(2):
         with pytest.raises(SpecDecError, match="kernels are not built"):
