@@ -52,11 +52,7 @@ def proposals(target: Target, drafter: Drafter, member: Drafter | None = None) -
 
 @pytest.mark.parametrize(
     ("drafter", "useless"),
-    [
-        (EarlyExitDrafter(2), (2, 3)),
-        (LayerSkipDrafter(), (1,)),
-        (LayerSkipDrafter([0, 2]), (0, 2)),
-    ],
+    [(EarlyExitDrafter(2), (2, 3)), (LayerSkipDrafter(), (1,)), (LayerSkipDrafter([0, 2]), (0, 2))],
 )
 def test_leaving_out_layers_that_change_nothing_is_always_right(
     llama: PreTrainedModel, drafter: Drafter, useless: tuple[int, ...]
@@ -76,10 +72,7 @@ def test_leaving_out_layers_that_change_nothing_is_always_right(
     ],
 )
 def test_scoring_resumes_where_the_draft_left_the_exact_path(
-    llama: PreTrainedModel,
-    drafter: Drafter,
-    drafted: list[tuple[int, int, int]],
-    scored: list[tuple[int, int, int]],
+    llama: PreTrainedModel, drafter: Drafter, drafted: list[tuple[int, int, int]], scored: list[tuple[int, int, int]]
 ) -> None:
     first_round = 4 * drafted + scored
     assert layers_run(TransformersTarget(llama), drafter)[: len(first_round)] == first_round

@@ -101,12 +101,7 @@ def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
 ) -> None:
     monkeypatch.setattr(scheduler, "TIMED", 8)
     target = TransformersTarget(llama)
-    engine = plain_engine(
-        target,
-        prefill_chunk=16,
-        max_rows=1,
-        prefixes=PrefixStore() if reuse else None,
-    )
+    engine = plain_engine(target, prefill_chunk=16, max_rows=1, prefixes=PrefixStore() if reuse else None)
     prompt = [3 + n * n % 90 for n in range(80)]
     warm, asked, other = Request(prompt, 0), Request([*prompt[:30], 7, 8], 6), Request([9, 8, 7], 3)
     warm.background = True
@@ -386,12 +381,7 @@ def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:
 def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: PreTrainedModel) -> None:
     """Also a prompt where no row decodes."""
     target = TransformersTarget(llama)
-    engine = plain_engine(
-        target,
-        kv_memory=1 << 20,
-        prefill_chunk=chunk,
-        prefixes=PrefixStore(),
-    )
+    engine = plain_engine(target, kv_memory=1 << 20, prefill_chunk=chunk, prefixes=PrefixStore())
     rows = [Request([5, 6, 7], 4), Request([8, 9, 10], 4)]
     for row in rows:
         engine.submit(row)

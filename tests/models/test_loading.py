@@ -10,11 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from huggingface_hub.errors import (
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_gguf import NAME, forbidden

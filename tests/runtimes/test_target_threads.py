@@ -32,17 +32,7 @@ from specdec.runtimes.transformers import TransformersTarget
 
 RUNTIMES = Path(target.__file__).parent
 FOLDERS = (RUNTIMES, RUNTIMES / "native", RUNTIMES / "torch", RUNTIMES.parent / "kvcache")
-FILES = {
-    "library",
-    "linear",
-    "drafting",
-    "target",
-    "transformers",
-    "model",
-    "attention",
-    "graphs",
-    "cache",
-}
+FILES = {"library", "linear", "drafting", "target", "transformers", "model", "attention", "graphs", "cache"}
 needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 
 
@@ -78,10 +68,7 @@ def make(runtime: str) -> Target:
     if runtime == "native":
         return NativeTarget(tiny_model("llama", **BF16).bfloat16())
     model = tiny_model("llama")
-    return {
-        "torch": lambda: TorchTarget(model),
-        "graphs": lambda: CapturedTarget(model, record=Replay),
-    }[runtime]()
+    return {"torch": lambda: TorchTarget(model), "graphs": lambda: CapturedTarget(model, record=Replay)}[runtime]()
 
 
 @pytest.mark.parametrize(

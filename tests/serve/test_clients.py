@@ -16,11 +16,7 @@ from servers import NAME, USER, Server, serving, tiny_decoder, until
 from specdec.base.errors import SpecDecError
 from specdec.serve.clients import Key, find_client, read_keys
 
-KEYS = (
-    Key(name="ann", key="sk-ann"),
-    Key(name="bob", key="sk-bob"),
-    Key(name="cy", key="sk-cy", learn=False),
-)
+KEYS = (Key(name="ann", key="sk-ann"), Key(name="bob", key="sk-bob"), Key(name="cy", key="sk-cy", learn=False))
 BODY: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 4, "temperature": 0}
 
 

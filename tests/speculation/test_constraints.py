@@ -30,13 +30,7 @@ from specdec.engine.request import Event
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.constraints import (
-    LONGEST,
-    CompiledConstraint,
-    Constraint,
-    ConstraintState,
-    compile_constraint,
-)
+from specdec.speculation.constraints import LONGEST, CompiledConstraint, Constraint, ConstraintState, compile_constraint
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.state import State

@@ -95,10 +95,7 @@ def test_replay_sees_what_was_decided_by() -> None:
     ("settings", "message"),
     [
         ({"guidance_scale": 2.0}, "has a state that cannot be rolled back"),
-        (
-            {"repetition_penalty": -1.0},
-            "generation_config cannot be used: `penalty` has to be a strictly positive",
-        ),
+        ({"repetition_penalty": -1.0}, "generation_config cannot be used: `penalty` has to be a strictly positive"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:

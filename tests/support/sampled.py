@@ -66,11 +66,7 @@ def expected(model: PreTrainedModel, temperature: float, top_p: float, count: in
 
 
 def fit(
-    target: Target,
-    drafter: Drafter,
-    temperature: float = 0.8,
-    top_p: float = 0.9,
-    verifier: Verifier | None = None,
+    target: Target, drafter: Drafter, temperature: float = 0.8, top_p: float = 0.9, verifier: Verifier | None = None
 ) -> float:
     """Return the p-value of the first three tokens, sampled by the engine with ``drafter`` in many rows."""
     given = {"temperature": temperature, "top_p": top_p, "seed": 11}

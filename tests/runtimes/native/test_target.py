@@ -139,8 +139,7 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
 
 
 @pytest.mark.parametrize(
-    ("family", "kv_cache"),
-    [("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")],
+    ("family", "kv_cache"), [("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")]
 )
 @torch.inference_mode()
 def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> None:

@@ -67,8 +67,7 @@ def test_passes_are_recorded_once_for_each_bucket_and_again_when_the_cache_grows
 
 
 @pytest.mark.parametrize(
-    "drafter",
-    ["m2r2: projection", "m2r2-paper", "layer-skip", "lookahead (tree)", "medusa (tree)"],
+    "drafter", ["m2r2: projection", "m2r2-paper", "layer-skip", "lookahead (tree)", "medusa (tree)"]
 )
 def test_generations_are_the_models_own(drafter: str) -> None:
     """A batch whose rows end one after the other; twice, in the same buffer."""
