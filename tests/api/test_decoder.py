@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from refusals import refused
 from tiny import greedy_reference, save_tiny, tiny_model
 from tiny_tokenizers import Letters, special_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -102,9 +103,9 @@ def test_wrong_options_are_refused_by_name(decoder: SpecDecoder, name: str) -> N
     }
     for value in WRONG[name]:
         for method in methods.values():
-            with pytest.raises(SpecDecError, match=rf"^{name}(\.\S+)? must be ") as caught:
+            with refused(rf"^{name}(\.\S+)? must be ") as caught:
                 method(**{name: value})
-            assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
+            assert len(str(caught.value)) < 160
     assert decoder.generate(PROMPT, max_new_tokens=2).finish_reason == "length"  # nothing is left open
 
 
@@ -128,9 +129,7 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         "open": lambda: decoder.open([PROMPT], max_tokens=5),  # type: ignore[call-arg]
     }
     for method, call in calls.items():
-        with pytest.raises(
-            SpecDecError, match=rf"^SpecDecoder.{method} takes no 'max_tokens' .did you mean 'max_new_t"
-        ):
+        with refused(rf"^SpecDecoder.{method} takes no 'max_tokens' .did you mean 'max_new_t"):
             call()
     with pytest.raises(SpecDecError, match=r"^SpecDecoder takes no 'drafters' \(did you mean 'drafter'\?\); it takes"):
         SpecDecoder(llama, drafters="none")  # type: ignore[call-arg]

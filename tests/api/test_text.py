@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from tiny_tokenizers import Bytes, special_tokenizer
 
 from specdec.api.text import PLACEHOLDERS, Detokenizer, encode
@@ -125,9 +126,8 @@ def test_unusable_prompts_are_refused(tokenizer, prompt, options, message) -> No
     ids=lambda prompt: type(prompt).__name__,
 )
 def test_what_is_no_prompt_is_refused_by_name(prompt) -> None:
-    with pytest.raises(SpecDecError, match=r"^prompts\[3\] must be text, token ids .*; got ") as caught:
+    with refused(r"^prompts\[3\] must be text, token ids .*; got "):
         encode(Chat(), prompt, name="prompts[3]")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

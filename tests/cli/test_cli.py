@@ -272,22 +272,17 @@ def test_no_prompt_at_a_terminal_shows_an_example(monkeypatch: pytest.MonkeyPatc
         generate._read(None)
 
 
-def failing(error: BaseException):
-    def fail(*args):
-        raise error
-
-    return fail
-
-
 def test_a_full_disk_and_a_full_memory_are_told_plainly(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "_decode", failing(OSError(errno.ENOSPC, "No space left on device", "/some/file")))
+    monkeypatch.setattr(
+        generate, "_decode", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device", "/some/file"))
+    )
     assert "no space left on the disk while writing '/some/file'" in one_line_error(run("x"))
-    monkeypatch.setattr(generate, "_decode", failing(RuntimeError("x: can't allocate memory: you tried")))
+    monkeypatch.setattr(generate, "_decode", Mock(side_effect=RuntimeError("x: can't allocate memory: you tried")))
     assert "out of memory" in one_line_error(run("x"))
 
 
 def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "_decode", failing(TypeError("two\nlines")))
+    monkeypatch.setattr(generate, "_decode", Mock(side_effect=TypeError("two\nlines")))
     line = one_line_error(run("x"), code=1)
     assert line == "error: unexpected TypeError: two lines; run with SPECDEC_DEBUG=1 for the traceback"
     assert "Traceback" in run("x", "--verbose").stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -47,10 +48,8 @@ def test_json_holds_what_the_lines_print_and_neither_a_secret(empty_cache: Path,
 
 
 def test_kernels_that_are_missing_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing() -> None:
-        raise SpecDecError("the native kernels are not built")
 
-    monkeypatch.setattr(library, "load", missing)
+    monkeypatch.setattr(library, "load", Mock(side_effect=SpecDecError("the native kernels are not built")))
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
     reason = "the native kernels are not built"
     assert doctor._kernels() == {"built": False, "usable": False, "reason": reason, "instructions": ""}

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor
@@ -242,9 +243,8 @@ def test_what_does_not_fit_is_refused_in_one_line(
     target: TransformersTarget, tmp_path: Path, changes: dict[str, Any], text: str
 ) -> None:
     folder = save(tmp_path / "head", zoo.eagle3(target).network, target, **changes)
-    with pytest.raises(SpecDecError, match=text) as error:
+    with refused(text):
         Eagle3Drafter.load(target, str(folder))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

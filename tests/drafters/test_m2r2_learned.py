@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -232,10 +233,8 @@ def test_what_a_killed_process_left_is_removed(target: Target) -> None:
 
 @pytest.mark.parametrize("step", ["save_file", "os.replace"])
 def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch, step: str) -> None:  # type: ignore[no-untyped-def]
-    def full(*args: object, **more: object) -> None:
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(f"specdec.drafters.m2r2.learned.{step}", full)
+    monkeypatch.setattr(f"specdec.drafters.m2r2.learned.{step}", Mock(side_effect=OSError("No space left on device")))
     with pytest.warns(SpecDecWarning, match="cannot be kept: No space left") as warned:
         learner = taught(target, 24)
         learner.save()

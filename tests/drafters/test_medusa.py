@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor
@@ -163,9 +164,8 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
         (tmp_path / "nothing", {}, "does not exist"),
     ):
         name = "medusa" if source is None else f"medusa={source}"
-        with pytest.raises(SpecDecError, match=message) as caught:
+        with refused(message):
             SpecDecoder(llama, drafter=name, drafter_options=options, runtime="transformers")
-        assert "\n" not in str(caught.value)
     with pytest.raises(SpecDecError, match="nodes must be greater than or equal to 1; got 0"):
         MedusaDrafter(random_network(), nodes=0)
 

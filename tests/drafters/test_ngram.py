@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -238,11 +239,8 @@ def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through
     assert 3 not in found.tokens and found.tokens[0] == 4 and max(map(len, asked)) == 2
     assert math.exp(found.scores[0]) <= 1
 
-    def failing(path: list[int]) -> torch.Tensor:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        Grower()(text, [(own, 1.0)], 4, None, failing)
+        Grower()(text, [(own, 1.0)], 4, None, Mock(side_effect=KeyboardInterrupt))
 
 
 @settings(max_examples=25, deadline=None)

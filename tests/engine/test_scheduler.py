@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -225,10 +226,7 @@ def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -
 def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(decoder: SpecDecoder, monkeypatch) -> None:
     engine, layers = decoder.engine(), decoder.target.layers
 
-    def broken(*arguments: Any) -> torch.Tensor:
-        raise MemoryError("no memory")
-
-    monkeypatch.setattr(decoder.target, "layers", broken)
+    monkeypatch.setattr(decoder.target, "layers", Mock(side_effect=MemoryError("no memory")))
     [event] = engine.submit(Request(PROMPTS[0], 9))
     assert event.finish_reason == "error" and "MemoryError: no memory" in str(event.error)
     monkeypatch.setattr(decoder.target, "layers", layers)
@@ -238,12 +236,10 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(decoder: SpecDe
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(decoder: SpecDecoder, monkeypatch) -> None:
-    def fail(error: BaseException) -> None:
-        raise MemoryError("also here")
 
     engine, go = decoder.engine(), threading.Event()
     monkeypatch.setattr(engine, "_step", lambda: go.wait(300) and 1 / 0)
-    monkeypatch.setattr(engine, "_fail", fail)
+    monkeypatch.setattr(engine, "_fail", Mock(side_effect=MemoryError("also here")))
     handles = [engine.submit(Request(PROMPTS[0], 3)) for _ in range(3)]
     found: list[str | None] = []
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from tiny import save_tiny, tiny_model
 from torch import Tensor
 from transformers import (
@@ -194,10 +195,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(given: dict[str, Any], text:
     ],
 )
 def test_wrong_settings_are_refused(given: dict[str, Any], text: str) -> None:
-    with pytest.raises(SpecDecError, match=text) as error:
+    with refused(text):
         spec = SpecGenerate(**{"drafter": "prompt-lookup"} | given)
         tiny_model().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False, custom_generate=spec)
-    assert "\n" not in str(error.value)
 
 
 def test_encoder_decoder_models_are_refused() -> None:

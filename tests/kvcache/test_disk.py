@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -200,10 +201,8 @@ def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_the_writing_and_not_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(disk, "write_atomically", refuse)
+    monkeypatch.setattr(disk, "write_atomically", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     made = decoder()
     right = made.generate(PROMPT, **ASK).token_ids
     with pytest.warns(SpecDecWarning, match="nothing more is written") as said, engine_of(made, tmp_path) as engine:
@@ -296,9 +295,7 @@ def test_a_text_is_read_for_the_disk_in_the_writing_thread(tmp_path: Path, monke
 
 
 def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*given: Any, **more: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
+    refuse = Mock(side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS)))
     made = decoder()
     with engine_of(made, tmp_path) as engine:
         right, _ = answer(engine, made, PROMPT)
@@ -342,15 +339,12 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
 def test_an_error_of_any_kind_ends_writing_and_no_thread(tmp_path, monkeypatch, ignored: bool) -> None:
     """Also where its warning is an error."""
 
-    def broken(cache: KVCache, *place: int) -> dict[str, torch.Tensor]:
-        raise RuntimeError("out of memory\non the device")
-
     made = decoder()
     monkeypatch.setattr(threading, "excepthook", lambda *what: None)
     with warnings.catch_warnings(record=ignored) as said, engine_of(made, tmp_path) as engine:
         warnings.simplefilter("always" if ignored else "error", SpecDecWarning)
         with monkeypatch.context() as patch:
-            patch.setattr(KVCache, "read", broken)
+            patch.setattr(KVCache, "read", Mock(side_effect=RuntimeError("out of memory\non the device")))
             assert len(answer(engine, made, PROMPT)[0]) == 12
             if ignored:
                 finish(engine)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from passes import apart
+from refusals import refused
 from tiny import ROPES, SMALL, greedy_reference, rough_model, sizes_of
 from tiny_gguf import ARCHITECTURES, write_family, write_gguf, write_model
 from torch import nn
@@ -166,9 +167,8 @@ def test_types_that_cannot_be_read_are_refused_in_one_sentence(cache, tmp_path, 
     assert data.count(name) == 1 and width // size <= 8
     place = data.index(name) + len(name)
     path.write_bytes(data[:place] + struct.pack("<I", gguf.GGMLQuantizationType[kind]) + data[place + 4 :])
-    with pytest.raises(SpecDecError, match=f"has tensors of type {kind}, which cannot be read; get a file of") as error:
+    with refused(f"has tensors of type {kind}, which cannot be read; get a file of"):
         loading.load(path)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next"])
@@ -399,9 +399,8 @@ def test_a_broken_file_is_one_line_and_leaves_nothing(cache, tmp_path, damage, t
     path = tmp_path / "it.gguf"
     write_gguf(path)
     damage(path)
-    with pytest.raises(SpecDecError, match=text) as error:
+    with refused(text):
         loading.load(path)
-    assert "\n" not in str(error.value)
     assert not list((cache.root / "models").glob("*"))
 
 
@@ -452,9 +451,7 @@ def test_arrays_of_a_header_are_bounded_together(tmp_path):
 
 def test_tensors_without_a_place_are_refused(cache, tmp_path):
     path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", **{"blk.0.attn_q.bias": np.ones(32, np.float32)})
-    with pytest.raises(
-        SpecDecError, match=r"1 tensors that do not belong to a llama model .*, such as 'blk.0.attn_q.bias'"
-    ):
+    with refused(r"1 tensors that do not belong to a llama model .*, such as 'blk.0.attn_q.bias'"):
         loading.load(path)
 
 

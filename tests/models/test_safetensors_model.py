@@ -8,10 +8,12 @@ import shutil
 import struct
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from passes import play
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import save_native, save_tiny_moe
 from tiny_gguf import write_model
@@ -228,9 +230,8 @@ def test_a_mixture_that_lacks_something_is_one_line(tmp_path: Path, change: Any)
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(SpecDecError, match=r"do not fit its config.json|cannot load model") as error:
+    with refused(r"do not fit its config.json|cannot load model"):
         loading.load(folder)
-    assert "\n" not in str(error.value)
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
@@ -284,10 +285,8 @@ def test_a_changed_config_is_checked_again(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_without_a_place_for_its_entry_transformers_loads_it(folder: Path, monkeypatch, capsys) -> None:
-    def refuse(*given: Any) -> Any:
-        raise OSError(30, os.strerror(30))
 
-    monkeypatch.setattr(prepare, "work_folder", refuse)
+    monkeypatch.setattr(prepare, "work_folder", Mock(side_effect=OSError(30, os.strerror(30))))
     assert isinstance(loading.load(folder)[0], PreTrainedModel)
     assert "Read-only file system; set SPECDEC_CACHE to use another folder" in capsys.readouterr().err.replace(
         "\n", " "

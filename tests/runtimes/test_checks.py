@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MethodType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,10 +114,7 @@ def test_numbers_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyPatch
 def test_full_memory_is_no_fault_of_the_model(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised as it is, and no slower runtime is taken."""
 
-    def full(*given: Any) -> Tensor:
-        raise error
-
-    monkeypatch.setattr(TorchTarget, "layers", full)
+    monkeypatch.setattr(TorchTarget, "layers", Mock(side_effect=error))
     with pytest.raises(RuntimeError) as found:
         make_target(tiny_model("llama"))
     assert found.value is error

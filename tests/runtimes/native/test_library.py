@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from refusals import refused
 from tiny import tiny_model
 
 from specdec.base.errors import SpecDecError
@@ -75,9 +76,7 @@ def test_an_unknown_instruction_set_is_an_error(missing: None, monkeypatch: pyte
     monkeypatch.setenv(library.LEVEL, "sse2")
     model = tiny_model("llama").bfloat16()
     for function in (library.load, library.runs, lambda: make_target(model)):
-        with pytest.raises(
-            SpecDecError, match=f"SPECDEC_NATIVE='sse2' is unknown; it is {library.LEVELS[1]}.* or {library.LEVELS[-1]}"
-        ):
+        with refused(f"SPECDEC_NATIVE='sse2' is unknown; it is {library.LEVELS[1]}.* or {library.LEVELS[-1]}"):
             function()
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -78,11 +79,8 @@ def kept(path: Path) -> list[Path]:
 def forbid(monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> None:
     """These must not be called."""
 
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError
-
     for place, name in functions:
-        monkeypatch.setattr(place, name, stop)
+        monkeypatch.setattr(place, name, Mock(side_effect=AssertionError))
 
 
 CHECKSUM = 0x46541EDA1E5ADB84  # of the bytes 0 to 255
@@ -242,10 +240,8 @@ def test_a_check_that_is_no_number_is_not_trusted(path, monkeypatch):
 
 
 def test_a_model_that_fails_its_check_is_not_kept(path, monkeypatch):
-    def fail(target: Target) -> float:
-        raise SpecDecError("the native runtime gives other logits")
 
-    monkeypatch.setattr(native, "check_logits", fail)
+    monkeypatch.setattr(native, "check_logits", Mock(side_effect=SpecDecError("the native runtime gives other logits")))
     assert make_target(loading.load(path)[0])[0].runtime != "native"
     assert not kept(path) and not [*path.parent.rglob("*.part")]
 
@@ -267,10 +263,8 @@ def fills_up(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    def refuse(place: Path) -> Any:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(packed_file, "locked", refuse)
+    monkeypatch.setattr(packed_file, "locked", Mock(side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS))))
 
 
 @either
@@ -286,11 +280,9 @@ def test_without_a_place_weights_are_packed_in_memory(path, monkeypatch, capsys,
 
 
 def test_an_interrupted_write_leaves_nothing(path, monkeypatch):
-    def interrupt(target: Target) -> float:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(native, "check_logits", interrupt)
+        patch.setattr(native, "check_logits", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load(path)
     assert not kept(path) and not [*path.parent.rglob("*.part")]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import ALL_LAYERS
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes.decoder_layer import recurrent
-from specdec.runtimes.draft_path import DraftRoots, Masks, TreeLimits
+from specdec.runtimes.draft_path import DraftRoots, TreeLimits
 from specdec.runtimes.native import library, linear, packing
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
@@ -364,7 +365,7 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
     assert len(drafted(target, cache, roots, route, free).tokens) == 16
     for error in (ValueError("no mask"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            drafted(target, cache, roots, route, limits, raising(error))
+            drafted(target, cache, roots, route, limits, Mock(side_effect=error))
         assert cache.lengths == [3] * 4
 
 
@@ -425,13 +426,6 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
         for now, before, n in zip(together.data, held, lengths, strict=True)
     )
     assert len({tuple(chain) for chain in alone}) > 1
-
-
-def raising(error: BaseException) -> Masks:
-    def masks(text: Sequence[int]) -> torch.Tensor | None:
-        raise error
-
-    return masks
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -182,10 +183,7 @@ def test_the_cache_doubles_counts_and_is_released(monkeypatch: pytest.MonkeyPatc
 def test_a_full_device_says_so() -> None:
     target = CapturedTarget(tiny_model("llama"), record=Replay)
 
-    def full(run: Callable[[], None]) -> Callable[[], None]:
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-
-    target.record = full
+    target.record = Mock(side_effect=torch.OutOfMemoryError("tried to allocate 20 GiB"))
     target.captured.clear()
     with pytest.raises(SpecDecError, match=r"the memory of this device is full; lower --kv-memory .*\(tried to"):
         next_logits(target, target.new_cache(1), torch.tensor([[5]]))
