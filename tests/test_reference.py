@@ -132,9 +132,7 @@ def test_greedy_is_generate() -> None:
     width=st.integers(1, 3),
     right=st.sampled_from([0.0, 0.6, 0.9, 1.0]),
 )
-def test_any_drafts(
-    family: str, prompts: list[list[int]], ways: list[int], depth: int, width: int, right: float
-) -> None:
+def test_any_drafts(family, prompts, ways, depth, width, right) -> None:
     """Chains and trees in batches whose rows choose differently; tokens are right as often as ``right`` says."""
     rows = list(zip(prompts, ways, strict=False))
     texts = [continued(family, tuple(prompt), way) for prompt, way in rows]

@@ -74,9 +74,7 @@ def taught(lesson: tuple[Path, str], tmp_path: Path) -> Path:
     return lesson[0] / "tiny"
 
 
-def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(
-    lesson: tuple[Path, str], taught: Path, tmp_path: Path
-) -> None:
+def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(lesson, taught, tmp_path) -> None:
     folder, said = taught, lesson[1]
     assert "tokens; mean acceptance length on held-out questions: " in said and "learned from 0 tokens" not in said
     [kept] = json.loads(run("status", "--json")[0])

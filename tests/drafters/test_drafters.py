@@ -55,9 +55,7 @@ def proposals(target: Target, drafter: Drafter, member: Drafter | None = None) -
     ("drafter", "useless"),
     [(EarlyExitDrafter(2), (2, 3)), (LayerSkipDrafter(), (1,)), (LayerSkipDrafter([0, 2]), (0, 2))],
 )
-def test_leaving_out_layers_that_change_nothing_is_always_right(
-    llama: PreTrainedModel, drafter: Drafter, useless: tuple[int, ...]
-) -> None:
+def test_leaving_out_layers_that_change_nothing_is_always_right(llama, drafter, useless) -> None:
     _, loop = run(TransformersTarget(without(llama, *useless)), drafter, PROMPTS, 21)
     for metrics in loop.metrics:
         assert set(metrics.per_step_accepted[:-1]) == {4}  # the last round may be cut by the end of the text
@@ -72,9 +70,7 @@ def test_leaving_out_layers_that_change_nothing_is_always_right(
         (LayerSkipDrafter([0]), [(1, 4, 1)], [(0, 4, 5)]),
     ],
 )
-def test_scoring_resumes_where_the_draft_left_the_exact_path(
-    llama: PreTrainedModel, drafter: Drafter, drafted: list[tuple[int, int, int]], scored: list[tuple[int, int, int]]
-) -> None:
+def test_scoring_resumes_where_the_draft_left_the_exact_path(llama, drafter, drafted, scored) -> None:
     first_round = 4 * drafted + scored
     assert layers_run(TransformersTarget(llama), drafter)[: len(first_round)] == first_round
 
@@ -278,9 +274,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("drafter", "options", "message"), REFUSED)
-def test_bad_options_are_refused_in_one_line(
-    llama: PreTrainedModel, drafter: str, options: dict[str, Any], message: str
-) -> None:
+def test_bad_options_are_refused_in_one_line(llama, drafter, options, message) -> None:
     with refused(message):
         SpecDecoder(llama, drafter=drafter, drafter_options=options, runtime="transformers")
 

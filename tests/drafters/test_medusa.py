@@ -98,7 +98,6 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     draft = drafter.propose(state, 2)
     assert draft.parents == (0, 1, 0, 1)  # 0.6, 0.33, 0.25, 0.15, and no 0.1375
     assert draft.tokens.tolist() == [[7, 3, 8, 4]]
-    assert draft.found is not None
     assert sum(map(math.exp, draft.found.rows[0].scores[:4])) == pytest.approx(1.33)
     assert draft.found.rows[0].raw[0][:4] == pytest.approx([0.6, 0.55, 0.25, 0.25])
     state.prices = Prices([0.14 * n for n in range(25)], tables=[[[0.1] * len(KNOTS)]])

@@ -336,19 +336,14 @@ COPIED, NEW = [5, 6, 7, 8, 9, 10, 11] * 4, list(range(20, 40))
         (NEW, 0.35, 0.2, 1, True),  # they are rarely right
     ],
 )
-def test_ngrams_draft_alone_where_levels_cost_more_than_they_may_add(
-    llama: PreTrainedModel, text: list[int], level: float, rate: float, rows: int, alone: bool
-) -> None:
+def test_ngrams_draft_alone_where_levels_cost_more_than_they_may_add(llama, text, level, rate, rows, alone) -> None:
     draft, second = pair(llama, text, prices_of(level, rate, rows), rows)
-    assert draft.found is not None
     assert (not second.given) == alone == (draft.found.levels == 0)
     assert len(draft.found.rows[0].raw) == (1 if alone else 3)
     assert not alone or text is NEW or len(draft.lists()[0]) > 3
 
 
-def test_without_prices_and_before_anything_is_learned_as_many_nodes_are_drafted_as_are_asked_for(
-    llama: PreTrainedModel,
-) -> None:
+def test_without_prices_and_before_anything_is_learned_as_many_nodes_are_drafted_as_are_asked_for(llama) -> None:
     branches = [token for other in range(20, 36) for token in (5, other, other + 20)] + [5]
     draft, second = pair(llama, branches, None, learned=Candidates.none())
     assert second.given and len(draft.lists()[0]) == 8

@@ -84,9 +84,7 @@ class Breaks(TransformersTarget):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
-def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
-    llama: PreTrainedModel, temperature: float, prompts: list[list[int]]
-) -> None:
+def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(llama, temperature, prompts) -> None:
     whole, _ = run(TransformersTarget(llama), NoDrafter(), prompts, 20, eos=None, temperature=temperature)
     target = Breaks(llama)
     target.position = 9

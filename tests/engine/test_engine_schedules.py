@@ -312,7 +312,6 @@ class Schedules(RuleBasedStateMachine):
         going = [case for case in self.cases if case.request.finish_reason is None]
         if going:
             case = going[data.draw(st.integers(0, 99), label="case") % len(going)]
-            assert case.handle is not None
             case.handle.cancel()
 
     @precondition(lambda self: self.engine.busy)
@@ -370,7 +369,6 @@ class Schedules(RuleBasedStateMachine):
     def check(self, case: Case) -> None:
         request, (tokens, reason) = case.request, case.expected()
         found = new_tokens(request)
-        assert case.handle is not None
         events = [event for event in case.handle if event.tokens or event.finish_reason]
         assert [token for event in events for token in event.tokens] == found and events[-1].finish_reason
         if request.finish_reason == "cancelled":
@@ -529,7 +527,6 @@ class BrokenSteps(Schedules):
         if error is None or "no memory left" not in str(error):
             super().check(case)
             return
-        assert case.handle is not None
         events = list(case.handle)
         found = [token for event in events for token in event.tokens]
         assert events[-1].finish_reason == "error" and found == case.plain.tokens[: len(found)]

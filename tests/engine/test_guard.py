@@ -100,9 +100,7 @@ def test_a_drafter_comes_back_in_the_middle_of_the_rows(engine: Engine, drafter:
     ]
 
 
-def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(
-    engine: Engine, drafter: Failing, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(engine, drafter, clock, caplog) -> None:
     caplog.set_level(logging.WARNING, "specdec")
     engine.submit(Request(PROMPTS[0], 50))
     drafter.faulty, pauses = True, []
@@ -123,9 +121,7 @@ def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(
 
 
 @pytest.mark.parametrize("method", ["bind", "begin"])
-def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
-    engine: Engine, drafter: Failing, clock: Clock, method: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_drafter_that_fails_as_it_comes_back_is_off_again(engine, drafter, clock, method, caplog) -> None:
     caplog.set_level(logging.INFO, "specdec")
     request, calls = Request(PROMPTS[0], 50), itertools.count()
     engine.submit(request)
@@ -149,9 +145,7 @@ def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
     assert ["on again" in line for line in lines(caplog)] == [False, False, True]
 
 
-def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(
-    llama: PreTrainedModel, drafter: Failing, clock: Clock
-) -> None:
+def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(llama, drafter, clock) -> None:
     drafter.learner, drafter.faulty = SimpleNamespace(work=drafter.work, version=0), True  # type: ignore[assignment]
     with Engine(TransformersTarget(llama), drafter, ExactVerifier(), FixedDepth(2), learn=True) as engine:
         engine._learn()

@@ -97,9 +97,7 @@ def buffers(cache: KVCache) -> int:
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(
-    llama: PreTrainedModel, reuse: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_in_the_background_waits_for_others_which_begin_with_it(llama, reuse, monkeypatch) -> None:
     monkeypatch.setattr(scheduler, "TIMED", 8)
     target = TransformersTarget(llama)
     engine = plain_engine(target, prefill_chunk=16, max_rows=1, prefixes=PrefixStore() if reuse else None)

@@ -116,7 +116,6 @@ def test_a_row_is_copied_as_far_as_it_is_shared_and_joins_rows_without_entries(l
     assert joined.rows == [0, 2, 0, 4]
     mask, new = joined.register(0, torch.tensor(joined.rows)[:, None]), entries([[11], [12], [13], [14]])
     seen, visible = [joined.append(layer, new, -new)[0] for layer in range(3)], mask.bool_mask()
-    assert visible is not None
     for row, expected in enumerate(([11], [4, 9, 12], [13], [1, 2, 3, 7, 14])):
         for keys in seen:
             assert keys[row, 0, visible[row, 0, 0], 0].int().tolist() == expected

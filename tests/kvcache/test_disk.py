@@ -69,7 +69,6 @@ def forget(engine: Engine) -> None:
 def finish(engine: Engine) -> None:
     """Wait until everything is written."""
     done, kept = threading.Event(), engine.scheduler.disk
-    assert kept is not None
     kept.jobs.put(done.set)
     assert done.wait(300)
 
@@ -168,7 +167,6 @@ def test_a_chunk_that_made_room_since_it_was_found_is_no_damage(tmp_path, monkey
     with engine_of(made, tmp_path) as engine, warnings.catch_warnings():
         warnings.simplefilter("error", SpecDecWarning)
         kept, found = engine.scheduler.disk, list[list[str]]()
-        assert kept is not None
 
         def late(ids: list[int], scope: str | None) -> list[str]:
             found.append(PrefixDisk._there(kept, ids, scope))
@@ -184,7 +182,6 @@ def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
     made = decoder()
     with engine_of(made, tmp_path) as engine:
         answer(engine, made, PROMPT[:18], max_new_tokens=2)
-        assert engine.scheduler.disk is not None
     one = files(tmp_path)[0].stat().st_size
     limit = 6 * one + one // 2
     (tmp_path / "note.txt").write_text("not a chunk")
@@ -275,7 +272,6 @@ def test_a_text_is_read_for_the_disk_in_the_writing_thread(tmp_path: Path, monke
     made = decoder("native")
     with engine_of(made, tmp_path) as engine:
         kept = engine.scheduler.disk
-        assert kept is not None
         right, _ = answer(engine, made, PROMPT)
         waits = kept.pending
         longer = [*PROMPT, *right, 5]
@@ -396,7 +392,6 @@ def test_recurrent_states_are_on_disk_with_their_chunks(family: str, runtime: st
         right = made.with_drafter("none").generate(longer, **ASK).token_ids
         assert answer(engine, made, longer) == (right, 64)
         cached = engine.scheduler.disk
-        assert cached is not None
         states = [*cached.folder.glob(f"{disk._states([*cached._names(PROMPT, None)][3])}.*")]
     states[0].write_bytes(b"")  # the text begins where there are states before it
     with engine_of(made, tmp_path) as engine, pytest.warns(SpecDecWarning, match="is damaged and is removed"):

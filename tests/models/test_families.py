@@ -162,9 +162,7 @@ MORE = r"describes over twice the \d+ weights of its files"
         ("qwen3_next", {"linear_value_head_dim": 4000}, MORE),
     ],
 )
-def test_sizes_are_bounded_before_anything_is_allocated(
-    tmp_path: Path, kind: str, changes: dict[str, Any], text: str
-) -> None:
+def test_sizes_are_bounded_before_anything_is_allocated(tmp_path, kind, changes, text) -> None:
     folder = save_tiny(tmp_path) if kind == "llama" else save_tiny_moe(tmp_path, kind)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))

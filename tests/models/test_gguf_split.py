@@ -111,9 +111,7 @@ def repository(fake: type[FakeHub], parts: list[Path], tmp_path: Path) -> type[F
 
 
 @pytest.mark.parametrize("member", ["tiny-Q4_0-00002-of-00003.gguf", "tiny-Q4_0", "q4_0", "Tiny-Q4_0"])
-def test_all_parts_of_a_repositorys_file_are_downloaded(
-    cache: SimpleNamespace, repository: type[FakeHub], tmp_path: Path, member: str
-) -> None:
+def test_all_parts_of_a_repositorys_file_are_downloaded(cache, repository, tmp_path, member) -> None:
     assert text(f"{REPOSITORY}:{member}") == text(tmp_path / "tiny.gguf")
     assert set(repository.fetched) == {f"tiny-Q4_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)}
     fetched = len(repository.fetched)

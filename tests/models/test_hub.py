@@ -57,9 +57,7 @@ def test_what_is_no_drafter_is_one_line(fake: type[FakeHub], files: dict[str, by
         DrafterSpec.parse(asked).resolved()
 
 
-def test_a_hub_that_cannot_list_files_is_not_one_without_them(
-    fake: type[FakeHub], cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_cannot_list_files_is_not_one_without_them(fake, cache, tmp_path, monkeypatch) -> None:
     """Also where the configuration is in the cache."""
     folder, get = save_native(tmp_path / "native"), fake.do_GET
     fake.repositories["some/one"] = {path.name: path.read_bytes() for path in folder.iterdir()}

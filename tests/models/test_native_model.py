@@ -174,9 +174,7 @@ print(make_target(loading.load(sys.argv[1])[0])[0].runtime)
 
 @needs_native
 @pytest.mark.slow
-def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelling_classes(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelling_classes(cache, tmp_path) -> None:
     write_gguf(tmp_path / "it.gguf", width=128, packed=gguf.GGMLQuantizationType.Q8_0, experts=4)
     run = subprocess.run([sys.executable, "-c", FIRST, tmp_path / "it.gguf"], capture_output=True, text=True)
     assert run.stdout.split() == ["native"], run.stderr

@@ -29,7 +29,6 @@ LAYERS, COUNT = (0, 1, 2), 32
 
 def mlp_of(target: Target, layer: int) -> GatedMLP:
     mlp = gated_mlp(target.block(layer))
-    assert mlp is not None
     return mlp
 
 

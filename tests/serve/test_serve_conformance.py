@@ -200,9 +200,7 @@ def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(othe
 @pytest.mark.parametrize(
     ("when", "stream"), [("waiting", False), ("in its prompt", True), ("decoding", False), ("decoding", True)]
 )
-def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(
-    other: SpecDecoder, when: str, stream: bool
-) -> None:
+def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(other, when, stream) -> None:
     text = known(other, GREEDY)
     engine = other.engine(max_rows=3, prefill_chunk=16, kv_memory=2**30)
     answers = list[str]()

@@ -259,7 +259,6 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     ids, xy = tokenizer(prompt).input_ids, tokenizer("xy").input_ids
     state = rule.state(ids)
     first = state.mask([])
-    assert first is not None
     if reasons == "inside":
         assert int(first.sum()) == 96 and not first[EOS]
     else:

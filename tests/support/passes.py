@@ -230,7 +230,6 @@ def seeded(target: Target) -> tuple[KVCache, DraftRoots]:
 def drafted(target: Target, *how: Any) -> Candidates:
     """Return what ``candidates_on_path`` drafts for the only row."""
     found = candidates_on_path(target, *how)
-    assert found is not None
     [row] = found
     return row
 

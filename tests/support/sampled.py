@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, TopPLogitsWarper
 from zoo import run
 
 from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.verifier import Acceptance, Verifier
@@ -71,5 +70,4 @@ def fit(
     """Return the p-value of the first three tokens, sampled by the engine with ``drafter`` in many rows."""
     given = {"temperature": temperature, "top_p": top_p, "seed": 11}
     out, _ = run(target, drafter, [PROMPT] * ROWS, 3, depth=2, eos=None, verifier=verifier, **given)
-    assert isinstance(target, TransformersTarget)
     return p_value(Counter(map(tuple, out)), expected(target.model, temperature, top_p), ROWS)

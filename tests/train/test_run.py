@@ -33,9 +33,7 @@ from specdec.train.trainer import train
 
 
 @pytest.mark.parametrize("path", [{}, {"exit_layer": 3, "segments": [], "final_projection": False, "draft_steps": 1}])
-def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
-    answers: Path, tmp_path: Path, path: dict[str, Any]
-) -> None:
+def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(answers, tmp_path, path) -> None:
     model, _ = loading.load("tiny")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     figures = train(recipe(answers, tmp_path / "out", steps=40, relative_rate=0.1, **path))
@@ -82,9 +80,7 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
 
 
-def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(answers, tmp_path, monkeypatch) -> None:
     out, step, said = tmp_path / "out", TrainingRun._step, list[str]()
 
     def beside(run: TrainingRun, *args: Any) -> dict[str, float]:
@@ -165,9 +161,7 @@ def test_a_drafter_is_stored_as_asked_and_a_run_may_begin_from_8_bits(answers: P
         recipe(answers, tmp_path / "odd", storage="int4")
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(answers, tmp_path, monkeypatch) -> None:
     loss = Teacher.loss
 
     def broken(teacher: Teacher, logits: torch.Tensor) -> torch.Tensor:

@@ -86,8 +86,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("drafter", "options", "message"), REFUSED)
-def test_bad_rules_are_refused_in_one_line(
-    llama: PreTrainedModel, drafter: str, options: dict[str, Any], message: str
-) -> None:
+def test_bad_rules_are_refused_in_one_line(llama, drafter, options, message) -> None:
     with refused(message):
         SpecDecoder(llama, drafter=drafter, verifier="confident", verifier_options=options, runtime="transformers")

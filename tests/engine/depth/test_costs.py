@@ -107,9 +107,7 @@ def test_a_pass_that_waited_for_something_else_hardly_counts() -> None:
 @pytest.mark.parametrize(
     ("level", "first", "fixed"), [(0.003, 0.002, 0.001), (0.0006, 0.0, 0.0001), (0.012, 0.02, 0.004)]
 )
-def test_a_level_the_first_one_and_the_rest_of_a_draft_have_costs_of_their_own(
-    level: float, first: float, fixed: float
-) -> None:
+def test_a_level_the_first_one_and_the_rest_of_a_draft_have_costs_of_their_own(level, first, fixed) -> None:
     """Passes take 60 ms, of which 5 % are assumed for a level."""
     model, rng = CostModel(0.1, (0.05,)), random.Random(3)
     model.add_pass(1, FLAT(1))

@@ -40,7 +40,6 @@ def run(world: World, seed: int) -> list[float]:
             if choice.depth:
                 draft = drafter.propose(state_of(rows, choice.prices, pair=True), choice.depth)
                 found, nodes = draft.found, sum(token >= 0 for own in draft.lists() for token in own)
-                assert found is not None
                 levels, drafting = found.levels, world.drafting(True, found.levels)
                 for own, paths, row in zip(taken, map(draft.paths, range(world.rows)), rows, strict=True):
                     right = [path for path in paths if all(map(row.rightly, range(len(path)), path))]

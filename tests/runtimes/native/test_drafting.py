@@ -50,7 +50,6 @@ def route_of(target: Target, seed: int = 0) -> tuple[DraftPath, list[int]]:
     """A draft path, and the tokens that its heads do not have."""
     torch.manual_seed(seed)
     route = random_route(target, heads=2)
-    assert route.tokens is not None
     return route, sorted(set(range(97)) - set(route.tokens.tolist()))
 
 
@@ -152,7 +151,6 @@ def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> No
     assert plain is not None and plain[0] == plain[1]
     trees = [given((other, 0, 0.99), (behind, 1, 0.99)), given((plain[1].tokens[0], 0, 0.01))]
     found = candidates_on_path(target, cache, replace(rows, given=trees), route, limits)
-    assert found is not None
     assert found[1].tokens == plain[1].tokens and found[1].raw == plain[1].raw
     assert {(other,), (other, behind)} <= by_path(found[0]).keys()
     chain = max(by_path(found[0]), key=len)
@@ -169,7 +167,6 @@ def test_a_path_whose_vocabulary_changes_drafts_as_a_new_one() -> None:
     target = sharp_target()
     cache, roots = seeded(target)
     route, _ = route_of(target)
-    assert route.tokens is not None
     both, limits = (route.heads, route.tokens), TreeLimits(3, 3)
     one = route.heads[:1], route.tokens[:50]
     for heads, tokens in (both, one, both):

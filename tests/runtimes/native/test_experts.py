@@ -58,7 +58,6 @@ def test_logits_are_those_of_experts_in_memory_to_the_bit(family: str, cache: fl
 def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
     target, chosen = NativeTarget(mixture(), expert_cache=0.5), dict[int, list[list[int]]]()
     experts = target.experts
-    assert isinstance(experts, MappedExperts)
     for layer in experts.layers:
         experts.layers[layer].there.clear()
     demand = experts._demand
@@ -176,7 +175,6 @@ def test_a_disk_that_fails_while_experts_are_read_is_one_line() -> None:
     """A file that ends too early: reading behind its end would kill the process."""
     target, ids = NativeTarget(mixture(), expert_cache=0.5), torch.arange(3, 43)[None]
     experts, cache = target.experts, target.new_cache()
-    assert isinstance(experts, MappedExperts)
     if experts.layers[0].advise(0, 22) == errno.EINVAL:
         pytest.skip("this system cannot read a file's pages ahead")
     os.ftruncate(experts.file.fileno(), 0)

@@ -53,9 +53,7 @@ def chain(target: NativeTarget, x: torch.Tensor, ends: list[int]) -> torch.Tenso
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
 @pytest.mark.parametrize(("family", "kinds", "changes"), CASES)
 @torch.inference_mode()
-def test_bits_depend_on_the_visible_keys_alone(
-    family: str, kinds: list[str], changes: dict, kv_cache: str, sharpness: float
-) -> None:
+def test_bits_depend_on_the_visible_keys_alone(family, kinds, changes, kv_cache, sharpness) -> None:
     model = in_blocks(family, kinds, **changes)
     x = torch.randn(1, LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16()
     found = []

@@ -63,7 +63,6 @@ def weights_of(path: Path) -> Path:
 
 def load(path: Path, **how: Any) -> NativeTarget:
     target = make_target(loading.load(path)[0], **how)[0]
-    assert isinstance(target, NativeTarget)
     return target
 
 

@@ -235,9 +235,7 @@ def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
 
 @pytest.mark.parametrize(("outputs", "kind", "least", "most"), [(50, "Q8", 0, 0.02), (11002, "Q4", 0.05, 0.12)])
 @torch.inference_mode()
-def test_maps_for_drafts_are_within_their_bits_and_do_not_depend_on_other_rows(
-    outputs: int, kind: str, least: float, most: float
-) -> None:
+def test_maps_for_drafts_are_within_their_bits_and_do_not_depend_on_other_rows(outputs, kind, least, most) -> None:
     torch.manual_seed(12)
     weight, bias, x = torch.randn(outputs, 192).bfloat16(), torch.randn(outputs).bfloat16(), torch.randn(70, 192)
     x, draft_only, dense = x.bfloat16(), linear.Packed([weight], bias, draft_only=True), linear.Packed([weight], bias)
@@ -275,9 +273,7 @@ CHAIN, WIDE_TREE, PRICED = TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 
     ],
 )
 @torch.inference_mode()
-def test_trees_grow_in_one_call_as_they_do_in_parts(
-    family: str, window: int | None, kv_cache: str, limits: TreeLimits
-) -> None:
+def test_trees_grow_in_one_call_as_they_do_in_parts(family, window, kv_cache, limits) -> None:
     model = model_of(family, **({} if window is None else {"sliding_window": window}))
     with torch.no_grad():
         if getattr(model.config, "final_logit_softcapping", None) is None:  # capped logits would all be the cap
@@ -486,7 +482,6 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
         ids = [[1] * (7 + seed)] * rows
         own = replace(roots, sampled=sampler.sampled(ids))
         found = candidates_on_path(target, cache, own, route, TreeLimits(1, 4))
-        assert found is not None
         scores = sampler.scores(logits.repeat(rows, 1)[:, None], lambda: [], tokens)
         noisy = sampler.perturb(scores, [[len(text)] for text in ids], target.vocab_size, tokens)[:, 0]
         for row, candidates in enumerate(found):

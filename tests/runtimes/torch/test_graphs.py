@@ -160,7 +160,6 @@ def test_a_mixed_load_is_captured_a_few_times() -> None:
 def test_the_cache_doubles_counts_and_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     target = CapturedTarget(tiny_model("llama", max_position_embeddings=1024), record=Replay)
     static = target.static
-    assert static is not None
     cache = target.new_cache(3)
     next_logits(target, cache, torch.full((3, 2), 5))
     assert static.whole is not None and static.whole.shape[2] == 4  # lanes

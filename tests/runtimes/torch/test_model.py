@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,9 +124,7 @@ FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [swapped, unordered, misrea
 
 @pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_kernels_is_found(
-    cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
-) -> None:
+def test_a_fault_of_the_kernels_is_found(cache, tmp_path, monkeypatch, fault) -> None:
     source: Any = tamed(rough_model("llama", **sizes_of("llama")))
     for layer in source.model.layers:  # scores differ, and what layers add is as large as what they are added to
         own, mlp = layer.self_attn, layer.mlp
