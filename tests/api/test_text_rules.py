@@ -106,20 +106,6 @@ def test_bad_words_do_not_come(model: PreTrainedModel, drafter: str) -> None:
             assert not any(word in out.text for word in words) and any(word in whole for word in words)
 
 
-def test_sampled_text_is_that_of_plain_decoding(model: PreTrainedModel) -> None:
-    asked = {
-        "temperature": 1.0,
-        "seed": 4,
-        "min_new_tokens": 6,
-        "stop_token_ids": [*range(3, 40)],
-        "bad_words": ["x", "QQ"],
-    }
-    plain = SpecDecoder(model, Letters(), "none").generate_batch(PROMPTS, max_new_tokens=COUNT, **asked)
-    drafted = SpecDecoder(model, Letters()).generate_batch(PROMPTS, max_new_tokens=COUNT, **asked)
-    assert [out.token_ids for out in plain] == [out.token_ids for out in drafted]
-    assert all(COUNT >= len(out.token_ids) > 6 and "x" not in out.text for out in plain)
-
-
 def test_a_prompt_is_encoded_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     read, given_ids = list[Any](), text._given_ids
     monkeypatch.setattr(text, "_given_ids", lambda prompt, name: read.append(prompt) or given_ids(prompt, name))

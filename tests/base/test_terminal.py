@@ -14,7 +14,6 @@ from rich.console import Console
 
 import specdec
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError
 
 NASTY = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\x7f\u202ec\r"
 SAFE = "a\\x1b]0;title\\x07\\x1b[2Jb\\x9b31m\\x7f\\u202ec\\x0d"
@@ -140,21 +139,6 @@ def test_progress_has_one_home() -> None:
         text = path.read_text("utf-8")
         if path.name != "terminal.py":
             assert not re.search(r"from rich\.progress import [^\n]*\bProgress\b|console\.status\(", text), path
-
-
-# --- standard streams ------------------------------------------------------------------------------------------------
-
-
-def test_a_stream_that_failed_writes_to_nowhere_from_then_on() -> None:
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-    stream = terminal.Stream(Full(), terminal._stdout_failed)
-    with pytest.raises(SpecDecError, match="cannot write to stdout: No space left on device"):
-        stream.write("x")
-    stream.write("x")
-    stream.flush()
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import torch
 from passes import apart
 from refusals import refused
-from tiny import ROPES, SMALL, greedy_reference, rough_model, sizes_of
+from tiny import ROPES, SMALL, rough_model, sizes_of
 from tiny_gguf import ARCHITECTURES, write_family, write_gguf, write_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig
@@ -290,13 +290,11 @@ def test_blocks_become_dense_weights_for_a_while_and_come_back(cache, tmp_path):
 @pytest.mark.parametrize("runtime", ["torch", "transformers"])
 def test_a_model_in_blocks_decodes_in_every_runtime(cache, tmp_path, runtime):
     path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", width=128)
-    expected = greedy_reference(reference(path, torch.bfloat16), [5, 6, 7], 8)
     model, tokenizer = loading.load(path)
     decoder = SpecDecoder(model, tokenizer, "prompt-lookup", runtime=runtime)
     out = decoder.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True)
     plain = SpecDecoder(reference(path), tokenizer, "none", runtime=runtime)
     assert out.token_ids == plain.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).token_ids
-    assert len(out.token_ids) == len(expected)
 
 
 @pytest.mark.parametrize(

@@ -297,14 +297,6 @@ def test_whatever_a_drafter_says_it_is_used_as_far_as_it_is_right(said: float, l
     assert by_source(policy, said, right, level, 0.2, 3000, 2) / 3000 <= best / 0.96
 
 
-def test_levels_that_become_good_are_noticed() -> None:
-    policy = sourced(0.1)
-    by_source(policy, 0.6, 0.02, 2.0, 0.2, 1000, 1)
-    by_source(policy, 0.6, 0.9, 2.0, 0.2, 3000, 2)
-    best = min((0.2 + 2 * k + seconds(1 + k)) / sum(0.9**i for i in range(k + 1)) for k in range(9))
-    assert by_source(policy, 0.6, 0.9, 2.0, 0.2, 1000, 3) / 1000 <= best / 0.96
-
-
 @pytest.mark.parametrize("others", [0, 7])
 def test_rows_that_never_draft_say_nothing_of_the_drafter(others: int) -> None:
     """A drafter that is always right is worth as much beside them, but for what they wait for."""
