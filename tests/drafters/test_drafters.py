@@ -16,6 +16,7 @@ import torch
 from pages import ROOT
 from refusals import refused
 from scripted import Scripted
+from spies import noted
 from tiny import greedy_reference, without
 from transformers import PreTrainedModel
 from zoo import PROMPTS, layers_run, m2r2, other_model, run, watched
@@ -78,14 +79,9 @@ def test_scoring_resumes_where_the_draft_left_the_exact_path(llama, drafter, dra
 # --- a second model ------------------------------------------------------------------------------------------------
 
 
-def test_the_model_as_its_own_draft_model_is_always_right_and_runs_nothing_twice(llama: PreTrainedModel) -> None:
-    own, fed, layers = TransformersTarget(llama), [], TransformersTarget.layers
-
-    def spy(x: torch.Tensor, *args: Any) -> torch.Tensor:
-        fed.append(x.shape[1])
-        return layers(own, x, *args)
-
-    own.layers = spy  # type: ignore[method-assign]
+def test_the_model_as_its_own_draft_model_is_always_right_and_runs_nothing_twice(llama, monkeypatch) -> None:
+    own = TransformersTarget(llama)
+    fed = noted(monkeypatch, own, "layers", lambda x, *more: x.shape[1])
     _, loop = run(TransformersTarget(llama), DraftModelDrafter(own), PROMPTS[:1], 21)
     assert loop.metrics[0].mean_acceptance_length == 5
     # Each of four rounds feeds what is new (the prompt and its token; then the last draft and the bonus), then drafts.

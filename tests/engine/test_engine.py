@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from scripted import Scripted, made
+from spies import noted
 from tiny import greedy_reference, model_of, tiny_model
 from transformers import PreTrainedModel
 from zoo import CHAINS, EOS, PROMPTS, TREES, m2r2, new_tokens, run, together
@@ -27,17 +28,10 @@ from specdec.verifiers.exact import ExactVerifier
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrainedModel, early: bool) -> None:
+def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama, early, monkeypatch) -> None:
     target = TransformersTarget(llama)
     drafter = m2r2(target, 2, ((2, 3),) if not early else (), not early, early)
-    calls: list[tuple[int, int, int, bool]] = []
-    layers = target.layers
-
-    def spy(x, lo, hi, given):
-        calls.append((lo, hi, x.shape[1], given.adapters is not None))
-        return layers(x, lo, hi, given)
-
-    target.layers = spy  # type: ignore[method-assign]
+    calls = noted(monkeypatch, target, "layers", lambda x, lo, hi, way: (lo, hi, x.shape[1], way.adapters is not None))
     drafter.bind(target)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
     engine.submit(Request(PROMPTS[0], 40))

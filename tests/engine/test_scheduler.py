@@ -13,6 +13,7 @@ import pytest
 import torch
 from builds import needs_native
 from scripted import Clock, Scripted
+from spies import noted
 from tiny import model_of, tiny_model
 from transformers import PreTrainedModel
 from zoo import PROMPTS, finish, new_tokens, plain_engine, step, together
@@ -140,14 +141,8 @@ def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: Pr
 
 
 def test_running_rows_wait_for_a_bounded_part_of_a_prompt(llama: PreTrainedModel, monkeypatch) -> None:
-    target, parts = TransformersTarget(llama), list[int]()
-    run_tokens = batch.run_tokens
-
-    def spy(target: Target, cache: Any, rows: list[list[int]], *more: Any) -> torch.Tensor:
-        parts.append(sum(map(len, rows)))
-        return run_tokens(target, cache, rows, *more)
-
-    monkeypatch.setattr(batch, "run_tokens", spy)
+    target = TransformersTarget(llama)
+    parts = noted(monkeypatch, batch, "run_tokens", lambda target, cache, rows, *more: sum(map(len, rows)))
     engine = plain_engine(target, prefill_chunk=8)
     running = Request(PROMPTS[0], 40)
     engine.submit(running)

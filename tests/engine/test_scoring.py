@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from builds import needs_native
 from scripted import Scripted
+from spies import noted
 from tiny import model_of, tiny_model
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -14,7 +16,6 @@ from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
@@ -22,21 +23,13 @@ from specdec.speculation.sampling import RowSampler, SamplingParams, Transforms
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
 
-needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
-
 
 @needs_native
 def test_sampled_rows_process_logits_after_accepted_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
-    drafter, processed = NgramDrafter(9, prior=False), list[int]()
+    target = NativeTarget(model_of("llama"))
+    drafter = NgramDrafter(9, prior=False)
     drafter.bind(target)
-    transform = Transforms.__call__
-
-    def spy(self, logits, prefixes, vocab=None):  # type: ignore[no-untyped-def]
-        processed.append(logits.shape[0] * logits.shape[1])
-        return transform(self, logits, prefixes, vocab)
-
-    monkeypatch.setattr(Transforms, "__call__", spy)
+    processed = noted(monkeypatch, Transforms, "__call__", lambda self, logits, *more: logits[..., 0].numel())
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
     samplers = [RowSampler(SamplingParams(temperature=0.3, seed=seed)) for seed in (1, 2)]
     rows = [Request([5, 6, 7, 5, 6, 7, 5, 6], 24, sampler) for sampler in samplers]

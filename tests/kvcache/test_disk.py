@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from at_once import BF16
+from spies import noted
 from tiny import change_unseen, model_of, tiny_model
 
 from specdec import SpecDecoder
@@ -241,13 +242,7 @@ def test_a_file_that_cannot_be_opened_stays(tmp_path: Path) -> None:
 
 def test_a_text_larger_than_the_limit_keeps_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is found, and is not written again and again."""
-    written, write = list[Path](), disk.write_atomically
-
-    def spy(path: Path, data: bytes) -> None:
-        written.append(path)
-        write(path, data)
-
-    monkeypatch.setattr(disk, "write_atomically", spy)
+    written = noted(monkeypatch, disk, "write_atomically", lambda path, data: path)
     made = decoder()
     with engine_of(made, tmp_path) as engine:
         answer(engine, made, PROMPT[:18], max_new_tokens=2)

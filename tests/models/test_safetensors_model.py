@@ -15,6 +15,7 @@ import torch
 from passes import play
 from refusals import refused
 from safetensors.torch import load_file, save_file
+from spies import noted
 from tiny import save_native, save_tiny_moe
 from tiny_gguf import write_model
 from tiny_tokenizers import special_tokenizer
@@ -270,13 +271,7 @@ def test_a_config_that_is_changed_in_its_place_is_read_again(folder: Path, tmp_p
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 def test_a_changed_config_is_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, checks = native.check_logits, list[float]()
-
-    def check(target: Any) -> float:
-        checks.append(own(target))
-        return checks[-1]
-
-    monkeypatch.setattr(native, "check_logits", check)
+    checks = noted(monkeypatch, native, "check_logits", lambda target: None)
     for _ in range(2):
         make_target(loading.load(folder)[0])
     edit(folder, rms_norm_eps=0.25)

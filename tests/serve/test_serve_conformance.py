@@ -31,6 +31,7 @@ from servers import (
     tiny_decoder,
     until,
 )
+from spies import noted
 from tiny import tiny_model
 
 from specdec import SpecDecoder
@@ -169,15 +170,9 @@ def test_4_the_text_of_the_end_of_sequence_is_not_in_the_answer() -> None:
 
 def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(other: SpecDecoder, monkeypatch) -> None:
     prompt = [{"role": "user", "content": "Is a draft accepted? Say it in four words."}]
-    how, parts = {"temperature": 0.9, "seed": 5}, list[int]()
+    how = {"temperature": 0.9, "seed": 5}
     texts = [text[:24] for text in known(other, how, prompt, n=4)]
-    run_tokens = batch.run_tokens
-
-    def spy(target: Any, cache: Any, rows: list[list[int]], *more: Any) -> Any:
-        parts.append(sum(map(len, rows)))
-        return run_tokens(target, cache, rows, *more)
-
-    monkeypatch.setattr(batch, "run_tokens", spy)
+    parts = noted(monkeypatch, batch, "run_tokens", lambda target, cache, rows, *more: sum(map(len, rows)))
     with serving(other) as server:
         one = server.chat(messages=prompt, n=4, **how).json()
         assert sum(parts) == one["usage"]["prompt_tokens"] + 3  # each of the others runs its last token

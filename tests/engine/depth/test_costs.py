@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from spies import noted
 from tiny import tiny_model
 from transformers import PreTrainedModel
 
@@ -216,16 +217,10 @@ def test_what_requests_find_out_is_kept_at_most_once_a_minute(llama: PreTrainedM
 @pytest.mark.parametrize("drafter", ["prompt-lookup", "ngram", "m2r2"])
 def test_no_request_waits_for_a_measurement(llama: PreTrainedModel, drafter: str, monkeypatch) -> None:
     """The first one runs a pass for its prompt, and one for each step."""
-    passes, choose = [0], TransformersTarget.greedy_tokens
-
-    def counted(self: TransformersTarget, x: torch.Tensor, *beside: torch.Tensor) -> list[list[list[int]]]:
-        passes[0] += 1
-        return choose(self, x, *beside)
-
-    monkeypatch.setattr(TransformersTarget, "greedy_tokens", counted)
+    passes = noted(monkeypatch, TransformersTarget, "greedy_tokens", lambda *given: None)
     decoder = SpecDecoder(llama, None, drafter=drafter, runtime="transformers", learn=False)
     out = decoder.generate([5, 6, 5, 6, 5], max_new_tokens=12)
-    assert passes[0] == 1 + out.metrics.num_spec_steps
+    assert len(passes) == 1 + out.metrics.num_spec_steps
 
 
 def test_a_draft_of_other_rows_costs_what_the_nearest_known_number_of_rows_says() -> None:

@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from passes import next_logits
+from spies import noted
 from tiny import save_native
 from tiny_gguf import write_model
 from torch import Tensor
@@ -232,8 +233,7 @@ def test_a_file_that_cannot_be_used_is_made_again(path, capsys, defect):
 def test_a_check_that_is_no_number_is_not_trusted(path, monkeypatch):
     load(path)
     rewrite(lambda index: index.update(notes=dict.fromkeys(index["notes"], "nan")))(kept(path)[0])
-    runs, own = list[int](), native.check_logits
-    monkeypatch.setattr(native, "check_logits", lambda target: runs.append(1) or own(target))
+    runs = noted(monkeypatch, native, "check_logits", lambda target: None)
     load(path)
     assert len(runs) == 1
 
@@ -291,13 +291,7 @@ def test_an_interrupted_write_leaves_nothing(path, monkeypatch):
 
 @either
 def test_a_file_that_changes_while_it_is_packed_is_not_kept(path, monkeypatch, capsys):
-    own = native.check_logits
-
-    def check(target: Target) -> float:
-        weights_of(path).touch()
-        return own(target)
-
-    monkeypatch.setattr(native, "check_logits", check)
+    noted(monkeypatch, native, "check_logits", lambda target: weights_of(path).touch())
     load(path)
     assert not kept(path) and "has changed meanwhile" in capsys.readouterr().err.replace("\n", " ")
 
@@ -356,8 +350,7 @@ def drafted(path: Path, scale: float = 1.0, **how: Any) -> tuple[list[int], list
 def test_later_processes_read_the_merged_layers_and_the_head_of_a_drafter(path, monkeypatch, capsys):
     plain = drafted(path, packed=False)
     assert drafted(path) == plain and len(drafts(path)) == 2
-    own, packed = linear._tiles, list[tuple[int, ...]]()
-    monkeypatch.setattr(linear, "_tiles", lambda weight, *more: packed.append((*weight.shape,)) or own(weight, *more))
+    packed = noted(monkeypatch, linear, "_tiles", lambda weight, *more: (*weight.shape,))
     assert drafted(path) == plain
     projections, added = packed[:2], packed[2:]  # the latter: heads for tokens of the text
     assert projections == [(128, 384), (128, 256)] and all(rows < 16 for rows, _ in added)
@@ -447,8 +440,7 @@ def test_reading_that_is_stopped_reads_no_more(tmp_path, monkeypatch):
 def test_a_stale_file_is_not_read_while_weights_are_packed(path, monkeypatch):
     load(path)
     os.utime(path)
-    own, begun = linear._block_tiles, list[bool]()
-    monkeypatch.setattr(linear, "_block_tiles", lambda *args: (begun.append(bool(packed._begun)), own(*args))[1])
+    begun = noted(monkeypatch, linear, "_block_tiles", lambda *args: bool(packed._begun))
     with packed.reading():
         prepare.read_ahead(str(path), {"device": "cpu"})
         assert packed._begun
