@@ -1,7 +1,5 @@
 """On a CUDA device, where there is one: what stand-ins on a CPU cannot show. Skipped elsewhere."""
 
-from __future__ import annotations
-
 import gc
 import random
 import subprocess

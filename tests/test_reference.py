@@ -1,7 +1,5 @@
 """The engine does what the reference does, step by step: the same drafts, accepted paths and tokens."""
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """SpecDecoder: what comes in, what comes out, and what is refused."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

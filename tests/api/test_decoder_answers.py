@@ -1,7 +1,5 @@
 """Several answers, seeds, chats and plain prompts, the model's own sampling, and calls on an event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Texts of earlier calls: later prompts go on with their keys and values; the tokens are those of a fresh decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Learning ahead of time: how many prompts are answered in the time that is given."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

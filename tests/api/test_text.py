@@ -1,7 +1,5 @@
 """Text appears as soon as it is certain, adds up to the whole, and ends before a stop string."""
 
-from __future__ import annotations
-
 import random
 import re
 import time

@@ -1,7 +1,5 @@
 """Where a text may end, and which words may not come: the same with every drafter as token by token."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Threads are as many as this process has CPUs, and a forked child goes on with one."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

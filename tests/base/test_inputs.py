@@ -1,7 +1,5 @@
 """Files and arguments of users: bounded, decoded, parsed, and refused with a sentence that says where."""
 
-from __future__ import annotations
-
 import gzip
 import io
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a terminal and a pipe are shown: control characters, progress, streams that fail."""
 
-from __future__ import annotations
-
 import io
 import logging
 import re

@@ -1,7 +1,5 @@
 """specdec sweep: files are checked, every cell is kept as it ends, and nothing is measured twice."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

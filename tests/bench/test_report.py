@@ -1,7 +1,5 @@
 """specdec report: one page that needs nothing else and is looked at in a browser; tables and data for the rest."""
 
-from __future__ import annotations
-
 import base64
 import html
 import json

@@ -1,7 +1,5 @@
 """specdec bench: what it prints is what it measured, prompt sets come checked, bad input is one line."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """``specdec chat``: a conversation, its commands, and Ctrl-C that stops an answer and nothing else."""
 
-from __future__ import annotations
-
 import json
 import signal
 import stat

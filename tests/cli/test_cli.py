@@ -1,7 +1,5 @@
 """The command line, as a shell sees it: streams, exit codes, one line for bad input, Ctrl-C."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

@@ -1,7 +1,5 @@
 """``specdec doctor``: every line that a bug report needs, also where something is missing."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

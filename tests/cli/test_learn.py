@@ -1,7 +1,5 @@
 """``specdec learn``: ahead of time, what was learned, and what becomes of it."""
 
-from __future__ import annotations
-
 import gc
 import json
 import shutil

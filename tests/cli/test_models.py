@@ -1,7 +1,5 @@
 """``specdec models``: what is in the cache with its size, getting a model ahead of time, and deleting one."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The corpus of the n-gram drafter: kept, bounded, and of odd tokenizers."""
 
-from __future__ import annotations
-
 import lzma
 import re
 import warnings

@@ -1,7 +1,5 @@
 """What each drafter proposes, which options it takes, how names are read, and how outside packages add one."""
 
-from __future__ import annotations
-
 import copy
 import re
 import sys

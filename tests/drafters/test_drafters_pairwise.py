@@ -4,8 +4,6 @@ Any two settings meet in a case (``pairwise``). The default drafter runs on both
 sources are scripted, so that every source drafts; a drafter that fails fails the test.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import warnings

@@ -1,7 +1,5 @@
 """EAGLE-3: what a head drafts, the speculators format, what is refused. (Output: test_drafters_matrix.)"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Drafters that leave the model early: nothing is computed twice, what they refuse. (Output: test_drafters_matrix.)"""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

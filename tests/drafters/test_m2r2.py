@@ -1,7 +1,5 @@
 """M2R2 with several exits: where tokens leave, what is run when, files, and the training of exits and routers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

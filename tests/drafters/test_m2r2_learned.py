@@ -1,7 +1,5 @@
 """What drafters learned, on disk: where another process goes on, and what becomes of damaged and deleted files."""
 
-from __future__ import annotations
-
 import copy
 import json
 import time

@@ -2,8 +2,6 @@
 test_engine_schedules.)
 """
 
-from __future__ import annotations
-
 import gc
 import time
 import weakref

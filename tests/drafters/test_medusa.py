@@ -1,7 +1,5 @@
 """Medusa: what its heads draft, public checkpoints, and what is refused. (Output: test_drafters_matrix.)"""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The layer for multi-token prediction in a model's checkpoint drafts as the model's authors wrote it down."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """N-grams: the tree against all paths, what is matched and forgotten, the prior, constraints and noise."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

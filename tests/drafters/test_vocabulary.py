@@ -1,7 +1,5 @@
 """The draft vocabulary follows the texts of the rows: what a new token costs, and whose tokens a row drafts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A step returns what plain decoding returns, whatever is drafted: oracles, batches, ends."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

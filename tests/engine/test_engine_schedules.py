@@ -5,8 +5,6 @@ without an engine. Most runs have an oracle for a drafter, which knows how each 
 texts end inside accepted drafts, at every place of them.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import random

@@ -1,7 +1,5 @@
 """A drafter that fails is off for a while and comes back: the texts are those of plain decoding throughout."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import warnings

@@ -1,7 +1,5 @@
 """Log-probabilities: the model's own at each position, whoever drafted the token, and those of the prompt."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

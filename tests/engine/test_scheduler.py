@@ -1,7 +1,5 @@
 """Requests come and go at any time; each gets the tokens that a quiet engine gives it alone."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import threading

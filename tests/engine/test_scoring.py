@@ -1,7 +1,5 @@
 """Scoring: what is computed of a draft's tokens."""
 
-from __future__ import annotations
-
 import pytest
 from builds import needs_native
 from scripted import Scripted

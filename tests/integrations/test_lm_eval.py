@@ -1,7 +1,5 @@
 """lm-eval's figures on tasks of local data are those of its own ``hf`` model, in the library and against the server."""
 
-from __future__ import annotations
-
 import json
 import random
 import subprocess

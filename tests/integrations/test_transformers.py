@@ -1,7 +1,5 @@
 """``SpecGenerate``: what ``model.generate`` returns with the engine is what it returns without."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

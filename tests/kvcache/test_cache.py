@@ -1,7 +1,5 @@
 """The cache keeps what was committed, in order, whatever was appended and dropped in between."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

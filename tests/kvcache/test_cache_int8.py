@@ -1,7 +1,5 @@
 """The 8-bit KV cache: what rounding costs, and that nothing else changes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from passes import ALIKE, apart, next_logits, play

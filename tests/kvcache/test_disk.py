@@ -1,7 +1,5 @@
 """Prefixes on disk: later engines begin with them bit for bit, and no file, full disk or other process harms anyone."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import os

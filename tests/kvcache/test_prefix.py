@@ -1,7 +1,5 @@
 """Cached prefixes: a search finds what comparing all texts would, and compares few."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from pathlib import Path

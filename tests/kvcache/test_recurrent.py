@@ -1,7 +1,5 @@
 """Models with recurrent layers: what is rejected leaves no trace in their states."""
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Iterator, Sequence

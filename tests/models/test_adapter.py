@@ -1,7 +1,5 @@
 """LoRA adapters that are merged into a model when it is loaded: of PEFT and of GGUF files, all made by the tests."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Drafter folders are data: whole, checked, and refused with one clear line when they are not what they claim."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is known of a family: fields that are not are named, and sizes are bounded before anything is allocated."""
 
-from __future__ import annotations
-
 import json
 import resource
 from pathlib import Path

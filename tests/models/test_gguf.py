@@ -1,7 +1,5 @@
 """GGUF files that load as they are: headers, blocks, configs and tokenizers, of tiny files that the tests write."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

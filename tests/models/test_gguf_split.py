@@ -1,7 +1,5 @@
 """GGUF files in several parts, of tiny files that the tests write and split."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tokenizers that are built from a GGUF header: files and token ids are those that transformers makes of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

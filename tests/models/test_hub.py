@@ -1,7 +1,5 @@
 """Drafters on a hub are drafted with from there: a server on this machine with the hub's endpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

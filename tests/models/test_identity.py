@@ -1,7 +1,5 @@
 """Whatever changes a model's logits changes the identity under which its keys and values are kept on disk."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Finding and loading models, from a cache, folders and files that the tests write; no network."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Models without modelling classes: modules, tables and configs are those of transformers, in every family."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

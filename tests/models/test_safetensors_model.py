@@ -1,7 +1,5 @@
 """Model folders without transformers' modelling classes: configs, weights, tokenizers and texts are those of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Preparing embedded models. The one here is a tiny GGUF file in a fake wheel; no network."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import io

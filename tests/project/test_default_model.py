@@ -3,8 +3,6 @@
 The model is fetched once from the package registry into the cache folder. ``specdec verify`` is the long form.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What README and docs print is true: links lead somewhere, lists are whole, pages are short."""
 
-from __future__ import annotations
-
 import ast
 import html
 import inspect

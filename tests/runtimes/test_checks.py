@@ -1,7 +1,5 @@
 """The check of a runtime at load: rounding passes, with near ties between experts, too; other arithmetic does not."""
 
-from __future__ import annotations
-
 from types import MethodType
 from typing import Any
 from unittest.mock import Mock

@@ -1,7 +1,5 @@
 """Passes with some neurons of the MLPs: as if the other neurons gave nothing, in every runtime."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

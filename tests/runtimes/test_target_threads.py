@@ -3,8 +3,6 @@
 ``interleaved`` forces the worst schedule: a whole generation in another thread between any two lines of the runtimes.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

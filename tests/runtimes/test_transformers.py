@@ -1,7 +1,5 @@
 """The reference runtime computes what the model itself computes, in pieces, on every supported family."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model

@@ -1,7 +1,5 @@
 """What the server takes, refuses and says, over real sockets, with a tiny model."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Bodies that are large in every way: what they count is bounded first, and nothing of it is done on the event loop."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Several keys: each with a name, limits and what is stored for it alone; none of them is ever written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Clients that hold connections open: they keep nobody out, and write nothing into the log."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

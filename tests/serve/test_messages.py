@@ -1,7 +1,5 @@
 """Anthropic's Messages: the official client against a real server, whole and as a stream, with tools both ways."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

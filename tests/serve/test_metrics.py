@@ -1,7 +1,5 @@
 """Figures for Prometheus."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from specdec.engine.engine import EngineStats

@@ -1,7 +1,5 @@
 """A server whose drafter has failed says why, since when, and when it starts again; answers are the same."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

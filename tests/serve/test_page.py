@@ -1,7 +1,5 @@
 """The page in a browser: a chat, also on a narrow screen and with the keyboard alone."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """OpenAI's Responses: the official client and the agents' package, tools both ways, refusals."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The server's process: while its model loads, drained, and ended."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

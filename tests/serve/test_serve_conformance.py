@@ -5,8 +5,6 @@ and not at all. What is expected is what plain decoding gives. (A server sees ev
 are in test_drafters_pairwise.)
 """
 
-from __future__ import annotations
-
 import socket
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Parameters by the names people know: what each does to the text, and what is ignored, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tool calls: read from every form however the text is cut, made by grammars, and served to the official client."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Constrained decoding: what plain decoding under the same masks gives, for every drafter, and an end at the end."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Greedy output is that of ``model.generate(do_sample=False)`` whatever the model's generation_config asks for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Frequency penalty, presence penalty and bias of logits: what plain decoding gives under them, for every drafter."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

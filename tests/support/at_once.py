@@ -1,7 +1,5 @@
 """Generations in several threads at once, and drafters for them."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from typing import Any

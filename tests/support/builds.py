@@ -1,7 +1,5 @@
 """The native kernels: what needs them, and builds of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

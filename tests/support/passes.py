@@ -1,7 +1,5 @@
 """Forward passes for tests of runtimes, random adapters, models in GGUF blocks, drafts, and a recorder."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace

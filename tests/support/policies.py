@@ -1,7 +1,5 @@
 """Depth policies with a scripted choice, so that drafts do not depend on timings."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Sequence

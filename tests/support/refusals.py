@@ -1,7 +1,5 @@
 """Errors for users: one sentence."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

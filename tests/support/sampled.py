@@ -1,7 +1,5 @@
 """Statistical tests of sampling with a tiny vocabulary: p-values of joint outcomes, and a verifier that is wrong."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import product
 

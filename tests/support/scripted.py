@@ -1,7 +1,5 @@
 """Drafters, processors, constraints and a clock whose behavior a test gives."""
 
-from __future__ import annotations
-
 import torch
 from tiny_tokenizers import letters
 from transformers import LogitsProcessor

@@ -1,7 +1,5 @@
 """Calls that a test wants to know of."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

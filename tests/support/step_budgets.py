@@ -4,8 +4,6 @@
 tests in a process of their own.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from statistics import median

@@ -1,7 +1,5 @@
 """A tiny embedded model: its GGUF file, its name, and a stand-in for what must not be called."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Mapping
 from pathlib import Path

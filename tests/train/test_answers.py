@@ -1,7 +1,5 @@
 """The base's own answers: what plain decoding gives, whatever else is in the batch, and kept when a run is killed."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from pathlib import Path

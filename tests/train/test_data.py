@@ -1,7 +1,5 @@
 """What is trained on: files of every kind, their tokens, held-out prompts, the draft vocabulary."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Whole runs of training: they learn, resume exactly, and say clearly what is wrong."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

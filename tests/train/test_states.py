@@ -1,7 +1,5 @@
 """Teacher states: they are those of each answer alone, need the room that was announced, and show how far they are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

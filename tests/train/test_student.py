@@ -1,7 +1,5 @@
 """What is trained is what drafts, with the reference's values and gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import tiny_model

@@ -1,7 +1,5 @@
 """Dynamic computing: what is accepted without scoring, what output and figures say, refusals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Exact acceptance, and the noise by which tokens are drawn. tests/test_reference.py compares whole texts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import product
 

@@ -1,7 +1,5 @@
 """The losslessness certificate: what is right passes, what is biased is caught, and the command says so."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

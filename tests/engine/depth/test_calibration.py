@@ -1,7 +1,5 @@
 """Calibration: what sources say is held against what was accepted, in the row first, over all rows second."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Costs: a formula that the times of real steps correct, under noise; kept for later processes, measured for none."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

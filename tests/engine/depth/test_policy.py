@@ -1,7 +1,5 @@
 """Automatic depth, against scripted machines and drafters: it finds the best depth and never loses much."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

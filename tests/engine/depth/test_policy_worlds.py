@@ -5,8 +5,6 @@ fixed choice, which is known in hindsight: plain decoding, the free draft alone,
 of nodes and levels.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

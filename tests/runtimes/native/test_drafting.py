@@ -1,7 +1,5 @@
 """Native drafts with another source's tree and tables of calibrated probabilities: those of a plain loop."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

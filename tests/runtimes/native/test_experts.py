@@ -1,7 +1,5 @@
 """Experts of native models on the disk: the same logits, a share in memory, chosen by itself where there is no room."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

@@ -1,7 +1,5 @@
 """Forecasts of experts: what passes teach them, what is read ahead, and that results stay as they are."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from typing import Any

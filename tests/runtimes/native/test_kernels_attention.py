@@ -1,7 +1,5 @@
 """Attention over blocks of keys: the same bits whatever the pass and the build, also where scores are far apart."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builds import build

@@ -1,7 +1,5 @@
 """Where the native kernels are not built, one notice says so, if the CPU could run them; the other runtimes serve."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """GGUF blocks in the kernels' tiles: products with activations in 8 bits are those of the algorithm, with the values
 that ``gguf`` reads, to the last bit in every build."""
 
-from __future__ import annotations
-
 import threading
 
 import gguf

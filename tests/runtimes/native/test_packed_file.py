@@ -1,7 +1,5 @@
 """Packed weights on disk: the same results as without, whatever happens to the files, the disk and other processes."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

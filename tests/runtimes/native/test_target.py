@@ -1,7 +1,5 @@
 """The native runtime: the reference's numbers within bf16's rounding, and its own to the last bit whatever the pass."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

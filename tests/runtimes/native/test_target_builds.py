@@ -1,7 +1,5 @@
 """Models in blocks have the same logits, to the last bit, in every build of the kernels that this CPU runs."""
 
-from __future__ import annotations
-
 import ctypes
 from types import SimpleNamespace
 from typing import Any

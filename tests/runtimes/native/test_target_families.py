@@ -1,8 +1,6 @@
 """Every family of the native runtime: the same tokens alone, in batches, with drafts, after a prefix, from files.
 (Its numbers are those of transformers in every build of the kernels: test_target.)"""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

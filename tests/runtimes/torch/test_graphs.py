@@ -4,8 +4,6 @@ Recording needs a GPU. ``Replay`` stands in: it runs the function again on the s
 graph would do something else: if an operation, a number or a tensor from outside has changed since it was recorded.
 """
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable

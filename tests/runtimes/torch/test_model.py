@@ -1,7 +1,5 @@
 """The pass that kernels are checked against: transformers' logits in every family, and faults that it finds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

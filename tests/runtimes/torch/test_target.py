@@ -1,7 +1,5 @@
 """The PyTorch runtime computes what models of transformers compute, on every family it knows."""
 
-from __future__ import annotations
-
 from types import MethodType
 from typing import Any
 
