@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
+import targets
 from learners import learn_soon
 from policies import alternating
 from scripted import OnlyOddAfterEven, made
-from tiny import model_of, tiny_model
+from targets import QUICK
 from tiny_tokenizers import letters
 from zoo import CHAINS, EOS, EVERY, TREES, alike, finish, m2r2, medusa, new_tokens, step
 
@@ -32,10 +33,7 @@ from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Request
 from specdec.kvcache.prefix import PrefixStore
 from specdec.models import drafter_folder
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.drafter import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
@@ -95,13 +93,7 @@ def test_any_two_values_meet() -> None:
 # --- what runs -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def target_of(runtime: str) -> Target:
-    if runtime == "native":
-        return NativeTarget(model_of("llama"))
-    return TransformersTarget(tiny_model("llama"))
-
-
+target_of = functools.cache(targets.target_of)
 pattern = functools.cache(lambda: made(Regex("([a-e]{3,9}(north|nothing) )*!")))
 tokenizer = functools.cache(letters)
 
@@ -239,7 +231,6 @@ def default_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Draf
     return make
 
 
-QUICK = "native" if library.runs() else "transformers"  # the latter takes ten times as long
 SLOW = [pytest.param("transformers", marks=pytest.mark.slow)] * (QUICK == "native")
 
 

@@ -10,17 +10,14 @@ import pytest
 import torch
 from learners import NEW, ended, learn_soon, read, taught, texts
 from safetensors.torch import load_file, save_file
-from tiny import model_of, tiny_model
+from targets import QUICK, target_of
 
 from specdec.base.errors import SpecDecWarning
 from specdec.drafters.m2r2 import fits, learned, learning
 from specdec.drafters.m2r2.learning import M2R2Learner
 from specdec.models import adapter as adapters
 from specdec.models.adapter import LowRank
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
 
 pytestmark = pytest.mark.filterwarnings("error::specdec.base.errors.SpecDecWarning")
 
@@ -33,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def target() -> Target:
     """Of the native runtime, where there is one: it is several times as fast."""
-    return NativeTarget(model_of("llama")) if library.runs() else TransformersTarget(tiny_model())
+    return target_of(QUICK)
 
 
 def same(one: M2R2Learner, other: M2R2Learner) -> bool:

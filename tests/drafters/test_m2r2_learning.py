@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from learners import learn_soon, read, taught, texts
+from targets import QUICK, needs_native, target_of
 from tiny import HYBRIDS, model_of, tiny_model
 from transformers import PreTrainedModel
 
@@ -27,7 +28,6 @@ from specdec.kvcache import recurrent
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Pass, Target
-from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
 
 pytestmark = pytest.mark.filterwarnings("error::specdec.base.errors.SpecDecWarning")
@@ -46,7 +46,7 @@ def target(llama: PreTrainedModel) -> Target:
 @pytest.fixture(scope="module")
 def quick() -> Target:
     """Of the native runtime, where there is one: it teaches itself several times as fast."""
-    return NativeTarget(model_of("llama")) if library.runs() else TransformersTarget(tiny_model())
+    return target_of(QUICK)
 
 
 # --- what it sees of a text ------------------------------------------------------------------------------------------
@@ -70,12 +70,6 @@ def rows_of_drafting(learner: M2R2Learner, text: Text) -> Iterator[tuple[torch.T
         yield own[0, 0], before.final[0, 0], before.inputs[0][0, 0], end[0, 0]
 
 
-def target_of(kind: str, runtime: str) -> Target:
-    if runtime == "native":
-        return NativeTarget(model_of(kind)) if library.runs() else pytest.skip("there are no native kernels here")
-    return (TorchTarget if runtime == "torch" else TransformersTarget)(tiny_model(kind))
-
-
 @pytest.mark.parametrize(
     ("kind", "runtime", "seconds"),  # 0: layer by layer
     [
@@ -88,7 +82,7 @@ def target_of(kind: str, runtime: str) -> Target:
     ],
 )
 def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, runtime: str, seconds: float) -> None:  # type: ignore[no-untyped-def]
-    target = target_of(kind, runtime)
+    target = target_of(runtime, kind)
     learner = taught(target, 12)
     monkeypatch.setattr(replay, "PIECE", seconds)
     monkeypatch.setattr(recurrent, "BRANCH_TOKENS", 30)  # few branches run at once
@@ -110,7 +104,7 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
 @torch.inference_mode()
 @pytest.mark.parametrize(("kind", "runtime"), [("mistral", "torch"), ("llama", "native"), ("lfm2", "transformers")])
 def test_a_text_whose_states_are_kept_runs_through_the_path_alone(monkeypatch, kind: str, runtime: str) -> None:  # type: ignore[no-untyped-def]
-    target = target_of(kind, runtime)
+    target = target_of(runtime, kind)
     learner = taught(target, 12)
     text, ran, layers = texts(target, 1, length=30, seed=5)[0], list[int](), type(target).layers
     monkeypatch.setattr(
@@ -266,7 +260,7 @@ class Work:
         return {name: count - before[name] for name, count in vars(self).items()}
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(fits, "VOCABULARY", 64)
     monkeypatch.setattr(linear, "CHUNK_WEIGHTS", 1)  # 16 rows

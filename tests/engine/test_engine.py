@@ -6,7 +6,8 @@ import pytest
 import torch
 from scripted import Scripted, made
 from spies import noted
-from tiny import greedy_reference, model_of, tiny_model
+from targets import target_of
+from tiny import greedy_reference, tiny_model
 from transformers import PreTrainedModel
 from zoo import CHAINS, EOS, PROMPTS, TREES, m2r2, new_tokens, run, together
 
@@ -15,8 +16,6 @@ from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
@@ -149,10 +148,8 @@ def test_a_draft_of_other_tensors_ends_no_request(llama: PreTrainedModel, draft:
 
 
 @pytest.mark.parametrize("kind", ["transformers", "native"])
-def test_forced_tokens_of_a_row_leave_the_drafts_of_others_as_they_are(kind: str, llama: PreTrainedModel) -> None:
-    if kind == "native" and not library.runs():
-        pytest.skip("there are no native kernels here")
-    target = NativeTarget(model_of("llama")) if kind == "native" else TransformersTarget(llama)
+def test_forced_tokens_of_a_row_leave_the_drafts_of_others_as_they_are(kind: str) -> None:
+    target = target_of(kind)
     rule, prompts = made(Regex("abcdefghij{9}")), [[5, 6, 7, 8], [9, 10, 11]]
     plain = Request(prompts[1], 24)
     together(target, NoDrafter(), [plain], FixedDepth(0))

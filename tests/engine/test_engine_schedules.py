@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from policies import alternating
 from scripted import Clock, OnlyOddAfterEven, made
+from targets import needs_native
 from tiny import model_of, tiny_model
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
@@ -40,7 +41,6 @@ from specdec.engine.memory import PrefillBatch, cache_sizes
 from specdec.engine.request import Handle, Request
 from specdec.engine.scheduler import Scheduler
 from specdec.kvcache.prefix import Prefix, PrefixStore
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
@@ -52,9 +52,8 @@ from specdec.speculation.state import State
 from specdec.verifiers.exact import ExactVerifier
 
 CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle knows of behind the last one
-NATIVE = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 KINDS = [  # the native runtime is ten times as fast; "recurrent": with recurrent layers
-    *(pytest.param(kind, marks=NATIVE) for kind in ("native", "native recurrent")),
+    *(pytest.param(kind, marks=needs_native) for kind in ("native", "native recurrent")),
     *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("transformers", "recurrent")),
 ]
 

@@ -9,10 +9,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from builds import needs_native
 from scripted import Clock, Scripted
 from spies import noted
-from tiny import model_of, tiny_model
+from targets import target_of
+from tiny import tiny_model
 from transformers import PreTrainedModel
 from zoo import PROMPTS, finish, new_tokens, plain_engine, step, together
 
@@ -25,7 +25,6 @@ from specdec.engine.memory import cache_sizes
 from specdec.engine.request import Handle, Request, Status
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import MAX_PREFIXES, PrefixStore
-from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 
@@ -54,9 +53,8 @@ def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedMod
     engine.close()
 
 
-@needs_native
 def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
-    target = NativeTarget(model_of("llama"))
+    target = target_of("native")
     token_bytes, _ = cache_sizes(target)
     engine = plain_engine(target, kv_memory=600 * token_bytes, prefixes=PrefixStore())
     for first in range(5, 45):
@@ -68,11 +66,11 @@ def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
     assert len(kept) > 8
 
 
-@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
-def test_running_rows_count_what_they_hold(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runtime", ["transformers", "native"])
+def test_running_rows_count_what_they_hold(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers have room for what is to come, and where rows are padded, each holds as much as the longest."""
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
-    target = NativeTarget(model_of("llama")) if native else TransformersTarget(tiny_model("llama"))
+    target = target_of(runtime)
     memory = 400 * cache_sizes(target)[0]
     requests = [Request([5 + n, *range(3, 96 if n == 3 else 10)], 28) for n in range(12)]
     engine = plain_engine(target, max_rows=8, kv_memory=memory, prefixes=PrefixStore())
@@ -382,13 +380,12 @@ def test_a_request_that_gives_way_waits_again(chunk: int, status: str, llama: Pr
     assert all((new_tokens(row), row.finish_reason) == alone(target, row) for row in rows)
 
 
-@needs_native
 def test_an_admission_leaves_room_for_the_next_step_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     for place in (scheduler, memory):
         monkeypatch.setattr(place, "HEADROOM", 0)
         monkeypatch.setattr(place, "DRAFTED", 24)
-    target = NativeTarget(model_of("llama"))
+    target = target_of("native")
     most, preemptions = 112 * cache_sizes(target)[0], 0
     engine = plain_engine(target, max_rows=4, kv_memory=most)
     engine.submit(Request(list(range(3, 17)), 50))

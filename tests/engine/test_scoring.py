@@ -1,10 +1,9 @@
 """Scoring: what is computed of a draft's tokens."""
 
 import pytest
-from builds import needs_native
 from scripted import Scripted
 from spies import noted
-from tiny import model_of, tiny_model
+from targets import target_of
 from torch import Tensor
 from transformers import LogitsProcessor
 from zoo import finish, new_tokens, together
@@ -14,17 +13,13 @@ from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import RowSampler, SamplingParams, Transforms
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
 
 
-@needs_native
 def test_sampled_rows_process_logits_after_accepted_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = NativeTarget(model_of("llama"))
+    target = target_of("native")
     drafter = NgramDrafter(9, prior=False)
     drafter.bind(target)
     processed = noted(monkeypatch, Transforms, "__call__", lambda self, logits, *more: logits[..., 0].numel())
@@ -48,10 +43,10 @@ class Threes(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("kind", [TransformersTarget, pytest.param(NativeTarget, marks=needs_native)])
-def test_typical_acceptance_takes_only_the_tokens_of_plain_decoding_in_a_greedy_row(kind: type[Target]) -> None:
+@pytest.mark.parametrize("runtime", ["transformers", "native"])
+def test_typical_acceptance_takes_only_the_tokens_of_plain_decoding_in_a_greedy_row(runtime: str) -> None:
     """With a processor, and beside rows that sample: of an unsure model, most tokens are typical."""
-    target = kind(model_of("llama") if kind is NativeTarget else tiny_model("llama"))  # type: ignore[call-arg]
+    target = target_of(runtime)
 
     def requests(greedy: int, sampled: int) -> list[Request]:
         sampled_row, rules = RowSampler(SamplingParams(temperature=5.0)), [[], [Threes()]]

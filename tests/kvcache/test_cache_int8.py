@@ -3,18 +3,18 @@
 import pytest
 import torch
 from passes import ALIKE, apart, next_logits, play
+from targets import needs_native
 from tiny import SIZES, model_of, tiny_model
 
 from specdec.api.decoder import SpecDecoder
 from specdec.cli import statistics
 from specdec.kvcache.cache import dequantize_rows, quantize_rows
 from specdec.models import families
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.target import Pass
 
 pytestmark = [
-    pytest.mark.skipif(not library.runs(), reason="the native kernels do not run here"),
+    needs_native,
     pytest.mark.usefixtures("two_threads"),
 ]
 # Experts change at near ties.

@@ -10,6 +10,7 @@ import tiny
 import torch
 from passes import IN_BLOCKS
 from safetensors.torch import save_file
+from targets import needs_native
 from tiny import greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
 from tiny_gguf import ARCHITECTURES, TYPES
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -19,10 +20,8 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.none import NoDrafter
 from specdec.models import families, loading, safetensors_file
 from specdec.models.native_model import NativeModel
-from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
-NATIVE = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 UNKNOWN: list[tuple[str, str, Any]] = [
     ("llama", "residual_multiplier", 0.5),
     ("qwen3", "attention_sink", [1]),
@@ -35,7 +34,7 @@ UNKNOWN: list[tuple[str, str, Any]] = [
 ]
 
 
-@NATIVE
+@needs_native
 @pytest.mark.parametrize(("family", "field", "value"), UNKNOWN)
 def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str, value: Any) -> None:
     """And such a model runs elsewhere by itself, as its own code does."""
@@ -87,7 +86,7 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@NATIVE
+@needs_native
 @pytest.mark.parametrize("kind", MULTIMODAL)
 def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path, monkeypatch, kind: str) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))

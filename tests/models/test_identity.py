@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from at_once import BF16
+from targets import needs_native
 from tiny import SIZES, change_unseen, save_native, tiny_model
 from tiny_gguf import write_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -136,7 +137,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_every_loading_option_that_changes_logits_changes_the_identity() -> None:
     found = list[tuple[dict[str, Any], torch.Tensor, str]]()
     for options in OPTIONS:
@@ -153,7 +154,7 @@ def test_every_loading_option_that_changes_logits_changes_the_identity() -> None
     assert different > len(OPTIONS) * (len(OPTIONS) - 1) // 2 - 12
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_the_kernels_are_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, _ = make_target(tiny_model(**BF16).bfloat16(), "native")
     own = identity.numbers(target)

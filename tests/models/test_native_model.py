@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 from passes import apart
+from targets import needs_native
 from tiny import SMALL, rough_model, save_native, sizes_of, tiny_model
 from tiny_gguf import write_family, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -18,7 +19,6 @@ from specdec.models import catalogue, families, loading
 from specdec.models.config import Config, GenerationSettings
 from specdec.models.gguf.blocks import BlockExperts, temporarily_dense
 from specdec.models.native_model import NativeModel, as_transformers, empty_model
-from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
 WAVES = {"rope_theta": 5000.0, "original_max_position_embeddings": 32}
@@ -97,7 +97,6 @@ for how in ({}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "
     print(len(decoder.generate(chat, max_new_tokens=4, ignore_eos=True, **how).token_ids))
 print([name for name in ("sympy", "torch._dynamo", "huggingface_hub.hf_api") if name in sys.modules])
 """
-needs_native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 
 
 def decode_without_slow_imports(model: str | Path) -> None:

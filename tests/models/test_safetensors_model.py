@@ -14,6 +14,7 @@ from passes import play
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from spies import noted
+from targets import needs_native
 from tiny import save_native, save_tiny_moe
 from tiny_gguf import write_model
 from tiny_tokenizers import special_tokenizer
@@ -195,7 +196,7 @@ def test_experts_stay_in_the_files_in_each_form(tmp_path: Path, family: str, for
     assert torch.equal(dense(ids).logits, expected(ids).logits)
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_kernels_take_experts_from_the_files(tmp_path: Path, family: str) -> None:
     folder = save_native(tmp_path / "it", family)
@@ -267,7 +268,7 @@ def test_a_config_that_is_changed_in_its_place_is_read_again(folder: Path, tmp_p
     assert loading.load(place)[0].config.rms_norm_eps == 0.75
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_a_changed_config_is_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = noted(monkeypatch, native, "check_logits", lambda target: None)
     for _ in range(2):

@@ -6,20 +6,19 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from targets import needs_native
 from tiny import rough_model, sizes_of, tamed, tiny_model
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.models.families import EXPERTS, FAMILIES
 from specdec.runtimes.decoder_layer import router
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
 
 MIXTURES = [name for name, family in FAMILIES.items() if family.fields >= EXPERTS]
-native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 
 
 def mixture(family: str, seed: int = 0, apart: float = 1.0) -> Any:
@@ -35,7 +34,7 @@ def mixture(family: str, seed: int = 0, apart: float = 1.0) -> Any:
     return model.bfloat16()
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("family", MIXTURES)
 def test_near_ties_between_experts_are_no_fault(family: str) -> None:
     for seed in range(2):
@@ -82,7 +81,7 @@ def replace(module: Any, function: Any) -> None:
     module.forward = MethodType(lambda _, *given: function(own, *given), module)
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen3_next"])
 @pytest.mark.parametrize("other", [louder, scaled, unnormalised, reordered, chosen_otherwise])
 def test_another_mixture_is_refused(family: str, other: Any) -> None:

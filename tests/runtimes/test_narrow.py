@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from passes import adapted_pass
+from targets import needs_native
 from tiny import model_of, rough_model, tiny_model
 
 from specdec import SpecDecError
@@ -15,7 +16,6 @@ from specdec.drafters.m2r2.path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import GatedMLP, gated_mlp, strengths
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.target import TorchTarget
@@ -75,7 +75,7 @@ def test_other_neurons_give_nothing(runtime: type[Target], family: str, low_rank
     assert torch.equal(adapted_pass(target, None, 6), whole)  # the model is as it was
 
 
-@pytest.mark.skipif(not library.runs(), reason="the compiled kernels do not run here")
+@needs_native
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_other_neurons_give_nothing_natively(family: str) -> None:

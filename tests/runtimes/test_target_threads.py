@@ -14,6 +14,7 @@ import pytest
 import torch
 from at_once import BF16, PROMPTS, at_once, grown, projecting
 from passes import Replay
+from targets import needs_native
 from tiny import greedy_reference, tiny_model
 from zoo import run
 
@@ -31,7 +32,6 @@ from specdec.runtimes.transformers import TransformersTarget
 RUNTIMES = Path(target.__file__).parent
 FOLDERS = (RUNTIMES, RUNTIMES / "native", RUNTIMES / "torch", RUNTIMES.parent / "kvcache")
 FILES = {"library", "linear", "drafting", "target", "transformers", "model", "attention", "graphs", "cache"}
-needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 
 
 def interleaved(mine: Callable[[], Any], other: Callable[[], Any], model: torch.nn.Module) -> tuple[Any, list[Any]]:

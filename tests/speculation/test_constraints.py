@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from refusals import refused
 from scripted import Scripted, made
 from servers import Replay, byte_tokenizer, serving, stand_in
+from targets import target_of
 from tiny import tiny_model
 from tiny_tokenizers import letters
 from transformers import LogitsProcessor, PreTrainedModel
@@ -26,8 +27,6 @@ from specdec.engine import batch, scoring
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Event
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.constraints import LONGEST, CompiledConstraint, Constraint, ConstraintState, compile_constraint
 from specdec.speculation.drafter import Drafter
@@ -50,9 +49,6 @@ class Way(BaseModel):
     model_config = ConfigDict(extra="forbid")
     kind: Literal["north", "south"]
     n: Annotated[int, Field(ge=1, le=99)]
-
-
-SERVED = {"vocab_size": 97, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}  # by the native runtime
 
 
 def request(
@@ -145,21 +141,18 @@ def test_how_many_tokens_may_follow(inside: bool) -> None:
     assert not state.error_text
 
 
-@pytest.mark.parametrize("native", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+@pytest.mark.parametrize("runtime", ["native", pytest.param("transformers", marks=pytest.mark.slow)])
+def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
     """By every drafter, in a batch and (natively) alone; but for the window of lookahead, of guesses to learn from."""
-    if native and not library.runs():
-        pytest.skip("there are no native kernels here")
     monkeypatch.setattr(batch, "FORCED", 0)
     rule = made(Regex("[a-e]{3,9}(foo|fool)x?"))
-    model = tiny_model(**(SERVED if native else {}))
-    target = NativeTarget(model.bfloat16()) if native else TransformersTarget(model)
+    target = target_of(runtime)
     for name, drafter in every(target).items():
         if name in ("none", "lookahead (tree)"):
             continue
         drafter.bind(target)
         drafted, texts = watched(drafter), list[list[int]]()
-        for prompts in (PROMPTS, PROMPTS[:1])[: 1 + native]:
+        for prompts in (PROMPTS, PROMPTS[:1])[: 1 + (runtime == "native")]:
             rows = [request(prompt, rule) for prompt in prompts]
             together(target, drafter, rows, FixedDepth(4))
             texts.append(new_tokens(rows[0]))

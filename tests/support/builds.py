@@ -1,4 +1,4 @@
-"""The native kernels: what needs them, and builds of them."""
+"""Builds of the native kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,8 +6,6 @@ from contextlib import contextmanager
 import pytest
 
 from specdec.runtimes.native import library
-
-needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 
 
 @contextmanager

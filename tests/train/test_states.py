@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from targets import needs_native
 from tiny import model_of, tiny_model
 from training import Killed, recipe
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.target import TorchTarget
@@ -50,7 +50,7 @@ def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkey
     check_states(target, tmp_path, monkeypatch)
 
 
-@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+@needs_native
 def test_states_of_the_kernels_are_those_of_each_answer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_states(NativeTarget(model_of("llama")), tmp_path, monkeypatch)
 

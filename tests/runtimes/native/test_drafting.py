@@ -8,24 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 from passes import by_path, drafted, random_route, seeded
+from targets import needs_native
 from tiny import model_of
 from torch import Tensor
 
-from specdec.base.errors import SpecDecError
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, TreeLimits
-from specdec.runtimes.native import drafting, library
+from specdec.runtimes.native import drafting
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation import tree_drafting
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.tree_drafting import Step, candidates_on_path, tree_by_passes
 
-try:
-    library.load()
-except SpecDecError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads", "kernels")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "kernels")]
 Tables = Sequence[Sequence[float]]
 LOW, HIGH = [0.05] * len(KNOTS), [0.9] * len(KNOTS)
 

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from passes import in_blocks, next_logits, play
+from targets import needs_native
 from tiny import rough_model, save_tiny_moe, sizes_of, tamed
 from tiny_gguf import write_family
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -23,14 +24,10 @@ from specdec.base.errors import SpecDecError
 from specdec.bench import pass_times
 from specdec.models import loading
 from specdec.models.gguf.blocks import BlockExperts
-from specdec.runtimes.native import library
 from specdec.runtimes.native.experts import MappedExperts, _Layer
 from specdec.runtimes.native.target import NativeTarget
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads", "cache")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "cache")]
 PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from passes import in_blocks, next_logits, play
+from targets import needs_native
 from torch import Tensor
 
-from specdec.runtimes.native import experts, forecasts, library
+from specdec.runtimes.native import experts, forecasts
 from specdec.runtimes.native.experts import MappedExperts, _by_token, _Layer
 from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.target import NativeTarget
@@ -108,15 +109,13 @@ def test_what_the_kernels_hold_by_feature_is_read_by_token() -> None:
 
 # --- in the native runtime -------------------------------------------------------------------------------------------
 
-native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
-
 
 def target(**more: Any) -> NativeTarget:
     model = in_blocks("olmoe", ("Q5_0",), num_local_experts=6, num_experts=6, num_experts_per_tok=2)
     return NativeTarget(model, **more)
 
 
-@native
+@needs_native
 @pytest.mark.usefixtures("two_threads", "cache")
 def test_logits_stay_and_experts_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecasts, "FIRST", 8)
@@ -132,7 +131,7 @@ def test_logits_stay_and_experts_are_read_ahead(monkeypatch: pytest.MonkeyPatch)
     assert all(each.next_fit > 8 for each in found.forecasts.of.values())  # they have been fitted
 
 
-@native
+@needs_native
 @pytest.mark.usefixtures("two_threads", "cache")
 @torch.inference_mode()
 def test_what_is_read_ahead_and_not_taken_is_dropped() -> None:

@@ -4,16 +4,14 @@ import pytest
 import torch
 from builds import build
 from passes import WIDE, in_blocks
+from targets import needs_native
 
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Pass
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads")]
 LENGTH, PATH = 150, [0, 2, 3, 6, 7]  # PATH: nodes of a tree that are committed, across the border of two blocks of keys
 CASES = [  # families, types of their matrices, sizes
     ("llama", ["Q4_1"], {}),

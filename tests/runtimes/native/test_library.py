@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from refusals import refused
+from targets import needs_native
 from tiny import tiny_model
 
 from specdec.base.errors import SpecDecError
@@ -26,7 +27,7 @@ def missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
-@pytest.mark.skipif(not library.runs(), reason="the kernels do not run here")
+@needs_native
 @pytest.mark.parametrize("name", ["LinearPart", "TreeDraft"])
 def test_a_library_of_other_structures_is_refused(name: str, missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "LIBRARY", Path(library.__file__).with_name("_native.so"))

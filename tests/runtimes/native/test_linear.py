@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from passes import apart, random_blocks
+from targets import needs_native
 from tiny_gguf import HALVES
 
 from specdec.base import cores
@@ -15,7 +16,7 @@ from specdec.models.gguf.blocks import KINDS, Blocks
 from specdec.runtimes.native import library, linear
 
 pytestmark = [
-    pytest.mark.skipif(not library.runs(), reason="the native kernels do not run here"),
+    needs_native,
     pytest.mark.usefixtures("kernels"),
 ]
 TILES = {"Q4_0": "Q4", "Q4_1": "Q4", "Q5_0": "Q5", "Q5_1": "Q5", "Q8_0": "Q8", "Q4_K": "K4", "Q5_K": "K5", "Q6_K": "K6"}

@@ -17,6 +17,7 @@ import pytest
 import torch
 from passes import next_logits
 from spies import noted
+from targets import needs_native
 from tiny import save_native
 from tiny_gguf import write_model
 from torch import Tensor
@@ -27,15 +28,14 @@ from specdec import SpecDecoder, cli
 from specdec.base.background import Work
 from specdec.base.errors import SpecDecError
 from specdec.models import identity, loading, packed, prepare
-from specdec.runtimes.native import library, linear, packed_file
+from specdec.runtimes.native import linear, packed_file
 from specdec.runtimes.native import target as native
 from specdec.runtimes.native.packed_file import END, Damaged, PackedFile
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Target
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
+pytestmark = needs_native
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from passes import (
     random_route,
     seeded,
 )
+from targets import needs_native
 from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
 
 from specdec.base import cores
@@ -43,12 +44,7 @@ from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.tree_drafting import candidates_on_path, tree_by_passes
 
-try:
-    library.load()
-except SpecDecError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads", "kernels")  # kernels share work among them
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "kernels")]  # kernels share work among them
 VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
 
 

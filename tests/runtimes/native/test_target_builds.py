@@ -9,6 +9,7 @@ import torch
 from builds import build
 from passes import IN_BLOCKS, in_blocks, next_logits
 from refusals import refused
+from targets import needs_native
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
@@ -16,10 +17,7 @@ from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads")]
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from targets import needs_native
 from tiny import ROPES, rough_model, sizes_of, tamed
 from tiny_gguf import write_family
 from torch import Tensor
@@ -16,7 +17,7 @@ from specdec.models.config import Config
 from specdec.models.gguf.blocks import Blocks
 from specdec.models.native_model import NativeModel
 from specdec.runtimes import decoder_layer
-from specdec.runtimes.native import library, linear
+from specdec.runtimes.native import linear
 from specdec.runtimes.native.packing import PackedModel
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import _windows
@@ -131,7 +132,7 @@ def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [swapped, unordered, misread, unrotated, unscaled]
 
 
-@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+@needs_native
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_kernels_is_found(cache, tmp_path, monkeypatch, fault) -> None:
     source: Any = tamed(rough_model("llama", **sizes_of("llama")))
