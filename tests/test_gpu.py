@@ -36,9 +36,6 @@ def generated(model: Any, prompt: list[int], count: int) -> list[int]:
     return model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("runtime", ["transformers", "torch"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "mixtral", "qwen3_next"])
 def test_every_drafter_returns_the_models_own_tokens(runtime: str, family: str) -> None:
@@ -106,9 +103,6 @@ def test_the_second_device_records_its_own_passes() -> None:
     for _ in range(2):
         out = decoder.generate(zoo.PROMPTS[0], max_new_tokens=ROWS)
         assert out.token_ids == generated(model, zoo.PROMPTS[0], ROWS)
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 SMALL = "draft_vocab: 50\nrows: 4\nwindow: 8\nmax_new_tokens: 12\neval_fraction: 0.2\n"

@@ -165,9 +165,6 @@ def test_vanishing_temperatures_are_greedy(decoder: SpecDecoder) -> None:
     assert len(decoder.generate(PROMPT, max_new_tokens=8, temperature=1e-5).token_ids) == 8
 
 
-# --- which drafter, on what ----------------------------------------------------------------------------------------
-
-
 def test_for_an_embedded_model_it_is_refused_before_the_download(monkeypatch) -> None:
     monkeypatch.setattr(source, "prepare_embedded", None)
     with pytest.raises(SpecDecError, match="no m2r2-paper drafter is shipped for this model"):

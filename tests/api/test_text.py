@@ -137,9 +137,6 @@ def test_ids_come_in_many_forms(prompt) -> None:
     assert ids == [5, 6] and all(type(token) is int for token in ids)
 
 
-# --- special tokens ------------------------------------------------------------------------------------------------
-
-
 KINDS = ("plain", "marked", "greedy", "eager")
 
 

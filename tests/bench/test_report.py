@@ -167,8 +167,6 @@ def test_a_page_without_matplotlib_is_one_line(folder: Path, monkeypatch) -> Non
     assert report(folder, "--format", "markdown").exit_code == 0
 
 
-# --- in a browser ----------------------------------------------------------------------------------------------------
-
 PROBE = """<script>addEventListener("load", () => {
   const size = (e) => parseFloat(getComputedStyle(e).fontSize);
   const right = (e) => e.getBoundingClientRect().right;

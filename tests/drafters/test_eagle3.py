@@ -76,9 +76,6 @@ def config_of(head: Eagle3Config, target: TransformersTarget) -> dict[str, Any]:
     }
 
 
-# -- a plain reimplementation: the whole text and the drafted path at once, without a cache ----------------------------
-
-
 def norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
@@ -186,9 +183,6 @@ def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: Tra
     for mine, [theirs] in zip(seen, alone, strict=False):  # the last drafts are as deep as the longest row's may be
         depth = min(len(mine), len(theirs))
         assert mine[:depth] == theirs[:depth]
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", [False, True])

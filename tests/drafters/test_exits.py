@@ -74,9 +74,6 @@ def test_what_passed_a_layer_by_leaves_keys_there_for_a_later_token(llama: PreTr
     assert layers_run(target, drafter)[:6] == [*[(0, 3, 1)] * 3, (3, 4, 3), (0, 3, 1), (0, 3, 1)]
 
 
-# --- files and options ---------------------------------------------------------------------------------------------
-
-
 def folder(path: Path, target: Target, name: str, network: torch.nn.Module, config: dict[str, Any]) -> Path:
     base = {"fingerprint": target.fingerprint}
     drafter_folder.write(path, {"drafter": name, "base": base, **config}, network.state_dict())

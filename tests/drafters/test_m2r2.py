@@ -82,9 +82,6 @@ def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
             M2R2Drafter(M2R2(M2R2Path(2), target), **options)
 
 
-# --- training ------------------------------------------------------------------------------------------------------
-
-
 def common(answers: Path, output: Path) -> dict[str, Any]:
     values: dict[str, Any] = {"prompts": [str(answers)], "output": str(output), "dtype": "float32", "minutes": None}
     return values | {"steps": 60, "rows": 4, "window": 8, "fit_tokens": 200, "eval_fraction": 0.15}

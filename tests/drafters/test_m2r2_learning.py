@@ -183,9 +183,7 @@ def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(quic
     systems = Systems(monkeypatch)
     for number, text in enumerate(texts(quick, 30)):
         learner = M2R2Learner(quick)  # as ``specdec generate`` does
-        learner.add(text.ids, text.start)
-        while learner.work():
-            pass
+        read(learner, [text])
         learner.save()
         learner.fits.store.release()
         assert learner.fits.progress.texts == number + 1 and learner.latest.held == [text]
@@ -196,13 +194,11 @@ def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(quic
 
 def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_ones(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     systems, learner = Systems(monkeypatch), M2R2Learner(quick)
-    read = texts(quick, 20)
-    for number, text in enumerate(read, start=1):
-        learner.add(text.ids, text.start)
-        while learner.work():
-            pass
+    given = texts(quick, 20)
+    for number, text in enumerate(given, start=1):
+        read(learner, [text])
         assert learner.fits.progress.tokens == 24 * number
-        assert learner.latest.held == read[:number:3][-3:]  # 72 tokens, and without the oldest fewer than 60
+        assert learner.latest.held == given[:number:3][-3:]  # 72 tokens, and without the oldest fewer than 60
         assert sum(text.count for text in learner.latest if not text.held) <= 72
     assert [(24, -1.0)] * 3 in systems.more  # texts of 24 tokens
     last, serving = (network.projections[1].weight for network in (learner.judged, learner.fits.network))

@@ -149,9 +149,6 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
         MedusaDrafter(random_network(), nodes=0)
 
 
-# --- vLLM's format -------------------------------------------------------------------------------------------------
-
-
 def vllm(folder: Path, network: Medusa, heads: Tensor, bias: bool = True, **config: Any) -> Path:
     """Write ``network`` and output heads [K, V, D] as vLLM's Medusa has them."""
     folder.mkdir(exist_ok=True)
@@ -227,9 +224,6 @@ def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_pat
         folder = vllm(tmp_path / "heads", random_network(), heads, **given)  # type: ignore[arg-type]
         with pytest.raises(SpecDecError, match=text):
             MedusaDrafter.load(target, str(folder))
-
-
-# --- training ------------------------------------------------------------------------------------------------------
 
 
 def settings(**changes: Any) -> MedusaSettings:

@@ -59,9 +59,6 @@ def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
         assert [new_tokens(request) for request in requests] == expected, name
 
 
-# -- what goes wrong --------------------------------------------------------------------------------------------------
-
-
 class Breaks(TransformersTarget):
     """Logits are not finite where the token at ``position`` is chosen (0: nowhere, as in the check at load)."""
 
@@ -142,9 +139,6 @@ def test_a_draft_of_other_tensors_ends_no_request(llama: PreTrainedModel, draft:
     with pytest.warns(DrafterWarning, match=why):
         out, _ = run(TransformersTarget(llama), drafter, PROMPTS[:1], 8)
     assert out == [greedy_reference(llama, PROMPTS[0], 8)]
-
-
-# -- seeds ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["transformers", "native"])

@@ -100,9 +100,6 @@ def test_the_library_gives_them_and_refuses_what_has_none() -> None:
         lossy.generate([5], logprobs=1)
 
 
-# --- the server ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("count", [0, 1])
 def test_lm_evals_request_for_the_logprobs_of_a_prompt(tmp_path: Path, count: int) -> None:
     decoder = tiny_decoder(tmp_path)

@@ -170,9 +170,6 @@ def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTra
     assert sum(good.per_step_drafted) > 3 * sum(beside)
 
 
-# -- threads, event loops and queues ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def decoder(llama: PreTrainedModel) -> SpecDecoder:
     return SpecDecoder(llama, None, "prompt-lookup", runtime="transformers")

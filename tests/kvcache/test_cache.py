@@ -73,16 +73,6 @@ def rows_of(batch: int) -> KVCache:
     return KVCache(3, batch, layers=range(3))
 
 
-def test_rows_have_as_many_tokens_as_they_have() -> None:
-    cache = rows_of(2)
-    write(cache, [[1, 2, 3], [4]])
-    cache.commit([[0, 1, 2], [0]])
-    write(cache, [[5], [6, 7, 8]])
-    assert cache.lengths == [6] * 3
-    cache.commit([[0], [0, 2]])
-    assert cache.rows == [4, 3] and contents(cache, 0, 0) == [1, 2, 3, 5] and contents(cache, 2, 1) == [4, 6, 8]
-
-
 def test_a_row_that_comes_goes_or_grows_copies_no_other_row() -> None:
     cache, guest = rows_of(2), rows_of(1)
     write(cache, [[1, 2, 3], [4]])

@@ -178,9 +178,6 @@ def test_checkpoints_of_prompts_take_memory_where_no_row_decodes(kind: tuple[str
         assert new_tokens(request) == answer_of(engine.batch.target, request.prompt, 6)
 
 
-# --- a control -------------------------------------------------------------------------------------------------------
-
-
 def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: what is rejected stays in the states."""
     make_room, commit, counts = RowStates.make_room, RowStates.commit, dict[int, int]()

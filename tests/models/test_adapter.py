@@ -136,9 +136,6 @@ def test_a_drafter_of_the_base_is_offered(base: Path, lora: Path) -> None:
         check_base({"base": own}, plain, "drafter")  # type: ignore[arg-type]
 
 
-# --- GGUF adapters ---------------------------------------------------------------------------------------------------
-
-
 def write_adapter(path: Path, tensors: dict[str, np.ndarray], architecture: str = "llama", **more: Any) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_string("general.type", more.get("kind", "adapter"))
@@ -205,9 +202,6 @@ def test_a_gguf_adapter_needs_a_gguf_model(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "it.gguf", {"blk.0.attn_q.weight.lora_a": np.ones((4, 32), np.float32)})
     with pytest.raises(SpecDecError, match="is a GGUF file, and the model is not"):
         adapters.read("it", path, tiny_model("llama"), None)
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

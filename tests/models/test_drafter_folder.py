@@ -164,9 +164,6 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(folder: Path, monkeypatch: 
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-# --- 8-bit storage ----------------------------------------------------------------------------------------------------
-
-
 def test_matrices_in_8_bits_are_read_as_matrices_within_half_a_step(tmp_path: Path) -> None:
     torch.manual_seed(0)
     wide, odd = torch.randn(40, 64) * torch.logspace(-6, 2, 40)[:, None], torch.randn(3, 20, 56)
@@ -206,9 +203,6 @@ def test_codes_that_no_matrix_has_are_refused(folder: Path, change, message: str
     save_file({name: value for name, value in kept.items() if value is not None}, folder / "model.safetensors")
     with refused(message):
         SpecDecoder(tiny_model(), drafter=folder)
-
-
-# --- other precisions of the model it was trained on ------------------------------------------------------------------
 
 
 def in_blocks(model, kind: str):

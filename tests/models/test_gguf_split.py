@@ -95,8 +95,6 @@ def test_a_folder_of_several_models_names_them(tmp_path: Path, parts: list[Path]
         check_model(str(parts[0].parent))
 
 
-# --- repositories ----------------------------------------------------------------------------------------------------
-
 REPOSITORY = "org/tiny-GGUF"
 
 

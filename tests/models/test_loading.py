@@ -20,8 +20,6 @@ from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, hub, identity, loading, prepare, source
 from specdec.runtimes.select import make_target
 
-# --- loading --------------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def folder(cache, tmp_path) -> Path:
@@ -184,9 +182,6 @@ def test_what_a_repository_does_not_have_is_one_line(monkeypatch, tmp_path, name
     monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error, return_value=str(tmp_path)))
     with refused(text):
         loading.load(name, revision="v1")
-
-
-# --- fingerprints -----------------------------------------------------------------------------------------------------
 
 
 def test_a_public_name_is_never_a_path(tmp_path, monkeypatch):

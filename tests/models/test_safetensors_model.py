@@ -161,8 +161,6 @@ def test_so_are_other_dtypes_and_code_of_a_models_own(folder: Path) -> None:
     assert not entries(folder)
 
 
-# -- experts ----------------------------------------------------------------------------------------------------------
-
 FORMS = ["matrices", "fused", "shards"]  # an expert's matrices apart, as published models have them, or fused
 
 
@@ -232,9 +230,6 @@ def test_a_mixture_that_lacks_something_is_one_line(tmp_path: Path, change: Any)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     with refused(r"do not fit its config.json|cannot load model"):
         loading.load(folder)
-
-
-# -- faults -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_changed_config_or_tokenizer_is_read_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,9 +132,6 @@ def test_messages_may_be_parts_and_come_from_developers(server: Server) -> None:
     assert server.chat(messages=answered, max_tokens=1).status_code == 200
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
 DEEP = {"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the parameter, a part of the message
@@ -222,9 +219,6 @@ def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> N
     server.chat(**GREEDY)
     until(lambda: server.lines and "POST /v1/chat/completions 200" in server.lines[-1])
     assert " prompt + 24 new tokens, " in server.lines[-1] and " per step, length" in server.lines[-1]
-
-
-# --- limits, the key, other origins ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -188,8 +188,6 @@ def test_turns_of_one_role_in_a_row_are_one() -> None:
     assert prompts[0] == prompts[1] and prompts[0].count("[user]") == 1
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
 RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "4"}
 CALL = {"type": "tool_use", "id": "x", "name": "sum", "input": {}}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "x"}}

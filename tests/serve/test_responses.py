@@ -159,8 +159,6 @@ def test_openais_agents_call_a_tool(server: Server) -> None:
     assert asyncio.run(run()) == "sum" and len(called) == 1
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "'input.0.content.0.type': it"),
     "an item of another type": ({"input": [{"type": "web_search_call"}]}, "'input.0': Input tag 'web_search_call'"),

@@ -123,9 +123,6 @@ def test_vllms_names_of_formats_constrain_the_text(server: Server) -> None:
     assert both.status_code == 400 and "one format only" in both.json()["error"]["message"]
 
 
-# --- what is ignored, and what is refused ----------------------------------------------------------------------------
-
-
 def test_an_unknown_parameter_is_ignored_and_named_in_a_header(server: Server) -> None:
     base = server.chat(**GREEDY)
     odd = {"colour": "red", "caf\u00e9, \n": 1, "messages": [USER[0] | {"mood": 3}], "store": True}

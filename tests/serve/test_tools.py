@@ -215,9 +215,6 @@ def test_a_grammar_takes_a_call_and_nothing_else() -> None:
     assert not ends("sum", {"a": 1}) and not ends("weather", {"city": "Rome", "days": 10})
 
 
-# --- the server ------------------------------------------------------------------------------------------------------
-
-
 def called(message: dict[str, Any]) -> list[tuple[str, Any]]:
     found = [call["function"] for call in message.get("tool_calls", ())]
     return [(call["name"], json.loads(call["arguments"])) for call in found]

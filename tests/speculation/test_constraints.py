@@ -265,9 +265,6 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     assert answer == [*xy, EOS] if row.finish_reason == "eos" else reasons != "not"
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("constraint", "why"),
     [
@@ -352,9 +349,6 @@ def test_the_command_takes_a_schema(tmp_path: Path) -> None:
     file.unlink()
     missing = CliRunner().invoke(app, ["generate", "--json-schema", str(file), "hello"])
     assert missing.stderr.splitlines() == [f"error: --json-schema: {file} cannot be read: No such file or directory"]
-
-
-# --- the server ------------------------------------------------------------------------------------------------------
 
 
 def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:

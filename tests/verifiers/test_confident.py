@@ -57,9 +57,6 @@ def test_rows_leave_apart_and_the_threshold_is_kept(llama: PreTrainedModel) -> N
     assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
 
 
-# --- what users see ----------------------------------------------------------------------------------------------
-
-
 def test_the_command_says_lossy_and_how_deep_tokens_went(tmp_path: Path) -> None:
     command = ["generate", "hello there", "--model", str(save_tiny(tmp_path)), "--dtype", "float32", "--drafter"]
     command += ["early-exit", "--drafter-option", "exit_layer=2", "--verifier", "confident"]

@@ -19,9 +19,6 @@ def test_greedy_takes_the_matching_sibling() -> None:
     assert ExactVerifier().verify(draft, [[-1, 0, 0, 2, 2]], None) == Acceptance([[0]], [-1])  # -1 matches nothing
 
 
-# -- the noise --------------------------------------------------------------------------------------------------------
-
-
 def test_streams_of_near_seeds_are_independent() -> None:
     """Draws of seed s, stream 1 and of seed s + 1, stream 0 from one distribution: all pairs as often as due."""
     p, counts = torch.tensor([0.5, 0.3, 0.2]), Counter[tuple[int, ...]]()

@@ -62,9 +62,6 @@ def test_an_option_that_drafts_forget_is_caught(model) -> None:
     assert certificate.checks["sampled"].faults and not certificate.checks["greedy"].faults
 
 
-# --- one answer ------------------------------------------------------------------------------------------------------
-
-
 def taken(model, answer: list[int], right: list[int], count: int = 12) -> Check:
     decoder = SpecDecoder(model, drafter="none")
     output = decoder.generate(PROMPT, max_new_tokens=1)
@@ -103,9 +100,6 @@ def test_in_bfloat16_a_near_tie_passes_and_what_follows_is_checked() -> None:
 
 def test_a_token_whose_distance_cannot_be_told_is_a_fault(model) -> None:
     assert not is_near_tie(SpecDecoder(model, drafter="none").target, PROMPT, [3], math.nan)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

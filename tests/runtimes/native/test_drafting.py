@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from passes import by_path, drafted, random_route, seeded
+from passes import after, by_path, drafted, random_route, seeded, several
 from targets import needs_native
 from tiny import model_of
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, TreeLimits
 from specdec.runtimes.native import drafting
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 from specdec.speculation import tree_drafting
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.tree_drafting import Step, candidates_on_path, tree_by_passes
@@ -136,9 +136,7 @@ def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> No
     target = sharp_target()
     cache, roots = seeded(target)
     route, (other, behind, *_) = route_of(target)
-    cache.select([0, 0])
-    final, *carried = (x[:, roots.place :][:, :1].repeat(2, 1, 1) for x in (roots.final, *roots.carried))
-    rows = DraftRoots(list(roots.tokens) * 2, list(roots.positions) * 2, final, carried)
+    rows = several(cache, roots, 2)
     limits = TreeLimits(3, 1)
     plain = candidates_on_path(target, cache, rows, route, limits)
     assert plain is not None and plain[0] == plain[1]
@@ -175,14 +173,8 @@ def test_a_draft_reads_the_first_keys_and_the_last_ones(rows: int, monkeypatch: 
     monkeypatch.setattr(drafting, "NEAR", 40)
     target = NativeTarget(model_of("llama", max_position_embeddings=512))
     route, limits = random_route(target, heads=2), TreeLimits(4, 2)
-    ids, positions = torch.randint(3, 97, (1, 200)), torch.arange(200)[None]
-    cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
-    given = Pass(positions, cache.register(0, positions), cache, taps)
-    final = target.layers(target.embed(ids, positions), 0, 4, given)
-    cache.commit([list(range(200))])
-    cache.select([0] * rows)
-    final, *carried = (x[:, -1:].repeat(rows, 1, 1) for x in (final, *taps.values()))
-    roots = DraftRoots([5] * rows, [200] * rows, final, carried)
+    cache, roots = after(target, torch.randint(3, 97, (1, 200)))
+    roots = several(cache, roots, rows)
 
     def draft() -> list[Candidates] | None:
         return candidates_on_path(target, cache, roots, route, limits)

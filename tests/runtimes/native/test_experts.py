@@ -188,8 +188,6 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         NativeTarget(mixture(), expert_cache=0.5)
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
-
 PEAK = """
 import gc, sys
 from pathlib import Path

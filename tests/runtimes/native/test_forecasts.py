@@ -107,9 +107,6 @@ def test_what_the_kernels_hold_by_feature_is_read_by_token() -> None:
     assert torch.equal(_by_token(rows, pointer, width), values)
 
 
-# --- in the native runtime -------------------------------------------------------------------------------------------
-
-
 def target(**more: Any) -> NativeTarget:
     model = in_blocks("olmoe", ("Q5_0",), num_local_experts=6, num_experts=6, num_experts_per_tok=2)
     return NativeTarget(model, **more)

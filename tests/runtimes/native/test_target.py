@@ -14,6 +14,7 @@ import torch
 from passes import (
     ALIKE,
     adapted_pass,
+    after,
     apart,
     by_path,
     drafted,
@@ -24,6 +25,7 @@ from passes import (
     random_blocks,
     random_route,
     seeded,
+    several,
 )
 from targets import needs_native
 from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
@@ -275,13 +277,8 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(family, window, kv_cache, li
         for layer in model.model.layers:  # what a token sees of its path matters
             (layer.linear_attn.out_proj if recurrent(layer) else layer.self_attn.o_proj).weight.mul_(8)
     target = NativeTarget(model, kv_cache=kv_cache)
-    cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
-    positions = torch.arange(21)[None]
-    taps = {1: torch.empty(0), 3: torch.empty(0)}
-    mask = cache.register(0, positions)
-    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
-    cache.commit([list(range(21))])
-    roots = DraftRoots([5], [21], final, list(taps.values()), place=20)
+    ids = torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
+    cache, roots = after(target, ids)
     total = same = 0
     for number in range(4):
         torch.manual_seed(number)
@@ -292,7 +289,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(family, window, kv_cache, li
         )
         assert cache.lengths == [21] * 4
         # Built for the route the first time, and used again.
-        states = DraftRoots([5], [21], final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
+        states = DraftRoots([5], [21], roots.final[:, -1:].clone(), [tap[:, -1:].clone() for tap in roots.carried])
         assert drafted(target, cache, states, route, limits) == whole
         assert len(parts.scores) > limits.width
         assert whole.parents[: limits.width] == [0] * limits.width
@@ -307,17 +304,10 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(family, window, kv_cache, li
         total, same = total + len(theirs), same + len(common)
     assert same > 0.75 * total  # near ties may fall either way, and take all behind them along
     # What was committed is as it was.
-    again = target.new_cache()
-    target.layers(target.embed(ids, positions), 0, 4, Pass(positions, again.register(0, positions), again))
-    again.commit([list(range(21))])
+    again, _ = after(target, ids)
     assert torch.equal(cache.data[0][:, :, :, :21], again.data[0][:, :, :, :21])
     for each in (cache, again):  # what is pending joins the states
-        target.layers(
-            target.embed(ids[:, :1], positions[:, :1]),
-            0,
-            4,
-            Pass(positions[:, :1], each.register(0, positions[:, :1]), each),
-        )
+        next_logits(target, each, ids[:, :1], keep=0)
     assert all(
         torch.equal(*(each.states[ALL_LAYERS,] for each in both))
         for both in zip(cache.states, again.states, strict=True)
@@ -371,15 +361,12 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
     for row in range(rows):
         count = 3 + 7 * row % 19
         ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(row))
-        positions, taps, cache = torch.arange(count)[None], {1: torch.empty(0), 3: torch.empty(0)}, target.new_cache()
-        mask = cache.register(0, positions)
-        final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
-        cache.commit([list(range(count))])
-        roots = DraftRoots([row], [count], final, list(taps.values()), place=count - 1)
+        cache, roots = after(target, ids)
+        roots = replace(roots, tokens=[row])
         alone.append(drafted(target, cache, roots, route, TreeLimits(levels, 1)).tokens)
         caches.append(cache)
-        finals.append(final[:, -1:])
-        carried.append([tap[:, -1:] for tap in taps.values()])
+        finals.append(roots.final[:, -1:])
+        carried.append([tap[:, -1:] for tap in roots.carried])
     together = caches[0]
     for cache in caches[1:]:
         together.join(cache)
@@ -461,9 +448,7 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
     torch.manual_seed(2)
     route = replace(random_route(target, heads=2), heads=[target.reduced_head(tokens)], tokens=tokens, made={})
     cache, roots = seeded(target)
-    cache.select([0] * rows)
-    final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
-    roots = DraftRoots(list(roots.tokens) * rows, list(roots.positions) * rows, final, carried)
+    roots = several(cache, roots, rows)
     greedy = candidates_on_path(target, cache, roots, route, TreeLimits(1, 16))
     assert greedy is not None and all(sorted(found.tokens) == tokens.tolist() for found in greedy)
     order = [greedy[0].tokens.index(token) for token in tokens.tolist()]

@@ -79,9 +79,6 @@ def test_tokens_take_the_experts_that_are_given(kind: str) -> None:
     assert not torch.allclose(logits_of(model, IDS, windows, choose), logits_of(model, IDS, windows))
 
 
-# -- faults -----------------------------------------------------------------------------------------------------------
-
-
 def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates are taken for ups."""
     own = decoder_layer.modules
