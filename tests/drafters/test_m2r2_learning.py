@@ -3,6 +3,7 @@ test_engine_schedules.)
 """
 
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -370,11 +371,12 @@ def test_a_decoder_that_is_told_not_to_learn_keeps_nothing(llama, monkeypatch, c
 
 
 def test_a_decoder_that_is_gone_learns_no_more(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(M2R2Learner, "work", lambda self: not time.sleep(0.001))  # there is always more to learn
+    begun = threading.Event()  # there is always more to learn
+    monkeypatch.setattr(M2R2Learner, "work", lambda self: not (begun.set() or time.sleep(0.001)))
     decoder = SpecDecoder(llama, drafter="m2r2", learn=True)
     decoder.generate([5, 6], max_new_tokens=8)
     seen = weakref.ref(decoder.drafter)
-    time.sleep(0.3)
+    assert begun.wait(30)
     del decoder
     wait_for(lambda: (gc.collect(), seen())[1] is None)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scripted import Scripted, made
+from scripted import Scripted, knowing, made
 from spies import noted
 from targets import target_of
 from tiny import greedy_reference, tiny_model
@@ -76,13 +76,8 @@ def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(llama
     whole, _ = run(TransformersTarget(llama), NoDrafter(), prompts, 20, eos=None, temperature=temperature)
     target = Breaks(llama)
     target.position = 9
-    ahead = {tuple(p): row for p, row in zip(prompts, whole, strict=True)}
-
-    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
-        prompt = next(p for p in ahead if tuple(ids[: len(p)]) == p)
-        return [(token, i) for i, token in enumerate(ahead[prompt][len(ids) - len(prompt) :][:limit])]
-
-    drafter = Scripted(script)  # the broken position lies inside an accepted draft
+    # The broken position lies inside an accepted draft.
+    drafter = knowing(*(prompt + row for prompt, row in zip(prompts, whole, strict=True)))
     drafter.bind(target)
     requests = [Request(prompt, 20, RowSampler(SamplingParams(temperature))) for prompt in prompts]
     with pytest.raises(SpecDecError, match=r"logits are not finite at position 9.*float32"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import pytest
-from scripted import Clock, Scripted
+from scripted import Clock, Scripted, knowing
 from tiny import greedy_reference
 from transformers import PreTrainedModel
 from zoo import PROMPTS, finish, new_tokens, step
@@ -41,8 +41,7 @@ class Failing(Scripted):
     def go_on(self, ids: list[int], limit: int) -> list[tuple[int, int]]:
         if self.faulty:
             raise IndexError("as told")
-        text = next(text for text in self.texts if text[: len(ids)] == ids)
-        return [(token, i) for i, token in enumerate(text[len(ids) :][:limit])]
+        return knowing(*self.texts).script(ids, limit)
 
     def work(self) -> bool:
         if self.faulty:

@@ -190,6 +190,13 @@ def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(othe
         assert not {choice["message"]["content"] for choice in other["choices"]} & set(found)
 
 
+def ask(connection: socket.socket, server: Server, **body: Any) -> None:
+    """Send a chat request, and do not read the answer."""
+    request = httpx.Request("POST", server.url + CHAT, json={"model": NAME} | body)
+    head = "".join(f"{key}: {value}\r\n" for key, value in request.headers.items())
+    connection.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+
+
 @pytest.mark.parametrize(
     ("when", "stream"), [("waiting", False), ("in its prompt", True), ("decoding", False), ("decoding", True)]
 )
@@ -209,14 +216,8 @@ def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(other, wh
             gate.let(4)
             [staying] = engine.batch.rows
             leaves = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
-            body = httpx.Request(
-                "POST",
-                server.url + CHAT,
-                json={"model": NAME, "messages": [{"role": "user", "content": "Go on, and on, and on."}] , "n": 2}
-                | {"max_tokens": 3000, "stream": stream},
-            )  # fmt: skip
-            head = "".join(f"{key}: {value}\r\n" for key, value in body.headers.items())
-            leaves.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body.read())
+            prompt = [{"role": "user", "content": "Go on, and on, and on."}]
+            ask(leaves, server, messages=prompt, n=2, max_tokens=3000, stream=stream)
             until(lambda: engine.stats().waiting == 2)
             gate.let({"waiting": 0, "in its prompt": 1, "decoding": 6}[when])
             scheduler = engine.scheduler
@@ -372,14 +373,7 @@ def test_12_a_slow_reader_is_given_up_with_a_bounded_buffer_and_others_go_on(oth
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-        body = httpx.Request(
-            "POST",
-            server.url + CHAT,
-            json={"model": NAME, "messages": USER, "max_tokens": 4000, "n": 4, "seed": 1}
-            | {"stream": True, "logprobs": True, "top_logprobs": 20},
-        )
-        head = "".join(f"{key}: {value}\r\n" for key, value in body.headers.items())
-        slow.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body.read())
+        ask(slow, server, messages=USER, max_tokens=4000, n=4, seed=1, stream=True, logprobs=True, top_logprobs=20)
         until(lambda: server.engine.stats().running == 4)
         [connection] = list(server.server.server_state.connections)
         until(lambda: connection.transport.get_write_buffer_size() > 0)

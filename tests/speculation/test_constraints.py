@@ -9,7 +9,7 @@ import torch
 from click.testing import Result
 from pydantic import BaseModel, ConfigDict, Field
 from refusals import refused
-from scripted import Scripted, made
+from scripted import Scripted, knowing, made
 from servers import Replay, byte_tokenizer, serving, stand_in
 from targets import target_of
 from tiny import tiny_model
@@ -86,13 +86,8 @@ def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(batch, "FORCED", 0)
     tokenizer, target = letters(), TransformersTarget(tiny_model())
     text = tokenizer("ab", add_special_tokens=False).input_ids
-
-    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
-        rest = [*text, EOS, EOS, 7][len(ids) - 1 :][:limit]
-        return [(token, place) for place, token in enumerate(rest)]
-
     row = request([3], made(Regex("ab")), 20)
-    together(target, Scripted(script), [row], FixedDepth(4))
+    together(target, knowing([3, *text, EOS, EOS, 7]), [row], FixedDepth(4))
     assert row.finish_reason == "eos" and new_tokens(row) == [*text, EOS]
     assert row.metrics.num_accepted_draft_tokens == 2
 

@@ -27,6 +27,16 @@ class Scripted(Drafter):
         return Draft(torch.tensor(tokens, dtype=torch.long).view(len(rows), len(longest)), parents)
 
 
+def knowing(*texts: list[int]) -> Scripted:
+    """Return a drafter that drafts how the texts go on, which are whole: prompts with what follows."""
+
+    def go_on(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        text = next((text for text in texts if text[: len(ids)] == ids), ids)
+        return [(token, place) for place, token in enumerate(text[len(ids) :][:limit])]
+
+    return Scripted(go_on)
+
+
 class Clock:
     """A clock that replaces the module ``time`` and advances when a test says so.
 
