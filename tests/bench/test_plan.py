@@ -277,12 +277,8 @@ def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: P
 
 
 def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(sweep, tmp_path: Path) -> None:
-    args = [
-        "drafter=none,medusa,prompt-lookup",
-        "num_speculative_tokens=2",
-        "limit=1",
-        "drafter.prompt-lookup.continuations=1",
-    ]
+    args = ["drafter=none,medusa,prompt-lookup", "num_speculative_tokens=2", "limit=1"]
+    args += ["drafter.prompt-lookup.continuations=1"]
     outcome = sweep(*args)  # no medusa drafter is shipped for the tiny model
     assert outcome.exit_code == 1 and "2 of 3 cells are done, 1 failed; continue with: " in outcome.stderr
     records = Store(tmp_path / "out").records()

@@ -101,11 +101,8 @@ def test_labels_tell_what_ran() -> None:
         return labels([cell.as_dict() for cell in cells])
 
     assert named(Cell(drafter="m2r2", num_speculative_tokens=2)) == ["m2r2@2"]  # also where no other cell differs
-    assert named(*(Cell(drafter="m2r2", num_speculative_tokens=k) for k in (2, 4, "auto"))) == [
-        "m2r2@2",
-        "m2r2@4",
-        "m2r2",
-    ]
+    depths = [Cell(drafter="m2r2", num_speculative_tokens=k) for k in (2, 4, "auto")]
+    assert named(*depths) == ["m2r2@2", "m2r2@4", "m2r2"]
     lossy = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.8}}
     assert named(Cell(drafter="none"), Cell(drafter="m2r2", **lossy)) == ["none", "m2r2 confident exit_threshold=0.8"]
     joined = Cell(drafter="a+m2r2", drafter_options={"a": {"continuations": 2}}, num_speculative_tokens=3)

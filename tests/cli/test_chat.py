@@ -89,10 +89,8 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(conversation: ChatSessi
 
 @pytest.mark.parametrize("tokens", [[], [5, 6]])
 def test_an_error_while_decoding_is_said(decoder: SpecDecoder, tokens: list[int]) -> None:
-    script = [
-        Event(tokens, depths=[0] * len(tokens)),
-        Event([], "error", error=SpecDecError("the logits are not finite")),
-    ]
+    error = SpecDecError("the logits are not finite")
+    script = [Event(tokens, depths=[0] * len(tokens)), Event([], "error", error=error)]
     conversation = ChatSession(decoder, Replay(lambda request: script), SamplingParams(), max_new_tokens=20)  # type: ignore[arg-type]
     with pytest.raises(SpecDecError, match="the logits are not finite"):
         conversation.take("Hello")

@@ -271,9 +271,8 @@ def test_no_prompt_at_a_terminal_shows_an_example(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_full_disk_and_a_full_memory_are_told_plainly(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        generate, "_decode", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device", "/some/file"))
-    )
+    full = OSError(errno.ENOSPC, "No space left on device", "/some/file")
+    monkeypatch.setattr(generate, "_decode", Mock(side_effect=full))
     assert "no space left on the disk while writing '/some/file'" in one_line_error(run("x"))
     monkeypatch.setattr(generate, "_decode", Mock(side_effect=RuntimeError("x: can't allocate memory: you tried")))
     assert "out of memory" in one_line_error(run("x"))
@@ -514,10 +513,8 @@ def test_drafters_lists_summaries_training_and_what_is_shipped(tmp_path: Path, m
         (folder / "config.json").write_text("{}")
     monkeypatch.setattr(catalogue.importlib.resources, "files", lambda package: tmp_path)
     rows = {row["name"]: row for row in json.loads(CliRunner().invoke(cli.app, ["drafters", "--json"]).stdout)}
-    assert rows["m2r2"]["training"] == "specdec train m2r2" and rows["m2r2"]["shipped_for"] == [
-        "another-model",
-        "some-model",
-    ]
+    assert rows["m2r2"]["training"] == "specdec train m2r2"
+    assert rows["m2r2"]["shipped_for"] == ["another-model", "some-model"]
     assert rows["prompt-lookup"]["training"] is None and rows["prompt-lookup"]["shipped_for"] == []
     assert rows["none"]["summary"] == registry.lookup("drafters", "none").summary
     table = CliRunner().invoke(cli.app, ["drafters"]).stdout

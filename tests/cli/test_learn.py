@@ -175,17 +175,8 @@ def test_nothing_to_export(folder: Path, tmp_path: Path) -> None:
 
 def test_generate_learns_after_the_text_where_told_to(folder: Path) -> None:
     runner = CliRunner()
-    ask = [
-        "generate",
-        "one two",
-        "--model",
-        str(folder),
-        "--runtime",
-        "transformers",
-        "--max-new-tokens",
-        "30",
-        "--json",
-    ]
+    ask = ["generate", "one two", "--model", str(folder), "--runtime", "transformers"]
+    ask += ["--max-new-tokens", "30", "--json"]
     assert runner.invoke(cli.app, ask).exit_code == 0
     assert not learned.all_progress()
     for number in range(3):

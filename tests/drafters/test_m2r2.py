@@ -116,13 +116,8 @@ def test_exits_and_their_routers_are_trained_and_draft(path: dict[str, Any], ans
 def test_exits_scale_with_the_depth_of_the_model(llama: PreTrainedModel) -> None:
     given = {"method": "m2r2", "exit_layer": 15, "exits": [8], "layers_of": 30}
     assert path_of(from_mapping(M2R2Settings, given, "test"), TransformersTarget(llama)).exits == (1,)
-    given = {
-        "method": "m2r2",
-        "segments": [[8, 15], [15, 30]],
-        "exits": [15],
-        "final_projection": True,
-        "layers_of": 30,
-    }
+    given = {"method": "m2r2", "segments": [[8, 15], [15, 30]], "exits": [15], "layers_of": 30}
+    given["final_projection"] = True
     path = path_of(from_mapping(M2R2Settings, given, "test"), TransformersTarget(llama))
     assert path.segments == ((1, 2), (2, 4)) and path.exits == (2,)
     with pytest.raises(SpecDecError, match="give 'segments' or 'exit_layer'"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from learners import learn_soon, read, taught, texts
+from spies import noted
 from targets import QUICK, needs_native, target_of
 from tiny import HYBRIDS, model_of, tiny_model
 from transformers import PreTrainedModel
@@ -107,10 +108,8 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
 def test_a_text_whose_states_are_kept_runs_through_the_path_alone(monkeypatch, kind: str, runtime: str) -> None:  # type: ignore[no-untyped-def]
     target = target_of(runtime, kind)
     learner = taught(target, 12)
-    text, ran, layers = texts(target, 1, length=30, seed=5)[0], list[int](), type(target).layers
-    monkeypatch.setattr(
-        type(target), "layers", lambda self, x, lo, *more: (ran.append(lo), layers(self, x, lo, *more))[1]
-    )
+    text = texts(target, 1, length=30, seed=5)[0]
+    ran = noted(monkeypatch, type(target), "layers", lambda self, x, lo, *more: lo)
     runs = list[list[torch.Tensor]]()
     for _ in range(2):
         ran.clear()

@@ -419,21 +419,16 @@ class FailingSchedules(Schedules):
     ) -> None:  # type: ignore[override]
         super().begin(rows, memory, depth, 0, reuse, data)
         self.rng, self.every = random.Random(seed), every
-        owners = [
-            self.drafter,
-            *((self.drafter.ngram, self.drafter.other) if isinstance(self.drafter, JoinedDrafter) else ()),
-        ]
+        parts = (self.drafter.ngram, self.drafter.other) if isinstance(self.drafter, JoinedDrafter) else ()
+        owners = [self.drafter, *parts]
         self.wrapped = [(owner, name) for owner in owners for name in METHODS]
         for owner, name in self.wrapped:
             setattr(owner, name, functools.partial(self.call, getattr(owner, name)))
 
     def call(self, method: Callable[..., Any], *given: Any) -> Any:
         """Call a method of the drafter; one call of so many fails, before or after its work, or drafts nonsense."""
-        how = (
-            self.rng.choice(["before", "after", "nonsense"])
-            if self.every and not self.rng.randrange(self.every)
-            else ""
-        )
+        fails = self.every and not self.rng.randrange(self.every)
+        how = self.rng.choice(["before", "after", "nonsense"]) if fails else ""
         if how == "before":
             raise RuntimeError("as told")
         result = method(*given)

@@ -49,13 +49,10 @@ def test_typical_acceptance_takes_only_the_tokens_of_plain_decoding_in_a_greedy_
     target = target_of(runtime)
 
     def requests(greedy: int, sampled: int) -> list[Request]:
-        sampled_row, rules = RowSampler(SamplingParams(temperature=5.0)), [[], [Threes()]]
-        hot = [Request([9, 10, number], 24, sampled_row) for number in range(3, 3 + sampled)]
-        made = [
-            Request([5, 6, number], 24, RowSampler(SamplingParams(), rules[number % 2]))
-            for number in range(3, 3 + greedy)
-        ]
-        return made + hot
+        hot, rules = RowSampler(SamplingParams(temperature=5.0)), [[], [Threes()]]
+        cold = [RowSampler(SamplingParams(), rules[number % 2]) for number in range(1, 1 + greedy)]
+        made = [Request([5, 6, number], 24, sampler) for number, sampler in enumerate(cold, 3)]
+        return made + [Request([9, 10, number], 24, hot) for number in range(3, 3 + sampled)]
 
     plain = requests(2, 0)
     together(target, NoDrafter(), plain, FixedDepth(0))

@@ -13,10 +13,7 @@ from specdec.models import families
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.target import Pass
 
-pytestmark = [
-    needs_native,
-    pytest.mark.usefixtures("two_threads"),
-]
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads")]
 # Experts change at near ties.
 DENSE = [f for f in FAMILIES if f not in ALIKE and not families.FAMILIES[f].fields >= families.EXPERTS]
 
@@ -94,11 +91,8 @@ def test_scores_are_those_of_the_keys_that_are_held() -> None:
     scales = rounded.data[0][..., :count, d:].view(torch.bfloat16)
     scales.copy_(2 ** scales.float().log2().round())  # keys and values are then exact in 16 bits
     exact.data[0][..., :count, :] = dequantize_rows(rounded.data[0][..., :count, :], torch.bfloat16)
-    new, positions, nothing = (
-        torch.arange(3, 67)[None],
-        torch.full((1, 64), count),
-        torch.zeros(64, 64, dtype=torch.bool),
-    )
+    new, positions = torch.arange(3, 67)[None], torch.full((1, 64), count)
+    nothing = torch.zeros(64, 64, dtype=torch.bool)
     logits = []
     for target, cache in (wide, exact), (narrow, rounded):
         given = Pass(positions, cache.register(0, positions, nothing), cache)

@@ -167,13 +167,8 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(folder: Path, monkeypatch: 
 def test_matrices_in_8_bits_are_read_as_matrices_within_half_a_step(tmp_path: Path) -> None:
     torch.manual_seed(0)
     wide, odd = torch.randn(40, 64) * torch.logspace(-6, 2, 40)[:, None], torch.randn(3, 20, 56)
-    given = {
-        "wide": wide,
-        "odd": odd,
-        "zero": torch.zeros(64, 64),
-        "bias": torch.randn(4096),
-        "small": torch.ones(2, 2),
-    }
+    given = {"wide": wide, "odd": odd, "zero": torch.zeros(64, 64)}
+    given |= {"bias": torch.randn(4096), "small": torch.ones(2, 2)}
     drafter_folder.write(tmp_path, {"drafter": "m2r2"}, given | {"ids": torch.arange(9)}, "int8")
     kept = load_file(tmp_path / "model.safetensors")
     assert kept["wide.codes"].dtype == torch.int8 and kept["wide.scales"].shape == (40, 2)

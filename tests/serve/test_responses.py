@@ -127,11 +127,8 @@ def test_reasoning_text_and_parallel_calls_are_items() -> None:
         assert response.usage.output_tokens_details.reasoning_tokens == len("Two things.")
     assert names == ["created", "in_progress", *THOUGHT, *TEXT, *CALL * 2, "completed"]
     assert after.status == "completed"
-    prompt = other.decoder.tokenizer.decode(kept)
-    assert (
-        prompt
-        == f"weather;sum;[user]{ASK}[assistant]Well.<tool_call>Rome</tool_call><tool_call></tool_call>[tool]4[tool]4"
-    )
+    called = "<tool_call>Rome</tool_call><tool_call></tool_call>[tool]4[tool]4"
+    assert other.decoder.tokenizer.decode(kept) == f"weather;sum;[user]{ASK}[assistant]Well.{called}"
 
 
 @pytest.mark.slow  # importing the package takes seconds

@@ -364,10 +364,8 @@ def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
 
 
 def test_a_constraint_that_cannot_be_kept_is_an_error_of_the_client() -> None:
-    script = [
-        Event([65], depths=[0]),
-        Event(finish_reason="error", error=ConstraintError("the constraint cannot be kept")),
-    ]
+    error = ConstraintError("the constraint cannot be kept")
+    script = [Event([65], depths=[0]), Event(finish_reason="error", error=error)]
     with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
         found = server.chat()
     assert found.status_code == 400 and found.json()["error"]["message"] == "the constraint cannot be kept"

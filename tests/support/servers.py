@@ -129,9 +129,8 @@ class Server:
 
 def content(found: list[dict[str, Any]], index: int = 0) -> str:
     """Return the text of the streamed choice ``index``. found: the objects of the stream."""
-    return "".join(
-        c["delta"].get("content", "") for chunk in found for c in chunk["choices"] if c["index"] == index
-    )  # fmt: skip
+    choices = [choice for chunk in found for choice in chunk["choices"] if choice["index"] == index]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
 def refusal(response: httpx.Response, status: int) -> dict[str, Any]:

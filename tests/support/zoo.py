@@ -237,13 +237,8 @@ def save_medusa(folder: Path, model: Any) -> None:
     target = TransformersTarget(model)
     drafter = medusa(target)
     base = {"name": "org/base", "num_layers": target.num_layers, "hidden_size": target.hidden_size}
-    config = {
-        "drafter": "medusa",
-        "heads": 3,
-        "layers": 1,
-        "rooted": False,
-        "base": base | {"fingerprint": target.fingerprint},
-    }
+    base["fingerprint"] = target.fingerprint
+    config = {"drafter": "medusa", "heads": 3, "layers": 1, "rooted": False, "base": base}
     drafter_folder.write(folder, config, dict(drafter.network.state_dict()))
 
 

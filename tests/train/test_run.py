@@ -123,12 +123,9 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path,
     assert again["score"] >= first["score"]
     vocabularies = [drafter_folder.read_tensors(tmp_path / name)["draft_vocab"] for name in ("first", "again")]
     assert torch.equal(*vocabularies)
-    config = drafter_folder.read_config(tmp_path / "again")
-    assert config["path"] == drafter_folder.read_config(tmp_path / "first")["path"]
-    assert (
-        config["training"]["began_from"]["updates"]
-        == drafter_folder.read_config(tmp_path / "first")["training"]["updates"]
-    )
+    before, config = (drafter_folder.read_config(tmp_path / name) for name in ("first", "again"))
+    assert config["path"] == before["path"]
+    assert config["training"]["began_from"]["updates"] == before["training"]["updates"]
 
     config["base"] = {"fingerprint": "another"}
     (tmp_path / "first" / "config.json").write_text(json.dumps(config))

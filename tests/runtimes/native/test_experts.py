@@ -132,10 +132,8 @@ def test_a_model_without_experts_has_no_cache() -> None:
 def test_without_room_for_all_experts_some_stay_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stored(tmp_path)
     model, _ = loading.load(path)
-    whole, size = (
-        NativeTarget(model),
-        sum(each.blocks.data.nbytes for each in model.modules() if hasattr(each, "blocks")),
-    )
+    whole = NativeTarget(model)
+    size = sum(each.blocks.data.nbytes for each in model.modules() if hasattr(each, "blocks"))
     experts = sum(item.nbytes for item in whole.packed.expert_maps)
     for free, slots in ((size + 2 * experts, None), (size + int(0.8 * experts), 3), (size + experts // 10, 0)):
         monkeypatch.setattr(machine, "available_memory", lambda free=free: free)

@@ -15,10 +15,7 @@ from specdec.base import cores
 from specdec.models.gguf.blocks import KINDS, Blocks
 from specdec.runtimes.native import library, linear
 
-pytestmark = [
-    needs_native,
-    pytest.mark.usefixtures("kernels"),
-]
+pytestmark = [needs_native, pytest.mark.usefixtures("kernels")]
 TILES = {"Q4_0": "Q4", "Q4_1": "Q4", "Q5_0": "Q5", "Q5_1": "Q5", "Q8_0": "Q8", "Q4_K": "K4", "Q5_K": "K5", "Q6_K": "K6"}
 TILES |= {"MXFP4": "MX"}
 
