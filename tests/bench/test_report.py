@@ -132,9 +132,8 @@ def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:
 
 def test_a_report_is_also_markdown(folder: Path) -> None:
     text = report(folder, "--format", "markdown").stdout
-    assert text.startswith(
-        "# mine <&>\n\nWhat it is for.\n\n- 12 of 14 cells, 1 failed, 1 not run yet\n- smollm2-135m-inst"
-    )
+    head = "# mine <&>\n\nWhat it is for.\n\n- 12 of 14 cells, 1 failed, 1 not run yet\n- smollm2-135m-inst"
+    assert text.startswith(head)
     lines = text[text.index("| cell") :].split("\n\n")[0].splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 13 and "1.40 [1.26–1.54]" in lines[2]
     assert "| x plain (the worst prompt) | all |" in text and "| 1.40 (1.26) |" in text  # more tables follow

@@ -400,9 +400,8 @@ def served(tmp_path: Path, monkeypatch) -> Iterator[dict[str, bytes]]:
     data = gzip.compress(b'{"task_id": "HumanEval/0", "prompt": "def f():"}\n', mtime=0)
     files["/HumanEval.jsonl.gz"] = data
     real = PROMPT_SETS["humaneval"]
-    pinned = PromptSource(
-        real.page, real.licence, f"{url}/HumanEval.jsonl.gz", hashlib.sha256(data).hexdigest(), real.turns
-    )
+    url, checksum = f"{url}/HumanEval.jsonl.gz", hashlib.sha256(data).hexdigest()
+    pinned = PromptSource(real.page, real.licence, url, checksum, real.turns)
     monkeypatch.setitem(PROMPT_SETS, "humaneval", pinned)
     yield files
     server.shutdown()

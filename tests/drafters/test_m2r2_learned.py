@@ -47,9 +47,8 @@ def test_another_process_goes_on_where_this_one_ended(target: Target, monkeypatc
     assert other.fits.progress.tokens == learner.fits.progress.tokens + 33
     for before, after in zip(learner.fits.sums, other.fits.sums, strict=True):
         assert after.rows == pytest.approx(before.rows + 33, abs=1e-3)  # the rows of the new text
-        assert all(
-            a.shape == b.shape and not torch.equal(a, b) for a, b in zip(before.panels, after.panels, strict=True)
-        )
+        pairs = list(zip(before.panels, after.panels, strict=True))
+        assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in pairs)
 
 
 def damage(path: Path, how: str) -> None:

@@ -196,9 +196,8 @@ def test_heads_of_each_format_draft_what_their_formula_says(llama: PreTrainedMod
     given["original_lm_head"] = kind == "one head"
     folder, target = vllm(tmp_path / "heads", network, written, kind != "no bias", **given), TransformersTarget(llama)
     drafter = MedusaDrafter.load(target, str(folder), nodes=6)
-    check = vllm(
-        tmp_path / "check", network, heads[:, tokens] if given.get("tensors") else written, kind != "no bias", **given
-    )
+    every = heads[:, tokens] if given.get("tensors") else written
+    check = vllm(tmp_path / "check", network, every, kind != "no bias", **given)
     if kind == "prefix":
         stored = load_file(folder / "model.safetensors")
         save_file({f"medusa_heads.{name}": t for name, t in stored.items()}, folder / "model.safetensors")

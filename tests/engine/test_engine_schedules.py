@@ -162,9 +162,8 @@ class Varied(FixedDepth):
         self.rng = random.Random(0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
-        return DepthChoice(
-            [min(cap, self.rng.choice((self.depth, self.rng.randrange(self.depth + 1)))) for cap in caps]
-        )
+        depths = [self.rng.choice((self.depth, self.rng.randrange(self.depth + 1))) for _ in caps]
+        return DepthChoice([min(pair) for pair in zip(caps, depths, strict=True)])
 
 
 @dataclass(eq=False)

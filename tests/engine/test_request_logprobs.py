@@ -120,9 +120,8 @@ def test_lm_evals_request_for_the_logprobs_of_a_prompt(tmp_path: Path, count: in
         for n, likely in enumerate(got["top_logprobs"][1 : len(prompt)]):
             best = max(likely, key=lambda token: likely[token])
             assert best == token_text(decoder.tokenizer, int(logs[n].argmax()))
-        parts = [
-            c["logprobs"] for e in streamed for c in e["choices"] if c["index"] == choice["index"] and c["logprobs"]
-        ]
+        choices = [c for each in streamed for c in each["choices"] if c["index"] == choice["index"]]
+        parts = [each["logprobs"] for each in choices if each["logprobs"]]
         assert [each for part in parts for each in part["tokens"]] == got["tokens"]
         assert [each for part in parts for each in part["text_offset"]] == got["text_offset"]
 

@@ -80,9 +80,8 @@ def test_running_rows_count_what_they_hold(runtime: str, monkeypatch: pytest.Mon
     for _ in engine.steps():
         scheduled = engine.scheduler
         caches = [engine.batch.cache, scheduled.prefilling.cache]
-        held = sum(
-            map(buffers, [*filter(None, caches), *(prefix.cache for prefix in scheduled.memory.prefixes.entries)])
-        )
+        caches += [prefix.cache for prefix in scheduled.memory.prefixes.entries]
+        held = sum(map(buffers, filter(None, caches)))
         assert held == engine.stats().kv_bytes <= memory
         most = max(most, engine.stats().running)
     assert most >= 3 and all(new_tokens(request) == alone(target, request)[0] for request in requests)

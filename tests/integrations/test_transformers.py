@@ -114,9 +114,8 @@ def test_samples_follow_the_seed() -> None:
         drawn.append(sampled(model))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     before = torch.random.get_rng_state()
-    made = [
-        sampled(model, generator=torch.Generator().manual_seed(seed), depth=depth) for seed, depth in ((1, 3), (1, 1))
-    ]
+    seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
+    made = [sampled(model, generator=seed, depth=depth) for seed, depth in zip(seeds, (3, 1), strict=True)]
     assert torch.equal(*made) and torch.equal(before, torch.random.get_rng_state())
 
 
@@ -127,9 +126,8 @@ def test_samples_have_the_models_distribution() -> None:
     kept = logits >= logits.topk(4).values[-1]
     expected = logits.masked_fill(~kept, -torch.inf).softmax(0)[kept] * count
     torch.manual_seed(0)
-    out = sampled(
-        model, ROWS[:1], num_return_sequences=count, temperature=0.5, top_k=4, top_p=1.0, min_p=0.0, max_new_tokens=1
-    )
+    how = {"temperature": 0.5, "top_k": 4, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": 1}
+    out = sampled(model, ROWS[:1], num_return_sequences=count, **how)
     found = torch.bincount(out[:, -1], minlength=len(kept))
     assert found[~kept].sum() == 0
     assert ((found[kept] - expected) ** 2 / expected).sum() < 21.1  # chi-square, 3 degrees of freedom, 1e-4

@@ -187,12 +187,10 @@ def test_a_gguf_adapter_is_pefts(base: Path, lora: Path, tmp_path: Path) -> None
 def test_a_gguf_adapter_of_another_kind_is_refused(base: Path, tmp_path, how: dict[str, Any], reason: str) -> None:
     name = how.get("name", "blk.0.attn_q.weight")
     shapes = {"lora_a": (4, how.get("width", 128)), "lora_b": (how.get("height", 128), how.get("rank", 4))}
-    tensors = {
-        f"{name}.{end}": np.ones(shapes.get(end, (128, 4)), np.float32) for end in how.get("ends", ("lora_a", "lora_b"))
-    }
-    path = write_adapter(
-        tmp_path / "it.gguf", tensors, how.get("architecture", "llama"), kind=how.get("kind", "adapter")
-    )
+    ends = how.get("ends", ("lora_a", "lora_b"))
+    tensors = {f"{name}.{end}": np.ones(shapes.get(end, (128, 4)), np.float32) for end in ends}
+    kinds = {"architecture": how.get("architecture", "llama"), "kind": how.get("kind", "adapter")}
+    path = write_adapter(tmp_path / "it.gguf", tensors, **kinds)
     with pytest.raises(SpecDecError, match=reason) as error:
         loading.load(base, adapter=path)
     assert "\n" not in str(error.value)
@@ -307,9 +305,8 @@ def test_a_missing_adapter_is_known_before_anything_is_loaded(tmp_path: Path, lo
 
 
 def test_an_adapter_of_the_hub_is_downloaded(fake: type[FakeHub], base: Path, lora: Path) -> None:
-    fake.repositories["org/lora"] = {path.name: path.read_bytes() for path in lora.iterdir()} | {
-        "model.safetensors": b""
-    }
+    fake.repositories["org/lora"] = {path.name: path.read_bytes() for path in lora.iterdir()}
+    fake.repositories["org/lora"]["model.safetensors"] = b""
     assert text(base, "org/lora") == text(base, lora)  # type: ignore[arg-type]
     assert {*fake.fetched} == {"adapter_config.json", "adapter_model.safetensors"}
     with pytest.raises(SpecDecError, match="unknown adapter 'org/none'"):
@@ -320,9 +317,8 @@ def test_a_model_of_transformers_gets_it_too(lora: Path, base: Path) -> None:
     """In every runtime, also with weights in fewer bits."""
     wanted = text(base, lora, runtime="transformers")
     assert wanted != text(base, runtime="transformers")
-    assert text(base, lora, runtime="torch", dtype="float32") == text(
-        base, lora, runtime="transformers", dtype="float32"
-    )
+    both = [text(base, lora, runtime=runtime, dtype="float32") for runtime in ("torch", "transformers")]
+    assert both[0] == both[1]
     if library.runs():
         assert text(base, lora, weights="int8") == text(base, lora, "ngram", weights="int8")
 

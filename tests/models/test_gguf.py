@@ -240,10 +240,8 @@ def test_a_note_says_what_all_experts_take_if_there_are_no_kernels_for_some(cach
     assert isinstance(loading.load(path)[0].model.layers[0].mlp.experts, BlockExperts) != said
     found = [each for name, each in read_header(path).tensors.items() if name.endswith("exps.weight")]
     need, stored = 2 * sum(math.prod(each.shape) for each in found), sum(each.nbytes for each in found)
-    note = (
-        f"of type {gates} with Q8_0 in '{path}'; unpacked to bfloat16, they take {megabytes(need)} of memory instead "
-    )
-    assert (f"{note}of {megabytes(stored)}" in capsys.readouterr().err) == said
+    note = f"of type {gates} with Q8_0 in '{path}'; unpacked to bfloat16, they take {megabytes(need)} of memory instead"
+    assert (f"{note} of {megabytes(stored)}" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("shape", [None, (128, 32), (64, 64)])

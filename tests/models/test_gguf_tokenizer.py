@@ -38,9 +38,8 @@ def same(own: Path, theirs: Path) -> None:
         assert parts[0][part] == parts[1][part], part
     configs = [json.loads((folder / CONFIG).read_text("utf-8")) for folder in (own, theirs)]
     named = [{key: value for key, value in config.items() if key.endswith("_token")} for config in configs]
-    assert {k: v for k, v in named[0].items() if v} == {
-        k: v for k, v in named[1].items() if v and not k.startswith("add_")
-    }
+    theirs_named = {k: v for k, v in named[1].items() if v and not k.startswith("add_")}
+    assert {k: v for k, v in named[0].items() if v} == theirs_named
     assert (own / TEMPLATE).is_file() == (theirs / TEMPLATE).is_file()
     if (own / TEMPLATE).is_file():
         assert (own / TEMPLATE).read_text("utf-8") == (theirs / TEMPLATE).read_text("utf-8")

@@ -219,9 +219,8 @@ def test_fingerprint_does_not_depend_on_the_dtype(family):
             parameter.copy_(parameter.to(torch.bfloat16))
     fingerprint = identity.fingerprint(model)
     assert len(fingerprint) == 32
-    assert {identity.fingerprint(model.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)} == {
-        fingerprint
-    }
+    dtypes = torch.bfloat16, torch.float32, torch.float16
+    assert {identity.fingerprint(model.to(dtype)) for dtype in dtypes} == {fingerprint}
 
 
 def test_fingerprint_does_not_depend_on_where_the_weights_lie():

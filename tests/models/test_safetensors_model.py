@@ -63,9 +63,8 @@ def numbers(model: Any) -> dict[str, torch.Tensor]:
     for path, module in model.named_modules():
         if isinstance(module, BlockExperts):
             pairs = zip(*map(module.expert, range(len(module.down))), strict=True)
-            own |= {
-                f"{path}.{n}": torch.stack(each) for n, each in zip(("gate_up_proj", "down_proj"), pairs, strict=True)
-            }
+            named = zip(("gate_up_proj", "down_proj"), pairs, strict=True)
+            own |= {f"{path}.{n}": torch.stack(each) for n, each in named}
     return own
 
 
@@ -277,9 +276,8 @@ def test_without_a_place_for_its_entry_transformers_loads_it(folder: Path, monke
 
     monkeypatch.setattr(prepare, "work_folder", Mock(side_effect=OSError(30, os.strerror(30))))
     assert isinstance(loading.load(folder)[0], PreTrainedModel)
-    assert "Read-only file system; set SPECDEC_CACHE to use another folder" in capsys.readouterr().err.replace(
-        "\n", " "
-    )
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "Read-only file system; set SPECDEC_CACHE to use another folder" in said
 
 
 def test_what_the_native_runtime_refuses_runs_in_others_as_before(tmp_path: Path) -> None:

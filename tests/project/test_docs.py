@@ -68,9 +68,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_links_to_sources_name_what_is_there() -> None:
-    found = [
-        each for page in PAGES for each in re.findall(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)\)", page.read_text("utf-8"))
-    ]
+    texts = [page.read_text("utf-8") for page in PAGES]
+    found = [each for text in texts for each in re.findall(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)\)", text)]
     assert ("decode", "specdec/reference.py") in found
     for name, file in found:
         assert re.search(rf"^ *(def|class) {name}\b", (ROOT / file).read_text("utf-8"), re.M), f"{name} in {file}"
@@ -114,9 +113,8 @@ def test_the_page_on_configuration_lists_every_instruction_set() -> None:
 
 
 def test_the_page_on_installation_lists_every_embedded_model() -> None:
-    listed = re.findall(
-        r"^\| `([\w.-]+)` \| [^|]+ \| [\d.]+ [MG]B \|$", (ROOT / "docs/install.md").read_text("utf-8"), re.M
-    )
+    page = (ROOT / "docs/install.md").read_text("utf-8")
+    listed = re.findall(r"^\| `([\w.-]+)` \| [^|]+ \| [\d.]+ [MG]B \|$", page, re.M)
     assert listed == list(catalogue.EMBEDDED)
 
 
@@ -139,9 +137,8 @@ def test_the_page_on_extending_lists_what_a_plug_in_may_have(kind: type[Drafter 
             others.add(name)
         elif not name.startswith("_") and callable(getattr(kind, name)):
             arguments = inspect.signature(getattr(kind, name)).parameters.values()
-            methods.add(
-                f"{name}({', '.join(str(each).partition(':')[0] for each in arguments if each.name != 'self')})"
-            )
+            names = [str(each).partition(":")[0] for each in arguments if each.name != "self"]
+            methods.add(f"{name}({', '.join(names)})")
     assert kind is Verifier or len(methods) <= 9
     traits = {each.name: each.default for each in fields(Traits)} if kind is Drafter else {}
     assert found == methods | others | {*traits}

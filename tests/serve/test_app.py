@@ -276,9 +276,8 @@ def test_health_and_requests_say_that_the_engine_has_ended() -> None:
 
 
 def test_a_client_that_sends_its_body_slowly_is_given_up() -> None:
-    app = make_app(
-        stand_in(byte_tokenizer()), Replay(lambda request: []), ServerSettings(name=NAME, client_timeout=0.05), print
-    )
+    settings = ServerSettings(name=NAME, client_timeout=0.05)
+    app = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), settings, print)
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -350,9 +349,8 @@ def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.Monke
         raise SpecDecError("ended")
 
     monkeypatch.setattr(SpecDecoder, "engine", engine)
-    monkeypatch.setattr(
-        "specdec.serve.settings.ServerSettings", lambda **how: made.update(how) or ServerSettings(**how)
-    )
+    noted = lambda **how: made.update(how) or ServerSettings(**how)  # noqa: E731
+    monkeypatch.setattr("specdec.serve.settings.ServerSettings", noted)
     command = ["serve", "--model", str(save_tiny(tmp_path / "tiny")), "--port", "0"]
     command += ["--max-num-seqs", "7", "--served-model-name", "mine", "--allowed-origins", '["https://a.example", "*"]']
     command += ["--enable-log-requests"]

@@ -137,9 +137,8 @@ def test_markdown_is_shown_and_what_could_run_is_not(scripted: Any) -> None:
     assert text.locator("pre").inner_text().strip() == 'if a < b:\n    print("a & b")'
     for kind, part in (("keyword", "if"), ("called", "print"), ("string", '"a & b"')):
         assert text.locator(f"pre .{kind}").all_text_contents() == [part]
-    colours = {
-        text.locator(f"pre .{kind}").evaluate("e => getComputedStyle(e).color") for kind in ("keyword", "string")
-    }
+    parts = [text.locator(f"pre .{kind}") for kind in ("keyword", "string")]
+    colours = {part.evaluate("e => getComputedStyle(e).color") for part in parts}
     assert len(colours) == 2 and text.locator("pre .string .d1").count() > 0  # with those of drafts
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     text.get_by_role("button", name="Copy code").click()

@@ -47,9 +47,8 @@ def test_rows_of_a_batch_have_their_own() -> None:
     target = TransformersTarget(model)
     rows = [(prompt, asked) for prompt in PROMPTS[:2] for asked in ({}, *SETTINGS.values())]
     for drafter in ("prompt-lookup", "medusa", "m2r2 (tree)"):
-        requests = [
-            Request(prompt, COUNT, RowSampler(SamplingParams(**asked), start=len(prompt))) for prompt, asked in rows
-        ]
+        samplers = [RowSampler(SamplingParams(**asked), start=len(prompt)) for prompt, asked in rows]
+        requests = [Request(prompt, COUNT, sampler) for (prompt, _), sampler in zip(rows, samplers, strict=True)]
         drafting = EVERY[drafter](target)
         drafting.bind(target)
         together(target, drafting, requests, FixedDepth(3), max_rows=5)  # rows come and go

@@ -226,9 +226,8 @@ def test_a_row_whose_drafts_fail_drafts_less_than_its_neighbours() -> None:
 def test_rows_that_never_draft_wait_for_the_pass_as_well() -> None:
     policy = policy_of()
     rows_of(policy, [0.5] * 2, 200, random.Random(1))
-    alone, beside = (
-        policy.choose([policy.begin() for _ in range(2 + plain)], [MOST, MOST, *[0] * plain]) for plain in (0, 30)
-    )
+    fresh = [policy.begin() for _ in range(32)]
+    alone, beside = (policy.choose(fresh[: 2 + plain], [MOST, MOST, *[0] * plain]) for plain in (0, 30))
     assert sum(alone.depths) > sum(beside.depths) and not any(beside.depths[2:])
     assert policy.choose([policy.begin()] * 4, [0] * 4).depth == 0
 

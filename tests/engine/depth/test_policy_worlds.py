@@ -116,6 +116,7 @@ WORLDS = {
     "steep passes, copying after prose": replace(STEEP, phases=(PROSE, COPIED), level=0.2, tokens=1200),
     "steep passes, nothing is good": replace(STEEP, phases=(WEAK,), level=0.2),
     "both are too sure": World((PROSE,), powers=(2.5, 2.0)),
+    "both are too modest": World((PROSE,), powers=(0.6, 0.6)),
     "other work at first": World((PROSE,), busy=12),
     "other work at first, n-grams alone": World((NGRAMS,), busy=12),
     "passes are steeper than the formula says": replace(STEEP, told=0.5),

@@ -207,9 +207,8 @@ def test_a_screened_map_finds_the_same_largest_output(rows: int, monkeypatch: py
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found, few = (
-                [token for part in x.split(rows) for token in each.largest(part, norm, 1e-5)] for each in (packed, full)
-            )
+            parts = x.split(rows)
+            found, few = ([t for part in parts for t in each.largest(part, norm, 1e-5)] for each in (packed, full))
             assert found == few == full.largest(x, norm, 1e-5) and found[5:7] == [-1, -1]
             finite = x.isfinite().all(-1)
             assert torch.equal(torch.tensor(found)[finite], expected[finite])
