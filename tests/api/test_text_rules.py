@@ -64,11 +64,9 @@ def test_no_end_comes_before_the_least_number_of_tokens(model: PreTrainedModel, 
     assert {len(row) for row in rows} > {COUNT} and len(set(map(len, rows))) > 2
     engine = decoder.engine(max_rows=4, num_speculative_tokens=4)
     with engine:
-        asked = [
-            decoder.request(prompt, max_new_tokens=COUNT, min_new_tokens=least, stop_token_ids=ends, ignore_eos=True)
-            for prompt in PROMPTS
-            for least in (0, 9, COUNT)
-        ]
+        how = {"max_new_tokens": COUNT, "stop_token_ids": ends, "ignore_eos": True}
+        cases = [(prompt, least) for prompt in PROMPTS for least in (0, 9, COUNT)]
+        asked = [decoder.request(prompt, min_new_tokens=least, **how) for prompt, least in cases]
         for handle in [engine.submit(request) for request in asked]:
             list(handle)
     assert [request.ids[len(request.prompt) :] for request in asked] == rows

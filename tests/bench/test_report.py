@@ -42,12 +42,8 @@ def folder(tmp_path: Path) -> Path:
     records = []
     for depth in (2, 4, 6):
         for continuations in (1, 3):
-            cell = Cell(
-                drafter="prompt-lookup",
-                drafter_options={"continuations": continuations},
-                num_speculative_tokens=depth,
-                against=("none", "hf"),
-            )
+            how = {"drafter_options": {"continuations": continuations}, "num_speculative_tokens": depth}
+            cell = Cell(drafter="prompt-lookup", against=("none", "hf"), **how)
             speed = 1 + depth / 10 + continuations / 5
             records.append(result(cell, speed, speedup={"none": estimate(speed), "hf": estimate(2 * speed)}))
         for threshold in (0.5, 0.9):

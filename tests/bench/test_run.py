@@ -80,11 +80,8 @@ METHODS = "hf,hf-lookup,none,prompt-lookup,early-exit"
 
 
 def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, tmp_path: Path) -> None:
-    result = bench(
-        *("--repetitions", "2", "--output", str(tmp_path / "out"), "--json", "--drafter-option"),
-        "early-exit.exit_layer=2",
-        drafters=METHODS,
-    )
+    more = "--repetitions", "2", "--output", str(tmp_path / "out"), "--json"
+    result = bench(*more, "--drafter-option", "early-exit.exit_layer=2", drafters=METHODS)
     summary, names = measured(result), ["hf", "hf-lookup@3", "none", "prompt-lookup@3", "early-exit@3 exit_layer=2"]
     records = [json.loads(line) for line in (tmp_path / "out/cells.jsonl").read_text().splitlines()]
     assert [record["method"] | record["cell"] for record in records] == [

@@ -92,11 +92,8 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
     with torch.inference_mode():
         found = [rows for rows in learner.replay.rows(text, learner.fits.network) if rows is not None]
     assert [token for rows in found for token in rows.following.tolist()] == text.ids[text.start :]
-    seen = [
-        (rows.embedded[n], rows.carry.final[n], rows.carry.inputs[0][n], rows.end[n])
-        for rows in found
-        for n in range(len(rows.following))
-    ]
+    places = [(rows, n) for rows in found for n in range(len(rows.following))]
+    seen = [(rows.embedded[n], rows.carry.final[n], rows.carry.inputs[0][n], rows.end[n]) for rows, n in places]
     for one, other in zip(seen, rows_of_drafting(learner, text), strict=True):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
     lo, hi = learner.fits.path.segments[0]

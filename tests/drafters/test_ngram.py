@@ -303,13 +303,8 @@ def pair(
     target, second = TransformersTarget(llama), Levels(tree((30, 0, 0.9), (31, 1, 0.8)) if learned is None else learned)
     drafter = JoinedDrafter(NgramDrafter(prior=False), second)
     drafter.bind(target)
-    state = State(
-        target,
-        target.new_cache(),
-        Sampler([RowSampler(SamplingParams(), stream=n) for n in range(rows)]),
-        [text] * rows,
-        prices,
-    )
+    sampler = Sampler([RowSampler(SamplingParams(), stream=n) for n in range(rows)])
+    state = State(target, target.new_cache(), sampler, [text] * rows, prices)
     state.row_states = [drafter.begin() for _ in range(rows)]
     return drafter.propose(state, 8), second
 

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from at_once import BF16
+from servers import until
 from spies import noted
 from tiny import change_unseen, model_of, tiny_model
 
@@ -333,8 +334,10 @@ def test_an_error_of_any_kind_ends_writing_and_no_thread(tmp_path, monkeypatch, 
     with warnings.catch_warnings(record=ignored) as said, engine_of(made, tmp_path) as engine:
         warnings.simplefilter("always" if ignored else "error", SpecDecWarning)
         with monkeypatch.context() as patch:
-            patch.setattr(KVCache, "read", Mock(side_effect=RuntimeError("out of memory\non the device")))
+            broken = Mock(side_effect=RuntimeError("out of memory\non the device"))
+            patch.setattr(KVCache, "read", broken)
             assert len(answer(engine, made, PROMPT)[0]) == 12
+            until(lambda: broken.called)
             if ignored:
                 finish(engine)
         assert len(answer(engine, made, [9, *PROMPT])[0]) == 12

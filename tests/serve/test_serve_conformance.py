@@ -75,6 +75,12 @@ def known(decoder: SpecDecoder, how: dict[str, Any], prompt: list[dict[str, str]
     return texts if n > 1 else texts[0]
 
 
+def answer(server: Server, **more: Any) -> str:
+    """The greedy answer to ``USER``."""
+    text: str = server.chat(**GREEDY, **more).json()["choices"][0]["message"]["content"]
+    return text
+
+
 def spec(response: dict[str, Any]) -> dict[str, Any]:
     return response["metrics"]["speculative_decoding"]
 
@@ -206,11 +212,7 @@ def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(other, wh
     answers = list[str]()
     try:
         with serving(other, engine) as server, Gate(engine) as gate:
-            stays = threading.Thread(
-                target=lambda: answers.append(
-                    server.chat(**GREEDY, max_tokens=60).json()["choices"][0]["message"]["content"]
-                )
-            )
+            stays = threading.Thread(target=lambda: answers.append(answer(server, max_tokens=60)))
             stays.start()
             until(lambda: engine.stats().waiting == 1)
             gate.let(4)
@@ -325,12 +327,7 @@ def test_11_a_full_queue_says_when_to_come_back(other: SpecDecoder, n: int) -> N
     try:
         with serving(other, engine) as server:
             with Gate(engine) as gate:
-                asked = [
-                    threading.Thread(
-                        target=lambda: texts.append(server.chat(**GREEDY).json()["choices"][0]["message"]["content"])
-                    )
-                    for _ in range(3 - n)
-                ]
+                asked = [threading.Thread(target=lambda: texts.append(answer(server))) for _ in range(3 - n)]
                 for number, thread in enumerate(asked, 1):
                     thread.start()
                     until(lambda number=number: engine.stats().waiting == number)
@@ -379,7 +376,7 @@ def test_12_a_slow_reader_is_given_up_with_a_bounded_buffer_and_others_go_on(oth
         waiting, right = 0, 0
         while not any("cancelled" in line for line in server.lines):
             waiting, right = max(waiting, connection.transport.get_write_buffer_size()), right + 1
-            assert server.chat(**GREEDY).json()["choices"][0]["message"]["content"] == text[:24]
+            assert answer(server) == text[:24]
             assert right < 1000
         assert right > 0 and waiting < 2**17  # bytes that the server keeps for it
         until(lambda: server.engine.stats().running == 0)

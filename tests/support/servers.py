@@ -216,14 +216,8 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
     """Return a decoder without a model for servers around ``Replay``. context, vocab: what the model claims."""
     target = SimpleNamespace(context=context, vocab_size=vocab)
     drafter = SimpleNamespace(traits=SimpleNamespace(label="none"))
-    made = SimpleNamespace(
-        tokenizer=tokenizer,
-        target=target,
-        drafter=drafter,
-        verifier=SimpleNamespace(threshold=None),
-        adapter=None,
-        eos_ids=lambda: frozenset({0}),
-    )
+    made = SimpleNamespace(tokenizer=tokenizer, target=target, drafter=drafter, adapter=None)
+    made.verifier, made.eos_ids = SimpleNamespace(threshold=None), lambda: frozenset({0})
     made._text = lambda *given: SpecDecoder._text(made, *given)
     made._request = lambda *given: SpecDecoder._request(made, *given)
     made.request = lambda prompt, **given: SpecDecoder.request(
