@@ -45,9 +45,6 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     return stream
 
 
-# --- control characters ----------------------------------------------------------------------------------------------
-
-
 def test_control_characters_are_escaped_on_a_terminal_and_untouched_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, shown in ((Tty(), SAFE), (io.StringIO(), NASTY)):
         monkeypatch.setattr(sys, "stdout", stream)
@@ -83,9 +80,6 @@ def test_a_narrow_terminal_breaks_no_name_in_a_table(monkeypatch: pytest.MonkeyP
     shown = re.sub(r"\x1b\[\d*m", "", out.getvalue())
     assert shown.count(name) == shown.count("m2r2-paper") == shown.count("Apache-2.0") == 2
     assert max(map(len, shown.splitlines())) <= 100 and path not in shown
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
 
 
 def test_a_pipe_gets_lines_while_something_is_under_way(heard: Heard) -> None:
@@ -137,9 +131,6 @@ def test_progress_has_one_home() -> None:
         text = path.read_text("utf-8")
         if path.name != "terminal.py":
             assert not re.search(r"from rich\.progress import [^\n]*\bProgress\b|console\.status\(", text), path
-
-
-# --- the log ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_package_s_log_is_printed_line_by_line(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,9 +88,6 @@ def test_bench_takes_methods_and_sweep_takes_a_file(sweep) -> None:
     assert CliRunner().invoke(cli.app, ["sweep"]).exit_code == 2
 
 
-# --- what a file says ------------------------------------------------------------------------------------------------
-
-
 def points(plan, *names: str) -> list[tuple]:
     return [tuple(cell.as_dict()[name] for name in names) for cell in plan.cells]
 
@@ -250,9 +247,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(sweep, tmp_path: Path) -> 
     assert "3 cells, 3 to do" in outcome.stderr and "early-exit@5 exit_layer=1\t" in outcome.stdout
 
 
-# --- a golden sweep --------------------------------------------------------------------------------------------------
-
-
 def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: Path) -> None:
     """Everything but the clock's figures is what SpecDecoder says of the same prompts, alone."""
     outcome = sweep()
@@ -298,9 +292,6 @@ def test_an_unforeseen_error_is_recorded_in_one_line() -> None:
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: 3")
     assert failure_record(cell, full, 1.0)["error"] == "out of memory"
     assert failure_record(cell, SpecDecError("as it is"), 1.0)["error"] == "as it is"
-
-
-# --- kill and resume -------------------------------------------------------------------------------------------------
 
 
 def test_a_file_cut_anywhere_resumes_to_the_same_cells(sweep, counted: Counter, tmp_path: Path) -> None:
@@ -367,9 +358,6 @@ def test_a_broken_line_is_told_with_its_number(sweep, counted: Counter, tmp_path
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
     assert "line 2 of " in one_line_error(sweep("--resume"))
-
-
-# --- Ray -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

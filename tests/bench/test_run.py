@@ -74,8 +74,6 @@ def measured(result) -> dict:
     return side_by_side(result.stdout)
 
 
-# --- the figures -----------------------------------------------------------------------------------------------------
-
 METHODS = "hf,hf-lookup,none,prompt-lookup,early-exit"
 
 
@@ -290,9 +288,6 @@ def test_an_interrupt_keeps_what_was_measured(bench, tmp_path: Path, monkeypatch
         assert record["interrupted"] and record["method"]["requests"] == kept and "(interrupted)" in result.stdout
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
 def test_intervals_are_those_of_a_bootstrap_over_conversations() -> None:
     random = np.random.default_rng(7)
     clusters = np.repeat(np.arange(9), 3)
@@ -308,9 +303,6 @@ def test_intervals_are_those_of_a_bootstrap_over_conversations() -> None:
     assert pooled["value"] == 2 and 1 <= pooled["low"] < 2 < pooled["high"] <= 4
     assert figures.median([1.0, 3.0], [0, 0]) == {"value": 2, "low": None, "high": None}  # one conversation: no spread
     assert figures.median([], []) is None and figures.ratio([1], [0], [0]) is None
-
-
-# --- conversations and prompt sets -----------------------------------------------------------------------------------
 
 
 def test_every_method_continues_with_the_plain_answer(cell, monkeypatch) -> None:
@@ -439,9 +431,6 @@ def test_whatever_is_downloaded_has_a_revision_and_a_checksum() -> None:
         assert home.licence and home.page.startswith("https://") and (home.url is None) == (home.sha256 is None)
         assert home.url is None or re.search(r"^https://.*/[0-9a-f]{40}/", home.url)
         assert home.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", home.sha256)
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

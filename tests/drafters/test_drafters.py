@@ -47,9 +47,6 @@ def proposals(target: Target, drafter: Drafter, member: Drafter | None = None) -
     return {tuple(ids): row for texts, draft in seen for ids, row in zip(texts, draft.lists(), strict=True)}
 
 
-# --- layers of the model itself ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("drafter", "useless"),
     [(EarlyExitDrafter(2), (2, 3)), (LayerSkipDrafter(), (1,)), (LayerSkipDrafter([0, 2]), (0, 2))],
@@ -72,9 +69,6 @@ def test_leaving_out_layers_that_change_nothing_is_always_right(llama, drafter, 
 def test_scoring_resumes_where_the_draft_left_the_exact_path(llama, drafter, drafted, scored) -> None:
     first_round = 4 * drafted + scored
     assert layers_run(TransformersTarget(llama), drafter)[: len(first_round)] == first_round
-
-
-# --- a second model ------------------------------------------------------------------------------------------------
 
 
 def test_the_model_as_its_own_draft_model_is_always_right_and_runs_nothing_twice(llama, monkeypatch) -> None:
@@ -118,9 +112,6 @@ def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, 
     assert run(target, drafter, [[5, 96, 7]], 20)[0] == [greedy_reference(llama, [5, 96, 7], 20)]
 
 
-# --- lookup --------------------------------------------------------------------------------------------------------
-
-
 def draft_after(drafter: Drafter, target: Target, ids: list[int], limit: int = 3) -> list[tuple[int, ...]]:
     """The paths from root to leaf of the draft after ``ids``."""
     state = State(
@@ -160,9 +151,6 @@ def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrained
             before = [*ids, *(trajectory[0] for trajectory in window[:number]), head, after]
             answer = int(llama(torch.tensor([before])).logits[0, -1].argmax())
             assert (after, answer) in rows[0].pool[head]
-
-
-# --- several -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["m2r2", "draft-model", "layer-skip"])
@@ -234,8 +222,6 @@ def test_a_joined_draft_has_the_tokens_of_a_drafter_without_probabilities(llama,
         assert [7] in draft.paths(0) and [90] not in draft.paths(0) and draft.paths(1) == []
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
-
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("none", {"depth": 1}, "'none' has no option 'depth'; it has none"),
     ("none=folder", {}, "'none' takes no source; leave '=folder' out"),
@@ -271,9 +257,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_bad_options_are_refused_in_one_line(llama, drafter, options, message) -> None:
     with refused(message):
         SpecDecoder(llama, drafter=drafter, drafter_options=options, runtime="transformers")
-
-
-# --- the page that tells how to add one ----------------------------------------------------------------------------
 
 
 def test_a_class_that_is_not_a_drafter_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

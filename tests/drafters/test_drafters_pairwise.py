@@ -90,9 +90,6 @@ def test_any_two_values_meet() -> None:
     assert len(cases) < 1.1 * len(TREED) * len(PENALTIES)
 
 
-# --- what runs -------------------------------------------------------------------------------------------------------
-
-
 target_of = functools.cache(targets.target_of)
 pattern = functools.cache(lambda: made(Regex("([a-e]{3,9}(north|nothing) )*!")))
 tokenizer = functools.cache(letters)
@@ -193,9 +190,6 @@ def check(target: Target, drafter: Drafter, case: Mapping[str, Any], seed: int) 
     return found
 
 
-# --- the drafters ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(autouse=True)
 def failures_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -263,8 +257,6 @@ def test_each_drafter_under_the_draft_policy() -> None:
         assert decoder.generate(PROMPTS[0], max_new_tokens=40).token_ids == expected[0], name
         assert [out.token_ids for out in decoder.generate_batch(PROMPTS[:4], max_new_tokens=40)] == expected, name
 
-
-# --- rows that draft differently -------------------------------------------------------------------------------------
 
 DEPTHS = (0, None, 2)  # of a row: it does not draft, drafts as the policy says, or at most two tokens deep
 PRICED: dict[str, Callable[[Target], Drafter]] = {  # by prices, where a drafter can be

@@ -51,9 +51,6 @@ def quick() -> Target:
     return target_of(QUICK)
 
 
-# --- what it sees of a text ------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def rows_of_drafting(learner: M2R2Learner, text: Text) -> Iterator[tuple[torch.Tensor, ...]]:
     """For each token after which the model chose: the states that drafting after it sees, token by token."""
@@ -136,9 +133,6 @@ def test_only_the_end_of_a_long_prompt_is_run_again() -> None:
     text = Text.of(list(range(3000)), 2000)
     assert text.ids[: text.start] == list(range(2000 - replay.CONTEXT, 2000))
     assert len(text.ids) == replay.LONGEST
-
-
-# --- when a fit serves -----------------------------------------------------------------------------------------------
 
 
 def test_it_learns_to_draft_what_the_model_writes(quick: Target) -> None:
@@ -229,9 +223,6 @@ def test_the_latest_texts_count_more_where_that_helps(quick: Target, monkeypatch
     assert any({weight for _, weight in more} == {4.0} for more in systems.more)  # the best one, with held-out texts
 
 
-# --- how long the engine waits for it --------------------------------------------------------------------------------
-
-
 class Work:
     """What is done: rows of matrices quantised, parts read out."""
 
@@ -272,9 +263,6 @@ def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypat
             swaps += 1
             assert work.since(before)["packed"] <= len(set(out.token_ids)) + 3  # tokens beside the vocabulary
     assert swaps > 1 and most == {"packed": 16, "read": 1}
-
-
-# --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 def test_a_drafter_that_knows_nothing_drafts_nothing(llama: PreTrainedModel) -> None:
@@ -326,9 +314,6 @@ def test_the_path_follows_the_depth_and_the_size_of_the_head() -> None:
         path = learned_path(TransformersTarget(tiny_model("llama", num_hidden_layers=layers, vocab_size=vocab)))
         path.check(layers)
         assert path.segments == (segment,) and path.final_projection and not path.neurons
-
-
-# --- when it learns --------------------------------------------------------------------------------------------------
 
 
 def wait_for(condition) -> None:  # type: ignore[no-untyped-def]

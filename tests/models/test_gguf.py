@@ -73,9 +73,6 @@ def sizes(family: str) -> dict:
     return found
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("family", "older"), [*((family, False) for family in ARCHITECTURES), ("qwen3_next", True)], ids=str
 )
@@ -329,9 +326,6 @@ def test_factors_of_the_rotary_frequencies_are_used(cache, tmp_path):
     assert torch.equal(ours, plain / torch.from_numpy(factors))
 
 
-# --- the end of a turn ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("tokens", "unknown", "expected"),
     [
@@ -351,9 +345,6 @@ def test_control_tokens_known_for_it_end_a_sequence(cache, tmp_path, monkeypatch
     write_gguf(tmp_path / "it.gguf")
     model, _ = loading.load(tmp_path / "it.gguf")
     assert model.generation_config.eos_token_id == expected
-
-
-# --- files that are broken --------------------------------------------------------------------------------------------
 
 
 def change(path: Path, old: bytes, new: bytes) -> None:
@@ -475,9 +466,6 @@ def test_mutated_headers_never_crash(tmp_path):
             assert "\n" not in str(error)
     assert tracemalloc.get_traced_memory()[1] < 20 * len(whole)
     tracemalloc.stop()
-
-
-# --- the real ones ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real

@@ -44,9 +44,6 @@ def fake_describe(name, file, folder):
     (folder / "config.json").write_text("{}")
 
 
-# --- preparing ------------------------------------------------------------------------------------------------------
-
-
 def test_first_use_keeps_the_file_as_it_is_and_the_second_is_local(cache, published, monkeypatch):
     model, tokenizer = loading.load(NAME)
     assert model.dtype == torch.bfloat16 and not model.training
@@ -86,9 +83,6 @@ def test_checksum_mismatch_of_a_download(cache, published, monkeypatch):
         loading.load(NAME)
     assert_nothing_left(cache)
     assert not list((cache.root / "specdec-work").glob("*.part"))
-
-
-# --- in pieces ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -272,17 +266,11 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
         loading.load(NAME)
 
 
-# --- GGUF files -----------------------------------------------------------------------------------------------------
-
-
 def test_a_file_of_another_architecture_is_refused(cache, tmp_path, monkeypatch):
     monkeypatch.delitem(gguf_model.ARCHITECTURES, "qwen3moe")
     write_gguf(tmp_path / "own.gguf", experts=2)
     with pytest.raises(SpecDecError, match="the architecture 'qwen3moe' are not supported; give the Hugging Face id"):
         loading.load(tmp_path / "own.gguf")
-
-
-# --- pip --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -341,9 +329,6 @@ def test_an_interrupt_stops_pip(pip, tmp_path, monkeypatch):
         pip(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 20")
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
-
-
-# --- the real thing ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.model

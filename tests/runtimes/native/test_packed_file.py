@@ -326,9 +326,6 @@ def test_of_two_processes_that_pack_at_once_one_writes_and_the_other_reads(path)
     assert len(kept(path)) == 1 and not [*path.parent.rglob("*.part")]
 
 
-# --- drafters --------------------------------------------------------------------------------------------------------
-
-
 def drafts(path: Path) -> list[Path]:
     return [file for file in kept(path) if file.name.startswith("drafts-")]
 
@@ -379,9 +376,6 @@ def test_a_drafter_that_is_trained_further_is_not_kept(path):
     assert not network.adapters.lasting
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
-
-
 @either
 def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
     def command(*args: str) -> str:
@@ -398,9 +392,6 @@ def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
     assert row["packed_bytes"] == file.stat().st_size > 0
     command("models", "rm", str(path))
     assert not file.parent.exists() and path.exists()
-
-
-# --- reading ahead ---------------------------------------------------------------------------------------------------
 
 
 @either
@@ -495,9 +486,6 @@ def test_what_is_read_ahead_for_another_runtime_is_forgotten(path):
     with pytest.raises(SpecDecError):
         SpecDecoder.from_pretrained(path, "m2r2=/nowhere")
     assert not packed._begun
-
-
-# --- the format ------------------------------------------------------------------------------------------------------
 
 
 def test_entries_of_any_size_come_back(tmp_path, kernels, monkeypatch):
