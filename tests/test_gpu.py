@@ -134,10 +134,8 @@ def test_what_is_trained_there_drafts(method: str, dtype: str, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     tensors = load_file(output / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
-    decoders = (
-        SpecDecoder.from_pretrained(str(tmp_path / "model"), drafter, dtype="float32", device="cuda")
-        for drafter in (str(output), "none")
-    )
+    given = str(tmp_path / "model"), {"dtype": "float32", "device": "cuda"}
+    decoders = (SpecDecoder.from_pretrained(given[0], drafter, **given[1]) for drafter in (str(output), "none"))
     drafted, plain = (each.generate("hello", max_new_tokens=24, num_speculative_tokens=2) for each in decoders)
     assert drafted.token_ids == plain.token_ids and drafted.metrics.num_draft_tokens
 

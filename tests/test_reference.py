@@ -73,10 +73,8 @@ def by_engine(family: str, drafter: Drafter, rows: Sequence[Row], depth: int) ->
     """The steps after the prefill of each row of a batch."""
     verifier = Watching()
     engine = Engine(target_of(family), drafter, verifier, FixedDepth(depth))
-    requests = [
-        Request(prompt, COUNT, RowSampler(WAYS[way][0], stream=WAYS[way][1].stream, start=len(prompt)), eos=ENDS)
-        for prompt, way in rows
-    ]
+    samplers = [RowSampler(WAYS[way][0], stream=WAYS[way][1].stream, start=len(prompt)) for prompt, way in rows]
+    requests = [Request(row[0], COUNT, sampler, eos=ENDS) for row, sampler in zip(rows, samplers, strict=True)]
     steps: dict[Request, list[Recorded]] = {request: [] for request in requests}
     for request in requests:
         engine.submit(request)

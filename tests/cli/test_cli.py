@@ -69,9 +69,6 @@ def one_line_error(result, code: int = 2) -> str:
     return line
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------
-
-
 def test_stdout_has_only_the_text_and_stderr_the_figures(run, said: str) -> None:
     result = run("hello")
     assert result.exit_code == 0 and result.stdout == said + "\n" and len(said) == 24
@@ -109,10 +106,9 @@ def test_the_prompt_may_come_from_stdin(run, said: str) -> None:
 
 
 def test_raw_and_system_change_what_the_model_reads(run) -> None:
-    counts = [
-        json.loads(run("hello", "--json", *more).stdout)["metrics"]["num_prompt_tokens"]
-        for more in ((), ("--raw",), ("--system", "be brief"))
-    ]
+    ways = (), ("--raw",), ("--system", "be brief")
+    runs = [json.loads(run("hello", "--json", *more).stdout) for more in ways]
+    counts = [each["metrics"]["num_prompt_tokens"] for each in runs]
     assert counts == [len("[user] hello\n[assistant] "), 5, len("[system] be brief\n[user] hello\n[assistant] ")]
 
 
@@ -156,9 +152,6 @@ def test_sampling_options_and_seed_reach_the_sampler(run, said: str) -> None:
     texts = [run("hello", "--temperature", "1.5", "--seed", seed).stdout for seed in ("1", "1", str(2**63 - 1))]
     assert texts[0] == texts[1] != texts[2]
     assert run("hello", "--temperature", "1.5", "--top-k", "1").stdout == said + "\n"
-
-
-# --- comparison with plain decoding ----------------------------------------------------------------------------------
 
 
 def test_compare_says_identical_and_the_speedup(run) -> None:
@@ -220,8 +213,6 @@ def test_without_a_shipped_drafter_ngram_drafts_and_m2r2_teaches_itself(run) -> 
     found = json.loads(result.stdout)
     assert result.stderr == "" and (found["drafter"], found["device"]) == ("ngram+m2r2", "cpu")
 
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = {
     "drafter option": (
@@ -286,9 +277,6 @@ def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeyp
     monkeypatch.setenv("SPECDEC_DEBUG", "1")
     result = run("x")
     assert result.exit_code == 1 and "Traceback" in result.stderr
-
-
-# --- Ctrl-C, and streams that fail -----------------------------------------------------------------------------------
 
 
 def test_ctrl_c_keeps_the_text_so_far_and_marks_the_figures(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,9 +403,6 @@ print([module for module in ("torch", "transformers", "numpy") if module in sys.
     *pages, heavy = done.stdout.split("exit 0\n")
     assert len(pages) == len(commands) and heavy == "[]\n", done.stdout + done.stderr
     assert all("Example: specdec " in page for page in pages)
-
-
-# --- the other commands ----------------------------------------------------------------------------------------------
 
 
 HEAVY_LATER = """

@@ -63,11 +63,8 @@ SETTINGS: dict[str, Sequence[Any]] = {
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Few cases in which any two values of two factors meet."""
     names = list(factors)
-    missing = {
-        frozenset(((a, x), (b, y)))
-        for a, b in itertools.combinations(names, 2)
-        for x, y in itertools.product(factors[a], factors[b])
-    }
+    twos = list(itertools.combinations(names, 2))
+    missing = {frozenset(((a, x), (b, y))) for a, b in twos for x, y in itertools.product(factors[a], factors[b])}
     order, cases = sorted(missing, key=lambda pair: sorted(map(str, pair))), list[dict[str, Any]]()
     for pair in order:
         if pair not in missing:

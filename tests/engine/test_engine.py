@@ -5,42 +5,20 @@ from collections.abc import Callable
 import pytest
 import torch
 from scripted import Scripted, knowing, made
-from spies import noted
 from targets import target_of
 from tiny import greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import CHAINS, EOS, PROMPTS, TREES, m2r2, new_tokens, run, together
+from zoo import CHAINS, EOS, PROMPTS, TREES, new_tokens, run, together
 
 from specdec import Regex, SpecDecError
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
-from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
-from specdec.verifiers.exact import ExactVerifier
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama, early, monkeypatch) -> None:
-    target = TransformersTarget(llama)
-    drafter = m2r2(target, 2, ((2, 3),) if not early else (), not early, early)
-    calls = noted(monkeypatch, target, "layers", lambda x, lo, hi, way: (lo, hi, x.shape[1], way.adapters is not None))
-    drafter.bind(target)
-    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
-    engine.submit(Request(PROMPTS[0], 40))
-    rounds = engine.steps()
-    next(rounds)
-    calls.clear()
-    next(rounds)
-    scoring = [c for c in calls if not c[3] and c[2] == 5]
-    assert scoring == [(2, 4, 5, False)]  # all five block tokens enter at E
-    slow, accelerated = ([c[2] for c in calls if c[0] == 0 and c[3] == adapted] for adapted in (False, True))
-    assert slow == [1] * 5  # four drafted from, the last drafted token once
-    assert accelerated == ([1] * 4 if early else [])
 
 
 @pytest.mark.parametrize(("family", "makers"), [("gpt2", TREES), ("opt", CHAINS)])

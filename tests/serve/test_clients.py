@@ -50,10 +50,8 @@ def test_keys_have_names_in_the_log_and_in_the_metrics(server: Server) -> None:
 
 def test_what_is_stored_for_a_key_is_its_own(server: Server) -> None:
     mine = [{"role": "user", "content": "A long question that only one of them has asked before."}]
-    cached = [
-        chat(server, name, messages=mine).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-        for name in ("ann", "bob", "ann")
-    ]
+    usages = [chat(server, name, messages=mine).json()["usage"] for name in ("ann", "bob", "ann")]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert max(cached[:2]) < 20 and cached[2] > 50
 
 

@@ -337,13 +337,9 @@ def test_the_command_takes_a_schema(tmp_path: Path) -> None:
         given = ["--model", str(model), "--drafter", "prompt-lookup", "--max-new-tokens", "60", "--quiet"]
         return CliRunner().invoke(app, ["generate", *given, "--json-schema", str(file), "hello"])
 
-    good, bad, broken = ran(json.dumps(SCHEMA)), ran('{"enum": []}'), ran("{")
+    good, bad = ran(json.dumps(SCHEMA)), ran('{"enum": []}')
     assert set(json.loads(good.stdout)) == {"kind", "n"}
     assert bad.exit_code == 2 and "cannot be used" in bad.stderr
-    assert broken.exit_code == 2 and "error: " in broken.stderr and len(broken.stderr.splitlines()) == 1
-    file.unlink()
-    missing = CliRunner().invoke(app, ["generate", "--json-schema", str(file), "hello"])
-    assert missing.stderr.splitlines() == [f"error: --json-schema: {file} cannot be read: No such file or directory"]
 
 
 def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:

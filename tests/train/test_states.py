@@ -43,19 +43,10 @@ def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
     return found | {f"hidden{layer}": taps[layer][0, kept] for layer in WANTED.hidden}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", pytest.param("native", marks=needs_native)])
 def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = training_target(tiny_model(kind))
-    assert isinstance(target, TransformersTarget if kind == "gpt2" else TorchTarget)
-    check_states(target, tmp_path, monkeypatch)
-
-
-@needs_native
-def test_states_of_the_kernels_are_those_of_each_answer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_states(NativeTarget(model_of("llama")), tmp_path, monkeypatch)
-
-
-def check_states(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = NativeTarget(model_of("llama")) if kind == "native" else training_target(tiny_model(kind))
+    assert kind == "native" or isinstance(target, TransformersTarget if kind == "gpt2" else TorchTarget)
     answers = some_answers(3)
     monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
     monkeypatch.setattr(states, "READOUT_ROWS", 50)

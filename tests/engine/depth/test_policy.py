@@ -285,15 +285,6 @@ def test_a_drafter_that_is_sure_and_wrong_costs_two_percent_once_it_is_known(lev
         assert 1000 * PLAIN / by_source(policy, 0.9, 0.02, level, free, 1000, seed) >= 0.975
 
 
-@pytest.mark.parametrize("said", [0.3, 0.6, 0.95])
-@pytest.mark.parametrize(("level", "right"), [(0.0, 0.8), (0.6, 0.8), (4.0, 0.9)])
-def test_whatever_a_drafter_says_it_is_used_as_far_as_it_is_right(said: float, level: float, right: float) -> None:
-    policy = sourced(0.1 if level else 0.0)
-    by_source(policy, said, right, level, 0.2, 1000, 1)
-    best = min((0.2 + level * k + seconds(1 + k)) / sum(right**i for i in range(k + 1)) for k in range(9))
-    assert by_source(policy, said, right, level, 0.2, 3000, 2) / 3000 <= best / 0.96
-
-
 @pytest.mark.parametrize("others", [0, 7])
 def test_rows_that_never_draft_say_nothing_of_the_drafter(others: int) -> None:
     """A drafter that is always right is worth as much beside them, but for what they wait for."""

@@ -115,11 +115,8 @@ def test_drafts_with_another_tree_and_tables_are_those_of_a_plain_loop(monkeypat
         own = replace(roots, given=[tree], tables=[tables_of(rng)] if seed % 3 else None)
         limits = TreeLimits(4, 4, rng.choice([0.0, 0.3]), rng.choice([0.0, 0.05]), [0.9, 0.8, 0.6, 0.5])
         with monkeypatch.context() as patched:
-            patched.setattr(
-                tree_drafting,
-                "expand_tree",
-                lambda root, vocab, limits, device, step, *_, own=own: by_loop(own, limits, vocab, step),
-            )
+            plainly = lambda root, vocab, limits, device, step, *_, own=own: by_loop(own, limits, vocab, step)  # noqa: E731
+            patched.setattr(tree_drafting, "expand_tree", plainly)
             expected = tree_by_passes(target, cache, own, route, limits)
         found = drafted(target, cache, own, route, limits)
         assert len(set(by_path(found))) == len(found.tokens)  # a token of both sources is one node

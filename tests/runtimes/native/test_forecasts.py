@@ -39,10 +39,8 @@ class Layers:
     def run(self, x: Tensor) -> list[tuple[dict[int, list[int]], list[Tensor]]]:
         """A pass over rows x [T, D]: what each layer says of later ones, and the logits of all."""
         states = self.residuals(x)
-        logits = [
-            torch.nn.functional.rms_norm(state, (WIDTH,)) @ router.T
-            for state, router in zip(states, self.routers.values(), strict=True)
-        ]
+        pairs = zip(states, self.routers.values(), strict=True)
+        logits = [torch.nn.functional.rms_norm(state, (WIDTH,)) @ router.T for state, router in pairs]
         told = [dict(self.made.seen(n, *pair)) for n, *pair in zip(self.routers, states, logits, strict=True)]
         self.made.work()
         return [(each, logits) for each in told]

@@ -322,10 +322,8 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
     for number in range(8):
         torch.manual_seed(number)
         route = random_route(target, heads=2)
-        ours, theirs = (
-            by_path(grow(cache, roots, route, limits, masks))
-            for grow in (partial(drafted, target), partial(tree_by_passes, target))
-        )
+        ways = partial(drafted, target), partial(tree_by_passes, target)
+        ours, theirs = (by_path(grow(cache, roots, route, limits, masks)) for grow in ways)
         assert all(bool(masks(path[:-1])[path[-1]]) for path in ours)  # type: ignore[index]
         assert cache.lengths == [3] * 4 and max(map(len, ours), default=0) <= 3
         assert all(abs(ours[path] - theirs[path]) < 0.3 for path in ours.keys() & theirs.keys())
@@ -388,10 +386,8 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
             ended = candidates_on_path(target, together, roots, route, limits)
             assert ended is not None and [chain.tokens for chain in ended] == [tokens[:deep] for tokens in alone]
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
-    assert all(
-        torch.equal(now[:, :, :, :n], before[:, :, :, :n])
-        for now, before, n in zip(together.data, held, lengths, strict=True)
-    )
+    both = zip(together.data, held, lengths, strict=True)
+    assert all(torch.equal(now[:, :, :, :n], before[:, :, :, :n]) for now, before, n in both)
     assert len({tuple(chain) for chain in alone}) > 1
 
 
