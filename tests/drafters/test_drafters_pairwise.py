@@ -43,7 +43,7 @@ TREED = tuple(name for name in EVERY if name not in CHAINS)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5], [9, 10, 11, 12, 13, 14, 15], [3], [20, 21, 20, 21, 20], [40, 50, 60, 40, 50]]
 ARRIVALS, CANCELLED = (0, 0, 2, 3, 5), 2  # steps before which rows come; the row that is cancelled later
 COUNT, TOP = 12, 2  # new tokens; log-probabilities of others
-PENALTIES: dict[str, dict[str, Any]] = {  # one by one: test_sampling_penalties
+PENALTIES: dict[str, dict[str, Any]] = {  # one by one: test_sampling
     "none": {},
     "penalties": {"frequency_penalty": 0.3, "presence_penalty": 0.2, "repetition_penalty": 1.1},
     "bias": {"logit_bias": {7: 2.0, 21: -3.0, 96: 1.0}},
