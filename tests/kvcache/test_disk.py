@@ -14,10 +14,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from at_once import BF16
 from servers import until
 from spies import noted
-from tiny import change_unseen, model_of, tiny_model
+from tiny import SIZES, change_unseen, model_of, tiny_model
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError, SpecDecWarning
@@ -38,7 +37,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def decoder(runtime: str = "transformers", scale: float = 1.0) -> SpecDecoder:
     native = runtime.startswith("native")
-    model = tiny_model(max_position_embeddings=512, **(BF16 if native else {}))
+    model = tiny_model(max_position_embeddings=512, **(SIZES if native else {}))
     model.lm_head.weight.data *= scale
     how: Any = (
         {"runtime": "native", "kv_cache": "int8" if "int8" in runtime else "auto"} if native else {"runtime": runtime}

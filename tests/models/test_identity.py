@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from at_once import BF16
 from targets import needs_native
 from tiny import SIZES, save_native, tiny_model
 from tiny_gguf import write_model
@@ -148,7 +147,7 @@ def test_every_loading_option_that_changes_logits_changes_the_identity() -> None
 
 @needs_native
 def test_the_kernels_are_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, _ = make_target(tiny_model(**BF16).bfloat16(), "native")
+    target, _ = make_target(tiny_model(**SIZES).bfloat16(), "native")
     own = identity.numbers(target)
     (tmp_path / "_native.so").write_bytes(library.LIBRARY.read_bytes() + b"another")
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
