@@ -46,7 +46,6 @@ def test_json_holds_what_the_lines_print_and_neither_a_secret(empty_cache: Path,
 
 
 def test_kernels_that_are_missing_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-
     monkeypatch.setattr(library, "load", Mock(side_effect=SpecDecError("the native kernels are not built")))
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
     reason = "the native kernels are not built"

@@ -227,7 +227,6 @@ def test_what_a_killed_process_left_is_removed(target: Target) -> None:
 
 @pytest.mark.parametrize("step", ["save_file", "os.replace"])
 def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch, step: str) -> None:  # type: ignore[no-untyped-def]
-
     monkeypatch.setattr(f"specdec.drafters.m2r2.learned.{step}", Mock(side_effect=OSError("No space left on device")))
     with pytest.warns(SpecDecWarning, match="cannot be kept: No space left") as warned:
         learner = taught(target, 24)

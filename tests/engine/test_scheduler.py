@@ -221,7 +221,6 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(decoder: SpecDe
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(decoder: SpecDecoder, monkeypatch) -> None:
-
     engine, go = decoder.engine(), threading.Event()
     monkeypatch.setattr(engine, "_step", lambda: go.wait(300) and 1 / 0)
     monkeypatch.setattr(engine, "_fail", Mock(side_effect=MemoryError("also here")))

@@ -197,7 +197,6 @@ def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_the_writing_and_not_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-
     monkeypatch.setattr(disk, "write_atomically", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     made = decoder()
     right = made.generate(PROMPT, **ASK).token_ids
@@ -327,7 +326,6 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
 @pytest.mark.parametrize("ignored", [True, False])
 def test_an_error_of_any_kind_ends_writing_and_no_thread(tmp_path, monkeypatch, ignored: bool) -> None:
     """Also where its warning is an error."""
-
     made = decoder()
     monkeypatch.setattr(threading, "excepthook", lambda *what: None)
     with warnings.catch_warnings(record=ignored) as said, engine_of(made, tmp_path) as engine:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from fake_hub import FakeHub
 from lora import PARTS, save_lora
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_gguf import finish, write_model
-from torch import Tensor, nn
+from torch import nn
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.models import adapter as adapters
@@ -24,11 +25,6 @@ from specdec.models.drafter_folder import check_base, describe_base
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.models.names import adapter_place
 from specdec.runtimes.native import library
-
-
-def merged(weight: Tensor, tensors: dict[str, Tensor], path: str, scale: float) -> Tensor:
-    down, up = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
-    return (weight.float() + (up @ down) * scale).to(weight.dtype)
 
 
 @pytest.fixture
@@ -57,9 +53,8 @@ def test_it_is_merged_in_16_bits_and_changes_the_text(base: Path, lora: Path) ->
         if path.endswith(PARTS):
             assert type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
             blocks = plain.get_submodule(path).blocks
-            wanted = blocks.dequantized() + tensors[f"base_model.model.{path}.lora_B.weight"] @ (
-                tensors[f"base_model.model.{path}.lora_A.weight"] * 2.0
-            )
+            down, up = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+            wanted = blocks.dequantized() + up @ (down * 2.0)
             assert torch.allclose(module.weight.float(), wanted, rtol=2**-7, atol=1e-3)
     assert isinstance(model.model.layers[0].self_attn.k_proj, BlockLinear)
     assert text(base, lora) != text(base)
@@ -191,9 +186,8 @@ def test_a_gguf_adapter_of_another_kind_is_refused(base: Path, tmp_path, how: di
     tensors = {f"{name}.{end}": np.ones(shapes.get(end, (128, 4)), np.float32) for end in ends}
     kinds = {"architecture": how.get("architecture", "llama"), "kind": how.get("kind", "adapter")}
     path = write_adapter(tmp_path / "it.gguf", tensors, **kinds)
-    with pytest.raises(SpecDecError, match=reason) as error:
+    with refused(reason):
         loading.load(base, adapter=path)
-    assert "\n" not in str(error.value)
 
 
 def test_a_gguf_adapter_needs_a_gguf_model(tmp_path: Path) -> None:
@@ -226,9 +220,8 @@ def test_a_gguf_adapter_needs_a_gguf_model(tmp_path: Path) -> None:
 def test_what_merging_would_ignore_is_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
     model = tiny_model("llama")
     save_lora(tmp_path / "lora", model, **config)
-    with pytest.raises(SpecDecError, match=reason) as error:
+    with refused(reason):
         adapters.read("it", tmp_path / "lora", model, None)
-    assert "\n" not in str(error.value)
 
 
 def test_alpha_patterns_are_the_ends_of_names(tmp_path: Path) -> None:
@@ -266,9 +259,9 @@ def test_a_wrong_base_is_refused(tmp_path: Path, rename: Any, reason: str) -> No
     model = tiny_model("llama")
     tensors = save_lora(tmp_path / "lora", model)
     save_file({rename(key): values for key, values in tensors.items()}, tmp_path / "lora/adapter_model.safetensors")
-    with pytest.raises(SpecDecError, match=reason) as error:
+    with refused(reason):
         adapters.merge(model, adapters.read("it", tmp_path / "lora", model, None))
-    assert "\n" not in str(error.value) and "merged_adapter" not in vars(model)
+    assert "merged_adapter" not in vars(model)
 
 
 def test_a_shared_output_head_is_refused(tmp_path: Path) -> None:

@@ -273,7 +273,6 @@ def test_a_changed_config_is_checked_again(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_without_a_place_for_its_entry_transformers_loads_it(folder: Path, monkeypatch, capsys) -> None:
-
     monkeypatch.setattr(prepare, "work_folder", Mock(side_effect=OSError(30, os.strerror(30))))
     assert isinstance(loading.load(folder)[0], PreTrainedModel)
     said = capsys.readouterr().err.replace("\n", " ")

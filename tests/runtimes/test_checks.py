@@ -110,7 +110,6 @@ def test_numbers_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyPatch
 )
 def test_full_memory_is_no_fault_of_the_model(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised as it is, and no slower runtime is taken."""
-
     monkeypatch.setattr(TorchTarget, "layers", Mock(side_effect=error))
     with pytest.raises(RuntimeError) as found:
         make_target(tiny_model("llama"))

@@ -56,7 +56,6 @@ def test_a_loading_server_says_so_and_then_serves(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_loading_raises_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-
     _, thread, errors = started(Mock(side_effect=SpecDecError("no such model")), monkeypatch)
     thread.join(60)
     assert str(errors[0]) == "no such model"

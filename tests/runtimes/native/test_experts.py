@@ -180,7 +180,6 @@ def test_a_disk_that_fails_while_experts_are_read_is_one_line() -> None:
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-
     monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(SpecDecError, match=r"cannot write experts to '.*': No space left on device"):
         NativeTarget(mixture(), expert_cache=0.5)

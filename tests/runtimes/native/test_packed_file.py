@@ -76,7 +76,6 @@ def kept(path: Path) -> list[Path]:
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> None:
     """These must not be called."""
-
     for place, name in functions:
         monkeypatch.setattr(place, name, Mock(side_effect=AssertionError))
 
@@ -237,7 +236,6 @@ def test_a_check_that_is_no_number_is_not_trusted(path, monkeypatch):
 
 
 def test_a_model_that_fails_its_check_is_not_kept(path, monkeypatch):
-
     monkeypatch.setattr(native, "check_logits", Mock(side_effect=SpecDecError("the native runtime gives other logits")))
     assert make_target(loading.load(path)[0])[0].runtime != "native"
     assert not kept(path) and not [*path.parent.rglob("*.part")]
@@ -260,7 +258,6 @@ def fills_up(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-
     monkeypatch.setattr(packed_file, "locked", Mock(side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS))))
 
 
@@ -277,7 +274,6 @@ def test_without_a_place_weights_are_packed_in_memory(path, monkeypatch, capsys,
 
 
 def test_an_interrupted_write_leaves_nothing(path, monkeypatch):
-
     with monkeypatch.context() as patch:
         patch.setattr(native, "check_logits", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
