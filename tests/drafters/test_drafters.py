@@ -114,14 +114,10 @@ def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, 
 
 def draft_after(drafter: Drafter, target: Target, ids: list[int], limit: int = 3) -> list[tuple[int, ...]]:
     """The paths from root to leaf of the draft after ``ids``."""
-    state = State(
-        target, target.new_cache(), Sampler([RowSampler(SamplingParams())]), [ids], row_states=[drafter.begin()]
-    )
+    sampler = Sampler([RowSampler(SamplingParams())])
+    state = State(target, target.new_cache(), sampler, [ids], row_states=[drafter.begin()])
     draft = drafter.propose(state, limit)
-    paths: list[tuple[int, ...]] = [()]
-    for token, parent in zip(draft.tokens[0].tolist(), draft.parents, strict=True):
-        paths.append((*paths[parent], token))
-    return [path for i, path in enumerate(paths) if i not in draft.parents]
+    return [tuple(path) for i, path in enumerate(draft.paths(0), 1) if i not in draft.parents]
 
 
 def test_prompt_lookup_drafts_different_continuations_longest_match_first(llama: PreTrainedModel) -> None:
