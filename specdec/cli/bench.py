@@ -235,7 +235,7 @@ def _take(
             store.append(record)
         records[record["key"]] = record
         what = f"[{number}/{len(names)}] {names[record['key']]}: {outcome(record)} ({record['seconds']:.0f} s)"
-        tell(bar.progress.console, what)
+        tell(bar.console, what)
 
 
 def _end(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress
 from specdec.engine.depth import FixedDepth

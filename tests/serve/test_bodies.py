@@ -67,7 +67,7 @@ def test_what_is_wrong_many_times_is_found_once(case: str) -> None:
 def test_choices_are_counted_before_anything_is_made(server: Server, more: dict[str, Any], monkeypatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(service.Service, "encode_text", lambda self, prompt: made.append(prompt))
-    monkeypatch.setattr("specdec.serve.chat.Completion", made.append)
+    monkeypatch.setattr("specdec.serve.answer.Answer.__init__", made.append)
     response = server.complete(**more)
     assert response.status_code == 400 and response.json()["error"]["param"] == "n" and made == []
 
